@@ -1,0 +1,29 @@
+# `make train` and `make test` are all that a fresh machine needs: Python 3.11, make and a C library.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: train test test-fast lint clean
+
+.venv/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+train: .venv/ready
+	$(BIN)/python -m jobs.codegpt
+
+test: .venv/ready
+	$(BIN)/python -m pytest tests
+
+test-fast: .venv/ready
+	$(BIN)/python -m pytest tests -m "not processes and not ray"
+
+lint: .venv/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy elastic
+	$(BIN)/lint-imports
+
+clean:
+	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

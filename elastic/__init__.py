@@ -1,0 +1,47 @@
+"""Elastic: PyTorch training on Ray that does not stop when machines do.
+
+Names are imported when they are used, so that `import elastic` costs nothing.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from elastic.cluster.trainer import ElasticTrainer, Result
+    from elastic.config import TrainConfig
+    from elastic.job import Job
+    from elastic.main import main
+
+_HOMES = {
+    "ElasticTrainer": "elastic.cluster.trainer",
+    "Result": "elastic.cluster.trainer",
+    "TrainConfig": "elastic.config",
+    "RunOptions": "elastic.config",
+    "BatchOptions": "elastic.config",
+    "OptimOptions": "elastic.config",
+    "PrecisionOptions": "elastic.config",
+    "DataOptions": "elastic.config",
+    "ScalingOptions": "elastic.config",
+    "ParallelOptions": "elastic.config",
+    "EvalOptions": "elastic.config",
+    "CheckpointOptions": "elastic.config",
+    "RecoveryOptions": "elastic.config",
+    "ObserveOptions": "elastic.config",
+    "ClusterOptions": "elastic.config",
+    "Job": "elastic.job",
+    "main": "elastic.main",
+}
+__all__ = sorted(_HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'elastic' has no attribute {name!r}")
+    import importlib
+
+    value = getattr(importlib.import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value

@@ -1,0 +1,351 @@
+"""Options of a run: frozen dataclasses in parts, validated on construction.
+
+Every field carries its help text, whether it is one of the common options shown by `--help`, and whether it is a
+*result* option (part of what the run computes, fixed for the run's life) or an operational one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import re
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from elastic.errors import ConfigError
+from elastic.units import parse_amount
+
+RUN_NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")
+
+
+def option(default: Any, help: str, *, common: bool = False, result: bool = False) -> Any:
+    """A dataclass field with the metadata that help pages and the config digest read."""
+    return field(default=default, metadata={"help": help, "common": common, "result": result})
+
+
+def _require(ok: bool, name: str, value: object, fix: str) -> None:
+    if not ok:
+        raise ConfigError(f"{name} is {value!r}; {fix}")
+
+
+def _whole(name: str, value: object, least: int) -> None:
+    _require(
+        isinstance(value, int) and not isinstance(value, bool) and value >= least,
+        name, value, f"give a whole number of at least {least}",
+    )  # fmt: skip
+
+
+def _one_of(name: str, value: object, choices: tuple[str, ...]) -> None:
+    _require(value in choices, name, value, f"choose one of {', '.join(choices)}")
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """What the run is called, where it writes, how long it lasts, how exact it is."""
+
+    name: str | None = option(
+        None, "name of the run; an explicit name resumes (default: <job>-<date>-<4 hex>)", common=True
+    )
+    storage: str = option("runs", "folder or URL (file://, s3://, ...) under which the run's folder lies", common=True)
+    duration: str = option("10ep", "whole length of training: ep, st or tok", common=True, result=True)
+    stop_after: str | None = option(
+        None, "pause with a checkpoint after this much (ep, st, tok, s, min, h)", common=True
+    )
+    seed: int = option(0, "seed of order, initial weights, dropout and data", common=True, result=True)
+    exactness: Literal["fast", "bitwise"] = option(
+        "fast", "bitwise: the same bits at every world size and through every fault", common=True, result=True
+    )
+    on_nonfinite: Literal["stop", "skip"] = option(
+        "stop", "on a NaN or infinite loss or norm: stop the run, or skip that update", result=True
+    )
+    allow_change: tuple[str, ...] = option((), "result options that a resumed run may change, by name")
+    take_over: bool = option(False, "take the run over although another driver seems alive")
+    max_failures: int = option(3, "times a whole group may be restarted after a failure without progress")
+
+    def __post_init__(self) -> None:
+        if self.name is not None:
+            _require(
+                bool(RUN_NAME.match(self.name)) and ".." not in self.name, "--run.name", self.name,
+                "use 1 to 100 letters, digits, dots, dashes and underscores, starting with a letter or digit",
+            )  # fmt: skip
+        _require(bool(self.storage.strip()), "--run.storage", self.storage, "give a folder or a URL")
+        parse_amount("--run.duration", self.duration, clock=False)
+        if self.stop_after is not None:
+            parse_amount("--run.stop-after", self.stop_after, clock=True)
+        _require(
+            isinstance(self.seed, int) and 0 <= self.seed < 2**63, "--run.seed", self.seed,
+            "give a whole number from 0 to 2**63-1",
+        )  # fmt: skip
+        _one_of("--run.exactness", self.exactness, ("fast", "bitwise"))
+        _one_of("--run.on-nonfinite", self.on_nonfinite, ("stop", "skip"))
+        _whole("--run.max-failures", self.max_failures, 0)
+
+
+@dataclass(frozen=True)
+class BatchOptions:
+    """The global batch and its fixed cut into microbatches."""
+
+    global_size: int = option(64, "samples of one step over all workers (B)", common=True, result=True)
+    microbatches: int | None = option(
+        None, "equal parts of a global batch (V), fixed for the run (default: from B and max workers)",
+        common=True, result=True,
+    )  # fmt: skip
+    pass_size: int | None = option(
+        None, "most samples of one forward/backward in fast (default: a worker's share at max workers)"
+    )
+
+    def __post_init__(self) -> None:
+        _whole("--batch.global-size", self.global_size, 1)
+        if self.microbatches is not None:
+            _whole("--batch.microbatches", self.microbatches, 1)
+            _require(
+                self.global_size % self.microbatches == 0, "--batch.microbatches", self.microbatches,
+                f"give a divisor of --batch.global-size {self.global_size}",
+            )  # fmt: skip
+        if self.pass_size is not None:
+            _whole("--batch.pass-size", self.pass_size, 1)
+
+
+@dataclass(frozen=True)
+class OptimOptions:
+    """Learning-rate schedule and clipping; the optimizer itself is the job's."""
+
+    schedule: Literal["constant", "cosine"] = option(
+        "constant", "learning rate after warm-up: constant, or cosine down to final-lr", result=True
+    )
+    warmup: str | None = option(None, "linear warm-up: ep, st or tok", result=True)
+    final_lr: float = option(0.1, "end of the cosine, as a share of the full learning rate", result=True)
+    clip_norm: float | None = option(None, "clip the gradient's global L2 norm to this", result=True)
+
+    def __post_init__(self) -> None:
+        _one_of("--optim.schedule", self.schedule, ("constant", "cosine"))
+        if self.warmup is not None:
+            parse_amount("--optim.warmup", self.warmup, clock=False)
+        _require(0 <= self.final_lr <= 1, "--optim.final-lr", self.final_lr, "give a share from 0 to 1")
+        if self.clip_norm is not None:
+            _require(self.clip_norm > 0, "--optim.clip-norm", self.clip_norm, "give a norm above 0, or leave it out")
+
+
+@dataclass(frozen=True)
+class PrecisionOptions:
+    """Number formats of compute and communication; parameters stay as the job made them."""
+
+    autocast: Literal["off", "bf16"] = option(
+        "off", "run forward passes under torch.autocast", common=True, result=True
+    )
+    grad_compression: Literal["off", "bf16"] = option(
+        "off", "number format of gradients on the wire (fast only)", result=True
+    )
+
+    def __post_init__(self) -> None:
+        _one_of("--precision.autocast", self.autocast, ("off", "bf16"))
+        _one_of("--precision.grad-compression", self.grad_compression, ("off", "bf16"))
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """How a worker fetches its microbatches; never what it fetches."""
+
+    workers: int = option(0, "loader processes per worker (0: the training thread fetches)")
+    prefetch: int = option(2, "microbatches that each loader process prepares ahead")
+
+    def __post_init__(self) -> None:
+        _whole("--data.workers", self.workers, 0)
+        _whole("--data.prefetch", self.prefetch, 1)
+
+
+@dataclass(frozen=True)
+class ScalingOptions:
+    """How many workers, on what."""
+
+    min_workers: int = option(1, "fewest workers to train with", common=True)
+    max_workers: int = option(2, "most workers to train with (a worker is one GPU, or CPU slots)", common=True)
+    spares: int = option(0, "warm workers to keep outside the world")
+    accelerator: Literal["auto", "cpu", "gpu"] = option(
+        "auto", "what a worker runs on; auto asks the cluster", common=True
+    )
+    cpus_per_worker: int = option(1, "CPU slots (and torch threads) of a worker")
+    workers_per_node: int | None = option(None, "most workers on one node (default: what fits)")
+    start_timeout: str = option("10min", "longest wait for min workers (s, min, h)")
+
+    def __post_init__(self) -> None:
+        _whole("--scaling.min-workers", self.min_workers, 1)
+        _whole("--scaling.max-workers", self.max_workers, 1)
+        _require(
+            self.min_workers <= self.max_workers, "--scaling.min-workers", self.min_workers,
+            f"give at most --scaling.max-workers {self.max_workers}",
+        )  # fmt: skip
+        _whole("--scaling.spares", self.spares, 0)
+        _require(
+            self.spares == 0, "--scaling.spares", self.spares,
+            "leave it 0: a changed group is restarted whole in this version, so a spare could not step in",
+        )  # fmt: skip
+        _one_of("--scaling.accelerator", self.accelerator, ("auto", "cpu", "gpu"))
+        _whole("--scaling.cpus-per-worker", self.cpus_per_worker, 1)
+        if self.workers_per_node is not None:
+            _whole("--scaling.workers-per-node", self.workers_per_node, 1)
+        amount = parse_amount("--scaling.start-timeout", self.start_timeout, clock=True)
+        _require(amount.is_clock, "--scaling.start-timeout", self.start_timeout, "give a time in s, min or h")
+
+
+@dataclass(frozen=True)
+class ParallelOptions:
+    """How a model is spread over workers."""
+
+    strategy: Literal["ddp"] = option("ddp", "ddp: every worker holds the whole model")
+    bucket_mb: int = option(25, "gradient bucket of DDP in fast, MiB")
+    find_unused: bool = option(False, "allow parameters without gradient in fast (bitwise always does)")
+
+    def __post_init__(self) -> None:
+        _one_of("--parallel.strategy", self.strategy, ("ddp",))
+        _whole("--parallel.bucket-mb", self.bucket_mb, 1)
+
+
+@dataclass(frozen=True)
+class EvalOptions:
+    """Evaluation on held-out data."""
+
+    every: str | None = option(None, "evaluate every so much (ep, st, tok), and always at the end", common=True)
+
+    def __post_init__(self) -> None:
+        if self.every is not None:
+            parse_amount("--eval.every", self.every, clock=False)
+
+
+@dataclass(frozen=True)
+class CheckpointOptions:
+    """Durable state in storage."""
+
+    every: str | None = option(None, "save every so much (ep, st, tok), and always at the end", common=True)
+    keep_last: int = option(3, "committed checkpoints to keep")
+
+    def __post_init__(self) -> None:
+        if self.every is not None:
+            parse_amount("--checkpoint.every", self.every, clock=False)
+        _whole("--checkpoint.keep-last", self.keep_last, 1)
+
+
+@dataclass(frozen=True)
+class RecoveryOptions:
+    """What is kept, and how long is waited, for the case of a fault."""
+
+    snapshot_every: str = option("off", "copies of sharded state in memory; ddp has a copy in every worker")
+    hang_timeout: str = option("5min", "longest wait for a collective before a worker counts as hung (s, min, h)")
+    lease: str = option("30s", "workers stop applying when the membership server was silent for this long")
+
+    def __post_init__(self) -> None:
+        _require(
+            self.snapshot_every == "off", "--recovery.snapshot-every", self.snapshot_every,
+            "leave it off: with --parallel.strategy ddp every other worker already holds the state",
+        )  # fmt: skip
+        for name, text in (("--recovery.hang-timeout", self.hang_timeout), ("--recovery.lease", self.lease)):
+            _require(parse_amount(name, text, clock=True).is_clock, name, text, "give a time in s, min or h")
+
+
+@dataclass(frozen=True)
+class ObserveOptions:
+    """What is shown and recorded."""
+
+    log_every: float = option(2.0, "seconds between console lines")
+    tensorboard: bool = option(True, "write TensorBoard event files into the run's folder")
+    price: float | None = option(None, "price of one worker for one hour, for the ledger")
+
+    def __post_init__(self) -> None:
+        _require(self.log_every > 0, "--observe.log-every", self.log_every, "give seconds above 0")
+        _require(self.price is None or self.price >= 0, "--observe.price", self.price, "give a price of at least 0")
+
+
+@dataclass(frozen=True)
+class ClusterOptions:
+    """Which Ray cluster."""
+
+    address: str | None = option(
+        None, "address of a running Ray cluster (default: RAY_ADDRESS, a running one, or embedded)"
+    )
+    local_nodes: int | None = option(None, "start an embedded cluster of this many separate Ray nodes")
+
+    def __post_init__(self) -> None:
+        if self.local_nodes is not None:
+            _whole("--cluster.local-nodes", self.local_nodes, 1)
+            _require(
+                self.address is None, "--cluster.local-nodes", self.local_nodes,
+                f"leave it out to use the cluster at --cluster.address {self.address}",
+            )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """All options of a run.
+
+    Raises:
+        ConfigError: an option, or a combination of options, that cannot work.
+    """
+
+    run: RunOptions = field(default_factory=RunOptions)
+    batch: BatchOptions = field(default_factory=BatchOptions)
+    optim: OptimOptions = field(default_factory=OptimOptions)
+    precision: PrecisionOptions = field(default_factory=PrecisionOptions)
+    data: DataOptions = field(default_factory=DataOptions)
+    scaling: ScalingOptions = field(default_factory=ScalingOptions)
+    parallel: ParallelOptions = field(default_factory=ParallelOptions)
+    eval: EvalOptions = field(default_factory=EvalOptions)
+    checkpoint: CheckpointOptions = field(default_factory=CheckpointOptions)
+    recovery: RecoveryOptions = field(default_factory=RecoveryOptions)
+    observe: ObserveOptions = field(default_factory=ObserveOptions)
+    cluster: ClusterOptions = field(default_factory=ClusterOptions)
+    dry_run: bool = option(False, "print the resolved configuration and the batch table, start nothing", common=True)
+
+    def __post_init__(self) -> None:
+        if self.run.exactness == "bitwise" and self.precision.grad_compression != "off":
+            raise ConfigError(
+                f"--precision.grad-compression is {self.precision.grad_compression!r}; it rounds gradients, so use it "
+                "with --run.exactness fast, or leave it off"
+            )
+
+
+def to_dict(config: TrainConfig) -> dict[str, Any]:
+    """The configuration as plain JSON values."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def from_dict(values: dict[str, Any]) -> TrainConfig:
+    """Rebuild a configuration from `to_dict`.
+
+    Raises:
+        ConfigError: an option that this version does not know.
+    """
+    parts: dict[str, Any] = {}
+    for part in dataclasses.fields(TrainConfig):
+        if part.name not in values:
+            continue
+        stored = values[part.name]
+        if not isinstance(stored, dict):
+            parts[part.name] = stored
+            continue
+        part_type = part.default_factory  # type: ignore[union-attr]
+        known = {f.name for f in dataclasses.fields(part_type)}  # type: ignore[arg-type]
+        unknown = sorted(set(stored) - known)
+        if unknown:
+            raise ConfigError(f"stored option {part.name}.{unknown[0]} is not known to this version")
+        parts[part.name] = part_type(**{k: tuple(v) if isinstance(v, list) else v for k, v in stored.items()})  # type: ignore[misc]
+    return TrainConfig(**parts)
+
+
+def result_options(config: TrainConfig, job_options: dict[str, Any]) -> dict[str, Any]:
+    """Every option that is part of what the run computes, by dotted name."""
+    found: dict[str, Any] = {}
+    for part in dataclasses.fields(config):
+        section = getattr(config, part.name)
+        if not dataclasses.is_dataclass(section):
+            continue
+        for f in dataclasses.fields(section):
+            if f.metadata.get("result"):
+                found[f"{part.name}.{f.name}".replace("_", "-")] = getattr(section, f.name)
+    found.update({f"job.{k}".replace("_", "-"): v for k, v in job_options.items()})
+    return json.loads(json.dumps(found, default=str))
+
+
+def digest(result: dict[str, Any]) -> str:
+    """sha256 of the result options: two runs with equal digests compute the same thing."""
+    return hashlib.sha256(json.dumps(result, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,66 @@
+"""Which microbatches of a step each rank runs. Pure functions; the cut of the batch never depends on the world."""
+
+from __future__ import annotations
+
+from elastic.errors import ConfigError
+
+
+def choose_microbatches(global_size: int, max_workers: int) -> int:
+    """V where the user gave none: the smallest divisor of B >= 4 x max workers, else the largest >= max workers.
+
+    Raises:
+        ConfigError: the batch has no divisor that gives every worker a microbatch.
+    """
+    divisors = [d for d in range(1, global_size + 1) if global_size % d == 0]
+    comfortable = [d for d in divisors if d >= 4 * max_workers]
+    if comfortable:
+        return comfortable[0]
+    enough = [d for d in divisors if d >= max_workers]
+    if enough:
+        return enough[-1]
+    raise ConfigError(
+        f"--batch.global-size is {global_size}, less than --scaling.max-workers {max_workers}; "
+        f"give at least {max_workers}"
+    )
+
+
+def check_microbatches(microbatches: int, max_workers: int) -> None:
+    """Refuse a cut that leaves a worker of the largest world without work.
+
+    Raises:
+        ConfigError: V < max workers.
+    """
+    if microbatches < max_workers:
+        raise ConfigError(
+            f"--batch.microbatches is {microbatches}, less than --scaling.max-workers {max_workers}; "
+            "every worker needs at least one microbatch of each step"
+        )
+
+
+def deal(count: int, world_size: int) -> list[range]:
+    """A contiguous run of `count` microbatches for each rank, their lengths equal to within one."""
+    bounds = [count * rank // world_size for rank in range(world_size + 1)]
+    return [range(a, b) for a, b in zip(bounds, bounds[1:])]
+
+
+def rounds(count: int, world_size: int) -> int:
+    """Microbatches that the busiest rank runs one after another."""
+    return -(-count // world_size)
+
+
+def efficiency(count: int, world_size: int) -> float:
+    """Share of the ranks' rounds that have work: 1.0 where the world size divides the microbatches."""
+    return count / (rounds(count, world_size) * world_size)
+
+
+def batch_table(microbatches: int, max_workers: int) -> list[tuple[int, int, float]]:
+    """(workers, rounds, efficiency) for every world size up to the largest."""
+    return [(w, rounds(microbatches, w), efficiency(microbatches, w)) for w in range(1, max_workers + 1)]
+
+
+def batch_line(global_size: int, microbatches: int, max_workers: int) -> str:
+    """The first console line: how a global batch is cut."""
+    return (
+        f"global {global_size} = {microbatches} microbatches x {global_size // microbatches}; "
+        f"{max_workers} workers -> {rounds(microbatches, max_workers)} rounds"
+    )

@@ -1,0 +1,133 @@
+"""Fetching microbatches: by key, under seeds from (seed, epoch, sample id), in this process or in loader processes.
+
+What comes back depends on the key alone. Loader processes outlive a change of the world: they are fed from a plan
+that can be replaced at any step, and what they had prepared for the old plan is thrown away.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+import xxhash
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from elastic.data.order import sample_ids
+from elastic.data.seeds import derive, seed_all
+
+
+@dataclass(frozen=True)
+class Span:
+    """Consecutive microbatches of one step: their samples, and (once fetched) one collated batch of all.
+
+    `digests` has xxh3_64 over the little-endian int64 sample ids of each microbatch, as signed 64-bit integers.
+    """
+
+    step: int
+    first: int
+    first_position: int
+    ids: np.ndarray
+    digests: tuple[int, ...]
+    batch: Any = None
+
+
+class Order:
+    """The microbatches of a run by (step, index)."""
+
+    def __init__(self, *, seed: int, dataset_size: int, global_size: int, microbatches: int):
+        self.seed, self.dataset_size = seed, dataset_size
+        self.global_size, self.microbatches = global_size, microbatches
+        self.size = global_size // microbatches
+
+    def span(self, step: int, first: int, count: int) -> Span:
+        """Microbatches `first` to `first + count - 1` of `step` (from 0)."""
+        position = step * self.global_size + first * self.size
+        positions = np.arange(position, position + count * self.size, dtype=np.int64)
+        ids = sample_ids(self.seed, self.dataset_size, positions)
+        parts = ids.astype("<i8").reshape(count, self.size)
+        digests = (xxhash.xxh3_64_intdigest(part.tobytes()) for part in parts)
+        return Span(step, first, position, ids, tuple(d - (1 << 64) if d >= 1 << 63 else d for d in digests))
+
+
+class Fetcher(Dataset):
+    """Fetches and collates the samples of a span, seeded by what they are."""
+
+    def __init__(self, data: Any, collate_fn: Callable[[Any], Any], seed: int, dataset_size: int):
+        self.data, self.collate_fn, self.seed, self.dataset_size = data, collate_fn, seed, dataset_size
+
+    def __getitem__(self, span: Span) -> Span:
+        epoch = span.first_position // self.dataset_size
+        getitems = getattr(self.data, "__getitems__", None)
+        if getitems is not None:
+            seed_all(derive("items", self.seed, epoch, *span.digests))
+            samples = getitems(span.ids.tolist())
+        else:
+            samples = []
+            for offset, sample in enumerate(span.ids.tolist()):
+                seed_all(derive("item", self.seed, (span.first_position + offset) // self.dataset_size, sample))
+                samples.append(self.data[sample])
+        return replace(span, batch=self.collate_fn(samples))
+
+
+class _Plan(Sampler):
+    """The endless queue of keys that loader processes work off; its source can be replaced."""
+
+    def __init__(self) -> None:
+        self.source: Iterator[Span] = iter(())
+
+    def __iter__(self) -> Iterator[Span]:
+        while True:
+            yield next(self.source)
+
+
+class Loader:
+    """Serves one rank's microbatches step after step.
+
+    Args:
+        workers: loader processes; 0 fetches on the calling thread.
+        prefetch: microbatches that each process prepares ahead.
+    """
+
+    def __init__(self, fetcher: Fetcher, order: Order, *, workers: int, prefetch: int, total_steps: int):
+        self.order, self._fetcher, self._total_steps = order, fetcher, total_steps
+        self._plan = _Plan()
+        self._served: Iterator[Span] | None = None
+        self._loader: DataLoader | None = None
+        if workers:
+            self._loader = DataLoader(
+                fetcher, batch_size=None, sampler=self._plan, num_workers=workers, prefetch_factor=prefetch,
+                multiprocessing_context="forkserver", persistent_workers=True, worker_init_fn=_one_thread,
+            )  # fmt: skip
+
+    def start(self, step: int, spans: list[tuple[int, int]]) -> None:
+        """From `step` on, serve these (first, count) spans of every step."""
+
+        def keys() -> Iterator[Span]:
+            for s in range(step, self._total_steps):
+                for first, count in spans:
+                    yield self.order.span(s, first, count)
+            while True:  # processes look ahead of the last step; what they fetch then is never asked for
+                yield self.order.span(self._total_steps, *spans[0])
+
+        self._plan.source = keys()
+        if self._loader is not None and self._served is None:
+            self._served = iter(self._loader)
+
+    def next(self, step: int, first: int, count: int) -> Span:
+        """The next span, which the caller knows to be (step, first, count)."""
+        while True:
+            found = next(self._plan.source) if self._served is None else next(self._served)
+            if (found.step, found.first, len(found.digests)) == (step, first, count):
+                return self._fetcher[found] if self._served is None else found
+
+    def close(self) -> None:
+        """End the loader processes."""
+        self._served = None
+        self._loader = None
+
+
+def _one_thread(_: int) -> None:
+    torch.set_num_threads(1)

@@ -1,0 +1,22 @@
+"""Random seeds as pure functions of what they are for, never of when or where."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+
+import numpy as np
+import torch
+
+
+def derive(*key: int | str) -> int:
+    """A 63-bit seed from a key such as ("dropout", seed, step, microbatch)."""
+    digest = hashlib.blake2b("/".join(map(str, key)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def seed_all(seed: int) -> None:
+    """Seed Python, numpy and torch (on every device)."""
+    random.seed(seed)
+    np.random.seed(seed & 0xFFFFFFFF)
+    torch.manual_seed(seed)

@@ -1,0 +1,45 @@
+"""The exceptions a user can meet, and the exit code of each."""
+
+from __future__ import annotations
+
+
+class ElasticError(Exception):
+    """Base of all errors raised on purpose. `exit_code` is what a command ends with."""
+
+    exit_code = 1
+
+
+class ConfigError(ElasticError):
+    """Bad input, found before anything was started. One sentence: name, value, fix."""
+
+    exit_code = 2
+
+
+class StorageError(ElasticError):
+    """Storage answered in a way that a run cannot go on with."""
+
+
+class CheckpointError(ElasticError):
+    """A checkpoint is damaged or does not fit what is asked of it."""
+
+
+class FencedError(ElasticError):
+    """A newer claim owns the run: this process may write nothing more."""
+
+
+class WorldBroken(ElasticError):
+    """A member of the world is gone or stopped answering: collectives cannot complete."""
+
+
+class NonFiniteError(ElasticError):
+    """Loss or gradient norm is NaN or infinite; nothing of the step was applied."""
+
+
+class RunFailed(ElasticError):
+    """The run ended without finishing; the message says where and why."""
+
+
+class Interrupted(ElasticError):
+    """Stopped by a signal, state saved."""
+
+    exit_code = 130

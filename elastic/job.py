@@ -1,0 +1,161 @@
+"""What a user writes: model, optimizer, data, loss and evaluation, in one class."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import inspect
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+from elastic.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
+
+
+@runtime_checkable
+class MapDataset(Protocol):
+    """A map-style dataset: `len(d)` samples, `d[i]` one of them; optionally `__getitems__(list of i)`."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Any: ...
+
+
+#: What `Job.loss` and `Job.evaluate` return: the loss summed over the batch (a scalar tensor with a graph), the
+#: weight it is divided by (a number of samples or tokens), and further sums to be divided by the same weight.
+LossResult = tuple["torch.Tensor", "float | torch.Tensor", Mapping[str, "float | torch.Tensor"]]
+
+
+class Job:
+    """One training job. Subclass it; make it a dataclass to give it `--job.*` options.
+
+    Every method runs in the workers; `train_data` and `eval_data` also run once in the driver, which needs their
+    length. Nothing here may depend on the rank or on the world size: the same job runs at any.
+    """
+
+    #: Tokens in one sample, if the job has tokens: allows durations in `tok` and token counts in the ledger.
+    tokens_per_sample: int | None = None
+
+    def model(self) -> torch.nn.Module:
+        """Build the model, on CPU, in float32; the global seed is already set."""
+        raise NotImplementedError(f"{type(self).__name__} needs a model() method that returns a torch.nn.Module")
+
+    def optimizer(self, model: torch.nn.Module) -> torch.optim.Optimizer:
+        """Build the one optimizer over the model's parameters."""
+        raise NotImplementedError(f"{type(self).__name__} needs an optimizer(model) method")
+
+    def schedule(self, step: int, total_steps: int) -> float | None:
+        """Factor on the learning rates at `step` (from 0), or None for what `--optim.*` says."""
+        return None
+
+    def train_data(self) -> MapDataset:
+        """The training data, map-style."""
+        raise NotImplementedError(f"{type(self).__name__} needs a train_data() method that returns a map-style dataset")
+
+    def eval_data(self) -> MapDataset | Mapping[str, MapDataset] | None:
+        """Held-out data, map-style; several by name; or None."""
+        return None
+
+    def collate_fn(self, samples: Sequence[Any]) -> Any:
+        """Make a batch of samples; the default is torch's `default_collate`."""
+        from torch.utils.data import default_collate
+
+        return default_collate(list(samples))
+
+    def loss(self, model: torch.nn.Module, batch: Any) -> LossResult:
+        """The summed loss of one batch, its weight, and further sums, as `LossResult` says."""
+        raise NotImplementedError(f"{type(self).__name__} needs a loss(model, batch) method")
+
+    def evaluate(self, model: torch.nn.Module, batch: Any) -> LossResult:
+        """Like `loss`, for held-out data: the model is in eval mode and no graph is kept."""
+        return self.loss(model, batch)
+
+    def after_step(self, model: torch.nn.Module, step: int) -> None:
+        """Called after the update of `step` (1 for the first), for an EMA and the like. Must be deterministic."""
+
+    def extra_state(self) -> Mapping[str, Any]:
+        """Named state beside model and optimizer: tensors (saved, and restored in place) and JSON values."""
+        return {}
+
+    def load_extra_state(self, values: Mapping[str, Any]) -> None:
+        """Takes back the JSON values of `extra_state`; tensors are already restored in place."""
+
+    def sample(self, model: torch.nn.Module) -> str | None:
+        """A text to print at the end, made by the trained model (in eval mode)."""
+        return None
+
+
+def job_name(job: Job) -> str:
+    """A short name of the job: its module's, or its class's where the module says nothing."""
+    module = type(job).__module__
+    if module == "__main__":
+        file = _source_file(type(job))
+        module = file.stem if file else module
+    stem = module.rsplit(".", 1)[-1].replace("_", "-").strip("-")
+    name = stem if stem and stem != "main" else type(job).__name__.lower()
+    return re.sub(r"[^A-Za-z0-9.-]", "", name)[:60] or "job"
+
+
+def job_options(job: Job) -> dict[str, Any]:
+    """The job's own options (its dataclass fields), by name."""
+    if not dataclasses.is_dataclass(job):
+        return {}
+    return {f.name: getattr(job, f.name) for f in dataclasses.fields(job) if f.init}
+
+
+def source_hash(job: Job) -> str | None:
+    """sha256 of the file that defines the job, or None where there is no file."""
+    file = _source_file(type(job))
+    return hashlib.sha256(file.read_bytes()).hexdigest() if file else None
+
+
+def _source_file(cls: type) -> Path | None:
+    try:
+        file = inspect.getsourcefile(cls)
+    except (TypeError, OSError):
+        return None
+    return Path(file) if file and Path(file).is_file() else None
+
+
+_INSTEAD = {
+    "DataLoader": "return the loader's dataset itself: `return loader.dataset` (batching and order are Elastic's)",
+    "IterableDataset": "return a map-style dataset, for example `return list(stream)` if it fits in memory",
+    "Ray Dataset": "return rows by index, for example `return dataset.to_pandas().to_dict('records')`",
+}
+
+
+def check_dataset(where: str, data: object) -> MapDataset:
+    """Refuse what is not map-style, with the line to write instead.
+
+    Raises:
+        ConfigError: a DataLoader, an IterableDataset, a Ray Dataset, or anything without `len` and indexing.
+    """
+    names = {f"{c.__module__}.{c.__name__}" for c in type(data).__mro__}
+    found = None
+    if any(n.startswith("torch.utils.data") and n.endswith(".DataLoader") for n in names):
+        found = "DataLoader"
+    elif any(n.startswith("torch.utils.data") and n.endswith(".IterableDataset") for n in names):
+        found = "IterableDataset"
+    elif any(n.startswith("ray.data") for n in names):
+        found = "Ray Dataset"
+    if found:
+        article = "an" if found[0] == "I" else "a"
+        raise ConfigError(f"{where} returned {article} {found}, but data must be map-style; {_INSTEAD[found]}")
+    if not (hasattr(data, "__len__") and hasattr(data, "__getitem__")):
+        raise ConfigError(
+            f"{where} returned a {type(data).__name__}, which has no __len__ and __getitem__; return a map-style dataset"
+        )
+    return data  # type: ignore[return-value]
+
+
+def eval_sets(job: Job) -> dict[str, MapDataset]:
+    """The job's held-out data by name (`""` where there is one without a name), checked."""
+    data = job.eval_data()
+    if data is None:
+        return {}
+    named = dict(data) if isinstance(data, Mapping) else {"": data}
+    return {name: check_dataset(f"eval_data()[{name!r}]" if name else "eval_data()", d) for name, d in named.items()}

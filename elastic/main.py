@@ -1,0 +1,40 @@
+"""What a job file ends in: `elastic.main(MyJob, config)`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from elastic.config import TrainConfig
+from elastic.errors import ElasticError
+from elastic.job import Job
+
+
+def main(job_class: type[Job], config: TrainConfig | None = None, argv: Sequence[str] | None = None) -> None:
+    """Read the command line, train, and end the process with the run's exit code.
+
+    Args:
+        config: defaults of this job, which the command line overrides.
+        argv: the command line without the program's name; the default is that of the process.
+    """
+    raise SystemExit(run(job_class, config or TrainConfig(), sys.argv[1:] if argv is None else argv))
+
+
+def run(job_class: type[Job], config: TrainConfig, argv: Sequence[str]) -> int:
+    """Like `main`, but returns the exit code: 0 finished or paused, 1 failed, 2 bad input, 130 interrupted."""
+    from elastic.options import parse
+
+    try:
+        job, parsed = parse(job_class, config, argv)
+        from elastic.run.prepare import prepare, report
+
+        prepared = prepare(job, parsed)
+        if parsed.dry_run:
+            print(report(prepared))
+            return 0
+        from elastic.cluster.trainer import drive
+
+        return drive(prepared)
+    except ElasticError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code

@@ -1,0 +1,118 @@
+"""The command line of a job file: options from the dataclasses, help in two lengths, one sentence for bad input."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import typing
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from elastic.config import TrainConfig
+from elastic.errors import ConfigError
+from elastic.job import Job
+
+
+@dataclass(frozen=True)
+class Option:
+    """One option as a help page shows it."""
+
+    name: str
+    kind: str
+    default: Any
+    help: str
+    common: bool
+
+
+def list_options(job_class: type[Job], defaults: TrainConfig) -> Iterator[Option]:
+    """All options of a job: its own first, then those of every job."""
+    if dataclasses.is_dataclass(job_class):
+        for f in dataclasses.fields(job_class):
+            if f.init:
+                default = f.default if f.default is not dataclasses.MISSING else None
+                yield Option(f"--job.{_dashed(f.name)}", _kind(f.type), default, f.metadata.get("help", ""), True)
+    for part in dataclasses.fields(defaults):
+        section = getattr(defaults, part.name)
+        if not dataclasses.is_dataclass(section):
+            yield Option(f"--{_dashed(part.name)}", "flag", section, part.metadata["help"], part.metadata["common"])
+            continue
+        hints = typing.get_type_hints(type(section))
+        for f in dataclasses.fields(section):
+            value = getattr(section, f.name)
+            name = f"--{_dashed(part.name)}.{_dashed(f.name)}"
+            yield Option(name, _kind(hints[f.name]), value, f.metadata["help"], f.metadata["common"])
+
+
+def _dashed(name: str) -> str:
+    return name.replace("_", "-")
+
+
+def _kind(hint: Any) -> str:
+    if typing.get_origin(hint) is typing.Literal:
+        return "|".join(map(str, typing.get_args(hint)))
+    text = hint if isinstance(hint, str) else getattr(hint, "__name__", str(hint))
+    if hint is bool:
+        return "flag"
+    for word in ("int", "float", "str"):
+        if word in str(hint):
+            return {"int": "number", "float": "number", "str": "text"}[word]
+    return text
+
+
+def help_text(job_class: type[Job], defaults: TrainConfig, *, everything: bool) -> str:
+    """The help page: the common options, or all."""
+    doc = (job_class.__doc__ or "").strip().splitlines()
+    lines = [f"{job_class.__name__}: {doc[0]}" if doc and job_class.__doc__ != Job.__doc__ else job_class.__name__, ""]
+    options = [o for o in list_options(job_class, defaults) if everything or o.common]
+    rows = [
+        (f"{o.name} {'' if o.kind == 'flag' else o.kind.upper() if '|' not in o.kind else o.kind}".strip(), o)
+        for o in options
+    ]
+    width = max(len(left) for left, _ in rows) + 2
+    for left, o in rows:
+        default = "" if o.default in (None, False, ()) else f" [{o.default}]"
+        lines.append(f"  {left:<{width}}{o.help}{default}")
+    lines += ["", "  --help-all" + " " * (width - 10) + "all options" if not everything else ""]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def parse(job_class: type[Job], defaults: TrainConfig, argv: Sequence[str]) -> tuple[Job, TrainConfig]:
+    """Read a command line.
+
+    Raises:
+        ConfigError: a value that cannot be.
+        SystemExit: help was asked for (0), or the line cannot be read (2, after a message with the nearest option).
+    """
+    for flag, everything in (("--help", False), ("-h", False), ("--help-all", True)):
+        if flag in argv:
+            sys.stdout.write(help_text(job_class, defaults, everything=everything))
+            raise SystemExit(0)
+    import tyro
+
+    fields: list[Any] = [(f.name, type(getattr(defaults, f.name)), dataclasses.field(default=getattr(defaults, f.name)))
+                         for f in dataclasses.fields(defaults)]  # fmt: skip
+    if dataclasses.is_dataclass(job_class):
+        fields.insert(0, ("job", job_class, dataclasses.field(default_factory=_make(job_class))))
+    line = dataclasses.make_dataclass("Options", fields, frozen=True)
+    found = tyro.cli(
+        line, args=list(argv), config=(tyro.conf.FlagConversionOff,) if False else (), description="", prog=_prog()
+    )
+    parts = {f.name: getattr(found, f.name) for f in dataclasses.fields(defaults)}
+    job = found.job if dataclasses.is_dataclass(job_class) else job_class()
+    return job, TrainConfig(**parts)
+
+
+def _make(job_class: type[Job]) -> Any:
+    def make() -> Job:
+        try:
+            return job_class()
+        except TypeError as error:
+            raise ConfigError(f"{job_class.__name__} needs a default for every option: {error}") from error
+
+    return make
+
+
+def _prog() -> str:
+    spec = getattr(sys.modules.get("__main__"), "__spec__", None)
+    return f"python -m {spec.name}" if spec else f"python {sys.argv[0]}"

@@ -1,0 +1,115 @@
+"""Canonical gradient reduction for replicated models: the same bits at every world size.
+
+Each microbatch's gradients are a leaf. A rank sums the aligned blocks of its run; for every bucket the ranks
+exchange slices of their blocks (`all_to_all_single`), each folds its slice in tree order, and the slices are
+gathered. All sums are element by element, so neither the bucket size nor the slice boundaries reach the result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+
+from elastic.parallel.device import all_gather_flat
+from elastic.parallel.tree import Block, TreeSum, blocks
+
+Tensors = list[torch.Tensor]
+
+
+def _add(left: Tensors, right: Tensors) -> Tensors:
+    torch._foreach_add_(left, right)
+    return left
+
+
+class CanonicalSum:
+    """Sums lists of tensors (one list a microbatch) over all ranks, in tree order.
+
+    Args:
+        runs: the microbatches of each rank, as dealt.
+        bucket_bytes: temporary memory of the exchange is about three times this.
+    """
+
+    def __init__(self, runs: list[range], rank: int, group: dist.ProcessGroup | None, bucket_bytes: int):
+        self._runs, self._rank, self._group, self._bucket_bytes = runs, rank, group, bucket_bytes
+        self._sum: TreeSum[Tensors] = TreeSum(_add)
+
+    def push(self, microbatch: int, leaf: Tensors) -> None:
+        """Take the leaf of the next microbatch of this rank; its memory now belongs to the sum."""
+        self._sum.push((microbatch, 1), leaf)
+
+    def reduce(self) -> Tensors:
+        """The sum over all ranks' leaves, equal on every rank."""
+        if len(self._runs) == 1:
+            return self._sum.total()
+        parts = [tensors for _, tensors in self._sum.parts()]
+        result: Tensors = []
+        for bucket in _buckets(parts[0], self._bucket_bytes):
+            result.extend(self._exchange([part[bucket] for part in parts]))
+            for part in parts:  # the parts are summed: let the memory go bucket by bucket
+                part[bucket] = [t.new_empty(0) for t in part[bucket]]
+        return result
+
+    def _exchange(self, parts: list[Tensors]) -> Tensors:
+        """Sum one bucket: `parts` holds this rank's blocks of it."""
+        world_size = len(self._runs)
+        like = parts[0]
+        length = sum(t.numel() for t in like)
+        width = -(-length // world_size)
+        block_lists: list[list[Block]] = [blocks(run) for run in self._runs]
+        counts = [len(b) for b in block_lists]
+        send = like[0].new_zeros(world_size, len(parts), width)
+        for i, part in enumerate(parts):
+            flat = torch.cat([t.reshape(-1) for t in part])
+            if len(parts) == 1 and length == width * world_size:
+                send = flat.view(world_size, 1, width)
+            else:
+                full = length // width
+                send[:full, i] = flat[: full * width].view(full, width)
+                if full < world_size:
+                    send[full, i, : length - full * width] = flat[full * width :]
+        received = like[0].new_empty(sum(counts) * width)
+        dist.all_to_all_single(
+            received, send.reshape(-1), [c * width for c in counts], [len(parts) * width] * world_size,
+            group=self._group,
+        )  # fmt: skip
+        total: TreeSum[torch.Tensor] = TreeSum(lambda a, b: a.add_(b))
+        for block, piece in zip((b for bs in block_lists for b in bs), received.view(-1, width)):
+            total.push(block, piece)
+        gathered = like[0].new_empty(world_size * width)
+        all_gather_flat(gathered, total.total().contiguous(), group=self._group)
+        return _split(gathered, like)
+
+
+def _buckets(tensors: Tensors, limit: int) -> Iterable[slice]:
+    """Consecutive tensors of one dtype, together at most `limit` bytes (or a single larger tensor)."""
+    start, size = 0, 0
+    for i, t in enumerate(tensors):
+        bytes_ = t.numel() * t.element_size()
+        if i > start and (size + bytes_ > limit or t.dtype != tensors[start].dtype):
+            yield slice(start, i)
+            start, size = i, 0
+        size += bytes_
+    if tensors:
+        yield slice(start, len(tensors))
+
+
+def _split(flat: torch.Tensor, like: Tensors) -> Tensors:
+    out, offset = [], 0
+    for t in like:
+        out.append(flat[offset : offset + t.numel()].view(t.shape))
+        offset += t.numel()
+    return out
+
+
+def canonical_norm(tensors: Tensors) -> torch.Tensor:
+    """Global L2 norm (float64 scalar) whose bits do not depend on how dim 0 is cut.
+
+    Squares are summed within each row of dim 0 (measured: such sums are the same however rows are spread over
+    ranks), and the row sums of all tensors then in float64.
+    """
+    rows = [
+        (t * t).reshape(t.shape[0], -1).sum(1) if t.dim() > 1 else (t * t).reshape(-1) for t in tensors if t.numel()
+    ]
+    return torch.cat([r.double() for r in rows]).sum().sqrt()

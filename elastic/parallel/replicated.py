@@ -1,0 +1,237 @@
+"""Data parallelism with a whole model on every worker: how a step's forward and backward passes are run and reduced.
+
+`FastReplica` wraps the model in torch's DDP and runs several microbatches in one pass; `BitwiseReplica` runs one
+microbatch a pass and reduces canonically. Both leave `.grad` holding the sum over the global batch divided by
+`grad_divisor`, equal on every rank, and the record of the step.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from elastic.parallel.canonical import CanonicalSum, canonical_norm
+from elastic.parallel.records import PendingRecord, Records, StepRecord
+
+#: Runs the user's loss on a model and a batch: (sum, weight, metrics).
+LossFunction = Callable[[nn.Module, Any], tuple[torch.Tensor, Any, Any]]
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One forward/backward: its batch, its first microbatch, and the sample digest of each microbatch in it."""
+
+    batch: Any
+    first: int
+    digests: tuple[int, ...]
+    last: bool
+
+
+def _norm_buffers(model: nn.Module) -> set[str]:
+    """Names of running statistics, which forward passes change without counting it in the tensor's version."""
+    return {
+        f"{prefix}.{name}" if prefix else name
+        for prefix, module in model.named_modules()
+        if isinstance(module, nn.modules.batchnorm._NormBase) and module.track_running_stats
+        for name, buffer in module.named_buffers(recurse=False)
+        if buffer is not None
+    }
+
+
+class FastReplica:
+    """Native DDP: gradients accumulate without synchronisation until the last pass of the step.
+
+    Args:
+        compression: "bf16" sends gradients as bfloat16.
+        can_undo: keep what `undo_buffers` needs.
+    """
+
+    def __init__(
+        self, model: nn.Module, loss: LossFunction, *, runs: list[range], rank: int, device: torch.device,
+        bucket_mb: int, find_unused: bool, compression: str, can_undo: bool,
+    ):  # fmt: skip
+        self.model, self._loss, self._runs, self._rank, self._device = model, loss, runs, rank, device
+        self._world_size = len(runs)
+        norms = _norm_buffers(model)
+        self._buffers = [b for n, b in model.named_buffers() if b.is_floating_point()]
+        self._norms = {id(b) for n, b in model.named_buffers() if n in norms}
+        self._can_undo, self._before = can_undo, [torch.empty(0)]
+        self.wrapped: nn.Module = model
+        if self._world_size > 1:
+            ddp = nn.parallel.DistributedDataParallel(
+                model, device_ids=[device.index] if device.type == "cuda" else None, bucket_cap_mb=bucket_mb,
+                gradient_as_bucket_view=True, broadcast_buffers=False, find_unused_parameters=find_unused,
+            )  # fmt: skip
+            if compression == "bf16":
+                from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
+
+                ddp.register_comm_hook(None, bf16_compress_hook)
+            self.wrapped = ddp
+
+    def run(self, passes: Iterable[Pass]) -> tuple[StepRecord, float]:
+        """Run this rank's passes.
+
+        Returns:
+            the step's record, and the divisor that turns `.grad` into the mean over the global batch.
+        """
+        self.wrapped.zero_grad(set_to_none=True)
+        records = Records(self._runs, self._rank, self._device)
+        versions = [b._version for b in self._buffers]
+        if self._can_undo:
+            self._before = [b.detach().clone() for b in self._buffers]
+        pending: PendingRecord | None = None
+        for one in passes:
+            sync = contextlib.nullcontext() if one.last or self._world_size == 1 else self.wrapped.no_sync()  # type: ignore[operator]
+            with sync:
+                loss, weight, metrics = self._loss(self.wrapped, one.batch)
+                records.add(loss, weight, metrics, one.digests)
+                if one.last:
+                    pending = records.gather(None)
+                loss.backward()
+        assert pending is not None, "a rank without a microbatch"
+        changed = [b for b, v in zip(self._buffers, versions) if b._version != v or id(b) in self._norms]
+        if changed and self._world_size > 1:
+            _average(changed, self._world_size)
+        record = pending.result()
+        return record, record.weight / self._world_size
+
+    def norm(self, gradients: list[torch.Tensor]) -> torch.Tensor:
+        """Global L2 norm of the gradients."""
+        return nn.utils.get_total_norm(gradients)
+
+    def undo_buffers(self) -> None:
+        """Put floating buffers back to what they were before the step's forward passes."""
+        assert self._can_undo
+        with torch.no_grad():
+            for b, old in zip(self._buffers, self._before):
+                b.copy_(old)
+
+    def close(self) -> None:
+        """Drop the wrapper, whose reducer holds the process group."""
+        self.wrapped = self.model
+
+
+def _average(buffers: list[torch.Tensor], world_size: int) -> None:
+    flat = torch.cat([b.reshape(-1).float() for b in buffers])
+    dist.all_reduce(flat)
+    flat /= world_size
+    offset = 0
+    with torch.no_grad():
+        for b in buffers:
+            b.copy_(flat[offset : offset + b.numel()].view(b.shape))
+            offset += b.numel()
+
+
+class BitwiseReplica:
+    """One pass a microbatch, canonical sums of gradients and of what forward passes did to buffers."""
+
+    def __init__(
+        self, model: nn.Module, loss: LossFunction, *, runs: list[range], rank: int, device: torch.device,
+        bucket_mb: int,
+    ):  # fmt: skip
+        self.model = self.wrapped = model
+        self._loss, self._runs, self._rank, self._device = loss, runs, rank, device
+        self._bucket_bytes = bucket_mb << 20
+        self._parameters = [p for p in model.parameters() if p.requires_grad]
+        self._buffers = dict(model.named_buffers())
+        self._norms = _norm_buffers(model)
+        self._kept: dict[str, tuple[int, torch.Tensor]] = {}
+        self._count = sum(map(len, runs))
+
+    def run(self, passes: Iterable[Pass]) -> tuple[StepRecord, float]:
+        """Run this rank's passes (one microbatch each); see `FastReplica.run`."""
+        for p in self._parameters:
+            p.grad = None
+        records = Records(self._runs, self._rank, self._device, (len(self._buffers) + 63) // 64)
+        gradients = CanonicalSum(self._runs, self._rank, None, self._bucket_bytes)
+        names = list(self._buffers)
+        before = self._copies()
+        after: list[dict[str, torch.Tensor]] = []
+        indices: list[int] = []
+        pending: PendingRecord | None = None
+        for one in passes:
+            assert len(one.digests) == 1, "bitwise runs one microbatch a pass"
+            versions = {n: b._version for n, b in self._buffers.items()}
+            loss, weight, metrics = self._loss(self.model, one.batch)
+            changed = {
+                n: b.detach().clone() for n, b in self._buffers.items() if b._version != versions[n] or n in self._norms
+            }
+            records.add(loss, weight, metrics, one.digests, sum(1 << names.index(n) for n in changed))
+            if one.last:
+                pending = records.gather(None)
+            loss.backward()
+            with torch.no_grad():
+                for n in changed:  # every microbatch starts from the buffers of the step's beginning
+                    self._buffers[n].copy_(before[n])
+            after.append(changed)
+            indices.append(one.first)
+            gradients.push(one.first, self._take_gradients())
+        assert pending is not None, "a rank without a microbatch"
+        record = pending.result()
+        self._put_gradients(gradients.reduce())
+        if record.changed_buffers:
+            touched = [n for i, n in enumerate(names) if record.changed_buffers >> i & 1]
+            self._reduce_buffers(touched, before, after, indices)
+        return record, record.weight
+
+    def _copies(self) -> dict[str, torch.Tensor]:
+        """The buffers as they are now; copied again only where something wrote to them since."""
+        for n, b in self._buffers.items():
+            if n not in self._kept or self._kept[n][0] != b._version:
+                self._kept[n] = (b._version, b.detach().clone())
+        return {n: copy for n, (_, copy) in self._kept.items()}
+
+    def _take_gradients(self) -> list[torch.Tensor]:
+        """The gradients of one microbatch, zeros where there is none, then one 0/1 for each parameter: has it any."""
+        used = torch.tensor(
+            [float(p.grad is not None) for p in self._parameters], dtype=torch.float32, device=self._device
+        )
+        leaf = [p.grad if p.grad is not None else torch.zeros_like(p) for p in self._parameters]
+        for p in self._parameters:
+            p.grad = None
+        return [*leaf, used]
+
+    def _put_gradients(self, total: list[torch.Tensor]) -> None:
+        *gradients, used = total
+        for p, gradient, count in zip(self._parameters, gradients, used.tolist()):
+            p.grad = gradient if count else None  # unused in the whole batch: the optimizer leaves it alone
+
+    def _reduce_buffers(
+        self, touched: list[str], before: dict[str, torch.Tensor], after: list[dict[str, torch.Tensor]],
+        indices: list[int],
+    ) -> None:  # fmt: skip
+        """Floating buffers move by the mean of their moves; integer buffers must have moved alike."""
+        floating = [n for n in touched if before[n].is_floating_point()]
+        whole = [n for n in touched if not before[n].is_floating_point()]
+        sums = CanonicalSum(self._runs, self._rank, None, self._bucket_bytes)
+        for index, changed in zip(indices, after):
+            moves = [changed[n] - before[n] if n in changed else torch.zeros_like(before[n]) for n in floating]
+            for n in whole:
+                if not torch.equal(changed.get(n, before[n]), after[0].get(n, before[n])):
+                    raise RuntimeError(f"buffer {n} took different values in two microbatches, so it has no one value")
+            sums.push(index, moves)
+        with torch.no_grad():
+            if floating:
+                for n, move in zip(floating, sums.reduce()):
+                    self._buffers[n].copy_(before[n] + move / self._count)
+            for n in whole:
+                self._buffers[n].copy_(after[0].get(n, before[n]))
+
+    def norm(self, gradients: list[torch.Tensor]) -> torch.Tensor:
+        """Global L2 norm of the gradients, independent of any cut."""
+        return canonical_norm(gradients)
+
+    def undo_buffers(self) -> None:
+        """Put buffers back to what they were before the step's forward passes."""
+        with torch.no_grad():
+            for n, (_, old) in self._kept.items():
+                self._buffers[n].copy_(old)
+
+    def close(self) -> None:
+        """Nothing is held."""

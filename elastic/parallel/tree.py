@@ -1,0 +1,69 @@
+"""The one order in which the V leaves of a step are summed, at every world size.
+
+The tree over n leaves splits at the largest power of two below n, so every aligned block of `2**k` leaves is a
+node of it. A rank sums the aligned blocks inside its own run; the blocks of all ranks are then folded in the same
+tree, so the result has the same bits as if one process had summed all leaves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
+Block = tuple[int, int]  # (first leaf, number of leaves: a power of two that divides the first leaf)
+
+
+def blocks(run: range) -> list[Block]:
+    """The largest aligned blocks that make up a contiguous run of leaves, in order."""
+    found, start = [], run.start
+    while start < run.stop:
+        size = start & -start if start else 1 << (run.stop - 1).bit_length()
+        while start + size > run.stop:
+            size //= 2
+        found.append((start, size))
+        start += size
+    return found
+
+
+class TreeSum(Generic[T]):
+    """Sums leaves or blocks, given in order, keeping at most one partial sum for each power of two.
+
+    Args:
+        add: returns left + right; it may reuse the memory of left.
+    """
+
+    def __init__(self, add: Callable[[T, T], T]):
+        self._add = add
+        self._stack: list[tuple[Block, T]] = []
+
+    def push(self, block: Block, value: T) -> None:
+        """Add the next block; siblings are summed as soon as both are there."""
+        start, size = block
+        while self._stack:
+            (left, left_size), left_value = self._stack[-1]
+            if left_size != size or left % (2 * size) or left + left_size != start:
+                break
+            self._stack.pop()
+            value, start, size = self._add(left_value, value), left, 2 * size
+        self._stack.append(((start, size), value))
+
+    def parts(self) -> list[tuple[Block, T]]:
+        """The blocks summed so far; of a contiguous run these are exactly `blocks(run)`."""
+        return list(self._stack)
+
+    def total(self) -> T:
+        """The sum of everything pushed, which must be all leaves from 0 on."""
+        assert self._stack and self._stack[0][0][0] == 0, "a total starts at leaf 0"
+        value = self._stack[-1][1]
+        for _, left in reversed(self._stack[:-1]):
+            value = self._add(left, value)
+        return value
+
+
+def tree_sum(values: list[T], add: Callable[[T, T], T]) -> T:
+    """Sum of all leaves in tree order."""
+    total = TreeSum(add)
+    for i, value in enumerate(values):
+        total.push((i, 1), value)
+    return total.total()

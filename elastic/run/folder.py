@@ -1,0 +1,98 @@
+"""The folder of a run in storage: configuration, status, claims and result."""
+
+from __future__ import annotations
+
+import getpass
+import json
+import os
+import socket
+import time
+from typing import Any
+
+from elastic.errors import ConfigError
+from elastic.storage import Storage
+
+FORMAT = 1
+CONFIG, STATUS, RESULT, CLAIMS = "config.json", "status.json", "result.json", "claims"
+ALIVE_S = 60.0
+LIVE_STATES = ("running", "parked")
+
+
+def _json(values: dict[str, Any]) -> bytes:
+    return (json.dumps({"format": FORMAT, **values}, indent=1) + "\n").encode()
+
+
+class RunFolder:
+    """Typed access to `<storage>/<run>`."""
+
+    def __init__(self, storage: Storage):
+        self.storage = storage
+
+    def _read(self, name: str) -> dict[str, Any] | None:
+        try:
+            found = json.loads(self.storage.read(name))
+        except FileNotFoundError:
+            return None
+        if found.get("format") != FORMAT:
+            raise ConfigError(
+                f"{self.storage.path(name)} has format {found.get('format')!r}, this version reads {FORMAT}; "
+                "use the version of elastic-train that wrote it, or a newer one"
+            )
+        return found
+
+    def config(self) -> dict[str, Any] | None:
+        return self._read(CONFIG)
+
+    def write_config(self, values: dict[str, Any]) -> None:
+        self.storage.replace(CONFIG, _json(values))
+
+    def status(self) -> dict[str, Any] | None:
+        return self._read(STATUS)
+
+    def write_status(self, values: dict[str, Any]) -> None:
+        self.storage.replace(STATUS, _json(values))
+
+    def result(self) -> dict[str, Any] | None:
+        return self._read(RESULT)
+
+    def write_result(self, values: dict[str, Any]) -> None:
+        self.storage.replace(RESULT, _json(values))
+
+    def newest_epoch(self) -> int:
+        """The highest claim's epoch; 0 where nobody ever claimed the run."""
+        return max((int(n.removesuffix(".json")) for n in self.storage.names(CLAIMS)), default=0)
+
+    def claim(self, *, take_over: bool) -> int:
+        """Claim the run for this driver.
+
+        Returns:
+            the claim's epoch.
+
+        Raises:
+            ConfigError: another driver seems alive, or claimed it at the same moment.
+        """
+        status = self.status()
+        if status is not None and status["status"] in LIVE_STATES and not take_over:
+            age = time.time() - status["heartbeat"]
+            if age < ALIVE_S:
+                raise ConfigError(
+                    f"run {self.storage.path('')} is being driven by {status['owner']} (heartbeat {age:.0f} s ago); "
+                    "stop that one, choose another --run.name, or give --run.take-over"
+                )
+        epoch = self.newest_epoch() + 1
+        try:
+            self.storage.create(f"{CLAIMS}/{epoch:06d}.json", _json({"owner": owner(), "time": time.time()}))
+        except FileExistsError:
+            raise ConfigError(
+                f"run {self.storage.path('')} was claimed by another driver at this moment; stop one of the two"
+            ) from None
+        return epoch
+
+
+def owner() -> str:
+    """Who this process is, for people."""
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):
+        user = str(os.getuid())
+    return f"{user}@{socket.gethostname()} (process {os.getpid()})"

@@ -1,0 +1,342 @@
+"""The keeper of a run: what the membership server relays to. It alone writes the ledger and commits checkpoints.
+
+The server's thread hands work to the keeper's own thread through a queue, so storage never delays a decision about
+membership.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from elastic.checkpoint.format import Manifest
+from elastic.checkpoint.reader import newest_first, steps_with_attempts
+from elastic.checkpoint.retention import prune
+from elastic.checkpoint.writer import commit
+from elastic.errors import CheckpointError
+from elastic.membership.server import MembershipServer
+from elastic.membership.state import Generation, Member, World
+from elastic.observe.ledger import EVENTS, METRICS, LedgerFile
+from elastic.observe.tensorboard import TensorBoard
+from elastic.run.folder import RunFolder
+
+HEARTBEAT_S = 5.0
+FLUSH_LOCAL_S = 1.0
+FLUSH_OBJECT_S = 10.0
+
+
+@dataclass(frozen=True)
+class KeeperOptions:
+    """What the keeper needs to know of a run. `facts` go into every status (owner, host, git commit, ...)."""
+
+    epoch: int
+    keep_last: int
+    total_steps: int
+    tensorboard: bool
+    price: float | None
+    facts: dict[str, Any]
+
+
+@dataclass
+class _Attempt:
+    """A checkpoint whose packs are coming in."""
+
+    size: int
+    started: float
+    indexes: dict[str, dict[str, Any]] = field(default_factory=dict)
+    header: dict[str, Any] | None = None
+
+
+class RunKeeper:
+    """Implements `membership.server.Keeper` for a run's folder. Call `attach`, then `start`."""
+
+    def __init__(self, folder: RunFolder, options: KeeperOptions):
+        self._folder, self._options = folder, options
+        self._storage = folder.storage
+        self._rows = LedgerFile(self._storage, METRICS, options.epoch)
+        self._events = LedgerFile(self._storage, EVENTS, options.epoch)
+        self._tensorboard: TensorBoard | None = None
+        self._server: MembershipServer | None = None
+        self._queue: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._work, name="run-keeper", daemon=True)
+        self._world: World | None = None
+        self._world_size_seconds = 0.0
+        self._world_since = 0.0
+        self._done: dict[str, dict[str, Any]] = {}
+        self._attempts: dict[tuple[int, str], _Attempt] = {}
+        self._state, self._message = "running", ""
+        self._last_row: dict[str, Any] | None = None
+        self._last_eval: dict[str, Any] = {}
+        self._stalls: list[dict[str, Any]] = []
+        self._broken_at: float | None = None
+        self._started = time.time()
+        self._closed = False
+        newest = next(newest_first(self._storage), None)
+        self._restore: dict[str, Any] = (
+            {"rung": "checkpoint", "step": newest.step, "attempt": newest.attempt} if newest else {"rung": "fresh"}
+        )
+
+    def attach(self, server: MembershipServer) -> None:
+        self._server = server
+
+    def start(self, detail: dict[str, Any]) -> None:
+        """Write the first status and event, and start working."""
+        self._thread.start()
+        self._do(self._write_status)
+        self.event("run_started", detail=detail)
+
+    def stop(self) -> None:
+        """Write out everything and end the thread."""
+        if self._thread.is_alive():
+            self._queue.put(None)
+            self._thread.join(60)
+
+    # ---- called on the server's thread -------------------------------------------------------------------------
+
+    def event(self, kind: str, **fields: Any) -> None:
+        """Record an event. From any thread."""
+        record = {"time": time.time(), "kind": kind, **{k: v for k, v in fields.items() if v is not None}}
+        self._do(lambda: self._record_event(record))
+
+    def worker_joined(self, member: Member, message: dict[str, Any]) -> None:
+        self.event(
+            "worker_warm", member=member.id, node=member.node, pid=member.pid, step=message.get("applied"),
+            seconds=message.get("warm_s"), detail=message.get("device"),
+        )  # fmt: skip
+
+    def world_formed(self, world: World) -> None:
+        self._count_world(world)
+        self._attempts.clear()
+        self.event(
+            "world_formed", generation=str(world.generation),
+            detail={"size": world.size, "pids": [m.pid for m in world.members], "ids": [m.id for m in world.members]},
+        )  # fmt: skip
+
+    def world_broken(self, world: World, lost: Member | None) -> None:
+        self._count_world(None)
+        self._broken_at = time.time()
+        if lost is not None:
+            self.event(
+                "member_lost", generation=str(world.generation), member=lost.id, node=lost.node, pid=lost.pid,
+                step=self._last_row["step"] if self._last_row else None,
+            )  # fmt: skip
+
+    def receive(self, member: Member, generation: Generation, message: dict[str, Any]) -> None:
+        kind = message["kind"]
+        if kind == "rows":
+            self._do(lambda: self._take_rows(message["rows"]))
+        elif kind == "event":
+            self.event(
+                message["event"], generation=str(generation), member=member.id,
+                **{k: message[k] for k in ("step", "seconds", "detail") if k in message},
+            )  # fmt: skip
+        elif kind == "pack":
+            world = self._world
+            assert world is not None
+            self._do(lambda: self._take_pack(member, world, message))
+        elif kind in ("done", "failed"):
+            self._do(lambda: self._take_outcome(member, generation, message))
+
+    def restore_point(self) -> dict[str, Any]:
+        return self._restore
+
+    def close_run(self, status: str, message: str) -> None:
+        self._do(lambda: self._close(status, message, {}))
+
+    def status(self) -> dict[str, Any]:
+        return self._status_values()
+
+    # ---- the keeper's thread -----------------------------------------------------------------------------------
+
+    def _do(self, work: Callable[[], None]) -> None:
+        self._queue.put(work)
+
+    def _work(self) -> None:
+        flush_s = FLUSH_LOCAL_S if self._storage.can_append else FLUSH_OBJECT_S
+        next_flush, next_beat = time.monotonic() + flush_s, time.monotonic() + HEARTBEAT_S
+        while True:
+            wait = max(0.0, min(next_flush, next_beat) - time.monotonic())
+            work: Callable[[], None] | None = lambda: None  # noqa: E731
+            with contextlib.suppress(queue.Empty):
+                work = self._queue.get(timeout=wait)
+            if work is None:
+                break
+            try:
+                work()
+            except Exception as error:  # without its keeper a run must not go on
+                self._give_up("".join(traceback.format_exception(error)).rstrip())
+            now = time.monotonic()
+            try:
+                if now >= next_flush:
+                    next_flush = now + flush_s
+                    self._flush()
+                if now >= next_beat:
+                    next_beat = now + HEARTBEAT_S
+                    self._beat()
+            except Exception as error:  # without its keeper a run must not go on
+                self._give_up("".join(traceback.format_exception(error)).rstrip())
+        self._flush()
+        if self._tensorboard:
+            self._tensorboard.close()
+
+    def _flush(self) -> None:
+        if self._closed:
+            return
+        self._rows.flush()
+        self._events.flush()
+        if self._tensorboard:
+            self._tensorboard.flush()
+
+    def _beat(self) -> None:
+        if self._closed or not self._still_ours():
+            return
+        self._write_status()
+
+    def _still_ours(self) -> bool:
+        newest = self._folder.newest_epoch()
+        if newest <= self._options.epoch:
+            return True
+        self._give_up(f"claim {newest} took the run over from claim {self._options.epoch}")
+        return False
+
+    def _give_up(self, reason: str) -> None:
+        """Write nothing more, and end everyone who works for this claim; `reason` reaches the driver and the workers."""
+        self._closed = True
+        assert self._server is not None
+        self._server.send_all({"kind": "fenced", "reason": reason})
+        self._server.publish({"kind": "end", "status": "fenced", "message": reason}, keep=True)
+
+    def _record_event(self, record: dict[str, Any]) -> None:
+        if self._closed:
+            return
+        self._events.add(record)
+        assert self._server is not None
+        self._server.publish(record, keep=True)
+        if record["kind"] not in ("worker_warm", "restored"):
+            self._events.flush()
+
+    def _take_rows(self, rows: list[dict[str, Any]]) -> None:
+        if self._closed:
+            return
+        assert self._server is not None
+        for row in rows:
+            self._rows.add(row)
+            if "sample_hash" in row:
+                if self._broken_at is not None and self._last_row is not None:
+                    stall = max(0.0, row["time"] - self._last_row["time"] - self._last_row["step_s"])
+                    self._stalls.append({"step": row["step"], "seconds": round(stall, 4)})
+                    self._broken_at = None
+                self._last_row = row
+            else:
+                self._last_eval = {k: v for k, v in row.items() if k.startswith("eval/")}
+            if self._options.tensorboard:
+                if self._tensorboard is None:
+                    self._tensorboard = TensorBoard(self._storage, self._options.epoch)
+                self._tensorboard.row(row)
+            self._server.publish(row, keep="sample_hash" not in row)
+
+    def _take_pack(self, member: Member, world: World, message: dict[str, Any]) -> None:
+        key = (message["step"], message["attempt"])
+        attempt = self._attempts.setdefault(key, _Attempt(world.size, time.monotonic()))
+        attempt.indexes[member.id] = message["index"]
+        attempt.header = message.get("header") or attempt.header
+        if len(attempt.indexes) < attempt.size or attempt.header is None:
+            return
+        del self._attempts[key]
+        error = self._commit(world, message["step"], message["attempt"], attempt)
+        assert self._server is not None
+        self._server.send_all({"kind": "commit", "step": message["step"], "error": error})
+
+    def _commit(self, world: World, step: int, name: str, attempt: _Attempt) -> str | None:
+        if self._closed or not self._still_ours():
+            return "a newer claim owns the run"
+        assert attempt.header is not None
+        manifest = Manifest(
+            step, attempt.header["seed"], attempt.header["config_digest"],
+            {"size": world.size, "generation": str(world.generation)}, attempt.header["values"],
+        )  # fmt: skip
+        indexes = [attempt.indexes[m.id] for m in world.members]
+        try:
+            whole = commit(self._storage, name, manifest, indexes)
+        except (OSError, CheckpointError) as error:
+            self.event("checkpoint_failed", generation=str(world.generation), step=step, detail=str(error))
+            return f"the checkpoint of step {step} could not be committed: {error}"
+        self._restore = {"rung": "checkpoint", "step": step, "attempt": name}
+        size = sum(c.end - c.start for t in whole.tensors.values() for c in t.chunks)
+        self.event(
+            "checkpoint_committed", generation=str(world.generation), step=step,
+            seconds=round(time.monotonic() - attempt.started, 4), detail={"attempt": name, "bytes": size},
+        )  # fmt: skip
+        try:
+            prune(self._storage, steps_with_attempts(self._storage), self._options.keep_last)
+        except OSError as error:  # the run does not depend on it, and the next commit tries again
+            self.event("checkpoint_failed", step=step, detail=f"old checkpoints could not be removed: {error}")
+        return None
+
+    def _take_outcome(self, member: Member, generation: Generation, message: dict[str, Any]) -> None:
+        if message["kind"] == "failed":
+            self._close("failed", message["message"], {})
+            return
+        self._done[member.id] = message
+        world = self._world
+        if world is None or any(m.id not in self._done for m in world.members):
+            return
+        first = self._done[world.members[0].id]
+        self._close(first["status"], first.get("message", ""), first["result"])
+
+    def _close(self, status: str, message: str, result: dict[str, Any]) -> None:
+        """The one end of a run: result, event, status, compacted ledger."""
+        if self._closed:
+            return
+        self._count_world(None)
+        self._state, self._message = status, message
+        last = self._last_row or {}
+        values = {
+            "status": status, "message": message, "steps": last.get("step", self._restore.get("step", 0)),
+            "samples_seen": last.get("samples"), "loss": last.get("loss"), "metrics": self._last_eval,
+            **result, "stalls": self._stalls, "worker_hours": round(self._world_size_seconds / 3600, 6),
+            "cost": self._cost(), "seconds": round(time.time() - self._started, 3), **self._options.facts,
+        }  # fmt: skip
+        kind = "run_failed" if status == "failed" else "run_finished"
+        record = {"time": time.time(), "kind": kind, "step": values["steps"], "seconds": values["seconds"],
+                  "detail": message or status}  # fmt: skip
+        self._record_event(record)
+        self._folder.write_result(values)
+        self._rows.compact()
+        self._events.compact()
+        if self._tensorboard:
+            self._tensorboard.flush()
+        self._write_status()
+        self._closed = True
+        assert self._server is not None
+        self._server.publish({"kind": "end", "status": status, "message": message, "result": values}, keep=True)
+
+    def _count_world(self, world: World | None) -> None:
+        if self._world is not None and self._world_since:
+            self._world_size_seconds += self._world.size * (time.time() - self._world_since)
+        self._world_since = time.time() if world is not None else 0.0
+        if world is not None:
+            self._world = world
+
+    def _cost(self) -> float | None:
+        price = self._options.price
+        return None if price is None else round(price * self._world_size_seconds / 3600, 6)
+
+    def _status_values(self) -> dict[str, Any]:
+        world = self._world
+        return {
+            "status": self._state, "message": self._message, "heartbeat": time.time(), "epoch": self._options.epoch,
+            "step": self._last_row["step"] if self._last_row else self._restore.get("step", 0),
+            "total_steps": self._options.total_steps,
+            "world": None if world is None else {"generation": str(world.generation), "size": world.size},
+            **self._options.facts,
+        }  # fmt: skip
+
+    def _write_status(self) -> None:
+        self._folder.write_status(self._status_values())

@@ -1,0 +1,74 @@
+"""The numbers of a run, resolved once: everything that options leave open until the data is known."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from elastic.config import TrainConfig
+from elastic.data.deal import check_microbatches, choose_microbatches
+from elastic.errors import ConfigError
+from elastic.units import Amount, parse_amount
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """Steps, microbatches and cadences. All counts are in steps; None means never."""
+
+    total_steps: int
+    dataset_size: int
+    global_size: int
+    microbatches: int
+    warmup_steps: int
+    eval_every: int | None
+    checkpoint_every: int | None
+    stop_after_steps: int | None
+    stop_after_s: float | None
+    tokens_per_sample: int | None
+
+
+def resolve(
+    config: TrainConfig, *, dataset_size: int, tokens_per_sample: int | None, stored_microbatches: int | None = None
+) -> RunPlan:
+    """Resolve a configuration against the data.
+
+    Args:
+        stored_microbatches: V of the run that is resumed, which stays unless the user names another.
+
+    Raises:
+        ConfigError: the data and the options do not fit.
+    """
+    batch, scaling = config.batch, config.scaling
+    if dataset_size < batch.global_size:
+        raise ConfigError(
+            f"train_data() has {dataset_size} samples, fewer than --batch.global-size {batch.global_size}; "
+            f"give at most {dataset_size}"
+        )
+    microbatches = batch.microbatches or stored_microbatches
+    if microbatches is None:
+        microbatches = choose_microbatches(batch.global_size, scaling.max_workers)
+    check_microbatches(microbatches, scaling.max_workers)
+
+    def steps(name: str, text: str | None) -> int | None:
+        if text is None:
+            return None
+        return parse_amount(name, text, clock=False).steps(batch.global_size, dataset_size, tokens_per_sample)
+
+    total = steps("--run.duration", config.run.duration)
+    assert total is not None
+    stop: Amount | None = None
+    if config.run.stop_after is not None:
+        stop = parse_amount("--run.stop-after", config.run.stop_after, clock=True)
+    return RunPlan(
+        total_steps=total,
+        dataset_size=dataset_size,
+        global_size=batch.global_size,
+        microbatches=microbatches,
+        warmup_steps=steps("--optim.warmup", config.optim.warmup) or 0,
+        eval_every=steps("--eval.every", config.eval.every),
+        checkpoint_every=steps("--checkpoint.every", config.checkpoint.every),
+        stop_after_steps=(
+            stop.steps(batch.global_size, dataset_size, tokens_per_sample) if stop and not stop.is_clock else None
+        ),
+        stop_after_s=stop.seconds if stop and stop.is_clock else None,
+        tokens_per_sample=tokens_per_sample,
+    )

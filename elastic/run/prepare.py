@@ -1,0 +1,140 @@
+"""From a job and options to a run that can start: everything that can be refused is refused here."""
+
+from __future__ import annotations
+
+import secrets
+import subprocess
+import time
+from dataclasses import dataclass, replace
+from typing import Any
+
+from elastic import config as cfg
+from elastic.config import TrainConfig
+from elastic.data.deal import batch_line, batch_table
+from elastic.errors import ConfigError
+from elastic.job import Job, check_dataset, eval_sets, job_name, job_options, source_hash
+from elastic.run.folder import RunFolder
+from elastic.run.plan import RunPlan, resolve
+from elastic.storage import Storage
+
+
+@dataclass(frozen=True)
+class PreparedRun:
+    """A validated run. `config` has its name and V filled in; `finished` is the result of a run that is over."""
+
+    job: Job
+    config: TrainConfig
+    plan: RunPlan
+    folder: RunFolder
+    digest: str
+    source: str | None
+    finished: dict[str, Any] | None = None
+    changed_code: bool = False
+
+    @property
+    def name(self) -> str:
+        assert self.config.run.name is not None
+        return self.config.run.name
+
+
+def prepare(job: Job, config: TrainConfig) -> PreparedRun:
+    """Validate and resolve; writes nothing but a probe.
+
+    Raises:
+        ConfigError: with one sentence that names the option, its value and the fix.
+    """
+    data = check_dataset("train_data()", job.train_data())
+    for name, held_out in eval_sets(job).items():
+        if len(held_out) == 0:
+            raise ConfigError(f"eval_data() {name!r} has no samples; return None to leave evaluation out")
+    dataset_size, tokens = len(data), job.tokens_per_sample
+    resumes = config.run.name is not None
+    if not resumes:
+        name = f"{job_name(job)}-{time.strftime('%Y%m%d')}-{secrets.token_hex(2)}"
+        config = replace(config, run=replace(config.run, name=name))
+    folder = RunFolder(Storage(config.run.storage).child(str(config.run.name)))
+    stored = folder.config() if resumes else None
+    stored_v = stored["config"]["batch"]["microbatches"] if stored else None
+    allow_v = "batch.microbatches" in config.run.allow_change or "batch.global-size" in config.run.allow_change
+    plan = resolve(
+        config, dataset_size=dataset_size, tokens_per_sample=tokens, stored_microbatches=None if allow_v else stored_v
+    )
+    config = replace(config, batch=replace(config.batch, microbatches=plan.microbatches))
+    wanted = cfg.result_options(config, job_options(job))
+    finished, changed_code, source = None, False, source_hash(job)
+    if stored is not None:
+        _refuse_changes(stored["result"], wanted, config.run.allow_change, config.run.name)
+        changed_code = stored["source"] is not None and stored["source"] != source
+        status = folder.status()
+        if status is not None and status["status"] == "finished":
+            finished = folder.result()
+    return PreparedRun(job, config, plan, folder, cfg.digest(wanted), source, finished, changed_code)
+
+
+def _refuse_changes(stored: dict[str, Any], wanted: dict[str, Any], allowed: tuple[str, ...], name: str | None) -> None:
+    for key in sorted(set(stored) | set(wanted)):
+        if stored.get(key) != wanted.get(key) and key not in allowed:
+            raise ConfigError(
+                f"--{key} is {wanted.get(key)!r}, but run {name} was started with {stored.get(key)!r}; give that, "
+                f"another --run.name, or --run.allow-change {key}"
+            )
+
+
+def open_run(run: PreparedRun) -> int:
+    """Probe the storage, claim the run and write its configuration.
+
+    Returns:
+        the claim's epoch.
+    """
+    run.folder.storage.probe()
+    epoch = run.folder.claim(take_over=run.config.run.take_over)
+    run.folder.write_config(
+        {
+            "job": {"name": job_name(run.job), "class": type(run.job).__qualname__, "options": _plain(run.job)},
+            "config": cfg.to_dict(run.config),
+            "result": cfg.result_options(run.config, job_options(run.job)),
+            "digest": run.digest,
+            "source": run.source,
+        }
+    )
+    return epoch
+
+
+def _plain(job: Job) -> dict[str, Any]:
+    return {
+        k: v if isinstance(v, (int, float, str, bool, type(None))) else repr(v) for k, v in job_options(job).items()
+    }
+
+
+def git_commit() -> str | None:
+    """The commit of the working directory, with `+` where it was changed, or None outside git."""
+    try:
+        head = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=True)
+        dirty = subprocess.run(["git", "status", "--porcelain"], capture_output=True, text=True, timeout=5, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return head.stdout.strip() + ("+" if dirty.stdout.strip() else "")
+
+
+def report(run: PreparedRun) -> str:
+    """What `--dry-run` prints: the resolved options and what each world size would do."""
+    values = {**cfg.result_options(run.config, job_options(run.job)), **_operational(run.config)}
+    lines = [f"run {run.name} in {run.folder.storage.url}", ""]
+    lines += [f"  --{name} {value}" for name, value in sorted(values.items()) if value not in (None, False, [], ())]
+    plan, most = run.plan, run.config.scaling.max_workers
+    lines += [
+        "",
+        f"{plan.dataset_size} samples, {plan.total_steps} steps",
+        batch_line(plan.global_size, plan.microbatches, most),
+    ]
+    lines += ["", "workers  rounds  efficiency"]
+    lines += [f"{w:>7}  {rounds:>6}  {share:>9.0%}" for w, rounds, share in batch_table(plan.microbatches, most)]
+    return "\n".join(lines)
+
+
+def _operational(config: TrainConfig) -> dict[str, Any]:
+    found = {}
+    for part, section in cfg.to_dict(config).items():
+        if isinstance(section, dict):
+            found.update({f"{part}.{name}".replace("_", "-"): value for name, value in section.items()})
+    return found

@@ -1,0 +1,200 @@
+"""Files of a run, on any fsspec URL, with the one primitive that commits need: create-if-absent.
+
+Local disk: `os.link` of a synced temporary file (EEXIST = refused); rename would overwrite, and fsspec's own local
+create is exists() + open, which races. Object stores: `pipe_file(mode="create")`, which sends If-None-Match.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import uuid
+from pathlib import Path
+from typing import Any
+
+from elastic.errors import ConfigError, StorageError
+
+_ATOMIC_CREATE = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "memory"}
+_PACKAGE = {
+    "s3": "s3fs",
+    "s3a": "s3fs",
+    "gs": "gcsfs",
+    "gcs": "gcsfs",
+    "az": "adlfs",
+    "abfs": "adlfs",
+    "abfss": "adlfs",
+}
+
+
+class Storage:
+    """One folder at a URL; all paths given to it are relative and use `/`.
+
+    Raises:
+        ConfigError: an unknown scheme, a missing package, or a file system without atomic create.
+    """
+
+    def __init__(self, url: str):
+        scheme, separator, rest = url.partition("://")
+        self.local = not separator or scheme in ("file", "local")
+        if self.local:
+            self.root = str(Path(rest if separator else url).expanduser().absolute())
+            self.url = self.root
+            return
+        if scheme not in _ATOMIC_CREATE:
+            raise ConfigError(
+                f"--run.storage is {url!r}, whose scheme {scheme!r} is not known to create files atomically; use a "
+                f"folder, file://, or one of {', '.join(sorted(s + '://' for s in _ATOMIC_CREATE))}"
+            )
+        import fsspec
+
+        try:
+            options = {} if scheme == "memory" else {"use_listings_cache": False}
+            self.fs, self.root = fsspec.url_to_fs(url, **options)
+        except ImportError as error:
+            package = _PACKAGE.get(scheme, scheme)
+            raise ConfigError(f"--run.storage is {url!r}, which needs `pip install {package}` ({error})") from error
+        self.root = self.root.rstrip("/")
+        self.url = url.rstrip("/")
+
+    @property
+    def can_append(self) -> bool:
+        """Whether `append` works; object stores cannot."""
+        return self.local
+
+    def child(self, name: str) -> Storage:
+        """The storage of a folder inside this one."""
+        return Storage(f"{self.url}/{name}")
+
+    def path(self, name: str) -> str:
+        return f"{self.root}/{name}" if name else self.root
+
+    def create(self, name: str, data: bytes) -> None:
+        """Create `name` with `data`, durable once this returns.
+
+        Raises:
+            FileExistsError: somebody created it before; it is untouched.
+        """
+        path = self.path(name)
+        if not self.local:
+            try:
+                self.fs.pipe_file(path, data, mode="create")
+            except OSError as error:
+                if isinstance(error, FileExistsError) or error.errno == 22:
+                    raise FileExistsError(f"{path} exists") from error
+                raise
+            return
+        temporary = _write_temporary(path, data)
+        try:
+            os.link(temporary, path)
+        finally:
+            os.unlink(temporary)
+        _sync_folder(path)
+
+    def replace(self, name: str, data: bytes) -> None:
+        """Write `name` whole, over what was there; readers see the old or the new, never a part."""
+        path = self.path(name)
+        if not self.local:
+            self.fs.pipe_file(path, data)
+            return
+        os.replace(_write_temporary(path, data), path)
+
+    def append(self, name: str, data: bytes) -> None:
+        """Append to a local file."""
+        assert self.local, "object storage cannot append"
+        path = self.path(name)
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "ab") as f:
+            f.write(data)
+
+    def upload(self, name: str, file: str) -> None:
+        """Copy a local file to `name`."""
+        self.replace(name, Path(file).read_bytes())
+
+    def read(self, name: str, start: int | None = None, end: int | None = None) -> bytes:
+        """Bytes `[start, end)` of `name`.
+
+        Raises:
+            FileNotFoundError: there is no such object.
+        """
+        if not self.local:
+            return self.fs.cat_file(self.path(name), start=start, end=end)
+        with open(self.path(name), "rb") as f:
+            f.seek(start or 0)
+            return f.read() if end is None else f.read(end - (start or 0))
+
+    def exists(self, name: str) -> bool:
+        return Path(self.path(name)).exists() if self.local else self.fs.exists(self.path(name))
+
+    def size(self, name: str) -> int:
+        return os.path.getsize(self.path(name)) if self.local else int(self.fs.info(self.path(name))["size"])
+
+    def names(self, folder: str = "") -> list[str]:
+        """Names directly inside a folder, sorted; empty where there is no such folder."""
+        path = self.path(folder)
+        try:
+            if self.local:
+                return sorted(n for n in os.listdir(path) if not n.startswith(".tmp-"))
+            return sorted({str(p).rstrip("/").rsplit("/", 1)[-1] for p in self.fs.ls(path, detail=False)} - {""})
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+
+    def remove(self, name: str) -> None:
+        """Remove an object or a whole folder; nothing there is fine."""
+        path = self.path(name)
+        if not self.local:
+            with contextlib.suppress(FileNotFoundError):
+                self.fs.rm(path, recursive=True)
+            return
+        import shutil
+
+        if os.path.isdir(path):
+            shutil.rmtree(path, ignore_errors=False)
+        else:
+            Path(path).unlink(missing_ok=True)
+
+    def probe(self) -> None:
+        """Find out, before anything depends on it, that this storage can write, create atomically and delete.
+
+        Raises:
+            ConfigError: it cannot; the message names what failed.
+        """
+        name = f".probe-{uuid.uuid4().hex[:8]}"
+        doing = "write"
+        try:
+            self.create(name, b"elastic")
+            doing = "refuse to create an existing file"
+            try:
+                self.create(name, b"again")
+            except FileExistsError:
+                pass
+            else:
+                raise StorageError("a second create overwrote the first")
+            doing = "read back"
+            if self.read(name) != b"elastic":
+                raise StorageError("other bytes came back")
+            doing = "delete"
+            self.remove(name)
+        except Exception as error:  # whatever a file system raises: the user sees one sentence
+            raise ConfigError(
+                f"--run.storage is {self.url!r}, which cannot {doing}: {type(error).__name__}: {error}; "
+                "give a place that you may write to"
+            ) from error
+
+
+def _write_temporary(path: str, data: bytes | memoryview | Any) -> str:
+    folder = os.path.dirname(path)
+    os.makedirs(folder, exist_ok=True)
+    temporary = f"{folder}/.tmp-{uuid.uuid4().hex}"
+    with open(temporary, "wb") as f:
+        f.write(data)
+        f.flush()
+        os.fsync(f.fileno())
+    return temporary
+
+
+def _sync_folder(path: str) -> None:
+    fd = os.open(os.path.dirname(path), os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

@@ -1,0 +1,74 @@
+"""Amounts of training with a unit: "10ep", "500st", "2000000tok", "30min", "2h"."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from elastic.errors import ConfigError
+
+PROGRESS_UNITS = ("ep", "st", "tok")
+CLOCK_UNITS = {"s": 1.0, "min": 60.0, "h": 3600.0}
+_PATTERN = re.compile(r"^\s*([0-9][0-9_]*(?:\.[0-9]+)?(?:e[0-9]+)?)\s*([a-z]+)\s*$")
+
+
+@dataclass(frozen=True)
+class Amount:
+    """An amount of progress (epochs, steps, tokens) or of wall-clock time."""
+
+    value: float
+    unit: str
+
+    @property
+    def is_clock(self) -> bool:
+        return self.unit in CLOCK_UNITS
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of a wall-clock amount."""
+        return self.value * CLOCK_UNITS[self.unit]
+
+    def steps(self, global_size: int, dataset_size: int, tokens_per_sample: int | None) -> int:
+        """Steps of an amount of progress, rounded up so that it is covered.
+
+        Raises:
+            ConfigError: the amount is in tokens and the job does not say how many a sample has.
+        """
+        if self.unit == "st":
+            return max(1, _ceil(self.value))
+        if self.unit == "ep":
+            return max(1, _ceil(self.value * dataset_size / global_size))
+        if tokens_per_sample is None:
+            raise ConfigError(
+                f"{self} counts tokens, but the job does not set tokens_per_sample; "
+                "set it, or give steps (st) or epochs (ep)"
+            )
+        return max(1, _ceil(self.value / (global_size * tokens_per_sample)))
+
+    def __str__(self) -> str:
+        return f"{self.value:g}{self.unit}" if self.value < 1e15 else f"{self.value}{self.unit}"
+
+
+def _ceil(x: float) -> int:
+    return -int(-x // 1)
+
+
+def parse_amount(name: str, text: str, *, clock: bool) -> Amount:
+    """Read `text` as an amount; `name` is the option it came from.
+
+    Args:
+        clock: whether wall-clock units are allowed besides ep, st and tok.
+
+    Raises:
+        ConfigError: no number, not above zero, or a unit that is not allowed.
+    """
+    allowed = (*PROGRESS_UNITS, *CLOCK_UNITS) if clock else PROGRESS_UNITS
+    match = _PATTERN.match(text)
+    if not match or match[2] not in allowed:
+        raise ConfigError(f"{name} is {text!r}; give a number and a unit of {', '.join(allowed)}, for example 500st")
+    value = float(match[1].replace("_", ""))
+    if value <= 0:
+        raise ConfigError(f"{name} is {text!r}; give an amount above 0")
+    if match[2] == "st" and value != int(value):
+        raise ConfigError(f"{name} is {text!r}; a number of steps is whole")
+    return Amount(value, match[2])

@@ -1,0 +1,85 @@
+"""`python -m elastic.worker`: a run in plain processes, or (`--child`) one of its workers."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import sys
+from typing import Any
+
+from elastic.config import TrainConfig, from_dict
+from elastic.errors import ElasticError
+from elastic.job import Job
+from elastic.run.plan import RunPlan
+
+
+def _child() -> int:
+    specification: dict[str, Any] = json.loads(sys.stdin.buffer.read())
+    from elastic.worker.session import Identity, Session, WorkerRun
+
+    job_class = _attribute(specification["module"], specification["class"])
+    job = job_class(**specification["job_options"])
+    run = WorkerRun(
+        job, from_dict(specification["config"]), RunPlan(**specification["plan"]), specification["digest"],
+        specification["folder_url"], specification["server_url"], specification["token"],
+    )  # fmt: skip
+    try:
+        Session(run, Identity(**specification["identity"])).run()
+    except ElasticError as error:  # the ledger has it whole
+        print(f"worker {specification['identity']['id']}: {str(error).splitlines()[0]}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+def _attribute(module: str, path: str) -> Any:
+    found: Any = importlib.import_module(module)
+    for name in path.split("."):
+        found = getattr(found, name)
+    return found
+
+
+def _job_class(module_name: str, class_name: str | None) -> tuple[type[Job], TrainConfig]:
+    module = importlib.import_module(module_name)
+    classes = [
+        c for c in vars(module).values()
+        if isinstance(c, type) and issubclass(c, Job) and c.__module__ == module.__name__
+    ]  # fmt: skip
+    if class_name is not None:
+        classes = [c for c in classes if c.__name__ == class_name]
+    if len(classes) != 1:
+        raise SystemExit(f"{module_name} has {len(classes)} jobs; name one with --class")
+    return classes[0], getattr(module, "CONFIG", TrainConfig())
+
+
+def main() -> int:
+    if "--child" in sys.argv:
+        return _child()
+    parser = argparse.ArgumentParser(prog="python -m elastic.worker", description=__doc__, add_help=False)
+    parser.add_argument("--module", required=True, help="module of the job, for example jobs.digits")
+    parser.add_argument("--class", dest="class_name", help="name of the job's class, where there are several")
+    parser.add_argument("--workers", type=int, default=2, help="worker processes")
+    known, rest = parser.parse_known_args()
+    from elastic.observe.console import Console
+    from elastic.options import parse
+    from elastic.run.prepare import prepare
+    from elastic.worker.local import run_local
+
+    try:
+        job, config = parse(*_job_class(known.module, known.class_name), rest)
+        run = prepare(job, config)
+        console = Console(run.plan.total_steps, config.observe.log_every)
+        accelerator = "gpu" if config.scaling.accelerator == "gpu" else "cpu"
+        try:
+            result = run_local(run, known.workers, on_record=console.record, timeout_s=1e9, accelerator=accelerator)
+        finally:
+            console.close()
+    except ElasticError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    print(json.dumps({k: result[k] for k in ("status", "steps", "weights_sha256")}))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,56 @@
+"""Evaluation on held-out data: dealt and summed like a training step, so its figures are as exact."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+import xxhash
+from torch import nn
+
+from elastic.data.deal import deal
+from elastic.data.seeds import derive, seed_all
+from elastic.job import Job, MapDataset
+from elastic.parallel.records import Records
+from elastic.worker.group import Group, collective
+
+
+def evaluate(
+    job: Job, model: nn.Module, name: str, data: MapDataset, group: Group, *, size: int, seed: int,
+    run_model: Callable[[Callable[..., Any], nn.Module, Any], Any],
+) -> dict[str, float]:  # fmt: skip
+    """Evaluate one held-out set.
+
+    Args:
+        size: samples of one forward pass; the cut does not depend on the world.
+        run_model: calls the job's function with a batch on the device, under the run's precision.
+
+    Returns:
+        `eval/loss` and `eval/<metric>`, or `eval/<name>/...` for a named set: means over the set.
+    """
+    parts = [range(i, min(i + size, len(data))) for i in range(0, len(data), size)]
+    if len(parts) < group.size:  # too few to give everyone one: everyone does all, nothing is gathered
+        runs, rank = [range(len(parts))], 0
+    else:
+        runs, rank = deal(len(parts), group.size), group.rank
+    records = Records(runs, rank, group.device)
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            for index in runs[rank]:
+                ids = list(parts[index])
+                seed_all(derive("eval", seed, name, index))
+                getitems = getattr(data, "__getitems__", None)
+                samples = getitems(ids) if getitems else [data[i] for i in ids]
+                loss, weight, metrics = run_model(job.evaluate, model, job.collate_fn(samples))
+                digest = xxhash.xxh3_64_intdigest(np.asarray(ids, "<i8").tobytes()) >> 1
+                records.add(loss, weight, metrics, (digest,))
+    finally:
+        model.train(training)
+    with collective("gathering the evaluation"):
+        record = records.gather(None).result()
+    prefix = f"eval/{name}/" if name else "eval/"
+    return {f"{prefix}{k}": v for k, v in {"loss": record.loss, **record.mean_metrics()}.items()}

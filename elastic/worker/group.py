@@ -1,0 +1,123 @@
+"""The process group of one world, and the few small collectives that every step boundary needs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from elastic.errors import WorldBroken
+from elastic.membership.client import Assignment
+from elastic.parallel.device import all_gather_flat, backend_for, host_wait
+
+_COLLECTIVE_WORDS = ("gloo", "nccl", "connection", "timed out", "socket", "aborted", "store", "peer")
+
+
+def is_collective_failure(error: BaseException) -> bool:
+    """Whether an exception out of torch says that a peer or the network failed, not the user's code."""
+    if isinstance(error, (dist.DistBackendError, dist.DistNetworkError, dist.DistStoreError)):
+        return True
+    return isinstance(error, RuntimeError) and any(word in str(error).lower() for word in _COLLECTIVE_WORDS)
+
+
+@contextmanager
+def collective(what: str) -> Iterator[None]:
+    """Our own collectives: whatever fails in them means that the world is broken."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise WorldBroken(f"{what} failed: {error}") from error
+
+
+@dataclass
+class Group:
+    """A formed process group. `bytes_sent` of state is bounded by `_CHUNK` at a time."""
+
+    assignment: Assignment
+    device: torch.device
+
+    @property
+    def rank(self) -> int:
+        return self.assignment.rank
+
+    @property
+    def size(self) -> int:
+        return self.assignment.size
+
+    def connect(self, timeout_s: float) -> None:
+        """Connect to all members.
+
+        Raises:
+            WorldBroken: not all came.
+        """
+        timeout = timedelta(seconds=timeout_s)
+        with collective(f"connecting world {self.assignment.generation}"):
+            host, port = self.assignment.store
+            store = dist.TCPStore(host, port, is_master=False, timeout=timeout, wait_for_workers=False)
+            dist.init_process_group(
+                backend_for(self.device), store=dist.PrefixStore(str(self.assignment.generation), store),
+                rank=self.rank, world_size=self.size, timeout=timeout,
+                device_id=self.device if self.device.type == "cuda" else None,
+            )  # fmt: skip
+
+    def close(self) -> None:
+        """Drop the group; peers blocked in it are freed."""
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+    def agree(self, flags: list[int]) -> list[int]:
+        """The largest of each flag over all members. This is the fence: it ends when everyone has entered it, and
+        the host waits for it."""
+        if self.size == 1:
+            host_wait(self.device)
+            return flags
+        with collective("the fence"):
+            tensor = torch.tensor(flags, dtype=torch.int32, device=self.device)
+            dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+            return tensor.tolist()
+
+    def gather_ints(self, value: int) -> list[int]:
+        """Every member's value, by rank."""
+        with collective("gathering"):
+            mine = torch.tensor([value], dtype=torch.int64, device=self.device)
+            everyone = torch.empty(self.size, dtype=torch.int64, device=self.device)
+            all_gather_flat(everyone, mine)
+            return everyone.tolist()
+
+    def send_json(self, value: Any, source: int) -> Any:
+        """A JSON value from `source` to all."""
+        with collective("sending values"):
+            data = json.dumps(value).encode() if self.rank == source else b""
+            length = torch.tensor([len(data)], dtype=torch.int64, device=self.device)
+            dist.broadcast(length, source)
+            size = int(length.item())
+            buffer = torch.empty(size, dtype=torch.uint8, device=self.device)
+            if self.rank == source:
+                buffer.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
+            dist.broadcast(buffer, source)
+            return json.loads(buffer.cpu().numpy().tobytes())
+
+    def send_tensors(self, tensors: dict[str, torch.Tensor] | None, source: int) -> dict[str, torch.Tensor]:
+        """Named tensors from `source` (who gives them) to all (who get copies)."""
+        head = None
+        if self.rank == source:
+            assert tensors is not None
+            head = [[n, str(t.dtype).removeprefix("torch."), list(t.shape)] for n, t in tensors.items()]
+        received: dict[str, torch.Tensor] = {}
+        for name, dtype, shape in self.send_json(head, source):
+            with collective("sending state"):
+                if self.rank == source:
+                    assert tensors is not None
+                    value = tensors[name].detach().to(self.device).contiguous()
+                else:
+                    value = torch.empty(shape, dtype=getattr(torch, dtype), device=self.device)
+                flat = value.reshape(-1).view(torch.uint8)
+                dist.broadcast(flat, source)
+                received[name] = value
+        return received

@@ -1,0 +1,89 @@
+"""Saving and restoring a worker's training state through checkpoints and through peers."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+
+from elastic.checkpoint.reader import newest_first, read_manifest, read_tensor
+from elastic.checkpoint.writer import share, write_pack
+from elastic.errors import CheckpointError
+from elastic.membership.client import WorkerLink
+from elastic.storage import Storage
+from elastic.worker.group import Group
+from elastic.worker.state import TrainState
+
+
+def save(
+    state: TrainState, step: int, attempt: str, group: Group, link: WorkerLink, storage: Storage, *, seed: int,
+    config_digest: str,
+) -> None:  # fmt: skip
+    """Write this rank's share of the state and report it; the keeper commits when all shares are there.
+
+    Raises:
+        OSError: the share could not be written.
+    """
+    tensors = state.tensors()
+    mine = share(tensors, group.size)[group.rank]
+    index = write_pack(storage, step, attempt, group.rank, {name: tensors[name] for name in mine})
+    message = {"kind": "pack", "step": step, "attempt": attempt, "index": index}
+    if group.rank == 0:
+        message["header"] = {"seed": seed, "config_digest": config_digest, "values": state.values()}
+    link.post(message)
+
+
+def restore_newest(state: TrainState, storage: Storage, link: WorkerLink) -> int:
+    """Load the newest committed checkpoint that verifies; a damaged one is reported, and the one before is used.
+
+    Returns:
+        its step, or 0 where there is none: a fresh start.
+
+    Raises:
+        CheckpointError: there are checkpoints, and none can be loaded.
+    """
+    problem: CheckpointError | None = None
+    for checkpoint in newest_first(storage):
+        began = time.monotonic()
+        try:
+            manifest = read_manifest(storage, checkpoint)
+            tensors: dict[str, torch.Tensor] = {
+                name: read_tensor(storage, checkpoint, name, entry) for name, entry in manifest.tensors.items()
+            }
+        except CheckpointError as error:
+            problem = error
+            link.post({"kind": "event", "event": "checkpoint_failed", "step": checkpoint.step, "detail": str(error)})
+            continue
+        state.load(tensors, manifest.values)
+        link.post(
+            {
+                "kind": "event", "event": "restored", "step": manifest.step,
+                "seconds": round(time.monotonic() - began, 4),
+                "detail": {"rung": "checkpoint", "attempt": checkpoint.attempt},
+            }
+        )  # fmt: skip
+        return manifest.step
+    if problem is not None:
+        raise CheckpointError(f"no committed checkpoint can be loaded; the newest problem: {problem}") from problem
+    return 0
+
+
+def restore_from_peer(state: TrainState, group: Group, source: int, step: int, link: WorkerLink, wanted: bool) -> int:
+    """Give (as `source`) or take the whole training state.
+
+    Returns:
+        the step of the state that every member now has.
+    """
+    began = time.monotonic()
+    giving = group.rank == source
+    values = group.send_json({"step": step, "values": state.values()} if giving else None, source)
+    tensors = group.send_tensors(state.tensors() if giving else None, source)
+    if wanted:
+        state.load(tensors, values["values"])
+        link.post(
+            {
+                "kind": "event", "event": "restored", "step": values["step"],
+                "seconds": round(time.monotonic() - began, 4), "detail": {"rung": "peer", "source": source},
+            }
+        )  # fmt: skip
+    return int(values["step"])

@@ -1,0 +1,168 @@
+"""The training state of a worker: what is saved, what a peer is given, and the hash of the weights."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+import torch
+from torch import nn
+
+from elastic.checkpoint.format import tensor_bytes
+from elastic.errors import CheckpointError
+from elastic.job import Job
+
+_PREFIXES = ("module.", "_orig_mod.")
+
+
+def plain_name(name: str) -> str:
+    """A parameter's name without what wrappers put in front or in between."""
+    for prefix in _PREFIXES:
+        name = name.replace(prefix, "")
+    return name
+
+
+def persistent_entries(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Persistent state_dict tensors in name order, tied ones once, under their first name."""
+    entries: dict[str, torch.Tensor] = {}
+    seen: set[tuple[int, tuple[int, ...], tuple[int, ...]]] = set()
+    for name, value in sorted((plain_name(k), v) for k, v in model.state_dict().items() if isinstance(v, torch.Tensor)):
+        identity = (value.data_ptr(), tuple(value.shape), tuple(value.stride()))
+        if value.numel() and identity in seen:
+            continue
+        seen.add(identity)
+        entries[name] = value
+    return entries
+
+
+def weights_sha256(model: nn.Module) -> str:
+    """sha256 over name, dtype, shape and little-endian bytes of the persistent entries, in name order."""
+    digest = hashlib.sha256()
+    for name, value in persistent_entries(model).items():
+        head = f"{name}\0{str(value.dtype).removeprefix('torch.')}\0{list(value.shape)}\0"
+        digest.update(head.encode())
+        digest.update(tensor_bytes(value))
+    return digest.hexdigest()
+
+
+class TrainState:
+    """Model, optimizer and the job's extra state as named tensors and JSON values.
+
+    Names are `model/<name>`, `optimizer/<parameter name>/<key>` and `extra/<name>`.
+    """
+
+    def __init__(self, job: Job, model: nn.Module, optimizer: torch.optim.Optimizer):
+        self.job, self.model, self.optimizer = job, model, optimizer
+        names = {id(p): plain_name(n) for n, p in model.named_parameters(remove_duplicate=False)}
+        names.update({id(p): plain_name(n) for n, p in model.named_parameters()})
+        self._parameters: dict[str, nn.Parameter] = {}
+        for group in optimizer.param_groups:
+            group.setdefault("initial_lr", float(group["lr"]))
+            for p in group["params"]:
+                if id(p) not in names:
+                    raise ValueError("optimizer() holds a parameter that is not one of the model's")
+                self._parameters[names[id(p)]] = p
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """All tensors of the state: live ones, not copies."""
+        found = {f"model/{name}": value for name, value in persistent_entries(self.model).items()}
+        for name, parameter in self._parameters.items():
+            for key, value in self.optimizer.state.get(parameter, {}).items():
+                if isinstance(value, torch.Tensor):
+                    found[f"optimizer/{name}/{key}"] = value
+        for name, value in self.job.extra_state().items():
+            if isinstance(value, torch.Tensor):
+                found[f"extra/{name}"] = value
+        return found
+
+    def values(self) -> dict[str, Any]:
+        """Everything of the state that is not a tensor, as JSON values."""
+        states = {
+            name: {k: v for k, v in self.optimizer.state.get(p, {}).items() if not isinstance(v, torch.Tensor)}
+            for name, p in self._parameters.items()
+        }
+        groups = [
+            {k: _plain(v) for k, v in group.items() if k not in ("params", "lr", "initial_lr")}
+            for group in self.optimizer.param_groups
+        ]
+        extra = {k: v for k, v in self.job.extra_state().items() if not isinstance(v, torch.Tensor)}
+        values = {
+            "optimizer": type(self.optimizer).__name__,
+            "groups": groups,
+            "states": {name: state for name, state in states.items() if state},
+            "extra": extra,
+        }
+        try:
+            return json.loads(json.dumps(values))
+        except TypeError as error:
+            raise ValueError(
+                f"optimizer or extra state holds a value that is neither tensor nor JSON: {error}"
+            ) from error
+
+    def load(self, tensors: dict[str, torch.Tensor], values: dict[str, Any]) -> None:
+        """Put a saved state in place.
+
+        Raises:
+            CheckpointError: names or shapes are not those of this model, optimizer and job.
+        """
+        if values["optimizer"] != type(self.optimizer).__name__:
+            raise CheckpointError(
+                f"the saved state is of the optimizer {values['optimizer']}, this job's is "
+                f"{type(self.optimizer).__name__}; use that one, or start another run"
+            )
+        mine = persistent_entries(self.model)
+        extra = {k: v for k, v in self.job.extra_state().items() if isinstance(v, torch.Tensor)}
+        _same_names("model", set(mine), {n.removeprefix("model/") for n in tensors if n.startswith("model/")})
+        _same_names("extra state", set(extra), {n.removeprefix("extra/") for n in tensors if n.startswith("extra/")})
+        with torch.no_grad():
+            for name, value in tensors.items():
+                kind, _, rest = name.partition("/")
+                if kind == "model":
+                    _copy(name, mine[rest], value)
+                elif kind == "extra":
+                    _copy(name, extra[rest], value)
+                else:
+                    self._load_optimizer_tensor(rest, value)
+        for parameter_name, state in values["states"].items():
+            self.optimizer.state[self._parameters[parameter_name]].update(state)
+        for group, saved in zip(self.optimizer.param_groups, values["groups"], strict=True):
+            for key, value in saved.items():
+                group[key] = tuple(value) if isinstance(group.get(key), tuple) else value
+        self.job.load_extra_state(values["extra"])
+
+    def _load_optimizer_tensor(self, name: str, value: torch.Tensor) -> None:
+        parameter_name, _, key = name.rpartition("/")
+        if parameter_name not in self._parameters:
+            raise CheckpointError(f"the saved optimizer state is of a parameter {parameter_name!r} that is not here")
+        parameter = self._parameters[parameter_name]
+        state = self.optimizer.state[parameter]
+        # Scalars such as Adam's step stay on the CPU unless the optimizer itself keeps them on the device.
+        on_device = value.dim() > 0 or any(g.get("fused") or g.get("capturable") for g in self.optimizer.param_groups)
+        target = value.to(parameter.device if on_device else "cpu")
+        if key in state and state[key].shape == target.shape:
+            state[key].copy_(target)
+        else:
+            state[key] = target.clone()
+
+
+def _same_names(what: str, mine: set[str], saved: set[str]) -> None:
+    missing, unexpected = sorted(mine - saved), sorted(saved - mine)
+    if missing or unexpected:
+        raise CheckpointError(
+            f"the saved {what} does not fit: missing {missing[:3] or 'nothing'}, unexpected {unexpected[:3] or 'nothing'}"
+            "; start another run, or use the code that saved it"
+        )
+
+
+def _copy(name: str, target: torch.Tensor, value: torch.Tensor) -> None:
+    if target.shape != value.shape or target.dtype != value.dtype:
+        raise CheckpointError(
+            f"the saved {name} is {value.dtype} {tuple(value.shape)}, this model's is {target.dtype} "
+            f"{tuple(target.shape)}; start another run, or use the code that saved it"
+        )
+    target.copy_(value)
+
+
+def _plain(value: Any) -> Any:
+    return value.item() if isinstance(value, torch.Tensor) else value
