@@ -58,6 +58,18 @@ def event_text(event: dict[str, Any]) -> str:
     return " ".join(words)
 
 
+def result_text(values: dict[str, Any], folder: str) -> str:
+    """How a run ended, for a person: figures, hash, sample, and where everything lies."""
+    metrics = "  ".join(f"{k.removeprefix('eval/')} {_number(v)}" for k, v in values.get("metrics", {}).items())
+    lines = [f"{values['status']} after step {values['steps']}" + (f"; held-out: {metrics}" if metrics else "")]
+    if values.get("sample"):
+        lines += ["sample:", *(f"  | {line}" for line in str(values["sample"]).splitlines())]
+    if values.get("weights_sha256"):
+        lines.append(f"weights sha256 {values['weights_sha256']}")
+    lines.append(f"results in {folder}")
+    return "\n".join(lines)
+
+
 def _number(value: Any) -> str:
     return "nan" if value is None else f"{value:.4f}" if abs(value) < 1e4 else f"{value:.4g}"
 

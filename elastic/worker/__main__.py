@@ -16,7 +16,8 @@ from elastic.run.plan import RunPlan
 
 def _child() -> int:
     specification: dict[str, Any] = json.loads(sys.stdin.buffer.read())
-    from elastic.worker.session import Identity, Session, WorkerRun
+    from elastic.worker.run import Identity, WorkerRun
+    from elastic.worker.session import Session
 
     job_class = _attribute(specification["module"], specification["class"])
     job = job_class(**specification["job_options"])

@@ -17,53 +17,26 @@ from typing import Any
 import torch
 from torch import nn
 
-from elastic.config import TrainConfig
 from elastic.data.deal import deal
 from elastic.data.loader import Fetcher, Loader, Order
 from elastic.data.seeds import derive, seed_all
 from elastic.errors import NonFiniteError, RunFailed, WorldBroken
-from elastic.job import Job, eval_sets
+from elastic.job import eval_sets
 from elastic.membership.client import WorkerLink
 from elastic.parallel.device import describe, memory_share, pick_device, prepare_process
 from elastic.parallel.records import StepRecord
 from elastic.parallel.replicated import BitwiseReplica, FastReplica, Pass
-from elastic.run.plan import RunPlan
 from elastic.storage import Storage
 from elastic.units import parse_amount
 from elastic.worker.evaluate import evaluate
 from elastic.worker.group import Group, is_collective_failure
+from elastic.worker.run import Identity, WorkerRun
 from elastic.worker.saving import restore_from_peer, restore_newest, save
 from elastic.worker.schedule import factor
 from elastic.worker.state import TrainState, weights_sha256
 
 JOIN_TIMEOUT_S = 600.0
 COMMIT_TIMEOUT_S = 600.0
-
-
-@dataclass(frozen=True)
-class WorkerRun:
-    """What a worker needs to know of the run."""
-
-    job: Job
-    config: TrainConfig
-    plan: RunPlan
-    digest: str
-    folder_url: str
-    server_url: str
-    token: str
-
-
-@dataclass(frozen=True)
-class Identity:
-    """Which worker this is: `group` numbers the workers that were started together."""
-
-    id: str
-    group: int
-    group_size: int
-    node: str
-    local_index: int
-    host: str
-    accelerator: str
 
 
 class UserCodeError(RunFailed):

@@ -1,0 +1,63 @@
+"""How many workers a cluster can hold. Pure functions over what Ray says of its nodes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from elastic.errors import ConfigError
+
+Resources = Mapping[str, float]
+
+
+def worker_resources(accelerator: str, cpus: int) -> dict[str, float]:
+    """What one worker asks of Ray: one GPU and its CPU slots, or CPU slots."""
+    return {"GPU": 1.0, "CPU": float(cpus)} if accelerator == "gpu" else {"CPU": float(cpus)}
+
+
+def choose_accelerator(wish: str, nodes: Sequence[Resources]) -> str:
+    """`gpu` or `cpu`; auto takes GPUs where any node has one.
+
+    Raises:
+        ConfigError: GPUs are wanted and no node has one.
+    """
+    has_gpu = any(n.get("GPU", 0) >= 1 for n in nodes)
+    if wish == "gpu" and not has_gpu:
+        raise ConfigError(
+            "--scaling.accelerator is 'gpu', but no node of the cluster has a GPU; give cpu, or add GPU nodes"
+        )
+    return "gpu" if wish == "gpu" or (wish == "auto" and has_gpu) else "cpu"
+
+
+def check_fits(accelerator: str, workers_per_node: int | None, cpus: int, nodes: Sequence[Resources]) -> None:
+    """Refuse what no node could ever hold.
+
+    Raises:
+        ConfigError: more GPUs or CPUs on one node than any node has.
+    """
+    unit = worker_resources(accelerator, cpus)
+    for name, amount in unit.items():
+        most = max((n.get(name, 0) for n in nodes), default=0)
+        if most < amount:
+            option = "--scaling.cpus-per-worker" if name == "CPU" else "--scaling.accelerator"
+            raise ConfigError(
+                f"{option} asks for {amount:g} {name} for one worker, but no node has more than {most:g}; ask for less"
+            )
+    if workers_per_node is not None:
+        most = max(_fit(unit, n) for n in nodes)
+        if workers_per_node > most:
+            raise ConfigError(
+                f"--scaling.workers-per-node is {workers_per_node}, but no node has room for more than {most} "
+                f"({', '.join(f'{a:g} {n}' for n, a in unit.items())} each); give at most {most}"
+            )
+
+
+def _fit(unit: Resources, node: Resources) -> int:
+    return int(min(node.get(name, 0) // amount for name, amount in unit.items()))
+
+
+def group_size(
+    unit: Resources, nodes: Sequence[Resources], *, least: int, most: int, workers_per_node: int | None
+) -> int | None:
+    """Workers to start now on nodes with these free resources, or None while there is no room for the least."""
+    room = sum(min(_fit(unit, n), workers_per_node or most) for n in nodes)
+    return min(room, most) if room >= least else None

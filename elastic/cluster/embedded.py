@@ -1,0 +1,118 @@
+"""Connecting to Ray: a given or running cluster, else an embedded one that ends with this process."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from elastic.config import ClusterOptions, ScalingOptions
+from elastic.errors import ConfigError
+
+_OBJECT_STORE_BYTES = 100 * 1024 * 1024  # nothing large goes through Ray's object store
+
+
+def local_gpus() -> int:
+    """GPUs of this machine that this process may use, without starting CUDA."""
+    folder = Path("/proc/driver/nvidia/gpus")
+    count = len(list(folder.iterdir())) if folder.is_dir() else 0
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return count if visible is None else min(count, len([v for v in visible.split(",") if v.strip()]))
+
+
+def running_cluster(address: str | None) -> str | None:
+    """The address of the cluster to join, or None where there is none to be found."""
+    if address or os.environ.get("RAY_ADDRESS"):
+        return address or os.environ["RAY_ADDRESS"]
+    from elastic.cluster.raytrain import find_running_cluster
+
+    return find_running_cluster()
+
+
+def check_embedded(scaling: ScalingOptions) -> None:
+    """Refuse, before anything starts, what a cluster embedded in this machine can never give.
+
+    Raises:
+        ConfigError: GPUs are wanted and this machine has too few.
+    """
+    gpus = local_gpus()
+    if scaling.accelerator == "gpu" and gpus == 0:
+        raise ConfigError(
+            "--scaling.accelerator is 'gpu', but this machine has no GPU and no Ray cluster is running; give cpu, or "
+            "--cluster.address"
+        )
+    if scaling.accelerator == "gpu" and (scaling.workers_per_node or 0) > gpus:
+        raise ConfigError(
+            f"--scaling.workers-per-node is {scaling.workers_per_node}, but this machine has {gpus} GPUs; give at "
+            f"most {gpus}, or --cluster.address"
+        )
+
+
+def preflight(cluster: ClusterOptions, scaling: ScalingOptions) -> str | None:
+    """The address to connect to, or None for an embedded cluster, after checks that need no Ray process.
+
+    Raises:
+        ConfigError: this machine can never give what is asked.
+    """
+    address = None if cluster.local_nodes is not None else running_cluster(cluster.address)
+    if address is None and not ray.is_initialized():
+        check_embedded(scaling)
+    return address
+
+
+@contextmanager
+def connected(cluster: ClusterOptions, scaling: ScalingOptions, address: str | None) -> Iterator[None]:
+    """Be connected to a cluster; an embedded one is ended on the way out, a connection made here is closed.
+
+    Args:
+        address: what `preflight` found.
+    """
+    if ray.is_initialized():
+        yield
+        return
+    nodes: Any = None
+    options: Mapping[str, Any] = {"log_to_driver": True, "logging_level": logging.WARNING, "configure_logging": True}
+    try:
+        if address is not None:
+            ray.init(address=address, **options)
+        elif cluster.local_nodes is not None:
+            nodes = _local_nodes(cluster.local_nodes, scaling)
+            ray.init(address=nodes.address, **options)
+        else:
+            cpus = max(os.cpu_count() or 1, scaling.min_workers * scaling.cpus_per_worker)
+            ray.init(
+                address="local", num_cpus=cpus, include_dashboard=False, object_store_memory=_OBJECT_STORE_BYTES,
+                **options,
+            )  # fmt: skip
+        yield
+    finally:
+        ray.shutdown()
+        if nodes is not None:
+            nodes.shutdown()
+
+
+def _local_nodes(count: int, scaling: ScalingOptions) -> Any:
+    """A head without work and `count` worker nodes, each its own raylet on this machine."""
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(
+        initialize_head=True,
+        head_node_args={"num_cpus": 0, "include_dashboard": False, "object_store_memory": _OBJECT_STORE_BYTES},
+    )
+    per_node = scaling.workers_per_node or -(-scaling.max_workers // count)
+    for _ in range(count):
+        cluster.add_node(
+            num_cpus=per_node * scaling.cpus_per_worker, object_store_memory=_OBJECT_STORE_BYTES, wait=False
+        )
+    cluster.wait_for_nodes()
+    return cluster
+
+
+def node_resources() -> list[dict[str, float]]:
+    """Total resources of every living node."""
+    return [n["Resources"] for n in ray.nodes() if n["Alive"]]

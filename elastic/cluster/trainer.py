@@ -1,0 +1,275 @@
+"""`ElasticTrainer(job, config).fit()`: a run on a Ray cluster, driven from this process."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import shutil
+import signal
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from elastic.config import TrainConfig
+from elastic.data.deal import batch_line
+from elastic.errors import ConfigError, ElasticError, Interrupted, RunFailed
+from elastic.job import Job
+from elastic.observe.console import Console, result_text
+from elastic.run.prepare import PreparedRun, open_run, prepare
+
+END_TIMEOUT_S = 30.0
+START_TIMEOUT_S = 60.0
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a run ended: the contents of its result.json."""
+
+    status: str
+    steps: int
+    loss: float | None
+    metrics: dict[str, float]
+    weights_sha256: str | None
+    folder: str
+    values: dict[str, Any] = field(repr=False, default_factory=dict)
+
+
+class ElasticTrainer:
+    """Trains a job on a Ray cluster.
+
+    Args:
+        job: an instance of the user's `Job`.
+        config: the options.
+
+    Raises:
+        ConfigError: the job and the options cannot make a run.
+    """
+
+    def __init__(self, job: Job, config: TrainConfig | None = None):
+        self._prepared = prepare(job, config or TrainConfig())
+
+    def fit(self) -> Result:
+        """Train to the end, or to the pause that was asked for.
+
+        Raises:
+            ConfigError: bad input found before anything started.
+            RunFailed: the run ended without finishing.
+            Interrupted: a signal stopped it; the state is saved.
+        """
+        values = run_prepared(self._prepared)
+        return _result(self._prepared, values)
+
+
+def _result(run: PreparedRun, values: dict[str, Any]) -> Result:
+    return Result(
+        values["status"], values["steps"], values.get("loss"), values.get("metrics", {}),
+        values.get("weights_sha256"), run.folder.storage.url, values,
+    )  # fmt: skip
+
+
+def drive(run: PreparedRun) -> int:
+    """What a job's command does after validation: train and print where the results are; returns the exit code."""
+    try:
+        values = run_prepared(run)
+    except ElasticError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    print(result_text(values, run.folder.storage.url))
+    return 0
+
+
+def run_prepared(run: PreparedRun) -> dict[str, Any]:
+    """Run to its end; returns the contents of result.json. See `ElasticTrainer.fit` for what it raises."""
+    if run.finished is not None:
+        return run.finished
+    _check_picklable(run.job)
+    plan, config = run.plan, run.config
+    console = Console(plan.total_steps, config.observe.log_every)
+    console.say(f"run {run.name} -> {run.folder.storage.url}")
+    console.say(batch_line(plan.global_size, plan.microbatches, config.scaling.max_workers))
+    from elastic.cluster.embedded import connected, preflight
+
+    try:
+        address = preflight(config.cluster, config.scaling)
+        epoch = open_run(run)
+        with connected(config.cluster, config.scaling, address):
+            return _Drive(run, epoch, console, embedded=address is None).run()
+    finally:
+        console.close()
+
+
+def _check_picklable(job: Job) -> None:
+    import cloudpickle
+
+    try:
+        cloudpickle.dumps(job)
+    except Exception as error:  # whatever the object raises: it cannot be sent to the workers
+        raise ConfigError(
+            f"job {type(job).__name__} cannot be pickled to be sent to workers ({type(error).__name__}: {error}); "
+            "make such objects inside its methods, not in its fields"
+        ) from error
+
+
+class _Drive:
+    """One drive of a run: starts its actors, shows its records, passes signals on, and cleans up."""
+
+    def __init__(self, run: PreparedRun, epoch: int, console: Console, *, embedded: bool):
+        self._run, self._epoch, self._console, self._embedded = run, epoch, console, embedded
+        self._end: dict[str, Any] | None = None
+        self._ended = threading.Event()
+        self._formed = threading.Event()
+        self._signals = 0
+        self._signal_name = ""
+        self._trainer_error: BaseException | None = None
+        self._trainer_done = threading.Event()
+
+    def run(self) -> dict[str, Any]:
+        import ray
+
+        from elastic.cluster.actors import HostActor
+        from elastic.cluster.capacity import check_fits, choose_accelerator
+        from elastic.cluster.embedded import node_resources
+        from elastic.membership.client import DriverLink
+        from elastic.run.host import keeper_options, new_token
+
+        run, scaling = self._run, self._run.config.scaling
+        nodes = node_resources()
+        accelerator = choose_accelerator(scaling.accelerator, nodes)
+        check_fits(accelerator, scaling.workers_per_node, scaling.cpus_per_worker, nodes)
+        token = new_token()
+        node_id = ray.get_runtime_context().get_node_id()
+        host = ray.remote(num_cpus=0, label_selector={"ray.io/node-id": node_id})(HostActor).remote()
+        try:
+            options = keeper_options(run, self._epoch, ray_job_id=ray.get_runtime_context().get_job_id())
+            url = ray.get(
+                host.start.remote(
+                    run.folder.storage.url, options, scaling.min_workers, token,
+                    {"name": run.name, "accelerator": accelerator, "changed_code": run.changed_code or None},
+                ),
+                timeout=START_TIMEOUT_S,
+            )  # fmt: skip
+            self._link = DriverLink(url, token)
+            if run.changed_code:
+                self._console.say("warning: the job's code is not the code this run was started with")
+            follower = threading.Thread(target=self._follow, name="run-follower", daemon=True)
+            follower.start()
+            try:
+                with self._handling_signals():
+                    return self._train(url, token, accelerator)
+            finally:
+                ray.get(host.stop.remote(), timeout=END_TIMEOUT_S)
+                follower.join(END_TIMEOUT_S)
+        finally:
+            ray.kill(host)
+
+    def _train(self, url: str, token: str, accelerator: str) -> dict[str, Any]:
+        from elastic.cluster.actors import training_function
+        from elastic.cluster.raytrain import GROUP_VARIABLE, RayTrainer
+        from elastic.worker.run import WorkerRun
+
+        run = self._run
+        worker_run = WorkerRun(run.job, run.config, run.plan, run.digest, run.folder.storage.url, url, token)
+        markers = tempfile.mkdtemp(prefix="elastic-ray-train-")
+        trainer = RayTrainer(
+            training_function(worker_run, GROUP_VARIABLE, accelerator), name=run.name, storage_path=markers,
+            scaling=run.config.scaling, accelerator=accelerator, max_failures=run.config.run.max_failures,
+            environment=_worker_environment(run.config), embedded=self._embedded,
+        )  # fmt: skip
+        thread = threading.Thread(target=self._run_trainer, args=(trainer,), name="ray-trainer", daemon=True)
+        thread.start()
+        try:
+            return self._await_end(trainer)
+        finally:
+            if thread.is_alive():
+                trainer.abort(END_TIMEOUT_S)
+            thread.join(END_TIMEOUT_S)
+            shutil.rmtree(markers, ignore_errors=True)
+
+    def _run_trainer(self, trainer: Any) -> None:
+        try:
+            trainer.run()
+        except BaseException as error:  # the main thread turns it into the run's failure
+            self._trainer_error = error
+        finally:
+            self._trainer_done.set()
+
+    def _await_end(self, trainer: Any) -> dict[str, Any]:
+        asked = 0
+        trainer_ended_at: float | None = None
+        while not self._ended.wait(0.1):
+            if self._signals > asked:
+                asked = self._signals
+                self._on_signal(asked)
+            if self._trainer_done.is_set() and trainer_ended_at is None:
+                trainer_ended_at = time.monotonic()
+                if self._trainer_error is not None:
+                    self._close("failed", f"the workers failed: {self._trainer_error}")
+            if trainer_ended_at is not None and time.monotonic() - trainer_ended_at > END_TIMEOUT_S:
+                raise RunFailed(f"the workers of run {self._run.name} ended, but no result came")
+        return self._outcome()
+
+    def _on_signal(self, count: int) -> None:
+        if count > 1:
+            self._close("stopped", "interrupted twice, nothing saved since the newest checkpoint")
+        elif not self._formed.is_set():
+            self._close("stopped", f"interrupted by {self._signal_name} before the first step")
+        else:
+            self._console.say(f"{self._signal_name}: saving and ending; once more ends at once")
+            self._link.request("/wish", {"wish": "stop", "detail": f"interrupted by {self._signal_name}"})
+
+    def _close(self, status: str, message: str) -> None:
+        self._link.request("/close", {"status": status, "message": message})
+
+    def _outcome(self) -> dict[str, Any]:
+        assert self._end is not None
+        status, message = self._end["status"], self._end["message"]
+        if status in ("failed", "fenced"):
+            raise RunFailed(f"run {self._run.name} {status}: {message}")
+        if self._signals and status == "stopped":
+            raise Interrupted(f"run {self._run.name} was {message}; give --run.name {self._run.name} to go on")
+        return self._end["result"]
+
+    def _follow(self) -> None:
+        def on_record(record: dict[str, Any]) -> None:
+            kind = record.get("kind")
+            if kind == "world_formed":
+                self._formed.set()
+            self._console.record(record)
+            if kind == "end":
+                self._end = record
+                self._ended.set()
+
+        try:
+            asyncio.run(self._link.follow(on_record))
+        except OSError as error:  # the host is gone
+            self._console.say(f"lost sight of the run: {error}")
+        if not self._ended.is_set():
+            self._end = {"status": "failed", "message": "the host of the run is gone"}
+            self._ended.set()
+
+    @contextlib.contextmanager
+    def _handling_signals(self) -> Iterator[None]:
+        """SIGINT and SIGTERM save and end; only the main thread can handle signals."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def handler(number: int, _: Any) -> None:
+            self._signals += 1
+            self._signal_name = signal.Signals(number).name
+
+        before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, old in before.items():
+                signal.signal(number, old)
+
+
+def _worker_environment(config: TrainConfig) -> dict[str, str]:
+    """Environment variables that must be set before a worker's process starts."""
+    return {"OMP_NUM_THREADS": str(config.scaling.cpus_per_worker)}

@@ -1,0 +1,35 @@
+"""What a worker is told: the run it works for, and who it is. Imports nothing heavy, so that a driver can make these."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from elastic.config import TrainConfig
+from elastic.job import Job
+from elastic.run.plan import RunPlan
+
+
+@dataclass(frozen=True)
+class WorkerRun:
+    """What a worker needs to know of the run."""
+
+    job: Job
+    config: TrainConfig
+    plan: RunPlan
+    digest: str
+    folder_url: str
+    server_url: str
+    token: str
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Which worker this is: `group` numbers the workers that were started together."""
+
+    id: str
+    group: int
+    group_size: int
+    node: str
+    local_index: int
+    host: str
+    accelerator: str

@@ -1,0 +1,101 @@
+"""A byte-level GPT on the Python standard library's own sources: needs no download, learns visibly in two minutes."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import elastic
+from elastic import BatchOptions, CheckpointOptions, EvalOptions, OptimOptions, RunOptions, TrainConfig
+from elastic.errors import CheckpointError, ConfigError
+
+CONFIG = TrainConfig(
+    run=RunOptions(duration="1200st"),
+    batch=BatchOptions(global_size=32, microbatches=8),
+    optim=OptimOptions(schedule="cosine", warmup="100st", clip_norm=1.0),
+    eval=EvalOptions(every="300st"),
+    checkpoint=CheckpointOptions(every="300st"),
+)
+
+
+@dataclass
+class CodeGPT(elastic.Job):
+    """Train a byte-level GPT on the sources of Python's standard library."""
+
+    size: str = field(default="0.5M", metadata={"help": "parameters: 0.5M, 2M, 5M, 10M, 25M, 50M or 124M"})
+    block: int = field(default=128, metadata={"help": "bytes of context, and of one sample"})
+    lr: float = field(default=4e-3, metadata={"help": "learning rate of AdamW; 6e-4 suits 25M and more"})
+    weight_decay: float = field(default=0.1, metadata={"help": "weight decay of matrices"})
+    dropout: float = field(default=0.0, metadata={"help": "dropout of embeddings and residual branches"})
+    eval_blocks: int = field(default=512, metadata={"help": "most held-out blocks of one evaluation"})
+
+    def __post_init__(self):
+        if self.block < 1 or self.eval_blocks < 1:
+            raise ConfigError(
+                f"--job.block is {self.block} and --job.eval-blocks {self.eval_blocks}; give at least 1 of each"
+            )
+        self.tokens_per_sample = self.block
+
+    def model(self):
+        from jobs.gpt import GPT, SIZES
+
+        if self.size not in SIZES:
+            raise ConfigError(f"--job.size is {self.size!r}; choose one of {', '.join(SIZES)}")
+        return GPT(SIZES[self.size], context=self.block, dropout=self.dropout)
+
+    def optimizer(self, model):
+        import torch
+
+        matrices = [p for p in model.parameters() if p.dim() >= 2]
+        gains = [p for p in model.parameters() if p.dim() < 2]  # decay would pull normalisation towards zero
+        groups = [{"params": matrices, "weight_decay": self.weight_decay}, {"params": gains, "weight_decay": 0.0}]
+        return torch.optim.AdamW(groups, lr=self.lr, betas=(0.9, 0.95))
+
+    def train_data(self):
+        from jobs.corpus import Blocks, standard_library
+
+        return Blocks(standard_library().train, self.block)
+
+    def eval_data(self):
+        from jobs.corpus import Blocks, standard_library
+
+        return Blocks(standard_library().held_out, self.block, limit=self.eval_blocks)
+
+    def collate_fn(self, samples):
+        """Contexts and the bytes to predict, int64 (samples, block) each."""
+        import numpy as np
+        import torch
+
+        blocks = torch.from_numpy(np.asarray(samples).astype(np.int64))
+        return blocks[:, :-1].contiguous(), blocks[:, 1:].contiguous()
+
+    def loss(self, model, batch):
+        """Cross entropy in nats summed over all bytes; the weight is their number."""
+        from torch.nn import functional
+
+        contexts, targets = batch
+        nats = functional.cross_entropy(model(contexts).flatten(0, 1), targets.flatten(), reduction="sum")
+        return nats, targets.numel(), {"bits_per_byte": nats.detach() / math.log(2)}
+
+    def extra_state(self):
+        from jobs.corpus import standard_library
+
+        return {"corpus_sha256": standard_library().sha256}
+
+    def load_extra_state(self, values):
+        mine, saved = self.extra_state()["corpus_sha256"], values.get("corpus_sha256")
+        if saved != mine:
+            raise CheckpointError(
+                f"the run was trained on a standard library with sha256 {saved}, but this Python's has {mine}; "
+                "resume it with the Python it was started with, or start another run"
+            )
+
+    def sample(self, model):
+        from jobs.gpt import generate
+
+        prompt = b"def "
+        return (prompt + generate(model, prompt, 240, temperature=0.7)).decode("utf-8", "replace")
+
+
+if __name__ == "__main__":
+    elastic.main(CodeGPT, CONFIG)

@@ -1,0 +1,95 @@
+"""What a test must not leave behind, as one comparable snapshot of this process."""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+#: Threads of this project: daemons, so that a crash cannot hang on them, but never to be left running.
+OUR_THREADS = ("membership-server", "membership-link", "run-keeper", "local-run-follower")
+FOLDER_PREFIX = "elastic-"
+_CHANGED_BY_PYTEST = ("PYTEST_CURRENT_TEST", "PYTEST_VERSION")
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """Everything that is compared before and after a test."""
+
+    processes: dict[int, str]
+    threads: dict[int, str]
+    environment: dict[str, str]
+    temporary: frozenset[str]
+    process_group: bool
+
+
+def take() -> Snapshot:
+    """What this process holds now."""
+    distributed = sys.modules.get("torch.distributed")
+    return Snapshot(
+        processes=descendants(os.getpid()),
+        threads={t.ident or 0: t.name for t in threading.enumerate() if not t.daemon or t.name in OUR_THREADS},
+        environment={k: v for k, v in os.environ.items() if k not in _CHANGED_BY_PYTEST},
+        temporary=frozenset(n for n in os.listdir(tempfile.gettempdir()) if n.startswith(FOLDER_PREFIX)),
+        process_group=distributed is not None and distributed.is_available() and distributed.is_initialized(),
+    )
+
+
+def descendants(root: int) -> dict[int, str]:
+    """Living processes below `root`, by process id, with their command lines. Ended ones (zombies) do not count."""
+    parents: dict[int, int] = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                fields = (entry / "stat").read_text().rpartition(")")[2].split()
+            except (FileNotFoundError, ProcessLookupError):
+                continue  # it ended while we looked
+            if fields[0] not in "ZX":
+                parents[int(entry.name)] = int(fields[1])
+    found, wave = set(), {root}
+    while wave:
+        wave = {pid for pid, parent in parents.items() if parent in wave}
+        found |= wave
+    return {pid: _command_line(pid) for pid in found}
+
+
+def _command_line(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()[:120]
+    except (FileNotFoundError, ProcessLookupError):
+        return "(just ended)"
+
+
+def compare(before: Snapshot, after: Snapshot, *, ray: bool = False) -> list[str]:
+    """One sentence for each thing that came, or changed, and is still there.
+
+    Args:
+        ray: tolerate what Ray keeps for a whole session: its processes, threads and RAY_* variables.
+    """
+    found = []
+    if not ray:
+        new = {pid: line for pid, line in after.processes.items() if pid not in before.processes}
+        found += [f"process {pid} is still running: {line}" for pid, line in sorted(new.items())]
+    for ident, name in after.threads.items():
+        if ident not in before.threads and (not ray or name in OUR_THREADS):
+            found.append(f"thread {name} is still running")
+    for name in sorted(before.environment.keys() | after.environment.keys()):
+        was, now = before.environment.get(name), after.environment.get(name)
+        if was != now and not (ray and name.startswith("RAY_")):
+            found.append(f"environment variable {name} was {was!r} and is {now!r}")
+    found += [f"{name} is left in the temporary folder" for name in sorted(after.temporary - before.temporary)]
+    if after.process_group and not before.process_group:
+        found.append("the torch.distributed process group is still initialised")
+    return found
+
+
+def wait_until_clean(before: Snapshot, *, ray: bool = False, timeout_s: float = 5.0) -> list[str]:
+    """Like `compare` with what is there now, after giving what is just ending the time to end."""
+    deadline = time.monotonic() + timeout_s
+    while (found := compare(before, take(), ray=ray)) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return found
