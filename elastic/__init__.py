@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-if TYPE_CHECKING:
-    from elastic.cluster.trainer import ElasticTrainer, Result
-    from elastic.config import TrainConfig
-    from elastic.job import Job
-    from elastic.main import main
+if TYPE_CHECKING:  # for type checkers and editors
+    from elastic.cluster.trainer import ElasticTrainer as ElasticTrainer
+    from elastic.cluster.trainer import Result as Result
+    from elastic.config import TrainConfig as TrainConfig
+    from elastic.job import Job as Job
+    from elastic.main import main as main
 
 _HOMES = {
     "ElasticTrainer": "elastic.cluster.trainer",

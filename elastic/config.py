@@ -323,12 +323,12 @@ def from_dict(values: dict[str, Any]) -> TrainConfig:
         if not isinstance(stored, dict):
             parts[part.name] = stored
             continue
-        part_type = part.default_factory  # type: ignore[union-attr]
-        known = {f.name for f in dataclasses.fields(part_type)}  # type: ignore[arg-type]
+        part_type: Any = part.default_factory
+        known = {f.name for f in dataclasses.fields(part_type)}
         unknown = sorted(set(stored) - known)
         if unknown:
             raise ConfigError(f"stored option {part.name}.{unknown[0]} is not known to this version")
-        parts[part.name] = part_type(**{k: tuple(v) if isinstance(v, list) else v for k, v in stored.items()})  # type: ignore[misc]
+        parts[part.name] = part_type(**{k: tuple(v) if isinstance(v, list) else v for k, v in stored.items()})
     return TrainConfig(**parts)
 
 

@@ -147,9 +147,10 @@ def check_dataset(where: str, data: object) -> MapDataset:
         raise ConfigError(f"{where} returned {article} {found}, but data must be map-style; {_INSTEAD[found]}")
     if not (hasattr(data, "__len__") and hasattr(data, "__getitem__")):
         raise ConfigError(
-            f"{where} returned a {type(data).__name__}, which has no __len__ and __getitem__; return a map-style dataset"
+            f"{where} returned a {type(data).__name__}, which has no __len__ and __getitem__; "
+            "return a map-style dataset"
         )
-    return data  # type: ignore[return-value]
+    return data
 
 
 def eval_sets(job: Job) -> dict[str, MapDataset]:

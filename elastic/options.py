@@ -95,9 +95,7 @@ def parse(job_class: type[Job], defaults: TrainConfig, argv: Sequence[str]) -> t
     if dataclasses.is_dataclass(job_class):
         fields.insert(0, ("job", job_class, dataclasses.field(default_factory=_make(job_class))))
     line = dataclasses.make_dataclass("Options", fields, frozen=True)
-    found = tyro.cli(
-        line, args=list(argv), config=(tyro.conf.FlagConversionOff,) if False else (), description="", prog=_prog()
-    )
+    found: Any = tyro.cli(line, args=list(argv), description="", prog=_prog())
     parts = {f.name: getattr(found, f.name) for f in dataclasses.fields(defaults)}
     job = found.job if dataclasses.is_dataclass(job_class) else job_class()
     return job, TrainConfig(**parts)

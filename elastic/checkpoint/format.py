@@ -170,4 +170,4 @@ def _tensor(name: str, raw: dict[str, Any]) -> TensorEntry:
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:
     """The tensor's little-endian bytes, without a copy where it is contiguous on the CPU."""
     flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy())
+    return memoryview(flat.view(torch.uint8).numpy().data)

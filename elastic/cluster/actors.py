@@ -53,7 +53,7 @@ def training_function(run: Any, group_variable: str, accelerator: str) -> Callab
         context = ray.train.get_context()
         runtime = ray.get_runtime_context()
         identity = Identity(
-            id=runtime.get_actor_id()[:12], group=int(os.environ[group_variable]),
+            id=str(runtime.get_actor_id())[:12], group=int(os.environ[group_variable]),
             group_size=context.get_world_size(), node=runtime.get_node_id(),
             local_index=_device_index(runtime) if accelerator == "gpu" else context.get_local_rank(),
             host=ray.util.get_node_ip_address(), accelerator=accelerator,

@@ -6,13 +6,15 @@ Pinned to ray 2.60; `tests/test_ray_contract.py` has one test for each private n
 from __future__ import annotations
 
 import itertools
+import logging
+import os
 import threading
 from collections.abc import Callable
 from typing import Any
 
 import ray
 from ray._private import services
-from ray.train import BackendConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
+from ray.train import BackendConfig
 from ray.train.backend import Backend
 from ray.train.v2._internal.callbacks import AcceleratorSetupCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
@@ -21,6 +23,7 @@ from ray.train.v2._internal.execution.failure_handling import FailureDecision, F
 from ray.train.v2._internal.execution.scaling_policy import NoopDecision, ResizeDecision, ScalingPolicy
 from ray.train.v2._internal.execution.worker_group import WorkerGroup
 from ray.train.v2._internal.util import ObjectRefWrapper
+from ray.train.v2.api.config import FailureConfig, RunConfig, ScalingConfig
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 
@@ -121,13 +124,24 @@ class Group(WorkerGroup):
     _numbers = itertools.count(1)
 
     def _get_worker_runtime_env(self, custom_runtime_env: Any) -> Any:  # type: ignore[override]
-        environment = WorkerGroup._get_worker_runtime_env(custom_runtime_env)
+        return {}  # a runtime environment would keep Ray from using the worker processes that it started ahead
+
+    def _create_workers(self, *arguments: Any, **keywords: Any) -> Any:
+        workers = super()._create_workers(*arguments, **keywords)
         number = str(next(Group._numbers))
-        return {**environment, "env_vars": {**environment["env_vars"], GROUP_VARIABLE: number}}
+        ray.get([w.execute_async(os.environ.__setitem__, GROUP_VARIABLE, number) for w in workers])
+        return workers
 
 
 class Controller(TrainController):
+    """Ray Train's controller with our worker group, switches set before it reads them."""
+
     worker_group_cls = Group
+
+    def __init__(self, *arguments: Any, **keywords: Any):
+        os.environ.update(_CONTROLLER_ENVIRONMENT)
+        logging.getLogger("ray.train").setLevel(logging.WARNING)  # what matters is an event of the run
+        super().__init__(*arguments, **keywords)
 
 
 class RayTrainer(DataParallelTrainer):
@@ -141,33 +155,28 @@ class RayTrainer(DataParallelTrainer):
 
     def __init__(
         self, train_function: Callable[[], Any], *, name: str, storage_path: str, scaling: ScalingOptions,
-        accelerator: str, max_failures: int, environment: dict[str, str], embedded: bool,
+        accelerator: str, max_failures: int, embedded: bool,
     ):  # fmt: skip
         unit = worker_resources(accelerator, scaling.cpus_per_worker)
-        super().__init__(
-            train_function,
-            backend_config=_NoBackendConfig(),
-            scaling_config=ScalingConfig(
-                num_workers=scaling.max_workers, use_gpu=accelerator == "gpu", resources_per_worker=unit,
-                placement_strategy="SPREAD" if scaling.workers_per_node else "PACK",
-            ),
-            run_config=RunConfig(
-                name=name, storage_path=storage_path, failure_config=FailureConfig(max_failures=max_failures),
-                worker_runtime_env={"env_vars": environment},
-                logging_config=LoggingConfig(log_level="WARNING"),
-            ),
+        scaling_config: Any = ScalingConfig(
+            num_workers=scaling.max_workers, use_gpu=accelerator == "gpu", resources_per_worker=unit,
+            placement_strategy="SPREAD" if scaling.workers_per_node else "PACK",
         )  # fmt: skip
-        self._policies = (
-            StartPolicy(self.scaling_config, scaling, accelerator),
-            RestartPolicy(self.run_config.failure_config, max_failures),
+        failure_config = FailureConfig(max_failures=max_failures)
+        run_config: Any = RunConfig(name=name, storage_path=storage_path, failure_config=failure_config)
+        super().__init__(
+            train_function, backend_config=_NoBackendConfig(), scaling_config=scaling_config, run_config=run_config
         )
+        self._policies = (
+            StartPolicy(scaling_config, scaling, accelerator), RestartPolicy(failure_config, max_failures)
+        )  # fmt: skip
+        self._accelerators = AcceleratorSetupCallback(self.backend_config, scaling_config)
         self._embedded = embedded
         self._controller: Any = None
         self._started = threading.Event()
 
     def _create_default_callbacks(self) -> list[Any]:
-        callbacks: list[Any] = [AcceleratorSetupCallback(self.backend_config, self.scaling_config)]
-        return callbacks if self._embedded else [*callbacks, PlacementGroupCleanerCallback()]
+        return [self._accelerators] if self._embedded else [self._accelerators, PlacementGroupCleanerCallback()]
 
     def run(self) -> None:
         """Run to the end of the group.
@@ -186,11 +195,7 @@ class RayTrainer(DataParallelTrainer):
 
     def _initialize_and_run_controller(self, **controller_arguments: Any) -> Any:
         node_id = ray.get_runtime_context().get_node_id()
-        actor_class = ray.remote(
-            num_cpus=0,
-            label_selector={"ray.io/node-id": node_id},
-            runtime_env={"env_vars": _CONTROLLER_ENVIRONMENT},
-        )(Controller)
+        actor_class = ray.remote(num_cpus=0, label_selector={"ray.io/node-id": node_id})(Controller)
         self._controller = actor_class.remote(**controller_arguments)
         self._started.set()
         ray.get(self._controller.run.remote())

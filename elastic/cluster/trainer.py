@@ -142,7 +142,7 @@ class _Drive:
         check_fits(accelerator, scaling.workers_per_node, scaling.cpus_per_worker, nodes)
         token = new_token()
         node_id = ray.get_runtime_context().get_node_id()
-        host = ray.remote(num_cpus=0, label_selector={"ray.io/node-id": node_id})(HostActor).remote()
+        host: Any = ray.remote(num_cpus=0, label_selector={"ray.io/node-id": node_id})(HostActor).remote()
         try:
             options = keeper_options(run, self._epoch, ray_job_id=ray.get_runtime_context().get_job_id())
             url = ray.get(
@@ -177,7 +177,7 @@ class _Drive:
         trainer = RayTrainer(
             training_function(worker_run, GROUP_VARIABLE, accelerator), name=run.name, storage_path=markers,
             scaling=run.config.scaling, accelerator=accelerator, max_failures=run.config.run.max_failures,
-            environment=_worker_environment(run.config), embedded=self._embedded,
+            embedded=self._embedded,
         )  # fmt: skip
         thread = threading.Thread(target=self._run_trainer, args=(trainer,), name="ray-trainer", daemon=True)
         thread.start()
@@ -268,8 +268,3 @@ class _Drive:
         finally:
             for number, old in before.items():
                 signal.signal(number, old)
-
-
-def _worker_environment(config: TrainConfig) -> dict[str, str]:
-    """Environment variables that must be set before a worker's process starts."""
-    return {"OMP_NUM_THREADS": str(config.scaling.cpus_per_worker)}

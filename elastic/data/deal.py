@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 from elastic.errors import ConfigError
 
 
@@ -40,7 +42,7 @@ def check_microbatches(microbatches: int, max_workers: int) -> None:
 def deal(count: int, world_size: int) -> list[range]:
     """A contiguous run of `count` microbatches for each rank, their lengths equal to within one."""
     bounds = [count * rank // world_size for rank in range(world_size + 1)]
-    return [range(a, b) for a, b in zip(bounds, bounds[1:])]
+    return [range(a, b) for a, b in itertools.pairwise(bounds)]
 
 
 def rounds(count: int, world_size: int) -> int:

@@ -78,6 +78,7 @@ class MembershipServer:
         self._members: dict[str, Member] = {}
         self._followers: dict[web.WebSocketResponse, asyncio.Queue[str]] = {}
         self._backlog: list[str] = []
+        self._sending: set[asyncio.Future[None]] = set()
         self._wish: dict[str, Any] | None = None
         self._end_store: Callable[[], None] | None = None
         self._loop = asyncio.new_event_loop()
@@ -199,7 +200,9 @@ class MembershipServer:
     def _send(self, member_id: str, message: dict[str, Any]) -> None:
         socket = self._sockets.get(member_id)
         if socket is not None and not socket.closed:
-            asyncio.ensure_future(_send_quietly(socket, json.dumps(message)))
+            sending = asyncio.ensure_future(_send_quietly(socket, json.dumps(message)))
+            self._sending.add(sending)  # the loop itself holds tasks only weakly
+            sending.add_done_callback(self._sending.discard)
 
     def _broadcast(self, message: dict[str, Any]) -> None:
         for member_id in list(self._sockets):

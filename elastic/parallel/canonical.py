@@ -16,6 +16,7 @@ from elastic.parallel.device import all_gather_flat
 from elastic.parallel.tree import Block, TreeSum, blocks
 
 Tensors = list[torch.Tensor]
+_PIECE = 16384
 
 
 def _add(left: Tensors, right: Tensors) -> Tensors:
@@ -109,7 +110,14 @@ def canonical_norm(tensors: Tensors) -> torch.Tensor:
     Squares are summed within each row of dim 0 (measured: such sums are the same however rows are spread over
     ranks), and the row sums of all tensors then in float64.
     """
-    rows = [
-        (t * t).reshape(t.shape[0], -1).sum(1) if t.dim() > 1 else (t * t).reshape(-1) for t in tensors if t.numel()
-    ]
+    rows = [_row_sums(t * t) if t.dim() > 1 else (t * t).reshape(-1) for t in tensors if t.numel()]
     return torch.cat([r.double() for r in rows]).sum().sqrt()
+
+
+def _row_sums(squares: torch.Tensor) -> torch.Tensor:
+    """Sums within each row of dim 0, row after row; of a long row, one for each piece.
+
+    A piece is shorter than torch's grain (32,768): a longer row is summed by several threads if it is the only one.
+    """
+    pieces = squares.reshape(squares.shape[0], -1).split(_PIECE, dim=1)
+    return torch.stack([piece.sum(1) for piece in pieces], dim=1).reshape(-1)

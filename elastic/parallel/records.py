@@ -76,7 +76,8 @@ class Records:
 
     def gather(self, group: dist.ProcessGroup | None) -> PendingRecord:
         """Start the all-gather; call `result` on what comes back after the backward pass."""
-        assert self._names is not None and len(self._rows) == len(self.runs[self.rank])
+        assert self._names is not None
+        assert len(self._rows) == len(self.runs[self.rank])
         mine = torch.stack(self._rows)
         if len(self.runs) == 1:
             return PendingRecord(self, mine.unsqueeze(0), None)

@@ -8,6 +8,8 @@ microbatch a pass and reduces canonically. Both leave `.grad` holding the sum ov
 from __future__ import annotations
 
 import contextlib
+import inspect
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +23,12 @@ from elastic.parallel.records import PendingRecord, Records, StepRecord
 
 #: Runs the user's loss on a model and a batch: (sum, weight, metrics).
 LossFunction = Callable[[nn.Module, Any], tuple[torch.Tensor, Any, Any]]
+
+
+#: DDP is not to send buffers in forward passes, under the name that this torch has for it (renamed in 2.13).
+_SYNC_NAME = "forward_sync_buffers"
+_KNOWS_NAME = _SYNC_NAME in inspect.signature(nn.parallel.DistributedDataParallel.__init__).parameters
+_NO_BUFFER_SYNC: dict[str, Any] = {_SYNC_NAME if _KNOWS_NAME else "broadcast_buffers": False}
 
 
 @dataclass(frozen=True)
@@ -61,12 +69,13 @@ class FastReplica:
         norms = _norm_buffers(model)
         self._buffers = [b for n, b in model.named_buffers() if b.is_floating_point()]
         self._norms = {id(b) for n, b in model.named_buffers() if n in norms}
+        self.wait_s = 0.0  # seconds of the last step spent in exchanges that nothing hides
         self._can_undo, self._before = can_undo, [torch.empty(0)]
         self.wrapped: nn.Module = model
         if self._world_size > 1:
             ddp = nn.parallel.DistributedDataParallel(
                 model, device_ids=[device.index] if device.type == "cuda" else None, bucket_cap_mb=bucket_mb,
-                gradient_as_bucket_view=True, broadcast_buffers=False, find_unused_parameters=find_unused,
+                gradient_as_bucket_view=True, **_NO_BUFFER_SYNC, find_unused_parameters=find_unused,
             )  # fmt: skip
             if compression == "bf16":
                 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
@@ -98,7 +107,9 @@ class FastReplica:
         changed = [b for b, v in zip(self._buffers, versions) if b._version != v or id(b) in self._norms]
         if changed and self._world_size > 1:
             _average(changed, self._world_size)
+        began = time.perf_counter()
         record = pending.result()
+        self.wait_s = time.perf_counter() - began
         return record, record.weight / self._world_size
 
     def norm(self, gradients: list[torch.Tensor]) -> torch.Tensor:
@@ -143,6 +154,7 @@ class BitwiseReplica:
         self._norms = _norm_buffers(model)
         self._kept: dict[str, tuple[int, torch.Tensor]] = {}
         self._count = sum(map(len, runs))
+        self.wait_s = 0.0
 
     def run(self, passes: Iterable[Pass]) -> tuple[StepRecord, float]:
         """Run this rank's passes (one microbatch each); see `FastReplica.run`."""
@@ -173,11 +185,13 @@ class BitwiseReplica:
             indices.append(one.first)
             gradients.push(one.first, self._take_gradients())
         assert pending is not None, "a rank without a microbatch"
+        began = time.perf_counter()
         record = pending.result()
         self._put_gradients(gradients.reduce())
         if record.changed_buffers:
             touched = [n for i, n in enumerate(names) if record.changed_buffers >> i & 1]
             self._reduce_buffers(touched, before, after, indices)
+        self.wait_s = time.perf_counter() - began
         return record, record.weight
 
     def _copies(self) -> dict[str, torch.Tensor]:

@@ -54,7 +54,8 @@ class TreeSum(Generic[T]):
 
     def total(self) -> T:
         """The sum of everything pushed, which must be all leaves from 0 on."""
-        assert self._stack and self._stack[0][0][0] == 0, "a total starts at leaf 0"
+        assert self._stack, "nothing was pushed"
+        assert self._stack[0][0][0] == 0, "a total starts at leaf 0"
         value = self._stack[-1][1]
         for _, left in reversed(self._stack[:-1]):
             value = self._add(left, value)

@@ -206,7 +206,7 @@ class RunKeeper:
         return False
 
     def _give_up(self, reason: str) -> None:
-        """Write nothing more, and end everyone who works for this claim; `reason` reaches the driver and the workers."""
+        """Write nothing more, and tell everyone who works for this claim to end, and why."""
         self._closed = True
         assert self._server is not None
         self._server.send_all({"kind": "fenced", "reason": reason})

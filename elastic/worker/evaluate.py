@@ -19,13 +19,13 @@ from elastic.worker.group import Group, collective
 
 def evaluate(
     job: Job, model: nn.Module, name: str, data: MapDataset, group: Group, *, size: int, seed: int,
-    run_model: Callable[[Callable[..., Any], nn.Module, Any], Any],
+    run_loss: Callable[[nn.Module, Any], Any],
 ) -> dict[str, float]:  # fmt: skip
     """Evaluate one held-out set.
 
     Args:
         size: samples of one forward pass; the cut does not depend on the world.
-        run_model: calls the job's function with a batch on the device, under the run's precision.
+        run_loss: the job's `evaluate`, under the run's precision.
 
     Returns:
         `eval/loss` and `eval/<metric>`, or `eval/<name>/...` for a named set: means over the set.
@@ -45,7 +45,7 @@ def evaluate(
                 seed_all(derive("eval", seed, name, index))
                 getitems = getattr(data, "__getitems__", None)
                 samples = getitems(ids) if getitems else [data[i] for i in ids]
-                loss, weight, metrics = run_model(job.evaluate, model, job.collate_fn(samples))
+                loss, weight, metrics = run_loss(model, job.collate_fn(samples))
                 digest = xxhash.xxh3_64_intdigest(np.asarray(ids, "<i8").tobytes()) >> 1
                 records.add(loss, weight, metrics, (digest,))
     finally:

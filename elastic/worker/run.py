@@ -1,4 +1,4 @@
-"""What a worker is told: the run it works for, and who it is. Imports nothing heavy, so that a driver can make these."""
+"""What a worker is told: the run it works for, and who it is. Imports nothing heavy: drivers make these."""
 
 from __future__ import annotations
 

@@ -9,18 +9,17 @@ from __future__ import annotations
 
 import os
 import time
-import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
 
 from elastic.data.deal import deal
 from elastic.data.loader import Fetcher, Loader, Order
 from elastic.data.seeds import derive, seed_all
-from elastic.errors import NonFiniteError, RunFailed, WorldBroken
+from elastic.errors import NonFiniteError, WorldBroken
 from elastic.job import eval_sets
 from elastic.membership.client import WorkerLink
 from elastic.parallel.device import describe, memory_share, pick_device, prepare_process
@@ -28,19 +27,17 @@ from elastic.parallel.records import StepRecord
 from elastic.parallel.replicated import BitwiseReplica, FastReplica, Pass
 from elastic.storage import Storage
 from elastic.units import parse_amount
+from elastic.worker import nonfinite
 from elastic.worker.evaluate import evaluate
 from elastic.worker.group import Group, is_collective_failure
 from elastic.worker.run import Identity, WorkerRun
 from elastic.worker.saving import restore_from_peer, restore_newest, save
 from elastic.worker.schedule import factor
 from elastic.worker.state import TrainState, weights_sha256
+from elastic.worker.user_code import UserCode, UserCodeError
 
 JOIN_TIMEOUT_S = 600.0
 COMMIT_TIMEOUT_S = 600.0
-
-
-class UserCodeError(RunFailed):
-    """An exception in the job's own code; `report` has the traceback, rank, step and microbatch."""
 
 
 @dataclass
@@ -78,6 +75,7 @@ class Session:
         prepare_process(bitwise=self._bitwise, threads=run.config.scaling.cpus_per_worker)
         self._device = pick_device(identity.accelerator, identity.local_index)
         self._storage = Storage(run.folder_url)
+        self._code = UserCode(run.job, self._device, identity.id, autocast=run.config.precision.autocast == "bf16")
         self._link = WorkerLink(run.server_url, run.token, identity.id, lease_s=lease_s)
         self._applied = -1  # updates in the state this worker holds; -1: it holds none
         self._prepared: _Update | None = None
@@ -85,7 +83,6 @@ class Session:
         self._saves = 0
         self._evaluated: tuple[int, dict[str, float]] = (-1, {})
         self._started = time.monotonic()
-        self._where = "warming up"
         self._warm_up()
         self._warm_s = time.monotonic() - began
 
@@ -101,14 +98,11 @@ class Session:
                     self._restore(group)
                     return self._train(group)
                 except WorldBroken:
-                    self._where = "re-joining"
+                    self._code.where = "re-joining"
                 finally:
                     group.close()
-        except NonFiniteError as error:
-            self._fail(str(error))
-            raise
-        except UserCodeError as error:
-            self._fail(str(error))
+        except (NonFiniteError, UserCodeError) as error:
+            self._link.post({"kind": "failed", "message": str(error)})
             raise
         finally:
             self._loader.close()
@@ -185,7 +179,7 @@ class Session:
         began = time.perf_counter()
         self._clock = clock = _Clock()
         step = self._applied
-        self._where = f"step {step + 1}"
+        self._code.where = f"step {step + 1}"
         self._link.progress(step, "step")
         update = self._prepare(step, replica, spans, group)
         self._prepared = update
@@ -201,7 +195,8 @@ class Session:
                 self._evaluate(group)
             if save_now or (plan.checkpoint_every and done % plan.checkpoint_every == 0):
                 self._save(group)
-        clock.compute_s -= clock.data_s
+        clock.compute_s -= clock.data_s + replica.wait_s
+        clock.sync_s += replica.wait_s
         step_s = time.perf_counter() - began
         clock.other_s = max(0.0, step_s - clock.data_s - clock.compute_s - clock.sync_s - clock.checkpoint_s)
         if group.rank == 0:
@@ -231,7 +226,7 @@ class Session:
                 scale *= optim.clip_norm / (norm + 1e-6)
             if scale != 1.0:
                 torch._foreach_mul_(gradients, scale)
-        share = self._guard(lambda: self._job.schedule(step, plan.total_steps), "schedule()")
+        share = self._code.guard(lambda: self._job.schedule(step, plan.total_steps))
         if share is None:
             share = factor(
                 step, plan.total_steps, schedule=optim.schedule, warmup_steps=plan.warmup_steps, final=optim.final_lr
@@ -251,13 +246,13 @@ class Session:
         except RuntimeError as error:
             if is_collective_failure(error):
                 raise WorldBroken(f"step {step + 1} failed: {error}") from error
-            raise self._user_error(error) from error
+            raise self._code.error(error) from error
 
     def _passes(self, step: int, spans: list[tuple[int, int]]) -> Iterator[Pass]:
         for i, (first, count) in enumerate(spans):
             began = time.perf_counter()
-            self._where = f"step {step + 1}, microbatch {first}"
-            span = self._guard(lambda f=first, c=count: self._loader.next(step, f, c), "train_data()")
+            self._code.where = f"step {step + 1}, microbatch {first}"
+            span = self._code.guard(partial(self._loader.next, step, first, count))
             self._clock.data_s += time.perf_counter() - began
             seed_all(derive("step", self._config.run.seed, step, first))
             yield Pass(span.batch, first, span.digests, i == len(spans) - 1)
@@ -268,7 +263,7 @@ class Session:
         self._applied = -1
         if not update.skip:
             self._state.optimizer.step()
-            self._guard(lambda: self._job.after_step(self._model, update.step + 1), "after_step()")
+            self._code.guard(lambda: self._job.after_step(self._model, update.step + 1))
         self._applied = update.step + 1
         self._clock.compute_s += time.perf_counter() - began
 
@@ -284,75 +279,33 @@ class Session:
     def _on_nonfinite(
         self, step: int, record: StepRecord, norm: float, spans: list[tuple[int, int]], group: Group
     ) -> None:
+        """Stop before the update, or leave the step out.
+
+        Raises:
+            NonFiniteError: unless such updates are to be skipped.
+        """
         if self._config.run.on_nonfinite == "skip":
             return
-        microbatch = record.nonfinite_microbatch
-        what = "loss" if microbatch is not None else "gradient norm"
+        microbatch, count = record.nonfinite_microbatch, 1
         if microbatch is None:
-            found = [m for m in group.gather_ints(self._locate(step, spans)) if m >= 0]
+            indices = [i for first, n in spans for i in range(first, first + n)]
+            found = [m for m in group.gather_ints(self._find_bad(step, indices)) if m >= 0]
             microbatch = min(found, default=None)
-        where = ""
-        if microbatch is not None:
-            count = (
-                1
-                if self._bitwise or what == "gradient norm"
-                else next(c for f, c in self._all_spans() if f == microbatch)
-            )
-            ids = self._order.span(step, microbatch, count).ids.tolist()
-            where = f", first in microbatch {microbatch} (samples {', '.join(map(str, ids[:16]))}{', ...' if len(ids) > 16 else ''})"
-        raise NonFiniteError(
-            f"the {what} of step {step + 1} is not finite (loss {record.loss:g}, norm {norm:g}){where}; nothing of this "
-            "step was applied. Lower the learning rate, clip with --optim.clip-norm, look at these samples, or give "
-            "--run.on-nonfinite skip"
-        )
+        else:  # the loss is known for each pass
+            runs = deal(self._plan.microbatches, group.size)
+            count = next(n for run in runs for first, n in self._spans(run) if first == microbatch)
+        ids = [] if microbatch is None else self._order.span(step, microbatch, count).ids.tolist()
+        raise nonfinite.error(step, record, norm, microbatch, ids)
 
-    def _locate(self, step: int, spans: list[tuple[int, int]]) -> int:
-        """This rank's first microbatch whose own gradients are not finite, or -1."""
-        parameters = [p for p in self._model.parameters() if p.requires_grad]
-        self._loader.start(step, [(i, 1) for first, count in spans for i in range(first, first + count)])
-        for first, count in spans:
-            for index in range(first, first + count):
-                span = self._loader.next(step, index, 1)
+    def _find_bad(self, step: int, indices: list[int]) -> int:
+        def microbatches() -> Iterator[tuple[int, Any]]:
+            self._loader.start(step, [(i, 1) for i in indices])
+            for index in indices:
+                batch = self._loader.next(step, index, 1).batch
                 seed_all(derive("step", self._config.run.seed, step, index))
-                self._model.zero_grad(set_to_none=True)
-                self._loss(self._model, span.batch)[0].backward()
-                if not all(torch.isfinite(p.grad).all() for p in parameters if p.grad is not None):
-                    return index
-        return -1
+                yield index, batch
 
-    # ---- the job's code ----------------------------------------------------------------------------------------
-
-    def _loss(self, model: nn.Module, batch: Any) -> tuple[torch.Tensor, Any, Any]:
-        return self._call(self._job.loss, model, batch)
-
-    def _call(self, function: Callable[..., Any], model: nn.Module, batch: Any) -> tuple[torch.Tensor, Any, Any]:
-        """The job's loss or evaluation, on the device and in the precision of the run."""
-        batch = _to_device(batch, self._device)
-        name = f"{function.__name__}()"
-
-        def checked() -> tuple[torch.Tensor, Any, Any]:
-            with torch.autocast(self._device.type, torch.bfloat16, enabled=self._config.precision.autocast == "bf16"):
-                result = function(model, batch)
-            if not isinstance(result, tuple) or len(result) != 3:
-                raise TypeError(f"{name} must return (sum, weight, metrics), not {type(result).__name__}")
-            return result
-
-        return self._guard(checked, name)
-
-    def _guard(self, work: Callable[[], Any], what: str) -> Any:
-        try:
-            return work()
-        except Exception as error:
-            if is_collective_failure(error):  # DDP synchronises buffers inside the forward pass
-                raise
-            raise self._user_error(error) from error
-
-    def _user_error(self, error: BaseException) -> UserCodeError:
-        text = "".join(traceback.format_exception(error)).rstrip()
-        hint = ""
-        if isinstance(error, torch.OutOfMemoryError):
-            hint = "\nOut of memory: give a larger --batch.microbatches, or a smaller --batch.pass-size."
-        return UserCodeError(f"worker {self._identity.id} failed at {self._where}:\n{text}{hint}")
+        return nonfinite.first_bad_microbatch(self._model, self._code.loss, microbatches())
 
     # ---- between steps -----------------------------------------------------------------------------------------
 
@@ -360,11 +313,16 @@ class Session:
         parallel = self._config.parallel
         if self._bitwise:
             return BitwiseReplica(
-                self._model, self._loss, runs=runs, rank=group.rank, device=self._device, bucket_mb=parallel.bucket_mb
+                self._model,
+                self._code.loss,
+                runs=runs,
+                rank=group.rank,
+                device=self._device,
+                bucket_mb=parallel.bucket_mb,
             )
         try:
             return FastReplica(
-                self._model, self._loss, runs=runs, rank=group.rank, device=self._device,
+                self._model, self._code.loss, runs=runs, rank=group.rank, device=self._device,
                 bucket_mb=parallel.bucket_mb, find_unused=parallel.find_unused,
                 compression=self._config.precision.grad_compression,
                 can_undo=self._config.run.on_nonfinite == "skip",
@@ -384,21 +342,17 @@ class Session:
             most = max(1, self._config.batch.pass_size // microbatch)
         return [(i, min(most, run.stop - i)) for i in range(run.start, run.stop, most)]
 
-    def _all_spans(self) -> list[tuple[int, int]]:
-        runs = deal(self._plan.microbatches, self._size)
-        return [span for run in runs for span in self._spans(run)]
-
     def _evaluate(self, group: Group) -> dict[str, float]:
         if self._evaluated[0] == self._applied:
             return self._evaluated[1]
         self._link.progress(self._applied, "eval")
-        self._where = f"evaluation after step {self._applied}"
+        self._code.where = f"evaluation after step {self._applied}"
         microbatch = self._plan.global_size // self._plan.microbatches
         found: dict[str, float] = {}
         for name, data in self._eval_sets.items():
             found |= evaluate(
                 self._job, self._model, name, data, group, size=min(4 * microbatch, self._plan.global_size),
-                seed=self._config.run.seed, run_model=self._call,
+                seed=self._config.run.seed, run_loss=self._code.evaluate,
             )  # fmt: skip
         self._evaluated = (self._applied, found)
         if found and group.rank == 0:
@@ -457,23 +411,8 @@ class Session:
                 self._model.eval()
                 seed_all(derive("sample", self._config.run.seed))
                 with torch.no_grad():
-                    result["sample"] = self._guard(lambda: self._job.sample(self._model), "sample()")
+                    result["sample"] = self._code.guard(lambda: self._job.sample(self._model))
         wish = self._link.wish() or {}
         message = str(wish.get("detail", "")) if stopped else ""
         self._link.post({"kind": "done", "status": status, "message": message, "result": result})
         return status
-
-    def _fail(self, message: str) -> None:
-        self._link.post({"kind": "failed", "message": message})
-
-
-def _to_device(batch: Any, device: torch.device) -> Any:
-    if isinstance(batch, torch.Tensor):
-        return batch.to(device, non_blocking=True)
-    if isinstance(batch, dict):
-        return {k: _to_device(v, device) for k, v in batch.items()}
-    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return type(batch)(*(_to_device(v, device) for v in batch))
-    if isinstance(batch, (list, tuple)):
-        return type(batch)(_to_device(v, device) for v in batch)
-    return batch

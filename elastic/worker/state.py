@@ -150,8 +150,8 @@ def _same_names(what: str, mine: set[str], saved: set[str]) -> None:
     missing, unexpected = sorted(mine - saved), sorted(saved - mine)
     if missing or unexpected:
         raise CheckpointError(
-            f"the saved {what} does not fit: missing {missing[:3] or 'nothing'}, unexpected {unexpected[:3] or 'nothing'}"
-            "; start another run, or use the code that saved it"
+            f"the saved {what} does not fit: missing {missing[:3] or 'nothing'}, unexpected "
+            f"{unexpected[:3] or 'nothing'}; start another run, or use the code that saved it"
         )
 
 

@@ -1,0 +1,85 @@
+"""The `elastic` command. Nothing heavy is imported until a verb needs it."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from elastic import __version__
+from elastic.errors import ConfigError, ElasticError
+
+TEMPLATE = '''\
+"""A first job: is a point inside the ring?  python {file} --help"""
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import elastic
+
+
+class Ring(elastic.Job):
+    def model(self):
+        return nn.Sequential(nn.Linear(2, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 2))
+
+    def optimizer(self, model):
+        return torch.optim.AdamW(model.parameters(), lr=3e-3)
+
+    def train_data(self):  # map-style: samples by index
+        x = torch.rand(4000, 2, generator=torch.Generator().manual_seed(0)) * 2 - 1
+        return list(zip(x, ((x.norm(dim=1) - 0.6).abs() < 0.2).long()))
+
+    def eval_data(self):
+        x = torch.rand(1000, 2, generator=torch.Generator().manual_seed(1)) * 2 - 1
+        return list(zip(x, ((x.norm(dim=1) - 0.6).abs() < 0.2).long()))
+
+    def loss(self, model, batch):  # the loss summed over the batch, its weight, further sums
+        x, y = batch
+        logits = model(x)
+        return F.cross_entropy(logits, y, reduction="sum"), len(y), {{"accuracy": (logits.argmax(1) == y).sum()}}
+
+
+if __name__ == "__main__":
+    elastic.main(Ring)
+'''
+
+
+def init(file: str) -> str:
+    """Write a first job.
+
+    Raises:
+        ConfigError: the file exists, or its folder does not.
+    """
+    path = Path(file)
+    if path.suffix != ".py":
+        raise ConfigError(f"the job's file is {file!r}; give a name that ends in .py")
+    if not path.parent.is_dir():
+        raise ConfigError(f"the job's file is {file!r}, but there is no folder {str(path.parent)!r}; make it first")
+    try:
+        with path.open("x") as f:
+            f.write(TEMPLATE.format(file=path.name))
+    except FileExistsError:
+        raise ConfigError(f"{file} exists and is left as it is; give another name") from None
+    return f"wrote {file}; run it with: python {file}"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="elastic", description="PyTorch training on Ray that does not stop.")
+    parser.add_argument("--version", action="version", version=f"elastic-train {__version__}")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    verb = verbs.add_parser("init", help="write a small job that runs as it is")
+    verb.add_argument("file", help="for example job.py")
+    arguments = parser.parse_args(argv)
+    try:
+        print(init(arguments.file))
+    except ElasticError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,46 @@
+"""Finding the microbatch behind a loss or a gradient norm that is not finite."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from elastic.errors import NonFiniteError
+from elastic.parallel.records import StepRecord
+
+_SHOWN = 16
+
+
+def first_bad_microbatch(
+    model: nn.Module, loss: Callable[[nn.Module, Any], tuple[torch.Tensor, Any, Any]],
+    microbatches: Iterable[tuple[int, Any]],
+) -> int:  # fmt: skip
+    """Run microbatches one by one again; the index of the first whose own gradients are not finite, or -1.
+
+    Args:
+        microbatches: (index, batch) of this rank's microbatches, seeded as in training when taken.
+    """
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    for index, batch in microbatches:
+        model.zero_grad(set_to_none=True)
+        loss(model, batch)[0].backward()
+        if not all(torch.isfinite(p.grad).all() for p in parameters if p.grad is not None):
+            return index
+    return -1
+
+
+def error(step: int, record: StepRecord, norm: float, microbatch: int | None, ids: list[int]) -> NonFiniteError:
+    """The error that ends the run; `ids` are the samples of the pass that `microbatch` begins."""
+    what = "loss" if record.nonfinite_microbatch is not None else "gradient norm"
+    where = ""
+    if microbatch is not None:
+        shown = ", ".join(map(str, ids[:_SHOWN])) + (", ..." if len(ids) > _SHOWN else "")
+        where = f", first in microbatch {microbatch} (samples {shown})"
+    return NonFiniteError(
+        f"the {what} of step {step + 1} is not finite (loss {record.loss:g}, norm {norm:g}){where}; nothing of this "
+        "step was applied. Lower the learning rate, clip with --optim.clip-norm, look at these samples, or give "
+        "--run.on-nonfinite skip"
+    )

@@ -1,0 +1,82 @@
+"""Calling the job's own code: under the run's precision, on the device, with errors that say where they happened."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from elastic.errors import RunFailed
+from elastic.job import Job
+from elastic.worker.group import is_collective_failure
+
+LossValue = tuple[torch.Tensor, Any, Any]
+
+
+class UserCodeError(RunFailed):
+    """An exception in the job's own code; the message has worker, step, microbatch and traceback."""
+
+
+class UserCode:
+    """The job as the step loop calls it. `where` says, for people, what is being done."""
+
+    def __init__(self, job: Job, device: torch.device, worker_id: str, *, autocast: bool):
+        self._job, self._device, self._worker_id, self._autocast = job, device, worker_id, autocast
+        self.where = "warming up"
+
+    def loss(self, model: nn.Module, batch: Any) -> LossValue:
+        """`Job.loss`."""
+        return self._on_batch(self._job.loss, "loss()", model, batch)
+
+    def evaluate(self, model: nn.Module, batch: Any) -> LossValue:
+        """`Job.evaluate`."""
+        return self._on_batch(self._job.evaluate, "evaluate()", model, batch)
+
+    def _on_batch(self, function: Callable[..., Any], name: str, model: nn.Module, batch: Any) -> LossValue:
+        def work() -> LossValue:
+            moved = _to_device(batch, self._device)
+            with torch.autocast(self._device.type, torch.bfloat16, enabled=self._autocast):
+                result = function(model, moved)
+            if not isinstance(result, tuple) or len(result) != 3:
+                raise TypeError(f"{name} must return (sum, weight, metrics), not {type(result).__name__}")
+            return result
+
+        return self.guard(work)
+
+    def guard(self, work: Callable[[], Any]) -> Any:
+        """Run some of the job's code.
+
+        Raises:
+            UserCodeError: it raised.
+        """
+        try:
+            return work()
+        except UserCodeError:
+            raise
+        except Exception as error:
+            if is_collective_failure(error):  # DDP may synchronise inside the forward pass
+                raise
+            raise self.error(error) from error
+
+    def error(self, error: BaseException) -> UserCodeError:
+        """The error to end the run with."""
+        text = "".join(traceback.format_exception(error)).rstrip()
+        hint = ""
+        if isinstance(error, torch.OutOfMemoryError):
+            hint = "\nOut of memory: give a larger --batch.microbatches, or a smaller --batch.pass-size."
+        return UserCodeError(f"worker {self._worker_id} failed at {self.where}:\n{text}{hint}")
+
+
+def _to_device(batch: Any, device: torch.device) -> Any:
+    if isinstance(batch, torch.Tensor):
+        return batch.to(device, non_blocking=True)
+    if isinstance(batch, dict):
+        return {k: _to_device(v, device) for k, v in batch.items()}
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*(_to_device(v, device) for v in batch))
+    if isinstance(batch, (list, tuple)):
+        return type(batch)(_to_device(v, device) for v in batch)
+    return batch

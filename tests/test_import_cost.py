@@ -1,0 +1,36 @@
+"""What an import costs: `elastic --help` must not wait for torch or Ray."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["import elastic", "import elastic.job, elastic.config", "from elastic import Job, TrainConfig, RunOptions, main"],
+)
+def test_importing_what_a_job_file_needs_imports_neither_torch_nor_ray(line):
+    program = f"{line}\nimport json, sys\nprint(json.dumps(sorted(sys.modules)))"
+
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60)
+
+    loaded = set(json.loads(done.stdout))
+    assert "elastic" in loaded
+    assert {"torch", "ray", "numpy", "aiohttp", "tyro"} & loaded == set()
+
+
+def test_every_public_name_can_be_imported():
+    program = "import elastic\nfor n in elastic.__all__: assert getattr(elastic, n).__name__ == n, n"
+
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=100)
+
+
+def test_a_name_that_is_not_there_is_an_attribute_error():
+    import elastic
+
+    with pytest.raises(AttributeError, match="module 'elastic' has no attribute 'Trainer'"):
+        elastic.Trainer  # noqa: B018
