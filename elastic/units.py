@@ -60,15 +60,15 @@ def parse_amount(name: str, text: str, *, clock: bool) -> Amount:
         clock: whether wall-clock units are allowed besides ep, st and tok.
 
     Raises:
-        ConfigError: no number, not above zero, or a unit that is not allowed.
+        ConfigError: no number, not above zero and finite, or a unit that is not allowed.
     """
     allowed = (*PROGRESS_UNITS, *CLOCK_UNITS) if clock else PROGRESS_UNITS
     match = _PATTERN.match(text)
     if not match or match[2] not in allowed:
         raise ConfigError(f"{name} is {text!r}; give a number and a unit of {', '.join(allowed)}, for example 500st")
     value = float(match[1].replace("_", ""))
-    if value <= 0:
-        raise ConfigError(f"{name} is {text!r}; give an amount above 0")
+    if not 0 < value < float("inf"):
+        raise ConfigError(f"{name} is {text!r}; give a finite amount above 0")
     if match[2] == "st" and value != int(value):
         raise ConfigError(f"{name} is {text!r}; a number of steps is whole")
     return Amount(value, match[2])

@@ -10,11 +10,11 @@ from elastic import BatchOptions, CheckpointOptions, EvalOptions, OptimOptions, 
 from elastic.errors import CheckpointError, ConfigError
 
 CONFIG = TrainConfig(
-    run=RunOptions(duration="1200st"),
-    batch=BatchOptions(global_size=32, microbatches=8),
-    optim=OptimOptions(schedule="cosine", warmup="100st", clip_norm=1.0),
-    eval=EvalOptions(every="300st"),
-    checkpoint=CheckpointOptions(every="300st"),
+    run=RunOptions(duration="900st"),
+    batch=BatchOptions(global_size=16, microbatches=8),
+    optim=OptimOptions(schedule="cosine", warmup="75st", clip_norm=1.0),
+    eval=EvalOptions(every="225st"),
+    checkpoint=CheckpointOptions(every="225st"),
 )
 
 

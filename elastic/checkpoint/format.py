@@ -6,6 +6,7 @@ checkpoints/step-00000120/<epoch>-<n>-<id>/manifest.json    written last, create
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import re
@@ -22,9 +23,9 @@ ALIGNMENT = 64
 BLOCK_BYTES = 16 << 20
 MAX_MANIFEST_BYTES = 256 << 20
 FOLDER = "checkpoints"
-ATTEMPT = re.compile(r"^(\d+)-(\d+)-([A-Za-z0-9]+)$")
-_PACK = re.compile(r"^rank-\d{4,}\.pack$")
-_STEP = re.compile(r"^step-(\d{8,})$")
+ATTEMPT = re.compile(r"^(\d+)-(\d+)-([A-Za-z0-9]+)\Z")
+_PACK = re.compile(r"^rank-\d{4,}\.pack\Z")
+_STEP = re.compile(r"^step-(\d{8,})\Z")
 
 DTYPES = {
     str(d).removeprefix("torch."): d
@@ -128,7 +129,7 @@ def parse_manifest(data: bytes, where: str) -> Manifest:
         )  # fmt: skip
     except CheckpointError as error:
         raise CheckpointError(f"{where}: {error}") from error
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise CheckpointError(f"{where} does not say what a manifest says: {error!r}") from error
     if manifest.step < 0:
         raise CheckpointError(f"{where} has step {manifest.step}")
@@ -140,9 +141,9 @@ def _tensor(name: str, raw: dict[str, Any]) -> TensorEntry:
     dtype, shape = raw["dtype"], tuple(map(int, raw["shape"]))
     if dtype not in DTYPES:
         raise CheckpointError(f"tensor {name!r} has the unknown dtype {dtype!r}")
-    if any(s < 0 for s in shape):
-        raise CheckpointError(f"tensor {name!r} has the shape {shape}")
     item = DTYPES[dtype].itemsize
+    if any(s < 0 for s in shape) or math.prod(max(s, 1) for s in shape) * item >= 1 << 63:
+        raise CheckpointError(f"tensor {name!r} has the shape {shape}")
     chunks = []
     for c in raw["chunks"]:
         chunk = Chunk(
@@ -162,9 +163,14 @@ def _tensor(name: str, raw: dict[str, Any]) -> TensorEntry:
         if len(chunk.hashes) != max(1, -(-length // BLOCK_BYTES)):
             raise CheckpointError(f"tensor {name!r} has a chunk with {len(chunk.hashes)} block hashes")
         chunks.append(chunk)
-    if sum(math.prod(c.sizes) for c in chunks) != math.prod(shape):
+    whole = sum(math.prod(c.sizes) for c in chunks) == math.prod(shape)
+    if not whole or any(_overlap(a, b) for a, b in itertools.combinations(chunks, 2)):
         raise CheckpointError(f"tensor {name!r} is not tiled by its chunks")
     return TensorEntry(dtype, shape, tuple(chunks))
+
+
+def _overlap(a: Chunk, b: Chunk) -> bool:
+    return all(max(p, q) < min(p + m, q + n) for p, m, q, n in zip(a.offsets, a.sizes, b.offsets, b.sizes))
 
 
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:

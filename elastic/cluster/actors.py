@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 import traceback
 from collections.abc import Callable
 from typing import Any
@@ -48,7 +49,11 @@ def training_function(run: Any, group_variable: str, accelerator: str) -> Callab
     def train() -> None:
         import ray.train
 
-        from elastic.worker.session import Identity, Session
+        began = time.monotonic()
+        from elastic.worker.run import Identity
+        from elastic.worker.session import Session
+
+        import_s = time.monotonic() - began
 
         context = ray.train.get_context()
         runtime = ray.get_runtime_context()
@@ -59,7 +64,7 @@ def training_function(run: Any, group_variable: str, accelerator: str) -> Callab
             host=ray.util.get_node_ip_address(), accelerator=accelerator,
         )  # fmt: skip
         try:
-            Session(run, identity).run()
+            Session(run, identity, import_s=import_s).run()
         except ElasticError as error:
             raise RunFailed(str(error)) from None  # crosses to the controller: only plain text is sure to pickle
         except Exception:

@@ -118,6 +118,10 @@ def _cause(error: Any) -> Any:
     return getattr(error, "_base_exc", None) or getattr(error, "cause", None) or error
 
 
+def _set_variable(name: str, value: str) -> None:
+    os.environ[name] = value
+
+
 class Group(WorkerGroup):
     """Tells its workers which group they are of, so that a replaced one is fenced."""
 
@@ -129,7 +133,8 @@ class Group(WorkerGroup):
     def _create_workers(self, *arguments: Any, **keywords: Any) -> Any:
         workers = super()._create_workers(*arguments, **keywords)
         number = str(next(Group._numbers))
-        ray.get([w.execute_async(os.environ.__setitem__, GROUP_VARIABLE, number) for w in workers])
+        told: list[Any] = [w.execute_async(_set_variable, GROUP_VARIABLE, number) for w in workers]
+        ray.get(told)
         return workers
 
 

@@ -93,11 +93,12 @@ def run_prepared(run: PreparedRun) -> dict[str, Any]:
     console.say(batch_line(plan.global_size, plan.microbatches, config.scaling.max_workers))
     from elastic.cluster.embedded import connected, preflight
 
+    began = time.monotonic()
     try:
         address = preflight(config.cluster, config.scaling)
         epoch = open_run(run)
         with connected(config.cluster, config.scaling, address):
-            return _Drive(run, epoch, console, embedded=address is None).run()
+            return _Drive(run, epoch, console, embedded=address is None).run(time.monotonic() - began)
     finally:
         console.close()
 
@@ -127,7 +128,8 @@ class _Drive:
         self._trainer_error: BaseException | None = None
         self._trainer_done = threading.Event()
 
-    def run(self) -> dict[str, Any]:
+    def run(self, connect_s: float) -> dict[str, Any]:
+        """Start everything, wait for the end, clean up. `connect_s` is only reported."""
         import ray
 
         from elastic.cluster.actors import HostActor
@@ -148,7 +150,8 @@ class _Drive:
             url = ray.get(
                 host.start.remote(
                     run.folder.storage.url, options, scaling.min_workers, token,
-                    {"name": run.name, "accelerator": accelerator, "changed_code": run.changed_code or None},
+                    {"name": run.name, "accelerator": accelerator, "cluster_s": round(connect_s, 3),
+                     "changed_code": run.changed_code or None},
                 ),
                 timeout=START_TIMEOUT_S,
             )  # fmt: skip

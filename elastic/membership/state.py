@@ -116,8 +116,8 @@ Command = Form | Break | Refuse
 class State:
     """Soft state: everything here can be learned again from workers that join.
 
-    `gone` are the members of the newest world that were lost or are done; a broken world's other members are
-    awaited before the next one forms.
+    `gone` are the members of the group's worlds that were lost or are done, and never come back; a broken world's
+    other members are awaited before the next one forms.
     """
 
     epoch: int
@@ -175,7 +175,7 @@ def _form_if_possible(state: State, now: float) -> tuple[State, list[Command]]:
     nodes = sorted({m.node for m in state.waiting})
     members = sorted(state.waiting, key=lambda m: (nodes.index(m.node), m.local_index, m.id))
     world = World(Generation(state.epoch, state.n + 1), tuple(members))
-    state = replace(state, n=state.n + 1, world=world, waiting=(), broken=False, gone=frozenset())
+    state = replace(state, n=state.n + 1, world=world, waiting=(), broken=False)
     return state, [Form(world)]
 
 

@@ -8,7 +8,8 @@ reader hides the difference; it tolerates a torn tail.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from elastic.storage import Storage
@@ -23,10 +24,15 @@ def to_line(record: dict[str, Any]) -> str:
     try:
         return json.dumps(record, allow_nan=False) + "\n"
     except ValueError:
-        finite = {
-            k: None if isinstance(v, float) and (v != v or abs(v) == float("inf")) else v for k, v in record.items()
-        }
-        return json.dumps(finite, allow_nan=False) + "\n"
+        return json.dumps(_finite(record), allow_nan=False) + "\n"
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    return [_finite(v) for v in value] if isinstance(value, (list, tuple)) else value
 
 
 class LedgerFile:
@@ -47,7 +53,8 @@ class LedgerFile:
             return
         data = "".join(self._pending).encode()
         if self._storage.can_append:
-            self._storage.append(self._name, data)
+            torn = b"\n" if not self._written and _ends_torn(self._storage, self._name) else b""
+            self._storage.append(self._name, torn + data)
         else:
             self._storage.create(f"{self._name}.d/{self._epoch:06d}-{self._written:012d}.jsonl", data)
         self._written += len(self._pending)
@@ -56,39 +63,43 @@ class LedgerFile:
     def compact(self) -> None:
         """Join segments into the one file; a crash in between leaves records twice at worst, never lost."""
         self.flush()
-        segments = self._storage.names(f"{self._name}.d")
-        if not segments:
+        if not self._storage.names(f"{self._name}.d"):
             return
-        whole = b"".join(_parts(self._storage, self._name, segments))
-        self._storage.replace(self._name, whole)
+        whole = "".join(f"{line}\n" for line in _lines(self._storage, self._name))
+        self._storage.replace(self._name, whole.encode())
         self._storage.remove(f"{self._name}.d")
 
 
-def _parts(storage: Storage, name: str, segments: Iterable[str]) -> Iterable[bytes]:
-    try:
-        yield storage.read(name)
-    except FileNotFoundError:
-        yield b""
-    for segment in segments:
-        yield storage.read(f"{name}.d/{segment}")
+def _ends_torn(storage: Storage, name: str) -> bool:
+    """Whether the last writer of a local file died in the middle of a line."""
+    size = storage.size(name) if storage.exists(name) else 0
+    return size > 0 and storage.read(name, size - 1, size) != b"\n"
+
+
+def _lines(storage: Storage, name: str) -> Iterator[str]:
+    """All lines of the file and its segments; where there are segments, without what a broken compaction doubled."""
+    segments = storage.names(f"{name}.d")
+    seen: set[str] = set()
+    for part in (name, *(f"{name}.d/{segment}" for segment in segments)):
+        try:
+            lines = storage.read(part).decode(errors="replace").split("\n")
+        except FileNotFoundError:
+            continue  # never compacted yet
+        for line in lines:
+            if line and line not in seen:
+                yield line
+            if segments:
+                seen.add(line)
 
 
 def read_records(storage: Storage, name: str) -> list[dict[str, Any]]:
     """All records of `metrics.jsonl` or `events.jsonl`, in the order written, without doubles of a compaction."""
     records: list[dict[str, Any]] = []
-    seen: set[str] = set()
-    segments = storage.names(f"{name}.d")
-    for part in _parts(storage, name, segments):
-        lines = part.decode(errors="replace").split("\n")
-        for line in lines:
-            if not line or (segments and line in seen):
-                continue
-            try:
-                records.append(json.loads(line))
-            except ValueError:
-                continue  # a torn tail: the writer died in the middle of a line
-            if segments:
-                seen.add(line)
+    for line in _lines(storage, name):
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            continue  # a torn tail: the writer died in the middle of a line
     return records
 
 

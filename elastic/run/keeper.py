@@ -107,7 +107,7 @@ class RunKeeper:
     def worker_joined(self, member: Member, message: dict[str, Any]) -> None:
         self.event(
             "worker_warm", member=member.id, node=member.node, pid=member.pid, step=message.get("applied"),
-            seconds=message.get("warm_s"), detail=message.get("device"),
+            seconds=message.get("warm_s"), detail={**message["device"], **message["warm_parts"]},
         )  # fmt: skip
 
     def world_formed(self, world: World) -> None:

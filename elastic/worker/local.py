@@ -17,7 +17,7 @@ from collections.abc import Callable
 from typing import Any
 
 from elastic.config import to_dict
-from elastic.errors import RunFailed
+from elastic.errors import ConfigError, RunFailed
 from elastic.job import job_options
 from elastic.membership.client import DriverLink
 from elastic.run.host import RunHost, keeper_options, new_token
@@ -67,7 +67,7 @@ class LocalRun:
         run = self._run
         job_class = type(run.job)
         specification = {
-            "module": job_class.__module__, "class": job_class.__qualname__, "job_options": job_options(run.job),
+            "module": _importable(job_class), "class": job_class.__qualname__, "job_options": job_options(run.job),
             "config": to_dict(run.config), "plan": run.plan.__dict__, "digest": run.digest,
             "folder_url": run.folder.storage.url, "server_url": self.url, "token": token,
             "identity": {
@@ -128,6 +128,18 @@ class LocalRun:
                 process.wait()
         self._host.stop()
         self._follower.join(10)
+
+
+def _importable(job_class: type) -> str:
+    """The module that a new process imports to find the job, also where it was started with `python -m`."""
+    if job_class.__module__ != "__main__":
+        return job_class.__module__
+    specification = getattr(sys.modules["__main__"], "__spec__", None)
+    if specification is None:
+        raise ConfigError(
+            f"job {job_class.__qualname__} is defined in a script; start plain processes with python -m MODULE"
+        )
+    return str(specification.name)
 
 
 def run_local(run: PreparedRun, workers: int, *, timeout_s: float = 600.0, **options: Any) -> dict[str, Any]:

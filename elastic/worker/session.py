@@ -65,8 +65,10 @@ class _Update:
 class Session:
     """Trains until the run is finished or paused."""
 
-    def __init__(self, run: WorkerRun, identity: Identity):
+    def __init__(self, run: WorkerRun, identity: Identity, *, import_s: float = 0.0):
+        """Warm up: device, data and model are ready when this returns. `import_s` is only reported."""
         began = time.monotonic()
+        self._warm_parts = {"import_s": round(import_s, 3)}
         self._run, self._identity = run, identity
         self._job, self._config, self._plan = run.job, run.config, run.plan
         self._bitwise = run.config.run.exactness == "bitwise"
@@ -84,7 +86,7 @@ class Session:
         self._evaluated: tuple[int, dict[str, float]] = (-1, {})
         self._started = time.monotonic()
         self._warm_up()
-        self._warm_s = time.monotonic() - began
+        self._warm_s = time.monotonic() - began + import_s
 
     # ---- life --------------------------------------------------------------------------------------------------
 
@@ -110,11 +112,15 @@ class Session:
 
     def _warm_up(self) -> None:
         job, seed = self._job, self._config.run.seed
+        began = time.monotonic()
         self._train_data, self._eval_sets = job.train_data(), eval_sets(job)
+        self._warm_parts["data_s"] = round(time.monotonic() - began, 3)
+        began = time.monotonic()
         seed_all(derive("model", seed))
         self._model = job.model().to(self._device)
         self._model.train()
         self._state = TrainState(job, self._model, job.optimizer(self._model))
+        self._warm_parts["model_s"] = round(time.monotonic() - began, 3)
         order = Order(
             seed=seed, dataset_size=self._plan.dataset_size, global_size=self._plan.global_size,
             microbatches=self._plan.microbatches,
@@ -133,6 +139,7 @@ class Session:
                 "group": identity.group, "group_size": identity.group_size, "node": identity.node,
                 "local_index": identity.local_index, "host": identity.host, "pid": os.getpid(),
                 "device": describe(self._device), "applied": self._applied, "warm_s": round(self._warm_s, 3),
+                "warm_parts": self._warm_parts,
             },
             JOIN_TIMEOUT_S,
         )  # fmt: skip

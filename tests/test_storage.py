@@ -1,0 +1,263 @@
+"""Files of a run: create-if-absent above all, on a local folder and in fsspec's memory file system."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+import uuid
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import fsspec
+import pytest
+
+from elastic.errors import ConfigError
+from elastic.storage import Storage
+
+
+@pytest.fixture(params=["local", "file", "memory"])
+def storage(request, tmp_path):
+    if request.param == "memory":
+        root = f"/{uuid.uuid4().hex}"
+        yield Storage(f"memory:/{root}/runs")
+        fsspec.filesystem("memory").rm(root, recursive=True) if fsspec.filesystem("memory").exists(root) else None
+        return
+    yield Storage(str(tmp_path / "runs") if request.param == "local" else f"file://{tmp_path}/runs")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return Storage(str(tmp_path / "runs"))
+
+
+def test_what_was_created_is_read_back_whole_and_in_ranges(storage):
+    storage.create("a/b/pack", b"0123456789")
+
+    assert storage.read("a/b/pack") == b"0123456789"
+    assert storage.read("a/b/pack", 2, 5) == b"234"
+    assert storage.read("a/b/pack", 7) == b"789"
+    assert storage.read("a/b/pack", 8, 100) == b"89"
+    assert storage.size("a/b/pack") == 10
+    assert storage.exists("a/b/pack")
+
+
+def test_a_second_create_is_refused_and_changes_nothing(storage):
+    storage.create("manifest.json", b"first")
+
+    with pytest.raises(FileExistsError):
+        storage.create("manifest.json", b"second, and longer")
+
+    assert storage.read("manifest.json") == b"first"
+    assert storage.names() == ["manifest.json"]
+
+
+def test_replace_writes_over_what_was_there(storage):
+    storage.replace("status.json", b"long long ago")
+
+    storage.replace("status.json", b"now")
+
+    assert storage.read("status.json") == b"now"
+    assert storage.names() == ["status.json"]
+
+
+def test_what_is_not_there_is_said_to_be_not_there(storage):
+    with pytest.raises(FileNotFoundError):
+        storage.read("nothing")
+    with pytest.raises(FileNotFoundError):
+        storage.read("no/folder/either", 0, 4)
+
+    assert not storage.exists("nothing")
+    assert storage.names() == []
+    assert storage.names("no/folder") == []
+    storage.remove("nothing")
+
+
+def test_names_are_those_directly_inside_sorted(storage):
+    for name in ("b/2", "b/1", "a", "b/c/3"):
+        storage.create(name, b"x")
+
+    assert storage.names() == ["a", "b"]
+    assert storage.names("b") == ["1", "2", "c"]
+    assert storage.child("b").names() == ["1", "2", "c"]
+    assert storage.child("b").read("c/3") == b"x"
+
+
+def test_a_folder_is_removed_whole_and_only_it(storage):
+    for name in ("steps/1/pack", "steps/1/manifest.json", "steps/10/pack"):
+        storage.create(name, b"x")
+
+    storage.remove("steps/1")
+    storage.remove("steps/10/pack")
+
+    assert not storage.exists("steps/1/pack")
+    assert not storage.exists("steps/10/pack")
+    assert "1" not in storage.names("steps")
+
+
+def test_an_upload_is_the_file_s_bytes(storage, tmp_path):
+    file = tmp_path / "events.tfevents"
+    file.write_bytes(bytes(range(256)))
+
+    storage.upload("tensorboard/events", str(file))
+
+    assert storage.read("tensorboard/events") == bytes(range(256))
+
+
+def test_a_place_that_can_be_written_passes_the_probe_and_stays_empty(storage):
+    storage.probe()
+
+    assert storage.names() == []
+
+
+def test_only_a_folder_can_append(folder):
+    folder.append("deep/metrics.jsonl", b"one\n")
+    folder.append("deep/metrics.jsonl", b"two\n")
+
+    assert folder.can_append
+    assert folder.read("deep/metrics.jsonl") == b"one\ntwo\n"
+    memory = Storage("memory://never/written")
+    assert not memory.can_append
+    with pytest.raises(AssertionError, match="cannot append"):
+        memory.append("metrics.jsonl", b"one\n")
+
+
+def test_of_threads_that_race_to_create_a_file_exactly_one_wins(folder):
+    rounds, racers = 50, 4
+    barrier = threading.Barrier(racers)
+
+    def race(racer: int) -> list[int]:
+        won = []
+        for i in range(rounds):
+            barrier.wait(30)
+            try:
+                folder.create(f"claims/{i:06d}.json", f"racer {racer} round {i}".encode())
+            except FileExistsError:
+                continue
+            won.append(i)
+        return won
+
+    with ThreadPoolExecutor(racers) as pool:
+        wins = list(pool.map(race, range(racers)))
+
+    assert sorted(i for won in wins for i in won) == list(range(rounds))
+    for racer, won in enumerate(wins):
+        for i in won:
+            assert folder.read(f"claims/{i:06d}.json") == f"racer {racer} round {i}".encode()
+    assert sorted(os.listdir(folder.path("claims"))) == folder.names("claims"), "temporary files are left"
+
+
+_RACER = """
+import sys
+from elastic.storage import Storage
+folder, rounds, racer = Storage(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+print("ready", flush=True)
+sys.stdin.readline()
+for i in range(rounds):
+    try:
+        folder.create(f"claims/{i:06d}.json", racer.encode())
+        print("won", i)
+    except FileExistsError:
+        pass
+"""
+
+
+def test_of_processes_that_race_to_create_a_file_exactly_one_wins(folder):
+    rounds, racers = 50, 4
+    children = [
+        subprocess.Popen(
+            [sys.executable, "-c", _RACER, folder.url, str(rounds), str(racer)], stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE, text=True,
+        )
+        for racer in range(racers)
+    ]  # fmt: skip
+    for child in children:
+        assert child.stdout.readline() == "ready\n"
+
+    for child in children:
+        child.stdin.write("go\n")
+        child.stdin.flush()
+    wins = [child.communicate(timeout=60)[0].splitlines() for child in children]
+
+    assert sorted(line for won in wins for line in won) == sorted(f"won {i}" for i in range(rounds))
+    for racer, won in enumerate(wins):
+        for line in won:
+            assert folder.read(f"claims/{int(line.split()[1]):06d}.json") == str(racer).encode()
+
+
+def test_a_reader_sees_the_old_or_the_new_bytes_while_they_are_replaced(folder):
+    old, new = b"a" * 200_000, b"b" * 300_000
+    folder.replace("status.json", old)
+    done = threading.Event()
+
+    def write() -> None:
+        for i in range(40):
+            folder.replace("status.json", new if i % 2 == 0 else old)
+        done.set()
+
+    seen = set()
+    with ThreadPoolExecutor(1) as pool:
+        writer = pool.submit(write)
+        while not done.is_set() and not writer.done():
+            seen.add(folder.read("status.json"))
+        writer.result()
+
+    assert seen <= {old, new}
+    assert folder.names() == ["status.json"]
+
+
+def test_a_place_that_cannot_be_written_is_refused_with_the_option_and_the_reason(tmp_path):
+    (tmp_path / "file").write_text("not a folder")
+
+    for url in ("/dev/null/runs", str(tmp_path / "file" / "runs"), "/proc/nowhere"):
+        with pytest.raises(ConfigError) as caught:
+            Storage(url).probe()
+        assert str(caught.value).startswith(f"--run.storage is '{url}', which cannot write: ")
+        assert str(caught.value).endswith("give a place that you may write to")
+
+
+def test_a_storage_whose_create_overwrites_is_refused(folder, monkeypatch):
+    monkeypatch.setattr(folder, "create", folder.replace)
+
+    with pytest.raises(ConfigError, match=r"cannot refuse to create an existing file: .*a second create overwrote"):
+        folder.probe()
+
+
+def test_a_storage_that_gives_back_other_bytes_is_refused(folder, monkeypatch):
+    monkeypatch.setattr(folder, "read", lambda name: b"else")
+
+    with pytest.raises(ConfigError, match="cannot read back: .*other bytes came back"):
+        folder.probe()
+
+
+@pytest.mark.parametrize("url", ["ftp://host/runs", "http://host/runs", "hdfs://runs", "what://"])
+def test_a_scheme_without_atomic_create_is_refused_by_name(url):
+    with pytest.raises(ConfigError) as caught:
+        Storage(url)
+
+    text = str(caught.value)
+    assert f"'{url}'" in text
+    assert repr(url.partition(":")[0]) in text
+    assert "s3://" in text
+
+
+def test_a_missing_package_is_named_with_the_command_that_installs_it(monkeypatch):
+    def no_adlfs(*_, **__):
+        raise ImportError("no adlfs here")
+
+    monkeypatch.setattr(fsspec, "url_to_fs", no_adlfs)
+
+    with pytest.raises(ConfigError, match="'az://box/runs', which needs `pip install adlfs`"):
+        Storage("az://box/runs")
+
+
+def test_a_relative_folder_is_meant_from_where_the_command_was_given(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    storage = Storage("runs")
+
+    assert storage.url == str(tmp_path / "runs")
+    monkeypatch.chdir("/")
+    storage.create("x", b"here")
+    assert (Path(tmp_path) / "runs" / "x").read_bytes() == b"here"
