@@ -20,7 +20,8 @@ _PIECE = 16384
 
 
 def _add(left: Tensors, right: Tensors) -> Tensors:
-    torch._foreach_add_(left, right)
+    if left:
+        torch._foreach_add_(left, right)
     return left
 
 

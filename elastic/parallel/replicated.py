@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from elastic.parallel.buffers import StepBuffers
 from elastic.parallel.canonical import CanonicalSum, canonical_norm
 from elastic.parallel.records import PendingRecord, Records, StepRecord
 
@@ -41,36 +42,21 @@ class Pass:
     last: bool
 
 
-def _norm_buffers(model: nn.Module) -> set[str]:
-    """Names of running statistics, which forward passes change without counting it in the tensor's version."""
-    return {
-        f"{prefix}.{name}" if prefix else name
-        for prefix, module in model.named_modules()
-        if isinstance(module, nn.modules.batchnorm._NormBase) and module.track_running_stats
-        for name, buffer in module.named_buffers(recurse=False)
-        if buffer is not None
-    }
-
-
 class FastReplica:
     """Native DDP: gradients accumulate without synchronisation until the last pass of the step.
 
     Args:
         compression: "bf16" sends gradients as bfloat16.
-        can_undo: keep what `undo_buffers` needs.
     """
 
     def __init__(
         self, model: nn.Module, loss: LossFunction, *, runs: list[range], rank: int, device: torch.device,
-        bucket_mb: int, find_unused: bool, compression: str, can_undo: bool,
+        bucket_mb: int, find_unused: bool, compression: str,
     ):  # fmt: skip
         self.model, self._loss, self._runs, self._rank, self._device = model, loss, runs, rank, device
         self._world_size = len(runs)
-        norms = _norm_buffers(model)
-        self._buffers = [b for n, b in model.named_buffers() if b.is_floating_point()]
-        self._norms = {id(b) for n, b in model.named_buffers() if n in norms}
+        self._buffers = StepBuffers(model)
         self.wait_s = 0.0  # seconds of the last step spent in exchanges that nothing hides
-        self._can_undo, self._before = can_undo, [torch.empty(0)]
         self.wrapped: nn.Module = model
         if self._world_size > 1:
             ddp = nn.parallel.DistributedDataParallel(
@@ -91,9 +77,8 @@ class FastReplica:
         """
         self.wrapped.zero_grad(set_to_none=True)
         records = Records(self._runs, self._rank, self._device)
-        versions = [b._version for b in self._buffers]
-        if self._can_undo:
-            self._before = [b.detach().clone() for b in self._buffers]
+        self._buffers.begin()
+        versions = self._buffers.versions()
         pending: PendingRecord | None = None
         for one in passes:
             sync = contextlib.nullcontext() if one.last or self._world_size == 1 else self.wrapped.no_sync()  # type: ignore[operator]
@@ -104,9 +89,10 @@ class FastReplica:
                     pending = records.gather(None)
                 loss.backward()
         assert pending is not None, "a rank without a microbatch"
-        changed = [b for b, v in zip(self._buffers, versions) if b._version != v or id(b) in self._norms]
-        if changed and self._world_size > 1:
-            _average(changed, self._world_size)
+        changed = [self._buffers.named[n] for n in self._buffers.changed_since(versions)]
+        floating = [b for b in changed if b.is_floating_point()]
+        if floating and self._world_size > 1:
+            _average(floating, self._world_size)
         began = time.perf_counter()
         record = pending.result()
         self.wait_s = time.perf_counter() - began
@@ -117,11 +103,8 @@ class FastReplica:
         return nn.utils.get_total_norm(gradients)
 
     def undo_buffers(self) -> None:
-        """Put floating buffers back to what they were before the step's forward passes."""
-        assert self._can_undo
-        with torch.no_grad():
-            for b, old in zip(self._buffers, self._before):
-                b.copy_(old)
+        """Put buffers back to what they were before the step's forward passes."""
+        self._buffers.undo()
 
     def close(self) -> None:
         """Drop the wrapper, whose reducer holds the process group."""
@@ -150,9 +133,7 @@ class BitwiseReplica:
         self._loss, self._runs, self._rank, self._device = loss, runs, rank, device
         self._bucket_bytes = bucket_mb << 20
         self._parameters = [p for p in model.parameters() if p.requires_grad]
-        self._buffers = dict(model.named_buffers())
-        self._norms = _norm_buffers(model)
-        self._kept: dict[str, tuple[int, torch.Tensor]] = {}
+        self._buffers = StepBuffers(model)
         self._count = sum(map(len, runs))
         self.wait_s = 0.0
 
@@ -160,27 +141,23 @@ class BitwiseReplica:
         """Run this rank's passes (one microbatch each); see `FastReplica.run`."""
         for p in self._parameters:
             p.grad = None
-        records = Records(self._runs, self._rank, self._device, (len(self._buffers) + 63) // 64)
+        names = list(self._buffers.named)
+        records = Records(self._runs, self._rank, self._device, (len(names) + 63) // 64)
         gradients = CanonicalSum(self._runs, self._rank, None, self._bucket_bytes)
-        names = list(self._buffers)
-        before = self._copies()
+        self._buffers.begin()
         after: list[dict[str, torch.Tensor]] = []
         indices: list[int] = []
         pending: PendingRecord | None = None
         for one in passes:
             assert len(one.digests) == 1, "bitwise runs one microbatch a pass"
-            versions = {n: b._version for n, b in self._buffers.items()}
+            versions = self._buffers.versions()
             loss, weight, metrics = self._loss(self.model, one.batch)
-            changed = {
-                n: b.detach().clone() for n, b in self._buffers.items() if b._version != versions[n] or n in self._norms
-            }
+            changed = {n: self._buffers.named[n].detach().clone() for n in self._buffers.changed_since(versions)}
             records.add(loss, weight, metrics, one.digests, sum(1 << names.index(n) for n in changed))
             if one.last:
                 pending = records.gather(None)
             loss.backward()
-            with torch.no_grad():
-                for n in changed:  # every microbatch starts from the buffers of the step's beginning
-                    self._buffers[n].copy_(before[n])
+            self._buffers.undo(changed)  # every microbatch starts from the buffers of the step's beginning
             after.append(changed)
             indices.append(one.first)
             gradients.push(one.first, self._take_gradients())
@@ -190,16 +167,9 @@ class BitwiseReplica:
         self._put_gradients(gradients.reduce())
         if record.changed_buffers:
             touched = [n for i, n in enumerate(names) if record.changed_buffers >> i & 1]
-            self._reduce_buffers(touched, before, after, indices)
+            self._reduce_buffers(touched, after, indices)
         self.wait_s = time.perf_counter() - began
         return record, record.weight
-
-    def _copies(self) -> dict[str, torch.Tensor]:
-        """The buffers as they are now; copied again only where something wrote to them since."""
-        for n, b in self._buffers.items():
-            if n not in self._kept or self._kept[n][0] != b._version:
-                self._kept[n] = (b._version, b.detach().clone())
-        return {n: copy for n, (_, copy) in self._kept.items()}
 
     def _take_gradients(self) -> list[torch.Tensor]:
         """The gradients of one microbatch, zeros where there is none, then one 0/1 for each parameter: has it any."""
@@ -216,26 +186,24 @@ class BitwiseReplica:
         for p, gradient, count in zip(self._parameters, gradients, used.tolist()):
             p.grad = gradient if count else None  # unused in the whole batch: the optimizer leaves it alone
 
-    def _reduce_buffers(
-        self, touched: list[str], before: dict[str, torch.Tensor], after: list[dict[str, torch.Tensor]],
-        indices: list[int],
-    ) -> None:  # fmt: skip
+    def _reduce_buffers(self, touched: list[str], after: list[dict[str, torch.Tensor]], indices: list[int]) -> None:
         """Floating buffers move by the mean of their moves; integer buffers must have moved alike."""
+        before = {n: self._buffers.before(n) for n in touched}
         floating = [n for n in touched if before[n].is_floating_point()]
         whole = [n for n in touched if not before[n].is_floating_point()]
         sums = CanonicalSum(self._runs, self._rank, None, self._bucket_bytes)
         for index, changed in zip(indices, after):
-            moves = [changed[n] - before[n] if n in changed else torch.zeros_like(before[n]) for n in floating]
             for n in whole:
                 if not torch.equal(changed.get(n, before[n]), after[0].get(n, before[n])):
                     raise RuntimeError(f"buffer {n} took different values in two microbatches, so it has no one value")
-            sums.push(index, moves)
-        with torch.no_grad():
-            if floating:
-                for n, move in zip(floating, sums.reduce()):
-                    self._buffers[n].copy_(before[n] + move / self._count)
-            for n in whole:
-                self._buffers[n].copy_(after[0].get(n, before[n]))
+            sums.push(
+                index, [changed[n] - before[n] if n in changed else torch.zeros_like(before[n]) for n in floating]
+            )
+        moves = sums.reduce() if floating else []
+        for n, move in zip(floating, moves):
+            self._buffers.set(n, before[n] + move / self._count)
+        for n in whole:
+            self._buffers.set(n, after[0].get(n, before[n]))
 
     def norm(self, gradients: list[torch.Tensor]) -> torch.Tensor:
         """Global L2 norm of the gradients, independent of any cut."""
@@ -243,9 +211,7 @@ class BitwiseReplica:
 
     def undo_buffers(self) -> None:
         """Put buffers back to what they were before the step's forward passes."""
-        with torch.no_grad():
-            for n, (_, old) in self._kept.items():
-                self._buffers[n].copy_(old)
+        self._buffers.undo()
 
     def close(self) -> None:
         """Nothing is held."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -81,6 +81,7 @@ class Session:
         self._link = WorkerLink(run.server_url, run.token, identity.id, lease_s=lease_s)
         self._applied = -1  # updates in the state this worker holds; -1: it holds none
         self._prepared: _Update | None = None
+        self._undo: Callable[[], None] | None = None  # puts back what an unfinished step did to buffers
         self._clock = _Clock()
         self._saves = 0
         self._evaluated: tuple[int, dict[str, float]] = (-1, {})
@@ -157,7 +158,9 @@ class Session:
             if self._applied == newest - 1 and self._prepared is not None and self._prepared.step == newest - 1:
                 self._apply(self._prepared)  # somebody passed the fence, so everyone had prepared this update
             source = applied.index(newest)
-        self._prepared = None
+        if self._undo is not None:
+            self._undo()
+        self._prepared = self._undo = None
         held = group.gather_ints(self._applied)
         if min(held) != max(held):
             self._applied = restore_from_peer(
@@ -188,13 +191,13 @@ class Session:
         step = self._applied
         self._code.where = f"step {step + 1}"
         self._link.progress(step, "step")
+        self._undo = replica.undo_buffers
         update = self._prepare(step, replica, spans, group)
         self._prepared = update
         fence = time.perf_counter()
         stop, save_now = group.agree(self._flags(step + 1 - first))
         clock.sync_s += time.perf_counter() - fence
         self._apply(update)
-        self._prepared = None
         done, plan = self._applied, self._plan
         last = done == plan.total_steps
         if not last and not stop:
@@ -272,6 +275,7 @@ class Session:
             self._state.optimizer.step()
             self._code.guard(lambda: self._job.after_step(self._model, update.step + 1))
         self._applied = update.step + 1
+        self._prepared = self._undo = None
         self._clock.compute_s += time.perf_counter() - began
 
     def _flags(self, steps_here: int) -> list[int]:
@@ -332,7 +336,6 @@ class Session:
                 self._model, self._code.loss, runs=runs, rank=group.rank, device=self._device,
                 bucket_mb=parallel.bucket_mb, find_unused=parallel.find_unused,
                 compression=self._config.precision.grad_compression,
-                can_undo=self._config.run.on_nonfinite == "skip",
             )  # fmt: skip
         except RuntimeError as error:
             if is_collective_failure(error):

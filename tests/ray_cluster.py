@@ -1,0 +1,105 @@
+"""One Ray cluster of several nodes on this machine, shared by all tests that need Ray, and commands run against it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+OBJECT_STORE_BYTES = 100 * 1024 * 1024
+REPOSITORY = Path(__file__).parent.parent
+
+
+class SharedCluster:
+    """A head without work and worker nodes of two CPU slots; nodes can be killed and added."""
+
+    def __init__(self, nodes: int = 3, cpus: int = 2):
+        from ray.cluster_utils import Cluster
+
+        self._cpus = cpus
+        self._cluster = Cluster(
+            initialize_head=True,
+            head_node_args={"num_cpus": 0, "include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES},
+        )
+        self.nodes: list[Any] = []
+        for _ in range(nodes):
+            self.add_node()
+
+    @property
+    def address(self) -> str:
+        return str(self._cluster.address)
+
+    def add_node(self) -> Any:
+        node = self._cluster.add_node(num_cpus=self._cpus, object_store_memory=OBJECT_STORE_BYTES)
+        self.nodes.append(node)
+        return node
+
+    def kill_node(self, node: Any) -> None:
+        """SIGKILL of the raylet; its workers die with it."""
+        self.nodes.remove(node)
+        self._cluster.remove_node(node, allow_graceful=False)
+
+    def close(self) -> None:
+        self._cluster.shutdown()
+
+
+class Command:
+    """A command under way, whose lines can be waited for."""
+
+    def __init__(self, *arguments: str, environment: dict[str, str] | None = None):
+        self.lines: list[str] = []
+        self._changed = threading.Condition()
+        self.process = subprocess.Popen(
+            [sys.executable, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=REPOSITORY,
+            env={**os.environ, "PYTHONUNBUFFERED": "1", **(environment or {})},
+        )  # fmt: skip
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            with self._changed:
+                self.lines.append(line.rstrip("\n"))
+                self._changed.notify_all()
+
+    @property
+    def output(self) -> str:
+        return "\n".join(self.lines)
+
+    def wait_for(self, condition: Callable[[str], bool], timeout_s: float = 90.0) -> str:
+        """The first line that fulfils the condition."""
+        with self._changed:
+            self._changed.wait_for(lambda: any(map(condition, self.lines)) or not self._reader.is_alive(), timeout_s)
+            line = next(filter(condition, self.lines), None)
+        assert line is not None, f"the line never came in:\n{self.output}"
+        return line
+
+    def wait_for_step(self, step: int, timeout_s: float = 90.0) -> str:
+        return self.wait_for(
+            lambda line: line.startswith("step ") and int(line.split()[1].split("/")[0]) >= step, timeout_s
+        )
+
+    def signal(self, number: signal.Signals) -> None:
+        self.process.send_signal(number)
+
+    def wait(self, timeout_s: float = 90.0) -> int:
+        """The exit code."""
+        try:
+            code = self.process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+            raise AssertionError(f"did not end within {timeout_s} s:\n{self.output}") from None
+        self._reader.join(10)
+        return code
+
+
+def result(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "result.json").read_text())

@@ -1,0 +1,130 @@
+"""Runs on a Ray cluster: the same bits as without Ray, resumed, interrupted, and after losing workers."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from elastic.observe.ledger import EVENTS, METRICS, gaps_and_doubles, kept_history, read_records
+from elastic.storage import Storage
+from tests.ray_cluster import Command, SharedCluster, result
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(180)]
+STEPS = 40
+JOB = ("--run.duration", f"{STEPS}st", "--run.exactness", "bitwise", "--batch.microbatches", "8",
+       "--scaling.max-workers", "3", "--observe.log-every", "0.05")  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[SharedCluster]:
+    os.environ["RAY_AUTH_MODE"] = "disabled"
+    shared = SharedCluster()
+    yield shared
+    shared.close()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The hash of the same run in one plain process, without Ray."""
+    storage = tmp_path_factory.mktemp("undisturbed")
+    place = ("--run.storage", str(storage), "--run.name", "twin")
+    command = Command("-m", "elastic.worker", "--module", "jobs.digits", "--workers", "1", *place, *JOB)
+    assert command.wait() == 0, command.output
+    return result(storage / "twin")["weights_sha256"]
+
+
+def digits(cluster: SharedCluster, storage: Path, name: str, *options: str) -> Command:
+    return Command("-m", "jobs.digits", "--cluster.address", cluster.address, "--run.storage", str(storage),
+                   "--run.name", name, *JOB, *options)  # fmt: skip
+
+
+def test_interrupted_by_each_signal_and_resumed_at_another_size_a_run_has_the_bits_of_one_plain_process(
+    cluster: SharedCluster, undisturbed: str, tmp_path: Path
+) -> None:
+    # given a run in a world of three that SIGINT interrupts, then one of two that SIGTERM does
+    step = 0
+    for number, workers in ((signal.SIGINT, 3), (signal.SIGTERM, 2)):
+        run = digits(cluster, tmp_path, "run", "--scaling.max-workers", str(workers))
+        run.wait_for_step(step + 5)
+        run.signal(number)
+        assert run.wait() == 130, run.output
+        assert f"{workers} workers -> {-(-8 // workers)} rounds" in run.output
+        status = json.loads((tmp_path / "run" / "status.json").read_text())
+        assert status["status"] == "stopped"
+        assert step + 5 <= status["step"] < STEPS
+        step = status["step"]
+
+    # when it is resumed to its end
+    last = digits(cluster, tmp_path, "run")
+    assert last.wait() == 0, last.output
+
+    # then nothing was lost or counted twice, and the weights are those of the undisturbed run
+    rows = read_records(Storage(str(tmp_path / "run")), METRICS)
+    assert gaps_and_doubles(rows, 64) == []
+    assert {row["world_size"] for row in kept_history(rows)} == {2, 3}
+    assert result(tmp_path / "run")["weights_sha256"] == undisturbed
+    assert undisturbed in last.output
+    assert str(tmp_path / "run") in last.output
+
+    # and when it is started once more, it prints its result and trains nothing
+    again = digits(cluster, tmp_path, "run")
+    assert again.wait() == 0, again.output
+    assert undisturbed in again.output
+    assert "world formed" not in again.output
+
+
+def test_a_second_interrupt_ends_at_once(cluster: SharedCluster, tmp_path: Path) -> None:
+    run = digits(cluster, tmp_path, "twice", "--run.duration", "100000st")
+    run.wait_for_step(3)
+    run.signal(signal.SIGINT)
+    run.wait_for(lambda line: "saving and ending" in line or "run finished" in line)
+    run.signal(signal.SIGINT)
+    assert run.wait(60) == 130, run.output
+
+
+def test_a_killed_worker_costs_no_sample_and_no_bit(cluster: SharedCluster, undisturbed: str, tmp_path: Path) -> None:
+    run = digits(cluster, tmp_path, "killed", "--checkpoint.every", "10st")
+    line = run.wait_for(lambda text: "world formed" in text)
+    pid = int(line.split("pids=[")[1].split(",")[0])
+    run.wait_for_step(12)
+    os.kill(pid, signal.SIGKILL)
+    assert run.wait() == 0, run.output
+
+    storage = Storage(str(tmp_path / "killed"))
+    assert result(tmp_path / "killed")["weights_sha256"] == undisturbed
+    assert gaps_and_doubles(read_records(storage, METRICS), 64) == []
+    assert sum(e["kind"] == "world_formed" for e in read_records(storage, EVENTS)) >= 2
+
+
+def test_an_error_in_the_job_ends_the_run_with_its_traceback(cluster: SharedCluster, tmp_path: Path) -> None:
+    job = tmp_path / "bad_job.py"
+    job.write_text(
+        "from jobs.digits import Digits\nimport elastic\n\n\nclass Bad(Digits):\n"
+        "    def loss(self, model, batch):\n        raise ZeroDivisionError('on purpose')\n\n\n"
+        "if __name__ == '__main__':\n    elastic.main(Bad)\n"
+    )
+    run = Command(str(job), "--cluster.address", cluster.address, "--run.storage", str(tmp_path), "--run.name", "bad",
+                  environment={"PYTHONPATH": str(Path(__file__).parent.parent)})  # fmt: skip
+    assert run.wait() == 1, run.output
+    assert "ZeroDivisionError: on purpose" in run.output
+    assert "step 1, microbatch" in run.output
+    assert result(tmp_path / "bad")["status"] == "failed"
+
+
+def test_the_trainer_works_inside_a_program_of_ones_own(cluster: SharedCluster, tmp_path: Path) -> None:
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import ray, elastic\nfrom jobs.digits import Digits\n"
+        f"ray.init(address={cluster.address!r})\n"
+        f"config = elastic.TrainConfig(run=elastic.RunOptions(storage={str(tmp_path)!r}, duration='3st'))\n"
+        "result = elastic.ElasticTrainer(Digits(), config).fit()\n"
+        "assert ray.is_initialized()\nprint('ENDED', result.status, result.steps, sorted(result.metrics))\n"
+    )
+    run = Command(str(program), environment={"PYTHONPATH": str(Path(__file__).parent.parent)})
+    assert run.wait() == 0, run.output
+    assert "ENDED finished 3 ['eval/accuracy', 'eval/loss']" in run.output
