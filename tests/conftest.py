@@ -6,11 +6,16 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
+from multiprocessing.util import Finalize
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import HealthCheck, settings
 
 from tests import leaks
+
+if TYPE_CHECKING:
+    from tests import forked
 
 # The same examples on every machine: what is red in CI is red at home.
 settings.register_profile(
@@ -25,7 +30,8 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", tempfile.gettempdir())  # tmp_path stays where people look for it
     folder = tempfile.mkdtemp(prefix="tests-")
     os.environ["TMPDIR"], tempfile.tempdir = folder, None
-    config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
+    # Last of all, after multiprocessing (-100), which has its own folder in there.
+    Finalize(None, shutil.rmtree, args=[folder], kwargs={"ignore_errors": True}, exitpriority=-200)
 
 
 @pytest.fixture(autouse=True)
@@ -45,3 +51,35 @@ def nothing_left_behind(request: pytest.FixtureRequest) -> Iterator[None]:
         dist.destroy_process_group()  # the next tests are innocent
     if found:
         pytest.fail("the test leaves behind:\n  " + "\n  ".join(found), pytrace=False)
+
+
+@pytest.fixture(scope="session")
+def fork_server() -> Iterator[None]:
+    """The process that workers of `tests.forked` are forked from."""
+    from tests import forked
+
+    forked.start_fork_server()
+    yield
+    forked.stop_fork_server()
+
+
+@pytest.fixture(scope="session")
+def undisturbed(fork_server: None, tmp_path_factory: pytest.TempPathFactory) -> forked.Ran:
+    """The run that others are compared with: one worker, bitwise, nothing happens."""
+    from tests import forked
+    from tests.tiny_jobs import Everything
+
+    config = forked.configure(tmp_path_factory.mktemp("undisturbed"), "undisturbed", eval__every="3st")
+    ran = forked.train(Everything(), config, workers=1)
+    assert ran.failure is None
+    return ran
+
+
+@pytest.fixture(scope="session")
+def undisturbed_epoch(fork_server: None, tmp_path_factory: pytest.TempPathFactory) -> forked.Ran:
+    """An undisturbed run that sees no sample twice, for those in which something happens at one sample."""
+    from tests import forked
+    from tests.tiny_jobs import Everything
+
+    config = forked.configure(tmp_path_factory.mktemp("epoch"), "run")
+    return forked.train(Everything(samples=forked.LONG), config, workers=1)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import signal
 import sys
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -87,9 +91,40 @@ def compare(before: Snapshot, after: Snapshot, *, ray: bool = False) -> list[str
     return found
 
 
+@contextmanager
+def adopting_orphans() -> Iterator[None]:
+    """Processes whose parent dies become our children here, so that they are seen, instead of those of init."""
+    known = _children()
+    _set_subreaper(True)
+    try:
+        yield
+    finally:
+        _set_subreaper(False)
+        for pid in _children() - known:
+            with suppress(ChildProcessError):
+                os.waitpid(pid, os.WNOHANG)
+
+
+def _children() -> set[int]:
+    return {int(pid) for pid in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()}
+
+
+def _set_subreaper(on: bool) -> None:
+    pr_set_child_subreaper = 36
+    if ctypes.CDLL(None, use_errno=True).prctl(pr_set_child_subreaper, int(on), 0, 0, 0):
+        raise OSError(ctypes.get_errno(), "prctl")
+
+
 def wait_until_clean(before: Snapshot, *, ray: bool = False, timeout_s: float = 5.0) -> list[str]:
-    """Like `compare` with what is there now, after giving what is just ending the time to end."""
+    """Like `compare` with what is there now, after giving what is just ending the time to end.
+
+    Processes that do not are killed: the next tests are innocent.
+    """
     deadline = time.monotonic() + timeout_s
     while (found := compare(before, take(), ray=ray)) and time.monotonic() < deadline:
         time.sleep(0.02)
+    if found and not ray:
+        for pid in descendants(os.getpid()).keys() - before.processes.keys():
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
     return found

@@ -19,7 +19,8 @@ class Membership:
     """A state with everything that was ever commanded."""
 
     def __init__(self, **options):
-        self.state, self.now, self.commands = State(epoch=3, settle_s=SETTLE_S, **{"min_workers": 1, **options}), 0.0, []
+        self.state = State(epoch=3, settle_s=SETTLE_S, **{"min_workers": 1, **options})
+        self.now, self.commands = 0.0, []
 
     def tell(self, event):
         self.state, commands = advance(self.state, event)

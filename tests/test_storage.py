@@ -227,7 +227,7 @@ def test_a_storage_whose_create_overwrites_is_refused(folder, monkeypatch):
 def test_a_storage_that_gives_back_other_bytes_is_refused(folder, monkeypatch):
     monkeypatch.setattr(folder, "read", lambda name: b"else")
 
-    with pytest.raises(ConfigError, match="cannot read back: .*other bytes came back"):
+    with pytest.raises(ConfigError, match=r"cannot read back: .*other bytes came back"):
         folder.probe()
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given
@@ -61,7 +63,7 @@ def test_dealt_to_any_number_of_ranks_the_expression_is_the_same(count, world_si
 def test_cut_anywhere_into_contiguous_runs_the_expression_is_the_same(count, data):
     cuts = sorted(data.draw(st.lists(st.integers(0, count), max_size=12)))
     bounds = [0, *cuts, count]
-    runs = [range(a, b) for a, b in zip(bounds, bounds[1:])]
+    runs = [range(a, b) for a, b in itertools.pairwise(bounds)]
 
     found = _summed_by_ranks([str(i) for i in range(count)], runs, _join)
 

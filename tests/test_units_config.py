@@ -48,7 +48,7 @@ def test_an_amount_is_a_number_and_a_unit(text, value, unit):
     "text", ["", "10", "ep", "10 epochs", "-1ep", "0st", "0.0h", "1.5st", "nanep", "infst", "1ep 2", "٣ep", "1e400ep"]
 )
 def test_what_is_no_amount_is_refused_with_the_option_and_the_value(text):
-    with pytest.raises(ConfigError, match="--run.duration is") as caught:
+    with pytest.raises(ConfigError, match=r"--run\.duration is") as caught:
         parse_amount("--run.duration", text, clock=False)
 
     assert repr(text) in str(caught.value)

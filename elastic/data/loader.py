@@ -6,8 +6,14 @@ that can be replaced at any step, and what they had prepared for the old plan is
 
 from __future__ import annotations
 
+import contextlib
+import os
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
 from typing import Any
 
 import numpy as np
@@ -96,10 +102,13 @@ class Loader:
         self._plan = _Plan()
         self._served: Iterator[Span] | None = None
         self._loader: DataLoader | None = None
+        self._life: tuple[Connection, Connection] | None = None
         if workers:
+            self._life = Pipe(duplex=False)
             self._loader = DataLoader(
                 fetcher, batch_size=None, sampler=self._plan, num_workers=workers, prefetch_factor=prefetch,
-                multiprocessing_context="forkserver", persistent_workers=True, worker_init_fn=_one_thread,
+                multiprocessing_context="forkserver", persistent_workers=True,
+                worker_init_fn=partial(_begin, self._life[0]),
             )  # fmt: skip
 
     def start(self, step: int, spans: list[tuple[int, int]]) -> None:
@@ -127,7 +136,22 @@ class Loader:
         """End the loader processes."""
         self._served = None
         self._loader = None
+        if self._life is not None:
+            for end in self._life:
+                end.close()
+            self._life = None
 
 
-def _one_thread(_: int) -> None:
+def _begin(life: Connection, _: int) -> None:
+    """The beginning of a loader process. The other end of `life` is the worker's alone, so it closes when that dies.
+
+    torch's own watch does not help: it looks at the parent, which is the fork server, which lives as long as we do.
+    """
     torch.set_num_threads(1)
+    threading.Thread(target=_end_with, args=(life,), name="end-with-worker", daemon=True).start()
+
+
+def _end_with(life: Connection) -> None:
+    with contextlib.suppress(EOFError, OSError):
+        life.recv_bytes()
+    os._exit(1)

@@ -66,7 +66,8 @@ class FastReplica:
             if compression == "bf16":
                 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 
-                ddp.register_comm_hook(None, bf16_compress_hook)
+                # As a lambda, because DDP refuses it by name on gloo, which sums bfloat16 well.
+                ddp.register_comm_hook(None, lambda state, bucket: bf16_compress_hook(state, bucket))
             self.wrapped = ddp
 
     def run(self, passes: Iterable[Pass]) -> tuple[StepRecord, float]:

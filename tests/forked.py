@@ -1,0 +1,235 @@
+"""Runs in plain processes whose workers start in a tenth of a second.
+
+`LocalRun` starts each worker as a new Python, which spends seconds on importing torch. Here the same code starts
+them as forks of one process that has imported everything, through what looks like `subprocess` to it.
+"""
+
+from __future__ import annotations
+
+import io
+import multiprocessing
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from multiprocessing import forkserver, resource_tracker
+from typing import Any
+
+import pytest
+
+import elastic.worker.local
+from elastic.checkpoint.format import tensor_bytes
+from elastic.checkpoint.reader import newest_first, read_manifest, read_tensor
+from elastic.config import TrainConfig
+from elastic.data.loader import Order
+from elastic.errors import RunFailed
+from elastic.job import Job
+from elastic.observe.ledger import EVENTS, METRICS, kept_history, read_records
+from elastic.run.prepare import PreparedRun, prepare
+from elastic.worker.local import LocalRun
+from tests import leaks
+from tests.tiny_jobs import CONFIG
+
+WAIT_S = 60.0
+B = CONFIG.batch.global_size
+LONG = 400  # samples of jobs whose runs see none of them twice
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(
+    ["elastic.worker.__main__", "elastic.worker.session", "tests.tiny_jobs", "torch._dynamo", "numpy.random"]
+)  # the first optimizer imports torch._dynamo, which takes as long as torch itself
+
+
+def start_fork_server() -> None:
+    """Start the process that workers are forked from, and wait until it has imported everything."""
+    first = _context.Process(target=_nothing)
+    first.start()
+    first.join()
+    assert first.exitcode == 0
+
+
+def stop_fork_server() -> None:
+    """End that process and the one that tracks its resources."""
+    forkserver._forkserver._stop()
+    resource_tracker._resource_tracker._stop()
+
+
+def _nothing() -> None:
+    pass
+
+
+def _work(specification: bytes, environment: dict[str, str]) -> None:
+    from elastic.worker.__main__ import _child
+
+    os.environ.clear()
+    os.environ.update(environment)
+    sys.stdin = io.TextIOWrapper(io.BytesIO(specification))
+    sys.exit(_child())
+
+
+class _Input(io.BytesIO):
+    def __init__(self, on_close: Callable[[bytes], None]):
+        super().__init__()
+        self._on_close = on_close
+
+    def close(self) -> None:
+        if not self.closed:
+            self._on_close(self.getvalue())
+        super().close()
+
+
+class ForkedWorker:
+    """Looks like the `subprocess.Popen` of a worker; it starts when its standard input is closed."""
+
+    def __init__(self, command: list[str], *, stdin: int, env: dict[str, str]):
+        assert command[1:] == ["-m", "elastic.worker", "--child"]
+        assert stdin == subprocess.PIPE
+        self._environment = env
+        self.stdin = _Input(self._start)
+        self._process: Any = None
+
+    def _start(self, specification: bytes) -> None:
+        self._process = _context.Process(target=_work, args=(specification, self._environment))
+        self._process.start()
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    @property
+    def returncode(self) -> int | None:
+        return self._process.exitcode
+
+    def poll(self) -> int | None:
+        return self._process.exitcode
+
+    def wait(self, timeout: float | None = None) -> int:
+        self._process.join(timeout)
+        if self._process.exitcode is None:
+            raise subprocess.TimeoutExpired("a forked worker", timeout or 0.0)
+        return self._process.exitcode
+
+    def kill(self) -> None:
+        self._process.kill()
+
+
+class _Subprocess:
+    """What `elastic.worker.local` uses of `subprocess`."""
+
+    PIPE, TimeoutExpired, Popen = subprocess.PIPE, subprocess.TimeoutExpired, ForkedWorker
+
+
+class Watch:
+    """Collects the rows and events of a run as they come; others wait for one."""
+
+    def __init__(self) -> None:
+        self.records: list[dict[str, Any]] = []
+        self._came = threading.Condition()
+
+    def __call__(self, record: dict[str, Any]) -> None:
+        with self._came:
+            self.records.append(record)
+            self._came.notify_all()
+
+    def wait_for(self, wanted: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
+        """The first record that is wanted, waiting for it."""
+        with self._came:
+            came = self._came.wait_for(lambda: any(map(wanted, self.records)), WAIT_S)
+            assert came, f"the record did not come within {WAIT_S} s; there are {self.records[-5:]}"
+            return next(filter(wanted, self.records))
+
+    def wait_for_step(self, step: int) -> dict[str, Any]:
+        """The first row of a step of at least `step`."""
+        return self.wait_for(lambda record: "sample_hash" in record and record["step"] >= step)
+
+
+class Ran:
+    """A run that ended: its result and ledger, read from storage."""
+
+    def __init__(self, run: PreparedRun, failure: str | None):
+        self.run, self.storage, self.failure = run, run.folder.storage, failure
+        self.result: dict[str, Any] = run.folder.result() or {}
+
+    @property
+    def sha(self) -> str:
+        return self.result["weights_sha256"]
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """All step and evaluation rows, in the order written."""
+        return read_records(self.storage, METRICS)
+
+    @property
+    def history(self) -> list[dict[str, Any]]:
+        return kept_history(self.rows)
+
+    def column(self, name: str) -> list[Any]:
+        """A column of the kept history."""
+        return [row[name] for row in self.history]
+
+    @property
+    def evaluations(self) -> dict[int, dict[str, float]]:
+        """Evaluation values by step."""
+        found: dict[int, dict[str, float]] = {}
+        for row in self.rows:
+            values = {k: v for k, v in row.items() if k.startswith("eval/")}
+            if values:
+                found[row["step"]] = values
+        return found
+
+    def state(self, at: int = 0) -> dict[str, Any]:
+        """All of a checkpoint: tensors as (dtype, shape, bytes), and values; `at` 0 is the newest, 1 the one before."""
+        checkpoint = list(newest_first(self.storage))[at]
+        manifest = read_manifest(self.storage, checkpoint)
+        found: dict[str, Any] = {"step": manifest.step, "values": manifest.values}
+        for name, entry in manifest.tensors.items():
+            tensor = read_tensor(self.storage, checkpoint, name, entry)
+            found[name] = (tensor.dtype, tuple(tensor.shape), bytes(tensor_bytes(tensor)))
+        return found
+
+    def events(self, kind: str) -> list[dict[str, Any]]:
+        return [event for event in read_records(self.storage, EVENTS) if event["kind"] == kind]
+
+
+def configure(storage: object, name: str | None, **options: Any) -> TrainConfig:
+    """The tiny jobs' configuration in bitwise, with options such as `run__stop_after="5st"`; quick to start."""
+    parts: dict[str, dict[str, Any]] = {
+        "run": {"storage": str(storage), "name": name, "exactness": "bitwise"},
+        "observe": {"tensorboard": False},  # its library takes long to import
+    }
+    for key, value in options.items():
+        part, _, field = key.partition("__")
+        parts.setdefault(part, {})[field] = value
+    return replace(CONFIG, **{part: replace(getattr(CONFIG, part), **values) for part, values in parts.items()})
+
+
+def sample_at(step: int, microbatch: int = 4, place: int = 0) -> int:
+    """A sample of a microbatch of a step (from 1), of jobs with `LONG` samples: there it occurs only once."""
+    order = Order(seed=0, dataset_size=LONG, global_size=B, microbatches=CONFIG.batch.microbatches)
+    return int(order.span(step - 1, microbatch, 1).ids[place])
+
+
+@contextmanager
+def local_run(run: PreparedRun, workers: int, **options: Any) -> Iterator[LocalRun]:
+    """A `LocalRun` with forked workers, which must leave nothing behind."""
+    before = leaks.take()
+    with leaks.adopting_orphans():
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(elastic.worker.local, "subprocess", _Subprocess)
+            with LocalRun(run, workers, **options) as local:
+                yield local
+        assert leaks.wait_until_clean(before) == []
+
+
+def train(job: Job, config: TrainConfig, workers: int, wait_s: float = WAIT_S) -> Ran:
+    """Train to the end, or to the pause or failure."""
+    run = prepare(job, config)
+    failure = None
+    with local_run(run, workers) as local:
+        try:
+            local.wait(wait_s)
+        except RunFailed as error:
+            failure = str(error)
+    return Ran(run, failure)

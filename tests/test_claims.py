@@ -1,0 +1,208 @@
+"""Who drives a run: names that resume, options that may not change, one driver at a time."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import pytest
+
+from elastic.config import DataOptions
+from elastic.errors import ConfigError, RunFailed
+from elastic.observe.ledger import gaps_and_doubles
+from elastic.run.folder import RunFolder
+from elastic.run.prepare import open_run, prepare
+from elastic.storage import Storage
+from tests.forked import LONG, WAIT_S, B, Ran, Watch, configure, local_run, sample_at, train
+from tests.tiny_jobs import Everything, Plain
+
+# ---- without processes -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return RunFolder(Storage(str(tmp_path / "run")))
+
+
+def _status(folder, status, age_s=0.0):
+    folder.write_status({"status": status, "heartbeat": time.time() - age_s, "owner": "ann@host-7 (process 41)"})
+
+
+def test_claims_grow_by_one(folder):
+    assert [folder.claim(take_over=False) for _ in range(3)] == [1, 2, 3]
+    assert folder.newest_epoch() == 3
+
+
+@pytest.mark.parametrize("state", ["running", "parked"])
+def test_a_live_claim_is_refused_naming_its_owner_unless_it_is_taken_over(folder, state):
+    folder.claim(take_over=False)
+    _status(folder, state, age_s=30)
+
+    said = r"driven by ann@host-7 \(process 41\) \(heartbeat 30 s ago\).*--run\.take-over"
+    with pytest.raises(ConfigError, match=said):
+        folder.claim(take_over=False)
+
+    assert folder.claim(take_over=True) == 2
+
+
+@pytest.mark.parametrize(("state", "age_s"), [("running", 61), ("finished", 0), ("failed", 0), ("stopped", 0)])
+def test_a_run_that_nobody_drives_any_more_is_claimed(folder, state, age_s):
+    _status(folder, state, age_s)
+
+    assert folder.claim(take_over=False) == 1
+
+
+def test_of_two_drivers_at_the_same_moment_one_is_refused(folder, monkeypatch):
+    monkeypatch.setattr(folder, "newest_epoch", lambda: 0)
+    folder.claim(take_over=False)
+
+    with pytest.raises(ConfigError, match="was claimed by another driver at this moment"):
+        folder.claim(take_over=False)
+
+
+def test_a_folder_of_a_newer_version_is_refused_naming_both_formats(folder):
+    folder.storage.replace("status.json", json.dumps({"format": 2}).encode())
+
+    with pytest.raises(ConfigError, match=r"status\.json has format 2, this version reads 1"):
+        folder.status()
+
+
+def test_a_run_without_a_name_gets_one_of_its_own(tmp_path):
+    names = {prepare(Plain(), configure(tmp_path, None)).name for _ in range(5)}
+
+    assert len(names) == 5
+    assert all(name.startswith(f"tiny-jobs-{time.strftime('%Y')}") for name in names)
+
+
+def test_preparing_writes_nothing(tmp_path):
+    prepare(Plain(), configure(tmp_path / "runs", "run"))
+
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.fixture
+def opened(tmp_path):
+    """A run that was started, with V chosen from its batch."""
+    config = configure(tmp_path, "run", batch__global_size=32, batch__microbatches=None, scaling__max_workers=2)
+    open_run(prepare(Plain(lr=0.5), config))
+    return config
+
+
+def test_a_resumed_run_keeps_its_microbatches_at_any_number_of_workers(opened):
+    assert prepare(Plain(lr=0.5), opened).plan.microbatches == 8
+
+    larger = prepare(Plain(lr=0.5), replace(opened, scaling=replace(opened.scaling, max_workers=4)))
+
+    assert larger.plan.microbatches == 8
+    with pytest.raises(ConfigError, match=r"--batch.microbatches is 8, less than --scaling.max-workers 16"):
+        prepare(Plain(lr=0.5), replace(opened, scaling=replace(opened.scaling, max_workers=16)))
+
+
+@pytest.mark.parametrize(
+    ("job", "change", "said"),
+    [
+        (Plain(lr=0.5), {"run": {"seed": 1}}, "--run.seed is 1, but run run was started with 0"),
+        (Plain(lr=0.1), {}, "--job.lr is 0.1, but run run was started with 0.5"),
+        (Plain(lr=0.5), {"batch": {"microbatches": 4}}, "--batch.microbatches is 4, but run run was started with 8"),
+        (Plain(lr=0.5), {"run": {"duration": "13st"}}, "--run.duration is '13st', but run run was started with '12st'"),
+    ],
+)
+def test_a_changed_result_option_is_refused_by_name_unless_it_is_allowed(opened, job, change, said):
+    changed = replace(opened, **{part: replace(getattr(opened, part), **values) for part, values in change.items()})
+    key = said.split()[0].removeprefix("--")
+
+    with pytest.raises(ConfigError) as caught:
+        prepare(job, changed)
+    assert said in str(caught.value)
+    assert f"--run.allow-change {key}" in str(caught.value)
+
+    allowed = replace(changed, run=replace(changed.run, allow_change=(key,)))
+    assert prepare(job, allowed).digest != prepare(Plain(lr=0.5), opened).digest
+
+
+def test_an_operational_option_may_change(opened):
+    changed = replace(opened, data=DataOptions(workers=3))
+
+    assert prepare(Plain(lr=0.5), changed).digest == prepare(Plain(lr=0.5), opened).digest
+
+
+def test_changed_code_is_noticed(opened):
+    run = prepare(Plain(lr=0.5), opened)
+    assert not run.changed_code
+    stored = run.folder.config()
+    run.folder.write_config({**{k: v for k, v in stored.items() if k != "format"}, "source": "0" * 64})
+
+    assert prepare(Plain(lr=0.5), opened).changed_code
+
+
+# ---- with processes --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.processes
+def test_a_finished_run_is_not_run_again(undisturbed):
+    config = undisturbed.run.config
+
+    again = prepare(Everything(), config)
+
+    assert again.finished is not None
+    assert again.finished["weights_sha256"] == undisturbed.sha
+    assert again.finished["status"] == "finished"
+    with pytest.raises(ConfigError, match=r"--run\.seed is 1, but run undisturbed was started with 0"):
+        prepare(Everything(), replace(config, run=replace(config.run, seed=1)))
+
+
+@pytest.mark.processes
+def test_a_run_that_is_taken_over_ends_for_the_older_driver_and_is_whole_for_the_newer(undisturbed_epoch, tmp_path):
+    gate = tmp_path / "gate"
+    gate.touch()
+    job = Everything(samples=LONG, fault="hold", fault_at=sample_at(step=6), fault_file=str(gate))
+    older = prepare(job, configure(tmp_path, "run", checkpoint__every="1st"))
+    watch = Watch()
+    with local_run(older, 2, on_record=watch) as local:
+        watch.wait_for(lambda r: r.get("kind") == "checkpoint_committed" and r["step"] == 5)
+        with pytest.raises(ConfigError, match=r"is being driven by .*give --run.take-over"):
+            open_run(prepare(job, configure(tmp_path, "run")))
+        newer = prepare(job, configure(tmp_path, "run", run__take_over=True))
+
+        epoch = open_run(newer)
+
+        gate.unlink()
+        with pytest.raises(RunFailed, match="claim 2 took the run over from claim 1"):
+            local.wait(WAIT_S)
+    assert epoch == 2
+    assert older.folder.result() is None, "a fenced driver writes no result"
+
+    ran = train(job, configure(tmp_path, "run", run__take_over=True), workers=1)
+
+    assert ran.failure is None
+    assert ran.sha == undisturbed_epoch.sha
+    assert ran.column("loss") == undisturbed_epoch.column("loss")
+    assert gaps_and_doubles(ran.rows, B) == []
+    # What the older driver was about to commit after it lost the run is nowhere to be seen.
+    assert [e["step"] for e in ran.events("checkpoint_committed")] == [1, 2, 3, 4, 5, 12]
+
+
+@pytest.mark.processes
+def test_the_command_trains_in_two_processes_and_ends_with_0(undisturbed, tmp_path):
+    command = [
+        sys.executable, "-m", "elastic.worker", "--module", "tests.tiny_jobs", "--class", "Everything",
+        "--workers", "2", "--run.storage", str(tmp_path), "--run.name", "run", "--run.exactness", "bitwise",
+        "--eval.every", "3st",
+    ]  # fmt: skip
+    environment = {**os.environ, "PYTHONPATH": os.getcwd()}
+
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, env=environment)
+
+    assert done.returncode == 0, done.stderr
+    shown = done.stdout.splitlines()
+    assert json.loads(shown[-1]) == {"status": "finished", "steps": 12, "weights_sha256": undisturbed.sha}
+    assert any("step 12/12" in line for line in shown)
+    assert any("run finished" in line for line in shown)
+    ran = Ran(prepare(Everything(), undisturbed.run.config), None)
+    assert ran.sha == undisturbed.sha
+    files = set(os.listdir(tmp_path / "run"))
+    assert {"config.json", "status.json", "result.json", "metrics.jsonl", "events.jsonl", "claims"} <= files

@@ -1,0 +1,190 @@
+"""The command line of a job: two help pages, one sentence for what cannot be."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import replace
+
+import pytest
+
+from elastic import Job
+from elastic.config import BatchOptions, RunOptions, TrainConfig
+from elastic.errors import ConfigError
+from elastic.main import run
+from elastic.options import help_text, list_options, parse
+from tests.tiny_jobs import CONFIG, Plain
+
+COMMON = [
+    "--run.name", "--run.storage", "--run.duration", "--run.stop-after", "--run.seed", "--run.exactness",
+    "--batch.global-size", "--batch.microbatches", "--precision.autocast", "--scaling.min-workers",
+    "--scaling.max-workers", "--scaling.accelerator", "--eval.every", "--checkpoint.every", "--dry-run",
+]  # fmt: skip
+
+
+def _options_shown(page: str) -> list[str]:
+    return [line.split()[0] for line in page.splitlines() if line.startswith("  --")]
+
+
+# ---- help ------------------------------------------------------------------------------------------------------
+
+
+def test_the_short_help_has_the_job_s_own_options_and_fifteen_of_every_job():
+    own = [f"--job.{f.name}".replace("_", "-") for f in dataclasses.fields(Plain)]
+
+    shown = _options_shown(help_text(Plain, CONFIG, everything=False))
+
+    assert len(COMMON) == 15
+    assert shown == [*own, *COMMON, "--help-all"]
+
+
+def test_the_long_help_has_every_option_of_every_part():
+    shown = _options_shown(help_text(Plain, CONFIG, everything=True))
+
+    for part in dataclasses.fields(TrainConfig):
+        section = getattr(CONFIG, part.name)
+        if dataclasses.is_dataclass(section):
+            for field in dataclasses.fields(section):
+                assert f"--{part.name}.{field.name}".replace("_", "-") in shown
+    assert "--dry-run" in shown
+    assert len(shown) == len(set(shown)) == len(list(list_options(Plain, CONFIG)))
+
+
+def test_help_says_what_an_option_does_what_it_takes_and_the_job_s_own_default():
+    page = help_text(Plain, CONFIG, everything=False)
+
+    assert "Plain: A small network, the same in every mode." in page
+    assert "  --job.lr NUMBER" in page
+    assert "learning rate [0.01]" in page
+    assert "  --run.exactness fast|bitwise" in page
+    assert "[30]" in next(line for line in page.splitlines() if "--batch.global-size" in line)
+    assert "[64]" not in page
+
+
+@pytest.mark.parametrize(("flag", "missing"), [("--help", "--run.on-nonfinite"), ("-h", "--data.workers")])
+def test_help_is_printed_and_ends_well(capsys, flag, missing):
+    with pytest.raises(SystemExit) as ended:
+        parse(Plain, CONFIG, [flag])
+
+    page = capsys.readouterr().out
+    assert ended.value.code == 0
+    assert "--run.name" in page
+    assert missing not in page
+
+
+def test_the_long_help_is_printed_and_ends_well(capsys):
+    with pytest.raises(SystemExit) as ended:
+        parse(Plain, CONFIG, ["--help-all"])
+
+    assert ended.value.code == 0
+    assert "--run.on-nonfinite stop|skip" in capsys.readouterr().out
+
+
+# ---- values ----------------------------------------------------------------------------------------------------
+
+
+def test_without_options_the_job_s_configuration_stands():
+    assert parse(Plain, CONFIG, []) == (Plain(), CONFIG)
+
+
+def test_options_of_the_job_and_of_every_part_are_taken():
+    line = (
+        "--job.lr 0.5 --run.name a1 --run.stop-after 3min --run.take-over --run.allow-change run.seed job.lr "
+        "--batch.global-size 64 --batch.microbatches 16 --optim.clip-norm None --eval.every=2ep --data.workers 2 "
+        "--scaling.workers-per-node 4 --no-observe.tensorboard --dry-run"
+    )
+
+    job, config = parse(Plain, CONFIG, line.replace("--no-observe.tensorboard", "--observe.no-tensorboard").split())
+
+    assert job == Plain(lr=0.5)
+    assert config.run == replace(
+        CONFIG.run, name="a1", stop_after="3min", take_over=True, allow_change=("run.seed", "job.lr")
+    )
+    assert config.batch == BatchOptions(global_size=64, microbatches=16)
+    assert config.optim == replace(CONFIG.optim, clip_norm=None)
+    assert (config.eval.every, config.data.workers, config.scaling.workers_per_node) == ("2ep", 2, 4)
+    assert config.observe.tensorboard is False
+    assert config.dry_run is True
+
+
+def test_underscores_are_as_good_as_dashes():
+    assert parse(Plain, CONFIG, ["--batch.global_size", "60"])[1].batch.global_size == 60
+
+
+def test_a_job_that_is_no_dataclass_has_no_options_of_its_own():
+    class Bare(Job):
+        """Nothing to set."""
+
+    job, config = parse(Bare, TrainConfig(), ["--run.seed", "3"])
+
+    assert type(job) is Bare
+    assert config == TrainConfig(run=RunOptions(seed=3))
+    assert "--job." not in help_text(Bare, TrainConfig(), everything=True)
+
+
+# ---- what cannot be --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("argv", "nearest"),
+    [
+        (["--run.sed", "3"], "--run.seed"), (["--seed", "3"], "--run.seed"), (["--job.widht", "3"], "--job.width"),
+        (["--checkpoint.evry", "3st"], "--checkpoint.every"), (["--scaling.max-worker", "3"], "--scaling.max-workers"),
+    ],
+)  # fmt: skip
+def test_an_unknown_option_ends_with_2_and_the_nearest_that_there_is(capsys, argv, nearest):
+    with pytest.raises(SystemExit) as ended:
+        parse(Plain, CONFIG, argv)
+
+    shown = "".join(capsys.readouterr())
+    assert ended.value.code == 2
+    assert argv[0] in shown
+    assert nearest in shown.split(argv[0], 1)[1]
+
+
+@pytest.mark.parametrize(
+    "argv", [["--run.seed", "x"], ["--job.lr", "fast"], ["--run.exactness", "exact"], ["--run.name"], ["junk"]]
+)
+def test_a_line_that_cannot_be_read_ends_with_2(capsys, argv):
+    with pytest.raises(SystemExit) as ended:
+        parse(Plain, CONFIG, argv)
+
+    assert ended.value.code == 2
+    assert argv[0].removeprefix("--") in "".join(capsys.readouterr())
+
+
+def test_a_value_that_cannot_be_is_our_own_error():
+    with pytest.raises(ConfigError, match=r"--batch\.microbatches is 7; give a divisor of --batch\.global-size 30"):
+        parse(Plain, CONFIG, ["--batch.microbatches", "7"])
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["--run.name", "../up"], "--run.name is '../up'; use 1 to 100 letters"),
+        (["--batch.global-size", "300"], "fewer than --batch.global-size 300; give at most 100"),
+        (["--scaling.max-workers", "11"], "--batch.microbatches is 10, less than --scaling.max-workers 11"),
+        (["--run.storage", "ftp://x/y"], "--run.storage is 'ftp://x/y'"),
+        (["--run.duration", "500tok"], "tokens_per_sample"),
+    ],
+)
+def test_bad_input_is_one_sentence_on_standard_error_and_exit_code_2(capsys, tmp_path, argv, said):
+    code = run(Plain, CONFIG, ["--run.storage", str(tmp_path), "--dry-run", *argv])
+
+    shown = capsys.readouterr()
+    assert code == 2
+    assert shown.out == ""
+    assert shown.err.startswith("error: ")
+    assert said in shown.err
+    assert shown.err.count("\n") == 1
+
+
+def test_a_dry_run_prints_every_option_and_the_table_of_world_sizes_and_starts_nothing(capsys, tmp_path):
+    code = run(Plain, CONFIG, ["--run.storage", str(tmp_path / "runs"), "--run.name", "try", "--dry-run"])
+
+    shown = capsys.readouterr().out
+    assert code == 0
+    assert "global 30 = 10 microbatches x 3; 4 workers -> 3 rounds" in shown
+    assert "100 samples, 12 steps" in shown
+    assert "  --run.seed 0" in shown
+    assert "      3       4        83%" in shown
+    assert not (tmp_path / "runs").exists()

@@ -1,0 +1,114 @@
+"""What every worker knows of a step: sums in tree order, the sample hash, changed buffers, the first bad microbatch."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from elastic.data.deal import deal
+from elastic.parallel.records import PendingRecord, Records
+
+CPU = torch.device("cpu")
+finite = st.floats(-1e6, 1e6)
+microbatches = st.lists(
+    st.tuples(finite, st.integers(1, 99), finite, st.integers(-(2**63), 2**63 - 1)), min_size=1, max_size=24
+)
+
+
+def _add(records, loss, weight, metric, digest, changed=0):
+    records.add(torch.tensor(loss, dtype=torch.float64), weight, {"metric": metric}, (digest,), changed)
+
+
+def _gathered(runs, values, buffer_words=0, changed=()):
+    """The record of a step, from what each rank would send: its rows, padded to the longest."""
+    ranks = []
+    for rank, run in enumerate(runs):
+        records = Records(runs, rank, CPU, buffer_words)
+        for i in run:
+            _add(records, *values[i], changed=changed[i] if changed else 0)
+        ranks.append(records)
+    width = max(len(run) for run in runs)
+    everyone = torch.zeros(len(runs), width, ranks[0]._rows[0].numel(), dtype=torch.int64)
+    for rank, records in enumerate(ranks):
+        everyone[rank, : len(records._rows)] = torch.stack(records._rows)
+    return PendingRecord(ranks[0], everyone, None).result()
+
+
+@given(microbatches, st.integers(1, 6))
+def test_the_record_has_the_same_bits_at_every_world_size(values, world_size):
+    alone = _gathered([range(len(values))], values)
+    if world_size > len(values):
+        return
+
+    found = _gathered(deal(len(values), world_size), values)
+
+    assert found == alone
+    assert found.loss == pytest.approx(math.fsum(v[0] for v in values) / sum(v[1] for v in values), abs=1e-6)
+    assert found.weight == sum(v[1] for v in values)
+
+
+@given(microbatches, st.data())
+def test_another_sample_or_another_order_gives_another_hash(values, data):
+    here = _gathered([range(len(values))], values).sample_hash
+    i = data.draw(st.integers(0, len(values) - 1))
+    other = [*values]
+    other[i] = (*values[i][:3], values[i][3] ^ 1)
+
+    assert _gathered([range(len(other))], other).sample_hash != here
+    backwards = values[::-1]
+    same = [v[3] for v in backwards] == [v[3] for v in values]
+    assert (_gathered([range(len(values))], backwards).sample_hash == here) == same
+
+
+@given(st.lists(st.integers(0, 2**130 - 1), min_size=1, max_size=8), st.integers(1, 3))
+def test_a_buffer_changed_anywhere_is_changed_for_all(changed, world_size):
+    values = [(1.0, 1, 0.0, 0)] * len(changed)
+    if world_size > len(changed):
+        return
+
+    found = _gathered(deal(len(changed), world_size), values, buffer_words=3, changed=changed)
+
+    expected = 0
+    for mask in changed:
+        expected |= mask
+    assert found.changed_buffers == expected
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_the_first_microbatch_whose_loss_or_weight_is_not_finite_is_known(bad):
+    good = (1.0, 1, 0.0, 0)
+
+    assert _gathered(deal(5, 2), [good] * 5).nonfinite_microbatch is None
+    assert _gathered(deal(5, 2), [good, good, good, (bad, 1, 0.0, 0), (bad, 1, 0.0, 0)]).nonfinite_microbatch == 3
+    assert _gathered(deal(5, 2), [good, (1.0, bad, 0.0, 0), good, good, good]).nonfinite_microbatch == 1
+    assert _gathered(deal(5, 2), [(1.0, 1, bad, 0), good, good, good, good]).nonfinite_microbatch is None
+
+
+def test_several_microbatches_of_one_pass_count_once_and_keep_their_digests():
+    values = [(2.0, 3, 1.0, 11), (4.0, 5, 2.0, 22)]
+    one_by_one = _gathered([range(2)], values)
+    runs = [range(2)]
+    together = Records(runs, 0, CPU)
+
+    together.add(torch.tensor(6.0), 8, {"metric": 3.0}, (11, 22))
+
+    assert together.gather(None).result() == one_by_one
+
+
+def test_metrics_that_change_from_microbatch_to_microbatch_are_refused_by_name():
+    records = Records([range(2)], 0, CPU)
+    records.add(torch.tensor(1.0), 1, {"accuracy": 1.0}, (1,))
+
+    with pytest.raises(ValueError, match=r"metrics \['perplexity'\], but \['accuracy'\] for the microbatch before"):
+        records.add(torch.tensor(1.0), 1, {"perplexity": 1.0}, (2,))
+
+
+def test_a_step_without_weight_has_no_loss():
+    found = _gathered([range(1)], [(1.0, 0, 2.0, 0)])
+
+    assert math.isnan(found.loss)
+    assert math.isnan(found.mean_metrics()["metric"])

@@ -1,0 +1,194 @@
+"""Small jobs on data made of integers. `Everything` has all that could make a bit depend on the world size."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import elastic
+from elastic import BatchOptions, OptimOptions, RunOptions, ScalingOptions, TrainConfig
+
+FEATURES, CLASSES = 6, 3
+
+CONFIG = TrainConfig(
+    run=RunOptions(duration="12st"),
+    batch=BatchOptions(global_size=30, microbatches=10),
+    optim=OptimOptions(schedule="cosine", warmup="3st", clip_norm=0.5),
+    scaling=ScalingOptions(max_workers=4, accelerator="cpu"),
+)
+
+
+class Samples:
+    """Samples `start` to `start + count - 1`: features, class and number. The noise is drawn when one is fetched."""
+
+    def __init__(self, count: int, start: int = 0, noise: float = 0.05):
+        self.count, self.start, self.noise = count, start, noise
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int):
+        import torch
+
+        if not 0 <= index < self.count:
+            raise IndexError(index)
+        i = index + self.start
+        features = torch.tensor([((i * 7919 + k * 104_729) % 997) / 498.5 - 1 for k in range(FEATURES)])
+        label = int(features[0] > 0) + int(features[1] + features[2] > 0)
+        return features + self.noise * torch.randn(FEATURES), label, i
+
+
+def _raise(text: str) -> None:
+    raise RuntimeError(text or "this sample is broken")
+
+
+def _die_once(file: str) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(file)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _die_if_named(file: str) -> None:
+    """Wait for the file and die if it holds the number of this process."""
+    while not os.path.exists(file):
+        time.sleep(0.01)
+    if int(Path(file).read_text()) == os.getpid():
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _hold(file: str) -> None:
+    while os.path.exists(file):
+        time.sleep(0.01)
+
+
+FAULTS = {"raise": _raise, "die": _die_once, "hold": _hold}
+
+
+@dataclass
+class Plain(elastic.Job):
+    """A small network, the same in every mode."""
+
+    lr: float = field(default=0.01, metadata={"help": "learning rate"})
+    samples: int = field(default=100, metadata={"help": "training samples"})
+    width: int = field(default=16, metadata={"help": "hidden units"})
+    fault: str = field(default="", metadata={"help": "raise, nan-loss, nan-gradient, die, hold or die-after-step"})
+    fault_at: int = field(default=-1, metadata={"help": "sample at which loss() does that, or the step"})
+    fault_file: str = field(default="", metadata={"help": "die once and remove this file; hold while it is there"})
+
+    def model(self):
+        from torch import nn
+
+        w = self.width
+        return nn.Sequential(nn.Linear(FEATURES, w), nn.ReLU(), nn.Linear(w, w), nn.ReLU(), nn.Linear(w, CLASSES))
+
+    def optimizer(self, model):
+        import torch
+
+        return torch.optim.AdamW(model.parameters(), lr=self.lr)
+
+    def train_data(self):
+        return Samples(self.samples)
+
+    def eval_data(self):
+        return {"near": Samples(40, 1000, noise=0.5), "far": Samples(7, 5000)}
+
+    def after_step(self, model, step):
+        if self.fault == "die-after-step" and step == self.fault_at:
+            _die_if_named(self.fault_file)
+
+    def logits(self, model, features, ids):
+        return model(features)
+
+    def loss(self, model, batch):
+        from torch.nn import functional
+
+        features, labels, ids = batch
+        fault = self.fault if model.training and (ids == self.fault_at).any() else ""
+        if fault in FAULTS:
+            FAULTS[fault](self.fault_file)
+        logits = self.logits(model, features, ids).float()
+        total = functional.cross_entropy(logits, labels, reduction="sum")
+        if fault == "nan-loss":
+            total = total * float("nan")
+        elif fault == "nan-gradient":  # the root of 0 is 0, but its slope is infinite, and infinity times 0 is NaN
+            total = total + (logits * 0).sum().sqrt()
+        return total, len(labels), {"accuracy": (logits.argmax(1) == labels).sum()}
+
+
+@dataclass
+class Everything(Plain):
+    """Dropout, BatchNorm, buffers, tied, frozen, unused and sometimes used parameters, two groups, an EMA."""
+
+    rule: str = field(default="adamw", metadata={"help": "adamw or sgd"})
+
+    def model(self):
+        import torch
+        from torch import nn
+
+        class Network(nn.Module):
+            def __init__(self, w: int):
+                super().__init__()
+                self.first = nn.Linear(FEATURES, w)
+                self.norm = nn.BatchNorm1d(w)
+                self.dropout = nn.Dropout(0.2)
+                self.tied = nn.Linear(w, w)
+                self.tied_again = nn.Linear(w, w)
+                self.tied_again.weight = self.tied.weight
+                self.sometimes = nn.Linear(w, w)
+                self.frozen = nn.Linear(w, w).requires_grad_(False)
+                self.unused = nn.Linear(w, 5)
+                self.last = nn.Linear(w, CLASSES)
+                self.register_buffer("mean_input", torch.zeros(FEATURES))
+
+            def forward(self, features, sometimes: bool):
+                if self.training:
+                    self.mean_input.lerp_(features.detach().mean(0), 0.1)
+                h = torch.relu(self.norm(self.first(features - self.mean_input)))
+                h = self.dropout(h + self.tied_again(torch.tanh(self.tied(h))) + self.frozen(h))
+                return self.last(h + self.sometimes(h) if sometimes else h)
+
+        network = Network(self.width)
+        self.ema, self.updates = network.last.weight.detach().clone(), 0
+        return network
+
+    def optimizer(self, model):
+        import torch
+
+        groups = [
+            {"params": [p for p in model.parameters() if p.dim() > 1], "weight_decay": 0.1},
+            {"params": [p for p in model.parameters() if p.dim() <= 1], "weight_decay": 0.0, "lr": 2 * self.lr},
+        ]
+        if self.rule == "sgd":
+            return torch.optim.SGD(groups, lr=self.lr, momentum=0.9, nesterov=True)
+        return torch.optim.AdamW(groups, lr=self.lr)
+
+    def logits(self, model, features, ids):
+        return model(features, sometimes=int(ids[0]) % 3 == 0)
+
+    def after_step(self, model, step):
+        self.ema.lerp_(model.last.weight.detach(), 0.25)
+        self.updates += 1
+        super().after_step(model, step)
+
+    def extra_state(self):
+        return {"ema": self.ema, "updates": self.updates}
+
+    def load_extra_state(self, values):
+        self.updates = values["updates"]
+
+    def sample(self, model):
+        import torch
+
+        with torch.no_grad():
+            return f"class {int(model(torch.ones(1, FEATURES), sometimes=True).argmax())}"
+
+
+class BrokenModel(Plain):
+    """A job whose model cannot be built."""
+
+    def model(self):
+        raise ValueError("no such layer")
