@@ -28,10 +28,13 @@ class Option:
 def list_options(job_class: type[Job], defaults: TrainConfig) -> Iterator[Option]:
     """All options of a job: its own first, then those of every job."""
     if dataclasses.is_dataclass(job_class):
+        hints = typing.get_type_hints(job_class)
         for f in dataclasses.fields(job_class):
             if f.init:
                 default = f.default if f.default is not dataclasses.MISSING else None
-                yield Option(f"--job.{_dashed(f.name)}", _kind(f.type), default, f.metadata.get("help", ""), True)
+                yield Option(
+                    f"--job.{_dashed(f.name)}", _kind(hints[f.name]), default, f.metadata.get("help", ""), True
+                )
     for part in dataclasses.fields(defaults):
         section = getattr(defaults, part.name)
         if not dataclasses.is_dataclass(section):
@@ -71,7 +74,7 @@ def help_text(job_class: type[Job], defaults: TrainConfig, *, everything: bool) 
     ]
     width = max(len(left) for left, _ in rows) + 2
     for left, o in rows:
-        default = "" if o.default in (None, False, ()) else f" [{o.default}]"
+        default = "" if o.default is None or o.default is False or o.default == () else f" [{o.default}]"
         lines.append(f"  {left:<{width}}{o.help}{default}")
     lines += ["", "  --help-all" + " " * (width - 10) + "all options" if not everything else ""]
     return "\n".join(lines).rstrip() + "\n"

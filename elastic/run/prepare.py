@@ -120,7 +120,11 @@ def report(run: PreparedRun) -> str:
     """What `--dry-run` prints: the resolved options and what each world size would do."""
     values = {**cfg.result_options(run.config, job_options(run.job)), **_operational(run.config)}
     lines = [f"run {run.name} in {run.folder.storage.url}", ""]
-    lines += [f"  --{name} {value}" for name, value in sorted(values.items()) if value not in (None, False, [], ())]
+    lines += [
+        f"  --{name} {value}"
+        for name, value in sorted(values.items())
+        if value is not None and value is not False and value != []
+    ]
     plan, most = run.plan, run.config.scaling.max_workers
     lines += [
         "",
