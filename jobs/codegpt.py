@@ -8,13 +8,14 @@ from dataclasses import dataclass, field
 import elastic
 from elastic import BatchOptions, CheckpointOptions, EvalOptions, OptimOptions, RunOptions, TrainConfig
 from elastic.errors import CheckpointError, ConfigError
+from jobs.gpt_sizes import SIZES
 
 CONFIG = TrainConfig(
-    run=RunOptions(duration="900st"),
+    run=RunOptions(duration="1000st"),
     batch=BatchOptions(global_size=16, microbatches=8),
     optim=OptimOptions(schedule="cosine", warmup="75st", clip_norm=1.0),
-    eval=EvalOptions(every="225st"),
-    checkpoint=CheckpointOptions(every="225st"),
+    eval=EvalOptions(every="250st"),
+    checkpoint=CheckpointOptions(every="250st"),
 )
 
 
@@ -22,7 +23,7 @@ CONFIG = TrainConfig(
 class CodeGPT(elastic.Job):
     """Train a byte-level GPT on the sources of Python's standard library."""
 
-    size: str = field(default="0.5M", metadata={"help": "parameters: 0.5M, 2M, 5M, 10M, 25M, 50M or 124M"})
+    size: str = field(default="0.5M", metadata={"help": f"parameters: {', '.join(SIZES)}"})
     block: int = field(default=128, metadata={"help": "bytes of context, and of one sample"})
     lr: float = field(default=4e-3, metadata={"help": "learning rate of AdamW; 6e-4 suits 25M and more"})
     weight_decay: float = field(default=0.1, metadata={"help": "weight decay of matrices"})
@@ -30,17 +31,16 @@ class CodeGPT(elastic.Job):
     eval_blocks: int = field(default=512, metadata={"help": "most held-out blocks of one evaluation"})
 
     def __post_init__(self):
-        if self.block < 1 or self.eval_blocks < 1:
-            raise ConfigError(
-                f"--job.block is {self.block} and --job.eval-blocks {self.eval_blocks}; give at least 1 of each"
-            )
+        if self.size not in SIZES:
+            raise ConfigError(f"--job.size is {self.size!r}; choose one of {', '.join(SIZES)}")
+        for name, value in (("block", self.block), ("eval-blocks", self.eval_blocks)):
+            if value < 1:
+                raise ConfigError(f"--job.{name} is {value}; give at least 1")
         self.tokens_per_sample = self.block
 
     def model(self):
-        from jobs.gpt import GPT, SIZES
+        from jobs.gpt import GPT
 
-        if self.size not in SIZES:
-            raise ConfigError(f"--job.size is {self.size!r}; choose one of {', '.join(SIZES)}")
         return GPT(SIZES[self.size], context=self.block, dropout=self.dropout)
 
     def optimizer(self, model):

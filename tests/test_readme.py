@@ -1,0 +1,301 @@
+"""The README tells the truth: its commands work, its diff, tables and output are the real ones."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import elastic
+from elastic import TrainConfig, cli, errors
+from elastic.errors import ElasticError
+from elastic.main import run
+from elastic.options import list_options
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+LINES = README.splitlines()
+MAKEFILE = (ROOT / "Makefile").read_text()
+PORTED = "docs.port.ported"
+GOOD_ACCURACY = 0.93  # seeds 0 to 2 of plain.py reach 0.950 to 0.972
+
+
+def blocks(language: str) -> list[str]:
+    """The contents of all code blocks of a language."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+
+
+def commands() -> list[str]:
+    """Every command of every bash block, without comments."""
+    lines = [line.split(" #")[0].strip() for block in blocks("bash") for line in block.splitlines()]
+    return [line for line in lines if line and not line.startswith("#")]
+
+
+def table(header: str) -> list[list[str]]:
+    """The rows of the table under a header row, cell by cell."""
+    rows = []
+    for line in LINES[LINES.index(header) + 2 :]:
+        if not line.startswith("|"):
+            break
+        rows.append([cell.strip() for cell in line.strip("|").split("|")])
+    return rows
+
+
+def python(*arguments: str, cwd: Path) -> str:
+    """Run Python in `cwd` with the repository on its path; its standard output."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, *arguments], cwd=cwd, env=environment, capture_output=True, text=True,
+                          timeout=100)  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def libraries() -> None:
+    """Torch and scikit-learn set environment variables when they are first used: that is no leak of a test."""
+    import sklearn.datasets  # noqa: F401
+    import torch
+
+    torch.optim.AdamW([torch.zeros(1, requires_grad=True)])
+
+
+# ---- the first screen ----------------------------------------------------------------------------------------------
+
+
+def test_the_first_code_block_is_complete_within_25_lines():
+    fences = [number for number, line in enumerate(LINES, start=1) if line.startswith("```")]
+
+    assert fences[1] <= 25
+    assert blocks("bash")[0] in README[: README.index("```python")]
+
+
+def test_the_first_screen_says_for_whom_it_is_and_what_works():
+    screen = "\n".join(LINES[:50])
+
+    for words in ("Not for", "GAN and RL loops", "several optimizers", "endless streams", "Promised", "works today"):
+        assert words in screen
+
+
+def test_the_minimal_job_is_a_job_that_learns(libraries, tmp_path, monkeypatch):
+    import torch
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "minimal.py").write_text(blocks("python")[0])
+    job_class, config = job_of(tmp_path / "minimal.py")
+    job = job_class()
+    torch.manual_seed(0)
+    model = job.model()
+    optimizer = job.optimizer(model)
+    batch = job.collate_fn(job.train_data()[:512])
+
+    losses = []
+    for _ in range(60):
+        loss, weight, _ = job.loss(model, batch)
+        (loss / weight).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item() / weight)
+
+    assert losses[-1] < 0.9 * losses[0]
+    assert run(job_class, config, ["--dry-run"]) == 0
+
+
+# ---- the port ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.processes
+def test_the_plain_script_learns(tmp_path):
+    shown = python(str(ROOT / "docs" / "port" / "plain.py"), cwd=tmp_path)
+
+    assert float(shown.split("held-out accuracy ")[1]) > GOOD_ACCURACY
+
+
+@pytest.fixture(scope="module")
+def ported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run of the ported script, in plain processes, by the README's own command."""
+    folder = tmp_path_factory.mktemp("ported")
+    [line] = [c for c in commands() if c.startswith("python -m elastic.worker")]
+    python(*shlex.split(line)[1:], "--run.name", "run", cwd=folder)
+    return folder / "runs" / "run"
+
+
+@pytest.mark.processes
+def test_the_ported_script_learns_as_well(ported: Path):
+    result = json.loads((ported / "result.json").read_text())
+
+    assert result["status"] == "finished"
+    assert result["metrics"]["eval/accuracy"] > GOOD_ACCURACY
+
+
+def test_the_shown_diff_is_that_of_the_two_scripts():
+    done = subprocess.run(["diff", "-u", "docs/port/plain.py", "docs/port/ported.py"], cwd=ROOT, capture_output=True,
+                          text=True, timeout=60)  # fmt: skip
+    real = [line.rstrip() for line in done.stdout.splitlines()[2:]]
+
+    [shown] = blocks("diff")
+
+    assert [line.rstrip() for line in shown.splitlines()] == real
+
+
+@pytest.mark.parametrize("sign", ["-", "+"])
+def test_porting_changes_little(sign: str):
+    [shown] = blocks("diff")
+
+    changed = [line for line in shown.splitlines() if line.startswith(sign) and line[1:].strip()]
+
+    assert 0 < len(changed) <= 16
+
+
+# ---- commands ------------------------------------------------------------------------------------------------------
+
+
+def job_of(file: Path) -> tuple[type[elastic.Job], TrainConfig]:
+    """The one job of a file, and its defaults."""
+    specification = importlib.util.spec_from_file_location(file.stem, file)
+    assert specification is not None
+    assert specification.loader is not None
+    module = importlib.util.module_from_spec(specification)
+    sys.modules[file.stem] = module  # where a dataclass looks its annotations up
+    try:
+        specification.loader.exec_module(module)
+    finally:
+        del sys.modules[file.stem]
+    jobs = [c for c in vars(module).values() if isinstance(c, type) and issubclass(c, elastic.Job)]
+    [job_class] = [c for c in jobs if c.__module__ == module.__name__]
+    return job_class, getattr(module, "CONFIG", TrainConfig())
+
+
+def dry_run(file: Path, options: list[str]) -> None:
+    """All that a job's command does before it starts anything."""
+    job_class, config = job_of(file)
+    if "--help" in options:
+        with pytest.raises(SystemExit) as left:
+            run(job_class, config, options)
+        assert left.value.code == 0
+    else:
+        assert run(job_class, config, [*options, "--dry-run"]) == 0
+
+
+def module_file(name: str) -> Path:
+    specification = importlib.util.find_spec(name)
+    assert specification is not None, name
+    assert specification.origin is not None
+    return Path(specification.origin)
+
+
+def check_make(words: list[str]) -> None:
+    """The target exists; running it here would be endless."""
+    assert re.search(rf"^{words[1]}:", MAKEFILE, re.MULTILINE), f"the Makefile has no target {words[1]}"
+
+
+def check_activate(words: list[str]) -> None:
+    assert f"BIN := {Path(words[1]).parent}" in MAKEFILE
+
+
+def check_elastic(words: list[str]) -> None:
+    assert 'elastic = "elastic.cli:main"' in (ROOT / "pyproject.toml").read_text()
+    assert cli.main(words[1:]) == 0
+
+
+def check_python(words: list[str]) -> None:
+    if words[1] == "-m" and words[2] == "elastic.worker":  # runs whole in the fixture `ported`
+        at = words.index("--module")
+        assert words[3:5] == words[at : at + 2]
+        dry_run(module_file(words[at + 1]), words[words.index("--workers") + 2 :])
+    elif words[1] == "-m":
+        dry_run(module_file(words[2]), words[3:])
+    elif words[1] == "docs/port/plain.py":  # runs whole in its own test
+        assert (ROOT / words[1]).is_file()
+    else:
+        here, there = Path(words[1]), ROOT / words[1]
+        dry_run(here if here.exists() else there, words[2:])
+
+
+CHECKS: dict[str, Callable[[list[str]], None]] = {
+    "make": check_make,
+    ".": check_activate,
+    "elastic": check_elastic,
+    "python": check_python,
+}
+
+
+def test_every_command_works_as_far_as_it_can_be_tried_here(libraries, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert len(commands()) > 10
+
+    for line in commands():
+        words = shlex.split(line)
+        assert words[0] in CHECKS, f"nobody checks {line!r}"
+        CHECKS[words[0]](words)
+
+
+@pytest.mark.processes
+def test_the_shown_dry_run_is_the_real_one(tmp_path):
+    [line] = [c for c in commands() if c.endswith("--dry-run")]
+    [shown] = [b for b in blocks("text") if b.startswith("run mine in")]
+
+    real = iter(python(*shlex.split(line)[1:], cwd=tmp_path).splitlines())
+
+    assert next(real) == f"run mine in {tmp_path}/runs/mine"
+    for wanted in shown.splitlines()[1:]:
+        assert wanted.strip() == "..." or wanted in real, f"not printed, or not in this place: {wanted!r}"
+
+
+@pytest.mark.processes
+def test_the_shown_refusal_is_the_real_one(libraries, ported: Path, monkeypatch, capsys):
+    monkeypatch.chdir(ported.parent.parent)
+
+    assert run(*job_of(module_file(PORTED)), ["--run.name", "run", "--run.seed", "2"]) == 2
+
+    assert capsys.readouterr().err.replace("run run ", "run mine ") in README
+
+
+# ---- tables --------------------------------------------------------------------------------------------------------
+
+
+def test_the_options_are_the_common_ones_with_their_defaults():
+    rows = {
+        name.strip("`"): (default.strip("`"), text) for name, default, text in table("| option | default | meaning |")
+    }
+    common = {o.name: o for o in list_options(elastic.Job, TrainConfig()) if o.common}
+
+    assert list(rows) == list(common)
+    assert len(rows) == 15
+    for name, option in common.items():
+        default = "" if option.default is None or option.kind == "flag" else str(option.default)
+        assert rows[name][0] == default, name
+        section, _, field = name.removeprefix("--").replace("-", "_").partition(".")
+        if field:
+            fields = type(getattr(TrainConfig(), section)).__dataclass_fields__
+            assert rows[name][1].endswith("*result*") == fields[field].metadata["result"], name
+
+
+def test_the_exit_codes_are_those_of_our_errors():
+    kinds = [e for e in vars(errors).values() if isinstance(e, type) and issubclass(e, ElasticError)]
+
+    assert {int(code) for code, _ in table("| exit code | meaning |")} == {0, *(e.exit_code for e in kinds)}
+
+
+@pytest.mark.processes
+def test_a_run_leaves_behind_what_is_listed(ported: Path):
+    listed = {name.strip("`") for name, _ in table("| file | what it is |")}
+
+    assert {f"{p.name}/" if p.is_dir() else p.name for p in ported.iterdir()} == listed
+    assert list(ported.glob("checkpoints/step-*/*/manifest.json"))
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/decisions.md", "docs/nccl.md"])
+def test_links_lead_somewhere(page: str):
+    text = (ROOT / page).read_text()
+
+    for target in re.findall(r"\]\(([^)#]+)\)", text):
+        assert "://" in target or ((ROOT / page).parent / target).exists(), target
