@@ -7,6 +7,7 @@
     GET  /status   the keeper's view of the run, as JSON
     GET  /group    who is in, who waits, who is gone: what the controller of the workers goes by
     POST /lost     {"ids": [...]}: processes that are known to be dead
+    POST /event    {"kind": ..., "detail": ...}: for the ledger
     POST /notice   {"node": ..., "remaining_s": ...}: a node goes away
     POST /expected {"ids": [...]}: after a restart, the workers that exist
 
@@ -114,6 +115,7 @@ class MembershipServer:
         self._progress: dict[str, Progress] = {}
         self._stacks: dict[str, str] = {}
         self._condemned: set[str] = set()
+        self._given_up: set[str] = set()  # whose processes the controller is to end
         self._step_times: deque[float] = deque(maxlen=100)
         self._hang_s = hang_s
         self._followers: dict[web.WebSocketResponse, asyncio.Queue[str]] = {}
@@ -180,6 +182,7 @@ class MembershipServer:
         app.router.add_get("/status", self._on_status)
         app.router.add_get("/group", self._on_group)
         app.router.add_post("/lost", self._on_lost)
+        app.router.add_post("/event", self._on_event)
         app.router.add_post("/notice", self._on_notice)
         app.router.add_post("/expected", self._on_expected)
         runner = web.AppRunner(app, access_log=None, shutdown_timeout=1.0)
@@ -213,6 +216,7 @@ class MembershipServer:
             self._handle(Tick(now))
             for member_id in silent(self._heard, now, SILENT_S):
                 self._heard.pop(member_id)
+                self._refuse(member_id, "it was silent, and its world went on without it")
                 self._handle(Lost(member_id, now, f"silent for {SILENT_S:.0f} s"))
             world = self._state.world
             if world is None or self._state.phase is not Phase.RUNNING:
@@ -238,7 +242,7 @@ class MembershipServer:
             "member_evicted", generation=str(world.generation), member=lost.id, node=lost.node, pid=lost.pid,
             step=where.position[0] + 1, detail=f"hung in {where.phase}, microbatch {where.position[2]}",
         )  # fmt: skip
-        self._send(member_id, {"kind": "refused", "reason": "it hung, and its world went on without it"})
+        self._refuse(member_id, "it hung, and its world went on without it")
         self._handle(Lost(member_id, time.monotonic(), f"hung in {where.phase}"))
 
     def _start(self, work: Coroutine[Any, Any, None]) -> None:
@@ -293,6 +297,7 @@ class MembershipServer:
             self._send(command.saver.id, {"kind": "save alone"})
 
     def _refuse(self, member_id: str, reason: str) -> None:
+        self._given_up.add(member_id)
         self._send(member_id, {"kind": "refused", "reason": reason})
 
     def _tell(self, world: World, message: dict[str, Any]) -> None:
@@ -438,11 +443,16 @@ class MembershipServer:
         return web.json_response({"ok": True})
 
     async def _on_group(self, _: web.Request) -> web.Response:
-        return web.json_response(describe(self._state))
+        return web.json_response({**describe(self._state), "condemned": sorted(self._given_up)})
 
     async def _on_lost(self, request: web.Request) -> web.Response:
         for member_id in (await request.json())["ids"]:
             self._handle(Lost(member_id, time.monotonic(), "process died", dead=True))
+        return web.json_response({"ok": True})
+
+    async def _on_event(self, request: web.Request) -> web.Response:
+        body = await request.json()
+        self._keeper.event(body["kind"], detail=body["detail"])
         return web.json_response({"ok": True})
 
     async def _on_notice(self, request: web.Request) -> web.Response:

@@ -188,7 +188,7 @@ class Stepper:
             self._pass = i
             self._code.at(step, first)
             self.progress(step, 2 * i)
-            fault.point("step.forward", self._group.rank, step + 1)
+            self._code.guard(partial(fault.point, "step.forward", self._group.rank, step + 1))
             span = self._code.guard(partial(self._loader.next, step, first, count))
             self.clock.data_s += time.perf_counter() - began
             seed_all(derive("step", self._config.run.seed, step, first))
