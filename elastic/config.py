@@ -167,7 +167,6 @@ class ScalingOptions:
     )
     cpus_per_worker: int = option(1, "CPU slots (and torch threads) of a worker")
     workers_per_node: int | None = option(None, "most workers on one node (default: what fits)")
-    start_timeout: str = option("10min", "longest wait for min workers (s, min, h)")
 
     def __post_init__(self) -> None:
         _whole("--scaling.min-workers", self.min_workers, 1)
@@ -181,8 +180,6 @@ class ScalingOptions:
         _whole("--scaling.cpus-per-worker", self.cpus_per_worker, 1)
         if self.workers_per_node is not None:
             _whole("--scaling.workers-per-node", self.workers_per_node, 1)
-        amount = parse_amount("--scaling.start-timeout", self.start_timeout, clock=True)
-        _require(amount.is_clock, "--scaling.start-timeout", self.start_timeout, "give a time in s, min or h")
 
 
 @dataclass(frozen=True)

@@ -51,6 +51,11 @@ def check_fits(accelerator: str, workers_per_node: int | None, cpus: int, nodes:
             )
 
 
+def full_nodes(placed: Sequence[str], per_node: int | None) -> list[str]:
+    """Nodes that have as many workers as they may, given the node of every worker; none where there is no limit."""
+    return sorted({n for n in placed if placed.count(n) >= per_node}) if per_node else []
+
+
 def visible_devices(assigned: str, node_total: int) -> tuple[str, int]:
     """(CUDA_VISIBLE_DEVICES, index in it) for a worker to which Ray assigned one GPU of its node.
 

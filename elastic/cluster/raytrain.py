@@ -37,6 +37,7 @@ from ray.train.v2.api.exceptions import ControllerError
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from elastic.cluster.capacity import full_nodes
 from elastic.membership.client import DriverLink
 
 TESTED_RAY = "2.60."
@@ -57,14 +58,17 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class GroupPlan:
-    """What a worker group is to have: `want` workers of `unit` resources, for the run hosted at `url`."""
+    """What a worker group is to have: `want` workers of `unit` resources, for the run hosted at `url`.
+
+    `per_node` is the most workers on one node; `name` is the prefix of the placement groups' names.
+    """
 
     url: str
     token: str
     want: int
     unit: dict[str, float]
     name: str
-    spread: bool
+    per_node: int | None = None
 
 
 def find_running_cluster() -> str | None:
@@ -149,13 +153,14 @@ class _Stage(Enum):
 class _Unit:
     """One worker and its own placement group."""
 
-    def __init__(self, plan: GroupPlan, number: int):
+    def __init__(self, plan: GroupPlan, number: int, full_nodes: list[str]):
         self.stage = _Stage.ASKED
         self.id = self.node = ""
         self.actor: Any = None
         self.since = time.monotonic()
         self.status = WorkerStatus(running=True, error=None, training_report=None)
-        self._group = placement_group([plan.unit], name=f"{plan.name}{number}", strategy="PACK")
+        elsewhere = [{"ray.io/node-id": f"!in({','.join(full_nodes)})"}] if full_nodes else None
+        self._group = placement_group([plan.unit], name=f"{plan.name}{number}", bundle_label_selector=elsewhere)
         self.pending: Any = self._group.ready()
 
     def create(self, worker_class: Any, unit: dict[str, float]) -> None:
@@ -165,6 +170,8 @@ class _Unit:
         self.actor = actor_class.options(scheduling_strategy=strategy).remote()
         self.id = self.actor._actor_id.hex()[:12]
         self.stage, self.since = _Stage.STARTING, time.monotonic()
+        placed = ray.util.placement_group_table(self._group)["bundles_to_node_id"]
+        self.node = next(iter(placed.values()), "")
         self.pending = self.actor.get_metadata.remote()
 
     def drop(self) -> None:
@@ -233,7 +240,10 @@ class Group(WorkerGroup):
             return  # the run is ending
         have = sum(u.node not in self._draining for u in self._units)
         for _ in range(self._plan.want - have):
-            self._units.append(_Unit(self._plan, next(self._numbers)))
+            if self._plan.per_node and any(u.stage is _Stage.ASKED for u in self._units):
+                return  # where the last one comes decides which nodes are full
+            full = full_nodes([u.node for u in self._units if u.node], self._plan.per_node)
+            self._units.append(_Unit(self._plan, next(self._numbers), full))
 
     def _collect(self, timeout: float) -> None:
         """Take what became ready: placement groups, started processes, answers to polls, and deaths."""

@@ -182,7 +182,7 @@ class _Drive:
         scaling, prefix = run.config.scaling, placement_group_name(run.name)
         plan = GroupPlan(
             url, token, scaling.max_workers + scaling.spares, worker_resources(accelerator, scaling.cpus_per_worker),
-            prefix, scaling.workers_per_node is not None,
+            prefix, scaling.workers_per_node,
         )  # fmt: skip
         markers = tempfile.mkdtemp(prefix="elastic-ray-train-")
         trainer = RayTrainer(

@@ -237,7 +237,7 @@ class WorkerLink:
                         first = False
                         if await self._converse(socket):
                             return
-                except (aiohttp.ClientError, OSError, asyncio.TimeoutError):
+                except (TimeoutError, aiohttp.ClientError, OSError):
                     pass  # the server is away: `check` and `join` know for how long
                 if self._fenced or self._over or time.monotonic() - self._heard > self._lease_s:
                     return

@@ -109,7 +109,10 @@ class LocalRun:
         while not self._ended.wait(0.05):
             if all(p.poll() is not None for p in self.processes) and not self._ended.wait(2.0):
                 codes = [p.returncode for p in self.processes]
-                raise RunFailed(f"every worker of run {self._run.name} ended without a result; exit codes {codes}")
+                message = f"every worker of run {self._run.name} ended without a result; exit codes {codes}"
+                self.link.request("/close", {"status": "failed", "message": message})
+                if not self._ended.wait(10.0):
+                    raise RunFailed(message)
             if time.monotonic() > deadline:
                 raise RunFailed(f"run {self._run.name} did not end within {timeout_s:.0f} s")
         assert self._end is not None

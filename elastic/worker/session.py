@@ -61,6 +61,7 @@ class Session:
         self._applied = -1  # updates in the state this worker holds; -1: it holds none
         self._prepared: Update | None = None
         self._left: Generation | None = None
+        self._forming: dict[str, float] = {}  # seconds it took to form this world; goes into its first row
         self._rows: deque[dict[str, Any]] = deque(maxlen=KEPT_ROWS)
         self._evaluated: tuple[int, dict[str, float]] = (-1, {})
         self._started = time.monotonic()
@@ -110,10 +111,15 @@ class Session:
                 try:
                     self._check_data()
                     self._link.free_with(group.free)
+                    began = time.monotonic()
                     group.connect(COLLECTIVE_TIMEOUT_S)
+                    connected = time.monotonic()
                     fault.point("world.connected", group.rank, self._applied)
                     self._restore(group)
                     self._stepper.enter(group, self._applied)
+                    self._forming = {
+                        "connect_s": round(connected - began, 4), "restore_s": round(time.monotonic() - connected, 4)
+                    }  # fmt: skip
                     status = self._train(group)
                     if status is not None:
                         return status
@@ -203,7 +209,8 @@ class Session:
                 self._save(group)
         step_s = time.perf_counter() - began
         clock.other_s = max(0.0, step_s - clock.data_s - clock.compute_s - clock.sync_s - clock.checkpoint_s)
-        row = self._row(update, group, step_s)
+        row = {**self._row(update, group, step_s), **self._forming}
+        self._forming = {}
         self._rows.append(row)
         if group.rank == 0:
             self._post_rows([row])
