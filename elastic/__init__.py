@@ -12,9 +12,9 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:  # for type checkers and editors
     from elastic.cluster.trainer import ElasticTrainer as ElasticTrainer
     from elastic.cluster.trainer import Result as Result
+    from elastic.command import main as main
     from elastic.config import TrainConfig as TrainConfig
     from elastic.job import Job as Job
-    from elastic.main import main as main
 
 _HOMES = {
     "ElasticTrainer": "elastic.cluster.trainer",
@@ -33,7 +33,7 @@ _HOMES = {
     "ObserveOptions": "elastic.config",
     "ClusterOptions": "elastic.config",
     "Job": "elastic.job",
-    "main": "elastic.main",
+    "main": "elastic.command",
 }
 __all__ = sorted(_HOMES)
 

@@ -61,7 +61,7 @@ class RunOptions:
     )
     allow_change: tuple[str, ...] = option((), "result options that a resumed run may change, by name")
     take_over: bool = option(False, "take the run over although another driver seems alive")
-    max_failures: int = option(3, "times a whole group may be restarted after a failure without progress")
+    max_failures: int = option(3, "times that one error at one step and microbatch is replayed")
 
     def __post_init__(self) -> None:
         if self.name is not None:
@@ -167,7 +167,6 @@ class ScalingOptions:
     )
     cpus_per_worker: int = option(1, "CPU slots (and torch threads) of a worker")
     workers_per_node: int | None = option(None, "most workers on one node (default: what fits)")
-    start_timeout: str = option("10min", "longest wait for min workers (s, min, h)")
 
     def __post_init__(self) -> None:
         _whole("--scaling.min-workers", self.min_workers, 1)
@@ -177,16 +176,10 @@ class ScalingOptions:
             f"give at most --scaling.max-workers {self.max_workers}",
         )  # fmt: skip
         _whole("--scaling.spares", self.spares, 0)
-        _require(
-            self.spares == 0, "--scaling.spares", self.spares,
-            "leave it 0: a changed group is restarted whole in this version, so a spare could not step in",
-        )  # fmt: skip
         _one_of("--scaling.accelerator", self.accelerator, ("auto", "cpu", "gpu"))
         _whole("--scaling.cpus-per-worker", self.cpus_per_worker, 1)
         if self.workers_per_node is not None:
             _whole("--scaling.workers-per-node", self.workers_per_node, 1)
-        amount = parse_amount("--scaling.start-timeout", self.start_timeout, clock=True)
-        _require(amount.is_clock, "--scaling.start-timeout", self.start_timeout, "give a time in s, min or h")
 
 
 @dataclass(frozen=True)
@@ -231,7 +224,8 @@ class RecoveryOptions:
     """What is kept, and how long is waited, for the case of a fault."""
 
     snapshot_every: str = option("off", "copies of sharded state in memory; ddp has a copy in every worker")
-    hang_timeout: str = option("5min", "longest wait for a collective before a worker counts as hung (s, min, h)")
+    hang_timeout: str = option("auto", "longest wait for a worker that hangs (s, min, h; auto: by the steps seen)")
+    max_wait: str | None = option(None, "longest parking with too few workers before the run ends (s, min, h)")
     lease: str = option("30s", "workers stop applying when the membership server was silent for this long")
 
     def __post_init__(self) -> None:
@@ -239,7 +233,10 @@ class RecoveryOptions:
             self.snapshot_every == "off", "--recovery.snapshot-every", self.snapshot_every,
             "leave it off: with --parallel.strategy ddp every other worker already holds the state",
         )  # fmt: skip
-        for name, text in (("--recovery.hang-timeout", self.hang_timeout), ("--recovery.lease", self.lease)):
+        times = {"hang-timeout": self.hang_timeout, "lease": self.lease, "max-wait": self.max_wait}
+        for name, text in ((f"--recovery.{key}", text) for key, text in times.items()):
+            if text is None or (text == "auto" and name.endswith("hang-timeout")):
+                continue
             _require(parse_amount(name, text, clock=True).is_clock, name, text, "give a time in s, min or h")
 
 

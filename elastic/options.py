@@ -28,10 +28,13 @@ class Option:
 def list_options(job_class: type[Job], defaults: TrainConfig) -> Iterator[Option]:
     """All options of a job: its own first, then those of every job."""
     if dataclasses.is_dataclass(job_class):
+        hints = typing.get_type_hints(job_class)
         for f in dataclasses.fields(job_class):
             if f.init:
                 default = f.default if f.default is not dataclasses.MISSING else None
-                yield Option(f"--job.{_dashed(f.name)}", _kind(f.type), default, f.metadata.get("help", ""), True)
+                yield Option(
+                    f"--job.{_dashed(f.name)}", _kind(hints[f.name]), default, f.metadata.get("help", ""), True
+                )
     for part in dataclasses.fields(defaults):
         section = getattr(defaults, part.name)
         if not dataclasses.is_dataclass(section):
@@ -56,7 +59,7 @@ def _kind(hint: Any) -> str:
         return "flag"
     for word in ("int", "float", "str"):
         if word in str(hint):
-            return {"int": "number", "float": "number", "str": "text"}[word]
+            return {"int": "NUMBER", "float": "NUMBER", "str": "TEXT"}[word]
     return text
 
 
@@ -65,13 +68,13 @@ def help_text(job_class: type[Job], defaults: TrainConfig, *, everything: bool) 
     doc = (job_class.__doc__ or "").strip().splitlines()
     lines = [f"{job_class.__name__}: {doc[0]}" if doc and job_class.__doc__ != Job.__doc__ else job_class.__name__, ""]
     options = [o for o in list_options(job_class, defaults) if everything or o.common]
-    rows = [
-        (f"{o.name} {'' if o.kind == 'flag' else o.kind.upper() if '|' not in o.kind else o.kind}".strip(), o)
-        for o in options
-    ]
+    rows = [(o.name if o.kind == "flag" else f"{o.name} {o.kind}", o) for o in options]
     width = max(len(left) for left, _ in rows) + 2
     for left, o in rows:
-        default = "" if o.default in (None, False, ()) else f" [{o.default}]"
+        default = "" if o.default is None or o.default is False or o.default == () else f" [{o.default}]"
+        if o.default is True:
+            section, _, leaf = o.name.rpartition(".")
+            default = f" [on; {section}.no-{leaf} turns it off]"
         lines.append(f"  {left:<{width}}{o.help}{default}")
     lines += ["", "  --help-all" + " " * (width - 10) + "all options" if not everything else ""]
     return "\n".join(lines).rstrip() + "\n"

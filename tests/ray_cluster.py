@@ -45,6 +45,18 @@ class SharedCluster:
         self.nodes.remove(node)
         self._cluster.remove_node(node, allow_graceful=False)
 
+    def drain_node(self, node: Any, deadline_s: int) -> None:
+        """What a cloud's notice becomes: the node is to go away at the deadline."""
+        self.nodes.remove(node)
+        subprocess.run(
+            [
+                "ray", "drain-node", "--address", self.address, "--node-id", node.node_id, "--reason",
+                "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "test", "--deadline-remaining-seconds",
+                str(deadline_s),
+            ],
+            check=True, timeout=60, env={**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
+        )  # fmt: skip
+
     def close(self) -> None:
         self._cluster.shutdown()
 

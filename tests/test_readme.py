@@ -18,7 +18,7 @@ import pytest
 import elastic
 from elastic import TrainConfig, cli, errors
 from elastic.errors import ElasticError
-from elastic.main import run
+from elastic.command import run
 from elastic.options import list_options
 
 ROOT = Path(__file__).parent.parent

@@ -6,36 +6,37 @@ import os
 import threading
 import time
 import traceback
+import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import ray
 
-from elastic.errors import ElasticError, RunFailed
-from elastic.run.host import RunHost
+from elastic.cluster.capacity import visible_devices
+from elastic.errors import ElasticError, FencedError, RunFailed
+from elastic.run.host import HostSettings, RunHost
 from elastic.run.keeper import KeeperOptions
+from elastic.worker.run import Identity, WorkerRun
 
 
 class HostActor:
-    """Hosts the membership server and the keeper of a run, on the driver's node."""
+    """Hosts the membership server and the keeper of a run, on the driver's node. Ray restarts it where it dies."""
 
-    def __init__(self) -> None:
-        self._host: RunHost | None = None
+    def __init__(self, folder_url: str, options: KeeperOptions, settings: HostSettings, detail: dict[str, Any]):
         threading.Thread(target=_import_store, name="import-torch", daemon=True).start()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Ray's own deprecated call inside this property
+            restarted = ray.get_runtime_context().was_current_actor_reconstructed
+        self._host = RunHost(folder_url, options, replace(settings, restarted=restarted))
+        self._url = self._host.start({**detail, "restarted": True} if restarted else detail)
 
-    def start(
-        self, folder_url: str, options: KeeperOptions, min_workers: int, token: str, detail: dict[str, Any]
-    ) -> str:
-        """Start serving; returns the URL."""
-        self._host = RunHost(
-            folder_url, options, min_workers=min_workers, token=token, host=ray.util.get_node_ip_address()
-        )
-        return self._host.start(detail)
+    def url(self) -> str:
+        return self._url
 
     def stop(self) -> None:
         """Write out everything and stop serving."""
-        if self._host is not None:
-            self._host.stop()
+        self._host.stop()
 
 
 def _import_store() -> None:
@@ -43,28 +44,24 @@ def _import_store() -> None:
     import torch.distributed  # noqa: F401
 
 
-def training_function(run: Any, group_variable: str, accelerator: str) -> Callable[[], None]:
-    """The function that each Ray Train worker runs on its training thread."""
+def training_function(run: WorkerRun, accelerator: str) -> Callable[[dict[str, Any]], str]:
+    """The function that each Ray Train worker runs on its training thread; it returns how the worker's part ended."""
 
-    def train() -> None:
-        import ray.train
-
+    def train(_: dict[str, Any]) -> str:
         began = time.monotonic()
-        from elastic.worker.run import Identity
+        index = _see_devices() if accelerator == "gpu" else 0  # before anything starts CUDA
         from elastic.worker.session import Session
 
         import_s = time.monotonic() - began
-
-        context = ray.train.get_context()
         runtime = ray.get_runtime_context()
         identity = Identity(
-            id=str(runtime.get_actor_id())[:12], group=int(os.environ[group_variable]),
-            group_size=context.get_world_size(), node=runtime.get_node_id(),
-            local_index=_device_index(runtime) if accelerator == "gpu" else context.get_local_rank(),
+            id=str(runtime.get_actor_id())[:12], node=runtime.get_node_id(), local_index=index,
             host=ray.util.get_node_ip_address(), accelerator=accelerator,
         )  # fmt: skip
         try:
-            Session(run, identity, import_s=import_s).run()
+            return Session(run, identity, import_s=import_s).run()
+        except FencedError:
+            return "fenced"
         except ElasticError as error:
             raise RunFailed(str(error)) from None  # crosses to the controller: only plain text is sure to pickle
         except Exception:
@@ -73,7 +70,10 @@ def training_function(run: Any, group_variable: str, accelerator: str) -> Callab
     return train
 
 
-def _device_index(runtime: Any) -> int:
-    """Where this worker's GPU is in the list of devices that its node's workers share."""
+def _see_devices() -> int:
+    """See all GPUs of this node; returns which one is this worker's."""
+    runtime = ray.get_runtime_context()
     assigned = str(runtime.get_accelerator_ids()["GPU"][0])
-    return os.environ["CUDA_VISIBLE_DEVICES"].split(",").index(assigned)
+    node = next(n for n in ray.nodes() if n["NodeID"] == runtime.get_node_id())
+    os.environ["CUDA_VISIBLE_DEVICES"], index = visible_devices(assigned, int(node["Resources"].get("GPU", 0)))
+    return index

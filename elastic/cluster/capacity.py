@@ -1,4 +1,4 @@
-"""How many workers a cluster can hold. Pure functions over what Ray says of its nodes."""
+"""What a cluster can hold, and what to ask of it. Pure functions over what Ray says of its nodes."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def check_fits(accelerator: str, workers_per_node: int | None, cpus: int, nodes:
                 f"{option} asks for {amount:g} {name} for one worker, but no node has more than {most:g}; ask for less"
             )
     if workers_per_node is not None:
-        most = max(_fit(unit, n) for n in nodes)
+        most = max(int(min(n.get(name, 0) // amount for name, amount in unit.items())) for n in nodes)
         if workers_per_node > most:
             raise ConfigError(
                 f"--scaling.workers-per-node is {workers_per_node}, but no node has room for more than {most} "
@@ -51,13 +51,18 @@ def check_fits(accelerator: str, workers_per_node: int | None, cpus: int, nodes:
             )
 
 
-def _fit(unit: Resources, node: Resources) -> int:
-    return int(min(node.get(name, 0) // amount for name, amount in unit.items()))
+def full_nodes(placed: Sequence[str], per_node: int | None) -> list[str]:
+    """Nodes that have as many workers as they may, given the node of every worker; none where there is no limit."""
+    return sorted({n for n in placed if placed.count(n) >= per_node}) if per_node else []
 
 
-def group_size(
-    unit: Resources, nodes: Sequence[Resources], *, least: int, most: int, workers_per_node: int | None
-) -> int | None:
-    """Workers to start now on nodes with these free resources, or None while there is no room for the least."""
-    room = sum(min(_fit(unit, n), workers_per_node or most) for n in nodes)
-    return min(room, most) if room >= least else None
+def visible_devices(assigned: str, node_total: int) -> tuple[str, int]:
+    """(CUDA_VISIBLE_DEVICES, index in it) for a worker to which Ray assigned one GPU of its node.
+
+    Every worker sees all GPUs of its node, however late it came, so that neighbours can exchange data directly. Where
+    the assigned id is none of 0..total-1 (the node itself sees only some), a worker sees just its own.
+    """
+    everyone = [str(i) for i in range(node_total)]
+    if assigned in everyone:
+        return ",".join(everyone), everyone.index(assigned)
+    return assigned, 0

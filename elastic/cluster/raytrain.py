@@ -1,4 +1,8 @@
-"""The only module that touches Ray Train's private parts: small subclasses that change who decides.
+"""The only module that touches Ray Train's private parts: small subclasses that change one thing, survivors stay.
+
+Ray Train answers a death or a resize by killing all workers. Here the worker group keeps those that live: it drops
+the dead, and for every missing worker has one placement group outstanding, which also drives Ray's autoscaler. When
+one is ready, its actor is made and warms up while the others train.
 
 Pinned to ray 2.60; `tests/test_ray_contract.py` has one test for each private name used here.
 """
@@ -9,40 +13,62 @@ import itertools
 import logging
 import os
 import threading
+import time
 from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
 from typing import Any
 
 import ray
 from ray._private import services
+from ray._private.state import state as ray_state
 from ray.train import BackendConfig
 from ray.train.backend import Backend
-from ray.train.v2._internal.callbacks import AcceleratorSetupCallback
-from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+from ray.train.v2._internal.execution.context import DistributedContext
 from ray.train.v2._internal.execution.controller import TrainController
 from ray.train.v2._internal.execution.failure_handling import FailureDecision, FailurePolicy
 from ray.train.v2._internal.execution.scaling_policy import NoopDecision, ResizeDecision, ScalingPolicy
 from ray.train.v2._internal.execution.worker_group import WorkerGroup
+from ray.train.v2._internal.execution.worker_group.poll import WorkerGroupPollStatus, WorkerStatus
 from ray.train.v2._internal.util import ObjectRefWrapper
 from ray.train.v2.api.config import FailureConfig, RunConfig, ScalingConfig
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
-from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
+from ray.train.v2.api.exceptions import ControllerError
+from ray.util.placement_group import placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from elastic.cluster.capacity import group_size, worker_resources
-from elastic.cluster.embedded import node_resources
-from elastic.config import ScalingOptions
-from elastic.errors import ElasticError, WorldBroken
+from elastic.cluster.capacity import full_nodes
+from elastic.membership.client import DriverLink
 
 TESTED_RAY = "2.60."
-GROUP_VARIABLE = "ELASTIC_GROUP"
 POLL_S = 0.2
+NODES_S = 1.0
+START_TIMEOUT_S = 180.0
+REQUEST_TIMEOUT_S = 2.0
+MAX_RESTARTS = 3
 _CONTROLLER_ENVIRONMENT = {
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # it answers a drain with a whole-group restart
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": str(POLL_S),
     "RAY_TRAIN_METRICS_ENABLED": "0",
     "RAY_TRAIN_ENABLE_CONTROLLER_STRUCTURED_LOGGING": "0",
-    "RAY_TRAIN_ENABLE_WORKER_STRUCTURED_LOGGING": "0",
     "RAY_WARN_BLOCKING_GET_INSIDE_ASYNC": "0",
 }
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class GroupPlan:
+    """What a worker group is to have: `want` workers of `unit` resources, for the run hosted at `url`.
+
+    `per_node` is the most workers on one node; `name` is the prefix of the placement groups' names.
+    """
+
+    url: str
+    token: str
+    want: int
+    unit: dict[str, float]
+    name: str
+    per_node: int | None = None
 
 
 def find_running_cluster() -> str | None:
@@ -51,10 +77,22 @@ def find_running_cluster() -> str | None:
     return sorted(found)[0] if found else None
 
 
+def placement_group_name(run: str) -> str:
+    """Prefix of the names of a run's placement groups."""
+    return f"elastic/{run}/"
+
+
+def remove_placement_groups(prefix: str) -> int:
+    """Remove what a controller that died left behind; returns how many."""
+    left = [t for t in ray.util.placement_group_table().values() if t["name"].startswith(prefix)]
+    left = [t for t in left if t["state"] != "REMOVED"]
+    for entry in left:
+        remove_placement_group(ray.util.get_placement_group(entry["name"]))
+    return len(left)
+
+
 class _NoBackend(Backend):
     """Process groups are formed by the workers themselves, world after world."""
-
-    share_cuda_visible_devices = True
 
 
 class _NoBackendConfig(BackendConfig):
@@ -64,15 +102,14 @@ class _NoBackendConfig(BackendConfig):
 
 
 class StartPolicy(ScalingPolicy):
-    """One decision when a group is to start: as many workers as there is room for, within the limits."""
+    """One decision at the start, then none: the group itself keeps asking for what is missing."""
 
-    def __init__(self, scaling_config: ScalingConfig, scaling: ScalingOptions, accelerator: str):
+    def __init__(self, scaling_config: ScalingConfig, plan: GroupPlan):
         super().__init__(scaling_config)
-        self._scaling = scaling
-        self._unit = worker_resources(accelerator, scaling.cpus_per_worker)
+        self._plan = plan
 
     def _get_num_workers_for_resource_request(self) -> int:
-        return self._scaling.max_workers
+        return self._plan.want
 
     def after_controller_start(self, train_run_context: Any) -> None:
         """No request to Ray's autoscaling coordinator: placement groups are the only way we ask for nodes."""
@@ -84,58 +121,214 @@ class StartPolicy(ScalingPolicy):
         """Nothing was requested."""
 
     def make_decision_for_non_running_worker_group(self) -> Any:
-        size = group_size(
-            self._unit, node_resources(), least=self._scaling.min_workers, most=self._scaling.max_workers,
-            workers_per_node=self._scaling.workers_per_node,
-        )  # fmt: skip
-        if size is None:
-            size = self._scaling.min_workers  # the placement group stays pending, and asks the autoscaler for nodes
-        return ResizeDecision(num_workers=size, resources_per_worker=dict(self._unit))
+        return ResizeDecision(num_workers=self._plan.want, resources_per_worker=dict(self._plan.unit))
 
     def make_decision_for_running_worker_group(self, worker_group_state: Any, worker_group_status: Any) -> Any:
         return NoopDecision()
 
 
-class RestartPolicy(FailurePolicy):
-    """Lost workers: restart the group, `max_failures` times. The job's own errors end the run."""
+class FallbackPolicy(FailurePolicy):
+    """A worker's error that came up to here ends the run; one of the controller's own restarts the whole group."""
 
-    def __init__(self, failure_config: FailureConfig, max_failures: int):
+    def __init__(self, failure_config: FailureConfig):
         super().__init__(failure_config)
-        self._left = max_failures
+        self._left = MAX_RESTARTS
 
     def make_decision(self, training_failed_error: Any) -> FailureDecision:
-        if isinstance(training_failed_error, WorkerGroupError):
-            causes = [_cause(e) for e in training_failed_error.worker_failures.values()]
-            if any(isinstance(c, ElasticError) and not isinstance(c, WorldBroken) for c in causes):
-                return FailureDecision.RAISE
-        elif not isinstance(training_failed_error, ControllerError):
+        if not isinstance(training_failed_error, ControllerError):
             return FailureDecision.RAISE
         self._left -= 1
         return FailureDecision.RETRY if self._left >= 0 else FailureDecision.RAISE
 
 
-def _cause(error: Any) -> Any:
-    return getattr(error, "_base_exc", None) or getattr(error, "cause", None) or error
+class _Stage(Enum):
+    """Life of a unit: its resources are asked for, its process starts, it runs, its part is over."""
+
+    ASKED = "asked"
+    STARTING = "starting"
+    RUNNING = "running"
+    OVER = "over"
 
 
-def _set_variable(name: str, value: str) -> None:
-    os.environ[name] = value
+class _Unit:
+    """One worker and its own placement group."""
+
+    def __init__(self, plan: GroupPlan, number: int, full_nodes: list[str]):
+        self.stage = _Stage.ASKED
+        self.id = self.node = ""
+        self.actor: Any = None
+        self.since = time.monotonic()
+        self.status = WorkerStatus(running=True, error=None, training_report=None)
+        elsewhere = [{"ray.io/node-id": f"!in({','.join(full_nodes)})"}] if full_nodes else None
+        self._group = placement_group([plan.unit], name=f"{plan.name}{number}", bundle_label_selector=elsewhere)
+        self.pending: Any = self._group.ready()
+
+    def create(self, worker_class: Any, unit: dict[str, float]) -> None:
+        """The resources are there: make the actor. Does not wait."""
+        strategy = PlacementGroupSchedulingStrategy(placement_group=self._group, placement_group_bundle_index=0)
+        actor_class = ray.remote(num_cpus=unit.get("CPU", 0), num_gpus=unit.get("GPU", 0))(worker_class)
+        self.actor = actor_class.options(scheduling_strategy=strategy).remote()
+        self.id = self.actor._actor_id.hex()[:12]
+        self.stage, self.since = _Stage.STARTING, time.monotonic()
+        placed = ray.util.placement_group_table(self._group)["bundles_to_node_id"]
+        self.node = next(iter(placed.values()), "")
+        self.pending = self.actor.get_metadata.remote()
+
+    def drop(self) -> None:
+        """End the process and give its resources back in one turn: a dead node's group re-places itself otherwise."""
+        if self.actor is not None:
+            ray.kill(self.actor)
+        remove_placement_group(self._group)
 
 
 class Group(WorkerGroup):
-    """Tells its workers which group they are of, so that a replaced one is fenced."""
+    """A worker group that loses and gains workers without restarting the others."""
 
-    _numbers = itertools.count(1)
+    _restarts = itertools.count()
 
-    def _get_worker_runtime_env(self, custom_runtime_env: Any) -> Any:  # type: ignore[override]
-        return {}  # a runtime environment would keep Ray from using the worker processes that it started ahead
+    def _start(self) -> None:
+        loop_config: Any = self._train_run_context.train_loop_config
+        self._plan: GroupPlan = loop_config["group"]
+        self._link = DriverLink(self._plan.url, self._plan.token)
+        self._units: list[_Unit] = []
+        self._numbers = itertools.count()
+        self._draining: dict[str, int] = {}
+        self._next_nodes = 0.0
+        self._worker_group_state = None
+        restart = next(Group._restarts)
+        if restart:
+            self._tell("/event", {"kind": "fallback_restart", "detail": f"restart {restart} of the whole group"})
+        self._started = True
 
-    def _create_workers(self, *arguments: Any, **keywords: Any) -> Any:
-        workers = super()._create_workers(*arguments, **keywords)
-        number = str(next(Group._numbers))
-        told: list[Any] = [w.execute_async(_set_variable, GROUP_VARIABLE, number) for w in workers]
-        ray.get(told)
-        return workers
+    def has_started(self) -> bool:
+        return getattr(self, "_started", False)
+
+    def get_workers(self) -> list[Any]:
+        return []
+
+    def get_worker_group_state(self) -> Any:
+        return None
+
+    def __len__(self) -> int:
+        return len(self._units)
+
+    def shutdown(self) -> None:
+        """Drop everything."""
+        for unit in self._units:
+            unit.drop()
+        self._units = []
+        self._started = False
+
+    def abort(self) -> None:
+        self.shutdown()
+
+    def poll_status(self, timeout: float | None = None) -> WorkerGroupPollStatus:
+        """One turn of the control loop: absorb what died, ask for what is missing, start what is ready."""
+        self._watch_nodes()
+        self._ask_for_missing()
+        self._collect(timeout or POLL_S)
+        statuses = [u.status for u in self._units if u.stage in (_Stage.RUNNING, _Stage.OVER)]
+        if not any(u.stage is _Stage.OVER for u in self._units) or not statuses:
+            statuses.append(WorkerStatus(running=True, error=None, training_report=None))
+        self._latest_poll_status = WorkerGroupPollStatus(dict(enumerate(statuses)), None)
+        return self._latest_poll_status
+
+    # ---- parts of a turn ---------------------------------------------------------------------------------------
+
+    def _ask_for_missing(self) -> None:
+        if any(u.stage is _Stage.OVER for u in self._units):
+            return  # the run is ending
+        have = sum(u.node not in self._draining for u in self._units)
+        for _ in range(self._plan.want - have):
+            if self._plan.per_node and any(u.stage is _Stage.ASKED for u in self._units):
+                return  # where the last one comes decides which nodes are full
+            full = full_nodes([u.node for u in self._units if u.node], self._plan.per_node)
+            self._units.append(_Unit(self._plan, next(self._numbers), full))
+
+    def _collect(self, timeout: float) -> None:
+        """Take what became ready: placement groups, started processes, answers to polls, and deaths."""
+        for unit in self._units:
+            if unit.stage is _Stage.RUNNING and unit.pending is None:
+                unit.pending = unit.actor.poll_status.remote()
+        pending = {u.pending: u for u in self._units if u.pending is not None}
+        ready, _ = ray.wait(list(pending), num_returns=len(pending), timeout=timeout) if pending else ([], [])
+        for ref in ready:
+            unit = pending[ref]
+            unit.pending = None
+            try:
+                self._advance(unit, ray.get(ref))
+            except ray.exceptions.RayError as error:
+                self._absorb(unit, error)
+        for unit in list(self._units):
+            if unit.stage is _Stage.STARTING and time.monotonic() - unit.since > START_TIMEOUT_S:
+                self._absorb(unit, TimeoutError(f"the worker did not start within {START_TIMEOUT_S:.0f} s"))
+
+    def _advance(self, unit: _Unit, answer: Any) -> None:
+        if unit.stage is _Stage.ASKED:
+            unit.create(self._worker_cls, self._plan.unit)
+        elif unit.stage is _Stage.STARTING:
+            unit.node, unit.stage = answer.node_id, _Stage.RUNNING
+            unit.pending = self._launch(unit)
+        elif isinstance(answer, WorkerStatus):
+            self._on_status(unit, answer)
+
+    def _launch(self, unit: _Unit) -> Any:
+        """Start the training function; nobody waits for it."""
+        unit.actor.init_train_context.remote(
+            train_run_context=self._train_run_context,
+            distributed_context=DistributedContext(
+                world_rank=0, world_size=self._plan.want, local_rank=0, local_world_size=1, node_rank=0
+            ),
+            synchronization_actor=None, storage_context=self._storage_context, worker_callbacks=[],
+            controller_actor=ray.get_runtime_context().current_actor,
+        )  # fmt: skip
+        return unit.actor.run_train_fn.remote(self._worker_group_context.train_fn_ref)
+
+    def _on_status(self, unit: _Unit, status: WorkerStatus) -> None:
+        if not status.running and status.error is None and status.return_value in ("fenced", "handed over"):
+            self._units.remove(unit)
+            unit.drop()
+        else:
+            unit.status = status
+            if not status.running:
+                unit.stage = _Stage.OVER
+
+    def _absorb(self, unit: _Unit, error: Exception) -> None:
+        """A worker is gone: tell the membership server, give its resources back, and go on."""
+        _log.info("worker %s is gone: %s", unit.id, error)
+        self._units.remove(unit)
+        unit.drop()
+        if unit.id:
+            self._tell("/lost", {"ids": [unit.id]})
+
+    def _watch_nodes(self) -> None:
+        """Once a second: pass on notices of nodes that go away, end evicted workers, help a restarted server."""
+        now = time.monotonic()
+        if now < self._next_nodes:
+            return
+        self._next_nodes = now + NODES_S
+        draining = ray_state.get_draining_nodes() or {}
+        for node, deadline_ms in draining.items():
+            if node not in self._draining and any(u.node == node for u in self._units):
+                remaining = deadline_ms / 1000 - time.time() if deadline_ms else 30.0
+                self._tell("/notice", {"node": node, "remaining_s": max(0.0, remaining)})
+        self._draining = draining
+        seen = self._tell("/group")
+        if seen is None:
+            return
+        if seen["phase"] == "rebuilding":
+            self._tell("/expected", {"ids": [u.id for u in self._units if u.stage is _Stage.RUNNING]})
+        for unit in list(self._units):
+            if unit.id in seen["condemned"]:
+                self._absorb(unit, RuntimeError("evicted"))
+
+    def _tell(self, path: str, body: dict[str, Any] | None = None) -> dict[str, Any] | None:
+        """A request to the membership server; None while it is away (it comes back, or the run ends by its lease)."""
+        try:
+            return self._link.request(path, body, REQUEST_TIMEOUT_S)
+        except OSError as error:
+            _log.warning("the membership server did not answer %s: %s", path, error)
+            return None
 
 
 class Controller(TrainController):
@@ -154,34 +347,27 @@ class RayTrainer(DataParallelTrainer):
 
     Args:
         storage_path: a folder of this machine that Ray Train may write markers to; no training state goes there.
-        embedded: the cluster ends with this process, so nothing needs to clean up after it (and the cleaner would
-            need a dashboard).
+        plan: the workers to have.
     """
 
     def __init__(
-        self, train_function: Callable[[], Any], *, name: str, storage_path: str, scaling: ScalingOptions,
-        accelerator: str, max_failures: int, embedded: bool,
+        self, train_function: Callable[[dict[str, Any]], Any], *, name: str, storage_path: str, plan: GroupPlan,
+        accelerator: str,
     ):  # fmt: skip
-        unit = worker_resources(accelerator, scaling.cpus_per_worker)
         scaling_config: Any = ScalingConfig(
-            num_workers=scaling.max_workers, use_gpu=accelerator == "gpu", resources_per_worker=unit,
-            placement_strategy="SPREAD" if scaling.workers_per_node else "PACK",
-        )  # fmt: skip
-        failure_config = FailureConfig(max_failures=max_failures)
-        run_config: Any = RunConfig(name=name, storage_path=storage_path, failure_config=failure_config)
-        super().__init__(
-            train_function, backend_config=_NoBackendConfig(), scaling_config=scaling_config, run_config=run_config
+            num_workers=plan.want, use_gpu=accelerator == "gpu", resources_per_worker=plan.unit
         )
-        self._policies = (
-            StartPolicy(scaling_config, scaling, accelerator), RestartPolicy(failure_config, max_failures)
+        run_config: Any = RunConfig(name=name, storage_path=storage_path)
+        super().__init__(
+            train_function, train_loop_config={"group": plan}, backend_config=_NoBackendConfig(),
+            scaling_config=scaling_config, run_config=run_config,
         )  # fmt: skip
-        self._accelerators = AcceleratorSetupCallback(self.backend_config, scaling_config)
-        self._embedded = embedded
+        self._policies = (StartPolicy(scaling_config, plan), FallbackPolicy(FailureConfig()))
         self._controller: Any = None
         self._started = threading.Event()
 
     def _create_default_callbacks(self) -> list[Any]:
-        return [self._accelerators] if self._embedded else [self._accelerators, PlacementGroupCleanerCallback()]
+        return []
 
     def run(self) -> None:
         """Run to the end of the group.

@@ -6,12 +6,13 @@ import asyncio
 import contextlib
 import shutil
 import signal
+import socket
 import sys
 import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from elastic.config import TrainConfig
@@ -23,6 +24,7 @@ from elastic.run.prepare import PreparedRun, open_run, prepare
 
 END_TIMEOUT_S = 30.0
 START_TIMEOUT_S = 60.0
+HOST_LOST_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,7 @@ def run_prepared(run: PreparedRun) -> dict[str, Any]:
         address = preflight(config.cluster, config.scaling)
         epoch = open_run(run)
         with connected(config.cluster, config.scaling, address):
-            return _Drive(run, epoch, console, embedded=address is None).run(time.monotonic() - began)
+            return _Drive(run, epoch, console).run(time.monotonic() - began)
     finally:
         console.close()
 
@@ -118,8 +120,8 @@ def _check_picklable(job: Job) -> None:
 class _Drive:
     """One drive of a run: starts its actors, shows its records, passes signals on, and cleans up."""
 
-    def __init__(self, run: PreparedRun, epoch: int, console: Console, *, embedded: bool):
-        self._run, self._epoch, self._console, self._embedded = run, epoch, console, embedded
+    def __init__(self, run: PreparedRun, epoch: int, console: Console):
+        self._run, self._epoch, self._console = run, epoch, console
         self._end: dict[str, Any] | None = None
         self._ended = threading.Event()
         self._formed = threading.Event()
@@ -136,7 +138,7 @@ class _Drive:
         from elastic.cluster.capacity import check_fits, choose_accelerator
         from elastic.cluster.embedded import node_resources
         from elastic.membership.client import DriverLink
-        from elastic.run.host import keeper_options, new_token
+        from elastic.run.host import host_settings, keeper_options, new_token
 
         run, scaling = self._run, self._run.config.scaling
         nodes = node_resources()
@@ -144,17 +146,17 @@ class _Drive:
         check_fits(accelerator, scaling.workers_per_node, scaling.cpus_per_worker, nodes)
         token = new_token()
         node_id = ray.get_runtime_context().get_node_id()
-        host: Any = ray.remote(num_cpus=0, label_selector={"ray.io/node-id": node_id})(HostActor).remote()
+        settings = replace(host_settings(run.config, token, ray.util.get_node_ip_address()), port=_free_port())
+        options = keeper_options(run, self._epoch, ray_job_id=ray.get_runtime_context().get_job_id())
+        detail = {
+            "name": run.name, "accelerator": accelerator, "cluster_s": round(connect_s, 3),
+            "changed_code": run.changed_code or None,
+        }  # fmt: skip
+        host: Any = (
+            ray.remote(num_cpus=0, max_restarts=-1, label_selector={"ray.io/node-id": node_id})(HostActor)
+        ).remote(run.folder.storage.url, options, settings, detail)
         try:
-            options = keeper_options(run, self._epoch, ray_job_id=ray.get_runtime_context().get_job_id())
-            url = ray.get(
-                host.start.remote(
-                    run.folder.storage.url, options, scaling.min_workers, token,
-                    {"name": run.name, "accelerator": accelerator, "cluster_s": round(connect_s, 3),
-                     "changed_code": run.changed_code or None},
-                ),
-                timeout=START_TIMEOUT_S,
-            )  # fmt: skip
+            url = ray.get(host.url.remote(), timeout=START_TIMEOUT_S)
             self._link = DriverLink(url, token)
             if run.changed_code:
                 self._console.say("warning: the job's code is not the code this run was started with")
@@ -171,17 +173,23 @@ class _Drive:
 
     def _train(self, url: str, token: str, accelerator: str) -> dict[str, Any]:
         from elastic.cluster.actors import training_function
-        from elastic.cluster.raytrain import GROUP_VARIABLE, RayTrainer
+        from elastic.cluster.capacity import worker_resources
+        from elastic.cluster.raytrain import GroupPlan, RayTrainer, placement_group_name, remove_placement_groups
         from elastic.worker.run import WorkerRun
 
         run = self._run
         worker_run = WorkerRun(run.job, run.config, run.plan, run.digest, run.folder.storage.url, url, token)
+        scaling, prefix = run.config.scaling, placement_group_name(run.name)
+        plan = GroupPlan(
+            url, token, scaling.max_workers + scaling.spares, worker_resources(accelerator, scaling.cpus_per_worker),
+            prefix, scaling.workers_per_node,
+        )  # fmt: skip
         markers = tempfile.mkdtemp(prefix="elastic-ray-train-")
         trainer = RayTrainer(
-            training_function(worker_run, GROUP_VARIABLE, accelerator), name=run.name, storage_path=markers,
-            scaling=run.config.scaling, accelerator=accelerator, max_failures=run.config.run.max_failures,
-            embedded=self._embedded,
+            training_function(worker_run, accelerator), name=run.name, storage_path=markers, plan=plan,
+            accelerator=accelerator,
         )  # fmt: skip
+        self._console.say(f"starting {plan.want} workers on {accelerator}")
         thread = threading.Thread(target=self._run_trainer, args=(trainer,), name="ray-trainer", daemon=True)
         thread.start()
         try:
@@ -190,6 +198,7 @@ class _Drive:
             if thread.is_alive():
                 trainer.abort(END_TIMEOUT_S)
             thread.join(END_TIMEOUT_S)
+            remove_placement_groups(prefix)
             shutil.rmtree(markers, ignore_errors=True)
 
     def _run_trainer(self, trainer: Any) -> None:
@@ -246,13 +255,20 @@ class _Drive:
                 self._end = record
                 self._ended.set()
 
-        try:
-            asyncio.run(self._link.follow(on_record))
-        except OSError as error:  # the host is gone
-            self._console.say(f"lost sight of the run: {error}")
-        if not self._ended.is_set():
-            self._end = {"status": "failed", "message": "the host of the run is gone"}
-            self._ended.set()
+        lost_at: float | None = None
+        while not self._ended.is_set():
+            try:
+                asyncio.run(self._link.follow(on_record))
+                lost_at = None
+            except OSError:
+                pass  # it is restarted on the same address, or the run ends below
+            if self._ended.is_set():
+                return
+            lost_at = lost_at or time.monotonic()
+            if time.monotonic() - lost_at > HOST_LOST_S:
+                self._end = {"status": "failed", "message": "the host of the run is gone and did not come back"}
+                self._ended.set()
+            self._ended.wait(0.2)
 
     @contextlib.contextmanager
     def _handling_signals(self) -> Iterator[None]:
@@ -271,3 +287,10 @@ class _Drive:
         finally:
             for number, old in before.items():
                 signal.signal(number, old)
+
+
+def _free_port() -> int:
+    """A port that is free now: the host listens on it again when it is restarted."""
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return int(probe.getsockname()[1])

@@ -1,35 +1,57 @@
 """A worker's link to the membership server.
 
-A watcher thread holds the WebSocket and keeps beating while the training thread computes; the two share a few
-fields and a queue. Nothing the training thread calls here waits for the network, except `join`.
+A watcher thread holds the WebSocket and keeps beating while the training thread computes; it acts when the training
+thread cannot: it acknowledges a broken world and frees whoever is blocked in it, shows the stacks, and connects again
+when the server was restarted. Nothing the training thread calls here waits for the network, except `join` and
+`await_commit`.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import queue
+import sys
 import threading
 import time
-from dataclasses import dataclass
+import traceback
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import aiohttp
 
 from elastic.errors import CheckpointError, FencedError, RunFailed, WorldBroken
 from elastic.membership.server import BEAT_S, MAX_MESSAGE_BYTES
-from elastic.membership.state import Generation
+from elastic.membership.state import Failure, Generation, Member
+
+RECONNECT_S = 0.2
 
 
 @dataclass(frozen=True)
 class Assignment:
-    """A world as one of its members sees it. `restore` says where state comes from for those who have none."""
+    """A world as one of its members sees it.
+
+    `restore` says where state comes from when nobody holds any; rows after `last_step` are not in the ledger yet;
+    this claim began at `claim_step`.
+    """
 
     generation: Generation
     rank: int
     size: int
     store: tuple[str, int]
     restore: dict[str, Any]
+    last_step: int
+    claim_step: int
+
+
+class RunOver(Exception):
+    """The run ended, or this worker's part in it: nothing more to do. `status` says how."""
+
+    def __init__(self, status: str):
+        super().__init__(status)
+        self.status = status
 
 
 class WorkerLink:
@@ -37,95 +59,137 @@ class WorkerLink:
 
     Args:
         url, token: of the membership server.
-        worker_id: unique in the run.
         lease_s: longest silence of the server before `check` raises.
     """
 
-    def __init__(self, url: str, token: str, worker_id: str, *, lease_s: float):
-        self.worker_id = worker_id
+    def __init__(self, url: str, token: str, member: Member, *, lease_s: float):
+        self.member = member
         self._url, self._token, self._lease_s = url, token, lease_s
         self._outbox: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
-        self._inbox: queue.SimpleQueue[dict[str, Any] | BaseException] = queue.SimpleQueue()
-        self._generation: Generation | None = None
-        self._broken: set[str] = set()
-        self._wish: dict[str, Any] | None = None
-        self._fenced: str | None = None
+        self._inbox: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
         self._commits: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
+        self._assignment: Assignment | None = None
+        self._joining: dict[str, Any] | None = None
+        self._broken: set[str] = set()
+        self._free: Callable[[], None] | None = None
+        self._wishes: dict[str, str] = {}
+        self._fenced: str | None = None
+        self._over: str | None = None
         self._heard = time.monotonic()
-        self._progress: dict[str, Any] = {}
+        self._position: tuple[int, int, int] = (-1, 0, 0)
+        self._phase = "load"
         self._loop = asyncio.new_event_loop()
         self._posted = asyncio.Event()
+        self._closing = False
         self._thread = threading.Thread(target=self._run, name="membership-link", daemon=True)
         self._thread.start()
 
     # ---- the training thread -----------------------------------------------------------------------------------
 
-    def join(self, message: dict[str, Any], timeout_s: float) -> Assignment:
+    def join(
+        self, facts: dict[str, Any], applied: int, failure: Failure | None, timeout_s: float,
+        save_alone: Callable[[], None],
+    ) -> Assignment:  # fmt: skip
         """Ask for a world and wait for it.
 
+        Args:
+            applied: updates in the state this worker holds, -1 for none.
+            failure: the error that made it leave its world.
+            save_alone: commits the state; called if the run is given up while this worker holds the newest.
+
         Raises:
-            FencedError: a newer group or claim owns the run.
-            RunFailed: no world came within `timeout_s`, or the server is gone.
+            FencedError: the run went on without this worker, or a newer claim owns it.
+            RunOver: the run ended.
+            RunFailed: the server was silent for longer than the lease and `timeout_s`.
         """
-        self._generation = None
-        self._put({"kind": "join", **message})
+        self._assignment, self._free = None, None
+        self._wishes.pop("leave", None)
+        self._joining = {
+            "kind": "join", "member": asdict(self.member), "applied": applied,
+            "failure": asdict(failure) if failure else None, **facts,
+        }  # fmt: skip
+        self._put(self._joining)
         deadline = time.monotonic() + timeout_s
         while True:
+            self._check_over()
+            if time.monotonic() > deadline and time.monotonic() - self._heard > self._lease_s:
+                raise RunFailed(f"worker {self.member.id} waited {timeout_s:.0f} s for the membership server")
             try:
-                answer = self._inbox.get(timeout=max(0.0, deadline - time.monotonic()))
+                answer = self._inbox.get(timeout=0.5)
             except queue.Empty:
-                raise RunFailed(
-                    f"worker {self.worker_id} waited {timeout_s:.0f} s for a world; too few workers joined"
-                ) from None
-            if isinstance(answer, BaseException):
-                raise RunFailed(f"lost the membership server at {self._url}: {answer}") from answer
-            if answer["kind"] == "refused":
-                raise FencedError(f"worker {self.worker_id} was refused: {answer['reason']}")
-            host, port = answer["store"]
-            self._generation = Generation.parse(answer["generation"])
-            return Assignment(self._generation, answer["rank"], answer["size"], (host, port), answer["restore"])
+                continue
+            if answer["kind"] == "save alone":
+                save_alone()
+            elif answer["kind"] == "world":
+                host, port = answer["store"]
+                self._joining = None
+                self._position, self._phase = (-1, 0, 0), "load"
+                self._assignment = Assignment(
+                    Generation.parse(answer["generation"]), answer["rank"], answer["size"], (host, port),
+                    answer["restore"], answer["last_step"], answer["claim_step"],
+                )  # fmt: skip
+                return self._assignment
 
-    def post(self, message: dict[str, Any]) -> None:
-        """Send a message under the present generation, without waiting."""
-        assert self._generation is not None, "a worker outside a world has nothing to say"
-        self._put({**message, "generation": str(self._generation)})
+    def free_with(self, free: Callable[[], None] | None) -> None:
+        """What the watcher calls to free a training thread that is blocked in a broken world."""
+        self._free = free
+        if free is not None and self._assignment and str(self._assignment.generation) in self._broken:
+            free()
 
-    def progress(self, step: int, phase: str) -> None:
-        """What the next heartbeats say."""
-        self._progress = {"step": step, "phase": phase}
+    def post(self, message: dict[str, Any], generation: Generation | None = None) -> None:
+        """Send a message under the present generation (or the given one), without waiting."""
+        if generation is None:
+            assert self._assignment is not None, "a worker outside a world has nothing to say"
+            generation = self._assignment.generation
+        self._put({**message, "generation": str(generation)})
 
-    def wish(self) -> dict[str, Any] | None:
-        """What the driver or a user asked for, to be agreed on at the next step boundary."""
-        return self._wish
+    def progress(self, step: int, stage: int, microbatch: int, phase: str) -> None:
+        """How far this worker is; the next heartbeat says so. Costs two assignments."""
+        self._position, self._phase = (step, stage, microbatch), phase
+
+    def wish(self, name: str) -> str | None:
+        """Whether `stop`, `save` or `leave` was asked for (and why), to be agreed on at the next step boundary."""
+        return self._wishes.get(name)
+
+    def granted(self, name: str) -> None:
+        """A wish was carried out."""
+        self._wishes.pop(name, None)
 
     def check(self) -> None:
         """Raise where training must not go on.
 
         Raises:
-            FencedError: a newer claim owns the run.
+            FencedError: a newer claim owns the run, or the run went on without this worker.
             WorldBroken: the server said that this world is broken.
             RunFailed: the server was silent for longer than the lease.
         """
         if self._fenced is not None:
             raise FencedError(self._fenced)
-        if str(self._generation) in self._broken:
-            raise WorldBroken(f"world {self._generation} was declared broken")
+        if self._assignment is not None and str(self._assignment.generation) in self._broken:
+            raise WorldBroken(f"world {self._assignment.generation} was declared broken")
         silent = time.monotonic() - self._heard
         if silent > self._lease_s:
             raise RunFailed(f"the membership server at {self._url} was silent for {silent:.0f} s, more than the lease")
+
+    def _check_over(self) -> None:
+        if self._fenced is not None:
+            raise FencedError(self._fenced)
+        if self._over is not None:
+            raise RunOver(self._over)
 
     def await_commit(self, step: int, timeout_s: float) -> None:
         """Wait until the checkpoint of `step` is committed.
 
         Raises:
             CheckpointError: it could not be committed, or nothing was heard of it within `timeout_s`.
+            WorldBroken: a member was lost meanwhile, so it never will be.
         """
         deadline = time.monotonic() + timeout_s
         while True:
-            self.check()
             try:
-                commit = self._commits.get(timeout=0.2)
+                commit = self._commits.get(timeout=0.1)
             except queue.Empty:
+                self.check()
                 if time.monotonic() > deadline:
                     raise CheckpointError(
                         f"waited {timeout_s:.0f} s for the commit of the checkpoint of step {step}"
@@ -138,6 +202,7 @@ class WorkerLink:
 
     def close(self) -> None:
         """Send what is still queued, then end the connection and its thread."""
+        self._closing = True
         self._put(None)
         self._thread.join(10)
 
@@ -145,69 +210,124 @@ class WorkerLink:
 
     def _put(self, message: dict[str, Any] | None) -> None:
         self._outbox.put(message)
-        if not self._loop.is_closed():
-            try:
-                self._loop.call_soon_threadsafe(self._posted.set)
-            except RuntimeError:  # closed in between: the run is over for this worker
-                return
+        try:
+            self._loop.call_soon_threadsafe(self._posted.set)
+        except RuntimeError:  # the loop is closed: this worker's part is over
+            return
 
     def _run(self) -> None:
         asyncio.set_event_loop(self._loop)
         try:
             self._loop.run_until_complete(self._hold())
-        except (aiohttp.ClientError, OSError, asyncio.TimeoutError) as error:
-            self._inbox.put(error)
         finally:
             self._loop.close()
 
     async def _hold(self) -> None:
+        """Be connected; connect again after the server was away, until the lease is over."""
         headers = {"Authorization": f"Bearer {self._token}"}
-        timeout = aiohttp.ClientTimeout(total=None, sock_connect=30)
-        async with (
-            aiohttp.ClientSession(headers=headers, timeout=timeout) as session,
-            session.ws_connect(f"{self._url}/worker?id={self.worker_id}", max_msg_size=MAX_MESSAGE_BYTES) as socket,
-        ):
-            reader = asyncio.create_task(self._read(socket))
-            try:
-                await self._write(socket, reader)
-            finally:
-                reader.cancel()
-
-    async def _write(self, socket: aiohttp.ClientWebSocketResponse, reader: asyncio.Task[None]) -> None:
-        while not reader.done():
-            self._posted.clear()
-            while not self._outbox.empty():
-                message = self._outbox.get()
-                if message is None:
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=10)
+        async with aiohttp.ClientSession(headers=headers, timeout=timeout) as session:
+            first = True
+            while not (self._closing and self._outbox.empty()):
+                try:
+                    url = f"{self._url}/worker?id={self.member.id}"
+                    async with session.ws_connect(url, max_msg_size=MAX_MESSAGE_BYTES) as socket:
+                        if not first:
+                            await self._introduce(socket)
+                        first = False
+                        if await self._converse(socket):
+                            return
+                except (TimeoutError, aiohttp.ClientError, OSError):
+                    pass  # the server is away: `check` and `join` know for how long
+                if self._fenced or self._over or time.monotonic() - self._heard > self._lease_s:
                     return
-                await socket.send_str(json.dumps(message))
-            try:
-                await asyncio.wait_for(self._posted.wait(), BEAT_S)
-            except asyncio.TimeoutError:
-                await socket.send_str(json.dumps({"kind": "beat", **self._progress}))
-        raise ConnectionError("the server closed the connection")
+                await asyncio.sleep(RECONNECT_S)
+
+    async def _introduce(self, socket: aiohttp.ClientWebSocketResponse) -> None:
+        """Tell a server that may know nothing where this worker stands."""
+        assignment, joining = self._assignment, self._joining
+        if joining is not None:
+            await socket.send_str(json.dumps(joining))
+        elif assignment is not None:
+            hello = {"generation": str(assignment.generation), "rank": assignment.rank, "size": assignment.size}
+            await socket.send_str(json.dumps({"kind": "hello", "member": asdict(self.member), **hello}))
+
+    async def _converse(self, socket: aiohttp.ClientWebSocketResponse) -> bool:
+        """Send and receive; returns whether the link is to end."""
+        reader = asyncio.create_task(self._read(socket))
+        next_beat = time.monotonic() + BEAT_S
+        try:
+            while not reader.done():
+                self._posted.clear()
+                while not self._outbox.empty():
+                    message = self._outbox.get()
+                    if message is None:
+                        return True
+                    await socket.send_str(json.dumps(message))
+                now = time.monotonic()
+                if now >= next_beat:  # by the clock, whatever else was said: its answer renews the lease
+                    next_beat = now + BEAT_S
+                    await socket.send_str(json.dumps(self._beat()))
+                with contextlib.suppress(asyncio.TimeoutError):
+                    await asyncio.wait_for(self._posted.wait(), next_beat - now)
+            return False
+        finally:
+            reader.cancel()
+
+    def _beat(self) -> dict[str, Any]:
+        beat: dict[str, Any] = {"kind": "beat"}
+        if self._assignment is not None:
+            beat |= {
+                "position": self._position, "phase": self._phase, "generation": str(self._assignment.generation)
+            }  # fmt: skip
+        return beat
 
     async def _read(self, socket: aiohttp.ClientWebSocketResponse) -> None:
         async for raw in socket:
-            if raw.type != aiohttp.WSMsgType.TEXT:
-                continue
-            self._heard = time.monotonic()
-            message = json.loads(raw.data)
-            if message["kind"] in ("world", "refused"):
-                self._inbox.put(message)
-            elif message["kind"] == "broken":
-                self._broken.add(message["generation"])
-            elif message["kind"] == "wish":
-                self._wish = message
-            elif message["kind"] == "commit":
-                self._commits.put(message)
-            elif message["kind"] == "fenced":
-                self._fenced = message["reason"]
+            if raw.type == aiohttp.WSMsgType.TEXT:
+                self._heard = time.monotonic()
+                await self._on_message(socket, json.loads(raw.data))
         self._posted.set()
+
+    async def _on_message(self, socket: aiohttp.ClientWebSocketResponse, message: dict[str, Any]) -> None:
+        kind = message["kind"]
+        if kind in ("world", "save alone"):
+            self._inbox.put(message)
+        elif kind == "broken":
+            self._broken.add(message["generation"])
+            await socket.send_str(json.dumps({"kind": "ack", "generation": message["generation"]}))
+            if self._assignment is not None and str(self._assignment.generation) == message["generation"]:
+                self._free_now()
+        elif kind == "wish":
+            self._wishes[message["wish"]] = message.get("detail", "")
+        elif kind == "commit":
+            self._commits.put(message)
+        elif kind in ("fenced", "refused"):
+            self._fenced = message["reason"]
+            self._free_now()
+        elif kind == "over":
+            self._over = message["status"]
+        elif kind == "dump":
+            await socket.send_str(json.dumps({"kind": "stacks", "text": stacks()}))
+
+    def _free_now(self) -> None:
+        free = self._free
+        if free is not None:
+            free()
+
+
+def stacks() -> str:
+    """The stacks of all threads of this process, for people."""
+    names = {t.ident: t.name for t in threading.enumerate()}
+    parts = [
+        f"thread {names.get(ident, ident)}:\n{''.join(traceback.format_stack(frame))}"
+        for ident, frame in sys._current_frames().items()
+    ]
+    return "\n".join(parts)
 
 
 class DriverLink:
-    """A driver's or tool's requests to the membership server, and its stream of rows and events."""
+    """A driver's or controller's requests to the membership server, and its stream of rows and events."""
 
     def __init__(self, url: str, token: str):
         self._url, self._headers = url, {"Authorization": f"Bearer {token}"}
@@ -226,7 +346,7 @@ class DriverLink:
         with urllib.request.urlopen(request, timeout=timeout_s) as answer:
             return json.loads(answer.read())
 
-    async def follow(self, on_record: Any) -> None:
+    async def follow(self, on_record: Callable[[dict[str, Any]], None]) -> None:
         """Call `on_record` with every row and event, until one of kind `end` came or the server is gone."""
         async with (
             aiohttp.ClientSession(headers=self._headers) as session,

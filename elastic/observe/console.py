@@ -7,7 +7,7 @@ import time
 from collections import deque
 from typing import Any, TextIO
 
-_SHOWN_METRICS = 3
+_UNTOLD = ("end", "restored")  # in the ledger; on the console the world's line tells enough
 
 
 def seconds_text(seconds: float) -> str:
@@ -42,6 +42,8 @@ def eval_text(row: dict[str, Any]) -> str:
 def event_text(event: dict[str, Any]) -> str:
     """An event as one line."""
     words = [event["kind"].replace("_", " ")]
+    if event["kind"] == "run_finished" and event.get("detail") != "finished":
+        words = ["run paused"]
     if event.get("generation"):
         words.append(f"world {event['generation']}")
     if event.get("step") is not None:
@@ -51,10 +53,12 @@ def event_text(event: dict[str, Any]) -> str:
     if event.get("seconds") is not None:
         words.append(f"{event['seconds']:.2f}s")
     detail = event.get("detail")
-    if isinstance(detail, dict):
+    if event["kind"] == "worker_warm":
+        words.append(f"on {event['node'][:12]}, process {event['pid']}")
+    elif isinstance(detail, dict):
         words += [f"{k}={v}" for k, v in detail.items() if v is not None]
     elif detail:
-        words.append(str(detail))
+        words.append(str(detail).splitlines()[0])
     return " ".join(words)
 
 
@@ -104,7 +108,7 @@ class Console:
     def record(self, record: dict[str, Any]) -> None:
         """Show a row or an event as it arrives."""
         if "kind" in record:
-            if record["kind"] != "end":
+            if record["kind"] not in _UNTOLD:
                 self.say(f"[{time.strftime('%H:%M:%S', time.localtime(record['time']))}] {event_text(record)}")
         elif "loss" in record:
             self._progress(record)

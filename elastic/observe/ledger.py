@@ -1,7 +1,7 @@
 """The append-only record of a run: rows (`metrics.jsonl`) and events (`events.jsonl`).
 
 Local disk is appended to. Object storage cannot append: there, records go as segments
-`metrics.jsonl.d/<generation>-<first>.jsonl`, created if absent, and are compacted into the one file at the end. One
+`metrics.jsonl.d/<claim>-<start>-<first>.jsonl`, created if absent, and are compacted into the one file at the end. One
 reader hides the difference; it tolerates a torn tail.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -42,6 +43,7 @@ class LedgerFile:
         self._storage, self._name, self._epoch = storage, name, epoch
         self._pending: list[str] = []
         self._written = 0
+        self._began_ms = int(time.time() * 1000)  # a restarted keeper of the same claim goes on after the first
 
     def add(self, record: dict[str, Any]) -> None:
         """Queue a record for the next flush."""
@@ -56,7 +58,9 @@ class LedgerFile:
             torn = b"\n" if not self._written and _ends_torn(self._storage, self._name) else b""
             self._storage.append(self._name, torn + data)
         else:
-            self._storage.create(f"{self._name}.d/{self._epoch:06d}-{self._written:012d}.jsonl", data)
+            self._storage.create(
+                f"{self._name}.d/{self._epoch:06d}-{self._began_ms:015d}-{self._written:012d}.jsonl", data
+            )
         self._written += len(self._pending)
         self._pending.clear()
 

@@ -5,29 +5,48 @@ from __future__ import annotations
 import platform
 import secrets
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
+from elastic.config import TrainConfig
 from elastic.membership.server import MembershipServer
-from elastic.membership.state import State
+from elastic.membership.state import Limits, Phase, State
 from elastic.run.folder import RunFolder, owner
 from elastic.run.keeper import KeeperOptions, RunKeeper
 from elastic.run.prepare import PreparedRun, git_commit
 from elastic.run.versions import versions
 from elastic.storage import Storage
+from elastic.units import parse_amount
+
+
+@dataclass(frozen=True)
+class HostSettings:
+    """How a run is hosted.
+
+    Args:
+        host, port: where to listen; workers must reach it. 0 takes a free port.
+        hang_s: fixed hang time-out, or None for one that goes by the steps seen.
+        restarted: an earlier host of this claim died; workers may be in the midst of a world.
+    """
+
+    limits: Limits
+    token: str
+    host: str
+    port: int = 0
+    hang_s: float | None = None
+    restarted: bool = False
 
 
 class RunHost:
-    """The one process that decides worlds and writes the ledger of a run.
+    """The one process that decides worlds and writes the ledger of a run."""
 
-    Args:
-        host: address that workers can reach.
-    """
-
-    def __init__(self, folder_url: str, options: KeeperOptions, *, min_workers: int, token: str, host: str):
-        self.token = token
+    def __init__(self, folder_url: str, options: KeeperOptions, settings: HostSettings):
         self.keeper = RunKeeper(RunFolder(Storage(folder_url)), options)
-        state = State(epoch=options.epoch, min_workers=min_workers)
-        self.server = MembershipServer(self.keeper, state, token, host=host, new_store=lambda: _new_store(host))
+        phase = Phase.REBUILDING if settings.restarted else Phase.GATHERING
+        self.server = MembershipServer(
+            self.keeper, State(options.epoch, settings.limits, phase), settings.token, host=settings.host,
+            port=settings.port, hang_s=settings.hang_s, new_store=lambda: _new_store(settings.host),
+        )  # fmt: skip
         self.keeper.attach(self.server)
 
     def start(self, detail: dict[str, Any]) -> str:
@@ -53,6 +72,22 @@ def _new_store(host: str) -> tuple[int, Callable[[], None]]:
 def new_token() -> str:
     """A bearer token for one run."""
     return secrets.token_urlsafe(24)
+
+
+def host_settings(config: TrainConfig, token: str, host: str) -> HostSettings:
+    """The settings that a run's options ask for."""
+    recovery, scaling = config.recovery, config.scaling
+
+    def seconds(name: str, text: str) -> float:
+        return parse_amount(f"--recovery.{name}", text, clock=True).seconds
+
+    limits = Limits(
+        min_workers=scaling.min_workers, max_workers=scaling.max_workers, lease_s=seconds("lease", recovery.lease),
+        max_wait_s=None if recovery.max_wait is None else seconds("max-wait", recovery.max_wait),
+        max_failures=config.run.max_failures, exact=config.run.exactness == "bitwise",
+    )  # fmt: skip
+    hang_s = None if recovery.hang_timeout == "auto" else seconds("hang-timeout", recovery.hang_timeout)
+    return HostSettings(limits, token, host, hang_s=hang_s)
 
 
 def keeper_options(run: PreparedRun, epoch: int, **facts: Any) -> KeeperOptions:

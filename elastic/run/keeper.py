@@ -77,7 +77,9 @@ class RunKeeper:
         self._broken_at: float | None = None
         self._started = time.time()
         self._closed = False
+        self._give_up_message = ""
         newest = next(newest_first(self._storage), None)
+        self._claim_step = newest.step if newest else 0
         self._restore: dict[str, Any] = (
             {"rung": "checkpoint", "step": newest.step, "attempt": newest.attempt} if newest else {"rung": "fresh"}
         )
@@ -104,12 +106,6 @@ class RunKeeper:
         record = {"time": time.time(), "kind": kind, **{k: v for k, v in fields.items() if v is not None}}
         self._do(lambda: self._record_event(record))
 
-    def worker_joined(self, member: Member, message: dict[str, Any]) -> None:
-        self.event(
-            "worker_warm", member=member.id, node=member.node, pid=member.pid, step=message.get("applied"),
-            seconds=message.get("warm_s"), detail={**message["device"], **message["warm_parts"]},
-        )  # fmt: skip
-
     def world_formed(self, world: World) -> None:
         self._count_world(world)
         self._attempts.clear()
@@ -118,14 +114,33 @@ class RunKeeper:
             detail={"size": world.size, "pids": [m.pid for m in world.members], "ids": [m.id for m in world.members]},
         )  # fmt: skip
 
-    def world_broken(self, world: World, lost: Member | None) -> None:
+    def world_broken(self, world: World, lost: Member | None, reason: str) -> None:
         self._count_world(None)
-        self._broken_at = time.time()
-        if lost is not None:
-            self.event(
-                "member_lost", generation=str(world.generation), member=lost.id, node=lost.node, pid=lost.pid,
-                step=self._last_row["step"] if self._last_row else None,
-            )  # fmt: skip
+        if self._broken_at is None:
+            self._broken_at = time.time()
+        self.event(
+            "member_lost", generation=str(world.generation), step=self.last_step() or None, detail=reason,
+            **({"member": lost.id, "node": lost.node, "pid": lost.pid} if lost else {}),
+        )  # fmt: skip
+        self._do(self._finish_if_done)
+
+    def last_step(self) -> int:
+        return self._last_row["step"] if self._last_row else 0
+
+    def claim_step(self) -> int:
+        return self._claim_step
+
+    def save_stacks(self, member: Member, text: str) -> None:
+        name = f"stacks/{int(time.time())}-{member.id}.txt"
+        self._do(lambda: self._storage.replace(name, text.encode()))
+
+    def giving_up(self, message: str) -> None:
+        """The run ends with this message as soon as the state is committed."""
+        self._give_up_message = message
+
+    def set_status(self, status: str) -> None:
+        self._state = status
+        self._do(self._write_status)
 
     def receive(self, member: Member, generation: Generation, message: dict[str, Any]) -> None:
         kind = message["kind"]
@@ -140,6 +155,8 @@ class RunKeeper:
             world = self._world
             assert world is not None
             self._do(lambda: self._take_pack(member, world, message))
+        elif kind == "saved alone":
+            self._do(lambda: self._close("failed", self._give_up_message, {}))
         elif kind in ("done", "failed"):
             self._do(lambda: self._take_outcome(member, generation, message))
 
@@ -243,7 +260,7 @@ class RunKeeper:
 
     def _take_pack(self, member: Member, world: World, message: dict[str, Any]) -> None:
         key = (message["step"], message["attempt"])
-        attempt = self._attempts.setdefault(key, _Attempt(world.size, time.monotonic()))
+        attempt = self._attempts.setdefault(key, _Attempt(message["shares"], time.monotonic()))
         attempt.indexes[member.id] = message["index"]
         attempt.header = message.get("header") or attempt.header
         if len(attempt.indexes) < attempt.size or attempt.header is None:
@@ -261,7 +278,7 @@ class RunKeeper:
             step, attempt.header["seed"], attempt.header["config_digest"],
             {"size": world.size, "generation": str(world.generation)}, attempt.header["values"],
         )  # fmt: skip
-        indexes = [attempt.indexes[m.id] for m in world.members]
+        indexes = [attempt.indexes[m.id] for m in world.members if m.id in attempt.indexes]
         try:
             whole = commit(self._storage, name, manifest, indexes)
         except (OSError, CheckpointError) as error:
@@ -284,10 +301,16 @@ class RunKeeper:
             self._close("failed", message["message"], {})
             return
         self._done[member.id] = message
+        self._finish_if_done()
+
+    def _finish_if_done(self) -> None:
+        """The run is over when every member of the world that still lives has said so."""
         world = self._world
-        if world is None or any(m.id not in self._done for m in world.members):
+        assert self._server is not None
+        gone = self._server.gone()
+        if world is None or not self._done or any(m.id not in self._done and m.id not in gone for m in world.members):
             return
-        first = self._done[world.members[0].id]
+        first = min(self._done.values(), key=lambda message: message["rank"])
         self._close(first["status"], first.get("message", ""), first["result"])
 
     def _close(self, status: str, message: str, result: dict[str, Any]) -> None:
@@ -315,6 +338,7 @@ class RunKeeper:
         self._write_status()
         self._closed = True
         assert self._server is not None
+        self._server.send_all({"kind": "over", "status": status})
         self._server.publish({"kind": "end", "status": status, "message": message, "result": values}, keep=True)
 
     def _count_world(self, world: World | None) -> None:

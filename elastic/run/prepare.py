@@ -120,7 +120,7 @@ def report(run: PreparedRun) -> str:
     """What `--dry-run` prints: the resolved options and what each world size would do."""
     values = {**cfg.result_options(run.config, job_options(run.job)), **_operational(run.config)}
     lines = [f"run {run.name} in {run.folder.storage.url}", ""]
-    lines += [f"  --{name} {value}" for name, value in sorted(values.items()) if value not in (None, False, [], ())]
+    lines += [_typed(name, value) for name, value in sorted(values.items()) if value is not None and value != []]
     plan, most = run.plan, run.config.scaling.max_workers
     lines += [
         "",
@@ -130,6 +130,14 @@ def report(run: PreparedRun) -> str:
     lines += ["", "workers  rounds  efficiency"]
     lines += [f"{w:>7}  {rounds:>6}  {share:>9.0%}" for w, rounds, share in batch_table(plan.microbatches, most)]
     return "\n".join(lines)
+
+
+def _typed(name: str, value: Any) -> str:
+    """An option as one would type it."""
+    if isinstance(value, bool):
+        section, _, leaf = name.rpartition(".")
+        return f"  --{section}.{leaf if value else 'no-' + leaf}"
+    return f"  --{name} {value}"
 
 
 def _operational(config: TrainConfig) -> dict[str, Any]:

@@ -61,24 +61,28 @@ def main() -> int:
     parser.add_argument("--class", dest="class_name", help="name of the job's class, where there are several")
     parser.add_argument("--workers", type=int, default=2, help="worker processes")
     known, rest = parser.parse_known_args()
-    from elastic.observe.console import Console
+    from elastic.observe.console import Console, result_text
     from elastic.options import parse
-    from elastic.run.prepare import prepare
+    from elastic.run.prepare import prepare, report
     from elastic.worker.local import run_local
 
     try:
-        job, config = parse(*_job_class(known.module, known.class_name), rest)
-        run = prepare(job, config)
-        console = Console(run.plan.total_steps, config.observe.log_every)
-        accelerator = "gpu" if config.scaling.accelerator == "gpu" else "cpu"
-        try:
-            result = run_local(run, known.workers, on_record=console.record, timeout_s=1e9, accelerator=accelerator)
-        finally:
-            console.close()
+        run = prepare(*parse(*_job_class(known.module, known.class_name), rest))
+        if run.config.dry_run:
+            print(report(run))
+            return 0
+        result = run.finished
+        if result is None:
+            console = Console(run.plan.total_steps, run.config.observe.log_every)
+            accelerator = "gpu" if run.config.scaling.accelerator == "gpu" else "cpu"
+            try:
+                result = run_local(run, known.workers, on_record=console.record, timeout_s=1e9, accelerator=accelerator)
+            finally:
+                console.close()
     except ElasticError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
-    print(json.dumps({k: result[k] for k in ("status", "steps", "weights_sha256")}))
+    print(result_text(result, run.folder.storage.url))
     return 0
 
 

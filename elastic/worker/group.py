@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch.distributed as dist
 from elastic.errors import WorldBroken
 from elastic.membership.client import Assignment
 from elastic.parallel.device import all_gather_flat, backend_for, host_wait
+from elastic.worker.sockets import open_sockets, opened_since, shut_down
 
 _COLLECTIVE_WORDS = ("gloo", "nccl", "connection", "timed out", "socket", "aborted", "store", "peer")
 
@@ -37,10 +38,11 @@ def collective(what: str) -> Iterator[None]:
 
 @dataclass
 class Group:
-    """A formed process group. `bytes_sent` of state is bounded by `_CHUNK` at a time."""
+    """The process group of one world."""
 
     assignment: Assignment
     device: torch.device
+    _sockets: dict[str, int] = field(default_factory=dict)
 
     @property
     def rank(self) -> int:
@@ -60,11 +62,25 @@ class Group:
         with collective(f"connecting world {self.assignment.generation}"):
             host, port = self.assignment.store
             store = dist.TCPStore(host, port, is_master=False, timeout=timeout, wait_for_workers=False)
+            before = open_sockets()
             dist.init_process_group(
                 backend_for(self.device), store=dist.PrefixStore(str(self.assignment.generation), store),
                 rank=self.rank, world_size=self.size, timeout=timeout,
                 device_id=self.device if self.device.type == "cuda" else None,
             )  # fmt: skip
+
+            self._sockets = opened_since(before) if self.device.type == "cpu" else {}
+
+    def free(self) -> None:
+        """Make whatever blocks in this group raise. From any thread.
+
+        nccl: abort the communicators. gloo: shut down its sockets.
+        """
+        if self.device.type == "cuda":
+            if dist.is_initialized():
+                dist.distributed_c10d._abort_process_group()
+        else:
+            shut_down(self._sockets)
 
     def close(self) -> None:
         """Drop the group; peers blocked in it are freed."""

@@ -20,7 +20,7 @@ from elastic.config import to_dict
 from elastic.errors import ConfigError, RunFailed
 from elastic.job import job_options
 from elastic.membership.client import DriverLink
-from elastic.run.host import RunHost, keeper_options, new_token
+from elastic.run.host import RunHost, host_settings, keeper_options, new_token
 from elastic.run.prepare import PreparedRun, open_run
 
 LOOPBACK = "127.0.0.1"
@@ -51,9 +51,8 @@ class LocalRun:
         epoch = open_run(run)
         token = new_token()
         self._host = RunHost(
-            run.folder.storage.url, keeper_options(run, epoch), min_workers=run.config.scaling.min_workers,
-            token=token, host=LOOPBACK,
-        )  # fmt: skip
+            run.folder.storage.url, keeper_options(run, epoch), host_settings(run.config, token, LOOPBACK)
+        )
         self.url = self._host.start({"changed_code": run.changed_code or None})
         self.link = DriverLink(self.url, token)
         self._follower = threading.Thread(target=self._follow, name="local-run-follower", daemon=True)
@@ -71,8 +70,8 @@ class LocalRun:
             "config": to_dict(run.config), "plan": run.plan.__dict__, "digest": run.digest,
             "folder_url": run.folder.storage.url, "server_url": self.url, "token": token,
             "identity": {
-                "id": f"w{epoch}-{index}", "group": 1, "group_size": self._workers, "node": platform.node(),
-                "local_index": index, "host": LOOPBACK, "accelerator": self._accelerator,
+                "id": f"w{epoch}-{index}", "node": platform.node(), "local_index": index, "host": LOOPBACK,
+                "accelerator": self._accelerator,
             },
         }  # fmt: skip
         environment = {**os.environ, **self._environment, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
@@ -110,7 +109,10 @@ class LocalRun:
         while not self._ended.wait(0.05):
             if all(p.poll() is not None for p in self.processes) and not self._ended.wait(2.0):
                 codes = [p.returncode for p in self.processes]
-                raise RunFailed(f"every worker of run {self._run.name} ended without a result; exit codes {codes}")
+                message = f"every worker of run {self._run.name} ended without a result; exit codes {codes}"
+                self.link.request("/close", {"status": "failed", "message": message})
+                if not self._ended.wait(10.0):
+                    raise RunFailed(message)
             if time.monotonic() > deadline:
                 raise RunFailed(f"run {self._run.name} did not end within {timeout_s:.0f} s")
         assert self._end is not None

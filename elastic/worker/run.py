@@ -24,11 +24,9 @@ class WorkerRun:
 
 @dataclass(frozen=True)
 class Identity:
-    """Which worker this is: `group` numbers the workers that were started together."""
+    """Which worker this is. `local_index` is its place among its node's workers, and the index of its GPU."""
 
     id: str
-    group: int
-    group_size: int
     node: str
     local_index: int
     host: str

@@ -6,31 +6,36 @@ import time
 
 import torch
 
+from elastic import fault
 from elastic.checkpoint.reader import newest_first, read_manifest, read_tensor
 from elastic.checkpoint.writer import share, write_pack
 from elastic.errors import CheckpointError
 from elastic.membership.client import WorkerLink
+from elastic.membership.state import Generation
 from elastic.storage import Storage
 from elastic.worker.group import Group
 from elastic.worker.state import TrainState
 
 
 def save(
-    state: TrainState, step: int, attempt: str, group: Group, link: WorkerLink, storage: Storage, *, seed: int,
-    config_digest: str,
+    state: TrainState, step: int, link: WorkerLink, storage: Storage, *, generation: Generation, rank: int, size: int,
+    seed: int, config_digest: str,
 ) -> None:  # fmt: skip
     """Write this rank's share of the state and report it; the keeper commits when all shares are there.
 
     Raises:
         OSError: the share could not be written.
     """
+    fault.point("checkpoint.before_pack", rank, step)
+    attempt = f"{generation}-{size:x}x{step:x}"
     tensors = state.tensors()
-    mine = share(tensors, group.size)[group.rank]
-    index = write_pack(storage, step, attempt, group.rank, {name: tensors[name] for name in mine})
-    message = {"kind": "pack", "step": step, "attempt": attempt, "index": index}
-    if group.rank == 0:
+    mine = share(tensors, size)[rank]
+    index = write_pack(storage, step, attempt, rank, {name: tensors[name] for name in mine})
+    fault.point("checkpoint.after_pack", rank, step)
+    message = {"kind": "pack", "step": step, "attempt": attempt, "index": index, "shares": size}
+    if rank == 0:
         message["header"] = {"seed": seed, "config_digest": config_digest, "values": state.values()}
-    link.post(message)
+    link.post(message, generation)
 
 
 def restore_newest(state: TrainState, storage: Storage, link: WorkerLink) -> int:

@@ -11,6 +11,7 @@ from torch import nn
 
 from elastic.errors import RunFailed
 from elastic.job import Job
+from elastic.membership.state import Failure
 from elastic.worker.group import is_collective_failure
 
 LossValue = tuple[torch.Tensor, Any, Any]
@@ -19,6 +20,13 @@ LossValue = tuple[torch.Tensor, Any, Any]
 class UserCodeError(RunFailed):
     """An exception in the job's own code; the message has worker, step, microbatch and traceback."""
 
+    def __init__(self, failure: Failure):
+        super().__init__(failure.message)
+        self.failure = failure
+
+    def __reduce__(self) -> tuple[type[UserCodeError], tuple[Failure]]:
+        return type(self), (self.failure,)
+
 
 class UserCode:
     """The job as the step loop calls it. `where` says, for people, what is being done."""
@@ -26,10 +34,19 @@ class UserCode:
     def __init__(self, job: Job, device: torch.device, worker_id: str, *, autocast: bool):
         self._job, self._device, self._worker_id, self._autocast = job, device, worker_id, autocast
         self.where = "warming up"
+        self._step = self._microbatch = -1
+        self.on_loss: Callable[[], None] = lambda: None  # called when the job's loss has returned
+
+    def at(self, step: int, microbatch: int) -> None:
+        """Where the step loop is: step (from 0) and microbatch."""
+        self._step, self._microbatch = step, microbatch
+        self.where = f"step {step + 1}, microbatch {microbatch}"
 
     def loss(self, model: nn.Module, batch: Any) -> LossValue:
         """`Job.loss`."""
-        return self._on_batch(self._job.loss, "loss()", model, batch)
+        result = self._on_batch(self._job.loss, "loss()", model, batch)
+        self.on_loss()
+        return result
 
     def evaluate(self, model: nn.Module, batch: Any) -> LossValue:
         """`Job.evaluate`."""
@@ -67,7 +84,8 @@ class UserCode:
         hint = ""
         if isinstance(error, torch.OutOfMemoryError):
             hint = "\nOut of memory: give a larger --batch.microbatches, or a smaller --batch.pass-size."
-        return UserCodeError(f"worker {self._worker_id} failed at {self.where}:\n{text}{hint}")
+        message = f"worker {self._worker_id} failed at {self.where}:\n{text}{hint}"
+        return UserCodeError(Failure(type(error).__name__, self._step, self._microbatch, message))
 
 
 def _to_device(batch: Any, device: torch.device) -> Any:

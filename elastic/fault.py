@@ -1,0 +1,59 @@
+"""Faults by name: `fault.point("step.after_fence", rank, step)` does nothing, unless a test planned something there.
+
+A plan is in the environment variable ELASTIC_FAULTS: a JSON list of {"point", "rank", "step", "do", "seconds"}, with
+`do` one of kill (SIGKILL), stop (SIGSTOP), sleep, raise. Each happens once a process, at that point, rank and step.
+With `only` (a path) it happens in one process only: whoever creates that file first.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from typing import Any
+
+_VARIABLE = "ELASTIC_FAULTS"
+
+
+class PlannedError(Exception):
+    """Raised by a fault that says `raise`."""
+
+
+def _read() -> list[dict[str, Any]]:
+    return json.loads(os.environ.get(_VARIABLE, "[]"))
+
+
+_planned = _read()
+
+
+def point(name: str, rank: int, step: int) -> None:
+    """A place where a fault can be planned. Costs one comparison when there is no plan."""
+    if _planned:
+        _act(name, rank, step)
+
+
+def _act(name: str, rank: int, step: int) -> None:
+    for fault in list(_planned):
+        if fault["point"] != name or fault.get("rank", rank) != rank or fault.get("step", step) != step:
+            continue
+        _planned.remove(fault)
+        if "only" in fault and not _first(fault["only"]):
+            continue
+        action = fault["do"]
+        if action == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        elif action == "stop":
+            os.kill(os.getpid(), signal.SIGSTOP)
+        elif action == "sleep":
+            time.sleep(fault["seconds"])
+        elif action == "raise":
+            raise PlannedError(f"planned at {name}, rank {rank}, step {step}")
+
+
+def _first(path: str) -> bool:
+    try:
+        with open(path, "x"):
+            return True
+    except FileExistsError:
+        return False

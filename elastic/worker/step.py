@@ -1,0 +1,227 @@
+"""One training step of one worker: prepare an update with everyone else, and apply it.
+
+What is prepared is complete: once the fence is passed, the update needs nobody. A step that is not applied leaves no
+trace: gradients are dropped and buffers put back.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+
+from elastic import fault
+from elastic.data.deal import deal
+from elastic.data.loader import Loader
+from elastic.data.seeds import derive, seed_all
+from elastic.errors import WorldBroken
+from elastic.membership.client import WorkerLink
+from elastic.parallel.records import StepRecord
+from elastic.parallel.replicated import BitwiseReplica, FastReplica, Pass
+from elastic.worker import nonfinite
+from elastic.worker.group import Group, is_collective_failure
+from elastic.worker.run import WorkerRun
+from elastic.worker.schedule import factor
+from elastic.worker.state import TrainState
+from elastic.worker.user_code import UserCode, UserCodeError
+
+Span = tuple[int, int]  # (first microbatch, how many)
+
+#: Stages of a step, for progress reports; forward passes come before, two stages each.
+REDUCE, FENCE, APPLIED = 1 << 20, (1 << 20) + 1, (1 << 20) + 2
+
+
+@dataclass
+class Clock:
+    """Seconds of a step, by what they were spent on."""
+
+    data_s: float = 0.0
+    compute_s: float = 0.0
+    sync_s: float = 0.0
+    checkpoint_s: float = 0.0
+    other_s: float = 0.0
+
+
+@dataclass(frozen=True)
+class Update:
+    """A step with all in hand for its update, which waits for the fence. `skip`: leave it out, it is not finite."""
+
+    step: int
+    record: StepRecord
+    lr: float
+    norm: float
+    skip: bool
+
+
+class Stepper:
+    """Runs steps in one world after another. `enter` a world before `prepare`."""
+
+    def __init__(self, run: WorkerRun, state: TrainState, code: UserCode, loader: Loader, link: WorkerLink):
+        self._run, self._config, self._plan = run, run.config, run.plan
+        self._state, self._code, self._loader, self._link = state, code, loader, link
+        self._bitwise = run.config.run.exactness == "bitwise"
+        self._replica: FastReplica | BitwiseReplica | None = None
+        self._unfinished: FastReplica | BitwiseReplica | None = None
+        self._steps_done = 0
+        self.clock = Clock()
+        code.on_loss = self._after_loss
+
+    # ---- worlds ------------------------------------------------------------------------------------------------
+
+    def enter(self, group: Group, applied: int) -> None:
+        """Deal the microbatches of this world and wrap the model for it.
+
+        Raises:
+            WorldBroken: a member was lost meanwhile.
+        """
+        self._group = group
+        runs = deal(self._plan.microbatches, group.size)
+        self._spans = self._spans_of(runs[group.rank])
+        self._runs = runs
+        self._loader.start(applied, self._spans)
+        parallel, model = self._config.parallel, self._state.model
+        common: dict[str, Any] = {
+            "runs": runs, "rank": group.rank, "device": group.device, "bucket_mb": parallel.bucket_mb
+        }  # fmt: skip
+        if self._bitwise:
+            self._replica = BitwiseReplica(model, self._code.loss, **common)
+            return
+        try:
+            self._replica = FastReplica(
+                model, self._code.loss, find_unused=parallel.find_unused,
+                compression=self._config.precision.grad_compression, **common,
+            )  # fmt: skip
+        except RuntimeError as error:
+            if is_collective_failure(error):
+                raise WorldBroken(f"wrapping the model failed: {error}") from error
+            raise
+
+    def leave(self) -> None:
+        """Drop what holds the world's process group."""
+        if self._replica is not None:
+            self._replica.close()
+            self._replica = None
+
+    def undo(self) -> None:
+        """Put back what an unfinished step did to buffers; nothing if the last step was applied."""
+        if self._unfinished is not None:
+            self._unfinished.undo_buffers()
+            self._unfinished = None
+
+    def _spans_of(self, run: range) -> list[Span]:
+        """The passes of a run of microbatches."""
+        if self._bitwise:
+            return [(i, 1) for i in run]
+        microbatch = self._plan.global_size // self._plan.microbatches
+        most = -(-self._plan.microbatches // self._config.scaling.max_workers)
+        if self._config.batch.pass_size is not None:
+            most = max(1, self._config.batch.pass_size // microbatch)
+        return [(i, min(most, run.stop - i)) for i in range(run.start, run.stop, most)]
+
+    # ---- steps -------------------------------------------------------------------------------------------------
+
+    def prepare(self, step: int) -> Update:
+        """Forward, backward, reduce, scale and clip: all that the update needs.
+
+        Raises:
+            WorldBroken: a member was lost.
+            UserCodeError: the job's code raised.
+            NonFiniteError: loss or norm is not finite, and such steps are not to be skipped.
+        """
+        replica, clock = self._replica, Clock()
+        assert replica is not None, "enter a world first"
+        self.clock, self._unfinished, self._step = clock, replica, step
+        began = time.perf_counter()
+        try:
+            record, divisor = replica.run(self._passes(step))
+        except UserCodeError:
+            raise
+        except RuntimeError as error:
+            if is_collective_failure(error):
+                raise WorldBroken(f"step {step + 1} failed: {error}") from error
+            raise self._code.error(error) from error
+        optim, plan = self._config.optim, self._plan
+        gradients = [p.grad for p in self._state.model.parameters() if p.grad is not None]
+        norm = float(replica.norm(gradients)) / divisor if gradients and divisor else float("nan")
+        finite = abs(record.loss) < float("inf") and (abs(norm) < float("inf") or not gradients)
+        if finite:
+            scale = 1.0 / divisor
+            if optim.clip_norm is not None and norm > optim.clip_norm:
+                scale *= optim.clip_norm / (norm + 1e-6)
+            if scale != 1.0 and gradients:
+                torch._foreach_mul_(gradients, scale)
+        else:
+            self._on_nonfinite(step, record, norm)
+            replica.undo_buffers()
+        share = self._code.guard(lambda: self._run.job.schedule(step, plan.total_steps))
+        if share is None:
+            share = factor(
+                step, plan.total_steps, schedule=optim.schedule, warmup_steps=plan.warmup_steps, final=optim.final_lr
+            )
+        for group in self._state.optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * share
+        clock.sync_s = replica.wait_s
+        clock.compute_s = time.perf_counter() - began - clock.data_s - clock.sync_s
+        return Update(step, record, self._state.optimizer.param_groups[0]["lr"], norm, not finite)
+
+    def apply(self, update: Update) -> None:
+        """The update itself. Until it returns, the state is neither the old nor the new one."""
+        began = time.perf_counter()
+        if not update.skip:
+            self._state.optimizer.step()
+            self._code.guard(lambda: self._run.job.after_step(self._state.model, update.step + 1))
+        self._unfinished = None
+        self._steps_done += 1
+        self.clock.compute_s += time.perf_counter() - began
+
+    def progress(self, step: int, stage: int, phase: str = "step") -> None:
+        """Tell the watcher where this worker is. The first step of a process builds and compiles things."""
+        self._link.progress(step, stage, 0, "first step" if phase == "step" and not self._steps_done else phase)
+
+    def _passes(self, step: int) -> Iterator[Pass]:
+        for i, (first, count) in enumerate(self._spans):
+            began = time.perf_counter()
+            self._pass = i
+            self._code.at(step, first)
+            self.progress(step, 2 * i)
+            self._code.guard(partial(fault.point, "step.forward", self._group.rank, step + 1))
+            span = self._code.guard(partial(self._loader.next, step, first, count))
+            self.clock.data_s += time.perf_counter() - began
+            seed_all(derive("step", self._config.run.seed, step, first))
+            yield Pass(span.batch, first, span.digests, i == len(self._spans) - 1)
+        self.progress(step, REDUCE)
+        fault.point("step.reduce", self._group.rank, step + 1)
+
+    def _after_loss(self) -> None:
+        self.progress(self._step, 2 * self._pass + 1)
+
+    # ---- what is not finite ------------------------------------------------------------------------------------
+
+    def _on_nonfinite(self, step: int, record: StepRecord, norm: float) -> None:
+        if self._config.run.on_nonfinite == "skip":
+            return
+        microbatch, count = record.nonfinite_microbatch, 1
+        if microbatch is None:
+            found = [m for m in self._group.gather_ints(self._find_bad(step)) if m >= 0]
+            microbatch = min(found, default=None)
+        else:  # the loss is known for each pass
+            spans = [span for run in self._runs for span in self._spans_of(run)]
+            count = next(n for first, n in spans if first == microbatch)
+        ids = [] if microbatch is None else self._loader.order.span(step, microbatch, count).ids.tolist()
+        raise nonfinite.error(step, record, norm, microbatch, ids)
+
+    def _find_bad(self, step: int) -> int:
+        indices = [i for first, n in self._spans for i in range(first, first + n)]
+
+        def microbatches() -> Iterator[tuple[int, Any]]:
+            self._loader.start(step, [(i, 1) for i in indices])
+            for index in indices:
+                batch = self._loader.next(step, index, 1).batch
+                seed_all(derive("step", self._config.run.seed, step, index))
+                yield index, batch
+
+        return nonfinite.first_bad_microbatch(self._state.model, self._code.loss, microbatches())
