@@ -16,7 +16,7 @@ from typing import Any, Literal
 from elastic.errors import ConfigError
 from elastic.units import parse_amount
 
-RUN_NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")
+RUN_NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}\Z")
 
 
 def option(default: Any, help: str, *, common: bool = False, result: bool = False) -> Any:

@@ -224,8 +224,8 @@ def local_run(run: PreparedRun, workers: int, **options: Any) -> Iterator[LocalR
 
 
 def train(job: Job, config: TrainConfig, workers: int, wait_s: float = WAIT_S) -> Ran:
-    """Train to the end, or to the pause or failure."""
-    run = prepare(job, config)
+    """Train to the end, or to the pause or failure. No more workers are waited for than are started."""
+    run = prepare(job, replace(config, scaling=replace(config.scaling, max_workers=workers)))
     failure = None
     with local_run(run, workers) as local:
         try:

@@ -171,7 +171,7 @@ def test_a_wish_to_stop_pauses_at_a_step_boundary_with_the_wish_s_words(undistur
     gate = tmp_path / "gate"
     gate.touch()
     held = Everything(samples=LONG, fault="hold", fault_at=sample_at(step=4), fault_file=str(gate))
-    run = prepare(held, configure(tmp_path, "run"))
+    run = prepare(held, configure(tmp_path, "run", scaling__max_workers=2))
     watch = Watch()
     with local_run(run, 2, on_record=watch) as local:
         watch.wait_for_step(3)
@@ -190,7 +190,7 @@ def test_a_wish_to_save_is_granted_once(tmp_path):
     gate = tmp_path / "gate"
     gate.touch()
     held = Plain(samples=LONG, fault="hold", fault_at=sample_at(step=4), fault_file=str(gate))
-    run = prepare(held, configure(tmp_path, "run"))
+    run = prepare(held, configure(tmp_path, "run", scaling__max_workers=1))
     watch = Watch()
     with local_run(run, 1, on_record=watch) as local:
         watch.wait_for_step(3)
@@ -211,7 +211,7 @@ def test_survivors_of_a_killed_worker_go_on_in_their_processes_and_end_with_the_
     gate.touch()
     # Rank 1 of 3 has microbatches 3 to 5: it is held in the middle of step 4 while another worker dies.
     job = Everything(samples=LONG, fault="hold", fault_at=sample_at(step=4, microbatch=4), fault_file=str(gate))
-    run = prepare(job, configure(tmp_path, "run"))
+    run = prepare(job, configure(tmp_path, "run", scaling__max_workers=3))
     watch = Watch()
     with local_run(run, 3, on_record=watch) as local:
         watch.wait_for_step(3)
@@ -253,7 +253,7 @@ def test_a_worker_may_die_between_its_update_and_the_next_step(undisturbed_epoch
     """Rank 0 reports the steps: its last words must not be the only record of a step that others have applied."""
     named = tmp_path / "named"
     job = Everything(samples=LONG, fault="die-after-step", fault_at=6, fault_file=str(named))
-    run = prepare(job, configure(tmp_path, "run"))
+    run = prepare(job, configure(tmp_path, "run", scaling__max_workers=2))
     with local_run(run, 2) as local:
         (tmp_path / "written").write_text(str(local.processes[rank].pid))
         (tmp_path / "written").rename(named)

@@ -160,7 +160,7 @@ def test_a_run_that_is_taken_over_ends_for_the_older_driver_and_is_whole_for_the
     gate = tmp_path / "gate"
     gate.touch()
     job = Everything(samples=LONG, fault="hold", fault_at=sample_at(step=6), fault_file=str(gate))
-    older = prepare(job, configure(tmp_path, "run", checkpoint__every="1st"))
+    older = prepare(job, configure(tmp_path, "run", checkpoint__every="1st", scaling__max_workers=2))
     watch = Watch()
     with local_run(older, 2, on_record=watch) as local:
         watch.wait_for(lambda r: r.get("kind") == "checkpoint_committed" and r["step"] == 5)
@@ -191,7 +191,7 @@ def test_the_command_trains_in_two_processes_and_ends_with_0(undisturbed, tmp_pa
     command = [
         sys.executable, "-m", "elastic.worker", "--module", "tests.tiny_jobs", "--class", "Everything",
         "--workers", "2", "--run.storage", str(tmp_path), "--run.name", "run", "--run.exactness", "bitwise",
-        "--eval.every", "3st",
+        "--eval.every", "3st", "--scaling.max-workers", "2",
     ]  # fmt: skip
     environment = {**os.environ, "PYTHONPATH": os.getcwd()}
 

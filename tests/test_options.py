@@ -10,7 +10,7 @@ import pytest
 from elastic import Job
 from elastic.config import BatchOptions, RunOptions, TrainConfig
 from elastic.errors import ConfigError
-from elastic.main import run
+from elastic.command import run
 from elastic.options import help_text, list_options, parse
 from tests.tiny_jobs import CONFIG, Plain
 

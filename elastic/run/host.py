@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import secrets
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from elastic.config import TrainConfig
@@ -17,6 +17,10 @@ from elastic.run.prepare import PreparedRun, git_commit
 from elastic.run.versions import versions
 from elastic.storage import Storage
 from elastic.units import parse_amount
+
+
+#: A restarted host counts on from the newest world in the ledger, plus this: those that did not get into it.
+UNKNOWN_WORLDS = 1000
 
 
 @dataclass(frozen=True)
@@ -42,9 +46,11 @@ class RunHost:
 
     def __init__(self, folder_url: str, options: KeeperOptions, settings: HostSettings):
         self.keeper = RunKeeper(RunFolder(Storage(folder_url)), options)
-        phase = Phase.REBUILDING if settings.restarted else Phase.GATHERING
+        state = State(options.epoch, settings.limits)
+        if settings.restarted:
+            state = replace(state, phase=Phase.REBUILDING, n=self.keeper.worlds_so_far() + UNKNOWN_WORLDS)
         self.server = MembershipServer(
-            self.keeper, State(options.epoch, settings.limits, phase), settings.token, host=settings.host,
+            self.keeper, state, settings.token, host=settings.host,
             port=settings.port, hang_s=settings.hang_s, new_store=lambda: _new_store(settings.host),
         )  # fmt: skip
         self.keeper.attach(self.server)

@@ -22,7 +22,7 @@ from elastic.checkpoint.writer import commit
 from elastic.errors import CheckpointError
 from elastic.membership.server import MembershipServer
 from elastic.membership.state import Generation, Member, World
-from elastic.observe.ledger import EVENTS, METRICS, LedgerFile
+from elastic.observe.ledger import EVENTS, METRICS, LedgerFile, read_records
 from elastic.observe.tensorboard import TensorBoard
 from elastic.run.folder import RunFolder
 
@@ -126,6 +126,15 @@ class RunKeeper:
 
     def last_step(self) -> int:
         return self._last_row["step"] if self._last_row else 0
+
+    def worlds_so_far(self) -> int:
+        """The highest number of a world of this claim in the ledger."""
+        generations = [
+            Generation.parse(e["generation"])
+            for e in read_records(self._storage, EVENTS)
+            if e["kind"] == "world_formed"
+        ]
+        return max((g.n for g in generations if g.epoch == self._options.epoch), default=0)
 
     def claim_step(self) -> int:
         return self._claim_step
