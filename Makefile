@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: train test test-fast lint clean
+.PHONY: train demo test test-fast lint clean
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -12,6 +12,9 @@ BIN := .venv/bin
 
 train: .venv/ready
 	$(BIN)/python -m jobs.codegpt
+
+demo: .venv/ready
+	$(BIN)/python -m jobs.demo
 
 test: .venv/ready
 	$(BIN)/python -m pytest tests

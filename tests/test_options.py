@@ -8,9 +8,9 @@ from dataclasses import replace
 import pytest
 
 from elastic import Job
+from elastic.command import run
 from elastic.config import BatchOptions, RunOptions, TrainConfig
 from elastic.errors import ConfigError
-from elastic.command import run
 from elastic.options import help_text, list_options, parse
 from tests.tiny_jobs import CONFIG, Plain
 

@@ -12,7 +12,7 @@ import pytest
 
 from elastic.observe.ledger import EVENTS, METRICS, gaps_and_doubles, kept_history, read_records
 from elastic.storage import Storage
-from tests.ray_cluster import Command, SharedCluster, result
+from jobs.bench.nodes import Command, LocalCluster, result
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(180)]
 STEPS = 40
@@ -21,9 +21,9 @@ JOB = ("--run.duration", f"{STEPS}st", "--run.exactness", "bitwise", "--batch.mi
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[SharedCluster]:
+def cluster() -> Iterator[LocalCluster]:
     os.environ["RAY_AUTH_MODE"] = "disabled"
-    shared = SharedCluster()
+    shared = LocalCluster()
     yield shared
     shared.close()
 
@@ -38,13 +38,13 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> str:
     return result(storage / "twin")["weights_sha256"]
 
 
-def digits(cluster: SharedCluster, storage: Path, name: str, *options: str) -> Command:
+def digits(cluster: LocalCluster, storage: Path, name: str, *options: str) -> Command:
     return Command("-m", "jobs.digits", "--cluster.address", cluster.address, "--run.storage", str(storage),
                    "--run.name", name, *JOB, *options)  # fmt: skip
 
 
 def test_interrupted_by_each_signal_and_resumed_at_another_size_a_run_has_the_bits_of_one_plain_process(
-    cluster: SharedCluster, undisturbed: str, tmp_path: Path
+    cluster: LocalCluster, undisturbed: str, tmp_path: Path
 ) -> None:
     # given a run in a world of three that SIGINT interrupts, then one of two that SIGTERM does
     step = 0
@@ -78,7 +78,7 @@ def test_interrupted_by_each_signal_and_resumed_at_another_size_a_run_has_the_bi
     assert "world formed" not in again.output
 
 
-def test_a_second_interrupt_ends_at_once(cluster: SharedCluster, tmp_path: Path) -> None:
+def test_a_second_interrupt_ends_at_once(cluster: LocalCluster, tmp_path: Path) -> None:
     run = digits(cluster, tmp_path, "twice", "--run.duration", "100000st")
     run.wait_for_step(3)
     run.signal(signal.SIGINT)
@@ -87,7 +87,7 @@ def test_a_second_interrupt_ends_at_once(cluster: SharedCluster, tmp_path: Path)
     assert run.wait(60) == 130, run.output
 
 
-def test_a_killed_worker_costs_no_sample_and_no_bit(cluster: SharedCluster, undisturbed: str, tmp_path: Path) -> None:
+def test_a_killed_worker_costs_no_sample_and_no_bit(cluster: LocalCluster, undisturbed: str, tmp_path: Path) -> None:
     run = digits(cluster, tmp_path, "killed", "--checkpoint.every", "10st")
     line = run.wait_for(lambda text: "world formed" in text)
     pid = int(line.split("pids=[")[1].split(",")[0])
@@ -101,7 +101,7 @@ def test_a_killed_worker_costs_no_sample_and_no_bit(cluster: SharedCluster, undi
     assert sum(e["kind"] == "world_formed" for e in read_records(storage, EVENTS)) >= 2
 
 
-def test_an_error_in_the_job_ends_the_run_with_its_traceback(cluster: SharedCluster, tmp_path: Path) -> None:
+def test_an_error_in_the_job_ends_the_run_with_its_traceback(cluster: LocalCluster, tmp_path: Path) -> None:
     job = tmp_path / "bad_job.py"
     job.write_text(
         "from jobs.digits import Digits\nimport elastic\n\n\nclass Bad(Digits):\n"
@@ -116,7 +116,7 @@ def test_an_error_in_the_job_ends_the_run_with_its_traceback(cluster: SharedClus
     assert result(tmp_path / "bad")["status"] == "failed"
 
 
-def test_the_trainer_works_inside_a_program_of_ones_own(cluster: SharedCluster, tmp_path: Path) -> None:
+def test_the_trainer_works_inside_a_program_of_ones_own(cluster: LocalCluster, tmp_path: Path) -> None:
     program = tmp_path / "program.py"
     program.write_text(
         "import ray, elastic\nfrom jobs.digits import Digits\n"

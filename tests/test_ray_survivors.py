@@ -12,7 +12,7 @@ import pytest
 
 from elastic.observe.ledger import EVENTS, METRICS, gaps_and_doubles, read_records
 from elastic.storage import Storage
-from tests.ray_cluster import Command, SharedCluster, result
+from jobs.bench.nodes import Command, LocalCluster, result
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
 JOB = ("--run.duration", "100000st", "--run.exactness", "bitwise", "--scaling.max-workers", "3",
@@ -20,10 +20,10 @@ JOB = ("--run.duration", "100000st", "--run.exactness", "bitwise", "--scaling.ma
 
 
 @pytest.fixture
-def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[SharedCluster]:
+def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[LocalCluster]:
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     monkeypatch.setenv("SLOW_JOB_PAUSE_S", "0.02")
-    shared = SharedCluster(nodes=3, cpus=1)
+    shared = LocalCluster(nodes=3, cpus=1)
     yield shared
     shared.close()
 
@@ -48,7 +48,7 @@ class Story:
 
 
 def test_killed_workers_and_nodes_a_new_node_and_a_drained_one_cost_no_survivor_no_step_and_no_bit(
-    cluster: SharedCluster, tmp_path: Path
+    cluster: LocalCluster, tmp_path: Path
 ) -> None:
     run = Command("-m", "tests.slow_job", "--cluster.address", cluster.address, "--run.storage", str(tmp_path), *JOB)
     story = Story(run)

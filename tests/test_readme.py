@@ -17,8 +17,8 @@ import pytest
 
 import elastic
 from elastic import TrainConfig, cli, errors
-from elastic.errors import ElasticError
 from elastic.command import run
+from elastic.errors import ElasticError
 from elastic.options import list_options
 
 ROOT = Path(__file__).parent.parent

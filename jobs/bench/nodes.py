@@ -1,4 +1,4 @@
-"""One Ray cluster of several nodes on this machine, shared by all tests that need Ray, and commands run against it."""
+"""Ray clusters of several nodes on this machine, and commands run against them: for the demo, benchmarks and tests."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 OBJECT_STORE_BYTES = 100 * 1024 * 1024
-REPOSITORY = Path(__file__).parent.parent
+REPOSITORY = Path(__file__).parent.parent.parent
 
 
-class SharedCluster:
-    """A head without work and worker nodes of two CPU slots; nodes can be killed and added."""
+class LocalCluster:
+    """A head without work, and worker nodes that can be killed, drained and added."""
 
     def __init__(self, nodes: int = 3, cpus: int = 2):
         from ray.cluster_utils import Cluster
@@ -64,8 +64,10 @@ class SharedCluster:
 class Command:
     """A command under way, whose lines can be waited for."""
 
-    def __init__(self, *arguments: str, environment: dict[str, str] | None = None):
+    def __init__(self, *arguments: str, environment: dict[str, str] | None = None, show: bool = False):
+        """Start it. `show`: also print its lines."""
         self.lines: list[str] = []
+        self._show = show
         self._changed = threading.Condition()
         self.process = subprocess.Popen(
             [sys.executable, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=REPOSITORY,
@@ -79,6 +81,8 @@ class Command:
         for line in self.process.stdout:
             with self._changed:
                 self.lines.append(line.rstrip("\n"))
+                if self._show:
+                    print(self.lines[-1], flush=True)
                 self._changed.notify_all()
 
     @property
