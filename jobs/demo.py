@@ -16,7 +16,8 @@ from pathlib import Path
 
 from jobs.bench.nodes import Command, LocalCluster, result
 
-OPTIONS = ("--run.name", "demo", "--run.exactness", "bitwise", "--batch.microbatches", "8", "--scaling.max-workers", "3",
+OPTIONS = ("--run.name", "demo", "--run.exactness", "bitwise", "--batch.microbatches", "8",
+           "--scaling.max-workers", "3",
            "--eval.every", "100000st", "--checkpoint.every", "100st", "--job.eval-blocks", "64",
            "--recovery.lease", "60s")  # fmt: skip
 

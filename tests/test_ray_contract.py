@@ -6,12 +6,16 @@ import inspect
 
 import pytest
 import ray
+from ray._private import services
+from ray._private.state import state as ray_state
+from ray.train.v2._internal.execution.context import DistributedContext
 from ray.train.v2._internal.execution.controller import TrainController
 from ray.train.v2._internal.execution.failure_handling import FailureDecision, FailurePolicy
 from ray.train.v2._internal.execution.scaling_policy import NoopDecision, ResizeDecision, ScalingPolicy
 from ray.train.v2._internal.execution.worker_group import WorkerGroup
+from ray.train.v2._internal.execution.worker_group.poll import WorkerGroupPollStatus, WorkerStatus
+from ray.train.v2._internal.execution.worker_group.worker import ActorMetadata, RayTrainWorker
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
-from ray.train.v2.api.exceptions import WorkerGroupError
 
 from elastic.cluster import raytrain
 
@@ -46,9 +50,40 @@ def test_the_controller_has_the_methods_that_we_call(name: str) -> None:
     assert inspect.iscoroutinefunction(getattr(TrainController, name)) or callable(getattr(TrainController, name))
 
 
-def test_the_worker_group_creates_workers_in_one_place() -> None:
-    assert parameters(WorkerGroup._create_workers)[1:4] == ["num_workers", "placement_group", "resources_per_worker"]
-    assert parameters(WorkerGroup._get_worker_runtime_env) == ["custom_runtime_env"]
+def test_the_worker_group_has_the_methods_that_we_replace() -> None:
+    assert parameters(WorkerGroup.__init__)[1:] == ["train_run_context", "worker_group_context", "callbacks"]
+    assert parameters(WorkerGroup.poll_status) == ["self", "timeout"]
+    for name in ("_start", "has_started", "get_workers", "get_worker_group_state", "shutdown", "abort"):
+        assert parameters(getattr(WorkerGroup, name)) == ["self"]
+    assert WorkerGroup._worker_cls is RayTrainWorker
+    assert "worker_group._start()" in inspect.getsource(WorkerGroup.create)
+
+
+def test_a_worker_actor_takes_what_we_give_it() -> None:
+    wanted = {
+        "train_run_context", "distributed_context", "synchronization_actor", "storage_context", "worker_callbacks",
+        "controller_actor",
+    }  # fmt: skip
+    assert wanted <= set(parameters(RayTrainWorker.init_train_context))
+    assert parameters(RayTrainWorker.run_train_fn) == ["self", "train_fn_ref"]
+    assert parameters(RayTrainWorker.poll_status) == ["self"]
+    assert {"node_id", "pid"} <= set(ActorMetadata.__dataclass_fields__)
+    fields = set(WorkerStatus.__dataclass_fields__)
+    assert {"running", "error", "training_report", "return_value"} <= fields
+    assert list(WorkerGroupPollStatus.__dataclass_fields__)[:2] == [
+        "worker_statuses", "worker_rank_to_replica_group_rank"
+    ]  # fmt: skip
+    assert set(DistributedContext.__dataclass_fields__) == {
+        "world_rank", "world_size", "local_rank", "local_world_size", "node_rank"
+    }  # fmt: skip
+
+
+def test_ray_tells_which_nodes_go_away() -> None:
+    assert callable(ray_state.get_draining_nodes)
+
+
+def test_running_clusters_are_found_by_their_processes() -> None:
+    assert callable(services.find_gcs_addresses)
 
 
 def test_policies_have_the_methods_that_we_define() -> None:
@@ -60,10 +95,6 @@ def test_policies_have_the_methods_that_we_define() -> None:
     assert parameters(ResizeDecision) == ["num_workers", "resources_per_worker"]
     assert parameters(NoopDecision) == []
     assert {"RETRY", "RAISE"} <= set(FailureDecision.__members__)
-
-
-def test_a_worker_group_error_has_the_workers_errors() -> None:
-    assert "worker_failures" in parameters(WorkerGroupError.__init__)
 
 
 def test_the_trainer_has_the_hooks_that_we_override() -> None:
