@@ -126,12 +126,10 @@ REFUSED = [
     (lambda: ScalingOptions(min_workers=0), "--scaling.min-workers", "0", "at least 1"),
     (lambda: ScalingOptions(max_workers=0), "--scaling.max-workers", "0", "at least 1"),
     (lambda: ScalingOptions(min_workers=3), "--scaling.min-workers", "3", "at most --scaling.max-workers 2"),
-    (lambda: ScalingOptions(spares=1), "--scaling.spares", "1", "leave it 0"),
     (lambda: ScalingOptions(spares=-1), "--scaling.spares", "-1", "at least 0"),
     (lambda: ScalingOptions(accelerator="tpu"), "--scaling.accelerator", "'tpu'", "auto, cpu, gpu"),
     (lambda: ScalingOptions(cpus_per_worker=0), "--scaling.cpus-per-worker", "0", "at least 1"),
     (lambda: ScalingOptions(workers_per_node=0), "--scaling.workers-per-node", "0", "at least 1"),
-    (lambda: ScalingOptions(start_timeout="3st"), "--scaling.start-timeout", "'3st'", "s, min or h"),
     (lambda: ParallelOptions(strategy="fsdp"), "--parallel.strategy", "'fsdp'", "ddp"),
     (lambda: ParallelOptions(bucket_mb=0), "--parallel.bucket-mb", "0", "at least 1"),
     (lambda: EvalOptions(every="1h"), "--eval.every", "'1h'", "unit"),
@@ -139,7 +137,8 @@ REFUSED = [
     (lambda: CheckpointOptions(keep_last=0), "--checkpoint.keep-last", "0", "at least 1"),
     (lambda: RecoveryOptions(snapshot_every="5st"), "--recovery.snapshot-every", "'5st'", "leave it off"),
     (lambda: RecoveryOptions(hang_timeout="5ep"), "--recovery.hang-timeout", "'5ep'", "s, min or h"),
-    (lambda: RecoveryOptions(lease="x"), "--recovery.lease", "'x'", "unit"),
+    (lambda: RecoveryOptions(lease="auto"), "--recovery.lease", "'auto'", "unit"),
+    (lambda: RecoveryOptions(max_wait="2ep"), "--recovery.max-wait", "'2ep'", "s, min or h"),
     (lambda: ObserveOptions(log_every=0), "--observe.log-every", "0", "above 0"),
     (lambda: ObserveOptions(price=-1.0), "--observe.price", "-1.0", "at least 0"),
     (lambda: ClusterOptions(local_nodes=0), "--cluster.local-nodes", "0", "at least 1"),
@@ -228,12 +227,14 @@ configs = st.builds(
     scaling=st.builds(
         lambda low, more, **rest: ScalingOptions(min_workers=low, max_workers=low + more, **rest), st.integers(1, 9),
         st.integers(0, 9), accelerator=st.sampled_from(["auto", "cpu", "gpu"]), cpus_per_worker=st.integers(1, 9),
-        workers_per_node=_maybe(st.integers(1, 9)), start_timeout=clock,
+        workers_per_node=_maybe(st.integers(1, 9)), spares=st.integers(0, 3),
     ),
     parallel=st.builds(ParallelOptions, bucket_mb=whole, find_unused=st.booleans()),
     eval=st.builds(EvalOptions, every=_maybe(progress)),
     checkpoint=st.builds(CheckpointOptions, every=_maybe(progress), keep_last=whole),
-    recovery=st.builds(RecoveryOptions, hang_timeout=clock, lease=clock),
+    recovery=st.builds(
+        RecoveryOptions, hang_timeout=clock | st.just("auto"), lease=clock, max_wait=_maybe(clock)
+    ),
     observe=st.builds(
         ObserveOptions, log_every=st.floats(0.01, 100), tensorboard=st.booleans(), price=_maybe(st.floats(0, 100))
     ),
@@ -265,12 +266,12 @@ OTHER_VALUES = {
     "optim.schedule": "cosine", "optim.warmup": "5st", "optim.final-lr": 0.2, "optim.clip-norm": 1.0,
     "precision.autocast": "bf16", "precision.grad-compression": "bf16", "data.workers": 1, "data.prefetch": 3,
     "scaling.min-workers": 2, "scaling.max-workers": 3, "scaling.accelerator": "cpu", "scaling.cpus-per-worker": 2,
-    "scaling.workers-per-node": 1, "scaling.start-timeout": "1h", "parallel.bucket-mb": 1,
+    "scaling.workers-per-node": 1, "scaling.spares": 1, "parallel.bucket-mb": 1,
     "parallel.find-unused": True, "eval.every": "1ep", "checkpoint.every": "1ep", "checkpoint.keep-last": 1,
-    "recovery.hang-timeout": "1min", "recovery.lease": "1min", "observe.log-every": 1.0,
+    "recovery.hang-timeout": "1min", "recovery.lease": "1min", "recovery.max-wait": "1h", "observe.log-every": 1.0,
     "observe.tensorboard": False, "observe.price": 1.0, "cluster.address": "auto", "cluster.local-nodes": 2,
 }  # fmt: skip
-ONE_VALUE = {"scaling.spares", "parallel.strategy", "recovery.snapshot-every"}  # nothing else is valid yet
+ONE_VALUE = {"parallel.strategy", "recovery.snapshot-every"}  # nothing else is valid yet
 RESULT = {
     "run.duration", "run.seed", "run.exactness", "run.on-nonfinite", "batch.global-size", "batch.microbatches",
     "optim.schedule", "optim.warmup", "optim.final-lr", "optim.clip-norm", "precision.autocast",

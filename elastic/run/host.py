@@ -18,7 +18,6 @@ from elastic.run.versions import versions
 from elastic.storage import Storage
 from elastic.units import parse_amount
 
-
 #: A restarted host counts on from the newest world in the ledger, plus this: those that did not get into it.
 UNKNOWN_WORLDS = 1000
 

@@ -43,6 +43,8 @@ class LocalCluster:
     def kill_node(self, node: Any) -> None:
         """SIGKILL of the raylet; its workers die with it."""
         self.nodes.remove(node)
+        for entry in node.all_processes["raylet"]:
+            os.kill(entry.process.pid, signal.SIGKILL)
         self._cluster.remove_node(node, allow_graceful=False)
 
     def drain_node(self, node: Any, deadline_s: int) -> None:

@@ -38,9 +38,11 @@ def here(folder: Path, kills: int, node_kills: int) -> dict[str, list[dict[str, 
     killed: list[tuple[str, float]] = []
     pause = PAUSE_S / 4  # a worker of three runs four of the twelve microbatches
     try:
-        run = Command("-m", "jobs.bench.steady", "--cluster.address", cluster.address, "--run.storage", str(folder),
-                      "--run.name", "here", "--run.duration", "1000000st", "--scaling.max-workers", "3",
-                      "--run.exactness", "bitwise", "--job.pause", str(pause), "--observe.log-every", "0.2")  # fmt: skip
+        run = Command(
+            "-m", "jobs.bench.steady", "--cluster.address", cluster.address, "--run.storage", str(folder),
+            "--run.name", "here", "--run.duration", "1000000st", "--scaling.max-workers", "3",
+            "--run.exactness", "bitwise", "--job.pause", str(pause), "--observe.log-every", "0.2",
+        )  # fmt: skip
         pids = _next_world(run, 3, 0)
         for i in range(kills + node_kills):
             run.wait_for_step(_step(run) + 20)
@@ -51,6 +53,7 @@ def here(folder: Path, kills: int, node_kills: int) -> dict[str, list[dict[str, 
                 os.kill(pids[i % 3], signal.SIGKILL)
             else:
                 cluster.kill_node(cluster.nodes[0])
+                _next_world(run, 2, before)
                 cluster.add_node()
             pids = _next_world(run, 3, before)
         run.wait_for_step(_step(run) + 20)
@@ -97,9 +100,8 @@ def _analyse(storage: Storage, killed: list[tuple[str, float]]) -> dict[str, lis
             "detect": max(0.0, lost["time"] - max(at, last["time"])), "form": formed["time"] - lost["time"],
             "connect": first["connect_s"], "restore": first["restore_s"],
         }  # fmt: skip
-        parts["first step"] = max(
-            0.0, first["time"] - formed["time"] - first["connect_s"] - first["restore_s"] - normal
-        )
+        begun = formed["time"] + first["connect_s"] + first["restore_s"]
+        parts["first step"] = max(0.0, first["time"] - begun - normal)
         steps = [r["step"] for r in rows]
         found[kind].append({"stall_s": stall, "lost": float(len(steps) - len(set(steps))), **parts})
     suspected = sum(e["kind"] == "member_suspected" for e in events)
