@@ -27,6 +27,10 @@ class FencedError(ElasticError):
     """A newer claim owns the run: this process may write nothing more."""
 
 
+class WarmUpError(ElasticError):
+    """A worker could not get ready: its data, model or device failed before it joined."""
+
+
 class WorldBroken(ElasticError):
     """A member of the world is gone or stopped answering: collectives cannot complete."""
 

@@ -331,7 +331,7 @@ class Cluster(RuleBasedStateMachine):
     def form(self, world: World) -> None:
         assert world.generation not in self.worlds, "two worlds of one generation"
         assert all(world.generation > g for g in self.worlds), "generations only grow"
-        assert len({m.id for m in world.members}) == world.size <= self.limits.max_workers + 1
+        assert len({m.id for m in world.members}) == world.size <= max(2, self.limits.max_workers)
         assert world.size >= self.limits.min_workers
         self.worlds[world.generation] = world
         members = [self.workers[m.id] for m in world.members]

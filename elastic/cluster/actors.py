@@ -17,7 +17,7 @@ from typing import Any
 import ray
 
 from elastic.cluster.capacity import visible_devices
-from elastic.errors import ElasticError, FencedError, RunFailed
+from elastic.errors import ElasticError, FencedError, RunFailed, WarmUpError
 from elastic.run.host import HostSettings, RunHost
 from elastic.run.keeper import KeeperOptions
 from elastic.worker.run import Identity, WorkerRun
@@ -68,6 +68,8 @@ def training_function(run: WorkerRun, accelerator: str) -> Callable[[dict[str, A
             return Session(run, identity, import_s=import_s).run()
         except FencedError:
             return "fenced"
+        except WarmUpError:
+            return "unfit"
         except ElasticError as error:
             raise RunFailed(str(error)) from None  # crosses to the controller: only plain text is sure to pickle
         except Exception:

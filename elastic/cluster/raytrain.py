@@ -285,7 +285,7 @@ class Group(WorkerGroup):
         return unit.actor.run_train_fn.remote(self._worker_group_context.train_fn_ref)
 
     def _on_status(self, unit: _Unit, status: WorkerStatus) -> None:
-        if not status.running and status.error is None and status.return_value in ("fenced", "handed over"):
+        if not status.running and status.error is None and status.return_value in ("fenced", "handed over", "unfit"):
             self._units.remove(unit)
             unit.drop()
         else:

@@ -143,6 +143,10 @@ class WorkerLink:
             generation = self._assignment.generation
         self._put({**message, "generation": str(generation)})
 
+    def unfit(self, message: str) -> None:
+        """Tell the server why this worker cannot get ready."""
+        self._put({"kind": "unfit", "message": message})
+
     def progress(self, step: int, stage: int, microbatch: int, phase: str) -> None:
         """How far this worker is; the next heartbeat says so. Costs two assignments."""
         self._position, self._phase = (step, stage, microbatch), phase

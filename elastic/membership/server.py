@@ -55,6 +55,7 @@ from elastic.membership.state import (
     State,
     Suspect,
     Tick,
+    Unfit,
     World,
     advance,
     describe,
@@ -115,6 +116,7 @@ class MembershipServer:
         self._progress: dict[str, Progress] = {}
         self._stacks: dict[str, str] = {}
         self._condemned: set[str] = set()
+        self._said_done: frozenset[str] = frozenset()
         self._given_up: set[str] = set()  # whose processes the controller is to end
         self._step_times: deque[float] = deque(maxlen=100)
         self._hang_s = hang_s
@@ -149,8 +151,8 @@ class MembershipServer:
             self._thread.join(10)
 
     def gone(self) -> frozenset[str]:
-        """Members that were lost or are done. From any thread."""
-        return self._state.gone
+        """Members that were lost before they said that they are done. From any thread."""
+        return self._state.gone - self._said_done
 
     def publish(self, record: dict[str, Any], *, keep: bool) -> None:
         """Send a row or event to all followers; `keep` it for those who come later. From any thread."""
@@ -380,6 +382,9 @@ class MembershipServer:
             self._members[member_id] = member = Member(**message["member"])
             generation = Generation.parse(message["generation"])
             self._handle(Registered(member, generation, message["rank"], message["size"], now))
+        elif kind == "unfit":
+            self._keeper.event("member_lost", member=member_id, detail=message["message"])
+            self._handle(Unfit(member_id, message["message"], now))
         elif kind == "ack":
             self._handle(Acknowledged(member_id, now))
         elif kind == "stacks":
@@ -410,6 +415,7 @@ class MembershipServer:
         if fenced or member_id in self._state.gone:
             return  # whoever is not in the newest world has nothing to say about the run
         if message["kind"] == "done":
+            self._said_done |= {member_id}
             self._handle(Done(member_id))
         if message["kind"] == "rows":
             self._step_times.extend(r["step_s"] for r in message["rows"] if "step_s" in r)

@@ -154,6 +154,15 @@ class Done:
 
 
 @dataclass(frozen=True)
+class Unfit:
+    """A worker could not get ready. Before the first world that ends the run; later the others go on without it."""
+
+    member_id: str
+    message: str
+    now: float
+
+
+@dataclass(frozen=True)
 class Notice:
     """A node will go away at `deadline`."""
 
@@ -175,7 +184,7 @@ class Tick:
     now: float
 
 
-Event = Joined | Registered | Acknowledged | Lost | Done | Notice | Expected | Tick
+Event = Joined | Registered | Acknowledged | Lost | Done | Unfit | Notice | Expected | Tick
 
 # ---- commands ---------------------------------------------------------------------------------------------------
 
@@ -317,6 +326,10 @@ def advance(state: State, event: Event) -> tuple[State, list[Command]]:
         return _lost(state, event)
     if isinstance(event, Done):
         return replace(state, gone=state.gone | {event.member_id}), []
+    if isinstance(event, Unfit):
+        if state.world is None and state.phase is not Phase.REBUILDING:
+            return replace(state, phase=Phase.ENDED), [Fail(event.message)]
+        return _lost(state, Lost(event.member_id, event.now, "could not get ready"))
     if isinstance(event, Notice):
         return _settle(replace(state, notices={**state.notices, event.node: event.deadline}), event.now)
     if isinstance(event, Expected):
@@ -526,7 +539,7 @@ def _choose(state: State, usable: list[Waiting]) -> list[Member]:
         return [w.member for w in staying[: state.limits.max_workers]]
     if enough:  # only workers that go away hold the state: one comes along to give it
         giver = next(w for w in ranked if w.applied == newest)
-        return [*(w.member for w in staying[: state.limits.max_workers]), giver.member]
+        return [*(w.member for w in staying[: max(1, state.limits.max_workers - 1)]), giver.member]
     return [w.member for w in ranked[: state.limits.max_workers]]
 
 

@@ -25,15 +25,15 @@ def to_line(record: dict[str, Any]) -> str:
     try:
         return json.dumps(record, allow_nan=False) + "\n"
     except ValueError:
-        return json.dumps(_finite(record), allow_nan=False) + "\n"
+        return json.dumps(finite(record), allow_nan=False) + "\n"
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, dict):
-        return {k: _finite(v) for k, v in value.items()}
-    return [_finite(v) for v in value] if isinstance(value, (list, tuple)) else value
+        return {k: finite(v) for k, v in value.items()}
+    return [finite(v) for v in value] if isinstance(value, (list, tuple)) else value
 
 
 class LedgerFile:

@@ -10,6 +10,7 @@ import time
 from typing import Any
 
 from elastic.errors import ConfigError
+from elastic.observe.ledger import finite
 from elastic.storage import Storage
 
 FORMAT = 1
@@ -19,7 +20,7 @@ LIVE_STATES = ("running", "parked")
 
 
 def _json(values: dict[str, Any]) -> bytes:
-    return (json.dumps({"format": FORMAT, **values}, indent=1) + "\n").encode()
+    return (json.dumps(finite({"format": FORMAT, **values}), indent=1) + "\n").encode()
 
 
 class RunFolder:

@@ -148,8 +148,12 @@ class RunKeeper:
         self._give_up_message = message
 
     def set_status(self, status: str) -> None:
-        self._state = status
-        self._do(self._write_status)
+        def write() -> None:
+            if not self._closed:
+                self._state = status
+                self._write_status()
+
+        self._do(write)
 
     def receive(self, member: Member, generation: Generation, message: dict[str, Any]) -> None:
         kind = message["kind"]
@@ -288,6 +292,7 @@ class RunKeeper:
             {"size": world.size, "generation": str(world.generation)}, attempt.header["values"],
         )  # fmt: skip
         indexes = [attempt.indexes[m.id] for m in world.members if m.id in attempt.indexes]
+        self._rows.flush()
         try:
             whole = commit(self._storage, name, manifest, indexes)
         except (OSError, CheckpointError) as error:

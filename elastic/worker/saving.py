@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from typing import Any
 
 import torch
 
@@ -20,8 +21,11 @@ from elastic.worker.state import TrainState
 def save(
     state: TrainState, step: int, link: WorkerLink, storage: Storage, *, generation: Generation, rank: int, size: int,
     seed: int, config_digest: str,
-) -> None:  # fmt: skip
-    """Write this rank's share of the state and report it; the keeper commits when all shares are there.
+) -> dict[str, Any]:  # fmt: skip
+    """Write this rank's share of the state; the keeper commits when all shares are reported to it.
+
+    Returns:
+        the report, to be posted after everything that the checkpoint must not come before.
 
     Raises:
         OSError: the share could not be written.
@@ -35,7 +39,7 @@ def save(
     message = {"kind": "pack", "step": step, "attempt": attempt, "index": index, "shares": size}
     if rank == 0:
         message["header"] = {"seed": seed, "config_digest": config_digest, "values": state.values()}
-    link.post(message, generation)
+    return message
 
 
 def restore_newest(state: TrainState, storage: Storage, link: WorkerLink) -> int:

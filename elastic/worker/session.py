@@ -19,7 +19,7 @@ import torch
 from elastic import fault
 from elastic.data.loader import Fetcher, Loader, Order
 from elastic.data.seeds import derive, seed_all
-from elastic.errors import ElasticError, FencedError, RunFailed, WorldBroken
+from elastic.errors import ElasticError, FencedError, RunFailed, WarmUpError, WorldBroken
 from elastic.job import eval_sets
 from elastic.membership.client import RunOver, WorkerLink
 from elastic.membership.state import Failure, Generation, Member
@@ -44,7 +44,11 @@ class Session:
     """Trains until the run is finished or paused, in one world after another."""
 
     def __init__(self, run: WorkerRun, identity: Identity, *, import_s: float = 0.0):
-        """Warm up: device, data and model are ready when this returns. `import_s` is only reported."""
+        """Warm up: device, data and model are ready when this returns. `import_s` is only reported.
+
+        Raises:
+            WarmUpError: they cannot be; the membership server knows.
+        """
         began = time.monotonic()
         self._run, self._job, self._config, self._plan = run, run.job, run.config, run.plan
         self._bitwise = run.config.run.exactness == "bitwise"
@@ -65,7 +69,15 @@ class Session:
         self._rows: deque[dict[str, Any]] = deque(maxlen=KEPT_ROWS)
         self._evaluated: tuple[int, dict[str, float]] = (-1, {})
         self._started = time.monotonic()
-        parts = self._warm_up()
+        try:
+            parts = self._warm_up()
+        except Exception as error:
+            known = isinstance(error, ElasticError)
+            text = str(error) if known else "".join(traceback.format_exception(error)).rstrip()
+            message = f"worker {identity.id} could not get ready:\n{text}"
+            self._link.unfit(message)
+            self._link.close()
+            raise WarmUpError(message) from error
         self._facts = {
             "warm_s": round(time.monotonic() - began + import_s, 3),
             "warm_parts": {"import_s": round(import_s, 3), **parts},
@@ -202,11 +214,12 @@ class Session:
         clock.sync_s += time.perf_counter() - fence
         fault.point("step.after_fence", group.rank, step + 1)
         self._apply(update)
+        saved = None
         if self._applied < plan.total_steps and not stop:
             if plan.eval_every and self._applied % plan.eval_every == 0:
                 self._evaluate(group)
             if save_now or (plan.checkpoint_every and self._applied % plan.checkpoint_every == 0):
-                self._save(group)
+                saved = self._save(group)
         step_s = time.perf_counter() - began
         clock.other_s = max(0.0, step_s - clock.data_s - clock.compute_s - clock.sync_s - clock.checkpoint_s)
         row = {**self._row(update, group, step_s), **self._forming}
@@ -214,6 +227,8 @@ class Session:
         self._rows.append(row)
         if group.rank == 0:
             self._post_rows([row])
+        if saved is not None:  # after its row, so that no committed step is missing in the ledger
+            self._link.post(saved)
         return stop, leave
 
     def _wishes(self, steps_here: int) -> list[int]:
@@ -252,16 +267,17 @@ class Session:
             self._post_rows([{**row, **found}])
         return found
 
-    def _save(self, group: Group) -> None:
+    def _save(self, group: Group) -> dict[str, Any] | None:
         began = time.perf_counter()
         self._stepper.progress(self._applied, APPLIED + 2, "checkpoint")
         self._link.granted("save")
-        self._save_share(group.assignment.generation, group.rank, group.size)
+        message = self._save_share(group.assignment.generation, group.rank, group.size)
         self._stepper.clock.checkpoint_s += time.perf_counter() - began
+        return message
 
-    def _save_share(self, generation: Generation, rank: int, size: int) -> None:
+    def _save_share(self, generation: Generation, rank: int, size: int) -> dict[str, Any] | None:
         try:
-            save(
+            return save(
                 self._state, self._applied, self._link, self._storage, generation=generation, rank=rank, size=size,
                 seed=self._config.run.seed, config_digest=self._run.digest,
             )  # fmt: skip
@@ -270,11 +286,14 @@ class Session:
                 {"kind": "event", "event": "checkpoint_failed", "step": self._applied, "detail": str(error)},
                 generation,
             )
+            return None
 
     def _save_alone(self) -> None:
         """The run is given up while this worker waits with the newest state: commit it without a world."""
         assert self._left is not None
-        self._save_share(self._left, 0, 1)
+        message = self._save_share(self._left, 0, 1)
+        if message is not None:
+            self._link.post(message, self._left)
         self._link.post({"kind": "saved alone"}, self._left)
 
     def _post_rows(self, rows: list[dict[str, Any]]) -> None:
@@ -298,7 +317,9 @@ class Session:
     def _finish(self, group: Group, *, stopped: bool) -> str:
         """Evaluate, save, wait for the commit, and say that this worker is done."""
         self._evaluate(group)
-        self._save(group)
+        saved = self._save(group)
+        if saved is not None:
+            self._link.post(saved)
         self._link.await_commit(self._applied, COMMIT_TIMEOUT_S)
         status = "stopped" if stopped and self._applied < self._plan.total_steps else "finished"
         model = self._state.model

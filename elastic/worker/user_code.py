@@ -74,7 +74,7 @@ class UserCode:
         except UserCodeError:
             raise
         except Exception as error:
-            if is_collective_failure(error):  # DDP may synchronise inside the forward pass
+            if is_collective_failure(error) and _raised_in_torch(error):  # DDP may synchronise inside the forward pass
                 raise
             raise self.error(error) from error
 
@@ -86,6 +86,11 @@ class UserCode:
             hint = "\nOut of memory: give a larger --batch.microbatches, or a smaller --batch.pass-size."
         message = f"worker {self._worker_id} failed at {self.where}:\n{text}{hint}"
         return UserCodeError(Failure(type(error).__name__, self._step, self._microbatch, message))
+
+
+def _raised_in_torch(error: BaseException) -> bool:
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return bool(frames) and str(frames[-1].f_globals.get("__name__", "")).startswith("torch.")
 
 
 def _to_device(batch: Any, device: torch.device) -> Any:
