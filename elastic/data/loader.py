@@ -47,12 +47,15 @@ class Order:
         self.seed, self.dataset_size = seed, dataset_size
         self.global_size, self.microbatches = global_size, microbatches
         self.size = global_size // microbatches
+        self._step, self._ids = -1, np.empty(0, dtype=np.int64)
 
     def span(self, step: int, first: int, count: int) -> Span:
         """Microbatches `first` to `first + count - 1` of `step` (from 0)."""
-        position = step * self.global_size + first * self.size
-        positions = np.arange(position, position + count * self.size, dtype=np.int64)
-        ids = sample_ids(self.seed, self.dataset_size, positions)
+        if step != self._step:  # the ids of a step are made together: that takes as long as those of one microbatch
+            positions = np.arange(step * self.global_size, (step + 1) * self.global_size, dtype=np.int64)
+            self._step, self._ids = step, sample_ids(self.seed, self.dataset_size, positions)
+        begin = first * self.size
+        position, ids = step * self.global_size + begin, self._ids[begin : begin + count * self.size]
         parts = ids.astype("<i8").reshape(count, self.size)
         digests = (xxhash.xxh3_64_intdigest(part.tobytes()) for part in parts)
         return Span(step, first, position, ids, tuple(d - (1 << 64) if d >= 1 << 63 else d for d in digests))
