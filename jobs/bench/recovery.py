@@ -26,7 +26,7 @@ from elastic.observe.ledger import EVENTS, METRICS, read_records
 from elastic.storage import Storage
 from jobs.bench.nodes import Command, LocalCluster
 from jobs.bench.report import median, table, write_json
-from jobs.bench.restarting import PAUSE_S, SAVE_EVERY, steps_of
+from jobs.bench.restarting import PAUSE_S, SAVE_EVERY, steps_of, wait
 
 WORLD = re.compile(r"world formed world 1-(\d+) size=(\d+) pids=\[(.*?)\]")
 PHASES = ("detect", "form", "connect", "restore", "first step")
@@ -131,16 +131,16 @@ def torchrun(folder: Path, kills: int) -> list[dict[str, float]]:
     found = []
     try:
         for _ in range(kills):
-            _wait(lambda: _last(file).get("size") == 3, 240)
+            wait(lambda: _last(file).get("size") == 3, 240)
             at = _last(file)["step"]
-            _wait(lambda at=at: _last(file)["step"] > at + 30, 120)
+            wait(lambda at=at: _last(file)["step"] > at + 30, 120)
             before = _last(file)
             workers = _children(agents[-1].pid)
             for pid in (agents[-1].pid, *workers):
                 os.kill(pid, signal.SIGKILL)
             agents.pop().wait()
             killed = time.time()
-            _wait(lambda killed=killed: _last(file)["time"] > killed + 1 and _last(file)["size"] < 3, 240)
+            wait(lambda killed=killed: _last(file)["time"] > killed + 1 and _last(file)["size"] < 3, 240)
             rows = steps_of(file)
             after = next(r for r in rows if r["time"] > killed and r["size"] < 3)
             last = [r for r in rows if r["time"] < after["time"]][-1]
@@ -169,14 +169,6 @@ def _children(pid: int) -> list[int]:
 def _last(file: str) -> dict[str, Any]:
     rows = steps_of(file)
     return rows[-1] if rows else {}
-
-
-def _wait(condition: Any, timeout_s: float) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        if time.monotonic() > deadline:
-            raise TimeoutError(f"nothing within {timeout_s} s")
-        time.sleep(0.1)
 
 
 def _free_port() -> int:

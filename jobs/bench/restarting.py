@@ -127,11 +127,11 @@ def stock_ray(file: str, kills: int) -> list[dict[str, float]]:
     found = []
     for _ in range(kills):
         at = len(steps_of(file))
-        _wait(lambda at=at: len(steps_of(file)) > at + 60, 300)
+        wait(lambda at=at: len(steps_of(file)) > at + 60, 300)
         before = steps_of(file)[-1]
         cluster.kill_node(cluster.nodes[-1])
         killed = time.time()
-        _wait(lambda size=before["size"]: steps_of(file)[-1]["size"] < size, 300)
+        wait(lambda size=before["size"]: steps_of(file)[-1]["size"] < size, 300)
         rows = steps_of(file)
         after = next(r for r in rows if r["time"] > killed and r["size"] < before["size"])
         last = [r for r in rows if r["time"] < after["time"] and r["size"] == before["size"]][-1]
@@ -140,7 +140,7 @@ def stock_ray(file: str, kills: int) -> list[dict[str, float]]:
     return found
 
 
-def _wait(condition: Any, timeout_s: float) -> None:
+def wait(condition: Any, timeout_s: float) -> None:
     deadline = time.monotonic() + timeout_s
     while not condition():
         if time.monotonic() > deadline:
