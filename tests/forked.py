@@ -7,6 +7,7 @@ them as forks of one process that has imported everything, through what looks li
 from __future__ import annotations
 
 import io
+import json
 import multiprocessing
 import os
 import subprocess
@@ -21,6 +22,7 @@ from typing import Any
 import pytest
 
 import elastic.worker.local
+from elastic import fault
 from elastic.checkpoint.format import tensor_bytes
 from elastic.checkpoint.reader import newest_first, read_manifest, read_tensor
 from elastic.config import TrainConfig
@@ -65,6 +67,7 @@ def _work(specification: bytes, environment: dict[str, str]) -> None:
 
     os.environ.clear()
     os.environ.update(environment)
+    fault.read_plan()
     sys.stdin = io.TextIOWrapper(io.BytesIO(specification))
     sys.exit(_child())
 
@@ -223,11 +226,11 @@ def local_run(run: PreparedRun, workers: int, **options: Any) -> Iterator[LocalR
         assert leaks.wait_until_clean(before) == []
 
 
-def train(job: Job, config: TrainConfig, workers: int, wait_s: float = WAIT_S) -> Ran:
+def train(job: Job, config: TrainConfig, workers: int, wait_s: float = WAIT_S, faults: Any = ()) -> Ran:
     """Train to the end, or to the pause or failure. No more workers are waited for than are started."""
     run = prepare(job, replace(config, scaling=replace(config.scaling, max_workers=workers)))
     failure = None
-    with local_run(run, workers) as local:
+    with local_run(run, workers, environment={"ELASTIC_FAULTS": json.dumps(list(faults))}) as local:
         try:
             local.wait(wait_s)
         except RunFailed as error:

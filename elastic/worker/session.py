@@ -172,9 +172,8 @@ class Session:
     def _restore(self, group: Group) -> None:
         """Bring every member to one state: the newest that any of them holds, else a checkpoint, else a fresh start."""
         applied = group.gather_ints(self._applied)
-        newest = max(applied)
+        newest, source = max(applied), 0
         if newest < 0:
-            source = 0
             if group.rank == source:
                 self._applied = restore_newest(self._state, self._storage, self._link)
         else:
@@ -187,7 +186,7 @@ class Session:
         if min(held) != max(held):
             wanted = self._applied != max(held)
             self._applied = restore_from_peer(self._state, group, source, self._applied, self._link, wanted=wanted)
-        if group.rank == 0:
+        if group.rank == source:  # it holds the newest state, so it has its rows; rank 0 may be new
             self._post_rows([row for row in self._rows if row["step"] > group.assignment.last_step])
 
     # ---- steps -------------------------------------------------------------------------------------------------
@@ -214,17 +213,18 @@ class Session:
         clock.sync_s += time.perf_counter() - fence
         fault.point("step.after_fence", group.rank, step + 1)
         self._apply(update)
-        saved = None
-        if self._applied < plan.total_steps and not stop:
-            if plan.eval_every and self._applied % plan.eval_every == 0:
-                self._evaluate(group)
-            if save_now or (plan.checkpoint_every and self._applied % plan.checkpoint_every == 0):
-                saved = self._save(group)
-        step_s = time.perf_counter() - began
-        clock.other_s = max(0.0, step_s - clock.data_s - clock.compute_s - clock.sync_s - clock.checkpoint_s)
-        row = {**self._row(update, group, step_s), **self._forming}
+        row = {**self._row(update, group), **self._forming}
         self._forming = {}
-        self._rows.append(row)
+        self._rows.append(row)  # the step counts now, whatever happens before its row is sent
+        saved = None
+        try:
+            if self._applied < plan.total_steps and not stop:
+                if plan.eval_every and self._applied % plan.eval_every == 0:
+                    self._evaluate(group)
+                if save_now or (plan.checkpoint_every and self._applied % plan.checkpoint_every == 0):
+                    saved = self._save(group)
+        finally:
+            row |= self._times(time.perf_counter() - began)
         if group.rank == 0:
             self._post_rows([row])
         if saved is not None:  # after its row, so that no committed step is missing in the ledger
@@ -300,19 +300,27 @@ class Session:
         if rows:
             self._link.post({"kind": "rows", "rows": rows})
 
-    def _row(self, update: Update, group: Group, step_s: float) -> dict[str, Any]:
-        clock, plan, record, done = self._stepper.clock, self._plan, update.record, update.step + 1
+    def _row(self, update: Update, group: Group) -> dict[str, Any]:
+        plan, record, done = self._plan, update.record, update.step + 1
         return {
             "step": done, "time": time.time(), "loss": record.loss, "lr": update.lr, "grad_norm": update.norm,
             "world_size": group.size, "generation": str(group.assignment.generation),
             "samples": done * plan.global_size,
             "tokens": done * plan.global_size * plan.tokens_per_sample if plan.tokens_per_sample else None,
-            "step_s": round(step_s, 6), "data_s": round(clock.data_s, 6), "compute_s": round(clock.compute_s, 6),
-            "sync_s": round(clock.sync_s, 6), "checkpoint_s": round(clock.checkpoint_s, 6),
-            "other_s": round(clock.other_s, 6), "device_memory": memory_share(self._device),
+            "device_memory": memory_share(self._device),
             "first_position": update.step * plan.global_size, "count": plan.global_size,
             "sample_hash": record.sample_hash, **record.mean_metrics(), **({"skipped": True} if update.skip else {}),
         }  # fmt: skip
+
+    def _times(self, step_s: float) -> dict[str, float]:
+        """Seconds of a step, and what they went into."""
+        clock = self._stepper.clock
+        clock.other_s = max(0.0, step_s - clock.data_s - clock.compute_s - clock.sync_s - clock.checkpoint_s)
+        parts = {
+            "data_s": clock.data_s, "compute_s": clock.compute_s, "sync_s": clock.sync_s,
+            "checkpoint_s": clock.checkpoint_s, "other_s": clock.other_s,
+        }  # fmt: skip
+        return {name: round(seconds, 6) for name, seconds in {"step_s": step_s, **parts}.items()}
 
     def _finish(self, group: Group, *, stopped: bool) -> str:
         """Evaluate, save, wait for the commit, and say that this worker is done."""
