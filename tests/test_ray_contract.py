@@ -7,7 +7,9 @@ import inspect
 import pytest
 import ray
 from ray._private import services
+from ray._private.node import Node
 from ray._private.state import state as ray_state
+from ray._private.worker import Worker
 from ray.train.v2._internal.execution.context import DistributedContext
 from ray.train.v2._internal.execution.controller import TrainController
 from ray.train.v2._internal.execution.failure_handling import FailureDecision, FailurePolicy
@@ -80,6 +82,11 @@ def test_a_worker_actor_takes_what_we_give_it() -> None:
 
 def test_ray_tells_which_nodes_go_away() -> None:
     assert callable(ray_state.get_draining_nodes)
+
+
+def test_ray_tells_its_session_folder() -> None:
+    assert callable(Node.get_session_dir_path)
+    assert "self.node" in inspect.getsource(Worker.__init__)
 
 
 def test_running_clusters_are_found_by_their_processes() -> None:

@@ -77,6 +77,11 @@ def find_running_cluster() -> str | None:
     return sorted(found)[0] if found else None
 
 
+def session_folder() -> str:
+    """Ray's folder for this session on this machine; what a killed driver leaves in it goes away with the session."""
+    return str(ray._private.worker.global_worker.node.get_session_dir_path())
+
+
 def placement_group_name(run: str) -> str:
     """Prefix of the names of a run's placement groups."""
     return f"elastic/{run}/"
