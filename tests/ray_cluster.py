@@ -6,6 +6,8 @@ import json
 import os
 import re
 import signal
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +61,13 @@ def stop(run: Command, step: int) -> None:
     run.wait_for_step(step)
     run.signal(signal.SIGINT)
     assert run.wait() == 130, run.output
+
+
+def wait_until(condition: Callable[[], bool], timeout_s: float = 40.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, f"waited {timeout_s} s in vain"
+        time.sleep(0.05)
 
 
 def check_bits_and_samples(storage: Path, name: str, *options: str, redone: bool = False) -> list[dict[str, Any]]:

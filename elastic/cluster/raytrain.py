@@ -79,7 +79,8 @@ def find_running_cluster() -> str | None:
 
 def session_folder() -> str:
     """Ray's folder for this session on this machine; what a killed driver leaves in it goes away with the session."""
-    return str(ray._private.worker.global_worker.node.get_session_dir_path())
+    node: Any = ray._private.worker.global_worker.node
+    return str(node.get_session_dir_path())
 
 
 def placement_group_name(run: str) -> str:

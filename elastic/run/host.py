@@ -105,7 +105,8 @@ def keeper_options(run: PreparedRun, epoch: int, **facts: Any) -> KeeperOptions:
         tensorboard=run.config.observe.tensorboard,
         price=run.config.observe.price,
         facts={
-            "run": run.name, "owner": owner(), "owner_process": identity(), "host": platform.node(), "git_commit": git_commit(),
+            "run": run.name, "owner": owner(), "owner_process": identity(), "host": platform.node(),
+            "git_commit": git_commit(),
             "source_sha256": run.source, "versions": versions(), **facts,
         },
     )  # fmt: skip

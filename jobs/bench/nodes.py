@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -75,6 +76,13 @@ class LocalCluster:
 def _raylet(node: Any) -> int:
     (entry,) = node.all_processes["raylet"]
     return int(entry.process.pid)
+
+
+def free_port() -> int:
+    """A port of this machine that is free now."""
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return int(probe.getsockname()[1])
 
 
 class Command:
