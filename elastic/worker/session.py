@@ -30,6 +30,7 @@ from elastic.worker.evaluate import evaluate
 from elastic.worker.group import Group
 from elastic.worker.run import Identity, WorkerRun
 from elastic.worker.saving import restore_from_peer, restore_newest, save
+from elastic.worker.sockets import use_interface_of
 from elastic.worker.state import TrainState, weights_sha256
 from elastic.worker.step import APPLIED, FENCE, Stepper, Update
 from elastic.worker.user_code import UserCode, UserCodeError
@@ -53,6 +54,7 @@ class Session:
         self._run, self._job, self._config, self._plan = run, run.job, run.config, run.plan
         self._bitwise = run.config.run.exactness == "bitwise"
         prepare_process(bitwise=self._bitwise, threads=run.config.scaling.cpus_per_worker)
+        use_interface_of(identity.host)
         self._device = pick_device(identity.accelerator, identity.local_index)
         self._storage = Storage(run.folder_url)
         self._code = UserCode(run.job, self._device, identity.id, autocast=run.config.precision.autocast == "bf16")
