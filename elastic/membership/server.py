@@ -369,7 +369,7 @@ class MembershipServer:
     def _from_worker(self, member_id: str, message: dict[str, Any]) -> None:
         kind, now = message["kind"], time.monotonic()
         if kind == "beat":
-            self._send(member_id, {"kind": "beat"})
+            self._send(member_id, {"kind": "beat", "sent": message["sent"]})
             if "position" in message:
                 self._note_progress(member_id, message, now)
         elif kind == "join":

@@ -35,7 +35,6 @@ from elastic.worker.state import TrainState, weights_sha256
 from elastic.worker.step import APPLIED, FENCE, Stepper, Update
 from elastic.worker.user_code import UserCode, UserCodeError
 
-JOIN_TIMEOUT_S = 60.0
 COMMIT_TIMEOUT_S = 600.0
 COLLECTIVE_TIMEOUT_S = 1800.0  # the last resort: the membership server notices a hang long before
 KEPT_ROWS = 512
@@ -113,8 +112,8 @@ class Session:
         Raises:
             NonFiniteError: a loss or norm is not finite, and such steps are not to be skipped.
             CheckpointError: no committed checkpoint can be loaded.
-            FencedError: the run went on without this worker.
-            RunFailed: the membership server was silent for too long.
+            FencedError: the run went on without this worker, or may have: the membership server was silent too long.
+            RunFailed: this node's data differs.
         """
         failure: Failure | None = None
         try:
@@ -167,7 +166,7 @@ class Session:
             )
 
     def _join(self, failure: Failure | None) -> Group:
-        assignment = self._link.join(self._facts, self._applied, failure, JOIN_TIMEOUT_S, self._save_alone)
+        assignment = self._link.join(self._facts, self._applied, failure, self._save_alone)
         fault.point("world.assigned", assignment.rank, self._applied)
         return Group(assignment, self._device)
 
@@ -242,6 +241,7 @@ class Session:
         return [int(stop), int(link.wish("save") is not None), int(link.wish("leave") is not None)]
 
     def _apply(self, update: Update) -> None:
+        self._link.check_lease()
         self._applied = -1  # from here to the end of the update the state is neither the old nor the new one
         self._stepper.apply(update)
         self._applied = update.step + 1
