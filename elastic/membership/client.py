@@ -334,7 +334,7 @@ class WorkerLink:
         elif kind == "commit":
             self._commits.put(message)
         elif kind in ("fenced", "refused"):
-            self._fenced = message["reason"]
+            self._fenced = self._fenced or message["reason"]  # later ones only say that it is out
             self._free_now()
         elif kind == "over":
             self._over = message["status"]
