@@ -6,7 +6,7 @@
     POST /close    {"status": ..., "message": ...}: the driver knows that no worker will go on
     GET  /status   the keeper's view of the run, as JSON
     GET  /group    who is in, who waits, who is gone: what the controller of the workers goes by
-    POST /lost     {"ids": [...]}: processes that are known to be dead
+    POST /lost     {"ids": [...], "ended": bool}: workers that are gone; whether their processes are known to have ended
     POST /event    {"kind": ..., "detail": ...}: for the ledger
     POST /notice   {"node": ..., "remaining_s": ...}: a node goes away
     POST /expected {"ids": [...]}: after a restart, the workers that exist
@@ -460,8 +460,10 @@ class MembershipServer:
         return web.json_response({**describe(self._state), "condemned": sorted(self._given_up)})
 
     async def _on_lost(self, request: web.Request) -> web.Response:
-        for member_id in (await request.json())["ids"]:
-            self._handle(Lost(member_id, time.monotonic(), "process died", dead=True))
+        body = await request.json()
+        reason = "process died" if body["ended"] else "its node is gone, or it was given up"
+        for member_id in body["ids"]:
+            self._handle(Lost(member_id, time.monotonic(), reason, dead=body["ended"]))
         return web.json_response({"ok": True})
 
     async def _on_event(self, request: web.Request) -> web.Response:
