@@ -10,7 +10,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from elastic.membership.state import (
+from elastic.membership.decisions import advance
+from elastic.membership.messages import (
     Acknowledged,
     Break,
     Command,
@@ -20,27 +21,22 @@ from elastic.membership.state import (
     Fail,
     Failure,
     Form,
-    Generation,
     GiveUp,
     HandOver,
     Joined,
     Leave,
     LeftOut,
-    Limits,
     Lost,
-    Member,
     Notice,
     Park,
-    Phase,
     Refuse,
     Registered,
     SaveNow,
-    State,
     Suspect,
     Tick,
-    World,
-    advance,
 )
+from elastic.membership.state import Limits, Phase, State
+from elastic.membership.world import Generation, Member, World
 
 
 class Machine:

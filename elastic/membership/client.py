@@ -23,8 +23,9 @@ from typing import Any
 import aiohttp
 
 from elastic.errors import CheckpointError, FencedError, RunFailed, WorldBroken
-from elastic.membership.server import BEAT_S, MAX_MESSAGE_BYTES
-from elastic.membership.state import Failure, Generation, Member
+from elastic.membership.messages import Failure
+from elastic.membership.protocol import BEAT_S, MAX_MESSAGE_BYTES
+from elastic.membership.world import Generation, Member
 
 RECONNECT_S = 0.2
 

@@ -21,7 +21,7 @@ from elastic.checkpoint.retention import prune
 from elastic.checkpoint.writer import commit
 from elastic.errors import CheckpointError
 from elastic.membership.server import MembershipServer
-from elastic.membership.state import Generation, Member, World
+from elastic.membership.world import Generation, Member, World
 from elastic.observe.ledger import EVENTS, METRICS, LedgerFile, read_records
 from elastic.observe.tensorboard import TensorBoard
 from elastic.run.folder import RunFolder

@@ -22,7 +22,8 @@ from elastic.data.seeds import derive, seed_all
 from elastic.errors import ElasticError, FencedError, RunFailed, WarmUpError, WorldBroken
 from elastic.job import eval_sets
 from elastic.membership.client import RunOver, WorkerLink
-from elastic.membership.state import Failure, Generation, Member
+from elastic.membership.messages import Failure
+from elastic.membership.world import Generation, Member
 from elastic.parallel.device import describe, memory_share, pick_device, prepare_process
 from elastic.storage import Storage
 from elastic.units import parse_amount

@@ -11,7 +11,7 @@ from torch import nn
 
 from elastic.errors import RunFailed
 from elastic.job import Job
-from elastic.membership.state import Failure
+from elastic.membership.messages import Failure
 from elastic.worker.group import is_collective_failure
 
 LossValue = tuple[torch.Tensor, Any, Any]

@@ -1,0 +1,86 @@
+"""Watching over the workers: who has gone silent, who hangs. A hung one is named, with everybody's stacks."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable, Iterable
+
+from elastic.membership.connections import Connections
+from elastic.membership.protocol import SILENT_S, STACKS_S, Keeper
+from elastic.membership.watch import Progress, hung, p95, silent
+from elastic.membership.world import World
+
+
+class Watchman:
+    """Keeps what heartbeats said.
+
+    Args:
+        hang_s: fixed hang time-out, or None for one that goes by the steps seen.
+        give_up: called with (member id, what it is told, why it counts as lost) of a worker to go on without.
+    """
+
+    def __init__(
+        self, keeper: Keeper, connections: Connections, hang_s: float | None, give_up: Callable[[str, str, str], None]
+    ):
+        self._keeper, self._connections, self._hang_s, self._give_up = keeper, connections, hang_s, give_up
+        self._heard: dict[str, float] = {}
+        self._progress: dict[str, Progress] = {}
+        self._stacks: dict[str, str] = {}
+        self._condemned: set[str] = set()
+        self._step_times: deque[float] = deque(maxlen=100)
+
+    def heard(self, member_id: str, now: float) -> None:
+        """The worker said something."""
+        self._heard[member_id] = now
+
+    def forget(self, member_id: str) -> None:
+        """The worker is not connected any more."""
+        self._heard.pop(member_id, None)
+
+    def new_world(self) -> None:
+        """Progress counts within a world."""
+        self._progress = {}
+        self._condemned.clear()
+
+    def progress(self, member_id: str, position: tuple[int, int, int], phase: str, now: float) -> None:
+        """How far a member of the world is."""
+        known = self._progress.get(member_id)
+        if known is None or known.position != position or known.phase != phase:
+            self._progress[member_id] = Progress(position, phase, now)
+
+    def steps_took(self, seconds: Iterable[float]) -> None:
+        """How long steps took; the hang time-out goes by it."""
+        self._step_times.extend(seconds)
+
+    def stacks(self, member_id: str, text: str) -> None:
+        """The stacks that were asked for."""
+        self._stacks[member_id] = text
+
+    def look(self, world: World | None, now: float) -> None:
+        """Give up who is silent, and start to evict who hangs in the running `world`."""
+        for member_id in silent(self._heard, now, SILENT_S):
+            self._heard.pop(member_id)
+            self._give_up(member_id, "it was silent, and its world went on without it", f"silent for {SILENT_S:.0f} s")
+        if world is None:
+            return
+        here = {m.id: self._progress[m.id] for m in world.members if m.id in self._progress}
+        if len(here) == world.size:
+            for member_id in hung(here, now, p95(self._step_times), self._hang_s):
+                if member_id not in self._condemned:
+                    self._condemned.add(member_id)
+                    self._connections.start(self._evict(member_id, world))
+
+    async def _evict(self, member_id: str, world: World) -> None:
+        where = self._progress[member_id]
+        self._connections.tell(world, {"kind": "dump"})
+        await asyncio.sleep(STACKS_S)
+        for member in world.members:
+            text = self._stacks.pop(member.id, "no answer: the process is stopped, or its watcher is")
+            self._keeper.save_stacks(member, text)
+        lost = next(m for m in world.members if m.id == member_id)
+        self._keeper.event(
+            "member_evicted", generation=str(world.generation), member=lost.id, node=lost.node, pid=lost.pid,
+            step=where.position[0] + 1, detail=f"hung in {where.phase}, microbatch {where.position[2]}",
+        )  # fmt: skip
+        self._give_up(member_id, "it hung, and its world went on without it", f"hung in {where.phase}")
