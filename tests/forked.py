@@ -17,10 +17,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from multiprocessing import forkserver, resource_tracker
+from multiprocessing.connection import Connection
 from typing import Any
 
 import pytest
 
+import elastic.worker.hosting
 import elastic.worker.local
 from elastic import fault
 from elastic.checkpoint.format import tensor_bytes
@@ -40,7 +42,14 @@ B = CONFIG.batch.global_size
 LONG = 400  # samples of jobs whose runs see none of them twice
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(
-    ["elastic.worker.__main__", "elastic.worker.session", "tests.tiny_jobs", "torch._dynamo", "numpy.random"]
+    [
+        "elastic.worker.__main__",
+        "elastic.run.__main__",
+        "elastic.worker.session",
+        "tests.tiny_jobs",
+        "torch._dynamo",
+        "numpy.random",
+    ]
 )  # the first optimizer imports torch._dynamo, which takes as long as torch itself
 
 
@@ -62,14 +71,26 @@ def _nothing() -> None:
     pass
 
 
-def _work(specification: bytes, environment: dict[str, str]) -> None:
-    from elastic.worker.__main__ import _child
-
+def _take_environment(environment: dict[str, str]) -> None:
     os.environ.clear()
     os.environ.update(environment)
     fault.read_plan()
+
+
+def _work(specification: bytes, environment: dict[str, str]) -> None:
+    from elastic.worker.__main__ import _child
+
+    _take_environment(environment)
     sys.stdin = io.TextIOWrapper(io.BytesIO(specification))
     sys.exit(_child())
+
+
+def _host(reading: Connection, environment: dict[str, str]) -> None:
+    from elastic.run.__main__ import main
+
+    _take_environment(environment)
+    sys.stdin = os.fdopen(os.dup(reading.fileno()))
+    sys.exit(main())
 
 
 class _Input(io.BytesIO):
@@ -83,18 +104,26 @@ class _Input(io.BytesIO):
         super().close()
 
 
-class ForkedWorker:
-    """Looks like the `subprocess.Popen` of a worker; it starts when its standard input is closed."""
+class ForkedProcess:
+    """Looks like the `subprocess.Popen` of a worker, which starts when its standard input is closed, or of a host."""
 
     def __init__(self, command: list[str], *, stdin: int, env: dict[str, str]):
-        assert command[1:] == ["-m", "elastic.worker", "--child"]
         assert stdin == subprocess.PIPE
         self._environment = env
-        self.stdin = _Input(self._start)
         self._process: Any = None
+        self.stdin: Any
+        if command[1:] == ["-m", "elastic.run"]:  # it reads to the end of its input, which comes late
+            reading, writing = _context.Pipe(duplex=False)
+            self.stdin = os.fdopen(os.dup(writing.fileno()), "wb")
+            self._start(_host, reading)
+            reading.close()
+            writing.close()
+        else:
+            assert command[1:] == ["-m", "elastic.worker", "--child"]
+            self.stdin = _Input(lambda specification: self._start(_work, specification))
 
-    def _start(self, specification: bytes) -> None:
-        self._process = _context.Process(target=_work, args=(specification, self._environment))
+    def _start(self, target: Callable[..., None], given: Any) -> None:
+        self._process = _context.Process(target=target, args=(given, self._environment))
         self._process.start()
 
     @property
@@ -119,9 +148,9 @@ class ForkedWorker:
 
 
 class _Subprocess:
-    """What `elastic.worker.local` uses of `subprocess`."""
+    """What `elastic.worker.local` and `elastic.worker.hosting` use of `subprocess`."""
 
-    PIPE, TimeoutExpired, Popen = subprocess.PIPE, subprocess.TimeoutExpired, ForkedWorker
+    PIPE, TimeoutExpired, Popen = subprocess.PIPE, subprocess.TimeoutExpired, ForkedProcess
 
 
 class Watch:
@@ -221,6 +250,7 @@ def local_run(run: PreparedRun, workers: int, **options: Any) -> Iterator[LocalR
     with leaks.adopting_orphans():
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(elastic.worker.local, "subprocess", _Subprocess)
+            patch.setattr(elastic.worker.hosting, "subprocess", _Subprocess)
             with LocalRun(run, workers, **options) as local:
                 yield local
         assert leaks.wait_until_clean(before) == []

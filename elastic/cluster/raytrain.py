@@ -38,7 +38,7 @@ from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from elastic.cluster.capacity import full_nodes
-from elastic.membership.client import DriverLink
+from elastic.membership.driver import DriverLink
 
 TESTED_RAY = "2.60."
 POLL_S = 0.2

@@ -137,7 +137,7 @@ class _Drive:
         from elastic.cluster.actors import HostActor
         from elastic.cluster.capacity import check_fits, choose_accelerator
         from elastic.cluster.embedded import node_resources
-        from elastic.membership.client import DriverLink
+        from elastic.membership.driver import DriverLink
         from elastic.run.host import host_settings, keeper_options, new_token
 
         run, scaling = self._run, self._run.config.scaling

@@ -7,8 +7,10 @@ from collections import deque
 from collections.abc import Callable, Iterable
 
 from elastic.membership.connections import Connections
+from elastic.membership.forming import awaited
 from elastic.membership.protocol import SILENT_S, STACKS_S, Keeper
-from elastic.membership.watch import Progress, hung, p95, silent
+from elastic.membership.state import Phase, State
+from elastic.membership.watch import Progress, hung, overdue, p95, silent
 from elastic.membership.world import World
 
 
@@ -29,6 +31,7 @@ class Watchman:
         self._stacks: dict[str, str] = {}
         self._condemned: set[str] = set()
         self._step_times: deque[float] = deque(maxlen=100)
+        self._state: State
 
     def heard(self, member_id: str, now: float) -> None:
         """The worker said something."""
@@ -57,24 +60,39 @@ class Watchman:
         """The stacks that were asked for."""
         self._stacks[member_id] = text
 
-    def look(self, world: World | None, now: float) -> None:
-        """Give up who is silent, and start to evict who hangs in the running `world`."""
+    def look(self, state: State, now: float) -> None:
+        """Give up who is silent, and start to evict who hangs: in the running world, or on the way out of it."""
         for member_id in silent(self._heard, now, SILENT_S):
             self._heard.pop(member_id)
             self._give_up(member_id, "it was silent, and its world went on without it", f"silent for {SILENT_S:.0f} s")
+        self._state, world = state, state.world
         if world is None:
             return
+        for member_id in self._hung(world, state, now):
+            if member_id not in self._condemned:
+                self._condemned.add(member_id)
+                self._connections.start(self._evict(member_id, world))
+
+    def _hung(self, world: World, state: State, now: float) -> list[str]:
+        limits = p95(self._step_times), self._hang_s
         here = {m.id: self._progress[m.id] for m in world.members if m.id in self._progress}
-        if len(here) == world.size:
-            for member_id in hung(here, now, p95(self._step_times), self._hang_s):
-                if member_id not in self._condemned:
-                    self._condemned.add(member_id)
-                    self._connections.start(self._evict(member_id, world))
+        back = [state.waiting[i].since for i in world.ids if i in state.waiting]
+        if state.phase is Phase.BROKEN or (state.phase is Phase.LEAVING and back):
+            since = state.broken_at if state.phase is Phase.BROKEN else min(back)
+            return overdue(here, awaited(state), since, now, *limits)
+        if state.phase in (Phase.RUNNING, Phase.LEAVING) and len(here) == world.size:
+            return hung(here, now, *limits)
+        return []
 
     async def _evict(self, member_id: str, world: World) -> None:
-        where = self._progress[member_id]
+        where = known = self._progress.get(member_id)
+        if where is None:
+            where = Progress((-1, 0, 0), "load", 0.0)
         self._connections.tell(world, {"kind": "dump"})
         await asyncio.sleep(STACKS_S)
+        if self._state.world != world or member_id in self._state.waiting or self._progress.get(member_id) is not known:
+            self._condemned.discard(member_id)  # it has come round
+            return
         for member in world.members:
             text = self._stacks.pop(member.id, "no answer: the process is stopped, or its watcher is")
             self._keeper.save_stacks(member, text)

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from elastic import fault
 from elastic.membership.connections import Connections
 from elastic.membership.messages import (
     Break,
     Command,
+    Dropped,
     Fail,
     Form,
     GiveUp,
@@ -16,9 +18,11 @@ from elastic.membership.messages import (
     Leave,
     LeftOut,
     Park,
+    Rebuilt,
     Refuse,
     SaveNow,
     Suspect,
+    Welcome,
 )
 from elastic.membership.protocol import Keeper
 from elastic.membership.world import World
@@ -42,6 +46,7 @@ class Executor:
         self._keeper, self._connections, self._host, self._new_store = keeper, connections, host, new_store
         self._end_store: Callable[[], None] | None = None
         self._wish: dict[str, Any] | None = None
+        self._wished_at: dict[str, Any] = {}
         self.given_up: set[str] = set()  # whose processes the controller is to end
 
     def execute(self, command: Command) -> None:
@@ -49,6 +54,14 @@ class Executor:
         keeper, connections = self._keeper, self._connections
         if isinstance(command, Form):
             self._form(command.world)
+        elif isinstance(command, Rebuilt):
+            keeper.world_resumed(command.world)
+            connections.tell(command.world, {"kind": "resume", "generation": str(command.world.generation)})
+        elif isinstance(command, Welcome):
+            generation = str(command.world.generation)
+            connections.send(command.member_id, {"kind": "resume", "generation": generation})
+            if command.broken:
+                connections.send(command.member_id, {"kind": "broken", "generation": generation})
         elif isinstance(command, Break):
             self.drop_store()
             keeper.world_broken(command.world, command.lost, command.reason)
@@ -61,6 +74,9 @@ class Executor:
         elif isinstance(command, Suspect):
             keeper.event("member_suspected", member=command.member.id, node=command.member.node)
             self.refuse(command.member.id, "it did not acknowledge in time that its world was broken")
+        elif isinstance(command, Dropped):
+            member = command.member
+            keeper.event("member_lost", member=member.id, node=member.node, pid=member.pid, detail=command.reason)
         elif isinstance(command, Refuse):
             self.refuse(command.member_id, command.reason)
         elif isinstance(command, LeftOut):
@@ -81,7 +97,7 @@ class Executor:
 
     def wish(self, wish: dict[str, Any]) -> None:
         """Pass a wish on to all workers, now and in worlds to come."""
-        self._wish = {**wish, "kind": "wish"}
+        self._wish, self._wished_at = {**wish, "kind": "wish"}, self._keeper.restore_point()
         self._connections.broadcast(self._wish)
 
     def refuse(self, member_id: str, reason: str) -> None:
@@ -112,9 +128,12 @@ class Executor:
         keeper.world_formed(world)
         message = {
             "kind": "world", "generation": str(world.generation), "size": world.size, "store": [self._host, port],
-            "restore": keeper.restore_point(), "last_step": keeper.last_step(), "claim_step": keeper.claim_step(),
+            "restore": keeper.restore_point(), "claim_step": keeper.claim_step(),
         }  # fmt: skip
+        fault.point("world.forming", -1, world.generation.n)
         for rank, member in enumerate(world.members):
             self._connections.send(member.id, {**message, "rank": rank})
+        if self._wish and self._wish["wish"] == "save" and keeper.restore_point() != self._wished_at:
+            self._wish = None  # it was granted: a checkpoint was committed since
         if self._wish:
             self._connections.broadcast(self._wish)

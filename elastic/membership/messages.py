@@ -109,6 +109,22 @@ class Form:
 
 
 @dataclass(frozen=True)
+class Rebuilt:
+    """After a restart of the server: the world that its members were in. They may say what they have to say."""
+
+    world: World
+
+
+@dataclass(frozen=True)
+class Welcome:
+    """A member that only lost its connection may say what it has to say; `broken`: its world is."""
+
+    member_id: str
+    world: World
+    broken: bool
+
+
+@dataclass(frozen=True)
 class Break:
     """Tell everyone in the world that it is broken, so that blocked ones are freed."""
 
@@ -130,6 +146,14 @@ class Suspect:
     """A member was given up because it did not acknowledge in time."""
 
     member: Member
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """A worker outside of any world is gone for good: to be recorded, so that a restarted server knows it too."""
+
+    member: Member
+    reason: str
 
 
 @dataclass(frozen=True)
@@ -185,4 +209,19 @@ class Fail:
     message: str
 
 
-Command = Form | Break | Leave | Suspect | Refuse | LeftOut | HandOver | SaveNow | Park | GiveUp | Fail
+Command = (
+    Form
+    | Rebuilt
+    | Welcome
+    | Break
+    | Leave
+    | Suspect
+    | Dropped
+    | Refuse
+    | LeftOut
+    | HandOver
+    | SaveNow
+    | Park
+    | GiveUp
+    | Fail
+)

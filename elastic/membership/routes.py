@@ -71,7 +71,8 @@ class Routes:
         return web.json_response(self._keeper.status())
 
     async def _group(self, _: web.Request) -> web.Response:
-        return web.json_response({**describe(self._state()), "condemned": sorted(self._executor.given_up)})
+        seen = describe(self._state(), time.monotonic())
+        return web.json_response({**seen, "condemned": sorted(self._executor.given_up)})
 
     async def _lost(self, request: web.Request) -> web.Response:
         for member_id in (await request.json())["ids"]:

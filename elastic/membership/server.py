@@ -23,10 +23,22 @@ from elastic.membership.connections import Connections
 from elastic.membership.decisions import advance
 from elastic.membership.eviction import Watchman
 from elastic.membership.execution import Executor
-from elastic.membership.messages import Acknowledged, Done, Event, Failure, Form, Joined, Lost, Registered, Tick, Unfit
+from elastic.membership.messages import (
+    Acknowledged,
+    Done,
+    Event,
+    Failure,
+    Form,
+    Joined,
+    Lost,
+    Rebuilt,
+    Registered,
+    Tick,
+    Unfit,
+)
 from elastic.membership.protocol import MAX_MESSAGE_BYTES, Keeper
 from elastic.membership.routes import Routes
-from elastic.membership.state import Phase, State
+from elastic.membership.state import State
 from elastic.membership.world import Generation, Member
 
 TICK_S = 0.05
@@ -132,12 +144,12 @@ class MembershipServer:
             await asyncio.sleep(TICK_S)
             now = time.monotonic()
             self._handle(Tick(now))
-            self._watchman.look(self._state.world if self._state.phase is Phase.RUNNING else None, now)
+            self._watchman.look(self._state, now)
 
     def _handle(self, event: Event) -> None:
         self._state, commands = advance(self._state, event)
         for command in commands:
-            if isinstance(command, Form):
+            if isinstance(command, (Form, Rebuilt)):
                 self._watchman.new_world()
             self._executor.execute(command)
 
@@ -153,6 +165,9 @@ class MembershipServer:
         member_id = request.query["id"]
         self._connections.add(member_id, socket)
         self._watchman.heard(member_id, time.monotonic())
+        ended = self._keeper.ended()
+        if ended is not None:
+            self._connections.send(member_id, {"kind": "over", "status": ended})
         try:
             async for raw in socket:
                 if raw.type == WSMsgType.TEXT:
@@ -183,7 +198,8 @@ class MembershipServer:
             self._keeper.event("member_lost", member=member_id, detail=message["message"])
             self._handle(Unfit(member_id, message["message"], now))
         elif kind == "ack":
-            self._handle(Acknowledged(member_id, now))
+            if self._state.world is not None and message["generation"] == str(self._state.world.generation):
+                self._handle(Acknowledged(member_id, now))
         elif kind == "stacks":
             self._watchman.stacks(member_id, message["text"])
         else:
@@ -204,14 +220,20 @@ class MembershipServer:
         self._watchman.progress(member_id, (step, stage, microbatch), message["phase"], now)
 
     def _from_member(self, member_id: str, message: dict[str, Any]) -> None:
-        world = self._state.world
         generation = Generation.parse(message["generation"])
-        fenced = world is None or generation != world.generation or world.rank_of(member_id) is None
-        if fenced or member_id in self._state.gone:
-            return  # whoever is not in the newest world has nothing to say about the run
+        if not self._may_speak(member_id, generation):
+            return
         if message["kind"] == "done":
             self._said_done |= {member_id}
             self._handle(Done(member_id))
         if message["kind"] == "rows":
             self._watchman.steps_took(r["step_s"] for r in message["rows"] if "step_s" in r)
         self._keeper.receive(self._members[member_id], generation, message)
+
+    def _may_speak(self, member_id: str, generation: Generation) -> bool:
+        """Whoever is not in the newest world has nothing to say about the run, but for who saves as it is given up."""
+        state = self._state
+        if state.giving_up is not None and state.giving_up.saver is not None:
+            return member_id == state.giving_up.saver.id
+        known = state.world is not None and generation == state.world.generation and member_id in state.world.ids
+        return known and member_id not in state.gone

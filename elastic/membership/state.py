@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
-from elastic.membership.messages import Registered
+from elastic.membership.messages import GiveUp, Registered
 from elastic.membership.world import Member, World
 
 
@@ -15,7 +15,9 @@ class Limits:
     """Sizes and times (seconds) that decisions go by.
 
     Args:
+        microbatches: V, equal parts of a step's batch: a world never has more members. None: every size helps.
         settle_s: the first world waits this long for more than `min_workers`.
+        park_after_s: a first world that lacks workers is said to be parked after this long without another.
         join_window_s: joins within it are taken in together: one stall, not several.
         suspect_grace_s: who does not acknowledge a broken world within it is suspected.
         lease_s: a world without any member of its predecessor waits this long, unless those are known dead.
@@ -26,7 +28,9 @@ class Limits:
 
     min_workers: int
     max_workers: int
+    microbatches: int | None = None
     settle_s: float = 2.0
+    park_after_s: float = 30.0
     join_window_s: float = 1.0
     suspect_grace_s: float = 0.3
     lease_s: float = 30.0
@@ -58,6 +62,7 @@ class State:
     """Soft state. Mappings are never changed in place.
 
     `gone` are workers that were lost or are done: never let in again. `acked` have acknowledged the broken world.
+    `broken_at` is also when a world began to be left, and when a restarted server began to rebuild itself.
     """
 
     epoch: int
@@ -78,10 +83,25 @@ class State:
     failures: dict[tuple[str, int, int], int] = field(default_factory=dict)
     registered: dict[str, Registered] = field(default_factory=dict)
     expected: frozenset[str] | None = None
+    giving_up: GiveUp | None = None
+    unfit: int = 0
+    unfit_at: float = 0.0
 
 
-def describe(state: State) -> dict[str, Any]:
-    """For people and the controller: the phase, who is in, who waits, who is gone."""
+#: The first and the longest pause, in seconds, after a worker that could not get ready; it doubles in between.
+BACK_OFF_S = (1.0, 60.0)
+
+
+def ask_again_s(state: State, now: float) -> float:
+    """Seconds in which no further worker should be started: the last ones could not get ready."""
+    if not state.unfit:
+        return 0.0
+    least, most = BACK_OFF_S
+    return max(0.0, state.unfit_at + min(most, least * 2.0 ** min(state.unfit - 1, 10)) - now)
+
+
+def describe(state: State, now: float) -> dict[str, Any]:
+    """For people and the controller: the phase, who is in, who waits, who is gone, when to start more."""
     return {
         "phase": state.phase.value,
         "members": [m.id for m in state.world.members if m.id not in state.gone] if state.world else [],
@@ -89,4 +109,5 @@ def describe(state: State) -> dict[str, Any]:
         "left_out": sorted(state.left_out),
         "gone": sorted(state.gone),
         "going": sorted(state.notices),
+        "ask_again_s": round(ask_again_s(state, now), 3),
     }

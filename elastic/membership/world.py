@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 
 @dataclass(frozen=True, order=True)
@@ -43,6 +44,10 @@ class World:
     @property
     def size(self) -> int:
         return len(self.members)
+
+    @cached_property
+    def ids(self) -> frozenset[str]:
+        return frozenset(m.id for m in self.members)
 
     def rank_of(self, member_id: str) -> int | None:
         return next((r for r, m in enumerate(self.members) if m.id == member_id), None)
