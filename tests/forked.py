@@ -13,6 +13,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -151,6 +152,14 @@ class _Subprocess:
     """What `elastic.worker.local` and `elastic.worker.hosting` use of `subprocess`."""
 
     PIPE, TimeoutExpired, Popen = subprocess.PIPE, subprocess.TimeoutExpired, ForkedProcess
+
+
+def wait_until(holds: Callable[[], bool], what: str) -> None:
+    """Wait for something that no record tells."""
+    deadline = time.monotonic() + WAIT_S
+    while not holds():
+        assert time.monotonic() < deadline, f"waited {WAIT_S} s for {what}"
+        time.sleep(0.01)
 
 
 class Watch:

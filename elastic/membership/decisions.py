@@ -255,10 +255,15 @@ def _form(state: State, now: float) -> tuple[State, list[Command]]:
 
 
 def _gathered(state: State, now: float) -> bool:
-    """Whether the first world has waited long enough for more; it waits longer where it has too few."""
+    """Whether the first world has waited long enough for more; it waits longer where it has too few.
+
+    Workers that hold state wait for nobody: the server was restarted, and everyone who can be there is.
+    """
     limits = state.limits
     if not state.waiting:
         return state.parked_at is not None
+    if any(w.applied >= 0 for w in state.waiting.values()):
+        return True
     waited = now - state.last_join
     if len(state.waiting) >= helpful_size(limits.microbatches, limits.max_workers):
         fitting, _ = usable(state)

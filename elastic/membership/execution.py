@@ -63,6 +63,7 @@ class Executor:
             if command.broken:
                 connections.send(command.member_id, {"kind": "broken", "generation": generation})
         elif isinstance(command, Break):
+            fault.point("world.breaking", -1, command.world.generation.n)
             self.drop_store()
             keeper.world_broken(command.world, command.lost, command.reason)
             connections.tell(command.world, {"kind": "broken", "generation": str(command.world.generation)})

@@ -91,6 +91,7 @@ class RunKeeper:
 
     def recover(self) -> Record:
         """An earlier keeper of this claim died: go on where the ledger ends. To be called before `start`."""
+        fault.point("host.recovering", -1, 0)
         self._restarted = True
         record = self._record
         record.replay(read_records(self._storage, METRICS), read_records(self._storage, EVENTS))
@@ -389,6 +390,7 @@ class RunKeeper:
         if self._tensorboard:
             self._tensorboard.flush()
         self._write_status()
+        fault.point("run.closed", -1, values["steps"])
         self._closed = True
         self._end = {"status": status, "message": message}
         self._publish_end(values)

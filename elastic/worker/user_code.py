@@ -82,10 +82,20 @@ class UserCode:
         """The error to end the run with."""
         text = "".join(traceback.format_exception(error)).rstrip()
         hint = ""
-        if isinstance(error, torch.OutOfMemoryError):
-            hint = "\nOut of memory: give a larger --batch.microbatches, or a smaller --batch.pass-size."
+        if is_out_of_memory(error):
+            hint = (
+                "\nOut of memory: give a larger --batch.microbatches, so that a pass has fewer samples (in fast a "
+                "smaller --batch.pass-size does it too, and changes no sample), or workers with more memory."
+            )
         message = f"worker {self._worker_id} failed at {self.where}:\n{text}{hint}"
         return UserCodeError(Failure(type(error).__name__, self._step, self._microbatch, message))
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, on a device or on the host, where torch raises a plain RuntimeError."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
 
 
 def _raised_in_torch(error: BaseException) -> bool:
