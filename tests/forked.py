@@ -19,13 +19,14 @@ from contextlib import contextmanager
 from dataclasses import replace
 from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 import elastic.worker.hosting
 import elastic.worker.local
-from elastic import fault
+from elastic import fault as faults_of_process
 from elastic.checkpoint.format import tensor_bytes
 from elastic.checkpoint.reader import newest_first, read_manifest, read_tensor
 from elastic.config import TrainConfig
@@ -75,7 +76,7 @@ def _nothing() -> None:
 def _take_environment(environment: dict[str, str]) -> None:
     os.environ.clear()
     os.environ.update(environment)
-    fault.read_plan()
+    faults_of_process.read_plan()
 
 
 def _work(specification: bytes, environment: dict[str, str]) -> None:
@@ -186,6 +187,17 @@ class Watch:
         return self.wait_for(lambda record: "sample_hash" in record and record["step"] >= step)
 
 
+def fault(point: str, step: int | None = None, rank: int | None = None, do: str = "kill", **more: Any) -> dict:
+    """One planned fault; without step or rank it happens at any. See `elastic.fault`."""
+    places = {"point": point, "step": step, "rank": rank, "do": do, **more}
+    return {k: str(v) if isinstance(v, Path) else v for k, v in places.items() if v is not None}
+
+
+def plan(*faults: dict) -> dict[str, str]:
+    """The environment of a process in which these happen."""
+    return {"ELASTIC_FAULTS": json.dumps(faults)}
+
+
 class Ran:
     """A run that ended: its result and ledger, read from storage."""
 
@@ -269,7 +281,7 @@ def train(job: Job, config: TrainConfig, workers: int, wait_s: float = WAIT_S, f
     """Train to the end, or to the pause or failure. No more workers are waited for than are started."""
     run = prepare(job, replace(config, scaling=replace(config.scaling, max_workers=workers)))
     failure = None
-    with local_run(run, workers, environment={"ELASTIC_FAULTS": json.dumps(list(faults))}) as local:
+    with local_run(run, workers, environment=plan(*faults)) as local:
         try:
             local.wait(wait_s)
         except RunFailed as error:

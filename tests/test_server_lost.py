@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 from collections.abc import Iterator
@@ -13,30 +12,25 @@ from typing import Any
 import pytest
 
 from elastic.observe.ledger import gaps_and_doubles
-from elastic.run.prepare import prepare
+from elastic.run.prepare import PreparedRun, prepare
 from elastic.worker.hosting import HostProcess
 from elastic.worker.local import LocalRun
-from tests.forked import WAIT_S, B, Ran, Watch, configure, local_run, wait_until
+from tests.forked import WAIT_S, B, Ran, Watch, configure, fault, local_run, plan, wait_until
 from tests.tiny_jobs import Everything
 
 pytestmark = [pytest.mark.processes, pytest.mark.usefixtures("fork_server")]
 
 
-def fault(point: str, step: int | None = None, rank: int | None = None, do: str = "kill", **more: Any) -> dict:
-    places = {"point": point, "step": step, "rank": rank, "do": do, **more}
-    return {k: str(v) if isinstance(v, Path) else v for k, v in places.items() if v is not None}
-
-
-def plan(*faults: dict) -> dict[str, str]:
-    return {"ELASTIC_FAULTS": json.dumps(faults)}
-
-
 class Hosted:
     """A run whose host has a process of its own."""
 
-    def __init__(self, local: LocalRun, watch: Watch):
+    def __init__(self, run: PreparedRun, local: LocalRun, watch: Watch):
         assert isinstance(local.host, HostProcess)
-        self.local, self.watch, self.host = local, watch, local.host
+        self.run, self.local, self.watch, self.host = run, local, watch, local.host
+
+    @property
+    def ran(self) -> Ran:
+        return Ran(self.run, None)
 
     def kill_host(self) -> None:
         process = self.host.process
@@ -51,22 +45,10 @@ class Hosted:
 
 @contextmanager
 def hosted(config: Any, workers: int, *, in_workers: list[dict], in_host: list[dict]) -> Iterator[Hosted]:
-    watch = Watch()
+    watch, run = Watch(), prepare(Everything(), config)
     options = {"environment": plan(*in_workers), "own_host": plan(*in_host), "on_record": watch}
-    with local_run(prepare(Everything(), config), workers, **options) as local:
-        yield Hosted(local, watch)
-
-
-@pytest.fixture
-def gate(tmp_path):
-    """Files that hold processes while they exist, by name."""
-
-    def make(name: str) -> Path:
-        path = tmp_path / name
-        path.touch()
-        return path
-
-    return make
+    with local_run(run, workers, **options) as local:
+        yield Hosted(run, local, watch)
 
 
 def small(tmp_path: Path, workers: int = 3, **options: Any) -> Any:
@@ -93,9 +75,10 @@ def assert_recorded_once(ran: Ran, undisturbed: Ran, *, worlds: int) -> None:
 
 def test_training_goes_on_while_the_server_is_away_and_it_rebuilds_itself(undisturbed, tmp_path, gate):
     first, away, later = gate("first"), gate("away"), gate("later")
-    reached = tmp_path / "step-8-was-applied"
+    reached = tmp_path / "the-fence-of-step-9-was-passed"
     in_workers = [
-        fault("step.forward", 5, 0, "hold", file=first), fault("step.after_fence", 9, 0, "sleep", seconds=0, only=reached),
+        fault("step.forward", 5, 0, "hold", file=first),
+        fault("step.after_fence", 9, 0, "sleep", seconds=0, only=reached),
         fault("step.forward", 10, 1, "hold", file=later),
     ]  # fmt: skip
     in_host = [fault("host.recovering", do="hold", file=away)]
@@ -110,7 +93,7 @@ def test_training_goes_on_while_the_server_is_away_and_it_rebuilds_itself(undist
         run.local.wait(WAIT_S)
         pids = [p.pid for p in run.local.processes]
 
-    ran = Ran(run.local._run, None)
+    ran = run.ran
     assert resumed["generation"] == "1-1"
     assert ran.events("world_formed")[0]["detail"]["pids"] == pids
     assert {row["generation"] for row in ran.history} == {"1-1"}
@@ -133,7 +116,7 @@ def test_a_server_killed_at(point, step, undisturbed, tmp_path):
         assert run.host.restarts == 1
 
     assert codes == [0, 0]
-    assert_recorded_once(Ran(run.local._run, None), undisturbed, worlds=1)
+    assert_recorded_once(run.ran, undisturbed, worlds=1)
 
 
 def test_rows_that_are_recorded_are_not_recorded_again_if_nobody_was_told(undisturbed, tmp_path, gate):
@@ -145,7 +128,7 @@ def test_rows_that_are_recorded_are_not_recorded_again_if_nobody_was_told(undist
         held.unlink()
         run.local.wait(WAIT_S)
 
-    assert_recorded_once(Ran(run.local._run, None), undisturbed, worlds=1)
+    assert_recorded_once(run.ran, undisturbed, worlds=1)
 
 
 @pytest.mark.parametrize(("point", "n"), [("world.breaking", 1), ("world.forming", 2)])
@@ -155,7 +138,7 @@ def test_a_server_killed_while_a_world_is_broken_or_formed(point, n, undisturbed
     with hosted(small(tmp_path), 3, in_workers=in_workers, in_host=in_host) as run:
         run.local.wait(WAIT_S)
 
-    ran = Ran(run.local._run, None)
+    ran = run.ran
     assert ran.column("world_size") == [3] * 5 + [2] * 7
     assert_recorded_once(ran, undisturbed, worlds=2)
 
@@ -172,7 +155,7 @@ def test_a_server_killed_when_its_new_world_has_not_connected_yet(undisturbed, t
         held.unlink()
         run.local.wait(WAIT_S)
 
-    ran = Ran(run.local._run, None)
+    ran = run.ran
     assert ran.column("world_size") == [3] * 5 + [2] * 7
     assert_recorded_once(ran, undisturbed, worlds=3)
 
@@ -187,7 +170,7 @@ def test_a_server_and_a_worker_killed_together(undisturbed, tmp_path, gate):
         held.unlink()
         run.local.wait(WAIT_S)
 
-    ran = Ran(run.local._run, None)
+    ran = run.ran
     assert ran.column("world_size") == [3] * 5 + [2] * 7
     assert_recorded_once(ran, undisturbed, worlds=2)
 
@@ -202,6 +185,6 @@ def test_a_server_killed_while_the_run_is_parked(undisturbed, tmp_path, gate):
         run.local.add_worker()
         run.local.wait(WAIT_S)
 
-    ran = Ran(run.local._run, None)
+    ran = run.ran
     assert ran.column("world_size") == [2] * 12
     assert_recorded_once(ran, undisturbed, worlds=2)

@@ -282,7 +282,7 @@ def _park(state: State, have: int, now: float) -> tuple[State, list[Command]]:
     if limits.max_wait_s is None or now - state.parked_at < limits.max_wait_s:
         return state, commands
     message = (
-        f"parked for {limits.max_wait_s:.0f} s with {have} of at least {limits.min_workers} workers; add nodes, or "
+        f"parked for {limits.max_wait_s:g} s with {have} of at least {limits.min_workers} workers; add nodes, or "
         "lower --scaling.min-workers, and start the run again"
     )
     state, given_up = _give_up(state, message)

@@ -123,10 +123,14 @@ class RunKeeper:
     # ---- called on the server's thread -------------------------------------------------------------------------
 
     def event(self, kind: str, **fields: Any) -> None:
-        """Record an event. From any thread. One of no world belongs to the claim: its generation is `epoch-0`."""
-        known = {"generation": f"{self._options.epoch}-0", **{k: v for k, v in fields.items() if v is not None}}
-        record = {"time": time.time(), "kind": kind, **known}
+        """Record an event. From any thread."""
+        record = self._event(kind, fields)
         self._do(lambda: self._record_event(record))
+
+    def _event(self, kind: str, fields: dict[str, Any]) -> dict[str, Any]:
+        """One of no world belongs to the claim: its generation is `epoch-0`."""
+        known = {"generation": f"{self._options.epoch}-0", **{k: v for k, v in fields.items() if v is not None}}
+        return {"time": time.time(), "kind": kind, **known}
 
     def world_formed(self, world: World) -> None:
         self._enter(world)
@@ -271,6 +275,10 @@ class RunKeeper:
         self._end = {"status": "fenced", "message": reason}
         self._server.publish({"kind": "end", **self._end}, keep=True)
 
+    def _note(self, kind: str, **fields: Any) -> None:
+        """Record an event at once: what is queued may be the end of the run."""
+        self._record_event(self._event(kind, fields))
+
     def _record_event(self, record: dict[str, Any]) -> None:
         if self._closed:
             return
@@ -316,7 +324,7 @@ class RunKeeper:
         self._restore = {"rung": "checkpoint", "step": step, "attempt": name}
         if (step, name) not in self._record.committed:
             self._record.committed.add((step, name))
-            self.event("checkpoint_committed", generation=name.rpartition("-")[0], step=step, detail={"attempt": name})
+            self._note("checkpoint_committed", generation=name.rpartition("-")[0], step=step, detail={"attempt": name})
 
     def _commit(self, step: int, name: str, attempt: _Attempt) -> str | None:
         if self._closed or not self._still_ours():
@@ -332,19 +340,19 @@ class RunKeeper:
         try:
             whole = commit(self._storage, name, manifest, indexes)
         except (OSError, CheckpointError) as error:
-            self.event("checkpoint_failed", generation=str(attempt.generation), step=step, detail=str(error))
+            self._note("checkpoint_failed", generation=str(attempt.generation), step=step, detail=str(error))
             return f"the checkpoint of step {step} could not be committed: {error}"
         self._restore = {"rung": "checkpoint", "step": step, "attempt": name}
         self._record.committed.add((step, name))
         size = sum(c.end - c.start for t in whole.tensors.values() for c in t.chunks)
-        self.event(
+        self._note(
             "checkpoint_committed", generation=str(attempt.generation), step=step,
             seconds=round(time.monotonic() - attempt.started, 4), detail={"attempt": name, "bytes": size},
         )  # fmt: skip
         try:
             prune(self._storage, steps_with_attempts(self._storage), self._options.keep_last)
         except OSError as error:  # the run does not depend on it, and the next commit tries again
-            self.event("checkpoint_failed", step=step, detail=f"old checkpoints could not be removed: {error}")
+            self._note("checkpoint_failed", step=step, detail=f"old checkpoints could not be removed: {error}")
         return None
 
     def _take_outcome(self, member: Member, generation: Generation, message: dict[str, Any]) -> None:
@@ -380,9 +388,7 @@ class RunKeeper:
         }  # fmt: skip
         if not record.ended:  # else an earlier keeper died after it had said so
             kind = "run_failed" if status == "failed" else "run_finished"
-            event = {"time": now, "kind": kind, "generation": f"{self._options.epoch}-0", "step": values["steps"],
-                     "seconds": values["seconds"], "detail": message or status}  # fmt: skip
-            self._record_event(event)
+            self._note(kind, step=values["steps"], seconds=values["seconds"], detail=message or status)
         fault.point("run.closing", -1, values["steps"])
         self._folder.write_result(values)
         self._rows.compact()

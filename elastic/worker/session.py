@@ -165,6 +165,7 @@ class Session:
 
     def _join(self, failure: Failure | None) -> Group:
         assignment = self._link.join(self._facts, self._applied, failure, self._save_alone)
+        self._code.rank = f" (rank {assignment.rank} of {assignment.size})"
         fault.point("world.assigned", assignment.rank, self._applied)
         return Group(assignment, self._device)
 

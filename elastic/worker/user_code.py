@@ -34,6 +34,7 @@ class UserCode:
     def __init__(self, job: Job, device: torch.device, worker_id: str, *, autocast: bool):
         self._job, self._device, self._worker_id, self._autocast = job, device, worker_id, autocast
         self.where = "warming up"
+        self.rank = ""  # in its present world
         self._step = self._microbatch = -1
         self.on_loss: Callable[[], None] = lambda: None  # called when the job's loss has returned
 
@@ -87,7 +88,7 @@ class UserCode:
                 "\nOut of memory: give a larger --batch.microbatches, so that a pass has fewer samples (in fast a "
                 "smaller --batch.pass-size does it too, and changes no sample), or workers with more memory."
             )
-        message = f"worker {self._worker_id} failed at {self.where}:\n{text}{hint}"
+        message = f"worker {self._worker_id}{self.rank} failed at {self.where}:\n{text}{hint}"
         return UserCodeError(Failure(type(error).__name__, self._step, self._microbatch, message))
 
 
