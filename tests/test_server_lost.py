@@ -69,7 +69,7 @@ def assert_recorded_once(ran: Ran, undisturbed: Ran, *, worlds: int) -> None:
     assert [e["step"] for e in ran.events("checkpoint_committed")] == [4, 8, 12]
     assert ran.events("checkpoint_failed") == []
     assert len(ran.events("run_finished")) == 1
-    assert len(ran.events("world_formed")) == worlds
+    assert len({row["generation"] for row in ran.history}) == worlds
     assert not ran.events("member_suspected")
 
 
@@ -95,8 +95,8 @@ def test_training_goes_on_while_the_server_is_away_and_it_rebuilds_itself(undist
 
     ran = run.ran
     assert resumed["generation"] == "1-1"
-    assert ran.events("world_formed")[0]["detail"]["pids"] == pids
-    assert {row["generation"] for row in ran.history} == {"1-1"}
+    (formed,) = ran.events("world_formed")
+    assert formed["detail"]["pids"] == pids
     assert_recorded_once(ran, undisturbed, worlds=1)
     assert ran.result["stalls"] == []
 
@@ -157,7 +157,7 @@ def test_a_server_killed_when_its_new_world_has_not_connected_yet(undisturbed, t
 
     ran = run.ran
     assert ran.column("world_size") == [3] * 5 + [2] * 7
-    assert_recorded_once(ran, undisturbed, worlds=3)
+    assert_recorded_once(ran, undisturbed, worlds=2)
 
 
 def test_a_server_and_a_worker_killed_together(undisturbed, tmp_path, gate):
