@@ -1,8 +1,9 @@
 """Faults by name: `fault.point("step.after_fence", rank, step)` does nothing, unless a test planned something there.
 
 A plan is in the environment variable ELASTIC_FAULTS: a JSON list of {"point", "rank", "step", "do", "seconds"}, with
-`do` one of kill (SIGKILL), stop (SIGSTOP), sleep, raise. Each happens once a process, at that point, rank and step.
-With `only` (a path) it happens in one process only: whoever creates that file first.
+`do` one of kill (SIGKILL), stop (SIGSTOP), sleep, hold (while `file` exists), raise. Each happens once a process, at
+that point, rank and step. With `only` (a path) it happens in one process only: whoever creates that file first. Points
+of the run's host have rank -1.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import time
 from typing import Any
 
 _VARIABLE = "ELASTIC_FAULTS"
+HOLD_S = 60.0
 
 
 class PlannedError(Exception):
@@ -51,8 +53,18 @@ def _act(name: str, rank: int, step: int) -> None:
             os.kill(os.getpid(), signal.SIGSTOP)
         elif action == "sleep":
             time.sleep(fault["seconds"])
+        elif action == "hold":
+            _hold(fault["file"])
         elif action == "raise":
             raise PlannedError(f"planned at {name}, rank {rank}, step {step}")
+
+
+def _hold(path: str) -> None:
+    deadline = time.monotonic() + HOLD_S
+    while os.path.exists(path):
+        if time.monotonic() > deadline:
+            raise PlannedError(f"held for {HOLD_S:.0f} s by {path}")
+        time.sleep(0.005)
 
 
 def _first(path: str) -> bool:

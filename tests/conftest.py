@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from multiprocessing.util import Finalize
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -54,6 +55,18 @@ def nothing_left_behind(request: pytest.FixtureRequest) -> Iterator[None]:
         dist.destroy_process_group()  # the next tests are innocent
     if found:
         pytest.fail("the test leaves behind:\n  " + "\n  ".join(found), pytrace=False)
+
+
+@pytest.fixture
+def gate(tmp_path: Path) -> Callable[[str], Path]:
+    """Makes files that hold processes while they exist, by name."""
+
+    def make(name: str) -> Path:
+        path = tmp_path / name
+        path.touch()
+        return path
+
+    return make
 
 
 @pytest.fixture(scope="session")

@@ -13,17 +13,21 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from multiprocessing import forkserver, resource_tracker
+from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+import elastic.worker.hosting
 import elastic.worker.local
-from elastic import fault
+from elastic import fault as faults_of_process
 from elastic.checkpoint.format import tensor_bytes
 from elastic.checkpoint.reader import newest_first, read_manifest, read_tensor
 from elastic.config import TrainConfig
@@ -43,7 +47,14 @@ STDERR = "FORKED_STDERR"  # environment variable of a worker: a file for its sta
 LONG = 400  # samples of jobs whose runs see none of them twice
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(
-    ["elastic.worker.__main__", "elastic.worker.session", "tests.tiny_jobs", "torch._dynamo", "numpy.random"]
+    [
+        "elastic.worker.__main__",
+        "elastic.run.__main__",
+        "elastic.worker.session",
+        "tests.tiny_jobs",
+        "torch._dynamo",
+        "numpy.random",
+    ]
 )  # the first optimizer imports torch._dynamo, which takes as long as torch itself
 
 
@@ -65,18 +76,30 @@ def _nothing() -> None:
     pass
 
 
+def _take_environment(environment: dict[str, str]) -> None:
+    if STDERR in environment:
+        os.dup2(os.open(environment[STDERR], os.O_WRONLY | os.O_APPEND | os.O_CREAT), 2)
+    os.environ.clear()
+    os.environ.update(environment)
+    faults_of_process.read_plan()
+
+
 def _work(specification: bytes, environment: dict[str, str], namespace: str | None) -> None:
     from elastic.worker.__main__ import _child
 
     if namespace is not None:
         enter(namespace)
-    if STDERR in environment:
-        os.dup2(os.open(environment[STDERR], os.O_WRONLY | os.O_APPEND | os.O_CREAT), 2)
-    os.environ.clear()
-    os.environ.update(environment)
-    fault.read_plan()
+    _take_environment(environment)
     sys.stdin = io.TextIOWrapper(io.BytesIO(specification))
     sys.exit(_child())
+
+
+def _host(reading: Connection, environment: dict[str, str]) -> None:
+    from elastic.run.__main__ import main
+
+    _take_environment(environment)
+    sys.stdin = os.fdopen(os.dup(reading.fileno()))
+    sys.exit(main())
 
 
 class _Input(io.BytesIO):
@@ -90,28 +113,39 @@ class _Input(io.BytesIO):
         super().close()
 
 
-class ForkedWorker:
-    """Looks like the `subprocess.Popen` of a worker; it starts when its standard input is closed.
+class ForkedProcess:
+    """Looks like the `subprocess.Popen` of a worker, which starts when its standard input is closed, or of a host.
 
     Args:
         places: the hosts that workers are on, by their index; none is the same as all on this one.
     """
 
     def __init__(self, command: list[str], *, stdin: int, env: dict[str, str], places: Sequence[Host] = ()):
-        assert command[1:] == ["-m", "elastic.worker", "--child"]
         assert stdin == subprocess.PIPE
         self._environment, self._places = env, places
-        self.stdin = _Input(self._start)
         self._process: Any = None
+        self.stdin: Any
+        if command[1:] == ["-m", "elastic.run"]:  # it reads to the end of its input, which comes late
+            reading, writing = _context.Pipe(duplex=False)
+            self.stdin = os.fdopen(os.dup(writing.fileno()), "wb")
+            self._start(_host, reading, self._environment)
+            reading.close()
+            writing.close()
+        else:
+            assert command[1:] == ["-m", "elastic.worker", "--child"]
+            self.stdin = _Input(self._start_worker)
 
-    def _start(self, specification: bytes) -> None:
+    def _start_worker(self, specification: bytes) -> None:
         namespace = None
         if self._places:
             values = json.loads(specification)
             host = self._places[values["identity"]["local_index"]]
             values["identity"] |= {"node": host.name, "host": host.address}
             specification, namespace = json.dumps(values).encode(), host.name
-        self._process = _context.Process(target=_work, args=(specification, self._environment, namespace))
+        self._start(_work, specification, self._environment, namespace)
+
+    def _start(self, target: Callable[..., None], *given: Any) -> None:
+        self._process = _context.Process(target=target, args=given)
         self._process.start()
 
     @property
@@ -136,12 +170,20 @@ class ForkedWorker:
 
 
 class _Subprocess:
-    """What `elastic.worker.local` uses of `subprocess`."""
+    """What `elastic.worker.local` and `elastic.worker.hosting` use of `subprocess`."""
 
     PIPE, TimeoutExpired = subprocess.PIPE, subprocess.TimeoutExpired
 
     def __init__(self, places: Sequence[Host]):
-        self.Popen = partial(ForkedWorker, places=places)
+        self.Popen = partial(ForkedProcess, places=places)
+
+
+def wait_until(holds: Callable[[], bool], what: str) -> None:
+    """Wait for something that no record tells."""
+    deadline = time.monotonic() + WAIT_S
+    while not holds():
+        assert time.monotonic() < deadline, f"waited {WAIT_S} s for {what}"
+        time.sleep(0.01)
 
 
 class Watch:
@@ -166,6 +208,17 @@ class Watch:
     def wait_for_step(self, step: int) -> dict[str, Any]:
         """The first row of a step of at least `step`."""
         return self.wait_for(lambda record: "sample_hash" in record and record["step"] >= step)
+
+
+def fault(point: str, step: int | None = None, rank: int | None = None, do: str = "kill", **more: Any) -> dict:
+    """One planned fault; without step or rank it happens at any. See `elastic.fault`."""
+    places = {"point": point, "step": step, "rank": rank, "do": do, **more}
+    return {k: str(v) if isinstance(v, Path) else v for k, v in places.items() if v is not None}
+
+
+def plan(*faults: dict) -> dict[str, str]:
+    """The environment of a process in which these happen."""
+    return {"ELASTIC_FAULTS": json.dumps(faults)}
 
 
 class Ran:
@@ -241,6 +294,7 @@ def local_run(run: PreparedRun, workers: int, *, places: Sequence[Host] = (), **
     with leaks.adopting_orphans():
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(elastic.worker.local, "subprocess", _Subprocess(places))
+            patch.setattr(elastic.worker.hosting, "subprocess", _Subprocess(()))
             with LocalRun(run, workers, **options) as local:
                 yield local
         assert leaks.wait_until_clean(before) == []
@@ -250,7 +304,7 @@ def train(job: Job, config: TrainConfig, workers: int, wait_s: float = WAIT_S, f
     """Train to the end, or to the pause or failure. No more workers are waited for than are started."""
     run = prepare(job, replace(config, scaling=replace(config.scaling, max_workers=workers)))
     failure = None
-    with local_run(run, workers, environment={"ELASTIC_FAULTS": json.dumps(list(faults))}) as local:
+    with local_run(run, workers, environment=plan(*faults)) as local:
         try:
             local.wait(wait_s)
         except RunFailed as error:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 #: Threads of this project: daemons, so that a crash cannot hang on them, but never to be left running.
-OUR_THREADS = ("membership-server", "membership-link", "run-keeper", "local-run-follower")
+OUR_THREADS = ("membership-server", "membership-link", "run-keeper", "local-run-follower", "host-supervisor")
 FOLDER_PREFIX = "elastic-"
 _CHANGED_BY_PYTEST = ("PYTEST_CURRENT_TEST", "PYTEST_VERSION")
 

@@ -33,6 +33,7 @@ def test_a_kill_at(point, step, rank, undisturbed, tmp_path):
 
     assert ran.sha == undisturbed.sha
     assert ran.column("loss") == undisturbed.column("loss")
+    assert ran.evaluations == undisturbed.evaluations
     assert gaps_and_doubles(ran.rows, B) == []
     assert len(ran.history) == len([r for r in ran.rows if "sample_hash" in r]), "a step was done twice"
     assert len(ran.events("member_lost")) == 1

@@ -2,45 +2,46 @@
 
 from __future__ import annotations
 
-import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
-from hypothesis import settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from elastic.membership.state import (
+from elastic.membership.decisions import advance
+from elastic.membership.forming import helpful_size
+from elastic.membership.messages import (
     Acknowledged,
     Break,
     Command,
     Done,
+    Dropped,
     Event,
     Expected,
     Fail,
     Failure,
     Form,
-    Generation,
     GiveUp,
     HandOver,
     Joined,
     Leave,
     LeftOut,
-    Limits,
     Lost,
-    Member,
     Notice,
     Park,
-    Phase,
+    Rebuilt,
     Refuse,
     Registered,
     SaveNow,
-    State,
     Suspect,
     Tick,
-    World,
-    advance,
+    Unfit,
+    Welcome,
 )
+from elastic.membership.state import Limits, Phase, State, ask_again_s
+from elastic.membership.world import Generation, Member, World
+from jobs.bench import forming
 
 
 class Machine:
@@ -88,10 +89,22 @@ def test_the_first_world_forms_as_soon_as_the_most_have_joined() -> None:
 def test_the_first_world_forms_with_the_fewest_when_none_came_for_a_while() -> None:
     machine = Machine(min_workers=2, max_workers=3, settle_s=2.0)
     machine.join("a")
-    assert machine.wait(60) == []
+    assert machine.wait(29) == []
     machine.join("b")
     assert machine.wait(1.9) == []
     assert formed(machine.wait(0.2)).size == 2
+
+
+def test_a_first_world_that_lacks_workers_is_parked_after_a_while_and_given_up_in_the_end() -> None:
+    machine = Machine(min_workers=2, max_workers=3, park_after_s=30.0, max_wait_s=100.0)
+    machine.join("a")
+    assert machine.wait(31) == [Park(1, 2)]
+    machine.lose("a")
+    assert machine.wait(60) == []
+    (given_up,) = machine.wait(41)
+    assert isinstance(given_up, GiveUp)
+    assert given_up.saver is None
+    assert "with 0 of at least 2 workers" in given_up.message
 
 
 def three(**limits: object) -> Machine:
@@ -168,6 +181,13 @@ def test_too_few_are_parked_with_their_state_and_resumed_or_given_up() -> None:
     assert given_up.saver is not None
     assert given_up.saver.id == "c"
     assert "at least 3 workers" in given_up.message
+    (again,) = machine.lose("c")  # it died before it had saved
+    assert isinstance(again, GiveUp)
+    assert again.saver is not None
+    assert again.saver.id == "a"
+    (last,) = machine.lose("a")
+    assert isinstance(last, GiveUp)
+    assert last.saver is None
 
 
 def test_a_noticed_node_is_replaced_at_once_and_its_worker_handed_over() -> None:
@@ -206,7 +226,7 @@ def test_if_only_a_worker_that_goes_away_holds_the_state_it_comes_along_to_give_
     (leave,) = machine.join("new")
     assert isinstance(leave, Leave)
     assert {m.id for m in formed(machine.join("old", 9)).members} == {"old", "new"}
-    (again,) = machine.wait(45) or machine.wait(10)
+    (again,) = machine.wait(0.1)  # it has given it after a step, and there is no room for two
     assert isinstance(again, Leave)
     machine.join("new", 10)
     form, hand = machine.join("old", 10)
@@ -245,26 +265,159 @@ def test_a_successor_without_a_common_member_waits_out_the_lease_unless_all_are_
             assert formed(machine.wait(30.1)).size == 1
 
 
-def test_a_restarted_server_forms_nothing_before_everyone_has_registered() -> None:
-    limits = Limits(min_workers=1, max_workers=3)
-    for missing in (False, True):
-        state = State(epoch=1, limits=limits, phase=Phase.REBUILDING)
-        commands: list[Command] = []
-        for rank, name in enumerate("abc"):
-            if missing and name == "b":
-                continue
-            state, more = advance(state, Registered(Member(name, "n"), Generation(1, 4), rank, 3, 0.0))
-            commands += more
-        assert commands == []
-        state, commands = advance(state, Expected(frozenset("abc"), 1.0))
-        if missing:
-            assert commands == []
-            state, commands = advance(state, Lost("b", 2.0, dead=True))
-            assert [type(c) for c in commands] == [Break]
-        else:
-            assert state.phase is Phase.RUNNING
-            assert state.world is not None
-            assert state.world.generation == Generation(1, 4)
+def test_no_worker_is_left_with_a_batch_cut_too_coarsely_to_give_its_state_to_another() -> None:
+    machine = Machine(max_workers=1, microbatches=1)
+    machine.join("old")
+    machine.tell(Notice("node-old", machine.now + 60, machine.now))
+    assert machine.join("new") == []  # a world of two would leave one without a microbatch
+    (save,) = machine.wait(53)
+    assert isinstance(save, SaveNow)
+    machine.lose("old", dead=True)
+    assert machine.members == ["new"]
+
+
+def rebuilding(**limits: object) -> Machine:
+    """A restarted server whose controller expects a, b and c."""
+    machine = Machine(**limits)
+    machine.state = replace(machine.state, phase=Phase.REBUILDING, n=1004)
+    assert machine.tell(Expected(frozenset("abc"), machine.now)) == []
+    return machine
+
+
+def register(machine: Machine, name: str, rank: int, n: int = 4, size: int = 3) -> list[Command]:
+    return machine.tell(Registered(Member(name, f"node-{name}"), Generation(1, n), rank, size, machine.now))
+
+
+def test_a_restarted_server_goes_on_with_the_world_that_everyone_is_in() -> None:
+    machine = rebuilding()
+    assert register(machine, "c", 2) == register(machine, "a", 0) == []
+    (rebuilt,) = register(machine, "b", 1)
+    assert isinstance(rebuilt, Rebuilt)
+    assert rebuilt.world.generation == Generation(1, 4)
+    assert machine.members == ["a", "b", "c"]
+    assert machine.state.phase is Phase.RUNNING
+
+
+def test_a_restarted_server_breaks_a_world_that_lost_a_member_meanwhile() -> None:
+    machine = rebuilding()
+    register(machine, "a", 0)
+    register(machine, "c", 2)
+    rebuilt, broken = machine.lose("b", dead=True)
+    assert isinstance(rebuilt, Rebuilt)
+    assert isinstance(broken, Break)
+    machine.join("a", 7)
+    assert formed(machine.join("c", 7)).generation == Generation(1, 1005)
+
+
+def test_a_restarted_server_takes_in_who_had_left_its_broken_world_already() -> None:
+    machine = rebuilding()
+    machine.join("a", 7)
+    machine.join("b", 7)
+    *_, broken = register(machine, "c", 2)
+    assert isinstance(broken, Break)
+    assert formed(machine.join("c", 7)).size == 3
+
+
+def test_a_restarted_server_refuses_who_is_in_an_older_world_or_unknown_to_the_controller() -> None:
+    machine = rebuilding()
+    register(machine, "zombie", 0, n=9)
+    register(machine, "a", 0, size=2)
+    register(machine, "b", 1, n=3)
+    refused = register(machine, "c", 1, size=2)
+    assert [c.member_id for c in refused if isinstance(c, Refuse)] == ["b", "zombie"]
+    assert [c.member.id for c in refused if isinstance(c, Dropped)] == ["b", "zombie"]
+    assert machine.members == ["a", "c"]
+    assert machine.state.phase is Phase.RUNNING
+
+
+def test_a_restarted_server_waits_out_the_lease_for_who_does_not_come_back() -> None:
+    machine = rebuilding(lease_s=30.0)
+    register(machine, "a", 0)
+    register(machine, "b", 1)
+    assert machine.wait(29) == []
+    *_, broken = machine.wait(1.1)
+    assert isinstance(broken, Break)
+    assert isinstance(register(machine, "c", 2)[0], Refuse)
+
+
+def test_a_member_that_only_lost_its_connection_is_welcome() -> None:
+    machine = three()
+    world = machine.state.world
+    assert world is not None
+    assert register(machine, "b", 1, n=1) == [Welcome("b", world, broken=False)]
+    machine.lose("c")
+    assert register(machine, "b", 1, n=1) == [Welcome("b", world, broken=True)]
+    assert isinstance(register(machine, "c", 2, n=1)[0], Refuse)
+
+
+# ---- sizes --------------------------------------------------------------------------------------------------------
+
+
+def rounds(microbatches: int, size: int) -> int:
+    return -(-microbatches // size)
+
+
+@given(st.integers(1, 200), st.integers(1, 200))
+def test_the_helpful_size_has_the_fewest_rounds_and_no_worker_too_many(microbatches: int, most: int) -> None:
+    size = helpful_size(microbatches, most)
+    assert 1 <= size <= min(most, microbatches)
+    assert rounds(microbatches, size) == rounds(microbatches, most)
+    assert size == 1 or rounds(microbatches, size - 1) > rounds(microbatches, size)
+
+
+@given(st.data())
+def test_a_world_is_left_only_for_one_with_fewer_rounds(data: st.DataObject) -> None:
+    microbatches = data.draw(st.integers(1, 40), "V")
+    most = data.draw(st.integers(1, microbatches), "max workers")
+    first, more = data.draw(st.integers(1, most), "first"), data.draw(st.integers(1, 12), "newcomers")
+    machine = Machine(max_workers=most, microbatches=microbatches)
+    for i in range(first):
+        machine.join(f"a{i:02}")
+    machine.wait(2.1)
+    size = len(machine.members)
+    for i in range(more):
+        machine.join(f"b{i:02}")
+    machine.wait(1.1)
+    left = machine.state.phase is Phase.LEAVING
+    assert left == (rounds(microbatches, min(first + more, most)) < rounds(microbatches, size))
+    if left:
+        for member in machine.members:
+            machine.join(member, 5)
+        assert rounds(microbatches, len(machine.members)) == rounds(microbatches, min(first + more, most))
+
+
+def test_survivors_stay_although_fewer_would_do_and_who_would_not_help_waits() -> None:
+    machine = Machine(max_workers=16, microbatches=64)
+    for i in range(16):
+        machine.join(f"w{i:02}")
+    machine.lose("w00")
+    assert machine.state.phase is Phase.BROKEN
+    for i in range(1, 16):
+        machine.join(f"w{i:02}", 7)
+    assert len(machine.members) == 15  # 13 would need as many rounds
+    machine.lose("w01")
+    for i in range(2, 16):
+        machine.join(f"w{i:02}", 7)
+    assert machine.join("new") == []  # 15 need as many rounds as 14
+    assert machine.wait(60) == []
+    (leave,) = machine.join("newer")
+    assert isinstance(leave, Leave)
+
+
+def test_who_cannot_get_ready_is_not_replaced_at_once_for_ever() -> None:
+    machine = three()
+    seconds = []
+    for i in range(9):
+        machine.tell(Unfit(f"broken{i}", "no such file", machine.now))
+        seconds.append(ask_again_s(machine.state, machine.now))
+    assert seconds == [1, 2, 4, 8, 16, 32, 60, 60, 60]
+    assert ask_again_s(machine.state, machine.now + 45) == 15
+    machine.lose("c")
+    machine.join("d")
+    machine.join("a", 7)
+    machine.join("b", 7)
+    assert machine.members == ["a", "b", "d"]
+    assert ask_again_s(machine.state, machine.now) == 0
 
 
 def test_who_is_done_may_leave() -> None:
@@ -275,13 +428,8 @@ def test_who_is_done_may_leave() -> None:
 
 @pytest.mark.parametrize("size", [8, 512, 4096])
 def test_a_large_world_forms_in_under_a_second_of_its_time(size: int) -> None:
-    machine = Machine(max_workers=size)
-    members = [Member(f"w{i}", f"n{i // 8}", i % 8) for i in range(size)]
-    began = time.process_time()
-    for member in members:
-        commands = machine.tell(Joined(member, 0.0))
-    assert formed(commands).size == size
-    assert time.process_time() - began < 1.0
+    for figure in forming.seconds(size):
+        assert figure < 1.0
 
 
 # ---- the model ----------------------------------------------------------------------------------------------------
@@ -292,13 +440,15 @@ class Worker:
     """A worker as it really is. `lineage`: the generation in which each step of its state was applied."""
 
     member: Member
+    claim: int = 1
     lineage: list[Generation] = field(default_factory=list)
     holds: bool = False
     world: World | None = None
+    joining: bool = True  # it has left its world, or had none yet, and waits for one
     entered: bool = False  # it has entered the fence of its next step
     alive: bool = True
     told_to_go: bool = False
-    failed: int = 0
+    away_since: float | None = None  # the server was restarted, and it has not connected again
 
     @property
     def applied(self) -> int:
@@ -306,16 +456,24 @@ class Worker:
 
 
 class Cluster(RuleBasedStateMachine):
-    """Workers join, step, die, are cut off, hang, raise and drain in any order, and the server is restarted."""
+    """Workers join, step, die, are cut off, hang, raise and drain in any order; the server is restarted, the run
+    taken over."""
 
-    @initialize(least=st.integers(1, 3), most=st.integers(3, 5))
-    def start(self, least: int, most: int) -> None:
-        self.limits = Limits(min_workers=least, max_workers=most, max_failures=10**6)
+    @initialize(least=st.integers(1, 3), most=st.integers(1, 5), more=st.integers(0, 5), first=st.integers(0, 6))
+    def start(self, least: int, most: int, more: int, first: int) -> None:
+        """A run with workers that have trained already: what is hard begins there."""
+        least = min(least, most)
+        self.limits = Limits(min_workers=least, max_workers=most, microbatches=most + more, max_failures=10**6)
         self.state, self.now = State(epoch=1, limits=self.limits), 0.0
         self.workers: dict[str, Worker] = {}
         self.worlds: dict[Generation, World] = {}
-        self.fence: dict[tuple[Generation, int], set[str]] = {}
+        self.recorded_gone: set[str] = set()
         self.count = 0
+        for node in range(first):
+            self.join(node % 4)
+        self.tick(3.0)
+        if self.trainable():
+            self.train(0, 0)
 
     # -- what happens
 
@@ -324,17 +482,23 @@ class Cluster(RuleBasedStateMachine):
         for command in commands:
             if isinstance(command, Form):
                 self.form(command.world)
-            elif isinstance(command, (Refuse, Suspect, HandOver)):
-                name = command.member_id if isinstance(command, Refuse) else command.member.id
-                self.workers[name].told_to_go = True
+            elif isinstance(command, Refuse):
+                self.workers[command.member_id].told_to_go = True
+            elif isinstance(command, (Suspect, HandOver, Dropped)):
+                self.workers[command.member.id].told_to_go = True
+                self.recorded_gone.add(command.member.id)
+            elif isinstance(command, Break) and command.lost is not None:
+                self.recorded_gone.add(command.lost.id)
 
     def form(self, world: World) -> None:
         assert world.generation not in self.worlds, "two worlds of one generation"
         assert all(world.generation > g for g in self.worlds), "generations only grow"
-        assert len({m.id for m in world.members}) == world.size <= max(2, self.limits.max_workers)
+        assert self.limits.microbatches is not None
+        assert len(world.ids) == world.size <= min(max(2, self.limits.max_workers), self.limits.microbatches)
         assert world.size >= self.limits.min_workers
         self.worlds[world.generation] = world
         members = [self.workers[m.id] for m in world.members]
+        assert all(w.joining for w in members), "a member is in two live worlds"
         assert not any(w.told_to_go for w in members), "who was given up comes back"
         newest = max(w.applied for w in members)
         for w in members:  # roll forward what was prepared
@@ -344,10 +508,10 @@ class Cluster(RuleBasedStateMachine):
         for w in members:
             if w.applied != newest or not w.holds:
                 w.lineage, w.holds = list(giver.lineage), True
-            w.world, w.entered = world, False
+            w.world, w.entered, w.joining = world, False, False
 
     def in_world(self, w: Worker) -> bool:
-        return w.alive and not w.told_to_go and w.world is not None and w.member.id not in self.state.waiting
+        return w.alive and not w.told_to_go and w.world is not None and not w.joining
 
     def choose(self, number: int, among: list[Worker]) -> Worker:
         return among[number % len(among)]
@@ -355,42 +519,56 @@ class Cluster(RuleBasedStateMachine):
     def living(self) -> list[Worker]:
         return [w for w in self.workers.values() if w.alive and not w.told_to_go]
 
+    def connected(self) -> list[Worker]:
+        return [w for w in self.living() if w.away_since is None]
+
+    def say_join(self, w: Worker, failure: Failure | None = None) -> None:
+        w.joining = True
+        if w.away_since is None:
+            self.tell(Joined(w.member, self.now, w.applied, failure))
+
     @rule(node=st.integers(0, 3))
-    @precondition(lambda self: len(self.workers) < 12)
+    @precondition(lambda self: len(self.workers) < 14)
     def join(self, node: int) -> None:
         self.count += 1
-        member = Member(f"w{self.count}", f"n{node}", self.count)
-        self.workers[member.id] = Worker(member)
-        self.tell(Joined(member, self.now))
+        member = Member(f"w{self.count:02}", f"n{node}", self.count)
+        self.workers[member.id] = Worker(member, self.state.epoch)
+        self.say_join(self.workers[member.id])
 
-    @rule(number=st.integers(0, 99))
-    @precondition(lambda self: any(map(self.in_world, self.workers.values())))
-    def enter_fence(self, number: int) -> None:
-        w = self.choose(number, [w for w in self.workers.values() if self.in_world(w)])
-        assert w.world is not None
-        w.entered = True
-        self.fence.setdefault((w.world.generation, w.applied), set()).add(w.member.id)
+    def trainable(self) -> list[World]:
+        """Worlds whose members all take part, whether or not the server still counts on them."""
+        found = {w.world.generation: w.world for w in self.workers.values() if w.world is not None}
+        return [
+            world for world in found.values()
+            if all(w.alive and not w.joining and w.world == world for w in self.members_of(world))
+        ]  # fmt: skip
 
-    def may_pass(self, w: Worker) -> bool:
-        if not (w.alive and w.entered and w.world and w.member.id not in self.state.waiting):
-            return False
-        inside = self.fence.get((w.world.generation, w.applied), set())
-        return inside >= {m.id for m in w.world.members}
+    def members_of(self, world: World) -> list[Worker]:
+        return [self.workers[m.id] for m in world.members]
 
-    @rule(number=st.integers(0, 99))
-    @precondition(lambda self: any(map(self.may_pass, self.workers.values())))
-    def apply(self, number: int) -> None:
-        w = self.choose(number, [w for w in self.workers.values() if self.may_pass(w)])
-        assert w.world is not None
-        w.lineage.append(w.world.generation)
-        w.entered = False
+    @rule(number=st.integers(0, 99), passed=st.integers(0, 5))
+    @precondition(lambda self: bool(self.trainable()))
+    def train(self, number: int, passed: int) -> None:
+        """All members enter the fence of a step, and some of them have passed it already."""
+        among = self.trainable()
+        members = self.members_of(among[number % len(among)])
+        newest = max(w.applied for w in members)
+        passing = [w for w in members if w.applied < newest]  # they pass it before another one begins
+        if not passing:
+            for w in members:
+                w.entered = True
+            passing = members[: passed or len(members)]
+        for w in passing:
+            assert w.world is not None
+            w.lineage.append(w.world.generation)
+            w.entered = False
 
     @rule(number=st.integers(0, 99), dead=st.booleans(), noticed=st.booleans())
     @precondition(lambda self: bool(self.living()))
     def kill(self, number: int, dead: bool, noticed: bool) -> None:
         w = self.choose(number, self.living())
         w.alive = False
-        if noticed:
+        if noticed and w.away_since is None:
             self.tell(Lost(w.member.id, self.now, dead=dead))
 
     @rule(number=st.integers(0, 99))
@@ -400,32 +578,38 @@ class Cluster(RuleBasedStateMachine):
         self.tell(Lost(w.member.id, self.now, dead=True))
 
     @rule(number=st.integers(0, 99))
-    @precondition(lambda self: bool(self.living()))
+    @precondition(lambda self: bool(self.connected()))
     def cut_off(self, number: int) -> None:
         """Its connection is lost, but it goes on: a zombie."""
-        w = self.choose(number, self.living())
+        w = self.choose(number, self.connected())
         w.told_to_go = True
         self.tell(Lost(w.member.id, self.now, "silent"))
 
     def must_leave(self, w: Worker) -> bool:
-        return self.in_world(w) and (self.state.world != w.world or self.state.phase is not Phase.RUNNING)
+        """It was told so, or another member left, so that its collectives fail."""
+        if not self.in_world(w):
+            return False
+        told = w.away_since is None and self.state.phase is not Phase.REBUILDING
+        others = [self.workers[i] for i in w.world.ids] if w.world else []
+        return (told and (self.state.world != w.world or self.state.phase is not Phase.RUNNING)) or any(
+            not o.alive or o.joining or o.world != w.world for o in others
+        )
 
     @rule(number=st.integers(0, 99))
     @precondition(lambda self: any(map(self.must_leave, self.workers.values())))
     def join_again(self, number: int) -> None:
-        w = self.choose(number, [w for w in self.workers.values() if self.must_leave(w)])
-        self.tell(Joined(w.member, self.now, w.applied))
+        self.say_join(self.choose(number, [w for w in self.workers.values() if self.must_leave(w)]))
 
     @rule(number=st.integers(0, 99))
     @precondition(lambda self: any(map(self.in_world, self.workers.values())))
     def raise_error(self, number: int) -> None:
         w = self.choose(number, [w for w in self.workers.values() if self.in_world(w)])
-        self.tell(Joined(w.member, self.now, w.applied, Failure("ValueError", w.applied, 0, "boom")))
+        self.say_join(w, Failure("ValueError", w.applied, 0, "boom"))
 
     @rule(number=st.integers(0, 99))
-    @precondition(lambda self: bool(self.living()))
+    @precondition(lambda self: bool(self.connected()))
     def acknowledge(self, number: int) -> None:
-        self.tell(Acknowledged(self.choose(number, self.living()).member.id, self.now))
+        self.tell(Acknowledged(self.choose(number, self.connected()).member.id, self.now))
 
     @rule(node=st.integers(0, 3), seconds=st.floats(0, 60))
     @precondition(lambda self: not self.state.notices)
@@ -435,23 +619,67 @@ class Cluster(RuleBasedStateMachine):
     @rule(seconds=st.sampled_from([0.1, 0.5, 1.5, 3.0, 40.0]))
     def tick(self, seconds: float) -> None:
         self.now += seconds
+        for w in self.living():
+            if w.away_since is not None and self.now - w.away_since >= self.limits.lease_s:
+                w.alive = False  # its own lease is over
         self.tell(Tick(self.now))
 
-    @rule()
-    @precondition(lambda self: self.state.phase in (Phase.RUNNING, Phase.BROKEN) and bool(self.worlds))
-    def restart_server(self) -> None:
-        """The membership server is killed; another takes its place and knows nothing."""
-        waiting = [w for w in self.living() if w.member.id in self.state.waiting]
-        newest = max(self.worlds).n
-        self.state = State(epoch=1, limits=self.limits, phase=Phase.REBUILDING, n=newest + 1000)
+    @rule(tells=st.booleans(), back=st.sets(st.integers(1, 14), max_size=6))
+    @precondition(lambda self: self.state.phase is not Phase.ENDED)
+    def restart_server(self, tells: bool, back: set[int]) -> None:
+        """The membership server is killed; another takes its place and knows what is in the ledger. Some are back
+        before it hears from the controller."""
+        newest = max((g.n for g in self.worlds if g.epoch == self.state.epoch), default=0)
+        self.state = State(
+            epoch=self.state.epoch, limits=self.limits, phase=Phase.REBUILDING, n=newest + 1000,
+            gone=frozenset(self.recorded_gone), broken_at=self.now,
+        )  # fmt: skip
         for w in self.living():
-            if w in waiting or w.world is None:
-                self.tell(Joined(w.member, self.now, w.applied))
-            else:
-                rank = w.world.rank_of(w.member.id)
-                assert rank is not None
-                self.tell(Registered(w.member, w.world.generation, rank, w.world.size, self.now))
+            w.away_since = self.now if w.away_since is None else w.away_since
+        for w in self.living():
+            if w.member.local_index in back:
+                self.say_hello(w)
+        if tells and self.state.phase is Phase.REBUILDING:
+            self.controller_tells()
+
+    @rule(number=st.integers(0, 99))
+    @precondition(lambda self: any(w.away_since is not None for w in self.living()))
+    def connect_again(self, number: int) -> None:
+        self.say_hello(self.choose(number, [w for w in self.living() if w.away_since is not None]))
+
+    def say_hello(self, w: Worker) -> None:
+        w.away_since = None
+        self.call(w)
+
+    def call(self, w: Worker) -> None:
+        if w.joining or w.world is None:
+            self.tell(Joined(w.member, self.now, w.applied))
+            return
+        rank = w.world.rank_of(w.member.id)
+        assert rank is not None
+        self.tell(Registered(w.member, w.world.generation, rank, w.world.size, self.now))
+
+    @rule()
+    @precondition(lambda self: self.state.phase is Phase.REBUILDING)
+    def controller_tells(self) -> None:
         self.tell(Expected(frozenset(w.member.id for w in self.living()), self.now))
+
+    @rule()
+    @precondition(lambda self: self.state.epoch < 3)
+    def take_over(self) -> None:
+        """Another driver claims the run: a new server, new workers, a higher epoch. The old ones are zombies."""
+        for w in self.workers.values():
+            w.told_to_go = True
+        self.state = State(epoch=self.state.epoch + 1, limits=self.limits)
+
+    @rule(number=st.integers(0, 99))
+    @precondition(lambda self: any(w.told_to_go and w.alive for w in self.workers.values()))
+    def zombie_calls(self, number: int) -> None:
+        """Who was given up calls as if nothing had happened; it must not be let in."""
+        w = self.choose(number, [w for w in self.workers.values() if w.told_to_go and w.alive])
+        if w.claim != self.state.epoch and w.joining:
+            return  # the new server does not know it, but neither does it know the new server
+        self.call(w)
 
     # -- what must hold
 
@@ -471,25 +699,34 @@ class Cluster(RuleBasedStateMachine):
                 assert member.id not in self.state.waiting
 
     def teardown(self) -> None:
-        """When nothing more happens, every living worker that may stay is in the world, up to the most."""
+        """When nothing more happens, every living worker that may stay is in the world, or would not help."""
         if not hasattr(self, "workers") or self.state.phase is Phase.ENDED:
             return
         for w in self.workers.values():
             if not w.alive or w.told_to_go:
                 self.tell(Lost(w.member.id, self.now, dead=True))
+        for w in self.living():
+            if w.away_since is not None:
+                self.say_hello(w)
+        if self.state.phase is Phase.REBUILDING:
+            self.controller_tells()
         for _ in range(12):
             for w in self.living():
                 self.tell(Acknowledged(w.member.id, self.now))
                 if self.must_leave(w):
-                    self.tell(Joined(w.member, self.now, w.applied))
+                    self.say_join(w)
             self.tick(40.0)
         staying = [w for w in self.living() if w.member.node not in self.state.notices]
         if len(staying) < self.limits.min_workers:
             return
         assert self.state.phase is Phase.RUNNING
         assert self.state.world is not None
-        inside = {m.id for m in self.state.world.members}
-        assert len(inside & {w.member.id for w in staying}) == min(len(staying), self.limits.max_workers)
+        assert self.limits.microbatches is not None
+        inside = self.state.world.ids & {w.member.id for w in staying}
+        most = min(len(staying), self.limits.max_workers)
+        assert rounds(self.limits.microbatches, len(inside)) == rounds(self.limits.microbatches, most)
+        spares = [w for w in staying if w.member.id not in inside]
+        assert all(w.member.id in self.state.waiting for w in spares)
 
 
 TestCluster = Cluster.TestCase

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from elastic.membership.server import SILENT_S
+from elastic.membership.protocol import SILENT_S
 from elastic.observe.ledger import METRICS, read_records
 from elastic.storage import Storage
 from jobs.bench.nodes import Command

@@ -16,8 +16,9 @@ import pytest
 
 from elastic.errors import FencedError, RunFailed
 from elastic.membership.client import WorkerLink
-from elastic.membership.server import SILENT_S, MembershipServer
-from elastic.membership.state import Member
+from elastic.membership.protocol import SILENT_S
+from elastic.membership.server import MembershipServer
+from elastic.membership.world import Member
 from elastic.observe.ledger import gaps_and_doubles
 from elastic.run.prepare import prepare
 from elastic.worker.local import LocalRun

@@ -65,7 +65,15 @@ def _hold(file: str) -> None:
         time.sleep(0.01)
 
 
-FAULTS = {"raise": _raise, "die": _die_once, "hold": _hold}
+def _run_out(kind: str) -> None:
+    import torch
+
+    if kind == "host":
+        torch.empty(1 << 60)
+    raise {"device": torch.OutOfMemoryError, "python": MemoryError}[kind]("no memory left")
+
+
+FAULTS = {"raise": _raise, "die": _die_once, "hold": _hold, "out-of-memory": _run_out}
 
 
 @dataclass

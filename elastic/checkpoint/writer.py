@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from elastic import fault
 from elastic.checkpoint.format import (
     ALIGNMENT,
     Chunk,
@@ -71,5 +72,7 @@ def commit(storage: Storage, attempt: str, manifest: Manifest, indexes: list[dic
     name = f"{attempt_folder(manifest.step, attempt)}/manifest.json"
     data = replace(manifest, tensors=tensors).to_json()
     whole = parse_manifest(data, name)  # nothing is committed that could not be read again
+    fault.point("checkpoint.before_manifest", -1, manifest.step)
     storage.create(name, data)
+    fault.point("checkpoint.after_manifest", -1, manifest.step)
     return whole

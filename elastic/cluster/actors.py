@@ -18,7 +18,7 @@ import ray
 
 from elastic.cluster.capacity import visible_devices
 from elastic.errors import ElasticError, FencedError, RunFailed, WarmUpError
-from elastic.run.host import HostSettings, RunHost
+from elastic.run.host import HostSettings, RunHost, import_store
 from elastic.run.keeper import KeeperOptions
 from elastic.worker.run import Identity, WorkerRun
 
@@ -29,7 +29,7 @@ class HostActor:
     """Hosts the membership server and the keeper of a run, on the driver's node. Ray restarts it where it dies."""
 
     def __init__(self, folder_url: str, options: KeeperOptions, settings: HostSettings, detail: dict[str, Any]):
-        threading.Thread(target=_import_store, name="import-torch", daemon=True).start()
+        threading.Thread(target=import_store, name="import-torch", daemon=True).start()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Ray's own deprecated call inside this property
             restarted = ray.get_runtime_context().was_current_actor_reconstructed
@@ -42,11 +42,6 @@ class HostActor:
     def stop(self) -> None:
         """Write out everything and stop serving."""
         self._host.stop()
-
-
-def _import_store() -> None:
-    """torch takes seconds to import; the first world needs its store, so it is imported meanwhile."""
-    import torch.distributed  # noqa: F401
 
 
 def training_function(run: WorkerRun, accelerator: str) -> Callable[[dict[str, Any]], str]:

@@ -38,7 +38,7 @@ from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from elastic.cluster.capacity import full_nodes
-from elastic.membership.client import DriverLink
+from elastic.membership.driver import DriverLink
 
 TESTED_RAY = "2.60."
 POLL_S = 0.2
@@ -206,7 +206,7 @@ class Group(WorkerGroup):
         self._units: list[_Unit] = []
         self._numbers = itertools.count()
         self._draining: dict[str, int] = {}
-        self._next_nodes = 0.0
+        self._next_nodes = self._ask_after = 0.0
         self._worker_group_state = None
         restart = next(Group._restarts)
         if restart:
@@ -251,6 +251,8 @@ class Group(WorkerGroup):
     def _ask_for_missing(self) -> None:
         if any(u.stage is _Stage.OVER for u in self._units):
             return  # the run is ending
+        if time.monotonic() < self._ask_after:
+            return  # the last ones could not get ready
         have = sum(u.node not in self._draining for u in self._units)
         for _ in range(self._plan.want - have):
             if self._plan.per_node and any(u.stage is _Stage.ASKED for u in self._units):
@@ -301,6 +303,8 @@ class Group(WorkerGroup):
         if not status.running and status.error is None and status.return_value in ("fenced", "handed over", "unfit"):
             self._units.remove(unit)
             unit.drop()
+            if status.return_value == "unfit":
+                self._ask_after = time.monotonic() + 2 * NODES_S  # by then the server has said for how long
         else:
             unit.status = status
             if not status.running:
@@ -331,6 +335,8 @@ class Group(WorkerGroup):
             return
         if seen["phase"] == "rebuilding":
             self._tell("/expected", {"ids": [u.id for u in self._units if u.stage is _Stage.RUNNING]})
+            self._draining = {}  # it knows of no notice either
+        self._ask_after = max(self._ask_after, now + seen["ask_again_s"])
         for unit in list(self._units):
             if unit.id in seen["condemned"]:
                 self._absorb(unit, RuntimeError("evicted"))

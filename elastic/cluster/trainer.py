@@ -137,7 +137,7 @@ class _Drive:
         from elastic.cluster.actors import HostActor
         from elastic.cluster.capacity import check_fits, choose_accelerator
         from elastic.cluster.embedded import node_resources
-        from elastic.membership.client import DriverLink
+        from elastic.membership.driver import DriverLink
         from elastic.run.host import host_settings, keeper_options, new_token
 
         run, scaling = self._run, self._run.config.scaling
@@ -181,15 +181,15 @@ class _Drive:
             remove_placement_groups,
             session_folder,
         )
+        from elastic.membership.forming import helpful_size
         from elastic.worker.run import WorkerRun
 
         run = self._run
         worker_run = WorkerRun(run.job, run.config, run.plan, run.digest, run.folder.storage.url, url, token)
         scaling, prefix = run.config.scaling, placement_group_name(run.name)
-        plan = GroupPlan(
-            url, token, scaling.max_workers + scaling.spares, worker_resources(accelerator, scaling.cpus_per_worker),
-            prefix, scaling.workers_per_node,
-        )  # fmt: skip
+        want = helpful_size(run.plan.microbatches, scaling.max_workers) + scaling.spares
+        unit = worker_resources(accelerator, scaling.cpus_per_worker)
+        plan = GroupPlan(url, token, want, unit, prefix, scaling.workers_per_node)
         markers = tempfile.mkdtemp(prefix="elastic-", dir=session_folder())
         trainer = RayTrainer(
             training_function(worker_run, accelerator), name=run.name, storage_path=markers, plan=plan,

@@ -2,8 +2,9 @@
 
 A watcher thread holds the WebSocket and keeps beating while the training thread computes; it acts when the training
 thread cannot: it acknowledges a broken world and frees whoever is blocked in it, shows the stacks, connects again when
-the server was restarted, and ends this worker's part when its lease is over. Nothing the training thread calls here
-waits for the network, except `join` and `await_commit`.
+the server was restarted, and ends this worker's part when its lease is over. After a reconnection it says where the
+worker stands, and once the server knows, all that was not heard. Nothing the training thread calls here waits for the
+network, except `join`, `await_commit` and `close`.
 """
 
 from __future__ import annotations
@@ -23,8 +24,10 @@ from typing import Any
 import aiohttp
 
 from elastic.errors import CheckpointError, FencedError, WorldBroken
-from elastic.membership.server import BEAT_S, MAX_MESSAGE_BYTES
-from elastic.membership.state import Failure, Generation, Member
+from elastic.membership.messages import Failure
+from elastic.membership.outbox import Outbox
+from elastic.membership.protocol import BEAT_S, MAX_MESSAGE_BYTES
+from elastic.membership.world import Generation, Member
 
 RECONNECT_S = 0.2
 CLOSE_S = 1.0
@@ -35,8 +38,7 @@ _CLOSING = aiohttp.ClientWSTimeout(ws_close=CLOSE_S)
 class Assignment:
     """A world as one of its members sees it.
 
-    `restore` says where state comes from when nobody holds any; rows after `last_step` are not in the ledger yet;
-    this claim began at `claim_step`.
+    `restore` says where state comes from when nobody holds any; this claim began at `claim_step`.
     """
 
     generation: Generation
@@ -44,7 +46,6 @@ class Assignment:
     size: int
     store: tuple[str, int]
     restore: dict[str, Any]
-    last_step: int
     claim_step: int
 
 
@@ -67,11 +68,13 @@ class WorkerLink:
     def __init__(self, url: str, token: str, member: Member, *, lease_s: float):
         self.member = member
         self._url, self._token, self._lease_s = url, token, lease_s
-        self._outbox: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
+        self._outbox = Outbox()
         self._inbox: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
         self._commits: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
         self._assignment: Assignment | None = None
         self._joining: dict[str, Any] | None = None
+        self._said_joining: dict[str, Any] | None = None
+        self._known = True  # the server knows where this worker stands
         self._broken: set[str] = set()
         self._free: Callable[[], None] | None = None
         self._wishes: dict[str, str] = {}
@@ -103,13 +106,17 @@ class WorkerLink:
                 owns it.
             RunOver: the run ended.
         """
-        self._assignment, self._free = None, None
+        left, self._free = self._assignment, None
         self._wishes.pop("leave", None)
+        newer = self._newer_world(left)
+        if newer is not None and failure is None:
+            return self._enter(newer)
+        self._assignment = None
         self._joining = {
             "kind": "join", "member": asdict(self.member), "applied": applied,
             "failure": asdict(failure) if failure else None, **facts,
         }  # fmt: skip
-        self._put(self._joining)
+        self._wake()
         while True:
             self._check_over()
             try:
@@ -119,14 +126,27 @@ class WorkerLink:
             if answer["kind"] == "save alone":
                 save_alone()
             elif answer["kind"] == "world":
-                host, port = answer["store"]
-                self._joining = None
-                self._position, self._phase = (-1, 0, 0), "load"
-                self._assignment = Assignment(
-                    Generation.parse(answer["generation"]), answer["rank"], answer["size"], (host, port),
-                    answer["restore"], answer["last_step"], answer["claim_step"],
-                )  # fmt: skip
-                return self._assignment
+                return self._enter(answer)
+
+    def _newer_world(self, left: Assignment | None) -> dict[str, Any] | None:
+        """A world that was formed while this worker still tried to connect to one of which nothing came."""
+        found = None
+        while not self._inbox.empty():
+            answer = self._inbox.get()
+            newer = left is not None and Generation.parse(answer.get("generation", "0-0")) > left.generation
+            if newer and answer["generation"] not in self._broken:
+                found = answer
+        return found
+
+    def _enter(self, answer: dict[str, Any]) -> Assignment:
+        host, port = answer["store"]
+        self._joining = None
+        self._position, self._phase = (-1, 0, 0), "load"
+        self._assignment = Assignment(
+            Generation.parse(answer["generation"]), answer["rank"], answer["size"], (host, port),
+            answer["restore"], answer["claim_step"],
+        )  # fmt: skip
+        return self._assignment
 
     def free_with(self, free: Callable[[], None] | None) -> None:
         """What the watcher calls to free a training thread that is blocked in a broken world."""
@@ -139,11 +159,25 @@ class WorkerLink:
         if generation is None:
             assert self._assignment is not None, "a worker outside a world has nothing to say"
             generation = self._assignment.generation
-        self._put({**message, "generation": str(generation)})
+        self._outbox.put({**message, "generation": str(generation)})
+        self._wake()
+
+    def record(self, row: dict[str, Any], *, report: bool) -> None:
+        """Keep a row until the ledger has it; `report` it if that is this member's task."""
+        assert self._assignment is not None, "a worker outside a world has no rows"
+        self._outbox.record(row, str(self._assignment.generation), report=report)
+        self._wake()
+
+    def report_rows(self) -> None:
+        """This member reports the rows of the worlds before that are not in the ledger yet."""
+        assert self._assignment is not None, "a worker outside a world has no rows"
+        self._outbox.report(str(self._assignment.generation))
+        self._wake()
 
     def unfit(self, message: str) -> None:
         """Tell the server why this worker cannot get ready."""
-        self._put({"kind": "unfit", "message": message})
+        self._outbox.put({"kind": "unfit", "message": message})
+        self._wake()
 
     def progress(self, step: int, stage: int, microbatch: int, phase: str) -> None:
         """How far this worker is; the next heartbeat says so. Costs two assignments."""
@@ -162,9 +196,11 @@ class WorkerLink:
 
         Raises:
             FencedError: as `check_lease`, or a newer claim owns the run, or the run went on without this worker.
+            RunOver: the run ended.
             WorldBroken: the server said that this world is broken.
         """
         self.check_lease()
+        self._check_over()
         if self._assignment is not None and str(self._assignment.generation) in self._broken:
             raise WorldBroken(f"world {self._assignment.generation} was declared broken")
 
@@ -218,15 +254,14 @@ class WorkerLink:
                 return
 
     def close(self) -> None:
-        """Send what is still queued, then end the connection and its thread."""
+        """End the connection and its thread when all that was to be said has been heard, or the lease is over."""
         self._closing = True
-        self._put(None)
-        self._thread.join(10)
+        self._wake()
+        self._thread.join(self._lease_s + 10)
 
     # ---- the watcher thread ------------------------------------------------------------------------------------
 
-    def _put(self, message: dict[str, Any] | None) -> None:
-        self._outbox.put(message)
+    def _wake(self) -> None:
         try:
             self._loop.call_soon_threadsafe(self._posted.set)
         except RuntimeError:  # the loop is closed: this worker's part is over
@@ -257,50 +292,48 @@ class WorkerLink:
         headers = {"Authorization": f"Bearer {self._token}"}
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=10)
         async with aiohttp.ClientSession(headers=headers, timeout=timeout) as session:
-            first = True
-            while not (self._closing and self._outbox.empty()):
+            while not self._is_over():
                 try:
                     url = f"{self._url}/worker?id={self.member.id}"
                     async with session.ws_connect(url, max_msg_size=MAX_MESSAGE_BYTES, timeout=_CLOSING) as socket:
-                        if not first:
-                            await self._introduce(socket)
-                        first = False
-                        if await self._converse(socket):
-                            return
+                        await self._converse(socket)
                 except (TimeoutError, aiohttp.ClientError, OSError):
                     pass  # the server is away: the lease tells for how long that may be
-                if self._fenced or self._over:
-                    return
-                await asyncio.sleep(RECONNECT_S)
+                self._said_joining = None
+                self._known = self._assignment is None
+                if not self._is_over():
+                    await asyncio.sleep(RECONNECT_S)
 
-    async def _introduce(self, socket: aiohttp.ClientWebSocketResponse) -> None:
-        """Tell a server that may know nothing where this worker stands."""
-        assignment, joining = self._assignment, self._joining
-        if joining is not None:
-            await socket.send_str(json.dumps(joining))
-        elif assignment is not None:
+    def _is_over(self) -> bool:
+        if self._fenced or self._over or self._lease_left() <= 0:
+            return True
+        return self._closing and not self._outbox.waiting
+
+    async def _converse(self, socket: aiohttp.ClientWebSocketResponse) -> None:
+        """Send and receive, until the connection or the worker's part ends."""
+        reader = asyncio.create_task(self._read(socket))
+        assignment = self._assignment
+        if not self._known and assignment is not None and self._joining is None:
             hello = {"generation": str(assignment.generation), "rank": assignment.rank, "size": assignment.size}
             await socket.send_str(json.dumps({"kind": "hello", "member": asdict(self.member), **hello}))
-
-    async def _converse(self, socket: aiohttp.ClientWebSocketResponse) -> bool:
-        """Send and receive; returns whether the link is to end."""
-        reader = asyncio.create_task(self._read(socket))
         next_beat = time.monotonic() + BEAT_S
         try:
             while not reader.done():
                 self._posted.clear()
-                while not self._outbox.empty():
-                    message = self._outbox.get()
-                    if message is None:
-                        return True
+                while self._known and (message := self._outbox.take()) is not None:
                     await socket.send_str(json.dumps(message))
+                joining = self._joining
+                if joining is not None and joining is not self._said_joining:
+                    await socket.send_str(json.dumps(joining))
+                    self._said_joining, self._known = joining, True
+                if self._is_over():
+                    return
                 now = time.monotonic()
                 if now >= next_beat:
                     next_beat = now + BEAT_S
                     await socket.send_str(json.dumps(self._beat()))
                 with contextlib.suppress(asyncio.TimeoutError):
                     await asyncio.wait_for(self._posted.wait(), next_beat - now)
-            return False
         finally:
             reader.cancel()
 
@@ -323,7 +356,13 @@ class WorkerLink:
         if kind == "beat":  # nothing else renews the lease: on a line that was cut, old messages come late
             self._leased = message["sent"]
         elif kind in ("world", "save alone"):
+            self._known = True
+            if kind == "world":
+                self._outbox.left_world()
             self._inbox.put(message)
+        elif kind == "resume":
+            self._known = True
+            self._outbox.say_again(message["generation"])
         elif kind == "broken":
             self._broken.add(message["generation"])
             await socket.send_str(json.dumps({"kind": "ack", "generation": message["generation"]}))
@@ -331,15 +370,23 @@ class WorkerLink:
                 self._free_now()
         elif kind == "wish":
             self._wishes[message["wish"]] = message.get("detail", "")
+        elif kind == "recorded":
+            self._outbox.recorded((generation, step, bool(e)) for generation, step, e in message["rows"])
         elif kind == "commit":
+            self._outbox.decided(message["step"])
             self._commits.put(message)
         elif kind in ("fenced", "refused"):
             self._fenced = self._fenced or message["reason"]  # later ones only say that it is out
+            self._outbox.over()
+            self._inbox.put(message)
             self._free_now()
         elif kind == "over":
             self._over = message["status"]
+            self._outbox.over()
+            self._inbox.put(message)
         elif kind == "dump":
             await socket.send_str(json.dumps({"kind": "stacks", "text": stacks()}))
+        self._posted.set()
 
     def _free_now(self) -> None:
         free = self._free
@@ -355,37 +402,3 @@ def stacks() -> str:
         for ident, frame in sys._current_frames().items()
     ]
     return "\n".join(parts)
-
-
-class DriverLink:
-    """A driver's or controller's requests to the membership server, and its stream of rows and events."""
-
-    def __init__(self, url: str, token: str):
-        self._url, self._headers = url, {"Authorization": f"Bearer {token}"}
-
-    def request(self, path: str, body: dict[str, Any] | None = None, timeout_s: float = 10.0) -> dict[str, Any]:
-        """GET `path`, or POST `body` to it.
-
-        Raises:
-            OSError: the server cannot be reached.
-        """
-        import urllib.request
-
-        data = None if body is None else json.dumps(body).encode()
-        headers = {**self._headers, "Content-Type": "application/json"}
-        request = urllib.request.Request(self._url + path, data=data, headers=headers)
-        with urllib.request.urlopen(request, timeout=timeout_s) as answer:
-            return json.loads(answer.read())
-
-    async def follow(self, on_record: Callable[[dict[str, Any]], None]) -> None:
-        """Call `on_record` with every row and event, until one of kind `end` came or the server is gone."""
-        async with (
-            aiohttp.ClientSession(headers=self._headers) as session,
-            session.ws_connect(f"{self._url}/follow", max_msg_size=MAX_MESSAGE_BYTES) as socket,
-        ):
-            async for raw in socket:
-                if raw.type == aiohttp.WSMsgType.TEXT:
-                    record = json.loads(raw.data)
-                    on_record(record)
-                    if record.get("kind") == "end":
-                        return

@@ -68,6 +68,18 @@ def hung(progress: Mapping[str, Progress], now: float, step_p95_s: float, fixed_
     ]
 
 
+def overdue(
+    progress: Mapping[str, Progress], awaited: Iterable[str], since: float, now: float, step_p95_s: float,
+    fixed_s: float | None,
+) -> list[str]:  # fmt: skip
+    """Members awaited since `since`, because their world is over, that were longer in one place than allowed."""
+    start = Progress((-1, 0, 0), "load", since)
+    places = {member: progress.get(member, start) for member in sorted(awaited)}
+    return [
+        member for member, p in places.items() if now - max(p.since, since) > hang_limit_s(p.phase, step_p95_s, fixed_s)
+    ]
+
+
 def p95(values: Iterable[float]) -> float:
     """The 95th percentile, 0 of nothing."""
     ordered = sorted(values)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import secrets
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -48,7 +49,11 @@ class RunHost:
         self.keeper = RunKeeper(RunFolder(Storage(folder_url)), options)
         state = State(options.epoch, settings.limits)
         if settings.restarted:
-            state = replace(state, phase=Phase.REBUILDING, n=self.keeper.worlds_so_far() + UNKNOWN_WORLDS)
+            record = self.keeper.recover()
+            state = replace(
+                state, phase=Phase.ENDED if self.keeper.ended() else Phase.REBUILDING,
+                n=record.worlds + UNKNOWN_WORLDS, gone=record.gone, broken_at=time.monotonic(),
+            )  # fmt: skip
         self.server = MembershipServer(
             self.keeper, state, settings.token, host=settings.host,
             port=settings.port, hang_s=settings.hang_s, new_store=lambda: _new_store(settings.host),
@@ -65,6 +70,11 @@ class RunHost:
         """Write out everything and stop serving."""
         self.keeper.stop()
         self.server.stop()
+
+
+def import_store() -> None:
+    """torch takes seconds to import; the first world needs its store, so it is imported meanwhile."""
+    import torch.distributed  # noqa: F401
 
 
 def _new_store(host: str) -> tuple[int, Callable[[], None]]:
@@ -88,7 +98,8 @@ def host_settings(config: TrainConfig, token: str, host: str) -> HostSettings:
         return parse_amount(f"--recovery.{name}", text, clock=True).seconds
 
     limits = Limits(
-        min_workers=scaling.min_workers, max_workers=scaling.max_workers, lease_s=seconds("lease", recovery.lease),
+        min_workers=scaling.min_workers, max_workers=scaling.max_workers,
+        microbatches=config.batch.microbatches, lease_s=seconds("lease", recovery.lease),
         max_wait_s=None if recovery.max_wait is None else seconds("max-wait", recovery.max_wait),
         max_failures=config.run.max_failures, exact=config.run.exactness == "bitwise",
     )  # fmt: skip

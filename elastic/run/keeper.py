@@ -15,16 +15,19 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from elastic.checkpoint.format import Manifest
+from elastic import fault
+from elastic.checkpoint.format import Manifest, attempt_folder
 from elastic.checkpoint.reader import newest_first, steps_with_attempts
 from elastic.checkpoint.retention import prune
 from elastic.checkpoint.writer import commit
 from elastic.errors import CheckpointError
+from elastic.membership.outbox import RowKey, row_key
 from elastic.membership.server import MembershipServer
-from elastic.membership.state import Generation, Member, World
+from elastic.membership.world import Generation, Member, World
 from elastic.observe.ledger import EVENTS, METRICS, LedgerFile, read_records
 from elastic.observe.tensorboard import TensorBoard
-from elastic.run.folder import RunFolder
+from elastic.run.folder import LIVE_STATES, RunFolder
+from elastic.run.record import STARTED, Record
 
 HEARTBEAT_S = 5.0
 FLUSH_LOCAL_S = 1.0
@@ -48,6 +51,7 @@ class _Attempt:
     """A checkpoint whose packs are coming in."""
 
     size: int
+    generation: Generation
     started: float
     indexes: dict[str, dict[str, Any]] = field(default_factory=dict)
     header: dict[str, Any] | None = None
@@ -66,17 +70,15 @@ class RunKeeper:
         self._queue: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._work, name="run-keeper", daemon=True)
         self._world: World | None = None
-        self._world_size_seconds = 0.0
-        self._world_since = 0.0
+        self._record = Record(options.epoch)
+        self._to_confirm: list[RowKey] = []
         self._done: dict[str, dict[str, Any]] = {}
         self._attempts: dict[tuple[int, str], _Attempt] = {}
         self._state, self._message = "running", ""
-        self._last_row: dict[str, Any] | None = None
-        self._last_eval: dict[str, Any] = {}
-        self._stalls: list[dict[str, Any]] = []
-        self._broken_at: float | None = None
         self._started = time.time()
         self._closed = False
+        self._restarted = False
+        self._end: dict[str, Any] | None = None
         self._give_up_message = ""
         newest = next(newest_first(self._storage), None)
         self._claim_step = newest.step if newest else 0
@@ -87,11 +89,30 @@ class RunKeeper:
     def attach(self, server: MembershipServer) -> None:
         self._server = server
 
+    def recover(self) -> Record:
+        """An earlier keeper of this claim died: go on where the ledger ends. To be called before `start`."""
+        fault.point("host.recovering", -1, 0)
+        self._restarted = True
+        record = self._record
+        record.replay(read_records(self._storage, METRICS), read_records(self._storage, EVENTS))
+        self._started = record.started or self._started
+        self._claim_step = self._claim_step if record.claim_step is None else record.claim_step
+        status, result = self._folder.status(), self._folder.result()
+        if status is None or result is None or status["epoch"] != self._options.epoch:
+            return record
+        if status["status"] not in LIVE_STATES:
+            self._state, self._message, self._closed = status["status"], status["message"], True
+            self._end = {"status": self._state, "message": self._message}
+        return record
+
     def start(self, detail: dict[str, Any]) -> None:
         """Write the first status and event, and start working."""
         self._thread.start()
+        if self._end is not None:
+            self._publish_end(self._folder.result() or {})
+            return
         self._do(self._write_status)
-        self.event("run_started", detail=detail)
+        self.event(STARTED, step=self._claim_step, detail=detail)
 
     def stop(self) -> None:
         """Write out everything and end the thread."""
@@ -103,38 +124,42 @@ class RunKeeper:
 
     def event(self, kind: str, **fields: Any) -> None:
         """Record an event. From any thread."""
-        record = {"time": time.time(), "kind": kind, **{k: v for k, v in fields.items() if v is not None}}
+        record = self._event(kind, fields)
         self._do(lambda: self._record_event(record))
 
+    def _event(self, kind: str, fields: dict[str, Any]) -> dict[str, Any]:
+        """One of no world belongs to the claim: its generation is `epoch-0`."""
+        known = {"generation": f"{self._options.epoch}-0", **{k: v for k, v in fields.items() if v is not None}}
+        return {"time": time.time(), "kind": kind, **known}
+
     def world_formed(self, world: World) -> None:
-        self._count_world(world)
-        self._attempts.clear()
+        self._enter(world)
         self.event(
             "world_formed", generation=str(world.generation),
             detail={"size": world.size, "pids": [m.pid for m in world.members], "ids": [m.id for m in world.members]},
         )  # fmt: skip
 
-    def world_broken(self, world: World, lost: Member | None, reason: str) -> None:
-        self._count_world(None)
-        if self._broken_at is None:
-            self._broken_at = time.time()
+    def world_resumed(self, world: World) -> None:
+        """A restarted server found this world in the midst of training."""
+        self._enter(world)
         self.event(
-            "member_lost", generation=str(world.generation), step=self.last_step() or None, detail=reason,
+            "resumed", generation=str(world.generation),
+            detail={"size": world.size, "ids": [m.id for m in world.members], "why": "the membership server was away"},
+        )  # fmt: skip
+
+    def _enter(self, world: World) -> None:
+        self._world, now = world, time.time()
+        self._do(lambda: self._record.world(world.size, now))
+        self._do(self._attempts.clear)
+
+    def world_broken(self, world: World, lost: Member | None, reason: str) -> None:
+        now = time.time()
+        self._do(lambda: self._record.broken(now))
+        self.event(
+            "member_lost", generation=str(world.generation), step=self._last_step(), detail=reason,
             **({"member": lost.id, "node": lost.node, "pid": lost.pid} if lost else {}),
         )  # fmt: skip
         self._do(self._finish_if_done)
-
-    def last_step(self) -> int:
-        return self._last_row["step"] if self._last_row else 0
-
-    def worlds_so_far(self) -> int:
-        """The highest number of a world of this claim in the ledger."""
-        generations = [
-            Generation.parse(e["generation"])
-            for e in read_records(self._storage, EVENTS)
-            if e["kind"] == "world_formed"
-        ]
-        return max((g.n for g in generations if g.epoch == self._options.epoch), default=0)
 
     def claim_step(self) -> int:
         return self._claim_step
@@ -165,9 +190,7 @@ class RunKeeper:
                 **{k: message[k] for k in ("step", "seconds", "detail") if k in message},
             )  # fmt: skip
         elif kind == "pack":
-            world = self._world
-            assert world is not None
-            self._do(lambda: self._take_pack(member, world, message))
+            self._do(lambda: self._take_pack(member, generation, message))
         elif kind == "saved alone":
             self._do(lambda: self._close("failed", self._give_up_message, {}))
         elif kind in ("done", "failed"):
@@ -181,6 +204,10 @@ class RunKeeper:
 
     def status(self) -> dict[str, Any]:
         return self._status_values()
+
+    def ended(self) -> str | None:
+        """How the run ended, for workers that did not hear of it."""
+        return self._end["status"] if self._end is not None else None
 
     # ---- the keeper's thread -----------------------------------------------------------------------------------
 
@@ -222,6 +249,11 @@ class RunKeeper:
         self._events.flush()
         if self._tensorboard:
             self._tensorboard.flush()
+        if self._to_confirm:
+            assert self._server is not None
+            fault.point("ledger.recorded", -1, self._to_confirm[-1][1])
+            self._server.send_all({"kind": "recorded", "rows": self._to_confirm})
+            self._to_confirm = []
 
     def _beat(self) -> None:
         if self._closed or not self._still_ours():
@@ -240,7 +272,12 @@ class RunKeeper:
         self._closed = True
         assert self._server is not None
         self._server.send_all({"kind": "fenced", "reason": reason})
-        self._server.publish({"kind": "end", "status": "fenced", "message": reason}, keep=True)
+        self._end = {"status": "fenced", "message": reason}
+        self._server.publish({"kind": "end", **self._end}, keep=True)
+
+    def _note(self, kind: str, **fields: Any) -> None:
+        """Record an event at once: what is queued may be the end of the run."""
+        self._record_event(self._event(kind, fields))
 
     def _record_event(self, record: dict[str, Any]) -> None:
         if self._closed:
@@ -255,59 +292,67 @@ class RunKeeper:
         if self._closed:
             return
         assert self._server is not None
+        fault.point("ledger.rows", -1, rows[0]["step"])
         for row in rows:
+            self._to_confirm.append(row_key(row))
+            if not self._record.take_row(row):
+                continue  # sent again by who could not know that it had arrived
             self._rows.add(row)
-            if "sample_hash" in row:
-                if self._broken_at is not None and self._last_row is not None:
-                    stall = max(0.0, row["time"] - self._last_row["time"] - self._last_row["step_s"])
-                    self._stalls.append({"step": row["step"], "seconds": round(stall, 4)})
-                    self._broken_at = None
-                self._last_row = row
-            else:
-                self._last_eval = {k: v for k, v in row.items() if k.startswith("eval/")}
             if self._options.tensorboard:
                 if self._tensorboard is None:
                     self._tensorboard = TensorBoard(self._storage, self._options.epoch)
                 self._tensorboard.row(row)
             self._server.publish(row, keep="sample_hash" not in row)
 
-    def _take_pack(self, member: Member, world: World, message: dict[str, Any]) -> None:
-        key = (message["step"], message["attempt"])
-        attempt = self._attempts.setdefault(key, _Attempt(message["shares"], time.monotonic()))
+    def _take_pack(self, member: Member, generation: Generation, message: dict[str, Any]) -> None:
+        step, name = key = (message["step"], message["attempt"])
+        attempt = self._attempts.setdefault(key, _Attempt(message["shares"], generation, time.monotonic()))
         attempt.indexes[member.id] = message["index"]
         attempt.header = message.get("header") or attempt.header
-        if len(attempt.indexes) < attempt.size or attempt.header is None:
-            return
-        del self._attempts[key]
-        error = self._commit(world, message["step"], message["attempt"], attempt)
         assert self._server is not None
-        self._server.send_all({"kind": "commit", "step": message["step"], "error": error})
+        if self._restarted and self._storage.exists(f"{attempt_folder(step, name)}/manifest.json"):
+            self._note_committed(step, name)  # by the keeper before, which could not tell everyone
+            error = None
+        elif len(attempt.indexes) < attempt.size or attempt.header is None:
+            return
+        else:
+            error = self._commit(step, name, attempt)
+        del self._attempts[key]
+        self._server.send_all({"kind": "commit", "step": step, "attempt": name, "error": error})
 
-    def _commit(self, world: World, step: int, name: str, attempt: _Attempt) -> str | None:
+    def _note_committed(self, step: int, name: str) -> None:
+        self._restore = {"rung": "checkpoint", "step": step, "attempt": name}
+        if (step, name) not in self._record.committed:
+            self._record.committed.add((step, name))
+            self._note("checkpoint_committed", generation=name.rpartition("-")[0], step=step, detail={"attempt": name})
+
+    def _commit(self, step: int, name: str, attempt: _Attempt) -> str | None:
         if self._closed or not self._still_ours():
             return "a newer claim owns the run"
         assert attempt.header is not None
         manifest = Manifest(
             step, attempt.header["seed"], attempt.header["config_digest"],
-            {"size": world.size, "generation": str(world.generation)}, attempt.header["values"],
+            {"size": attempt.size, "generation": str(attempt.generation)}, attempt.header["values"],
         )  # fmt: skip
-        indexes = [attempt.indexes[m.id] for m in world.members if m.id in attempt.indexes]
+        ranks = {m.id: rank for rank, m in enumerate(self._world.members)} if self._world else {}
+        indexes = [attempt.indexes[i] for i in sorted(attempt.indexes, key=lambda i: (ranks.get(i, 0), i))]
         self._rows.flush()
         try:
             whole = commit(self._storage, name, manifest, indexes)
         except (OSError, CheckpointError) as error:
-            self.event("checkpoint_failed", generation=str(world.generation), step=step, detail=str(error))
+            self._note("checkpoint_failed", generation=str(attempt.generation), step=step, detail=str(error))
             return f"the checkpoint of step {step} could not be committed: {error}"
         self._restore = {"rung": "checkpoint", "step": step, "attempt": name}
+        self._record.committed.add((step, name))
         size = sum(c.end - c.start for t in whole.tensors.values() for c in t.chunks)
-        self.event(
-            "checkpoint_committed", generation=str(world.generation), step=step,
+        self._note(
+            "checkpoint_committed", generation=str(attempt.generation), step=step,
             seconds=round(time.monotonic() - attempt.started, 4), detail={"attempt": name, "bytes": size},
         )  # fmt: skip
         try:
             prune(self._storage, steps_with_attempts(self._storage), self._options.keep_last)
         except OSError as error:  # the run does not depend on it, and the next commit tries again
-            self.event("checkpoint_failed", step=step, detail=f"old checkpoints could not be removed: {error}")
+            self._note("checkpoint_failed", step=step, detail=f"old checkpoints could not be removed: {error}")
         return None
 
     def _take_outcome(self, member: Member, generation: Generation, message: dict[str, Any]) -> None:
@@ -331,46 +376,50 @@ class RunKeeper:
         """The one end of a run: result, event, status, compacted ledger."""
         if self._closed:
             return
-        self._count_world(None)
+        now = time.time()
         self._state, self._message = status, message
-        last = self._last_row or {}
+        record, last = self._record, self._record.last_row or {}
+        record.world(0, now)
         values = {
-            "status": status, "message": message, "steps": last.get("step", self._restore.get("step", 0)),
-            "samples_seen": last.get("samples"), "loss": last.get("loss"), "metrics": self._last_eval,
-            **result, "stalls": self._stalls, "worker_hours": round(self._world_size_seconds / 3600, 6),
-            "cost": self._cost(), "seconds": round(time.time() - self._started, 3), **self._options.facts,
+            "status": status, "message": message, "steps": self._last_step(),
+            "samples_seen": last.get("samples"), "loss": last.get("loss"), "metrics": record.last_eval,
+            **result, "stalls": record.stalls, "worker_hours": round(record.worker_seconds(now) / 3600, 6),
+            "cost": self._cost(), "seconds": round(now - self._started, 3), **self._options.facts,
         }  # fmt: skip
-        kind = "run_failed" if status == "failed" else "run_finished"
-        record = {"time": time.time(), "kind": kind, "step": values["steps"], "seconds": values["seconds"],
-                  "detail": message or status}  # fmt: skip
-        self._record_event(record)
+        if not record.ended:  # else an earlier keeper died after it had said so
+            kind = "run_failed" if status == "failed" else "run_finished"
+            self._note(kind, step=values["steps"], seconds=values["seconds"], detail=message or status)
+        fault.point("run.closing", -1, values["steps"])
         self._folder.write_result(values)
         self._rows.compact()
         self._events.compact()
         if self._tensorboard:
             self._tensorboard.flush()
         self._write_status()
+        fault.point("run.closed", -1, values["steps"])
         self._closed = True
-        assert self._server is not None
-        self._server.send_all({"kind": "over", "status": status})
-        self._server.publish({"kind": "end", "status": status, "message": message, "result": values}, keep=True)
+        self._end = {"status": status, "message": message}
+        self._publish_end(values)
 
-    def _count_world(self, world: World | None) -> None:
-        if self._world is not None and self._world_since:
-            self._world_size_seconds += self._world.size * (time.time() - self._world_since)
-        self._world_since = time.time() if world is not None else 0.0
-        if world is not None:
-            self._world = world
+    def _publish_end(self, result: dict[str, Any]) -> None:
+        assert self._server is not None
+        assert self._end is not None
+        self._server.send_all({"kind": "over", "status": self._end["status"]})
+        self._server.publish({"kind": "end", **self._end, "result": result}, keep=True)
 
     def _cost(self) -> float | None:
         price = self._options.price
-        return None if price is None else round(price * self._world_size_seconds / 3600, 6)
+        return None if price is None else round(price * self._record.worker_seconds(time.time()) / 3600, 6)
+
+    def _last_step(self) -> int:
+        row = self._record.last_row
+        return row["step"] if row else self._restore.get("step", 0)
 
     def _status_values(self) -> dict[str, Any]:
         world = self._world
         return {
             "status": self._state, "message": self._message, "heartbeat": time.time(), "epoch": self._options.epoch,
-            "step": self._last_row["step"] if self._last_row else self._restore.get("step", 0),
+            "step": self._last_step(),
             "total_steps": self._options.total_steps,
             "world": None if world is None else {"generation": str(world.generation), "size": world.size},
             **self._options.facts,

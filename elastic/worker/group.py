@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from elastic.membership.client import Assignment
 from elastic.parallel.device import all_gather_flat, backend_for, host_wait
 from elastic.worker.sockets import open_sockets, opened_since, shut_down
 
+STORE_S = 10.0
 _COLLECTIVE_WORDS = ("gloo", "nccl", "connection", "timed out", "socket", "aborted", "store", "peer")
 
 
@@ -55,13 +57,22 @@ class Group:
     def connect(self, timeout_s: float) -> None:
         """Connect to all members.
 
+        A store that is gone belongs to a world that is over. torch would knock at it until its time-out, twice.
+
         Raises:
             WorldBroken: not all came.
         """
         timeout = timedelta(seconds=timeout_s)
+        host, port = self.assignment.store
+        try:
+            socket.create_connection((host, port), STORE_S).close()
+        except OSError as error:
+            raise WorldBroken(f"the store of world {self.assignment.generation} is gone: {error}") from error
         with collective(f"connecting world {self.assignment.generation}"):
-            host, port = self.assignment.store
-            store = dist.TCPStore(host, port, is_master=False, timeout=timeout, wait_for_workers=False)
+            store = dist.TCPStore(
+                host, port, is_master=False, timeout=timedelta(seconds=STORE_S), wait_for_workers=False
+            )
+            store.set_timeout(timeout)
             before = open_sockets()
             dist.init_process_group(
                 backend_for(self.device), store=dist.PrefixStore(str(self.assignment.generation), store),

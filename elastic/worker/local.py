@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import os
 import platform
@@ -19,11 +18,13 @@ from typing import Any
 from elastic.config import to_dict
 from elastic.errors import ConfigError, RunFailed
 from elastic.job import job_options
-from elastic.membership.client import DriverLink
-from elastic.run.host import RunHost, host_settings, keeper_options, new_token
+from elastic.membership.driver import DriverLink
+from elastic.run.host import host_settings, keeper_options, new_token
 from elastic.run.prepare import PreparedRun, open_run
+from elastic.worker.hosting import HostHere, HostProcess
 
 LOOPBACK = "127.0.0.1"
+HOST_LOST_S = 60.0
 
 
 class LocalRun:
@@ -34,55 +35,81 @@ class LocalRun:
         host: the address of this machine that the membership server listens on.
         on_record: called with every row and event, on another thread.
         environment: further environment variables of the workers.
+        own_host: host the run in a process of its own, which is started again when it dies; with these further
+            environment variables.
     """
 
     def __init__(
         self, run: PreparedRun, workers: int, *, host: str = LOOPBACK, accelerator: str = "cpu",
         on_record: Callable[[dict[str, Any]], None] | None = None, environment: dict[str, str] | None = None,
+        own_host: dict[str, str] | None = None,
     ):  # fmt: skip
         self._run, self._workers, self._address, self._accelerator = run, workers, host, accelerator
-        self._environment = environment or {}
+        self._environment, self._own_host = environment or {}, own_host
         self._on_record = on_record or (lambda record: None)
         self._end: dict[str, Any] | None = None
         self._ended = threading.Event()
+        self._follower: threading.Thread | None = None
+        self.host: HostHere | HostProcess | None = None
         self.processes: list[subprocess.Popen[bytes]] = []
 
     def __enter__(self) -> LocalRun:
-        run = self._run
-        epoch = open_run(run)
-        token = new_token()
-        self._host = RunHost(
-            run.folder.storage.url, keeper_options(run, epoch), host_settings(run.config, token, self._address)
-        )
-        self.url = self._host.start({"changed_code": run.changed_code or None})
-        self.link = DriverLink(self.url, token)
-        self._follower = threading.Thread(target=self._follow, name="local-run-follower", daemon=True)
-        self._follower.start()
-        for index in range(self._workers):
-            self.start_worker(index, token, epoch)
+        try:
+            self._start()
+        except BaseException:
+            self.__exit__()
+            raise
         return self
 
-    def start_worker(self, index: int, token: str, epoch: int) -> None:
-        """Start one worker process; its specification goes through standard input, so the token is in no listing."""
+    def _start(self) -> None:
+        run = self._run
+        self._epoch, self._token = open_run(run), new_token()
+        arguments = (
+            run.folder.storage.url, keeper_options(run, self._epoch),
+            host_settings(run.config, self._token, self._address), {"changed_code": run.changed_code or None},
+        )  # fmt: skip
+        if self._own_host is None:
+            self.host = HostHere(*arguments)
+        else:
+            self.host = HostProcess(*arguments, living=self._living, environment=self._own_host)
+        self.url = self.host.start()
+        self.link = DriverLink(self.url, self._token)
+        self._follower = threading.Thread(target=self._follow, name="local-run-follower", daemon=True)
+        self._follower.start()
+        for _ in range(self._workers):
+            self.add_worker()
+
+    def add_worker(self, environment: dict[str, str] | None = None) -> subprocess.Popen[bytes]:
+        """Start one more worker process; its specification goes through standard input, so the token is in no
+        listing."""
+        index = len(self.processes)
         run = self._run
         job_class = type(run.job)
         specification = {
             "module": _importable(job_class), "class": job_class.__qualname__, "job_options": job_options(run.job),
             "config": to_dict(run.config), "plan": run.plan.__dict__, "digest": run.digest,
-            "folder_url": run.folder.storage.url, "server_url": self.url, "token": token,
+            "folder_url": run.folder.storage.url, "server_url": self.url, "token": self._token,
             "identity": {
-                "id": f"w{epoch}-{index}", "node": platform.node(), "local_index": index, "host": self._address,
+                "id": self._worker_id(index), "node": platform.node(), "local_index": index, "host": self._address,
                 "accelerator": self._accelerator,
             },
         }  # fmt: skip
-        environment = {**os.environ, **self._environment, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+        own = self._environment if environment is None else environment
         process = subprocess.Popen(
-            [sys.executable, "-m", "elastic.worker", "--child"], stdin=subprocess.PIPE, env=environment
-        )
+            [sys.executable, "-m", "elastic.worker", "--child"], stdin=subprocess.PIPE,
+            env={**os.environ, **own, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
+        )  # fmt: skip
         assert process.stdin is not None
         process.stdin.write(json.dumps(specification).encode())
         process.stdin.close()
         self.processes.append(process)
+        return process
+
+    def _worker_id(self, index: int) -> str:
+        return f"w{self._epoch}-{index}"
+
+    def _living(self) -> list[str]:
+        return [self._worker_id(index) for index, process in enumerate(self.processes) if process.poll() is None]
 
     def _follow(self) -> None:
         def on_record(record: dict[str, Any]) -> None:
@@ -91,11 +118,13 @@ class LocalRun:
                 self._ended.set()
             self._on_record(record)
 
-        asyncio.run(self.link.follow(on_record))
+        if not self.link.follow_to_the_end(on_record, self._ended, HOST_LOST_S):
+            self._end = {"status": "failed", "message": "the host of the run is gone and did not come back"}
+            self._ended.set()
 
     def stop(self, detail: str = "") -> None:
         """Ask the run to save and end at the next step boundary."""
-        self.link.request("/wish", {"wish": "stop", "detail": detail})
+        self.link.request("/wish", {"wish": "stop", "detail": detail}, patience_s=HOST_LOST_S)
 
     def wait(self, timeout_s: float) -> dict[str, Any]:
         """Wait for the end of the run.
@@ -111,7 +140,7 @@ class LocalRun:
             if all(p.poll() is not None for p in self.processes) and not self._ended.wait(2.0):
                 codes = [p.returncode for p in self.processes]
                 message = f"every worker of run {self._run.name} ended without a result; exit codes {codes}"
-                self.link.request("/close", {"status": "failed", "message": message})
+                self.link.request("/close", {"status": "failed", "message": message}, patience_s=HOST_LOST_S)
                 if not self._ended.wait(10.0):
                     raise RunFailed(message)
             if time.monotonic() > deadline:
@@ -129,8 +158,11 @@ class LocalRun:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
-        self._host.stop()
-        self._follower.join(10)
+        self._ended.set()
+        if self.host is not None:
+            self.host.stop()
+        if self._follower is not None:
+            self._follower.join(10)
 
 
 def _importable(job_class: type) -> str:

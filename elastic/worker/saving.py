@@ -12,7 +12,7 @@ from elastic.checkpoint.reader import newest_first, read_manifest, read_tensor
 from elastic.checkpoint.writer import share, write_pack
 from elastic.errors import CheckpointError
 from elastic.membership.client import WorkerLink
-from elastic.membership.state import Generation
+from elastic.membership.world import Generation
 from elastic.storage import Storage
 from elastic.worker.group import Group
 from elastic.worker.state import TrainState

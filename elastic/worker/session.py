@@ -11,7 +11,6 @@ import json
 import os
 import time
 import traceback
-from collections import deque
 from typing import Any
 
 import torch
@@ -21,8 +20,9 @@ from elastic.data.loader import Fetcher, Loader, Order
 from elastic.data.seeds import derive, seed_all
 from elastic.errors import ElasticError, FencedError, RunFailed, WarmUpError, WorldBroken
 from elastic.job import eval_sets
-from elastic.membership.client import RunOver, WorkerLink
-from elastic.membership.state import Failure, Generation, Member
+from elastic.membership.client import Assignment, RunOver, WorkerLink
+from elastic.membership.messages import Failure
+from elastic.membership.world import Generation, Member
 from elastic.parallel.device import describe, memory_share, pick_device, prepare_process
 from elastic.storage import Storage
 from elastic.units import parse_amount
@@ -37,7 +37,6 @@ from elastic.worker.user_code import UserCode, UserCodeError
 
 COMMIT_TIMEOUT_S = 600.0
 COLLECTIVE_TIMEOUT_S = 1800.0  # the last resort: the membership server notices a hang long before
-KEPT_ROWS = 512
 
 
 class Session:
@@ -67,7 +66,8 @@ class Session:
         self._prepared: Update | None = None
         self._left: Generation | None = None
         self._forming: dict[str, float] = {}  # seconds it took to form this world; goes into its first row
-        self._rows: deque[dict[str, Any]] = deque(maxlen=KEPT_ROWS)
+        self._stepped_in: Assignment | None = None  # the world of the newest step that was begun
+        self._goes_on = False  # the state was held in memory: what a broken world was about to do is still to be done
         self._evaluated: tuple[int, dict[str, float]] = (-1, {})
         self._started = time.monotonic()
         try:
@@ -167,6 +167,7 @@ class Session:
 
     def _join(self, failure: Failure | None) -> Group:
         assignment = self._link.join(self._facts, self._applied, failure, self._save_alone)
+        self._code.rank = f" (rank {assignment.rank} of {assignment.size})"
         fault.point("world.assigned", assignment.rank, self._applied)
         return Group(assignment, self._device)
 
@@ -180,21 +181,35 @@ class Session:
         else:
             source = applied.index(newest)
             if self._prepared is not None and self._prepared.step == self._applied == newest - 1:
-                self._apply(self._prepared)  # somebody passed the fence, so everyone had prepared this update
+                self._roll_forward(self._prepared)
         self._stepper.undo()
         self._prepared = None
         held = group.gather_ints(self._applied)
         if min(held) != max(held):
             wanted = self._applied != max(held)
             self._applied = restore_from_peer(self._state, group, source, self._applied, self._link, wanted=wanted)
-        if group.rank == source:  # it holds the newest state, so it has its rows; rank 0 may be new
-            self._post_rows([row for row in self._rows if row["step"] > group.assignment.last_step])
+        if group.rank in (0, source):  # who holds the newest state has its rows; rank 0 may be new
+            self._link.report_rows()
+        self._goes_on = newest >= 0
+        if self._eval_sets:  # one that a break interrupted is done again, by everyone or by nobody
+            step, found = group.send_json(self._evaluated, source)
+            self._evaluated = (step, found)
+
+    def _roll_forward(self, update: Update) -> None:
+        """Somebody passed the fence, so everyone had prepared this update. Its row is kept too: that one may die."""
+        assert self._stepped_in is not None
+        self._apply(update)
+        clock = self._stepper.clock
+        row = {**self._row(update, self._stepped_in), **self._times(clock.data_s + clock.compute_s + clock.sync_s)}
+        self._link.record(row, report=False)
 
     # ---- steps -------------------------------------------------------------------------------------------------
 
     def _train(self, group: Group) -> str | None:
         """Step until the end, a pause, or (None) until the members leave this world together."""
         stop = leave = 0
+        if self._goes_on and self._evaluation_is_due():
+            self._evaluate(group)
         while self._applied < self._plan.total_steps and not stop:
             self._link.check()
             stop, leave = self._step(group)
@@ -206,6 +221,7 @@ class Session:
         """One step of training; returns the agreed wishes to stop and to leave."""
         began = time.perf_counter()
         step, plan, stepper = self._applied, self._plan, self._stepper
+        self._stepped_in = group.assignment
         update = self._prepared = stepper.prepare(step)
         clock, fence = stepper.clock, time.perf_counter()
         stepper.progress(step, FENCE)
@@ -214,20 +230,17 @@ class Session:
         clock.sync_s += time.perf_counter() - fence
         fault.point("step.after_fence", group.rank, step + 1)
         self._apply(update)
-        row = {**self._row(update, group), **self._forming}
+        row = {**self._row(update, group.assignment), **self._forming}
         self._forming = {}
-        self._rows.append(row)  # the step counts now, whatever happens before its row is sent
         saved = None
         try:
             if self._applied < plan.total_steps and not stop:
-                if plan.eval_every and self._applied % plan.eval_every == 0:
+                if self._evaluation_is_due():
                     self._evaluate(group)
                 if save_now or (plan.checkpoint_every and self._applied % plan.checkpoint_every == 0):
                     saved = self._save(group)
         finally:
-            row |= self._times(time.perf_counter() - began)
-        if group.rank == 0:
-            self._post_rows([row])
+            self._link.record(row | self._times(time.perf_counter() - began), report=group.rank == 0)
         if saved is not None:  # after its row, so that no committed step is missing in the ledger
             self._link.post(saved)
         return stop, leave
@@ -250,6 +263,10 @@ class Session:
 
     # ---- between steps -----------------------------------------------------------------------------------------
 
+    def _evaluation_is_due(self) -> bool:
+        every = self._plan.eval_every
+        return every is not None and 0 < self._applied < self._plan.total_steps and self._applied % every == 0
+
     def _evaluate(self, group: Group) -> dict[str, float]:
         if self._evaluated[0] == self._applied:
             return self._evaluated[1]
@@ -264,9 +281,9 @@ class Session:
                 seed=self._config.run.seed, run_loss=self._code.evaluate,
             )  # fmt: skip
         self._evaluated = (self._applied, found)
-        if found and group.rank == 0:
+        if found:
             row = {"step": self._applied, "time": time.time(), "generation": str(group.assignment.generation)}
-            self._post_rows([{**row, **found}])
+            self._link.record({**row, **found}, report=group.rank == 0)
         return found
 
     def _save(self, group: Group) -> dict[str, Any] | None:
@@ -298,15 +315,11 @@ class Session:
             self._link.post(message, self._left)
         self._link.post({"kind": "saved alone"}, self._left)
 
-    def _post_rows(self, rows: list[dict[str, Any]]) -> None:
-        if rows:
-            self._link.post({"kind": "rows", "rows": rows})
-
-    def _row(self, update: Update, group: Group) -> dict[str, Any]:
+    def _row(self, update: Update, world: Assignment) -> dict[str, Any]:
         plan, record, done = self._plan, update.record, update.step + 1
         return {
             "step": done, "time": time.time(), "loss": record.loss, "lr": update.lr, "grad_norm": update.norm,
-            "world_size": group.size, "generation": str(group.assignment.generation),
+            "world_size": world.size, "generation": str(world.generation),
             "samples": done * plan.global_size,
             "tokens": done * plan.global_size * plan.tokens_per_sample if plan.tokens_per_sample else None,
             "device_memory": memory_share(self._device),

@@ -11,7 +11,7 @@ from torch import nn
 
 from elastic.errors import RunFailed
 from elastic.job import Job
-from elastic.membership.state import Failure
+from elastic.membership.messages import Failure
 from elastic.worker.group import is_collective_failure
 
 LossValue = tuple[torch.Tensor, Any, Any]
@@ -34,6 +34,7 @@ class UserCode:
     def __init__(self, job: Job, device: torch.device, worker_id: str, *, autocast: bool):
         self._job, self._device, self._worker_id, self._autocast = job, device, worker_id, autocast
         self.where = "warming up"
+        self.rank = ""  # in its present world
         self._step = self._microbatch = -1
         self.on_loss: Callable[[], None] = lambda: None  # called when the job's loss has returned
 
@@ -82,10 +83,20 @@ class UserCode:
         """The error to end the run with."""
         text = "".join(traceback.format_exception(error)).rstrip()
         hint = ""
-        if isinstance(error, torch.OutOfMemoryError):
-            hint = "\nOut of memory: give a larger --batch.microbatches, or a smaller --batch.pass-size."
-        message = f"worker {self._worker_id} failed at {self.where}:\n{text}{hint}"
+        if is_out_of_memory(error):
+            hint = (
+                "\nOut of memory: give a larger --batch.microbatches, so that a pass has fewer samples (in fast a "
+                "smaller --batch.pass-size does it too, and changes no sample), or workers with more memory."
+            )
+        message = f"worker {self._worker_id}{self.rank} failed at {self.where}:\n{text}{hint}"
         return UserCodeError(Failure(type(error).__name__, self._step, self._microbatch, message))
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, on a device or on the host, where torch raises a plain RuntimeError."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
 
 
 def _raised_in_torch(error: BaseException) -> bool:

@@ -1,0 +1,94 @@
+"""The server's open connections: a socket for each worker, a queue for each follower of the run."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+from collections.abc import Coroutine
+from typing import Any
+
+from aiohttp import web
+
+from elastic.membership.world import World
+
+
+class Connections:
+    """Sends without waiting. To be used on the server's loop only."""
+
+    def __init__(self) -> None:
+        self._sockets: dict[str, web.WebSocketResponse] = {}
+        self._followers: dict[web.WebSocketResponse, asyncio.Queue[str]] = {}
+        self._backlog: list[str] = []
+        self._tasks: set[asyncio.Future[None]] = set()
+
+    def start(self, work: Coroutine[Any, Any, None]) -> None:
+        """Run `work` on the side."""
+        task = asyncio.ensure_future(work)
+        self._tasks.add(task)  # the loop itself holds tasks only weakly
+        task.add_done_callback(self._tasks.discard)
+
+    # ---- workers -----------------------------------------------------------------------------------------------
+
+    def add(self, member_id: str, socket: web.WebSocketResponse) -> None:
+        """The worker is reached by this socket from now on."""
+        self._sockets[member_id] = socket
+
+    def remove(self, member_id: str, socket: web.WebSocketResponse) -> bool:
+        """The socket is closed; returns whether it was the worker's newest."""
+        if self._sockets.get(member_id) is not socket:
+            return False
+        del self._sockets[member_id]
+        return True
+
+    def send(self, member_id: str, message: dict[str, Any]) -> None:
+        """Send to one worker, if it is connected."""
+        socket = self._sockets.get(member_id)
+        if socket is not None and not socket.closed:
+            self.start(_send_quietly(socket, json.dumps(message)))
+
+    def tell(self, world: World, message: dict[str, Any]) -> None:
+        """Send to all members of a world."""
+        for member in world.members:
+            self.send(member.id, message)
+
+    def broadcast(self, message: dict[str, Any]) -> None:
+        """Send to all workers."""
+        for member_id in list(self._sockets):
+            self.send(member_id, message)
+
+    # ---- followers ---------------------------------------------------------------------------------------------
+
+    def publish(self, text: str, keep: bool) -> None:
+        """Send to all followers; `keep` it for those who come later."""
+        if keep:
+            self._backlog.append(text)
+        for queue in self._followers.values():
+            queue.put_nowait(text)
+
+    async def follow(self, socket: web.WebSocketResponse) -> None:
+        """Serve a follower until it or the server ends."""
+        queue: asyncio.Queue[str] = asyncio.Queue()
+        for text in self._backlog:
+            queue.put_nowait(text)
+        self._followers[socket] = queue
+        try:
+            while text := await queue.get():
+                await socket.send_str(text)
+            await socket.close()
+        except ConnectionError:
+            return  # the follower went away
+        finally:
+            del self._followers[socket]
+
+    async def close(self) -> None:
+        """End all connections."""
+        for queue in self._followers.values():
+            queue.put_nowait("")
+        for socket in list(self._sockets.values()):
+            await socket.close()
+
+
+async def _send_quietly(socket: web.WebSocketResponse, text: str) -> None:
+    with contextlib.suppress(ConnectionError):  # its reader notices, and reports the worker lost
+        await socket.send_str(text)

@@ -1,0 +1,296 @@
+"""Who is in the world: a pure state machine, `advance(state, event) -> (state, commands)`.
+
+    GATHERING --enough joined--> RUNNING --a member lost or failed--> BROKEN --all others joined again--> RUNNING
+                                    |                                                                        ^
+                                    +--someone to take in, or to let go--> LEAVING --all joined again--------+
+
+A world is never changed: the next one gets a higher generation, and only those of its predecessor's members that
+were not lost, plus those who wait and would lower the rounds of a step. With fewer than `min_workers` nothing forms:
+the run is parked. After a restart of the server (REBUILDING) nothing forms before every worker that the controller
+knows of has registered or is dead, or the lease is over, in which all others have stopped by themselves.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+
+from elastic.membership.forming import all_back, awaited, choose, helpful_size, may_follow, usable
+from elastic.membership.messages import (
+    Acknowledged,
+    Break,
+    Command,
+    Done,
+    Dropped,
+    Event,
+    Expected,
+    Fail,
+    Form,
+    GiveUp,
+    HandOver,
+    Joined,
+    Leave,
+    LeftOut,
+    Lost,
+    Notice,
+    Park,
+    Rebuilt,
+    Refuse,
+    Registered,
+    SaveNow,
+    Suspect,
+    Unfit,
+    Welcome,
+)
+from elastic.membership.state import Phase, State, Waiting
+from elastic.membership.world import Generation, World
+
+
+def advance(state: State, event: Event) -> tuple[State, list[Command]]:
+    """One decision."""
+    if isinstance(event, Joined):
+        return _joined(state, event)
+    if isinstance(event, Registered):
+        return _registered(state, event)
+    if isinstance(event, Acknowledged):
+        return replace(state, acked=state.acked | {event.member_id}), []
+    if isinstance(event, Lost):
+        return _lost(state, event)
+    if isinstance(event, Done):
+        return replace(state, gone=state.gone | {event.member_id}), []
+    if isinstance(event, Unfit):
+        if state.world is None and state.phase is not Phase.REBUILDING:
+            return replace(state, phase=Phase.ENDED), [Fail(event.message)]
+        state = replace(state, unfit=state.unfit + 1, unfit_at=event.now)
+        return _lost(state, Lost(event.member_id, event.now, "could not get ready"))
+    if isinstance(event, Notice):
+        return _settle(replace(state, notices={**state.notices, event.node: event.deadline}), event.now)
+    if isinstance(event, Expected):
+        return _settle(replace(state, expected=event.member_ids), event.now)
+    return _settle(state, event.now)
+
+
+def _joined(state: State, event: Joined) -> tuple[State, list[Command]]:
+    member = event.member
+    if state.phase is Phase.ENDED or member.id in state.gone:
+        return state, [Refuse(member.id, "the run went on without it")]
+    commands: list[Command] = []
+    if state.phase is Phase.RUNNING and state.world is not None and state.world.rank_of(member.id) is not None:
+        reason = event.failure.message.splitlines()[0] if event.failure else "a member left in the middle of a step"
+        state = replace(state, phase=Phase.BROKEN, broken_at=event.now, acked=frozenset({member.id}))
+        assert state.world is not None
+        commands.append(Break(state.world, None, reason))
+    if event.failure is not None:
+        key = (event.failure.kind, event.failure.step, event.failure.microbatch)
+        count = state.failures.get(key, 0) + 1
+        state = replace(state, failures={**state.failures, key: count})
+        if count > state.limits.max_failures:
+            return replace(state, phase=Phase.ENDED), [*commands, Fail(event.failure.message)]
+    waiting = Waiting(member, event.applied, event.now)
+    registered = {k: v for k, v in state.registered.items() if k != member.id}
+    state = replace(
+        state, waiting={**state.waiting, member.id: waiting}, last_join=event.now, registered=registered
+    )  # fmt: skip
+    state, settled = _settle(state, event.now)
+    return state, [*commands, *settled]
+
+
+def _registered(state: State, event: Registered) -> tuple[State, list[Command]]:
+    world, known = state.world, event.member.id not in state.gone
+    if known and world is not None and world.generation == event.generation and event.member.id in world.ids:
+        return state, [Welcome(event.member.id, world, state.phase is Phase.BROKEN)]  # it only lost its connection
+    if state.phase is not Phase.REBUILDING or not known:
+        return state, [Refuse(event.member.id, f"world {event.generation} is over")]
+    state = replace(
+        state, registered={**state.registered, event.member.id: event}, n=max(state.n, event.generation.n),
+        waiting={k: w for k, w in state.waiting.items() if k != event.member.id},
+    )  # fmt: skip
+    return _settle(state, event.now)
+
+
+def _lost(state: State, event: Lost) -> tuple[State, list[Command]]:
+    known, waited = event.member_id in state.gone, state.waiting.get(event.member_id)
+    state = replace(
+        state,
+        waiting={k: v for k, v in state.waiting.items() if k != event.member_id},
+        registered={k: v for k, v in state.registered.items() if k != event.member_id},
+        gone=state.gone | {event.member_id},
+        dead=state.dead | {event.member_id} if event.dead else state.dead,
+    )
+    saver = state.giving_up.saver if state.giving_up is not None else None
+    if state.giving_up is not None and saver is not None and saver.id == event.member_id:
+        return _give_up(state, state.giving_up.message)
+    commands: list[Command] = []
+    world = state.world
+    rank = None if world is None or known else world.rank_of(event.member_id)
+    if world is not None and rank is not None and state.phase in (Phase.RUNNING, Phase.LEAVING):
+        state = replace(state, phase=Phase.BROKEN, broken_at=event.now, acked=frozenset(state.waiting))
+        commands.append(Break(world, world.members[rank], event.reason))
+    elif world is not None and rank is not None:
+        commands.append(Break(world, world.members[rank], event.reason))
+    elif waited is not None:
+        commands.append(Dropped(waited.member, event.reason))
+    state, settled = _settle(state, event.now)
+    return state, [*commands, *settled]
+
+
+def _settle(state: State, now: float) -> tuple[State, list[Command]]:
+    """What can be decided now: take people in, form a world, suspect, park, give up."""
+    if state.phase is Phase.ENDED:
+        return state, []
+    if state.phase is Phase.REBUILDING:
+        return _rebuild(state, now)
+    if state.phase is Phase.RUNNING:
+        return _leave_if_better(state, now)
+    return _form(state, now) if all_back(state) else _suspect(state, now)
+
+
+def _rebuild(state: State, now: float) -> tuple[State, list[Command]]:
+    """Go on with the newest world that anyone is in, once everyone who can be in one has said so."""
+    expected, there = state.expected, state.registered.keys() | state.waiting.keys() | state.gone
+    sure = expected is not None and expected <= there and (state.registered or not expected & state.gone - state.dead)
+    if not sure and now - state.broken_at < state.limits.lease_s:
+        return state, []
+    known = [r for r in state.registered.values() if expected is None or r.member.id in expected]
+    newest = max((r.generation for r in known), default=None)
+    members = [r.member for r in sorted(known, key=lambda r: r.rank) if r.generation == newest]
+    strangers = [r.member for i, r in sorted(state.registered.items()) if r.member not in members]
+    refused: list[Command] = []
+    for member in strangers:
+        refused += [Dropped(member, "in an older world"), Refuse(member.id, "the run went on without it")]
+    absent = (expected or frozenset()) - there  # they have stopped, and do not come back after their lease
+    gone = state.gone | {m.id for m in strangers} | absent
+    state = replace(state, registered={}, gone=gone, acked=frozenset(), broken_at=now)
+    if newest is None:
+        state, settled = _settle(replace(state, phase=Phase.GATHERING), now)
+        return state, [*refused, *settled]
+    world = World(newest, tuple(members))
+    state = replace(state, world=world)
+    if len(members) == next(r.size for r in known if r.generation == newest):
+        state, settled = _settle(replace(state, phase=Phase.RUNNING), now)
+        return state, [*refused, Rebuilt(world), *settled]
+    broken = Break(world, None, "members were lost while the membership server was away")
+    return replace(state, phase=Phase.BROKEN), [*refused, Rebuilt(world), broken]
+
+
+def _suspect(state: State, now: float) -> tuple[State, list[Command]]:
+    if state.phase is not Phase.BROKEN or now - state.broken_at < state.limits.suspect_grace_s:
+        return state, []
+    silent = awaited(state) - state.acked
+    if not silent:
+        return state, []
+    assert state.world is not None
+    commands: list[Command] = [Suspect(m) for m in state.world.members if m.id in silent]
+    state, settled = _settle(replace(state, gone=state.gone | silent), now)
+    return state, [*commands, *settled]
+
+
+def _leave_if_better(state: State, now: float) -> tuple[State, list[Command]]:
+    """Ask the running world to leave where a faster or safer one can follow."""
+    limits, world = state.limits, state.world
+    assert world is not None
+    if not state.waiting and not state.notices:
+        return state, []
+    state, commands = _report_left_out(state)
+    largest = min(world.size + len(state.waiting), limits.max_workers)
+    if not state.notices and helpful_size(limits.microbatches, largest) <= world.size <= limits.max_workers:
+        return state, commands  # whoever waits is a spare
+    fitting, _ = usable(state)
+    there = [Waiting(m, sys.maxsize, 0.0) for m in world.members]  # they hold the newest state
+    following = {m.id for m in choose(state, [*there, *fitting])}
+    taken = [w for w in fitting if w.member.id in following]
+    let_go = len(world.ids - following)
+    going = {m.id: state.notices[m.node] for m in world.members if m.node in state.notices}
+    due = bool(going) and now >= min(going.values()) - max(2.0, 0.25 * limits.lease_s)
+    why = ""
+    if taken:
+        full = world.size - let_go + len(taken) >= helpful_size(limits.microbatches, limits.max_workers)
+        if full or now - min(w.since for w in taken) >= limits.join_window_s:
+            why = f"{len(taken)} to take in" + (f", {let_go} to let go" if let_go else "")
+    elif let_go and world.size > limits.max_workers:
+        why = f"{let_go} to let go"  # it came along to give its state, and has given it
+    elif let_go and due:
+        why = f"{let_go} to let go, no replacement came"
+    if why:
+        return replace(state, phase=Phase.LEAVING, broken_at=now, acked=frozenset()), [*commands, Leave(world, why)]
+    if due and not let_go and not going.keys() <= state.saved_for:
+        return replace(state, saved_for=state.saved_for | going.keys()), [*commands, SaveNow(world)]
+    return state, commands
+
+
+def _report_left_out(state: State) -> tuple[State, list[Command]]:
+    _, different = usable(state)
+    new = [w.member for w in different if w.member.id not in state.left_out]
+    if not new:
+        return state, []
+    reason = "its device, torch build or thread count differs from the world's"
+    return replace(state, left_out=state.left_out | {m.id for m in new}), [LeftOut(m, reason) for m in new]
+
+
+def _form(state: State, now: float) -> tuple[State, list[Command]]:
+    limits = state.limits
+    if state.world is None and not _gathered(state, now):
+        return state, []
+    fitting, _ = usable(state)
+    members = choose(state, fitting)
+    if len(members) < limits.min_workers:
+        return _park(state, len(members), now)
+    if state.world is not None and not may_follow(state, members, now):
+        return state, []
+    nodes = sorted({m.node for m in members})
+    members = sorted(members, key=lambda m: (nodes.index(m.node), m.local_index, m.id))
+    world = World(Generation(state.epoch, state.n + 1), tuple(members))
+    chosen = {m.id for m in members}
+    old = state.world.ids if state.world else frozenset()
+    rest = {k: w for k, w in state.waiting.items() if k not in chosen}
+    handed = [w.member for w in rest.values() if w.member.node in state.notices and w.member.id in old]
+    state = replace(
+        state, phase=Phase.RUNNING, n=state.n + 1, world=world, parked_at=None, acked=frozenset(),
+        unfit=state.unfit if chosen <= old else 0,
+        waiting={k: w for k, w in rest.items() if w.member not in handed},
+        gone=state.gone | {m.id for m in handed},
+    )  # fmt: skip
+    state, left = _report_left_out(state)
+    return state, [Form(world), *(HandOver(m) for m in handed), *left]
+
+
+def _gathered(state: State, now: float) -> bool:
+    """Whether the first world has waited long enough for more; it waits longer where it has too few.
+
+    Workers that hold state wait for nobody: the server was restarted, and everyone who can be there is.
+    """
+    limits = state.limits
+    if not state.waiting:
+        return state.parked_at is not None
+    if any(w.applied >= 0 for w in state.waiting.values()):
+        return True
+    waited = now - state.last_join
+    if len(state.waiting) >= helpful_size(limits.microbatches, limits.max_workers):
+        fitting, _ = usable(state)
+        if len(fitting) >= helpful_size(limits.microbatches, limits.max_workers):
+            return True
+    elif len(state.waiting) < limits.min_workers:
+        return state.parked_at is not None or waited >= limits.park_after_s
+    return waited >= limits.settle_s
+
+
+def _park(state: State, have: int, now: float) -> tuple[State, list[Command]]:
+    limits = state.limits
+    state, commands = _report_left_out(state)
+    if state.parked_at is None:
+        return replace(state, parked_at=now), [*commands, Park(have, limits.min_workers)]
+    if limits.max_wait_s is None or now - state.parked_at < limits.max_wait_s:
+        return state, commands
+    message = (
+        f"parked for {limits.max_wait_s:g} s with {have} of at least {limits.min_workers} workers; add nodes, or "
+        "lower --scaling.min-workers, and start the run again"
+    )
+    state, given_up = _give_up(state, message)
+    return state, [*commands, *given_up]
+
+
+def _give_up(state: State, message: str) -> tuple[State, list[Command]]:
+    """End the run; whoever holds the newest state commits it first."""
+    holder = max(state.waiting.values(), key=lambda w: w.applied, default=None)
+    command = GiveUp(holder.member if holder is not None and holder.applied >= 0 else None, message)
+    return replace(state, phase=Phase.ENDED, giving_up=command), [command]

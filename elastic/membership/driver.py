@@ -1,0 +1,85 @@
+"""A driver's or controller's requests to the membership server, and its stream of rows and events."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import threading
+import time
+import urllib.request
+from collections.abc import Callable
+from typing import Any
+
+import aiohttp
+
+from elastic.membership.protocol import MAX_MESSAGE_BYTES
+
+AGAIN_S = 0.1
+
+
+class DriverLink:
+    """Talks to the server at `url` with the run's bearer token."""
+
+    def __init__(self, url: str, token: str):
+        self._url, self._headers = url, {"Authorization": f"Bearer {token}"}
+
+    def request(
+        self, path: str, body: dict[str, Any] | None = None, timeout_s: float = 10.0, *, patience_s: float = 0.0
+    ) -> dict[str, Any]:
+        """GET `path`, or POST `body` to it; a server that is away (restarted, say) is tried again for `patience_s`.
+
+        Raises:
+            OSError: the server cannot be reached.
+        """
+        data = None if body is None else json.dumps(body).encode()
+        headers = {**self._headers, "Content-Type": "application/json"}
+        request = urllib.request.Request(self._url + path, data=data, headers=headers)
+        deadline = time.monotonic() + patience_s
+        while True:
+            try:
+                with urllib.request.urlopen(request, timeout=timeout_s) as answer:
+                    return json.loads(answer.read())
+            except OSError:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(AGAIN_S)
+
+    async def follow(self, on_record: Callable[[dict[str, Any]], None]) -> None:
+        """Call `on_record` with every row and event, until one of kind `end` came or the server is gone."""
+        async with (
+            aiohttp.ClientSession(headers=self._headers) as session,
+            session.ws_connect(f"{self._url}/follow", max_msg_size=MAX_MESSAGE_BYTES) as socket,
+        ):
+            async for raw in socket:
+                if raw.type == aiohttp.WSMsgType.TEXT:
+                    record = json.loads(raw.data)
+                    on_record(record)
+                    if record.get("kind") == "end":
+                        return
+
+    def follow_to_the_end(
+        self, on_record: Callable[[dict[str, Any]], None], ended: threading.Event, patience_s: float
+    ) -> bool:
+        """Follow, again and again if the server is restarted on the same address, until `ended` is set.
+
+        Returns:
+            False if the server was gone for `patience_s`.
+        """
+        lost_at: float | None = None
+
+        def heard(record: dict[str, Any]) -> None:
+            nonlocal lost_at
+            lost_at = None
+            on_record(record)
+
+        while not ended.is_set():
+            with contextlib.suppress(OSError, aiohttp.ClientError):  # it is restarted, or stays away for too long
+                asyncio.run(self.follow(heard))
+            if ended.is_set():
+                return True
+            lost_at = lost_at or time.monotonic()
+            if time.monotonic() - lost_at > patience_s:
+                return False
+            ended.wait(AGAIN_S)
+        return True

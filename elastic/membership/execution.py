@@ -1,0 +1,140 @@
+"""Carrying out what was decided: messages to workers, a rendezvous store for each world, events for the keeper."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from elastic import fault
+from elastic.membership.connections import Connections
+from elastic.membership.messages import (
+    Break,
+    Command,
+    Dropped,
+    Fail,
+    Form,
+    GiveUp,
+    HandOver,
+    Leave,
+    LeftOut,
+    Park,
+    Rebuilt,
+    Refuse,
+    SaveNow,
+    Suspect,
+    Welcome,
+)
+from elastic.membership.protocol import Keeper
+from elastic.membership.world import World
+
+
+class Executor:
+    """Executes commands; decides nothing.
+
+    Args:
+        host: where workers reach a world's store.
+        new_store: makes the rendezvous store of a new world; returns its port and a function that ends it.
+    """
+
+    def __init__(
+        self,
+        keeper: Keeper,
+        connections: Connections,
+        host: str,
+        new_store: Callable[[], tuple[int, Callable[[], None]]],
+    ):
+        self._keeper, self._connections, self._host, self._new_store = keeper, connections, host, new_store
+        self._end_store: Callable[[], None] | None = None
+        self._wish: dict[str, Any] | None = None
+        self._wished_at: dict[str, Any] = {}
+        self.given_up: set[str] = set()  # whose processes the controller is to end
+
+    def execute(self, command: Command) -> None:
+        """Carry out one command."""
+        keeper, connections = self._keeper, self._connections
+        if isinstance(command, Form):
+            self._form(command.world)
+        elif isinstance(command, Rebuilt):
+            keeper.world_resumed(command.world)
+            connections.tell(command.world, {"kind": "resume", "generation": str(command.world.generation)})
+        elif isinstance(command, Welcome):
+            generation = str(command.world.generation)
+            connections.send(command.member_id, {"kind": "resume", "generation": generation})
+            if command.broken:
+                connections.send(command.member_id, {"kind": "broken", "generation": generation})
+        elif isinstance(command, Break):
+            fault.point("world.breaking", -1, command.world.generation.n)
+            self.drop_store()
+            keeper.world_broken(command.world, command.lost, command.reason)
+            connections.tell(command.world, {"kind": "broken", "generation": str(command.world.generation)})
+        elif isinstance(command, Leave):
+            keeper.event("notice", generation=str(command.world.generation), detail=f"re-forming: {command.why}")
+            connections.tell(command.world, {"kind": "wish", "wish": "leave", "detail": command.why})
+        elif isinstance(command, SaveNow):
+            connections.tell(command.world, {"kind": "wish", "wish": "save", "detail": "a node goes away"})
+        elif isinstance(command, Suspect):
+            keeper.event("member_suspected", member=command.member.id, node=command.member.node)
+            self.refuse(command.member.id, "it did not acknowledge in time that its world was broken")
+        elif isinstance(command, Dropped):
+            member = command.member
+            keeper.event("member_lost", member=member.id, node=member.node, pid=member.pid, detail=command.reason)
+        elif isinstance(command, Refuse):
+            self.refuse(command.member_id, command.reason)
+        elif isinstance(command, LeftOut):
+            keeper.event("notice", member=command.member.id, detail=f"left out: {command.reason}")
+        elif isinstance(command, HandOver):
+            keeper.event("handed_over", member=command.member.id, node=command.member.node)
+            connections.send(command.member.id, {"kind": "over", "status": "handed over"})
+        elif isinstance(command, Park):
+            keeper.set_status("parked")
+            keeper.event(
+                "parked",
+                detail=f"{command.have} workers, waiting for at least {command.need}: add nodes, or stop the run",
+            )
+        elif isinstance(command, GiveUp):
+            self._give_up(command)
+        elif isinstance(command, Fail):
+            keeper.close_run("failed", command.message)
+
+    def wish(self, wish: dict[str, Any]) -> None:
+        """Pass a wish on to all workers, now and in worlds to come."""
+        self._wish, self._wished_at = {**wish, "kind": "wish"}, self._keeper.restore_point()
+        self._connections.broadcast(self._wish)
+
+    def refuse(self, member_id: str, reason: str) -> None:
+        """Tell a worker that it has no part in the run any more; its process is to be ended."""
+        self.given_up.add(member_id)
+        self._connections.send(member_id, {"kind": "refused", "reason": reason})
+
+    def drop_store(self) -> None:
+        """Dropping a store's server frees everyone who still waits in it."""
+        if self._end_store:
+            self._end_store()
+            self._end_store = None
+
+    def _give_up(self, command: GiveUp) -> None:
+        if command.saver is None:
+            self._keeper.close_run("failed", command.message)
+        else:
+            self._keeper.giving_up(command.message)
+            self._connections.send(command.saver.id, {"kind": "save alone"})
+
+    def _form(self, world: World) -> None:
+        keeper = self._keeper
+        self.drop_store()
+        port, self._end_store = self._new_store()
+        if keeper.status()["status"] == "parked":
+            keeper.set_status("running")
+            keeper.event("resumed", generation=str(world.generation))
+        keeper.world_formed(world)
+        message = {
+            "kind": "world", "generation": str(world.generation), "size": world.size, "store": [self._host, port],
+            "restore": keeper.restore_point(), "claim_step": keeper.claim_step(),
+        }  # fmt: skip
+        fault.point("world.forming", -1, world.generation.n)
+        for rank, member in enumerate(world.members):
+            self._connections.send(member.id, {**message, "rank": rank})
+        if self._wish and self._wish["wish"] == "save" and keeper.restore_point() != self._wished_at:
+            self._wish = None  # it was granted: a checkpoint was committed since
+        if self._wish:
+            self._connections.broadcast(self._wish)

@@ -1,0 +1,94 @@
+"""Who is in the next world, how large it is, and when it may follow: pure functions of the state."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+
+from elastic.membership.state import Limits, State, Waiting
+from elastic.membership.world import Member
+
+
+def helpful_size(microbatches: int | None, most: int) -> int:
+    """The largest world of at most `most` workers whose last worker still lowers ceil(V / W), a step's rounds."""
+    if microbatches is None or most < 1:
+        return most
+    rounds = -(-microbatches // most)
+    return -(-microbatches // rounds)
+
+
+def world_size(limits: Limits, survivors: int, available: int) -> int:
+    """How many of the `available` workers go into the next world: survivors, and of others only as many as help.
+
+    A worker that would not lower the rounds costs a transfer of state and brings nothing: it waits, as a spare.
+    """
+    most = min(available, limits.max_workers)
+    return max(helpful_size(limits.microbatches, most), min(survivors, most), min(limits.min_workers, most))
+
+
+def usable(state: State) -> tuple[list[Waiting], list[Waiting]]:
+    """(waiting workers that fit into one world, those whose device differs).
+
+    The device is that of the world before. The first world takes the one that most have, unless somebody already
+    holds state.
+    """
+    everyone = list(state.waiting.values())
+    if not state.limits.exact or not everyone:
+        return everyone, []
+    newest = max(everyone, key=lambda w: w.applied)
+    if state.world is not None:
+        device = state.world.members[0].device
+    elif newest.applied >= 0:
+        device = newest.member.device
+    else:
+        count = Counter(w.member.device for w in everyone)
+        device = max(everyone, key=lambda w: (count[w.member.device], -w.since)).member.device
+    return [w for w in everyone if w.member.device == device], [w for w in everyone if w.member.device != device]
+
+
+def choose(state: State, candidates: Sequence[Waiting]) -> list[Member]:
+    """The members of the next world out of those that fit into one.
+
+    Survivors come before others, then those with the newest state. Workers on nodes that go away are taken only where
+    the others are too few, or to give their state: one of them may come along for that, even if there is no room for
+    it, as long as every rank has a microbatch.
+    """
+    limits = state.limits
+    old = state.world.ids if state.world else frozenset()
+    ranked = sorted(
+        candidates,
+        key=lambda w: (w.member.node in state.notices, w.member.id not in old, -w.applied, w.since, w.member.id),
+    )
+    staying = [w for w in ranked if w.member.node not in state.notices]
+    pool = staying if len(staying) >= limits.min_workers else ranked
+    size = world_size(limits, sum(w.member.id in old for w in pool), len(pool))
+    chosen = pool[:size]
+    newest = max((w.applied for w in ranked), default=-1)
+    if chosen and newest >= 0 and all(w.applied < newest for w in chosen):
+        giver = next(w for w in ranked if w.applied == newest)
+        chosen = [*chosen[: max(1, limits.max_workers - 1)], giver]
+        if limits.microbatches is not None and len(chosen) > limits.microbatches:
+            chosen = [giver]
+    return [w.member for w in chosen]
+
+
+def may_follow(state: State, members: Iterable[Member], now: float) -> bool:
+    """Two worlds never apply steps at one time: a successor shares a member, or waits out the lease."""
+    assert state.world is not None
+    old = state.world.ids
+    shares = any(m.id in old for m in members)
+    return shares or old <= state.dead or now - state.broken_at >= state.limits.lease_s
+
+
+def awaited(state: State) -> frozenset[str]:
+    """Members of the broken or left world that have not joined again, by id."""
+    if state.world is None:
+        return frozenset()
+    return state.world.ids - state.waiting.keys() - state.gone
+
+
+def all_back(state: State) -> bool:
+    """Whether nobody is awaited any more. Costs nothing while many are: it is asked once for each who joins."""
+    if state.world is not None and len(state.waiting) + len(state.gone) < state.world.size:
+        return False
+    return not awaited(state)

@@ -1,0 +1,228 @@
+"""What happens (events) and what is to be done about it (commands): the language of the membership decisions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from elastic.membership.world import Generation, Member, World
+
+# ---- events -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Failure:
+    """An error in the job's code; the same kind at the same place is replayed only so often."""
+
+    kind: str
+    step: int
+    microbatch: int
+    message: str
+
+
+@dataclass(frozen=True)
+class Joined:
+    """A warm worker asks for a world. `applied`: updates in the state it holds, -1 for none."""
+
+    member: Member
+    now: float
+    applied: int = -1
+    failure: Failure | None = None
+
+
+@dataclass(frozen=True)
+class Registered:
+    """After a restart of the server: a worker that is in the midst of a world says so."""
+
+    member: Member
+    generation: Generation
+    rank: int
+    size: int
+    now: float
+
+
+@dataclass(frozen=True)
+class Acknowledged:
+    """A worker's watcher has seen that its world is broken: it lives, however long its step still takes."""
+
+    member_id: str
+    now: float
+
+
+@dataclass(frozen=True)
+class Lost:
+    """A worker is gone, or is to be treated so. `dead`: it applies nothing any more, since its process ended or its
+    lease did."""
+
+    member_id: str
+    now: float
+    reason: str = "connection lost"
+    dead: bool = False
+
+
+@dataclass(frozen=True)
+class Done:
+    """A worker said that it is done: its leaving is no loss."""
+
+    member_id: str
+
+
+@dataclass(frozen=True)
+class Unfit:
+    """A worker could not get ready. Before the first world that ends the run; later the others go on without it."""
+
+    member_id: str
+    message: str
+    now: float
+
+
+@dataclass(frozen=True)
+class Notice:
+    """A node will go away at `deadline`."""
+
+    node: str
+    deadline: float
+    now: float
+
+
+@dataclass(frozen=True)
+class Expected:
+    """The workers that the controller knows to exist, told to a restarted server."""
+
+    member_ids: frozenset[str]
+    now: float
+
+
+@dataclass(frozen=True)
+class Tick:
+    now: float
+
+
+Event = Joined | Registered | Acknowledged | Lost | Done | Unfit | Notice | Expected | Tick
+
+# ---- commands ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Form:
+    """Tell the members of the world that it exists."""
+
+    world: World
+
+
+@dataclass(frozen=True)
+class Rebuilt:
+    """After a restart of the server: the world that its members were in. They may say what they have to say."""
+
+    world: World
+
+
+@dataclass(frozen=True)
+class Welcome:
+    """A member that only lost its connection may say what it has to say; `broken`: its world is."""
+
+    member_id: str
+    world: World
+    broken: bool
+
+
+@dataclass(frozen=True)
+class Break:
+    """Tell everyone in the world that it is broken, so that blocked ones are freed."""
+
+    world: World
+    lost: Member | None
+    reason: str
+
+
+@dataclass(frozen=True)
+class Leave:
+    """Ask the members to leave the world together at their next step boundary and to join again."""
+
+    world: World
+    why: str
+
+
+@dataclass(frozen=True)
+class Suspect:
+    """A member was given up because it did not acknowledge in time."""
+
+    member: Member
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """A worker outside of any world is gone for good: to be recorded, so that a restarted server knows it too."""
+
+    member: Member
+    reason: str
+
+
+@dataclass(frozen=True)
+class Refuse:
+    """Tell a worker that it has no part in the run any more."""
+
+    member_id: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """A worker waits outside because its device differs."""
+
+    member: Member
+    reason: str
+
+
+@dataclass(frozen=True)
+class HandOver:
+    """A worker on a node that goes away is not in the new world; it can end."""
+
+    member: Member
+
+
+@dataclass(frozen=True)
+class SaveNow:
+    """A node goes away and its workers cannot be spared: make the state durable at the next boundary."""
+
+    world: World
+
+
+@dataclass(frozen=True)
+class Park:
+    """Too few workers: `waiting` of them hold the state in memory."""
+
+    have: int
+    need: int
+
+
+@dataclass(frozen=True)
+class GiveUp:
+    """Parked for too long: `saver` (if anyone holds state) commits it, then the run ends."""
+
+    saver: Member | None
+    message: str
+
+
+@dataclass(frozen=True)
+class Fail:
+    """The same error came too often."""
+
+    message: str
+
+
+Command = (
+    Form
+    | Rebuilt
+    | Welcome
+    | Break
+    | Leave
+    | Suspect
+    | Dropped
+    | Refuse
+    | LeftOut
+    | HandOver
+    | SaveNow
+    | Park
+    | GiveUp
+    | Fail
+)

@@ -1,0 +1,33 @@
+"""`python -m elastic.run`: the host of a run in a process of its own, for runs in plain processes.
+
+Reads one line of JSON from standard input, what `RunHost` takes, and serves until that is closed: it ends with
+whoever started it.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import threading
+
+from elastic.membership.state import Limits
+from elastic.run.host import HostSettings, RunHost, import_store
+from elastic.run.keeper import KeeperOptions
+
+
+def main() -> int:
+    specification = json.loads(sys.stdin.readline())
+    threading.Thread(target=import_store, name="import-torch", daemon=True).start()
+    limits = Limits(**specification["settings"].pop("limits"))
+    settings = HostSettings(limits=limits, **specification["settings"])
+    host = RunHost(specification["folder_url"], KeeperOptions(**specification["options"]), settings)
+    host.start(specification["detail"])
+    try:
+        sys.stdin.read()
+    finally:
+        host.stop()
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,114 @@
+"""What the ledger says about the present claim: kept up row by row, and replayed by a restarted keeper."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterable
+from typing import Any
+
+from elastic.membership.outbox import row_key
+from elastic.membership.world import Generation
+
+STARTED, ENDED = "run_started", ("run_finished", "run_failed")
+_GONE = ("member_lost", "member_evicted", "member_suspected", "handed_over")
+
+
+class Spans:
+    """A set of whole numbers that come mostly one after another."""
+
+    def __init__(self) -> None:
+        self._spans: list[list[int]] = []  # first and last of each
+
+    def add(self, number: int) -> bool:
+        """Returns whether it is new."""
+        spans = self._spans
+        after = bisect_right(spans, number, key=lambda span: span[0])
+        if after and number <= spans[after - 1][1]:
+            return False
+        joins_left = after > 0 and spans[after - 1][1] == number - 1
+        joins_right = after < len(spans) and spans[after][0] == number + 1
+        if joins_left and joins_right:
+            spans[after - 1][1] = spans.pop(after)[1]
+        elif joins_left:
+            spans[after - 1][1] = number
+        elif joins_right:
+            spans[after][0] = number
+        else:
+            spans.insert(after, [number, number])
+        return True
+
+
+class Record:
+    """The claim of `epoch`: which rows it has, its newest row, stalls, and worker seconds."""
+
+    def __init__(self, epoch: int):
+        self._epoch = epoch
+        self._rows: dict[tuple[str, bool], Spans] = {}
+        self.last_row: dict[str, Any] | None = None
+        self.last_eval: dict[str, Any] = {}
+        self.stalls: list[dict[str, Any]] = []
+        self.started: float | None = None
+        self.claim_step: int | None = None
+        self.worlds = 0  # the highest number of a world
+        self.gone: frozenset[str] = frozenset()
+        self.committed: set[tuple[int, str]] = set()
+        self.ended = False
+        self._broken = False
+        self._size, self._since, self._worker_seconds = 0, 0.0, 0.0
+
+    def take_row(self, row: dict[str, Any]) -> bool:
+        """Returns whether the row is new; one that was sent twice counts once."""
+        generation, step, evaluation = row_key(row)
+        if not self._rows.setdefault((generation, evaluation), Spans()).add(step):
+            return False
+        if evaluation:
+            self.last_eval = {k: v for k, v in row.items() if k.startswith("eval/")}
+            return True
+        if self._broken and self.last_row is not None:
+            stall = max(0.0, row["time"] - self.last_row["time"] - self.last_row["step_s"])
+            self.stalls.append({"step": row["step"], "seconds": round(stall, 4)})
+        self._broken = False
+        self.last_row = row
+        return True
+
+    def world(self, size: int, at: float) -> None:
+        """From `at` (unix seconds) on, this many workers train; 0 for none."""
+        self._worker_seconds = self.worker_seconds(at)
+        self._size, self._since = size, at
+
+    def broken(self, at: float) -> None:
+        """The world broke."""
+        self._broken = True
+        self.world(0, at)
+
+    def worker_seconds(self, now: float) -> float:
+        """Seconds of all workers in worlds so far."""
+        return self._worker_seconds + self._size * max(0.0, now - self._since)
+
+    def replay(self, rows: Iterable[dict[str, Any]], events: Iterable[dict[str, Any]]) -> None:
+        """Take in what an earlier keeper of this claim wrote."""
+        ours = [r for r in (*rows, *events) if self._is_ours(r)]
+        for record in sorted(ours, key=lambda r: r["time"]):
+            if "kind" in record:
+                self._take_event(record)
+            else:
+                self.take_row(record)
+
+    def _is_ours(self, record: dict[str, Any]) -> bool:
+        return "generation" in record and Generation.parse(record["generation"]).epoch == self._epoch
+
+    def _take_event(self, event: dict[str, Any]) -> None:
+        kind, generation = event["kind"], Generation.parse(event["generation"])
+        if kind == STARTED and self.started is None:
+            self.started, self.claim_step = event["time"], event["step"]
+        elif kind == "world_formed":
+            self.worlds = max(self.worlds, generation.n)
+            self.world(event["detail"]["size"], event["time"])
+        elif kind == "checkpoint_committed":
+            self.committed.add((event["step"], event["detail"]["attempt"]))
+        elif kind in ENDED:
+            self.ended = True
+        if kind in _GONE and "member" in event:
+            self.gone |= {event["member"]}
+        if kind == "member_lost" and generation.n == self.worlds > 0:
+            self.broken(event["time"])

@@ -1,0 +1,316 @@
+"""Losses, spares, parking, uneven worlds and errors in plain processes: training goes on with the same bits."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from elastic.errors import RunFailed
+from elastic.observe.ledger import gaps_and_doubles
+from elastic.run.prepare import PreparedRun, prepare
+from elastic.worker.local import LocalRun
+from tests.forked import LONG, WAIT_S, B, Ran, Watch, configure, fault, local_run, plan, sample_at, train
+from tests.tiny_jobs import Everything, Plain
+
+pytestmark = [pytest.mark.processes, pytest.mark.usefixtures("fork_server")]
+
+
+def prepared(tmp_path: Any, most: int, least: int = 1, **options: Any) -> PreparedRun:
+    config = configure(tmp_path, "run", scaling__max_workers=most, scaling__min_workers=least, **options)
+    return prepare(Everything(), config)
+
+
+def event(kind: str, **fields: Any) -> Any:
+    wanted = {"kind": kind, **fields}
+    return lambda record: wanted.items() <= record.items()
+
+
+def rungs(ran: Ran, generation: str) -> list[str]:
+    """Where the members of a world got their state from."""
+    return [e["detail"]["rung"] for e in ran.events("restored") if e["generation"] == generation]
+
+
+def assert_same_training(ran: Ran, undisturbed: Ran, sizes: list[int]) -> None:
+    assert ran.sha == undisturbed.sha
+    assert ran.column("loss") == undisturbed.column("loss")
+    assert gaps_and_doubles(ran.rows, B) == []
+    assert len(ran.history) == len([r for r in ran.rows if "sample_hash" in r]), "a step was done twice"
+    assert ran.column("world_size") == sizes
+    assert not ran.events("member_suspected")
+    assert not ran.events("member_evicted")
+
+
+# ---- fewer than min_workers ------------------------------------------------------------------------------------
+
+
+def test_with_too_few_the_run_is_parked_in_memory_and_resumed_when_another_comes(undisturbed, tmp_path):
+    run, watch = prepared(tmp_path, most=2, least=2), Watch()
+    with local_run(run, 2, on_record=watch, environment=plan(fault("step.forward", 6, 1))) as local:
+        parked = watch.wait_for(event("parked"))
+        assert local.link.request("/status")["status"] == "parked"
+        local.add_worker(environment={})
+        local.wait(WAIT_S)
+        pids = [p.pid for p in local.processes]
+
+    ran = Ran(run, None)
+    assert parked["detail"] == "1 workers, waiting for at least 2: add nodes, or stop the run"
+    first, second = ran.events("world_formed")
+    assert (first["detail"]["pids"], second["detail"]["pids"]) == (pids[:2], [pids[0], pids[2]])
+    assert len(ran.events("resumed")) == 1
+    assert rungs(ran, "1-2") == ["peer"], "the state was in memory"
+    assert_same_training(ran, undisturbed, [2] * 12)
+
+
+def test_parked_for_too_long_a_run_ends_with_its_newest_step_saved_and_goes_on_when_started_again(
+    undisturbed, tmp_path
+):
+    run = prepared(tmp_path, most=3, least=3, recovery__max_wait="0.3s")
+    with local_run(run, 3, environment=plan(fault("step.forward", 6, 1))) as local:
+        with pytest.raises(RunFailed, match=r"parked for 0.3 s with 2 of at least 3 workers; add nodes, or") as failed:
+            local.wait(WAIT_S)
+        codes = [p.wait(WAIT_S) for p in local.processes]
+
+    ended = Ran(run, None)
+    assert failed.value.exit_code == 1
+    assert codes == [0, -9, 0]
+    assert ended.result["status"] == "failed"
+    assert [e["step"] for e in ended.events("checkpoint_committed")] == [5]
+    again = prepared(tmp_path, most=2)
+    with local_run(again, 2) as local:
+        local.wait(WAIT_S)
+    ran = Ran(again, None)
+    assert [e["step"] for e in ran.events("restored") if e["detail"]["rung"] == "checkpoint"] == [5]
+    assert_same_training(ran, undisturbed, [3] * 5 + [2] * 7)
+
+
+# ---- spares, sizes, devices ------------------------------------------------------------------------------------
+
+
+def test_a_warm_spare_fills_a_loss_in_the_same_re_formation(undisturbed, tmp_path, gate):
+    held = gate("held")
+    run, watch = prepared(tmp_path, most=3, scaling__spares=1), Watch()
+    faults = [fault("step.forward", 6, 1, "hold", file=held), fault("step.reduce", 6, 1, only=tmp_path / "mark")]
+    with local_run(run, 4, on_record=watch, environment=plan(*faults)) as local:
+        for index in range(4):
+            watch.wait_for(event("worker_warm", member=f"w1-{index}"))
+        held.unlink()
+        local.wait(WAIT_S)
+
+    ran = Ran(run, None)
+    before, after = (set(e["detail"]["ids"]) for e in ran.events("world_formed"))
+    assert len(before) == len(after) == 3
+    assert len(before & after) == 2
+    (lost,) = ran.events("member_lost")
+    assert {lost["member"]} == before - after
+    assert_same_training(ran, undisturbed, [3] * 12)
+
+
+def test_a_worker_that_would_not_lower_the_rounds_stays_a_spare(undisturbed, tmp_path, gate):
+    """Ten microbatches are two rounds for five workers as for six."""
+    held = gate("held")
+    run, watch = prepared(tmp_path, most=6), Watch()
+    with local_run(run, 5, on_record=watch, environment=plan(fault("step.forward", 6, 1, "hold", file=held))) as local:
+        watch.wait_for_step(5)
+        local.add_worker(environment={})
+        watch.wait_for(event("worker_warm", member="w1-5"))
+        held.unlink()
+        local.wait(WAIT_S)
+        codes = [p.wait(WAIT_S) for p in local.processes]
+
+    ran = Ran(run, None)
+    assert codes == [0] * 6
+    assert len(ran.events("world_formed")) == 1
+    assert_same_training(ran, undisturbed, [5] * 12)
+
+
+def test_a_joiner_with_another_device_is_left_out_of_a_bitwise_world(undisturbed, tmp_path, gate):
+    held = gate("held")
+    run, watch = prepared(tmp_path, most=2), Watch()
+    with local_run(run, 1, on_record=watch, environment=plan(fault("step.forward", 6, 0, "hold", file=held))) as local:
+        watch.wait_for_step(5)
+        local.add_worker(environment={"ATEN_CPU_CAPABILITY": "default"})
+        left_out = watch.wait_for(event("notice", member="w1-1"))
+        held.unlink()
+        local.wait(WAIT_S)
+
+    assert "its device" in left_out["detail"]
+    assert_same_training(Ran(run, None), undisturbed, [1] * 12)
+
+
+def test_a_joiner_with_another_device_is_taken_into_a_fast_world(tmp_path, gate):
+    held = gate("held")
+    run, watch = prepared(tmp_path, most=2, run__exactness="fast"), Watch()
+    with local_run(run, 1, on_record=watch, environment=plan(fault("step.forward", 6, 0, "hold", file=held))) as local:
+        watch.wait_for_step(5)
+        local.add_worker(environment={"ATEN_CPU_CAPABILITY": "default"})
+        watch.wait_for(lambda r: "to take in" in str(r.get("detail")))
+        held.unlink()
+        local.wait(WAIT_S)
+
+    ran = Ran(run, None)
+    one, other = (e["detail"]["device"] for e in ran.events("worker_warm"))
+    assert one != other
+    assert ran.column("world_size")[-1] == 2
+    assert gaps_and_doubles(ran.rows, B) == []
+
+
+# ---- several losses, and slow workers --------------------------------------------------------------------------
+
+
+def test_uneven_worlds_lose_one_worker_after_another(undisturbed, tmp_path):
+    """Ten microbatches on four, three and two workers."""
+    faults = [
+        fault("step.before_fence", 4, 3, only=tmp_path / "a"),
+        fault("step.after_fence", 8, 0, only=tmp_path / "b"),
+    ]
+
+    ran = train(Everything(), configure(tmp_path, "run"), workers=4, faults=faults)
+
+    assert_same_training(ran, undisturbed, [4] * 3 + [3] * 5 + [2] * 4)
+
+
+@pytest.mark.parametrize("point", ["world.assigned", "world.connected"])
+def test_a_second_loss_during_the_recovery_from_the_first(point, undisturbed, tmp_path):
+    faults = [fault("step.forward", 6, 2, only=tmp_path / "first"), fault(point, 5, 0, only=tmp_path / "second")]
+
+    ran = train(Everything(), configure(tmp_path, "run"), workers=3, faults=faults)
+
+    assert len(ran.events("member_lost")) == 2
+    assert_same_training(ran, undisturbed, [3] * 5 + [1] * 7)
+
+
+def test_two_are_lost_at_once(undisturbed, tmp_path):
+    faults = [fault("step.before_fence", 6, rank, only=tmp_path / f"rank-{rank}") for rank in (0, 2)]
+
+    ran = train(Everything(), configure(tmp_path, "run"), workers=4, faults=faults)
+
+    assert len(ran.events("member_lost")) == 2
+    assert_same_training(ran, undisturbed, [4] * 5 + [2] * 7)
+
+
+def test_all_but_a_checkpoint_is_lost_and_new_workers_go_on_from_it(undisturbed, tmp_path):
+    run, watch = prepared(tmp_path, most=2, checkpoint__every="4st", recovery__lease="2s"), Watch()
+    with local_run(run, 2, on_record=watch, environment=plan(fault("step.forward", 7))) as local:
+        for process in local.processes:
+            process.wait(WAIT_S)
+        local.add_worker(environment={})
+        local.add_worker(environment={})
+        local.wait(WAIT_S)
+
+    ran = Ran(run, None)
+    assert rungs(ran, "1-2") == ["checkpoint", "peer"]
+    assert ran.sha == undisturbed.sha
+    assert gaps_and_doubles(ran.rows, B) == []
+    assert [r["step"] for r in ran.rows if "sample_hash" in r] == [1, 2, 3, 4, 5, 6, 5, 6, 7, 8, 9, 10, 11, 12]
+
+
+def test_a_slow_survivor_is_awaited_and_not_suspected(undisturbed, tmp_path):
+    """A step of three seconds is ten times as long as the time in which the loss must be acknowledged."""
+    faults = [fault("step.forward", 6, 2), fault("step.forward", 6, 1, "sleep", seconds=3, only=tmp_path / "slow")]
+
+    ran = train(Everything(), configure(tmp_path, "run"), workers=3, faults=faults)
+
+    assert len(ran.events("member_lost")) == 1
+    assert_same_training(ran, undisturbed, [3] * 5 + [2] * 7)
+
+
+def test_a_slow_worker_that_gets_on_is_not_taken_for_a_hung_one(undisturbed, tmp_path):
+    slow = [fault("step.forward", 6, 1, "sleep", seconds=0.8) for _ in range(4)]  # four of its microbatches
+    options = {"recovery__hang_timeout": "2s"}
+
+    ran = train(Everything(), configure(tmp_path, "run", **options), workers=2, faults=slow)
+
+    assert len(ran.events("world_formed")) == 1
+    assert_same_training(ran, undisturbed, [2] * 12)
+
+
+def test_a_worker_that_hangs_on_its_way_out_of_a_broken_world_is_evicted(undisturbed, tmp_path, gate):
+    """It acknowledges that the world is broken, because its watcher lives, but never joins again."""
+    held = gate("held")
+    run, watch = prepared(tmp_path, most=3, recovery__hang_timeout="0.5s"), Watch()
+    faults = [
+        fault("step.forward", 1, 1, "sleep", seconds=0),
+        fault("step.forward", 6, 2, only=tmp_path / "mark"), fault("step.forward", 6, 1, "hold", file=held),
+    ]  # fmt: skip
+    with local_run(run, 3, on_record=watch, environment=plan(*faults)) as local:
+        evicted = watch.wait_for(event("member_evicted"))
+        local.wait(WAIT_S)
+        held.unlink()
+        codes = [p.wait(WAIT_S) for p in local.processes]
+
+    ran = Ran(run, None)
+    assert evicted["member"] == "w1-1"
+    assert codes == [0, 1, -9]
+    assert ran.sha == undisturbed.sha
+    assert ran.column("world_size") == [3] * 5 + [1] * 7
+    stacks = [n for n in ran.storage.names("stacks") if "w1-1" in n]
+    assert b"_hold" in ran.storage.read(f"stacks/{stacks[0]}")
+
+
+# ---- wishes and errors -----------------------------------------------------------------------------------------
+
+
+def test_a_wish_to_save_is_not_granted_again_by_every_later_world(undisturbed, tmp_path, gate):
+    held = gate("held")
+    run, watch = prepared(tmp_path, most=2), Watch()
+    faults = [fault("step.forward", 4, 0, "hold", file=held), fault("step.forward", 9, 1, only=tmp_path / "mark")]
+    with local_run(run, 2, on_record=watch, environment=plan(*faults)) as local:
+        watch.wait_for_step(3)
+        local.link.request("/wish", {"wish": "save"})
+        held.unlink()
+        local.wait(WAIT_S)
+
+    ran = Ran(run, None)
+    saved = [e["step"] for e in ran.events("checkpoint_committed")]
+    assert len(saved) == 2
+    assert 4 <= saved[0] <= 5
+    assert saved[1] == 12
+    assert_same_training(ran, undisturbed, [2] * 8 + [1] * 4)
+
+
+def test_an_error_that_passes_is_replayed_in_place(undisturbed, tmp_path):
+    faults = [fault("step.forward", 6, 1, "raise", only=tmp_path / "mark")]
+
+    ran = train(Everything(), configure(tmp_path, "run"), workers=2, faults=faults)
+
+    first, second = ran.events("world_formed")
+    assert first["detail"]["pids"] == second["detail"]["pids"]
+    assert_same_training(ran, undisturbed, [2] * 12)
+
+
+def test_the_same_error_at_the_same_place_is_replayed_only_so_often(tmp_path):
+    job = Plain(samples=LONG, fault="raise", fault_at=sample_at(6, microbatch=7))
+
+    ran = train(job, configure(tmp_path, "run", run__max_failures=2), workers=2)
+
+    assert ran.failure is not None
+    assert ran.failure.startswith("worker w1-1 (rank 1 of 2) failed at step 6, microbatch 7:\nTraceback")
+    assert len(ran.events("world_formed")) == 3, "the first time and two replays"
+    assert ran.column("step") == [1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("kind", ["host", "device", "python"])
+def test_out_of_memory_says_what_to_change(kind, tmp_path):
+    job = Plain(samples=LONG, fault="out-of-memory", fault_at=sample_at(2), fault_file=kind)
+
+    ran = train(job, configure(tmp_path, "run", run__max_failures=0), workers=1)
+
+    assert ran.failure is not None
+    assert "Out of memory: give a larger --batch.microbatches" in ran.failure.splitlines()[-1]
+
+
+# ---- starting --------------------------------------------------------------------------------------------------
+
+
+def test_a_run_that_cannot_start_its_workers_leaves_nothing_behind(tmp_path):
+    run = prepare(Plain(), configure(tmp_path, "run"))
+    broken: Any = {"NOT_A_STRING": 3}
+
+    with pytest.raises(TypeError):
+        with LocalRun(run, 1, environment=broken):
+            pytest.fail("it was started")
+
+    again = replace(run.config, run=replace(run.config.run, take_over=True))
+    assert prepare(Plain(), again).finished is None
