@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import socket
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -45,6 +45,7 @@ class Group:
     assignment: Assignment
     device: torch.device
     _sockets: dict[str, int] = field(default_factory=dict)
+    _woken: threading.Event = field(default_factory=threading.Event)
 
     @property
     def rank(self) -> int:
@@ -57,22 +58,16 @@ class Group:
     def connect(self, timeout_s: float) -> None:
         """Connect to all members.
 
-        A store that is gone belongs to a world that is over. torch would knock at it until its time-out, twice.
-
         Raises:
             WorldBroken: not all came.
         """
         timeout = timedelta(seconds=timeout_s)
-        host, port = self.assignment.store
-        try:
-            socket.create_connection((host, port), STORE_S).close()
-        except OSError as error:
-            raise WorldBroken(f"the store of world {self.assignment.generation} is gone: {error}") from error
+        store = self._reach_store()
         with collective(f"connecting world {self.assignment.generation}"):
-            store = dist.TCPStore(
-                host, port, is_master=False, timeout=timedelta(seconds=STORE_S), wait_for_workers=False
-            )
             store.set_timeout(timeout)
+            # Members find each other under names that count up. Failing to connect leaves the count behind, in some
+            # members only, and then they would wait for each other for ever.
+            dist.distributed_c10d._world.group_count = 0
             before = open_sockets()
             dist.init_process_group(
                 backend_for(self.device), store=dist.PrefixStore(str(self.assignment.generation), store),
@@ -82,11 +77,37 @@ class Group:
 
             self._sockets = opened_since(before) if self.device.type == "cpu" else {}
 
+    def _reach_store(self) -> dist.Store:
+        """The store where the members find each other.
+
+        torch knocks at one that is gone, because its world is over, until a time-out, and cannot be interrupted. So it
+        knocks on the side, and is left to it when this world is broken.
+        """
+        host, port = self.assignment.store
+        found: list[dist.Store | RuntimeError] = []
+
+        def reach() -> None:
+            timeout = timedelta(seconds=STORE_S)
+            try:
+                found.append(dist.TCPStore(host, port, is_master=False, timeout=timeout, wait_for_workers=False))
+            except RuntimeError as error:
+                found.append(error)
+            self._woken.set()
+
+        threading.Thread(target=reach, name="reach-store", daemon=True).start()
+        what = f"the store of world {self.assignment.generation} at {host}:{port}"
+        if not self._woken.wait(3 * STORE_S) or not found:
+            raise WorldBroken(f"{what} was not reached")
+        if isinstance(found[0], RuntimeError):
+            raise WorldBroken(f"{what} was not reached: {found[0]}") from found[0]
+        return found[0]
+
     def free(self) -> None:
         """Make whatever blocks in this group raise. From any thread.
 
         nccl: abort the communicators. gloo: shut down its sockets.
         """
+        self._woken.set()
         if self.device.type == "cuda":
             if dist.is_initialized():
                 dist.distributed_c10d._abort_process_group()
