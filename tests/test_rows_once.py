@@ -110,14 +110,14 @@ def test_a_share_of_a_checkpoint_is_said_again_after_the_rows_until_it_is_decide
     outbox = Outbox()
     outbox.report("1-1")
     outbox.record(row(4), "1-1", report=True)
-    outbox.put({"kind": "pack", "step": 4, "generation": "1-1"})
+    outbox.put({"kind": "pack", "step": 4, "attempt": "1-1-a", "generation": "1-1"})
     assert [m["kind"] for m in taken(outbox)] == ["rows", "pack"]
     assert outbox.waiting
 
     outbox.say_again("1-1")
     assert [m["kind"] for m in taken(outbox)] == ["rows", "pack"]
 
-    outbox.decided(4)
+    outbox.decided(4, "1-1-a")
     outbox.say_again("1-1")
     assert [m["kind"] for m in taken(outbox)] == ["rows"]
     assert not outbox.waiting
@@ -125,7 +125,7 @@ def test_a_share_of_a_checkpoint_is_said_again_after_the_rows_until_it_is_decide
 
 def test_a_share_of_a_checkpoint_goes_with_its_world_and_an_outcome_stays_until_the_run_is_over() -> None:
     outbox = Outbox()
-    outbox.put({"kind": "pack", "step": 4, "generation": "1-1"})
+    outbox.put({"kind": "pack", "step": 4, "attempt": "1-1-a", "generation": "1-1"})
     outbox.put({"kind": "done", "generation": "1-1"})
     taken(outbox)
     outbox.left_world()

@@ -166,7 +166,8 @@ class WorkerLink:
         """Keep a row until the ledger has it; `report` it if that is this member's task."""
         assert self._assignment is not None, "a worker outside a world has no rows"
         self._outbox.record(row, str(self._assignment.generation), report=report)
-        self._wake()
+        if report:  # else it is kept with the next heartbeat: waking the watcher costs the training thread
+            self._wake()
 
     def report_rows(self) -> None:
         """This member reports the rows of the worlds before that are not in the ledger yet."""
@@ -373,9 +374,9 @@ class WorkerLink:
         elif kind == "recorded":
             self._outbox.recorded((generation, step, bool(e)) for generation, step, e in message["rows"])
         elif kind == "commit":
-            self._outbox.decided(message["step"])
+            self._outbox.decided(message["step"], message["attempt"])
             self._commits.put(message)
-        elif kind in ("fenced", "refused"):
+        elif kind in ("fenced", "refused") and self._over is None:
             self._fenced = self._fenced or message["reason"]  # later ones only say that it is out
             self._outbox.over()
             self._inbox.put(message)

@@ -47,6 +47,7 @@ class Executor:
         self._end_store: Callable[[], None] | None = None
         self._wish: dict[str, Any] | None = None
         self._wished_at: dict[str, Any] = {}
+        self._parked = False
         self.given_up: set[str] = set()  # whose processes the controller is to end
 
     def execute(self, command: Command) -> None:
@@ -86,6 +87,7 @@ class Executor:
             keeper.event("handed_over", member=command.member.id, node=command.member.node)
             connections.send(command.member.id, {"kind": "over", "status": "handed over"})
         elif isinstance(command, Park):
+            self._parked = True
             keeper.set_status("parked")
             keeper.event(
                 "parked",
@@ -123,7 +125,8 @@ class Executor:
         keeper = self._keeper
         self.drop_store()
         port, self._end_store = self._new_store()
-        if keeper.status()["status"] == "parked":
+        if self._parked:
+            self._parked = False
             keeper.set_status("running")
             keeper.event("resumed", generation=str(world.generation))
         keeper.world_formed(world)

@@ -91,9 +91,9 @@ class Outbox:
         while len(self._early) > _EARLY:
             del self._early[next(iter(self._early))]
 
-    def decided(self, step: int) -> None:
-        """The keeper has decided on the checkpoint of `step`."""
-        self._kept = [m for m in self._kept if m["kind"] != "pack" or m["step"] != step]
+    def decided(self, step: int, attempt: str) -> None:
+        """The keeper has decided on this attempt to save `step`."""
+        self._kept = [m for m in self._kept if m["kind"] != "pack" or (m["step"], m["attempt"]) != (step, attempt)]
 
     def over(self) -> None:
         """Nobody waits for anything any more."""
