@@ -82,7 +82,7 @@ class _OnMeta(TorchFunctionMode):
         data = function in (torch.tensor, torch.as_tensor, torch.asarray, torch.scalar_tensor, torch.from_file)
         if function in _device_constructors() and not data and kwargs.get("device") is None:
             kwargs["device"] = META
-        if function is _IS_META:  # some of torch's initialisers do nothing for tensors on meta: ours are not
+        if function == _IS_META:  # some of torch's initialisers do nothing for tensors on meta: ours are not
             return False
         return function(*args, **kwargs)
 

@@ -59,7 +59,7 @@ def lay_out(nodes: Sequence[str], strategy: str, per_node: int | None) -> Layout
     if strategy == "ddp":
         return Layout(len(nodes), 1, everyone)
     if strategy == "hsdp":
-        assert per_node is not None, "hsdp without a group size is refused with the options"
+        assert per_node is not None, "refused with the options"
         rows: list[tuple[int, ...]] = []
         for node in sorted(set(nodes), key=nodes.index):
             here = [rank for rank in everyone if nodes[rank] == node]
@@ -68,32 +68,6 @@ def lay_out(nodes: Sequence[str], strategy: str, per_node: int | None) -> Layout
             ranks = tuple(rank for row in rows for rank in row)
             return Layout(len(rows), per_node, ranks, tuple(rank for rank in everyone if rank not in ranks))
     return Layout(1, len(nodes), everyone)
-
-
-def refusal(strategy: str, max_workers: int, per_node: int | None) -> str | None:
-    """Why workers cannot be laid out so, in one sentence; None where they can.
-
-    Args:
-        per_node: `--scaling.workers-per-node`, the size of a group in hsdp.
-    """
-    if strategy != "hsdp":
-        return None
-    if per_node is None:
-        return (
-            "--parallel.strategy is 'hsdp', which shards inside a node; say how many workers a node has with "
-            "--scaling.workers-per-node, or use fsdp"
-        )
-    if max_workers <= per_node:
-        return (
-            f"--parallel.strategy is 'hsdp', but --scaling.max-workers {max_workers} fit on one node of "
-            f"--scaling.workers-per-node {per_node}; use fsdp, or at least {2 * per_node} workers"
-        )
-    if max_workers % per_node:
-        return (
-            f"--parallel.strategy is 'hsdp', but --scaling.max-workers {max_workers} do not fill nodes of "
-            f"--scaling.workers-per-node {per_node}; give a multiple of {per_node}"
-        )
-    return None
 
 
 def shard_range(length: int, shard: int, shards: int) -> range:
