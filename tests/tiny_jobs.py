@@ -151,13 +151,12 @@ class Everything(Plain):
                 h = self.dropout(h + self.tied_again(torch.tanh(self.tied(h))) + self.frozen(h))
                 return self.last(h + self.sometimes(h) if sometimes else h)
 
-        network = Network(self.width)
-        self.ema, self.updates = network.last.weight.detach().clone(), 0
-        return network
+        return Network(self.width)
 
     def optimizer(self, model):
         import torch
 
+        self.ema, self.updates = model.last.weight.detach().clone(), 0
         groups = [
             {"params": [p for p in model.parameters() if p.dim() > 1], "weight_decay": 0.1},
             {"params": [p for p in model.parameters() if p.dim() <= 1], "weight_decay": 0.0, "lr": 2 * self.lr},

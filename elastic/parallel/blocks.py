@@ -117,7 +117,7 @@ def _shares(model: nn.Module, block: nn.Module) -> str | None:
 def checkpoint_activations(blocks: Sequence[nn.Module]) -> None:
     """Make each block forget its activations in forward and compute them again in backward."""
     for block in blocks:
-        block.forward = partial(_again, block.forward)  # type: ignore[method-assign]
+        block.forward = partial(_again, block.forward)
 
 
 def _again(forward: Any, *args: Any, **kwargs: Any) -> Any:

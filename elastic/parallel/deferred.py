@@ -124,7 +124,9 @@ class _Recorder(TorchDispatchMode):
             return result  # memory that nobody wrote to is zero
         reads = {_storage(t) for t in given if t.device == META}
         versions = [(t, t._version) for t in given if t.device != META]
-        whole = function in _OVERWRITE and made[0].numel() * made[0].element_size() == made[0].untyped_storage().nbytes()
+        whole = (
+            function in _OVERWRITE and made[0].numel() * made[0].element_size() == made[0].untyped_storage().nbytes()
+        )
         if whole and function is not torch.ops.aten.copy_.default:
             reads -= written
         random = torch.Tag.nondeterministic_seeded in function.tags
@@ -275,5 +277,3 @@ def meta_attributes(*owners: object) -> Iterator[torch.Tensor]:
             for key, value in vars(one).items():
                 if key not in ("_parameters", "_buffers", "_modules"):
                     yield from (t for t in _tensors(value) if t.device == META)
-
-

@@ -76,25 +76,12 @@ def shard_range(length: int, shard: int, shards: int) -> range:
     return range(min(length, shard * each), min(length, (shard + 1) * each))
 
 
-@dataclass(frozen=True)
-class Rounds:
-    """The microbatches of one worker, and the passes of its row, which are the same in number for all of the row.
-
-    FSDP's collectives need equal numbers of forward passes: who has fewer microbatches runs `padding` more, which
-    count for nothing.
-    """
-
-    mine: range
-    padding: int
-
-
-def lockstep(run: range, shard: int, shards: int) -> Rounds:
+def lockstep(run: range, shard: int, shards: int) -> range:
     """Deal a row's run of microbatches in rounds: in round k shard s takes `run.start + k * shards + s`.
 
     So the leaves of a round are neighbours in the tree, and arrive in its order.
     """
-    mine = range(run.start + shard, run.stop, shards)
-    return Rounds(mine, -(-len(run) // shards) - len(mine))
+    return range(run.start + shard, run.stop, shards)
 
 
 @dataclass(frozen=True)

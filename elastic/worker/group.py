@@ -11,10 +11,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import xxhash
 
 from elastic.errors import WorldBroken
 from elastic.membership.client import Assignment
 from elastic.parallel.device import all_gather_flat, backend_for, host_wait
+from elastic.parallel.layout import Layout, lay_out
+from elastic.parallel.mesh import Mesh, make_mesh
 from elastic.worker.sockets import open_sockets, opened_since, shut_down
 
 _COLLECTIVE_WORDS = ("gloo", "nccl", "connection", "timed out", "socket", "aborted", "store", "peer")
@@ -38,11 +41,20 @@ def collective(what: str) -> Iterator[None]:
 
 @dataclass
 class Group:
-    """The process group of one world."""
+    """The process group of one world.
+
+    Args:
+        strategy, per_node: how its workers are laid out; see `lay_out`.
+        node: this worker's.
+    """
 
     assignment: Assignment
     device: torch.device
+    strategy: str = "ddp"
+    per_node: int | None = None
+    node: str = ""
     _sockets: dict[str, int] = field(default_factory=dict)
+    mesh: Mesh = field(init=False)
 
     @property
     def rank(self) -> int:
@@ -52,8 +64,22 @@ class Group:
     def size(self) -> int:
         return self.assignment.size
 
+    @property
+    def layout(self) -> Layout:
+        return self.mesh.layout
+
+    @property
+    def place(self) -> int | None:
+        """This worker's place in the mesh; None for a spare."""
+        return self.mesh.place
+
+    @property
+    def leads(self) -> bool:
+        """Whether this is the one worker that speaks for the world."""
+        return self.mesh.place == 0
+
     def connect(self, timeout_s: float) -> None:
-        """Connect to all members.
+        """Connect to all members, in all groups of the layout.
 
         Raises:
             WorldBroken: not all came.
@@ -68,8 +94,17 @@ class Group:
                 rank=self.rank, world_size=self.size, timeout=timeout,
                 device_id=self.device if self.device.type == "cuda" else None,
             )  # fmt: skip
-
+            self.mesh = self._lay_out()
             self._sockets = opened_since(before) if self.device.type == "cpu" else {}
+
+    def _lay_out(self) -> Mesh:
+        nodes = [""] * self.size
+        if self.strategy == "hsdp":
+            nodes = [str(n) for n in self.gather_ints(xxhash.xxh3_64_intdigest(self.node.encode()) >> 1)]
+        layout = lay_out(nodes, self.strategy, self.per_node)
+        if self.strategy == "ddp":
+            return Mesh(layout, self.rank)
+        return make_mesh(layout, self.rank, self.device)
 
     def free(self) -> None:
         """Make whatever blocks in this group raise. From any thread.
@@ -100,10 +135,22 @@ class Group:
 
     def gather_ints(self, value: int) -> list[int]:
         """Every member's value, by rank."""
+        return [row[0] for row in self.gather_rows([value])]
+
+    def gather_rows(self, values: list[int]) -> list[list[int]]:
+        """Every member's values, by rank."""
+        with collective("gathering"):
+            mine = torch.tensor(values, dtype=torch.int64, device=self.device)
+            everyone = torch.empty(self.size * len(values), dtype=torch.int64, device=self.device)
+            all_gather_flat(everyone, mine)
+            return everyone.view(self.size, len(values)).tolist()
+
+    def gather_in_mesh(self, value: int) -> list[int]:
+        """The value of everyone in the mesh, by place."""
         with collective("gathering"):
             mine = torch.tensor([value], dtype=torch.int64, device=self.device)
-            everyone = torch.empty(self.size, dtype=torch.int64, device=self.device)
-            all_gather_flat(everyone, mine)
+            everyone = torch.empty(self.layout.size, dtype=torch.int64, device=self.device)
+            all_gather_flat(everyone, mine, group=self.mesh.everyone)
             return everyone.tolist()
 
     def send_json(self, value: Any, source: int) -> Any:

@@ -70,7 +70,7 @@ class LocalRun:
             "config": to_dict(run.config), "plan": run.plan.__dict__, "digest": run.digest,
             "folder_url": run.folder.storage.url, "server_url": self.url, "token": token,
             "identity": {
-                "id": f"w{epoch}-{index}", "node": platform.node(), "local_index": index, "host": LOOPBACK,
+                "id": f"w{epoch}-{index}", "node": self._node(index), "local_index": index, "host": LOOPBACK,
                 "accelerator": self._accelerator,
             },
         }  # fmt: skip
@@ -82,6 +82,11 @@ class LocalRun:
         process.stdin.write(json.dumps(specification).encode())
         process.stdin.close()
         self.processes.append(process)
+
+    def _node(self, index: int) -> str:
+        """Where worker `index` is said to be: with --scaling.workers-per-node, as if so many shared a machine."""
+        each = self._run.config.scaling.workers_per_node
+        return platform.node() if each is None else f"{platform.node()}/{index // each}"
 
     def _follow(self) -> None:
         def on_record(record: dict[str, Any]) -> None:

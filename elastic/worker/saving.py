@@ -14,7 +14,7 @@ from elastic.errors import CheckpointError
 from elastic.membership.client import WorkerLink
 from elastic.membership.state import Generation
 from elastic.storage import Storage
-from elastic.worker.group import Group
+from elastic.worker.group import Group, collective
 from elastic.worker.state import TrainState
 
 
@@ -33,13 +33,24 @@ def save(
     fault.point("checkpoint.before_pack", rank, step)
     attempt = f"{generation}-{size:x}x{step:x}"
     tensors = state.tensors()
-    mine = share(tensors, size)[rank]
-    index = write_pack(storage, step, attempt, rank, {name: tensors[name] for name in mine})
+    mine = _whole(state, set(share(tensors, size)[rank]))
+    index = write_pack(storage, step, attempt, rank, mine)
     fault.point("checkpoint.after_pack", rank, step)
     message = {"kind": "pack", "step": step, "attempt": attempt, "index": index, "shares": size}
     if rank == 0:
         message["header"] = {"seed": seed, "config_digest": config_digest, "values": state.values()}
     return message
+
+
+def _whole(state: TrainState, names: set[str]) -> dict[str, torch.Tensor]:
+    """The tensors of these names, whole. Of a cut state everyone calls this at one time."""
+    found = {}
+    with collective("gathering the state to save"):
+        for name, tensor in state.tensors().items():
+            value = state.whole(tensor)
+            if name in names:
+                found[name] = value
+    return found
 
 
 def restore_newest(state: TrainState, storage: Storage, link: WorkerLink) -> int:

@@ -24,10 +24,13 @@ from elastic.job import eval_sets
 from elastic.membership.client import RunOver, WorkerLink
 from elastic.membership.state import Failure, Generation, Member
 from elastic.parallel.device import describe, memory_share, pick_device, prepare_process
+from elastic.parallel.layout import Held
 from elastic.storage import Storage
 from elastic.units import parse_amount
 from elastic.worker.evaluate import evaluate
-from elastic.worker.group import Group
+from elastic.worker.group import Group, collective
+from elastic.worker.placing import Placing
+from elastic.worker.remesh import remesh
 from elastic.worker.run import Identity, WorkerRun
 from elastic.worker.saving import restore_from_peer, restore_newest, save
 from elastic.worker.state import TrainState, weights_sha256
@@ -55,13 +58,14 @@ class Session:
         prepare_process(bitwise=self._bitwise, threads=run.config.scaling.cpus_per_worker)
         self._device = pick_device(identity.accelerator, identity.local_index)
         self._storage = Storage(run.folder_url)
-        self._code = UserCode(run.job, self._device, identity.id, autocast=run.config.precision.autocast == "bf16")
+        self._code = UserCode(run.job, self._device, identity.id, autocast=run.config.precision.autocast)
         member = Member(
             identity.id, identity.node, identity.local_index, os.getpid(), identity.host,
             json.dumps(describe(self._device), sort_keys=True),
         )  # fmt: skip
         lease_s = parse_amount("lease", run.config.recovery.lease, clock=True).seconds
         self._link = WorkerLink(run.server_url, run.token, member, lease_s=lease_s)
+        self._state: TrainState | None = None  # what a cut model's worker has is made in its first world
         self._applied = -1  # updates in the state this worker holds; -1: it holds none
         self._prepared: Update | None = None
         self._left: Generation | None = None
@@ -83,16 +87,16 @@ class Session:
             "warm_parts": {"import_s": round(import_s, 3), **parts},
         }
 
-    def _warm_up(self) -> dict[str, float]:
+    def _warm_up(self) -> dict[str, Any]:
         job, plan, seed = self._job, self._plan, self._config.run.seed
         began = time.monotonic()
         data, self._eval_sets = job.train_data(), eval_sets(job)
         self._dataset_size = len(data)
         data_s = time.monotonic() - began
-        seed_all(derive("model", seed))
-        model = job.model().to(self._device)
-        model.train()
-        self._state = TrainState(job, model, job.optimizer(model))
+        self._placing = Placing(job, self._config, self._device)
+        self._placing.warm_up()
+        if not self._config.parallel.sharded:
+            self._state = self._placing.whole()
         order = Order(
             seed=seed, dataset_size=plan.dataset_size, global_size=plan.global_size, microbatches=plan.microbatches
         )
@@ -100,8 +104,11 @@ class Session:
             Fetcher(data, job.collate_fn, seed, plan.dataset_size), order, workers=self._config.data.workers,
             prefetch=self._config.data.prefetch, total_steps=plan.total_steps,
         )  # fmt: skip
-        self._stepper = Stepper(self._run, self._state, self._code, self._loader, self._link)
-        return {"data_s": round(data_s, 3), "model_s": round(time.monotonic() - began - data_s, 3)}
+        self._stepper = Stepper(self._run, self._code, self._loader, self._link)
+        parts: dict[str, Any] = {
+            "data_s": round(data_s, 3), "model_s": round(time.monotonic() - began - data_s, 3)
+        }  # fmt: skip
+        return {**parts, "built_whole": self._placing.eager} if self._placing.eager else parts
 
     # ---- worlds ------------------------------------------------------------------------------------------------
 
@@ -128,11 +135,15 @@ class Session:
                     connected = time.monotonic()
                     fault.point("world.connected", group.rank, self._applied)
                     self._restore(group)
-                    self._stepper.enter(group, self._applied)
-                    self._forming = {
-                        "connect_s": round(connected - began, 4), "restore_s": round(time.monotonic() - connected, 4)
-                    }  # fmt: skip
-                    status = self._train(group)
+                    if group.place is None:
+                        status = self._stand_by(group)
+                    else:
+                        self._stepper.enter(group, self._applied, self._the_state)
+                        self._forming = {
+                            "connect_s": round(connected - began, 4),
+                            "restore_s": round(time.monotonic() - connected, 4),
+                        }
+                        status = self._train(group)
                     if status is not None:
                         return status
                 except WorldBroken:
@@ -167,27 +178,76 @@ class Session:
     def _join(self, failure: Failure | None) -> Group:
         assignment = self._link.join(self._facts, self._applied, failure, JOIN_TIMEOUT_S, self._save_alone)
         fault.point("world.assigned", assignment.rank, self._applied)
-        return Group(assignment, self._device)
+        return Group(
+            assignment, self._device, self._config.parallel.strategy, self._config.scaling.workers_per_node,
+            self._link.member.node,
+        )  # fmt: skip
 
     def _restore(self, group: Group) -> None:
         """Bring every member to one state: the newest that any of them holds, else a checkpoint, else a fresh start."""
         applied = group.gather_ints(self._applied)
-        newest, source = max(applied), 0
-        if newest < 0:
-            if group.rank == source:
-                self._applied = restore_newest(self._state, self._storage, self._link)
-        else:
-            source = applied.index(newest)
-            if self._prepared is not None and self._prepared.step == self._applied == newest - 1:
-                self._apply(self._prepared)  # somebody passed the fence, so everyone had prepared this update
+        newest = max(applied)
+        if newest >= 0 and self._prepared is not None and self._prepared.step == self._applied == newest - 1:
+            self._apply(self._prepared)  # somebody passed the fence, so everyone had prepared this update
         self._stepper.undo()
         self._prepared = None
+        source = self._remesh(group) if self._config.parallel.sharded else self._restore_whole(group, applied)
+        if group.rank == source:  # it holds the newest state, so it has its rows; rank 0 may be new
+            self._post_rows([row for row in self._rows if row["step"] > group.assignment.last_step])
+
+    def _restore_whole(self, group: Group, applied: list[int]) -> int:
+        """Returns the rank of one that had the newest state."""
+        newest, source, state = max(applied), 0, self._the_state
+        if newest < 0:
+            if group.rank == source:
+                self._applied = restore_newest(state, self._storage, self._link)
+        else:
+            source = applied.index(newest)
         held = group.gather_ints(self._applied)
         if min(held) != max(held):
             wanted = self._applied != max(held)
-            self._applied = restore_from_peer(self._state, group, source, self._applied, self._link, wanted=wanted)
-        if group.rank == source:  # it holds the newest state, so it has its rows; rank 0 may be new
-            self._post_rows([row for row in self._rows if row["step"] > group.assignment.last_step])
+            self._applied = restore_from_peer(state, group, source, self._applied, self._link, wanted=wanted)
+        return source
+
+    def _remesh(self, group: Group) -> int:
+        """The same processes, a new mesh: cut the model anew and bring its state there.
+
+        Returns:
+            the rank of one that had the newest state, if any did.
+        """
+        old, self._state = self._state, None
+        mesh, shard, shards = group.mesh, 0, 1
+        if old is not None and old.mesh is not None:
+            shard, shards = old.mesh.shard, old.mesh.layout.shards
+        held, self._applied = Held(self._applied if old else -1, shard, shards), -1
+
+        def make(fill: bool) -> TrainState:
+            return self._code.guard(lambda: self._placing.cut(mesh, fill=fill))
+
+        found = remesh(old, held, group, make, self._storage, self._link)
+        self._state, self._applied = found.state, found.step if found.state else -1
+        self._world_step = found.step
+        if found.rung != "memory":  # steps after it are done again
+            kept = [row for row in self._rows if row["step"] <= found.step]
+            self._rows.clear()
+            self._rows.extend(kept)
+            self._evaluated = (-1, {})
+        return found.source
+
+    def _stand_by(self, group: Group) -> str | None:
+        """A spare holds nothing and waits at every fence, so that it is there when a place is free."""
+        step, stop = self._world_step, 0
+        while step < self._plan.total_steps and not stop:
+            self._link.check()
+            self._stepper.progress(step, FENCE)
+            stop, _, leave = group.agree([0, 0, int(self._link.wish("leave") is not None)])
+            step += 1
+            if leave and not stop and step < self._plan.total_steps:
+                return None
+        status = "stopped" if step < self._plan.total_steps else "finished"
+        last = group.size + group.rank  # the result is the lowest rank's, which is to be one that trained
+        self._link.post({"kind": "done", "rank": last, "status": status, "message": "", "result": {}})
+        return status
 
     # ---- steps -------------------------------------------------------------------------------------------------
 
@@ -225,11 +285,16 @@ class Session:
                     saved = self._save(group)
         finally:
             row |= self._times(time.perf_counter() - began)
-        if group.rank == 0:
+        if group.leads:
             self._post_rows([row])
         if saved is not None:  # after its row, so that no committed step is missing in the ledger
             self._link.post(saved)
         return stop, leave
+
+    @property
+    def _the_state(self) -> TrainState:
+        assert self._state is not None, "nothing is placed yet"
+        return self._state
 
     def _wishes(self, steps_here: int) -> list[int]:
         """What this member wishes for at the coming boundary: [stop, save, leave]."""
@@ -258,11 +323,12 @@ class Session:
         found: dict[str, float] = {}
         for name, data in self._eval_sets.items():
             found |= evaluate(
-                self._job, self._state.model, name, data, group, size=min(4 * microbatch, self._plan.global_size),
+                self._job, self._the_state.model, name, data, group, size=min(4 * microbatch, self._plan.global_size),
                 seed=self._config.run.seed, run_loss=self._code.evaluate,
             )  # fmt: skip
+        self._stepper.reshard()
         self._evaluated = (self._applied, found)
-        if found and group.rank == 0:
+        if found and group.leads:
             row = {"step": self._applied, "time": time.time(), "generation": str(group.assignment.generation)}
             self._post_rows([{**row, **found}])
         return found
@@ -271,14 +337,15 @@ class Session:
         began = time.perf_counter()
         self._stepper.progress(self._applied, APPLIED + 2, "checkpoint")
         self._link.granted("save")
-        message = self._save_share(group.assignment.generation, group.rank, group.size)
+        assert group.place is not None
+        message = self._save_share(group.assignment.generation, group.place, group.layout.size)
         self._stepper.clock.checkpoint_s += time.perf_counter() - began
         return message
 
     def _save_share(self, generation: Generation, rank: int, size: int) -> dict[str, Any] | None:
         try:
             return save(
-                self._state, self._applied, self._link, self._storage, generation=generation, rank=rank, size=size,
+                self._the_state, self._applied, self._link, self._storage, generation=generation, rank=rank, size=size,
                 seed=self._config.run.seed, config_digest=self._run.digest,
             )  # fmt: skip
         except OSError as error:
@@ -291,9 +358,16 @@ class Session:
     def _save_alone(self) -> None:
         """The run is given up while this worker waits with the newest state: commit it without a world."""
         assert self._left is not None
-        message = self._save_share(self._left, 0, 1)
-        if message is not None:
-            self._link.post(message, self._left)
+        mesh = self._the_state.mesh
+        if mesh is not None and mesh.layout.shards > 1:
+            detail = f"this worker holds shard {mesh.shard} of {mesh.layout.shards} only"
+            self._link.post(
+                {"kind": "event", "event": "checkpoint_failed", "step": self._applied, "detail": detail}, self._left
+            )
+        else:
+            message = self._save_share(self._left, 0, 1)
+            if message is not None:
+                self._link.post(message, self._left)
         self._link.post({"kind": "saved alone"}, self._left)
 
     def _post_rows(self, rows: list[dict[str, Any]]) -> None:
@@ -330,14 +404,16 @@ class Session:
             self._link.post(saved)
         self._link.await_commit(self._applied, COMMIT_TIMEOUT_S)
         status = "stopped" if stopped and self._applied < self._plan.total_steps else "finished"
-        model = self._state.model
+        state, model = self._the_state, self._the_state.model
+        with collective("gathering the weights"):
+            sha = weights_sha256(model, state.whole)
         result: dict[str, Any] = {
             "steps": self._applied, "samples_seen": self._applied * self._plan.global_size,
-            "metrics": self._evaluated[1], "weights_sha256": weights_sha256(model),
+            "metrics": self._evaluated[1], "weights_sha256": sha,
             "exactness": self._config.run.exactness, "exactness_held": self._bitwise,
             "hardware": {**describe(self._device), "workers": group.size},
         }  # fmt: skip
-        if status == "finished" and group.rank == 0:
+        if status == "finished" and (group.leads or self._config.parallel.sharded):
             model.eval()
             seed_all(derive("sample", self._config.run.seed))
             with torch.no_grad():

@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from elastic.checkpoint.format import tensor_bytes
 from elastic.errors import CheckpointError
 from elastic.job import Job
+from elastic.parallel.layout import shard_range
+from elastic.parallel.mesh import Mesh
+from elastic.parallel.scaling import LossScale
+from elastic.parallel.wrapping import local, whole
 
 _PREFIXES = ("module.", "_orig_mod.")
 
@@ -26,34 +33,71 @@ def plain_name(name: str) -> str:
 def persistent_entries(model: nn.Module) -> dict[str, torch.Tensor]:
     """Persistent state_dict tensors in name order, tied ones once, under their first name."""
     entries: dict[str, torch.Tensor] = {}
-    seen: set[tuple[int, tuple[int, ...], tuple[int, ...]]] = set()
-    for name, value in sorted((plain_name(k), v) for k, v in model.state_dict().items() if isinstance(v, torch.Tensor)):
-        identity = (value.data_ptr(), tuple(value.shape), tuple(value.stride()))
-        if value.numel() and identity in seen:
+    seen: set[Hashable] = set()
+    values = model.state_dict(keep_vars=True)
+    for name, value in sorted((plain_name(k), v) for k, v in values.items() if isinstance(v, torch.Tensor)):
+        identity = _identity(value)
+        if identity in seen:
             continue
         seen.add(identity)
         entries[name] = value
     return entries
 
 
-def weights_sha256(model: nn.Module) -> str:
-    """sha256 over name, dtype, shape and little-endian bytes of the persistent entries, in name order."""
+def _identity(tensor: torch.Tensor) -> Hashable:
+    """Equal for tied tensors. Parameters that are cut go by the object: an empty shard has no address."""
+    if isinstance(tensor, DTensor) or not tensor.numel():
+        return id(tensor)
+    return tensor.data_ptr(), tuple(tensor.shape), tuple(tensor.stride())
+
+
+def weights_sha256(model: nn.Module, whole: Callable[[torch.Tensor], torch.Tensor] | None = None) -> str:
+    """sha256 over name, dtype, shape and little-endian bytes of the persistent entries, in name order.
+
+    Args:
+        whole: makes a cut tensor whole, together with everyone who holds a part of it.
+    """
     digest = hashlib.sha256()
     for name, value in persistent_entries(model).items():
         head = f"{name}\0{str(value.dtype).removeprefix('torch.')}\0{list(value.shape)}\0"
         digest.update(head.encode())
-        digest.update(tensor_bytes(value))
+        digest.update(tensor_bytes(whole(value) if whole else value))
     return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A box of a named tensor of the state that this worker holds, as one of `replicas` workers that hold it.
+
+    Args:
+        shape: of the whole tensor; the box begins at `offsets` and has the shape of `data`.
+        data: live, not a copy.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    offsets: tuple[int, ...]
+    data: torch.Tensor
+    replica: int
+    replicas: int
 
 
 class TrainState:
     """Model, optimizer and the job's extra state as named tensors and JSON values.
 
-    Names are `model/<name>`, `optimizer/<parameter name>/<key>` and `extra/<name>`.
+    Names are `model/<name>`, `optimizer/<parameter name>/<key>` and `extra/<name>`. Of a cut model, parameters, what
+    the optimizer keeps of their shape, and extra tensors made from them are cut along dimension 0; all else is whole.
+
+    Args:
+        mesh: of a cut model.
+        scaler: of a run that scales its loss.
     """
 
-    def __init__(self, job: Job, model: nn.Module, optimizer: torch.optim.Optimizer):
-        self.job, self.model, self.optimizer = job, model, optimizer
+    def __init__(
+        self, job: Job, model: nn.Module, optimizer: torch.optim.Optimizer, mesh: Mesh | None = None,
+        scaler: LossScale | None = None,
+    ):  # fmt: skip
+        self.job, self.model, self.optimizer, self.mesh, self.scaler = job, model, optimizer, mesh, scaler
         names = {id(p): plain_name(n) for n, p in model.named_parameters(remove_duplicate=False)}
         names.update({id(p): plain_name(n) for n, p in model.named_parameters()})
         self._parameters: dict[str, nn.Parameter] = {}
@@ -66,7 +110,7 @@ class TrainState:
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """All tensors of the state: live ones, not copies."""
-        found = {f"model/{name}": value for name, value in persistent_entries(self.model).items()}
+        found = {f"model/{name}": value.detach() for name, value in persistent_entries(self.model).items()}
         for name, parameter in self._parameters.items():
             for key, value in self.optimizer.state.get(parameter, {}).items():
                 if isinstance(value, torch.Tensor):
@@ -75,6 +119,55 @@ class TrainState:
             if isinstance(value, torch.Tensor):
                 found[f"extra/{name}"] = value
         return found
+
+    def whole(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A tensor of the state, whole; of a cut one everyone of the row asks at one time."""
+        return tensor if self.mesh is None else whole(tensor, self.mesh)
+
+    def pieces(self, place: int = 0, places: int = 1) -> list[Piece]:
+        """What of the state is on this worker, in an order that is everyone's.
+
+        Args:
+            place, places: among those that hold what is not cut.
+        """
+        found = []
+        for name, tensor in self.tensors().items():
+            offsets, replica, replicas = [0] * tensor.dim(), place, places
+            if isinstance(tensor, DTensor):
+                assert self.mesh is not None
+                offsets[0] = shard_range(tensor.shape[0], self.mesh.shard, self.mesh.layout.shards).start
+                replica, replicas = self.mesh.replica, self.mesh.layout.replicas
+            data = local(tensor)
+            found.append(Piece(name, tuple(tensor.shape), tuple(offsets), data, replica, replicas))
+        return found
+
+    def heads(self) -> list[list[Any]]:
+        """Name, dtype, whole shape of each tensor, and whether it is cut: JSON values for those who hold none."""
+        return [
+            [name, str(t.dtype).removeprefix("torch."), list(t.shape), isinstance(t, DTensor)]
+            for name, t in self.tensors().items()
+        ]
+
+    def wanted(self, name: str, shape: tuple[int, ...]) -> range | None:
+        """The rows of dimension 0 that this worker needs of a saved tensor; None for all of it.
+
+        Raises:
+            CheckpointError: it has not the shape of this model's.
+        """
+        if self.mesh is None:
+            return None
+        kind, _, rest = name.partition("/")
+        if kind == "optimizer":
+            mine = self._parameters.get(rest.rpartition("/")[0])
+            if mine is None or tuple(mine.shape) != shape or not isinstance(mine, DTensor):
+                return None
+        else:
+            found = persistent_entries(self.model).get(rest) if kind == "model" else self.job.extra_state().get(rest)
+            if not isinstance(found, DTensor):
+                return None
+            if tuple(found.shape) != shape:
+                raise _unlike(name, found.dtype, shape, found)
+        return shard_range(shape[0], self.mesh.shard, self.mesh.layout.shards)
 
     def values(self) -> dict[str, Any]:
         """Everything of the state that is not a tensor, as JSON values."""
@@ -92,6 +185,7 @@ class TrainState:
             "groups": groups,
             "states": {name: state for name, state in states.items() if state},
             "extra": extra,
+            **({"loss_scale": self.scaler.values()} if self.scaler else {}),
         }
         try:
             return json.loads(json.dumps(values))
@@ -101,7 +195,7 @@ class TrainState:
             ) from error
 
     def load(self, tensors: dict[str, torch.Tensor], values: dict[str, Any]) -> None:
-        """Put a saved state in place.
+        """Put a saved state in place: of what is cut, the rows that `wanted` names.
 
         Raises:
             CheckpointError: names or shapes are not those of this model, optimizer and job.
@@ -130,6 +224,8 @@ class TrainState:
             for key, value in saved.items():
                 group[key] = tuple(value) if isinstance(group.get(key), tuple) else value
         self.job.load_extra_state(values["extra"])
+        if self.scaler is not None and "loss_scale" in values:
+            self.scaler.load(values["loss_scale"])
 
     def _load_optimizer_tensor(self, name: str, value: torch.Tensor) -> None:
         parameter_name, _, key = name.rpartition("/")
@@ -139,9 +235,12 @@ class TrainState:
         state = self.optimizer.state[parameter]
         # Scalars such as Adam's step stay on the CPU unless the optimizer itself keeps them on the device.
         on_device = value.dim() > 0 or any(g.get("fused") or g.get("capturable") for g in self.optimizer.param_groups)
-        target = value.to(parameter.device if on_device else "cpu")
-        if key in state and state[key].shape == target.shape:
-            state[key].copy_(target)
+        target = value.to(local(parameter).device if on_device else "cpu")
+        cut = isinstance(parameter, DTensor) and value.dim() > 0 and value.shape == local(parameter).shape
+        if cut and key not in state:
+            state[key] = torch.zeros_like(parameter, dtype=value.dtype)
+        if key in state and local(state[key]).shape == target.shape:
+            local(state[key]).copy_(target)
         else:
             state[key] = target.clone()
 
@@ -156,12 +255,17 @@ def _same_names(what: str, mine: set[str], saved: set[str]) -> None:
 
 
 def _copy(name: str, target: torch.Tensor, value: torch.Tensor) -> None:
-    if target.shape != value.shape or target.dtype != value.dtype:
-        raise CheckpointError(
-            f"the saved {name} is {value.dtype} {tuple(value.shape)}, this model's is {target.dtype} "
-            f"{tuple(target.shape)}; start another run, or use the code that saved it"
-        )
-    target.copy_(value)
+    here = local(target)
+    if here.shape != value.shape or here.dtype != value.dtype:
+        raise _unlike(name, value.dtype, tuple(value.shape), here)
+    here.copy_(value)
+
+
+def _unlike(name: str, dtype: torch.dtype, shape: tuple[int, ...], target: torch.Tensor) -> CheckpointError:
+    return CheckpointError(
+        f"the saved {name} is {dtype} {shape}, this model's is {target.dtype} {tuple(target.shape)}; start another "
+        "run, or use the code that saved it"
+    )
 
 
 def _plain(value: Any) -> Any:
