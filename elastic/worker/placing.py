@@ -43,7 +43,7 @@ class Placing:
         self._next = self._build()
         find_blocks(self._next.model, self._classes())
         if parallel.sharded:
-            check_shardable(self._next.model)
+            check_shardable(self._next.model, _DTYPES[self._config.precision.param_dtype])
 
     def whole(self) -> TrainState:
         """A whole model with its initial values."""
