@@ -276,4 +276,5 @@ def meta_attributes(*owners: object) -> Iterator[torch.Tensor]:
         for one in owner.modules() if isinstance(owner, nn.Module) else [owner]:
             for key, value in vars(one).items():
                 if key not in ("_parameters", "_buffers", "_modules"):
-                    yield from (t for t in _tensors(value) if t.device == META)
+                    found = _tensors(value)
+                    yield from (t for t in found if t.device == META and not isinstance(t, nn.Parameter))

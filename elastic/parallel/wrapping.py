@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -94,17 +94,14 @@ def whole(tensor: torch.Tensor, mesh: Mesh) -> torch.Tensor:
 def place_whole(built: DeferredModel, device: torch.device, *owners: object) -> nn.Module:
     """Fill a model, whole, on a device; also tensors that are plain attributes of it or of `owners`."""
     real: dict[int, torch.Tensor] = {}
-
-    def put(entries: dict[str, torch.Tensor | None], convert: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]):  # type: ignore[no-untyped-def]
-        for name, tensor in entries.items():
-            if tensor is not None and tensor.device == META:
-                if id(tensor) not in real:
-                    real[id(tensor)] = convert(tensor, built.extra(tensor).to(device))
-                entries[name] = real[id(tensor)]
-
     for module in built.model.modules():
-        put(module._parameters, _parameter)  # type: ignore[arg-type]
-        put(module._buffers, lambda _, value: value)
+        for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
+            if tensor is None or tensor.device != META:
+                continue
+            if id(tensor) not in real:
+                value = built.extra(tensor).to(device)
+                real[id(tensor)] = _parameter(tensor, value) if isinstance(tensor, nn.Parameter) else value
+            setattr(module, name, real[id(tensor)])  # not into the dictionary: recurrent layers keep a list as well
     fill_attributes(built, device, *owners)
     return built.model.to(device)
 
@@ -182,4 +179,4 @@ def _tie_again(model: nn.Module, ties: dict[str, str]) -> None:
     for name, first in ties.items():
         if name != first:
             path, _, leaf = name.rpartition(".")
-            model.get_submodule(path)._parameters[leaf] = model.get_parameter(first)
+            setattr(model.get_submodule(path), leaf, model.get_parameter(first))

@@ -38,7 +38,7 @@ class Placing:
         parallel = self._config.parallel
         if parallel.offload and self._device.type == "cpu":
             raise ConfigError(
-                "--parallel.offload moves state from GPUs to the host, but workers run on CPUs; leave it out"
+                "--parallel.offload is True, which moves state from GPUs, but workers run on CPUs; leave it out"
             )
         self._next = self._build()
         find_blocks(self._next.model, self._classes())

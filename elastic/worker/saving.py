@@ -33,7 +33,7 @@ def save(
     fault.point("checkpoint.before_pack", rank, step)
     attempt = f"{generation}-{size:x}x{step:x}"
     tensors = state.tensors()
-    mine = _whole(state, set(share(tensors, size)[rank]))
+    mine = _whole(state, share(tensors, size)[rank])
     index = write_pack(storage, step, attempt, rank, mine)
     fault.point("checkpoint.after_pack", rank, step)
     message = {"kind": "pack", "step": step, "attempt": attempt, "index": index, "shares": size}
@@ -42,13 +42,13 @@ def save(
     return message
 
 
-def _whole(state: TrainState, names: set[str]) -> dict[str, torch.Tensor]:
+def _whole(state: TrainState, names: list[str]) -> dict[str, torch.Tensor]:
     """The tensors of these names, whole. Of a cut state everyone calls this at one time."""
-    found = {}
+    found = dict.fromkeys(names, torch.empty(0))
     with collective("gathering the state to save"):
         for name, tensor in state.tensors().items():
             value = state.whole(tensor)
-            if name in names:
+            if name in found:
                 found[name] = value
     return found
 
