@@ -371,12 +371,13 @@ class TrainConfig:
     def _check_offload(self) -> None:
         if self.scaling.accelerator == "cpu":
             raise ConfigError(
-                "--parallel.offload is True, which moves state from GPUs, but --scaling.accelerator is 'cpu'; leave it out"
+                "--parallel.offload is True, which moves state from GPUs, but --scaling.accelerator is 'cpu'; leave it "
+                "out"
             )
         if self.run.exactness == "bitwise":
             raise ConfigError(
-                "--parallel.offload is True, which --run.exactness bitwise has not; leave it out, or use --run.exactness "
-                "fast"
+                "--parallel.offload is True, which --run.exactness bitwise has not; leave it out, or use "
+                "--run.exactness fast"
             )
 
 

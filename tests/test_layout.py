@@ -16,11 +16,8 @@ sizes = st.integers(1, 12)
 @st.composite
 def worlds(draw: st.DrawFn) -> list[str]:
     """Nodes of the ranks of a world, in rank order: a node's ranks are neighbours, as membership orders them."""
-    return [
-        f"n{i}"
-        for i, count in enumerate(draw(st.lists(st.integers(1, 4), min_size=1, max_size=5)))
-        for _ in range(count)
-    ]
+    counts = draw(st.lists(st.integers(1, 4), min_size=1, max_size=5))
+    return [f"n{i}" for i, count in enumerate(counts) for _ in range(count)]
 
 
 @given(worlds(), st.sampled_from(["ddp", "fsdp", "hsdp"]), st.integers(1, 4))

@@ -17,7 +17,8 @@ from tests.tiny_jobs import CONFIG, Plain
 COMMON = [
     "--run.name", "--run.storage", "--run.duration", "--run.stop-after", "--run.seed", "--run.exactness",
     "--batch.global-size", "--batch.microbatches", "--precision.autocast", "--scaling.min-workers",
-    "--scaling.max-workers", "--scaling.accelerator", "--parallel.strategy", "--eval.every", "--checkpoint.every", "--dry-run",
+    "--scaling.max-workers", "--scaling.accelerator", "--parallel.strategy", "--eval.every", "--checkpoint.every",
+    "--dry-run",
 ]  # fmt: skip
 
 

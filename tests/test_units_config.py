@@ -312,9 +312,10 @@ OTHER_VALUES = {
     "scaling.workers-per-node": 1, "scaling.spares": 1, "parallel.strategy": "fsdp", "parallel.bucket-mb": 1,
     "parallel.find-unused": True, "parallel.blocks": ("Block",), "parallel.prefetch": 1, "parallel.offload": True,
     "parallel.reshard-after-forward": False, "parallel.activation-checkpointing": True, "parallel.compile": True,
-    "precision.param-dtype": "bf16", "precision.loss-scale": 2.0, "eval.every": "1ep", "checkpoint.every": "1ep", "checkpoint.keep-last": 1,
-    "recovery.hang-timeout": "1min", "recovery.lease": "1min", "recovery.max-wait": "1h", "observe.log-every": 1.0,
-    "observe.tensorboard": False, "observe.price": 1.0, "cluster.address": "auto", "cluster.local-nodes": 2,
+    "precision.param-dtype": "bf16", "precision.loss-scale": 2.0, "eval.every": "1ep", "checkpoint.every": "1ep",
+    "checkpoint.keep-last": 1, "recovery.hang-timeout": "1min", "recovery.lease": "1min", "recovery.max-wait": "1h",
+    "observe.log-every": 1.0, "observe.tensorboard": False, "observe.price": 1.0, "cluster.address": "auto",
+    "cluster.local-nodes": 2,
 }  # fmt: skip
 ONE_VALUE = {"recovery.snapshot-every"}  # nothing else is valid yet
 SHARDED_ONLY = {"precision.param-dtype", "parallel.offload"}

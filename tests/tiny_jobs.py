@@ -192,7 +192,7 @@ class Deep(Plain):
     half, a parameter with fewer rows than workers, and sizes that no number of workers divides."""
 
     width: int = field(default=10, metadata={"help": "hidden units"})
-    depth: int = field(default=3, metadata={"help": "blocks"})
+    depth: int = field(default=2, metadata={"help": "blocks"})
     blocks_named: str = field(default="", metadata={"help": "class of the blocks"})
 
     def __post_init__(self):

@@ -49,7 +49,7 @@ class LocalRun:
     def __enter__(self) -> LocalRun:
         run = self._run
         epoch = open_run(run)
-        token = new_token()
+        self.token = token = new_token()
         self._host = RunHost(
             run.folder.storage.url, keeper_options(run, epoch), host_settings(run.config, token, LOOPBACK)
         )

@@ -7,6 +7,7 @@ warm up -> join -> connect -> restore -> step, step, ... -> done
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import time
@@ -19,7 +20,7 @@ import torch
 from elastic import fault
 from elastic.data.loader import Fetcher, Loader, Order
 from elastic.data.seeds import derive, seed_all
-from elastic.errors import ElasticError, FencedError, RunFailed, WarmUpError, WorldBroken
+from elastic.errors import CheckpointError, ElasticError, FencedError, RunFailed, WarmUpError, WorldBroken
 from elastic.job import eval_sets
 from elastic.membership.client import RunOver, WorkerLink
 from elastic.membership.state import Failure, Generation, Member
@@ -68,6 +69,7 @@ class Session:
         self._state: TrainState | None = None  # what a cut model's worker has is made in its first world
         self._applied = -1  # updates in the state this worker holds; -1: it holds none
         self._prepared: Update | None = None
+        self._saved = -1  # the step that was saved last
         self._left: Generation | None = None
         self._forming: dict[str, float] = {}  # seconds it took to form this world; goes into its first row
         self._rows: deque[dict[str, Any]] = deque(maxlen=KEPT_ROWS)
@@ -258,6 +260,7 @@ class Session:
             self._link.check()
             stop, leave = self._step(group)
             if leave and not stop and self._applied < self._plan.total_steps:
+                self._make_safe(group)
                 return None
         return self._finish(group, stopped=bool(stop))
 
@@ -340,7 +343,19 @@ class Session:
         assert group.place is not None
         message = self._save_share(group.assignment.generation, group.place, group.layout.size)
         self._stepper.clock.checkpoint_s += time.perf_counter() - began
+        self._saved = self._applied
         return message
+
+    def _make_safe(self, group: Group) -> None:
+        """Before a world is left: of a single cut copy, a worker that is let go takes its part along."""
+        if group.layout.shards == 1 or group.layout.replicas > 1 or self._saved == self._applied:
+            return
+        saved = self._save(group)
+        if saved is None:
+            return
+        self._link.post(saved)
+        with contextlib.suppress(CheckpointError):  # which is in the ledger; then the one before has to do
+            self._link.await_commit(self._applied, COMMIT_TIMEOUT_S)
 
     def _save_share(self, generation: Generation, rank: int, size: int) -> dict[str, Any] | None:
         try:
