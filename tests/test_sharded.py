@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 from typing import Any
 
 import pytest
@@ -179,6 +180,28 @@ def test_a_worker_that_joins_takes_its_part_from_the_others(undisturbed_epoch, t
     assert found.column("world_size") == [2] * 4 + [3] * 8
     (restored,) = found.events("restored")
     assert (restored["member"], restored["step"], restored["detail"]) == ("w1-2", 4, {"rung": "peer", "source": 0})
+
+
+def test_a_worker_that_is_let_go_leaves_its_part_behind(undisturbed_epoch, tmp_path):
+    """Its node goes away: the one copy is made safe at the boundary at which it leaves, so no step is done twice."""
+    gate = tmp_path / "gate"
+    gate.touch()
+    job = Everything(samples=LONG, fault="hold", fault_at=sample_at(step=4), fault_file=str(gate))
+    run = prepare(job, cut(tmp_path, "fsdp", scaling__max_workers=3))
+    watch = Watch()
+    with local_run(run, 3, on_record=watch) as local:
+        watch.wait_for_step(3)
+        local.link.request("/notice", {"node": f"{platform.node()}/1", "remaining_s": 3})
+        watch.wait_for(lambda r: r.get("kind") == "notice" and "re-forming" in r.get("detail", ""))
+        gate.unlink()
+        local.wait(WAIT_S)
+
+    found = Ran(run, None)
+    assert_same_training(found, undisturbed_epoch)
+    assert found.column("world_size") == [3] * 4 + [2] * 8
+    assert len([row for row in found.rows if "sample_hash" in row]) == 12
+    (restored,) = found.events("restored")
+    assert (restored["step"], restored["detail"]["rung"]) == (4, "checkpoint")
 
 
 def test_a_spare_stands_by_and_takes_the_place_of_a_lost_worker(undisturbed_epoch, tmp_path):

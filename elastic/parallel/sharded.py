@@ -128,9 +128,9 @@ class FastSharded(_Sharded):
     def norm(self, gradients: list[torch.Tensor]) -> torch.Tensor:
         """Global L2 norm of the gradients."""
         square = torch.zeros((), device=self._device)
-        if gradients:
-            norms = torch._foreach_norm([g for g in gradients if g.numel()])
-            square = torch.stack([*norms, square]).square().sum()
+        here = [g for g in gradients if g.numel()]
+        if here:
+            square = torch.stack(torch._foreach_norm(here)).float().square().sum().to(self._device)
         if self._mesh.layout.shards > 1:
             dist.all_reduce(square, group=self._mesh.row_group)
         return square.sqrt()

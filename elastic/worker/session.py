@@ -40,6 +40,7 @@ from elastic.worker.user_code import UserCode, UserCodeError
 
 JOIN_TIMEOUT_S = 60.0
 COMMIT_TIMEOUT_S = 600.0
+LEAVING_COMMIT_S = 60.0
 COLLECTIVE_TIMEOUT_S = 1800.0  # the last resort: the membership server notices a hang long before
 KEPT_ROWS = 512
 
@@ -348,14 +349,15 @@ class Session:
 
     def _make_safe(self, group: Group) -> None:
         """Before a world is left: of a single cut copy, a worker that is let go takes its part along."""
-        if group.layout.shards == 1 or group.layout.replicas > 1 or self._saved == self._applied:
+        if group.layout.shards == 1 or group.layout.replicas > 1:
             return
-        saved = self._save(group)
-        if saved is None:
-            return
-        self._link.post(saved)
+        if self._saved != self._applied:
+            saved = self._save(group)
+            if saved is None:
+                return
+            self._link.post(saved)
         with contextlib.suppress(CheckpointError):  # which is in the ledger; then the one before has to do
-            self._link.await_commit(self._applied, COMMIT_TIMEOUT_S)
+            self._link.await_commit(self._applied, LEAVING_COMMIT_S)
 
     def _save_share(self, generation: Generation, rank: int, size: int) -> dict[str, Any] | None:
         try:
