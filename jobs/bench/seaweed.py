@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -16,6 +18,7 @@ from pathlib import Path
 LOOPBACK = "127.0.0.1"
 START_S = 60.0
 KEYS = {"admin": ["Admin", "Read", "Write", "List", "Tagging"], "reader": ["Read", "List"]}
+_PR_SET_PDEATHSIG = 1  # prctl(2)
 _PORTS = ("s3.port", "master.port", "volume.port", "filer.port")
 
 
@@ -85,6 +88,7 @@ class SeaweedFS:
         self.process = subprocess.Popen(
             [self._binary, "server", "-filer", "-s3", *(f"-{name}={value}" for name, value in options.items())],
             stdin=subprocess.DEVNULL, stdout=self._log, stderr=self._log, cwd=self.folder,
+            preexec_fn=_die_with_parent,
         )  # fmt: skip
         deadline = time.monotonic() + START_S
         while not self._answers():
@@ -133,6 +137,10 @@ def binary() -> str:
     except (OSError, subprocess.SubprocessError) as error:
         raise SeaweedMissing(f"{found} does not run on this machine: {error}") from error
     return found
+
+
+def _die_with_parent() -> None:
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _free_ports(count: int) -> list[int]:
