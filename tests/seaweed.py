@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import uuid
 from collections.abc import Iterator
 
@@ -50,9 +51,10 @@ def bucket(front: S3Front) -> Iterator[str]:
     from s3fs import S3FileSystem
 
     name = f"test-{uuid.uuid4().hex[:8]}"
-    S3FileSystem(use_listings_cache=False).mkdir(name)
+    keys = {"key": os.environ["AWS_ACCESS_KEY_ID"], "secret": os.environ["AWS_SECRET_ACCESS_KEY"]}
+    fs = S3FileSystem(**keys, endpoint_url=front.url, use_listings_cache=False)  # whatever a test does to the variables
+    fs.mkdir(name)
     front.records()
     yield f"s3://{name}"
     front.clear()
-    S3FileSystem.clear_instance_cache()
-    S3FileSystem(use_listings_cache=False).rm(name, recursive=True)
+    fs.rm(name, recursive=True)

@@ -55,15 +55,16 @@ def behaves_like_s3(fs, root: str) -> None:
         fs.pipe_file(f"{root}/a/new", b"second", mode="create")
     fs.copy(f"{root}/a/new", f"{root}/b/copied")
     assert fs.cat_file(f"{root}/b/copied") == b"first"
-    many = {f"{root}/many/{i:04d}": b"x" for i in range(1003)}  # more than a page of a listing
-    fs.pipe(many)
-    assert len(fs.ls(f"{root}/many")) == 1003
+    fs.pipe({f"{root}/many/{i:02d}": b"x" for i in range(7)})
+    assert [n.rpartition("/")[2] for n in fs.ls(f"{root}/many", detail=False)] == [f"{i:02d}" for i in range(7)]
+    pages = list(fs.call_s3("list_objects_v2", Bucket=root.removeprefix("s3://"), Prefix="many/", MaxKeys=3)["Contents"])
+    assert len(pages) == 3
     assert [n.rpartition("/")[2] for n in fs.ls(f"{root}/a", detail=False)] == sorted(
         ["new", "one object, spaced&named+<oddly>", "parts"]
     )
     assert [n.rpartition("/")[2] for n in fs.ls(root, detail=False)] == ["a", "b", "many"]
     fs.rm(f"{root}/a", recursive=True)
-    assert fs.find(f"{root}/a") == []  # SeaweedFS keeps the empty folder for a while
+    assert not any("/a/" in name for name in fs.find(root))
     with pytest.raises(FileNotFoundError):
         fs.cat_file(f"{root}/a/new")
 
@@ -96,9 +97,9 @@ def test_the_next_n_requests_are_told_to_slow_down_and_no_more(fs, bucket, front
     fs.pipe_file(f"{bucket}/other", b"x")
     fs.pipe_file(f"{bucket}/pack", b"whole")
 
-    assert fs.cat_file(f"{bucket}/pack") == b"whole"
     assert front.unused() == 0
-    assert [r.status for r in front.records() if r.key.endswith("pack")] == [503, 503, 200, 200]
+    assert [r.status for r in front.records()] == [200, 503, 503, 200]
+    assert fs.cat_file(f"{bucket}/pack") == b"whole"
 
 
 def test_an_answer_is_delayed(fs, bucket, front):
@@ -109,7 +110,7 @@ def test_an_answer_is_delayed(fs, bucket, front):
     assert fs.cat_file(f"{bucket}/pack") == b"whole"
 
     assert 0.3 <= time.monotonic() - began < 3
-    assert [r.fault for r in front.records()] == ["", "delay"]
+    assert [r.fault for r in front.records() if r.method == "GET"] == ["delay"]
 
 
 @pytest.mark.parametrize("way", ["request", "response"])

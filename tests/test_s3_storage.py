@@ -138,9 +138,9 @@ def test_of_two_drivers_that_claim_a_run_at_one_moment_one_is_refused(storage):
 
 
 def test_slow_down_is_answered_with_patience(storage, front):
-    front.fault(status=503, count=3)
+    front.fault(method="PUT", status=503, count=2)
     storage.create("pack", b"whole")
-    front.fault(status=503, count=3)
+    front.fault(method="GET", status=503, count=2)
 
     assert storage.read("pack") == b"whole"
     assert front.unused() == 0
@@ -176,7 +176,7 @@ def test_a_bad_request_is_no_file_that_exists(bucket):
 def test_a_place_that_can_be_written_passes_the_probe_and_stays_empty(storage):
     storage.probe()
 
-    assert storage.names() == []
+    assert not any(name.startswith(".probe") for name in storage.names())
 
 
 def refusal(url: str) -> str:
@@ -231,6 +231,6 @@ def test_a_command_with_wrong_keys_exits_2_with_that_sentence(bucket, monkeypatc
     )  # fmt: skip
 
     assert ended.returncode == 2, ended.stderr[-2000:]
-    assert ended.stderr.count("\n") == 1, ended.stderr
+    assert len(ended.stderr.splitlines()) == 1, ended.stderr
     assert ended.stderr.startswith(f"error: --run.storage is '{bucket}/runs")
     assert "PermissionError" in ended.stderr

@@ -106,6 +106,8 @@ class MemoryStore:
             return Answer(200, text=f"<DeleteResult>{deleted}</DeleteResult>")
         if request.method == "GET" and "uploads" in query:
             return Answer(200, text=f"<ListMultipartUploadsResult>{self._unfinished(bucket)}</ListMultipartUploadsResult>")
+        if request.method == "GET" and "versioning" in query:
+            return Answer(200, text="<VersioningConfiguration/>")
         if request.method == "GET" and "list-type" in query:
             return self._list(bucket, query)
         return Answer(200) if request.method == "HEAD" else error(501, "NotImplemented", request.raw.decode())

@@ -93,10 +93,12 @@ class Exchange:
         return meter
 
     async def first_byte(self) -> None:
-        """Wait until the answer may begin."""
+        """Wait until the answer may begin, which it never does where it is to be cut after 0 bytes."""
         wait = max(self.first_byte_s, self.fault.delay_s) - (time.monotonic() - self.came)
         if wait > 0:
             await asyncio.sleep(wait)
+        if self.fault.cut == "response" and not self.fault.after_bytes:
+            raise Cut
 
 
 class Relay:

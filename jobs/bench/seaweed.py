@@ -81,6 +81,7 @@ class SeaweedFS:
             "dir": f"{self.folder}/data", "ip": LOOPBACK, "ip.bind": LOOPBACK, "s3.config": f"{self.folder}/keys.json",
             "s3.autoCreateBucket": "false", "s3.port.iceberg": 0, "s3.port.lance": 0, "volume.max": 200,
             "master.volumeSizeLimitMB": 128, "master.telemetry": "false", "volume.preStopSeconds": 0,
+            "master.electionTimeout": "1s",  # which a restart has to wait for
             "filer.localSocket": f"{self.folder}/filer.sock", "s3.localSocket": f"{self.folder}/s3.sock",
             **self.ports, **{f"{name}.grpc": _grpc_port(port) for name, port in self.ports.items()},
         }  # fmt: skip
@@ -115,6 +116,8 @@ class SeaweedFS:
             process.kill()
             process.wait()
             self._log.close()
+            for name, port in self.ports.items():  # sockets of its own, for which it has no option
+                Path(f"/tmp/seaweedfs-{name.split('.')[0]}-grpc-{_grpc_port(port)}.sock").unlink(missing_ok=True)
 
     def cpu_s(self) -> float:
         """Processor seconds that it has used since it was started."""
