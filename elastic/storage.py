@@ -39,6 +39,8 @@ class Storage:
     def __init__(self, url: str):
         scheme, separator, rest = url.partition("://")
         self.local = not separator or scheme in ("file", "local")
+        self.is_s3 = bool(separator) and scheme in ("s3", "s3a")
+        self.in_process = bool(separator) and scheme == "memory"
         if self.local:
             self.root = str(Path(rest if separator else url).expanduser().absolute())
             self.url = self.root
@@ -51,8 +53,7 @@ class Storage:
         import fsspec
 
         try:
-            options = {} if scheme == "memory" else {"use_listings_cache": False}
-            self.fs, self.root = fsspec.url_to_fs(url, **options)
+            self.fs, self.root = fsspec.url_to_fs(url, **_options(scheme))
         except ImportError as error:
             package = _PACKAGE.get(scheme, scheme)
             raise ConfigError(f"--run.storage is {url!r}, which needs `pip install {package}` ({error})") from error
@@ -89,7 +90,7 @@ class Storage:
             os.link(temporary, path)
         finally:
             os.unlink(temporary)
-        _sync_folder(path)
+        sync_folder(os.path.dirname(path))
 
     def _create_object(self, path: str, data: bytes) -> None:
         for wait_s in (*_CONFLICT_WAITS_S, None):
@@ -210,19 +211,59 @@ def _error_code(error: OSError) -> str | None:
     return response["Error"].get("Code") if response else None
 
 
-def _write_temporary(path: str, data: bytes | memoryview | Any) -> str:
+def _options(scheme: str) -> dict[str, Any]:
+    """What a file system is opened with, beside what fsspec's own configuration says.
+
+    Listings are never cached: others write too. S3 clients get connections for all requests that are in flight at a
+    time (botocore has 10), and neither hash nor sign bodies: checkpoints carry their own checksums, and hashing took
+    longer than sending.
+    """
+    if scheme == "memory":
+        return {}
+    options: dict[str, Any] = {"use_listings_cache": False}
+    if scheme in ("s3", "s3a"):
+        from fsspec.config import conf
+
+        given = conf.get("s3", {}).get("config_kwargs", {})
+        options["config_kwargs"] = {
+            "max_pool_connections": 64, "request_checksum_calculation": "when_required",
+            "response_checksum_validation": "when_required", **given,
+            "s3": {"payload_signing_enabled": False, **given.get("s3", {})},
+        }  # fmt: skip
+    return options
+
+
+def _write_temporary(path: str, data: bytes) -> str:
     folder = os.path.dirname(path)
-    os.makedirs(folder, exist_ok=True)
+    make_folder(folder)
     temporary = f"{folder}/.tmp-{uuid.uuid4().hex}"
-    with open(temporary, "wb") as f:
-        f.write(data)
-        f.flush()
-        os.fsync(f.fileno())
+    try:
+        with open(temporary, "wb") as f:
+            f.write(data)
+            f.flush()
+            os.fsync(f.fileno())
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+        raise
     return temporary
 
 
-def _sync_folder(path: str) -> None:
-    fd = os.open(os.path.dirname(path), os.O_RDONLY)
+def make_folder(path: str) -> None:
+    """Make a local folder and those above it; all durable: a file in a folder that is lost is lost too."""
+    missing = []
+    while not os.path.isdir(path):
+        missing.append(path)
+        path = os.path.dirname(path)
+    for folder in reversed(missing):
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(folder)
+        sync_folder(os.path.dirname(folder))
+
+
+def sync_folder(path: str) -> None:
+    """Make the names in a local folder durable."""
+    fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)
     finally:
