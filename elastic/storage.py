@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 import uuid
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ _PACKAGE = {
     "abfs": "adlfs",
     "abfss": "adlfs",
 }
+
+_CONFLICT_WAITS_S = (0.1, 0.3, 1.0)  # another create of the same name was just going on (409)
 
 
 class Storage:
@@ -72,17 +75,15 @@ class Storage:
     def create(self, name: str, data: bytes) -> None:
         """Create `name` with `data`, durable once this returns.
 
+        Two creates of the same bytes may both succeed on object storage: there the answer to a request can be lost, and
+        its repetition is refused, so that what exists is taken for ours if it has our bytes.
+
         Raises:
             FileExistsError: somebody created it before; it is untouched.
         """
         path = self.path(name)
         if not self.local:
-            try:
-                self.fs.pipe_file(path, data, mode="create")
-            except OSError as error:
-                if isinstance(error, FileExistsError) or error.errno == 22:
-                    raise FileExistsError(f"{path} exists") from error
-                raise
+            self._create_object(path, data)
             return
         temporary = _write_temporary(path, data)
         try:
@@ -90,6 +91,22 @@ class Storage:
         finally:
             os.unlink(temporary)
         sync_folder(os.path.dirname(path))
+
+    def _create_object(self, path: str, data: bytes) -> None:
+        for wait_s in (*_CONFLICT_WAITS_S, None):
+            try:
+                self.fs.pipe_file(path, data, mode="create")
+                return
+            except OSError as error:
+                code = _error_code(error)
+                if code == "ConditionalRequestConflict" and wait_s is not None:
+                    time.sleep(wait_s)
+                    continue
+                if not isinstance(error, FileExistsError) and code not in ("PreconditionFailed", "412"):
+                    raise
+                if self.fs.cat_file(path) != data:
+                    raise FileExistsError(f"{path} exists") from error
+                return
 
     def replace(self, name: str, data: bytes) -> None:
         """Write `name` whole, over what was there; readers see the old or the new, never a part."""
@@ -135,7 +152,9 @@ class Storage:
         try:
             if self.local:
                 return sorted(n for n in os.listdir(path) if not n.startswith(".tmp-"))
-            return sorted({str(p).rstrip("/").rsplit("/", 1)[-1] for p in self.fs.ls(path, detail=False)} - {""})
+            paths = {str(p).rstrip("/") for p in self.fs.ls(path, detail=False)}
+            # An empty folder, which some stores keep for a while, and an object are listed as themselves.
+            return sorted(p.rsplit("/", 1)[-1] for p in paths if p.strip("/") != path.strip("/"))
         except (FileNotFoundError, NotADirectoryError):
             return []
 
@@ -176,10 +195,20 @@ class Storage:
             doing = "delete"
             self.remove(name)
         except Exception as error:  # whatever a file system raises: the user sees one sentence
-            raise ConfigError(
-                f"--run.storage is {self.url!r}, which cannot {doing}: {type(error).__name__}: {error}; "
-                "give a place that you may write to"
-            ) from error
+            raise self.refusal(doing, error) from error
+
+    def refusal(self, doing: str, error: Exception) -> ConfigError:
+        """The one sentence for a storage that cannot do something which a run needs."""
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        return ConfigError(
+            f"--run.storage is {self.url!r}, which cannot {doing}: {reason}; give a place that you may write to"
+        )
+
+
+def _error_code(error: OSError) -> str | None:
+    """The store's own word for what went wrong: one errno stands for many of them."""
+    response = getattr(error.__cause__, "response", None)
+    return response["Error"].get("Code") if response else None
 
 
 def _options(scheme: str) -> dict[str, Any]:

@@ -53,7 +53,7 @@ def prepare(job: Job, config: TrainConfig) -> PreparedRun:
         name = f"{job_name(job)}-{time.strftime('%Y%m%d')}-{secrets.token_hex(2)}"
         config = replace(config, run=replace(config.run, name=name))
     folder = RunFolder(Storage(config.run.storage).child(str(config.run.name)))
-    stored = folder.config() if resumes else None
+    stored = _stored(folder) if resumes else None
     stored_v = stored["config"]["batch"]["microbatches"] if stored else None
     allow_v = "batch.microbatches" in config.run.allow_change or "batch.global-size" in config.run.allow_change
     plan = resolve(
@@ -75,6 +75,15 @@ def prepare(job: Job, config: TrainConfig) -> PreparedRun:
         if status is not None and status["status"] == "finished":
             finished = folder.result()
     return PreparedRun(job, config, plan, folder, cfg.digest(wanted), source, finished, changed_code)
+
+
+def _stored(folder: RunFolder) -> dict[str, Any] | None:
+    try:
+        return folder.config()
+    except ConfigError:
+        raise
+    except Exception as error:  # whatever a file system raises: the user sees one sentence
+        raise folder.storage.refusal("read", error) from error
 
 
 def _refuse_changes(stored: dict[str, Any], wanted: dict[str, Any], allowed: tuple[str, ...], name: str | None) -> None:
