@@ -62,10 +62,12 @@ def _nothing() -> None:
 
 
 def _work(specification: bytes, environment: dict[str, str]) -> None:
+    from elastic import fault
     from elastic.worker.__main__ import _child
 
     os.environ.clear()
     os.environ.update(environment)
+    fault._planned = fault._read()  # a new Python would have read it now
     sys.stdin = io.TextIOWrapper(io.BytesIO(specification))
     sys.exit(_child())
 

@@ -1,4 +1,4 @@
-"""Whoever dies, and wherever: the newest committed checkpoint loads, with the right bits, and nothing torn is listed."""
+"""Whoever dies, wherever: the newest committed checkpoint loads, with the right bits, and nothing torn is listed."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_a_run_whose_only_worker_dies_while_it_saves_goes_on_from_the_checkpoint
     assert resumed.state() == undisturbed_every_3.state()
 
 
-def test_a_worker_that_dies_while_two_save_leaves_no_checkpoint_and_the_other_saves_again(
+def test_a_worker_that_dies_while_two_save_costs_that_checkpoint_and_the_other_saves_again(
     tmp_path, undisturbed_every_3
 ):
     ran = _run(tmp_path, 2, _plan("checkpoint.staged", 6, tmp_path, rank=1), eval__every="3st")

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from elastic.checkpoint import format as fmt
 from elastic.checkpoint import reader, retention, writer
-from elastic.checkpoint.format import ITEM_BYTES, Manifest, parse_manifest
+from elastic.checkpoint.format import ITEM_BYTES, Manifest, parse_manifest, seal
 from elastic.checkpoint.loader import load_all
 from elastic.checkpoint.reader import Committed, newest_first, read_manifest
 from elastic.checkpoint.retention import Policy, Retention
@@ -409,6 +409,18 @@ def test_a_newer_format_is_refused_naming_both():
 # ---- hostile manifests -----------------------------------------------------------------------------------------
 
 
+def _sealed(raw):
+    return seal(json.dumps(raw).encode())
+
+
+def test_any_changed_byte_of_a_manifest_is_noticed():
+    data = _sealed(_valid())
+
+    for at in range(len(data)):
+        with pytest.raises(CheckpointError, match="here"):
+            parse_manifest(data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :], "here")
+
+
 def _proof(n):
     return {"hashes": [str(n) * 32], "crcs": [n]}
 
@@ -436,7 +448,7 @@ def _valid():
 
 
 def test_the_manifest_that_is_mutated_below_is_valid():
-    manifest = parse_manifest(json.dumps(_valid()).encode(), "here")
+    manifest = parse_manifest(_sealed(_valid()), "here")
 
     assert manifest.tensors["layer.weight"].shape == (4, 3)
     assert manifest.tensors["layer.weight"].chunks[1].offsets == (2, 0)
@@ -514,7 +526,7 @@ def _check_believed(manifest):
 def test_a_mutated_manifest_is_refused_or_stays_inside_its_tensors(raw):
     manifest, refusal = None, ""
     try:
-        manifest = parse_manifest(json.dumps(raw).encode(), "here")
+        manifest = parse_manifest(_sealed(raw), "here")
     except CheckpointError as error:
         refusal = str(error)
 
@@ -537,7 +549,7 @@ def test_deep_nesting_is_refused(depth):
 
 
 def _timed(raw, said):
-    data = raw if isinstance(raw, bytes) else json.dumps(raw).encode()
+    data = raw if isinstance(raw, bytes) else _sealed(raw)
     began = time.process_time()
     with pytest.raises(CheckpointError, match=r"^here") as caught:
         parse_manifest(data, "here")
@@ -596,7 +608,7 @@ def test_a_manifest_that_promises_more_than_its_objects_hold_takes_no_memory(sto
     chunk = {"offsets": [0], "sizes": [huge], "pack": "rank-0000.pack", "start": 0, "end": huge, **proof}
     raw = {**_valid(), "tensors": {"t": {"dtype": "uint8", "shape": [huge], "chunks": [chunk]}}}
     storage.create("checkpoints/step-00000003/1-1-a/rank-0000.pack", b"small")
-    manifest = parse_manifest(json.dumps(raw).encode(), "here")
+    manifest = parse_manifest(_sealed(raw), "here")
 
     with pytest.raises(CheckpointError, match=r"rank-0000\.pack is too short for the tensor 't'"):
         load_all(storage, "checkpoints/step-00000003/1-1-a", manifest)
@@ -635,7 +647,7 @@ CHUNK = ("tensors", "layer.weight", "chunks", 0)
     ],
 )
 def test_a_manifest_that_lies_is_refused_with_what_is_wrong(path, value, said):
-    data = json.dumps(_put(_valid(), path, value)).encode()
+    data = _sealed(_put(_valid(), path, value))
 
     with pytest.raises(CheckpointError, match=r"^here") as caught:
         parse_manifest(data, "here")
@@ -650,4 +662,4 @@ def test_an_empty_tensor_of_impossible_shape_is_refused_when_it_is_read(shape):
     raw = {**_valid(), "tensors": {"t": {"dtype": "uint8", "shape": shape, "chunks": [chunk]}}}
 
     with pytest.raises(CheckpointError, match="here: tensor 't' has the shape"):
-        parse_manifest(json.dumps(raw).encode(), "here")
+        parse_manifest(_sealed(raw), "here")

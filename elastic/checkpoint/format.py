@@ -3,8 +3,9 @@
 checkpoints/step-00000120/<epoch>-<n>-<id>/rank-0003.pack   raw little-endian bytes of boxes of tensors
 checkpoints/step-00000120/<epoch>-<n>-<id>/manifest.json    written last, create-if-absent: that is the commit
 
-Format 2 has, for each block, beside its xxh3_128 a crc32, which can be combined: readers that each need a part of a
-block verify it together. A chunk may lie in a pack of an earlier checkpoint. Format 1 had neither.
+Format 2 has its own checksum as its first entry. For each block it has, beside the xxh3_128, a crc32: those of parts
+can be combined, so readers that each need a part of a block verify it together. A chunk may lie in a pack of an
+earlier checkpoint. Format 1 had none of this.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ import math
 import re
 from dataclasses import asdict, dataclass, field
 from typing import Any
+
+import xxhash
 
 from elastic.checkpoint.tiling import Box, tiles
 from elastic.errors import CheckpointError
@@ -29,6 +32,7 @@ MANIFEST = "manifest.json"
 ATTEMPT = re.compile(r"^(\d{1,9})-(\d{1,9})-([A-Za-z0-9]{1,40})\Z")
 _PACK = re.compile(r"^(step-\d{8,18}/\d{1,9}-\d{1,9}-[A-Za-z0-9]{1,40}/)?rank-\d{4,9}\.pack\Z")
 _STEP = re.compile(r"^step-(\d{8,18})\Z")
+_SEAL = re.compile(rb'\{"checksum": "([0-9a-f]{32})", ')
 _XXH3 = re.compile(r"^[0-9a-f]{32}\Z")
 
 #: Bytes of an element, by the name of its dtype.
@@ -91,7 +95,7 @@ class Manifest:
     format: int = FORMAT
 
     def to_json(self) -> bytes:
-        return json.dumps(asdict(self), sort_keys=True).encode()
+        return seal(json.dumps(asdict(self), sort_keys=True).encode())
 
     @property
     def nbytes(self) -> int:
@@ -106,6 +110,16 @@ class Manifest:
                 path = pack_path(folder, chunk.pack)
                 found[path] = max(found.get(path, 0), chunk.end)
         return found
+
+
+def seal(data: bytes) -> bytes:
+    """A JSON object with the xxh3_128 of its other bytes as its first entry."""
+    return b'{"checksum": "%s", %s' % (xxhash.xxh3_128_hexdigest(data).encode(), data[1:])
+
+
+def _is_sealed(data: bytes) -> bool:
+    match = _SEAL.match(data)
+    return match is not None and xxhash.xxh3_128_hexdigest(b"{" + data[match.end() :]).encode() == match[1]
 
 
 def step_folder(step: int) -> str:
@@ -162,11 +176,14 @@ def parse_manifest(data: bytes, where: str) -> Manifest:
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{where} is not JSON: {error}") from error
     try:
-        return _manifest(raw, where)
+        manifest = _manifest(raw, where)
     except CheckpointError as error:
         raise CheckpointError(f"{where}: {error}") from error
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
         raise CheckpointError(f"{where} does not say what a manifest says: {error!r}"[:1000]) from error
+    if manifest.format > 1 and not _is_sealed(data):
+        raise CheckpointError(f"{where} has other bytes than were written")
+    return manifest
 
 
 def _manifest(raw: Any, where: str) -> Manifest:

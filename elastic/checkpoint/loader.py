@@ -13,7 +13,7 @@ import torch
 
 from elastic.checkpoint.blocks import Partial, hash_pieces, unproven
 from elastic.checkpoint.format import Manifest, TensorEntry
-from elastic.checkpoint.plan import BlockPart, Read, plan_load, plan_reads, read_bytes, wanted_bytes
+from elastic.checkpoint.plan import BlockPart, Read, plan_load, plan_reads, read_bytes, read_limit, wanted_bytes
 from elastic.checkpoint.tensors import DTYPES, Shard, dtype_name
 from elastic.checkpoint.transfer import RangeReader
 from elastic.errors import CheckpointError
@@ -56,7 +56,7 @@ def load(
     try:
         with ThreadPoolExecutor(in_flight, "checkpoint-read") as pool:
             for batch in _batches(manifest.tensors, shards):
-                _Batch(reader, pool, folder, manifest.tensors, batch, alone, report).run()
+                _Batch(reader, pool, in_flight, folder, manifest.tensors, batch, alone, report).run()
     finally:
         reader.close()
     return report
@@ -75,7 +75,7 @@ def fill(storage: Storage, entries: Mapping[str, TensorEntry], shards: Sequence[
     try:
         with ThreadPoolExecutor(IN_FLIGHT, "initial-read") as pool:
             for batch in _batches(entries, shards):
-                _Batch(reader, pool, "", entries, batch, False, report, proven=False).run()
+                _Batch(reader, pool, IN_FLIGHT, "", entries, batch, False, report, proven=False).run()
     finally:
         reader.close()
     return report
@@ -186,10 +186,11 @@ class _Batch:
     """Reads that run at the same time, and the verification of each block when its last byte is there."""
 
     def __init__(
-        self, reader: RangeReader, pool: ThreadPoolExecutor, folder: str, tensors: Mapping[str, TensorEntry],
-        shards: Sequence[Shard], alone: bool, report: LoadReport, *, proven: bool = True,
+        self, reader: RangeReader, pool: ThreadPoolExecutor, in_flight: int, folder: str,
+        tensors: Mapping[str, TensorEntry], shards: Sequence[Shard], alone: bool, report: LoadReport, *, proven: bool = True,
     ):  # fmt: skip
         self._reader, self._pool, self._report, self._proven = reader, pool, report, proven
+        self._in_flight = in_flight
         wanted = [s.wanted for s in shards]
         self._shards = shards
         self._homes: list[torch.Tensor] = [  # each box, contiguous, on the CPU, in the dtype that was saved
@@ -208,7 +209,7 @@ class _Batch:
         report.wanted_bytes += wanted_bytes(tensors, wanted)
 
     def run(self) -> None:
-        reads = plan_reads(self._others)
+        reads = plan_reads(self._others, read_limit(self._others, self._in_flight))
         jobs = [self._pool.submit(self._read, read) for read in reads]
         jobs += [self._pool.submit(self._read_whole, part) for part in self._scratch]
         self._report.read_bytes += read_bytes(reads) + sum(p.end - p.start for p in self._scratch)

@@ -14,6 +14,7 @@ from elastic.errors import CheckpointError
 ALIGNMENT = 64
 SPLIT_BYTES = 1 << 20  # replicas share the writing of boxes larger than this; smaller ones one of them writes
 READ_BYTES = 16 << 20
+LEAST_READ_BYTES = 2 << 20  # what a connection carries while it waits for a first byte; smaller requests only wait more
 
 
 @dataclass(frozen=True)
@@ -229,25 +230,40 @@ def _by_block(base: int, offset: int, length: int, wanted: int, at: int) -> Iter
         offset, at, length = offset + step, at + step, length - step
 
 
+def read_limit(parts: Sequence[BlockPart], in_flight: int) -> int:
+    """Bytes of a request: so many that all `in_flight` have work, from LEAST_READ_BYTES to READ_BYTES."""
+    total = sum(s.length for p in parts for s in p.segments)
+    return min(READ_BYTES, max(LEAST_READ_BYTES, -(-total // in_flight)))
+
+
 def plan_reads(parts: Sequence[BlockPart], limit: int = READ_BYTES) -> list[Read]:
-    """Requests for all segments: neighbours together, at most `limit` bytes each (a segment has at most a block's).
+    """Requests for all segments: neighbours together, at most `limit` bytes each.
 
     A byte that several wanted boxes need is asked for once for each of them.
     """
     reads: list[Read] = []
     path, start, end, found = "", 0, 0, list[tuple[int, Segment]]()
-    flat = sorted((p.object, s.start, s.length, i, s.wanted, s.at, s) for i, p in enumerate(parts) for s in p.segments)
-    for where, begin, length, i, _, _, segment in flat:
-        if found and (where != path or begin != end or end + length - start > limit):
+    cut = ((i, piece) for i, p in enumerate(parts) for s in p.segments for piece in _pieces(s, limit))
+    for i, segment in sorted(cut, key=lambda c: (parts[c[0]].object, c[1].start, c[1].length, c[1].wanted, c[1].at)):
+        where, stop = parts[i].object, segment.start + segment.length
+        if found and (where != path or segment.start != end or stop - start > limit):
             reads.append(Read(path, start, end, tuple(found)))
             found = []
         if not found:
-            path, start = where, begin
+            path, start = where, segment.start
         found.append((i, segment))
-        end = begin + length
+        end = stop
     if found:
         reads.append(Read(path, start, end, tuple(found)))
     return reads
+
+
+def _pieces(segment: Segment, limit: int) -> Iterator[Segment]:
+    """A segment in equal pieces of at most `limit` bytes."""
+    count = -(-segment.length // limit)
+    for n in range(count):
+        first, last = segment.length * n // count, segment.length * (n + 1) // count
+        yield Segment(segment.start + first, last - first, segment.wanted, segment.at + first)
 
 
 def read_bytes(reads: Sequence[Read]) -> int:

@@ -95,10 +95,13 @@ class Saver:
         return self._save is not None and not self._save.ended.is_set()
 
     def start(
-        self, step: int, attempt: str, shards: Sequence[Shard], *, rank: int = 0,
+        self, step: int, attempt: str, shards: Sequence[Shard], *, rank: int = 0, refer: bool = True,
         on_end: Callable[[Save], None] | None = None,
     ) -> Save:  # fmt: skip
         """Begin to save the state as it is now. What is not stable is copied before this returns.
+
+        Args:
+            refer: whether what was last told to be `committed` is the newest; nothing refers to it else.
 
         Raises:
             CheckpointError: names or dtypes that checkpoints do not have.
@@ -107,6 +110,8 @@ class Saver:
         began = time.perf_counter()
         fault.point("checkpoint.before_stage", rank, step)
         held = [shard.held for shard in shards]
+        if not refer:
+            self._frozen = {}
 
         def is_known(source: int, box: Box) -> bool:
             return shards[source].frozen and (shards[source].name, box.offsets, box.sizes) in self._frozen
@@ -169,9 +174,9 @@ class Saver:
                 self._uploader.send({"do": "cancel"})
 
     def committed(self, step: int, attempt: str) -> None:
-        """A save of this rank was committed: frozen tensors may refer to it from now on."""
-        self._frozen.update(self._written.pop((step, attempt), {}))
-        self._written.clear()
+        """A save of this rank is the newest committed: frozen tensors may refer to it from now on."""
+        self._frozen = self._written.pop((step, attempt), {})
+        self._written = {key: chunks for key, chunks in self._written.items() if key[0] > step}
 
     def close(self) -> None:
         """Call off what is under way, end the uploader and give the memory back."""
@@ -196,9 +201,9 @@ class Saver:
                 except Exception as error:  # the run goes on without this checkpoint, and its ledger says why
                     save.error = f"the state of step {save.step} could not be saved: {type(error).__name__}: {error}"
                 save.staged.set()
-                save.ended.set()
                 if on_end is not None:
                     on_end(save)
+                save.ended.set()
         finally:
             if self._uploader is not None:
                 self._uploader.close()
@@ -231,6 +236,9 @@ class Saver:
             answer = self._uploader.answer()
         if "error" in answer:
             save.error = answer["error"]
+            if self._uploader is not None:  # the next one starts afresh, and with the credentials of then
+                self._uploader.close()
+                self._uploader = None
             return
         self._finish(save, answer)
 

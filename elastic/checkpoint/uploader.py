@@ -26,6 +26,7 @@ from elastic.checkpoint.transfer import Cancelled, Upload, open_upload, patientl
 from elastic.storage import Storage
 
 PART_BYTES = 16 << 20
+LEAST_PART_BYTES = 5 << 20  # S3 takes no smaller ones
 IN_FLIGHT = 16
 _MOST_PARTS = 10_000  # S3's limit
 
@@ -128,6 +129,8 @@ def _upload(
     storage: Storage, job: UploadJob, data: memoryview, progress: Progress, counts: dict[str, int], prove: Any
 ) -> None:
     part = max(job.part_bytes, -(-len(data) // _MOST_PARTS))
+    even = -(-len(data) // job.in_flight)  # a small pack in as many parts as can fly
+    part = min(part, max(even, min(LEAST_PART_BYTES, part)))
     upload: Upload = open_upload(storage, job.name, len(data), part)
 
     def put(number: int) -> None:

@@ -119,6 +119,7 @@ class RunKeeper:
     def world_formed(self, world: World) -> None:
         self._count_world(world)
         self._attempts.clear()
+        self._save_at = time.monotonic() + self._save_interval()
         self.event(
             "world_formed", generation=str(world.generation),
             detail={"size": world.size, "pids": [m.pid for m in world.members], "ids": [m.id for m in world.members]},
@@ -294,7 +295,8 @@ class RunKeeper:
         return every or auto_interval(self._costs, time.time() - self._started, self._faults)
 
     def _wish_for_save(self) -> None:
-        self._save_at = time.monotonic() + self._save_interval()
+        """Once; the next is due an interval after this one was decided on, or after the world changed meanwhile."""
+        self._save_at = float("inf")
         if self._world is not None and not self._closed:
             assert self._server is not None
             self._server.send_all({"kind": "wish", "wish": "save", "detail": "it is time"})
@@ -317,6 +319,7 @@ class RunKeeper:
         """Tell the ledger and the workers what became of an attempt; then there is time to tidy up."""
         attempt.over = True
         attempt.indexes.clear()
+        self._save_at = time.monotonic() + self._save_interval()
         if error:
             self.event("checkpoint_failed", generation=str(world.generation), step=step, detail=error)
         assert self._server is not None
@@ -350,7 +353,6 @@ class RunKeeper:
         facts = attempt.facts
         stall, upload = max(f["stall_s"] for f in facts), max(f["seconds"] for f in facts)
         self._costs.append(save_cost(stall, upload))
-        self._save_at = time.monotonic() + self._save_interval()
         self.event(
             "checkpoint_committed", generation=str(world.generation), step=step,
             seconds=round(upload + time.monotonic() - began, 4),

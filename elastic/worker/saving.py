@@ -169,13 +169,15 @@ class Saving:
         self._count += 1
         attempt = f"{self._generation}-{self._count}{'alone' if alone else ''}"
         header = {**self._header, "values": self._state.values()} if self._rank == 0 else None
+        self._note_commits()
+        refer = self._under_way is None  # else one may be committed meanwhile, and the one before it pruned
         sender = _Sender(self._generation, self._rank, self._size, header, self._world)
         self._under_way = (step, attempt)
         shards = self._state.shards(self._rank, self._size)
         try:
             self._saver.start(
-                step, attempt, shards, rank=self._rank, on_end=lambda save: self._on_end(save, sender)
-            )  # fmt: skip
+                step, attempt, shards, rank=self._rank, refer=refer, on_end=lambda save: self._on_end(save, sender)
+            )
         except (OSError, MemoryError) as error:
             failed = Save(step, attempt, self._rank, [], [], 0)
             failed.error = f"no memory to stage the state of step {step}: {error}"
