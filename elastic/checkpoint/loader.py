@@ -187,7 +187,8 @@ class _Batch:
 
     def __init__(
         self, reader: RangeReader, pool: ThreadPoolExecutor, in_flight: int, folder: str,
-        tensors: Mapping[str, TensorEntry], shards: Sequence[Shard], alone: bool, report: LoadReport, *, proven: bool = True,
+        tensors: Mapping[str, TensorEntry], shards: Sequence[Shard], alone: bool, report: LoadReport, *,
+        proven: bool = True,
     ):  # fmt: skip
         self._reader, self._pool, self._report, self._proven = reader, pool, report, proven
         self._in_flight = in_flight
