@@ -1,4 +1,4 @@
-"""Fixtures of a real S3: SeaweedFS on loopback, once a session, with a proxy in front that makes faults and a record."""
+"""Fixtures of a real S3: SeaweedFS on loopback, once a session, and a proxy in front: faults and a record."""
 
 from __future__ import annotations
 

@@ -42,6 +42,7 @@ SHAPES = {
 }  # fmt: skip
 STORES = ("simulated", "seaweed")
 ENGINES = ("dcp.save", "dcp.async_save", "torch.save", "here")  # as in `jobs.bench.checkpoint_engines`
+SAVES_ONLY, ONE_WORLD = "dcp.async_save", "torch.save"  # what dcp.load loads; what no other world size can load
 _METADATA = ("manifest.json", ".metadata")
 
 
@@ -89,6 +90,7 @@ def measure(front: S3Front, store: str, shape: Shape, world: int, engine: str) -
     bucket = f"{engine.replace('.', '-').replace('_', '-')}-{world}-{shape.name.lower()}"
     mb = shape.nbytes / 1e6
     row: dict[str, Any] = {"store": store, "shape": shape.name, "world": world, "engine": engine}
+    row.update(dict.fromkeys(("load_mb_s_same", "load_mb_s_other", "read_same", "read_other", "load_flying")))
     with _bucket(front, bucket) as empty:
         url = f"s3://{bucket}/run"
         with Ranks(world, _free_port(), environment) as ranks:
@@ -113,10 +115,10 @@ def measure(front: S3Front, store: str, shape: Shape, world: int, engine: str) -
             row["save_mb_s"], row["proxy_cores"] = mb / seconds, (front.cpu_s() - cpu) / seconds
             records = front.records()
             row["save_flying"], row["write_amplification"] = most_in_flight(records), _moved(records, "PUT") / mb
-            row.update(_load(front, ranks, mb, "same"))
+            if engine != SAVES_ONLY:
+                row.update(_load(front, ranks, mb, "same"))
             ranks.ask("close")
-        row["load_mb_s_other"] = row["read_other"] = None
-        if engine != "torch.save":
+        if engine not in (SAVES_ONLY, ONE_WORLD):
             with Ranks(3 - world, _free_port(), environment) as ranks:
                 ranks.ask("state", shape=shape)
                 ranks.ask("engine", name=engine, url=url)
@@ -199,13 +201,14 @@ def compare(rows: list[dict[str, Any]]) -> None:
     for row in rows:
         peer = peers.get((row["store"], row["shape"], row["world"]))
         for name in ("save_mb_s", "load_mb_s_same", "stall_s"):
-            row[f"{name}_of_dcp"] = row[name] / peer[name] if peer else None
+            row[f"{name}_of_dcp"] = row[name] / peer[name] if peer and row[name] else None
 
 
 def _line(row: dict[str, Any]) -> str:
+    loads = f", loads {row['load_mb_s_same']:.0f} MB/s" if row["load_mb_s_same"] else ""
     return (
         f"{row['store']} {row['shape']} on {row['world']}: {row['engine']} stalls {row['stall_s']:.3f} s, saves "
-        f"{row['save_mb_s']:.0f} MB/s, loads {row['load_mb_s_same']:.0f} MB/s"
+        f"{row['save_mb_s']:.0f} MB/s{loads}"
     )
 
 
@@ -218,9 +221,9 @@ def render(rows: list[dict[str, Any]]) -> str:
     cells = [
         [
             f"{r['store']} {r['shape']} {r['world']} {r['engine']}", r["stall_s"], _share(r["stall_s_of_dcp"]),
-            r["save_mb_s"], _times(r["save_mb_s_of_dcp"]), r["load_mb_s_same"], _times(r["load_mb_s_same_of_dcp"]),
-            r["load_mb_s_other"] or "-", f"{r['read_same']:.2f}", f"{r['read_other']:.2f}" if r["read_other"] else "-",
-            f"{r['save_flying']}, {r['load_flying']}", f"{r['steps_slower']:+.1%}", f"{r['helper_cores']:.2f}",
+            r["save_mb_s"], _times(r["save_mb_s_of_dcp"]),
+            r["load_mb_s_same"] or "-", _times(r["load_mb_s_same_of_dcp"]), r["load_mb_s_other"] or "-", _exact(r["read_same"]), _exact(r["read_other"]),
+            f"{r['save_flying']}, {r['load_flying'] or '-'}", f"{r['steps_slower']:+.1%}", f"{r['helper_cores']:.2f}",
             f"{r['extra_mib']:.0f}",
         ]
         for r in rows
@@ -230,6 +233,10 @@ def render(rows: list[dict[str, Any]]) -> str:
 
 def _times(ratio: float | None) -> str:
     return "-" if ratio is None else f"{ratio:.1f}"
+
+
+def _exact(ratio: float | None) -> str:
+    return "-" if ratio is None else f"{ratio:.2f}"
 
 
 def _share(ratio: float | None) -> str:

@@ -143,9 +143,7 @@ class Relay:
         """Answer one request; returns whether the connection goes on."""
         target = request.first[1]
         fault = next((f for f in self.faults if f.takes(request.method, target)), Fault())
-        record = Record(
-            request.method, request.path, request.query, request.headers.get("range", ""), time.monotonic()
-        )
+        record = Record(request.method, request.path, request.query, request.headers.get("range", ""), time.monotonic())
         record.fault = str(fault.status or "") or fault.cut or ("delay" if fault.delay_s else "")
         self.records.append(record)
         exchange = Exchange(request, client, record, fault, self.rate, self.first_byte_s)
