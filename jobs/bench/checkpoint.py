@@ -21,7 +21,9 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import socket
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -59,6 +61,7 @@ def main() -> None:
     if options.quick:
         options.store, options.shape, options.world = ("simulated",), ("4MB",), (2,)
         options.engine = ("dcp.save", "here")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # through every `finally`, which end what was started
     rows = []
     for store in options.store:
         with opened(store) as front:
@@ -218,17 +221,18 @@ def render(rows: list[dict[str, Any]]) -> str:
         "store, shape, ranks, engine", "stall s", "of dcp", "save MB/s", "x dcp", "load MB/s", "x dcp", "other world",
         "read", "other", "flying", f"{STEPS} steps", "helpers", "memory",
     ]  # fmt: skip
-    cells = [
-        [
-            f"{r['store']} {r['shape']} {r['world']} {r['engine']}", r["stall_s"], _share(r["stall_s_of_dcp"]),
-            r["save_mb_s"], _times(r["save_mb_s_of_dcp"]),
-            r["load_mb_s_same"] or "-", _times(r["load_mb_s_same_of_dcp"]), r["load_mb_s_other"] or "-", _exact(r["read_same"]), _exact(r["read_other"]),
-            f"{r['save_flying']}, {r['load_flying'] or '-'}", f"{r['steps_slower']:+.1%}", f"{r['helper_cores']:.2f}",
-            f"{r['extra_mib']:.0f}",
-        ]
-        for r in rows
+    return table(head, map(_cells, rows))
+
+
+def _cells(row: dict[str, Any]) -> list[Any]:
+    return [
+        f"{row['store']} {row['shape']} {row['world']} {row['engine']}",
+        row["stall_s"], _share(row["stall_s_of_dcp"]),
+        row["save_mb_s"], _times(row["save_mb_s_of_dcp"]),
+        row["load_mb_s_same"] or "-", _times(row["load_mb_s_same_of_dcp"]), row["load_mb_s_other"] or "-",
+        _exact(row["read_same"]), _exact(row["read_other"]), f"{row['save_flying']}, {row['load_flying'] or '-'}",
+        f"{row['steps_slower']:+.1%}", f"{row['helper_cores']:.2f}", f"{row['extra_mib']:.0f}",
     ]  # fmt: skip
-    return table(head, cells)
 
 
 def _times(ratio: float | None) -> str:
