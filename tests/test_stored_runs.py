@@ -61,7 +61,7 @@ def test_a_stored_run_is_resumed_and_ends_with_its_recorded_hash(name: str, work
 
     assert ran.failure is None
     restored = [e for e in ran.events("restored") if e["generation"].startswith("2-")]
-    assert [(e["step"], e["detail"]["rung"]) for e in restored][0] == (4, "checkpoint")
+    assert next((e["step"], e["detail"]["rung"]) for e in restored) == (4, "checkpoint")
     assert ran.result["status"] == "finished"
     assert ran.sha == FINAL
     assert [row["step"] for row in ran.history] == list(range(1, 9))

@@ -110,9 +110,11 @@ def load_all(
         try:
             size = storage.size(path)
         except FileNotFoundError as error:
-            raise CheckpointError(f"{path} is missing, which holds the tensor {_user(chosen, folder, path)!r}") from error
+            name = _user(chosen, folder, path)
+            raise CheckpointError(f"{path} is missing, which holds the tensor {name!r}") from error
         if size < least:
-            raise CheckpointError(f"{path} is too short for the tensor {_user(chosen, folder, path, size)!r}")
+            name = _user(chosen, folder, path, size)
+            raise CheckpointError(f"{path} is too short for the tensor {name!r}")
     found = {name: torch.empty(entry.shape, dtype=DTYPES[entry.dtype]) for name, entry in chosen.items()}
     load(storage, folder, manifest, [Shard.whole(name, tensor) for name, tensor in found.items()])
     return found

@@ -46,10 +46,10 @@ def attempts(storage: Storage, step: int) -> list[str]:
 
 def newest_first(storage: Storage) -> Iterator[Committed]:
     """All committed checkpoints: highest step first, then highest generation."""
-    for step in reversed(patiently(lambda: steps_with_attempts(storage))):
-        for attempt in patiently(lambda step=step: attempts(storage, step)):
+    for step in reversed(patiently(steps_with_attempts, storage)):
+        for attempt in patiently(attempts, storage, step):
             folder = attempt_folder(step, attempt)
-            if patiently(lambda folder=folder: storage.exists(f"{folder}/{MANIFEST}")):
+            if patiently(storage.exists, f"{folder}/{MANIFEST}"):
                 yield Committed(step, attempt)
 
 
@@ -61,7 +61,7 @@ def read_manifest(storage: Storage, checkpoint: Committed) -> Manifest:
     """
     where = f"{checkpoint.folder}/{MANIFEST}"
     try:
-        data = patiently(lambda: storage.read(where, 0, MAX_MANIFEST_BYTES + 1))
+        data = patiently(storage.read, where, 0, MAX_MANIFEST_BYTES + 1)
     except FileNotFoundError as error:
         raise CheckpointError(f"{where} is missing") from error
     manifest = parse_manifest(data, where)

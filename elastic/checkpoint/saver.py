@@ -1,9 +1,9 @@
 """Saving without stopping: copy what is due behind the next forward and backward pass, upload it beside the training.
 
-    save = saver.start(step, attempt, shards, on_end)    the state as it is now
-    ...                                                  forward and backward passes run
-    saver.settle()                                       before anything writes to what is saved
-    ...                                                  `on_end(save)` comes when its bytes are durable, or are not
+save = saver.start(step, attempt, shards, on_end)    the state as it is now
+...                                                  forward and backward passes run
+saver.settle()                                       before anything writes to what is saved
+...                                                  `on_end(save)` comes when its bytes are durable, or are not
 """
 
 from __future__ import annotations

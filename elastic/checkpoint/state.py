@@ -1,7 +1,7 @@
 """Saving and loading named tensors without a run: for tools, benchmarks and notebooks.
 
-    saved = save_state("s3://bucket/models", step=7, tensors={"w": w})
-    tensors, manifest = load_state("s3://bucket/models")
+saved = save_state("s3://bucket/models", step=7, tensors={"w": w})
+tensors, manifest = load_state("s3://bucket/models")
 """
 
 from __future__ import annotations

@@ -72,7 +72,7 @@ def dtype_name(name: str, tensor: torch.Tensor) -> str:
     """
     found = NAMES.get(tensor.dtype)
     if found is None:
-        raise CheckpointError(f"tensor {name!r} has the dtype {tensor.dtype}; use one of {', '.join(sorted(NAMES))}")
+        raise CheckpointError(f"tensor {name!r} has the dtype {tensor.dtype}; use one of {', '.join(sorted(DTYPES))}")
     return found
 
 

@@ -42,14 +42,15 @@ def is_transient(error: BaseException) -> bool:
         return False
     if isinstance(error, OSError):
         return error.errno not in _NO_USE
-    return isinstance(error, TimeoutError) or type(error).__module__.split(".")[0] in ("aiohttp", "botocore", "requests")
+    library = type(error).__module__.partition(".")[0]
+    return isinstance(error, TimeoutError) or library in ("aiohttp", "botocore", "requests")
 
 
 def patiently(
-    call: Callable[[], T], *, retry_s: float = RETRY_S, cancelled: threading.Event | None = None,
+    call: Callable[..., T], *args: Any, retry_s: float = RETRY_S, cancelled: threading.Event | None = None,
     on_retry: Callable[[], None] | None = None,
 ) -> T:  # fmt: skip
-    """Call, and call again after a growing, jittered wait while the error is one that passes.
+    """Call with `args`, and again after a growing, jittered wait while the error is one that passes.
 
     Raises:
         Cancelled: meanwhile it was called off.
@@ -60,7 +61,7 @@ def patiently(
         if cancelled is not None and cancelled.is_set():
             raise Cancelled
         try:
-            return call()
+            return call(*args)
         except Exception as error:
             if not is_transient(error) or time.monotonic() + wait > deadline:
                 raise

@@ -136,7 +136,7 @@ def _upload(
         progress.await_ready(min(start + len(piece), job.tail))
         fault.point("upload.part", job.rank, job.step)
         patiently(
-            lambda: upload.put(number, start, piece), cancelled=progress.cancelled,
+            upload.put, number, start, piece, cancelled=progress.cancelled,
             on_retry=lambda: counts.update(retries=counts["retries"] + 1), retry_s=120.0 if upload.parallel else 0.0,
         )  # fmt: skip
         counts["requests"] += 1

@@ -51,7 +51,7 @@ def commit(storage: Storage, attempt: str, manifest: Manifest, indexes: Sequence
     elsewhere = {c.pack for t in whole.tensors.values() for c in t.chunks if "/" in c.pack}
     for pack in sorted(elsewhere):
         path = pack_path(folder, pack)
-        if not patiently(lambda path=path: storage.exists(path)):
+        if not patiently(storage.exists, path):
             raise CheckpointError(f"{path}, which this checkpoint refers to, is not there")
     fault.point("checkpoint.before_manifest", -1, manifest.step)
     create(storage, name, data)
@@ -67,7 +67,7 @@ def create(storage: Storage, name: str, data: bytes, retry_s: float = 120.0) -> 
     """
     deadline = time.monotonic() + retry_s
     try:
-        patiently(lambda: storage.create(name, data), retry_s=retry_s)
+        patiently(storage.create, name, data, retry_s=retry_s)
     except FileExistsError:
-        if patiently(lambda: storage.read(name), retry_s=max(1.0, deadline - time.monotonic())) != data:
+        if patiently(storage.read, name, retry_s=max(1.0, deadline - time.monotonic())) != data:
             raise

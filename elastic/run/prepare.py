@@ -63,7 +63,13 @@ def prepare(job: Job, config: TrainConfig) -> PreparedRun:
     wanted = cfg.result_options(config, job_options(job))
     finished, changed_code, source = None, False, source_hash(job)
     if stored is not None:
-        _refuse_changes(stored["result"], wanted, config.run.allow_change, config.run.name)
+        # What an older version did not ask, it did as the default does.
+        _refuse_changes(
+            {**cfg.result_options(TrainConfig(), {}), **stored["result"]},
+            wanted,
+            config.run.allow_change,
+            config.run.name,
+        )
         changed_code = stored["source"] is not None and stored["source"] != source
         status = folder.status()
         if status is not None and status["status"] == "finished":

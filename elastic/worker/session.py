@@ -29,13 +29,13 @@ from elastic.units import parse_amount
 from elastic.worker.evaluate import evaluate
 from elastic.worker.group import Group
 from elastic.worker.run import Identity, WorkerRun
-from elastic.worker.saving import restore_from_peer, restore_newest, save
+from elastic.worker.saving import Saving, restore_from_peer, restore_newest
 from elastic.worker.state import TrainState, weights_sha256
 from elastic.worker.step import APPLIED, FENCE, Stepper, Update
 from elastic.worker.user_code import UserCode, UserCodeError
 
 JOIN_TIMEOUT_S = 60.0
-COMMIT_TIMEOUT_S = 600.0
+LAST_COMMIT_S = 60.0  # for a save that is under way when an error ends the run
 COLLECTIVE_TIMEOUT_S = 1800.0  # the last resort: the membership server notices a hang long before
 KEPT_ROWS = 512
 
@@ -101,6 +101,11 @@ class Session:
             prefetch=self._config.data.prefetch, total_steps=plan.total_steps,
         )  # fmt: skip
         self._stepper = Stepper(self._run, self._state, self._code, self._loader, self._link)
+        self._saving = Saving(
+            self._state, self._storage, self._link, self._device, seed=seed, config_digest=self._run.digest,
+            when_busy=self._config.checkpoint.when_busy,
+            on_wait=lambda n: self._link.progress(self._applied, APPLIED + 2, n, "checkpoint"),
+        )  # fmt: skip
         return {"data_s": round(data_s, 3), "model_s": round(time.monotonic() - began - data_s, 3)}
 
     # ---- worlds ------------------------------------------------------------------------------------------------
@@ -128,6 +133,7 @@ class Session:
                     connected = time.monotonic()
                     fault.point("world.connected", group.rank, self._applied)
                     self._restore(group)
+                    self._saving.enter(group)
                     self._stepper.enter(group, self._applied)
                     self._forming = {
                         "connect_s": round(connected - began, 4), "restore_s": round(time.monotonic() - connected, 4)
@@ -139,8 +145,12 @@ class Session:
                     self._code.where = "re-joining"
                 except UserCodeError as error:
                     failure = error.failure
+                except Exception:
+                    self._saving.finish_under_way(LAST_COMMIT_S)
+                    raise
                 finally:
                     self._link.free_with(None)
+                    self._saving.leave()
                     self._stepper.leave()
                     group.close()
         except RunOver as over:
@@ -154,6 +164,7 @@ class Session:
                 self._link.post({"kind": "failed", "message": message}, self._left)
             raise
         finally:
+            self._saving.close()
             self._loader.close()
             self._link.close()
 
@@ -210,16 +221,16 @@ class Session:
         clock, fence = stepper.clock, time.perf_counter()
         stepper.progress(step, FENCE)
         fault.point("step.before_fence", group.rank, step + 1)
-        stop, save_now, leave = group.agree(self._wishes(step + 1 - group.assignment.claim_step))
+        stop, save_now, leave, busy = group.agree(self._wishes(step + 1 - group.assignment.claim_step))
         clock.sync_s += time.perf_counter() - fence
         fault.point("step.after_fence", group.rank, step + 1)
+        clock.checkpoint_s += self._saving.settle()
         self._apply(update)
-        saved = None
         if self._applied < plan.total_steps and not stop:
             if plan.eval_every and self._applied % plan.eval_every == 0:
                 self._evaluate(group)
             if save_now or (plan.checkpoint_every and self._applied % plan.checkpoint_every == 0):
-                saved = self._save(group)
+                self._save(busy=bool(busy))
         step_s = time.perf_counter() - began
         clock.other_s = max(0.0, step_s - clock.data_s - clock.compute_s - clock.sync_s - clock.checkpoint_s)
         row = {**self._row(update, group, step_s), **self._forming}
@@ -227,17 +238,17 @@ class Session:
         self._rows.append(row)
         if group.rank == 0:
             self._post_rows([row])
-        if saved is not None:  # after its row, so that no committed step is missing in the ledger
-            self._link.post(saved)
+        self._saving.row_posted(self._applied)
         return stop, leave
 
     def _wishes(self, steps_here: int) -> list[int]:
-        """What this member wishes for at the coming boundary: [stop, save, leave]."""
+        """What this member wishes for at the coming boundary, and whether it still saves: [stop, save, leave, busy]."""
         plan, link = self._plan, self._link
         stop = link.wish("stop") is not None
         stop |= plan.stop_after_steps is not None and steps_here >= plan.stop_after_steps
         stop |= plan.stop_after_s is not None and time.monotonic() - self._started >= plan.stop_after_s
-        return [int(stop), int(link.wish("save") is not None), int(link.wish("leave") is not None)]
+        save = link.wish("save") is not None or self._saving.overdue
+        return [int(stop), int(save), int(link.wish("leave") is not None), int(self._saving.busy)]
 
     def _apply(self, update: Update) -> None:
         self._applied = -1  # from here to the end of the update the state is neither the old nor the new one
@@ -267,33 +278,17 @@ class Session:
             self._post_rows([{**row, **found}])
         return found
 
-    def _save(self, group: Group) -> dict[str, Any] | None:
+    def _save(self, *, busy: bool) -> None:
         began = time.perf_counter()
         self._stepper.progress(self._applied, APPLIED + 2, "checkpoint")
         self._link.granted("save")
-        message = self._save_share(group.assignment.generation, group.rank, group.size)
+        self._saving.save(self._applied, busy=busy)
         self._stepper.clock.checkpoint_s += time.perf_counter() - began
-        return message
-
-    def _save_share(self, generation: Generation, rank: int, size: int) -> dict[str, Any] | None:
-        try:
-            return save(
-                self._state, self._applied, self._link, self._storage, generation=generation, rank=rank, size=size,
-                seed=self._config.run.seed, config_digest=self._run.digest,
-            )  # fmt: skip
-        except OSError as error:
-            self._link.post(
-                {"kind": "event", "event": "checkpoint_failed", "step": self._applied, "detail": str(error)},
-                generation,
-            )
-            return None
 
     def _save_alone(self) -> None:
         """The run is given up while this worker waits with the newest state: commit it without a world."""
         assert self._left is not None
-        message = self._save_share(self._left, 0, 1)
-        if message is not None:
-            self._link.post(message, self._left)
+        self._saving.save_alone(self._applied, self._left)
         self._link.post({"kind": "saved alone"}, self._left)
 
     def _post_rows(self, rows: list[dict[str, Any]]) -> None:
@@ -317,10 +312,8 @@ class Session:
     def _finish(self, group: Group, *, stopped: bool) -> str:
         """Evaluate, save, wait for the commit, and say that this worker is done."""
         self._evaluate(group)
-        saved = self._save(group)
-        if saved is not None:
-            self._link.post(saved)
-        self._link.await_commit(self._applied, COMMIT_TIMEOUT_S)
+        self._stepper.progress(self._applied, APPLIED + 2, "checkpoint")
+        self._saving.finish(self._applied)
         status = "stopped" if stopped and self._applied < self._plan.total_steps else "finished"
         model = self._state.model
         result: dict[str, Any] = {

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
-from elastic.checkpoint.format import tensor_bytes
+from elastic.checkpoint.format import TensorEntry
+from elastic.checkpoint.tensors import DTYPES, Shard, tensor_bytes
 from elastic.errors import CheckpointError
 from elastic.job import Job
 
@@ -76,6 +78,50 @@ class TrainState:
                 found[f"extra/{name}"] = value
         return found
 
+    def shards(self, rank: int, size: int) -> list[Shard]:
+        """The state as what one of `size` workers saves, who all hold it whole."""
+        trained = dict(self.model.named_parameters(remove_duplicate=False))
+        learning = {plain_name(name): p.requires_grad for name, p in trained.items()}
+        found = []
+        for name, tensor in self.tensors().items():
+            kind, _, rest = name.partition("/")
+            parameter = kind == "model" and rest in learning
+            found.append(
+                Shard.whole(
+                    name, tensor, replica=rank, replicas=size, stable=parameter or kind == "optimizer",
+                    frozen=parameter and not learning[rest],
+                )
+            )  # fmt: skip
+        return found
+
+    def destinations(self, entries: Mapping[str, TensorEntry], values: dict[str, Any]) -> list[Shard]:
+        """Where the tensors of a checkpoint go: live ones; the optimizer's state is made where there is none yet.
+
+        Raises:
+            CheckpointError: names are not those of this model, optimizer and job.
+        """
+        self._check_optimizer(values)
+        mine = self._places(set(entries))
+        saved: dict[str, set[str]] = {}
+        for name in entries:
+            if name.startswith("optimizer/"):
+                owner, _, key = name.removeprefix("optimizer/").rpartition("/")
+                saved.setdefault(owner, set()).add(key)
+        for stranger in saved.keys() - self._parameters.keys():
+            raise CheckpointError(f"the saved optimizer state is of a parameter {stranger!r} that is not here")
+        for owner, parameter in self._parameters.items():
+            keys = saved.get(owner, set())
+            for key in set(self.optimizer.state.get(parameter, {})) - keys:
+                del self.optimizer.state[parameter][key]
+            for key in sorted(keys):
+                entry, state = entries[f"optimizer/{owner}/{key}"], self.optimizer.state[parameter]
+                dtype, device = DTYPES[entry.dtype], self._device_of(parameter, len(entry.shape))
+                known = state.get(key)
+                if not isinstance(known, torch.Tensor) or (tuple(known.shape), known.dtype) != (entry.shape, dtype):
+                    state[key] = torch.empty(entry.shape, dtype=dtype, device=device)
+                mine[f"optimizer/{owner}/{key}"] = state[key]
+        return [Shard.whole(name, mine[name]) for name in entries]
+
     def values(self) -> dict[str, Any]:
         """Everything of the state that is not a tensor, as JSON values."""
         states = {
@@ -106,24 +152,18 @@ class TrainState:
         Raises:
             CheckpointError: names or shapes are not those of this model, optimizer and job.
         """
-        if values["optimizer"] != type(self.optimizer).__name__:
-            raise CheckpointError(
-                f"the saved state is of the optimizer {values['optimizer']}, this job's is "
-                f"{type(self.optimizer).__name__}; use that one, or start another run"
-            )
-        mine = persistent_entries(self.model)
-        extra = {k: v for k, v in self.job.extra_state().items() if isinstance(v, torch.Tensor)}
-        _same_names("model", set(mine), {n.removeprefix("model/") for n in tensors if n.startswith("model/")})
-        _same_names("extra state", set(extra), {n.removeprefix("extra/") for n in tensors if n.startswith("extra/")})
+        self._check_optimizer(values)
+        mine = self._places(set(tensors))
         with torch.no_grad():
             for name, value in tensors.items():
-                kind, _, rest = name.partition("/")
-                if kind == "model":
-                    _copy(name, mine[rest], value)
-                elif kind == "extra":
-                    _copy(name, extra[rest], value)
+                if name in mine:
+                    _copy(name, mine[name], value)
                 else:
-                    self._load_optimizer_tensor(rest, value)
+                    self._load_optimizer_tensor(name.removeprefix("optimizer/"), value)
+        self.load_values(values)
+
+    def load_values(self, values: dict[str, Any]) -> None:
+        """Put in place what is not a tensor, after the tensors."""
         for parameter_name, state in values["states"].items():
             self.optimizer.state[self._parameters[parameter_name]].update(state)
         for group, saved in zip(self.optimizer.param_groups, values["groups"], strict=True):
@@ -131,15 +171,34 @@ class TrainState:
                 group[key] = tuple(value) if isinstance(group.get(key), tuple) else value
         self.job.load_extra_state(values["extra"])
 
+    def _check_optimizer(self, values: dict[str, Any]) -> None:
+        if values["optimizer"] != type(self.optimizer).__name__:
+            raise CheckpointError(
+                f"the saved state is of the optimizer {values['optimizer']}, this job's is "
+                f"{type(self.optimizer).__name__}; use that one, or start another run"
+            )
+
+    def _places(self, saved: set[str]) -> dict[str, torch.Tensor]:
+        """The live tensors of model and job by name, after comparing their names with those saved."""
+        mine = {f"model/{name}": value for name, value in persistent_entries(self.model).items()}
+        mine |= {f"extra/{k}": v for k, v in self.job.extra_state().items() if isinstance(v, torch.Tensor)}
+        for kind, what in (("model/", "model"), ("extra/", "extra state")):
+            _same_names(what, *({n.removeprefix(kind) for n in names if n.startswith(kind)} for names in (mine, saved)))
+        return mine
+
+    def _device_of(self, parameter: torch.Tensor, dims: int) -> torch.device:
+        """Where a tensor of the optimizer lives: scalars such as Adam's step stay on the CPU unless the optimizer
+        itself keeps them on the device."""
+        fused = any(g.get("fused") or g.get("capturable") for g in self.optimizer.param_groups)
+        return parameter.device if dims > 0 or fused else torch.device("cpu")
+
     def _load_optimizer_tensor(self, name: str, value: torch.Tensor) -> None:
         parameter_name, _, key = name.rpartition("/")
         if parameter_name not in self._parameters:
             raise CheckpointError(f"the saved optimizer state is of a parameter {parameter_name!r} that is not here")
         parameter = self._parameters[parameter_name]
         state = self.optimizer.state[parameter]
-        # Scalars such as Adam's step stay on the CPU unless the optimizer itself keeps them on the device.
-        on_device = value.dim() > 0 or any(g.get("fused") or g.get("capturable") for g in self.optimizer.param_groups)
-        target = value.to(parameter.device if on_device else "cpu")
+        target = value.to(self._device_of(parameter, value.dim()))
         if key in state and state[key].shape == target.shape:
             state[key].copy_(target)
         else:
