@@ -84,21 +84,21 @@ def test_slow_downs_and_cuts_in_both_directions_are_overcome(url, tensors, front
 
 
 @pytest.mark.timeout(180)
-def test_a_server_restarted_during_a_save_and_during_a_load_is_waited_for(url, tensors, front, seaweed):
+def test_a_server_restarted_during_a_save_and_during_a_load_is_waited_for(own_seaweed, url, tensors, front):
     with ThreadPoolExecutor(1) as pool:
         front.fault(method="PUT", key="partNumber=2(&|$)", delay_s=60, cut="response")
         saving = pool.submit(save_state, url, 7, tensors)
         wait_until(lambda: front.unused() == 0, "part 2 was on its way")
-        seaweed.kill()
-        seaweed.start()
+        own_seaweed.kill()
+        own_seaweed.start()
         front.release()
         saving.result(120)
 
         front.fault(method="GET", key=r"\.pack", delay_s=60, cut="response")
         loading = pool.submit(loads_right, url, tensors)
         wait_until(lambda: front.unused() == 0, "a read was on its way")
-        seaweed.kill()
-        seaweed.start()
+        own_seaweed.kill()
+        own_seaweed.start()
         front.release()
         loading.result(120)
 

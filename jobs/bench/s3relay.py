@@ -170,7 +170,7 @@ class Relay:
 
     async def _forward(self, exchange: Exchange, upstream: list[Wire]) -> bool:
         request, client, record = exchange.request, exchange.client, exchange.record
-        if upstream and upstream[0].stale():
+        if upstream and upstream[0].stale(self.upstream):
             upstream.pop().close()
         if not upstream:
             upstream.append(await Wire.connect(LOOPBACK, self.upstream))
