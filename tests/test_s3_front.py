@@ -10,6 +10,7 @@ from s3fs import S3FileSystem
 
 from jobs.bench.s3front import S3Front, data_bytes, most_in_flight
 
+pytestmark = pytest.mark.processes
 MIB = 1 << 20
 
 

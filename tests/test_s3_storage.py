@@ -16,6 +16,7 @@ from elastic.run.folder import RunFolder
 from elastic.storage import Storage
 from jobs.bench.seaweed import credentials
 
+pytestmark = pytest.mark.processes
 ROOT = Path(__file__).parent.parent
 
 
