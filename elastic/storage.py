@@ -32,11 +32,16 @@ _CONFLICT_WAITS_S = (0.1, 0.3, 1.0)  # another create of the same name was just 
 class Storage:
     """One folder at a URL; all paths given to it are relative and use `/`.
 
+    Args:
+        option: the option that the URL came from, for messages.
+        read_only: nothing will be written, so any file system does.
+
     Raises:
         ConfigError: an unknown scheme, a missing package, or a file system without atomic create.
     """
 
-    def __init__(self, url: str):
+    def __init__(self, url: str, *, option: str = "--run.storage", read_only: bool = False):
+        self._option = option
         scheme, separator, rest = url.partition("://")
         self.local = not separator or scheme in ("file", "local")
         self.is_s3 = bool(separator) and scheme in ("s3", "s3a")
@@ -45,18 +50,20 @@ class Storage:
             self.root = str(Path(rest if separator else url).expanduser().absolute())
             self.url = self.root
             return
-        if scheme not in _ATOMIC_CREATE:
+        if scheme not in _ATOMIC_CREATE and not read_only:
             raise ConfigError(
-                f"--run.storage is {url!r}, whose scheme {scheme!r} is not known to create files atomically; use a "
+                f"{option} is {url!r}, whose scheme {scheme!r} is not known to create files atomically; use a "
                 f"folder, file://, or one of {', '.join(sorted(s + '://' for s in _ATOMIC_CREATE))}"
             )
         import fsspec
 
         try:
             self.fs, self.root = fsspec.url_to_fs(url, **_options(scheme))
+        except ValueError as error:  # fsspec knows no such scheme
+            raise ConfigError(f"{option} is {url!r}, whose scheme {scheme!r} is not known") from error
         except ImportError as error:
             package = _PACKAGE.get(scheme, scheme)
-            raise ConfigError(f"--run.storage is {url!r}, which needs `pip install {package}` ({error})") from error
+            raise ConfigError(f"{option} is {url!r}, which needs `pip install {package}` ({error})") from error
         self.root = self.root.rstrip("/")
         self.url = url.rstrip("/")
 
@@ -201,7 +208,7 @@ class Storage:
         """The one sentence for a storage that cannot do something which a run needs."""
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         return ConfigError(
-            f"--run.storage is {self.url!r}, which cannot {doing}: {reason}; give a place that you may write to"
+            f"{self._option} is {self.url!r}, which cannot {doing}: {reason}; give a place that you may write to"
         )
 
 
@@ -218,7 +225,7 @@ def _options(scheme: str) -> dict[str, Any]:
     time (botocore has 10), and neither hash nor sign bodies: checkpoints carry their own checksums, and hashing took
     longer than sending.
     """
-    if scheme == "memory":
+    if scheme not in _ATOMIC_CREATE or scheme == "memory":
         return {}
     options: dict[str, Any] = {"use_listings_cache": False}
     if scheme in ("s3", "s3a"):

@@ -118,7 +118,9 @@ def attempt_folder(step: int, attempt: str) -> str:
 
 def pack_path(folder: str, pack: str) -> str:
     """Where a chunk's pack lies, as the checkpoint in `folder` names it."""
-    return f"{FOLDER}/{pack}" if "/" in pack else f"{folder}/{pack}"
+    if "/" in pack:
+        return f"{FOLDER}/{pack}"
+    return f"{folder}/{pack}" if folder else pack
 
 
 def parse_step(name: str) -> int | None:

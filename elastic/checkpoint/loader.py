@@ -62,6 +62,25 @@ def load(
     return report
 
 
+def fill(storage: Storage, entries: Mapping[str, TensorEntry], shards: Sequence[Shard]) -> LoadReport:
+    """Fill the shards from objects (named from the storage's root) that have no checksums, converting dtypes.
+
+    Raises:
+        CheckpointError: another shape, or an object that is missing or short.
+    """
+    report = LoadReport()
+    for shard in shards:
+        _check(storage.url, entries.get(shard.name), shard, True)
+    reader = RangeReader(storage)
+    try:
+        with ThreadPoolExecutor(IN_FLIGHT, "initial-read") as pool:
+            for batch in _batches(entries, shards):
+                _Batch(reader, pool, "", entries, batch, False, report, proven=False).run()
+    finally:
+        reader.close()
+    return report
+
+
 def load_together(
     storage: Storage, folder: str, manifest: Manifest, shards: Sequence[Shard],
     gather: Callable[[Any], list[Any]], *, convert: bool = False, in_flight: int = IN_FLIGHT,
@@ -168,9 +187,9 @@ class _Batch:
 
     def __init__(
         self, reader: RangeReader, pool: ThreadPoolExecutor, folder: str, tensors: Mapping[str, TensorEntry],
-        shards: Sequence[Shard], alone: bool, report: LoadReport,
+        shards: Sequence[Shard], alone: bool, report: LoadReport, *, proven: bool = True,
     ):  # fmt: skip
-        self._reader, self._pool, self._report = reader, pool, report
+        self._reader, self._pool, self._report, self._proven = reader, pool, report, proven
         wanted = [s.wanted for s in shards]
         self._shards = shards
         self._homes: list[torch.Tensor] = [  # each box, contiguous, on the CPU, in the dtype that was saved
@@ -181,7 +200,7 @@ class _Batch:
         self._views = [_memory(home) for home in self._homes]
         self._parts = plan_load(tensors, folder, wanted)
         # Without crc32 (format 1) or without others, a part of a block is proven by reading the whole block.
-        self._scratch = [p for p in self._parts if not p.whole and (alone or p.crc is None)]
+        self._scratch = [p for p in self._parts if proven and not p.whole and (alone or p.crc is None)]
         lone = {id(p) for p in self._scratch}
         self._others = [p for p in self._parts if id(p) not in lone]
         self._missing = [sum(s.length for s in p.segments) for p in self._others]
@@ -219,7 +238,7 @@ class _Batch:
             with self._lock:
                 self._missing[index] -= segment.length
                 complete = not self._missing[index]
-            if complete:
+            if complete and self._proven:
                 self._prove(self._others[index])
 
     def _prove(self, part: BlockPart) -> None:

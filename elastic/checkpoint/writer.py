@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import secrets
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -54,20 +53,6 @@ def commit(storage: Storage, attempt: str, manifest: Manifest, indexes: Sequence
         if not patiently(storage.exists, path):
             raise CheckpointError(f"{path}, which this checkpoint refers to, is not there")
     fault.point("checkpoint.before_manifest", -1, manifest.step)
-    create(storage, name, data)
+    patiently(storage.create, name, data)
     fault.point("checkpoint.after_manifest", -1, manifest.step)
     return whole
-
-
-def create(storage: Storage, name: str, data: bytes, retry_s: float = 120.0) -> None:
-    """Create an object whose bytes are unlike any other's, although answers may get lost on the way.
-
-    Raises:
-        FileExistsError: somebody else created it.
-    """
-    deadline = time.monotonic() + retry_s
-    try:
-        patiently(storage.create, name, data, retry_s=retry_s)
-    except FileExistsError:
-        if patiently(storage.read, name, retry_s=max(1.0, deadline - time.monotonic())) != data:
-            raise

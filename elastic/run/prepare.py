@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from elastic import config as cfg
+from elastic.checkpoint.initial import open_initial
 from elastic.config import TrainConfig
 from elastic.data.deal import batch_line, batch_table
 from elastic.errors import ConfigError
@@ -54,6 +55,8 @@ def prepare(job: Job, config: TrainConfig) -> PreparedRun:
         config = replace(config, run=replace(config.run, name=name))
     folder = RunFolder(Storage(config.run.storage).child(str(config.run.name)))
     stored = _stored(folder) if resumes else None
+    if stored is None and config.checkpoint.init_from is not None:
+        open_initial(config.checkpoint.init_from)
     stored_v = stored["config"]["batch"]["microbatches"] if stored else None
     allow_v = "batch.microbatches" in config.run.allow_change or "batch.global-size" in config.run.allow_change
     plan = resolve(

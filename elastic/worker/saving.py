@@ -12,10 +12,12 @@ from typing import Any, Literal
 import torch
 
 from elastic import fault
+from elastic.checkpoint.initial import load_initial, open_initial
 from elastic.checkpoint.loader import load
 from elastic.checkpoint.plan import plan_save
 from elastic.checkpoint.reader import newest_first, read_manifest
 from elastic.checkpoint.saver import Save, Saver
+from elastic.config import CheckpointOptions
 from elastic.errors import CheckpointError, ElasticError
 from elastic.membership.client import WorkerLink
 from elastic.membership.state import Generation
@@ -230,6 +232,22 @@ class Saving:
                 self._link.check()
                 if time.monotonic() > deadline:
                     raise CheckpointError(f"waited {timeout_s:.0f} s for the commit of the checkpoint of step {step}")
+
+
+def initialise(state: TrainState, options: CheckpointOptions, link: WorkerLink) -> None:
+    """A fresh start: give the model the weights that the run is to start from, if it is.
+
+    Raises:
+        CheckpointError: they do not fit.
+        ConfigError: they cannot be read.
+    """
+    if options.init_from is None:
+        return
+    began = time.monotonic()
+    shards, aliases = state.weights()
+    found = load_initial(open_initial(options.init_from), shards, partial=options.init_partial, aliases=aliases)
+    seconds = round(time.monotonic() - began, 4)
+    link.post({"kind": "event", "event": "initialised", "step": 0, "seconds": seconds, "detail": found.to_json()})
 
 
 def restore_newest(state: TrainState, storage: Storage, link: WorkerLink) -> int:

@@ -29,7 +29,7 @@ from elastic.units import parse_amount
 from elastic.worker.evaluate import evaluate
 from elastic.worker.group import Group
 from elastic.worker.run import Identity, WorkerRun
-from elastic.worker.saving import Saving, restore_from_peer, restore_newest
+from elastic.worker.saving import Saving, initialise, restore_from_peer, restore_newest
 from elastic.worker.state import TrainState, weights_sha256
 from elastic.worker.step import APPLIED, FENCE, Stepper, Update
 from elastic.worker.user_code import UserCode, UserCodeError
@@ -188,6 +188,8 @@ class Session:
             source = 0
             if group.rank == source:
                 self._applied = restore_newest(self._state, self._storage, self._link)
+                if self._applied == 0:
+                    initialise(self._state, self._config.checkpoint, self._link)
         else:
             source = applied.index(newest)
             if self._prepared is not None and self._prepared.step == self._applied == newest - 1:

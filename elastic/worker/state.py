@@ -122,6 +122,16 @@ class TrainState:
                 mine[f"optimizer/{owner}/{key}"] = state[key]
         return [Shard.whole(name, mine[name]) for name in entries]
 
+    def weights(self) -> tuple[list[Shard], dict[str, list[str]]]:
+        """The model's tensors by their own names, and further names of those that are tied."""
+        mine = persistent_entries(self.model)
+        names: dict[tuple[int, tuple[int, ...]], list[str]] = {}
+        for name, value in sorted(self.model.state_dict().items()):
+            if isinstance(value, torch.Tensor):
+                names.setdefault((value.data_ptr(), tuple(value.shape)), []).append(plain_name(name))
+        others = {n: names[mine[n].data_ptr(), tuple(mine[n].shape)] for n in mine if mine[n].numel()}
+        return [Shard.whole(n, value) for n, value in mine.items()], others
+
     def values(self) -> dict[str, Any]:
         """Everything of the state that is not a tensor, as JSON values."""
         states = {
