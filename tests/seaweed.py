@@ -1,4 +1,4 @@
-"""Fixtures of a real S3: SeaweedFS on loopback, once a session, with a proxy in front that makes faults and a record."""
+"""Fixtures of a real S3: SeaweedFS on loopback, once a session, and a proxy in front: faults and a record."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from jobs.bench.seaweed import SeaweedFS, SeaweedMissing, binary, credentials
 
 @pytest.fixture(scope="session")
 def seaweed() -> Iterator[SeaweedFS]:
-    """The server; tests that restart it leave it running."""
+    """The server. Tests that kill it take one of their own, `own_seaweed`."""
     try:
         binary()
     except SeaweedMissing as reason:
@@ -43,6 +43,15 @@ def front(_front: S3Front, monkeypatch: pytest.MonkeyPatch) -> Iterator[S3Front]
     yield _front
     _front.clear()
     S3FileSystem.clear_instance_cache()
+
+
+@pytest.fixture
+def own_seaweed(front: S3Front, seaweed: SeaweedFS) -> Iterator[SeaweedFS]:
+    """A server for one test, behind `front` while that lasts; to be named before `bucket`."""
+    with SeaweedFS() as server:
+        front.move(server.port)
+        yield server
+        front.move(seaweed.port)
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ from elastic.run.folder import RunFolder
 from elastic.storage import Storage
 from jobs.bench.seaweed import credentials
 
+pytestmark = pytest.mark.processes
 ROOT = Path(__file__).parent.parent
 
 
@@ -93,7 +94,7 @@ def test_what_another_process_wrote_is_seen_at_once(storage):
 
 
 def test_of_writers_that_race_to_create_a_file_exactly_one_wins(storage):
-    rounds, racers = 10, 4
+    rounds, racers = 4, 4
     barrier = threading.Barrier(racers)
 
     def race(racer: int) -> list[int]:
@@ -138,9 +139,9 @@ def test_of_two_drivers_that_claim_a_run_at_one_moment_one_is_refused(storage):
 
 
 def test_slow_down_is_answered_with_patience(storage, front):
-    front.fault(method="PUT", status=503, count=2)
+    front.fault(method="PUT", status=503, count=1)
     storage.create("pack", b"whole")
-    front.fault(method="GET", status=503, count=2)
+    front.fault(method="GET", status=503, count=1)
 
     assert storage.read("pack") == b"whole"
     assert front.unused() == 0
@@ -225,7 +226,7 @@ def test_a_command_with_wrong_keys_exits_2_with_that_sentence(bucket, monkeypatc
     as_user(monkeypatch, "admin", secret="not the secret")
 
     ended = subprocess.run(
-        [sys.executable, "-m", "elastic.worker", "--module", "jobs.digits", "--workers", "1", "--run.storage",
+        [sys.executable, "-m", "elastic.worker", "--module", "jobs.bench.steady", "--workers", "1", "--run.storage",
          f"{bucket}/runs", *named],
         capture_output=True, text=True, timeout=100, cwd=ROOT,
     )  # fmt: skip

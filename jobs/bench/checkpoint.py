@@ -21,7 +21,9 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import socket
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -42,6 +44,7 @@ SHAPES = {
 }  # fmt: skip
 STORES = ("simulated", "seaweed")
 ENGINES = ("dcp.save", "dcp.async_save", "torch.save", "here")  # as in `jobs.bench.checkpoint_engines`
+SAVES_ONLY, ONE_WORLD = "dcp.async_save", "torch.save"  # what dcp.load loads; what no other world size can load
 _METADATA = ("manifest.json", ".metadata")
 
 
@@ -58,6 +61,7 @@ def main() -> None:
     if options.quick:
         options.store, options.shape, options.world = ("simulated",), ("4MB",), (2,)
         options.engine = ("dcp.save", "here")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # through every `finally`, which end what was started
     rows = []
     for store in options.store:
         with opened(store) as front:
@@ -89,6 +93,7 @@ def measure(front: S3Front, store: str, shape: Shape, world: int, engine: str) -
     bucket = f"{engine.replace('.', '-').replace('_', '-')}-{world}-{shape.name.lower()}"
     mb = shape.nbytes / 1e6
     row: dict[str, Any] = {"store": store, "shape": shape.name, "world": world, "engine": engine}
+    row.update(dict.fromkeys(("load_mb_s_same", "load_mb_s_other", "read_same", "read_other", "load_flying")))
     with _bucket(front, bucket) as empty:
         url = f"s3://{bucket}/run"
         with Ranks(world, _free_port(), environment) as ranks:
@@ -113,10 +118,10 @@ def measure(front: S3Front, store: str, shape: Shape, world: int, engine: str) -
             row["save_mb_s"], row["proxy_cores"] = mb / seconds, (front.cpu_s() - cpu) / seconds
             records = front.records()
             row["save_flying"], row["write_amplification"] = most_in_flight(records), _moved(records, "PUT") / mb
-            row.update(_load(front, ranks, mb, "same"))
+            if engine != SAVES_ONLY:
+                row.update(_load(front, ranks, mb, "same"))
             ranks.ask("close")
-        row["load_mb_s_other"] = row["read_other"] = None
-        if engine != "torch.save":
+        if engine not in (SAVES_ONLY, ONE_WORLD):
             with Ranks(3 - world, _free_port(), environment) as ranks:
                 ranks.ask("state", shape=shape)
                 ranks.ask("engine", name=engine, url=url)
@@ -199,13 +204,14 @@ def compare(rows: list[dict[str, Any]]) -> None:
     for row in rows:
         peer = peers.get((row["store"], row["shape"], row["world"]))
         for name in ("save_mb_s", "load_mb_s_same", "stall_s"):
-            row[f"{name}_of_dcp"] = row[name] / peer[name] if peer else None
+            row[f"{name}_of_dcp"] = row[name] / peer[name] if peer and row[name] else None
 
 
 def _line(row: dict[str, Any]) -> str:
+    loads = f", loads {row['load_mb_s_same']:.0f} MB/s" if row["load_mb_s_same"] else ""
     return (
         f"{row['store']} {row['shape']} on {row['world']}: {row['engine']} stalls {row['stall_s']:.3f} s, saves "
-        f"{row['save_mb_s']:.0f} MB/s, loads {row['load_mb_s_same']:.0f} MB/s"
+        f"{row['save_mb_s']:.0f} MB/s{loads}"
     )
 
 
@@ -215,21 +221,26 @@ def render(rows: list[dict[str, Any]]) -> str:
         "store, shape, ranks, engine", "stall s", "of dcp", "save MB/s", "x dcp", "load MB/s", "x dcp", "other world",
         "read", "other", "flying", f"{STEPS} steps", "helpers", "memory",
     ]  # fmt: skip
-    cells = [
-        [
-            f"{r['store']} {r['shape']} {r['world']} {r['engine']}", r["stall_s"], _share(r["stall_s_of_dcp"]),
-            r["save_mb_s"], _times(r["save_mb_s_of_dcp"]), r["load_mb_s_same"], _times(r["load_mb_s_same_of_dcp"]),
-            r["load_mb_s_other"] or "-", f"{r['read_same']:.2f}", f"{r['read_other']:.2f}" if r["read_other"] else "-",
-            f"{r['save_flying']}, {r['load_flying']}", f"{r['steps_slower']:+.1%}", f"{r['helper_cores']:.2f}",
-            f"{r['extra_mib']:.0f}",
-        ]
-        for r in rows
+    return table(head, map(_cells, rows))
+
+
+def _cells(row: dict[str, Any]) -> list[Any]:
+    return [
+        f"{row['store']} {row['shape']} {row['world']} {row['engine']}",
+        row["stall_s"], _share(row["stall_s_of_dcp"]),
+        row["save_mb_s"], _times(row["save_mb_s_of_dcp"]),
+        row["load_mb_s_same"] or "-", _times(row["load_mb_s_same_of_dcp"]), row["load_mb_s_other"] or "-",
+        _exact(row["read_same"]), _exact(row["read_other"]), f"{row['save_flying']}, {row['load_flying'] or '-'}",
+        f"{row['steps_slower']:+.1%}", f"{row['helper_cores']:.2f}", f"{row['extra_mib']:.0f}",
     ]  # fmt: skip
-    return table(head, cells)
 
 
 def _times(ratio: float | None) -> str:
     return "-" if ratio is None else f"{ratio:.1f}"
+
+
+def _exact(ratio: float | None) -> str:
+    return "-" if ratio is None else f"{ratio:.2f}"
 
 
 def _share(ratio: float | None) -> str:

@@ -36,8 +36,6 @@ State = dict[str, torch.Tensor]
 class Engine(Protocol):
     """One way. A save is `save`, then `before_update`, then `wait`; all ranks take part in all of them."""
 
-    reshards: bool  # whether it loads at another world size
-
     def save(self, state: State, step: int) -> None: ...
 
     def before_update(self) -> None: ...
@@ -51,8 +49,6 @@ class Engine(Protocol):
 
 class Ours:
     """This project's engine."""
-
-    reshards = True
 
     def __init__(self, url: str):
         self._storage = Storage(url)
@@ -101,8 +97,6 @@ def _gather(value: Any) -> list[Any]:
 
 class Dcp:
     """`torch.distributed.checkpoint.save` and `load` with fsspec's writer and reader; no sync of local disks."""
-
-    reshards = True
 
     def __init__(self, url: str):
         self._url = url
@@ -156,8 +150,6 @@ class DcpAsync(Dcp):
 
 class TorchSave:
     """`torch.save` into memory, then the whole object through fsspec; no other world size can load it."""
-
-    reshards = False
 
     def __init__(self, url: str):
         self._storage = Storage(url)

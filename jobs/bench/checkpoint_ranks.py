@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import tempfile
 import time
 import traceback
 from collections.abc import Iterator
@@ -52,10 +53,13 @@ class Ranks:
         self._world, self._port, self._environment = world, port, environment
 
     def __enter__(self) -> Ranks:
+        self._log = tempfile.NamedTemporaryFile(prefix="ranks-")  # torch's helpers say all they do
         pairs = [_context.Pipe() for _ in range(self._world)]
         self._ends = [ours for ours, _ in pairs]
         self._processes = [
-            _context.Process(target=_rank, args=(theirs, rank, self._world, self._port, self._environment))
+            _context.Process(
+                target=_rank, args=(theirs, rank, self._world, self._port, self._environment, self._log.name)
+            )
             for rank, (_, theirs) in enumerate(pairs)
         ]
         for process, (_, theirs) in zip(self._processes, pairs, strict=True):
@@ -78,7 +82,9 @@ class Ranks:
             try:
                 answers.append(end.recv())
             except EOFError as error:
-                raise RuntimeError(f"rank {rank} died when told to {do}") from error
+                self._log.seek(0)
+                said = self._log.read()[-2000:].decode(errors="replace")
+                raise RuntimeError(f"rank {rank} died when told to {do}; it said:\n{said}") from error
         for rank, answer in enumerate(answers):
             if "error" in answer:
                 raise RuntimeError(f"rank {rank} could not {do}:\n{answer['error']}")
@@ -92,9 +98,11 @@ class Ranks:
             if process.is_alive():
                 process.kill()
                 process.join()
+        self._log.close()
 
 
-def _rank(end: Connection, rank: int, world: int, port: int, environment: dict[str, str]) -> None:
+def _rank(end: Connection, rank: int, world: int, port: int, environment: dict[str, str], log: str) -> None:
+    os.dup2(os.open(log, os.O_WRONLY | os.O_APPEND), 2)
     os.environ.update(environment)
     os.environ.update(MASTER_ADDR=LOOPBACK, MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(world))
     import torch

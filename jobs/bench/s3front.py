@@ -82,6 +82,10 @@ class S3Front:
         """Add a `jobs.bench.s3relay.Fault` for the next requests that match."""
         self._ask("fault", **values)
 
+    def release(self) -> None:
+        """Let answers that are being delayed come now."""
+        self._ask("release")
+
     def clear(self) -> None:
         """Forget faults that did not happen yet."""
         self._ask("clear")

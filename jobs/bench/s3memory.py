@@ -67,6 +67,10 @@ def error(status: int, code: str, message: str = "") -> Answer:
     return Answer(status, text=f"<Error><Code>{code}</Code><Message>{escape(message or code)}</Message></Error>")
 
 
+def _result(of: str, inside: str) -> Answer:
+    return Answer(200, text=f"<{of}Result>{inside}</{of}Result>")
+
+
 class MemoryStore:
     """Buckets, objects and unfinished multipart uploads."""
 
@@ -83,7 +87,7 @@ class MemoryStore:
         bucket, _, key = request.path.lstrip("/").partition("/")
         if not bucket:
             names = "".join(f"<Bucket><Name>{b}</Name></Bucket>" for b in self._buckets)
-            return Answer(200, text=f"<ListAllMyBucketsResult><Buckets>{names}</Buckets></ListAllMyBucketsResult>")
+            return _result("ListAllMyBuckets", f"<Buckets>{names}</Buckets>")
         if bucket not in self._buckets and not (request.method == "PUT" and not key):
             return error(404, "NoSuchBucket", bucket)
         if not key:
@@ -103,9 +107,9 @@ class MemoryStore:
             for key in gone:
                 self._buckets[bucket].pop(_unescape(key), None)
             deleted = "".join(f"<Deleted><Key>{key}</Key></Deleted>" for key in gone)
-            return Answer(200, text=f"<DeleteResult>{deleted}</DeleteResult>")
+            return _result("Delete", deleted)
         if request.method == "GET" and "uploads" in query:
-            return Answer(200, text=f"<ListMultipartUploadsResult>{self._unfinished(bucket)}</ListMultipartUploadsResult>")
+            return _result("ListMultipartUploads", self._unfinished(bucket))
         if request.method == "GET" and "versioning" in query:
             return Answer(200, text="<VersioningConfiguration/>")
         if request.method == "GET" and "list-type" in query:
@@ -140,11 +144,8 @@ class MemoryStore:
         page, more = names[:most], len(names) > most
         token = f"<NextContinuationToken>{escape(page[-1])}</NextContinuationToken>" if more else ""
         found = "".join(entries[name] for name in page)
-        return Answer(
-            200,
-            text=f"<ListBucketResult><IsTruncated>{str(more).lower()}</IsTruncated><KeyCount>{len(page)}</KeyCount>"
-            f"{token}{found}</ListBucketResult>",
-        )
+        counts = f"<IsTruncated>{str(more).lower()}</IsTruncated><KeyCount>{len(page)}</KeyCount>"
+        return _result("ListBucket", counts + token + found)
 
     def _object(self, request: Head, bucket: str, key: str, body: bytearray) -> Answer:
         objects, query, headers = self._buckets[bucket], request.query, request.headers
@@ -159,8 +160,7 @@ class MemoryStore:
         if request.method == "POST" and "uploads" in query:
             number = f"{next(self._numbers):08x}"
             self._uploads[number] = (bucket, key, {})
-            text = f"<InitiateMultipartUploadResult><UploadId>{number}</UploadId></InitiateMultipartUploadResult>"
-            return Answer(200, text=text)
+            return _result("InitiateMultipartUpload", f"<UploadId>{number}</UploadId>")
         if request.method == "PUT" and "uploadId" in query:
             if query["uploadId"] not in self._uploads:
                 return error(404, "NoSuchUpload", query["uploadId"])
@@ -182,7 +182,7 @@ class MemoryStore:
                 return error(404, "NoSuchUpload", request.query["uploadId"])
             objects[key] = self._blob([part.parts[0] for _, part in sorted(upload[2].items())])
             etag = escape(objects[key].etag)
-            return Answer(200, text=f"<CompleteMultipartUploadResult><ETag>{etag}</ETag></CompleteMultipartUploadResult>")
+            return _result("CompleteMultipartUpload", f"<ETag>{etag}</ETag>")
         if source:
             from_bucket, _, from_key = unquote(source).lstrip("/").partition("/")
             found = self._buckets.get(from_bucket, {}).get(from_key)
@@ -190,7 +190,7 @@ class MemoryStore:
                 return error(404, "NoSuchKey", source)
             objects[key] = self._blob(found.parts)
             etag = escape(objects[key].etag)
-            return Answer(200, text=f"<CopyObjectResult><ETag>{etag}</ETag></CopyObjectResult>")
+            return _result("CopyObject", f"<ETag>{etag}</ETag>")
         objects[key] = self._blob([body])
         return Answer(200, {"ETag": objects[key].etag})
 

@@ -6,6 +6,7 @@ Commands come as lines of JSON on standard input, one answer each on standard ou
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import re
 import resource
@@ -27,14 +28,15 @@ UPSTREAM_S = 30.0
 class Fault:
     """What to do to the next `count` requests whose method and `/bucket/key?query` match.
 
-    One of: `status` (answer with it, the request goes nowhere), `delay_s` (the answer's first byte waits), `cut`
-    (`request` or `response`: the connection is reset after `after_bytes` of that body).
+    One of: `status` (answer with it and S3's error `code`; the request goes nowhere), `delay_s` (the first byte of the
+    answer waits), `cut` (`request` or `response`: the connection is reset after `after_bytes` of that body).
     """
 
     method: str = ".*"
     key: str = ".*"
     count: int = 1
     status: int = 0
+    code: str = "SlowDown"
     delay_s: float = 0.0
     cut: str = ""
     after_bytes: int = 0
@@ -72,6 +74,7 @@ class Exchange:
     fault: Fault
     rate: float
     first_byte_s: float
+    released: asyncio.Event
     came: float = field(default_factory=time.monotonic)
 
     def meter(self, direction: str) -> Meter:
@@ -96,7 +99,8 @@ class Exchange:
         """Wait until the answer may begin, which it never does where it is to be cut after 0 bytes."""
         wait = max(self.first_byte_s, self.fault.delay_s) - (time.monotonic() - self.came)
         if wait > 0:
-            await asyncio.sleep(wait)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self.released.wait(), wait)
         if self.fault.cut == "response" and not self.fault.after_bytes:
             raise Cut
 
@@ -109,6 +113,12 @@ class Relay:
         self.memory = MemoryStore()
         self.faults: list[Fault] = []
         self.records: list[Record] = []
+        self._released = asyncio.Event()  # set where delayed answers may come at once
+
+    def release(self) -> None:
+        """Let answers come that are being delayed."""
+        self._released.set()
+        self._released = asyncio.Event()
 
     async def listen(self) -> int:
         """Start to accept; returns the port."""
@@ -143,17 +153,15 @@ class Relay:
         """Answer one request; returns whether the connection goes on."""
         target = request.first[1]
         fault = next((f for f in self.faults if f.takes(request.method, target)), Fault())
-        record = Record(
-            request.method, request.path, request.query, request.headers.get("range", ""), time.monotonic()
-        )
+        record = Record(request.method, request.path, request.query, request.headers.get("range", ""), time.monotonic())
         record.fault = str(fault.status or "") or fault.cut or ("delay" if fault.delay_s else "")
         self.records.append(record)
-        exchange = Exchange(request, client, record, fault, self.rate, self.first_byte_s)
+        released = self._released if fault.delay_s else asyncio.Event()
+        exchange = Exchange(request, client, record, fault, self.rate, self.first_byte_s, released)
         try:
             if fault.status:
                 await _receive(exchange)
-                code = "SlowDown" if fault.status == 503 else "InternalError"
-                return await _reply(exchange, error(fault.status, code, "as a test asked"))
+                return await _reply(exchange, error(fault.status, fault.code, "as a test asked"))
             if not self.upstream:
                 return await _reply(exchange, self.memory.answer(request, await _receive(exchange)))
             return await self._forward(exchange, upstream)
@@ -162,7 +170,7 @@ class Relay:
 
     async def _forward(self, exchange: Exchange, upstream: list[Wire]) -> bool:
         request, client, record = exchange.request, exchange.client, exchange.record
-        if upstream and upstream[0].stale():
+        if upstream and upstream[0].stale(self.upstream):
             upstream.pop().close()
         if not upstream:
             upstream.append(await Wire.connect(LOOPBACK, self.upstream))
@@ -242,6 +250,7 @@ def commands(relay: Relay) -> dict[str, Callable[..., Any]]:
 
     return {
         "fault": lambda **values: relay.faults.append(Fault(**values)),
+        "release": relay.release,
         "clear": lambda: relay.faults.clear(),
         "unused": lambda: sum(f.count for f in relay.faults),
         "upstream": lambda port: setattr(relay, "upstream", port),

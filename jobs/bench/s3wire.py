@@ -90,13 +90,13 @@ class Wire:
             raise
         return cls(connection)
 
-    def stale(self) -> bool:
-        """Whether the other side closed this idle connection."""
+    def stale(self, port: int) -> bool:
+        """Whether the other side closed this idle connection, or is another than the one at `port`."""
         try:
-            return self.socket.recv(1, socket.MSG_PEEK) == b""
+            return self.socket.getpeername()[1] != port or self.socket.recv(1, socket.MSG_PEEK) == b""
         except BlockingIOError:
             return False
-        except ConnectionError:
+        except OSError:
             return True
 
     async def head(self) -> Head | None:
