@@ -242,13 +242,43 @@ class EvalOptions:
 class CheckpointOptions:
     """Durable state in storage."""
 
-    every: str | None = option(None, "save every so much (ep, st, tok), and always at the end", common=True)
-    keep_last: int = option(3, "committed checkpoints to keep")
+    every: str | None = option(
+        None, "save every so much (ep, st, tok, s, min, h, or auto), and always at the end", common=True
+    )
+    when_busy: Literal["wait", "delay", "skip"] = option(
+        "delay", "when one is due and the one before still uploads: stop training for it, save later, or leave it out"
+    )
+    keep_last: int = option(3, "newest committed checkpoints to keep")
+    keep_every: str | None = option(None, "also keep those at multiples of this much (ep, st, tok)")
+    keep_best: int = option(0, "also keep this many that are best by best-metric")
+    best_metric: str = option("eval/loss", "metric of the evaluation that says which are best")
+    best_mode: Literal["min", "max"] = option("min", "whether the least or the greatest best-metric is best")
+    init_from: str | None = option(
+        None, "safetensors to start from, at step 0 only: a file, a folder or a URL", result=True
+    )
+    init_partial: bool = option(False, "allow init-from to lack weights of the model")
 
     def __post_init__(self) -> None:
-        if self.every is not None:
-            parse_amount("--checkpoint.every", self.every, clock=False)
+        if self.every is not None and self.every != "auto":
+            parse_amount("--checkpoint.every", self.every, clock=True)
+        _one_of("--checkpoint.when-busy", self.when_busy, ("wait", "delay", "skip"))
         _whole("--checkpoint.keep-last", self.keep_last, 1)
+        if self.keep_every is not None:
+            parse_amount("--checkpoint.keep-every", self.keep_every, clock=False)
+        _whole("--checkpoint.keep-best", self.keep_best, 0)
+        _require(
+            self.init_from is None or bool(self.init_from.strip()), "--checkpoint.init-from", self.init_from,
+            "give a file, a folder or a URL, or leave it out",
+        )  # fmt: skip
+        _require(
+            not self.init_partial or self.init_from is not None, "--checkpoint.init-partial", self.init_partial,
+            "give --checkpoint.init-from too",
+        )  # fmt: skip
+        _one_of("--checkpoint.best-mode", self.best_mode, ("min", "max"))
+        _require(
+            self.best_metric.startswith("eval/"), "--checkpoint.best-metric", self.best_metric,
+            "give one of the evaluation's, such as eval/loss",
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from elastic.checkpoint.format import tensor_bytes
+from elastic.checkpoint.tensors import tensor_bytes
 from elastic.observe.ledger import gaps_and_doubles
 from elastic.parallel.deferred import build
 from elastic.run.prepare import prepare

@@ -173,6 +173,13 @@ REFUSED = [
     (lambda: ParallelOptions(bucket_mb=0), "--parallel.bucket-mb", "0", "at least 1"),
     (lambda: EvalOptions(every="1h"), "--eval.every", "'1h'", "unit"),
     (lambda: CheckpointOptions(every="often"), "--checkpoint.every", "'often'", "unit"),
+    (lambda: CheckpointOptions(when_busy="stop"), "--checkpoint.when-busy", "'stop'", "wait, delay, skip"),
+    (lambda: CheckpointOptions(keep_every="1h"), "--checkpoint.keep-every", "'1h'", "unit"),
+    (lambda: CheckpointOptions(keep_best=-1), "--checkpoint.keep-best", "-1", "at least 0"),
+    (lambda: CheckpointOptions(best_metric="loss"), "--checkpoint.best-metric", "'loss'", "eval/loss"),
+    (lambda: CheckpointOptions(init_from=" "), "--checkpoint.init-from", "' '", "leave it out"),
+    (lambda: CheckpointOptions(init_partial=True), "--checkpoint.init-partial", "True", "init-from too"),
+    (lambda: CheckpointOptions(best_mode="most"), "--checkpoint.best-mode", "'most'", "min, max"),
     (lambda: CheckpointOptions(keep_last=0), "--checkpoint.keep-last", "0", "at least 1"),
     (lambda: RecoveryOptions(snapshot_every="5st"), "--recovery.snapshot-every", "'5st'", "leave it off"),
     (lambda: RecoveryOptions(hang_timeout="5ep"), "--recovery.hang-timeout", "'5ep'", "s, min or h"),
@@ -313,16 +320,20 @@ OTHER_VALUES = {
     "parallel.find-unused": True, "parallel.blocks": ("Block",), "parallel.prefetch": 1, "parallel.offload": True,
     "parallel.reshard-after-forward": False, "parallel.activation-checkpointing": True, "parallel.compile": True,
     "precision.param-dtype": "bf16", "precision.loss-scale": 2.0, "eval.every": "1ep", "checkpoint.every": "1ep",
-    "checkpoint.keep-last": 1, "recovery.hang-timeout": "1min", "recovery.lease": "1min", "recovery.max-wait": "1h",
-    "observe.log-every": 1.0, "observe.tensorboard": False, "observe.price": 1.0, "cluster.address": "auto",
-    "cluster.local-nodes": 2,
+    "checkpoint.keep-last": 1, "checkpoint.when-busy": "skip", "checkpoint.keep-every": "1ep",
+    "checkpoint.keep-best": 1, "checkpoint.best-metric": "eval/accuracy", "checkpoint.best-mode": "max",
+    "checkpoint.init-from": "w.safetensors", "recovery.hang-timeout": "1min", "recovery.lease": "1min",
+    "recovery.max-wait": "1h", "observe.log-every": 1.0, "observe.tensorboard": False, "observe.price": 1.0,
+    "cluster.address": "auto", "cluster.local-nodes": 2,
 }  # fmt: skip
 ONE_VALUE = {"recovery.snapshot-every"}  # nothing else is valid yet
+ONE_VALUE |= {"checkpoint.init-partial"}  # valid only beside another option
 SHARDED_ONLY = {"precision.param-dtype", "parallel.offload"}
 RESULT = {
     "run.duration", "run.seed", "run.exactness", "run.on-nonfinite", "batch.global-size", "batch.microbatches",
     "optim.schedule", "optim.warmup", "optim.final-lr", "optim.clip-norm", "precision.autocast",
     "precision.grad-compression", "precision.param-dtype", "precision.loss-scale", "parallel.compile",
+    "checkpoint.init-from",
 }  # fmt: skip
 
 

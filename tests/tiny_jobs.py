@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import elastic
-from elastic import BatchOptions, OptimOptions, RunOptions, ScalingOptions, TrainConfig
+from elastic import BatchOptions, CheckpointOptions, OptimOptions, RunOptions, ScalingOptions, TrainConfig
 
 FEATURES, CLASSES = 6, 3
 
@@ -18,6 +18,7 @@ CONFIG = TrainConfig(
     run=RunOptions(duration="12st"),
     batch=BatchOptions(global_size=30, microbatches=10),
     optim=OptimOptions(schedule="cosine", warmup="3st", clip_norm=0.5),
+    checkpoint=CheckpointOptions(when_busy="wait"),  # steps take milliseconds: checkpoints are at the steps asked for
     scaling=ScalingOptions(max_workers=4, accelerator="cpu"),
 )
 

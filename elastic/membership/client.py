@@ -2,8 +2,7 @@
 
 A watcher thread holds the WebSocket and keeps beating while the training thread computes; it acts when the training
 thread cannot: it acknowledges a broken world and frees whoever is blocked in it, shows the stacks, and connects again
-when the server was restarted. Nothing the training thread calls here waits for the network, except `join` and
-`await_commit`.
+when the server was restarted. Nothing the training thread calls here waits for the network, except `join`.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from typing import Any
 
 import aiohttp
 
-from elastic.errors import CheckpointError, FencedError, RunFailed, WorldBroken
+from elastic.errors import FencedError, RunFailed, WorldBroken
 from elastic.membership.server import BEAT_S, MAX_MESSAGE_BYTES
 from elastic.membership.state import Failure, Generation, Member
 
@@ -181,28 +180,12 @@ class WorkerLink:
         if self._over is not None:
             raise RunOver(self._over)
 
-    def await_commit(self, step: int, timeout_s: float) -> None:
-        """Wait until the checkpoint of `step` is committed.
-
-        Raises:
-            CheckpointError: it could not be committed, or nothing was heard of it within `timeout_s`.
-            WorldBroken: a member was lost meanwhile, so it never will be.
-        """
-        deadline = time.monotonic() + timeout_s
-        while True:
-            try:
-                commit = self._commits.get(timeout=0.1)
-            except queue.Empty:
-                self.check()
-                if time.monotonic() > deadline:
-                    raise CheckpointError(
-                        f"waited {timeout_s:.0f} s for the commit of the checkpoint of step {step}"
-                    ) from None
-                continue
-            if commit["step"] == step:
-                if commit["error"]:
-                    raise CheckpointError(commit["error"])
-                return
+    def next_commit(self, timeout_s: float = 0.0) -> dict[str, Any] | None:
+        """What was last said of a checkpoint that this world saves: its step, attempt and error, or None so far."""
+        try:
+            return self._commits.get(timeout=timeout_s) if timeout_s > 0 else self._commits.get_nowait()
+        except queue.Empty:
+            return None
 
     def close(self) -> None:
         """Send what is still queued, then end the connection and its thread."""

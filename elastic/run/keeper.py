@@ -15,11 +15,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from elastic.checkpoint.cadence import auto_interval, save_cost
 from elastic.checkpoint.format import Manifest
-from elastic.checkpoint.reader import newest_first, steps_with_attempts
-from elastic.checkpoint.retention import prune
+from elastic.checkpoint.reader import newest_first
+from elastic.checkpoint.retention import Policy, Retention
 from elastic.checkpoint.writer import commit
-from elastic.errors import CheckpointError
 from elastic.membership.server import MembershipServer
 from elastic.membership.state import Generation, Member, World
 from elastic.observe.ledger import EVENTS, METRICS, LedgerFile, read_records
@@ -33,10 +33,14 @@ FLUSH_OBJECT_S = 10.0
 
 @dataclass(frozen=True)
 class KeeperOptions:
-    """What the keeper needs to know of a run. `facts` go into every status (owner, host, git commit, ...)."""
+    """What the keeper needs to know of a run. `facts` go into every status (owner, host, git commit, ...).
+
+    `save_every_s`: seconds between checkpoints, 0 for the interval that costs least, None where steps say when.
+    """
 
     epoch: int
-    keep_last: int
+    retention: Policy
+    save_every_s: float | None
     total_steps: int
     tensorboard: bool
     price: float | None
@@ -48,9 +52,10 @@ class _Attempt:
     """A checkpoint whose packs are coming in."""
 
     size: int
-    started: float
     indexes: dict[str, dict[str, Any]] = field(default_factory=dict)
+    facts: list[dict[str, float]] = field(default_factory=list)
     header: dict[str, Any] | None = None
+    over: bool = False
 
 
 class RunKeeper:
@@ -58,6 +63,7 @@ class RunKeeper:
 
     def __init__(self, folder: RunFolder, options: KeeperOptions):
         self._folder, self._options = folder, options
+        self._started = time.time()
         self._storage = folder.storage
         self._rows = LedgerFile(self._storage, METRICS, options.epoch)
         self._events = LedgerFile(self._storage, EVENTS, options.epoch)
@@ -73,9 +79,13 @@ class RunKeeper:
         self._state, self._message = "running", ""
         self._last_row: dict[str, Any] | None = None
         self._last_eval: dict[str, Any] = {}
+        self._evaluated_step = -1
+        self._retention = Retention(self._storage, options.retention)
+        self._costs: list[float] = []
+        self._faults = 0
+        self._save_at = time.monotonic() + self._save_interval()
         self._stalls: list[dict[str, Any]] = []
         self._broken_at: float | None = None
-        self._started = time.time()
         self._closed = False
         self._give_up_message = ""
         newest = next(newest_first(self._storage), None)
@@ -109,6 +119,7 @@ class RunKeeper:
     def world_formed(self, world: World) -> None:
         self._count_world(world)
         self._attempts.clear()
+        self._save_at = time.monotonic() + self._save_interval()
         self.event(
             "world_formed", generation=str(world.generation),
             detail={"size": world.size, "pids": [m.pid for m in world.members], "ids": [m.id for m in world.members]},
@@ -116,6 +127,7 @@ class RunKeeper:
 
     def world_broken(self, world: World, lost: Member | None, reason: str) -> None:
         self._count_world(None)
+        self._faults += lost is not None
         if self._broken_at is None:
             self._broken_at = time.time()
         self.event(
@@ -191,7 +203,7 @@ class RunKeeper:
         flush_s = FLUSH_LOCAL_S if self._storage.can_append else FLUSH_OBJECT_S
         next_flush, next_beat = time.monotonic() + flush_s, time.monotonic() + HEARTBEAT_S
         while True:
-            wait = max(0.0, min(next_flush, next_beat) - time.monotonic())
+            wait = max(0.0, min(next_flush, next_beat, self._save_at) - time.monotonic())
             work: Callable[[], None] | None = lambda: None  # noqa: E731
             with contextlib.suppress(queue.Empty):
                 work = self._queue.get(timeout=wait)
@@ -209,6 +221,8 @@ class RunKeeper:
                 if now >= next_beat:
                     next_beat = now + HEARTBEAT_S
                     self._beat()
+                if now >= self._save_at:
+                    self._wish_for_save()
             except Exception as error:  # without its keeper a run must not go on
                 self._give_up("".join(traceback.format_exception(error)).rstrip())
         self._flush()
@@ -265,49 +279,89 @@ class RunKeeper:
                 self._last_row = row
             else:
                 self._last_eval = {k: v for k, v in row.items() if k.startswith("eval/")}
+                self._evaluated_step = row["step"]
             if self._options.tensorboard:
                 if self._tensorboard is None:
                     self._tensorboard = TensorBoard(self._storage, self._options.epoch)
                 self._tensorboard.row(row)
             self._server.publish(row, keep="sample_hash" not in row)
 
+    # ---- checkpoints -------------------------------------------------------------------------------------------
+
+    def _save_interval(self) -> float:
+        every = self._options.save_every_s
+        if every is None:
+            return float("inf")
+        return every or auto_interval(self._costs, time.time() - self._started, self._faults)
+
+    def _wish_for_save(self) -> None:
+        """Once; the next is due an interval after this one was decided on, or after the world changed meanwhile."""
+        self._save_at = float("inf")
+        if self._world is not None and not self._closed:
+            assert self._server is not None
+            self._server.send_all({"kind": "wish", "wish": "save", "detail": "it is time"})
+
     def _take_pack(self, member: Member, world: World, message: dict[str, Any]) -> None:
-        key = (message["step"], message["attempt"])
-        attempt = self._attempts.setdefault(key, _Attempt(message["shares"], time.monotonic()))
-        attempt.indexes[member.id] = message["index"]
-        attempt.header = message.get("header") or attempt.header
-        if len(attempt.indexes) < attempt.size or attempt.header is None:
+        step, name = message["step"], message["attempt"]
+        attempt = self._attempts.setdefault((step, name), _Attempt(message["shares"]))
+        if attempt.over:
             return
-        del self._attempts[key]
-        error = self._commit(world, message["step"], message["attempt"], attempt)
+        if message["error"]:
+            self._decided(world, step, name, attempt, message["error"])
+            return
+        attempt.indexes[member.id] = message["index"]
+        attempt.facts.append(message["facts"])
+        attempt.header = message["header"] or attempt.header
+        if len(attempt.indexes) == attempt.size and attempt.header is not None:
+            self._decided(world, step, name, attempt, self._commit(world, step, name, attempt))
+
+    def _decided(self, world: World, step: int, name: str, attempt: _Attempt, error: str | None) -> None:
+        """Tell the ledger and the workers what became of an attempt; then there is time to tidy up."""
+        attempt.over = True
+        attempt.indexes.clear()
+        self._save_at = time.monotonic() + self._save_interval()
+        if error:
+            self.event("checkpoint_failed", generation=str(world.generation), step=step, detail=error)
         assert self._server is not None
-        self._server.send_all({"kind": "commit", "step": message["step"], "error": error})
+        self._server.send_all({"kind": "commit", "step": step, "attempt": name, "error": error})
+        if error or self._closed:
+            return
+        try:
+            self._retention.prune()
+        except Exception as problem:  # whatever storage raises: the run does not depend on it, and the next tries again
+            self.event("checkpoint_failed", step=step, detail=f"old checkpoints could not be removed: {problem}")
 
     def _commit(self, world: World, step: int, name: str, attempt: _Attempt) -> str | None:
+        """Commit an attempt; returns why it could not be."""
         if self._closed or not self._still_ours():
             return "a newer claim owns the run"
+        began = time.monotonic()
         assert attempt.header is not None
+        metrics = self._last_eval if self._evaluated_step == step else {}
         manifest = Manifest(
             step, attempt.header["seed"], attempt.header["config_digest"],
             {"size": world.size, "generation": str(world.generation)}, attempt.header["values"],
+            metrics={k: float(v) for k, v in metrics.items()},
         )  # fmt: skip
         indexes = [attempt.indexes[m.id] for m in world.members if m.id in attempt.indexes]
         self._rows.flush()
         try:
             whole = commit(self._storage, name, manifest, indexes)
-        except (OSError, CheckpointError) as error:
-            self.event("checkpoint_failed", generation=str(world.generation), step=step, detail=str(error))
-            return f"the checkpoint of step {step} could not be committed: {error}"
+        except Exception as error:  # whatever storage raises: the checkpoint before stays the newest, the run goes on
+            return f"the checkpoint of step {step} could not be committed: {type(error).__name__}: {error}"
         self._restore = {"rung": "checkpoint", "step": step, "attempt": name}
-        size = sum(c.end - c.start for t in whole.tensors.values() for c in t.chunks)
+        facts = attempt.facts
+        stall, upload = max(f["stall_s"] for f in facts), max(f["seconds"] for f in facts)
+        self._costs.append(save_cost(stall, upload))
         self.event(
             "checkpoint_committed", generation=str(world.generation), step=step,
-            seconds=round(time.monotonic() - attempt.started, 4), detail={"attempt": name, "bytes": size},
+            seconds=round(upload + time.monotonic() - began, 4),
+            detail={
+                "attempt": name, "bytes": whole.nbytes, "stall_s": stall,
+                **{k: round(sum(f[k] for f in facts), 4) for k in ("cpu_s", "requests", "retries")},
+                "written": sum(f["bytes"] for f in facts),
+            },
         )  # fmt: skip
-        try:
-            prune(self._storage, steps_with_attempts(self._storage), self._options.keep_last)
-        except OSError as error:  # the run does not depend on it, and the next commit tries again
-            self.event("checkpoint_failed", step=step, detail=f"old checkpoints could not be removed: {error}")
         return None
 
     def _take_outcome(self, member: Member, generation: Generation, message: dict[str, Any]) -> None:

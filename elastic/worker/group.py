@@ -153,6 +153,18 @@ class Group:
             all_gather_flat(everyone, mine, group=self.mesh.everyone)
             return everyone.tolist()
 
+    def gather_json(self, value: Any) -> list[Any]:
+        """Every member's JSON value, by rank."""
+        data = json.dumps(value).encode()
+        lengths = self.gather_ints(len(data))
+        with collective("gathering values"):
+            mine = torch.zeros(max(lengths), dtype=torch.uint8, device=self.device)
+            mine[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+            everyone = torch.empty(self.size * max(lengths), dtype=torch.uint8, device=self.device)
+            all_gather_flat(everyone, mine)
+            rows = everyone.view(self.size, -1).cpu().numpy()
+            return [json.loads(row[:length].tobytes()) for row, length in zip(rows, lengths)]
+
     def send_json(self, value: Any, source: int) -> Any:
         """A JSON value from `source` to all."""
         with collective("sending values"):

@@ -10,13 +10,18 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from elastic.checkpoint.reader import Committed, newest_first, read_manifest, read_tensor
+from elastic.checkpoint.format import Manifest
+from elastic.checkpoint.loader import load_together
+from elastic.checkpoint.reader import Committed, newest_first, read_manifest
+from elastic.checkpoint.tensors import Shard
+from elastic.config import CheckpointOptions
 from elastic.errors import CheckpointError
 from elastic.membership.client import WorkerLink
 from elastic.parallel.layout import Held, Move, holders, lost_shards, moves
 from elastic.storage import Storage
 from elastic.worker.group import Group, collective
-from elastic.worker.state import Piece, TrainState
+from elastic.worker.saving import initialise
+from elastic.worker.state import TrainState
 
 BATCH_BYTES = 64 << 20  # of one rank's traffic at a time
 
@@ -32,8 +37,8 @@ class Remeshed:
 
 
 def remesh(
-    old: TrainState | None, held: Held, group: Group, make: Callable[[bool], TrainState], storage: Storage,
-    link: WorkerLink,
+    old: TrainState | None, held: Held, group: Group, make: Callable[[bool], TrainState], options: CheckpointOptions,
+    storage: Storage, link: WorkerLink,
 ) -> Remeshed:  # fmt: skip
     """Go down the ladder: state in memory, newest committed checkpoint, fresh start.
 
@@ -57,7 +62,7 @@ def remesh(
         return Remeshed(step, state, "memory", found[0][0])
     reason = lost_shards(everyone) if max(h.step for h in everyone) >= 0 else None
     del old
-    return _from_storage(group, make, storage, link, began, reason)
+    return _from_storage(group, make, options, storage, link, began, reason)
 
 
 def _tell(link: WorkerLink, step: int, began: float, detail: dict[str, Any]) -> None:
@@ -74,11 +79,11 @@ def _from_memory(
 ) -> TrainState | None:
     layout, source = group.layout, found[0][0]
     holding = any(group.rank in ranks for ranks in found)
-    mine: dict[str, Piece] = {}
+    mine: dict[str, Shard] = {}
     said = None
     if holding:
         assert old is not None
-        mine = {piece.name: piece for piece in old.pieces()}
+        mine = {shard.name: shard for shard in old.shards(0, 1)}
         if group.rank == source:
             said = {"values": old.values(), "tensors": old.heads()}
     said = group.send_json(said, source)
@@ -87,7 +92,7 @@ def _from_memory(
     everywhere = [sorted(rank for ranks in found for rank in ranks)]
     exchange = _Exchange(group)
     for name, dtype, shape, cut in said["tensors"]:
-        piece = mine[name].data if holding else None
+        piece = mine[name].tensor if holding else None
         rows = shape if cut else [1, *shape]
         plan = moves(rows[0], found if cut else everywhere, targets if cut else [(rank, 0, 1) for rank in layout.ranks])
         start = mine[name].offsets[0] if holding and cut else 0
@@ -183,46 +188,57 @@ def _flat(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _from_storage(
-    group: Group, make: Callable[[bool], TrainState], storage: Storage, link: WorkerLink, began: float,
-    reason: str | None,
+    group: Group, make: Callable[[bool], TrainState], options: CheckpointOptions, storage: Storage, link: WorkerLink,
+    began: float, reason: str | None,
 ) -> Remeshed:  # fmt: skip
     """The newest committed checkpoint that everyone can load; the lowest rank says which there are."""
     there = [[c.step, c.attempt] for c in newest_first(storage)] if group.rank == 0 else None
     committed = [Committed(step, attempt) for step, attempt in group.send_json(there, 0)]
     state = make(not committed) if group.place is not None else None
-    problem = ""
+    source, problem = group.layout.ranks[0], ""
     for checkpoint in committed:
-        error = _try(state, storage, checkpoint)
-        if max(group.gather_ints(int(error is not None))) == 0:
-            if group.leads:
-                _tell(
-                    link, checkpoint.step, began,
-                    {"rung": "checkpoint", "attempt": checkpoint.attempt, "reason": reason},
-                )  # fmt: skip
-            return Remeshed(checkpoint.step, state, "checkpoint", group.layout.ranks[0])
-        if error is not None:
+        try:
+            size = _load(state, group, storage, checkpoint)
+        except CheckpointError as error:  # for all
             problem = str(error)
-            link.post({"kind": "event", "event": "checkpoint_failed", "step": checkpoint.step, "detail": problem})
+            if group.leads:
+                link.post(
+                    {"kind": "event", "event": "checkpoint_failed", "step": checkpoint.step, "detail": problem}
+                )  # fmt: skip
+            continue
+        if group.leads:
+            detail = {"rung": "checkpoint", "attempt": checkpoint.attempt, "bytes": size, "reason": reason}
+            _tell(link, checkpoint.step, began, detail)
+        return Remeshed(checkpoint.step, state, "checkpoint", source)
     if committed:
-        raise CheckpointError(
-            f"no committed checkpoint can be loaded; the newest problem: {problem or 'on another worker'}"
-        )
+        raise CheckpointError(f"no committed checkpoint can be loaded; the newest problem: {problem}")
+    if state is not None:
+        initialise(state, options, link, tell=group.leads)
     if reason is not None and group.leads:
         _tell(link, 0, began, {"rung": "fresh", "reason": reason})
-    return Remeshed(0, state, "fresh", group.layout.ranks[0])
+    return Remeshed(0, state, "fresh", source)
 
 
-def _try(state: TrainState | None, storage: Storage, checkpoint: Committed) -> CheckpointError | None:
-    if state is None:
-        return None
+def _load(state: TrainState | None, group: Group, storage: Storage, checkpoint: Committed) -> int:
+    """Load this worker's part, together with everyone.
+
+    Returns:
+        bytes that this worker read.
+
+    Raises:
+        CheckpointError: on all workers, if any of them could not load.
+    """
+    manifest, shards, problem = Manifest(checkpoint.step, 0, "", {}, {}), [], None
     try:
         manifest = read_manifest(storage, checkpoint)
-        tensors = {}
-        for name, entry in manifest.tensors.items():
-            rows = state.wanted(name, entry.shape)
-            tensor = read_tensor(storage, checkpoint, name, entry)
-            tensors[name] = tensor if rows is None else tensor[rows.start : rows.stop].clone()
-        state.load(tensors, manifest.values)
+        if state is not None:
+            shards = state.destinations(manifest.tensors, manifest.values)
     except CheckpointError as error:
-        return error
-    return None
+        problem = str(error)
+    problems = [found for found in group.gather_json(problem) if found]
+    if problems:
+        raise CheckpointError(problems[0])
+    report = load_together(storage, checkpoint.folder, manifest, shards, group.gather_json)
+    if state is not None:
+        state.load_values(manifest.values)
+    return report.read_bytes

@@ -33,14 +33,13 @@ from elastic.worker.group import Group, collective
 from elastic.worker.placing import Placing
 from elastic.worker.remesh import remesh
 from elastic.worker.run import Identity, WorkerRun
-from elastic.worker.saving import restore_from_peer, restore_newest, save
+from elastic.worker.saving import Saving, initialise, restore_from_peer, restore_newest
 from elastic.worker.state import TrainState, weights_sha256
 from elastic.worker.step import APPLIED, FENCE, Stepper, Update
 from elastic.worker.user_code import UserCode, UserCodeError
 
 JOIN_TIMEOUT_S = 60.0
-COMMIT_TIMEOUT_S = 600.0
-LEAVING_COMMIT_S = 60.0
+LAST_COMMIT_S = 60.0  # for a save that is under way when an error ends the run
 COLLECTIVE_TIMEOUT_S = 1800.0  # the last resort: the membership server notices a hang long before
 KEPT_ROWS = 512
 
@@ -70,7 +69,6 @@ class Session:
         self._state: TrainState | None = None  # what a cut model's worker has is made in its first world
         self._applied = -1  # updates in the state this worker holds; -1: it holds none
         self._prepared: Update | None = None
-        self._saved = -1  # the step that was saved last
         self._left: Generation | None = None
         self._forming: dict[str, float] = {}  # seconds it took to form this world; goes into its first row
         self._rows: deque[dict[str, Any]] = deque(maxlen=KEPT_ROWS)
@@ -108,6 +106,11 @@ class Session:
             prefetch=self._config.data.prefetch, total_steps=plan.total_steps,
         )  # fmt: skip
         self._stepper = Stepper(self._run, self._code, self._loader, self._link)
+        self._saving = Saving(
+            self._state, self._storage, self._link, self._device, seed=seed, config_digest=self._run.digest,
+            when_busy=self._config.checkpoint.when_busy,
+            on_wait=lambda n: self._link.progress(self._applied, APPLIED + 2, n, "checkpoint"),
+        )  # fmt: skip
         parts: dict[str, Any] = {
             "data_s": round(data_s, 3), "model_s": round(time.monotonic() - began - data_s, 3)
         }  # fmt: skip
@@ -141,6 +144,7 @@ class Session:
                     if group.place is None:
                         status = self._stand_by(group)
                     else:
+                        self._saving.enter(group, self._the_state)
                         self._stepper.enter(group, self._applied, self._the_state)
                         self._forming = {
                             "connect_s": round(connected - began, 4),
@@ -153,8 +157,12 @@ class Session:
                     self._code.where = "re-joining"
                 except UserCodeError as error:
                     failure = error.failure
+                except Exception:
+                    self._saving.finish_under_way(LAST_COMMIT_S)
+                    raise
                 finally:
                     self._link.free_with(None)
+                    self._saving.leave()
                     self._stepper.leave()
                     group.close()
         except RunOver as over:
@@ -168,6 +176,7 @@ class Session:
                 self._link.post({"kind": "failed", "message": message}, self._left)
             raise
         finally:
+            self._saving.close()
             self._loader.close()
             self._link.close()
 
@@ -204,6 +213,8 @@ class Session:
         if newest < 0:
             if group.rank == source:
                 self._applied = restore_newest(state, self._storage, self._link)
+                if self._applied == 0:
+                    initialise(state, self._config.checkpoint, self._link)
         else:
             source = applied.index(newest)
         held = group.gather_ints(self._applied)
@@ -227,7 +238,7 @@ class Session:
         def make(fill: bool) -> TrainState:
             return self._code.guard(lambda: self._placing.cut(mesh, fill=fill))
 
-        found = remesh(old, held, group, make, self._storage, self._link)
+        found = remesh(old, held, group, make, self._config.checkpoint, self._storage, self._link)
         self._state, self._applied = found.state, found.step if found.state else -1
         self._world_step = found.step
         if found.rung != "memory":  # steps after it are done again
@@ -243,7 +254,7 @@ class Session:
         while step < self._plan.total_steps and not stop:
             self._link.check()
             self._stepper.progress(step, FENCE)
-            stop, _, leave = group.agree([0, 0, int(self._link.wish("leave") is not None)])
+            stop, _, leave, _ = group.agree([0, 0, int(self._link.wish("leave") is not None), 0])
             step += 1
             if leave and not stop and step < self._plan.total_steps:
                 return None
@@ -273,26 +284,25 @@ class Session:
         clock, fence = stepper.clock, time.perf_counter()
         stepper.progress(step, FENCE)
         fault.point("step.before_fence", group.rank, step + 1)
-        stop, save_now, leave = group.agree(self._wishes(step + 1 - group.assignment.claim_step))
+        stop, save_now, leave, busy = group.agree(self._wishes(step + 1 - group.assignment.claim_step))
         clock.sync_s += time.perf_counter() - fence
         fault.point("step.after_fence", group.rank, step + 1)
+        clock.checkpoint_s += self._saving.settle()
         self._apply(update)
         row = {**self._row(update, group), **self._forming}
         self._forming = {}
         self._rows.append(row)  # the step counts now, whatever happens before its row is sent
-        saved = None
         try:
             if self._applied < plan.total_steps and not stop:
                 if plan.eval_every and self._applied % plan.eval_every == 0:
                     self._evaluate(group)
                 if save_now or (plan.checkpoint_every and self._applied % plan.checkpoint_every == 0):
-                    saved = self._save(group)
+                    self._save(busy=bool(busy))
         finally:
             row |= self._times(time.perf_counter() - began)
         if group.leads:
             self._post_rows([row])
-        if saved is not None:  # after its row, so that no committed step is missing in the ledger
-            self._link.post(saved)
+        self._saving.row_posted(self._applied)
         return stop, leave
 
     @property
@@ -301,12 +311,13 @@ class Session:
         return self._state
 
     def _wishes(self, steps_here: int) -> list[int]:
-        """What this member wishes for at the coming boundary: [stop, save, leave]."""
+        """What this member wishes for at the coming boundary, and whether it still saves: [stop, save, leave, busy]."""
         plan, link = self._plan, self._link
         stop = link.wish("stop") is not None
         stop |= plan.stop_after_steps is not None and steps_here >= plan.stop_after_steps
         stop |= plan.stop_after_s is not None and time.monotonic() - self._started >= plan.stop_after_s
-        return [int(stop), int(link.wish("save") is not None), int(link.wish("leave") is not None)]
+        save = link.wish("save") is not None or self._saving.overdue
+        return [int(stop), int(save), int(link.wish("leave") is not None), int(self._saving.busy)]
 
     def _apply(self, update: Update) -> None:
         self._applied = -1  # from here to the end of the update the state is neither the old nor the new one
@@ -337,40 +348,19 @@ class Session:
             self._post_rows([{**row, **found}])
         return found
 
-    def _save(self, group: Group) -> dict[str, Any] | None:
+    def _save(self, *, busy: bool) -> None:
         began = time.perf_counter()
         self._stepper.progress(self._applied, APPLIED + 2, "checkpoint")
         self._link.granted("save")
-        assert group.place is not None
-        message = self._save_share(group.assignment.generation, group.place, group.layout.size)
+        self._saving.save(self._applied, busy=busy)
         self._stepper.clock.checkpoint_s += time.perf_counter() - began
-        self._saved = self._applied
-        return message
 
     def _make_safe(self, group: Group) -> None:
         """Before a world is left: of a single cut copy, a worker that is let go takes its part along."""
-        if group.layout.shards == 1 or group.layout.replicas > 1:
-            return
-        if self._saved != self._applied:
-            saved = self._save(group)
-            if saved is None:
-                return
-            self._link.post(saved)
-        with contextlib.suppress(CheckpointError):  # which is in the ledger; then the one before has to do
-            self._link.await_commit(self._applied, LEAVING_COMMIT_S)
-
-    def _save_share(self, generation: Generation, rank: int, size: int) -> dict[str, Any] | None:
-        try:
-            return save(
-                self._the_state, self._applied, self._link, self._storage, generation=generation, rank=rank, size=size,
-                seed=self._config.run.seed, config_digest=self._run.digest,
-            )  # fmt: skip
-        except OSError as error:
-            self._link.post(
-                {"kind": "event", "event": "checkpoint_failed", "step": self._applied, "detail": str(error)},
-                generation,
-            )
-            return None
+        if group.layout.shards > 1 and group.layout.replicas == 1:
+            self._stepper.progress(self._applied, APPLIED + 2, "checkpoint")
+            with contextlib.suppress(CheckpointError):  # which is in the ledger; then the one before has to do
+                self._saving.make_safe(self._applied, LAST_COMMIT_S)
 
     def _save_alone(self) -> None:
         """The run is given up while this worker waits with the newest state: commit it without a world."""
@@ -382,9 +372,7 @@ class Session:
                 {"kind": "event", "event": "checkpoint_failed", "step": self._applied, "detail": detail}, self._left
             )
         else:
-            message = self._save_share(self._left, 0, 1)
-            if message is not None:
-                self._link.post(message, self._left)
+            self._saving.save_alone(self._applied, self._left)
         self._link.post({"kind": "saved alone"}, self._left)
 
     def _post_rows(self, rows: list[dict[str, Any]]) -> None:
@@ -416,10 +404,8 @@ class Session:
     def _finish(self, group: Group, *, stopped: bool) -> str:
         """Evaluate, save, wait for the commit, and say that this worker is done."""
         self._evaluate(group)
-        saved = self._save(group)
-        if saved is not None:
-            self._link.post(saved)
-        self._link.await_commit(self._applied, COMMIT_TIMEOUT_S)
+        self._stepper.progress(self._applied, APPLIED + 2, "checkpoint")
+        self._saving.finish(self._applied)
         status = "stopped" if stopped and self._applied < self._plan.total_steps else "finished"
         state, model = self._the_state, self._the_state.model
         with collective("gathering the weights"):

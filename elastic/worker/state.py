@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Hashable
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from elastic.checkpoint.format import tensor_bytes
+from elastic.checkpoint.format import TensorEntry
+from elastic.checkpoint.tensors import DTYPES, Shard, tensor_bytes
 from elastic.errors import CheckpointError
 from elastic.job import Job
 from elastic.parallel.layout import shard_range
@@ -65,23 +66,6 @@ def weights_sha256(model: nn.Module, whole: Callable[[torch.Tensor], torch.Tenso
     return digest.hexdigest()
 
 
-@dataclass(frozen=True)
-class Piece:
-    """A box of a named tensor of the state that this worker holds, as one of `replicas` workers that hold it.
-
-    Args:
-        shape: of the whole tensor; the box begins at `offsets` and has the shape of `data`.
-        data: live, not a copy.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    offsets: tuple[int, ...]
-    data: torch.Tensor
-    replica: int
-    replicas: int
-
-
 class TrainState:
     """Model, optimizer and the job's extra state as named tensors and JSON values.
 
@@ -124,23 +108,6 @@ class TrainState:
         """A tensor of the state, whole; of a cut one everyone of the row asks at one time."""
         return tensor if self.mesh is None else whole(tensor, self.mesh)
 
-    def pieces(self, place: int = 0, places: int = 1) -> list[Piece]:
-        """What of the state is on this worker, in an order that is everyone's.
-
-        Args:
-            place, places: among those that hold what is not cut.
-        """
-        found = []
-        for name, tensor in self.tensors().items():
-            offsets, replica, replicas = [0] * tensor.dim(), place, places
-            if isinstance(tensor, DTensor):
-                assert self.mesh is not None
-                offsets[0] = shard_range(tensor.shape[0], self.mesh.shard, self.mesh.layout.shards).start
-                replica, replicas = self.mesh.replica, self.mesh.layout.replicas
-            data = local(tensor)
-            found.append(Piece(name, tuple(tensor.shape), tuple(offsets), data, replica, replicas))
-        return found
-
     def heads(self) -> list[list[Any]]:
         """Name, dtype, whole shape of each tensor, and whether it is cut: JSON values for those who hold none."""
         return [
@@ -148,26 +115,74 @@ class TrainState:
             for name, t in self.tensors().items()
         ]
 
-    def wanted(self, name: str, shape: tuple[int, ...]) -> range | None:
-        """The rows of dimension 0 that this worker needs of a saved tensor; None for all of it.
+    def shards(self, rank: int, size: int) -> list[Shard]:
+        """What of the state this worker saves.
+
+        Args:
+            rank, size: among those that hold what is not cut.
+        """
+        trained = dict(self.model.named_parameters(remove_duplicate=False))
+        learning = {plain_name(name): p.requires_grad for name, p in trained.items()}
+        found = []
+        for name, tensor in self.tensors().items():
+            kind, _, rest = name.partition("/")
+            parameter = kind == "model" and rest in learning
+            shard = self._shard(name, tensor, rank, size)
+            frozen = parameter and not learning[rest]
+            found.append(replace(shard, stable=parameter or kind == "optimizer", frozen=frozen))
+        return found
+
+    def _shard(self, name: str, tensor: torch.Tensor, rank: int = 0, size: int = 1) -> Shard:
+        """What of a tensor is here."""
+        if not isinstance(tensor, DTensor):
+            return Shard.whole(name, tensor, replica=rank, replicas=size)
+        assert self.mesh is not None
+        layout, shape = self.mesh.layout, tuple(tensor.shape)
+        offsets = (shard_range(shape[0], self.mesh.shard, layout.shards).start, *(0 for _ in shape[1:]))
+        return Shard(name, local(tensor), shape, offsets, self.mesh.replica, layout.replicas)
+
+    def destinations(self, entries: Mapping[str, TensorEntry], values: dict[str, Any]) -> list[Shard]:
+        """Where the tensors of a checkpoint go: live ones; the optimizer's state is made where there is none yet.
 
         Raises:
-            CheckpointError: it has not the shape of this model's.
+            CheckpointError: names are not those of this model, optimizer and job.
         """
-        if self.mesh is None:
-            return None
-        kind, _, rest = name.partition("/")
-        if kind == "optimizer":
-            mine = self._parameters.get(rest.rpartition("/")[0])
-            if mine is None or tuple(mine.shape) != shape or not isinstance(mine, DTensor):
-                return None
-        else:
-            found = persistent_entries(self.model).get(rest) if kind == "model" else self.job.extra_state().get(rest)
-            if not isinstance(found, DTensor):
-                return None
-            if tuple(found.shape) != shape:
-                raise _unlike(name, found.dtype, shape, found)
-        return shard_range(shape[0], self.mesh.shard, self.mesh.layout.shards)
+        self._check_optimizer(values)
+        mine = self._places(set(entries))
+        saved: dict[str, set[str]] = {}
+        for name in entries:
+            if name.startswith("optimizer/"):
+                owner, _, key = name.removeprefix("optimizer/").rpartition("/")
+                saved.setdefault(owner, set()).add(key)
+        for stranger in saved.keys() - self._parameters.keys():
+            raise CheckpointError(f"the saved optimizer state is of a parameter {stranger!r} that is not here")
+        for owner, parameter in self._parameters.items():
+            keys = saved.get(owner, set())
+            for key in set(self.optimizer.state.get(parameter, {})) - keys:
+                del self.optimizer.state[parameter][key]
+            for key in sorted(keys):
+                entry, state = entries[f"optimizer/{owner}/{key}"], self.optimizer.state[parameter]
+                dtype, known = DTYPES[entry.dtype], state.get(key)
+                if not isinstance(known, torch.Tensor) or (tuple(known.shape), known.dtype) != (entry.shape, dtype):
+                    state[key] = self._new_state(parameter, tuple(entry.shape), dtype)
+                mine[f"optimizer/{owner}/{key}"] = state[key]
+        return [self._shard(name, mine[name]) for name in entries]
+
+    def _new_state(self, parameter: nn.Parameter, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """Room for what an optimizer keeps of a parameter: cut like it if of its shape."""
+        if isinstance(parameter, DTensor) and shape == tuple(parameter.shape):
+            return torch.empty_like(parameter, dtype=dtype).detach()
+        return torch.empty(shape, dtype=dtype, device=self._device_of(parameter, len(shape)))
+
+    def weights(self) -> tuple[list[Shard], dict[str, list[str]]]:
+        """The model's tensors by their own names, and further names of those that are tied."""
+        mine = persistent_entries(self.model)
+        names: dict[Hashable, list[str]] = {}
+        for name, value in sorted(self.model.state_dict(keep_vars=True).items()):
+            if isinstance(value, torch.Tensor):
+                names.setdefault(_identity(value), []).append(plain_name(name))
+        others = {n: names[_identity(value)] for n, value in mine.items()}
+        return [self._shard(n, value.detach()) for n, value in mine.items()], others
 
     def values(self) -> dict[str, Any]:
         """Everything of the state that is not a tensor, as JSON values."""
@@ -195,29 +210,23 @@ class TrainState:
             ) from error
 
     def load(self, tensors: dict[str, torch.Tensor], values: dict[str, Any]) -> None:
-        """Put a saved state in place: of what is cut, the rows that `wanted` names.
+        """Put a saved state in place: of what is cut, this worker's rows.
 
         Raises:
             CheckpointError: names or shapes are not those of this model, optimizer and job.
         """
-        if values["optimizer"] != type(self.optimizer).__name__:
-            raise CheckpointError(
-                f"the saved state is of the optimizer {values['optimizer']}, this job's is "
-                f"{type(self.optimizer).__name__}; use that one, or start another run"
-            )
-        mine = persistent_entries(self.model)
-        extra = {k: v for k, v in self.job.extra_state().items() if isinstance(v, torch.Tensor)}
-        _same_names("model", set(mine), {n.removeprefix("model/") for n in tensors if n.startswith("model/")})
-        _same_names("extra state", set(extra), {n.removeprefix("extra/") for n in tensors if n.startswith("extra/")})
+        self._check_optimizer(values)
+        mine = self._places(set(tensors))
         with torch.no_grad():
             for name, value in tensors.items():
-                kind, _, rest = name.partition("/")
-                if kind == "model":
-                    _copy(name, mine[rest], value)
-                elif kind == "extra":
-                    _copy(name, extra[rest], value)
+                if name in mine:
+                    _copy(name, mine[name], value)
                 else:
-                    self._load_optimizer_tensor(rest, value)
+                    self._load_optimizer_tensor(name.removeprefix("optimizer/"), value)
+        self.load_values(values)
+
+    def load_values(self, values: dict[str, Any]) -> None:
+        """Put in place what is not a tensor, after the tensors."""
         for parameter_name, state in values["states"].items():
             self.optimizer.state[self._parameters[parameter_name]].update(state)
         for group, saved in zip(self.optimizer.param_groups, values["groups"], strict=True):
@@ -227,18 +236,37 @@ class TrainState:
         if self.scaler is not None and "loss_scale" in values:
             self.scaler.load(values["loss_scale"])
 
+    def _check_optimizer(self, values: dict[str, Any]) -> None:
+        if values["optimizer"] != type(self.optimizer).__name__:
+            raise CheckpointError(
+                f"the saved state is of the optimizer {values['optimizer']}, this job's is "
+                f"{type(self.optimizer).__name__}; use that one, or start another run"
+            )
+
+    def _places(self, saved: set[str]) -> dict[str, torch.Tensor]:
+        """The live tensors of model and job by name, after comparing their names with those saved."""
+        mine = {f"model/{name}": value for name, value in persistent_entries(self.model).items()}
+        mine |= {f"extra/{k}": v for k, v in self.job.extra_state().items() if isinstance(v, torch.Tensor)}
+        for kind, what in (("model/", "model"), ("extra/", "extra state")):
+            _same_names(what, *({n.removeprefix(kind) for n in names if n.startswith(kind)} for names in (mine, saved)))
+        return mine
+
+    def _device_of(self, parameter: torch.Tensor, dims: int) -> torch.device:
+        """Where a tensor of the optimizer lives: scalars such as Adam's step stay on the CPU unless the optimizer
+        itself keeps them on the device."""
+        fused = any(g.get("fused") or g.get("capturable") for g in self.optimizer.param_groups)
+        return local(parameter).device if dims > 0 or fused else torch.device("cpu")
+
     def _load_optimizer_tensor(self, name: str, value: torch.Tensor) -> None:
         parameter_name, _, key = name.rpartition("/")
         if parameter_name not in self._parameters:
             raise CheckpointError(f"the saved optimizer state is of a parameter {parameter_name!r} that is not here")
         parameter = self._parameters[parameter_name]
         state = self.optimizer.state[parameter]
-        # Scalars such as Adam's step stay on the CPU unless the optimizer itself keeps them on the device.
-        on_device = value.dim() > 0 or any(g.get("fused") or g.get("capturable") for g in self.optimizer.param_groups)
-        target = value.to(local(parameter).device if on_device else "cpu")
+        target = value.to(self._device_of(parameter, value.dim()))
         cut = isinstance(parameter, DTensor) and value.dim() > 0 and value.shape == local(parameter).shape
         if cut and key not in state:
-            state[key] = torch.zeros_like(parameter, dtype=value.dtype)
+            state[key] = self._new_state(parameter, tuple(parameter.shape), value.dtype)
         if key in state and local(state[key]).shape == target.shape:
             local(state[key]).copy_(target)
         else:
