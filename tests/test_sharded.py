@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 import torch
 
+from elastic.checkpoint.reader import newest_first, read_manifest
 from elastic.run.prepare import prepare
 from tests.forked import LONG, WAIT_S, Ran, Watch, configure, local_run, sample_at, train
-from tests.test_bits import assert_same_training
+from tests.test_bits import assert_same_training, flip_a_byte
+from tests.test_checkpoint_initial import write
 from tests.tiny_jobs import Deep, Everything, Plain
 
 pytestmark = [pytest.mark.processes, pytest.mark.usefixtures("fork_server")]
@@ -277,3 +279,46 @@ def test_what_cannot_be_cut_is_refused_by_name_before_the_first_step(tmp_path, j
     assert found.failure is not None
     assert message in found.failure
     assert found.history == []
+
+
+# ---- checkpoints of cut states ---------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_of_a_cut_state_has_every_row_once_from_whoever_holds_it(tmp_path):
+    whole = train(Deep(), cut(tmp_path, "ddp", "ddp", run__duration="2st"), 1)
+    found = train(Deep(), cut(tmp_path, "hsdp", run__duration="2st"), 4)
+
+    assert found.state() == whole.state()
+    (checkpoint,) = newest_first(found.storage)
+    manifest = read_manifest(found.storage, checkpoint)
+    assert len({c.pack for t in manifest.tensors.values() for c in t.chunks}) == 4, "everyone writes"
+    up = manifest.tensors["model/layers.0.up.weight"]
+    assert sorted(c.offsets[0] for c in up.chunks) == [0, 11]
+    (ours,) = found.events("checkpoint_committed")
+    (theirs,) = whole.events("checkpoint_committed")
+    assert ours["detail"]["bytes"] == theirs["detail"]["bytes"]
+
+
+def test_a_damaged_checkpoint_is_passed_over_by_everyone(deep, tmp_path):
+    paused = train(Deep(), cut(tmp_path, "fsdp", run__stop_after="4st", checkpoint__every="2st"), 2)
+    damaged = flip_a_byte(paused, step=4)
+
+    resumed = train(Deep(), cut(tmp_path, "fsdp"), 3)
+
+    (failed,) = resumed.events("checkpoint_failed")
+    assert failed["step"] == 4
+    assert damaged in failed["detail"]
+    assert [e["step"] for e in resumed.events("restored")] == [2]
+    assert_same_training(resumed, deep)
+
+
+def test_a_cut_model_starts_from_the_same_given_weights(tmp_path):
+    given = {n: torch.rand(p.shape) - 0.5 for n, p in Plain().model().named_parameters()}
+    file = write(tmp_path / "w.safetensors", given)
+    options = {"checkpoint__init_from": str(file), "run__duration": "3st"}
+
+    whole = train(Plain(), cut(tmp_path, "ddp", "ddp", **options), 1)
+    found = train(Plain(), cut(tmp_path, "fsdp", **options), 3)
+
+    assert_same_training(found, whole)
+    assert len(found.events("initialised")) == 1
