@@ -20,7 +20,7 @@ pytestmark = [pytest.mark.processes, pytest.mark.usefixtures("fork_server")]
 
 def cut(storage: object, strategy: str, name: str = "run", **options: Any):
     """A configuration with this strategy, two workers to a node."""
-    return configure(storage, name, parallel__strategy=strategy, scaling__workers_per_node=2, **options)
+    return configure(storage, name, **{"parallel__strategy": strategy, "scaling__workers_per_node": 2, **options})
 
 
 @pytest.fixture(scope="module")
@@ -204,6 +204,23 @@ def test_a_worker_that_is_let_go_leaves_its_part_behind(undisturbed_epoch, tmp_p
     assert len([row for row in found.rows if "sample_hash" in row]) == 12
     (restored,) = found.events("restored")
     assert (restored["step"], restored["detail"]["rung"]) == (4, "checkpoint")
+
+
+@pytest.mark.parametrize(("strategy", "workers"), [("fsdp", 2), ("hsdp", 3)])
+def test_a_world_of_the_same_shape_follows_one_that_lost_a_member(undisturbed_epoch, tmp_path, strategy, workers):
+    """The new mesh equals the old one, but its groups are others. With hsdp each node has one worker here."""
+    options = {"scaling__max_workers": workers, "checkpoint__every": "2st"}
+    if strategy == "hsdp":
+        options["scaling__workers_per_node"] = 1
+    config = cut(tmp_path, strategy, **options)
+    run = prepare(die_at(6, tmp_path), config)
+    with local_run(run, workers + 1) as local:  # one waits outside
+        local.wait(WAIT_S)
+
+    found = Ran(run, None)
+    assert_same_training(found, undisturbed_epoch)
+    assert set(found.column("world_size")) == {workers}
+    assert len(found.events("world_formed")) == 2
 
 
 def test_a_spare_stands_by_and_takes_the_place_of_a_lost_worker(undisturbed_epoch, tmp_path):
