@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import shutil
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ from tests.tiny_jobs import Deep, Everything, Plain
 pytestmark = [pytest.mark.processes, pytest.mark.usefixtures("fork_server")]
 
 
-def cut(storage: object, strategy: str, name: str = "run", **options: Any):
+def sharded(storage: object, strategy: str, name: str = "run", **options: Any):
     """A configuration with this strategy, two workers to a node."""
     return configure(storage, name, **{"parallel__strategy": strategy, "scaling__workers_per_node": 2, **options})
 
@@ -36,7 +37,7 @@ def deep(fork_server, tmp_path_factory):
 
 @pytest.mark.parametrize(("strategy", "workers"), [("fsdp", 1), ("fsdp", 2), ("fsdp", 3), ("hsdp", 4)])
 def test_everything_that_makes_equal_bits_hard_trains_the_same_bits(undisturbed, tmp_path, strategy, workers):
-    found = train(Everything(), cut(tmp_path, strategy, eval__every="3st"), workers)
+    found = train(Everything(), sharded(tmp_path, strategy, eval__every="3st"), workers)
 
     assert_same_training(found, undisturbed)
     assert found.evaluations == undisturbed.evaluations
@@ -44,14 +45,14 @@ def test_everything_that_makes_equal_bits_hard_trains_the_same_bits(undisturbed,
 
 @pytest.mark.parametrize(("strategy", "workers"), [("fsdp", 4), ("hsdp", 4)])
 def test_blocks_that_are_gathered_one_by_one_train_the_same_bits(deep, tmp_path, strategy, workers):
-    found = train(Deep(), cut(tmp_path, strategy), workers)
+    found = train(Deep(), sharded(tmp_path, strategy), workers)
 
     assert_same_training(found, deep)
 
 
 def test_half_of_the_nodes_of_hsdp_train_the_same_bits(deep, tmp_path):
     """Two of four workers: one copy over both."""
-    run = prepare(Deep(), cut(tmp_path, "hsdp", scaling__max_workers=4))
+    run = prepare(Deep(), sharded(tmp_path, "hsdp", scaling__max_workers=4))
     with local_run(run, 2) as local:
         local.wait(WAIT_S)
 
@@ -64,12 +65,34 @@ def test_what_saves_memory_changes_no_bit(deep, tmp_path):
         "parallel__blocks": ("Block",),
     }  # fmt: skip
 
-    assert_same_training(train(Deep(), cut(tmp_path, "fsdp", **options), 2), deep)
+    assert_same_training(train(Deep(), sharded(tmp_path, "fsdp", **options), 2), deep)
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a C++ compiler")
+def test_compiled_blocks_have_the_same_bits_with_every_strategy(tmp_path):
+    options = {"run__duration": "4st", "parallel__compile": True, "parallel__blocks": ("Linear",)}
+
+    whole = train(Plain(), sharded(tmp_path, "ddp", "ddp", **options), 1)
+    found = train(Plain(), sharded(tmp_path, "fsdp", **options), 2)
+
+    assert_same_training(found, whole)
+
+
+def test_an_error_of_the_job_is_repeated_in_place_before_it_ends_the_run(tmp_path):
+    job = Plain(samples=LONG, fault="raise", fault_at=sample_at(step=3))
+
+    found = train(job, sharded(tmp_path, "fsdp", run__max_failures=1), 2)
+
+    assert found.failure is not None
+    assert "this sample is broken" in found.failure
+    assert found.column("step") == [1, 2]
+    assert len(found.events("world_formed")) == 2
+    assert found.events("restored") == [], "everyone still had its part"
 
 
 def test_a_run_that_changes_its_strategy_at_every_pause_ends_with_the_same_bits(deep, tmp_path):
     for strategy, workers, stop in (("ddp", 2, "3st"), ("fsdp", 3, "3st"), ("hsdp", 4, "3st"), ("ddp", 1, None)):
-        found = train(Deep(), cut(tmp_path, strategy, run__stop_after=stop), workers)
+        found = train(Deep(), sharded(tmp_path, strategy, run__stop_after=stop), workers)
         assert found.failure is None
 
     assert_same_training(found, deep)
@@ -77,10 +100,10 @@ def test_a_run_that_changes_its_strategy_at_every_pause_ends_with_the_same_bits(
 
 
 def test_fp16_scales_the_loss_alike_and_skips_the_same_steps(tmp_path):
-    whole = train(Deep(), cut(tmp_path, "ddp", "whole", precision__autocast="fp16"), workers=1)
-    found = train(Deep(), cut(tmp_path, "fsdp", precision__autocast="fp16", run__stop_after="6st"), workers=3)
+    whole = train(Deep(), sharded(tmp_path, "ddp", "whole", precision__autocast="fp16"), workers=1)
+    found = train(Deep(), sharded(tmp_path, "fsdp", precision__autocast="fp16", run__stop_after="6st"), workers=3)
 
-    found = train(Deep(), cut(tmp_path, "fsdp", precision__autocast="fp16"), workers=2)
+    found = train(Deep(), sharded(tmp_path, "fsdp", precision__autocast="fp16"), workers=2)
 
     assert_same_training(found, whole)
     skipped = [row["step"] for row in found.history if row.get("skipped")]
@@ -94,10 +117,10 @@ def test_fp16_scales_the_loss_alike_and_skips_the_same_steps(tmp_path):
 
 def test_fast_trains_alike_with_every_strategy(tmp_path):
     options = {"run__exactness": "fast", "optim__warmup": None}
-    whole = train(Plain(), cut(tmp_path, "ddp", "ddp", **options), 2)
+    whole = train(Plain(), sharded(tmp_path, "ddp", "ddp", **options), 2)
 
     for strategy, workers in (("fsdp", 3), ("hsdp", 4)):
-        found = train(Plain(), cut(tmp_path, strategy, f"{strategy}", **options), workers)
+        found = train(Plain(), sharded(tmp_path, strategy, f"{strategy}", **options), workers)
 
         assert found.failure is None
         assert found.column("sample_hash") == whole.column("sample_hash")
@@ -108,9 +131,9 @@ def test_fast_trains_alike_with_every_strategy(tmp_path):
 
 def test_gathered_in_bf16_it_trains_nearly_as_well(tmp_path):
     options = {"run__exactness": "fast", "optim__warmup": None}
-    whole = train(Plain(), cut(tmp_path, "ddp", "ddp", **options), 1)
+    whole = train(Plain(), sharded(tmp_path, "ddp", "ddp", **options), 1)
 
-    found = train(Plain(), cut(tmp_path, "fsdp", precision__param_dtype="bf16", **options), 2)
+    found = train(Plain(), sharded(tmp_path, "fsdp", precision__param_dtype="bf16", **options), 2)
 
     assert found.failure is None
     assert found.column("loss") != whole.column("loss")
@@ -133,7 +156,7 @@ def die_at(step: int, tmp_path):
 
 @pytest.mark.parametrize("step", [1, 8], ids=["first", "later"])
 def test_copies_that_stayed_whole_supply_the_state_and_no_step_is_lost(undisturbed_epoch, tmp_path, step):
-    found = train(die_at(step, tmp_path), cut(tmp_path, "hsdp"), workers=4)
+    found = train(die_at(step, tmp_path), sharded(tmp_path, "hsdp"), workers=4)
 
     assert_same_training(found, undisturbed_epoch)
     assert found.column("world_size") == [4] * (step - 1) + [3] * (13 - step)
@@ -142,7 +165,7 @@ def test_copies_that_stayed_whole_supply_the_state_and_no_step_is_lost(undisturb
 
 
 def test_a_lost_shard_comes_from_the_newest_checkpoint_and_the_survivors_stay(undisturbed_epoch, tmp_path):
-    found = train(die_at(7, tmp_path), cut(tmp_path, "fsdp", checkpoint__every="4st"), workers=3)
+    found = train(die_at(7, tmp_path), sharded(tmp_path, "fsdp", checkpoint__every="4st"), workers=3)
 
     assert_same_training(found, undisturbed_epoch)
     (restored,) = found.events("restored")
@@ -156,7 +179,7 @@ def test_a_lost_shard_comes_from_the_newest_checkpoint_and_the_survivors_stay(un
 
 
 def test_a_lost_shard_without_any_checkpoint_is_a_fresh_start(undisturbed_epoch, tmp_path):
-    found = train(die_at(3, tmp_path), cut(tmp_path, "fsdp"), workers=2)
+    found = train(die_at(3, tmp_path), sharded(tmp_path, "fsdp"), workers=2)
 
     assert_same_training(found, undisturbed_epoch)
     (restored,) = found.events("restored")
@@ -168,7 +191,7 @@ def test_a_worker_that_joins_takes_its_part_from_the_others(undisturbed_epoch, t
     gate = tmp_path / "gate"
     gate.touch()
     job = Everything(samples=LONG, fault="hold", fault_at=sample_at(step=4), fault_file=str(gate))
-    run = prepare(job, cut(tmp_path, "fsdp", scaling__max_workers=3))
+    run = prepare(job, sharded(tmp_path, "fsdp", scaling__max_workers=3))
     watch = Watch()
     with local_run(run, 2, on_record=watch) as local:
         watch.wait_for_step(3)
@@ -189,7 +212,7 @@ def test_a_worker_that_is_let_go_leaves_its_part_behind(undisturbed_epoch, tmp_p
     gate = tmp_path / "gate"
     gate.touch()
     job = Everything(samples=LONG, fault="hold", fault_at=sample_at(step=4), fault_file=str(gate))
-    run = prepare(job, cut(tmp_path, "fsdp", scaling__max_workers=3))
+    run = prepare(job, sharded(tmp_path, "fsdp", scaling__max_workers=3))
     watch = Watch()
     with local_run(run, 3, on_record=watch) as local:
         watch.wait_for_step(3)
@@ -212,7 +235,7 @@ def test_a_world_of_the_same_shape_follows_one_that_lost_a_member(undisturbed_ep
     options = {"scaling__max_workers": workers, "checkpoint__every": "2st"}
     if strategy == "hsdp":
         options["scaling__workers_per_node"] = 1
-    config = cut(tmp_path, strategy, **options)
+    config = sharded(tmp_path, strategy, **options)
     run = prepare(die_at(6, tmp_path), config)
     with local_run(run, workers + 1) as local:  # one waits outside
         local.wait(WAIT_S)
@@ -224,7 +247,7 @@ def test_a_world_of_the_same_shape_follows_one_that_lost_a_member(undisturbed_ep
 
 
 def test_a_spare_stands_by_and_takes_the_place_of_a_lost_worker(undisturbed_epoch, tmp_path):
-    run = prepare(die_at(5, tmp_path), cut(tmp_path, "hsdp", scaling__max_workers=6))
+    run = prepare(die_at(5, tmp_path), sharded(tmp_path, "hsdp", scaling__max_workers=6))
     with local_run(run, 5) as local:
         local.wait(WAIT_S)
         exit_codes = sorted(p.wait(WAIT_S) for p in local.processes)
@@ -242,7 +265,7 @@ def test_a_spare_stands_by_and_takes_the_place_of_a_lost_worker(undisturbed_epoc
 def test_a_gradient_that_is_not_finite_is_located(tmp_path, strategy, workers, exactness):
     job = Plain(samples=LONG, fault="nan-gradient", fault_at=sample_at(6, 7))
 
-    found = train(job, cut(tmp_path, strategy, run__exactness=exactness), workers)
+    found = train(job, sharded(tmp_path, strategy, run__exactness=exactness), workers)
 
     samples = ", ".join(str(sample_at(6, 7, i)) for i in range(3))
     assert found.failure is not None
@@ -291,19 +314,19 @@ class Factored(Plain):
     ids=["blocks", "scalar", "dtypes", "optimizer", "param-dtype", "offload"],
 )  # fmt: skip
 def test_what_cannot_be_cut_is_refused_by_name_before_the_first_step(tmp_path, job, options, message):
-    found = train(job, cut(tmp_path, "fsdp", **options), workers=1)
+    found = train(job, sharded(tmp_path, "fsdp", **options), workers=1)
 
     assert found.failure is not None
     assert message in found.failure
     assert found.history == []
 
 
-# ---- checkpoints of cut states ---------------------------------------------------------------------------------
+# ---- checkpoints of sharded states ---------------------------------------------------------------------------------
 
 
 def test_a_checkpoint_of_a_cut_state_has_every_row_once_from_whoever_holds_it(tmp_path):
-    whole = train(Deep(), cut(tmp_path, "ddp", "ddp", run__duration="2st"), 1)
-    found = train(Deep(), cut(tmp_path, "hsdp", run__duration="2st"), 4)
+    whole = train(Deep(), sharded(tmp_path, "ddp", "ddp", run__duration="2st"), 1)
+    found = train(Deep(), sharded(tmp_path, "hsdp", run__duration="2st"), 4)
 
     assert found.state() == whole.state()
     (checkpoint,) = newest_first(found.storage)
@@ -317,10 +340,10 @@ def test_a_checkpoint_of_a_cut_state_has_every_row_once_from_whoever_holds_it(tm
 
 
 def test_a_damaged_checkpoint_is_passed_over_by_everyone(deep, tmp_path):
-    paused = train(Deep(), cut(tmp_path, "fsdp", run__stop_after="4st", checkpoint__every="2st"), 2)
+    paused = train(Deep(), sharded(tmp_path, "fsdp", run__stop_after="4st", checkpoint__every="2st"), 2)
     damaged = flip_a_byte(paused, step=4)
 
-    resumed = train(Deep(), cut(tmp_path, "fsdp"), 3)
+    resumed = train(Deep(), sharded(tmp_path, "fsdp"), 3)
 
     (failed,) = resumed.events("checkpoint_failed")
     assert failed["step"] == 4
@@ -334,8 +357,8 @@ def test_a_cut_model_starts_from_the_same_given_weights(tmp_path):
     file = write(tmp_path / "w.safetensors", given)
     options = {"checkpoint__init_from": str(file), "run__duration": "3st"}
 
-    whole = train(Plain(), cut(tmp_path, "ddp", "ddp", **options), 1)
-    found = train(Plain(), cut(tmp_path, "fsdp", **options), 3)
+    whole = train(Plain(), sharded(tmp_path, "ddp", "ddp", **options), 1)
+    found = train(Plain(), sharded(tmp_path, "fsdp", **options), 3)
 
     assert_same_training(found, whole)
     assert len(found.events("initialised")) == 1

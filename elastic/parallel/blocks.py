@@ -127,6 +127,10 @@ def _again(forward: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def compile_blocks(blocks: Sequence[nn.Module]) -> None:
-    """torch.compile each block in place; names in the model stay as they are."""
+    """torch.compile each block in place; names in the model stay as they are.
+
+    Compiles afresh: after a number of models of one class torch would stop compiling, and eager code has other bits.
+    """
+    torch.compiler.reset()
     for block in blocks:
         block.compile()

@@ -51,7 +51,7 @@ class Placing:
         model = place_whole(built, self._device, self._job)
         return self._state(model.train(), None)
 
-    def cut(self, mesh: Mesh, *, fill: bool) -> TrainState:
+    def sharded(self, mesh: Mesh, *, fill: bool) -> TrainState:
         """This worker's part of a model, with its initial values if `fill`; else a saved state is to be loaded.
 
         Raises:

@@ -1,4 +1,4 @@
-"""Bringing a cut state into a new world: from the memory of those that hold it, else from storage, else afresh."""
+"""Bringing a sharded state into a new world: from the memory of those that hold it, else from storage, else afresh."""
 
 from __future__ import annotations
 

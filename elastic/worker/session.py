@@ -66,7 +66,7 @@ class Session:
         )  # fmt: skip
         lease_s = parse_amount("lease", run.config.recovery.lease, clock=True).seconds
         self._link = WorkerLink(run.server_url, run.token, member, lease_s=lease_s)
-        self._state: TrainState | None = None  # what a cut model's worker has is made in its first world
+        self._state: TrainState | None = None  # what a sharded model's worker has is made in its first world
         self._applied = -1  # updates in the state this worker holds; -1: it holds none
         self._prepared: Update | None = None
         self._left: Generation | None = None
@@ -236,7 +236,7 @@ class Session:
         held, self._applied = Held(self._applied if old else -1, shard, shards), -1
 
         def make(fill: bool) -> TrainState:
-            return self._code.guard(lambda: self._placing.cut(mesh, fill=fill))
+            return self._code.guard(lambda: self._placing.sharded(mesh, fill=fill))
 
         found = remesh(old, held, group, make, self._config.checkpoint, self._storage, self._link)
         self._state, self._applied = found.state, found.step if found.state else -1
@@ -356,7 +356,7 @@ class Session:
         self._stepper.clock.checkpoint_s += time.perf_counter() - began
 
     def _make_safe(self, group: Group) -> None:
-        """Before a world is left: of a single cut copy, a worker that is let go takes its part along."""
+        """Before a world is left: of a single sharded copy, a worker that is let go takes its part along."""
         if group.layout.shards > 1 and group.layout.replicas == 1:
             self._stepper.progress(self._applied, APPLIED + 2, "checkpoint")
             with contextlib.suppress(CheckpointError):  # which is in the ledger; then the one before has to do

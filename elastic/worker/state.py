@@ -56,7 +56,7 @@ def weights_sha256(model: nn.Module, whole: Callable[[torch.Tensor], torch.Tenso
     """sha256 over name, dtype, shape and little-endian bytes of the persistent entries, in name order.
 
     Args:
-        whole: makes a cut tensor whole, together with everyone who holds a part of it.
+        whole: makes a sharded tensor whole, together with everyone who holds a part of it.
     """
     digest = hashlib.sha256()
     for name, value in persistent_entries(model).items():
@@ -69,11 +69,11 @@ def weights_sha256(model: nn.Module, whole: Callable[[torch.Tensor], torch.Tenso
 class TrainState:
     """Model, optimizer and the job's extra state as named tensors and JSON values.
 
-    Names are `model/<name>`, `optimizer/<parameter name>/<key>` and `extra/<name>`. Of a cut model, parameters, what
+    Names are `model/<name>`, `optimizer/<parameter name>/<key>` and `extra/<name>`. Of a sharded model, parameters, what
     the optimizer keeps of their shape, and extra tensors made from them are cut along dimension 0; all else is whole.
 
     Args:
-        mesh: of a cut model.
+        mesh: of a sharded model.
         scaler: of a run that scales its loss.
     """
 
@@ -105,7 +105,7 @@ class TrainState:
         return found
 
     def whole(self, tensor: torch.Tensor) -> torch.Tensor:
-        """A tensor of the state, whole; of a cut one everyone of the row asks at one time."""
+        """A tensor of the state, whole; of a sharded one everyone of the row asks at one time."""
         return tensor if self.mesh is None else whole(tensor, self.mesh)
 
     def heads(self) -> list[list[Any]]:
