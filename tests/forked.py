@@ -13,9 +13,10 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from multiprocessing import forkserver, resource_tracker
 from typing import Any
 
@@ -34,10 +35,12 @@ from elastic.observe.ledger import EVENTS, METRICS, kept_history, read_records
 from elastic.run.prepare import PreparedRun, prepare
 from elastic.worker.local import LocalRun
 from tests import leaks
+from tests.hosts import Host, enter
 from tests.tiny_jobs import CONFIG
 
 WAIT_S = 60.0
 B = CONFIG.batch.global_size
+STDERR = "FORKED_STDERR"  # environment variable of a worker: a file for its standard error
 LONG = 400  # samples of jobs whose runs see none of them twice
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(
@@ -63,9 +66,13 @@ def _nothing() -> None:
     pass
 
 
-def _work(specification: bytes, environment: dict[str, str]) -> None:
+def _work(specification: bytes, environment: dict[str, str], namespace: str | None) -> None:
     from elastic.worker.__main__ import _child
 
+    if namespace is not None:
+        enter(namespace)
+    if STDERR in environment:
+        os.dup2(os.open(environment[STDERR], os.O_WRONLY | os.O_APPEND | os.O_CREAT), 2)
     os.environ.clear()
     os.environ.update(environment)
     fault.read_plan()
@@ -85,17 +92,27 @@ class _Input(io.BytesIO):
 
 
 class ForkedWorker:
-    """Looks like the `subprocess.Popen` of a worker; it starts when its standard input is closed."""
+    """Looks like the `subprocess.Popen` of a worker; it starts when its standard input is closed.
 
-    def __init__(self, command: list[str], *, stdin: int, env: dict[str, str]):
+    Args:
+        places: the hosts that workers are on, by their index; none is the same as all on this one.
+    """
+
+    def __init__(self, command: list[str], *, stdin: int, env: dict[str, str], places: Sequence[Host] = ()):
         assert command[1:] == ["-m", "elastic.worker", "--child"]
         assert stdin == subprocess.PIPE
-        self._environment = env
+        self._environment, self._places = env, places
         self.stdin = _Input(self._start)
         self._process: Any = None
 
     def _start(self, specification: bytes) -> None:
-        self._process = _context.Process(target=_work, args=(specification, self._environment))
+        namespace = None
+        if self._places:
+            values = json.loads(specification)
+            host = self._places[values["identity"]["local_index"]]
+            values["identity"] |= {"node": host.name, "host": host.address}
+            specification, namespace = json.dumps(values).encode(), host.name
+        self._process = _context.Process(target=_work, args=(specification, self._environment, namespace))
         self._process.start()
 
     @property
@@ -122,7 +139,10 @@ class ForkedWorker:
 class _Subprocess:
     """What `elastic.worker.local` uses of `subprocess`."""
 
-    PIPE, TimeoutExpired, Popen = subprocess.PIPE, subprocess.TimeoutExpired, ForkedWorker
+    PIPE, TimeoutExpired = subprocess.PIPE, subprocess.TimeoutExpired
+
+    def __init__(self, places: Sequence[Host]):
+        self.Popen = partial(ForkedWorker, places=places)
 
 
 class Watch:
@@ -215,12 +235,12 @@ def sample_at(step: int, microbatch: int = 4, place: int = 0) -> int:
 
 
 @contextmanager
-def local_run(run: PreparedRun, workers: int, **options: Any) -> Iterator[LocalRun]:
-    """A `LocalRun` with forked workers, which must leave nothing behind."""
+def local_run(run: PreparedRun, workers: int, *, places: Sequence[Host] = (), **options: Any) -> Iterator[LocalRun]:
+    """A `LocalRun` with forked workers, on these hosts if any are given, which must leave nothing behind."""
     before = leaks.take()
     with leaks.adopting_orphans():
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(elastic.worker.local, "subprocess", _Subprocess)
+            patch.setattr(elastic.worker.local, "subprocess", _Subprocess(places))
             with LocalRun(run, workers, **options) as local:
                 yield local
         assert leaks.wait_until_clean(before) == []

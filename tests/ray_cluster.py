@@ -7,7 +7,7 @@ import os
 import re
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +15,15 @@ from elastic.observe.ledger import EVENTS, METRICS, gaps_and_doubles, read_recor
 from elastic.storage import Storage
 from jobs.bench.nodes import Command, LocalCluster, result
 from tests import leaks
+from tests.hosts import RayNodes
 
 SLOW_BATCH = 32  # of tests.slow_job
 
 
 def slow_job(
-    cluster: LocalCluster, storage: Path, name: str, *options: str, pause_s: float = 0.02, faults: Any = ()
-) -> Command:
+    cluster: LocalCluster | RayNodes, storage: Path, name: str, *options: str, pause_s: float = 0.02, faults: Any = (),
+    under: Sequence[str] = (),
+) -> Command:  # fmt: skip
     """A run of tests.slow_job in `bitwise`, whose workers have these faults planned."""
     # its workers get them from Ray's runtime environment, as those of a submitted job do
     variables = {"SLOW_JOB_PAUSE_S": str(pause_s), "ELASTIC_FAULTS": json.dumps(list(faults))}
@@ -29,6 +31,7 @@ def slow_job(
         "-m", "tests.slow_job", "--cluster.address", cluster.address, "--run.storage", str(storage),
         "--run.name", name, "--run.exactness", "bitwise", "--observe.log-every", "0.05", *options,
         environment={**variables, "RAY_JOB_CONFIG_JSON_ENV_VAR": json.dumps({"runtime_env": {"env_vars": variables}})},
+        under=under,
     )  # fmt: skip
 
 

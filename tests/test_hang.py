@@ -12,7 +12,7 @@ from tests.tiny_jobs import Everything
 
 pytestmark = [pytest.mark.processes, pytest.mark.usefixtures("fork_server")]
 
-HELD = "while os.path.exists(file)"  # in tests.tiny_jobs
+HELD = "FAULTS[fault](self.fault_file)"  # in tests.tiny_jobs
 
 
 def test_a_blocked_worker_is_named_and_evicted_with_its_stacks_saved_and_the_bits_stay(tmp_path, undisturbed_epoch):

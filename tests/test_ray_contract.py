@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from pathlib import Path
 
 import pytest
 import ray
@@ -78,6 +79,12 @@ def test_a_worker_actor_takes_what_we_give_it() -> None:
     assert set(DistributedContext.__dataclass_fields__) == {
         "world_rank", "world_size", "local_rank", "local_world_size", "node_rank"
     }  # fmt: skip
+
+
+def test_ray_tells_a_process_that_died_from_a_node_that_it_calls_dead() -> None:
+    texts = Path(services.GCS_SERVER_EXECUTABLE).read_bytes()
+    assert f"The actor is dead because {raytrain._PROCESS_DIED}".encode() in texts
+    assert b"The actor died because its node has died" in texts
 
 
 def test_ray_tells_which_nodes_go_away() -> None:

@@ -34,11 +34,11 @@ from elastic.worker.placing import Placing
 from elastic.worker.remesh import remesh
 from elastic.worker.run import Identity, WorkerRun
 from elastic.worker.saving import Saving, initialise, restore_from_peer, restore_newest
+from elastic.worker.sockets import use_interface_of
 from elastic.worker.state import TrainState, weights_sha256
 from elastic.worker.step import APPLIED, FENCE, Stepper, Update
 from elastic.worker.user_code import UserCode, UserCodeError
 
-JOIN_TIMEOUT_S = 60.0
 LAST_COMMIT_S = 60.0  # for a save that is under way when an error ends the run
 COLLECTIVE_TIMEOUT_S = 1800.0  # the last resort: the membership server notices a hang long before
 KEPT_ROWS = 512
@@ -57,6 +57,7 @@ class Session:
         self._run, self._job, self._config, self._plan = run, run.job, run.config, run.plan
         self._bitwise = run.config.run.exactness == "bitwise"
         prepare_process(bitwise=self._bitwise, threads=run.config.scaling.cpus_per_worker)
+        use_interface_of(identity.host)
         self._device = pick_device(identity.accelerator, identity.local_index)
         self._storage = Storage(run.folder_url)
         self._code = UserCode(run.job, self._device, identity.id, autocast=run.config.precision.autocast)
@@ -124,8 +125,8 @@ class Session:
         Raises:
             NonFiniteError: a loss or norm is not finite, and such steps are not to be skipped.
             CheckpointError: no committed checkpoint can be loaded.
-            FencedError: the run went on without this worker.
-            RunFailed: the membership server was silent for too long.
+            FencedError: the run went on without this worker, or may have: the membership server was silent too long.
+            RunFailed: this node's data differs.
         """
         failure: Failure | None = None
         try:
@@ -188,7 +189,7 @@ class Session:
             )
 
     def _join(self, failure: Failure | None) -> Group:
-        assignment = self._link.join(self._facts, self._applied, failure, JOIN_TIMEOUT_S, self._save_alone)
+        assignment = self._link.join(self._facts, self._applied, failure, self._save_alone)
         fault.point("world.assigned", assignment.rank, self._applied)
         return Group(
             assignment, self._device, self._config.parallel.strategy, self._config.scaling.workers_per_node,
@@ -320,6 +321,7 @@ class Session:
         return [int(stop), int(save), int(link.wish("leave") is not None), int(self._saving.busy)]
 
     def _apply(self, update: Update) -> None:
+        self._link.check_lease()
         self._applied = -1  # from here to the end of the update the state is neither the old nor the new one
         self._stepper.apply(update)
         self._applied = update.step + 1

@@ -69,8 +69,9 @@ def weights_sha256(model: nn.Module, whole: Callable[[torch.Tensor], torch.Tenso
 class TrainState:
     """Model, optimizer and the job's extra state as named tensors and JSON values.
 
-    Names are `model/<name>`, `optimizer/<parameter name>/<key>` and `extra/<name>`. Of a sharded model, parameters, what
-    the optimizer keeps of their shape, and extra tensors made from them are cut along dimension 0; all else is whole.
+    Names are `model/<name>`, `optimizer/<parameter name>/<key>` and `extra/<name>`. Of a sharded model, parameters,
+    what the optimizer keeps of their shape, and extra tensors made from them are cut along dimension 0; all else is
+    whole.
 
     Args:
         mesh: of a sharded model.

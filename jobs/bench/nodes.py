@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -90,14 +90,17 @@ class Command:
 
     started: ClassVar[list[Command]] = []  # for whoever cleans up after a failure
 
-    def __init__(self, *arguments: str, environment: dict[str, str] | None = None, show: bool = False):
-        """Start it. `show`: also print its lines."""
+    def __init__(
+        self, *arguments: str, environment: dict[str, str] | None = None, show: bool = False,
+        under: Sequence[str] = (),
+    ):  # fmt: skip
+        """Start it. `show`: also print its lines; `under`: a command that runs it, in its own process."""
         self.lines: list[str] = []
         self._show = show
         self._changed = threading.Condition()
         self.process = subprocess.Popen(
-            [sys.executable, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=REPOSITORY,
-            env={**os.environ, "PYTHONUNBUFFERED": "1", **(environment or {})},
+            [*under, sys.executable, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            cwd=REPOSITORY, env={**os.environ, "PYTHONUNBUFFERED": "1", **(environment or {})},
         )  # fmt: skip
         Command.started.append(self)
         self._reader = threading.Thread(target=self._read, daemon=True)
