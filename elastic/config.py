@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import re
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -131,16 +132,27 @@ class OptimOptions:
 class PrecisionOptions:
     """Number formats of compute and communication; parameters stay as the job made them."""
 
-    autocast: Literal["off", "bf16"] = option(
-        "off", "run forward passes under torch.autocast", common=True, result=True
+    autocast: Literal["off", "bf16", "fp16"] = option(
+        "off", "run forward passes under torch.autocast; fp16 scales the loss", common=True, result=True
+    )
+    param_dtype: Literal["off", "bf16", "fp16"] = option(
+        "off", "number format of gathered parameters and of compute (fsdp and hsdp in fast)", result=True
     )
     grad_compression: Literal["off", "bf16"] = option(
         "off", "number format of gradients on the wire (fast only)", result=True
     )
+    loss_scale: float = option(65536.0, "first factor on the loss in fp16; it adapts", result=True)
 
     def __post_init__(self) -> None:
-        _one_of("--precision.autocast", self.autocast, ("off", "bf16"))
+        _one_of("--precision.autocast", self.autocast, ("off", "bf16", "fp16"))
+        _one_of("--precision.param-dtype", self.param_dtype, ("off", "bf16", "fp16"))
         _one_of("--precision.grad-compression", self.grad_compression, ("off", "bf16"))
+        power = self.loss_scale >= 1 and math.frexp(self.loss_scale)[0] == 0.5
+        _require(power, "--precision.loss-scale", self.loss_scale, "give a power of two of at least 1")
+        _require(
+            self.autocast == "off" or self.param_dtype == "off", "--precision.param-dtype", self.param_dtype,
+            f"leave it off with --precision.autocast {self.autocast}, or that with this",
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -186,13 +198,33 @@ class ScalingOptions:
 class ParallelOptions:
     """How a model is spread over workers."""
 
-    strategy: Literal["ddp"] = option("ddp", "ddp: every worker holds the whole model")
-    bucket_mb: int = option(25, "gradient bucket of DDP in fast, MiB")
-    find_unused: bool = option(False, "allow parameters without gradient in fast (bitwise always does)")
+    strategy: Literal["ddp", "fsdp", "hsdp"] = option(
+        "ddp", "ddp: a whole model in each worker; fsdp: one over all; hsdp: one over each node", common=True
+    )
+    blocks: tuple[str, ...] = option(
+        (), "classes of the modules to shard, checkpoint and compile one by one (default: the job's, else found)"
+    )
+    reshard_after_forward: bool = option(True, "free a block's gathered parameters between forward and backward")
+    prefetch: int = option(0, "blocks to gather ahead of the one that runs (0: as FSDP2 does)")
+    offload: bool = option(False, "keep parameters, gradients and optimizer state in host memory (GPU only)")
+    activation_checkpointing: bool = option(False, "compute a block's activations again in backward")
+    compile: bool = option(False, "torch.compile each block", result=True)
+    bucket_mb: int = option(25, "gradient bucket of ddp, MiB")
+    find_unused: bool = option(False, "allow parameters without gradient with ddp in fast (everything else does)")
 
     def __post_init__(self) -> None:
-        _one_of("--parallel.strategy", self.strategy, ("ddp",))
+        _one_of("--parallel.strategy", self.strategy, ("ddp", "fsdp", "hsdp"))
+        _whole("--parallel.prefetch", self.prefetch, 0)
         _whole("--parallel.bucket-mb", self.bucket_mb, 1)
+        _require(
+            not self.offload or self.strategy != "ddp", "--parallel.offload", self.offload,
+            "leave it out: with --parallel.strategy ddp nothing is gathered",
+        )  # fmt: skip
+
+    @property
+    def sharded(self) -> bool:
+        """Whether a model is spread over several workers."""
+        return self.strategy != "ddp"
 
 
 @dataclass(frozen=True)
@@ -210,13 +242,43 @@ class EvalOptions:
 class CheckpointOptions:
     """Durable state in storage."""
 
-    every: str | None = option(None, "save every so much (ep, st, tok), and always at the end", common=True)
-    keep_last: int = option(3, "committed checkpoints to keep")
+    every: str | None = option(
+        None, "save every so much (ep, st, tok, s, min, h, or auto), and always at the end", common=True
+    )
+    when_busy: Literal["wait", "delay", "skip"] = option(
+        "delay", "when one is due and the one before still uploads: stop training for it, save later, or leave it out"
+    )
+    keep_last: int = option(3, "newest committed checkpoints to keep")
+    keep_every: str | None = option(None, "also keep those at multiples of this much (ep, st, tok)")
+    keep_best: int = option(0, "also keep this many that are best by best-metric")
+    best_metric: str = option("eval/loss", "metric of the evaluation that says which are best")
+    best_mode: Literal["min", "max"] = option("min", "whether the least or the greatest best-metric is best")
+    init_from: str | None = option(
+        None, "safetensors to start from, at step 0 only: a file, a folder or a URL", result=True
+    )
+    init_partial: bool = option(False, "allow init-from to lack weights of the model")
 
     def __post_init__(self) -> None:
-        if self.every is not None:
-            parse_amount("--checkpoint.every", self.every, clock=False)
+        if self.every is not None and self.every != "auto":
+            parse_amount("--checkpoint.every", self.every, clock=True)
+        _one_of("--checkpoint.when-busy", self.when_busy, ("wait", "delay", "skip"))
         _whole("--checkpoint.keep-last", self.keep_last, 1)
+        if self.keep_every is not None:
+            parse_amount("--checkpoint.keep-every", self.keep_every, clock=False)
+        _whole("--checkpoint.keep-best", self.keep_best, 0)
+        _require(
+            self.init_from is None or bool(self.init_from.strip()), "--checkpoint.init-from", self.init_from,
+            "give a file, a folder or a URL, or leave it out",
+        )  # fmt: skip
+        _require(
+            not self.init_partial or self.init_from is not None, "--checkpoint.init-partial", self.init_partial,
+            "give --checkpoint.init-from too",
+        )  # fmt: skip
+        _one_of("--checkpoint.best-mode", self.best_mode, ("min", "max"))
+        _require(
+            self.best_metric.startswith("eval/"), "--checkpoint.best-metric", self.best_metric,
+            "give one of the evaluation's, such as eval/loss",
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -231,7 +293,7 @@ class RecoveryOptions:
     def __post_init__(self) -> None:
         _require(
             self.snapshot_every == "off", "--recovery.snapshot-every", self.snapshot_every,
-            "leave it off: with --parallel.strategy ddp every other worker already holds the state",
+            "leave it off: this version takes no snapshots (with ddp and hsdp others hold the state anyway)",
         )  # fmt: skip
         times = {"hang-timeout": self.hang_timeout, "lease": self.lease, "max-wait": self.max_wait}
         for name, text in ((f"--recovery.{key}", text) for key, text in times.items()):
@@ -298,6 +360,54 @@ class TrainConfig:
             raise ConfigError(
                 f"--precision.grad-compression is {self.precision.grad_compression!r}; it rounds gradients, so use it "
                 "with --run.exactness fast, or leave it off"
+            )
+        self._check_param_dtype()
+        if self.parallel.strategy == "hsdp":
+            self._check_nodes()
+        if self.parallel.offload:
+            self._check_offload()
+
+    def _check_param_dtype(self) -> None:
+        dtype = self.precision.param_dtype
+        if dtype != "off" and not self.parallel.sharded:
+            raise ConfigError(
+                f"--precision.param-dtype is {dtype!r}, but with --parallel.strategy ddp parameters are not gathered; "
+                "use --precision.autocast"
+            )
+        if dtype != "off" and self.run.exactness == "bitwise":
+            raise ConfigError(
+                f"--precision.param-dtype is {dtype!r}, which ddp has not, so that its bits would be of one strategy; "
+                "use --precision.autocast, or --run.exactness fast"
+            )
+
+    def _check_nodes(self) -> None:
+        each, most = self.scaling.workers_per_node, self.scaling.max_workers
+        if each is None:
+            raise ConfigError(
+                "--parallel.strategy is 'hsdp', which shards inside a node; say how many workers each has with "
+                "--scaling.workers-per-node, or use fsdp"
+            )
+        if most <= each:
+            raise ConfigError(
+                f"--parallel.strategy is 'hsdp', but --scaling.max-workers {most} fit on one node of "
+                f"--scaling.workers-per-node {each}; use fsdp, or at least {2 * each} workers"
+            )
+        if most % each:
+            raise ConfigError(
+                f"--parallel.strategy is 'hsdp', but --scaling.max-workers {most} leave a node uneven at "
+                f"--scaling.workers-per-node {each}; give a multiple of {each}"
+            )
+
+    def _check_offload(self) -> None:
+        if self.scaling.accelerator == "cpu":
+            raise ConfigError(
+                "--parallel.offload is True, which moves state from GPUs, but --scaling.accelerator is 'cpu'; leave it "
+                "out"
+            )
+        if self.run.exactness == "bitwise":
+            raise ConfigError(
+                "--parallel.offload is True, which --run.exactness bitwise has not; leave it out, or use "
+                "--run.exactness fast"
             )
 
 

@@ -40,12 +40,22 @@ class Job:
     #: Tokens in one sample, if the job has tokens: allows durations in `tok` and token counts in the ledger.
     tokens_per_sample: int | None = None
 
+    #: Classes of the modules that are sharded, checkpointed and compiled one by one; empty to have them found.
+    blocks: tuple[str, ...] = ()
+
     def model(self) -> torch.nn.Module:
-        """Build the model, on CPU, in float32; the global seed is already set."""
+        """Build the model, in float32, without naming a device.
+
+        Its tensors have no values yet (they are on the meta device): what initialises them is recorded and done later,
+        each parameter under a seed from the run's and its name. What needs values here is built on the CPU, whole, and
+        under one seed. With fsdp and hsdp this is called again for every world.
+        """
         raise NotImplementedError(f"{type(self).__name__} needs a model() method that returns a torch.nn.Module")
 
     def optimizer(self, model: torch.nn.Module) -> torch.optim.Optimizer:
-        """Build the one optimizer over the model's parameters."""
+        """Build the one optimizer over the model's parameters, which have their values, or (with fsdp and hsdp) their
+        part of them. Further state made from parameters, such as an EMA, is begun here. With fsdp and hsdp this is
+        called again for every world."""
         raise NotImplementedError(f"{type(self).__name__} needs an optimizer(model) method")
 
     def schedule(self, step: int, total_steps: int) -> float | None:
@@ -75,7 +85,8 @@ class Job:
         return self.loss(model, batch)
 
     def after_step(self, model: torch.nn.Module, step: int) -> None:
-        """Called after the update of `step` (1 for the first), for an EMA and the like. Must be deterministic."""
+        """Called after the update of `step` (1 for the first), for an EMA and the like. Must be deterministic. With
+        fsdp and hsdp parameters are DTensors here, of which each worker has a part: work element by element."""
 
     def extra_state(self) -> Mapping[str, Any]:
         """Named state beside model and optimizer: tensors (saved, and restored in place) and JSON values."""

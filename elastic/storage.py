@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 import uuid
 from pathlib import Path
 from typing import Any
@@ -25,34 +26,44 @@ _PACKAGE = {
     "abfss": "adlfs",
 }
 
+_CONFLICT_WAITS_S = (0.1, 0.3, 1.0)  # another create of the same name was just going on (409)
+
 
 class Storage:
     """One folder at a URL; all paths given to it are relative and use `/`.
+
+    Args:
+        option: the option that the URL came from, for messages.
+        read_only: nothing will be written, so any file system does.
 
     Raises:
         ConfigError: an unknown scheme, a missing package, or a file system without atomic create.
     """
 
-    def __init__(self, url: str):
+    def __init__(self, url: str, *, option: str = "--run.storage", read_only: bool = False):
+        self._option = option
         scheme, separator, rest = url.partition("://")
         self.local = not separator or scheme in ("file", "local")
+        self.is_s3 = bool(separator) and scheme in ("s3", "s3a")
+        self.in_process = bool(separator) and scheme == "memory"
         if self.local:
             self.root = str(Path(rest if separator else url).expanduser().absolute())
             self.url = self.root
             return
-        if scheme not in _ATOMIC_CREATE:
+        if scheme not in _ATOMIC_CREATE and not read_only:
             raise ConfigError(
-                f"--run.storage is {url!r}, whose scheme {scheme!r} is not known to create files atomically; use a "
+                f"{option} is {url!r}, whose scheme {scheme!r} is not known to create files atomically; use a "
                 f"folder, file://, or one of {', '.join(sorted(s + '://' for s in _ATOMIC_CREATE))}"
             )
         import fsspec
 
         try:
-            options = {} if scheme == "memory" else {"use_listings_cache": False}
-            self.fs, self.root = fsspec.url_to_fs(url, **options)
+            self.fs, self.root = fsspec.url_to_fs(url, **_options(scheme))
+        except ValueError as error:  # fsspec knows no such scheme
+            raise ConfigError(f"{option} is {url!r}, whose scheme {scheme!r} is not known") from error
         except ImportError as error:
             package = _PACKAGE.get(scheme, scheme)
-            raise ConfigError(f"--run.storage is {url!r}, which needs `pip install {package}` ({error})") from error
+            raise ConfigError(f"{option} is {url!r}, which needs `pip install {package}` ({error})") from error
         self.root = self.root.rstrip("/")
         self.url = url.rstrip("/")
 
@@ -71,24 +82,38 @@ class Storage:
     def create(self, name: str, data: bytes) -> None:
         """Create `name` with `data`, durable once this returns.
 
+        Two creates of the same bytes may both succeed on object storage: there the answer to a request can be lost, and
+        its repetition is refused, so that what exists is taken for ours if it has our bytes.
+
         Raises:
             FileExistsError: somebody created it before; it is untouched.
         """
         path = self.path(name)
         if not self.local:
-            try:
-                self.fs.pipe_file(path, data, mode="create")
-            except OSError as error:
-                if isinstance(error, FileExistsError) or error.errno == 22:
-                    raise FileExistsError(f"{path} exists") from error
-                raise
+            self._create_object(path, data)
             return
         temporary = _write_temporary(path, data)
         try:
             os.link(temporary, path)
         finally:
             os.unlink(temporary)
-        _sync_folder(path)
+        sync_folder(os.path.dirname(path))
+
+    def _create_object(self, path: str, data: bytes) -> None:
+        for wait_s in (*_CONFLICT_WAITS_S, None):
+            try:
+                self.fs.pipe_file(path, data, mode="create")
+                return
+            except OSError as error:
+                code = _error_code(error)
+                if code == "ConditionalRequestConflict" and wait_s is not None:
+                    time.sleep(wait_s)
+                    continue
+                if not isinstance(error, FileExistsError) and code not in ("PreconditionFailed", "412"):
+                    raise
+                if self.fs.cat_file(path) != data:
+                    raise FileExistsError(f"{path} exists") from error
+                return
 
     def replace(self, name: str, data: bytes) -> None:
         """Write `name` whole, over what was there; readers see the old or the new, never a part."""
@@ -134,7 +159,9 @@ class Storage:
         try:
             if self.local:
                 return sorted(n for n in os.listdir(path) if not n.startswith(".tmp-"))
-            return sorted({str(p).rstrip("/").rsplit("/", 1)[-1] for p in self.fs.ls(path, detail=False)} - {""})
+            paths = {str(p).rstrip("/") for p in self.fs.ls(path, detail=False)}
+            # An empty folder, which some stores keep for a while, and an object are listed as themselves.
+            return sorted(p.rsplit("/", 1)[-1] for p in paths if p.strip("/") != path.strip("/"))
         except (FileNotFoundError, NotADirectoryError):
             return []
 
@@ -175,25 +202,75 @@ class Storage:
             doing = "delete"
             self.remove(name)
         except Exception as error:  # whatever a file system raises: the user sees one sentence
-            raise ConfigError(
-                f"--run.storage is {self.url!r}, which cannot {doing}: {type(error).__name__}: {error}; "
-                "give a place that you may write to"
-            ) from error
+            raise self.refusal(doing, error) from error
+
+    def refusal(self, doing: str, error: Exception) -> ConfigError:
+        """The one sentence for a storage that cannot do something which a run needs."""
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        return ConfigError(
+            f"{self._option} is {self.url!r}, which cannot {doing}: {reason}; give a place that you may write to"
+        )
 
 
-def _write_temporary(path: str, data: bytes | memoryview | Any) -> str:
+def _error_code(error: OSError) -> str | None:
+    """The store's own word for what went wrong: one errno stands for many of them."""
+    response = getattr(error.__cause__, "response", None)
+    return response["Error"].get("Code") if response else None
+
+
+def _options(scheme: str) -> dict[str, Any]:
+    """What a file system is opened with, beside what fsspec's own configuration says.
+
+    Listings are never cached: others write too. S3 clients get connections for all requests that are in flight at a
+    time (botocore has 10), and neither hash nor sign bodies: checkpoints carry their own checksums, and hashing took
+    longer than sending.
+    """
+    if scheme not in _ATOMIC_CREATE or scheme == "memory":
+        return {}
+    options: dict[str, Any] = {"use_listings_cache": False}
+    if scheme in ("s3", "s3a"):
+        from fsspec.config import conf
+
+        given = conf.get("s3", {}).get("config_kwargs", {})
+        options["config_kwargs"] = {
+            "max_pool_connections": 64, "request_checksum_calculation": "when_required",
+            "response_checksum_validation": "when_required", **given,
+            "s3": {"payload_signing_enabled": False, **given.get("s3", {})},
+        }  # fmt: skip
+    return options
+
+
+def _write_temporary(path: str, data: bytes) -> str:
     folder = os.path.dirname(path)
-    os.makedirs(folder, exist_ok=True)
+    make_folder(folder)
     temporary = f"{folder}/.tmp-{uuid.uuid4().hex}"
-    with open(temporary, "wb") as f:
-        f.write(data)
-        f.flush()
-        os.fsync(f.fileno())
+    try:
+        with open(temporary, "wb") as f:
+            f.write(data)
+            f.flush()
+            os.fsync(f.fileno())
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+        raise
     return temporary
 
 
-def _sync_folder(path: str) -> None:
-    fd = os.open(os.path.dirname(path), os.O_RDONLY)
+def make_folder(path: str) -> None:
+    """Make a local folder and those above it; all durable: a file in a folder that is lost is lost too."""
+    missing = []
+    while not os.path.isdir(path):
+        missing.append(path)
+        path = os.path.dirname(path)
+    for folder in reversed(missing):
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(folder)
+        sync_folder(os.path.dirname(folder))
+
+
+def sync_folder(path: str) -> None:
+    """Make the names in a local folder durable."""
+    fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)
     finally:

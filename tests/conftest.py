@@ -14,6 +14,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from tests import leaks
+from tests.seaweed import _front, bucket, front, own_seaweed, seaweed  # noqa: F401
 
 if TYPE_CHECKING:
     from jobs.bench.nodes import LocalCluster

@@ -28,8 +28,9 @@ import pytest
 import elastic.worker.hosting
 import elastic.worker.local
 from elastic import fault as faults_of_process
-from elastic.checkpoint.format import tensor_bytes
-from elastic.checkpoint.reader import newest_first, read_manifest, read_tensor
+from elastic.checkpoint.loader import load_all
+from elastic.checkpoint.reader import newest_first, read_manifest
+from elastic.checkpoint.tensors import tensor_bytes
 from elastic.config import TrainConfig
 from elastic.data.loader import Order
 from elastic.errors import RunFailed
@@ -260,8 +261,7 @@ class Ran:
         checkpoint = list(newest_first(self.storage))[at]
         manifest = read_manifest(self.storage, checkpoint)
         found: dict[str, Any] = {"step": manifest.step, "values": manifest.values}
-        for name, entry in manifest.tensors.items():
-            tensor = read_tensor(self.storage, checkpoint, name, entry)
+        for name, tensor in load_all(self.storage, checkpoint.folder, manifest).items():
             found[name] = (tensor.dtype, tuple(tensor.shape), bytes(tensor_bytes(tensor)))
         return found
 

@@ -17,7 +17,7 @@ from pathlib import Path
 #: Threads of this project: daemons, so that a crash cannot hang on them, but never to be left running.
 OUR_THREADS = ("membership-server", "membership-link", "run-keeper", "local-run-follower", "host-supervisor")
 FOLDER_PREFIX = "elastic-"
-_CHANGED_BY_PYTEST = ("PYTEST_CURRENT_TEST", "PYTEST_VERSION")
+_CHANGED_BY_OTHERS = ("PYTEST_CURRENT_TEST", "PYTEST_VERSION", "TORCHINDUCTOR_CACHE_DIR")  # the last by an import
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ def take() -> Snapshot:
     return Snapshot(
         processes=descendants(os.getpid()),
         threads={t.ident or 0: t.name for t in threading.enumerate() if not t.daemon or t.name in OUR_THREADS},
-        environment={k: v for k, v in os.environ.items() if k not in _CHANGED_BY_PYTEST},
+        environment={k: v for k, v in os.environ.items() if k not in _CHANGED_BY_OTHERS},
         temporary=frozenset(n for n in os.listdir(tempfile.gettempdir()) if n.startswith(FOLDER_PREFIX)),
         process_group=distributed is not None and distributed.is_available() and distributed.is_initialized(),
     )

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from elastic.checkpoint.format import tensor_bytes
-from elastic.data.seeds import derive, seed_all
+from elastic.checkpoint.tensors import tensor_bytes
 from elastic.observe.ledger import gaps_and_doubles
+from elastic.parallel.deferred import build
 from elastic.run.prepare import prepare
 from tests.forked import LONG, WAIT_S, B, Ran, Watch, configure, local_run, sample_at, train
 from tests.tiny_jobs import CONFIG, Everything, Plain
@@ -89,12 +89,12 @@ def _bytes(tensor: torch.Tensor) -> tuple:
 
 
 def test_unused_and_frozen_parameters_keep_their_value_and_tied_ones_are_stored_once(undisturbed):
-    seed_all(derive("model", 0))
-    initial = Everything().model()
+    initial = build(Everything().model, 0)
 
     trained = undisturbed.state()
 
-    for name, parameter in initial.named_parameters():
+    for name, _ in initial.model.named_parameters():
+        parameter = initial.value(name)
         if name.split(".")[0] in ("unused", "frozen"):
             assert trained[f"model/{name}"] == _bytes(parameter), name
             assert f"optimizer/{name}/exp_avg" not in trained

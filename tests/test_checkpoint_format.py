@@ -6,6 +6,7 @@ import copy
 import itertools
 import json
 import math
+import time
 
 import pytest
 import torch
@@ -14,25 +15,42 @@ from hypothesis import strategies as st
 
 from elastic.checkpoint import format as fmt
 from elastic.checkpoint import reader, retention, writer
-from elastic.checkpoint.format import DTYPES, Manifest, parse_manifest
-from elastic.checkpoint.reader import Committed, newest_first, read_manifest, read_tensor
+from elastic.checkpoint.format import ITEM_BYTES, Manifest, parse_manifest, seal
+from elastic.checkpoint.loader import load_all
+from elastic.checkpoint.reader import Committed, newest_first, read_manifest
+from elastic.checkpoint.retention import Policy, Retention
+from elastic.checkpoint.saver import Saver
+from elastic.checkpoint.tensors import DTYPES, Shard, tensor_bytes
 from elastic.errors import CheckpointError
 from elastic.storage import Storage
 
 
 @pytest.fixture
 def storage(tmp_path):
-    return Storage(str(tmp_path / "run"))
+    found = Storage(str(tmp_path / "run"))
+    found.in_process = True  # an uploader process for each of these would only take time
+    return found
 
 
-def _write(storage, step, attempt, *packs, values=None):
-    indexes = [writer.write_pack(storage, step, attempt, rank, tensors) for rank, tensors in enumerate(packs)]
-    manifest = Manifest(step, 7, "digest", {"size": len(packs)}, values or {})
+def _pack(storage, step, attempt, rank, tensors):
+    saver = Saver(storage)
+    try:
+        saver.start(step, attempt, [Shard.whole(n, t) for n, t in tensors.items()], rank=rank)
+        save = saver.wait(60)
+    finally:
+        saver.close()
+    assert save.error is None
+    return save.index
+
+
+def _write(storage, step, attempt, *packs, values=None, metrics=None):
+    indexes = [_pack(storage, step, attempt, rank, tensors) for rank, tensors in enumerate(packs)]
+    manifest = Manifest(step, 7, "digest", {"size": len(packs)}, values or {}, metrics=metrics or {})
     return writer.commit(storage, attempt, manifest, indexes)
 
 
 def _bits(tensor):
-    return bytes(fmt.tensor_bytes(tensor))
+    return bytes(tensor_bytes(tensor))
 
 
 def _tensors():
@@ -64,38 +82,43 @@ def test_every_dtype_and_shape_comes_back_bit_for_bit(storage):
     assert (manifest.step, manifest.seed, manifest.config_digest) == (120, 7, "digest")
     assert manifest.values == {"groups": [1, None, "x"]}
     assert manifest.tensors.keys() == tensors.keys()
+    loaded = load_all(storage, newest.folder, manifest)
     for name, tensor in tensors.items():
-        found = read_tensor(storage, newest, name, manifest.tensors[name])
+        found = loaded[name]
         assert (found.dtype, found.shape) == (tensor.dtype, tensor.shape), name
         assert _bits(found) == _bits(tensor), name
 
 
-def test_a_tensor_longer_than_a_block_has_a_hash_for_each_block(storage, monkeypatch):
-    for module in (fmt, reader):
-        monkeypatch.setattr(module, "BLOCK_BYTES", 64)
+def test_a_tensor_longer_than_a_block_has_checksums_for_each_block(storage, monkeypatch):
+    monkeypatch.setattr(fmt, "BLOCK_BYTES", 64)
     tensor = torch.arange(100, dtype=torch.int64)
 
     manifest = _write(storage, 1, "1-1-a", {"t": tensor})
 
-    assert len(manifest.tensors["t"].chunks[0].hashes) == -(-800 // 64)
+    (chunk,) = manifest.tensors["t"].chunks
+    assert len(chunk.hashes) == len(chunk.crcs) == -(-800 // 64)
     _flip(storage, "checkpoints/step-00000001/1-1-a/rank-0000.pack", 799)
     with pytest.raises(CheckpointError, match=r"rank-0000\.pack has other bytes .*in the block at 768 \(tensor 't'\)"):
-        read_tensor(storage, Committed(1, "1-1-a"), "t", manifest.tensors["t"])
+        load_all(storage, "checkpoints/step-00000001/1-1-a", manifest)
 
 
-def test_tensors_lie_at_multiples_of_the_alignment(storage):
-    manifest = _write(storage, 1, "1-1-a", {f"{n:02}": torch.ones(n, dtype=torch.uint8) for n in range(70)})
+def test_a_pack_has_no_gaps_and_tensors_lie_where_their_elements_can(storage):
+    tensors = {f"{n:02}": torch.ones(n, dtype=list(DTYPES.values())[n % 12]) for n in range(1, 70)}
 
-    starts = [entry.chunks[0].start for entry in manifest.tensors.values()]
-    assert all(start % 64 == 0 for start in starts)
-    assert starts == sorted(starts)
+    manifest = _write(storage, 1, "1-1-a", tensors)
+
+    places = sorted((e.chunks[0].start, e.chunks[0].end, e.dtype) for e in manifest.tensors.values())
+    assert [start for start, _, _ in places] == [0] + [end for _, end, _ in places[:-1]]
+    assert storage.size("checkpoints/step-00000001/1-1-a/rank-0000.pack") == places[-1][1]
+    for start, end, dtype in places:
+        assert start % (64 if (end - start) % 64 == 0 else ITEM_BYTES[dtype]) == 0
 
 
 # ---- the commit ------------------------------------------------------------------------------------------------
 
 
 def test_what_has_no_manifest_is_no_checkpoint(storage):
-    writer.write_pack(storage, 5, "1-1-a", 0, {"t": torch.ones(3)})
+    _pack(storage, 5, "1-1-a", 0, {"t": torch.ones(3)})
 
     assert reader.steps_with_attempts(storage) == [5]
     assert list(newest_first(storage)) == []
@@ -111,17 +134,17 @@ def test_a_second_commit_of_an_attempt_is_refused_and_changes_nothing(storage):
     assert storage.read("checkpoints/step-00000005/1-1-a/manifest.json") == before
 
 
-def test_two_ranks_that_claim_one_tensor_are_refused_by_its_name(storage):
-    index = writer.write_pack(storage, 5, "1-1-a", 0, {"layer.weight": torch.ones(3)})
+def test_two_ranks_that_wrote_the_same_box_are_refused_by_its_name(storage):
+    index = _pack(storage, 5, "1-1-a", 0, {"layer.weight": torch.ones(3)})
 
-    with pytest.raises(CheckpointError, match=r"two ranks wrote the tensor 'layer\.weight'"):
+    with pytest.raises(CheckpointError, match=r"'layer\.weight' is not tiled by its chunks"):
         writer.commit(storage, "1-1-a", Manifest(5, 0, "", {}, {}), [index, index])
 
     assert list(newest_first(storage)) == []
 
 
 def test_an_index_that_could_not_be_read_again_is_not_committed(storage):
-    index = writer.write_pack(storage, 5, "1-1-a", 0, {"t": torch.ones(3)})
+    index = _pack(storage, 5, "1-1-a", 0, {"t": torch.ones(3)})
     index["t"]["shape"] = [4]
 
     with pytest.raises(CheckpointError, match="'t'"):
@@ -130,22 +153,18 @@ def test_an_index_that_could_not_be_read_again_is_not_committed(storage):
     assert list(newest_first(storage)) == []
 
 
-@given(st.dictionaries(st.text("abc", min_size=1, max_size=4), st.integers(0, 500), max_size=20), st.integers(1, 6))
-def test_every_tensor_is_some_rank_s_share_and_no_rank_has_needlessly_much(sizes, world_size):
-    tensors = {name: torch.zeros(size, dtype=torch.uint8) for name, size in sizes.items()}
+def test_ranks_that_differ_in_a_tensor_are_refused_by_its_name(storage):
+    index = _pack(storage, 5, "1-1-a", 0, {"w": torch.ones(3)})
+    other = _pack(storage, 5, "1-1-a", 1, {"w": torch.ones(4)})
 
-    shares = writer.share(tensors, world_size)
-
-    assert sorted(n for names in shares for n in names) == sorted(tensors)
-    load = [sum(sizes[n] for n in names) for names in shares]
-    assert max(load) - min(load) <= max(sizes.values(), default=0)
-    assert writer.share(dict(reversed(tensors.items())), world_size) == shares, "every rank must find the same shares"
+    with pytest.raises(CheckpointError, match=r"ranks differ in the tensor 'w': float32 \[3\] and float32 \[4\]"):
+        writer.commit(storage, "1-1-a", Manifest(5, 0, "", {}, {}), [index, other])
 
 
 @pytest.mark.parametrize("name", ["", "../x", "a/../b", "/etc/x", "a//b", "a/", "./a", "s3://b/x", "a\nb", "a\0b"])
 def test_a_tensor_name_that_means_more_than_a_name_is_refused(storage, name):
     with pytest.raises(CheckpointError, match="is not a plain relative name"):
-        writer.write_pack(storage, 1, "1-1-a", 0, {name: torch.ones(1)})
+        _pack(storage, 1, "1-1-a", 0, {name: torch.ones(1)})
 
 
 # ---- order and retention ---------------------------------------------------------------------------------------
@@ -154,7 +173,7 @@ def test_a_tensor_name_that_means_more_than_a_name_is_refused(storage, name):
 def test_the_newest_is_the_highest_step_and_then_the_highest_generation_by_number(storage):
     for step, attempt in ((9, "1-1-a"), (100, "2-9-a"), (100, "2-10-a"), (100, "10-1-a"), (20, "3-3-a")):
         _write(storage, step, attempt, {"t": torch.ones(1)})
-    writer.write_pack(storage, 100, "11-1-a", 0, {"t": torch.ones(1)})  # not committed
+    _pack(storage, 100, "11-1-a", 0, {"t": torch.ones(1)})  # not committed
     storage.create("checkpoints/step-00000100/notes.txt", b"not an attempt")
     storage.create("checkpoints/README", b"not a step")
 
@@ -163,32 +182,169 @@ def test_the_newest_is_the_highest_step_and_then_the_highest_generation_by_numbe
     assert found == [(100, "10-1-a"), (100, "2-10-a"), (100, "2-9-a"), (20, "3-3-a"), (9, "1-1-a")]
 
 
-@given(st.sets(st.integers(0, 60)), st.sets(st.integers(0, 60)), st.integers(1, 6))
-def test_retention_keeps_the_newest_committed_and_what_is_still_being_written(committed, only_tried, keep_last):
-    attempted = sorted(committed | only_tried)
+committed_steps = st.lists(st.tuples(st.integers(0, 40), st.integers(1, 3)), unique=True, max_size=20).map(
+    lambda found: [Committed(s, f"1-{n}-a") for s, n in sorted(found, reverse=True)]
+)
 
-    gone = set(retention.to_remove(sorted(committed), attempted, keep_last))
 
-    kept = sorted(committed - gone, reverse=True)
-    assert kept == sorted(committed, reverse=True)[:keep_last]
-    assert gone <= set(attempted)
-    newest = max(committed, default=-1)
-    assert {s for s in only_tried if s > newest} & gone == set()
-    if committed:
-        assert {s for s in only_tried - committed if s < newest} <= gone
+@given(
+    committed_steps, st.sets(st.integers(0, 40)), st.integers(1, 4), st.sampled_from([None, 5]), st.integers(0, 3),
+    st.sampled_from(["min", "max"]), st.data(),
+)  # fmt: skip
+def test_retention_keeps_what_it_says_and_never_less_than_the_newest(committed, pins, last, every, best, mode, data):
+    scores = st.sampled_from([0.0, 1.0, 2.0, math.nan])
+    metrics = {c: {"eval/loss": data.draw(scores)} for c in committed if data.draw(st.booleans())}
+
+    kept = retention.to_keep(committed, metrics, pins, Policy(last, every, best, "eval/loss", mode))
+
+    newest = {c.step: c for c in reversed(committed)}
+    steps = sorted(newest, reverse=True)
+    assert kept <= set(newest.values()), "of a step only the newest attempt"
+    assert {c.step for c in kept} >= set(steps[:last]) | (pins & set(steps))
+    if every:
+        assert {c.step for c in kept} >= {s for s in steps if s % 5 == 0}
+    scored = [c for c in newest.values() if metrics.get(c, {}).get("eval/loss", math.nan) >= 0]
+    sign = 1 if mode == "min" else -1
+    losers = [c for c in scored if c not in kept]
+    winners = [c for c in scored if c in kept]
+    assert len(winners) >= min(best, len(scored))
+    better = sorted(sign * metrics[c]["eval/loss"] for c in winners)[:best]
+    assert all(sign * metrics[c]["eval/loss"] >= max(better) for c in losers if better)
+
+
+@given(committed_steps, committed_steps, st.data())
+def test_only_what_is_older_than_the_newest_committed_and_not_kept_is_removed(committed, only_tried, data):
+    kept = {c for c in committed if data.draw(st.booleans())} | set(committed[:1])
+    found = set(committed) | set(only_tried)
+
+    gone = set(retention.to_remove(committed[0] if committed else None, kept, found))
+
+    assert gone & kept == set()
+    order = {c: (c.step, c.attempt) for c in found}
+    if not committed:
+        assert gone == set()
+    else:
+        assert gone == {c for c in found - kept if order[c] < order[committed[0]]}
+
+
+def _steps(storage):
+    return [c.step for c in newest_first(storage)]
 
 
 def test_pruning_removes_old_steps_and_leaves_what_can_be_loaded(storage):
     for step in (10, 20, 30, 40):
         _write(storage, step, "1-1-a", {"t": torch.full((2,), float(step))})
-    writer.write_pack(storage, 25, "1-1-a", 0, {"t": torch.ones(1)})
-    writer.write_pack(storage, 50, "1-1-a", 0, {"t": torch.ones(1)})
+    _pack(storage, 25, "1-1-a", 0, {"t": torch.ones(1)})
+    _pack(storage, 40, "1-0-a", 0, {"t": torch.ones(1)})
+    _pack(storage, 50, "1-1-a", 0, {"t": torch.ones(1)})
 
-    gone = retention.prune(storage, reader.steps_with_attempts(storage), keep_last=2)
+    gone = Retention(storage, Policy(last=2)).prune()
 
-    assert sorted(gone) == [10, 20, 25]
-    assert [c.step for c in newest_first(storage)] == [40, 30]
+    assert [(c.step, c.attempt) for c in gone] == [(10, "1-1-a"), (20, "1-1-a"), (25, "1-1-a"), (40, "1-0-a")]
+    assert _steps(storage) == [40, 30]
     assert reader.steps_with_attempts(storage) == [30, 40, 50]
+    assert reader.attempts(storage, 40) == ["1-1-a"]
+    assert Retention(storage, Policy(last=2)).prune() == []
+
+
+def test_the_best_by_a_metric_and_pinned_ones_are_kept(storage):
+    for step, loss in ((10, 0.5), (20, 0.1), (30, 0.9), (40, 0.7), (50, None)):
+        _write(storage, step, "1-1-a", {"t": torch.ones(1)}, metrics={} if loss is None else {"eval/loss": loss})
+    retention.pin(storage, 30)
+    retention.pin(storage, 30)
+
+    Retention(storage, Policy(last=1, best=2)).prune()
+    assert _steps(storage) == [50, 30, 20, 10]
+
+    retention.unpin(storage, 30)
+    Retention(storage, Policy(last=1, best=1, mode="max")).prune()
+    assert _steps(storage) == [50, 30]
+
+
+def test_what_has_no_checkpoint_cannot_be_pinned(storage):
+    _pack(storage, 5, "1-1-a", 0, {"t": torch.ones(1)})
+
+    with pytest.raises(CheckpointError, match="step 5 has no committed checkpoint"):
+        retention.pin(storage, 5)
+
+
+# ---- what does not change --------------------------------------------------------------------------------------
+
+
+def _save(saver, storage, step, shards):
+    saver.start(step, f"1-{step}-a", shards)
+    save = saver.wait(60)
+    manifest = writer.commit(storage, f"1-{step}-a", Manifest(step, 0, "", {}, {}), [save.index])
+    saver.committed(step, f"1-{step}-a")
+    return manifest, save.facts["bytes"]
+
+
+def test_frozen_tensors_are_written_once_and_outlive_the_checkpoint_that_wrote_them(storage):
+    frozen, odd, moving = torch.randn(1000), torch.ones(3, dtype=torch.uint8), torch.zeros(10)
+    shards = [
+        Shard.whole("frozen", frozen, frozen=True, stable=True), Shard.whole("odd", odd, frozen=True),
+        Shard.whole("moving", moving),
+    ]  # fmt: skip
+    saver = Saver(storage)
+    try:
+        _, written = _save(saver, storage, 1, shards)
+        assert written == 4043
+        moving += 1
+        _, written = _save(saver, storage, 2, shards)
+        assert written == 40, "only what moved"
+        _save(saver, storage, 3, shards)
+        Retention(storage, Policy(last=1)).prune()
+
+        assert _steps(storage) == [3]
+        assert storage.names("checkpoints/step-00000001/1-1-a") == ["rank-0000.pack"], (
+            "its manifest and no more is gone"
+        )
+        assert storage.names("checkpoints") == ["step-00000001", "step-00000003"]
+        _assert_newest(storage, frozen=frozen, odd=odd, moving=moving)
+
+        odd += 1  # whatever it is called, what changed is written
+        _, written = _save(saver, storage, 4, shards)
+        assert written == 4043
+        Retention(storage, Policy(last=1)).prune()
+        assert storage.names("checkpoints") == ["step-00000004"]
+        _assert_newest(storage, frozen=frozen, odd=odd, moving=moving)
+    finally:
+        saver.close()
+
+
+def _assert_newest(storage, **tensors):
+    newest = next(newest_first(storage))
+    loaded = load_all(storage, newest.folder, read_manifest(storage, newest))
+    assert loaded.keys() == tensors.keys()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in tensors.items())
+
+
+def test_a_commit_that_refers_to_an_object_that_is_gone_is_refused(storage):
+    frozen = [Shard.whole("frozen", torch.ones(4), frozen=True)]
+    saver = Saver(storage)
+    try:
+        _save(saver, storage, 1, frozen)
+        storage.remove("checkpoints/step-00000001")
+        with pytest.raises(CheckpointError, match=r"rank-0000\.pack, which this checkpoint refers to, is not there"):
+            _save(saver, storage, 2, frozen)
+    finally:
+        saver.close()
+    assert _steps(storage) == []
+
+
+def test_what_is_written_to_while_it_is_copied_is_not_saved_and_copied_at_once_from_then_on(storage, monkeypatch):
+    tensor = torch.zeros(4)
+    shards = [Shard.whole("buffer", tensor, stable=True)]
+    monkeypatch.setattr("elastic.checkpoint.saver.fault.point", lambda *_: tensor.add_(1) if len(_) else None)
+    saver = Saver(storage)
+    try:
+        saver.start(1, "1-1-a", shards)
+        assert "buffer was written to while it was copied" in (saver.wait(60).error or "")
+        monkeypatch.undo()
+        _save(saver, storage, 2, shards)
+        _assert_newest(storage, buffer=tensor)
+    finally:
+        saver.close()
 
 
 # ---- damage ----------------------------------------------------------------------------------------------------
@@ -210,12 +366,11 @@ PACK = "checkpoints/step-00000003/1-1-a/rank-0000.pack"
 
 
 def _load(storage, checkpoint):
-    manifest = read_manifest(storage, checkpoint)
-    return {name: read_tensor(storage, checkpoint, name, entry) for name, entry in manifest.tensors.items()}
+    return load_all(storage, checkpoint.folder, read_manifest(storage, checkpoint))
 
 
 def test_any_flipped_bit_of_a_tensor_is_found_and_the_object_and_tensor_are_named(storage, checkpoint):
-    for at, name in ((0, "a"), (39, "a"), (64, "b"), (119, "b")):
+    for at, name in ((0, "b"), (55, "b"), (56, "a"), (95, "a")):
         _flip(storage, PACK, at)
         with pytest.raises(CheckpointError, match=rf"{PACK} has other bytes .*\(tensor '{name}'\)"):
             _load(storage, checkpoint)
@@ -227,7 +382,7 @@ def test_any_flipped_bit_of_a_tensor_is_found_and_the_object_and_tensor_are_name
 def test_a_truncated_pack_is_found_and_named(storage, checkpoint):
     storage.replace(PACK, storage.read(PACK)[:-1])
 
-    with pytest.raises(CheckpointError, match=f"{PACK} is too short for the tensor 'b'"):
+    with pytest.raises(CheckpointError, match=f"{PACK} is too short for the tensor 'a'"):
         _load(storage, checkpoint)
 
 
@@ -247,11 +402,27 @@ def test_a_manifest_of_another_step_is_not_believed(storage, checkpoint):
 
 
 def test_a_newer_format_is_refused_naming_both():
-    with pytest.raises(CheckpointError, match="here has format 2, this version reads 1; install a newer"):
-        parse_manifest(json.dumps({**_valid(), "format": 2}).encode(), "here")
+    with pytest.raises(CheckpointError, match="here has format 3, this version reads 1 and 2; install a newer"):
+        parse_manifest(json.dumps({**_valid(), "format": 3}).encode(), "here")
 
 
 # ---- hostile manifests -----------------------------------------------------------------------------------------
+
+
+def _sealed(raw):
+    return seal(json.dumps(raw).encode())
+
+
+def test_any_changed_byte_of_a_manifest_is_noticed():
+    data = _sealed(_valid())
+
+    for at in range(len(data)):
+        with pytest.raises(CheckpointError, match="here"):
+            parse_manifest(data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :], "here")
+
+
+def _proof(n):
+    return {"hashes": [str(n) * 32], "crcs": [n]}
 
 
 def _valid():
@@ -259,25 +430,25 @@ def _valid():
         "layer.weight": {
             "dtype": "float32", "shape": [4, 3],
             "chunks": [
-                {"offsets": [0, 0], "sizes": [2, 3], "pack": "rank-0000.pack", "start": 0, "end": 24, "hashes": ["0"]},
-                {"offsets": [2, 0], "sizes": [2, 3], "pack": "rank-0001.pack", "start": 64, "end": 88, "hashes": ["1"]},
+                {"offsets": [0, 0], "sizes": [2, 3], "pack": "rank-0000.pack", "start": 0, "end": 24, **_proof(1)},
+                {"offsets": [2, 0], "sizes": [2, 3], "pack": "rank-0001.pack", "start": 64, "end": 88, **_proof(2)},
             ],
         },
         "step": {
             "dtype": "int64", "shape": [],
             "chunks": [
-                {"offsets": [], "sizes": [], "pack": "rank-0000.pack", "start": 64, "end": 72, "hashes": ["2"]}
+                {"offsets": [], "sizes": [], "pack": "rank-0000.pack", "start": 64, "end": 72, **_proof(3)}
             ],
         },
     }  # fmt: skip
     return {
-        "format": 1, "step": 3, "seed": 0, "config_digest": "d", "world": {"size": 2}, "values": {"x": 1},
-        "tensors": index,
+        "format": 2, "step": 3, "seed": 0, "config_digest": "d", "world": {"size": 2}, "values": {"x": 1},
+        "tensors": index, "metrics": {"eval/loss": 0.5}, "nonce": "n",
     }  # fmt: skip
 
 
 def test_the_manifest_that_is_mutated_below_is_valid():
-    manifest = parse_manifest(json.dumps(_valid()).encode(), "here")
+    manifest = parse_manifest(_sealed(_valid()), "here")
 
     assert manifest.tensors["layer.weight"].shape == (4, 3)
     assert manifest.tensors["layer.weight"].chunks[1].offsets == (2, 0)
@@ -355,7 +526,7 @@ def _check_believed(manifest):
 def test_a_mutated_manifest_is_refused_or_stays_inside_its_tensors(raw):
     manifest, refusal = None, ""
     try:
-        manifest = parse_manifest(json.dumps(raw).encode(), "here")
+        manifest = parse_manifest(_sealed(raw), "here")
     except CheckpointError as error:
         refusal = str(error)
 
@@ -375,6 +546,72 @@ def test_what_is_no_manifest_at_all_is_refused(data):
 def test_deep_nesting_is_refused(depth):
     with pytest.raises(CheckpointError, match="here"):
         parse_manifest(b'{"tensors":' + b"[" * depth + b"]" * depth + b"}", "here")
+
+
+def _timed(raw, said):
+    data = raw if isinstance(raw, bytes) else _sealed(raw)
+    began = time.process_time()
+    with pytest.raises(CheckpointError, match=r"^here") as caught:
+        parse_manifest(data, "here")
+    assert said in str(caught.value)
+    assert len(str(caught.value)) < 2000
+    assert time.process_time() - began < 1 + 2e-6 * len(data), "bounded by its size"
+
+
+def test_many_chunks_that_overlap_cost_no_more_than_their_number(monkeypatch):
+    count = 20_000
+    chunk = {"offsets": [0], "sizes": [1], "pack": "rank-0000.pack", "start": 0, "end": 1, **_proof(0)}
+    raw = {**_valid(), "tensors": {"t": {"dtype": "uint8", "shape": [count], "chunks": [chunk] * count}}}
+    _timed(raw, "'t' is not tiled by its chunks")
+
+
+def test_chunks_that_can_only_be_told_apart_one_by_one_are_refused_in_time():
+    # Each cut frees one box: a spiral. Nobody writes such a thing, and looking at all of it would take n * n steps.
+    side = 2000
+    chunks, box = [], [0, 0, side, side]
+    for turn in range(side):
+        x, y, w, h = box
+        if turn % 2:
+            piece, box = (x, y, 1, h), [x + 1, y, w - 1, h]
+        else:
+            piece, box = (x, y, w, 1), [x, y + 1, w, h - 1]
+        chunks.append(piece)
+    chunks.append(tuple(box))
+    packed = [
+        {"offsets": [x, y], "sizes": [w, h], "pack": "rank-0000.pack", "start": 0, "end": w * h, **_proof(0)}
+        for x, y, w, h in chunks
+    ]
+    _timed({**_valid(), "tensors": {"t": {"dtype": "uint8", "shape": [side, side], "chunks": packed}}}, "is not tiled")
+
+
+@pytest.mark.parametrize("nested", [b"[" * 5_000_000 + b"]" * 5_000_000, b'{"a":' * 2_000_000, b"[[]," * 2_500_000])
+def test_ten_megabytes_of_nested_json_are_refused_in_time(nested):
+    _timed(nested, "is not JSON")
+
+
+def test_a_number_of_ten_million_digits_is_refused_in_time():
+    _timed(b'{"format": 2, "step": ' + b"9" * 10_000_000 + b"}", "is not JSON")
+
+
+def test_an_object_much_larger_than_a_manifest_is_not_read_whole(storage, monkeypatch):
+    monkeypatch.setattr(reader, "MAX_MANIFEST_BYTES", 1000)
+    monkeypatch.setattr(fmt, "MAX_MANIFEST_BYTES", 1000)
+    storage.create("checkpoints/step-00000003/1-1-a/manifest.json", b" " * 1_000_000)
+
+    with pytest.raises(CheckpointError, match="has more than 1000 bytes"):
+        read_manifest(storage, Committed(3, "1-1-a"))
+
+
+def test_a_manifest_that_promises_more_than_its_objects_hold_takes_no_memory(storage):
+    huge = 1 << 40
+    proof = {"hashes": ["0" * 32] * (huge // fmt.BLOCK_BYTES), "crcs": [0] * (huge // fmt.BLOCK_BYTES)}
+    chunk = {"offsets": [0], "sizes": [huge], "pack": "rank-0000.pack", "start": 0, "end": huge, **proof}
+    raw = {**_valid(), "tensors": {"t": {"dtype": "uint8", "shape": [huge], "chunks": [chunk]}}}
+    storage.create("checkpoints/step-00000003/1-1-a/rank-0000.pack", b"small")
+    manifest = parse_manifest(_sealed(raw), "here")
+
+    with pytest.raises(CheckpointError, match=r"rank-0000\.pack is too short for the tensor 't'"):
+        load_all(storage, "checkpoints/step-00000003/1-1-a", manifest)
 
 
 def _put(raw, path, value):
@@ -410,7 +647,7 @@ CHUNK = ("tensors", "layer.weight", "chunks", 0)
     ],
 )
 def test_a_manifest_that_lies_is_refused_with_what_is_wrong(path, value, said):
-    data = json.dumps(_put(_valid(), path, value)).encode()
+    data = _sealed(_put(_valid(), path, value))
 
     with pytest.raises(CheckpointError, match=r"^here") as caught:
         parse_manifest(data, "here")
@@ -421,8 +658,8 @@ def test_a_manifest_that_lies_is_refused_with_what_is_wrong(path, value, said):
 @pytest.mark.parametrize("shape", [[0, 2**70], [0, 2**62, 2**62], [0, 2**63]])
 def test_an_empty_tensor_of_impossible_shape_is_refused_when_it_is_read(shape):
     where = {"offsets": [0] * len(shape), "sizes": shape, "pack": "rank-0000.pack", "start": 0, "end": 0}
-    chunk = {**where, "hashes": ["0"]}
+    chunk = {**where, **_proof(1)}
     raw = {**_valid(), "tensors": {"t": {"dtype": "uint8", "shape": shape, "chunks": [chunk]}}}
 
     with pytest.raises(CheckpointError, match="here: tensor 't' has the shape"):
-        parse_manifest(json.dumps(raw).encode(), "here")
+        parse_manifest(_sealed(raw), "here")

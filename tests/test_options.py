@@ -17,7 +17,8 @@ from tests.tiny_jobs import CONFIG, Plain
 COMMON = [
     "--run.name", "--run.storage", "--run.duration", "--run.stop-after", "--run.seed", "--run.exactness",
     "--batch.global-size", "--batch.microbatches", "--precision.autocast", "--scaling.min-workers",
-    "--scaling.max-workers", "--scaling.accelerator", "--eval.every", "--checkpoint.every", "--dry-run",
+    "--scaling.max-workers", "--scaling.accelerator", "--parallel.strategy", "--eval.every", "--checkpoint.every",
+    "--dry-run",
 ]  # fmt: skip
 
 
@@ -28,12 +29,12 @@ def _options_shown(page: str) -> list[str]:
 # ---- help ------------------------------------------------------------------------------------------------------
 
 
-def test_the_short_help_has_the_job_s_own_options_and_fifteen_of_every_job():
+def test_the_short_help_has_the_job_s_own_options_and_sixteen_of_every_job():
     own = [f"--job.{f.name}".replace("_", "-") for f in dataclasses.fields(Plain)]
 
     shown = _options_shown(help_text(Plain, CONFIG, everything=False))
 
-    assert len(COMMON) == 15
+    assert len(COMMON) == 16
     assert shown == [*own, *COMMON, "--help-all"]
 
 

@@ -269,7 +269,7 @@ def test_the_options_are_the_common_ones_with_their_defaults():
     common = {o.name: o for o in list_options(elastic.Job, TrainConfig()) if o.common}
 
     assert list(rows) == list(common)
-    assert len(rows) == 15
+    assert len(rows) == 16
     for name, option in common.items():
         default = "" if option.default is None or option.kind == "flag" else str(option.default)
         assert rows[name][0] == default, name

@@ -88,6 +88,13 @@ def test_wall_clock_amounts_are_seconds():
 
 # ---- what is refused -------------------------------------------------------------------------------------------
 
+
+def _hsdp(workers: int, each: int | None) -> TrainConfig:
+    return TrainConfig(
+        parallel=ParallelOptions(strategy="hsdp"), scaling=ScalingOptions(max_workers=workers, workers_per_node=each)
+    )
+
+
 REFUSED = [
     (lambda: RunOptions(name="../x"), "--run.name", "'../x'", "letters"),
     (lambda: RunOptions(name="a..b"), "--run.name", "'a..b'", "letters"),
@@ -119,7 +126,11 @@ REFUSED = [
     (lambda: OptimOptions(final_lr=1.5), "--optim.final-lr", "1.5", "0 to 1"),
     (lambda: OptimOptions(final_lr=math.nan), "--optim.final-lr", "nan", "0 to 1"),
     (lambda: OptimOptions(clip_norm=0.0), "--optim.clip-norm", "0.0", "above 0"),
-    (lambda: PrecisionOptions(autocast="fp16"), "--precision.autocast", "'fp16'", "off, bf16"),
+    (lambda: PrecisionOptions(autocast="fp8"), "--precision.autocast", "'fp8'", "off, bf16, fp16"),
+    (lambda: PrecisionOptions(param_dtype="fp8"), "--precision.param-dtype", "'fp8'", "off, bf16, fp16"),
+    (lambda: PrecisionOptions("bf16", "bf16"), "--precision.param-dtype", "'bf16'", "--precision.autocast bf16"),
+    (lambda: PrecisionOptions(loss_scale=3.0), "--precision.loss-scale", "3.0", "power of two"),
+    (lambda: PrecisionOptions(loss_scale=0.5), "--precision.loss-scale", "0.5", "at least 1"),
     (lambda: PrecisionOptions(grad_compression="int8"), "--precision.grad-compression", "'int8'", "off, bf16"),
     (lambda: DataOptions(workers=-1), "--data.workers", "-1", "at least 0"),
     (lambda: DataOptions(prefetch=0), "--data.prefetch", "0", "at least 1"),
@@ -130,10 +141,45 @@ REFUSED = [
     (lambda: ScalingOptions(accelerator="tpu"), "--scaling.accelerator", "'tpu'", "auto, cpu, gpu"),
     (lambda: ScalingOptions(cpus_per_worker=0), "--scaling.cpus-per-worker", "0", "at least 1"),
     (lambda: ScalingOptions(workers_per_node=0), "--scaling.workers-per-node", "0", "at least 1"),
-    (lambda: ParallelOptions(strategy="fsdp"), "--parallel.strategy", "'fsdp'", "ddp"),
+    (lambda: ParallelOptions(strategy="zero"), "--parallel.strategy", "'zero'", "ddp, fsdp, hsdp"),
+    (lambda: ParallelOptions(prefetch=-1), "--parallel.prefetch", "-1", "at least 0"),
+    (lambda: ParallelOptions(offload=True), "--parallel.offload", "True", "leave it out"),
+    (lambda: _hsdp(4, None), "--parallel.strategy", "'hsdp'", "--scaling.workers-per-node"),
+    (lambda: _hsdp(2, 2), "--parallel.strategy", "'hsdp'", "fsdp, or at least 4 workers"),
+    (lambda: _hsdp(5, 2), "--parallel.strategy", "'hsdp'", "multiple of 2"),
+    (
+        lambda: TrainConfig(precision=PrecisionOptions(param_dtype="bf16")),
+        "--precision.param-dtype", "'bf16'", "--precision.autocast",
+    ),
+    (
+        lambda: TrainConfig(
+            run=RunOptions(exactness="bitwise"), precision=PrecisionOptions(param_dtype="bf16"),
+            parallel=ParallelOptions(strategy="fsdp"),
+        ),
+        "--precision.param-dtype", "'bf16'", "--run.exactness fast",
+    ),
+    (
+        lambda: TrainConfig(
+            parallel=ParallelOptions(strategy="fsdp", offload=True), scaling=ScalingOptions(accelerator="cpu")
+        ),
+        "--parallel.offload", "'cpu'", "leave it out",
+    ),
+    (
+        lambda: TrainConfig(
+            parallel=ParallelOptions(strategy="fsdp", offload=True), run=RunOptions(exactness="bitwise")
+        ),
+        "--parallel.offload", "bitwise", "--run.exactness fast",
+    ),
     (lambda: ParallelOptions(bucket_mb=0), "--parallel.bucket-mb", "0", "at least 1"),
     (lambda: EvalOptions(every="1h"), "--eval.every", "'1h'", "unit"),
     (lambda: CheckpointOptions(every="often"), "--checkpoint.every", "'often'", "unit"),
+    (lambda: CheckpointOptions(when_busy="stop"), "--checkpoint.when-busy", "'stop'", "wait, delay, skip"),
+    (lambda: CheckpointOptions(keep_every="1h"), "--checkpoint.keep-every", "'1h'", "unit"),
+    (lambda: CheckpointOptions(keep_best=-1), "--checkpoint.keep-best", "-1", "at least 0"),
+    (lambda: CheckpointOptions(best_metric="loss"), "--checkpoint.best-metric", "'loss'", "eval/loss"),
+    (lambda: CheckpointOptions(init_from=" "), "--checkpoint.init-from", "' '", "leave it out"),
+    (lambda: CheckpointOptions(init_partial=True), "--checkpoint.init-partial", "True", "init-from too"),
+    (lambda: CheckpointOptions(best_mode="most"), "--checkpoint.best-mode", "'most'", "min, max"),
     (lambda: CheckpointOptions(keep_last=0), "--checkpoint.keep-last", "0", "at least 1"),
     (lambda: RecoveryOptions(snapshot_every="5st"), "--recovery.snapshot-every", "'5st'", "leave it off"),
     (lambda: RecoveryOptions(hang_timeout="5ep"), "--recovery.hang-timeout", "'5ep'", "s, min or h"),
@@ -163,7 +209,11 @@ def test_a_refusal_names_the_option_its_value_and_the_fix(make, option, value, f
 
 
 def test_every_option_that_can_be_wrong_has_a_refusal_above():
-    free = {"run.take-over", "run.allow-change", "parallel.find-unused", "observe.tensorboard", "cluster.address"}
+    free = {
+        "run.take-over", "run.allow-change", "parallel.find-unused", "observe.tensorboard", "cluster.address",
+        "parallel.compile", "parallel.activation-checkpointing", "parallel.reshard-after-forward",
+        "parallel.blocks",  # refused when the model is known
+    }  # fmt: skip
     refused = {option.removeprefix("--") for _, option, _, _ in REFUSED}
 
     missing = {name for name, _ in _all_options()} - refused - free
@@ -266,22 +316,30 @@ OTHER_VALUES = {
     "optim.schedule": "cosine", "optim.warmup": "5st", "optim.final-lr": 0.2, "optim.clip-norm": 1.0,
     "precision.autocast": "bf16", "precision.grad-compression": "bf16", "data.workers": 1, "data.prefetch": 3,
     "scaling.min-workers": 2, "scaling.max-workers": 3, "scaling.accelerator": "cpu", "scaling.cpus-per-worker": 2,
-    "scaling.workers-per-node": 1, "scaling.spares": 1, "parallel.bucket-mb": 1,
-    "parallel.find-unused": True, "eval.every": "1ep", "checkpoint.every": "1ep", "checkpoint.keep-last": 1,
-    "recovery.hang-timeout": "1min", "recovery.lease": "1min", "recovery.max-wait": "1h", "observe.log-every": 1.0,
-    "observe.tensorboard": False, "observe.price": 1.0, "cluster.address": "auto", "cluster.local-nodes": 2,
+    "scaling.workers-per-node": 1, "scaling.spares": 1, "parallel.strategy": "fsdp", "parallel.bucket-mb": 1,
+    "parallel.find-unused": True, "parallel.blocks": ("Block",), "parallel.prefetch": 1, "parallel.offload": True,
+    "parallel.reshard-after-forward": False, "parallel.activation-checkpointing": True, "parallel.compile": True,
+    "precision.param-dtype": "bf16", "precision.loss-scale": 2.0, "eval.every": "1ep", "checkpoint.every": "1ep",
+    "checkpoint.keep-last": 1, "checkpoint.when-busy": "skip", "checkpoint.keep-every": "1ep",
+    "checkpoint.keep-best": 1, "checkpoint.best-metric": "eval/accuracy", "checkpoint.best-mode": "max",
+    "checkpoint.init-from": "w.safetensors", "recovery.hang-timeout": "1min", "recovery.lease": "1min",
+    "recovery.max-wait": "1h", "observe.log-every": 1.0, "observe.tensorboard": False, "observe.price": 1.0,
+    "cluster.address": "auto", "cluster.local-nodes": 2,
 }  # fmt: skip
-ONE_VALUE = {"parallel.strategy", "recovery.snapshot-every"}  # nothing else is valid yet
+ONE_VALUE = {"recovery.snapshot-every"}  # nothing else is valid yet
+ONE_VALUE |= {"checkpoint.init-partial"}  # valid only beside another option
+SHARDED_ONLY = {"precision.param-dtype", "parallel.offload"}
 RESULT = {
     "run.duration", "run.seed", "run.exactness", "run.on-nonfinite", "batch.global-size", "batch.microbatches",
     "optim.schedule", "optim.warmup", "optim.final-lr", "optim.clip-norm", "precision.autocast",
-    "precision.grad-compression",
+    "precision.grad-compression", "precision.param-dtype", "precision.loss-scale", "parallel.compile",
+    "checkpoint.init-from",
 }  # fmt: skip
 
 
 def _changed(name: str, value: object) -> TrainConfig:
     part, _, field = name.replace("-", "_").partition(".")
-    config = TrainConfig()
+    config = TrainConfig(parallel=ParallelOptions(strategy="fsdp")) if name in SHARDED_ONLY else TrainConfig()
     return dataclasses.replace(config, **{part: dataclasses.replace(getattr(config, part), **{field: value})})
 
 

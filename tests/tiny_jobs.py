@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import elastic
-from elastic import BatchOptions, OptimOptions, RunOptions, ScalingOptions, TrainConfig
+from elastic import BatchOptions, CheckpointOptions, OptimOptions, RunOptions, ScalingOptions, TrainConfig
 
 FEATURES, CLASSES = 6, 3
 
@@ -18,6 +18,7 @@ CONFIG = TrainConfig(
     run=RunOptions(duration="12st"),
     batch=BatchOptions(global_size=30, microbatches=10),
     optim=OptimOptions(schedule="cosine", warmup="3st", clip_norm=0.5),
+    checkpoint=CheckpointOptions(when_busy="wait"),  # steps take milliseconds: checkpoints are at the steps asked for
     scaling=ScalingOptions(max_workers=4, accelerator="cpu"),
 )
 
@@ -159,13 +160,12 @@ class Everything(Plain):
                 h = self.dropout(h + self.tied_again(torch.tanh(self.tied(h))) + self.frozen(h))
                 return self.last(h + self.sometimes(h) if sometimes else h)
 
-        network = Network(self.width)
-        self.ema, self.updates = network.last.weight.detach().clone(), 0
-        return network
+        return Network(self.width)
 
     def optimizer(self, model):
         import torch
 
+        self.ema, self.updates = model.last.weight.detach().clone(), 0
         groups = [
             {"params": [p for p in model.parameters() if p.dim() > 1], "weight_decay": 0.1},
             {"params": [p for p in model.parameters() if p.dim() <= 1], "weight_decay": 0.0, "lr": 2 * self.lr},
@@ -193,6 +193,54 @@ class Everything(Plain):
 
         with torch.no_grad():
             return f"class {int(model(torch.ones(1, FEATURES), sometimes=True).argmax())}"
+
+
+@dataclass
+class Deep(Plain):
+    """Blocks that are gathered one by one: normalisation and dropout in each, embeddings tied around them, a frozen
+    half, a parameter with fewer rows than workers, and sizes that no number of workers divides."""
+
+    width: int = field(default=10, metadata={"help": "hidden units"})
+    depth: int = field(default=2, metadata={"help": "blocks"})
+    blocks_named: str = field(default="", metadata={"help": "class of the blocks"})
+
+    def __post_init__(self):
+        self.blocks = (self.blocks_named,) if self.blocks_named else ()
+
+    def model(self):
+        import torch
+        from torch import nn
+        from torch.nn import functional
+
+        class Block(nn.Module):
+            def __init__(self, w: int):
+                super().__init__()
+                self.norm = nn.BatchNorm1d(w)
+                self.up, self.down = nn.Linear(w, 2 * w + 1), nn.Linear(2 * w + 1, w)
+                self.fixed = nn.Linear(w, w).requires_grad_(False)
+                self.gain = nn.Parameter(torch.ones(1))
+                self.dropout = nn.Dropout(0.1)
+
+            def forward(self, x):
+                h = self.norm(x)
+                return x + self.gain * self.dropout(self.down(functional.gelu(self.up(h)))) + 0.1 * self.fixed(h)
+
+        class Network(nn.Module):
+            def __init__(self, w: int, depth: int):
+                super().__init__()
+                self.embed = nn.Linear(FEATURES, w, bias=False)
+                self.layers = nn.ModuleList(Block(w) for _ in range(depth))
+                self.last = nn.Linear(w, CLASSES)
+                nn.init.orthogonal_(self.embed.weight)
+                nn.init.trunc_normal_(self.last.weight, std=0.2)
+
+            def forward(self, x):
+                h = functional.linear(x, self.embed.weight)
+                for layer in self.layers:
+                    h = layer(h)
+                return self.last(h + functional.linear(functional.linear(h, self.embed.weight.t()), self.embed.weight))
+
+        return Network(self.width, self.depth)
 
 
 class BrokenModel(Plain):

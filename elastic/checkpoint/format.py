@@ -1,44 +1,54 @@
-"""The manifest of a checkpoint: plain JSON, validated before anything in it is believed. No pickle anywhere.
+"""The manifest of a checkpoint: plain JSON, validated before anything in it is believed. No pickle, and no torch.
 
-checkpoints/step-00000120/<epoch>-<n>-<id>/rank-0003.pack   raw little-endian bytes, tensors 64-byte aligned
+checkpoints/step-00000120/<epoch>-<n>-<id>/rank-0003.pack   raw little-endian bytes of boxes of tensors
 checkpoints/step-00000120/<epoch>-<n>-<id>/manifest.json    written last, create-if-absent: that is the commit
+
+Format 2 has its own checksum as its first entry. For each block it has, beside the xxh3_128, a crc32: those of parts
+can be combined, so readers that each need a part of a block verify it together. A chunk may lie in a pack of an
+earlier checkpoint. Format 1 had none of this.
 """
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 import re
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import torch
 import xxhash
 
+from elastic.checkpoint.tiling import Box, tiles
 from elastic.errors import CheckpointError
 
-FORMAT = 1
-ALIGNMENT = 64
+FORMAT = 2
+READABLE = (1, 2)
 BLOCK_BYTES = 16 << 20
 MAX_MANIFEST_BYTES = 256 << 20
+MAX_NAME = 1000
+MAX_DIMS = 32
 FOLDER = "checkpoints"
-ATTEMPT = re.compile(r"^(\d+)-(\d+)-([A-Za-z0-9]+)\Z")
-_PACK = re.compile(r"^rank-\d{4,}\.pack\Z")
-_STEP = re.compile(r"^step-(\d{8,})\Z")
+MANIFEST = "manifest.json"
+ATTEMPT = re.compile(r"^(\d{1,9})-(\d{1,9})-([A-Za-z0-9]{1,40})\Z")
+_PACK = re.compile(r"^(step-\d{8,18}/\d{1,9}-\d{1,9}-[A-Za-z0-9]{1,40}/)?rank-\d{4,9}\.pack\Z")
+_STEP = re.compile(r"^step-(\d{8,18})\Z")
+_SEAL = re.compile(rb'\{"checksum": "([0-9a-f]{32})", ')
+_XXH3 = re.compile(r"^[0-9a-f]{32}\Z")
 
-DTYPES = {
-    str(d).removeprefix("torch."): d
-    for d in (
-        torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16,
-        torch.int8, torch.uint8, torch.bool, torch.complex64, torch.complex128,
-    )
+#: Bytes of an element, by the name of its dtype.
+ITEM_BYTES = {
+    "float32": 4, "float64": 8, "float16": 2, "bfloat16": 2, "int64": 8, "int32": 4, "int16": 2, "int8": 1, "uint8": 1,
+    "bool": 1, "complex64": 8, "complex128": 16, "float8_e4m3fn": 1, "float8_e5m2": 1,
 }  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """A box of a tensor and where its bytes lie: `pack[start:end]`, one xxh3_128 for each block of BLOCK_BYTES."""
+    """A box of a tensor and where its bytes lie: `pack[start:end]`.
+
+    Each block of BLOCK_BYTES has an xxh3_128 in `hashes` and a crc32 in `crcs` (none in format 1). `pack` is a name in
+    the checkpoint's own folder, or `step-.../<attempt>/<name>` of the checkpoint that wrote the same bytes before.
+    """
 
     offsets: tuple[int, ...]
     sizes: tuple[int, ...]
@@ -46,6 +56,11 @@ class Chunk:
     start: int
     end: int
     hashes: tuple[str, ...]
+    crcs: tuple[int, ...] = ()
+
+    @property
+    def box(self) -> Box:
+        return Box(self.offsets, self.sizes)
 
 
 @dataclass(frozen=True)
@@ -56,10 +71,18 @@ class TensorEntry:
     shape: tuple[int, ...]
     chunks: tuple[Chunk, ...]
 
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * ITEM_BYTES[self.dtype]
+
 
 @dataclass(frozen=True)
 class Manifest:
-    """Everything of a checkpoint that is not tensor bytes."""
+    """Everything of a checkpoint that is not tensor bytes.
+
+    `metrics` are those of the evaluation at this step. `nonce` is drawn for each commit: who reads it back knows whose
+    commit it was.
+    """
 
     step: int
     seed: int
@@ -67,10 +90,36 @@ class Manifest:
     world: dict[str, Any]
     values: dict[str, Any]
     tensors: dict[str, TensorEntry] = field(default_factory=dict)
+    metrics: dict[str, float] = field(default_factory=dict)
+    nonce: str = ""
     format: int = FORMAT
 
     def to_json(self) -> bytes:
-        return json.dumps(asdict(self), sort_keys=True).encode()
+        return seal(json.dumps(asdict(self), sort_keys=True).encode())
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(entry.nbytes for entry in self.tensors.values())
+
+    def packs(self, folder: str) -> dict[str, int]:
+        """Every object that this checkpoint, which lies in `folder`, reads from, and the least size it must have."""
+        found: dict[str, int] = {}
+        for entry in self.tensors.values():
+            for chunk in entry.chunks:
+                path = pack_path(folder, chunk.pack)
+                found[path] = max(found.get(path, 0), chunk.end)
+        return found
+
+
+def seal(data: bytes) -> bytes:
+    """A JSON object with the xxh3_128 of its other bytes as its first entry."""
+    return b'{"checksum": "%s", %s' % (xxhash.xxh3_128_hexdigest(data).encode(), data[1:])
+
+
+def _is_sealed(data: bytes) -> bool:
+    match = _SEAL.match(data)
+    return match is not None and xxhash.xxh3_128_hexdigest(b"{" + data[match.end() :]).encode() == match[1]
 
 
 def step_folder(step: int) -> str:
@@ -81,99 +130,145 @@ def attempt_folder(step: int, attempt: str) -> str:
     return f"{step_folder(step)}/{attempt}"
 
 
+def pack_path(folder: str, pack: str) -> str:
+    """Where a chunk's pack lies, as the checkpoint in `folder` names it."""
+    if "/" in pack:
+        return f"{FOLDER}/{pack}"
+    return f"{folder}/{pack}" if folder else pack
+
+
 def parse_step(name: str) -> int | None:
     """The step of a folder name, or None if it is something else's."""
     match = _STEP.match(name)
     return int(match[1]) if match else None
 
 
-def hash_blocks(data: memoryview) -> tuple[str, ...]:
-    """xxh3_128 of each block of BLOCK_BYTES."""
-    return tuple(xxhash.xxh3_128_hexdigest(data[i : i + BLOCK_BYTES]) for i in range(0, max(len(data), 1), BLOCK_BYTES))
+def block_count(length: int) -> int:
+    """Blocks of a chunk of `length` bytes; an empty one has one, which is empty."""
+    return max(1, -(-length // BLOCK_BYTES))
 
 
 def check_name(name: str) -> None:
     """Refuse tensor names that could climb out of the folder or mean something to a URL.
 
     Raises:
-        CheckpointError: the name is absolute, has an empty or `..` part, or control characters.
+        CheckpointError: the name is absolute or very long, has an empty or `..` part, or control characters.
     """
     parts = name.split("/")
-    if not name or "://" in name or any(p in ("", ".", "..") for p in parts) or any(ord(c) < 32 for c in name):
-        raise CheckpointError(f"tensor name {name!r} is not a plain relative name")
+    plain = name and len(name) <= MAX_NAME and "://" not in name
+    if not plain or any(p in ("", ".", "..") for p in parts) or any(ord(c) < 32 for c in name):
+        raise CheckpointError(f"tensor name {name[:MAX_NAME]!r} is not a plain relative name")
+
+
+# ---- reading -------------------------------------------------------------------------------------------------------
 
 
 def parse_manifest(data: bytes, where: str) -> Manifest:
-    """Read and validate a manifest.
+    """Read and validate a manifest. Time and memory are bounded by a constant times its size.
 
     Raises:
         CheckpointError: a newer format, or anything in it that cannot be true.
     """
     if len(data) > MAX_MANIFEST_BYTES:
-        raise CheckpointError(f"{where} has {len(data)} bytes, more than a manifest can have")
+        raise CheckpointError(f"{where} has more than {MAX_MANIFEST_BYTES} bytes, more than a manifest can have")
     try:
         raw = json.loads(data)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{where} is not JSON: {error}") from error
     try:
-        if not isinstance(raw, dict):
-            raise CheckpointError(f"{where} is not a JSON object")
-        if raw.get("format") != FORMAT:
-            raise CheckpointError(
-                f"{where} has format {raw.get('format')!r}, this version reads {FORMAT}; install a newer elastic-train"
-            )
-        tensors = {name: _tensor(name, entry) for name, entry in raw["tensors"].items()}
-        manifest = Manifest(
-            int(raw["step"]), int(raw["seed"]), str(raw["config_digest"]), dict(raw["world"]), dict(raw["values"]),
-            tensors,
-        )  # fmt: skip
+        manifest = _manifest(raw, where)
     except CheckpointError as error:
         raise CheckpointError(f"{where}: {error}") from error
-    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
-        raise CheckpointError(f"{where} does not say what a manifest says: {error!r}") from error
-    if manifest.step < 0:
-        raise CheckpointError(f"{where} has step {manifest.step}")
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
+        raise CheckpointError(f"{where} does not say what a manifest says: {error!r}"[:1000]) from error
+    if manifest.format > 1 and not _is_sealed(data):
+        raise CheckpointError(f"{where} has other bytes than were written")
     return manifest
 
 
-def _tensor(name: str, raw: dict[str, Any]) -> TensorEntry:
-    check_name(name)
-    dtype, shape = raw["dtype"], tuple(map(int, raw["shape"]))
-    if dtype not in DTYPES:
-        raise CheckpointError(f"tensor {name!r} has the unknown dtype {dtype!r}")
-    item = DTYPES[dtype].itemsize
-    if any(s < 0 for s in shape) or math.prod(max(s, 1) for s in shape) * item >= 1 << 63:
-        raise CheckpointError(f"tensor {name!r} has the shape {shape}")
-    chunks = []
-    for c in raw["chunks"]:
-        chunk = Chunk(
-            tuple(map(int, c["offsets"])), tuple(map(int, c["sizes"])), str(c["pack"]), int(c["start"]),
-            int(c["end"]), tuple(map(str, c["hashes"])),
-        )  # fmt: skip
-        if not _PACK.match(chunk.pack):
-            raise CheckpointError(f"tensor {name!r} names the pack {chunk.pack!r}")
-        inside = len(chunk.offsets) == len(chunk.sizes) == len(shape) and all(
-            o >= 0 and s >= 0 and o + s <= n for o, s, n in zip(chunk.offsets, chunk.sizes, shape)
+def _manifest(raw: Any, where: str) -> Manifest:
+    if not isinstance(raw, dict):
+        raise CheckpointError("it is not a JSON object")
+    version = raw.get("format")
+    if type(version) is not int or version not in READABLE:
+        raise CheckpointError(
+            f"{where} has format {str(version)[:100]}, this version reads {' and '.join(map(str, READABLE))}; "
+            "install a newer elastic-train"
         )
-        if not inside:
-            raise CheckpointError(f"tensor {name!r} has a chunk outside its shape {shape}")
-        length = chunk.end - chunk.start
-        if chunk.start < 0 or length != math.prod(chunk.sizes) * item:
-            raise CheckpointError(f"tensor {name!r} has a chunk of {length} bytes that should have another length")
-        if len(chunk.hashes) != max(1, -(-length // BLOCK_BYTES)):
-            raise CheckpointError(f"tensor {name!r} has a chunk with {len(chunk.hashes)} block hashes")
-        chunks.append(chunk)
-    whole = sum(math.prod(c.sizes) for c in chunks) == math.prod(shape)
-    if not whole or any(_overlap(a, b) for a, b in itertools.combinations(chunks, 2)):
+    step = _int(raw["step"])
+    if step < 0:
+        raise CheckpointError(f"it has step {step}")
+    tensors = {name: _tensor(name, entry, version) for name, entry in raw["tensors"].items()}
+    metrics = {_text(k): float(_number(v)) for k, v in raw.get("metrics", {}).items()}
+    for part in ("world", "values"):
+        if not isinstance(raw[part], dict):
+            raise CheckpointError(f"its {part} is a {type(raw[part]).__name__}, not an object")
+    return Manifest(
+        step, _int(raw["seed"]), _text(raw["config_digest"]), raw["world"], raw["values"], tensors, metrics,
+        _text(raw.get("nonce", "")), version,
+    )  # fmt: skip
+
+
+def _tensor(name: str, raw: Any, version: int) -> TensorEntry:
+    check_name(name)
+    dtype, shape = raw["dtype"], _ints(raw["shape"])
+    if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
+        raise CheckpointError(f"tensor {name!r} has the unknown dtype {str(dtype)[:100]!r}")
+    item = ITEM_BYTES[dtype]
+    if len(shape) > MAX_DIMS or any(s < 0 for s in shape) or math.prod(max(s, 1) for s in shape) * item >= 1 << 63:
+        raise CheckpointError(f"tensor {name!r} has the shape {str(shape)[:200]}")
+    chunks = tuple(_chunk(name, c, shape, item, version) for c in raw["chunks"])
+    if not tiles([c.box for c in chunks], shape):
         raise CheckpointError(f"tensor {name!r} is not tiled by its chunks")
-    return TensorEntry(dtype, shape, tuple(chunks))
+    return TensorEntry(dtype, shape, chunks)
 
 
-def _overlap(a: Chunk, b: Chunk) -> bool:
-    return all(max(p, q) < min(p + m, q + n) for p, m, q, n in zip(a.offsets, a.sizes, b.offsets, b.sizes))
+def _chunk(name: str, raw: Any, shape: tuple[int, ...], item: int, version: int) -> Chunk:
+    offsets, sizes = _ints(raw["offsets"]), _ints(raw["sizes"])
+    pack, start, end = _text(raw["pack"]), _int(raw["start"]), _int(raw["end"])
+    hashes = tuple(map(_text, _list(raw["hashes"])))
+    crcs = _ints(raw["crcs"]) if version > 1 else ()
+    if not _PACK.match(pack) or (version == 1 and "/" in pack):
+        raise CheckpointError(f"tensor {name!r} names the pack {pack[:200]!r}")
+    inside = len(offsets) == len(sizes) == len(shape) and all(
+        o >= 0 and s >= 0 and o + s <= n for o, s, n in zip(offsets, sizes, shape)
+    )
+    if not inside:
+        raise CheckpointError(f"tensor {name!r} has a chunk outside its shape {shape}")
+    length = end - start
+    if start < 0 or end >= 1 << 63 or length != math.prod(sizes) * item:
+        raise CheckpointError(f"tensor {name!r} has a chunk of {length} bytes that should have another length")
+    blocks = block_count(length)
+    if len(hashes) != blocks or not all(map(_XXH3.match, hashes)):
+        raise CheckpointError(f"tensor {name!r} has a chunk with {len(hashes)} block hashes, or what are none")
+    if version > 1 and (len(crcs) != blocks or not all(0 <= c < 1 << 32 for c in crcs)):
+        raise CheckpointError(f"tensor {name!r} has a chunk with {len(crcs)} block checksums, or what are none")
+    return Chunk(offsets, sizes, pack, start, end, hashes, crcs)
 
 
-def tensor_bytes(tensor: torch.Tensor) -> memoryview:
-    """The tensor's little-endian bytes, without a copy where it is contiguous on the CPU."""
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy().data)
+def _int(value: Any) -> int:
+    if type(value) is not int:
+        raise TypeError(f"{str(value)[:100]!r} should be a whole number")
+    return value
+
+
+def _number(value: Any) -> float:
+    if type(value) not in (int, float):
+        raise TypeError(f"{str(value)[:100]!r} should be a number")
+    return value
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{str(value)[:100]!r} should be a text")
+    return value
+
+
+def _list(value: Any) -> list[Any]:
+    if not isinstance(value, list):
+        raise TypeError(f"{str(value)[:100]!r} should be a list")
+    return value
+
+
+def _ints(value: Any) -> tuple[int, ...]:
+    return tuple(map(_int, _list(value)))

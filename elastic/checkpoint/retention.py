@@ -1,27 +1,170 @@
-"""Which checkpoints to keep."""
+"""Which checkpoints to keep, and removing the others without ever listing a torn one."""
 
 from __future__ import annotations
 
-from elastic.checkpoint.format import step_folder
-from elastic.checkpoint.reader import newest_first
+import contextlib
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from elastic import fault
+from elastic.checkpoint.format import ATTEMPT, FOLDER, MANIFEST, attempt_folder, parse_step, step_folder
+from elastic.checkpoint.reader import Committed, attempts, newest_first, read_manifest, steps_with_attempts
+from elastic.checkpoint.transfer import sweep_uploads
+from elastic.errors import CheckpointError
 from elastic.storage import Storage
 
+PINS = f"{FOLDER}/pins"
 
-def to_remove(committed: list[int], attempted: list[int], keep_last: int) -> list[int]:
-    """Steps whose folders can go: all but the newest `keep_last` committed ones, and nothing newer than those.
 
-    Folders without a commit go once a newer step is committed: nobody writes to them any more.
-    """
-    kept = set(sorted(set(committed), reverse=True)[: max(1, keep_last)])
-    if not kept:
+@dataclass(frozen=True)
+class Policy:
+    """What is kept: the newest `last`, every one at a multiple of `every` steps, the `best` by a metric, and pins."""
+
+    last: int = 3
+    every: int | None = None
+    best: int = 0
+    metric: str = "eval/loss"
+    mode: Literal["min", "max"] = "min"
+
+
+@dataclass(frozen=True)
+class Known:
+    """What a manifest says that matters here: its metrics, and the objects of other checkpoints that it reads."""
+
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    elsewhere: frozenset[str] = frozenset()
+
+
+def to_keep(
+    committed: Sequence[Committed], metrics: Mapping[Committed, Mapping[str, float]], pins: Collection[int],
+    policy: Policy,
+) -> set[Committed]:  # fmt: skip
+    """Which of the committed checkpoints, given newest first, are kept. Of a step, only its newest attempt can be."""
+    newest: dict[int, Committed] = {}
+    for checkpoint in committed:
+        newest.setdefault(checkpoint.step, checkpoint)
+    steps = sorted(newest, reverse=True)
+    kept = set(steps[: max(1, policy.last)]) | (set(pins) & set(steps))
+    if policy.every:
+        kept |= {s for s in steps if s % policy.every == 0}
+    scored = [(metrics.get(newest[s], {}).get(policy.metric), s) for s in steps]
+    sign = 1 if policy.mode == "min" else -1
+    ranked = sorted((sign * value, -s) for value, s in scored if value is not None and value == value)
+    kept |= {-s for _, s in ranked[: policy.best]}
+    return {newest[s] for s in kept}
+
+
+def to_remove(newest: Committed | None, kept: Collection[Committed], found: Collection[Committed]) -> list[Committed]:
+    """The attempts to remove, of those `found`, committed or not: nothing that the newest may be followed by."""
+    if newest is None:
         return []
-    return [s for s in attempted if s not in kept and s < max(kept)]
+    return sorted((a for a in found if a not in kept and _order(a) < _order(newest)), key=_order)
 
 
-def prune(storage: Storage, attempted: list[int], keep_last: int) -> list[int]:
-    """Remove what `to_remove` names; returns the steps removed. Only the keeper of a live run calls this."""
-    committed = [c.step for c in newest_first(storage)]
-    gone = to_remove(committed, attempted, keep_last)
-    for step in gone:
-        storage.remove(step_folder(step))
-    return gone
+def _order(attempt: Committed) -> tuple[int, int, int, str]:
+    match = ATTEMPT.match(attempt.attempt)
+    assert match is not None
+    return attempt.step, int(match[1]), int(match[2]), attempt.attempt
+
+
+class Retention:
+    """Prunes a run's checkpoints by a policy; remembers manifests, which never change. One at a time, one process.
+
+    Of a live run only its keeper may call this, between commits.
+    """
+
+    def __init__(self, storage: Storage, policy: Policy):
+        self._storage, self._policy = storage, policy
+        self._known: dict[Committed, Known] = {}
+
+    def plan(self) -> tuple[list[Committed], set[str]]:
+        """The attempts to remove, and the objects in them that must stay because kept checkpoints read them."""
+        storage = self._storage
+        committed = list(newest_first(storage))
+        if not committed:
+            return [], set()
+        if self._policy.best:
+            for checkpoint in committed:
+                self._know(checkpoint)
+        metrics = {c: k.metrics for c, k in self._known.items()}
+        kept = to_keep(committed, metrics, pins(storage), self._policy)
+        found = {Committed(s, a) for s in steps_with_attempts(storage) for a in attempts(storage, s)}
+        gone = to_remove(committed[0], kept, found | set(committed))
+        # Removed manifests stop counting, so what only they refer to may go too.
+        staying = [c for c in committed if c not in gone]
+        return gone, set().union(*(self._know(c).elsewhere for c in staying))
+
+    def prune(self) -> list[Committed]:
+        """Remove what `plan` says, and unfinished uploads of attempts that are over; returns what was removed.
+
+        The manifest goes first, so that whatever interrupts this, no checkpoint is listed that lacks a pack.
+        """
+        storage = self._storage
+        gone, needed = self.plan()
+        for attempt in gone:
+            storage.remove(f"{attempt.folder}/{MANIFEST}")
+            self._known.pop(attempt, None)
+            fault.point("prune.after_manifest", -1, attempt.step)
+        removed = []
+        for attempt in gone:
+            names = storage.names(attempt.folder)
+            staying = [n for n in names if f"{attempt.folder}/{n}" in needed]
+            if not staying:
+                storage.remove(attempt.folder)
+            for name in set(names) - set(staying) if staying else ():
+                storage.remove(f"{attempt.folder}/{name}")
+            if len(staying) < len(names):
+                removed.append(attempt)
+        for step in {a.step for a in gone}:
+            if not storage.names(step_folder(step)):
+                storage.remove(step_folder(step))
+        newest = next(newest_first(storage), None)
+        if newest is not None:
+            sweep_uploads(storage, FOLDER, keep=lambda name: not _is_over(name, newest))
+        return removed
+
+    def _know(self, checkpoint: Committed) -> Known:
+        if checkpoint not in self._known:
+            known = Known()
+            with contextlib.suppress(CheckpointError):  # what cannot be read has no metrics and needs nothing
+                manifest = read_manifest(self._storage, checkpoint)
+                own = f"{checkpoint.folder}/"
+                elsewhere = frozenset(p for p in manifest.packs(checkpoint.folder) if not p.startswith(own))
+                known = Known(manifest.metrics, elsewhere)
+            self._known[checkpoint] = known
+        return self._known[checkpoint]
+
+
+def _is_over(name: str, newest: Committed) -> bool:
+    """Whether an object belongs to an attempt that is older than the newest committed one."""
+    parts = name.split("/")
+    step = parse_step(parts[1]) if len(parts) == 4 else None
+    if step is None or not ATTEMPT.match(parts[2]):
+        return False
+    return _order(Committed(step, parts[2])) < _order(newest)
+
+
+# ---- pins ----------------------------------------------------------------------------------------------------------
+
+
+def pins(storage: Storage) -> set[int]:
+    """Steps that nobody may remove."""
+    return {s for s in map(parse_step, storage.names(PINS)) if s is not None}
+
+
+def pin(storage: Storage, step: int) -> None:
+    """Keep the checkpoint of this step until it is unpinned.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    if not any(storage.exists(f"{attempt_folder(step, a)}/{MANIFEST}") for a in attempts(storage, step)):
+        raise CheckpointError(f"step {step} has no committed checkpoint in {storage.url}; see which there are with ls")
+    with contextlib.suppress(FileExistsError):
+        storage.create(f"{PINS}/{step_folder(step).rpartition('/')[2]}", b"{}")
+
+
+def unpin(storage: Storage, step: int) -> None:
+    """Let the checkpoint of this step go when its time comes."""
+    storage.remove(f"{PINS}/{step_folder(step).rpartition('/')[2]}")

@@ -4,7 +4,7 @@ A watcher thread holds the WebSocket and keeps beating while the training thread
 thread cannot: it acknowledges a broken world and frees whoever is blocked in it, shows the stacks, connects again when
 the server was restarted, and ends this worker's part when its lease is over. After a reconnection it says where the
 worker stands, and once the server knows, all that was not heard. Nothing the training thread calls here waits for the
-network, except `join`, `await_commit` and `close`.
+network, except `join` and `close`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import Any
 
 import aiohttp
 
-from elastic.errors import CheckpointError, FencedError, WorldBroken
+from elastic.errors import FencedError, WorldBroken
 from elastic.membership.messages import Failure
 from elastic.membership.outbox import Outbox
 from elastic.membership.protocol import BEAT_S, MAX_MESSAGE_BYTES
@@ -169,11 +169,17 @@ class WorkerLink:
         if report:  # else it is kept with the next heartbeat: waking the watcher costs the training thread
             self._wake()
 
-    def report_rows(self) -> None:
-        """This member reports the rows of the worlds before that are not in the ledger yet."""
-        assert self._assignment is not None, "a worker outside a world has no rows"
-        self._outbox.report(str(self._assignment.generation))
+    def report_rows(self, generation: Generation | None = None) -> None:
+        """This member reports the rows that are not in the ledger yet, under the present generation or the given."""
+        if generation is None:
+            assert self._assignment is not None, "a worker outside a world has no rows"
+            generation = self._assignment.generation
+        self._outbox.report(str(generation))
         self._wake()
+
+    def undone(self, step: int) -> None:
+        """The steps after this one are done again: their rows, if not in the ledger yet, are nobody's."""
+        self._outbox.undone(step)
 
     def unfit(self, message: str) -> None:
         """Tell the server why this worker cannot get ready."""
@@ -231,28 +237,12 @@ class WorkerLink:
         if self._over is not None:
             raise RunOver(self._over)
 
-    def await_commit(self, step: int, timeout_s: float) -> None:
-        """Wait until the checkpoint of `step` is committed.
-
-        Raises:
-            CheckpointError: it could not be committed, or nothing was heard of it within `timeout_s`.
-            WorldBroken: a member was lost meanwhile, so it never will be.
-        """
-        deadline = time.monotonic() + timeout_s
-        while True:
-            try:
-                commit = self._commits.get(timeout=0.1)
-            except queue.Empty:
-                self.check()
-                if time.monotonic() > deadline:
-                    raise CheckpointError(
-                        f"waited {timeout_s:.0f} s for the commit of the checkpoint of step {step}"
-                    ) from None
-                continue
-            if commit["step"] == step:
-                if commit["error"]:
-                    raise CheckpointError(commit["error"])
-                return
+    def next_commit(self, timeout_s: float = 0.0) -> dict[str, Any] | None:
+        """What was last said of a checkpoint that this world saves: its step, attempt and error, or None so far."""
+        try:
+            return self._commits.get(timeout=timeout_s) if timeout_s > 0 else self._commits.get_nowait()
+        except queue.Empty:
+            return None
 
     def close(self) -> None:
         """End the connection and its thread when all that was to be said has been heard, or the lease is over."""

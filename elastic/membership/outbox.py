@@ -46,6 +46,10 @@ class Outbox:
         """From now on this worker reports rows kept earlier: it says all that the ledger may lack."""
         self._queue.put(({"kind": "report", "generation": generation}, True))
 
+    def undone(self, step: int) -> None:
+        """Rows of later steps that the ledger lacks are not said any more: those steps are done again."""
+        self._queue.put(({"kind": "undone", "step": step}, False))
+
     # ---- the sending thread ------------------------------------------------------------------------------------
 
     @property
@@ -64,7 +68,9 @@ class Outbox:
                 self._reports = True
                 self._again = self._all_rows(message["generation"]) + self._again
                 return self.take()
-            if kind == "rows":
+            if kind == "undone":
+                self._rows = {key: row for key, row in self._rows.items() if key[1] <= message["step"]}
+            elif kind == "rows":
                 self._keep_rows(message["rows"])
             elif kind in _KEPT:
                 self._kept.append(message)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import nn
+
+from elastic.parallel.canonical import CanonicalSum
 
 
 class StepBuffers:
@@ -44,9 +47,42 @@ class StepBuffers:
             for name in self._kept if names is None else names:
                 self.named[name].copy_(self._kept[name][1])
 
+    @contextmanager
+    def still(self) -> Iterator[None]:
+        """Whatever is done to buffers inside is undone."""
+        kept = {name: buffer.detach().clone() for name, buffer in self.named.items()}
+        yield
+        for name, value in kept.items():
+            self.set(name, value)
+
     def set(self, name: str, value: torch.Tensor) -> None:
         with torch.no_grad():
             self.named[name].copy_(value)
+
+
+def reduce_moves(
+    buffers: StepBuffers, touched: list[str], after: list[dict[str, torch.Tensor]], indices: list[int],
+    sums: CanonicalSum, count: int,
+) -> None:  # fmt: skip
+    """Floating buffers move by the mean of their moves in each microbatch; integer buffers must have moved alike.
+
+    Args:
+        touched: buffers that any pass of the step changed, on any rank.
+        after, indices: what each of this rank's microbatches left in the buffers that it changed, and its index.
+        count: microbatches of the step.
+    """
+    before = {n: buffers.before(n) for n in touched}
+    floating = [n for n in touched if before[n].is_floating_point()]
+    whole = [n for n in touched if not before[n].is_floating_point()]
+    for index, changed in zip(indices, after):
+        for n in whole:
+            if not torch.equal(changed.get(n, before[n]), after[0].get(n, before[n])):
+                raise RuntimeError(f"buffer {n} took different values in two microbatches, so it has no one value")
+        sums.push(index, [changed[n] - before[n] if n in changed else torch.zeros_like(before[n]) for n in floating])
+    for n, move in zip(floating, sums.reduce() if floating else []):
+        buffers.set(n, before[n] + move / count)
+    for n in whole:
+        buffers.set(n, after[0].get(n, before[n]))
 
 
 def _running_statistics(model: nn.Module) -> set[str]:

@@ -7,6 +7,7 @@ gathered. All sums are element by element, so neither the bucket size nor the sl
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 import torch
@@ -29,7 +30,7 @@ class CanonicalSum:
     """Sums lists of tensors (one list a microbatch) over all ranks, in tree order.
 
     Args:
-        runs: the microbatches of each rank, as dealt.
+        runs: the microbatches of each rank, as dealt; strided ones are not summed before the exchange.
         bucket_bytes: temporary memory of the exchange is about three times this.
     """
 
@@ -37,9 +38,10 @@ class CanonicalSum:
         self._runs, self._rank, self._group, self._bucket_bytes = runs, rank, group, bucket_bytes
         self._sum: TreeSum[Tensors] = TreeSum(_add)
 
-    def push(self, microbatch: int, leaf: Tensors) -> None:
-        """Take the leaf of the next microbatch of this rank; its memory now belongs to the sum."""
-        self._sum.push((microbatch, 1), leaf)
+    def push(self, microbatch: int, leaf: Tensors, count: int = 1) -> None:
+        """Take the leaf of the next microbatch of this rank (or the sum of an aligned block of `count`); its memory
+        now belongs to the sum."""
+        self._sum.push((microbatch, count), leaf)
 
     def reduce(self) -> Tensors:
         """The sum over all ranks' leaves, equal on every rank."""
@@ -58,8 +60,10 @@ class CanonicalSum:
         world_size = len(self._runs)
         like = parts[0]
         length = sum(t.numel() for t in like)
+        if not length:
+            return list(like)
         width = -(-length // world_size)
-        block_lists: list[list[Block]] = [blocks(run) for run in self._runs]
+        block_lists: list[list[Block]] = [blocks(run) if run.step == 1 else [(i, 1) for i in run] for run in self._runs]
         counts = [len(b) for b in block_lists]
         send = like[0].new_zeros(world_size, len(parts), width)
         for i, part in enumerate(parts):
@@ -77,7 +81,8 @@ class CanonicalSum:
             group=self._group,
         )  # fmt: skip
         total: TreeSum[torch.Tensor] = TreeSum(lambda a, b: a.add_(b))
-        for block, piece in zip((b for bs in block_lists for b in bs), received.view(-1, width)):
+        pieces = zip((b for bs in block_lists for b in bs), received.view(-1, width))
+        for block, piece in sorted(pieces, key=lambda found: found[0]):
             total.push(block, piece)
         gathered = like[0].new_empty(world_size * width)
         all_gather_flat(gathered, total.total().contiguous(), group=self._group)
@@ -111,14 +116,21 @@ def canonical_norm(tensors: Tensors) -> torch.Tensor:
     Squares are summed within each row of dim 0 (measured: such sums are the same however rows are spread over
     ranks), and the row sums of all tensors then in float64.
     """
-    rows = [_row_sums(t * t) if t.dim() > 1 else (t * t).reshape(-1) for t in tensors if t.numel()]
-    return torch.cat([r.double() for r in rows]).sum().sqrt()
+    return torch.cat([row_sums(t) for t in tensors if t.numel()]).sum().sqrt()
 
 
-def _row_sums(squares: torch.Tensor) -> torch.Tensor:
-    """Sums within each row of dim 0, row after row; of a long row, one for each piece.
-
-    A piece is shorter than torch's grain (32,768): a longer row is summed by several threads if it is the only one.
-    """
+def row_sums(tensor: torch.Tensor) -> torch.Tensor:
+    """Sums of squares within each row of dim 0, row after row, float64 (`sums_per_row` for each row)."""
+    squares = tensor * tensor
+    if tensor.dim() <= 1:
+        return squares.reshape(-1).double()
+    if not tensor.numel():
+        return squares.new_empty(0, dtype=torch.float64)
+    # A piece is shorter than torch's grain (32,768): a longer row is summed by several threads if it is the only one.
     pieces = squares.reshape(squares.shape[0], -1).split(_PIECE, dim=1)
-    return torch.stack([piece.sum(1) for piece in pieces], dim=1).reshape(-1)
+    return torch.stack([piece.sum(1) for piece in pieces], dim=1).reshape(-1).double()
+
+
+def sums_per_row(shape: tuple[int, ...]) -> int:
+    """How many sums `row_sums` makes of each row of a tensor of this shape."""
+    return max(1, -(-math.prod(shape[1:]) // _PIECE))

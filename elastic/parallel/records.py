@@ -44,9 +44,9 @@ class Records:
     """Collects the rows of one rank's microbatches, then gathers those of all.
 
     Args:
-        run: the microbatches of each rank, as dealt.
+        runs: the microbatches of each rank, as dealt; together they are all, each once.
         rank: this rank.
-        buffer_words: 64-bit words of the mask of buffers that forward passes changed.
+        buffer_words: 64-bit words of the mask of what passes changed or used.
     """
 
     runs: list[range]
@@ -73,6 +73,14 @@ class Records:
         self._rows.append(torch.cat([torch.tensor([digests[0], *words], device=self.device), sums]))
         for digest in digests[1:]:
             self._rows.append(torch.tensor([digest] + [0] * (self.buffer_words + len(values)), device=self.device))
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def mark(self, mask: int) -> None:
+        """Set further bits of the mask."""
+        for i in range(self.buffer_words):
+            self._rows[-1][1 + i] |= _signed(mask >> (64 * i))
 
     def gather(self, group: dist.ProcessGroup | None) -> PendingRecord:
         """Start the all-gather; call `result` on what comes back after the backward pass."""
@@ -104,6 +112,8 @@ class PendingRecord:
             self.work.wait()
         host = self.everyone.cpu()
         rows = torch.cat([host[rank, : len(run)] for rank, run in enumerate(self.records.runs)])
+        order = [microbatch for run in self.records.runs for microbatch in run]
+        rows[order] = rows.clone()
         words = 1 + self.records.buffer_words
         sums = rows[:, words:].contiguous().view(torch.float64)
         total = tree_sum(list(sums.unbind(0)), torch.add).tolist()

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from elastic.parallel.buffers import StepBuffers
+from elastic.parallel.buffers import StepBuffers, reduce_moves
 from elastic.parallel.canonical import CanonicalSum, canonical_norm
 from elastic.parallel.records import PendingRecord, Records, StepRecord
 
@@ -34,15 +34,46 @@ _NO_BUFFER_SYNC: dict[str, Any] = {_SYNC_NAME if _KNOWS_NAME else "broadcast_buf
 
 @dataclass(frozen=True)
 class Pass:
-    """One forward/backward: its batch, its first microbatch, and the sample digest of each microbatch in it."""
+    """One forward/backward: its batch, its first microbatch, and the sample digest of each microbatch in it.
+
+    A padding pass repeats the one before, since others of the row still run theirs; it counts for nothing.
+    """
 
     batch: Any
     first: int
     digests: tuple[int, ...]
     last: bool
+    padding: bool = False
 
 
-class FastReplica:
+class _Replica:
+    """What both modes share."""
+
+    model: nn.Module
+    _loss: LossFunction
+    _buffers: StepBuffers
+    scale = 1.0  # factor on the loss of backward passes; the divisor that `run` returns contains it
+    recomputes = False  # backward passes run forward code again, which is not to move buffers twice
+
+    def gradients(self) -> list[torch.Tensor]:
+        """The gradients of all parameters that have one."""
+        return [p.grad for p in self.model.parameters() if p.grad is not None]
+
+    def has_finite_gradients(self, batch: Any) -> bool:
+        """Whether the gradients of a batch by itself are finite."""
+        self.model.zero_grad(set_to_none=True)
+        self._loss(self.model, batch)[0].backward()
+        return all(bool(torch.isfinite(g).all()) for g in self.gradients())
+
+    def reshard(self) -> None:
+        """Nothing is sharded."""
+
+    def undo_buffers(self) -> None:
+        """Put buffers back to what they were before the step's forward passes."""
+        self._buffers.undo()
+
+
+class FastReplica(_Replica):
     """Native DDP: gradients accumulate without synchronisation until the last pass of the step.
 
     Args:
@@ -88,33 +119,31 @@ class FastReplica:
                 records.add(loss, weight, metrics, one.digests)
                 if one.last:
                     pending = records.gather(None)
-                loss.backward()
+                with self._buffers.still() if self.recomputes else contextlib.nullcontext():
+                    (loss * self.scale if self.scale != 1 else loss).backward()
         assert pending is not None, "a rank without a microbatch"
         changed = [self._buffers.named[n] for n in self._buffers.changed_since(versions)]
         floating = [b for b in changed if b.is_floating_point()]
         if floating and self._world_size > 1:
-            _average(floating, self._world_size)
+            average(floating, self._world_size)
         began = time.perf_counter()
         record = pending.result()
         self.wait_s = time.perf_counter() - began
-        return record, record.weight / self._world_size
+        return record, record.weight * self.scale / self._world_size
 
     def norm(self, gradients: list[torch.Tensor]) -> torch.Tensor:
         """Global L2 norm of the gradients."""
         return nn.utils.get_total_norm(gradients)
-
-    def undo_buffers(self) -> None:
-        """Put buffers back to what they were before the step's forward passes."""
-        self._buffers.undo()
 
     def close(self) -> None:
         """Drop the wrapper, whose reducer holds the process group."""
         self.wrapped = self.model
 
 
-def _average(buffers: list[torch.Tensor], world_size: int) -> None:
+def average(buffers: list[torch.Tensor], world_size: int, group: dist.ProcessGroup | None = None) -> None:
+    """Replace buffers by their mean over the group."""
     flat = torch.cat([b.reshape(-1).float() for b in buffers])
-    dist.all_reduce(flat)
+    dist.all_reduce(flat, group=group)
     flat /= world_size
     offset = 0
     with torch.no_grad():
@@ -123,7 +152,7 @@ def _average(buffers: list[torch.Tensor], world_size: int) -> None:
             offset += b.numel()
 
 
-class BitwiseReplica:
+class BitwiseReplica(_Replica):
     """One pass a microbatch, canonical sums of gradients and of what forward passes did to buffers."""
 
     def __init__(
@@ -157,7 +186,7 @@ class BitwiseReplica:
             records.add(loss, weight, metrics, one.digests, sum(1 << names.index(n) for n in changed))
             if one.last:
                 pending = records.gather(None)
-            loss.backward()
+            (loss * self.scale if self.scale != 1 else loss).backward()
             self._buffers.undo(changed)  # every microbatch starts from the buffers of the step's beginning
             after.append(changed)
             indices.append(one.first)
@@ -168,9 +197,10 @@ class BitwiseReplica:
         self._put_gradients(gradients.reduce())
         if record.changed_buffers:
             touched = [n for i, n in enumerate(names) if record.changed_buffers >> i & 1]
-            self._reduce_buffers(touched, after, indices)
+            sums = CanonicalSum(self._runs, self._rank, None, self._bucket_bytes)
+            reduce_moves(self._buffers, touched, after, indices, sums, self._count)
         self.wait_s = time.perf_counter() - began
-        return record, record.weight
+        return record, record.weight * self.scale
 
     def _take_gradients(self) -> list[torch.Tensor]:
         """The gradients of one microbatch, zeros where there is none, then one 0/1 for each parameter: has it any."""
@@ -187,32 +217,9 @@ class BitwiseReplica:
         for p, gradient, count in zip(self._parameters, gradients, used.tolist()):
             p.grad = gradient if count else None  # unused in the whole batch: the optimizer leaves it alone
 
-    def _reduce_buffers(self, touched: list[str], after: list[dict[str, torch.Tensor]], indices: list[int]) -> None:
-        """Floating buffers move by the mean of their moves; integer buffers must have moved alike."""
-        before = {n: self._buffers.before(n) for n in touched}
-        floating = [n for n in touched if before[n].is_floating_point()]
-        whole = [n for n in touched if not before[n].is_floating_point()]
-        sums = CanonicalSum(self._runs, self._rank, None, self._bucket_bytes)
-        for index, changed in zip(indices, after):
-            for n in whole:
-                if not torch.equal(changed.get(n, before[n]), after[0].get(n, before[n])):
-                    raise RuntimeError(f"buffer {n} took different values in two microbatches, so it has no one value")
-            sums.push(
-                index, [changed[n] - before[n] if n in changed else torch.zeros_like(before[n]) for n in floating]
-            )
-        moves = sums.reduce() if floating else []
-        for n, move in zip(floating, moves):
-            self._buffers.set(n, before[n] + move / self._count)
-        for n in whole:
-            self._buffers.set(n, after[0].get(n, before[n]))
-
     def norm(self, gradients: list[torch.Tensor]) -> torch.Tensor:
         """Global L2 norm of the gradients, independent of any cut."""
         return canonical_norm(gradients)
-
-    def undo_buffers(self) -> None:
-        """Put buffers back to what they were before the step's forward passes."""
-        self._buffers.undo()
 
     def close(self) -> None:
         """Nothing is held."""

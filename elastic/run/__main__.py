@@ -10,6 +10,7 @@ import json
 import sys
 import threading
 
+from elastic.checkpoint.retention import Policy
 from elastic.membership.state import Limits
 from elastic.run.host import HostSettings, RunHost, import_store
 from elastic.run.keeper import KeeperOptions
@@ -20,7 +21,9 @@ def main() -> int:
     threading.Thread(target=import_store, name="import-torch", daemon=True).start()
     limits = Limits(**specification["settings"].pop("limits"))
     settings = HostSettings(limits=limits, **specification["settings"])
-    host = RunHost(specification["folder_url"], KeeperOptions(**specification["options"]), settings)
+    retention = Policy(**specification["options"].pop("retention"))
+    options = KeeperOptions(retention=retention, **specification["options"])
+    host = RunHost(specification["folder_url"], options, settings)
     host.start(specification["detail"])
     try:
         sys.stdin.read()

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+from elastic.checkpoint.retention import Policy
 from elastic.config import TrainConfig
 from elastic.membership.server import MembershipServer
 from elastic.membership.state import Limits, Phase, State
@@ -109,9 +110,11 @@ def host_settings(config: TrainConfig, token: str, host: str) -> HostSettings:
 
 def keeper_options(run: PreparedRun, epoch: int, **facts: Any) -> KeeperOptions:
     """What the keeper of this run needs to know."""
+    keep = run.config.checkpoint
     return KeeperOptions(
         epoch=epoch,
-        keep_last=run.config.checkpoint.keep_last,
+        retention=Policy(keep.keep_last, run.plan.keep_every, keep.keep_best, keep.best_metric, keep.best_mode),
+        save_every_s=run.plan.checkpoint_every_s,
         total_steps=run.plan.total_steps,
         tensorboard=run.config.observe.tensorboard,
         price=run.config.observe.price,

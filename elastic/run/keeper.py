@@ -16,11 +16,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from elastic import fault
-from elastic.checkpoint.format import Manifest, attempt_folder
-from elastic.checkpoint.reader import newest_first, steps_with_attempts
-from elastic.checkpoint.retention import prune
+from elastic.checkpoint.cadence import auto_interval, save_cost
+from elastic.checkpoint.format import MANIFEST, Manifest, attempt_folder
+from elastic.checkpoint.reader import newest_first
+from elastic.checkpoint.retention import Policy, Retention
+from elastic.checkpoint.transfer import patiently
 from elastic.checkpoint.writer import commit
-from elastic.errors import CheckpointError
 from elastic.membership.outbox import RowKey, row_key
 from elastic.membership.server import MembershipServer
 from elastic.membership.world import Generation, Member, World
@@ -36,10 +37,14 @@ FLUSH_OBJECT_S = 10.0
 
 @dataclass(frozen=True)
 class KeeperOptions:
-    """What the keeper needs to know of a run. `facts` go into every status (owner, host, git commit, ...)."""
+    """What the keeper needs to know of a run. `facts` go into every status (owner, host, git commit, ...).
+
+    `save_every_s`: seconds between checkpoints, 0 for the interval that costs least, None where steps say when.
+    """
 
     epoch: int
-    keep_last: int
+    retention: Policy
+    save_every_s: float | None
     total_steps: int
     tensorboard: bool
     price: float | None
@@ -52,9 +57,11 @@ class _Attempt:
 
     size: int
     generation: Generation
-    started: float
     indexes: dict[str, dict[str, Any]] = field(default_factory=dict)
+    facts: dict[str, dict[str, float]] = field(default_factory=dict)
     header: dict[str, Any] | None = None
+    over: bool = False
+    error: str | None = None
 
 
 class RunKeeper:
@@ -62,6 +69,7 @@ class RunKeeper:
 
     def __init__(self, folder: RunFolder, options: KeeperOptions):
         self._folder, self._options = folder, options
+        self._started = time.time()
         self._storage = folder.storage
         self._rows = LedgerFile(self._storage, METRICS, options.epoch)
         self._events = LedgerFile(self._storage, EVENTS, options.epoch)
@@ -75,7 +83,8 @@ class RunKeeper:
         self._done: dict[str, dict[str, Any]] = {}
         self._attempts: dict[tuple[int, str], _Attempt] = {}
         self._state, self._message = "running", ""
-        self._started = time.time()
+        self._retention = Retention(self._storage, options.retention)
+        self._save_at = time.monotonic() + self._save_interval()
         self._closed = False
         self._restarted = False
         self._end: dict[str, Any] | None = None
@@ -149,12 +158,17 @@ class RunKeeper:
 
     def _enter(self, world: World) -> None:
         self._world, now = world, time.time()
-        self._do(lambda: self._record.world(world.size, now))
-        self._do(self._attempts.clear)
+
+        def enter() -> None:
+            self._record.world(world.size, now)
+            self._attempts.clear()
+            self._save_at = time.monotonic() + self._save_interval()
+
+        self._do(enter)
 
     def world_broken(self, world: World, lost: Member | None, reason: str) -> None:
         now = time.time()
-        self._do(lambda: self._record.broken(now))
+        self._do(lambda: self._record.broken(now, lost=lost is not None))
         self.event(
             "member_lost", generation=str(world.generation), step=self._last_step(), detail=reason,
             **({"member": lost.id, "node": lost.node, "pid": lost.pid} if lost else {}),
@@ -218,7 +232,7 @@ class RunKeeper:
         flush_s = FLUSH_LOCAL_S if self._storage.can_append else FLUSH_OBJECT_S
         next_flush, next_beat = time.monotonic() + flush_s, time.monotonic() + HEARTBEAT_S
         while True:
-            wait = max(0.0, min(next_flush, next_beat) - time.monotonic())
+            wait = max(0.0, min(next_flush, next_beat, self._save_at) - time.monotonic())
             work: Callable[[], None] | None = lambda: None  # noqa: E731
             with contextlib.suppress(queue.Empty):
                 work = self._queue.get(timeout=wait)
@@ -236,6 +250,8 @@ class RunKeeper:
                 if now >= next_beat:
                     next_beat = now + HEARTBEAT_S
                     self._beat()
+                if now >= self._save_at:
+                    self._wish_for_save()
             except Exception as error:  # without its keeper a run must not go on
                 self._give_up("".join(traceback.format_exception(error)).rstrip())
         self._flush()
@@ -304,21 +320,40 @@ class RunKeeper:
                 self._tensorboard.row(row)
             self._server.publish(row, keep="sample_hash" not in row)
 
+    # ---- checkpoints -------------------------------------------------------------------------------------------
+
+    def _save_interval(self) -> float:
+        every = self._options.save_every_s
+        if every is None:
+            return float("inf")
+        return every or auto_interval(self._record.save_costs, time.time() - self._started, self._record.faults)
+
+    def _wish_for_save(self) -> None:
+        """Once; the next is due an interval after this one was decided on, or after the world changed meanwhile."""
+        self._save_at = float("inf")
+        if self._world is not None and not self._closed:
+            assert self._server is not None
+            self._server.send_all({"kind": "wish", "wish": "save", "detail": "it is time"})
+
     def _take_pack(self, member: Member, generation: Generation, message: dict[str, Any]) -> None:
         step, name = key = (message["step"], message["attempt"])
-        attempt = self._attempts.setdefault(key, _Attempt(message["shares"], generation, time.monotonic()))
-        attempt.indexes[member.id] = message["index"]
-        attempt.header = message.get("header") or attempt.header
-        assert self._server is not None
-        if self._restarted and self._storage.exists(f"{attempt_folder(step, name)}/manifest.json"):
-            self._note_committed(step, name)  # by the keeper before, which could not tell everyone
-            error = None
-        elif len(attempt.indexes) < attempt.size or attempt.header is None:
+        if key not in self._attempts:
+            attempt = self._attempts[key] = _Attempt(message["shares"], generation)
+            if self._restarted and patiently(self._storage.exists, f"{attempt_folder(step, name)}/{MANIFEST}"):
+                self._note_committed(step, name)  # by the keeper before, which could not tell everyone
+                self._decided(step, name, attempt, None)
+                return
+        attempt = self._attempts[key]
+        if attempt.over:  # sent again by who could not know what became of it
+            self._tell(step, name, attempt.error)
             return
-        else:
-            error = self._commit(step, name, attempt)
-        del self._attempts[key]
-        self._server.send_all({"kind": "commit", "step": step, "attempt": name, "error": error})
+        if message["error"]:
+            self._decided(step, name, attempt, message["error"])
+            return
+        attempt.indexes[member.id], attempt.facts[member.id] = message["index"], message["facts"]
+        attempt.header = message["header"] or attempt.header
+        if len(attempt.indexes) == attempt.size and attempt.header is not None:
+            self._decided(step, name, attempt, self._commit(step, name, attempt))
 
     def _note_committed(self, step: int, name: str) -> None:
         self._restore = {"rung": "checkpoint", "step": step, "attempt": name}
@@ -326,33 +361,57 @@ class RunKeeper:
             self._record.committed.add((step, name))
             self._note("checkpoint_committed", generation=name.rpartition("-")[0], step=step, detail={"attempt": name})
 
+    def _decided(self, step: int, name: str, attempt: _Attempt, error: str | None) -> None:
+        """Tell the ledger and the workers what became of an attempt; then there is time to tidy up."""
+        attempt.over, attempt.error = True, error
+        attempt.indexes.clear()
+        self._save_at = time.monotonic() + self._save_interval()
+        if error:
+            self._note("checkpoint_failed", generation=str(attempt.generation), step=step, detail=error)
+        self._tell(step, name, error)
+        if error or self._closed:
+            return
+        try:
+            self._retention.prune()
+        except Exception as problem:  # whatever storage raises: the run does not depend on it, and the next tries again
+            self._note("checkpoint_failed", step=step, detail=f"old checkpoints could not be removed: {problem}")
+
+    def _tell(self, step: int, name: str, error: str | None) -> None:
+        assert self._server is not None
+        self._server.send_all({"kind": "commit", "step": step, "attempt": name, "error": error})
+
     def _commit(self, step: int, name: str, attempt: _Attempt) -> str | None:
+        """Commit an attempt; returns why it could not be."""
         if self._closed or not self._still_ours():
             return "a newer claim owns the run"
+        began = time.monotonic()
         assert attempt.header is not None
+        metrics = self._record.last_eval if self._record.evaluated_step == step else {}
         manifest = Manifest(
             step, attempt.header["seed"], attempt.header["config_digest"],
             {"size": attempt.size, "generation": str(attempt.generation)}, attempt.header["values"],
+            metrics={k: float(v) for k, v in metrics.items()},
         )  # fmt: skip
         ranks = {m.id: rank for rank, m in enumerate(self._world.members)} if self._world else {}
         indexes = [attempt.indexes[i] for i in sorted(attempt.indexes, key=lambda i: (ranks.get(i, 0), i))]
         self._rows.flush()
         try:
             whole = commit(self._storage, name, manifest, indexes)
-        except (OSError, CheckpointError) as error:
-            self._note("checkpoint_failed", generation=str(attempt.generation), step=step, detail=str(error))
-            return f"the checkpoint of step {step} could not be committed: {error}"
+        except Exception as error:  # whatever storage raises: the checkpoint before stays the newest, the run goes on
+            return f"the checkpoint of step {step} could not be committed: {type(error).__name__}: {error}"
         self._restore = {"rung": "checkpoint", "step": step, "attempt": name}
-        self._record.committed.add((step, name))
-        size = sum(c.end - c.start for t in whole.tensors.values() for c in t.chunks)
+        facts = attempt.facts.values()
+        stall, upload = max(f["stall_s"] for f in facts), max(f["seconds"] for f in facts)
+        self._record.saved(step, name, save_cost(stall, upload))
         self._note(
             "checkpoint_committed", generation=str(attempt.generation), step=step,
-            seconds=round(time.monotonic() - attempt.started, 4), detail={"attempt": name, "bytes": size},
+            seconds=round(upload + time.monotonic() - began, 4),
+            detail={
+                "attempt": name, "bytes": whole.nbytes, "stall_s": stall,
+                **{k: round(sum(f[k] for f in facts), 4) for k in ("cpu_s", "requests", "retries")},
+                "written": sum(f["bytes"] for f in facts),
+            },
         )  # fmt: skip
-        try:
-            prune(self._storage, steps_with_attempts(self._storage), self._options.keep_last)
-        except OSError as error:  # the run does not depend on it, and the next commit tries again
-            self._note("checkpoint_failed", step=step, detail=f"old checkpoints could not be removed: {error}")
         return None
 
     def _take_outcome(self, member: Member, generation: Generation, message: dict[str, Any]) -> None:

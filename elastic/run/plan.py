@@ -12,7 +12,10 @@ from elastic.units import Amount, parse_amount
 
 @dataclass(frozen=True)
 class RunPlan:
-    """Steps, microbatches and cadences. All counts are in steps; None means never."""
+    """Steps, microbatches and cadences. All counts are in steps; None means never.
+
+    `checkpoint_every_s` is there where checkpoints go by the clock, in seconds; 0 for the interval that the run finds.
+    """
 
     total_steps: int
     dataset_size: int
@@ -24,6 +27,8 @@ class RunPlan:
     stop_after_steps: int | None
     stop_after_s: float | None
     tokens_per_sample: int | None
+    checkpoint_every_s: float | None = None
+    keep_every: int | None = None
 
 
 def resolve(
@@ -55,6 +60,11 @@ def resolve(
 
     total = steps("--run.duration", config.run.duration)
     assert total is not None
+    every, every_s = config.checkpoint.every, None
+    if every == "auto":
+        every, every_s = None, 0.0
+    elif every is not None and (amount := parse_amount("--checkpoint.every", every, clock=True)).is_clock:
+        every, every_s = None, amount.seconds
     stop: Amount | None = None
     if config.run.stop_after is not None:
         stop = parse_amount("--run.stop-after", config.run.stop_after, clock=True)
@@ -65,10 +75,12 @@ def resolve(
         microbatches=microbatches,
         warmup_steps=steps("--optim.warmup", config.optim.warmup) or 0,
         eval_every=steps("--eval.every", config.eval.every),
-        checkpoint_every=steps("--checkpoint.every", config.checkpoint.every),
+        checkpoint_every=steps("--checkpoint.every", every),
         stop_after_steps=(
             stop.steps(batch.global_size, dataset_size, tokens_per_sample) if stop and not stop.is_clock else None
         ),
         stop_after_s=stop.seconds if stop and stop.is_clock else None,
         tokens_per_sample=tokens_per_sample,
+        checkpoint_every_s=every_s,
+        keep_every=steps("--checkpoint.keep-every", config.checkpoint.keep_every),
     )

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from elastic import config as cfg
+from elastic.checkpoint.initial import open_initial
 from elastic.config import TrainConfig
 from elastic.data.deal import batch_line, batch_table
 from elastic.errors import ConfigError
@@ -53,7 +54,9 @@ def prepare(job: Job, config: TrainConfig) -> PreparedRun:
         name = f"{job_name(job)}-{time.strftime('%Y%m%d')}-{secrets.token_hex(2)}"
         config = replace(config, run=replace(config.run, name=name))
     folder = RunFolder(Storage(config.run.storage).child(str(config.run.name)))
-    stored = folder.config() if resumes else None
+    stored = _stored(folder) if resumes else None
+    if stored is None and config.checkpoint.init_from is not None:
+        open_initial(config.checkpoint.init_from)
     stored_v = stored["config"]["batch"]["microbatches"] if stored else None
     allow_v = "batch.microbatches" in config.run.allow_change or "batch.global-size" in config.run.allow_change
     plan = resolve(
@@ -63,12 +66,27 @@ def prepare(job: Job, config: TrainConfig) -> PreparedRun:
     wanted = cfg.result_options(config, job_options(job))
     finished, changed_code, source = None, False, source_hash(job)
     if stored is not None:
-        _refuse_changes(stored["result"], wanted, config.run.allow_change, config.run.name)
+        # What an older version did not ask, it did as the default does.
+        _refuse_changes(
+            {**cfg.result_options(TrainConfig(), {}), **stored["result"]},
+            wanted,
+            config.run.allow_change,
+            config.run.name,
+        )
         changed_code = stored["source"] is not None and stored["source"] != source
         status = folder.status()
         if status is not None and status["status"] == "finished":
             finished = folder.result()
     return PreparedRun(job, config, plan, folder, cfg.digest(wanted), source, finished, changed_code)
+
+
+def _stored(folder: RunFolder) -> dict[str, Any] | None:
+    try:
+        return folder.config()
+    except ConfigError:
+        raise
+    except Exception as error:  # whatever a file system raises: the user sees one sentence
+        raise folder.storage.refusal("read", error) from error
 
 
 def _refuse_changes(stored: dict[str, Any], wanted: dict[str, Any], allowed: tuple[str, ...], name: str | None) -> None:

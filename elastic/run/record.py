@@ -6,6 +6,7 @@ from bisect import bisect_right
 from collections.abc import Iterable
 from typing import Any
 
+from elastic.checkpoint.cadence import save_cost
 from elastic.membership.outbox import row_key
 from elastic.membership.world import Generation
 
@@ -39,19 +40,22 @@ class Spans:
 
 
 class Record:
-    """The claim of `epoch`: which rows it has, its newest row, stalls, and worker seconds."""
+    """The claim of `epoch`: which rows and checkpoints it has, its newest row, stalls, faults, and worker seconds."""
 
     def __init__(self, epoch: int):
         self._epoch = epoch
         self._rows: dict[tuple[str, bool], Spans] = {}
         self.last_row: dict[str, Any] | None = None
         self.last_eval: dict[str, Any] = {}
+        self.evaluated_step = -1
         self.stalls: list[dict[str, Any]] = []
         self.started: float | None = None
         self.claim_step: int | None = None
         self.worlds = 0  # the highest number of a world
         self.gone: frozenset[str] = frozenset()
         self.committed: set[tuple[int, str]] = set()
+        self.save_costs: list[float] = []  # seconds that each committed checkpoint cost the training
+        self.faults = 0  # losses that broke a world
         self.ended = False
         self._broken = False
         self._size, self._since, self._worker_seconds = 0, 0.0, 0.0
@@ -63,6 +67,7 @@ class Record:
             return False
         if evaluation:
             self.last_eval = {k: v for k, v in row.items() if k.startswith("eval/")}
+            self.evaluated_step = step
             return True
         if self._broken and self.last_row is not None:
             stall = max(0.0, row["time"] - self.last_row["time"] - self.last_row["step_s"])
@@ -76,9 +81,15 @@ class Record:
         self._worker_seconds = self.worker_seconds(at)
         self._size, self._since = size, at
 
-    def broken(self, at: float) -> None:
-        """The world broke."""
+    def saved(self, step: int, attempt: str, cost_s: float) -> None:
+        """A checkpoint was committed."""
+        self.committed.add((step, attempt))
+        self.save_costs.append(cost_s)
+
+    def broken(self, at: float, *, lost: bool) -> None:
+        """The world broke; `lost`: because a member was."""
         self._broken = True
+        self.faults += lost
         self.world(0, at)
 
     def worker_seconds(self, now: float) -> float:
@@ -105,10 +116,16 @@ class Record:
             self.worlds = max(self.worlds, generation.n)
             self.world(event["detail"]["size"], event["time"])
         elif kind == "checkpoint_committed":
-            self.committed.add((event["step"], event["detail"]["attempt"]))
+            self._take_commit(event["step"], event.get("seconds", 0.0), event["detail"])
         elif kind in ENDED:
             self.ended = True
         if kind in _GONE and "member" in event:
             self.gone |= {event["member"]}
         if kind == "member_lost" and generation.n == self.worlds > 0:
-            self.broken(event["time"])
+            self.broken(event["time"], lost="member" in event)
+
+    def _take_commit(self, step: int, seconds: float, detail: dict[str, Any]) -> None:
+        if "stall_s" in detail:
+            self.saved(step, detail["attempt"], save_cost(detail["stall_s"], seconds))
+        else:  # a keeper found it committed by the one before, which had died with the figures
+            self.committed.add((step, detail["attempt"]))

@@ -31,26 +31,31 @@ def evaluate(
         `eval/loss` and `eval/<metric>`, or `eval/<name>/...` for a named set: means over the set.
     """
     parts = [range(i, min(i + size, len(data))) for i in range(0, len(data), size)]
-    if len(parts) < group.size:  # too few to give everyone one: everyone does all, nothing is gathered
+    places = group.layout.size
+    if len(parts) < places:  # too few to give everyone one: everyone does all, nothing is gathered
         runs, rank = [range(len(parts))], 0
     else:
-        runs, rank = deal(len(parts), group.size), group.rank
+        assert group.place is not None, "a spare evaluates nothing"
+        runs, rank = deal(len(parts), places), group.place
+    padding = max(map(len, runs)) - len(runs[rank]) if group.layout.shards > 1 else 0
     records = Records(runs, rank, group.device)
     training = model.training
     model.eval()
     try:
         with torch.no_grad():
-            for index in runs[rank]:
+            for index in [*runs[rank], *([runs[rank][-1]] * padding)]:
                 ids = list(parts[index])
                 seed_all(derive("eval", seed, name, index))
                 getitems = getattr(data, "__getitems__", None)
                 samples = getitems(ids) if getitems else [data[i] for i in ids]
                 loss, weight, metrics = run_loss(model, job.collate_fn(samples))
+                if padding and len(records) == len(runs[rank]):
+                    continue  # others of the row still gather parameters
                 digest = xxhash.xxh3_64_intdigest(np.asarray(ids, "<i8").tobytes()) >> 1
                 records.add(loss, weight, metrics, (digest,))
     finally:
         model.train(training)
     with collective("gathering the evaluation"):
-        record = records.gather(None).result()
+        record = records.gather(group.mesh.everyone).result()
     prefix = f"eval/{name}/" if name else "eval/"
     return {f"{prefix}{k}": v for k, v in {"loss": record.loss, **record.mean_metrics()}.items()}

@@ -12,10 +12,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import xxhash
 
 from elastic.errors import WorldBroken
 from elastic.membership.client import Assignment
 from elastic.parallel.device import all_gather_flat, backend_for, host_wait
+from elastic.parallel.layout import Layout, lay_out
+from elastic.parallel.mesh import Mesh, make_mesh
 from elastic.worker.sockets import open_sockets, opened_since, shut_down
 
 STORE_S = 10.0
@@ -40,12 +43,21 @@ def collective(what: str) -> Iterator[None]:
 
 @dataclass
 class Group:
-    """The process group of one world."""
+    """The process group of one world.
+
+    Args:
+        strategy, per_node: how its workers are laid out; see `lay_out`.
+        node: this worker's.
+    """
 
     assignment: Assignment
     device: torch.device
+    strategy: str = "ddp"
+    per_node: int | None = None
+    node: str = ""
     _sockets: dict[str, int] = field(default_factory=dict)
     _woken: threading.Event = field(default_factory=threading.Event)
+    mesh: Mesh = field(init=False)
 
     @property
     def rank(self) -> int:
@@ -55,8 +67,22 @@ class Group:
     def size(self) -> int:
         return self.assignment.size
 
+    @property
+    def layout(self) -> Layout:
+        return self.mesh.layout
+
+    @property
+    def place(self) -> int | None:
+        """This worker's place in the mesh; None for a spare."""
+        return self.mesh.place
+
+    @property
+    def leads(self) -> bool:
+        """Whether this is the one worker that speaks for the world."""
+        return self.mesh.place == 0
+
     def connect(self, timeout_s: float) -> None:
-        """Connect to all members.
+        """Connect to all members, in all groups of the layout.
 
         Raises:
             WorldBroken: not all came.
@@ -74,7 +100,7 @@ class Group:
                 rank=self.rank, world_size=self.size, timeout=timeout,
                 device_id=self.device if self.device.type == "cuda" else None,
             )  # fmt: skip
-
+            self.mesh = self._lay_out()
             self._sockets = opened_since(before) if self.device.type == "cpu" else {}
 
     def _reach_store(self) -> dist.Store:
@@ -101,6 +127,15 @@ class Group:
         if isinstance(found[0], RuntimeError):
             raise WorldBroken(f"{what} was not reached: {found[0]}") from found[0]
         return found[0]
+
+    def _lay_out(self) -> Mesh:
+        nodes = [""] * self.size
+        if self.strategy == "hsdp":
+            nodes = [str(n) for n in self.gather_ints(xxhash.xxh3_64_intdigest(self.node.encode()) >> 1)]
+        layout = lay_out(nodes, self.strategy, self.per_node)
+        if self.strategy == "ddp":
+            return Mesh(layout, self.rank)
+        return make_mesh(layout, self.rank, self.device)
 
     def free(self) -> None:
         """Make whatever blocks in this group raise. From any thread.
@@ -132,11 +167,35 @@ class Group:
 
     def gather_ints(self, value: int) -> list[int]:
         """Every member's value, by rank."""
+        return [row[0] for row in self.gather_rows([value])]
+
+    def gather_rows(self, values: list[int]) -> list[list[int]]:
+        """Every member's values, by rank."""
+        with collective("gathering"):
+            mine = torch.tensor(values, dtype=torch.int64, device=self.device)
+            everyone = torch.empty(self.size * len(values), dtype=torch.int64, device=self.device)
+            all_gather_flat(everyone, mine)
+            return everyone.view(self.size, len(values)).tolist()
+
+    def gather_in_mesh(self, value: int) -> list[int]:
+        """The value of everyone in the mesh, by place."""
         with collective("gathering"):
             mine = torch.tensor([value], dtype=torch.int64, device=self.device)
-            everyone = torch.empty(self.size, dtype=torch.int64, device=self.device)
-            all_gather_flat(everyone, mine)
+            everyone = torch.empty(self.layout.size, dtype=torch.int64, device=self.device)
+            all_gather_flat(everyone, mine, group=self.mesh.everyone)
             return everyone.tolist()
+
+    def gather_json(self, value: Any) -> list[Any]:
+        """Every member's JSON value, by rank."""
+        data = json.dumps(value).encode()
+        lengths = self.gather_ints(len(data))
+        with collective("gathering values"):
+            mine = torch.zeros(max(lengths), dtype=torch.uint8, device=self.device)
+            mine[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+            everyone = torch.empty(self.size * max(lengths), dtype=torch.uint8, device=self.device)
+            all_gather_flat(everyone, mine)
+            rows = everyone.view(self.size, -1).cpu().numpy()
+            return [json.loads(row[:length].tobytes()) for row, length in zip(rows, lengths)]
 
     def send_json(self, value: Any, source: int) -> Any:
         """A JSON value from `source` to all."""

@@ -90,7 +90,7 @@ class LocalRun:
             "config": to_dict(run.config), "plan": run.plan.__dict__, "digest": run.digest,
             "folder_url": run.folder.storage.url, "server_url": self.url, "token": self._token,
             "identity": {
-                "id": self._worker_id(index), "node": platform.node(), "local_index": index, "host": self._address,
+                "id": self._worker_id(index), "node": self._node(index), "local_index": index, "host": self._address,
                 "accelerator": self._accelerator,
             },
         }  # fmt: skip
@@ -110,6 +110,11 @@ class LocalRun:
 
     def _living(self) -> list[str]:
         return [self._worker_id(index) for index, process in enumerate(self.processes) if process.poll() is None]
+
+    def _node(self, index: int) -> str:
+        """Where worker `index` is said to be: with --scaling.workers-per-node, as if so many shared a machine."""
+        each = self._run.config.scaling.workers_per_node
+        return platform.node() if each is None else f"{platform.node()}/{index // each}"
 
     def _follow(self) -> None:
         def on_record(record: dict[str, Any]) -> None:

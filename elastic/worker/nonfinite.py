@@ -5,9 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import torch
-from torch import nn
-
 from elastic.errors import NonFiniteError
 from elastic.parallel.records import StepRecord
 
@@ -15,21 +12,22 @@ _SHOWN = 16
 
 
 def first_bad_microbatch(
-    model: nn.Module, loss: Callable[[nn.Module, Any], tuple[torch.Tensor, Any, Any]],
-    microbatches: Iterable[tuple[int, Any]],
+    finite: Callable[[Any], bool], microbatches: Iterable[tuple[int, Any]], padding: int = 0
 ) -> int:  # fmt: skip
     """Run microbatches one by one again; the index of the first whose own gradients are not finite, or -1.
 
     Args:
+        finite: whether the gradients of a batch are.
         microbatches: (index, batch) of this rank's microbatches, seeded as in training when taken.
+        padding: further passes that others who share the model need, and which count for nothing.
     """
-    parameters = [p for p in model.parameters() if p.requires_grad]
+    found, batch = -1, None
     for index, batch in microbatches:
-        model.zero_grad(set_to_none=True)
-        loss(model, batch)[0].backward()
-        if not all(torch.isfinite(p.grad).all() for p in parameters if p.grad is not None):
-            return index
-    return -1
+        if not finite(batch) and found < 0:
+            found = index
+    for _ in range(padding):
+        finite(batch)
+    return found
 
 
 def error(step: int, record: StepRecord, norm: float, microbatch: int | None, ids: list[int]) -> NonFiniteError:

@@ -7,6 +7,7 @@ warm up -> join -> connect -> restore -> step, step, ... -> done
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import time
@@ -18,24 +19,27 @@ import torch
 from elastic import fault
 from elastic.data.loader import Fetcher, Loader, Order
 from elastic.data.seeds import derive, seed_all
-from elastic.errors import ElasticError, FencedError, RunFailed, WarmUpError, WorldBroken
+from elastic.errors import CheckpointError, ElasticError, FencedError, RunFailed, WarmUpError, WorldBroken
 from elastic.job import eval_sets
 from elastic.membership.client import Assignment, RunOver, WorkerLink
 from elastic.membership.messages import Failure
 from elastic.membership.world import Generation, Member
 from elastic.parallel.device import describe, memory_share, pick_device, prepare_process
+from elastic.parallel.layout import Held
 from elastic.storage import Storage
 from elastic.units import parse_amount
 from elastic.worker.evaluate import evaluate
-from elastic.worker.group import Group
+from elastic.worker.group import Group, collective
+from elastic.worker.placing import Placing
+from elastic.worker.remesh import remesh
 from elastic.worker.run import Identity, WorkerRun
-from elastic.worker.saving import restore_from_peer, restore_newest, save
+from elastic.worker.saving import Saving, initialise, restore_from_peer, restore_newest
 from elastic.worker.sockets import use_interface_of
 from elastic.worker.state import TrainState, weights_sha256
 from elastic.worker.step import APPLIED, FENCE, Stepper, Update
 from elastic.worker.user_code import UserCode, UserCodeError
 
-COMMIT_TIMEOUT_S = 600.0
+LAST_COMMIT_S = 60.0  # for a save that is under way when an error ends the run
 COLLECTIVE_TIMEOUT_S = 1800.0  # the last resort: the membership server notices a hang long before
 
 
@@ -55,13 +59,14 @@ class Session:
         use_interface_of(identity.host)
         self._device = pick_device(identity.accelerator, identity.local_index)
         self._storage = Storage(run.folder_url)
-        self._code = UserCode(run.job, self._device, identity.id, autocast=run.config.precision.autocast == "bf16")
+        self._code = UserCode(run.job, self._device, identity.id, autocast=run.config.precision.autocast)
         member = Member(
             identity.id, identity.node, identity.local_index, os.getpid(), identity.host,
             json.dumps(describe(self._device), sort_keys=True),
         )  # fmt: skip
         lease_s = parse_amount("lease", run.config.recovery.lease, clock=True).seconds
         self._link = WorkerLink(run.server_url, run.token, member, lease_s=lease_s)
+        self._state: TrainState | None = None  # what a sharded model's worker has is made in its first world
         self._applied = -1  # updates in the state this worker holds; -1: it holds none
         self._prepared: Update | None = None
         self._left: Generation | None = None
@@ -84,16 +89,16 @@ class Session:
             "warm_parts": {"import_s": round(import_s, 3), **parts},
         }
 
-    def _warm_up(self) -> dict[str, float]:
+    def _warm_up(self) -> dict[str, Any]:
         job, plan, seed = self._job, self._plan, self._config.run.seed
         began = time.monotonic()
         data, self._eval_sets = job.train_data(), eval_sets(job)
         self._dataset_size = len(data)
         data_s = time.monotonic() - began
-        seed_all(derive("model", seed))
-        model = job.model().to(self._device)
-        model.train()
-        self._state = TrainState(job, model, job.optimizer(model))
+        self._placing = Placing(job, self._config, self._device)
+        self._placing.warm_up()
+        if not self._config.parallel.sharded:
+            self._state = self._placing.whole()
         order = Order(
             seed=seed, dataset_size=plan.dataset_size, global_size=plan.global_size, microbatches=plan.microbatches
         )
@@ -101,8 +106,16 @@ class Session:
             Fetcher(data, job.collate_fn, seed, plan.dataset_size), order, workers=self._config.data.workers,
             prefetch=self._config.data.prefetch, total_steps=plan.total_steps,
         )  # fmt: skip
-        self._stepper = Stepper(self._run, self._state, self._code, self._loader, self._link)
-        return {"data_s": round(data_s, 3), "model_s": round(time.monotonic() - began - data_s, 3)}
+        self._stepper = Stepper(self._run, self._code, self._loader, self._link)
+        self._saving = Saving(
+            self._state, self._storage, self._link, self._device, seed=seed, config_digest=self._run.digest,
+            when_busy=self._config.checkpoint.when_busy,
+            on_wait=lambda n: self._link.progress(self._applied, APPLIED + 2, n, "checkpoint"),
+        )  # fmt: skip
+        parts: dict[str, Any] = {
+            "data_s": round(data_s, 3), "model_s": round(time.monotonic() - began - data_s, 3)
+        }  # fmt: skip
+        return {**parts, "built_whole": self._placing.eager} if self._placing.eager else parts
 
     # ---- worlds ------------------------------------------------------------------------------------------------
 
@@ -129,19 +142,28 @@ class Session:
                     connected = time.monotonic()
                     fault.point("world.connected", group.rank, self._applied)
                     self._restore(group)
-                    self._stepper.enter(group, self._applied)
-                    self._forming = {
-                        "connect_s": round(connected - began, 4), "restore_s": round(time.monotonic() - connected, 4)
-                    }  # fmt: skip
-                    status = self._train(group)
+                    if group.place is None:
+                        status = self._stand_by(group)
+                    else:
+                        self._saving.enter(group, self._the_state)
+                        self._stepper.enter(group, self._applied, self._the_state)
+                        self._forming = {
+                            "connect_s": round(connected - began, 4),
+                            "restore_s": round(time.monotonic() - connected, 4),
+                        }
+                        status = self._train(group)
                     if status is not None:
                         return status
                 except WorldBroken:
                     self._code.where = "re-joining"
                 except UserCodeError as error:
                     failure = error.failure
+                except Exception:
+                    self._saving.finish_under_way(LAST_COMMIT_S)
+                    raise
                 finally:
                     self._link.free_with(None)
+                    self._saving.leave()
                     self._stepper.leave()
                     group.close()
         except RunOver as over:
@@ -155,6 +177,7 @@ class Session:
                 self._link.post({"kind": "failed", "message": message}, self._left)
             raise
         finally:
+            self._saving.close()
             self._loader.close()
             self._link.close()
 
@@ -169,39 +192,89 @@ class Session:
         assignment = self._link.join(self._facts, self._applied, failure, self._save_alone)
         self._code.rank = f" (rank {assignment.rank} of {assignment.size})"
         fault.point("world.assigned", assignment.rank, self._applied)
-        return Group(assignment, self._device)
+        return Group(
+            assignment, self._device, self._config.parallel.strategy, self._config.scaling.workers_per_node,
+            self._link.member.node,
+        )  # fmt: skip
 
     def _restore(self, group: Group) -> None:
         """Bring every member to one state: the newest that any of them holds, else a checkpoint, else a fresh start."""
         applied = group.gather_ints(self._applied)
-        newest, source = max(applied), 0
-        if newest < 0:
-            if group.rank == source:
-                self._applied = restore_newest(self._state, self._storage, self._link)
-        else:
-            source = applied.index(newest)
-            if self._prepared is not None and self._prepared.step == self._applied == newest - 1:
-                self._roll_forward(self._prepared)
+        newest = max(applied)
+        if newest >= 0 and self._prepared is not None and self._prepared.step == self._applied == newest - 1:
+            self._roll_forward(self._prepared)
         self._stepper.undo()
         self._prepared = None
-        held = group.gather_ints(self._applied)
-        if min(held) != max(held):
-            wanted = self._applied != max(held)
-            self._applied = restore_from_peer(self._state, group, source, self._applied, self._link, wanted=wanted)
-        if group.rank in (0, source):  # who holds the newest state has its rows; rank 0 may be new
+        source = self._remesh(group) if self._config.parallel.sharded else self._restore_whole(group, applied)
+        if not self._goes_on:  # steps after this one are done again
+            self._link.undone(self._world_step)
+            self._evaluated = (-1, {})
+        if group.leads or group.rank == source:  # who holds the newest state has its rows; who leads may be new
             self._link.report_rows()
-        self._goes_on = newest >= 0
         if self._eval_sets:  # one that a break interrupted is done again, by everyone or by nobody
             step, found = group.send_json(self._evaluated, source)
             self._evaluated = (step, found)
 
+    def _restore_whole(self, group: Group, applied: list[int]) -> int:
+        """Returns the rank of one that had the newest state."""
+        newest, source, state = max(applied), 0, self._the_state
+        if newest < 0:
+            if group.rank == source:
+                self._applied = restore_newest(state, self._storage, self._link)
+                if self._applied == 0:
+                    initialise(state, self._config.checkpoint, self._link)
+        else:
+            source = applied.index(newest)
+        held = group.gather_ints(self._applied)
+        if min(held) != max(held):
+            wanted = self._applied != max(held)
+            self._applied = restore_from_peer(state, group, source, self._applied, self._link, wanted=wanted)
+        self._world_step, self._goes_on = self._applied, newest >= 0
+        return source
+
+    def _remesh(self, group: Group) -> int:
+        """The same processes, a new mesh: cut the model anew and bring its state there.
+
+        Returns:
+            the rank of one that had the newest state, if any did.
+        """
+        old, self._state = self._state, None
+        mesh, shard, shards = group.mesh, 0, 1
+        if old is not None and old.mesh is not None:
+            shard, shards = old.mesh.shard, old.mesh.layout.shards
+        held, self._applied = Held(self._applied if old else -1, shard, shards), -1
+
+        def make(fill: bool) -> TrainState:
+            return self._code.guard(lambda: self._placing.sharded(mesh, fill=fill))
+
+        found = remesh(old, held, group, make, self._config.checkpoint, self._storage, self._link)
+        self._state, self._applied = found.state, found.step if found.state else -1
+        self._world_step, self._goes_on = found.step, found.rung == "memory"
+        return found.source
+
     def _roll_forward(self, update: Update) -> None:
         """Somebody passed the fence, so everyone had prepared this update. Its row is kept too: that one may die."""
         assert self._stepped_in is not None
+        self._saving.settle()
         self._apply(update)
         clock = self._stepper.clock
         row = {**self._row(update, self._stepped_in), **self._times(clock.data_s + clock.compute_s + clock.sync_s)}
         self._link.record(row, report=False)
+
+    def _stand_by(self, group: Group) -> str | None:
+        """A spare holds nothing and waits at every fence, so that it is there when a place is free."""
+        step, stop = self._world_step, 0
+        while step < self._plan.total_steps and not stop:
+            self._link.check()
+            self._stepper.progress(step, FENCE)
+            stop, _, leave, _ = group.agree([0, 0, int(self._link.wish("leave") is not None), 0])
+            step += 1
+            if leave and not stop and step < self._plan.total_steps:
+                return None
+        status = "stopped" if step < self._plan.total_steps else "finished"
+        last = group.size + group.rank  # the result is the lowest rank's, which is to be one that trained
+        self._link.post({"kind": "done", "rank": last, "status": status, "message": "", "result": {}})
+        return status
 
     # ---- steps -------------------------------------------------------------------------------------------------
 
@@ -214,6 +287,7 @@ class Session:
             self._link.check()
             stop, leave = self._step(group)
             if leave and not stop and self._applied < self._plan.total_steps:
+                self._make_safe(group)
                 return None
         return self._finish(group, stopped=bool(stop))
 
@@ -226,32 +300,37 @@ class Session:
         clock, fence = stepper.clock, time.perf_counter()
         stepper.progress(step, FENCE)
         fault.point("step.before_fence", group.rank, step + 1)
-        stop, save_now, leave = group.agree(self._wishes(step + 1 - group.assignment.claim_step))
+        stop, save_now, leave, busy = group.agree(self._wishes(step + 1 - group.assignment.claim_step))
         clock.sync_s += time.perf_counter() - fence
         fault.point("step.after_fence", group.rank, step + 1)
+        clock.checkpoint_s += self._saving.settle()
         self._apply(update)
         row = {**self._row(update, group.assignment), **self._forming}
         self._forming = {}
-        saved = None
         try:
             if self._applied < plan.total_steps and not stop:
                 if self._evaluation_is_due():
                     self._evaluate(group)
                 if save_now or (plan.checkpoint_every and self._applied % plan.checkpoint_every == 0):
-                    saved = self._save(group)
+                    self._save(busy=bool(busy))
         finally:
-            self._link.record(row | self._times(time.perf_counter() - began), report=group.rank == 0)
-        if saved is not None:  # after its row, so that no committed step is missing in the ledger
-            self._link.post(saved)
+            self._link.record(row | self._times(time.perf_counter() - began), report=group.leads)
+        self._saving.row_posted(self._applied)  # only now, so that no committed step is missing in the ledger
         return stop, leave
 
+    @property
+    def _the_state(self) -> TrainState:
+        assert self._state is not None, "nothing is placed yet"
+        return self._state
+
     def _wishes(self, steps_here: int) -> list[int]:
-        """What this member wishes for at the coming boundary: [stop, save, leave]."""
+        """What this member wishes for at the coming boundary, and whether it still saves: [stop, save, leave, busy]."""
         plan, link = self._plan, self._link
         stop = link.wish("stop") is not None
         stop |= plan.stop_after_steps is not None and steps_here >= plan.stop_after_steps
         stop |= plan.stop_after_s is not None and time.monotonic() - self._started >= plan.stop_after_s
-        return [int(stop), int(link.wish("save") is not None), int(link.wish("leave") is not None)]
+        save = link.wish("save") is not None or self._saving.overdue
+        return [int(stop), int(save), int(link.wish("leave") is not None), int(self._saving.busy)]
 
     def _apply(self, update: Update) -> None:
         self._link.check_lease()
@@ -277,42 +356,42 @@ class Session:
         found: dict[str, float] = {}
         for name, data in self._eval_sets.items():
             found |= evaluate(
-                self._job, self._state.model, name, data, group, size=min(4 * microbatch, self._plan.global_size),
+                self._job, self._the_state.model, name, data, group, size=min(4 * microbatch, self._plan.global_size),
                 seed=self._config.run.seed, run_loss=self._code.evaluate,
             )  # fmt: skip
+        self._stepper.reshard()
         self._evaluated = (self._applied, found)
         if found:
             row = {"step": self._applied, "time": time.time(), "generation": str(group.assignment.generation)}
-            self._link.record({**row, **found}, report=group.rank == 0)
+            self._link.record({**row, **found}, report=group.leads)
         return found
 
-    def _save(self, group: Group) -> dict[str, Any] | None:
+    def _save(self, *, busy: bool) -> None:
         began = time.perf_counter()
         self._stepper.progress(self._applied, APPLIED + 2, "checkpoint")
         self._link.granted("save")
-        message = self._save_share(group.assignment.generation, group.rank, group.size)
+        self._saving.save(self._applied, busy=busy)
         self._stepper.clock.checkpoint_s += time.perf_counter() - began
-        return message
 
-    def _save_share(self, generation: Generation, rank: int, size: int) -> dict[str, Any] | None:
-        try:
-            return save(
-                self._state, self._applied, self._link, self._storage, generation=generation, rank=rank, size=size,
-                seed=self._config.run.seed, config_digest=self._run.digest,
-            )  # fmt: skip
-        except OSError as error:
-            self._link.post(
-                {"kind": "event", "event": "checkpoint_failed", "step": self._applied, "detail": str(error)},
-                generation,
-            )
-            return None
+    def _make_safe(self, group: Group) -> None:
+        """Before a world is left: of a single sharded copy, a worker that is let go takes its part along."""
+        if group.layout.shards > 1 and group.layout.replicas == 1:
+            self._stepper.progress(self._applied, APPLIED + 2, "checkpoint")
+            with contextlib.suppress(CheckpointError):  # which is in the ledger; then the one before has to do
+                self._saving.make_safe(self._applied, LAST_COMMIT_S)
 
     def _save_alone(self) -> None:
         """The run is given up while this worker waits with the newest state: commit it without a world."""
         assert self._left is not None
-        message = self._save_share(self._left, 0, 1)
-        if message is not None:
-            self._link.post(message, self._left)
+        self._link.report_rows(self._left)
+        mesh = self._the_state.mesh
+        if mesh is not None and mesh.layout.shards > 1:
+            detail = f"this worker holds shard {mesh.shard} of {mesh.layout.shards} only"
+            self._link.post(
+                {"kind": "event", "event": "checkpoint_failed", "step": self._applied, "detail": detail}, self._left
+            )
+        else:
+            self._saving.save_alone(self._applied, self._left)
         self._link.post({"kind": "saved alone"}, self._left)
 
     def _row(self, update: Update, world: Assignment) -> dict[str, Any]:
@@ -340,19 +419,19 @@ class Session:
     def _finish(self, group: Group, *, stopped: bool) -> str:
         """Evaluate, save, wait for the commit, and say that this worker is done."""
         self._evaluate(group)
-        saved = self._save(group)
-        if saved is not None:
-            self._link.post(saved)
-        self._link.await_commit(self._applied, COMMIT_TIMEOUT_S)
+        self._stepper.progress(self._applied, APPLIED + 2, "checkpoint")
+        self._saving.finish(self._applied)
         status = "stopped" if stopped and self._applied < self._plan.total_steps else "finished"
-        model = self._state.model
+        state, model = self._the_state, self._the_state.model
+        with collective("gathering the weights"):
+            sha = weights_sha256(model, state.whole)
         result: dict[str, Any] = {
             "steps": self._applied, "samples_seen": self._applied * self._plan.global_size,
-            "metrics": self._evaluated[1], "weights_sha256": weights_sha256(model),
+            "metrics": self._evaluated[1], "weights_sha256": sha,
             "exactness": self._config.run.exactness, "exactness_held": self._bitwise,
             "hardware": {**describe(self._device), "workers": group.size},
         }  # fmt: skip
-        if status == "finished" and group.rank == 0:
+        if status == "finished" and (group.leads or self._config.parallel.sharded):
             model.eval()
             seed_all(derive("sample", self._config.run.seed))
             with torch.no_grad():

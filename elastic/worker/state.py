@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
-from elastic.checkpoint.format import tensor_bytes
+from elastic.checkpoint.format import TensorEntry
+from elastic.checkpoint.tensors import DTYPES, Shard, tensor_bytes
 from elastic.errors import CheckpointError
 from elastic.job import Job
+from elastic.parallel.layout import shard_range
+from elastic.parallel.mesh import Mesh
+from elastic.parallel.scaling import LossScale
+from elastic.parallel.wrapping import local, whole
 
 _PREFIXES = ("module.", "_orig_mod.")
 
@@ -26,34 +34,55 @@ def plain_name(name: str) -> str:
 def persistent_entries(model: nn.Module) -> dict[str, torch.Tensor]:
     """Persistent state_dict tensors in name order, tied ones once, under their first name."""
     entries: dict[str, torch.Tensor] = {}
-    seen: set[tuple[int, tuple[int, ...], tuple[int, ...]]] = set()
-    for name, value in sorted((plain_name(k), v) for k, v in model.state_dict().items() if isinstance(v, torch.Tensor)):
-        identity = (value.data_ptr(), tuple(value.shape), tuple(value.stride()))
-        if value.numel() and identity in seen:
+    seen: set[Hashable] = set()
+    values = model.state_dict(keep_vars=True)
+    for name, value in sorted((plain_name(k), v) for k, v in values.items() if isinstance(v, torch.Tensor)):
+        identity = _identity(value)
+        if identity in seen:
             continue
         seen.add(identity)
         entries[name] = value
     return entries
 
 
-def weights_sha256(model: nn.Module) -> str:
-    """sha256 over name, dtype, shape and little-endian bytes of the persistent entries, in name order."""
+def _identity(tensor: torch.Tensor) -> Hashable:
+    """Equal for tied tensors. Parameters that are cut go by the object: an empty shard has no address."""
+    if isinstance(tensor, DTensor) or not tensor.numel():
+        return id(tensor)
+    return tensor.data_ptr(), tuple(tensor.shape), tuple(tensor.stride())
+
+
+def weights_sha256(model: nn.Module, whole: Callable[[torch.Tensor], torch.Tensor] | None = None) -> str:
+    """sha256 over name, dtype, shape and little-endian bytes of the persistent entries, in name order.
+
+    Args:
+        whole: makes a sharded tensor whole, together with everyone who holds a part of it.
+    """
     digest = hashlib.sha256()
     for name, value in persistent_entries(model).items():
         head = f"{name}\0{str(value.dtype).removeprefix('torch.')}\0{list(value.shape)}\0"
         digest.update(head.encode())
-        digest.update(tensor_bytes(value))
+        digest.update(tensor_bytes(whole(value) if whole else value))
     return digest.hexdigest()
 
 
 class TrainState:
     """Model, optimizer and the job's extra state as named tensors and JSON values.
 
-    Names are `model/<name>`, `optimizer/<parameter name>/<key>` and `extra/<name>`.
+    Names are `model/<name>`, `optimizer/<parameter name>/<key>` and `extra/<name>`. Of a sharded model, parameters,
+    what the optimizer keeps of their shape, and extra tensors made from them are cut along dimension 0; all else is
+    whole.
+
+    Args:
+        mesh: of a sharded model.
+        scaler: of a run that scales its loss.
     """
 
-    def __init__(self, job: Job, model: nn.Module, optimizer: torch.optim.Optimizer):
-        self.job, self.model, self.optimizer = job, model, optimizer
+    def __init__(
+        self, job: Job, model: nn.Module, optimizer: torch.optim.Optimizer, mesh: Mesh | None = None,
+        scaler: LossScale | None = None,
+    ):  # fmt: skip
+        self.job, self.model, self.optimizer, self.mesh, self.scaler = job, model, optimizer, mesh, scaler
         names = {id(p): plain_name(n) for n, p in model.named_parameters(remove_duplicate=False)}
         names.update({id(p): plain_name(n) for n, p in model.named_parameters()})
         self._parameters: dict[str, nn.Parameter] = {}
@@ -66,7 +95,7 @@ class TrainState:
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """All tensors of the state: live ones, not copies."""
-        found = {f"model/{name}": value for name, value in persistent_entries(self.model).items()}
+        found = {f"model/{name}": value.detach() for name, value in persistent_entries(self.model).items()}
         for name, parameter in self._parameters.items():
             for key, value in self.optimizer.state.get(parameter, {}).items():
                 if isinstance(value, torch.Tensor):
@@ -75,6 +104,86 @@ class TrainState:
             if isinstance(value, torch.Tensor):
                 found[f"extra/{name}"] = value
         return found
+
+    def whole(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A tensor of the state, whole; of a sharded one everyone of the row asks at one time."""
+        return tensor if self.mesh is None else whole(tensor, self.mesh)
+
+    def heads(self) -> list[list[Any]]:
+        """Name, dtype, whole shape of each tensor, and whether it is cut: JSON values for those who hold none."""
+        return [
+            [name, str(t.dtype).removeprefix("torch."), list(t.shape), isinstance(t, DTensor)]
+            for name, t in self.tensors().items()
+        ]
+
+    def shards(self, rank: int, size: int) -> list[Shard]:
+        """What of the state this worker saves.
+
+        Args:
+            rank, size: among those that hold what is not cut.
+        """
+        trained = dict(self.model.named_parameters(remove_duplicate=False))
+        learning = {plain_name(name): p.requires_grad for name, p in trained.items()}
+        found = []
+        for name, tensor in self.tensors().items():
+            kind, _, rest = name.partition("/")
+            parameter = kind == "model" and rest in learning
+            shard = self._shard(name, tensor, rank, size)
+            frozen = parameter and not learning[rest]
+            found.append(replace(shard, stable=parameter or kind == "optimizer", frozen=frozen))
+        return found
+
+    def _shard(self, name: str, tensor: torch.Tensor, rank: int = 0, size: int = 1) -> Shard:
+        """What of a tensor is here."""
+        if not isinstance(tensor, DTensor):
+            return Shard.whole(name, tensor, replica=rank, replicas=size)
+        assert self.mesh is not None
+        layout, shape = self.mesh.layout, tuple(tensor.shape)
+        offsets = (shard_range(shape[0], self.mesh.shard, layout.shards).start, *(0 for _ in shape[1:]))
+        return Shard(name, local(tensor), shape, offsets, self.mesh.replica, layout.replicas)
+
+    def destinations(self, entries: Mapping[str, TensorEntry], values: dict[str, Any]) -> list[Shard]:
+        """Where the tensors of a checkpoint go: live ones; the optimizer's state is made where there is none yet.
+
+        Raises:
+            CheckpointError: names are not those of this model, optimizer and job.
+        """
+        self._check_optimizer(values)
+        mine = self._places(set(entries))
+        saved: dict[str, set[str]] = {}
+        for name in entries:
+            if name.startswith("optimizer/"):
+                owner, _, key = name.removeprefix("optimizer/").rpartition("/")
+                saved.setdefault(owner, set()).add(key)
+        for stranger in saved.keys() - self._parameters.keys():
+            raise CheckpointError(f"the saved optimizer state is of a parameter {stranger!r} that is not here")
+        for owner, parameter in self._parameters.items():
+            keys = saved.get(owner, set())
+            for key in set(self.optimizer.state.get(parameter, {})) - keys:
+                del self.optimizer.state[parameter][key]
+            for key in sorted(keys):
+                entry, state = entries[f"optimizer/{owner}/{key}"], self.optimizer.state[parameter]
+                dtype, known = DTYPES[entry.dtype], state.get(key)
+                if not isinstance(known, torch.Tensor) or (tuple(known.shape), known.dtype) != (entry.shape, dtype):
+                    state[key] = self._new_state(parameter, tuple(entry.shape), dtype)
+                mine[f"optimizer/{owner}/{key}"] = state[key]
+        return [self._shard(name, mine[name]) for name in entries]
+
+    def _new_state(self, parameter: nn.Parameter, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """Room for what an optimizer keeps of a parameter: cut like it if of its shape."""
+        if isinstance(parameter, DTensor) and shape == tuple(parameter.shape):
+            return torch.empty_like(parameter, dtype=dtype).detach()
+        return torch.empty(shape, dtype=dtype, device=self._device_of(parameter, len(shape)))
+
+    def weights(self) -> tuple[list[Shard], dict[str, list[str]]]:
+        """The model's tensors by their own names, and further names of those that are tied."""
+        mine = persistent_entries(self.model)
+        names: dict[Hashable, list[str]] = {}
+        for name, value in sorted(self.model.state_dict(keep_vars=True).items()):
+            if isinstance(value, torch.Tensor):
+                names.setdefault(_identity(value), []).append(plain_name(name))
+        others = {n: names[_identity(value)] for n, value in mine.items()}
+        return [self._shard(n, value.detach()) for n, value in mine.items()], others
 
     def values(self) -> dict[str, Any]:
         """Everything of the state that is not a tensor, as JSON values."""
@@ -92,6 +201,7 @@ class TrainState:
             "groups": groups,
             "states": {name: state for name, state in states.items() if state},
             "extra": extra,
+            **({"loss_scale": self.scaler.values()} if self.scaler else {}),
         }
         try:
             return json.loads(json.dumps(values))
@@ -101,35 +211,52 @@ class TrainState:
             ) from error
 
     def load(self, tensors: dict[str, torch.Tensor], values: dict[str, Any]) -> None:
-        """Put a saved state in place.
+        """Put a saved state in place: of what is cut, this worker's rows.
 
         Raises:
             CheckpointError: names or shapes are not those of this model, optimizer and job.
         """
-        if values["optimizer"] != type(self.optimizer).__name__:
-            raise CheckpointError(
-                f"the saved state is of the optimizer {values['optimizer']}, this job's is "
-                f"{type(self.optimizer).__name__}; use that one, or start another run"
-            )
-        mine = persistent_entries(self.model)
-        extra = {k: v for k, v in self.job.extra_state().items() if isinstance(v, torch.Tensor)}
-        _same_names("model", set(mine), {n.removeprefix("model/") for n in tensors if n.startswith("model/")})
-        _same_names("extra state", set(extra), {n.removeprefix("extra/") for n in tensors if n.startswith("extra/")})
+        self._check_optimizer(values)
+        mine = self._places(set(tensors))
         with torch.no_grad():
             for name, value in tensors.items():
-                kind, _, rest = name.partition("/")
-                if kind == "model":
-                    _copy(name, mine[rest], value)
-                elif kind == "extra":
-                    _copy(name, extra[rest], value)
+                if name in mine:
+                    _copy(name, mine[name], value)
                 else:
-                    self._load_optimizer_tensor(rest, value)
+                    self._load_optimizer_tensor(name.removeprefix("optimizer/"), value)
+        self.load_values(values)
+
+    def load_values(self, values: dict[str, Any]) -> None:
+        """Put in place what is not a tensor, after the tensors."""
         for parameter_name, state in values["states"].items():
             self.optimizer.state[self._parameters[parameter_name]].update(state)
         for group, saved in zip(self.optimizer.param_groups, values["groups"], strict=True):
             for key, value in saved.items():
                 group[key] = tuple(value) if isinstance(group.get(key), tuple) else value
         self.job.load_extra_state(values["extra"])
+        if self.scaler is not None and "loss_scale" in values:
+            self.scaler.load(values["loss_scale"])
+
+    def _check_optimizer(self, values: dict[str, Any]) -> None:
+        if values["optimizer"] != type(self.optimizer).__name__:
+            raise CheckpointError(
+                f"the saved state is of the optimizer {values['optimizer']}, this job's is "
+                f"{type(self.optimizer).__name__}; use that one, or start another run"
+            )
+
+    def _places(self, saved: set[str]) -> dict[str, torch.Tensor]:
+        """The live tensors of model and job by name, after comparing their names with those saved."""
+        mine = {f"model/{name}": value for name, value in persistent_entries(self.model).items()}
+        mine |= {f"extra/{k}": v for k, v in self.job.extra_state().items() if isinstance(v, torch.Tensor)}
+        for kind, what in (("model/", "model"), ("extra/", "extra state")):
+            _same_names(what, *({n.removeprefix(kind) for n in names if n.startswith(kind)} for names in (mine, saved)))
+        return mine
+
+    def _device_of(self, parameter: torch.Tensor, dims: int) -> torch.device:
+        """Where a tensor of the optimizer lives: scalars such as Adam's step stay on the CPU unless the optimizer
+        itself keeps them on the device."""
+        fused = any(g.get("fused") or g.get("capturable") for g in self.optimizer.param_groups)
+        return local(parameter).device if dims > 0 or fused else torch.device("cpu")
 
     def _load_optimizer_tensor(self, name: str, value: torch.Tensor) -> None:
         parameter_name, _, key = name.rpartition("/")
@@ -137,11 +264,12 @@ class TrainState:
             raise CheckpointError(f"the saved optimizer state is of a parameter {parameter_name!r} that is not here")
         parameter = self._parameters[parameter_name]
         state = self.optimizer.state[parameter]
-        # Scalars such as Adam's step stay on the CPU unless the optimizer itself keeps them on the device.
-        on_device = value.dim() > 0 or any(g.get("fused") or g.get("capturable") for g in self.optimizer.param_groups)
-        target = value.to(parameter.device if on_device else "cpu")
-        if key in state and state[key].shape == target.shape:
-            state[key].copy_(target)
+        target = value.to(self._device_of(parameter, value.dim()))
+        cut = isinstance(parameter, DTensor) and value.dim() > 0 and value.shape == local(parameter).shape
+        if cut and key not in state:
+            state[key] = self._new_state(parameter, tuple(parameter.shape), value.dtype)
+        if key in state and local(state[key]).shape == target.shape:
+            local(state[key]).copy_(target)
         else:
             state[key] = target.clone()
 
@@ -156,12 +284,17 @@ def _same_names(what: str, mine: set[str], saved: set[str]) -> None:
 
 
 def _copy(name: str, target: torch.Tensor, value: torch.Tensor) -> None:
-    if target.shape != value.shape or target.dtype != value.dtype:
-        raise CheckpointError(
-            f"the saved {name} is {value.dtype} {tuple(value.shape)}, this model's is {target.dtype} "
-            f"{tuple(target.shape)}; start another run, or use the code that saved it"
-        )
-    target.copy_(value)
+    here = local(target)
+    if here.shape != value.shape or here.dtype != value.dtype:
+        raise _unlike(name, value.dtype, tuple(value.shape), here)
+    here.copy_(value)
+
+
+def _unlike(name: str, dtype: torch.dtype, shape: tuple[int, ...], target: torch.Tensor) -> CheckpointError:
+    return CheckpointError(
+        f"the saved {name} is {dtype} {shape}, this model's is {target.dtype} {tuple(target.shape)}; start another "
+        "run, or use the code that saved it"
+    )
 
 
 def _plain(value: Any) -> Any:

@@ -20,16 +20,19 @@ from elastic.data.loader import Loader
 from elastic.data.seeds import derive, seed_all
 from elastic.errors import WorldBroken
 from elastic.membership.client import WorkerLink
+from elastic.parallel.layout import Layout, lockstep
 from elastic.parallel.records import StepRecord
 from elastic.parallel.replicated import BitwiseReplica, FastReplica, Pass
+from elastic.parallel.sharded import BitwiseSharded, FastSharded
 from elastic.worker import nonfinite
-from elastic.worker.group import Group, is_collective_failure
+from elastic.worker.group import Group, collective, is_collective_failure
 from elastic.worker.run import WorkerRun
 from elastic.worker.schedule import factor
 from elastic.worker.state import TrainState
 from elastic.worker.user_code import UserCode, UserCodeError
 
 Span = tuple[int, int]  # (first microbatch, how many)
+Replica = FastReplica | BitwiseReplica | FastSharded | BitwiseSharded
 
 #: Stages of a step, for progress reports; forward passes come before, two stages each.
 REDUCE, FENCE, APPLIED = 1 << 20, (1 << 20) + 1, (1 << 20) + 2
@@ -60,51 +63,76 @@ class Update:
 class Stepper:
     """Runs steps in one world after another. `enter` a world before `prepare`."""
 
-    def __init__(self, run: WorkerRun, state: TrainState, code: UserCode, loader: Loader, link: WorkerLink):
+    def __init__(self, run: WorkerRun, code: UserCode, loader: Loader, link: WorkerLink):
         self._run, self._config, self._plan = run, run.config, run.plan
-        self._state, self._code, self._loader, self._link = state, code, loader, link
+        self._code, self._loader, self._link = code, loader, link
         self._bitwise = run.config.run.exactness == "bitwise"
-        self._replica: FastReplica | BitwiseReplica | None = None
-        self._unfinished: FastReplica | BitwiseReplica | None = None
+        self._replica: Replica | None = None
+        self._unfinished: Replica | None = None
         self._steps_done = 0
         self.clock = Clock()
         code.on_loss = self._after_loss
 
     # ---- worlds ------------------------------------------------------------------------------------------------
 
-    def enter(self, group: Group, applied: int) -> None:
+    def enter(self, group: Group, applied: int, state: TrainState) -> None:
         """Deal the microbatches of this world and wrap the model for it.
 
         Raises:
             WorldBroken: a member was lost meanwhile.
         """
-        self._group = group
-        runs = deal(self._plan.microbatches, group.size)
-        self._spans = self._spans_of(runs[group.rank])
-        self._runs = runs
+        self._group, self._state = group, state
+        assert group.place is not None, "a spare runs no steps"
+        self._runs, rows = self._deal(group.layout)
+        first = group.place // group.layout.shards * group.layout.shards
+        row = range(first, first + group.layout.shards)
+        self._spans = self._spans_of(self._runs[group.place])
+        cut = self._config.parallel.sharded
+        self._padding = max(len(self._spans_of(self._runs[p])) for p in row) - len(self._spans) if cut else 0
+        self._singles = max(len(self._runs[p]) for p in row) - len(self._runs[group.place]) if cut else 0
         self._loader.start(applied, self._spans)
-        parallel, model = self._config.parallel, self._state.model
-        common: dict[str, Any] = {
-            "runs": runs, "rank": group.rank, "device": group.device, "bucket_mb": parallel.bucket_mb
-        }  # fmt: skip
-        if self._bitwise:
-            self._replica = BitwiseReplica(model, self._code.loss, **common)
-            return
         try:
-            self._replica = FastReplica(
-                model, self._code.loss, find_unused=parallel.find_unused,
-                compression=self._config.precision.grad_compression, **common,
-            )  # fmt: skip
+            self._replica = self._wrap(group, rows)
         except RuntimeError as error:
             if is_collective_failure(error):
                 raise WorldBroken(f"wrapping the model failed: {error}") from error
             raise
+
+    def _deal(self, layout: Layout) -> tuple[list[range], list[range]]:
+        """The microbatches of each place of the mesh, and of each of its rows."""
+        rows = deal(self._plan.microbatches, layout.replicas)
+        if self._bitwise:
+            return [lockstep(row, s, layout.shards) for row in rows for s in range(layout.shards)], rows
+        return deal(self._plan.microbatches, layout.size), rows
+
+    def _wrap(self, group: Group, rows: list[range]) -> Replica:
+        parallel, model, loss = self._config.parallel, self._state.model, self._code.loss
+        common: dict[str, Any] = {"runs": self._runs, "device": group.device}
+        replica: Replica
+        if parallel.sharded and self._bitwise:
+            replica = BitwiseSharded(model, loss, rows=rows, mesh=group.mesh, bucket_mb=parallel.bucket_mb, **common)
+        elif parallel.sharded:
+            replica = FastSharded(model, loss, mesh=group.mesh, **common)
+        elif self._bitwise:
+            replica = BitwiseReplica(model, loss, rank=group.rank, bucket_mb=parallel.bucket_mb, **common)
+        else:
+            replica = FastReplica(
+                model, loss, rank=group.rank, bucket_mb=parallel.bucket_mb, find_unused=parallel.find_unused,
+                compression=self._config.precision.grad_compression, **common,
+            )  # fmt: skip
+        replica.recomputes = parallel.activation_checkpointing
+        return replica
 
     def leave(self) -> None:
         """Drop what holds the world's process group."""
         if self._replica is not None:
             self._replica.close()
             self._replica = None
+
+    def reshard(self) -> None:
+        """After forward passes of others (evaluation, a sample): free what they left gathered."""
+        assert self._replica is not None
+        self._replica.reshard()
 
     def undo(self) -> None:
         """Put back what an unfinished step did to buffers; nothing if the last step was applied."""
@@ -136,6 +164,8 @@ class Stepper:
         assert replica is not None, "enter a world first"
         self.clock, self._unfinished, self._step = clock, replica, step
         began = time.perf_counter()
+        scaler = self._state.scaler
+        replica.scale = scaler.factor if scaler else 1.0
         try:
             record, divisor = replica.run(self._passes(step))
         except UserCodeError:
@@ -145,8 +175,9 @@ class Stepper:
                 raise WorldBroken(f"step {step + 1} failed: {error}") from error
             raise self._code.error(error) from error
         optim, plan = self._config.optim, self._plan
-        gradients = [p.grad for p in self._state.model.parameters() if p.grad is not None]
-        norm = float(replica.norm(gradients)) / divisor if gradients and divisor else float("nan")
+        gradients = replica.gradients()
+        with collective("the norm"):
+            norm = float(replica.norm(gradients)) / divisor if gradients and divisor else float("nan")
         finite = abs(record.loss) < float("inf") and (abs(norm) < float("inf") or not gradients)
         if finite:
             scale = 1.0 / divisor
@@ -155,7 +186,9 @@ class Stepper:
             if scale != 1.0 and gradients:
                 torch._foreach_mul_(gradients, scale)
         else:
-            self._on_nonfinite(step, record, norm)
+            overflow = scaler is not None and scaler.factor > 1 and abs(record.loss) < float("inf")
+            if not overflow:
+                self._on_nonfinite(step, record, norm)
             replica.undo_buffers()
         share = self._code.guard(lambda: self._run.job.schedule(step, plan.total_steps))
         if share is None:
@@ -171,6 +204,8 @@ class Stepper:
     def apply(self, update: Update) -> None:
         """The update itself. Until it returns, the state is neither the old nor the new one."""
         began = time.perf_counter()
+        if self._state.scaler is not None:
+            self._state.scaler.update(update.skip)
         if not update.skip:
             self._state.optimizer.step()
             self._code.guard(lambda: self._run.job.after_step(self._state.model, update.step + 1))
@@ -183,16 +218,18 @@ class Stepper:
         self._link.progress(step, stage, 0, "first step" if phase == "step" and not self._steps_done else phase)
 
     def _passes(self, step: int) -> Iterator[Pass]:
-        for i, (first, count) in enumerate(self._spans):
+        passes = [(span, False) for span in self._spans] + [(self._spans[-1], True)] * self._padding
+        for i, ((first, count), padding) in enumerate(passes):
             began = time.perf_counter()
             self._pass = i
             self._code.at(step, first)
             self.progress(step, 2 * i)
             self._code.guard(partial(fault.point, "step.forward", self._group.rank, step + 1))
-            span = self._code.guard(partial(self._loader.next, step, first, count))
+            if not padding:
+                span = self._code.guard(partial(self._loader.next, step, first, count))
             self.clock.data_s += time.perf_counter() - began
             seed_all(derive("step", self._config.run.seed, step, first))
-            yield Pass(span.batch, first, span.digests, i == len(self._spans) - 1)
+            yield Pass(span.batch, first, span.digests, i == len(passes) - 1, padding)
         self.progress(step, REDUCE)
         fault.point("step.reduce", self._group.rank, step + 1)
 
@@ -206,7 +243,7 @@ class Stepper:
             return
         microbatch, count = record.nonfinite_microbatch, 1
         if microbatch is None:
-            found = [m for m in self._group.gather_ints(self._find_bad(step)) if m >= 0]
+            found = [m for m in self._group.gather_in_mesh(self._find_bad(step)) if m >= 0]
             microbatch = min(found, default=None)
         else:  # the loss is known for each pass
             spans = [span for run in self._runs for span in self._spans_of(run)]
@@ -215,7 +252,9 @@ class Stepper:
         raise nonfinite.error(step, record, norm, microbatch, ids)
 
     def _find_bad(self, step: int) -> int:
-        indices = [i for first, n in self._spans for i in range(first, first + n)]
+        assert self._group.place is not None
+        replica, indices = self._replica, self._runs[self._group.place]
+        assert replica is not None
 
         def microbatches() -> Iterator[tuple[int, Any]]:
             self._loader.start(step, [(i, 1) for i in indices])
@@ -224,4 +263,4 @@ class Stepper:
                 seed_all(derive("step", self._config.run.seed, step, index))
                 yield index, batch
 
-        return nonfinite.first_bad_microbatch(self._state.model, self._code.loss, microbatches())
+        return nonfinite.first_bad_microbatch(replica.has_finite_gradients, microbatches(), self._singles)

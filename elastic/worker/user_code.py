@@ -31,8 +31,11 @@ class UserCodeError(RunFailed):
 class UserCode:
     """The job as the step loop calls it. `where` says, for people, what is being done."""
 
-    def __init__(self, job: Job, device: torch.device, worker_id: str, *, autocast: bool):
-        self._job, self._device, self._worker_id, self._autocast = job, device, worker_id, autocast
+    def __init__(self, job: Job, device: torch.device, worker_id: str, *, autocast: str):
+        """`autocast` is off, bf16 or fp16."""
+        self._job, self._device, self._worker_id = job, device, worker_id
+        self._autocast = autocast != "off"
+        self._dtype = torch.float16 if autocast == "fp16" else torch.bfloat16
         self.where = "warming up"
         self.rank = ""  # in its present world
         self._step = self._microbatch = -1
@@ -56,7 +59,7 @@ class UserCode:
     def _on_batch(self, function: Callable[..., Any], name: str, model: nn.Module, batch: Any) -> LossValue:
         def work() -> LossValue:
             moved = _to_device(batch, self._device)
-            with torch.autocast(self._device.type, torch.bfloat16, enabled=self._autocast):
+            with torch.autocast(self._device.type, self._dtype, enabled=self._autocast):
                 result = function(model, moved)
             if not isinstance(result, tuple) or len(result) != 3:
                 raise TypeError(f"{name} must return (sum, weight, metrics), not {type(result).__name__}")

@@ -1,0 +1,303 @@
+"""Loading: exactly the bytes that are wanted, many requests at a time, into their destination, every block verified."""
+
+from __future__ import annotations
+
+import threading
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from elastic.checkpoint.blocks import Partial, hash_pieces, unproven
+from elastic.checkpoint.format import Manifest, TensorEntry
+from elastic.checkpoint.plan import BlockPart, Read, plan_load, plan_reads, read_bytes, read_limit, wanted_bytes
+from elastic.checkpoint.tensors import DTYPES, Shard, dtype_name
+from elastic.checkpoint.transfer import RangeReader
+from elastic.errors import CheckpointError
+from elastic.storage import Storage
+
+IN_FLIGHT = 32
+STAGED_BYTES = 256 << 20  # of host memory at a time, for what cannot be read straight into its destination
+
+
+@dataclass
+class LoadReport:
+    """What a load took. `partials` are for `unproven`, together with those of the ranks that read the rest."""
+
+    wanted_bytes: int = 0
+    read_bytes: int = 0
+    requests: int = 0
+    refetched: list[str] = field(default_factory=list)
+    partials: list[Partial] = field(default_factory=list)
+
+
+def load(
+    storage: Storage, folder: str, manifest: Manifest, shards: Sequence[Shard], *, convert: bool = False,
+    alone: bool = True, in_flight: int = IN_FLIGHT,
+) -> LoadReport:  # fmt: skip
+    """Fill the shards' tensors from the checkpoint in `folder`.
+
+    A block of which only a part is wanted cannot be verified by itself. `alone`, it is read whole; else only the part
+    is, and the report's partials tell whether all readers together got what was written (`load_together`).
+
+    Args:
+        convert: let a destination have another dtype than was saved.
+
+    Raises:
+        CheckpointError: a tensor that is missing, has another shape or dtype, or was damaged: which object and block.
+    """
+    report = LoadReport()
+    for shard in shards:
+        _check(folder, manifest.tensors.get(shard.name), shard, convert)
+    reader = RangeReader(storage)
+    try:
+        with ThreadPoolExecutor(in_flight, "checkpoint-read") as pool:
+            for batch in _batches(manifest.tensors, shards):
+                _Batch(reader, pool, in_flight, folder, manifest.tensors, batch, alone, report).run()
+    finally:
+        reader.close()
+    return report
+
+
+def fill(storage: Storage, entries: Mapping[str, TensorEntry], shards: Sequence[Shard]) -> LoadReport:
+    """Fill the shards from objects (named from the storage's root) that have no checksums, converting dtypes.
+
+    Raises:
+        CheckpointError: another shape, or an object that is missing or short.
+    """
+    report = LoadReport()
+    for shard in shards:
+        _check(storage.url, entries.get(shard.name), shard, True)
+    reader = RangeReader(storage)
+    try:
+        with ThreadPoolExecutor(IN_FLIGHT, "initial-read") as pool:
+            for batch in _batches(entries, shards):
+                _Batch(reader, pool, IN_FLIGHT, "", entries, batch, False, report, proven=False).run()
+    finally:
+        reader.close()
+    return report
+
+
+def load_together(
+    storage: Storage, folder: str, manifest: Manifest, shards: Sequence[Shard],
+    gather: Callable[[Any], list[Any]], *, convert: bool = False, in_flight: int = IN_FLIGHT,
+) -> LoadReport:  # fmt: skip
+    """Like `load`, for all ranks of a world that read different boxes: no byte is read twice, every block verified.
+
+    Args:
+        gather: a collective: takes a JSON value, returns those of all ranks.
+
+    Raises:
+        CheckpointError: on all ranks, if any of them could not load.
+    """
+    report, problem = LoadReport(), None
+    try:
+        report = load(storage, folder, manifest, shards, convert=convert, alone=False, in_flight=in_flight)
+    except CheckpointError as error:
+        problem = str(error)
+    everyone = gather([problem, [p.to_json() for p in report.partials]])
+    bad = unproven(Partial.from_json(raw) for _, partials in everyone for raw in partials)
+    if bad and not any(found for found, _ in everyone):
+        mine = [s for s in shards if _touches(manifest.tensors, folder, s, bad)]
+        try:  # whole blocks now, each proven by itself; who has damage finds it, or it was damaged on the way
+            again = load(storage, folder, manifest, mine, convert=convert, in_flight=in_flight)
+            report.refetched += [f"{where}@{start}" for where, start in sorted(bad)] + again.refetched
+            report.read_bytes += again.read_bytes
+            report.requests += again.requests
+        except CheckpointError as error:
+            problem = str(error)
+        everyone = gather([problem, []])
+    problems = [found for found, _ in everyone if found]
+    if problems:
+        raise CheckpointError(problems[0])
+    return report
+
+
+def load_all(
+    storage: Storage, folder: str, manifest: Manifest, names: Sequence[str] | None = None
+) -> dict[str, torch.Tensor]:
+    """Whole tensors on the CPU, by name: all, or those named.
+
+    Raises:
+        CheckpointError: as `load`; also objects that are smaller than the manifest says, before memory is taken.
+    """
+    chosen = {name: manifest.tensors[name] for name in (manifest.tensors if names is None else names)}
+    for path, least in Manifest(0, 0, "", {}, {}, chosen).packs(folder).items():
+        try:
+            size = storage.size(path)
+        except FileNotFoundError as error:
+            name = _user(chosen, folder, path)
+            raise CheckpointError(f"{path} is missing, which holds the tensor {name!r}") from error
+        if size < least:
+            name = _user(chosen, folder, path, size)
+            raise CheckpointError(f"{path} is too short for the tensor {name!r}")
+    found = {name: torch.empty(entry.shape, dtype=DTYPES[entry.dtype]) for name, entry in chosen.items()}
+    load(storage, folder, manifest, [Shard.whole(name, tensor) for name, tensor in found.items()])
+    return found
+
+
+def _user(tensors: Mapping[str, TensorEntry], folder: str, path: str, size: int = -1) -> str:
+    """A tensor that has bytes of an object beyond `size`."""
+    return next(
+        name
+        for name, entry in tensors.items()
+        if Manifest(0, 0, "", {}, {}, {name: entry}).packs(folder).get(path, -1) > size
+    )
+
+
+def _check(folder: str, entry: TensorEntry | None, shard: Shard, convert: bool) -> None:
+    if entry is None:
+        raise CheckpointError(f"the checkpoint in {folder} has no tensor {shard.name!r}")
+    mine = dtype_name(shard.name, shard.tensor)
+    if entry.shape != tuple(shard.shape) or (entry.dtype != mine and not convert):
+        raise CheckpointError(
+            f"the saved {shard.name} is {entry.dtype} {entry.shape}, this one is {mine} {tuple(shard.shape)}; start "
+            "another run, or use the code that saved it"
+        )
+
+
+def _touches(tensors: Mapping[str, TensorEntry], folder: str, shard: Shard, blocks: set[tuple[str, int]]) -> bool:
+    return any((p.object, p.start) in blocks for p in plan_load(tensors, folder, [shard.wanted]))
+
+
+def _direct(entry: TensorEntry, tensor: torch.Tensor) -> bool:
+    """Whether bytes can be read straight into the tensor."""
+    return tensor.device.type == "cpu" and tensor.is_contiguous() and tensor.dtype == DTYPES[entry.dtype]
+
+
+def _batches(tensors: Mapping[str, TensorEntry], shards: Sequence[Shard]) -> list[list[Shard]]:
+    """What is read together: all that goes straight to its place, and a bounded amount at a time of the rest."""
+    direct = [s for s in shards if _direct(tensors[s.name], s.tensor)]
+    batches, room = [direct], 0
+    for shard in (s for s in shards if not _direct(tensors[s.name], s.tensor)):
+        size = shard.box.volume * DTYPES[tensors[shard.name].dtype].itemsize
+        if room < size or len(batches) == 1:
+            batches.append([])
+            room = STAGED_BYTES
+        batches[-1].append(shard)
+        room -= size
+    return [b for b in batches if b]
+
+
+class _Batch:
+    """Reads that run at the same time, and the verification of each block when its last byte is there."""
+
+    def __init__(
+        self, reader: RangeReader, pool: ThreadPoolExecutor, in_flight: int, folder: str,
+        tensors: Mapping[str, TensorEntry], shards: Sequence[Shard], alone: bool, report: LoadReport, *,
+        proven: bool = True,
+    ):  # fmt: skip
+        self._reader, self._pool, self._report, self._proven = reader, pool, report, proven
+        self._in_flight = in_flight
+        wanted = [s.wanted for s in shards]
+        self._shards = shards
+        self._homes: list[torch.Tensor] = [  # each box, contiguous, on the CPU, in the dtype that was saved
+            s.tensor.detach() if _direct(tensors[s.name], s.tensor)
+            else torch.empty(s.tensor.shape, dtype=DTYPES[tensors[s.name].dtype])
+            for s in shards
+        ]  # fmt: skip
+        self._views = [_memory(home) for home in self._homes]
+        self._parts = plan_load(tensors, folder, wanted)
+        # Without crc32 (format 1) or without others, a part of a block is proven by reading the whole block.
+        self._scratch = [p for p in self._parts if proven and not p.whole and (alone or p.crc is None)]
+        lone = {id(p) for p in self._scratch}
+        self._others = [p for p in self._parts if id(p) not in lone]
+        self._missing = [sum(s.length for s in p.segments) for p in self._others]
+        self._lock = threading.Lock()
+        report.wanted_bytes += wanted_bytes(tensors, wanted)
+
+    def run(self) -> None:
+        reads = plan_reads(self._others, read_limit(self._others, self._in_flight))
+        jobs = [self._pool.submit(self._read, read) for read in reads]
+        jobs += [self._pool.submit(self._read_whole, part) for part in self._scratch]
+        self._report.read_bytes += read_bytes(reads) + sum(p.end - p.start for p in self._scratch)
+        self._report.requests += len(jobs)
+        problem: BaseException | None = None
+        for job in jobs:
+            try:
+                job.result()
+            except BaseException as error:
+                problem = problem or error
+                for other in jobs:
+                    other.cancel()
+        if problem is not None:
+            raise problem
+        with torch.no_grad():
+            for shard, home in zip(self._shards, self._homes):
+                if home.data_ptr() != shard.tensor.data_ptr():
+                    shard.tensor.copy_(home)
+
+    def _view(self, wanted: int, at: int, length: int) -> memoryview:
+        return self._views[wanted][at : at + length]
+
+    def _read(self, read: Read) -> None:
+        views = [self._view(s.wanted, s.at, s.length) for _, s in read.segments]
+        self._fetch(self._others[read.segments[0][0]], read.object, read.start, views)
+        for index, segment in read.segments:
+            with self._lock:
+                self._missing[index] -= segment.length
+                complete = not self._missing[index]
+            if complete and self._proven:
+                self._prove(self._others[index])
+
+    def _prove(self, part: BlockPart) -> None:
+        views = [self._view(s.wanted, s.at, s.length) for s in part.segments]
+        if not part.whole:
+            assert part.crc is not None
+            self._report.partials += [
+                Partial(part.object, (part.start, part.end), part.crc, s.start, s.start + s.length, zlib.crc32(view))
+                for s, view in zip(part.segments, views)
+            ]
+            return
+        for attempt in range(2):
+            if hash_pieces(_in_order(part, views)) == part.xxh3:
+                return
+            if attempt == 0:
+                self._note(part)
+                for segment, view in zip(part.segments, views):
+                    self._fetch(part, part.object, segment.start, [view])
+        raise _damaged(part)
+
+    def _read_whole(self, part: BlockPart) -> None:
+        block = memoryview(bytearray(part.end - part.start))
+        for attempt in range(2):
+            self._fetch(part, part.object, part.start, [block])
+            if hash_pieces([block]) == part.xxh3:
+                for s in part.segments:
+                    self._view(s.wanted, s.at, s.length)[:] = block[s.start - part.start :][: s.length]
+                return
+            if attempt == 0:
+                self._note(part)
+        raise _damaged(part)
+
+    def _note(self, part: BlockPart) -> None:
+        self._report.refetched.append(f"{part.object}@{part.start}")
+
+    def _fetch(self, part: BlockPart, path: str, start: int, views: list[memoryview]) -> None:
+        try:
+            self._reader.read(path, start, views)
+        except CheckpointError as error:
+            raise CheckpointError(f"{error} (tensor {part.name!r})") from error
+
+
+def _in_order(part: BlockPart, views: Sequence[memoryview]) -> list[memoryview]:
+    """The block's bytes once each, although several boxes may want them."""
+    found, at = [], part.start
+    for segment, view in zip(part.segments, views):
+        if segment.start + segment.length > at:
+            found.append(view[at - segment.start :])
+            at = segment.start + segment.length
+    return found
+
+
+def _damaged(part: BlockPart) -> CheckpointError:
+    return CheckpointError(
+        f"{part.object} has other bytes than were written, in the block at {part.start} (tensor {part.name!r})"
+    )
+
+
+def _memory(tensor: torch.Tensor) -> memoryview:
+    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy().data) if tensor.numel() else memoryview(b"")

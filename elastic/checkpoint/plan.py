@@ -1,0 +1,276 @@
+"""Who writes which bytes, and which byte ranges a reader needs. Pure: boxes and numbers, no tensors, no files."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from elastic.checkpoint import format
+from elastic.checkpoint.format import ITEM_BYTES, TensorEntry, check_name, pack_path
+from elastic.checkpoint.tiling import Box, common, runs
+from elastic.errors import CheckpointError
+
+ALIGNMENT = 64
+SPLIT_BYTES = 1 << 20  # replicas share the writing of boxes larger than this; smaller ones one of them writes
+READ_BYTES = 16 << 20
+LEAST_READ_BYTES = 2 << 20  # what a connection carries while it waits for a first byte; smaller requests only wait more
+
+
+@dataclass(frozen=True)
+class Held:
+    """A box of a tensor that a rank holds, as one of `replicas` ranks that hold the same list of boxes."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    box: Box
+    replica: int = 0
+    replicas: int = 1
+
+    @property
+    def nbytes(self) -> int:
+        return self.box.volume * ITEM_BYTES[self.dtype]
+
+
+@dataclass(frozen=True)
+class Write:
+    """A box that this rank writes: of the held box `source`, to bytes `[start, end)` of its pack."""
+
+    source: int
+    box: Box
+    start: int
+    end: int
+
+
+def plan_save(held: Sequence[Held], last: Callable[[int, Box], bool] | None = None) -> list[Write]:
+    """What one rank writes, and where in its pack; boxes (source, box) of which `last` says so at its end.
+
+    Boxes that several ranks hold are written once: their bytes, in the order of names, are cut into as many equal
+    runs as there are replicas, at rows. Needs no message: all replicas of a list of boxes cut it alike.
+
+    The pack has no gaps, so that neighbours are read in one piece: boxes whose bytes are a multiple of 64 come first
+    and lie at multiples of 64, the others follow by the size of their elements, at multiples of that. (Boxes at the
+    end may lie anywhere.)
+
+    Raises:
+        CheckpointError: a name that is none, a box outside its tensor.
+    """
+    mine = [(source, box) for source, box in _share(held) if box.volume]
+
+    def place(item: tuple[int, Box]) -> tuple[bool, int, str, tuple[int, ...]]:
+        h, box = held[item[0]], item[1]
+        item_bytes = ITEM_BYTES[h.dtype]
+        aligned = box.volume * item_bytes % ALIGNMENT == 0
+        return last is not None and last(*item), 0 if aligned else 1 + ALIGNMENT - item_bytes, h.name, box.offsets
+
+    writes, at = [], 0
+    for source, box in sorted(mine, key=place):
+        end = at + box.volume * ITEM_BYTES[held[source].dtype]
+        writes.append(Write(source, box, at, end))
+        at = end
+    return writes
+
+
+def _share(held: Sequence[Held]) -> Iterator[tuple[int, Box]]:
+    groups: dict[tuple[int, int], list[int]] = {}
+    for i, h in enumerate(held):
+        check_name(h.name)
+        whole = Box.whole(h.shape)
+        if len(h.box.sizes) != len(h.shape) or (h.box.volume and common(h.box, whole) != h.box):
+            raise CheckpointError(f"tensor {h.name!r} of shape {h.shape} has no box {h.box}")
+        groups.setdefault((h.replica, h.replicas), []).append(i)
+    for (replica, replicas), members in groups.items():
+        members.sort(key=lambda i: (held[i].name, held[i].box.offsets))
+        total = sum(held[i].nbytes for i in members)
+        first, last = total * replica // replicas, total * (replica + 1) // replicas
+        at = 0
+        for i in members:
+            box, size = held[i].box, held[i].nbytes
+            if size:
+                rows = _rows(box, size)
+                begin, end = (min(rows, max(0, _nearest((x - at) * rows, size))) for x in (first, last))
+                if end > begin:
+                    yield i, _slice(box, begin, end) if end - begin < rows else box
+            at += size
+
+
+def _rows(box: Box, size: int) -> int:
+    """Parts that a box can be cut into: rows of its first dimension that has several, or one."""
+    return next((s for s in box.sizes if s > 1), 1) if size >= SPLIT_BYTES else 1
+
+
+def _nearest(a: int, b: int) -> int:
+    return (2 * a + b) // (2 * b)
+
+
+def _slice(box: Box, begin: int, end: int) -> Box:
+    d = next(d for d, s in enumerate(box.sizes) if s > 1)
+    offsets, sizes = list(box.offsets), list(box.sizes)
+    offsets[d], sizes[d] = box.offsets[d] + begin, end - begin
+    return Box(tuple(offsets), tuple(sizes))
+
+
+# ---- loading -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A box of a tensor that a reader wants."""
+
+    name: str
+    box: Box
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Bytes `[start, start + length)` of an object, which are those from `at` of the wanted box `wanted`."""
+
+    start: int
+    length: int
+    wanted: int
+    at: int
+
+
+@dataclass(frozen=True)
+class BlockPart:
+    """What a reader needs of one block of one object, and how to know that it is what was written."""
+
+    object: str
+    start: int
+    end: int
+    name: str
+    xxh3: str
+    crc: int | None
+    segments: tuple[Segment, ...]
+
+    @property
+    def whole(self) -> bool:
+        """Whether all of the block is needed."""
+        at = self.start
+        for segment in self.segments:
+            if segment.start > at:
+                return False
+            at = max(at, segment.start + segment.length)
+        return at == self.end
+
+
+@dataclass(frozen=True)
+class Read:
+    """One request: bytes `[start, end)` of an object, and for which parts (index of the part, its segment)."""
+
+    object: str
+    start: int
+    end: int
+    segments: tuple[tuple[int, Segment], ...]
+
+
+def plan_load(tensors: Mapping[str, TensorEntry], folder: str, wanted: Sequence[Wanted]) -> list[BlockPart]:
+    """The parts of blocks that hold the wanted boxes, in the order of objects and places.
+
+    Args:
+        folder: the checkpoint's, which its packs are named from.
+
+    Raises:
+        CheckpointError: a tensor that is not in the checkpoint, or a box outside it.
+    """
+    parts: dict[tuple[str, int, int], tuple[BlockPart, list[Segment]]] = {}
+    for index, want in enumerate(wanted):
+        entry = tensors.get(want.name)
+        if entry is None:
+            raise CheckpointError(f"the checkpoint in {folder} has no tensor {want.name!r}")
+        if len(want.box.sizes) != len(entry.shape):
+            raise CheckpointError(f"tensor {want.name!r} has the shape {entry.shape}, not a box {want.box}")
+        if not want.box.volume:
+            continue
+        if common(want.box, Box.whole(entry.shape)) != want.box:
+            raise CheckpointError(f"tensor {want.name!r} has the shape {entry.shape}, outside of which is {want.box}")
+        item = ITEM_BYTES[entry.dtype]
+        for chunk in entry.chunks:
+            shared = common(chunk.box, want.box)
+            if shared is None:
+                continue
+            path = pack_path(folder, chunk.pack)
+            to = runs(shared, want.box)
+            # Both lists of runs enumerate the same elements in the same order, cut at different places.
+            for source, target, count in _match(runs(shared, chunk.box), to):
+                for number, segment in _by_block(chunk.start, source * item, count * item, index, target * item):
+                    begin = chunk.start + number * format.BLOCK_BYTES
+                    key = (path, begin, min(begin + format.BLOCK_BYTES, chunk.end))
+                    if key not in parts:
+                        crc = chunk.crcs[number] if chunk.crcs else None
+                        parts[key] = (BlockPart(*key, want.name, chunk.hashes[number], crc, ()), [])
+                    parts[key][1].append(segment)
+    return [
+        BlockPart(p.object, p.start, p.end, p.name, p.xxh3, p.crc, tuple(sorted(s, key=lambda s: s.start)))
+        for _, (p, s) in sorted(parts.items())
+    ]
+
+
+def _match(sources: Iterable[tuple[int, int]], targets: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int, int]]:
+    """(source, target, count) of runs that are contiguous in both."""
+    ahead = iter(targets)
+    target, room = 0, 0
+    for first, count in sources:
+        source = first
+        while count:
+            if not room:
+                target, room = next(ahead)
+            step = min(count, room)
+            yield source, target, step
+            source, target, count, room = source + step, target + step, count - step, room - step
+
+
+def _by_block(base: int, offset: int, length: int, wanted: int, at: int) -> Iterator[tuple[int, Segment]]:
+    """The bytes `[offset, offset + length)` of a chunk, cut at its blocks."""
+    while length:
+        number, inside = divmod(offset, format.BLOCK_BYTES)
+        step = min(length, format.BLOCK_BYTES - inside)
+        yield number, Segment(base + offset, step, wanted, at)
+        offset, at, length = offset + step, at + step, length - step
+
+
+def read_limit(parts: Sequence[BlockPart], in_flight: int) -> int:
+    """Bytes of a request: so many that all `in_flight` have work, from LEAST_READ_BYTES to READ_BYTES."""
+    total = sum(s.length for p in parts for s in p.segments)
+    return min(READ_BYTES, max(LEAST_READ_BYTES, -(-total // in_flight)))
+
+
+def plan_reads(parts: Sequence[BlockPart], limit: int = READ_BYTES) -> list[Read]:
+    """Requests for all segments: neighbours together, at most `limit` bytes each.
+
+    A byte that several wanted boxes need is asked for once for each of them.
+    """
+    reads: list[Read] = []
+    path, start, end, found = "", 0, 0, list[tuple[int, Segment]]()
+    cut = ((i, piece) for i, p in enumerate(parts) for s in p.segments for piece in _pieces(s, limit))
+    for i, segment in sorted(cut, key=lambda c: (parts[c[0]].object, c[1].start, c[1].length, c[1].wanted, c[1].at)):
+        where, stop = parts[i].object, segment.start + segment.length
+        if found and (where != path or segment.start != end or stop - start > limit):
+            reads.append(Read(path, start, end, tuple(found)))
+            found = []
+        if not found:
+            path, start = where, segment.start
+        found.append((i, segment))
+        end = stop
+    if found:
+        reads.append(Read(path, start, end, tuple(found)))
+    return reads
+
+
+def _pieces(segment: Segment, limit: int) -> Iterator[Segment]:
+    """A segment in equal pieces of at most `limit` bytes."""
+    count = -(-segment.length // limit)
+    for n in range(count):
+        first, last = segment.length * n // count, segment.length * (n + 1) // count
+        yield Segment(segment.start + first, last - first, segment.wanted, segment.at + first)
+
+
+def read_bytes(reads: Sequence[Read]) -> int:
+    """Bytes that will be asked for."""
+    return sum(r.end - r.start for r in reads)
+
+
+def wanted_bytes(tensors: Mapping[str, TensorEntry], wanted: Sequence[Wanted]) -> int:
+    """Bytes that were wanted."""
+    return sum(math.prod(w.box.sizes) * ITEM_BYTES[tensors[w.name].dtype] for w in wanted)

@@ -1,0 +1,309 @@
+"""Saving without stopping: copy what is due behind the next forward and backward pass, upload it beside the training.
+
+save = saver.start(step, attempt, shards, on_end)    the state as it is now
+...                                                  forward and backward passes run
+saver.settle()                                       before anything writes to what is saved
+...                                                  `on_end(save)` comes when its bytes are durable, or are not
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+
+from elastic import fault
+from elastic.checkpoint.format import Chunk, TensorEntry, attempt_folder
+from elastic.checkpoint.plan import Write, plan_save
+from elastic.checkpoint.staging import StagingBuffer
+from elastic.checkpoint.tensors import Shard, dtype_name, narrowed
+from elastic.checkpoint.tiling import Box
+from elastic.checkpoint.transfer import Cancelled
+from elastic.checkpoint.uploader import IN_FLIGHT, PART_BYTES, Progress, Uploader, UploadJob, perform
+from elastic.errors import CheckpointError
+from elastic.storage import Storage
+
+SETTLE_S = 600.0
+CLOSE_S = 5.0
+_NOTIFY_BYTES = 32 << 20
+_Key = tuple[str, tuple[int, ...], tuple[int, ...]]
+
+
+@dataclass
+class Save:
+    """One rank's part of a save that is under way. `index` or `error` is there when it `ended`."""
+
+    step: int
+    attempt: str
+    rank: int
+    shards: list[Shard]
+    writes: list[Write]
+    tail: int
+    stall_s: float = 0.0
+    index: dict[str, Any] | None = None
+    error: str | None = None
+    facts: dict[str, Any] = field(default_factory=dict)
+    staged: threading.Event = field(default_factory=threading.Event)
+    ended: threading.Event = field(default_factory=threading.Event)
+    versions: dict[int, int] = field(default_factory=dict)
+
+    @property
+    def size(self) -> int:
+        return self.writes[-1].end if self.writes else 0
+
+    @property
+    def pack(self) -> str:
+        return f"rank-{self.rank:04d}.pack"
+
+    def key(self, write: Write) -> _Key:
+        return self.shards[write.source].name, write.box.offsets, write.box.sizes
+
+
+class Saver:
+    """A rank's saves, one at a time. All methods from one thread; `on_end` is called from another.
+
+    Args:
+        in_flight: parts uploaded at a time.
+    """
+
+    def __init__(
+        self, storage: Storage, *, device: torch.device | None = None, in_flight: int = IN_FLIGHT,
+        part_bytes: int = PART_BYTES,
+    ):  # fmt: skip
+        self._storage, self._in_flight, self._part_bytes = storage, in_flight, part_bytes
+        self._cuda = device if device is not None and device.type == "cuda" else None
+        self._stream = torch.cuda.Stream(device) if self._cuda else None
+        self._buffer = StagingBuffer(pinned=self._cuda is not None)
+        self._uploader: Uploader | None = None
+        self._queue: queue.SimpleQueue[tuple[Save, list[Write], Callable[[Save], None] | None] | None]
+        self._queue = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+        self._save: Save | None = None
+        self._progress = Progress()
+        self._unsteady: set[str] = set()  # said to be stable, but written to in a forward pass
+        self._frozen: dict[_Key, Chunk] = {}  # boxes of frozen tensors, where the newest committed checkpoint has them
+        self._written: dict[tuple[int, str], dict[_Key, Chunk]] = {}
+
+    @property
+    def busy(self) -> bool:
+        """Whether a save is under way: its bytes are not durable yet, and its memory is in use."""
+        return self._save is not None and not self._save.ended.is_set()
+
+    def start(
+        self, step: int, attempt: str, shards: Sequence[Shard], *, rank: int = 0, refer: bool = True,
+        on_end: Callable[[Save], None] | None = None,
+    ) -> Save:  # fmt: skip
+        """Begin to save the state as it is now. What is not stable is copied before this returns.
+
+        Args:
+            refer: whether what was last told to be `committed` is the newest; nothing refers to it else.
+
+        Raises:
+            CheckpointError: names or dtypes that checkpoints do not have.
+        """
+        assert not self.busy, "one save at a time"
+        began = time.perf_counter()
+        fault.point("checkpoint.before_stage", rank, step)
+        held = [shard.held for shard in shards]
+        if not refer:
+            self._frozen = {}
+
+        def is_known(source: int, box: Box) -> bool:
+            return shards[source].frozen and (shards[source].name, box.offsets, box.sizes) in self._frozen
+
+        writes = plan_save(held, last=is_known)
+        tail = next((w.start for w in writes if is_known(w.source, w.box)), writes[-1].end if writes else 0)
+        self._save = save = Save(step, attempt, rank, list(shards), writes, tail)
+        self._buffer.reserve(save.size)
+        self._progress = Progress()
+        later = []
+        for write in writes:
+            shard = shards[write.source]
+            if shard.stable and shard.name not in self._unsteady:
+                save.versions[write.source] = shard.tensor._version
+                later.append(write)
+            else:
+                self._copy(save, write)
+        if self._stream is not None:
+            self._stream.wait_stream(torch.cuda.current_stream(self._cuda))
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._work, name="checkpoint-saver", daemon=True)
+            self._thread.start()
+        self._queue.put((save, later, on_end))
+        save.stall_s += time.perf_counter() - began
+        return save
+
+    def settle(self) -> float:
+        """Wait until nothing of the state is still to be copied; returns the seconds it took.
+
+        Raises:
+            CheckpointError: it took longer than SETTLE_S.
+        """
+        save = self._save
+        if save is None or save.staged.is_set():
+            return 0.0
+        began = time.perf_counter()
+        if not save.staged.wait(SETTLE_S):
+            raise CheckpointError(f"copying the state of step {save.step} took more than {SETTLE_S:.0f} s")
+        waited = time.perf_counter() - began
+        save.stall_s += waited
+        return waited
+
+    def wait(self, timeout_s: float) -> Save:
+        """Wait until the save that is under way has ended; returns it.
+
+        Raises:
+            CheckpointError: it did not within `timeout_s`.
+        """
+        assert self._save is not None, "nothing was saved"
+        if not self._save.ended.wait(timeout_s):
+            raise CheckpointError(f"the upload of step {self._save.step} took more than {timeout_s:.0f} s")
+        return self._save
+
+    def cancel(self) -> None:
+        """Call off the save that is under way; it ends soon, with an error. The state may be written to at once."""
+        if self.busy:
+            self.settle()
+            self._progress.cancel()
+            if self._uploader is not None:
+                self._uploader.send({"do": "cancel"})
+
+    def committed(self, step: int, attempt: str) -> None:
+        """A save of this rank is the newest committed: frozen tensors may refer to it from now on."""
+        self._frozen = self._written.pop((step, attempt), {})
+        self._written = {key: chunks for key, chunks in self._written.items() if key[0] > step}
+
+    def close(self) -> None:
+        """Call off what is under way, end the uploader and give the memory back."""
+        self.cancel()
+        if self._thread is not None:
+            if self._save is not None and not self._save.ended.wait(CLOSE_S) and self._uploader is not None:
+                self._uploader.kill()
+            self._queue.put(None)
+            self._thread.join(30)
+        self._buffer.close()
+
+    # ---- the saver's thread ----------------------------------------------------------------------------------------
+
+    def _work(self) -> None:
+        try:
+            while (work := self._queue.get()) is not None:
+                save, later, on_end = work
+                try:
+                    self._carry_out(save, later)
+                except Cancelled:
+                    save.error = "called off"
+                except Exception as error:  # the run goes on without this checkpoint, and its ledger says why
+                    save.error = f"the state of step {save.step} could not be saved: {type(error).__name__}: {error}"
+                save.staged.set()
+                if on_end is not None:
+                    on_end(save)
+                save.ended.set()
+        finally:
+            if self._uploader is not None:
+                self._uploader.close()
+
+    def _carry_out(self, save: Save, later: list[Write]) -> None:
+        chunks = [(w.start, w.end) for w in save.writes]
+        known = [list(self._frozen[save.key(w)].hashes) for w in save.writes if w.start >= save.tail]
+        job = UploadJob(
+            f"{attempt_folder(save.step, save.attempt)}/{save.pack}", save.size, chunks, save.tail, known, save.rank,
+            save.step, self._in_flight, self._part_bytes,
+        )  # fmt: skip
+        if self._storage.in_process:
+            self._stage(save, later, lambda ready, tail: None)
+            self._progress.advance(save.tail, True)
+            answer = perform(self._storage, job, self._buffer.view() if save.size else memoryview(b""), self._progress)
+        else:
+            if self._uploader is None or not self._uploader.alive:
+                if self._uploader is not None:
+                    self._uploader.close()
+                self._uploader = Uploader(self._storage.url, self._buffer.fd)
+            self._uploader.start(job, self._buffer.size)
+            try:
+                self._stage(save, later, self._announce)
+            except BaseException:
+                self._uploader.send({"do": "cancel"})
+                self._uploader.answer()
+                raise
+            if self._progress.cancelled.is_set():
+                self._uploader.send({"do": "cancel"})
+            answer = self._uploader.answer()
+        if "error" in answer:
+            save.error = answer["error"]
+            if self._uploader is not None:  # the next one starts afresh, and with the credentials of then
+                self._uploader.close()
+                self._uploader = None
+            return
+        self._finish(save, answer)
+
+    def _announce(self, ready: int, tail: bool) -> None:
+        assert self._uploader is not None
+        self._uploader.send({"do": "staged", "ready": ready, "tail": tail})
+
+    def _stage(self, save: Save, later: list[Write], announce: Callable[[int, bool], None]) -> None:
+        """Copy what was left for later: the tail first, since it decides what is uploaded; then from the front."""
+        done = 0
+        with torch.no_grad(), torch.cuda.stream(self._stream):
+            for write in (w for w in later if w.start >= save.tail):
+                self._copy(save, write)
+            self._synchronise()
+            announce(0, True)
+            for write in (w for w in later if w.start < save.tail):
+                self._copy(save, write)
+                if write.end - done >= _NOTIFY_BYTES:
+                    self._synchronise()
+                    done = write.end
+                    announce(done, True)
+            self._synchronise()
+        fault.point("checkpoint.staged", save.rank, save.step)
+        for source, version in save.versions.items():
+            shard = save.shards[source]
+            if shard.tensor._version != version:
+                self._unsteady.add(shard.name)
+                raise CheckpointError(
+                    f"{shard.name} was written to while it was copied; from now on it is copied before the next step"
+                )
+        save.staged.set()
+        announce(save.tail, True)
+
+    def _synchronise(self) -> None:
+        if self._stream is not None:
+            self._stream.synchronize()
+
+    def _copy(self, save: Save, write: Write) -> None:
+        shard = save.shards[write.source]
+        source = narrowed(shard.tensor.detach(), write.box, shard.box)
+        room = self._buffer.bytes(write.start, write.end)
+        if write.start % source.element_size() == 0:
+            room.view(source.dtype).view(source.shape).copy_(source, non_blocking=self._cuda is not None)
+        else:  # only frozen tensors lie like that
+            room.copy_(source.contiguous().view(-1).view(torch.uint8))
+
+    def _finish(self, save: Save, answer: dict[str, Any]) -> None:
+        index: dict[str, TensorEntry] = {}
+        written: dict[_Key, Chunk] = {}
+        for i, write in enumerate(save.writes):
+            shard, key = save.shards[write.source], save.key(write)
+            if write.start >= save.tail and not answer["uploaded"]:
+                chunk = written[key] = self._frozen[key]
+            else:
+                place = (save.pack, write.start, write.end, tuple(answer["hashes"][i]), tuple(answer["crcs"][i]))
+                chunk = Chunk(write.box.offsets, write.box.sizes, *place)
+                if shard.frozen:
+                    home = f"{attempt_folder(save.step, save.attempt)}/{save.pack}".partition("/")[2]
+                    written[key] = Chunk(write.box.offsets, write.box.sizes, home, *place[1:])
+            before = index[shard.name].chunks if shard.name in index else ()
+            index[shard.name] = TensorEntry(dtype_name(shard.name, shard.tensor), shard.shape, (*before, chunk))
+        for shard in save.shards:  # an empty box is written by nobody; its tensor exists all the same
+            if not shard.box.volume and shard.name not in index:
+                index[shard.name] = TensorEntry(dtype_name(shard.name, shard.tensor), shard.shape, ())
+        self._written[save.step, save.attempt] = written
+        save.index = {name: asdict(entry) for name, entry in index.items()}
+        save.facts = {k: answer[k] for k in ("bytes", "seconds", "cpu_s", "requests", "retries")}
+        save.facts["stall_s"] = round(save.stall_s, 6)

@@ -1,0 +1,136 @@
+"""The blocks of a model: what is sharded, checkpointed and compiled one by one. Any choice gives the same bits."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from elastic.errors import ConfigError
+
+_CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
+#: Where nothing repeats, a module of at most this many bytes is not cut further.
+BLOCK_BYTES = 64 << 20
+
+
+def find_blocks(model: nn.Module, classes: Sequence[str] = ()) -> list[nn.Module]:
+    """The blocks, outermost first found, in the model's order.
+
+    By class name where `classes` are given. Else what repeats: children of one container that are of one class. Else
+    by size: going down from the root, the first modules of at most `BLOCK_BYTES` (and at least a sixteenth of that).
+    A found module that shares a parameter with the rest of the model is no block: both must be gathered together.
+
+    Raises:
+        ConfigError: a class that the model has no module of, or whose modules share parameters with others.
+    """
+    if classes:
+        return _named(model, classes)
+    repeated = [m for m in _outermost(model, _repeats(model)) if not _shares(model, m)]
+    if repeated:
+        return repeated
+    return [m for m in _by_size(model) if not _shares(model, m)]
+
+
+def _named(model: nn.Module, classes: Sequence[str]) -> list[nn.Module]:
+    there = Counter(type(m).__name__ for m in model.modules() if m is not model)
+    for name in classes:
+        if name not in there:
+            raise ConfigError(
+                f"--parallel.blocks names {name!r}, but the model has no module of that class; "
+                f"it has {', '.join(sorted(there))}"
+            )
+    found = _outermost(model, {m for m in model.modules() if type(m).__name__ in classes and m is not model})
+    for module in found:
+        shared = _shares(model, module)
+        if shared:
+            raise ConfigError(
+                f"--parallel.blocks names {type(module).__name__!r}, which shares the parameter {shared} with modules "
+                "outside; leave it out, or name a class that holds all that share it"
+            )
+    return found
+
+
+def _repeats(model: nn.Module) -> set[nn.Module]:
+    found = set()
+    for container in model.modules():
+        if isinstance(container, _CONTAINERS):
+            children = [c for c in container.children() if _bytes(c) and any(True for _ in c.children())]
+            kinds = Counter(type(c) for c in children)
+            found |= {c for c in children if kinds[type(c)] > 1 and not isinstance(c, _CONTAINERS)}
+    return found
+
+
+def _outermost(model: nn.Module, chosen: set[nn.Module]) -> list[nn.Module]:
+    found: list[nn.Module] = []
+
+    def visit(module: nn.Module) -> None:
+        for child in module.children():
+            if child in chosen:
+                if child not in found:
+                    found.append(child)
+            else:
+                visit(child)
+
+    visit(model)
+    return found
+
+
+def _by_size(model: nn.Module) -> list[nn.Module]:
+    found: list[nn.Module] = []
+
+    def visit(module: nn.Module) -> None:
+        for child in module.children():
+            size = _bytes(child)
+            if size > BLOCK_BYTES and any(True for _ in child.children()):
+                visit(child)
+            elif size >= BLOCK_BYTES // 16 and not isinstance(child, (nn.ModuleList, nn.ModuleDict)):
+                found.append(child)
+            elif size >= BLOCK_BYTES // 16:
+                visit(child)
+
+    if _bytes(model) > BLOCK_BYTES:
+        visit(model)
+    return found
+
+
+def _bytes(module: nn.Module) -> int:
+    return sum(p.numel() * p.element_size() for p in module.parameters())
+
+
+def _shares(model: nn.Module, block: nn.Module) -> str | None:
+    """The name of a parameter of the block that the rest of the model has too, or that has no rows to shard."""
+    inside = {id(m) for m in block.modules()}
+    mine = {id(p) for p in block.parameters()}
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        if id(module) not in inside:
+            for name, p in module.named_parameters(recurse=False, remove_duplicate=False):
+                if id(p) in mine:
+                    return f"{prefix}.{name}" if prefix else name
+    return None
+
+
+def checkpoint_activations(blocks: Sequence[nn.Module]) -> None:
+    """Make each block forget its activations in forward and compute them again in backward."""
+    for block in blocks:
+        block.forward = partial(_again, block.forward)
+
+
+def _again(forward: Any, *args: Any, **kwargs: Any) -> Any:
+    if not torch.is_grad_enabled():
+        return forward(*args, **kwargs)
+    return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+
+
+def compile_blocks(blocks: Sequence[nn.Module]) -> None:
+    """torch.compile each block in place; names in the model stay as they are.
+
+    Compiles afresh: after a number of models of one class torch would stop compiling, and eager code has other bits.
+    """
+    torch.compiler.reset()
+    for block in blocks:
+        block.compile()

@@ -1,0 +1,67 @@
+"""The process groups of a layout: of a row (one copy of the model), of a column (who holds the same shard), of all."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+
+from elastic.parallel.layout import Layout
+
+REPLICATE, SHARD = "replicate", "shard"
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """A worker's view of its world's mesh.
+
+    Args:
+        place: its place in the layout; None for a spare, which has no groups.
+        everyone: the group of all that are in the mesh; None is the default group.
+    """
+
+    layout: Layout
+    place: int | None
+    devices: DeviceMesh | None = None
+    everyone: dist.ProcessGroup | None = None
+
+    @property
+    def replica(self) -> int:
+        assert self.place is not None, "a spare has no place"
+        return self.place // self.layout.shards
+
+    @property
+    def shard(self) -> int:
+        assert self.place is not None, "a spare has no place"
+        return self.place % self.layout.shards
+
+    @property
+    def rows(self) -> DeviceMesh:
+        """The one-dimensional mesh of this worker's row."""
+        assert self.devices is not None
+        return self.devices[SHARD] if self.devices.ndim > 1 else self.devices
+
+    @property
+    def row_group(self) -> dist.ProcessGroup:
+        return self.rows.get_group()
+
+    @property
+    def column_group(self) -> dist.ProcessGroup | None:
+        """Those with this worker's shard; None where there is one copy only."""
+        assert self.devices is not None
+        return self.devices.get_group(REPLICATE) if self.devices.ndim > 1 else None
+
+
+def make_mesh(layout: Layout, rank: int, device: torch.device) -> Mesh:
+    """Connect the groups of a layout. Every rank of the world calls this, spares too."""
+    place = layout.place_of(rank)
+    ranks = torch.tensor(layout.ranks, dtype=torch.int64)
+    if layout.replicas > 1:
+        shape = ranks.view(layout.replicas, layout.shards)
+        devices = DeviceMesh(device.type, shape, mesh_dim_names=(REPLICATE, SHARD))
+    else:
+        devices = DeviceMesh(device.type, ranks, mesh_dim_names=(SHARD,))
+    everyone = dist.new_group(list(layout.ranks)) if layout.spares else None
+    return Mesh(layout, place) if place is None else Mesh(layout, place, devices, everyone)

@@ -1,0 +1,54 @@
+"""Whether an optimizer works element by element: only then are its bits the same however a parameter is cut."""
+
+from __future__ import annotations
+
+import inspect
+
+import torch
+
+from elastic.errors import ConfigError
+
+_SHAPES = ((7, 13), (5,))
+_STEPS = 3
+
+
+def check_elementwise(optimizer: torch.optim.Optimizer) -> None:
+    """Update made-up parameters whole and cut in two, with this optimizer's class and settings, and compare the bits.
+
+    Raises:
+        ConfigError: they differ, or the class cannot be built from parameter groups.
+    """
+    kind = type(optimizer).__name__
+    try:
+        whole, cut = _train(optimizer, parts=1), _train(optimizer, parts=2)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(
+            f"the optimizer {kind} cannot be tried out on parameters that are cut ({error}); let its class take "
+            "parameter groups alone, or use --parallel.strategy ddp or --run.exactness fast"
+        ) from error
+    if not all(torch.equal(a, b) for a, b in zip(whole, cut)):
+        raise ConfigError(
+            f"the optimizer {kind} gives other bits when a parameter is cut; with --run.exactness bitwise use "
+            "--parallel.strategy ddp, or an optimizer that works element by element, such as AdamW"
+        )
+
+
+def _train(optimizer: torch.optim.Optimizer, parts: int) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    known = set(inspect.signature(type(optimizer).__init__).parameters)
+    found, groups = [], []
+    for group in optimizer.param_groups:
+        values = [torch.randn(shape, generator=generator) for shape in _SHAPES]
+        pieces = [[piece.clone().requires_grad_() for piece in value.chunk(parts)] for value in values]
+        settings = {k: v for k, v in group.items() if k in known and k != "params"}
+        groups.append({"params": [p for ps in pieces for p in ps], **settings})
+        found.append(pieces)
+    built = type(optimizer)(groups)  # type: ignore[call-arg]
+    for _ in range(_STEPS):
+        for pieces in found:
+            for shape, ps in zip(_SHAPES, pieces):
+                gradient = torch.randn(shape, generator=generator)
+                for p, g in zip(ps, gradient.chunk(parts)):
+                    p.grad = g.clone()
+        built.step()
+    return [torch.cat(ps).detach() for pieces in found for ps in pieces]

@@ -1,0 +1,344 @@
+"""Data parallelism with a model cut over the workers of a row: how a step's passes are run and reduced.
+
+The counterparts of `FastReplica` and `BitwiseReplica`. Every worker of a row runs the same number of passes, since
+each gathers parameters from all; what a worker runs beyond its microbatches is padding and counts for nothing.
+
+`FastSharded` uses FSDP2's own reduce-scatter. `BitwiseSharded` puts another in its place, which hands on the leaves of
+a round instead of summing them, and sums them in the canonical tree.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+
+from elastic.parallel.buffers import StepBuffers, reduce_moves
+from elastic.parallel.canonical import CanonicalSum, row_sums, sums_per_row
+from elastic.parallel.device import all_gather_flat
+from elastic.parallel.layout import shard_range
+from elastic.parallel.mesh import Mesh
+from elastic.parallel.records import Records, StepRecord
+from elastic.parallel.replicated import LossFunction, Pass, average
+from elastic.parallel.tree import TreeSum
+from elastic.parallel.wrapping import fsdp_modules, local
+
+
+class _Sharded:
+    """What both modes share.
+
+    Args:
+        model: as `place_sharded` left it.
+        runs: the microbatches of each place of the mesh.
+    """
+
+    def __init__(self, model: nn.Module, loss: LossFunction, *, runs: list[range], mesh: Mesh, device: torch.device):
+        self.model, self._loss, self._runs, self._mesh, self._device = model, loss, runs, mesh, device
+        assert mesh.place is not None, "a spare runs no steps"
+        self._place = mesh.place
+        self._root: FSDPModule = fsdp_modules(model)[0]
+        self._parameters = [p for p in model.parameters() if p.requires_grad]
+        self._buffers = StepBuffers(model)
+        self._used = _Used(model)
+        self.wait_s = 0.0
+        self.scale = 1.0
+        self.recomputes = False
+
+    def _begin(self) -> Records:
+        for p in self._parameters:
+            p.grad = None
+        self._used.seen.clear()
+        self._buffers.begin()
+        bits = len(self._buffers.named) + len(self._parameters)
+        return Records(self._runs, self._place, self._device, (bits + 63) // 64)
+
+    def _gather(self, records: Records) -> tuple[StepRecord, list[str]]:
+        """The step's record, and the buffers that passes changed. Drops gradients of what nobody used: the optimizer
+        is to leave those parameters alone, as it would in one process."""
+        names = list(self._buffers.named)
+        records.mark(sum(1 << (len(names) + i) for i in self._used.seen))
+        began = time.perf_counter()
+        record = records.gather(self._mesh.everyone).result()
+        self.wait_s = time.perf_counter() - began
+        for i, p in enumerate(self._parameters):
+            if not record.changed_buffers >> (len(names) + i) & 1:
+                p.grad = None
+        return record, [n for i, n in enumerate(names) if record.changed_buffers >> i & 1]
+
+    def gradients(self) -> list[torch.Tensor]:
+        """What of the gradients is on this worker; of parameters that no pass of the step used there is none."""
+        return [local(p.grad) for p in self._parameters if p.grad is not None]
+
+    def undo_buffers(self) -> None:
+        """Put buffers back to what they were before the step's forward passes."""
+        self._buffers.undo()
+
+    def has_finite_gradients(self, batch: Any) -> bool:
+        """Whether this worker's own gradients of a batch are finite. Everyone of the row calls this at one time."""
+        look = _Look()
+        for module in fsdp_modules(self.model):
+            module.set_custom_reduce_scatter(look)  # type: ignore[arg-type]
+        self._root.set_requires_all_reduce(False)
+        for p in self._parameters:
+            p.grad = None
+        self._loss(self.model, batch)[0].backward()
+        return all(bool(torch.isfinite(t).all()) for t in look.seen)
+
+    def reshard(self) -> None:
+        """Free what a forward pass without a backward pass left gathered."""
+        for module in fsdp_modules(self.model):
+            module.reshard()
+
+    def close(self) -> None:
+        """Nothing is held that leaving the world does not drop."""
+
+
+class FastSharded(_Sharded):
+    """FSDP2 as it is: each pass's gradients are reduce-scattered and added up; copies are summed in the last pass."""
+
+    def run(self, passes: Iterable[Pass]) -> tuple[StepRecord, float]:
+        """Run this worker's passes; see `FastReplica.run`."""
+        records = self._begin()
+        versions = self._buffers.versions()
+        for one in passes:
+            self._root.set_requires_all_reduce(one.last)
+            before = {n: b.detach().clone() for n, b in self._buffers.named.items()} if one.padding else {}
+            loss, weight, metrics = self._loss(self.model, one.batch)
+            if not one.padding:
+                records.add(loss, weight, metrics, one.digests)
+            still = self._buffers.still() if self.recomputes else nullcontext()
+            with self._used.only_if(not one.padding), still:
+                (loss * 0 if one.padding else loss * self.scale).backward()
+            for name, value in before.items():
+                self._buffers.set(name, value)
+        changed = [self._buffers.named[n] for n in self._buffers.changed_since(versions)]
+        floating = [b for b in changed if b.is_floating_point()]
+        if floating and self._mesh.layout.size > 1:
+            average(floating, self._mesh.layout.size, self._mesh.everyone)
+        record, _ = self._gather(records)
+        return record, record.weight * self.scale
+
+    def norm(self, gradients: list[torch.Tensor]) -> torch.Tensor:
+        """Global L2 norm of the gradients."""
+        square = torch.zeros((), device=self._device)
+        here = [g for g in gradients if g.numel()]
+        if here:
+            square = torch.stack(torch._foreach_norm(here)).float().square().sum().to(self._device)
+        if self._mesh.layout.shards > 1:
+            dist.all_reduce(square, group=self._mesh.row_group)
+        return square.sqrt()
+
+
+class BitwiseSharded(_Sharded):
+    """One microbatch a pass; the same sums, in the same order, as `BitwiseReplica`."""
+
+    def __init__(
+        self, model: nn.Module, loss: LossFunction, *, runs: list[range], rows: list[range], mesh: Mesh,
+        device: torch.device, bucket_mb: int,
+    ):  # fmt: skip
+        """`rows` are the microbatches of each row of the mesh; `runs` deals them in rounds, as `lockstep` does."""
+        super().__init__(model, loss, runs=runs, mesh=mesh, device=device)
+        self._rows, self._bucket_bytes = rows, bucket_mb << 20
+        self._leaves = []
+        for module in fsdp_modules(model):
+            leaves = _Leaves(mesh.layout.shards)
+            module.set_custom_reduce_scatter(leaves)  # type: ignore[arg-type]
+            self._leaves.append(leaves)
+
+    def run(self, passes: Iterable[Pass]) -> tuple[StepRecord, float]:
+        """Run this worker's passes, one microbatch each; see `FastReplica.run`."""
+        records, mesh = self._begin(), self._mesh
+        names = list(self._buffers.named)
+        run = self._rows[mesh.replica]
+        sums = [CanonicalSum(self._rows, mesh.replica, mesh.column_group, self._bucket_bytes) for _ in self._leaves]
+        after: list[dict[str, torch.Tensor]] = []
+        indices: list[int] = []
+        first, count = run.start, 0
+        for one in passes:
+            versions = self._buffers.versions()
+            loss, weight, metrics = self._loss(self.model, one.batch)
+            changed = {n: self._buffers.named[n].detach().clone() for n in self._buffers.changed_since(versions)}
+            if not one.padding:
+                records.add(loss, weight, metrics, one.digests, sum(1 << names.index(n) for n in changed))
+                after.append(changed)
+                indices.append(one.first)
+            with self._used.only_if(not one.padding):
+                (loss * self.scale if self.scale != 1 else loss).backward()
+            self._buffers.undo(changed)  # every microbatch starts from the buffers of the step's beginning
+            if not one.last:
+                for p in self._parameters:
+                    p.grad = None  # FSDP2 would add to it, in no tree
+            for leaves, total in zip(self._leaves, sums):
+                leaves.push(total, first, min(mesh.layout.shards, run.stop - first), keep=one.last)
+            first, count = first + mesh.layout.shards, count + 1
+        for leaves, total in zip(self._leaves, sums):
+            leaves.put(total, count)
+        record, touched = self._gather(records)
+        if touched:
+            moves = CanonicalSum(self._runs, self._place, mesh.everyone, self._bucket_bytes)
+            reduce_moves(self._buffers, touched, after, indices, moves, sum(map(len, self._runs)))
+        return record, record.weight * self.scale
+
+    def norm(self, gradients: list[torch.Tensor]) -> torch.Tensor:
+        """Global L2 norm of the gradients, with the bits of `canonical_norm` of the whole ones."""
+        shards = self._mesh.layout.shards
+        held = [p.grad for p in self._parameters if p.grad is not None]
+        lengths = [
+            [len(shard_range(g.shape[0], s, shards)) * sums_per_row(g.shape) for g in held] for s in range(shards)
+        ]
+        mine = torch.cat([row_sums(g) for g in gradients])
+        longest = max(map(sum, lengths))
+        padded = mine.new_zeros(longest)
+        padded[: len(mine)] = mine
+        gathered = mine.new_empty(shards * longest)
+        if shards > 1:
+            all_gather_flat(gathered, padded, group=self._mesh.row_group)
+        else:
+            gathered = padded
+        parts = [row[: sum(ls)].split(ls) for row, ls in zip(gathered.view(shards, longest), lengths)]
+        return torch.cat([parts[s][i] for i in range(len(held)) for s in range(shards)]).sum().sqrt()
+
+
+class _Leaves:
+    """A reduce-scatter for one group of parameters that sums nothing: it hands on the leaves of a round.
+
+    FSDP2 calls it with what `allocate` gave: first the input, then the output, whose views become `.grad`. With a
+    single shard FSDP2 does not call it, and the output holds the leaf. A group that runs several times in one pass is
+    reduced as often; those add up to one leaf.
+    """
+
+    def __init__(self, shards: int):
+        self._shards = shards
+        self._allocations = 0
+        self._outputs: list[torch.Tensor] = []
+        self._received: torch.Tensor | None = None
+        self._pushed = 0
+
+    def allocate(self, size: Any, *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        made = torch.empty(*size, dtype=dtype, device=device)
+        self._allocations += 1
+        if self._allocations % 2 == 0:
+            self._outputs.append(made)
+        return made
+
+    def __call__(
+        self, output_tensor: torch.Tensor, input_tensor: torch.Tensor, group: dist.ProcessGroup, op: Any,
+        async_op: bool = False,
+    ) -> None:  # fmt: skip
+        leaves = torch.empty_like(input_tensor)
+        dist.all_to_all_single(leaves, input_tensor, group=group)
+        self._received = leaves if self._received is None else self._received.add_(leaves)
+
+    def push(self, total: CanonicalSum, first: int, count: int, *, keep: bool) -> None:
+        """After a pass: its `count` leaves, of microbatches from `first` on, go into the sum. The rest is padding.
+
+        Args:
+            keep: the output of this pass is where `put` will write the sum.
+        """
+        if not self._outputs:
+            return
+        received = self._outputs[0] if self._received is None else self._received
+        if received.is_cuda:  # it was made on FSDP2's own stream
+            received.record_stream(torch.cuda.current_stream(received.device))
+        leaves = received.view(self._shards, -1)
+        round_: TreeSum[torch.Tensor] = TreeSum(lambda a, b: a.add_(b))
+        for i in range(count):
+            round_.push((first + i, 1), leaves[i])
+        for (start, size), value in round_.parts():
+            total.push(start, [value.clone()], size)
+        self._pushed += 1
+        self._kept = self._outputs[0] if keep else None
+        self._outputs, self._received = [], None
+
+    def put(self, total: CanonicalSum, passes: int) -> None:
+        """After the last pass: write the sum to where `.grad` looks.
+
+        Raises:
+            RuntimeError: the group ran in some passes only.
+        """
+        pushed, self._pushed = self._pushed, 0
+        if pushed not in (0, passes):
+            raise RuntimeError(
+                f"a block of the model ran in {pushed} of {passes} passes of a step, but sharded blocks must run in "
+                "all; use --parallel.strategy ddp, or name larger --parallel.blocks"
+            )
+        if pushed:
+            assert self._kept is not None
+            self._kept.copy_(total.reduce()[0])
+            self._kept = None
+
+    _kept: torch.Tensor | None = None
+
+
+class _Look:
+    """A reduce-scatter that sends nothing and keeps what it was to send."""
+
+    def __init__(self) -> None:
+        self.seen: list[torch.Tensor] = []
+
+    def allocate(self, size: Any, *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        self.seen.append(torch.zeros(*size, dtype=dtype, device=device))
+        return self.seen[-1]
+
+    def __call__(self, output_tensor: torch.Tensor, *_: Any, **__: Any) -> None:
+        output_tensor.zero_()
+
+
+class _Used:
+    """Which trainable parameters got a gradient since `seen` was cleared, by index.
+
+    FSDP2 reduces zeros for those that got none. What the autograd engine accumulates into are the gathered parameters,
+    which exist from the first forward pass on.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.seen: set[int] = set()
+        self._counts = True
+        indices = {id(p): i for i, p in enumerate(p for p in model.parameters() if p.requires_grad)}
+        for module in (m for m in model.modules() if isinstance(m, FSDPModule)):
+            entries = [
+                (m, name, indices[id(p)])
+                for m in _managed(module)
+                for name, p in m._parameters.items()
+                if p is not None and p.requires_grad
+            ]
+            self._watch(module, entries)
+
+    def _watch(self, module: Any, entries: list[tuple[nn.Module, str, int]]) -> None:
+        def watch(*_: Any) -> None:
+            found = {id(m._parameters[name]): (m._parameters[name], i) for m, name, i in entries}
+            for parameter, index in found.values():
+                assert parameter is not None
+                assert not isinstance(parameter, DTensor), "gathered before the forward pass"
+                parameter.register_post_accumulate_grad_hook(lambda _, index=index: self._saw(index))
+            handle.remove()
+
+        handle = module.register_forward_pre_hook(torch.compiler.disable(watch))
+
+    def _saw(self, index: int) -> None:
+        if self._counts:
+            self.seen.add(index)
+
+    @contextmanager
+    def only_if(self, counts: bool) -> Iterator[None]:
+        """What happens inside counts only if that is true."""
+        self._counts = counts
+        try:
+            yield
+        finally:
+            self._counts = True
+
+
+def _managed(module: nn.Module) -> Iterator[nn.Module]:
+    """The module and those below it, without those that were cut by themselves."""
+    yield module
+    for child in module.children():
+        if not isinstance(child, FSDPModule):
+            yield from _managed(child)

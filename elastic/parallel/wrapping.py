@@ -1,0 +1,182 @@
+"""Putting a model in place: whole on one device, or cut over the workers of a mesh by FSDP2."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from elastic.errors import ConfigError
+from elastic.parallel.deferred import META, DeferredModel, meta_attributes
+from elastic.parallel.device import all_gather_flat
+from elastic.parallel.layout import shard_range
+from elastic.parallel.mesh import Mesh
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """How FSDP2 is to work.
+
+    Args:
+        native: let FSDP2 itself reduce over copies of the model.
+        prefetch: blocks to gather ahead; 0 leaves it to FSDP2.
+        param_dtype, reduce_dtype: None for those of the parameters.
+    """
+
+    native: bool = True
+    reshard_after_forward: bool = True
+    prefetch: int = 0
+    offload: bool = False
+    param_dtype: torch.dtype | None = None
+    reduce_dtype: torch.dtype | None = None
+
+
+def check_shardable(model: nn.Module, param_dtype: torch.dtype | None = None) -> None:
+    """Refuse what FSDP2 cannot cut, by name.
+
+    Raises:
+        ConfigError: a parameter without dimensions, parameters of several dtypes, running statistics beside
+            parameters that are gathered in another dtype.
+    """
+    for name, module in model.named_modules():
+        if param_dtype is not None and isinstance(module, nn.modules.batchnorm._NormBase):
+            raise ConfigError(
+                f"--precision.param-dtype would gather {name} ({type(module).__name__}) in another number format than "
+                "its running statistics; use --precision.autocast"
+            )
+    dtypes: dict[torch.dtype, str] = {}
+    for name, p in model.named_parameters():
+        if p.dim() == 0:
+            raise ConfigError(
+                f"parameter {name} has no dimensions, so it cannot be sharded; give it the shape (1,), or use "
+                "--parallel.strategy ddp"
+            )
+        dtypes.setdefault(p.dtype, name)
+    if len(dtypes) > 1:
+        (first, one), (second, other) = list(dtypes.items())[:2]
+        raise ConfigError(
+            f"parameter {one} is {first} and {other} is {second}; parameters that are sharded together need one dtype, "
+            "so convert one, or use --parallel.strategy ddp"
+        )
+    if not hasattr(FSDPModule, "set_reduce_scatter_unused_params"):
+        raise ConfigError(
+            f"--parallel.strategy fsdp and hsdp need torch 2.13 or newer, this is {torch.__version__}; use ddp"
+        )
+
+
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """What of a tensor is on this worker."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def whole(tensor: torch.Tensor, mesh: Mesh) -> torch.Tensor:
+    """The whole of a tensor; everyone of the row calls this at one time where it is cut."""
+    if not isinstance(tensor, DTensor):
+        return tensor.detach()
+    shards, length = mesh.layout.shards, tensor.shape[0]
+    width = tensor.shape[1:].numel()
+    each = -(-length // shards) * width
+    mine = local(tensor).detach().reshape(-1)
+    padded = mine.new_zeros(each)
+    padded[: mine.numel()] = mine
+    if shards == 1:
+        return padded.view(tensor.shape)
+    padded = padded.to(mesh.rows.device_type)  # offloaded state is on the host
+    gathered = padded.new_empty(shards * each)
+    all_gather_flat(gathered, padded, group=mesh.row_group)
+    return gathered[: length * width].view(tensor.shape)
+
+
+def place_whole(built: DeferredModel, device: torch.device, *owners: object) -> nn.Module:
+    """Fill a model, whole, on a device; also tensors that are plain attributes of it or of `owners`."""
+    real: dict[int, torch.Tensor] = {}
+    for module in built.model.modules():
+        for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
+            if tensor is None or tensor.device != META:
+                continue
+            if id(tensor) not in real:
+                value = built.extra(tensor).to(device)
+                real[id(tensor)] = _parameter(tensor, value) if isinstance(tensor, nn.Parameter) else value
+            setattr(module, name, real[id(tensor)])  # not into the dictionary: recurrent layers keep a list as well
+    fill_attributes(built, device, *owners)
+    return built.model.to(device)
+
+
+def _parameter(meta: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    parameter = nn.Parameter(value, requires_grad=meta.requires_grad)
+    parameter.__dict__.update(meta.__dict__)
+    return parameter
+
+
+def fill_attributes(built: DeferredModel, device: torch.device, *owners: object) -> None:
+    """Fill tensors on meta that are neither parameters nor buffers, where they are."""
+    for tensor in list(meta_attributes(built.model, *owners)):
+        torch.utils.swap_tensors(tensor, built.extra(tensor).to(device))
+
+
+def place_sharded(
+    built: DeferredModel, blocks: Sequence[nn.Module], device: torch.device, mesh: Mesh, how: Sharding, *, fill: bool
+) -> nn.Module:
+    """Cut a model over the mesh.
+
+    Args:
+        blocks: modules that are gathered one by one.
+        fill: give parameters their initial values; else they are left for a saved state. Buffers always get theirs.
+    """
+    model = built.model
+    names = dict(model.named_parameters(remove_duplicate=False))
+    ties = {name: next(n for n, q in names.items() if q is p) for name, p in names.items()}
+    policy = MixedPrecisionPolicy(
+        param_dtype=how.param_dtype,
+        reduce_dtype=how.reduce_dtype or (torch.float32 if how.param_dtype is not None else None),
+    )
+    offload = CPUOffloadPolicy() if how.offload else OffloadPolicy()
+    devices = mesh.devices if how.native else mesh.rows
+    for module in [*blocks, model]:
+        root = module is model
+        reshard = None if root and how.reshard_after_forward else how.reshard_after_forward
+        fully_shard(
+            module, mesh=devices, reshard_after_forward=reshard, mp_policy=policy, offload_policy=offload
+        )  # fmt: skip
+    if how.prefetch:
+        for i, block in enumerate(blocks):
+            _fsdp(block).set_modules_to_forward_prefetch([_fsdp(b) for b in blocks[i + 1 : i + 1 + how.prefetch]])
+            _fsdp(block).set_modules_to_backward_prefetch(
+                [_fsdp(b) for b in reversed(blocks[max(0, i - how.prefetch) : i])]
+            )
+    _fsdp(model).set_reduce_scatter_unused_params(True)
+    for wrapped in fsdp_modules(model):
+        wrapped.set_gradient_divide_factor(1.0)
+        wrapped.set_force_sum_reduction_for_comms(True)
+    model.to_empty(device="cpu" if how.offload else device)
+    _tie_again(model, ties)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if fill:
+                rows = shard_range(parameter.shape[0], mesh.shard, mesh.layout.shards)
+                local(parameter).copy_(built.value(name)[rows.start : rows.stop])
+        for name, buffer in model.named_buffers():
+            buffer.copy_(built.value(name))
+    return model
+
+
+def fsdp_modules(model: nn.Module) -> list[FSDPModule]:
+    """The modules that were cut by themselves, the root among them."""
+    return [m for m in model.modules() if isinstance(m, FSDPModule)]
+
+
+def _fsdp(module: nn.Module) -> FSDPModule:
+    assert isinstance(module, FSDPModule)
+    return module
+
+
+def _tie_again(model: nn.Module, ties: dict[str, str]) -> None:
+    """`to_empty` gives every module a parameter of its own, tied or not."""
+    for name, first in ties.items():
+        if name != first:
+            path, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(path), leaf, model.get_parameter(first))

@@ -1,0 +1,107 @@
+"""From the job's `model()` to the state of a worker in a world: whole, or this worker's part of it."""
+
+from __future__ import annotations
+
+import torch
+
+from elastic.config import TrainConfig
+from elastic.data.seeds import derive, seed_all
+from elastic.errors import ConfigError
+from elastic.job import Job
+from elastic.parallel.blocks import checkpoint_activations, compile_blocks, find_blocks
+from elastic.parallel.deferred import CannotDefer, DeferredModel, build, build_eagerly
+from elastic.parallel.mesh import Mesh
+from elastic.parallel.probe import check_elementwise
+from elastic.parallel.scaling import LossScale
+from elastic.parallel.wrapping import Sharding, check_shardable, fill_attributes, place_sharded, place_whole
+from elastic.worker.state import TrainState
+
+_DTYPES = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Placing:
+    """Builds the state of one worker, once for a whole model, once a world for a cut one."""
+
+    def __init__(self, job: Job, config: TrainConfig, device: torch.device):
+        self._job, self._config, self._device = job, config, device
+        self._next: DeferredModel | None = None
+        self._tried: type | None = None
+        #: Why the model was built in real memory first, if it was.
+        self.eager = ""
+
+    def warm_up(self) -> None:
+        """Build the model on meta, and refuse what the strategy cannot do with it.
+
+        Raises:
+            ConfigError: by name, with what to do.
+        """
+        parallel = self._config.parallel
+        if parallel.offload and self._device.type == "cpu":
+            raise ConfigError(
+                "--parallel.offload is True, which moves state from GPUs, but workers run on CPUs; leave it out"
+            )
+        self._next = self._build()
+        find_blocks(self._next.model, self._classes())
+        if parallel.sharded:
+            check_shardable(self._next.model, _DTYPES[self._config.precision.param_dtype])
+
+    def whole(self) -> TrainState:
+        """A whole model with its initial values."""
+        built = self._take()
+        model = place_whole(built, self._device, self._job)
+        return self._state(model.train(), None)
+
+    def sharded(self, mesh: Mesh, *, fill: bool) -> TrainState:
+        """This worker's part of a model, with its initial values if `fill`; else a saved state is to be loaded.
+
+        Raises:
+            ConfigError: in bitwise, an optimizer whose bits depend on the cut.
+        """
+        built, parallel, precision = self._take(), self._config.parallel, self._config.precision
+        how = Sharding(
+            native=self._config.run.exactness == "fast", reshard_after_forward=parallel.reshard_after_forward,
+            prefetch=parallel.prefetch, offload=parallel.offload, param_dtype=_DTYPES[precision.param_dtype],
+            reduce_dtype=_DTYPES[precision.grad_compression],
+        )  # fmt: skip
+        model = place_sharded(built, find_blocks(built.model, self._classes()), self._device, mesh, how, fill=fill)
+        fill_attributes(built, self._device, self._job)
+        state = self._state(model.train(), mesh)
+        if self._config.run.exactness == "bitwise" and self._tried is not type(state.optimizer):
+            check_elementwise(state.optimizer)
+            self._tried = type(state.optimizer)
+        return state
+
+    def _state(self, model: torch.nn.Module, mesh: Mesh | None) -> TrainState:
+        precision = self._config.precision
+        scaled = "fp16" in (precision.autocast, precision.param_dtype)
+        scaler = LossScale(precision.loss_scale) if scaled else None
+        return TrainState(self._job, model, self._job.optimizer(model), mesh, scaler)
+
+    def _classes(self) -> tuple[str, ...]:
+        return self._config.parallel.blocks or tuple(self._job.blocks)
+
+    def _take(self) -> DeferredModel:
+        built, self._next = self._next or self._build(), None
+        parallel = self._config.parallel
+        if parallel.activation_checkpointing or parallel.compile:
+            blocks = find_blocks(built.model, self._classes())
+            if not blocks:
+                raise ConfigError(
+                    "the model has no blocks to checkpoint or compile one by one; name their classes with "
+                    "--parallel.blocks"
+                )
+            if parallel.activation_checkpointing:
+                checkpoint_activations(blocks)
+            if parallel.compile:
+                compile_blocks(blocks)
+        return built
+
+    def _build(self) -> DeferredModel:
+        seed = self._config.run.seed
+        seed_all(derive("model", seed))
+        try:
+            return build(self._job.model, seed)
+        except CannotDefer as error:
+            self.eager = str(error)
+        seed_all(derive("model", seed))
+        return build_eagerly(self._job.model, seed)

@@ -1,0 +1,197 @@
+"""What sharding costs and saves: samples/s and peak memory of fsdp and hsdp against a bare FSDP2 loop, and what a kill
+costs with each strategy. All in plain processes on this machine; CPU figures say little about GPUs.
+
+python -m jobs.bench.sharding --json sharding.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from threading import Event
+from typing import Any
+
+from elastic import (
+    BatchOptions,
+    CheckpointOptions,
+    ObserveOptions,
+    OptimOptions,
+    ParallelOptions,
+    RunOptions,
+    ScalingOptions,
+    TrainConfig,
+)
+from elastic.observe.ledger import METRICS, kept_history, read_records
+from elastic.run.prepare import prepare
+from elastic.worker.local import LocalRun
+from jobs.bench.report import PeakMemory, median, table, write_json
+from jobs.bench.steady import CONFIG as STEADY
+from jobs.bench.steady import Steady
+from jobs.codegpt import CodeGPT
+
+BLOCK = 128
+WARM_STEPS = 5
+WORKERS = {"fsdp": 2, "hsdp": 4}  # hsdp as 2 nodes of 2
+KILL_WORKERS, KILL_AT, KILL_STEPS, SAVE_EVERY = 4, 25, 60, 10
+
+
+class StepsAlone(CodeGPT):
+    """Without evaluation."""
+
+    def eval_data(self) -> None:
+        return None
+
+
+def _rate(times: list[float], global_size: int) -> float:
+    """Samples/s over the median step after warm-up."""
+    gaps = [b - a for a, b in zip(times[WARM_STEPS:], times[WARM_STEPS + 1 :], strict=False)]
+    return global_size / median(gaps)
+
+
+def bare(folder: Path, strategy: str, *, steps: int, size: str, global_size: int, passes: int) -> dict[str, float]:
+    """Samples/s and peak MiB of a bare FSDP2 loop."""
+    out = folder / "bare.json"
+    subprocess.run(
+        [
+            sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(WORKERS[strategy]),
+            "-m", "jobs.bench.bare_fsdp", "--steps", str(steps), "--global-size", str(global_size), "--passes",
+            str(passes), "--replicas", "2" if strategy == "hsdp" else "1", "--size", size, "--block", str(BLOCK),
+            "--out", str(out),
+        ],
+        check=True, timeout=600, stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    found = json.loads(out.read_text())
+    return {"rate": _rate(found["times"], global_size), "peak_mib": found["peak_mib"]}
+
+
+def here(
+    folder: Path, strategy: str, *, steps: int, size: str, global_size: int, microbatches: int, exactness: str
+) -> dict[str, float]:  # fmt: skip
+    """Samples/s and peak MiB of a run here."""
+    workers = WORKERS[strategy]
+    config = TrainConfig(
+        run=RunOptions(storage=str(folder), duration=f"{steps}st", exactness=exactness),  # type: ignore[arg-type]
+        batch=BatchOptions(global_size=global_size, microbatches=microbatches),
+        optim=OptimOptions(clip_norm=1.0),
+        parallel=ParallelOptions(strategy=strategy),  # type: ignore[arg-type]
+        scaling=ScalingOptions(max_workers=workers, workers_per_node=2),
+        observe=ObserveOptions(tensorboard=False),
+    )
+    run = prepare(StepsAlone(size=size, block=BLOCK), config)
+    with LocalRun(run, workers, environment={"OMP_NUM_THREADS": "1"}) as local:
+        memory = PeakMemory(lambda: [p.pid for p in local.processes])
+        local.wait(600)
+        peak = memory.close()
+    rows = read_records(run.folder.storage, METRICS)
+    return {"rate": _rate([r["time"] for r in rows if "sample_hash" in r], global_size), "peak_mib": peak}
+
+
+def steps_part(strategies: list[str], pairs: int, steps: int, size: str, tokens: int, global_size: int) -> Any:
+    """Interleaved runs, strategy by strategy: bare, fast; bare with the passes of bitwise, bitwise."""
+    rows, v = [], global_size * BLOCK // tokens
+    for strategy in strategies:
+        common: dict[str, Any] = {"steps": steps, "size": size, "global_size": global_size}
+        with tempfile.TemporaryDirectory(prefix="elastic-bench-") as name:
+            folder = Path(name)
+            kinds: dict[str, Callable[[], dict[str, float]]] = {
+                "bare": partial(bare, folder, strategy, passes=1, **common),
+                "fast": partial(here, folder, strategy, microbatches=v, exactness="fast", **common),
+                "bare, same passes": partial(bare, folder, strategy, passes=v // WORKERS[strategy], **common),
+                "bitwise": partial(here, folder, strategy, microbatches=v, exactness="bitwise", **common),
+            }
+            found: dict[str, list[dict[str, float]]] = {kind: [] for kind in kinds}
+            for pair in range(pairs):
+                for kind, measure in kinds.items():
+                    found[kind].append(measure())
+                    rate = found[kind][-1]["rate"]
+                    print(f"pair {pair + 1}/{pairs}  {strategy} {kind}: {rate:.1f} samples/s", file=sys.stderr)
+        for kind, runs in found.items():
+            base = found["bare, same passes" if kind == "bitwise" else "bare"]
+            ratios = [r["rate"] / b["rate"] for r, b in zip(found[kind], found["bare"], strict=True)]
+            same = median(r["rate"] / b["rate"] for r, b in zip(runs, base, strict=True))
+            peak = median(r["peak_mib"] for r in runs)
+            share = peak / median(b["peak_mib"] for b in base)
+            rate = median(r["rate"] for r in runs)
+            rows.append([f"{strategy} {kind}", rate, median(ratios), min(ratios), max(ratios), same, peak, share])
+    head = ["variant", "samples/s", "of bare", "min", "max", "of bare, same passes", "peak MiB", "of bare"]
+    print(
+        f"\n{size}, global batch {global_size} x {BLOCK} tokens, {tokens} tokens a microbatch, {pairs} pairs of {steps}"
+    )
+    print(table(head, rows))
+    return {"head": head, "rows": rows, "pairs": pairs, "steps": steps, "size": size, "tokens": tokens}
+
+
+def one_kill(folder: Path, strategy: str, saves: bool) -> dict[str, float]:
+    """The stall after one worker was killed, and the steps that had to be done again."""
+    config = replace(
+        STEADY,
+        run=RunOptions(storage=str(folder), duration=f"{KILL_STEPS}st"),
+        parallel=ParallelOptions(strategy=strategy),  # type: ignore[arg-type]
+        scaling=ScalingOptions(max_workers=KILL_WORKERS, workers_per_node=2),
+        checkpoint=CheckpointOptions(every=f"{SAVE_EVERY}st" if saves else None),
+    )
+    run, reached = prepare(Steady(pause=0.01), config), Event()
+
+    def on_record(record: dict[str, Any]) -> None:
+        if "sample_hash" in record and record["step"] >= KILL_AT:
+            reached.set()
+
+    with LocalRun(run, KILL_WORKERS, on_record=on_record, environment={"OMP_NUM_THREADS": "1"}) as local:
+        if not reached.wait(120):
+            raise RuntimeError(f"step {KILL_AT} did not come within 120 s")
+        local.processes[-1].kill()
+        result = local.wait(300)
+    rows = [r for r in read_records(run.folder.storage, METRICS) if "sample_hash" in r]
+    return {"stall_s": result["stalls"][0]["seconds"], "redone": len(rows) - len(kept_history(rows))}
+
+
+def kills_part(kills: int) -> Any:
+    """Kills of one worker of four, strategy by strategy."""
+    rows = []
+    for strategy, saves in (("ddp", False), ("hsdp", False), ("fsdp", True), ("fsdp", False)):
+        with tempfile.TemporaryDirectory(prefix="elastic-bench-") as name:
+            found = [one_kill(Path(name), strategy, saves) for _ in range(kills)]
+        stalls = [f["stall_s"] for f in found]
+        redone = [f["redone"] for f in found]
+        label = f"{strategy}, a checkpoint every {SAVE_EVERY} steps" if saves else strategy
+        rows.append([label, kills, median(stalls), max(stalls), median(redone), max(redone)])
+        print(f"{label}: stall {median(stalls):.2f} s, {median(redone):.0f} steps redone", file=sys.stderr)
+    head = ["strategy", "kills", "stall p50 s", "most", "steps redone p50", "most"]
+    print(f"\none of 4 workers killed after step {KILL_AT}, steps of 30 ms")
+    print(table(head, rows))
+    return {"head": head, "rows": rows}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pairs", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--kills", type=int, default=3)
+    parser.add_argument("--size", default="0.5M")
+    parser.add_argument("--global-size", type=int, default=32)
+    parser.add_argument("--tokens", type=int, default=512, help="tokens of a microbatch")
+    parser.add_argument("--strategies", nargs="+", choices=sorted(WORKERS), default=["fsdp", "hsdp"])
+    parser.add_argument("--part", choices=("steps", "kills", "all"), default="all")
+    parser.add_argument("--json")
+    arguments = parser.parse_args()
+    figures: dict[str, Any] = {}
+    if arguments.part != "kills":
+        figures["steps"] = steps_part(
+            arguments.strategies, arguments.pairs, arguments.steps, arguments.size, arguments.tokens,
+            arguments.global_size,
+        )  # fmt: skip
+    if arguments.part != "steps":
+        figures["kills"] = kills_part(arguments.kills)
+    write_json(arguments.json, figures)
+
+
+if __name__ == "__main__":
+    main()

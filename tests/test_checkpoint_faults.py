@@ -1,0 +1,276 @@
+"""Whoever dies, wherever: the newest committed checkpoint loads, with the right bits, and nothing torn is listed."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+from elastic import fault
+from elastic.checkpoint import writer
+from elastic.checkpoint.format import Manifest
+from elastic.checkpoint.loader import load_all
+from elastic.checkpoint.reader import newest_first, read_manifest
+from elastic.checkpoint.retention import Policy, Retention
+from elastic.checkpoint.saver import Saver
+from elastic.checkpoint.tensors import Shard
+from elastic.errors import CheckpointError, RunFailed
+from elastic.run.prepare import prepare
+from elastic.storage import Storage
+from tests import forked, leaks
+from tests.forked import Ran, Watch, configure, local_run, train
+from tests.tiny_jobs import Everything
+
+pytestmark = [pytest.mark.processes, pytest.mark.usefixtures("fork_server")]
+
+WORKER_POINTS = ["checkpoint.before_stage", "checkpoint.staged", "checkpoint.before_report"]
+UPLOADER_POINTS = ["upload.begin", "upload.part", "upload.before_complete", "upload.end"]
+KEEPER_POINTS = ["checkpoint.before_manifest", "checkpoint.after_manifest", "prune.after_manifest"]
+
+
+def _plan(point: str, step: int, tmp_path: Path, **more: object) -> dict[str, str]:
+    """One process dies there, once."""
+    planned = [{"point": point, "step": step, "do": "kill", "only": str(tmp_path / "happened"), **more}]
+    return {"ELASTIC_FAULTS": json.dumps(planned)}
+
+
+def _run(tmp_path: Path, workers: int, environment: dict[str, str], **options: object) -> Ran:
+    config = configure(tmp_path, "run", checkpoint__every="3st", scaling__max_workers=workers, **options)
+    run = prepare(Everything(), config)
+    failure = None
+    with local_run(run, workers, environment=environment) as local:
+        try:
+            local.wait(forked.WAIT_S)
+        except RunFailed as error:
+            failure = str(error)
+    return Ran(run, failure)
+
+
+@pytest.fixture(scope="module")
+def undisturbed_every_3(fork_server: None, tmp_path_factory: pytest.TempPathFactory) -> Ran:
+    return _run(tmp_path_factory.mktemp("undisturbed-3"), 1, {}, eval__every="3st")
+
+
+# ---- workers -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("point", WORKER_POINTS)
+def test_a_run_whose_only_worker_dies_while_it_saves_goes_on_from_the_checkpoint_before(
+    point, tmp_path, undisturbed_every_3
+):
+    killed = _run(tmp_path, 1, _plan(point, 6, tmp_path), eval__every="3st")
+
+    assert (tmp_path / "happened").exists()
+    assert "ended without a result" in (killed.failure or "")
+    assert [c.step for c in newest_first(killed.storage)] == [3]
+    resumed = train(Everything(), configure(tmp_path, "run", checkpoint__every="3st", eval__every="3st"), 2)
+    assert resumed.events("restored")[0]["step"] == 3
+    assert resumed.sha == undisturbed_every_3.sha
+    assert resumed.state() == undisturbed_every_3.state()
+
+
+def test_a_worker_that_dies_while_two_save_costs_that_checkpoint_and_the_other_saves_again(
+    tmp_path, undisturbed_every_3
+):
+    ran = _run(tmp_path, 2, _plan("checkpoint.staged", 6, tmp_path, rank=1), eval__every="3st")
+
+    assert ran.failure is None
+    assert ran.sha == undisturbed_every_3.sha
+    committed = [e["step"] for e in ran.events("checkpoint_committed")]
+    assert 6 not in committed, "a member's share of it was lost"
+    assert {3, 9, 12} <= set(committed)
+    assert {7, 8} & set(committed), "put off, not given up"
+
+
+# ---- the uploader --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("point", UPLOADER_POINTS)
+def test_a_dead_uploader_costs_that_checkpoint_and_nothing_else(point, tmp_path, undisturbed_every_3):
+    ran = _run(tmp_path, 2, _plan(point, 6, tmp_path, rank=0), eval__every="3st")
+
+    assert (tmp_path / "happened").exists()
+    assert ran.failure is None
+    assert ran.sha == undisturbed_every_3.sha
+    (failed,) = ran.events("checkpoint_failed")
+    assert (failed["step"], failed["detail"]) == (6, "the uploader process ended with code -9")
+    assert [e["step"] for e in ran.events("checkpoint_committed")] == [3, 9, 12]
+    assert ran.storage.names("checkpoints") == ["step-00000003", "step-00000009", "step-00000012"], "swept"
+    assert ran.state() == undisturbed_every_3.state()
+
+
+def test_an_uploader_dies_with_its_worker(tmp_path):
+    before = leaks.take()
+    with leaks.adopting_orphans():
+        parent = forked._context.Process(target=_save_and_die, args=(str(tmp_path),))
+        parent.start()
+        parent.join(30)
+        assert parent.exitcode == 7
+        assert leaks.wait_until_clean(before) == []
+
+
+def _save_and_die(url: str) -> None:
+    saver = Saver(Storage(url))
+    fault._planned = []
+    os.environ["ELASTIC_FAULTS"] = json.dumps([{"point": "upload.part", "do": "stop"}])
+    saver.start(1, "1-1-1", [Shard.whole("t", torch.zeros(100))])
+    while saver._uploader is None or not _stopped(saver._uploader._process.pid):
+        threading.Event().wait(0.01)
+    os._exit(7)
+
+
+def _stopped(pid: int) -> bool:
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+
+
+# ---- the keeper ----------------------------------------------------------------------------------------------------
+
+
+def _write(storage: Storage, step: int, attempt: str = "1-1-1") -> dict:
+    storage.in_process = True
+    saver = Saver(storage)
+    try:
+        saver.start(step, attempt, [Shard.whole("t", torch.full((50,), float(step)))])
+        index = saver.wait(60).index
+    finally:
+        saver.close()
+    assert index is not None
+    return index
+
+
+def _commit(storage: Storage, step: int, index: dict, attempt: str = "1-1-1") -> None:
+    writer.commit(storage, attempt, Manifest(step, 0, "", {}, {}), [index])
+
+
+def _keep(url: str, point: str, index: dict) -> None:
+    """What a keeper does with the last share of step 4, and dies at a point."""
+    fault._planned = [{"point": point, "do": "kill"}]
+    storage = Storage(url)
+    _commit(storage, 4, index)
+    Retention(storage, Policy(last=2)).prune()
+
+
+@pytest.mark.parametrize("point", KEEPER_POINTS)
+def test_a_keeper_that_dies_in_a_commit_or_while_it_prunes_leaves_whole_checkpoints(point, tmp_path):
+    storage = Storage(str(tmp_path / "run"))
+    for step in (1, 2, 3):
+        _commit(storage, step, _write(storage, step))
+    index = _write(storage, 4)
+
+    process = forked._context.Process(target=_keep, args=(storage.url, point, index))
+    process.start()
+    process.join(60)
+
+    assert process.exitcode == -9
+    listed = list(newest_first(storage))
+    assert listed[0].step == (3 if point == "checkpoint.before_manifest" else 4)
+    for checkpoint in listed:  # nothing torn is listed
+        loaded = load_all(storage, checkpoint.folder, read_manifest(storage, checkpoint))
+        assert torch.equal(loaded["t"], torch.full((50,), float(checkpoint.step)))
+    if point == "checkpoint.before_manifest":
+        _commit(storage, 5, _write(storage, 5))
+    Retention(storage, Policy(last=2)).prune()
+    left = [c.step for c in newest_first(storage)]
+    assert len(left) == 2
+    assert storage.names("checkpoints") == sorted(f"step-{s:08d}" for s in left), "nothing is left over"
+
+
+def test_of_two_who_commit_one_attempt_exactly_one_succeeds(tmp_path):
+    storage = Storage(str(tmp_path / "run"))
+    for step in range(1, 9):
+        index = _write(storage, step)
+        outcomes: list[str] = []
+        start = threading.Barrier(2)
+
+        def race(seed: int, step: int = step, index: dict = index, outcomes=outcomes, start=start) -> None:
+            start.wait()
+            try:
+                writer.commit(storage, "1-1-1", Manifest(step, seed, "", {}, {}), [index])
+                outcomes.append(f"won {seed}")
+            except FileExistsError:
+                outcomes.append("lost")
+
+        threads = [threading.Thread(target=race, args=(seed,)) for seed in (1, 2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert sorted(o.split()[0] for o in outcomes) == ["lost", "won"]
+        winner = int(next(o for o in outcomes if o.startswith("won")).split()[1])
+        assert read_manifest(storage, next(newest_first(storage))).seed == winner
+
+
+# ---- storage that fails --------------------------------------------------------------------------------------------
+
+
+def test_a_full_disk_costs_checkpoints_and_not_the_run_until_the_last(tmp_path, monkeypatch):
+    from elastic.checkpoint import transfer
+
+    storage = Storage(str(tmp_path / "run"))
+    _commit(storage, 1, _write(storage, 1))
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(transfer._FileUpload, "put", full)
+    saver = Saver(storage)
+    try:
+        saver.start(2, "1-1-2", [Shard.whole("t", torch.ones(9))])
+        assert "No space left on device" in (saver.wait(60).error or "")
+    finally:
+        saver.close()
+    assert [c.step for c in newest_first(storage)] == [1]
+    assert os.listdir(tmp_path / "run/checkpoints/step-00000002/1-1-2") == [], "not even a part of it"
+
+
+@pytest.mark.parametrize("damage", ["truncate", "flip", "delete", "swap"])
+@pytest.mark.parametrize("what", ["pack", "manifest"])
+def test_any_damage_to_any_object_is_found_and_told(damage, what, tmp_path):
+    storage = Storage(str(tmp_path / "run"))
+    for step in (1, 2):
+        _commit(storage, step, _write(storage, step))
+    newest, before = newest_first(storage)
+    name = "rank-0000.pack" if what == "pack" else "manifest.json"
+    path, other = (tmp_path / "run" / c.folder / name for c in (newest, before))
+    data = path.read_bytes()
+    if damage == "truncate":
+        path.write_bytes(data[:-1])
+    elif damage == "flip":
+        path.write_bytes(data[:40] + bytes([data[40] ^ 1]) + data[41:])
+    elif damage == "delete":
+        path.unlink()
+    else:
+        path.write_bytes(other.read_bytes())
+
+    if damage == "delete" and what == "manifest":
+        assert [c.step for c in newest_first(storage)] == [1]
+        return
+    with pytest.raises(CheckpointError, match=f"{newest.folder}/{name}"):
+        load_all(storage, newest.folder, read_manifest(storage, newest))
+
+
+def test_a_save_that_is_due_while_one_still_runs_is_put_off_or_left_out_with_an_event(tmp_path, undisturbed_every_3):
+    def ran(name: str, when_busy: str) -> Ran:
+        environment = {
+            "ELASTIC_FAULTS": json.dumps([{"point": "upload.part", "step": 3, "do": "sleep", "seconds": 0.5}])
+        }
+        config = configure(tmp_path, name, checkpoint__every="3st", checkpoint__when_busy=when_busy, eval__every="3st")
+        run = prepare(Everything(), config)
+        watch = Watch()
+        with local_run(run, 1, environment=environment, on_record=watch) as local:
+            local.wait(forked.WAIT_S)
+        return Ran(run, None)
+
+    for name, when_busy in (("left", "skip"), ("put", "delay")):
+        found = ran(name, when_busy)
+        skipped = found.events("checkpoint_skipped")
+        assert skipped
+        assert skipped[0]["step"] == 6
+        assert skipped[0]["detail"].startswith(name)
+        assert found.sha == undisturbed_every_3.sha
+        steps = [e["step"] for e in found.events("checkpoint_committed")]
+        assert (steps[0], steps[-1]) == (3, 12)

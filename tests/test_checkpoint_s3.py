@@ -1,0 +1,206 @@
+"""The engine on a real S3, behind a proxy that makes faults: what is committed loads, and nothing is left over."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+
+from elastic.checkpoint import transfer, writer
+from elastic.checkpoint.format import Manifest
+from elastic.checkpoint.loader import load_all
+from elastic.checkpoint.reader import newest_first, read_manifest
+from elastic.checkpoint.retention import Policy, Retention
+from elastic.checkpoint.saver import Save, Saver
+from elastic.checkpoint.state import load_state, save_state
+from elastic.checkpoint.tensors import Shard
+from elastic.checkpoint.uploader import LEAST_PART_BYTES
+from elastic.errors import CheckpointError
+from elastic.storage import Storage
+
+pytestmark = pytest.mark.processes
+MIB = 1 << 20
+
+
+@dataclass
+class Rig:
+    """A bucket, a saver with parts as small as S3 takes, and a state of several of them."""
+
+    storage: Storage
+    saver: Saver
+    state: dict[str, torch.Tensor] = field(
+        default_factory=lambda: {
+            "big": torch.arange(5 * MIB, dtype=torch.int32),
+            "small": torch.ones(3),
+            "odd": torch.tensor(True),
+        }
+    )
+
+    def save(self, step: int) -> Save:
+        self.saver.start(step, "1-1-1", [Shard.whole(n, t) for n, t in self.state.items()])
+        return self.saver.wait(100)
+
+    def commit(self, save: Save) -> None:
+        assert save.error is None
+        assert save.index is not None
+        writer.commit(self.storage, "1-1-1", Manifest(save.step, 0, "", {}, {}), [save.index])
+
+    def newest(self) -> int:
+        """The step of the newest checkpoint, after comparing every bit."""
+        checkpoint = next(newest_first(self.storage))
+        loaded = load_all(self.storage, checkpoint.folder, read_manifest(self.storage, checkpoint))
+        assert all(torch.equal(loaded[n], t) for n, t in self.state.items())
+        return checkpoint.step
+
+    def unfinished(self) -> list[str]:
+        bucket = self.storage.root.partition("/")[0]
+        return [u["Key"] for u in self.storage.fs.call_s3("list_multipart_uploads", Bucket=bucket).get("Uploads", [])]
+
+
+@pytest.fixture
+def rig(bucket):
+    storage = Storage(f"{bucket}/run")
+    saver = Saver(storage, part_bytes=LEAST_PART_BYTES)
+    yield Rig(storage, saver)
+    saver.close()
+
+
+def test_parts_go_up_together_and_ranges_come_down_together(rig, front):
+    rig.commit(rig.save(1))
+    up = [r for r in front.records() if r.method == "PUT" and "partNumber" in r.query]
+    assert len(up) == 5
+    assert max(r.began for r in up) < min(r.ended for r in up), "all at once"
+
+    assert rig.newest() == 1
+    down = [r for r in front.records() if r.method == "GET" and r.key.endswith(".pack")]
+    assert len(down) == 11
+    assert sum(r.received_bytes for r in down) == sum(t.nbytes for t in rig.state.values()), "no byte twice"
+
+
+@pytest.mark.parametrize(
+    "faults",
+    [
+        [{"method": "PUT", "key": "rank-0000.pack", "status": 503, "count": 4}],
+        [{"method": "PUT", "key": "rank-0000.pack", "cut": "request", "after_bytes": MIB, "count": 2}],
+        [{"method": "PUT", "key": "rank-0000.pack", "cut": "response", "count": 2}],
+        [{"method": "POST", "key": "rank-0000.pack", "cut": "response", "count": 2}],
+        [{"method": "PUT", "key": "manifest.json", "cut": "response", "count": 1}],
+    ],
+    ids=[
+        "slow down",
+        "cut while sending",
+        "answers lost",
+        "answers to begin and complete lost",
+        "commit's answer lost",
+    ],
+)
+def test_faults_while_saving_cost_time_only(rig, front, faults):
+    for fault in faults:
+        front.fault(**fault)
+
+    rig.commit(rig.save(1))
+
+    assert front.unused() == 0
+    assert rig.newest() == 1
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        {"method": "GET", "key": "rank-0000.pack", "status": 503, "count": 4},
+        {"method": "GET", "key": "rank-0000.pack", "cut": "response", "after_bytes": MIB, "count": 3},
+        {"method": "GET", "key": "manifest.json", "cut": "response", "after_bytes": 10, "count": 1},
+    ],
+    ids=["slow down", "cut in the middle", "manifest cut"],
+)
+def test_faults_while_loading_cost_time_only(rig, front, fault):
+    rig.commit(rig.save(1))
+    front.fault(**fault)
+
+    assert rig.newest() == 1
+    assert front.unused() == 0
+
+
+def test_a_server_that_restarts_during_a_save_and_a_load_is_waited_for(own_seaweed, front, rig):
+    rig.saver.start(1, "1-1-1", [Shard.whole(n, t) for n, t in rig.state.items()])
+    own_seaweed.kill()
+    own_seaweed.start()
+    rig.commit(rig.saver.wait(100))
+
+    found: list[int] = []
+    load = threading.Thread(target=lambda: found.append(rig.newest()))
+    own_seaweed.kill()
+    load.start()
+    own_seaweed.start()
+    load.join(100)
+    assert found == [1]
+    assert any(r.fault == "" and r.status == 0 for r in front.records()), "it was asked while it was away"
+
+
+def test_a_save_with_credentials_that_expired_fails_and_the_next_takes_new_ones(rig, front, monkeypatch):
+    rig.commit(rig.save(1))
+    other = Rig(rig.storage, Saver(rig.storage))
+    try:
+        with monkeypatch.context() as expired:
+            expired.setenv("AWS_SECRET_ACCESS_KEY", "expired")
+            failed = other.save(2)
+        assert "could not be uploaded: PermissionError" in (failed.error or "")
+        assert rig.newest() == 1
+        other.commit(other.save(3))
+    finally:
+        other.saver.close()
+    assert rig.newest() == 3
+
+
+def test_what_a_killed_uploader_left_is_swept_once_a_newer_checkpoint_is_committed(rig):
+    rig.commit(rig.save(1))
+    bucket, _, base = rig.storage.root.partition("/")
+    for step in (2, 4):
+        rig.storage.fs.call_s3(
+            "create_multipart_upload", Bucket=bucket,
+            Key=f"{base}/checkpoints/step-{step:08d}/1-1-1/rank-0000.pack",
+        )  # fmt: skip
+    assert len(rig.unfinished()) == 2
+
+    rig.commit(rig.save(3))
+    Retention(rig.storage, Policy(last=1)).prune()
+
+    assert [key.rpartition("checkpoints/")[2] for key in rig.unfinished()] == ["step-00000004/1-1-1/rank-0000.pack"]
+    left = {path.rpartition("checkpoints/")[2] for path in rig.storage.fs.find(rig.storage.root)}
+    assert left == {"step-00000003/1-1-1/rank-0000.pack", "step-00000003/1-1-1/manifest.json"}
+    assert rig.newest() == 3
+
+
+def test_a_pack_that_was_cut_short_or_is_gone_is_told(rig):
+    rig.commit(rig.save(1))
+    folder = next(newest_first(rig.storage)).folder
+    manifest = read_manifest(rig.storage, next(newest_first(rig.storage)))
+    pack = f"{folder}/rank-0000.pack"
+    data = rig.storage.read(pack)
+
+    rig.storage.replace(pack, data[: len(data) // 2])
+    with pytest.raises(CheckpointError, match=f"{pack} is too short for the tensor"):
+        load_all(rig.storage, folder, manifest)
+    reader = transfer.RangeReader(rig.storage)
+    for start in (len(data) // 2 - 2, len(data)):
+        with pytest.raises(CheckpointError, match=f"{pack} is too short"):
+            reader.read(pack, start, [memoryview(bytearray(4))])
+    rig.storage.remove(pack)
+    with pytest.raises(CheckpointError, match=f"{pack} is missing"):
+        reader.read(pack, 0, [memoryview(bytearray(4))])
+
+
+def test_a_state_is_saved_and_loaded_without_a_run(bucket):
+    state = {"a": torch.randn(10, 10), "b": torch.tensor(7)}
+
+    save_state(f"{bucket}/model", 5, state, {"note": "x"})
+    loaded, manifest = load_state(f"{bucket}/model")
+
+    assert all(torch.equal(loaded[n], t) for n, t in state.items())
+    assert manifest.values == {"note": "x"}
+    with pytest.raises(FileExistsError):
+        save_state(f"{bucket}/model", 5, state)
+    with pytest.raises(CheckpointError, match="has no committed checkpoint of step 6"):
+        load_state(f"{bucket}/model", step=6)
