@@ -11,6 +11,7 @@ from typing import Any
 
 from elastic.errors import ConfigError
 from elastic.observe.ledger import finite
+from elastic.run.process import has_ended
 from elastic.storage import Storage
 
 FORMAT = 1
@@ -70,10 +71,12 @@ class RunFolder:
             the claim's epoch.
 
         Raises:
-            ConfigError: another driver seems alive, or claimed it at the same moment.
+            ConfigError: another driver seems alive, or claimed it at the same moment. Who was killed on this machine
+                is known to be dead at once, elsewhere by its heartbeat.
         """
         status = self.status()
-        if status is not None and status["status"] in LIVE_STATES and not take_over:
+        live = status is not None and status["status"] in LIVE_STATES and not has_ended(status.get("owner_process"))
+        if status is not None and live and not take_over:
             age = time.time() - status["heartbeat"]
             if age < ALIVE_S:
                 raise ConfigError(
