@@ -20,8 +20,8 @@ def test_a_kill_at_each_point_of_a_step_and_one_while_a_world_forms(cluster: Loc
     plan = [
         kill(0, "step.forward", 12), kill(1, "step.reduce", 24), kill(2, "step.after_fence", 36, rank=0),
         # two are left, and replacements come
-        kill(3, "checkpoint.before_pack", 90), kill(4, "eval.begin", 100), kill(5, "step.before_fence", 115),
-        kill(6, "world.assigned", 114), kill(7, "checkpoint.after_pack", 130, rank=0),
+        kill(3, "checkpoint.before_stage", 90), kill(4, "eval.begin", 100), kill(5, "step.before_fence", 115),
+        kill(6, "world.assigned", 114), kill(7, "checkpoint.staged", 130, rank=0),
     ]  # fmt: skip
     run = slow_job(cluster, tmp_path, "points", *FOREVER, "--scaling.max-workers", "5", pause_s=0.06, faults=plan)
     Story(run).next_world(5)

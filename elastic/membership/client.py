@@ -4,7 +4,7 @@ A watcher thread holds the WebSocket and keeps beating while the training thread
 thread cannot: it acknowledges a broken world and frees whoever is blocked in it, shows the stacks, connects again when
 the server was restarted, and ends this worker's part when its lease is over. After a reconnection it says where the
 worker stands, and once the server knows, all that was not heard. Nothing the training thread calls here waits for the
-network, except `join` and `close`.
+network, except `join`, `close`, and `next_commit` if it is to.
 """
 
 from __future__ import annotations
