@@ -61,7 +61,7 @@ def main() -> None:
     if options.quick:
         options.store, options.shape, options.world = ("simulated",), ("4MB",), (2,)
         options.engine = ("dcp.save", "here")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # through every `finally`, which end what was started
+    signal.signal(signal.SIGTERM, _end)
     rows = []
     for store in options.store:
         with opened(store) as front:
@@ -70,9 +70,15 @@ def main() -> None:
                     for engine in options.engine:
                         rows.append(measure(front, store, SHAPES[shape], world, engine))
                         print(_line(rows[-1]), flush=True)
-    compare(rows)
+                        compare(rows)
+                        write_json(options.json, {"cores": os.cpu_count(), "rows": rows})  # what there is so far
     print("\n" + render(rows))
-    write_json(options.json, {"cores": os.cpu_count(), "rows": rows})
+
+
+def _end(*_: object) -> None:
+    """End through every `finally`, which end what was started; undisturbed by a second signal."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    sys.exit(143)
 
 
 @contextmanager
