@@ -266,13 +266,18 @@ def restore_newest(state: TrainState, storage: Storage, link: WorkerLink) -> int
         began = time.monotonic()
         try:
             manifest = read_manifest(storage, checkpoint)
-            shards = state.destinations(manifest.tensors, manifest.values)
-            report = load(storage, checkpoint.folder, manifest, shards)
+            imported = "weights_only" in manifest.values
+            if imported:
+                shards = state.weight_destinations(manifest.tensors)
+            else:
+                shards = state.destinations(manifest.tensors, manifest.values)
+            report = load(storage, checkpoint.folder, manifest, shards, convert=imported)
         except CheckpointError as error:
             problem = error
             link.post({"kind": "event", "event": "checkpoint_failed", "step": checkpoint.step, "detail": str(error)})
             continue
-        state.load_values(manifest.values)
+        if not imported:
+            state.load_values(manifest.values)
         for block in report.refetched:
             link.post({"kind": "event", "event": "block_refetched", "step": checkpoint.step, "detail": block})
         link.post(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -131,6 +132,22 @@ class TrainState:
                 names.setdefault((value.data_ptr(), tuple(value.shape)), []).append(plain_name(name))
         others = {n: names[mine[n].data_ptr(), tuple(mine[n].shape)] for n in mine if mine[n].numel()}
         return [Shard.whole(n, value) for n, value in mine.items()], others
+
+    def weight_destinations(self, entries: Mapping[str, TensorEntry]) -> list[Shard]:
+        """Where the tensors of a checkpoint that has weights alone go; all else stays as the job made it.
+
+        Raises:
+            CheckpointError: names are not those of this model.
+        """
+        shards, aliases = self.weights()
+        found = []
+        for shard in shards:
+            names = [f"model/{n}" for n in (shard.name, *aliases.get(shard.name, ()))]
+            found.append(replace(shard, name=next((n for n in names if n in entries), names[0])))
+        tied = {f"model/{n}" for names in aliases.values() for n in names}
+        wanted = {s.name for s in found}
+        _same_names("model", wanted, set(entries) - (tied - wanted))
+        return found
 
     def values(self) -> dict[str, Any]:
         """Everything of the state that is not a tensor, as JSON values."""
