@@ -11,9 +11,11 @@ from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 
+from elastic import fault
 from elastic.checkpoint.transfer import Upload, open_upload, patiently
 from elastic.errors import ConfigError
-from elastic.storage import Storage
+from elastic.storage import Storage, sync_folder
+from elastic.tools.progress import held_back
 
 PART_BYTES = 16 << 20
 IN_FLIGHT = 8
@@ -66,6 +68,7 @@ class Stream:
                 while self._waiting:
                     self._waiting.popleft().result()
                 self._pool.shutdown()
+                fault.point("output.before_complete", -1, 0)
                 patiently(self._upload.complete)
                 return
         except BaseException:
@@ -75,9 +78,10 @@ class Stream:
 
     def _give_up(self) -> None:
         self._cancelled.set()
-        self._pool.shutdown(cancel_futures=True)
-        with contextlib.suppress(Exception):  # the first error is what counts
-            self._upload.abort()
+        with held_back():  # an impatient second Ctrl-C would leave a part behind
+            self._pool.shutdown(cancel_futures=True)
+            with contextlib.suppress(Exception):  # the first error is what counts
+                self._upload.abort()
 
 
 class Output:
@@ -109,6 +113,7 @@ class Output:
 
     def stream(self, name: str, size: int) -> Stream:
         """An object of `size` bytes to write; it is there when its context ends."""
+        fault.point("output.file", -1, len(self._written))
         self._written.append(name)
         return Stream(self.storage, name, size)
 
@@ -127,6 +132,7 @@ class Output:
             if kind is None:
                 if self._folder and self.storage.local:
                     os.rename(self.storage.root, self._final)
+                    sync_folder(os.path.dirname(self._final))
                 return
         except BaseException:
             self._remove()
@@ -134,9 +140,10 @@ class Output:
         self._remove()
 
     def _remove(self) -> None:
-        if self._folder and self.storage.local:
-            shutil.rmtree(self.storage.root, ignore_errors=True)
-            return
-        for name in self._written:
-            with contextlib.suppress(Exception):  # the first error is what counts
-                self.storage.remove(name)
+        with held_back():
+            if self._folder and self.storage.local:
+                shutil.rmtree(self.storage.root, ignore_errors=True)
+                return
+            for name in self._written:
+                with contextlib.suppress(Exception):  # the first error is what counts
+                    self.storage.remove(name)

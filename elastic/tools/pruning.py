@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -195,7 +196,7 @@ def look_at(name: str, folder: RunFolder) -> RunFacts:
         last = float(status.get("heartbeat", 0.0))
         epoch = folder.newest_epoch()
         if epoch:
-            last = max(last, folder.storage.modified(f"{CLAIMS}/{epoch:06d}.json"))
+            last = max(last, float(json.loads(folder.storage.read(f"{CLAIMS}/{epoch:06d}.json"))["time"]))
         if not last:
             last = folder.storage.modified(CONFIG)
         keep = config.get("config", {}).get("checkpoint", {})

@@ -80,7 +80,8 @@ def run(arguments: argparse.Namespace) -> int:
         with interruptible():
             return int(arguments.run(arguments))
     except KeyboardInterrupt:
-        raise Interrupted("interrupted; what was half done is removed, or removed by the next prune") from None
+        left = "the next prune does the rest" if "prune" in arguments.run.__name__ else "nothing of it is left"
+        raise Interrupted(f"interrupted; {left}") from None
     except ElasticError:
         raise
     except Exception as error:
