@@ -17,6 +17,7 @@ from elastic.run.folder import CLAIMS, CONFIG, STATUS, RunFolder
 from elastic.storage import Storage
 from elastic.tools.target import Hold, hold, list_names, refuse_live
 
+_RUN = {CONFIG, STATUS, CLAIMS}  # a folder with any of these is a run, though it was never started, or half removed
 Total = Callable[[int], Callable[[int], None]]
 
 
@@ -181,11 +182,11 @@ def look_at_runs(url: str) -> tuple[Storage, list[RunFacts]]:
     """
     storage = Storage(url, option="URL")
     names = list_names(storage)
-    if {CONFIG, STATUS} & set(names):
+    if _RUN & set(names):
         raise ConfigError(f"URL is {url!r}, which is a run; give the folder of runs, or use elastic checkpoints prune")
     children = [(name, RunFolder(storage.child(name))) for name in names]
     return storage, [
-        look_at(name, folder) for name, folder in children if {CONFIG, STATUS} & set(folder.storage.names())
+        look_at(name, folder) for name, folder in children if _RUN & set(folder.storage.names())
     ]
 
 
