@@ -24,7 +24,7 @@ class CheckpointError(ElasticError):
 
 
 class FencedError(ElasticError):
-    """A newer claim owns the run: this process may write nothing more."""
+    """The run goes on without this process, or under a newer claim: it may write nothing more."""
 
 
 class WarmUpError(ElasticError):

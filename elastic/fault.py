@@ -20,11 +20,15 @@ class PlannedError(Exception):
     """Raised by a fault that says `raise`."""
 
 
-def _read() -> list[dict[str, Any]]:
-    return json.loads(os.environ.get(_VARIABLE, "[]"))
+_planned: list[dict[str, Any]] = []
 
 
-_planned = _read()
+def read_plan() -> None:
+    """Take the plan from the environment: at import, and in a process that was forked after it."""
+    _planned[:] = json.loads(os.environ.get(_VARIABLE, "[]"))
+
+
+read_plan()
 
 
 def point(name: str, rank: int, step: int) -> None:

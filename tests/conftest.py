@@ -16,7 +16,10 @@ from tests import leaks
 from tests.seaweed import _front, bucket, front, own_seaweed, seaweed  # noqa: F401
 
 if TYPE_CHECKING:
+    from jobs.bench.nodes import LocalCluster
     from tests import forked
+
+NODES = 3
 
 # The same examples on every machine: what is red in CI is red at home.
 settings.register_profile(
@@ -62,6 +65,29 @@ def fork_server() -> Iterator[None]:
     forked.start_fork_server()
     yield
     forked.stop_fork_server()
+
+
+@pytest.fixture(scope="session")
+def ray_nodes() -> Iterator[LocalCluster]:
+    """The one Ray cluster of the session: three nodes of two workers."""
+    from jobs.bench.nodes import LocalCluster
+
+    os.environ["RAY_AUTH_MODE"] = "disabled"
+    shared = LocalCluster(nodes=NODES)
+    yield shared
+    shared.close()
+
+
+@pytest.fixture
+def cluster(ray_nodes: LocalCluster) -> Iterator[LocalCluster]:
+    """That cluster, with as many nodes as ever, whatever the last test did to it; no command outlives a test."""
+    from jobs.bench.nodes import Command
+
+    while len(ray_nodes.nodes) < NODES:
+        ray_nodes.add_node()
+    yield ray_nodes
+    while Command.started:
+        Command.started.pop().end()
 
 
 @pytest.fixture(scope="session")

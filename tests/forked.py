@@ -7,20 +7,23 @@ them as forks of one process that has imported everything, through what looks li
 from __future__ import annotations
 
 import io
+import json
 import multiprocessing
 import os
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from multiprocessing import forkserver, resource_tracker
 from typing import Any
 
 import pytest
 
 import elastic.worker.local
+from elastic import fault
 from elastic.checkpoint.loader import load_all
 from elastic.checkpoint.reader import newest_first, read_manifest
 from elastic.checkpoint.tensors import tensor_bytes
@@ -32,10 +35,12 @@ from elastic.observe.ledger import EVENTS, METRICS, kept_history, read_records
 from elastic.run.prepare import PreparedRun, prepare
 from elastic.worker.local import LocalRun
 from tests import leaks
+from tests.hosts import Host, enter
 from tests.tiny_jobs import CONFIG
 
 WAIT_S = 60.0
 B = CONFIG.batch.global_size
+STDERR = "FORKED_STDERR"  # environment variable of a worker: a file for its standard error
 LONG = 400  # samples of jobs whose runs see none of them twice
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(
@@ -61,13 +66,16 @@ def _nothing() -> None:
     pass
 
 
-def _work(specification: bytes, environment: dict[str, str]) -> None:
-    from elastic import fault
+def _work(specification: bytes, environment: dict[str, str], namespace: str | None) -> None:
     from elastic.worker.__main__ import _child
 
+    if namespace is not None:
+        enter(namespace)
+    if STDERR in environment:
+        os.dup2(os.open(environment[STDERR], os.O_WRONLY | os.O_APPEND | os.O_CREAT), 2)
     os.environ.clear()
     os.environ.update(environment)
-    fault._planned = fault._read()  # a new Python would have read it now
+    fault.read_plan()
     sys.stdin = io.TextIOWrapper(io.BytesIO(specification))
     sys.exit(_child())
 
@@ -84,17 +92,27 @@ class _Input(io.BytesIO):
 
 
 class ForkedWorker:
-    """Looks like the `subprocess.Popen` of a worker; it starts when its standard input is closed."""
+    """Looks like the `subprocess.Popen` of a worker; it starts when its standard input is closed.
 
-    def __init__(self, command: list[str], *, stdin: int, env: dict[str, str]):
+    Args:
+        places: the hosts that workers are on, by their index; none is the same as all on this one.
+    """
+
+    def __init__(self, command: list[str], *, stdin: int, env: dict[str, str], places: Sequence[Host] = ()):
         assert command[1:] == ["-m", "elastic.worker", "--child"]
         assert stdin == subprocess.PIPE
-        self._environment = env
+        self._environment, self._places = env, places
         self.stdin = _Input(self._start)
         self._process: Any = None
 
     def _start(self, specification: bytes) -> None:
-        self._process = _context.Process(target=_work, args=(specification, self._environment))
+        namespace = None
+        if self._places:
+            values = json.loads(specification)
+            host = self._places[values["identity"]["local_index"]]
+            values["identity"] |= {"node": host.name, "host": host.address}
+            specification, namespace = json.dumps(values).encode(), host.name
+        self._process = _context.Process(target=_work, args=(specification, self._environment, namespace))
         self._process.start()
 
     @property
@@ -121,7 +139,10 @@ class ForkedWorker:
 class _Subprocess:
     """What `elastic.worker.local` uses of `subprocess`."""
 
-    PIPE, TimeoutExpired, Popen = subprocess.PIPE, subprocess.TimeoutExpired, ForkedWorker
+    PIPE, TimeoutExpired = subprocess.PIPE, subprocess.TimeoutExpired
+
+    def __init__(self, places: Sequence[Host]):
+        self.Popen = partial(ForkedWorker, places=places)
 
 
 class Watch:
@@ -214,22 +235,22 @@ def sample_at(step: int, microbatch: int = 4, place: int = 0) -> int:
 
 
 @contextmanager
-def local_run(run: PreparedRun, workers: int, **options: Any) -> Iterator[LocalRun]:
-    """A `LocalRun` with forked workers, which must leave nothing behind."""
+def local_run(run: PreparedRun, workers: int, *, places: Sequence[Host] = (), **options: Any) -> Iterator[LocalRun]:
+    """A `LocalRun` with forked workers, on these hosts if any are given, which must leave nothing behind."""
     before = leaks.take()
     with leaks.adopting_orphans():
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(elastic.worker.local, "subprocess", _Subprocess)
+            patch.setattr(elastic.worker.local, "subprocess", _Subprocess(places))
             with LocalRun(run, workers, **options) as local:
                 yield local
         assert leaks.wait_until_clean(before) == []
 
 
-def train(job: Job, config: TrainConfig, workers: int, wait_s: float = WAIT_S) -> Ran:
+def train(job: Job, config: TrainConfig, workers: int, wait_s: float = WAIT_S, faults: Any = ()) -> Ran:
     """Train to the end, or to the pause or failure. No more workers are waited for than are started."""
     run = prepare(job, replace(config, scaling=replace(config.scaling, max_workers=workers)))
     failure = None
-    with local_run(run, workers) as local:
+    with local_run(run, workers, environment={"ELASTIC_FAULTS": json.dumps(list(faults))}) as local:
         try:
             local.wait(wait_s)
         except RunFailed as error:

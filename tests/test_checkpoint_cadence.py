@@ -50,7 +50,7 @@ def test_one_slow_save_does_not_change_the_interval():
 @pytest.mark.processes
 @pytest.mark.usefixtures("fork_server")
 def test_a_run_saves_by_the_clock(tmp_path):
-    config = configure(tmp_path, "run", run__duration="600st", checkpoint__every="0.3s", checkpoint__keep_last=100)
+    config = configure(tmp_path, "run", run__duration="300st", checkpoint__every="0.3s", checkpoint__keep_last=100)
 
     ran = train(Plain(), config, 1)
 

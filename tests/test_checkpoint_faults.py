@@ -115,7 +115,6 @@ def test_an_uploader_dies_with_its_worker(tmp_path):
 
 def _save_and_die(url: str) -> None:
     saver = Saver(Storage(url))
-    fault._planned = []
     os.environ["ELASTIC_FAULTS"] = json.dumps([{"point": "upload.part", "do": "stop"}])
     saver.start(1, "1-1-1", [Shard.whole("t", torch.zeros(100))])
     while saver._uploader is None or not _stopped(saver._uploader._process.pid):
@@ -148,7 +147,8 @@ def _commit(storage: Storage, step: int, index: dict, attempt: str = "1-1-1") ->
 
 def _keep(url: str, point: str, index: dict) -> None:
     """What a keeper does with the last share of step 4, and dies at a point."""
-    fault._planned = [{"point": point, "do": "kill"}]
+    os.environ["ELASTIC_FAULTS"] = json.dumps([{"point": point, "do": "kill"}])
+    fault.read_plan()
     storage = Storage(url)
     _commit(storage, 4, index)
     Retention(storage, Policy(last=2)).prune()

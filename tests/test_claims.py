@@ -56,6 +56,25 @@ def test_a_run_that_nobody_drives_any_more_is_claimed(folder, state, age_s):
     assert folder.claim(take_over=False) == 1
 
 
+def test_the_run_of_a_driver_that_was_killed_on_this_machine_is_claimed_at_once(folder):
+    script = "import json; from elastic.run.process import identity; print(json.dumps(identity())); input()"
+    with subprocess.Popen(
+        [sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as driver:
+        owner = json.loads(driver.stdout.readline())
+        values = {"status": "running", "heartbeat": time.time(), "owner": "ann@here", "owner_process": owner}
+        folder.write_status(values)
+        with pytest.raises(ConfigError, match="driven by ann@here"):
+            folder.claim(take_over=False)
+        folder.write_status({**values, "owner_process": {**owner, "boot": "another machine's"}})
+        driver.kill()
+        driver.wait()
+        with pytest.raises(ConfigError, match="driven by ann@here"):
+            folder.claim(take_over=False)
+        folder.write_status(values)
+        assert folder.claim(take_over=False) == 1
+
+
 def test_of_two_drivers_at_the_same_moment_one_is_refused(folder, monkeypatch):
     monkeypatch.setattr(folder, "newest_epoch", lambda: 0)
     folder.claim(take_over=False)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import inspect
+from pathlib import Path
 
 import pytest
 import ray
 from ray._private import services
+from ray._private.node import Node
 from ray._private.state import state as ray_state
+from ray._private.worker import Worker
 from ray.train.v2._internal.execution.context import DistributedContext
 from ray.train.v2._internal.execution.controller import TrainController
 from ray.train.v2._internal.execution.failure_handling import FailureDecision, FailurePolicy
@@ -78,8 +81,19 @@ def test_a_worker_actor_takes_what_we_give_it() -> None:
     }  # fmt: skip
 
 
+def test_ray_tells_a_process_that_died_from_a_node_that_it_calls_dead() -> None:
+    texts = Path(services.GCS_SERVER_EXECUTABLE).read_bytes()
+    assert f"The actor is dead because {raytrain._PROCESS_DIED}".encode() in texts
+    assert b"The actor died because its node has died" in texts
+
+
 def test_ray_tells_which_nodes_go_away() -> None:
     assert callable(ray_state.get_draining_nodes)
+
+
+def test_ray_tells_its_session_folder() -> None:
+    assert callable(Node.get_session_dir_path)
+    assert "self.node" in inspect.getsource(Worker.__init__)
 
 
 def test_running_clusters_are_found_by_their_processes() -> None:

@@ -1,16 +1,14 @@
-"""Runs on a Ray cluster: the same bits as without Ray, resumed, interrupted, and after losing workers."""
+"""Runs on a Ray cluster: the same bits as without Ray, resumed and interrupted; errors; the trainer as a library."""
 
 from __future__ import annotations
 
 import json
-import os
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from elastic.observe.ledger import EVENTS, METRICS, gaps_and_doubles, kept_history, read_records
+from elastic.observe.ledger import METRICS, gaps_and_doubles, kept_history, read_records
 from elastic.storage import Storage
 from jobs.bench.nodes import Command, LocalCluster, result
 
@@ -18,14 +16,6 @@ pytestmark = [pytest.mark.ray, pytest.mark.timeout(180)]
 STEPS = 40
 JOB = ("--run.duration", f"{STEPS}st", "--run.exactness", "bitwise", "--batch.microbatches", "8",
        "--scaling.max-workers", "3", "--observe.log-every", "0.05")  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[LocalCluster]:
-    os.environ["RAY_AUTH_MODE"] = "disabled"
-    shared = LocalCluster()
-    yield shared
-    shared.close()
 
 
 @pytest.fixture(scope="module")
@@ -85,20 +75,6 @@ def test_a_second_interrupt_ends_at_once(cluster: LocalCluster, tmp_path: Path) 
     run.wait_for(lambda line: "saving and ending" in line or "run finished" in line)
     run.signal(signal.SIGINT)
     assert run.wait(60) == 130, run.output
-
-
-def test_a_killed_worker_costs_no_sample_and_no_bit(cluster: LocalCluster, undisturbed: str, tmp_path: Path) -> None:
-    run = digits(cluster, tmp_path, "killed", "--checkpoint.every", "10st")
-    line = run.wait_for(lambda text: "world formed" in text)
-    pid = int(line.split("pids=[")[1].split(",")[0])
-    run.wait_for_step(12)
-    os.kill(pid, signal.SIGKILL)
-    assert run.wait() == 0, run.output
-
-    storage = Storage(str(tmp_path / "killed"))
-    assert result(tmp_path / "killed")["weights_sha256"] == undisturbed
-    assert gaps_and_doubles(read_records(storage, METRICS), 64) == []
-    assert sum(e["kind"] == "world_formed" for e in read_records(storage, EVENTS)) >= 2
 
 
 def test_an_error_in_the_job_ends_the_run_with_its_traceback(cluster: LocalCluster, tmp_path: Path) -> None:

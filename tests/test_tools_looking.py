@@ -21,7 +21,11 @@ from elastic.tools.inspecting import verify
 
 def tensors(step: int) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(step)
-    return {"model/w": torch.randn(40, 5, generator=generator), "model/b": torch.arange(7), "extra/n": torch.tensor(step)}
+    return {
+        "model/w": torch.randn(40, 5, generator=generator),
+        "model/b": torch.arange(7),
+        "extra/n": torch.tensor(step),
+    }
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +64,10 @@ def test_ls_shows_each_checkpoint_and_what_is_unfinished(run, capsys):
     assert cli.main(["checkpoints", "ls", str(run), "--verify"]) == 0
     shown = capsys.readouterr().out.splitlines()
 
-    assert [(c["step"], c["generation"], c["attempt"]) for c in found["checkpoints"]] == [(6, "1-2", "1-2-6"), (3, "1-2", "1-2-3")]
+    assert [(c["step"], c["generation"], c["attempt"]) for c in found["checkpoints"]] == [
+        (6, "1-2", "1-2-6"),
+        (3, "1-2", "1-2-3"),
+    ]
     assert [(c["pinned"], c["state"]) for c in found["checkpoints"]] == [(False, "complete"), (True, "complete")]
     assert all(c["bytes"] == 40 * 5 * 4 + 7 * 8 + 8 and 0 <= c["age_s"] < 600 for c in found["checkpoints"])
     assert found["unfinished"] == ["checkpoints/step-00000009/1-2-9"]
@@ -75,7 +82,10 @@ def test_ls_says_what_is_damaged_and_goes_on(run, capsys):
 
     newest, before = told(capsys, "ls", run)["checkpoints"]
 
-    assert (newest["state"], newest["problem"]) == ("damaged", f"{folder(run, 6) / 'rank-0000.pack'}: is missing".removeprefix(f"{run}/"))
+    assert (newest["state"], newest["problem"]) == (
+        "damaged",
+        f"{folder(run, 6) / 'rank-0000.pack'}: is missing".removeprefix(f"{run}/"),
+    )
     assert before["state"] == "damaged"
     assert "is not JSON" in before["problem"]
 
@@ -172,7 +182,11 @@ def test_verify_reads_each_block_once_and_names_the_one_that_is_damaged(monkeypa
         place = chunk.start + number * 64 + 5
         storage.replace(path, data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :])
         [found] = verify(storage, committed).damages
-        assert (found.start, found.end, found.tensor) == (chunk.start + number * 64, min(chunk.start + number * 64 + 64, chunk.end), "a")
+        assert (found.start, found.end, found.tensor) == (
+            chunk.start + number * 64,
+            min(chunk.start + number * 64 + 64, chunk.end),
+            "a",
+        )
         storage.replace(path, data)
 
     assert (good.blocks, good.bytes, good.damages) == (8, 412, ())
@@ -208,7 +222,10 @@ def test_pins_are_set_and_taken_away(run, capsys):
         (["export", "{run}", "{above}/a.safetensors", "--max-shard-size", "5GB"], "leave it out"),
         (["export", "{run}", "{above}/a.safetensors", "--format", "dcp"], "but dcp is a folder"),
         (["import", "{run}", "{above}/nothing"], "SOURCE is .*, which cannot be read"),
-        (["import", "{run}", "{above}/weights.safetensors", "--step", "6"], "committed checkpoint of step 6; give another"),
+        (
+            ["import", "{run}", "{above}/weights.safetensors", "--step", "6"],
+            "committed checkpoint of step 6; give another",
+        ),
         (["import", "{run}", "{above}/weights.safetensors", "--step", "-1"], "--step is -1; give 0 or more"),
         (["import", "{run}", "{above}/weights.safetensors", "--prefix", "x."], "--prefix is 'x.', but no tensor of"),
         (["prune", "{run}", "--keep-last", "0"], "--keep-last is 0; give 1 or more"),

@@ -284,7 +284,9 @@ def test_a_run_exported_and_imported_elsewhere_goes_on_and_ends_with_the_undistu
 @pytest.mark.usefixtures("fork_server")
 def test_imported_weights_start_a_run_as_initial_weights_do(tmp_path):
     torch.manual_seed(7)
-    weights = {n: torch.randn_like(t) if t.is_floating_point() else t for n, t in Everything().model().state_dict().items()}
+    weights = {
+        n: torch.randn_like(t) if t.is_floating_point() else t for n, t in Everything().model().state_dict().items()
+    }
     del weights["tied.weight"]  # the checkpoint has it by its other name
     save_file({n: t.contiguous() for n, t in weights.items()}, tmp_path / "w.safetensors")
     elastic("import", tmp_path / "imported", tmp_path / "w.safetensors")
@@ -357,7 +359,11 @@ def test_an_interrupted_export_leaves_nothing_that_looks_like_one(stored, tmp_pa
 @pytest.mark.usefixtures("fork_server")
 @pytest.mark.parametrize(
     ("point", "code", "steps"),
-    [("output.before_complete", 130, []), ("checkpoint.before_manifest", 0, [0]), ("checkpoint.after_manifest", 0, [0])],
+    [
+        ("output.before_complete", 130, []),
+        ("checkpoint.before_manifest", 0, [0]),
+        ("checkpoint.after_manifest", 0, [0]),
+    ],
 )
 def test_an_interrupted_import_is_committed_whole_or_not_at_all(tmp_path, point, code, steps):
     save_file({"w": torch.ones(5)}, tmp_path / "w.safetensors")
@@ -372,13 +378,19 @@ def test_an_interrupted_import_is_committed_whole_or_not_at_all(tmp_path, point,
     assert bool(list(run.rglob("*.pack"))) == bool(steps)
 
 
-def test_an_output_in_object_storage_that_fails_is_removed():
-    url = f"memory://fails-{uuid.uuid4().hex}"
-    with pytest.raises(KeyError), Output(f"{url}/out", folder=True, option="OUT") as output:
+def write_half(url: str, size: int) -> None:
+    """An output that is interrupted in the middle of its second object."""
+    with Output(url, folder=True, option="OUT") as output:
         output.put("one", b"1")
-        with output.stream("two", 9) as stream:
-            stream.write(memoryview(b"half"))
-            raise KeyError
+        with output.stream("two", size) as stream:
+            stream.write(memoryview(bytes(size * 2 // 3)))
+            raise KeyboardInterrupt
+
+
+def test_an_output_in_object_storage_that_is_interrupted_is_removed():
+    url = f"memory://fails-{uuid.uuid4().hex}"
+    with pytest.raises(KeyboardInterrupt):
+        write_half(f"{url}/out", 9)
 
     assert Storage(url).names("out") == []
 
@@ -404,11 +416,8 @@ def test_everything_works_on_s3(bucket, tmp_path, capsys, monkeypatch):
     elastic("pin", url)
     out = Storage(f"{bucket}/out")
     (tmp_path / "w.safetensors").write_bytes(out.read("w.safetensors"))
-    with pytest.raises(KeyboardInterrupt), Output(f"{bucket}/half", folder=True, option="OUT") as output:
-        output.put("one", b"1")
-        with output.stream("two", 12 << 20) as stream:
-            stream.write(memoryview(bytes(8 << 20)))
-            raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt):
+        write_half(f"{bucket}/half", 12 << 20)
 
     wanted = {n.removeprefix("model/"): t for n, t in state.items()}
     assert same(load_file(tmp_path / "w.safetensors"), wanted)

@@ -40,12 +40,15 @@ def stored(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def make(stored: Path, tmp_path: Path) -> Callable[..., Path]:
     """Makes runs/NAME: last driven `days` ago, with a result."""
+
     def make(name: str = "run", days: float = 40, status: str = "finished", loss: float | None = None, **keep: object):
         run = Path(shutil.copytree(stored, tmp_path / "runs" / name))
         folder = RunFolder(Storage(str(run)))
         driven = {"format": 1, "owner": "ann@host-7 (process 41)", "time": time.time() - days * DAY}
         folder.storage.create("claims/000001.json", json.dumps(driven).encode())
-        folder.write_status({"status": status, "heartbeat": time.time() - days * DAY, "owner": "ann@host-7 (process 41)"})
+        folder.write_status(
+            {"status": status, "heartbeat": time.time() - days * DAY, "owner": "ann@host-7 (process 41)"}
+        )
         folder.write_config({"job": {"name": "digits"}, "config": {"checkpoint": keep}})
         folder.write_result({"metrics": {} if loss is None else {"eval/loss": loss}})
         return run
@@ -113,7 +116,9 @@ def test_a_cadence_of_the_run_that_is_not_in_steps_is_asked_for(make, capsys):
     run = make(keep_last=1, keep_every="2ep")
 
     elastic("checkpoints", "prune", run, "--yes", code=2)
-    assert "the run keeps every 2ep by --checkpoint.keep-every; give that as --keep-every STEPS" in capsys.readouterr().err
+    assert (
+        "the run keeps every 2ep by --checkpoint.keep-every; give that as --keep-every STEPS" in capsys.readouterr().err
+    )
     assert len(steps(run)) == 6
     elastic("checkpoints", "prune", run, "--keep-every", 3, "--yes")
     assert steps(run) == [6, 3]
@@ -304,12 +309,17 @@ def test_bad_input_is_refused(make, tmp_path, capsys, arguments, said):
     assert len(steps(tmp_path / "runs" / "run")) == 6
 
 
-
 # ---- figures -------------------------------------------------------------------------------------------------------
 
 
 def test_sizes_and_ages_are_read_and_written():
     assert [parse_size("--x", t) for t in ("5GB", "500 MiB", "1.5kB", "7B")] == [5 * 10**9, 500 << 20, 1500, 7]
     assert [parse_age("--x", t) for t in ("30d", "1.5h", "2 w")] == [30 * DAY, 5400, 14 * DAY]
-    assert [size_text(s) for s in (0, 1023, 1536, 5 << 30, 3 << 40)] == ["0 B", "1023 B", "1.5 KiB", "5.0 GiB", "3.0 TiB"]
+    assert [size_text(s) for s in (0, 1023, 1536, 5 << 30, 3 << 40)] == [
+        "0 B",
+        "1023 B",
+        "1.5 KiB",
+        "5.0 GiB",
+        "3.0 TiB",
+    ]
     assert [age_text(s) for s in (-3, 59, 600, 7200, 30 * DAY)] == ["0s", "59s", "10min", "2.0h", "30d"]

@@ -55,7 +55,7 @@ def training_function(run: WorkerRun, accelerator: str) -> Callable[[dict[str, A
     def train(_: dict[str, Any]) -> str:
         began = time.monotonic()
         _die_with_raylet()
-        index = _see_devices() if accelerator == "gpu" else 0  # before anything starts CUDA
+        index = see_devices() if accelerator == "gpu" else 0  # before anything starts CUDA
         from elastic.worker.session import Session
 
         import_s = time.monotonic() - began
@@ -89,7 +89,7 @@ def _die_with_raylet() -> None:
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def _see_devices() -> int:
+def see_devices() -> int:
     """See all GPUs of this node; returns which one is this worker's."""
     runtime = ray.get_runtime_context()
     assigned = str(runtime.get_accelerator_ids()["GPU"][0])

@@ -46,6 +46,7 @@ NODES_S = 1.0
 START_TIMEOUT_S = 180.0
 REQUEST_TIMEOUT_S = 2.0
 MAX_RESTARTS = 3
+_PROCESS_DIED = "its worker process has died"  # Ray's words, where the raylet saw it
 _CONTROLLER_ENVIRONMENT = {
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # it answers a drain with a whole-group restart
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": str(POLL_S),
@@ -75,6 +76,12 @@ def find_running_cluster() -> str | None:
     """The address of a cluster that `ray start` left running on this machine, if its GCS still answers."""
     found = services.find_gcs_addresses()
     return sorted(found)[0] if found else None
+
+
+def session_folder() -> str:
+    """Ray's folder for this session on this machine; what a killed driver leaves in it goes away with the session."""
+    node: Any = ray._private.worker.global_worker.node
+    return str(node.get_session_dir_path())
 
 
 def placement_group_name(run: str) -> str:
@@ -139,6 +146,12 @@ class FallbackPolicy(FailurePolicy):
             return FailureDecision.RAISE
         self._left -= 1
         return FailureDecision.RETRY if self._left >= 0 else FailureDecision.RAISE
+
+
+def _process_ended(error: Exception) -> bool:
+    """Whether Ray knows that a worker's process ended. On a node that it calls dead, which may only be cut off, the
+    process may go on for as long as its lease."""
+    return isinstance(error, ray.exceptions.ActorDiedError) and _PROCESS_DIED in str(error)
 
 
 class _Stage(Enum):
@@ -299,7 +312,7 @@ class Group(WorkerGroup):
         self._units.remove(unit)
         unit.drop()
         if unit.id:
-            self._tell("/lost", {"ids": [unit.id]})
+            self._tell("/lost", {"ids": [unit.id], "ended": _process_ended(error)})
 
     def _watch_nodes(self) -> None:
         """Once a second: pass on notices of nodes that go away, end evicted workers, help a restarted server."""

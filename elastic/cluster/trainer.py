@@ -174,7 +174,13 @@ class _Drive:
     def _train(self, url: str, token: str, accelerator: str) -> dict[str, Any]:
         from elastic.cluster.actors import training_function
         from elastic.cluster.capacity import worker_resources
-        from elastic.cluster.raytrain import GroupPlan, RayTrainer, placement_group_name, remove_placement_groups
+        from elastic.cluster.raytrain import (
+            GroupPlan,
+            RayTrainer,
+            placement_group_name,
+            remove_placement_groups,
+            session_folder,
+        )
         from elastic.worker.run import WorkerRun
 
         run = self._run
@@ -184,7 +190,7 @@ class _Drive:
             url, token, scaling.max_workers + scaling.spares, worker_resources(accelerator, scaling.cpus_per_worker),
             prefix, scaling.workers_per_node,
         )  # fmt: skip
-        markers = tempfile.mkdtemp(prefix="elastic-ray-train-")
+        markers = tempfile.mkdtemp(prefix="elastic-", dir=session_folder())
         trainer = RayTrainer(
             training_function(worker_run, accelerator), name=run.name, storage_path=markers, plan=plan,
             accelerator=accelerator,
@@ -219,7 +225,7 @@ class _Drive:
             if self._trainer_done.is_set() and trainer_ended_at is None:
                 trainer_ended_at = time.monotonic()
                 if self._trainer_error is not None:
-                    self._close("failed", f"the workers failed: {self._trainer_error}")
+                    self._close("failed", _why(self._trainer_error, self._run.name))
             if trainer_ended_at is not None and time.monotonic() - trainer_ended_at > END_TIMEOUT_S:
                 raise RunFailed(f"the workers of run {self._run.name} ended, but no result came")
         return self._outcome()
@@ -287,6 +293,18 @@ class _Drive:
         finally:
             for number, old in before.items():
                 signal.signal(number, old)
+
+
+def _why(error: BaseException, name: str) -> str:
+    """What a tired person needs to know of the error that ended the workers."""
+    import ray
+
+    if isinstance(error, ray.exceptions.RayActorError):
+        return (
+            "the controller of its workers died, and they with it; "
+            f"give --run.name {name} to go on from the newest checkpoint"
+        )
+    return f"the workers failed: {error}"
 
 
 def _free_port() -> int:

@@ -1,8 +1,9 @@
 """A worker's link to the membership server.
 
 A watcher thread holds the WebSocket and keeps beating while the training thread computes; it acts when the training
-thread cannot: it acknowledges a broken world and frees whoever is blocked in it, shows the stacks, and connects again
-when the server was restarted. Nothing the training thread calls here waits for the network, except `join`.
+thread cannot: it acknowledges a broken world and frees whoever is blocked in it, shows the stacks, connects again when
+the server was restarted, and ends this worker's part when its lease is over. Nothing the training thread calls here
+waits for the network, except `join`, and `next_commit` if it is to.
 """
 
 from __future__ import annotations
@@ -21,11 +22,13 @@ from typing import Any
 
 import aiohttp
 
-from elastic.errors import FencedError, RunFailed, WorldBroken
+from elastic.errors import FencedError, WorldBroken
 from elastic.membership.server import BEAT_S, MAX_MESSAGE_BYTES
 from elastic.membership.state import Failure, Generation, Member
 
 RECONNECT_S = 0.2
+CLOSE_S = 1.0
+_CLOSING = aiohttp.ClientWSTimeout(ws_close=CLOSE_S)
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,7 @@ class WorkerLink:
 
     Args:
         url, token: of the membership server.
-        lease_s: longest silence of the server before `check` raises.
+        lease_s: longest silence of the server; then this worker's part is over, since the run may go on without it.
     """
 
     def __init__(self, url: str, token: str, member: Member, *, lease_s: float):
@@ -74,7 +77,7 @@ class WorkerLink:
         self._wishes: dict[str, str] = {}
         self._fenced: str | None = None
         self._over: str | None = None
-        self._heard = time.monotonic()
+        self._leased = time.monotonic()  # when the newest beat that was answered was sent: the lease counts from there
         self._position: tuple[int, int, int] = (-1, 0, 0)
         self._phase = "load"
         self._loop = asyncio.new_event_loop()
@@ -86,9 +89,8 @@ class WorkerLink:
     # ---- the training thread -----------------------------------------------------------------------------------
 
     def join(
-        self, facts: dict[str, Any], applied: int, failure: Failure | None, timeout_s: float,
-        save_alone: Callable[[], None],
-    ) -> Assignment:  # fmt: skip
+        self, facts: dict[str, Any], applied: int, failure: Failure | None, save_alone: Callable[[], None]
+    ) -> Assignment:
         """Ask for a world and wait for it.
 
         Args:
@@ -97,9 +99,9 @@ class WorkerLink:
             save_alone: commits the state; called if the run is given up while this worker holds the newest.
 
         Raises:
-            FencedError: the run went on without this worker, or a newer claim owns it.
+            FencedError: the run went on without this worker, or may have since its lease is over, or a newer claim
+                owns it.
             RunOver: the run ended.
-            RunFailed: the server was silent for longer than the lease and `timeout_s`.
         """
         self._assignment, self._free = None, None
         self._wishes.pop("leave", None)
@@ -108,11 +110,8 @@ class WorkerLink:
             "failure": asdict(failure) if failure else None, **facts,
         }  # fmt: skip
         self._put(self._joining)
-        deadline = time.monotonic() + timeout_s
         while True:
             self._check_over()
-            if time.monotonic() > deadline and time.monotonic() - self._heard > self._lease_s:
-                raise RunFailed(f"worker {self.member.id} waited {timeout_s:.0f} s for the membership server")
             try:
                 answer = self._inbox.get(timeout=0.5)
             except queue.Empty:
@@ -162,17 +161,32 @@ class WorkerLink:
         """Raise where training must not go on.
 
         Raises:
-            FencedError: a newer claim owns the run, or the run went on without this worker.
+            FencedError: as `check_lease`, or a newer claim owns the run, or the run went on without this worker.
             WorldBroken: the server said that this world is broken.
-            RunFailed: the server was silent for longer than the lease.
         """
-        if self._fenced is not None:
-            raise FencedError(self._fenced)
+        self.check_lease()
         if self._assignment is not None and str(self._assignment.generation) in self._broken:
             raise WorldBroken(f"world {self._assignment.generation} was declared broken")
-        silent = time.monotonic() - self._heard
-        if silent > self._lease_s:
-            raise RunFailed(f"the membership server at {self._url} was silent for {silent:.0f} s, more than the lease")
+
+    def check_lease(self) -> None:
+        """Raise where nothing may be applied any more.
+
+        Raises:
+            FencedError: the server was silent for longer than the lease, or said that this worker is out.
+        """
+        if self._fenced is None and self._lease_left() <= 0:
+            self._fence_by_lease()  # before the watcher did: this process may have been stopped
+        if self._fenced is not None:
+            raise FencedError(self._fenced)
+
+    def _lease_left(self) -> float:
+        return self._leased + self._lease_s - time.monotonic()
+
+    def _fence_by_lease(self) -> None:
+        self._fenced = (
+            f"the membership server at {self._url} was silent for {time.monotonic() - self._leased:.0f} s, longer than "
+            f"--recovery.lease {self._lease_s:g}s: others may have gone on with the run"
+        )
 
     def _check_over(self) -> None:
         if self._fenced is not None:
@@ -205,12 +219,25 @@ class WorkerLink:
     def _run(self) -> None:
         asyncio.set_event_loop(self._loop)
         try:
-            self._loop.run_until_complete(self._hold())
+            self._loop.run_until_complete(self._hold_while_leased())
         finally:
             self._loop.close()
 
+    async def _hold_while_leased(self) -> None:
+        """Be connected until the lease is over; then free a training thread that waits for others in vain."""
+        holding = asyncio.create_task(self._hold())
+        while not holding.done() and (left := self._lease_left()) > 0:
+            await asyncio.wait({holding}, timeout=left)
+        if holding.done():
+            return holding.result()
+        if self._fenced is None:
+            self._fence_by_lease()
+        self._free_now()
+        holding.cancel()
+        await asyncio.wait({holding}, timeout=2 * CLOSE_S)
+
     async def _hold(self) -> None:
-        """Be connected; connect again after the server was away, until the lease is over."""
+        """Be connected; connect again after the server was away."""
         headers = {"Authorization": f"Bearer {self._token}"}
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=10)
         async with aiohttp.ClientSession(headers=headers, timeout=timeout) as session:
@@ -218,15 +245,15 @@ class WorkerLink:
             while not (self._closing and self._outbox.empty()):
                 try:
                     url = f"{self._url}/worker?id={self.member.id}"
-                    async with session.ws_connect(url, max_msg_size=MAX_MESSAGE_BYTES) as socket:
+                    async with session.ws_connect(url, max_msg_size=MAX_MESSAGE_BYTES, timeout=_CLOSING) as socket:
                         if not first:
                             await self._introduce(socket)
                         first = False
                         if await self._converse(socket):
                             return
                 except (TimeoutError, aiohttp.ClientError, OSError):
-                    pass  # the server is away: `check` and `join` know for how long
-                if self._fenced or self._over or time.monotonic() - self._heard > self._lease_s:
+                    pass  # the server is away: the lease tells for how long that may be
+                if self._fenced or self._over:
                     return
                 await asyncio.sleep(RECONNECT_S)
 
@@ -252,7 +279,7 @@ class WorkerLink:
                         return True
                     await socket.send_str(json.dumps(message))
                 now = time.monotonic()
-                if now >= next_beat:  # by the clock, whatever else was said: its answer renews the lease
+                if now >= next_beat:
                     next_beat = now + BEAT_S
                     await socket.send_str(json.dumps(self._beat()))
                 with contextlib.suppress(asyncio.TimeoutError):
@@ -262,7 +289,7 @@ class WorkerLink:
             reader.cancel()
 
     def _beat(self) -> dict[str, Any]:
-        beat: dict[str, Any] = {"kind": "beat"}
+        beat: dict[str, Any] = {"kind": "beat", "sent": time.monotonic()}
         if self._assignment is not None:
             beat |= {
                 "position": self._position, "phase": self._phase, "generation": str(self._assignment.generation)
@@ -272,13 +299,14 @@ class WorkerLink:
     async def _read(self, socket: aiohttp.ClientWebSocketResponse) -> None:
         async for raw in socket:
             if raw.type == aiohttp.WSMsgType.TEXT:
-                self._heard = time.monotonic()
                 await self._on_message(socket, json.loads(raw.data))
         self._posted.set()
 
     async def _on_message(self, socket: aiohttp.ClientWebSocketResponse, message: dict[str, Any]) -> None:
         kind = message["kind"]
-        if kind in ("world", "save alone"):
+        if kind == "beat":  # nothing else renews the lease: on a line that was cut, old messages come late
+            self._leased = message["sent"]
+        elif kind in ("world", "save alone"):
             self._inbox.put(message)
         elif kind == "broken":
             self._broken.add(message["generation"])
@@ -290,7 +318,7 @@ class WorkerLink:
         elif kind == "commit":
             self._commits.put(message)
         elif kind in ("fenced", "refused"):
-            self._fenced = message["reason"]
+            self._fenced = self._fenced or message["reason"]  # later ones only say that it is out
             self._free_now()
         elif kind == "over":
             self._over = message["status"]

@@ -6,7 +6,7 @@
     POST /close    {"status": ..., "message": ...}: the driver knows that no worker will go on
     GET  /status   the keeper's view of the run, as JSON
     GET  /group    who is in, who waits, who is gone: what the controller of the workers goes by
-    POST /lost     {"ids": [...]}: processes that are known to be dead
+    POST /lost     {"ids": [...], "ended": bool}: workers that are gone; whether their processes are known to have ended
     POST /event    {"kind": ..., "detail": ...}: for the ledger
     POST /notice   {"node": ..., "remaining_s": ...}: a node goes away
     POST /expected {"ids": [...]}: after a restart, the workers that exist
@@ -60,7 +60,7 @@ from elastic.membership.state import (
     advance,
     describe,
 )
-from elastic.membership.watch import Progress, hung, p95, silent
+from elastic.membership.watch import Progress, excuse, hung, p95, silent
 
 BEAT_S = 1.0
 SILENT_S = 5.0
@@ -113,6 +113,7 @@ class MembershipServer:
         self._sockets: dict[str, web.WebSocketResponse] = {}
         self._members: dict[str, Member] = {}
         self._heard: dict[str, float] = {}
+        self._excused_until = 0.0
         self._progress: dict[str, Progress] = {}
         self._stacks: dict[str, str] = {}
         self._condemned: set[str] = set()
@@ -216,19 +217,26 @@ class MembershipServer:
             await asyncio.sleep(0.05)
             now = time.monotonic()
             self._handle(Tick(now))
-            for member_id in silent(self._heard, now, SILENT_S):
-                self._heard.pop(member_id)
-                self._refuse(member_id, "it was silent, and its world went on without it")
-                self._handle(Lost(member_id, now, f"silent for {SILENT_S:.0f} s"))
+            self._lose_silent(now)
             world = self._state.world
             if world is None or self._state.phase is not Phase.RUNNING:
                 continue
             here = {m.id: self._progress[m.id] for m in world.members if m.id in self._progress}
             if len(here) == world.size:
-                for member_id in hung(here, now, p95(self._step_times), self._hang_s):
+                as_of = min(self._heard.get(m.id, 0.0) for m in world.members)  # silence is not standing still
+                for member_id in hung(here, as_of, p95(self._step_times), self._hang_s):
                     if member_id not in self._condemned:
                         self._condemned.add(member_id)
                         self._start(self._evict(member_id, world))
+
+    def _lose_silent(self, now: float) -> None:
+        world, lease_s = self._state.world, self._state.limits.lease_s
+        members = [m.id for m in world.members] if world else []
+        self._excused_until = excuse(self._excused_until, self._heard, now, SILENT_S, members)
+        for member_id in silent(self._heard, now, SILENT_S, members, lease_s, self._excused_until):
+            silent_s = now - self._heard.pop(member_id)
+            self._refuse(member_id, "it was silent, and its world went on without it")
+            self._handle(Lost(member_id, now, f"silent for {silent_s:.0f} s", dead=silent_s > lease_s))
 
     async def _evict(self, member_id: str, world: World) -> None:
         """Name the member that everyone waits for, save all stacks, and go on without it."""
@@ -369,7 +377,7 @@ class MembershipServer:
     def _from_worker(self, member_id: str, message: dict[str, Any]) -> None:
         kind, now = message["kind"], time.monotonic()
         if kind == "beat":
-            self._send(member_id, {"kind": "beat"})
+            self._send(member_id, {"kind": "beat", "sent": message["sent"]})
             if "position" in message:
                 self._note_progress(member_id, message, now)
         elif kind == "join":
@@ -452,8 +460,10 @@ class MembershipServer:
         return web.json_response({**describe(self._state), "condemned": sorted(self._given_up)})
 
     async def _on_lost(self, request: web.Request) -> web.Response:
-        for member_id in (await request.json())["ids"]:
-            self._handle(Lost(member_id, time.monotonic(), "process died", dead=True))
+        body = await request.json()
+        reason = "process died" if body["ended"] else "its node is gone, or it was given up"
+        for member_id in body["ids"]:
+            self._handle(Lost(member_id, time.monotonic(), reason, dead=body["ended"]))
         return web.json_response({"ok": True})
 
     async def _on_event(self, request: web.Request) -> web.Response:

@@ -138,7 +138,8 @@ class Acknowledged:
 
 @dataclass(frozen=True)
 class Lost:
-    """A worker is gone, or is to be treated so. `dead`: its process is known to have ended."""
+    """A worker is gone, or is to be treated so. `dead`: it applies nothing any more, since its process ended or its
+    lease did."""
 
     member_id: str
     now: float

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 #: Phases that may take long without anything being wrong: their time-out is this many times longer.
@@ -25,9 +25,28 @@ def hang_limit_s(phase: str, step_p95_s: float, fixed_s: float | None) -> float:
     return (fixed_s if fixed_s is not None else max(LEAST_S, STEPS * step_p95_s)) * PATIENCE.get(phase, 1.0)
 
 
-def silent(heard: Mapping[str, float], now: float, limit_s: float) -> list[str]:
-    """Workers whose watcher said nothing for `limit_s`: stopped, or cut off."""
-    return [member for member, at in heard.items() if now - at > limit_s]
+def silent(
+    heard: Mapping[str, float], now: float, limit_s: float, world: Collection[str], lease_s: float, excused_until: float
+) -> list[str]:
+    """Workers whose watcher said nothing for `limit_s`: stopped, or cut off.
+
+    Members of the `world` that are excused are given until their lease is over.
+    """
+    most = {m: max(limit_s, lease_s) for m in world} if now < excused_until else {}
+    return [member for member, at in heard.items() if now - at > most.get(member, limit_s)]
+
+
+def excuse(
+    excused_until: float, heard: Mapping[str, float], now: float, limit_s: float, world: Collection[str]
+) -> float:
+    """Until when silence of single members of the `world` means nothing.
+
+    Where none of them is heard, it may be the server that is cut off. They train on until their lease is over, and no
+    world could follow theirs before; so nothing is lost by waiting. Later the lines come back one by one, as TCP
+    repeats what was lost at intervals that grow with the silence: for as long as it lasted, some may still be missing.
+    """
+    quiet_s = now - max((heard[m] for m in world if m in heard), default=now)
+    return now + max(limit_s, quiet_s) if quiet_s > limit_s / 2 else excused_until
 
 
 def hung(progress: Mapping[str, Progress], now: float, step_p95_s: float, fixed_s: float | None) -> list[str]:

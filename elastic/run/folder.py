@@ -11,6 +11,7 @@ from typing import Any
 
 from elastic.errors import ConfigError
 from elastic.observe.ledger import finite
+from elastic.run.process import has_ended
 from elastic.storage import Storage
 
 FORMAT = 1
@@ -64,9 +65,12 @@ class RunFolder:
         return max((int(n.removesuffix(".json")) for n in self.storage.names(CLAIMS)), default=0)
 
     def live_driver(self) -> str | None:
-        """Who seems to be driving the run now, and the age of the heartbeat; None where nobody is."""
+        """Who seems to be driving the run now, and the age of the heartbeat; None where nobody is.
+
+        Who was killed on this machine is known to be dead at once, elsewhere by its heartbeat.
+        """
         status = self.status()
-        if status is None or status["status"] not in LIVE_STATES:
+        if status is None or status["status"] not in LIVE_STATES or has_ended(status.get("owner_process")):
             return None
         age = time.time() - status["heartbeat"]
         return f"{status['owner']} (heartbeat {age:.0f} s ago)" if age < ALIVE_S else None

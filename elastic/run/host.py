@@ -15,6 +15,7 @@ from elastic.membership.state import Limits, Phase, State
 from elastic.run.folder import RunFolder, owner
 from elastic.run.keeper import KeeperOptions, RunKeeper
 from elastic.run.prepare import PreparedRun, git_commit
+from elastic.run.process import identity
 from elastic.run.versions import versions
 from elastic.storage import Storage
 from elastic.units import parse_amount
@@ -107,7 +108,8 @@ def keeper_options(run: PreparedRun, epoch: int, **facts: Any) -> KeeperOptions:
         tensorboard=run.config.observe.tensorboard,
         price=run.config.observe.price,
         facts={
-            "run": run.name, "owner": owner(), "host": platform.node(), "git_commit": git_commit(),
+            "run": run.name, "owner": owner(), "owner_process": identity(), "host": platform.node(),
+            "git_commit": git_commit(),
             "source_sha256": run.source, "versions": versions(), **facts,
         },
     )  # fmt: skip

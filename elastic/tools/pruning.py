@@ -185,9 +185,7 @@ def look_at_runs(url: str) -> tuple[Storage, list[RunFacts]]:
     if _RUN & set(names):
         raise ConfigError(f"URL is {url!r}, which is a run; give the folder of runs, or use elastic checkpoints prune")
     children = [(name, RunFolder(storage.child(name))) for name in names]
-    return storage, [
-        look_at(name, folder) for name, folder in children if _RUN & set(folder.storage.names())
-    ]
+    return storage, [look_at(name, folder) for name, folder in children if _RUN & set(folder.storage.names())]
 
 
 def look_at(name: str, folder: RunFolder) -> RunFacts:

@@ -31,15 +31,16 @@ class LocalRun:
 
     Args:
         workers: processes to start.
+        host: the address of this machine that the membership server listens on.
         on_record: called with every row and event, on another thread.
         environment: further environment variables of the workers.
     """
 
     def __init__(
-        self, run: PreparedRun, workers: int, *, accelerator: str = "cpu",
+        self, run: PreparedRun, workers: int, *, host: str = LOOPBACK, accelerator: str = "cpu",
         on_record: Callable[[dict[str, Any]], None] | None = None, environment: dict[str, str] | None = None,
     ):  # fmt: skip
-        self._run, self._workers, self._accelerator = run, workers, accelerator
+        self._run, self._workers, self._address, self._accelerator = run, workers, host, accelerator
         self._environment = environment or {}
         self._on_record = on_record or (lambda record: None)
         self._end: dict[str, Any] | None = None
@@ -51,7 +52,7 @@ class LocalRun:
         epoch = open_run(run)
         token = new_token()
         self._host = RunHost(
-            run.folder.storage.url, keeper_options(run, epoch), host_settings(run.config, token, LOOPBACK)
+            run.folder.storage.url, keeper_options(run, epoch), host_settings(run.config, token, self._address)
         )
         self.url = self._host.start({"changed_code": run.changed_code or None})
         self.link = DriverLink(self.url, token)
@@ -70,7 +71,7 @@ class LocalRun:
             "config": to_dict(run.config), "plan": run.plan.__dict__, "digest": run.digest,
             "folder_url": run.folder.storage.url, "server_url": self.url, "token": token,
             "identity": {
-                "id": f"w{epoch}-{index}", "node": platform.node(), "local_index": index, "host": LOOPBACK,
+                "id": f"w{epoch}-{index}", "node": platform.node(), "local_index": index, "host": self._address,
                 "accelerator": self._accelerator,
             },
         }  # fmt: skip

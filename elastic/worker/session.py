@@ -30,11 +30,11 @@ from elastic.worker.evaluate import evaluate
 from elastic.worker.group import Group
 from elastic.worker.run import Identity, WorkerRun
 from elastic.worker.saving import Saving, initialise, restore_from_peer, restore_newest
+from elastic.worker.sockets import use_interface_of
 from elastic.worker.state import TrainState, weights_sha256
 from elastic.worker.step import APPLIED, FENCE, Stepper, Update
 from elastic.worker.user_code import UserCode, UserCodeError
 
-JOIN_TIMEOUT_S = 60.0
 LAST_COMMIT_S = 60.0  # for a save that is under way when an error ends the run
 COLLECTIVE_TIMEOUT_S = 1800.0  # the last resort: the membership server notices a hang long before
 KEPT_ROWS = 512
@@ -53,6 +53,7 @@ class Session:
         self._run, self._job, self._config, self._plan = run, run.job, run.config, run.plan
         self._bitwise = run.config.run.exactness == "bitwise"
         prepare_process(bitwise=self._bitwise, threads=run.config.scaling.cpus_per_worker)
+        use_interface_of(identity.host)
         self._device = pick_device(identity.accelerator, identity.local_index)
         self._storage = Storage(run.folder_url)
         self._code = UserCode(run.job, self._device, identity.id, autocast=run.config.precision.autocast == "bf16")
@@ -116,8 +117,8 @@ class Session:
         Raises:
             NonFiniteError: a loss or norm is not finite, and such steps are not to be skipped.
             CheckpointError: no committed checkpoint can be loaded.
-            FencedError: the run went on without this worker.
-            RunFailed: the membership server was silent for too long.
+            FencedError: the run went on without this worker, or may have: the membership server was silent too long.
+            RunFailed: this node's data differs.
         """
         failure: Failure | None = None
         try:
@@ -176,16 +177,15 @@ class Session:
             )
 
     def _join(self, failure: Failure | None) -> Group:
-        assignment = self._link.join(self._facts, self._applied, failure, JOIN_TIMEOUT_S, self._save_alone)
+        assignment = self._link.join(self._facts, self._applied, failure, self._save_alone)
         fault.point("world.assigned", assignment.rank, self._applied)
         return Group(assignment, self._device)
 
     def _restore(self, group: Group) -> None:
         """Bring every member to one state: the newest that any of them holds, else a checkpoint, else a fresh start."""
         applied = group.gather_ints(self._applied)
-        newest = max(applied)
+        newest, source = max(applied), 0
         if newest < 0:
-            source = 0
             if group.rank == source:
                 self._applied = restore_newest(self._state, self._storage, self._link)
                 if self._applied == 0:
@@ -200,7 +200,7 @@ class Session:
         if min(held) != max(held):
             wanted = self._applied != max(held)
             self._applied = restore_from_peer(self._state, group, source, self._applied, self._link, wanted=wanted)
-        if group.rank == 0:
+        if group.rank == source:  # it holds the newest state, so it has its rows; rank 0 may be new
             self._post_rows([row for row in self._rows if row["step"] > group.assignment.last_step])
 
     # ---- steps -------------------------------------------------------------------------------------------------
@@ -228,16 +228,17 @@ class Session:
         fault.point("step.after_fence", group.rank, step + 1)
         clock.checkpoint_s += self._saving.settle()
         self._apply(update)
-        if self._applied < plan.total_steps and not stop:
-            if plan.eval_every and self._applied % plan.eval_every == 0:
-                self._evaluate(group)
-            if save_now or (plan.checkpoint_every and self._applied % plan.checkpoint_every == 0):
-                self._save(busy=bool(busy))
-        step_s = time.perf_counter() - began
-        clock.other_s = max(0.0, step_s - clock.data_s - clock.compute_s - clock.sync_s - clock.checkpoint_s)
-        row = {**self._row(update, group, step_s), **self._forming}
+        row = {**self._row(update, group), **self._forming}
         self._forming = {}
-        self._rows.append(row)
+        self._rows.append(row)  # the step counts now, whatever happens before its row is sent
+        try:
+            if self._applied < plan.total_steps and not stop:
+                if plan.eval_every and self._applied % plan.eval_every == 0:
+                    self._evaluate(group)
+                if save_now or (plan.checkpoint_every and self._applied % plan.checkpoint_every == 0):
+                    self._save(busy=bool(busy))
+        finally:
+            row |= self._times(time.perf_counter() - began)
         if group.rank == 0:
             self._post_rows([row])
         self._saving.row_posted(self._applied)
@@ -253,6 +254,7 @@ class Session:
         return [int(stop), int(save), int(link.wish("leave") is not None), int(self._saving.busy)]
 
     def _apply(self, update: Update) -> None:
+        self._link.check_lease()
         self._applied = -1  # from here to the end of the update the state is neither the old nor the new one
         self._stepper.apply(update)
         self._applied = update.step + 1
@@ -297,19 +299,27 @@ class Session:
         if rows:
             self._link.post({"kind": "rows", "rows": rows})
 
-    def _row(self, update: Update, group: Group, step_s: float) -> dict[str, Any]:
-        clock, plan, record, done = self._stepper.clock, self._plan, update.record, update.step + 1
+    def _row(self, update: Update, group: Group) -> dict[str, Any]:
+        plan, record, done = self._plan, update.record, update.step + 1
         return {
             "step": done, "time": time.time(), "loss": record.loss, "lr": update.lr, "grad_norm": update.norm,
             "world_size": group.size, "generation": str(group.assignment.generation),
             "samples": done * plan.global_size,
             "tokens": done * plan.global_size * plan.tokens_per_sample if plan.tokens_per_sample else None,
-            "step_s": round(step_s, 6), "data_s": round(clock.data_s, 6), "compute_s": round(clock.compute_s, 6),
-            "sync_s": round(clock.sync_s, 6), "checkpoint_s": round(clock.checkpoint_s, 6),
-            "other_s": round(clock.other_s, 6), "device_memory": memory_share(self._device),
+            "device_memory": memory_share(self._device),
             "first_position": update.step * plan.global_size, "count": plan.global_size,
             "sample_hash": record.sample_hash, **record.mean_metrics(), **({"skipped": True} if update.skip else {}),
         }  # fmt: skip
+
+    def _times(self, step_s: float) -> dict[str, float]:
+        """Seconds of a step, and what they went into."""
+        clock = self._stepper.clock
+        clock.other_s = max(0.0, step_s - clock.data_s - clock.compute_s - clock.sync_s - clock.checkpoint_s)
+        parts = {
+            "data_s": clock.data_s, "compute_s": clock.compute_s, "sync_s": clock.sync_s,
+            "checkpoint_s": clock.checkpoint_s, "other_s": clock.other_s,
+        }  # fmt: skip
+        return {name: round(seconds, 6) for name, seconds in {"step_s": step_s, **parts}.items()}
 
     def _finish(self, group: Group, *, stopped: bool) -> str:
         """Evaluate, save, wait for the commit, and say that this worker is done."""

@@ -1,4 +1,4 @@
-"""The sockets that gloo opened, to be shut down when a world breaks.
+"""Gloo's network interface, and the sockets that it opened, to be shut down when a world breaks.
 
 Gloo has no working abort (measured: it returns at once, and the collective waits out its time-out). Shutting down
 its connected sockets makes every blocked collective raise at once, also inside DDP. A listening socket must never be
@@ -7,8 +7,36 @@ touched: that ends the process.
 
 from __future__ import annotations
 
+import fcntl
 import os
 import socket
+import struct
+
+_SIOCGIFADDR = 0x8915  # netdevice(7)
+
+
+def use_interface_of(address: str) -> None:
+    """Let gloo listen on the interface that has this IPv4 address, unless the user named one.
+
+    Left alone it takes the address of the host's name, which on many machines is a loopback address that no other
+    host can reach.
+    """
+    interface = interface_of(address)
+    if interface is not None:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+
+
+def interface_of(address: str) -> str | None:
+    """The network interface whose first IPv4 address this is, or None where no interface has it."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        for _, name in socket.if_nameindex():
+            try:
+                request = fcntl.ioctl(probe.fileno(), _SIOCGIFADDR, struct.pack("256s", name.encode()[:15]))
+            except OSError:  # it has no IPv4 address
+                continue
+            if socket.inet_ntoa(request[20:24]) == address:
+                return name
+    return None
 
 
 def open_sockets() -> dict[str, int]:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 OBJECT_STORE_BYTES = 100 * 1024 * 1024
 REPOSITORY = Path(__file__).parent.parent.parent
@@ -42,10 +43,19 @@ class LocalCluster:
 
     def kill_node(self, node: Any) -> None:
         """SIGKILL of the raylet; its workers die with it."""
-        self.nodes.remove(node)
-        for entry in node.all_processes["raylet"]:
-            os.kill(entry.process.pid, signal.SIGKILL)
-        self._cluster.remove_node(node, allow_graceful=False)
+        self.kill_nodes([node])
+
+    def kill_nodes(self, nodes: list[Any]) -> None:
+        """The same, of several nodes at one moment."""
+        for node in nodes:
+            self.nodes.remove(node)
+            os.kill(_raylet(node), signal.SIGKILL)
+        for node in nodes:
+            self._cluster.remove_node(node, allow_graceful=False)
+
+    def workers_of(self, node: Any) -> list[int]:
+        """The pids of the processes that the node's raylet started."""
+        return list(map(int, Path(f"/proc/{_raylet(node)}/task/{_raylet(node)}/children").read_text().split()))
 
     def drain_node(self, node: Any, deadline_s: int) -> None:
         """What a cloud's notice becomes: the node is to go away at the deadline."""
@@ -63,18 +73,36 @@ class LocalCluster:
         self._cluster.shutdown()
 
 
+def _raylet(node: Any) -> int:
+    (entry,) = node.all_processes["raylet"]
+    return int(entry.process.pid)
+
+
+def free_port() -> int:
+    """A port of this machine that is free now."""
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return int(probe.getsockname()[1])
+
+
 class Command:
     """A command under way, whose lines can be waited for."""
 
-    def __init__(self, *arguments: str, environment: dict[str, str] | None = None, show: bool = False):
-        """Start it. `show`: also print its lines."""
+    started: ClassVar[list[Command]] = []  # for whoever cleans up after a failure
+
+    def __init__(
+        self, *arguments: str, environment: dict[str, str] | None = None, show: bool = False,
+        under: Sequence[str] = (),
+    ):  # fmt: skip
+        """Start it. `show`: also print its lines; `under`: a command that runs it, in its own process."""
         self.lines: list[str] = []
         self._show = show
         self._changed = threading.Condition()
         self.process = subprocess.Popen(
-            [sys.executable, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=REPOSITORY,
-            env={**os.environ, "PYTHONUNBUFFERED": "1", **(environment or {})},
+            [*under, sys.executable, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            cwd=REPOSITORY, env={**os.environ, "PYTHONUNBUFFERED": "1", **(environment or {})},
         )  # fmt: skip
+        Command.started.append(self)
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
 
@@ -104,6 +132,12 @@ class Command:
             lambda line: line.startswith("step ") and int(line.split()[1].split("/")[0]) >= step, timeout_s
         )
 
+    def end(self) -> None:
+        """Kill it, if it still runs."""
+        self.process.kill()
+        self.process.wait()
+        self._reader.join(10)
+
     def signal(self, number: signal.Signals) -> None:
         self.process.send_signal(number)
 
@@ -112,8 +146,7 @@ class Command:
         try:
             code = self.process.wait(timeout_s)
         except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
+            self.end()
             raise AssertionError(f"did not end within {timeout_s} s:\n{self.output}") from None
         self._reader.join(10)
         return code

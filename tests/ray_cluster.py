@@ -1,0 +1,95 @@
+"""What tests on Ray share: commands with faults, the worlds that a run's console tells of, and a run's actors."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from elastic.observe.ledger import EVENTS, METRICS, gaps_and_doubles, read_records
+from elastic.storage import Storage
+from jobs.bench.nodes import Command, LocalCluster, result
+from tests import leaks
+from tests.hosts import RayNodes
+
+SLOW_BATCH = 32  # of tests.slow_job
+
+
+def slow_job(
+    cluster: LocalCluster | RayNodes, storage: Path, name: str, *options: str, pause_s: float = 0.02, faults: Any = (),
+    under: Sequence[str] = (),
+) -> Command:  # fmt: skip
+    """A run of tests.slow_job in `bitwise`, whose workers have these faults planned."""
+    # its workers get them from Ray's runtime environment, as those of a submitted job do
+    variables = {"SLOW_JOB_PAUSE_S": str(pause_s), "ELASTIC_FAULTS": json.dumps(list(faults))}
+    return Command(
+        "-m", "tests.slow_job", "--cluster.address", cluster.address, "--run.storage", str(storage),
+        "--run.name", name, "--run.exactness", "bitwise", "--observe.log-every", "0.05", *options,
+        environment={**variables, "RAY_JOB_CONFIG_JSON_ENV_VAR": json.dumps({"runtime_env": {"env_vars": variables}})},
+        under=under,
+    )  # fmt: skip
+
+
+class Story:
+    """Reads a run's console: worlds as they are formed, with the process ids of their members."""
+
+    def __init__(self, run: Command, epoch: int = 1):
+        self.run, self._epoch, self._seen = run, epoch, 0
+
+    def next_world(self, *sizes: int) -> list[int]:
+        """The pids of the next world of one of these sizes, by rank."""
+
+        def parse(line: str) -> re.Match[str] | None:
+            match = re.search(rf"world formed world {self._epoch}-(\d+) size=(\d+) pids=\[(.*?)\]", line)
+            return match if match and int(match[1]) > self._seen and int(match[2]) in sizes else None
+
+        match = parse(self.run.wait_for(lambda line: parse(line) is not None))
+        assert match is not None
+        self._seen = int(match[1])
+        return list(map(int, match[3].split(",")))
+
+
+def actor_pids(name: str) -> list[int]:
+    """Living actor processes of this class on clusters that these tests started."""
+    return [pid for pid, line in leaks.descendants(os.getpid()).items() if line.startswith(f"ray::{name}")]
+
+
+def stop(run: Command, step: int) -> None:
+    """Pause the run, with its state saved, after at least this step."""
+    run.wait_for_step(step)
+    run.signal(signal.SIGINT)
+    assert run.wait() == 130, run.output
+
+
+def wait_until(condition: Callable[[], bool], timeout_s: float = 40.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, f"waited {timeout_s} s in vain"
+        time.sleep(0.05)
+
+
+def check_bits_and_samples(storage: Path, name: str, *options: str, redone: bool = False) -> list[dict[str, Any]]:
+    """The stopped run has the hash of a plain process that nothing happened to, and each sample once; its events.
+
+    Args:
+        redone: its state was lost, so that steps since the newest checkpoint were done again.
+    """
+    found = result(storage / name)
+    twin = Command(
+        "-m", "elastic.worker", "--module", "tests.slow_job", "--class", "Slow", "--workers", "1",
+        "--run.exactness", "bitwise", "--run.storage", str(storage / "twin"), "--run.name", name, *options,
+        "--run.stop-after", f"{found['steps']}st",
+    )  # fmt: skip
+    assert twin.wait() == 0, twin.output
+    assert found["weights_sha256"] == result(storage / "twin" / name)["weights_sha256"]
+    folder = Storage(str(storage / name))
+    rows = read_records(folder, METRICS)
+    assert gaps_and_doubles(rows, SLOW_BATCH) == []
+    steps = [r["step"] for r in rows if "sample_hash" in r]
+    assert redone or len(steps) == len(set(steps)), "a step was applied twice"
+    return read_records(folder, EVENTS)

@@ -1,0 +1,67 @@
+"""The processes that hold a run together are killed: its host, its controller, its driver; and two drivers meet."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from elastic.observe.ledger import METRICS, read_records
+from elastic.storage import Storage
+from jobs.bench.nodes import LocalCluster
+from tests.ray_cluster import Story, actor_pids, check_bits_and_samples, slow_job, stop, wait_until
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
+OPTIONS = ("--run.duration", "100000st", "--checkpoint.every", "20st", "--scaling.max-workers", "2")
+
+
+def living(pids: list[int]) -> list[int]:
+    return [pid for pid in pids if Path(f"/proc/{pid}").exists()]
+
+
+def test_the_host_is_killed_and_the_workers_train_on_as_they_are(cluster: LocalCluster, tmp_path: Path) -> None:
+    run = slow_job(cluster, tmp_path, "host", *OPTIONS)
+    workers = Story(run).next_world(2)
+    run.wait_for_step(20)
+    (host,) = actor_pids("HostActor")
+    os.kill(host, signal.SIGKILL)
+    before = max(r["step"] for r in read_records(Storage(str(tmp_path / "host")), METRICS) if "sample_hash" in r)
+    run.wait_for(lambda line: "restarted" in line)
+    stop(run, before + 60)
+    assert sum("world formed" in line for line in run.lines) == 1
+    events = check_bits_and_samples(tmp_path, "host", *OPTIONS)
+    assert not [e for e in events if e["kind"] == "member_lost"]
+    assert len(workers) == 2
+
+
+def test_controller_and_driver_are_killed_and_two_drivers_meet(cluster: LocalCluster, tmp_path: Path) -> None:
+    # the controller is killed: no worker trains on, and the command fails and says why
+    run = slow_job(cluster, tmp_path, "run", *OPTIONS)
+    workers = Story(run).next_world(2)
+    run.wait_for_step(25)
+    (controller,) = actor_pids("Controller")
+    os.kill(controller, signal.SIGKILL)
+    assert run.wait(60) == 1, run.output
+    assert "error: run run failed: the controller of its workers died" in run.lines[-1], run.output
+    wait_until(lambda: not living(workers))
+
+    # the driver of a second one is killed: the same, and the third goes on at once from the newest checkpoint
+    run = slow_job(cluster, tmp_path, "run", *OPTIONS)
+    workers = Story(run, epoch=2).next_world(2)
+    second = slow_job(cluster, tmp_path, "run", *OPTIONS)
+    assert second.wait() == 2, second.output
+    assert f"(process {run.process.pid})" in second.lines[-1]
+    run.end()
+    run = slow_job(cluster, tmp_path, "run", *OPTIONS)
+    Story(run, epoch=3).next_world(2)
+    wait_until(lambda: not living(workers))
+
+    # a driver that takes over: the one before it ends, and says why
+    usurper = slow_job(cluster, tmp_path, "run", *OPTIONS, "--run.take-over")
+    assert run.wait(60) == 1, run.output
+    assert "claim" in run.lines[-1], run.lines[-1]
+    Story(usurper, epoch=4).next_world(2)
+    stop(usurper, 5)
+    check_bits_and_samples(tmp_path, "run", *OPTIONS, redone=True)

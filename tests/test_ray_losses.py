@@ -1,0 +1,51 @@
+"""Losses on a cluster, one after another in one run, at every point of a step; then whole nodes, also two at once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from jobs.bench.nodes import LocalCluster
+from tests.ray_cluster import Story, check_bits_and_samples, slow_job, stop
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
+FOREVER = ("--run.duration", "100000st", "--checkpoint.every", "10st", "--eval.every", "25st")
+
+
+def test_a_kill_at_each_point_of_a_step_and_one_while_a_world_forms(cluster: LocalCluster, tmp_path: Path) -> None:
+    def kill(number: int, point: str, step: int, rank: int = 1) -> dict[str, object]:
+        return {"point": point, "rank": rank, "step": step, "do": "kill", "only": str(tmp_path / f"fault{number}")}
+
+    plan = [
+        kill(0, "step.forward", 12), kill(1, "step.reduce", 24), kill(2, "step.after_fence", 36, rank=0),
+        # two are left, and replacements come
+        kill(3, "checkpoint.before_stage", 90), kill(4, "eval.begin", 100), kill(5, "step.before_fence", 115),
+        kill(6, "world.assigned", 114), kill(7, "checkpoint.staged", 130, rank=0),
+    ]  # fmt: skip
+    run = slow_job(cluster, tmp_path, "points", *FOREVER, "--scaling.max-workers", "5", pause_s=0.06, faults=plan)
+    Story(run).next_world(5)
+    stop(run, 132)
+    assert all((tmp_path / f"fault{number}").exists() for number in range(len(plan)))
+
+    events = check_bits_and_samples(tmp_path, "points", *FOREVER)
+    assert not [e for e in events if e["kind"] in ("member_suspected", "member_evicted")]
+    assert sum(e["kind"] == "member_lost" for e in events) == len(plan)
+    assert {e["detail"]["rung"] for e in events if e["kind"] == "restored"} == {"peer"}, "a step was redone"
+
+
+def test_two_nodes_at_once_with_rank_0_on_one_of_them(cluster: LocalCluster, tmp_path: Path) -> None:
+    run = slow_job(cluster, tmp_path, "nodes", *FOREVER, "--scaling.max-workers", "6", pause_s=0.05)
+    story = Story(run)
+    first = story.next_world(6)
+    run.wait_for_step(5)
+    doomed = [n for n in cluster.nodes if first[0] in cluster.workers_of(n)]
+    doomed += [n for n in cluster.nodes if n not in doomed][:1]
+    gone = {pid for n in doomed for pid in cluster.workers_of(n)}
+    cluster.kill_nodes(doomed)
+    assert set(story.next_world(2)) == set(first) - gone
+    for _ in doomed:
+        cluster.add_node()
+    assert set(first) - gone < set(story.next_world(3, 4, 5, 6))
+    stop(run, 5)
+    check_bits_and_samples(tmp_path, "nodes", *FOREVER)

@@ -1,0 +1,177 @@
+"""Nodes that an autoscaler starts and takes back, and nodes of four GPUs, on Ray clusters of their own."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jobs.bench.nodes import OBJECT_STORE_BYTES, REPOSITORY, Command, free_port
+from tests.ray_cluster import Story, check_bits_and_samples, stop, wait_until
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
+HEAD_ID = "f" * 51 + "00000"
+COMMANDS = ("initialization", "setup", "head_setup", "worker_setup", "head_start_ray", "worker_start_ray")
+FAKE_NODES = "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider"  # its own type lacks a file
+
+
+class AutoscaledCluster:
+    """A head with one CPU, whose autoscaler (version 2) starts up to `most` nodes of one CPU on this machine.
+
+    Ray's own class for this ends every Ray process of the machine, those of other tests too.
+    """
+
+    def __init__(self, folder: Path, most: int):
+        self._mark = f"ELASTIC_TEST_CLUSTER={uuid.uuid4().hex}"
+        from ray.util import get_node_ip_address
+
+        port, ray = free_port(), str(Path(sys.executable).parent / "ray")
+        self.address = f"{get_node_ip_address()}:{port}"
+        self._temporary = tempfile.mkdtemp(prefix="r-", dir="/tmp")  # paths of sockets may not be long
+        small = {"CPU": 1, "object_store_memory": OBJECT_STORE_BYTES}
+        config = {
+            "cluster_name": "elastic-test", "max_workers": most, "upscaling_speed": 10.0,
+            "idle_timeout_minutes": 0.1, "head_node_type": "ray.head.default", "auth": {}, "docker": {},
+            "file_mounts": {}, "cluster_synced_files": [], "rsync_exclude": [], "rsync_filter": [],
+            **{f"{part}_commands": [] for part in COMMANDS},
+            "available_node_types": {
+                "ray.head.default": {"resources": {"CPU": 1}, "node_config": {}, "max_workers": 0},
+                "small": {"resources": small, "node_config": {}, "min_workers": 0, "max_workers": most},
+            },
+            "provider": {
+                "type": "external", "module": FAKE_NODES, "launch_multiple": True, "head_node_id": HEAD_ID,
+                "gcs_address": self.address,
+            },
+        }  # fmt: skip
+        file = folder / "autoscaling.json"
+        file.write_text(json.dumps(config))
+        name, _, value = self._mark.partition("=")
+        environment = {
+            **os.environ, name: value, "AUTOSCALER_UPDATE_INTERVAL_S": "1", "RAY_FAKE_CLUSTER": "1",
+            "RAY_enable_autoscaler_v2": "1", "RAY_CLOUD_INSTANCE_ID": HEAD_ID,
+            "RAY_OVERRIDE_NODE_ID_FOR_TESTING": HEAD_ID, "RAY_AUTH_MODE": "disabled",
+        }  # fmt: skip
+        subprocess.run(
+            [
+                ray, "start", "--head", f"--port={port}", "--num-cpus=1",
+                f"--object-store-memory={OBJECT_STORE_BYTES}", "--include-dashboard=false", "--disable-usage-stats",
+                f"--autoscaling-config={file}", f"--temp-dir={self._temporary}",
+            ],
+            check=True, env=environment, timeout=60, stdout=subprocess.DEVNULL,
+        )  # fmt: skip
+
+    def processes(self, name: str = "") -> list[int]:
+        """Living processes of this cluster whose command line has this in it."""
+        found = []
+        for entry in Path("/proc").iterdir():
+            with suppress(OSError):
+                if entry.name.isdigit() and self._mark.encode() in (entry / "environ").read_bytes().split(b"\0"):
+                    found += [int(entry.name)] if name.encode() in (entry / "cmdline").read_bytes() else []
+        return found
+
+    def close(self) -> None:
+        while pids := self.processes():
+            for pid in pids:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+        shutil.rmtree(self._temporary, ignore_errors=True)
+
+
+@contextmanager
+def autoscaled(folder: Path, most: int) -> Iterator[AutoscaledCluster]:
+    cluster = AutoscaledCluster(folder, most)
+    try:
+        yield cluster
+    finally:
+        cluster.close()
+
+
+def test_a_run_starts_on_one_node_gets_two_more_from_the_autoscaler_and_gives_them_back(tmp_path: Path) -> None:
+    with autoscaled(tmp_path, most=2) as cluster:
+        assert len(cluster.processes("raylet/raylet")) == 1
+        options = ("--run.duration", "100000st", "--scaling.max-workers", "3")
+        run = Command("-m", "tests.slow_job", "--cluster.address", cluster.address, "--run.storage", str(tmp_path),
+                      "--run.name", "grows", "--run.exactness", "bitwise", "--observe.log-every", "0.05", *options,
+                      environment={"SLOW_JOB_PAUSE_S": "0.05"})  # fmt: skip
+        story = Story(run)
+        first = story.next_world(1, 2, 3)  # the one node's worker alone, if nodes start slower than workers
+        assert len(first) == 3 or set(first) < set(story.next_world(3))
+        stop(run, 5)
+        assert len(cluster.processes("raylet/raylet")) == 3
+        wait_until(lambda: len(cluster.processes("raylet/raylet")) == 1, 60)
+    check_bits_and_samples(tmp_path, "grows", *options)
+
+
+GPU_PROGRAM = """
+import json, os, sys, time
+from pathlib import Path
+import ray
+from elastic.cluster.actors import see_devices
+from elastic.cluster.raytrain import GroupPlan, RayTrainer
+
+folder = Path(sys.argv[2])
+
+def pick(_):
+    index = see_devices()
+    runtime, visible = ray.get_runtime_context(), os.environ["CUDA_VISIBLE_DEVICES"]
+    seen = {"node": runtime.get_node_id(), "index": index, "visible": visible,
+            "assigned": runtime.get_accelerator_ids()["GPU"]}
+    (folder / f"{os.getpid()}.new").write_text(json.dumps(seen))
+    (folder / f"{os.getpid()}.new").rename(folder / f"{os.getpid()}.json")
+    while not (folder / "stop").exists():
+        time.sleep(0.05)
+    return "finished"
+
+ray.init(address=sys.argv[1])
+plan = GroupPlan("http://127.0.0.1:9", "none", 8, {"GPU": 1.0, "CPU": 1.0}, "elastic/gpus/")
+RayTrainer(pick, name="gpus", storage_path=str(folder / "markers"), plan=plan, accelerator="gpu").run()
+"""
+
+
+def test_workers_on_nodes_of_four_gpus_each_pick_their_own_also_those_that_come_late(tmp_path: Path) -> None:
+    """The GPUs are Ray's alone, there are none; so the program does nothing but pick."""
+    from ray.cluster_utils import Cluster
+
+    def picks() -> dict[int, dict[str, Any]]:
+        found = {int(file.stem): json.loads(file.read_text()) for file in tmp_path.glob("*.json")}
+        return {pid: seen for pid, seen in found.items() if Path(f"/proc/{pid}").exists()}
+
+    os.environ["RAY_AUTH_MODE"] = "disabled"
+    nodes = Cluster(
+        initialize_head=True,
+        head_node_args={"num_cpus": 0, "include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES},
+    )
+    (tmp_path / "markers").mkdir()
+    (tmp_path / "program.py").write_text(GPU_PROGRAM)
+    try:
+        for _ in range(2):
+            nodes.add_node(num_cpus=4, num_gpus=4, object_store_memory=OBJECT_STORE_BYTES)
+        program = Command(
+            str(tmp_path / "program.py"), nodes.address, str(tmp_path), environment={"PYTHONPATH": str(REPOSITORY)}
+        )
+        wait_until(lambda: len(picks()) == 8 or program.process.poll() is not None, 90)
+        first = picks()
+        for node in {seen["node"] for seen in first.values()}:
+            os.kill(next(pid for pid, seen in first.items() if seen["node"] == node), signal.SIGKILL)
+        wait_until(lambda: len(picks()) == 8 and picks().keys() != first.keys(), 60)
+        later = picks()
+        (tmp_path / "stop").touch()
+        assert program.wait() == 0, program.output
+    finally:
+        nodes.shutdown()
+    for seen in (first, later):
+        assert len({(p["node"], p["index"]) for p in seen.values()}) == 8
+        assert {p["visible"] for p in seen.values()} == {"0,1,2,3"}
+        assert all(p["assigned"] == [str(p["index"])] for p in seen.values())
+    assert len(first.keys() & later.keys()) == 6
