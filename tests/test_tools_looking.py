@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
+import re
 import shutil
+import sys
 import uuid
 from pathlib import Path
 
@@ -194,6 +197,34 @@ def test_verify_reads_each_block_once_and_names_the_one_that_is_damaged(monkeypa
     storage.remove("")
 
 
+def test_what_a_live_run_prunes_meanwhile_is_not_damaged(run):
+    storage = Storage(str(run))
+    committed = list(newest_first(storage))
+
+    def prune(total: int):
+        storage.remove(f"{committed[1].folder}/{MANIFEST}")
+        storage.remove(committed[1].folder)
+        return lambda done: None
+
+    found = verify(storage, committed, prune)
+
+    assert (found.checkpoints, found.damages) == (1, ())
+
+
+def test_progress_is_drawn_on_a_terminal_and_nowhere_else(run, monkeypatch, capsys):
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    assert cli.main(["checkpoints", "verify", str(run)]) == 0
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(sys, "stderr", terminal := Terminal())
+    assert cli.main(["checkpoints", "verify", str(run)]) == 0
+
+    assert "verifying" in terminal.getvalue()
+    assert capsys.readouterr().out.count("all as written") == 1
+
+
 # ---- pins, and bad input -------------------------------------------------------------------------------------------
 
 
@@ -245,7 +276,5 @@ def test_bad_input_is_one_sentence_and_exit_code_2(run, capsys, arguments, said)
     assert code == 2
     assert error.startswith("error: ")
     assert error.count("\n") == 1
-    import re
-
     assert re.search(said, error), error
     assert sorted(run.parent.rglob("*")) == before, "nothing was written"

@@ -85,12 +85,18 @@ def generation_of(attempt: str) -> str:
 
 
 def list_checkpoints(storage: Storage) -> list[Listed]:
-    """All committed checkpoints, newest first, and whether their objects are there and long enough."""
+    """All committed checkpoints, newest first, and whether their objects are there and long enough.
+
+    What a live run prunes meanwhile is left out.
+    """
     pinned, now = pins(storage), time.time()
 
-    def look(checkpoint: Committed) -> Listed:
-        modified = patiently(storage.modified, f"{checkpoint.folder}/{MANIFEST}")
+    def look(checkpoint: Committed) -> Listed | None:
         manifest, found = _outside(storage, checkpoint)
+        try:
+            modified = patiently(storage.modified, f"{checkpoint.folder}/{MANIFEST}")
+        except FileNotFoundError:
+            return None
         return Listed(
             checkpoint.step, generation_of(checkpoint.attempt), checkpoint.attempt,
             manifest.nbytes if manifest else 0, round(now - modified, 1), checkpoint.step in pinned,
@@ -98,7 +104,7 @@ def list_checkpoints(storage: Storage) -> list[Listed]:
         )  # fmt: skip
 
     with ThreadPoolExecutor(IN_FLIGHT, "list") as pool:
-        return list(pool.map(look, newest_first(storage)))
+        return [found for found in pool.map(look, newest_first(storage)) if found is not None]
 
 
 def unfinished(storage: Storage) -> list[str]:
@@ -142,7 +148,8 @@ def verify(
 ) -> Verified:  # fmt: skip
     """Read every block that the checkpoints refer to, once each, and compare it with its checksums.
 
-    A block that is not what was written is read a second time before it is called damaged.
+    A block that is not what was written is read a second time before it is called damaged. A checkpoint that a live run
+    prunes meanwhile is not damaged.
 
     Args:
         on_total: is told how many bytes will be read, and gives what is called with each number of bytes read.
@@ -185,7 +192,11 @@ def verify(
             checkpoint, name = users[block]
             at = (block.object, problem, block.start, block.end, name)
             damages.append(Damage(checkpoint.step, checkpoint.attempt, *at))
-    return Verified(len(checkpoints), len(blocks), sum(b.end - b.start for b in blocks), tuple(damages))
+    damaged = {Committed(d.step, d.attempt) for d in damages}
+    pruned = {c for c in damaged if not patiently(storage.exists, f"{c.folder}/{MANIFEST}")}
+    damages = [d for d in damages if Committed(d.step, d.attempt) not in pruned]
+    total = sum(b.end - b.start for b in blocks)
+    return Verified(len(checkpoints) - len(pruned), len(blocks), total, tuple(damages))
 
 
 def _outside(storage: Storage, checkpoint: Committed) -> tuple[Manifest | None, list[Damage]]:
