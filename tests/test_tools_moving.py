@@ -409,7 +409,7 @@ def test_an_output_in_object_storage_that_is_interrupted_is_removed():
 @pytest.mark.processes
 def test_everything_works_on_s3(bucket, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("elastic.tools.output.PART_BYTES", 5 << 20)
-    state = {"model/big": torch.randn(3 << 20), "model/w": torch.ones(3)}
+    state = {"model/big": torch.randn(3 << 19), "model/w": torch.ones(3)}
     url = f"{bucket}/runs/a"
     save_state(url, 4, state, VALUES)
     save_state(url, 2, state, VALUES)
@@ -425,7 +425,7 @@ def test_everything_works_on_s3(bucket, tmp_path, capsys, monkeypatch):
     out = Storage(f"{bucket}/out")
     (tmp_path / "w.safetensors").write_bytes(out.read("w.safetensors"))
     with pytest.raises(KeyboardInterrupt):
-        write_half(f"{bucket}/half", 12 << 20)
+        write_half(f"{bucket}/half", 9 << 20)
 
     wanted = {n.removeprefix("model/"): t for n, t in state.items()}
     assert same(load_file(tmp_path / "w.safetensors"), wanted)
