@@ -9,6 +9,7 @@ from pathlib import Path
 
 from elastic import __version__
 from elastic.errors import ConfigError, ElasticError
+from elastic.tools.verbs import add_verbs, run
 
 TEMPLATE = '''\
 """A first job: is a point inside the ring?  python {file} --help"""
@@ -65,6 +66,11 @@ def init(file: str) -> str:
     return f"wrote {file}; run it with: python {file}"
 
 
+def _init(arguments: argparse.Namespace) -> int:
+    print(init(arguments.file))
+    return 0
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit code."""
     parser = argparse.ArgumentParser(prog="elastic", description="PyTorch training on Ray that does not stop.")
@@ -72,13 +78,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     verb = verbs.add_parser("init", help="write a small job that runs as it is")
     verb.add_argument("file", help="for example job.py")
+    verb.set_defaults(run=_init)
+    add_verbs(verbs)
     arguments = parser.parse_args(argv)
     try:
-        print(init(arguments.file))
+        return run(arguments)
     except ElasticError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
-    return 0
 
 
 if __name__ == "__main__":

@@ -153,6 +153,11 @@ class Storage:
     def size(self, name: str) -> int:
         return os.path.getsize(self.path(name)) if self.local else int(self.fs.info(self.path(name))["size"])
 
+    def modified(self, name: str) -> float:
+        """When an object was last written, as its storage says: unix seconds."""
+        path = self.path(name)
+        return os.path.getmtime(path) if self.local else float(self.fs.modified(path).timestamp())
+
     def names(self, folder: str = "") -> list[str]:
         """Names directly inside a folder, sorted; empty where there is no such folder."""
         path = self.path(folder)

@@ -23,6 +23,31 @@ def test_importing_what_a_job_file_needs_imports_neither_torch_nor_ray(line):
     assert {"torch", "ray", "numpy", "aiohttp", "tyro"} & loaded == set()
 
 
+def test_the_command_looks_at_checkpoints_without_torch_and_helps_without_anything(tmp_path):
+    program = """
+import json, sys
+from elastic import cli
+try:
+    cli.main(["--help"])
+except SystemExit:
+    pass
+helped = sorted(sys.modules)
+cli.main(["checkpoints", "ls", sys.argv[1], "--verify"])
+print(json.dumps([helped, sorted(sys.modules)]))
+"""
+    (tmp_path / "checkpoints").mkdir()
+
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, check=True, timeout=60
+    )
+
+    helped, looked = json.loads(done.stdout.splitlines()[-1])
+    assert "no committed checkpoint" in done.stdout
+    assert {"torch", "ray", "numpy", "aiohttp", "tyro", "rich", "xxhash", "fsspec"} & set(helped) == set()
+    assert "elastic.tools.inspecting" in looked
+    assert {"torch", "ray"} & set(looked) == set()
+
+
 def test_every_public_name_can_be_imported():
     program = "import elastic\nfor n in elastic.__all__: assert getattr(elastic, n).__name__ == n, n"
 

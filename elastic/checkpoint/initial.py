@@ -54,8 +54,11 @@ class Initialised:
         return dict(self.__dict__)
 
 
-def open_initial(url: str) -> Source:
+def open_initial(url: str, *, option: str = OPTION) -> Source:
     """Find the files at `url` and read their headers.
+
+    Args:
+        option: where the URL came from, for messages.
 
     Raises:
         ConfigError: there are none, or they are no safetensors; one sentence.
@@ -63,10 +66,10 @@ def open_initial(url: str) -> Source:
     try:
         if url.endswith(SUFFIX):
             parent, _, name = url.rpartition("/")
-            storage = Storage(parent or ("/" if url.startswith("/") else "."), option=OPTION, read_only=True)
+            storage = Storage(parent or ("/" if url.startswith("/") else "."), option=option, read_only=True)
             files = [name]
         else:
-            storage = Storage(url, option=OPTION, read_only=True)
+            storage = Storage(url, option=option, read_only=True)
             files = [n for n in patiently(storage.names, retry_s=10) if n.endswith(SUFFIX)]
         if not files:
             raise CheckpointError(f"it has no file *{SUFFIX}")
@@ -81,7 +84,7 @@ def open_initial(url: str) -> Source:
     except Exception as error:  # whatever a file system raises: the user sees one sentence
         reason = str(error) if isinstance(error, CheckpointError) else f"{type(error).__name__}: {error}"
         raise ConfigError(
-            f"{OPTION} is {url!r}, which cannot be read: {' '.join(reason.split())}; give a safetensors file, a folder "
+            f"{option} is {url!r}, which cannot be read: {' '.join(reason.split())}; give a safetensors file, a folder "
             "of them, or the URL of either"
         ) from error
     return Source(url, storage, tuple(files), entries)

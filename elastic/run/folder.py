@@ -64,6 +64,17 @@ class RunFolder:
         """The highest claim's epoch; 0 where nobody ever claimed the run."""
         return max((int(n.removesuffix(".json")) for n in self.storage.names(CLAIMS)), default=0)
 
+    def live_driver(self) -> str | None:
+        """Who seems to be driving the run now, and the age of the heartbeat; None where nobody is.
+
+        Who was killed on this machine is known to be dead at once, elsewhere by its heartbeat.
+        """
+        status = self.status()
+        if status is None or status["status"] not in LIVE_STATES or has_ended(status.get("owner_process")):
+            return None
+        age = time.time() - status["heartbeat"]
+        return f"{status['owner']} (heartbeat {age:.0f} s ago)" if age < ALIVE_S else None
+
     def claim(self, *, take_over: bool) -> int:
         """Claim the run for this driver.
 
@@ -71,18 +82,14 @@ class RunFolder:
             the claim's epoch.
 
         Raises:
-            ConfigError: another driver seems alive, or claimed it at the same moment. Who was killed on this machine
-                is known to be dead at once, elsewhere by its heartbeat.
+            ConfigError: another driver seems alive, or claimed it at the same moment.
         """
-        status = self.status()
-        live = status is not None and status["status"] in LIVE_STATES and not has_ended(status.get("owner_process"))
-        if status is not None and live and not take_over:
-            age = time.time() - status["heartbeat"]
-            if age < ALIVE_S:
-                raise ConfigError(
-                    f"run {self.storage.path('')} is being driven by {status['owner']} (heartbeat {age:.0f} s ago); "
-                    "stop that one, choose another --run.name, or give --run.take-over"
-                )
+        driver = None if take_over else self.live_driver()
+        if driver is not None:
+            raise ConfigError(
+                f"run {self.storage.path('')} is being driven by {driver}; "
+                "stop that one, choose another --run.name, or give --run.take-over"
+            )
         epoch = self.newest_epoch() + 1
         try:
             self.storage.create(f"{CLAIMS}/{epoch:06d}.json", _json({"owner": owner(), "time": time.time()}))

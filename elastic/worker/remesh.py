@@ -21,7 +21,7 @@ from elastic.parallel.layout import Held, Move, holders, lost_shards, moves
 from elastic.storage import Storage
 from elastic.worker.group import Group, collective
 from elastic.worker.saving import initialise
-from elastic.worker.state import TrainState
+from elastic.worker.state import TrainState, weights_alone
 
 BATCH_BYTES = 64 << 20  # of one rank's traffic at a time
 
@@ -194,11 +194,16 @@ def _from_storage(
     """The newest committed checkpoint that everyone can load; the lowest rank says which there are."""
     there = [[c.step, c.attempt] for c in newest_first(storage)] if group.rank == 0 else None
     committed = [Committed(step, attempt) for step, attempt in group.send_json(there, 0)]
-    state = make(not committed) if group.place is not None else None
+    filled = not committed
+    state = make(filled) if group.place is not None else None
     source, problem = group.layout.ranks[0], ""
     for checkpoint in committed:
         try:
-            size = _load(state, group, storage, checkpoint)
+            manifest = _read(group, storage, checkpoint)
+            if weights_alone(manifest.values) and not filled:  # all else stays as the job makes it
+                filled = True
+                state = make(filled) if group.place is not None else None
+            size = _load(state, group, storage, checkpoint, manifest)
         except CheckpointError as error:  # for all
             problem = str(error)
             if group.leads:
@@ -219,7 +224,30 @@ def _from_storage(
     return Remeshed(0, state, "fresh", source)
 
 
-def _load(state: TrainState | None, group: Group, storage: Storage, checkpoint: Committed) -> int:
+def _read(group: Group, storage: Storage, checkpoint: Committed) -> Manifest:
+    """The checkpoint's manifest.
+
+    Raises:
+        CheckpointError: on all workers, if any of them could not read it.
+    """
+    manifest, problem = Manifest(checkpoint.step, 0, "", {}, {}), None
+    try:
+        manifest = read_manifest(storage, checkpoint)
+    except CheckpointError as error:
+        problem = str(error)
+    _raise_together(group, problem)
+    return manifest
+
+
+def _raise_together(group: Group, problem: str | None) -> None:
+    problems = [found for found in group.gather_json(problem) if found]
+    if problems:
+        raise CheckpointError(problems[0])
+
+
+def _load(
+    state: TrainState | None, group: Group, storage: Storage, checkpoint: Committed, manifest: Manifest
+) -> int:  # fmt: skip
     """Load this worker's part, together with everyone.
 
     Returns:
@@ -228,17 +256,16 @@ def _load(state: TrainState | None, group: Group, storage: Storage, checkpoint: 
     Raises:
         CheckpointError: on all workers, if any of them could not load.
     """
-    manifest, shards, problem = Manifest(checkpoint.step, 0, "", {}, {}), [], None
+    shards: list[Shard] = []
+    problem = None
     try:
-        manifest = read_manifest(storage, checkpoint)
         if state is not None:
             shards = state.destinations(manifest.tensors, manifest.values)
     except CheckpointError as error:
         problem = str(error)
-    problems = [found for found in group.gather_json(problem) if found]
-    if problems:
-        raise CheckpointError(problems[0])
-    report = load_together(storage, checkpoint.folder, manifest, shards, group.gather_json)
+    _raise_together(group, problem)
+    convert = weights_alone(manifest.values)
+    report = load_together(storage, checkpoint.folder, manifest, shards, group.gather_json, convert=convert)
     if state is not None:
         state.load_values(manifest.values)
     return report.read_bytes

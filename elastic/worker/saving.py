@@ -23,7 +23,7 @@ from elastic.membership.client import RunOver, WorkerLink
 from elastic.membership.world import Generation
 from elastic.storage import Storage
 from elastic.worker.group import Group
-from elastic.worker.state import TrainState
+from elastic.worker.state import TrainState, weights_alone
 
 WhenBusy = Literal["wait", "delay", "skip"]
 UPLOAD_TIMEOUT_S = 3600.0
@@ -293,7 +293,7 @@ def restore_newest(state: TrainState, storage: Storage, link: WorkerLink) -> int
         try:
             manifest = read_manifest(storage, checkpoint)
             shards = state.destinations(manifest.tensors, manifest.values)
-            report = load(storage, checkpoint.folder, manifest, shards)
+            report = load(storage, checkpoint.folder, manifest, shards, convert=weights_alone(manifest.values))
         except CheckpointError as error:
             problem = error
             link.post({"kind": "event", "event": "checkpoint_failed", "step": checkpoint.step, "detail": str(error)})

@@ -52,6 +52,11 @@ def _identity(tensor: torch.Tensor) -> Hashable:
     return tensor.data_ptr(), tuple(tensor.shape), tuple(tensor.stride())
 
 
+def weights_alone(values: Mapping[str, Any]) -> bool:
+    """Whether a checkpoint with these values has weights and nothing else, as an import makes it."""
+    return "weights_only" in values
+
+
 def weights_sha256(model: nn.Module, whole: Callable[[torch.Tensor], torch.Tensor] | None = None) -> str:
     """sha256 over name, dtype, shape and little-endian bytes of the persistent entries, in name order.
 
@@ -145,9 +150,13 @@ class TrainState:
     def destinations(self, entries: Mapping[str, TensorEntry], values: dict[str, Any]) -> list[Shard]:
         """Where the tensors of a checkpoint go: live ones; the optimizer's state is made where there is none yet.
 
+        Of a checkpoint that has weights alone, all else stays as the job made it.
+
         Raises:
             CheckpointError: names are not those of this model, optimizer and job.
         """
+        if weights_alone(values):
+            return self._weight_destinations(entries)
         self._check_optimizer(values)
         mine = self._places(set(entries))
         saved: dict[str, set[str]] = {}
@@ -184,6 +193,17 @@ class TrainState:
                 names.setdefault(_identity(value), []).append(plain_name(name))
         others = {n: names[_identity(value)] for n, value in mine.items()}
         return [self._shard(n, value.detach()) for n, value in mine.items()], others
+
+    def _weight_destinations(self, entries: Mapping[str, TensorEntry]) -> list[Shard]:
+        shards, aliases = self.weights()
+        found = []
+        for shard in shards:
+            names = [f"model/{n}" for n in (shard.name, *aliases.get(shard.name, ()))]
+            found.append(replace(shard, name=next((n for n in names if n in entries), names[0])))
+        tied = {f"model/{n}" for names in aliases.values() for n in names}
+        wanted = {s.name for s in found}
+        _same_names("model", wanted, set(entries) - (tied - wanted))
+        return found
 
     def values(self) -> dict[str, Any]:
         """Everything of the state that is not a tensor, as JSON values."""
@@ -228,6 +248,8 @@ class TrainState:
 
     def load_values(self, values: dict[str, Any]) -> None:
         """Put in place what is not a tensor, after the tensors."""
+        if weights_alone(values):
+            return
         for parameter_name, state in values["states"].items():
             self.optimizer.state[self._parameters[parameter_name]].update(state)
         for group, saved in zip(self.optimizer.param_groups, values["groups"], strict=True):

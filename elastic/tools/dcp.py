@@ -1,0 +1,206 @@
+"""torch.distributed.checkpoint's format, written and read on any storage, a tensor at a time, without running a pickle.
+
+A folder of `__0_N.distcp`, in which each chunk of a tensor is a `torch.save` of its own, and `.metadata`, written last:
+the pickle of a `Metadata` that says which chunk lies where. Its names are those that `dcp.load({"model": ...})` asks
+for. Reading, the pickle is taken by an unpickler that knows the few data classes of that format and nothing else, and
+chunks by `torch.load(weights_only=True)`.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+
+from elastic.checkpoint.tensors import NAMES
+from elastic.checkpoint.tiling import Box, tiles
+from elastic.checkpoint.transfer import RangeReader, patiently
+from elastic.errors import CheckpointError
+from elastic.storage import Storage
+from elastic.tools.output import Output
+
+METADATA = ".metadata"
+MOST_METADATA_BYTES = 256 << 20
+_FILE = re.compile(r"^[A-Za-z0-9_.-]+\Z")
+_CLASSES = {
+    "torch.distributed.checkpoint.metadata": {
+        "Metadata", "TensorStorageMetadata", "BytesStorageMetadata", "ChunkStorageMetadata", "MetadataIndex",
+        "TensorProperties", "StorageMeta", "_MEM_FORMAT_ENCODING",
+    },
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    "torch": {"Size"} | {str(dtype).removeprefix("torch.") for dtype in NAMES},
+    "torch.serialization": {"_get_layout"},
+    "collections": {"OrderedDict"},
+    "pathlib": {"PosixPath"},
+}  # fmt: skip
+
+
+def exported_name(saved: str) -> str:
+    """`model/a.b` as `model.a.b`, `optimizer/a.b/exp_avg` as `optimizer.state.a.b.exp_avg`: the flat names of torch."""
+    kind, _, rest = saved.partition("/")
+    return f"optimizer.state.{rest.replace('/', '.')}" if kind == "optimizer" else f"{kind}.{rest}"
+
+
+def write(output: Output, batches: Iterable[list[tuple[str, torch.Tensor]]], note: str, text: str) -> list[str]:
+    """Write tensors, and `text` as the entry `note`; returns the names of the files."""
+    entries: dict[str, Any] = {}
+    places: dict[MetadataIndex, _StorageInfo] = {}
+    files: list[str] = []
+
+    def put(saved: list[tuple[MetadataIndex, object]]) -> None:
+        name, whole = f"__0_{len(files)}.distcp", io.BytesIO()
+        for index, value in saved:
+            start = whole.tell()
+            piece = io.BytesIO()
+            torch.save(value, piece)
+            whole.write(piece.getbuffer())
+            places[index] = _StorageInfo(name, start, whole.tell() - start)
+        output.put(name, whole.getvalue())
+        files.append(name)
+
+    for batch in batches:
+        for name, tensor in batch:
+            origin = torch.Size([0] * tensor.dim())
+            chunk = ChunkStorageMetadata(origin, tensor.size())
+            entries[name] = TensorStorageMetadata(TensorProperties.create_from_tensor(tensor), tensor.size(), [chunk])
+        put([(MetadataIndex(name, [0] * tensor.dim()), tensor) for name, tensor in batch])
+    entries[note] = BytesStorageMetadata()
+    put([(MetadataIndex(note), text)])
+    paths = {name: tuple(name.split(".", 1)) for name in entries}
+    output.put(METADATA, pickle.dumps(Metadata(entries, planner_data=paths, storage_data=places)))
+    return [*files, METADATA]
+
+
+# ---- reading -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A checkpoint of DCP: its tensors, and the names of its entries that are none."""
+
+    storage: Storage
+    tensors: Mapping[str, TensorStorageMetadata]
+    others: frozenset[str]
+    places: Mapping[MetadataIndex, _StorageInfo]
+
+    def text(self, name: str) -> str:
+        """An entry that is a string.
+
+        Raises:
+            CheckpointError: it is something else, or cannot be read.
+        """
+        found = self._load(name, self._place(MetadataIndex(name)))
+        if not isinstance(found, str):
+            raise CheckpointError(f"the entry {name!r} is a {type(found).__name__}, not a text")
+        return found
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """A whole tensor, put together from its chunks.
+
+        Raises:
+            CheckpointError: a chunk that is missing, damaged, or not what `.metadata` says.
+        """
+        entry = self.tensors[name]
+        places = [self._place(MetadataIndex(name, chunk.offsets)) for chunk in entry.chunks]
+        least = entry.size.numel() * entry.properties.dtype.itemsize
+        if sum(place.length for place in places) < least:
+            raise CheckpointError(f"the chunks of the tensor {name!r} have fewer bytes than its {least}")
+        whole = torch.empty(entry.size, dtype=entry.properties.dtype)
+        for chunk, place in zip(entry.chunks, places):
+            found = self._load(name, place)
+            if not isinstance(found, torch.Tensor) or (found.dtype, found.size()) != (whole.dtype, chunk.sizes):
+                raise CheckpointError(f"a chunk of the tensor {name!r} is not what {METADATA} says")
+            view = whole
+            for d, (offset, size) in enumerate(zip(chunk.offsets, chunk.sizes)):
+                view = view.narrow(d, offset, size)
+            view.copy_(found)
+        return whole
+
+    def _place(self, index: MetadataIndex) -> _StorageInfo:
+        place = self.places.get(index)
+        if not isinstance(place, _StorageInfo) or not _FILE.match(str(place.relative_path)) or place.length < 0:
+            raise CheckpointError(f"{METADATA} does not say where {index.fqn!r} lies")
+        if place.transform_descriptors:
+            raise CheckpointError(f"{index.fqn!r} is stored as {place.transform_descriptors}, which is not read here")
+        return place
+
+    def _load(self, name: str, place: _StorageInfo) -> Any:
+        size = patiently(self.storage.size, place.relative_path)
+        if place.offset < 0 or place.offset + place.length > size:
+            raise CheckpointError(f"{place.relative_path} is too short for {name!r}")
+        data, reader = bytearray(place.length), RangeReader(self.storage)
+        try:
+            reader.read(place.relative_path, place.offset, [memoryview(data)])
+        finally:
+            reader.close()
+        try:
+            return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        except Exception as error:  # whatever torch raises on bytes that are no saved tensor
+            reason = " ".join(str(error).split())[:200]
+            raise CheckpointError(f"{place.relative_path}: {name!r} cannot be read: {reason}") from error
+
+
+def is_dcp(storage: Storage) -> bool:
+    return patiently(storage.exists, METADATA)
+
+
+def open_dcp(storage: Storage) -> Opened:
+    """Read `.metadata` and check what it says.
+
+    Raises:
+        CheckpointError: it holds something else than DCP's data classes, or what cannot be true.
+    """
+    size = patiently(storage.size, METADATA)
+    if size > MOST_METADATA_BYTES:
+        raise CheckpointError(f"{METADATA} has {size} bytes, more than such a file can have")
+    try:
+        found = _Unpickler(io.BytesIO(patiently(storage.read, METADATA))).load()
+        if not isinstance(found, Metadata) or not isinstance(found.storage_data, dict):
+            raise CheckpointError(f"{METADATA} is no metadata of torch.distributed.checkpoint")
+        tensors, others = {}, set()
+        for name, entry in found.state_dict_metadata.items():
+            if isinstance(entry, TensorStorageMetadata):
+                _check(name, entry)
+                tensors[name] = entry
+            else:
+                others.add(name)
+    except CheckpointError:
+        raise
+    except Exception as error:  # whatever a hostile or torn pickle leads to
+        raise CheckpointError(f"{METADATA} cannot be read: {' '.join(str(error).split())[:200]}") from error
+    return Opened(storage, tensors, frozenset(others), found.storage_data)
+
+
+def _check(name: str, entry: TensorStorageMetadata) -> None:
+    shape = tuple(entry.size)
+    boxes = [Box(tuple(c.offsets), tuple(c.sizes)) for c in entry.chunks]
+    inside = all(
+        len(b.offsets) == len(b.sizes) == len(shape)
+        and all(o >= 0 and s >= 0 and o + s <= n for o, s, n in zip(b.offsets, b.sizes, shape))
+        for b in boxes
+    )
+    if entry.properties.dtype not in NAMES or not inside or not tiles(boxes, shape):
+        raise CheckpointError(f"{METADATA}: tensor {name!r} has a dtype, a shape or chunks that cannot be")
+
+
+class _Unpickler(pickle.Unpickler):
+    """Finds the data classes of DCP and nothing else, so that a pickle can call nothing else."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if name not in _CLASSES.get(module, ()):
+            raise CheckpointError(f"{METADATA} wants {module}.{name}, which is none of the format's data classes")
+        return super().find_class(module, name)

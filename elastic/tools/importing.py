@@ -1,0 +1,242 @@
+"""From safetensors or torch.distributed.checkpoint to a committed checkpoint of a run that is not live."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+
+from elastic.checkpoint.blocks import crc_blocks, hash_blocks
+from elastic.checkpoint.format import (
+    MANIFEST,
+    Chunk,
+    Manifest,
+    TensorEntry,
+    attempt_folder,
+    check_name,
+    step_folder,
+)
+from elastic.checkpoint.initial import SUFFIX, open_initial
+from elastic.checkpoint.loader import fill
+from elastic.checkpoint.plan import Held, plan_save
+from elastic.checkpoint.reader import newest_first
+from elastic.checkpoint.tensors import DTYPES, NAMES, Shard, tensor_bytes
+from elastic.checkpoint.tiling import Box
+from elastic.checkpoint.writer import commit
+from elastic.errors import CheckpointError, ConfigError
+from elastic.run.folder import RunFolder
+from elastic.storage import Storage
+from elastic.tools import dcp
+from elastic.tools.exporting import BATCH_BYTES, NOTE, WEIGHTS, grouped
+from elastic.tools.output import Stream
+from elastic.tools.progress import held_back
+from elastic.tools.target import Hold, hold
+
+WEIGHTS_ONLY = {"weights_only": True}
+PACK = "rank-0000.pack"
+Read = Callable[[list[str]], Iterator[torch.Tensor]]
+
+
+@dataclass(frozen=True)
+class Source:
+    """What is imported: tensors (dtype and shape by the name in the source), how to read some of them, and the note of
+    a full export."""
+
+    tensors: Mapping[str, tuple[str, tuple[int, ...]]]
+    read: Read
+    note: dict[str, Any] | None
+
+
+@dataclass(frozen=True)
+class Imported:
+    """What was committed."""
+
+    step: int
+    attempt: str
+    tensors: int
+    bytes: int
+    full: bool
+    newest: int
+
+
+def import_checkpoint(
+    url: str, source_url: str, *, step: int | None = None, prefix: str = "",
+    on_total: Callable[[int], Callable[[int], None]] = lambda total: lambda done: None,
+) -> Imported:  # fmt: skip
+    """Commit what lies at `source_url` as a checkpoint of the run at `url`, which may be a new one.
+
+    A full export gives a full checkpoint, of its own step. All else is weights: a run that resumes from them makes its
+    optimizer's state anew.
+
+    Args:
+        step: of the checkpoint; else that of a full export, or 0.
+        prefix: of other sources, take only tensors whose names begin with this, and cut it off.
+
+    Raises:
+        ConfigError: a source that cannot be read, a step that has a checkpoint, or a live run, naming its owner.
+        CheckpointError: the source is damaged.
+        FencedError: somebody began to drive the run meanwhile; nothing was imported.
+    """
+    source = open_source(source_url)
+    names = _names(source, prefix, source_url)
+    storage = Storage(url, option="URL")
+    storage.probe()
+    step = step if step is not None else source.note["step"] if source.note else 0
+    if step < 0:
+        raise ConfigError(f"--step is {step}; give 0 or more")
+    committed = list(newest_first(storage))
+    if any(c.step == step for c in committed):
+        raise ConfigError(f"{storage.url} has a committed checkpoint of step {step}; give another --step")
+    held = hold(RunFolder(storage), "change")
+    attempt = f"{held.epoch}-0-import"
+    note = source.note or {}
+    manifest = Manifest(
+        step, note.get("seed", 0), note.get("config_digest", ""), {"size": 1, "generation": f"{held.epoch}-0"},
+        note.get("values", WEIGHTS_ONLY), metrics=note.get("metrics", {}),
+    )  # fmt: skip
+    whole = _write(storage, attempt, manifest, source, names, held, on_total)
+    newest = max([step, *(c.step for c in committed)])
+    return Imported(step, attempt, len(names), whole.nbytes, source.note is not None, newest)
+
+
+def _write(
+    storage: Storage, attempt: str, manifest: Manifest, source: Source, names: dict[str, str], held: Hold,
+    on_total: Callable[[int], Callable[[int], None]],
+) -> Manifest:  # fmt: skip
+    folder = attempt_folder(manifest.step, attempt)
+    try:
+        index = _write_pack(storage, f"{folder}/{PACK}", source, names, on_total)
+        held.check()
+        with held_back():  # an interruption between the commit and here would remove what is committed
+            return commit(storage, attempt, manifest, [index])
+    except BaseException:
+        with contextlib.suppress(Exception):  # the first error is what counts
+            if not storage.exists(f"{folder}/{MANIFEST}"):
+                storage.remove(folder)
+                if not storage.names(step_folder(manifest.step)):
+                    storage.remove(step_folder(manifest.step))
+        raise
+
+
+def _write_pack(
+    storage: Storage, path: str, source: Source, names: dict[str, str],
+    on_total: Callable[[int], Callable[[int], None]],
+) -> dict[str, Any]:  # fmt: skip
+    """Stream the tensors into one pack; returns its index."""
+    held = []
+    for name, theirs in names.items():
+        dtype, shape = source.tensors[theirs]
+        held.append(Held(name, dtype, shape, Box.whole(shape)))
+    writes = plan_save(held)
+    index = {h.name: TensorEntry(h.dtype, h.shape, ()) for h in held}
+    total = writes[-1].end if writes else 0
+    on_bytes = on_total(total)
+    if not total:
+        return {name: asdict(entry) for name, entry in index.items()}
+    with Stream(storage, path, total) as stream:
+        for some in grouped(writes, [w.end - w.start for w in writes], BATCH_BYTES):
+            tensors = source.read([names[held[w.source].name] for w in some])
+            for write, tensor in zip(some, tensors, strict=True):
+                data = tensor_bytes(tensor)
+                chunk = Chunk(
+                    write.box.offsets, write.box.sizes, PACK, write.start, write.end, hash_blocks(data),
+                    crc_blocks(data),
+                )  # fmt: skip
+                entry = index[held[write.source].name]
+                index[held[write.source].name] = replace(entry, chunks=(chunk,))
+                stream.write(data)
+                on_bytes(len(data))
+    return {name: asdict(entry) for name, entry in index.items()}
+
+
+def _names(source: Source, prefix: str, url: str) -> dict[str, str]:
+    """Which tensors are taken: the name in the checkpoint -> the name in the source."""
+    if source.note is not None:
+        if prefix:
+            raise ConfigError(f"--prefix is {prefix!r}, but {url} is a full export, which is taken whole; leave it out")
+        names = source.note["names"]
+        if set(names) != set(source.tensors):
+            raise CheckpointError(f"{url} has other tensors than it says")
+        found = {saved: theirs for theirs, saved in names.items()}
+    else:
+        found = {WEIGHTS + n.removeprefix(prefix): n for n in sorted(source.tensors) if n.startswith(prefix)}
+    if not found:
+        shown = sorted(source.tensors)[:3]
+        raise ConfigError(
+            f"--prefix is {prefix!r}, but no tensor of {url} begins with it (it has {shown}); give another"
+        )
+    for name in found:
+        check_name(name)
+    return found
+
+
+# ---- sources -------------------------------------------------------------------------------------------------------
+
+
+def open_source(url: str) -> Source:
+    """Find out what lies at `url`: a folder of DCP, or safetensors.
+
+    Raises:
+        ConfigError: neither; one sentence.
+    """
+    if not url.endswith(SUFFIX):
+        storage = Storage(url, option="SOURCE", read_only=True)
+        try:
+            found = dcp.open_dcp(storage) if dcp.is_dcp(storage) else None
+        except CheckpointError as error:
+            raise ConfigError(f"SOURCE is {url!r}, which cannot be read: {error}; give another") from error
+        if found is not None:
+            return _dcp_source(found, url)
+    return _safetensors_source(url)
+
+
+def _dcp_source(opened: dcp.Opened, url: str) -> Source:
+    def read(names: list[str]) -> Iterator[torch.Tensor]:
+        return (opened.tensor(name) for name in names)
+
+    tensors = {n: (NAMES[t.properties.dtype], tuple(t.size)) for n, t in opened.tensors.items()}
+    note = _parse_note(opened.text(NOTE), url) if NOTE in opened.others else None
+    return Source(tensors, read, note)
+
+
+def _safetensors_source(url: str) -> Source:
+    opened = open_initial(url, option="SOURCE")
+
+    def read(names: list[str]) -> Iterator[torch.Tensor]:
+        entries = {name: opened.entries[name][1] for name in names}
+        tensors = {name: torch.empty(e.shape, dtype=DTYPES[e.dtype]) for name, e in entries.items()}
+        fill(opened.storage, entries, [Shard.whole(name, tensor) for name, tensor in tensors.items()])
+        return iter(tensors[name] for name in names)
+
+    tensors = {name: (entry.dtype, entry.shape) for name, (_, entry) in opened.entries.items()}
+    notes = [n for n in (_metadata(opened.storage, file).get(NOTE) for file in opened.files) if n is not None]
+    return Source(tensors, read, _parse_note(notes[0], url) if notes else None)
+
+
+def _metadata(storage: Storage, file: str) -> dict[str, Any]:
+    """The free part of a header that `open_initial` has found to be one."""
+    length = int.from_bytes(storage.read(file, 0, 8), "little")
+    return json.loads(storage.read(file, 8, 8 + length)).get("__metadata__") or {}
+
+
+def _parse_note(text: Any, url: str) -> dict[str, Any]:
+    """What a full export says of itself.
+
+    Raises:
+        ConfigError: it is not what we write.
+    """
+    try:
+        note = json.loads(text)
+        kinds = {"step": int, "seed": int, "config_digest": str, "values": dict, "metrics": dict, "names": dict}
+        fits = note["format"] == 1 and all(type(note[key]) is kind for key, kind in kinds.items())
+        fits = fits and note["step"] >= 0 and all(isinstance(n, str) for n in note["names"].values())
+        fits = fits and len(set(note["names"].values())) == len(note["names"])
+    except (TypeError, ValueError, KeyError, RecursionError):
+        fits = False
+    if not fits:
+        raise ConfigError(f"SOURCE is {url!r}, whose entry {NOTE!r} is not what an export writes; give another")
+    return note

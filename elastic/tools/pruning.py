@@ -1,0 +1,249 @@
+"""Removing what is not needed any more: checkpoints of one run, or whole runs. Never of a live one."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from elastic.checkpoint.format import ATTEMPT, FOLDER, MANIFEST, step_folder
+from elastic.checkpoint.reader import Committed, attempts, newest_first, steps_with_attempts
+from elastic.checkpoint.retention import Policy, Retention, pins
+from elastic.checkpoint.transfer import patiently, sweep_uploads
+from elastic.errors import ConfigError, ElasticError
+from elastic.run.folder import CLAIMS, CONFIG, STATUS, RunFolder
+from elastic.storage import Storage
+from elastic.tools.target import Hold, hold, list_names, refuse_live
+
+_RUN = {CONFIG, STATUS, CLAIMS}  # a folder with any of these is a run, though it was never started, or half removed
+Total = Callable[[int], Callable[[int], None]]
+
+
+def silent(total: int) -> Callable[[int], None]:
+    return lambda done: None
+
+
+# ---- checkpoints of a run ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Removal:
+    """An attempt to remove, with the bytes of its objects that nobody needs."""
+
+    step: int
+    attempt: str
+    committed: bool
+    bytes: int
+
+
+def policy_of(
+    folder: RunFolder, *, last: int | None = None, every: int | None = None, best: int | None = None,
+    metric: str | None = None, mode: Literal["min", "max"] | None = None,
+) -> Policy:  # fmt: skip
+    """What a run keeps, as it was configured, but for what is given here. `every` is in steps.
+
+    Raises:
+        ConfigError: a value that cannot be, or one that only the run itself can turn into steps.
+    """
+    for option, value, least in (("--keep-last", last, 1), ("--keep-every", every, 1), ("--keep-best", best, 0)):
+        if value is not None and value < least:
+            raise ConfigError(f"{option} is {value}; give {least} or more")
+    stored = folder.config()
+    keep: dict[str, Any] = stored["config"]["checkpoint"] if stored else {}
+    if every is None and keep.get("keep_every") is not None:
+        text = str(keep["keep_every"])
+        if not text.endswith("st"):
+            raise ConfigError(f"the run keeps every {text} by --checkpoint.keep-every; give that as --keep-every STEPS")
+        every = int(float(text.removesuffix("st").replace("_", "")))
+    default = Policy()
+    return Policy(
+        last if last is not None else keep.get("keep_last", default.last), every,
+        best if best is not None else keep.get("keep_best", default.best),
+        metric or keep.get("best_metric", default.metric), mode or keep.get("best_mode", default.mode),
+    )  # fmt: skip
+
+
+def prune_checkpoints(folder: RunFolder, policy: Policy, *, yes: bool) -> list[Removal]:
+    """Remove the checkpoints that the policy does not keep, and all that unfinished saves left behind.
+
+    May be interrupted anywhere: manifests go first, so that nothing torn is listed, and the next time does the rest.
+
+    Args:
+        yes: else only say what would be removed.
+
+    Raises:
+        ConfigError: the run is live.
+        FencedError: somebody began to drive it meanwhile.
+    """
+    if not yes:
+        refuse_live(folder, "prune")
+        return _removals(folder.storage, policy, folder.newest_epoch() + 1)[0]
+    held = hold(folder, "prune")
+    storage = folder.storage
+    removals, needed = _removals(storage, policy, held.epoch)
+    held.check()
+    Retention(storage, policy).prune()
+    for removal in removals:
+        attempt = Committed(removal.step, removal.attempt)
+        for name in storage.names(attempt.folder):  # what the retention of a live run must leave alone
+            if f"{attempt.folder}/{name}" not in needed:
+                storage.remove(f"{attempt.folder}/{name}")
+        for empty in (attempt.folder, step_folder(attempt.step)):
+            if not storage.names(empty):
+                storage.remove(empty)
+    sweep_uploads(storage, FOLDER, keep=lambda name: not _is_before(name.split("/"), held.epoch))
+    return removals
+
+
+def _removals(storage: Storage, policy: Policy, epoch: int) -> tuple[list[Removal], set[str]]:
+    """What goes, and the objects that stay in it. Unfinished attempts of claims before `epoch` have no writer left."""
+    gone, needed = Retention(storage, policy).plan()
+    committed = set(newest_first(storage))
+    found = {Committed(s, a) for s in steps_with_attempts(storage) for a in attempts(storage, s)}
+    dead = {a for a in found - committed if _is_before([FOLDER, step_folder(a.step), a.attempt], epoch)}
+    removals = []
+    for attempt in sorted(dead | set(gone), key=lambda a: (a.step, a.attempt)):
+        paths = [f"{attempt.folder}/{name}" for name in storage.names(attempt.folder)]
+        sizes = [patiently(storage.size, path) for path in paths if path not in needed]
+        if sizes or not paths:
+            removals.append(Removal(attempt.step, attempt.attempt, attempt in committed, sum(sizes)))
+    return removals, needed
+
+
+def _is_before(parts: Sequence[str], epoch: int) -> bool:
+    """Whether a path below FOLDER belongs to an attempt of a claim before `epoch`."""
+    match = ATTEMPT.match(parts[2]) if len(parts) > 2 else None
+    return match is not None and int(match[1]) < epoch
+
+
+# ---- whole runs ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """What decides on a run. `last` is when it was last driven (unix seconds); `score` is lower where better."""
+
+    name: str
+    status: str
+    last: float
+    live: str | None = None
+    pinned: tuple[int, ...] = ()
+    group: str = ""
+    score: float | None = None
+    problem: str | None = None
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What becomes of a run, and why."""
+
+    name: str
+    status: str
+    age_s: float
+    do: Literal["keep", "keep final", "remove"]
+    why: str
+
+
+def decide(runs: Iterable[RunFacts], now: float, older_than_s: float, *, keep_final: bool) -> list[Decision]:
+    """Which runs go: not driven for `older_than_s`, not live, not pinned, not the best of its job, and readable."""
+    runs = sorted(runs, key=lambda r: r.name)
+    best: dict[str, RunFacts] = {}
+    for run in runs:
+        known = best.get(run.group)
+        if run.score is not None and (known is None or known.score is None or run.score < known.score):
+            best[run.group] = run
+
+    def reason(run: RunFacts) -> str | None:
+        if run.problem is not None:
+            return f"cannot be read: {run.problem}"
+        if run.live is not None:
+            return f"live: {run.live}"
+        if run.pinned:
+            return f"pinned: step {', '.join(map(str, run.pinned))}"
+        if best.get(run.group) is run:
+            return f"best of {run.group}"
+        return "not that old" if now - run.last < older_than_s else None
+
+    found = []
+    for run in runs:
+        kept = reason(run)
+        do: Literal["keep", "keep final", "remove"] = "keep" if kept else "keep final" if keep_final else "remove"
+        found.append(Decision(run.name, run.status, now - run.last, do, kept or "old"))
+    return found
+
+
+def look_at_runs(url: str) -> tuple[Storage, list[RunFacts]]:
+    """The runs in a folder.
+
+    Raises:
+        ConfigError: it cannot be listed, or is a run itself.
+    """
+    storage = Storage(url, option="URL")
+    names = list_names(storage)
+    if _RUN & set(names):
+        raise ConfigError(f"URL is {url!r}, which is a run; give the folder of runs, or use elastic checkpoints prune")
+    children = [(name, RunFolder(storage.child(name))) for name in names]
+    return storage, [look_at(name, folder) for name, folder in children if _RUN & set(folder.storage.names())]
+
+
+def look_at(name: str, folder: RunFolder) -> RunFacts:
+    """What decides on one run."""
+    try:
+        status, config, result = folder.status() or {}, folder.config() or {}, folder.result() or {}
+        last = float(status.get("heartbeat", 0.0))
+        epoch = folder.newest_epoch()
+        if epoch:
+            last = max(last, float(json.loads(folder.storage.read(f"{CLAIMS}/{epoch:06d}.json"))["time"]))
+        if not last:
+            last = folder.storage.modified(CONFIG)
+        keep = config.get("config", {}).get("checkpoint", {})
+        metric, mode = keep.get("best_metric", "eval/loss"), keep.get("best_mode", "min")
+        value = result.get("metrics", {}).get(metric)
+        score = None if value is None else float(value) if mode == "min" else -float(value)
+        job = config.get("job", {}).get("name", "")
+        group = f"{job} by {metric} ({mode})"
+        pinned = tuple(sorted(pins(folder.storage)))
+        return RunFacts(name, status.get("status", "?"), last, folder.live_driver(), pinned, group, score)
+    except (ElasticError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return RunFacts(name, "?", time.time(), problem=f"{type(error).__name__}: {error}")
+
+
+def prune_runs(storage: Storage, decisions: Sequence[Decision], on_total: Total = silent) -> list[tuple[str, str]]:
+    """Carry out what was decided; returns the runs that could not be, and why.
+
+    May be interrupted anywhere: the records that make a run go last, so the next time does the rest.
+    """
+    chosen = [d for d in decisions if d.do != "keep"]
+    on_run = on_total(len(chosen))
+    problems = []
+    for decision in chosen:
+        folder = RunFolder(storage.child(decision.name))
+        try:
+            again = look_at(decision.name, folder)
+            if again.live or again.pinned:
+                raise ConfigError(f"it is {'live' if again.live else 'pinned'} now")
+            if decision.do == "keep final":
+                prune_checkpoints(folder, Policy(last=1), yes=True)
+            else:
+                _remove_run(folder, hold(folder, "prune"))
+        except ElasticError as error:
+            problems.append((decision.name, str(error)))
+        on_run(1)
+    return problems
+
+
+def _remove_run(folder: RunFolder, held: Hold) -> None:
+    storage = folder.storage
+    for checkpoint in newest_first(storage):
+        held.check()
+        storage.remove(f"{checkpoint.folder}/{MANIFEST}")
+    storage.remove(FOLDER)
+    sweep_uploads(storage, FOLDER, keep=lambda name: False)
+    held.check()
+    for name in storage.names():
+        if name not in (STATUS, CLAIMS):
+            storage.remove(name)
+    storage.remove(STATUS)
+    storage.remove("")

@@ -1,0 +1,105 @@
+"""What a tool works on: the folder of a run, one of its checkpoints, and the hold that a change needs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from elastic.checkpoint.format import FOLDER
+from elastic.checkpoint.reader import Committed, newest_first
+from elastic.errors import ConfigError, FencedError
+from elastic.run.folder import CONFIG, STATUS, RunFolder
+from elastic.storage import Storage
+
+_HINTS = 5
+
+
+def open_run(url: str, *, read_only: bool = False) -> RunFolder:
+    """The folder of a run, or a folder that `checkpoint.state.save_state` wrote.
+
+    Raises:
+        ConfigError: there is none at `url`, or it cannot be listed.
+    """
+    storage = Storage(url, option="URL", read_only=read_only)
+    names = list_names(storage)
+    if not {FOLDER, CONFIG, STATUS} & set(names):
+        runs = [n for n in names[:100] if storage.exists(f"{n}/{CONFIG}")][:_HINTS]
+        hint = (
+            f"one of the runs in it: {', '.join(f'{storage.url}/{n}' for n in runs)}" if runs else "the folder of one"
+        )
+        raise ConfigError(f"URL is {url!r}, which is no run; give {hint}")
+    return RunFolder(storage)
+
+
+def list_names(storage: Storage) -> list[str]:
+    """Names directly at a storage's root.
+
+    Raises:
+        ConfigError: it cannot be listed; one sentence.
+    """
+    try:
+        return storage.names()
+    except Exception as error:  # whatever a file system raises: the user sees one sentence
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ConfigError(
+            f"URL is {storage.url!r}, which cannot be listed: {reason}; give the folder of a run"
+        ) from error
+
+
+def choose(storage: Storage, step: int | None) -> Committed:
+    """The newest committed checkpoint, or the newest of `step`.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    committed = list(newest_first(storage))
+    found = next((c for c in committed if step in (None, c.step)), None)
+    if found is None and step is not None and committed:
+        steps = ", ".join(str(s) for s in sorted({c.step for c in committed}))
+        raise ConfigError(f"--step is {step}, but {storage.url} has checkpoints of the steps {steps}; give one of them")
+    if found is None:
+        raise ConfigError(f"URL is {storage.url!r}, which has no committed checkpoint; give a run that has")
+    return found
+
+
+@dataclass(frozen=True)
+class Hold:
+    """A claim on a run that nobody drives: whoever held it before can commit nothing more."""
+
+    folder: RunFolder
+    epoch: int
+
+    def check(self) -> None:
+        """Ask whether the run is still ours.
+
+        Raises:
+            FencedError: somebody began to drive it.
+        """
+        newest = self.folder.newest_epoch()
+        if newest > self.epoch:
+            raise FencedError(
+                f"run {self.folder.storage.url} was claimed by another command (claim {newest}) at this moment; "
+                "wait for its end and try again"
+            )
+
+
+def hold(folder: RunFolder, doing: str) -> Hold:
+    """Claim a run that nobody drives, to change it.
+
+    Raises:
+        ConfigError: somebody drives it, and the owner is named; or claimed it at this moment.
+    """
+    refuse_live(folder, doing)
+    return Hold(folder, folder.claim(take_over=False))
+
+
+def refuse_live(folder: RunFolder, doing: str) -> None:
+    """Refuse to change a run that is live: only its own keeper may, and tools have no way to ask it.
+
+    Raises:
+        ConfigError: somebody drives it; the owner is named.
+    """
+    driver = folder.live_driver()
+    if driver is not None:
+        raise ConfigError(
+            f"run {folder.storage.url} is live, driven by {driver}, and only that process may {doing} it; stop it first"
+        )

@@ -1,0 +1,66 @@
+"""Figures and tables for a terminal or a pipe."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from elastic.errors import ConfigError
+
+_SIZES = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30,
+          "TIB": 2**40}  # fmt: skip
+_AGES = {"s": 1.0, "min": 60.0, "h": 3600.0, "d": 86400.0, "w": 604800.0}
+
+
+def size_text(size: float) -> str:
+    """512 B, 1.5 KiB, 20.0 MiB."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} TiB"
+
+
+def age_text(seconds: float) -> str:
+    """5s, 12min, 3.0h, 30d."""
+    if seconds < 60:
+        return f"{max(seconds, 0):.0f}s"
+    if seconds < 3600:
+        return f"{seconds / 60:.0f}min"
+    return f"{seconds / 3600:.1f}h" if seconds < 2 * 86400 else f"{seconds / 86400:.0f}d"
+
+
+def parse_size(option: str, text: str) -> int:
+    """Bytes of "5GB" or "500MiB".
+
+    Raises:
+        ConfigError: no number above 0, or no unit of bytes.
+    """
+    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]+)\s*", text)
+    size = int(float(match[1]) * _SIZES.get(match[2].upper(), 0)) if match else 0
+    if size < 1:
+        raise ConfigError(f"{option} is {text!r}; give a number and a unit of bytes, for example 5GB or 500MiB")
+    return size
+
+
+def parse_age(option: str, text: str) -> float:
+    """Seconds of "30d" or "12h".
+
+    Raises:
+        ConfigError: no number, or no unit of s, min, h, d and w.
+    """
+    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([a-z]+)\s*", text)
+    if not match or match[2] not in _AGES:
+        raise ConfigError(f"{option} is {text!r}; give a number and a unit of {', '.join(_AGES)}, for example 30d")
+    return float(match[1]) * _AGES[match[2]]
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[object]], right: str = "") -> str:
+    """Columns under their names; those named in `right` (comma-separated) are aligned to the right."""
+    cells = [[str(c) for c in row] for row in [header, *rows]]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
+    to_right = [name in right.split(",") for name in header]
+    lines = [
+        "  ".join(c.rjust(w) if r else c.ljust(w) for c, w, r in zip(row, widths, to_right)).rstrip() for row in cells
+    ]
+    return "\n".join(lines)
