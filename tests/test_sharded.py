@@ -11,7 +11,7 @@ import torch
 
 from elastic.checkpoint.reader import newest_first, read_manifest
 from elastic.run.prepare import prepare
-from tests.forked import LONG, WAIT_S, Ran, Watch, configure, local_run, sample_at, train
+from tests.forked import LONG, WAIT_S, Ran, Watch, configure, fault, local_run, plan, sample_at, train
 from tests.test_bits import assert_same_training, flip_a_byte
 from tests.test_checkpoint_initial import write
 from tests.tiny_jobs import Deep, Everything, Plain
@@ -164,9 +164,20 @@ def test_copies_that_stayed_whole_supply_the_state_and_no_step_is_lost(undisturb
     assert found.events("restored") == []
 
 
-def test_a_lost_shard_comes_from_the_newest_checkpoint_and_the_survivors_stay(undisturbed_epoch, tmp_path):
-    found = train(die_at(7, tmp_path), sharded(tmp_path, "fsdp", checkpoint__every="4st"), workers=3)
+def test_a_lost_shard_comes_from_the_newest_checkpoint_and_the_survivors_stay(undisturbed_epoch, tmp_path, gate):
+    held = gate("held")
+    config = sharded(tmp_path, "fsdp", checkpoint__every="4st", scaling__max_workers=3)
+    run, watch = prepare(Everything(samples=LONG), config), Watch()
+    in_workers = plan(fault("step.forward", 7, 1, "hold", file=held))
+    with local_run(run, 3, on_record=watch, environment=in_workers) as local:
+        world = watch.wait_for(lambda r: r.get("kind") == "world_formed")
+        watch.wait_for(lambda r: r.get("kind") == "checkpoint_committed" and r["step"] == 4)
+        watch.wait_for_step(6)
+        next(p for p in local.processes if p.pid == world["detail"]["pids"][1]).kill()
+        held.unlink()
+        local.wait(WAIT_S)
 
+    found = Ran(run, None)
     assert_same_training(found, undisturbed_epoch)
     (restored,) = found.events("restored")
     assert restored["step"] == 4
