@@ -190,9 +190,13 @@ def test_two_are_lost_at_once(undisturbed, tmp_path):
     assert_same_training(ran, undisturbed, [4] * 5 + [2] * 7)
 
 
-def test_all_but_a_checkpoint_is_lost_and_new_workers_go_on_from_it(undisturbed, tmp_path):
+def test_all_but_a_checkpoint_is_lost_and_new_workers_go_on_from_it(undisturbed, tmp_path, gate):
+    held = gate("held")
     run, watch = prepared(tmp_path, most=2, checkpoint__every="4st", recovery__lease="2s"), Watch()
-    with local_run(run, 2, on_record=watch, environment=plan(fault("step.forward", 7))) as local:
+    faults = [fault("step.forward", 7, do="hold", file=held), fault("step.forward", 7)]
+    with local_run(run, 2, on_record=watch, environment=plan(*faults)) as local:
+        watch.wait_for(lambda r: r.get("kind") == "checkpoint_committed")
+        held.unlink()
         for process in local.processes:
             process.wait(WAIT_S)
         local.add_worker(environment={})
@@ -253,13 +257,19 @@ def test_a_worker_that_hangs_on_its_way_out_of_a_broken_world_is_evicted(undistu
 
 
 def test_a_wish_to_save_is_not_granted_again_by_every_later_world(undisturbed, tmp_path, gate):
-    held = gate("held")
+    held, saving = gate("held"), gate("saving")
     run, watch = prepared(tmp_path, most=2), Watch()
-    faults = [fault("step.forward", 4, 0, "hold", file=held), fault("step.forward", 9, 1, only=tmp_path / "mark")]
+    faults = [
+        fault("step.forward", 4, 0, "hold", file=held),
+        fault("step.forward", 9, 1, "hold", file=saving),
+        fault("step.forward", 9, 1, only=tmp_path / "mark"),
+    ]
     with local_run(run, 2, on_record=watch, environment=plan(*faults)) as local:
         watch.wait_for_step(3)
         local.link.request("/wish", {"wish": "save"})
         held.unlink()
+        watch.wait_for(lambda r: r.get("kind") == "checkpoint_committed")
+        saving.unlink()
         local.wait(WAIT_S)
 
     ran = Ran(run, None)
