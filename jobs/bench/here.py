@@ -62,7 +62,9 @@ def on_ray(folder: Path, kills: int, node_kills: int) -> Found:
                 on_node = {p for entry in node.all_processes["raylet"] for p in children(entry.process.pid)}
                 killed.append(("node", time.time(), on_node & set(pids)))
                 cluster.kill_node(node)
+                at = _step(run)
                 _next_world(run, WORKERS - 1, number)
+                run.wait_for_step(at + WARM_STEPS)  # a node that starts takes the processors from the first step
                 cluster.add_node()
             number, pids = _next_world(run, WORKERS, number)
         run.wait_for_step(_step(run) + WARM_STEPS)
@@ -105,12 +107,14 @@ class _Follow:
     def __init__(self) -> None:
         self._worlds: dict[int, list[int]] = {}
         self._steps: Counter[int] = Counter()
+        self.step_s = PAUSE_S  # of the newest step
         self._came = threading.Condition()
 
     def __call__(self, record: dict[str, Any]) -> None:
         with self._came:
             if "sample_hash" in record:
                 self._steps[_number(record)] += 1
+                self.step_s = record["step_s"]
             elif record.get("kind") == "world_formed":
                 self._worlds[_number(record)] = record["detail"]["pids"]
             self._came.notify_all()
@@ -161,7 +165,7 @@ def in_processes(
     with _Growing(run, WORKERS, on_record=follow, environment={"OMP_NUM_THREADS": "1"}) as local:
         for i in range(kills):
             pid = follow.world(WORKERS, steps)[i % WORKERS]
-            any_moment(i)
+            any_moment(i, follow.step_s)
             killed.append(("process", time.time(), {pid}))
             os.kill(pid, signal.SIGKILL)
             follow.world(WORKERS - 1, steps)

@@ -29,7 +29,7 @@ class Notes:
     """A file that processes append lines of JSON to."""
 
     def __init__(self, file: str | Path):
-        self._file = open(file, "a", buffering=1)  # noqa: SIM115: open as long as the process lives
+        self._file = open(file, "a", buffering=1)  # noqa: SIM115 - open as long as the process lives
 
     def mark(self, what: str, at: float | None = None) -> None:
         """That `what` is over, or was at a time (unix seconds)."""
@@ -120,9 +120,9 @@ def children(pid: int) -> list[int]:
     return [*direct, *(grandchild for c in direct for grandchild in children(c))]
 
 
-def any_moment(i: int) -> None:
-    """Wait so long that kills fall anywhere in a step, and anywhere between two checkpoints."""
-    time.sleep(i * 0.618 % 1 * SAVE_EVERY * PAUSE_S)
+def any_moment(i: int, span_s: float = SAVE_EVERY * PAUSE_S) -> None:
+    """Wait so long that kills fall anywhere in `span_s`: between two checkpoints, so anywhere in a step too."""
+    time.sleep((i + 0.5) * 0.618 % 1 * span_s)
 
 
 def kill(*pids: int) -> float:

@@ -26,7 +26,7 @@ from jobs.bench.peers.notes import Notes, any_moment, kill, read, recovery, trai
 REPOSITORY = Path(__file__).parent.parent.parent.parent
 
 #: (how often the lighthouse looks, how long it waits for members that were heard of lately), milliseconds.
-AS_ITS_README_SAYS = (100, 10_000)
+AS_ITS_README = (100, 10_000)
 TUNED = (50, 300)  # as long as we wait before we suspect somebody
 
 
