@@ -1,6 +1,7 @@
 """Stalls and lost steps when one of three workers is killed: this trainer, torchft, torchrun and stock Ray Train.
 
-    python -m jobs.bench.recovery [--parts kills sizes overhead] [--torchft-python PYTHON] [--json FILE]
+    python -m jobs.bench.recovery [--torchft-python PYTHON] [--parts kills sizes overhead]
+                                  [--trainers here torchft torchrun stock] [--json FILE]
 
 All train the same model with steps of the same length. A stall is the time between two applied steps minus a normal
 step. Where it goes: until the loss is noticed (detect), until it is decided who goes on (form), new processes and
@@ -32,6 +33,8 @@ from jobs.bench.peers.notes import PAUSE_S, PHASES, SAVE_EVERY
 from jobs.bench.report import median, table, write_json
 
 PARTS = ("kills", "sizes", "overhead")
+TRAINERS = ("here", "torchft", "torchrun", "stock")
+JOIN_PHASES = ("form", "connect", "restore", "first step")
 Recoveries = list[dict[str, float]]
 HEAD = ["who, what was killed", "kills", "p50 s", "p95", "worst", "steps lost", "left out", *PHASES]
 
@@ -40,38 +43,44 @@ def kills_part(arguments: argparse.Namespace) -> dict[str, Any]:
     """Kill workers under each trainer in turn; prints two tables, and returns all figures."""
     found: dict[str, Recoveries] = {}
     joins: dict[str, Recoveries] = {}
+    normal: dict[str, float] = {}
 
     def note(who: str, recoveries: Recoveries) -> None:
         if recoveries:
             found[who] = recoveries
-            print(_line(who, recoveries), file=sys.stderr)
+            stalls = [one["stall_s"] for one in recoveries]
+            print(f"{who}: {len(stalls)} kills, p50 {median(stalls):.3f} s, worst {max(stalls):.3f} s", file=sys.stderr)
 
+    defaults = arguments.default_kills
     with tempfile.TemporaryDirectory(prefix="elastic-bench-") as name:
         folder = Path(name)
-        on_ray = here.on_ray(folder, arguments.kills, arguments.node_kills)
-        note("here on Ray, process", on_ray.process)
-        note("here on Ray, node", on_ray.node)
-        plain = here.in_processes(folder, arguments.kills)
-        note("here in plain processes", plain.process)
-        joins = {"on Ray": on_ray.join, "plain processes": plain.join}
-        if python := arguments.torchft_python:
+        if "here" in arguments.trainers:
+            on_ray = here.on_ray(folder, arguments.kills, arguments.node_kills)
+            note("here on Ray, process", on_ray.process)
+            note("here on Ray, node", on_ray.node)
+            plain = here.in_processes(folder, arguments.kills)
+            note("here in plain processes", plain.process)
+            joins = {"on Ray": on_ray.join, "plain processes": plain.join}
+            normal = {"on Ray": on_ray.normal_s, "in plain processes": plain.normal_s}
+        if "torchft" in arguments.trainers and (python := arguments.torchft_python):
             note("torchft, tuned", torchft.measure(folder / "tuned", python, arguments.torchft_kills, torchft.TUNED))
-            note("torchft", torchft.measure(folder / "readme", python, arguments.default_kills, torchft.AS_ITS_README))
-        note("torchrun, process", torchrun.measure(folder / "torchrun", arguments.torchrun_kills, nodes=False))
-        note("torchrun, node, tuned", torchrun.measure(
-            folder / "torchrun-node", arguments.default_kills, nodes=True, settings=torchrun.TUNED,
-        ))  # fmt: skip
-        note("torchrun, node", torchrun.measure(folder / "torchrun-slow", arguments.default_kills, nodes=True))
-        stock = stock_ray.measure(folder / "stock", arguments.stock_kills, arguments.stock_node_kills)
-        note("stock Ray Train, process", stock["process"])
-        note("stock Ray Train, node", stock["node"])
-    print(f"\nthree workers, steps of {PAUSE_S} s and a little; the last two save every {SAVE_EVERY} steps")
-    print(f"here a step takes {on_ray.normal_s:.3f} s on Ray, {plain.normal_s:.3f} s in plain processes; medians")
+            note("torchft", torchft.measure(folder / "torchft", python, defaults, torchft.AS_ITS_README))
+        if "torchrun" in arguments.trainers:
+            note("torchrun, process", torchrun.measure(folder / "torchrun", arguments.torchrun_kills, nodes=False))
+            for who, settings in (("torchrun, node, tuned", torchrun.TUNED), ("torchrun, node", "")):
+                note(who, torchrun.measure(folder / who, defaults, nodes=True, settings=settings))
+        if "stock" in arguments.trainers:
+            stock = stock_ray.measure(folder / "stock", arguments.stock_kills, arguments.stock_node_kills)
+            note("stock Ray Train, process", stock["process"])
+            note("stock Ray Train, node", stock["node"])
+    print(f"\nthree workers, steps of {PAUSE_S} s and a little; torchrun and Ray Train save every {SAVE_EVERY} steps")
+    print("here a step takes " + ", ".join(f"{s:.3f} s {where}" for where, s in normal.items()) if normal else "")
     print(table(HEAD, [_row(who, recoveries) for who, recoveries in found.items()]))
-    print("\na warm worker is taken in: stall of those that were there")
-    head = ["here", "joins", "p50 s", "p95", "worst", "form", "connect", "restore", "first step"]
-    print(table(head, [_row(who, j, PHASES[1:2] + PHASES[3:], lost=False) for who, j in joins.items() if j]))
-    return {"kills": found, "joins": joins, "step_s": {"ray": on_ray.normal_s, "processes": plain.normal_s}}
+    if joins:
+        print("\na warm worker is taken in: stall of those that were there")
+        head = ["here", "joins", "p50 s", "p95", "worst", *JOIN_PHASES]
+        print(table(head, [_row(who, j, JOIN_PHASES, lost=False) for who, j in joins.items() if j]))
+    return {"kills": found, "joins": joins, "step_s": normal}
 
 
 def _row(who: str, found: Recoveries, phases: tuple[str, ...] = PHASES, *, lost: bool = True) -> list[Any]:
@@ -80,11 +89,6 @@ def _row(who: str, found: Recoveries, phases: tuple[str, ...] = PHASES, *, lost:
     if lost:
         row += [f"{median(one['lost'] for one in found):g}", int(sum(one["left_out"] for one in found))]
     return [*row, *(median(one[phase] for one in found) for phase in phases)]
-
-
-def _line(who: str, found: Recoveries) -> str:
-    stalls = [one["stall_s"] for one in found]
-    return f"{who}: {len(found)} kills, p50 {median(stalls):.3f} s, worst {max(stalls):.3f} s"
 
 
 def _check_torchft(parser: argparse.ArgumentParser, python: str | None) -> None:
@@ -100,20 +104,23 @@ def _check_torchft(parser: argparse.ArgumentParser, python: str | None) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--trainers", nargs="+", choices=TRAINERS, default=list(TRAINERS), help="whose workers to kill")
     parser.add_argument("--torchft-python", metavar="PYTHON", help="interpreter that has torchft")
     parser.add_argument("--kills", type=int, default=10, help="of processes here, on Ray and without")
     parser.add_argument("--node-kills", type=int, default=10, help="of nodes here")
     parser.add_argument("--torchft-kills", type=int, default=10)
     parser.add_argument("--torchrun-kills", type=int, default=10)
-    parser.add_argument("--stock-kills", type=int, default=3)
+    parser.add_argument("--stock-kills", type=int, default=10)
     parser.add_argument("--stock-node-kills", type=int, default=2)
     parser.add_argument("--default-kills", type=int, default=3, help="of torchrun's nodes, and of untuned torchft")
     parser.add_argument("--json")
     arguments = parser.parse_args()
-    if "kills" in arguments.parts:
+    if "kills" in arguments.parts and "torchft" in arguments.trainers:
         _check_torchft(parser, arguments.torchft_python)
     os.environ["RAY_AUTH_MODE"] = "disabled"
-    figures: dict[str, Any] = {}
+    load = os.getloadavg()[0]
+    print(f"load average at the start: {load:.2f} on {os.cpu_count()} processors")
+    figures: dict[str, Any] = {"load_average": load}
     if "kills" in arguments.parts:
         figures["kills"] = kills_part(arguments)
     if "sizes" in arguments.parts:
