@@ -9,13 +9,16 @@ from typing import Any
 
 import pytest
 
+import elastic.worker.local
 from elastic.observe.ledger import EVENTS, METRICS, LedgerFile
 from elastic.storage import Storage
+from jobs.bench import overhead
 from jobs.bench.peers.notes import PHASES, Notes, read, recovery, split
 from jobs.bench.peers.torchrun import _lines
 from jobs.bench.sizes import width_of
 from jobs.bench.stalls import Ledger
-from jobs.bench.steady import build_model
+from jobs.bench.steady import CONFIG, build_model
+from tests import forked
 
 
 def test_phases_fill_the_stall_whatever_order_marks_come_in():
@@ -125,3 +128,13 @@ def test_an_interpreter_without_torchft_is_refused(python: str):
     assert found.returncode == 2
     assert f"--torchft-python is {python}, which cannot import torchft" in found.stderr
     assert found.stdout == ""
+
+
+@pytest.mark.processes
+@pytest.mark.usefixtures("fork_server")
+def test_whole_and_bare_steps_take_turns(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(elastic.worker.local, "subprocess", forked._Subprocess)
+    found = overhead.measure(overhead.Waiting(pause=0.002), CONFIG, workers=2, pairs=2)
+    assert {len(seconds) for seconds in found.values()} == {2}
+    assert min(found["bare_s"]) > 0.002
+    assert min(found["whole_cpu_s"]) > 0
