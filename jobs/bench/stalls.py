@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from elastic.membership.state import Generation
+from elastic.membership.world import Generation
 from elastic.observe.ledger import EVENTS, METRICS, read_records
 from elastic.storage import Storage
 from jobs.bench.peers.notes import split
