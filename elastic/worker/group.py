@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -80,17 +81,19 @@ class Group:
     def _reach_store(self) -> dist.Store:
         """The store where the members find each other.
 
-        torch knocks at one that is gone, because its world is over, until a time-out, and cannot be interrupted. So it
-        knocks on the side, and is left to it when this world is broken.
+        torch knocks at one that is gone, because its world is over, until a time-out, and cannot be interrupted. So one
+        that refuses us is not knocked at: there may be no server to say that the world is broken. And torch knocks on
+        the side, and is left to it when somebody says so.
         """
         host, port = self.assignment.store
-        found: list[dist.Store | RuntimeError] = []
+        found: list[dist.Store | Exception] = []
 
         def reach() -> None:
             timeout = timedelta(seconds=STORE_S)
             try:
+                socket.create_connection((host, port), STORE_S).close()
                 found.append(dist.TCPStore(host, port, is_master=False, timeout=timeout, wait_for_workers=False))
-            except RuntimeError as error:
+            except (OSError, RuntimeError) as error:
                 found.append(error)
             self._woken.set()
 
@@ -98,7 +101,7 @@ class Group:
         what = f"the store of world {self.assignment.generation} at {host}:{port}"
         if not self._woken.wait(3 * STORE_S) or not found:
             raise WorldBroken(f"{what} was not reached")
-        if isinstance(found[0], RuntimeError):
+        if isinstance(found[0], Exception):
             raise WorldBroken(f"{what} was not reached: {found[0]}") from found[0]
         return found[0]
 
