@@ -12,7 +12,7 @@ import pytest
 import elastic.worker.local
 from elastic.observe.ledger import EVENTS, METRICS, LedgerFile
 from elastic.storage import Storage
-from jobs.bench import overhead
+from jobs.bench import here, overhead
 from jobs.bench.peers.notes import PHASES, Notes, read, recovery, split
 from jobs.bench.peers.torchrun import _lines
 from jobs.bench.sizes import width_of
@@ -130,11 +130,27 @@ def test_an_interpreter_without_torchft_is_refused(python: str):
     assert found.stdout == ""
 
 
+@pytest.fixture
+def forks(fork_server: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs in plain processes start their workers as forks, which is faster."""
+    monkeypatch.setattr(elastic.worker.local, "subprocess", forked._Subprocess(()))
+
+
 @pytest.mark.processes
-@pytest.mark.usefixtures("fork_server")
-def test_whole_and_bare_steps_take_turns(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(elastic.worker.local, "subprocess", forked._Subprocess)
+@pytest.mark.usefixtures("forks")
+def test_whole_and_bare_steps_take_turns():
     found = overhead.measure(overhead.Waiting(pause=0.002), CONFIG, workers=2, pairs=2)
     assert {len(seconds) for seconds in found.values()} == {2}
     assert min(found["bare_s"]) > 0.002
     assert min(found["whole_cpu_s"]) > 0
+
+
+@pytest.mark.processes
+@pytest.mark.usefixtures("forks")
+def test_a_kill_and_the_join_after_it(tmp_path: Path):
+    found = here.in_processes(tmp_path, 1, steps=3)
+    (killed,), (joined,) = found.process, found.join
+    assert (killed["lost"], killed["left_out"]) == (0.0, 0.0)
+    assert 0 < killed["stall_s"] < 10
+    assert 0 < joined["stall_s"] < 10
+    assert found.node == []

@@ -136,17 +136,6 @@ def _number(record: dict[str, Any]) -> int:
     return int(record["generation"].split("-")[1])
 
 
-class _Growing(LocalRun):
-    """Can start further workers."""
-
-    def start_worker(self, index: int, token: str, epoch: int) -> None:
-        self._more = (token, epoch)
-        super().start_worker(index, token, epoch)
-
-    def add_worker(self) -> None:
-        self.start_worker(len(self.processes), *self._more)
-
-
 def in_processes(
     folder: Path, kills: int, *, width: int = WIDTH, exactness: str = "bitwise", steps: int = WARM_STEPS
 ) -> Found:
@@ -162,7 +151,7 @@ def in_processes(
     )  # fmt: skip
     run, follow = prepare(Steady(pause=MICROBATCH_PAUSE_S, width=width), config), _Follow()
     killed: list[tuple[str, float, set[int]]] = []
-    with _Growing(run, WORKERS, on_record=follow, environment={"OMP_NUM_THREADS": "1"}) as local:
+    with LocalRun(run, WORKERS, on_record=follow, environment={"OMP_NUM_THREADS": "1"}) as local:
         for i in range(kills):
             pid = follow.world(WORKERS, steps)[i % WORKERS]
             any_moment(i, follow.step_s)

@@ -100,15 +100,16 @@ def wait(condition: Callable[[], Any], timeout_s: float, what: str) -> None:
         time.sleep(0.05)
 
 
-def wait_for_world(file: str | Path, size: int, after: float = 0.0, timeout_s: float = 240.0) -> None:
-    """Wait until a world of this size, whose first step came `after` (unix seconds), has applied WARM_STEPS steps."""
+def wait_for_world(file: str | Path, size: int | None, after: float = 0.0, timeout_s: float = 240.0) -> None:
+    """Wait until a world of this size (None: any) that came `after` (unix seconds) has applied WARM_STEPS steps."""
 
     def there() -> bool:
         rows = steps_of(read(file))
         newest = [r for r in rows if r["world"] == rows[-1]["world"]]
-        return len(newest) >= WARM_STEPS and newest[0]["time"] > after and newest[-1]["size"] == size
+        fits = len(newest) >= WARM_STEPS and newest[0]["time"] > after
+        return fits and size in (None, newest[-1]["size"])
 
-    wait(there, timeout_s, f"a world of {size} that applied {WARM_STEPS} steps")
+    wait(there, timeout_s, f"a world of {size or 'any size'} that applied {WARM_STEPS} steps")
 
 
 def children(pid: int) -> list[int]:

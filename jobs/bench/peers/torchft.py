@@ -24,6 +24,7 @@ from typing import Any
 from jobs.bench.peers.notes import Notes, any_moment, kill, read, recovery, train, wait, wait_for_world
 
 REPOSITORY = Path(__file__).parent.parent.parent.parent
+LONGEST_S = 60.0  # for a survivor to go on
 
 #: (how often the lighthouse looks, how long it waits for members that were heard of lately), milliseconds.
 AS_ITS_README = (100, 10_000)
@@ -60,18 +61,36 @@ def measure(folder: Path, python: str, kills: int, timing: tuple[int, int]) -> l
             one = k % 3
             killed = kill(replicas[one].pid)
             replicas[one].wait()
-            rest = [file for i, file in enumerate(files) if i != one]
-            for file in rest:
-                wait_for_world(file, 2, killed)
-            found.append(max((recovery(read(f), killed, 2) for f in rest), key=lambda r: r["stall_s"]))
-            replicas[one] = replica(one)
-            running.append(replicas[one])
+            found.append(_recovery([file for i, file in enumerate(files) if i != one], killed))
+            for i in range(3):
+                if i == one or not _resumed(files[i], killed, 0):  # also one that was left behind for good
+                    kill(replicas[i].pid)
+                    replicas[i].wait()
+                    replicas[i] = replica(i)
+                    running.append(replicas[i])
     finally:
         for process in running:
-            kill(process.pid)
+            process.kill()
             process.wait()
         log.close()
     return found
+
+
+def _recovery(survivors: list[Path], killed: float) -> dict[str, float]:
+    """Of those survivors that went on, the recovery that took longest; the others were left out."""
+    resumed = [read(file) for file in survivors if _resumed(file, killed, LONGEST_S)]
+    if not resumed:
+        raise TimeoutError(f"no survivor under torchft went on within {LONGEST_S:.0f} s")
+    longest = max((recovery(notes, killed, 2) for notes in resumed), key=lambda r: r["stall_s"])
+    return {**longest, "left_out": max(longest["left_out"], float(len(survivors) - len(resumed)))}
+
+
+def _resumed(file: Path, killed: float, timeout_s: float) -> bool:
+    try:
+        wait_for_world(file, None, killed, timeout_s)
+    except TimeoutError:
+        return False
+    return True
 
 
 def lighthouse(tick_ms: int, join_ms: int, file: str) -> None:
