@@ -3,12 +3,12 @@
 When a worker dies, the agents end all workers, meet again and start new ones, which load the last checkpoint; so its
 documentation advises to save often.
 
-Two things are set other than by default, or it would not recover at all (torch 2.13; read in
+Two things are set other than by default, or it does not recover reliably (torch 2.13; read in
 `torch/distributed/elastic/rendezvous/dynamic_rendezvous.py`, and seen):
 
 * `TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1`. By default agent 0 makes one store for the workers and keeps it over all
-  rounds. Workers of the next round find the addresses of dead ones in it and fail to connect; and its address is
-  published in the first round alone, so that an agent that comes later waits 60 s for it, gives up and ends.
+  rounds. Workers of the next round find the addresses of dead ones in it and fail to connect at first; and its
+  address is published in the first round alone, so that an agent that comes later waits 60 s for it and ends.
 * The store that the agents meet in runs in the process that measures, as it would on a head node: the agent that
   hosts it cannot be lost.
 
