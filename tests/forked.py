@@ -78,8 +78,6 @@ def _nothing() -> None:
 
 
 def _take_environment(environment: dict[str, str]) -> None:
-    if STDERR in environment:
-        os.dup2(os.open(environment[STDERR], os.O_WRONLY | os.O_APPEND | os.O_CREAT), 2)
     os.environ.clear()
     os.environ.update(environment)
     faults_of_process.read_plan()
@@ -90,6 +88,8 @@ def _work(specification: bytes, environment: dict[str, str], namespace: str | No
 
     if namespace is not None:
         enter(namespace)
+    if STDERR in environment:
+        os.dup2(os.open(environment[STDERR], os.O_WRONLY | os.O_APPEND | os.O_CREAT), 2)
     _take_environment(environment)
     sys.stdin = io.TextIOWrapper(io.BytesIO(specification))
     sys.exit(_child())
@@ -129,7 +129,7 @@ class ForkedProcess:
         if command[1:] == ["-m", "elastic.run"]:  # it reads to the end of its input, which comes late
             reading, writing = _context.Pipe(duplex=False)
             self.stdin = os.fdopen(os.dup(writing.fileno()), "wb")
-            self._start(_host, reading, self._environment)
+            self._start(_host, reading, env)
             reading.close()
             writing.close()
         else:
@@ -145,8 +145,8 @@ class ForkedProcess:
             specification, namespace = json.dumps(values).encode(), host.name
         self._start(_work, specification, self._environment, namespace)
 
-    def _start(self, target: Callable[..., None], *given: Any) -> None:
-        self._process = _context.Process(target=target, args=given)
+    def _start(self, target: Callable[..., None], *arguments: Any) -> None:
+        self._process = _context.Process(target=target, args=arguments)
         self._process.start()
 
     @property
@@ -294,7 +294,7 @@ def local_run(run: PreparedRun, workers: int, *, places: Sequence[Host] = (), **
     with leaks.adopting_orphans():
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(elastic.worker.local, "subprocess", _Subprocess(places))
-            patch.setattr(elastic.worker.hosting, "subprocess", _Subprocess(()))
+            patch.setattr(elastic.worker.hosting, "subprocess", _Subprocess(places))
             with LocalRun(run, workers, **options) as local:
                 yield local
         assert leaks.wait_until_clean(before) == []

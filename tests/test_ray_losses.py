@@ -10,7 +10,10 @@ from jobs.bench.nodes import LocalCluster
 from tests.ray_cluster import Story, check_bits_and_samples, slow_job, stop
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
-FOREVER = ("--run.duration", "100000st", "--checkpoint.every", "10st", "--eval.every", "25st")
+#: Of 8 microbatches a fifth worker would take none off another: it would not be asked for.
+FOREVER = (
+    "--run.duration", "100000st", "--checkpoint.every", "10st", "--eval.every", "25st", "--batch.microbatches", "32",
+)  # fmt: skip
 
 
 def test_a_kill_at_each_point_of_a_step_and_one_while_a_world_forms(cluster: LocalCluster, tmp_path: Path) -> None:
@@ -23,7 +26,7 @@ def test_a_kill_at_each_point_of_a_step_and_one_while_a_world_forms(cluster: Loc
         kill(3, "checkpoint.before_stage", 90), kill(4, "eval.begin", 100), kill(5, "step.before_fence", 115),
         kill(6, "world.assigned", 114), kill(7, "checkpoint.staged", 130, rank=0),
     ]  # fmt: skip
-    run = slow_job(cluster, tmp_path, "points", *FOREVER, "--scaling.max-workers", "5", pause_s=0.06, faults=plan)
+    run = slow_job(cluster, tmp_path, "points", *FOREVER, "--scaling.max-workers", "5", pause_s=0.015, faults=plan)
     Story(run).next_world(5)
     stop(run, 132)
     assert all((tmp_path / f"fault{number}").exists() for number in range(len(plan)))
@@ -35,7 +38,7 @@ def test_a_kill_at_each_point_of_a_step_and_one_while_a_world_forms(cluster: Loc
 
 
 def test_two_nodes_at_once_with_rank_0_on_one_of_them(cluster: LocalCluster, tmp_path: Path) -> None:
-    run = slow_job(cluster, tmp_path, "nodes", *FOREVER, "--scaling.max-workers", "6", pause_s=0.05)
+    run = slow_job(cluster, tmp_path, "nodes", *FOREVER, "--scaling.max-workers", "6", pause_s=0.0125)
     story = Story(run)
     first = story.next_world(6)
     run.wait_for_step(5)

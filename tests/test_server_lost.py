@@ -25,8 +25,8 @@ class Hosted:
     """A run whose host has a process of its own."""
 
     def __init__(self, run: PreparedRun, local: LocalRun, watch: Watch):
-        assert isinstance(local.host, HostProcess)
-        self.run, self.local, self.watch, self.host = run, local, watch, local.host
+        assert isinstance(local.hosting, HostProcess)
+        self.run, self.local, self.watch, self.host = run, local, watch, local.hosting
 
     @property
     def ran(self) -> Ran:

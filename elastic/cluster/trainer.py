@@ -195,7 +195,9 @@ class _Drive:
             training_function(worker_run, accelerator), name=run.name, storage_path=markers, plan=plan,
             accelerator=accelerator,
         )  # fmt: skip
-        self._console.say(f"starting {plan.want} workers on {accelerator}")
+        fewer = want < scaling.max_workers + scaling.spares
+        why = "; more would not lower the rounds of a step" if fewer else ""
+        self._console.say(f"starting {want} workers on {accelerator}{why}")
         thread = threading.Thread(target=self._run_trainer, args=(trainer,), name="ray-trainer", daemon=True)
         thread.start()
         try:

@@ -217,7 +217,7 @@ class WorkerLink:
         Raises:
             FencedError: the server was silent for longer than the lease, or said that this worker is out.
         """
-        if self._fenced is None and self._lease_left() <= 0:
+        if self._fenced is None and self._over is None and self._lease_left() <= 0:
             self._fence_by_lease()  # before the watcher did: this process may have been stopped
         if self._fenced is not None:
             raise FencedError(self._fenced)
@@ -296,7 +296,7 @@ class WorkerLink:
                     await asyncio.sleep(RECONNECT_S)
 
     def _is_over(self) -> bool:
-        if self._fenced or self._over or self._lease_left() <= 0:
+        if self._fenced or self._over:
             return True
         return self._closing and not self._outbox.waiting
 
@@ -346,7 +346,8 @@ class WorkerLink:
         kind = message["kind"]
         if kind == "beat":  # nothing else renews the lease: on a line that was cut, old messages come late
             self._leased = message["sent"]
-        elif kind in ("world", "save alone"):
+            return
+        if kind in ("world", "save alone"):
             self._known = True
             if kind == "world":
                 self._outbox.left_world()

@@ -19,8 +19,8 @@ class Watchman:
 
     Args:
         hang_s: fixed hang time-out, or None for one that goes by the steps seen.
-        give_up: called with (member id, what it is told, why it counts as lost, whether its lease is over) of a worker
-            to go on without.
+        give_up: called with (member id, what it is told, why it counts as lost, whether it applies nothing any more) of
+            a worker to go on without.
     """
 
     def __init__(
@@ -65,8 +65,8 @@ class Watchman:
 
     def look(self, state: State, now: float) -> None:
         """Give up who is silent, and start to evict who hangs: in the running world, or on the way out of it."""
+        self._lose_silent(state, now)
         self._state, world = state, state.world
-        self._lose_silent(world, state.limits.lease_s, now)
         if world is None:
             return
         for member_id in self._hung(world, state, now):
@@ -74,8 +74,8 @@ class Watchman:
                 self._condemned.add(member_id)
                 self._connections.start(self._evict(member_id, world))
 
-    def _lose_silent(self, world: World | None, lease_s: float, now: float) -> None:
-        members = [m.id for m in world.members] if world else []
+    def _lose_silent(self, state: State, now: float) -> None:
+        members, lease_s = state.world.ids if state.world else frozenset(), state.limits.lease_s
         self._excused_until = excuse(self._excused_until, self._heard, now, SILENT_S, members)
         for member_id in silent(self._heard, now, SILENT_S, members, lease_s, self._excused_until):
             silent_s = now - self._heard.pop(member_id)
@@ -90,7 +90,7 @@ class Watchman:
             since = state.broken_at if state.phase is Phase.BROKEN else min(back)
             return overdue(here, awaited(state), since, now, *limits)
         if state.phase in (Phase.RUNNING, Phase.LEAVING) and len(here) == world.size:
-            as_of = min(self._heard.get(i, 0.0) for i in world.ids)  # silence is not standing still
+            as_of = min(self._heard.get(m.id, 0.0) for m in world.members)  # silence is not standing still
             return hung(here, as_of, *limits)
         return []
 

@@ -155,7 +155,7 @@ class MembershipServer:
 
     def _give_up(self, member_id: str, told: str, reason: str, dead: bool) -> None:
         self._executor.refuse(member_id, told)
-        self._handle(Lost(member_id, time.monotonic(), reason, dead))
+        self._handle(Lost(member_id, time.monotonic(), reason, dead=dead))
 
     # ---- workers -----------------------------------------------------------------------------------------------
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import socket
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -19,9 +21,10 @@ from elastic.membership.client import Assignment
 from elastic.parallel.device import all_gather_flat, backend_for, host_wait
 from elastic.parallel.layout import Layout, lay_out
 from elastic.parallel.mesh import Mesh, make_mesh
-from elastic.worker.sockets import open_sockets, opened_since, shut_down
+from elastic.worker.sockets import knock, open_sockets, opened_since, shut_down
 
 STORE_S = 10.0
+FREE_S = 0.02
 _COLLECTIVE_WORDS = ("gloo", "nccl", "connection", "timed out", "socket", "aborted", "store", "peer")
 
 
@@ -56,6 +59,9 @@ class Group:
     per_node: int | None = None
     node: str = ""
     _sockets: dict[str, int] = field(default_factory=dict)
+    _before: dict[str, int] | None = None  # while members connect: the sockets that were open before
+    _freed: bool = False
+    _freeing: threading.Thread | None = None
     _woken: threading.Event = field(default_factory=threading.Event)
     mesh: Mesh = field(init=False)
 
@@ -94,29 +100,54 @@ class Group:
             # Members find each other under names that count up. Failing to connect leaves the count behind, in some
             # members only, and then they would wait for each other for ever.
             dist.distributed_c10d._world.group_count = 0
-            before = open_sockets()
-            dist.init_process_group(
-                backend_for(self.device), store=dist.PrefixStore(str(self.assignment.generation), store),
-                rank=self.rank, world_size=self.size, timeout=timeout,
-                device_id=self.device if self.device.type == "cuda" else None,
-            )  # fmt: skip
-            self.mesh = self._lay_out()
-            self._sockets = opened_since(before) if self.device.type == "cpu" else {}
+            with self._freed_while_connecting():
+                dist.init_process_group(
+                    backend_for(self.device), store=dist.PrefixStore(str(self.assignment.generation), store),
+                    rank=self.rank, world_size=self.size, timeout=timeout,
+                    device_id=self.device if self.device.type == "cuda" else None,
+                )  # fmt: skip
+                self.mesh = self._lay_out()
+
+    @contextmanager
+    def _freed_while_connecting(self) -> Iterator[None]:
+        """`free` holds for whatever connects in here, and for what was connected in here later.
+
+        Raises:
+            WorldBroken: it was freed.
+        """
+        if self.device.type == "cuda":
+            yield
+            return
+        broken = WorldBroken(f"world {self.assignment.generation} broke while its members connected")
+        before = self._before = open_sockets()
+        try:
+            if self._freed:
+                raise broken
+            yield
+            self._sockets = opened_since(before)
+        finally:
+            self._before = None
+            if self._freeing is not None:
+                self._freeing.join()  # what is opened from here on is not its business
+        if self._freed:  # by one who may have seen no sockets yet
+            raise broken
 
     def _reach_store(self) -> dist.Store:
         """The store where the members find each other.
 
-        torch knocks at one that is gone, because its world is over, until a time-out, and cannot be interrupted. So it
-        knocks on the side, and is left to it when this world is broken.
+        torch knocks at one that is gone, because its world is over, until a time-out, and cannot be interrupted. So one
+        that refuses us is not knocked at: there may be no server to say that the world is broken. And torch knocks on
+        the side, and is left to it when somebody says so.
         """
         host, port = self.assignment.store
-        found: list[dist.Store | RuntimeError] = []
+        found: list[dist.Store | Exception] = []
 
         def reach() -> None:
             timeout = timedelta(seconds=STORE_S)
             try:
+                socket.create_connection((host, port), STORE_S).close()
                 found.append(dist.TCPStore(host, port, is_master=False, timeout=timeout, wait_for_workers=False))
-            except RuntimeError as error:
+            except (OSError, RuntimeError) as error:
                 found.append(error)
             self._woken.set()
 
@@ -124,7 +155,7 @@ class Group:
         what = f"the store of world {self.assignment.generation} at {host}:{port}"
         if not self._woken.wait(3 * STORE_S) or not found:
             raise WorldBroken(f"{what} was not reached")
-        if isinstance(found[0], RuntimeError):
+        if isinstance(found[0], Exception):
             raise WorldBroken(f"{what} was not reached: {found[0]}") from found[0]
         return found[0]
 
@@ -140,14 +171,25 @@ class Group:
     def free(self) -> None:
         """Make whatever blocks in this group raise. From any thread.
 
-        nccl: abort the communicators. gloo: shut down its sockets.
+        nccl: abort the communicators. gloo: shut down its sockets; while members connect, those are still to come.
         """
+        self._freed = True
         self._woken.set()
         if self.device.type == "cuda":
             if dist.is_initialized():
                 dist.distributed_c10d._abort_process_group()
+        elif self._before is not None:
+            self._freeing = threading.Thread(target=self._keep_free, name="free-connecting", daemon=True)
+            self._freeing.start()
         else:
             shut_down(self._sockets)
+
+    def _keep_free(self) -> None:
+        while (before := self._before) is not None:
+            sockets = opened_since(before)
+            shut_down(sockets)
+            knock(sockets, self.size)
+            time.sleep(FREE_S)
 
     def close(self) -> None:
         """Drop the group; peers blocked in it are freed."""

@@ -50,7 +50,7 @@ class LocalRun:
         self._end: dict[str, Any] | None = None
         self._ended = threading.Event()
         self._follower: threading.Thread | None = None
-        self.host: HostHere | HostProcess | None = None
+        self.hosting: HostHere | HostProcess | None = None
         self.processes: list[subprocess.Popen[bytes]] = []
 
     def __enter__(self) -> LocalRun:
@@ -69,10 +69,10 @@ class LocalRun:
             host_settings(run.config, self._token, self._address), {"changed_code": run.changed_code or None},
         )  # fmt: skip
         if self._own_host is None:
-            self.host = HostHere(*arguments)
+            self.hosting = HostHere(*arguments)
         else:
-            self.host = HostProcess(*arguments, living=self._living, environment=self._own_host)
-        self.url = self.host.start()
+            self.hosting = HostProcess(*arguments, living=self._living, environment=self._own_host)
+        self.url = self.hosting.start()
         self.link = DriverLink(self.url, self._token)
         self._follower = threading.Thread(target=self._follow, name="local-run-follower", daemon=True)
         self._follower.start()
@@ -164,8 +164,8 @@ class LocalRun:
                 process.kill()
                 process.wait()
         self._ended.set()
-        if self.host is not None:
-            self.host.stop()
+        if self.hosting is not None:
+            self.hosting.stop()
         if self._follower is not None:
             self._follower.join(10)
 

@@ -2,7 +2,8 @@
 
 Gloo has no working abort (measured: it returns at once, and the collective waits out its time-out). Shutting down
 its connected sockets makes every blocked collective raise at once, also inside DDP. A listening socket must never be
-touched: that ends the process.
+touched: that ends the process. While members connect, one of each two listens for the other; if that one is dead by
+then, gloo waits for it to the end of its time-out (measured: 30 of 30 s), so somebody else comes in its place and goes.
 """
 
 from __future__ import annotations
@@ -11,7 +12,10 @@ import fcntl
 import os
 import socket
 import struct
+from collections.abc import Iterator
+from contextlib import suppress
 
+KNOCK_S = 1.0
 _SIOCGIFADDR = 0x8915  # netdevice(7)
 
 
@@ -58,21 +62,46 @@ def opened_since(before: dict[str, int]) -> dict[str, int]:
 
 
 def shut_down(sockets: dict[str, int]) -> int:
-    """Shut down those that are still the same sockets and have a peer; returns how many."""
-    now, count = open_sockets(), 0
+    """Shut down those that are still the same sockets and do not listen; returns how many."""
+    count = 0
+    for duplicate, listens in _streams(sockets):
+        if not listens:
+            with suppress(OSError):  # already closed by the other side
+                duplicate.shutdown(socket.SHUT_RDWR)
+                count += 1
+    return count
+
+
+def knock(sockets: dict[str, int], size: int) -> int:
+    """Come to each that listens as the members that it waits for, and go at once; returns how many came.
+
+    Gloo tells who comes by a number that it handed out for each member: they count from 0 for each listening socket
+    (gloo/transport/tcp/listener.cc), and are the first 8 bytes of a connection.
+
+    Args:
+        size: members of the group.
+    """
+    count = 0
+    for duplicate, listens in _streams(sockets):
+        if not listens:
+            continue
+        for number in range(size):
+            with suppress(OSError), socket.create_connection(duplicate.getsockname()[:2], KNOCK_S) as caller:
+                caller.sendall(struct.pack("=q", number))
+                count += 1
+    return count
+
+
+def _streams(sockets: dict[str, int]) -> Iterator[tuple[socket.socket, bool]]:
+    """Of those that are still the same, duplicates of the TCP sockets, and whether they listen."""
+    now = open_sockets()
     for inode, fd in sockets.items():
         if now.get(inode) != fd:
             continue
         try:
             duplicate = socket.socket(fileno=os.dup(fd))
-        except OSError:
+        except OSError:  # closed while we looked
             continue
-        try:
-            duplicate.getpeername()
-            duplicate.shutdown(socket.SHUT_RDWR)
-            count += 1
-        except OSError:  # a listener, or already closed
-            pass
-        finally:
-            duplicate.close()
-    return count
+        with duplicate:
+            if duplicate.family in (socket.AF_INET, socket.AF_INET6) and duplicate.type == socket.SOCK_STREAM:
+                yield duplicate, bool(duplicate.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))

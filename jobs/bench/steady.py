@@ -12,10 +12,10 @@ WIDTH = 256
 CONFIG = TrainConfig(batch=BatchOptions(global_size=24, microbatches=12), observe=ObserveOptions(tensorboard=False))
 
 
-def build_model():
+def build_model(width: int = WIDTH):
     from torch import nn
 
-    return nn.Sequential(nn.Linear(64, WIDTH), nn.ReLU(), nn.Linear(WIDTH, WIDTH), nn.ReLU(), nn.Linear(WIDTH, 8))
+    return nn.Sequential(nn.Linear(64, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 8))
 
 
 @dataclass
@@ -23,9 +23,10 @@ class Steady(elastic.Job):
     """A multi-layer perceptron whose forward passes take a given time."""
 
     pause: float = field(default=0.05, metadata={"help": "seconds that a forward pass waits"})
+    width: int = field(default=WIDTH, metadata={"help": "of the hidden layers"})
 
     def model(self):
-        return build_model()
+        return build_model(self.width)
 
     def optimizer(self, model):
         import torch
