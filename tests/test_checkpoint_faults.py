@@ -32,18 +32,27 @@ UPLOADER_POINTS = ["upload.begin", "upload.part", "upload.before_complete", "upl
 KEEPER_POINTS = ["checkpoint.before_manifest", "checkpoint.after_manifest", "prune.after_manifest"]
 
 
-def _plan(point: str, step: int, tmp_path: Path, **more: object) -> dict[str, str]:
-    """One process dies there, once."""
-    planned = [{"point": point, "step": step, "do": "kill", "only": str(tmp_path / "happened"), **more}]
-    return {"ELASTIC_FAULTS": json.dumps(planned)}
+def _kill(point: str, tmp_path: Path, **more: object) -> dict[str, object]:
+    """One process dies there, at step 6, once."""
+    return {"point": point, "step": 6, "do": "kill", "only": str(tmp_path / "happened"), **more}
 
 
-def _run(tmp_path: Path, workers: int, environment: dict[str, str], **options: object) -> Ran:
-    config = configure(tmp_path, "run", checkpoint__every="3st", scaling__max_workers=workers, **options)
-    run = prepare(Everything(), config)
-    failure = None
-    with local_run(run, workers, environment=environment) as local:
+def _run(tmp_path: Path, workers: int, faults: list[dict[str, object]], then: str | None = None) -> Ran:
+    """A run that saves every 3 steps. It goes beyond step 4 when the first of them is committed, and beyond step 8 when
+    there is one more event of the kind `then`."""
+    config = configure(tmp_path, "run", checkpoint__every="3st", eval__every="3st", scaling__max_workers=workers)
+    run, watch, failure = prepare(Everything(), config), Watch(), None
+    until = [(4, "checkpoint_committed"), *([(8, then)] if then else [])]
+    gates = [tmp_path / f"step {step}" for step, _ in until]
+    for gate in gates:
+        gate.touch()
+    holds = [{"point": "step.forward", "step": s, "do": "hold", "file": str(g)} for (s, _), g in zip(until, gates)]
+    environment = {"ELASTIC_FAULTS": json.dumps([*holds, *faults])}
+    with local_run(run, workers, environment=environment, on_record=watch) as local:
         try:
+            for count, ((_, kind), gate) in enumerate(zip(until, gates)):
+                watch.wait_for(lambda r, kind=kind, step=3 * count: r.get("kind") == kind and r["step"] > step)
+                gate.unlink()
             local.wait(forked.WAIT_S)
         except RunFailed as error:
             failure = str(error)
@@ -52,7 +61,7 @@ def _run(tmp_path: Path, workers: int, environment: dict[str, str], **options: o
 
 @pytest.fixture(scope="module")
 def undisturbed_every_3(fork_server: None, tmp_path_factory: pytest.TempPathFactory) -> Ran:
-    return _run(tmp_path_factory.mktemp("undisturbed-3"), 1, {}, eval__every="3st")
+    return _run(tmp_path_factory.mktemp("undisturbed-3"), 1, [])
 
 
 # ---- workers -------------------------------------------------------------------------------------------------------
@@ -62,7 +71,7 @@ def undisturbed_every_3(fork_server: None, tmp_path_factory: pytest.TempPathFact
 def test_a_run_whose_only_worker_dies_while_it_saves_goes_on_from_the_checkpoint_before(
     point, tmp_path, undisturbed_every_3
 ):
-    killed = _run(tmp_path, 1, _plan(point, 6, tmp_path), eval__every="3st")
+    killed = _run(tmp_path, 1, [_kill(point, tmp_path)])
 
     assert (tmp_path / "happened").exists()
     assert "ended without a result" in (killed.failure or "")
@@ -76,7 +85,7 @@ def test_a_run_whose_only_worker_dies_while_it_saves_goes_on_from_the_checkpoint
 def test_a_worker_that_dies_while_two_save_costs_that_checkpoint_and_the_other_saves_again(
     tmp_path, undisturbed_every_3
 ):
-    ran = _run(tmp_path, 2, _plan("checkpoint.staged", 6, tmp_path, rank=1), eval__every="3st")
+    ran = _run(tmp_path, 2, [_kill("checkpoint.staged", tmp_path, rank=1)], "checkpoint_committed")
 
     assert ran.failure is None
     assert ran.sha == undisturbed_every_3.sha
@@ -91,7 +100,7 @@ def test_a_worker_that_dies_while_two_save_costs_that_checkpoint_and_the_other_s
 
 @pytest.mark.parametrize("point", UPLOADER_POINTS)
 def test_a_dead_uploader_costs_that_checkpoint_and_nothing_else(point, tmp_path, undisturbed_every_3):
-    ran = _run(tmp_path, 2, _plan(point, 6, tmp_path, rank=0), eval__every="3st")
+    ran = _run(tmp_path, 2, [_kill(point, tmp_path, rank=0)], "checkpoint_failed")
 
     assert (tmp_path / "happened").exists()
     assert ran.failure is None
