@@ -31,10 +31,8 @@ def _gathered(runs, values, buffer_words=0, changed=()):
         for i in run:
             _add(records, *values[i], changed=changed[i] if changed else 0)
         ranks.append(records)
-    width = max(len(run) for run in runs)
-    everyone = torch.zeros(len(runs), width, ranks[0]._rows[0].numel(), dtype=torch.int64)
-    for rank, records in enumerate(ranks):
-        everyone[rank, : len(records._rows)] = torch.stack(records._rows)
+    longest = max(len(run) for run in runs)
+    everyone = torch.stack([records._matrix(longest) for records in ranks])
     return PendingRecord(ranks[0], everyone, None).result()
 
 

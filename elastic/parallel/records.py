@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import xxhash
@@ -53,7 +54,8 @@ class Records:
     rank: int
     device: torch.device
     buffer_words: int = 0
-    _rows: list[torch.Tensor] = field(default_factory=list)
+    _words: list[list[int]] = field(default_factory=list)
+    _values: list[list[Any]] = field(default_factory=list)
     _names: list[str] | None = None
 
     def add(
@@ -66,35 +68,60 @@ class Records:
         elif names != self._names:
             raise ValueError(f"loss() returned metrics {names}, but {self._names} for the microbatch before")
         values = [loss, weight, *(metrics[n] for n in names)]
-        sums = torch.stack(
-            [torch.as_tensor(v, dtype=torch.float64).detach().to(self.device).reshape(()) for v in values]
-        ).view(torch.int64)
-        words = [_signed(changed >> (64 * i)) for i in range(self.buffer_words)]
-        self._rows.append(torch.cat([torch.tensor([digests[0], *words], device=self.device), sums]))
-        for digest in digests[1:]:
-            self._rows.append(torch.tensor([digest] + [0] * (self.buffer_words + len(values)), device=self.device))
+        rest = [0] * len(values)
+        for i, digest in enumerate(digests):
+            words = [_signed(changed >> (64 * w)) if i == 0 else 0 for w in range(self.buffer_words)]
+            self._words.append([digest, *words])
+            self._values.append([_detached(v) for v in values] if i == 0 else rest)
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self._words)
 
     def mark(self, mask: int) -> None:
         """Set further bits of the mask."""
         for i in range(self.buffer_words):
-            self._rows[-1][1 + i] |= _signed(mask >> (64 * i))
+            self._words[-1][1 + i] |= _signed(mask >> (64 * i))
 
     def gather(self, group: dist.ProcessGroup | None) -> PendingRecord:
         """Start the all-gather; call `result` on what comes back after the backward pass."""
         assert self._names is not None
-        assert len(self._rows) == len(self.runs[self.rank])
-        mine = torch.stack(self._rows)
+        assert len(self._words) == len(self.runs[self.rank])
+        mine = self._matrix(max(map(len, self.runs)))
         if len(self.runs) == 1:
             return PendingRecord(self, mine.unsqueeze(0), None)
-        longest = max(map(len, self.runs))
-        padded = torch.zeros(longest, mine.shape[1], dtype=torch.int64, device=self.device)
-        padded[: len(mine)] = mine
-        everyone = torch.empty(len(self.runs), *padded.shape, dtype=torch.int64, device=self.device)
-        work = all_gather_flat(everyone.view(-1), padded.view(-1), group=group, async_op=True)
-        return PendingRecord(self, everyone, work, padded)
+        everyone = torch.empty(len(self.runs), *mine.shape, dtype=torch.int64, device=self.device)
+        work = all_gather_flat(everyone.view(-1), mine.view(-1), group=group, async_op=True)
+        return PendingRecord(self, everyone, work, mine)
+
+    def _matrix(self, height: int) -> torch.Tensor:
+        """This rank's rows on its device, int64. Nothing here waits for a device: the numbers go there in one copy from
+        pinned memory, and what the model computed is there already."""
+        first, count = 1 + self.buffer_words, len(self._values)
+        host = torch.zeros(
+            height, first + len(self._values[0]), dtype=torch.int64, pin_memory=self.device.type == "cuda"
+        )
+        words = host.numpy()
+        words[:count, :first] = self._words
+        floats, computed = words.view(np.float64), []
+        for column, values in enumerate(zip(*self._values), first):
+            if any(isinstance(v, torch.Tensor) for v in values):
+                computed.append((column, values))
+            else:
+                floats[:count, column] = values
+        mine = host.to(self.device, non_blocking=True)
+        for column, values in computed:
+            zero = torch.zeros((), dtype=torch.float64, device=self.device)
+            found = [v if isinstance(v, torch.Tensor) else zero + v for v in values]
+            mine[:count, column] = torch.stack(found).view(torch.int64)
+        return mine
+
+
+def _detached(value: Any) -> Any:
+    """A number, or a float64 scalar where the model computed it."""
+    if not isinstance(value, torch.Tensor):
+        return float(value)
+    value = value.detach()
+    return value.double().reshape(()) if value.device.type != "cpu" else value.item()
 
 
 @dataclass
@@ -110,21 +137,21 @@ class PendingRecord:
         """Wait, and sum in tree order over the microbatches of the whole step."""
         if self.work is not None:
             self.work.wait()
-        host = self.everyone.cpu()
-        rows = torch.cat([host[rank, : len(run)] for rank, run in enumerate(self.records.runs)])
+        host = self.everyone.cpu().numpy()  # numpy costs a tenth of torch for arrays as small as these
         order = [microbatch for run in self.records.runs for microbatch in run]
-        rows[order] = rows.clone()
+        rows = np.empty((len(order), host.shape[2]), np.int64)
+        rows[order] = np.concatenate([host[rank, : len(run)] for rank, run in enumerate(self.records.runs)])
         words = 1 + self.records.buffer_words
-        sums = rows[:, words:].contiguous().view(torch.float64)
-        total = tree_sum(list(sums.unbind(0)), torch.add).tolist()
+        sums = rows[:, words:].copy().view(np.float64)
+        with np.errstate(all="ignore"):  # who looks at the sum finds what is not finite
+            total = tree_sum(list(sums), np.add).tolist()
         changed = 0
         for i in range(self.records.buffer_words):
-            for word in rows[:, 1 + i].tolist():
-                changed |= (word & (1 << 64) - 1) << (64 * i)
+            changed |= int(np.bitwise_or.reduce(rows[:, 1 + i]).view(np.uint64)) << (64 * i)
         names = self.records._names or []
-        digest = xxhash.xxh3_64_hexdigest(rows[:, 0].contiguous().numpy().astype("<i8").tobytes())
-        bad = (~torch.isfinite(sums[:, :2]).all(1)).nonzero()
-        first_bad = int(bad[0]) if len(bad) else None
+        digest = xxhash.xxh3_64_hexdigest(rows[:, 0].astype("<i8").tobytes())
+        finite = np.isfinite(sums[:, :2]).all(1)
+        first_bad = None if finite.all() else int(finite.argmin())
         return StepRecord(total[0], total[1], dict(zip(names, total[2:])), digest, changed, first_bad)
 
 
