@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from elastic.data.deal import deal
-from elastic.parallel.layout import Held, Layout, holders, lay_out, lockstep, lost_shards, moves, shard_range
+from elastic.parallel.layout import Held, Layout, holders, lay_out, lockstep, lost_shards, moves, shard_range, sources
 
 sizes = st.integers(1, 12)
 
@@ -135,3 +135,13 @@ def test_moves_bring_every_row_to_everyone_who_needs_it_from_someone_who_has_it(
         assert have.start <= m.start < m.stop <= have.stop
         holder = any(m.target in ranks and m.source != m.target and m.target in found[old] for ranks in found)
         assert not holder, "who holds rows takes them from itself"
+
+
+@given(st.lists(st.integers(-1, 3), min_size=1, max_size=9))
+def test_who_lacks_the_newest_state_takes_it_from_those_that_have_it_in_turn(steps):
+    found = sources(steps)
+
+    assert all(steps[source] == max(steps) for source in found)
+    assert all(source == rank for rank, source in enumerate(found) if steps[rank] == max(steps))
+    given_by = [sum(s == giver != rank for rank, s in enumerate(found)) for giver in set(found)]
+    assert max(given_by) - min(given_by) <= 1

@@ -112,6 +112,17 @@ def holders(held: Sequence[Held]) -> list[list[int]] | None:
     return None
 
 
+def sources(steps: Sequence[int]) -> list[int]:
+    """Where each rank takes a whole state from: itself if that is the newest, else one of those that have it, in turn.
+
+    Args:
+        steps: of the state that each rank holds; -1: none.
+    """
+    having = [rank for rank, step in enumerate(steps) if step == max(steps)]
+    takers = [rank for rank, step in enumerate(steps) if step != max(steps)]
+    return [rank if rank in having else having[takers.index(rank) % len(having)] for rank in range(len(steps))]
+
+
 def lost_shards(held: Sequence[Held]) -> str:
     """For people: which parts of the newest state nobody holds."""
     newest = max((h.step for h in held), default=-1)

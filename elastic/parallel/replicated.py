@@ -93,6 +93,7 @@ class FastReplica(_Replica):
             ddp = nn.parallel.DistributedDataParallel(
                 model, device_ids=[device.index] if device.type == "cuda" else None, bucket_cap_mb=bucket_mb,
                 gradient_as_bucket_view=True, **_NO_BUFFER_SYNC, find_unused_parameters=find_unused,
+                init_sync=False,  # every member has the state already
             )  # fmt: skip
             if compression == "bf16":
                 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook

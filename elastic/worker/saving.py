@@ -21,6 +21,7 @@ from elastic.config import CheckpointOptions
 from elastic.errors import CheckpointError, ElasticError
 from elastic.membership.client import RunOver, WorkerLink
 from elastic.membership.world import Generation
+from elastic.parallel.layout import sources
 from elastic.storage import Storage
 from elastic.worker.group import Group
 from elastic.worker.state import TrainState, weights_alone
@@ -314,22 +315,27 @@ def restore_newest(state: TrainState, storage: Storage, link: WorkerLink) -> int
     return 0
 
 
-def restore_from_peer(state: TrainState, group: Group, source: int, step: int, link: WorkerLink, wanted: bool) -> int:
-    """Give (as `source`) or take the whole training state.
+def restore_from_peers(state: TrainState, group: Group, held: list[int], link: WorkerLink) -> int:
+    """Who does not have the newest state takes it from one that has it.
+
+    Args:
+        held: step of each rank's state.
 
     Returns:
         the step of the state that every member now has.
     """
     began = time.monotonic()
-    giving = group.rank == source
-    values = group.send_json({"step": step, "values": state.values()} if giving else None, source)
-    tensors = group.send_tensors(state.tensors() if giving else None, source)
-    if wanted:
-        state.load(tensors, values["values"])
+    where = sources(held)
+    having = where[group.rank] == group.rank
+    values = group.send_json(state.values() if group.rank == min(where) else None, min(where))
+    tensors = group.send_tensors(state.tensors() if having else None, where)
+    if not having:
+        state.load(tensors, values)
+        detail = {"rung": "peer", "source": where[group.rank]}
         link.post(
             {
-                "kind": "event", "event": "restored", "step": values["step"],
-                "seconds": round(time.monotonic() - began, 4), "detail": {"rung": "peer", "source": source},
+                "kind": "event", "event": "restored", "step": max(held),
+                "seconds": round(time.monotonic() - began, 4), "detail": detail,
             }
         )  # fmt: skip
-    return int(values["step"])
+    return max(held)

@@ -33,7 +33,7 @@ from elastic.worker.group import Group, collective
 from elastic.worker.placing import Placing
 from elastic.worker.remesh import remesh
 from elastic.worker.run import Identity, WorkerRun
-from elastic.worker.saving import Saving, initialise, restore_from_peer, restore_newest
+from elastic.worker.saving import Saving, initialise, restore_from_peers, restore_newest
 from elastic.worker.sockets import use_interface_of
 from elastic.worker.state import TrainState, weights_sha256
 from elastic.worker.step import APPLIED, FENCE, Stepper, Update
@@ -227,8 +227,7 @@ class Session:
             source = applied.index(newest)
         held = group.gather_ints(self._applied)
         if min(held) != max(held):
-            wanted = self._applied != max(held)
-            self._applied = restore_from_peer(state, group, source, self._applied, self._link, wanted=wanted)
+            self._applied = restore_from_peers(state, group, held, self._link)
         self._world_step, self._goes_on = self._applied, newest >= 0
         return source
 
