@@ -160,3 +160,14 @@ def test_a_restarted_keeper_knows_what_the_ledger_says() -> None:
     assert record.worker_seconds(10.0) == 3 * 2.0 + 2 * 7.0
     assert not record.take_row(row(2))
     assert record.take_row(row(2, "1-2"))
+
+
+def test_an_evaluation_that_a_broken_world_repeats_counts_once_and_one_after_lost_steps_again() -> None:
+    record = Record(1)
+    first = [row(1), row(2), evaluation(3), row(3)]  # in the order in which a worker says them
+    assert all(map(record.take_row, first))
+    assert not record.take_row(evaluation(3, "1-2")), "some had ended with it when the world broke"
+    assert record.evaluated_step == 3
+
+    again = [row(2, "1-3"), evaluation(3, "1-3"), row(3, "1-3")]
+    assert all(map(record.take_row, again))

@@ -61,17 +61,24 @@ class Record:
         self._size, self._since, self._worker_seconds = 0, 0.0, 0.0
 
     def take_row(self, row: dict[str, Any]) -> bool:
-        """Returns whether the row is new; one that was sent twice counts once."""
+        """Returns whether the row is new; one that was sent twice counts once.
+
+        An evaluation is repeated when a world broke that some of its members had ended with: that counts once too.
+        """
         generation, step, evaluation = row_key(row)
         if not self._rows.setdefault((generation, evaluation), Spans()).add(step):
             return False
         if evaluation:
+            if step == self.evaluated_step:
+                return False
             self.last_eval = {k: v for k, v in row.items() if k.startswith("eval/")}
             self.evaluated_step = step
             return True
         if self._broken and self.last_row is not None:
             stall = max(0.0, row["time"] - self.last_row["time"] - self.last_row["step_s"])
             self.stalls.append({"step": row["step"], "seconds": round(stall, 4)})
+        if self.last_row is not None and step <= min(self.last_row["step"], self.evaluated_step):
+            self.evaluated_step = -1  # steps are done again, from a checkpoint before it
         self._broken = False
         self.last_row = row
         return True
