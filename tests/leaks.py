@@ -115,7 +115,7 @@ def _set_subreaper(on: bool) -> None:
         raise OSError(ctypes.get_errno(), "prctl")
 
 
-def wait_until_clean(before: Snapshot, *, ray: bool = False, timeout_s: float = 5.0) -> list[str]:
+def wait_until_clean(before: Snapshot, *, ray: bool = False, timeout_s: float = 15.0) -> list[str]:
     """Like `compare` with what is there now, after giving what is just ending the time to end.
 
     Processes that do not are killed: the next tests are innocent.
