@@ -30,6 +30,7 @@ from elastic.membership.protocol import BEAT_S, MAX_MESSAGE_BYTES
 from elastic.membership.world import Generation, Member
 
 RECONNECT_S = 0.2
+ROWS_S = 0.1  # rows are reported that often
 CLOSE_S = 1.0
 _CLOSING = aiohttp.ClientWSTimeout(ws_close=CLOSE_S)
 
@@ -72,6 +73,7 @@ class WorkerLink:
         self._inbox: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
         self._commits: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
         self._assignment: Assignment | None = None
+        self._reporting = False
         self._joining: dict[str, Any] | None = None
         self._said_joining: dict[str, Any] | None = None
         self._known = True  # the server knows where this worker stands
@@ -166,8 +168,7 @@ class WorkerLink:
         """Keep a row until the ledger has it; `report` it if that is this member's task."""
         assert self._assignment is not None, "a worker outside a world has no rows"
         self._outbox.record(row, str(self._assignment.generation), report=report)
-        if report:  # else it is kept with the next heartbeat: waking the watcher costs the training thread
-            self._wake()
+        self._reporting = report  # the watcher looks by itself: waking it costs the training thread a millisecond
 
     def report_rows(self, generation: Generation | None = None) -> None:
         """This member reports the rows that are not in the ledger yet, under the present generation or the given."""
@@ -175,6 +176,7 @@ class WorkerLink:
             assert self._assignment is not None, "a worker outside a world has no rows"
             generation = self._assignment.generation
         self._outbox.report(str(generation))
+        self._reporting = True
         self._wake()
 
     def undone(self, step: int) -> None:
@@ -324,7 +326,9 @@ class WorkerLink:
                     next_beat = now + BEAT_S
                     await socket.send_str(json.dumps(self._beat()))
                 with contextlib.suppress(asyncio.TimeoutError):
-                    await asyncio.wait_for(self._posted.wait(), next_beat - now)
+                    await asyncio.wait_for(
+                        self._posted.wait(), min(next_beat - now, ROWS_S if self._reporting else BEAT_S)
+                    )
         finally:
             reader.cancel()
 
