@@ -16,7 +16,7 @@ from jobs.bench.s3front import data_bytes, most_in_flight
 
 pytestmark = pytest.mark.processes
 MIB = 1 << 20
-PARTS = 4  # of 16 MiB, the last one short
+PARTS = 12  # of 5 MiB, the least that S3 takes, so that many go up together; the last one short
 
 
 @pytest.fixture

@@ -170,7 +170,7 @@ def test_survivors_of_a_cut_link_go_on_and_the_zombie_is_fenced_when_it_is_back(
     cluster = Cluster(hosts, tmp_path, 4, gates="5,9", checkpoint__every="5st")
     with cluster.started() as local:
         # given two workers cut off after the fence of step 5, which all passed: one blocks in the next step, and rank
-        # 0 has yet to report its row and its share of a checkpoint
+        # 0 has yet to report its row
         first = cluster.world(1)
         talker, blocked, *others = first
         cluster.await_gate(5, first.values())
@@ -201,7 +201,7 @@ def test_survivors_of_a_cut_link_go_on_and_the_zombie_is_fenced_when_it_is_back(
         cluster.open(5, first[talker])
         assert cluster.await_end(talker) == 1
         assert cluster.last_words(talker) in OUT
-        assert {"rows", "pack"} <= {s.message["kind"] for s in said if s.member == talker and s.at > back_at}
+        assert "rows" in {s.message["kind"] for s in said if s.member == talker and s.at > back_at}
 
         # and with its old state it does not come in again
         with cluster.host_of(talker).entered():

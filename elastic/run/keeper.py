@@ -122,6 +122,8 @@ class RunKeeper:
             return
         self._do(self._write_status)
         self.event(STARTED, step=self._claim_step, detail=detail)
+        if self._restarted:
+            self._do(self._note_commits_before)
 
     def stop(self) -> None:
         """Write out everything and end the thread."""
@@ -299,10 +301,10 @@ class RunKeeper:
         if self._closed:
             return
         self._events.add(record)
+        if record["kind"] not in ("worker_warm", "restored"):
+            self._events.flush()  # first, so that nobody hears of what the ledger does not know
         assert self._server is not None
         self._server.publish(record, keep=True)
-        if record["kind"] not in ("worker_warm", "restored"):
-            self._events.flush()
 
     def _take_rows(self, rows: list[dict[str, Any]]) -> None:
         if self._closed:
@@ -354,6 +356,12 @@ class RunKeeper:
         attempt.header = message["header"] or attempt.header
         if len(attempt.indexes) == attempt.size and attempt.header is not None:
             self._decided(step, name, attempt, self._commit(step, name, attempt))
+
+    def _note_commits_before(self) -> None:
+        """The keeper before may have died between a commit and its event, and nobody may be left who waits for it."""
+        for checkpoint in reversed(list(newest_first(self._storage))):
+            if checkpoint.attempt.startswith(f"{self._options.epoch}-"):
+                self._note_committed(checkpoint.step, checkpoint.attempt)
 
     def _note_committed(self, step: int, name: str) -> None:
         self._restore = {"rung": "checkpoint", "step": step, "attempt": name}
