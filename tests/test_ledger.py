@@ -11,7 +11,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from elastic.observe.ledger import EVENTS, METRICS, LedgerFile, gaps_and_doubles, kept_history, read_records, to_line
+from elastic.observe.ledger import (
+    EVENTS,
+    METRICS,
+    LedgerFile,
+    gaps_and_doubles,
+    kept_history,
+    read_records,
+    read_tail,
+    to_line,
+)
 from elastic.storage import Storage
 
 B = 8  # global batch of the rows below
@@ -85,6 +94,49 @@ def test_a_later_claim_continues_the_ledger_of_an_earlier_one(storage):
     third.compact()
 
     assert _read(storage) == [_row(1), _row(2, "2-1"), _row(3, "3-1")]
+
+
+@pytest.mark.parametrize("compacted", [False, True])
+def test_the_newest_records_are_read_without_the_others(storage, compacted, monkeypatch):
+    ledger, steps = LedgerFile(storage, METRICS, epoch=1), 20_000
+    for step in range(1, steps + 1):
+        ledger.add(_row(step))
+        if step % 500 == 0:
+            ledger.flush()
+    if compacted:
+        ledger.compact()
+    whole, read = read_records(storage, METRICS), []
+    plain = storage.read
+    monkeypatch.setattr(storage, "read", lambda *place: read.append(plain(*place)) or read[-1])
+
+    for count in (0, 1, 5, 700):
+        assert read_tail(storage, METRICS, count) == whole[steps - count :]
+    assert sum(map(len, read)) < 1 << 20, "the file has more than 3 MB"
+    assert read_tail(storage, METRICS, 2 * steps) == whole
+
+
+def test_the_tail_of_a_ledger_that_is_being_written_or_was_never(storage, folder):
+    assert read_tail(storage, METRICS, 5) == []
+    ledger = LedgerFile(folder, METRICS, epoch=1)
+    ledger.add(_row(1))
+    ledger.flush()
+    folder.append(METRICS, b'{"step": 2, "loss": 0.')
+    assert [r["step"] for r in read_tail(folder, METRICS, 5)] == [1]
+
+
+def test_the_tail_after_a_broken_compaction_has_nothing_twice(objects, monkeypatch):
+    ledger = LedgerFile(objects, METRICS, epoch=1)
+    for step in (1, 2, 3):
+        ledger.add(_row(step))
+        ledger.flush()
+        if step == 1:
+            ledger.compact()
+    with monkeypatch.context() as patch:
+        patch.setattr(objects, "remove", lambda name: None)  # the segments survive, as if the writer died here
+        ledger.compact()
+
+    assert [r["step"] for r in read_tail(objects, METRICS, 9)] == [1, 2, 3]
+    assert [r["step"] for r in read_tail(objects, METRICS, 2)] == [2, 3]
 
 
 def test_rows_and_events_do_not_mix(storage):

@@ -7,6 +7,7 @@ reader hides the difference; it tolerates a torn tail.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import time
@@ -18,6 +19,7 @@ from elastic.storage import Storage
 METRICS = "metrics.jsonl"
 EVENTS = "events.jsonl"
 FORMAT = 1
+_TAIL_BYTES = 64 << 10
 
 
 def to_line(record: dict[str, Any]) -> str:
@@ -98,12 +100,43 @@ def _lines(storage: Storage, name: str) -> Iterator[str]:
 
 def read_records(storage: Storage, name: str) -> list[dict[str, Any]]:
     """All records of `metrics.jsonl` or `events.jsonl`, in the order written, without doubles of a compaction."""
-    records: list[dict[str, Any]] = []
-    for line in _lines(storage, name):
-        try:
+    return [record for line in _lines(storage, name) for record in _parse(line)]
+
+
+def read_tail(storage: Storage, name: str, count: int) -> list[dict[str, Any]]:
+    """The newest `count` records, oldest first, or all if there are fewer. Reads from the end, as much as it needs."""
+    found: list[dict[str, Any]] = []
+    with contextlib.suppress(FileNotFoundError):  # compacted at this moment: the one file has them all
+        for segment in reversed(storage.names(f"{name}.d")):
+            found = _parse(storage.read(f"{name}.d/{segment}").decode(errors="replace")) + found
+            if len(found) >= count:
+                return found[len(found) - count :]
+    older = [r for r in _tail_of(storage, name, count) if r not in found]  # a broken compaction left them twice
+    return (older + found)[max(0, len(older) + len(found) - count) :]
+
+
+def _tail_of(storage: Storage, name: str, count: int) -> list[dict[str, Any]]:
+    try:
+        size = storage.size(name)
+    except FileNotFoundError:
+        return []  # never compacted yet
+    block = _TAIL_BYTES
+    while True:
+        start = max(0, size - block)
+        text = storage.read(name, start, size).decode(errors="replace")
+        if start:
+            text = text.partition("\n")[2]  # the first line may have begun before
+        found = _parse(text)
+        if not start or len(found) >= count:
+            return found
+        block *= 4
+
+
+def _parse(text: str) -> list[dict[str, Any]]:
+    records = []
+    for line in text.split("\n"):
+        with contextlib.suppress(ValueError):  # a torn tail: the writer died, or is, in the middle of a line
             records.append(json.loads(line))
-        except ValueError:
-            continue  # a torn tail: the writer died in the middle of a line
     return records
 
 
