@@ -9,6 +9,7 @@ from pathlib import Path
 
 from elastic import __version__
 from elastic.errors import ConfigError, ElasticError
+from elastic.tools.control import add_control
 from elastic.tools.verbs import add_verbs, run
 
 TEMPLATE = '''\
@@ -79,6 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     verb = verbs.add_parser("init", help="write a small job that runs as it is")
     verb.add_argument("file", help="for example job.py")
     verb.set_defaults(run=_init)
+    add_control(verbs)
     add_verbs(verbs)
     arguments = parser.parse_args(argv)
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -33,9 +34,16 @@ except SystemExit:
     pass
 helped = sorted(sys.modules)
 cli.main(["checkpoints", "ls", sys.argv[1], "--verify"])
+cli.main(["runs", sys.argv[1]])
+for verb in ("status", "stop", "checkpoint"):
+    cli.main([verb, sys.argv[1] + "/run"])
 print(json.dumps([helped, sorted(sys.modules)]))
 """
     (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "run").mkdir()
+    status = {"format": 1, "status": "running", "heartbeat": time.time(), "host": "here", "owner": "ann"}
+    status["server"] = "http://127.0.0.1:9"
+    (tmp_path / "run" / "status.json").write_text(json.dumps(status))
 
     done = subprocess.run(
         [sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, check=True, timeout=60
@@ -44,8 +52,8 @@ print(json.dumps([helped, sorted(sys.modules)]))
     helped, looked = json.loads(done.stdout.splitlines()[-1])
     assert "no committed checkpoint" in done.stdout
     assert {"torch", "ray", "numpy", "aiohttp", "tyro", "rich", "xxhash", "fsspec"} & set(helped) == set()
-    assert "elastic.tools.inspecting" in looked
-    assert {"torch", "ray"} & set(looked) == set()
+    assert {"elastic.tools.inspecting", "elastic.tools.registry", "elastic.tools.live"} < set(looked)
+    assert {"torch", "ray", "aiohttp"} & set(looked) == set()
 
 
 def test_every_public_name_can_be_imported():

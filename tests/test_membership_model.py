@@ -16,6 +16,7 @@ from elastic.membership.messages import (
     Break,
     Command,
     Done,
+    Drained,
     Dropped,
     Event,
     Expected,
@@ -34,12 +35,14 @@ from elastic.membership.messages import (
     Refuse,
     Registered,
     SaveNow,
+    Scaled,
+    Stopped,
     Suspect,
     Tick,
     Unfit,
     Welcome,
 )
-from elastic.membership.state import Limits, Phase, State, ask_again_s
+from elastic.membership.state import Limits, Phase, State, ask_again_s, going
 from elastic.membership.world import Generation, Member, World
 from jobs.bench import forming
 
@@ -350,6 +353,80 @@ def test_a_member_that_only_lost_its_connection_is_welcome() -> None:
     assert isinstance(register(machine, "c", 2, n=1)[0], Refuse)
 
 
+# ---- what people ask for ------------------------------------------------------------------------------------------
+
+
+def test_scaled_down_a_world_lets_go_at_a_boundary_and_who_is_too_many_ends() -> None:
+    machine = three(max_workers=3, spares=1)
+    machine.join("spare")
+    first = machine.tell(Scaled(1, machine.now))
+    assert isinstance(first[-1], Leave)
+    machine.join("a", 7)
+    machine.join("b", 7)
+    commands = machine.join("c", 7)
+    (kept,) = formed(commands).members
+    handed = [c.member.id for c in first + commands if isinstance(c, HandOver)]
+    assert len(handed) == 2, "of four, one is in the world and one is a spare"
+    assert {kept.id, *handed, *machine.state.waiting} == {"a", "b", "c", "spare"}
+    assert machine.wait(60) == []
+    (leave,) = machine.tell(Scaled(2, machine.now))
+    assert isinstance(leave, Leave), "it is taken in again when there is room"
+
+
+def test_scaled_up_a_world_takes_in_who_comes() -> None:
+    machine = three(max_workers=3)
+    assert machine.join("d") == []
+    (leave,) = machine.tell(Scaled(4, machine.now))
+    assert isinstance(leave, Leave)
+
+
+def test_a_drained_worker_hands_over_at_once_or_when_another_came() -> None:
+    machine = three()
+    (leave,) = machine.tell(Drained("b", machine.now, machine.now))
+    assert isinstance(leave, Leave)
+    machine.join("a", 7)
+    machine.join("b", 7)
+    form, hand = machine.join("c", 7)
+    assert {m.id for m in formed([form]).members} == {"a", "c"}
+    assert hand == HandOver(Member("b", "node-b"))
+    assert isinstance(machine.join("b", 7)[0], Refuse)
+
+    machine = three()
+    assert machine.tell(Drained("b", machine.now + 60, machine.now)) == []
+    assert machine.wait(40) == []
+    (leave,) = machine.join("d")
+    assert isinstance(leave, Leave)
+
+
+def test_a_drained_worker_that_cannot_be_spared_stays_until_another_came_and_a_spare_ends_at_once() -> None:
+    machine = three(min_workers=3)
+    (save,) = machine.tell(Drained("b", machine.now, machine.now))
+    assert isinstance(save, SaveNow)
+    assert machine.wait(60) == []
+    (leave,) = machine.join("d")
+    assert isinstance(leave, Leave)
+
+    machine = three()
+    machine.join("spare")
+    assert machine.tell(Drained("spare", machine.now, machine.now)) == [HandOver(Member("spare", "node-spare"))]
+
+
+def test_a_parked_run_is_stopped_by_its_newest_worker_and_one_without_a_world_at_once() -> None:
+    machine = three(min_workers=3)
+    machine.lose("b")
+    machine.join("a", 7)
+    machine.join("c", 8)
+    assert machine.tell(Stopped("enough", machine.now)) == [GiveUp(Member("c", "node-c"), "enough", "stopped")]
+    assert machine.lose("c") == [GiveUp(Member("a", "node-a"), "enough", "stopped")]
+
+    machine = Machine(min_workers=2)
+    machine.join("a")
+    assert machine.tell(Stopped("enough", machine.now)) == [GiveUp(None, "enough", "stopped")]
+
+    machine = three()
+    assert machine.tell(Stopped("enough", machine.now)) == [], "who trains is told by the wish"
+
+
 # ---- sizes --------------------------------------------------------------------------------------------------------
 
 
@@ -494,7 +571,7 @@ class Cluster(RuleBasedStateMachine):
         assert world.generation not in self.worlds, "two worlds of one generation"
         assert all(world.generation > g for g in self.worlds), "generations only grow"
         assert self.limits.microbatches is not None
-        assert len(world.ids) == world.size <= min(max(2, self.limits.max_workers), self.limits.microbatches)
+        assert len(world.ids) == world.size <= min(max(2, self.state.limits.max_workers), self.limits.microbatches)
         assert world.size >= self.limits.min_workers
         self.worlds[world.generation] = world
         members = [self.workers[m.id] for m in world.members]
@@ -616,6 +693,19 @@ class Cluster(RuleBasedStateMachine):
     def drain(self, node: int, seconds: float) -> None:
         self.tell(Notice(f"n{node}", self.now + seconds, self.now))
 
+    @rule(number=st.integers(0, 99), seconds=st.floats(0, 60))
+    @precondition(lambda self: bool(self.connected()) and len(self.state.drained) < 2)
+    def drain_worker(self, number: int, seconds: float) -> None:
+        worker = self.choose(number, self.connected()).member.id
+        self.tell(Drained(worker, self.now + seconds, self.now))
+
+    @rule(most=st.integers(1, 5))
+    def scale(self, most: int) -> None:
+        assert self.limits.microbatches is not None
+        most = min(max(most, self.limits.min_workers), self.limits.microbatches)
+        self.limits = replace(self.limits, max_workers=most)
+        self.tell(Scaled(most, self.now))
+
     @rule(seconds=st.sampled_from([0.1, 0.5, 1.5, 3.0, 40.0]))
     def tick(self, seconds: float) -> None:
         self.now += seconds
@@ -716,13 +806,16 @@ class Cluster(RuleBasedStateMachine):
                 if self.must_leave(w):
                     self.say_join(w)
             self.tick(40.0)
-        staying = [w for w in self.living() if w.member.node not in self.state.notices]
+        staying = [w for w in self.living() if going(self.state, w.member) is None]
         if len(staying) < self.limits.min_workers:
             return
         assert self.state.phase is Phase.RUNNING
         assert self.state.world is not None
         assert self.limits.microbatches is not None
         inside = self.state.world.ids & {w.member.id for w in staying}
+        if not inside:  # a batch cut so coarsely leaves no second place, in which the state could be given
+            assert self.limits.microbatches == 1
+            return
         most = min(len(staying), self.limits.max_workers)
         assert rounds(self.limits.microbatches, len(inside)) == rounds(self.limits.microbatches, most)
         spares = [w for w in staying if w.member.id not in inside]

@@ -134,7 +134,7 @@ def pick(_):
     return "finished"
 
 ray.init(address=sys.argv[1])
-plan = GroupPlan("http://127.0.0.1:9", "none", 8, {"GPU": 1.0, "CPU": 1.0}, "elastic/gpus/")
+plan = GroupPlan("http://127.0.0.1:9", "none", 8, 0, None, {"GPU": 1.0, "CPU": 1.0}, "elastic/gpus/")
 RayTrainer(pick, name="gpus", storage_path=str(folder / "markers"), plan=plan, accelerator="gpu").run()
 """
 

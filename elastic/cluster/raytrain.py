@@ -39,6 +39,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from elastic.cluster.capacity import full_nodes
 from elastic.membership.driver import DriverLink
+from elastic.membership.forming import helpful_size
 
 TESTED_RAY = "2.60."
 POLL_S = 0.2
@@ -59,17 +60,24 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class GroupPlan:
-    """What a worker group is to have: `want` workers of `unit` resources, for the run hosted at `url`.
+    """What a worker group is to have, for the run hosted at `url`: workers of `unit` resources each.
 
-    `per_node` is the most workers on one node; `name` is the prefix of the placement groups' names.
+    `max_workers` is that of the start, of `microbatches` in a step; `per_node` is the most workers on one node; `name`
+    is the prefix of the placement groups' names.
     """
 
     url: str
     token: str
-    want: int
+    max_workers: int
+    spares: int
+    microbatches: int | None
     unit: dict[str, float]
     name: str
     per_node: int | None = None
+
+    def want(self, max_workers: int) -> int:
+        """How many workers to have where a world has at most so many: all that help, and spares."""
+        return helpful_size(self.microbatches, max_workers) + self.spares
 
 
 def find_running_cluster() -> str | None:
@@ -116,7 +124,7 @@ class StartPolicy(ScalingPolicy):
         self._plan = plan
 
     def _get_num_workers_for_resource_request(self) -> int:
-        return self._plan.want
+        return self._plan.want(self._plan.max_workers)
 
     def after_controller_start(self, train_run_context: Any) -> None:
         """No request to Ray's autoscaling coordinator: placement groups are the only way we ask for nodes."""
@@ -128,7 +136,9 @@ class StartPolicy(ScalingPolicy):
         """Nothing was requested."""
 
     def make_decision_for_non_running_worker_group(self) -> Any:
-        return ResizeDecision(num_workers=self._plan.want, resources_per_worker=dict(self._plan.unit))
+        return ResizeDecision(
+            num_workers=self._plan.want(self._plan.max_workers), resources_per_worker=dict(self._plan.unit)
+        )
 
     def make_decision_for_running_worker_group(self, worker_group_state: Any, worker_group_status: Any) -> Any:
         return NoopDecision()
@@ -203,9 +213,11 @@ class Group(WorkerGroup):
         loop_config: Any = self._train_run_context.train_loop_config
         self._plan: GroupPlan = loop_config["group"]
         self._link = DriverLink(self._plan.url, self._plan.token)
+        self._want = self._plan.want(self._plan.max_workers)
         self._units: list[_Unit] = []
         self._numbers = itertools.count()
         self._draining: dict[str, int] = {}
+        self._drained: set[str] = set()
         self._next_nodes = self._ask_after = 0.0
         self._worker_group_state = None
         restart = next(Group._restarts)
@@ -251,14 +263,22 @@ class Group(WorkerGroup):
     def _ask_for_missing(self) -> None:
         if any(u.stage is _Stage.OVER for u in self._units):
             return  # the run is ending
+        staying = [u for u in self._units if u.node not in self._draining and u.id not in self._drained]
+        self._withdraw(len(staying) - self._want)
         if time.monotonic() < self._ask_after:
             return  # the last ones could not get ready
-        have = sum(u.node not in self._draining for u in self._units)
-        for _ in range(self._plan.want - have):
+        for _ in range(self._want - len(staying)):
             if self._plan.per_node and any(u.stage is _Stage.ASKED for u in self._units):
                 return  # where the last one comes decides which nodes are full
             full = full_nodes([u.node for u in self._units if u.node], self._plan.per_node)
             self._units.append(_Unit(self._plan, next(self._numbers), full))
+
+    def _withdraw(self, count: int) -> None:
+        """The run was scaled down: ask no more for what has not come. Who is there is let go by the server."""
+        asked = [u for u in self._units if u.stage is _Stage.ASKED]
+        for unit in asked[: max(0, count)]:
+            self._units.remove(unit)
+            unit.drop()
 
     def _collect(self, timeout: float) -> None:
         """Take what became ready: placement groups, started processes, answers to polls, and deaths."""
@@ -292,7 +312,7 @@ class Group(WorkerGroup):
         unit.actor.init_train_context.remote(
             train_run_context=self._train_run_context,
             distributed_context=DistributedContext(
-                world_rank=0, world_size=self._plan.want, local_rank=0, local_world_size=1, node_rank=0
+                world_rank=0, world_size=self._want, local_rank=0, local_world_size=1, node_rank=0
             ),
             synchronization_actor=None, storage_context=self._storage_context, worker_callbacks=[],
             controller_actor=ray.get_runtime_context().current_actor,
@@ -303,6 +323,7 @@ class Group(WorkerGroup):
         if not status.running and status.error is None and status.return_value in ("fenced", "handed over", "unfit"):
             self._units.remove(unit)
             unit.drop()
+            self._next_nodes = 0.0  # ask at once how many there are to be, before one is asked for in its place
             if status.return_value == "unfit":
                 self._ask_after = time.monotonic() + 2 * NODES_S  # by then the server has said for how long
         else:
@@ -336,6 +357,8 @@ class Group(WorkerGroup):
         if seen["phase"] == "rebuilding":
             self._tell("/expected", {"ids": [u.id for u in self._units if u.stage is _Stage.RUNNING]})
             self._draining = {}  # it knows of no notice either
+        self._want = self._plan.want(seen["max_workers"])
+        self._drained = set(seen["drained"])
         self._ask_after = max(self._ask_after, now + seen["ask_again_s"])
         for unit in list(self._units):
             if unit.id in seen["condemned"]:
@@ -374,7 +397,7 @@ class RayTrainer(DataParallelTrainer):
         accelerator: str,
     ):  # fmt: skip
         scaling_config: Any = ScalingConfig(
-            num_workers=plan.want, use_gpu=accelerator == "gpu", resources_per_worker=plan.unit
+            num_workers=plan.want(plan.max_workers), use_gpu=accelerator == "gpu", resources_per_worker=plan.unit
         )
         run_config: Any = RunConfig(name=name, storage_path=storage_path)
         super().__init__(

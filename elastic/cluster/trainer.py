@@ -181,15 +181,17 @@ class _Drive:
             remove_placement_groups,
             session_folder,
         )
-        from elastic.membership.forming import helpful_size
         from elastic.worker.run import WorkerRun
 
         run = self._run
         worker_run = WorkerRun(run.job, run.config, run.plan, run.digest, run.folder.storage.url, url, token)
         scaling, prefix = run.config.scaling, placement_group_name(run.name)
-        want = helpful_size(run.plan.microbatches, scaling.max_workers) + scaling.spares
         unit = worker_resources(accelerator, scaling.cpus_per_worker)
-        plan = GroupPlan(url, token, want, unit, prefix, scaling.workers_per_node)
+        plan = GroupPlan(
+            url, token, scaling.max_workers, scaling.spares, run.plan.microbatches, unit, prefix,
+            scaling.workers_per_node,
+        )  # fmt: skip
+        want = plan.want(scaling.max_workers)
         markers = tempfile.mkdtemp(prefix="elastic-", dir=session_folder())
         trainer = RayTrainer(
             training_function(worker_run, accelerator), name=run.name, storage_path=markers, plan=plan,

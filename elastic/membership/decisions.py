@@ -15,12 +15,13 @@ from __future__ import annotations
 import sys
 from dataclasses import replace
 
-from elastic.membership.forming import all_back, awaited, choose, helpful_size, may_follow, usable
+from elastic.membership.forming import all_back, awaited, choose, helpful_size, may_follow, surplus, usable
 from elastic.membership.messages import (
     Acknowledged,
     Break,
     Command,
     Done,
+    Drained,
     Dropped,
     Event,
     Expected,
@@ -38,11 +39,13 @@ from elastic.membership.messages import (
     Refuse,
     Registered,
     SaveNow,
+    Scaled,
+    Stopped,
     Suspect,
     Unfit,
     Welcome,
 )
-from elastic.membership.state import Phase, State, Waiting
+from elastic.membership.state import Phase, State, Waiting, going
 from elastic.membership.world import Generation, World
 
 
@@ -65,6 +68,14 @@ def advance(state: State, event: Event) -> tuple[State, list[Command]]:
         return _lost(state, Lost(event.member_id, event.now, "could not get ready"))
     if isinstance(event, Notice):
         return _settle(replace(state, notices={**state.notices, event.node: event.deadline}), event.now)
+    if isinstance(event, Drained):
+        return _settle(replace(state, drained={**state.drained, event.member_id: event.deadline}), event.now)
+    if isinstance(event, Scaled):
+        limits = replace(state.limits, max_workers=event.max_workers)
+        keep = helpful_size(limits.microbatches, limits.max_workers) + limits.spares
+        return _settle(replace(state, limits=limits, keep=keep), event.now)
+    if isinstance(event, Stopped):
+        return _settle(replace(state, stopping=event.message), event.now)
     if isinstance(event, Expected):
         return _settle(replace(state, expected=event.member_ids), event.now)
     return _settle(state, event.now)
@@ -119,7 +130,7 @@ def _lost(state: State, event: Lost) -> tuple[State, list[Command]]:
     )
     saver = state.giving_up.saver if state.giving_up is not None else None
     if state.giving_up is not None and saver is not None and saver.id == event.member_id:
-        return _give_up(state, state.giving_up.message)
+        return _give_up(state, state.giving_up.message, state.giving_up.status)
     commands: list[Command] = []
     world = state.world
     rank = None if world is None or known else world.rank_of(event.member_id)
@@ -189,33 +200,44 @@ def _leave_if_better(state: State, now: float) -> tuple[State, list[Command]]:
     """Ask the running world to leave where a faster or safer one can follow."""
     limits, world = state.limits, state.world
     assert world is not None
-    if not state.waiting and not state.notices:
+    leaving = bool(state.notices or state.drained)
+    if not state.waiting and not leaving and world.size <= limits.max_workers:
         return state, []
     state, commands = _report_left_out(state)
+    state, dismissed = _dismiss(state)
+    commands += dismissed
     largest = min(world.size + len(state.waiting), limits.max_workers)
-    if not state.notices and helpful_size(limits.microbatches, largest) <= world.size <= limits.max_workers:
+    if not leaving and helpful_size(limits.microbatches, largest) <= world.size <= limits.max_workers:
         return state, commands  # whoever waits is a spare
     fitting, _ = usable(state)
     there = [Waiting(m, sys.maxsize, 0.0) for m in world.members]  # they hold the newest state
     following = {m.id for m in choose(state, [*there, *fitting])}
     taken = [w for w in fitting if w.member.id in following]
     let_go = len(world.ids - following)
-    going = {m.id: state.notices[m.node] for m in world.members if m.node in state.notices}
-    due = bool(going) and now >= min(going.values()) - max(2.0, 0.25 * limits.lease_s)
+    deadlines = {m.id: deadline for m in world.members if (deadline := going(state, m)) is not None}
+    due = bool(deadlines) and now >= min(deadlines.values()) - max(2.0, 0.25 * limits.lease_s)
     why = ""
     if taken:
         full = world.size - let_go + len(taken) >= helpful_size(limits.microbatches, limits.max_workers)
         if full or now - min(w.since for w in taken) >= limits.join_window_s:
             why = f"{len(taken)} to take in" + (f", {let_go} to let go" if let_go else "")
     elif let_go and world.size > limits.max_workers:
-        why = f"{let_go} to let go"  # it came along to give its state, and has given it
+        why = f"{let_go} to let go"  # the run was scaled down, or one came along to give its state, and has given it
     elif let_go and due:
         why = f"{let_go} to let go, no replacement came"
     if why:
         return replace(state, phase=Phase.LEAVING, broken_at=now, acked=frozenset()), [*commands, Leave(world, why)]
-    if due and not let_go and not going.keys() <= state.saved_for:
-        return replace(state, saved_for=state.saved_for | going.keys()), [*commands, SaveNow(world)]
+    if due and not let_go and not deadlines.keys() <= state.saved_for:
+        return replace(state, saved_for=state.saved_for | deadlines.keys()), [*commands, SaveNow(world)]
     return state, commands
+
+
+def _dismiss(state: State) -> tuple[State, list[Command]]:
+    """Let go who waits outside the running world and is not needed."""
+    members = surplus(state)
+    ids = {m.id for m in members}
+    waiting = {k: w for k, w in state.waiting.items() if k not in ids}
+    return replace(state, waiting=waiting, gone=state.gone | ids), [HandOver(m) for m in members]
 
 
 def _report_left_out(state: State) -> tuple[State, list[Command]]:
@@ -229,6 +251,8 @@ def _report_left_out(state: State) -> tuple[State, list[Command]]:
 
 def _form(state: State, now: float) -> tuple[State, list[Command]]:
     limits = state.limits
+    if state.world is None and state.stopping is not None:
+        return _give_up(state, state.stopping, "stopped")
     if state.world is None and not _gathered(state, now):
         return state, []
     fitting, _ = usable(state)
@@ -251,7 +275,8 @@ def _form(state: State, now: float) -> tuple[State, list[Command]]:
         gone=state.gone | {m.id for m in handed},
     )  # fmt: skip
     state, left = _report_left_out(state)
-    return state, [Form(world), *(HandOver(m) for m in handed), *left]
+    state, dismissed = _dismiss(state)
+    return state, [Form(world), *(HandOver(m) for m in handed), *left, *dismissed]
 
 
 def _gathered(state: State, now: float) -> bool:
@@ -277,6 +302,9 @@ def _gathered(state: State, now: float) -> bool:
 def _park(state: State, have: int, now: float) -> tuple[State, list[Command]]:
     limits = state.limits
     state, commands = _report_left_out(state)
+    if state.stopping is not None:
+        state, given_up = _give_up(state, state.stopping, "stopped")
+        return state, [*commands, *given_up]
     if state.parked_at is None:
         return replace(state, parked_at=now), [*commands, Park(have, limits.min_workers)]
     if limits.max_wait_s is None or now - state.parked_at < limits.max_wait_s:
@@ -285,12 +313,12 @@ def _park(state: State, have: int, now: float) -> tuple[State, list[Command]]:
         f"parked for {limits.max_wait_s:g} s with {have} of at least {limits.min_workers} workers; add nodes, or "
         "lower --scaling.min-workers, and start the run again"
     )
-    state, given_up = _give_up(state, message)
+    state, given_up = _give_up(state, message, "failed")
     return state, [*commands, *given_up]
 
 
-def _give_up(state: State, message: str) -> tuple[State, list[Command]]:
+def _give_up(state: State, message: str, status: str) -> tuple[State, list[Command]]:
     """End the run; whoever holds the newest state commits it first."""
     holder = max(state.waiting.values(), key=lambda w: w.applied, default=None)
-    command = GiveUp(holder.member if holder is not None and holder.applied >= 0 else None, message)
+    command = GiveUp(holder.member if holder is not None and holder.applied >= 0 else None, message, status)
     return replace(state, phase=Phase.ENDED, giving_up=command), [command]

@@ -8,14 +8,21 @@ import json
 import threading
 import time
 import urllib.request
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from typing import Any
-
-import aiohttp
 
 from elastic.membership.protocol import MAX_MESSAGE_BYTES
 
 AGAIN_S = 0.1
+_DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
+
+@contextlib.asynccontextmanager
+async def _as_os_error(kind: type[Exception]) -> AsyncIterator[None]:
+    try:
+        yield
+    except kind as error:
+        raise OSError(f"{type(error).__name__}: {error}") from error
 
 
 class DriverLink:
@@ -24,7 +31,7 @@ class DriverLink:
     def __init__(self, url: str, token: str):
         self._url, self._headers = url, {"Authorization": f"Bearer {token}"}
 
-    def request(
+    def request(  # not through a proxy: the server is near, and the token is nobody else's
         self, path: str, body: dict[str, Any] | None = None, timeout_s: float = 10.0, *, patience_s: float = 0.0
     ) -> dict[str, Any]:
         """GET `path`, or POST `body` to it; a server that is away (restarted, say) is tried again for `patience_s`.
@@ -38,7 +45,7 @@ class DriverLink:
         deadline = time.monotonic() + patience_s
         while True:
             try:
-                with urllib.request.urlopen(request, timeout=timeout_s) as answer:
+                with _DIRECT.open(request, timeout=timeout_s) as answer:
                     return json.loads(answer.read())
             except OSError:
                 if time.monotonic() > deadline:
@@ -46,8 +53,15 @@ class DriverLink:
                 time.sleep(AGAIN_S)
 
     async def follow(self, on_record: Callable[[dict[str, Any]], None]) -> None:
-        """Call `on_record` with every row and event, until one of kind `end` came or the server is gone."""
-        async with (
+        """Call `on_record` with every row and event, until one of kind `end` came or the server is gone.
+
+        Raises:
+            OSError: the server cannot be reached, or refuses.
+        """
+        import aiohttp  # takes a third of a second, which no command waits for that only asks
+
+        async with (  # aiohttp's own errors are no OSError throughout
+            _as_os_error(aiohttp.ClientError),
             aiohttp.ClientSession(headers=self._headers) as session,
             session.ws_connect(f"{self._url}/follow", max_msg_size=MAX_MESSAGE_BYTES) as socket,
         ):
@@ -74,7 +88,7 @@ class DriverLink:
             on_record(record)
 
         while not ended.is_set():
-            with contextlib.suppress(OSError, aiohttp.ClientError):  # it is restarted, or stays away for too long
+            with contextlib.suppress(OSError):  # it is restarted, or stays away for too long
                 asyncio.run(self.follow(heard))
             if ended.is_set():
                 return True

@@ -55,6 +55,10 @@ class Watchman:
         if known is None or known.position != position or known.phase != phase:
             self._progress[member_id] = Progress(position, phase, now)
 
+    def phases(self) -> dict[str, str]:
+        """What each member of the world is doing, as far as it said."""
+        return {member_id: progress.phase for member_id, progress in self._progress.items()}
+
     def steps_took(self, seconds: Iterable[float]) -> None:
         """How long steps took; the hang time-out goes by it."""
         self._step_times.extend(seconds)

@@ -116,9 +116,9 @@ class Executor:
 
     def _give_up(self, command: GiveUp) -> None:
         if command.saver is None:
-            self._keeper.close_run("failed", command.message)
+            self._keeper.close_run(command.status, command.message)
         else:
-            self._keeper.giving_up(command.message)
+            self._keeper.giving_up(command.status, command.message)
             self._connections.send(command.saver.id, {"kind": "save alone"})
 
     def _form(self, world: World) -> None:

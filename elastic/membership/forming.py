@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
-from elastic.membership.state import Limits, State, Waiting
+from elastic.membership.state import Limits, State, Waiting, going
 from elastic.membership.world import Member
 
 
@@ -49,17 +49,17 @@ def usable(state: State) -> tuple[list[Waiting], list[Waiting]]:
 def choose(state: State, candidates: Sequence[Waiting]) -> list[Member]:
     """The members of the next world out of those that fit into one.
 
-    Survivors come before others, then those with the newest state. Workers on nodes that go away are taken only where
-    the others are too few, or to give their state: one of them may come along for that, even if there is no room for
+    Survivors come before others, then those with the newest state. Workers that are to go are taken only where the
+    others are too few, or to give their state: one of them may come along for that, even if there is no room for
     it, as long as every rank has a microbatch.
     """
     limits = state.limits
     old = state.world.ids if state.world else frozenset()
     ranked = sorted(
         candidates,
-        key=lambda w: (w.member.node in state.notices, w.member.id not in old, -w.applied, w.since, w.member.id),
+        key=lambda w: (going(state, w.member) is not None, w.member.id not in old, -w.applied, w.since, w.member.id),
     )
-    staying = [w for w in ranked if w.member.node not in state.notices]
+    staying = [w for w in ranked if going(state, w.member) is None]
     pool = staying if len(staying) >= limits.min_workers else ranked
     size = world_size(limits, sum(w.member.id in old for w in pool), len(pool))
     chosen = pool[:size]
@@ -70,6 +70,22 @@ def choose(state: State, candidates: Sequence[Waiting]) -> list[Member]:
         if limits.microbatches is not None and len(chosen) > limits.microbatches:
             chosen = [giver]
     return [w.member for w in chosen]
+
+
+def surplus(state: State) -> list[Member]:
+    """Workers outside the running world that are not needed: drained ones, and those beyond what is to be kept.
+
+    Of these, such as do not fit into the world go first, then the newest.
+    """
+    assert state.world is not None
+    drained = [w.member for w in state.waiting.values() if w.member.id in state.drained]
+    if state.keep is None:
+        return drained
+    fits = {w.member.id for w in usable(state)[0]}
+    others = [w for w in state.waiting.values() if w.member.id not in state.drained]
+    others.sort(key=lambda w: (w.member.id in fits, -w.since, w.member.id))
+    too_many = max(0, state.world.size + len(others) - state.keep)
+    return drained + [w.member for w in others[:too_many]]
 
 
 def may_follow(state: State, members: Iterable[Member], now: float) -> bool:

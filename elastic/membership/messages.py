@@ -85,6 +85,31 @@ class Notice:
 
 
 @dataclass(frozen=True)
+class Drained:
+    """A worker is to hand over and end: until `deadline` it is waited for another to take its place."""
+
+    member_id: str
+    deadline: float
+    now: float
+
+
+@dataclass(frozen=True)
+class Scaled:
+    """The most workers of a world are another number from now on; beyond it `spares` are kept."""
+
+    max_workers: int
+    now: float
+
+
+@dataclass(frozen=True)
+class Stopped:
+    """The run is to be saved and to end. A running world does so at its next boundary; a parked run has none."""
+
+    message: str
+    now: float
+
+
+@dataclass(frozen=True)
 class Expected:
     """The workers that the controller knows to exist, told to a restarted server."""
 
@@ -97,7 +122,7 @@ class Tick:
     now: float
 
 
-Event = Joined | Registered | Acknowledged | Lost | Done | Unfit | Notice | Expected | Tick
+Event = Joined | Registered | Acknowledged | Lost | Done | Unfit | Notice | Drained | Scaled | Stopped | Expected | Tick
 
 # ---- commands ---------------------------------------------------------------------------------------------------
 
@@ -175,7 +200,7 @@ class LeftOut:
 
 @dataclass(frozen=True)
 class HandOver:
-    """A worker on a node that goes away is not in the new world; it can end."""
+    """A worker that is to go, or one too many, is in no world; it can end."""
 
     member: Member
 
@@ -197,10 +222,12 @@ class Park:
 
 @dataclass(frozen=True)
 class GiveUp:
-    """Parked for too long: `saver` (if anyone holds state) commits it, then the run ends."""
+    """Parked for too long, or stopped while parked: `saver` (if anyone holds state) commits it, then the run ends with
+    `status`."""
 
     saver: Member | None
     message: str
+    status: str = "failed"
 
 
 @dataclass(frozen=True)

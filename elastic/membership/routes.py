@@ -1,4 +1,4 @@
-"""The membership server's HTTP routes for drivers and controllers.
+"""The membership server's HTTP routes for drivers, controllers and control commands.
 
 GET  /follow   WebSocket of a driver: rows and events as they are recorded
 POST /wish     {"kind": "stop"|"save", "detail": ...}: acted on at a step boundary
@@ -9,20 +9,29 @@ POST /lost     {"ids": [...], "ended": bool}: workers that are gone; whether the
 POST /event    {"kind": ..., "detail": ...}: for the ledger
 POST /notice   {"node": ..., "remaining_s": ...}: a node goes away
 POST /expected {"ids": [...]}: after a restart, the workers that exist
+POST /grant    {"id": ..., "secret": ...}: the secret whose hash is in the run's folder opens what follows, and /wish
+GET  /run      status, group and workers, for people
+POST /scale    {"max_workers": ..., "by": ...}
+POST /drain    {"worker": a worker's id or its beginning, "seconds": ..., "by": ...}: it hands over and ends
+
+What cannot be done is answered by 400 and one sentence.
 """
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Callable
 
 from aiohttp import web
 
+from elastic.membership.access import GRANT_ID, Access
 from elastic.membership.connections import Connections
+from elastic.membership.eviction import Watchman
 from elastic.membership.execution import Executor
-from elastic.membership.messages import Event, Expected, Lost, Notice
+from elastic.membership.messages import Drained, Event, Expected, Lost, Notice, Scaled, Stopped
 from elastic.membership.protocol import Keeper
-from elastic.membership.state import State, describe
+from elastic.membership.state import State, describe, people
 
 
 class Routes:
@@ -34,11 +43,13 @@ class Routes:
     """
 
     def __init__(
-        self, keeper: Keeper, connections: Connections, executor: Executor, handle: Callable[[Event], None],
-        state: Callable[[], State],
+        self, keeper: Keeper, connections: Connections, executor: Executor, watchman: Watchman, access: Access,
+        handle: Callable[[Event], None], state: Callable[[], State],
     ):  # fmt: skip
         self._keeper, self._connections, self._executor = keeper, connections, executor
+        self._watchman, self._access = watchman, access
         self._handle, self._state = handle, state
+        self._granting = asyncio.Lock()
 
     def add_to(self, router: web.UrlDispatcher) -> None:
         """Register all of them."""
@@ -51,6 +62,10 @@ class Routes:
         router.add_post("/event", self._event)
         router.add_post("/notice", self._notice)
         router.add_post("/expected", self._expected)
+        router.add_post("/grant", self._grant)
+        router.add_get("/run", self._run)
+        router.add_post("/scale", self._scale)
+        router.add_post("/drain", self._drain)
 
     async def _follow(self, request: web.Request) -> web.StreamResponse:
         socket = web.WebSocketResponse()
@@ -59,7 +74,10 @@ class Routes:
         return socket
 
     async def _wish(self, request: web.Request) -> web.Response:
-        self._executor.wish(await request.json())
+        wish = await request.json()
+        self._executor.wish(wish)
+        if wish["wish"] == "stop":
+            self._handle(Stopped(wish.get("detail", ""), time.monotonic()))
         return web.json_response({"ok": True})
 
     async def _close(self, request: web.Request) -> web.Response:
@@ -69,6 +87,53 @@ class Routes:
 
     async def _status(self, _: web.Request) -> web.Response:
         return web.json_response(self._keeper.status())
+
+    async def _grant(self, request: web.Request) -> web.Response:
+        body = await request.json()
+        grant, secret = str(body["id"]), str(body["secret"])
+        async with self._granting:  # anyone may ask: one at a time, so that nobody keeps storage busy
+            loop = asyncio.get_running_loop()
+            known = GRANT_ID.fullmatch(grant) and await loop.run_in_executor(None, self._keeper.admits, grant, secret)
+        if not known:
+            raise web.HTTPUnauthorized(text="the run's folder has no such grant")
+        self._access.grant(secret)
+        return web.json_response({"ok": True})
+
+    async def _run(self, _: web.Request) -> web.Response:
+        state = self._state()
+        return web.json_response(
+            {
+                "status": self._keeper.status(), "group": describe(state, time.monotonic()),
+                "workers": people(state, self._watchman.phases()),
+            }
+        )  # fmt: skip
+
+    async def _scale(self, request: web.Request) -> web.Response:
+        body, limits = await request.json(), self._state().limits
+        wanted, most = body["max_workers"], limits.microbatches
+        if wanted < limits.min_workers:
+            raise _refusal(
+                f"--max-workers is {wanted}, fewer than the run's --scaling.min-workers {limits.min_workers}"
+            )
+        if most is not None and wanted > most:
+            raise _refusal(f"--max-workers is {wanted}, more than the run's --batch.microbatches {most}")
+        self._keeper.event("scaled", detail={"max_workers": wanted, "was": limits.max_workers, "by": body["by"]})
+        self._handle(Scaled(wanted, time.monotonic()))
+        return web.json_response({"was": limits.max_workers})
+
+    async def _drain(self, request: web.Request) -> web.Response:
+        body, now = await request.json(), time.monotonic()
+        there = people(self._state(), {})
+        found = [w for w in there if w["id"] == body["worker"]] or [
+            w for w in there if w["id"].startswith(body["worker"])
+        ]
+        if len(found) != 1:
+            names = ", ".join(w["id"] for w in found or there)
+            raise _refusal(f"WORKER is {body['worker']!r}, which is {'several' if found else 'none'} of {names}")
+        (worker,) = found
+        self._keeper.event("notice", member=worker["id"], node=worker["node"], detail=f"drained by {body['by']}")
+        self._handle(Drained(worker["id"], now + body["seconds"], now))
+        return web.json_response(worker)
 
     async def _group(self, _: web.Request) -> web.Response:
         seen = describe(self._state(), time.monotonic())
@@ -96,3 +161,7 @@ class Routes:
     async def _expected(self, request: web.Request) -> web.Response:
         self._handle(Expected(frozenset((await request.json())["ids"]), time.monotonic()))
         return web.json_response({"ok": True})
+
+
+def _refusal(sentence: str) -> web.HTTPException:
+    return web.HTTPBadRequest(text=sentence)

@@ -2,15 +2,14 @@
 
     GET  /worker   WebSocket of a worker: join, beat, done, and whatever the keeper understands
 
-and the routes of drivers and controllers (`routes`). Every request carries the run's bearer token. The server runs
-on a thread of its own.
+and the routes of drivers, controllers and control commands (`routes`). Every request but for a grant carries the run's
+bearer token, or what was granted (`access`). The server runs on a thread of its own.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import hmac
 import json
 import threading
 import time
@@ -19,6 +18,7 @@ from typing import Any
 
 from aiohttp import WSMsgType, web
 
+from elastic.membership.access import Access
 from elastic.membership.connections import Connections
 from elastic.membership.decisions import advance
 from elastic.membership.eviction import Watchman
@@ -57,11 +57,14 @@ class MembershipServer:
         self, keeper: Keeper, state: State, token: str, *, host: str, port: int = 0, hang_s: float | None = None,
         new_store: Callable[[], tuple[int, Callable[[], None]]],
     ):  # fmt: skip
-        self._keeper, self._state, self._token, self._host = keeper, state, token, host
+        self._keeper, self._state, self._host = keeper, state, host
+        self._access = Access(token)
         self._connections = Connections()
         self._executor = Executor(keeper, self._connections, host, new_store)
         self._watchman = Watchman(keeper, self._connections, hang_s, self._give_up)
-        self._routes = Routes(keeper, self._connections, self._executor, self._handle, lambda: self._state)
+        self._routes = Routes(
+            keeper, self._connections, self._executor, self._watchman, self._access, self._handle, lambda: self._state
+        )
         self._members: dict[str, Member] = {}
         self._said_done: frozenset[str] = frozenset()
         self._loop = asyncio.new_event_loop()
@@ -135,7 +138,8 @@ class MembershipServer:
 
     @web.middleware
     async def _authorise(self, request: web.Request, handler: Any) -> web.StreamResponse:
-        if not hmac.compare_digest(request.headers.get("Authorization", ""), f"Bearer {self._token}"):
+        known = self._access.allows(request.headers.get("Authorization", ""), request.path)
+        if not known and request.path != "/grant":
             raise web.HTTPUnauthorized(text="wrong or missing token")
         return await handler(request)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
@@ -15,6 +16,7 @@ class Limits:
     """Sizes and times (seconds) that decisions go by.
 
     Args:
+        spares: warm workers kept outside the world when the run is scaled down.
         microbatches: V, equal parts of a step's batch: a world never has more members. None: every size helps.
         settle_s: the first world waits this long for more than `min_workers`.
         park_after_s: a first world that lacks workers is said to be parked after this long without another.
@@ -28,6 +30,7 @@ class Limits:
 
     min_workers: int
     max_workers: int
+    spares: int = 0
     microbatches: int | None = None
     settle_s: float = 2.0
     park_after_s: float = 30.0
@@ -62,6 +65,8 @@ class State:
     """Soft state. Mappings are never changed in place.
 
     `gone` are workers that were lost or are done: never let in again. `acked` have acknowledged the broken world.
+    `notices` and `drained` are the deadlines of nodes and of workers that are to go. `keep` is how many workers to
+    have, in the world and outside of it, once that was changed. `stopping` says why the run is to end.
     `broken_at` is also when a world began to be left, and when a restarted server began to rebuild itself.
     """
 
@@ -78,6 +83,9 @@ class State:
     last_join: float = 0.0
     parked_at: float | None = None
     notices: dict[str, float] = field(default_factory=dict)
+    drained: dict[str, float] = field(default_factory=dict)
+    keep: int | None = None
+    stopping: str | None = None
     saved_for: frozenset[str] = frozenset()
     left_out: frozenset[str] = frozenset()
     failures: dict[tuple[str, int, int], int] = field(default_factory=dict)
@@ -100,6 +108,34 @@ def ask_again_s(state: State, now: float) -> float:
     return max(0.0, state.unfit_at + min(most, least * 2.0 ** min(state.unfit - 1, 10)) - now)
 
 
+def going(state: State, member: Member) -> float | None:
+    """When a worker is to be gone, because its node goes away or it was drained; None for one that stays."""
+    deadlines = (state.notices.get(member.node), state.drained.get(member.id))
+    return min((d for d in deadlines if d is not None), default=None)
+
+
+def people(state: State, phases: Mapping[str, str]) -> list[dict[str, Any]]:
+    """For people: every worker that is there, by rank, with node, state and phase."""
+    world = state.world
+    found = []
+    for rank, member in enumerate(world.members if world else ()):
+        if member.id not in state.gone:
+            between = state.phase not in (Phase.RUNNING, Phase.LEAVING) or member.id in state.waiting
+            where = "between worlds" if between else "in the world"
+            found.append((member, rank, where, phases.get(member.id, "")))
+    known = world.ids if world else frozenset()
+    for name, waiting in sorted(state.waiting.items()):
+        if name not in known:
+            found.append((waiting.member, None, "left out" if name in state.left_out else "spare", "waiting"))
+    return [
+        {
+            "id": m.id, "node": m.node, "host": m.host, "pid": m.pid, "rank": rank,
+            "state": where if going(state, m) is None else f"{where}, to go", "phase": phase,
+        }
+        for m, rank, where, phase in found
+    ]  # fmt: skip
+
+
 def describe(state: State, now: float) -> dict[str, Any]:
     """For people and the controller: the phase, who is in, who waits, who is gone, when to start more."""
     return {
@@ -109,5 +145,8 @@ def describe(state: State, now: float) -> dict[str, Any]:
         "left_out": sorted(state.left_out),
         "gone": sorted(state.gone),
         "going": sorted(state.notices),
+        "drained": sorted(state.drained),
+        "min_workers": state.limits.min_workers,
+        "max_workers": state.limits.max_workers,
         "ask_again_s": round(ask_again_s(state, now), 3),
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import getpass
+import hmac
 import json
 import os
 import socket
@@ -10,13 +11,16 @@ import time
 from typing import Any
 
 from elastic.errors import ConfigError
+from elastic.membership.access import digest
 from elastic.observe.ledger import finite
 from elastic.run.process import has_ended
 from elastic.storage import Storage
 
 FORMAT = 1
 CONFIG, STATUS, RESULT, CLAIMS = "config.json", "status.json", "result.json", "claims"
+GRANTS = "control"
 ALIVE_S = 60.0
+GRANT_S = 600.0
 LIVE_STATES = ("running", "parked")
 
 
@@ -74,6 +78,22 @@ class RunFolder:
             return None
         age = time.time() - status["heartbeat"]
         return f"{status['owner']} (heartbeat {age:.0f} s ago)" if age < ALIVE_S else None
+
+    def leave_grant(self, grant: str, secret: str) -> None:
+        """Prove to the run's server that this process may write here: leave the hash of a secret."""
+        values = {"sha256": digest(secret), "time": time.time(), "by": owner()}
+        self.storage.create(f"{GRANTS}/{grant}.json", _json(values))
+
+    def withdraw_grant(self, grant: str) -> None:
+        self.storage.remove(f"{GRANTS}/{grant}.json")
+
+    def redeem(self, grant: str, secret: str) -> bool:
+        """Whether `grant` was left for this secret, a short while ago. It is removed: it counts once."""
+        found = self._read(f"{GRANTS}/{grant}.json")
+        if found is None or not hmac.compare_digest(found["sha256"], digest(secret)):
+            return False
+        self.withdraw_grant(grant)
+        return abs(time.time() - found["time"]) < GRANT_S
 
     def claim(self, *, take_over: bool) -> int:
         """Claim the run for this driver.

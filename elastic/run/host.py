@@ -11,6 +11,8 @@ from typing import Any
 
 from elastic.checkpoint.retention import Policy
 from elastic.config import TrainConfig
+from elastic.membership.decisions import advance
+from elastic.membership.messages import Scaled
 from elastic.membership.server import MembershipServer
 from elastic.membership.state import Limits, Phase, State
 from elastic.run.folder import RunFolder, owner
@@ -51,6 +53,8 @@ class RunHost:
         state = State(options.epoch, settings.limits)
         if settings.restarted:
             record = self.keeper.recover()
+            if record.max_workers is not None:
+                state, _ = advance(state, Scaled(record.max_workers, time.monotonic()))
             state = replace(
                 state, phase=Phase.ENDED if self.keeper.ended() else Phase.REBUILDING,
                 n=record.worlds + UNKNOWN_WORLDS, gone=record.gone, broken_at=time.monotonic(),
@@ -99,7 +103,7 @@ def host_settings(config: TrainConfig, token: str, host: str) -> HostSettings:
         return parse_amount(f"--recovery.{name}", text, clock=True).seconds
 
     limits = Limits(
-        min_workers=scaling.min_workers, max_workers=scaling.max_workers,
+        min_workers=scaling.min_workers, max_workers=scaling.max_workers, spares=scaling.spares,
         microbatches=config.batch.microbatches, lease_s=seconds("lease", recovery.lease),
         max_wait_s=None if recovery.max_wait is None else seconds("max-wait", recovery.max_wait),
         max_failures=config.run.max_failures, exact=config.run.exactness == "bitwise",

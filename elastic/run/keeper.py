@@ -88,7 +88,8 @@ class RunKeeper:
         self._closed = False
         self._restarted = False
         self._end: dict[str, Any] | None = None
-        self._give_up_message = ""
+        self._give_up_outcome = ("failed", "")
+        self._save_failed: dict[str, Any] | None = None
         newest = next(newest_first(self._storage), None)
         self._claim_step = newest.step if newest else 0
         self._restore: dict[str, Any] = (
@@ -184,9 +185,9 @@ class RunKeeper:
         name = f"stacks/{int(time.time())}-{member.id}.txt"
         self._do(lambda: self._storage.replace(name, text.encode()))
 
-    def giving_up(self, message: str) -> None:
-        """The run ends with this message as soon as the state is committed."""
-        self._give_up_message = message
+    def giving_up(self, status: str, message: str) -> None:
+        """The run ends so as soon as the state is committed."""
+        self._give_up_outcome = (status, message)
 
     def set_status(self, status: str) -> None:
         def write() -> None:
@@ -208,7 +209,7 @@ class RunKeeper:
         elif kind == "pack":
             self._do(lambda: self._take_pack(member, generation, message))
         elif kind == "saved alone":
-            self._do(lambda: self._close("failed", self._give_up_message, {}))
+            self._do(lambda: self._close(*self._give_up_outcome, {}))
         elif kind in ("done", "failed"):
             self._do(lambda: self._take_outcome(member, generation, message))
 
@@ -224,6 +225,10 @@ class RunKeeper:
     def ended(self) -> str | None:
         """How the run ended, for workers that did not hear of it."""
         return self._end["status"] if self._end is not None else None
+
+    def admits(self, grant: str, secret: str) -> bool:
+        """Whether somebody who may write into the run's folder left the hash of this secret there. It counts once."""
+        return self._folder.redeem(grant, secret)
 
     # ---- the keeper's thread -----------------------------------------------------------------------------------
 
@@ -375,6 +380,7 @@ class RunKeeper:
         attempt.indexes.clear()
         self._save_at = time.monotonic() + self._save_interval()
         if error:
+            self._save_failed = {"step": step, "error": error}
             self._note("checkpoint_failed", generation=str(attempt.generation), step=step, detail=error)
         self._tell(step, name, error)
         if error or self._closed:
@@ -489,6 +495,8 @@ class RunKeeper:
             "step": self._last_step(),
             "total_steps": self._options.total_steps,
             "world": None if world is None else {"generation": str(world.generation), "size": world.size},
+            "server": self._server.url if self._server is not None and self._state in LIVE_STATES else None,
+            "checkpoint": self._restore.get("step"), "checkpoint_failed": self._save_failed,
             **self._options.facts,
         }  # fmt: skip
 

@@ -57,6 +57,7 @@ class Record:
         self.save_costs: list[float] = []  # seconds that each committed checkpoint cost the training
         self.faults = 0  # losses that broke a world
         self.ended = False
+        self.max_workers: int | None = None  # if the claim was scaled
         self._broken = False
         self._size, self._since, self._worker_seconds = 0, 0.0, 0.0
 
@@ -124,6 +125,8 @@ class Record:
             self.world(event["detail"]["size"], event["time"])
         elif kind == "checkpoint_committed":
             self._take_commit(event["step"], event.get("seconds", 0.0), event["detail"])
+        elif kind == "scaled":
+            self.max_workers = event["detail"]["max_workers"]
         elif kind in ENDED:
             self.ended = True
         if kind in _GONE and "member" in event:

@@ -80,7 +80,11 @@ def run(arguments: argparse.Namespace) -> int:
         with interruptible():
             return int(arguments.run(arguments))
     except KeyboardInterrupt:
-        left = "the next prune does the rest" if "prune" in arguments.run.__name__ else "nothing of it is left"
+        left = "nothing of it is left"
+        if "prune" in arguments.run.__name__:
+            left = "the next prune does the rest"
+        elif hasattr(arguments, "timeout"):
+            left = "what the run was asked it does all the same"
         raise Interrupted(f"interrupted; {left}") from None
     except ElasticError:
         raise

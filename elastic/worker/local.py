@@ -49,6 +49,7 @@ class LocalRun:
         self._on_record = on_record or (lambda record: None)
         self._end: dict[str, Any] | None = None
         self._ended = threading.Event()
+        self._wanted = 0  # processes to have, once the run was scaled
         self._follower: threading.Thread | None = None
         self.hosting: HostHere | HostProcess | None = None
         self.processes: list[subprocess.Popen[bytes]] = []
@@ -121,6 +122,8 @@ class LocalRun:
             if record.get("kind") == "end":
                 self._end = record
                 self._ended.set()
+            elif record.get("kind") == "scaled":
+                self._wanted = record["detail"]["max_workers"]
             self._on_record(record)
 
         if not self.link.follow_to_the_end(on_record, self._ended, HOST_LOST_S):
@@ -142,6 +145,7 @@ class LocalRun:
         """
         deadline = time.monotonic() + timeout_s
         while not self._ended.wait(0.05):
+            self._grow()
             if all(p.poll() is not None for p in self.processes) and not self._ended.wait(2.0):
                 codes = [p.returncode for p in self.processes]
                 message = f"every worker of run {self._run.name} ended without a result; exit codes {codes}"
@@ -154,6 +158,12 @@ class LocalRun:
         if self._end["status"] not in ("finished", "stopped"):
             raise RunFailed(self._end["message"])
         return self._end["result"]
+
+    def _grow(self) -> None:
+        """After the run was scaled up: start what is missing, once; nobody replaces lost ones here."""
+        missing, self._wanted = self._wanted - len(self._living()), 0
+        for _ in range(missing):
+            self.add_worker()
 
     def __exit__(self, *_: object) -> None:
         deadline = time.monotonic() + 10

@@ -1,0 +1,145 @@
+"""The verbs of `elastic` for live runs: runs, status, stop, scale, drain, checkpoint."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
+
+from elastic.errors import ConfigError
+
+
+def add_control(verbs: Any) -> None:
+    """Add the verbs; each sets `run`, which takes the arguments and returns the exit code."""
+
+    def add(
+        name: str, run: Callable[[argparse.Namespace], int], text: str, *, waits: bool = True
+    ) -> argparse.ArgumentParser:
+        parser = verbs.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+        what = "folder or URL of runs" if run is _runs else "folder or URL of a run, such as runs/mine or s3://bucket/m"
+        parser.add_argument("url", metavar="URL" if run is _runs else "RUN", help=what)
+        parser.add_argument("--json", action="store_true", help="print JSON")
+        if waits:
+            parser.add_argument("--timeout", default="10min", metavar="TIME", help="wait this long (default 10min)")
+        parser.set_defaults(run=run)
+        return parser
+
+    parser = add("runs", _runs, "list runs with their status; lost is one whose heartbeat stopped", waits=False)
+    parser.add_argument("--status", default="", metavar="A,B", help="only runs with one of these, such as running,lost")
+    parser.add_argument("--job", default="*", metavar="PATTERN", help="only runs of such jobs")
+    parser.add_argument("--name", default="*", metavar="PATTERN", help="only runs of such names")
+    parser = add("status", _status, "show a run: its world, workers, newest rows and events", waits=False)
+    parser.add_argument("--last", type=int, default=5, metavar="N", help="rows and events to show (default 5)")
+    add("stop", _stop, "save a live run and end it, at its next step boundary")
+    parser = add("scale", _scale, "give a live run another number of workers; no step is lost")
+    parser.add_argument("--max-workers", type=int, required=True, metavar="N", help="most workers from now on")
+    parser = add("drain", _drain, "have one worker of a live run hand over and end; another is asked for in its place")
+    parser.add_argument("worker", metavar="WORKER", help="its id, or the beginning of it, as elastic status shows it")
+    parser.add_argument(
+        "--deadline", default="0s", metavar="TIME", help="wait so long for another to take its place (default 0s)"
+    )
+    add("checkpoint", _checkpoint, "save a live run at its next step boundary, and wait until that is committed")
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _print(arguments: argparse.Namespace, values: Any, text: Callable[[], str]) -> None:
+    print(json.dumps(values, indent=1) if arguments.json else text())
+
+
+def _runs(arguments: argparse.Namespace) -> int:
+    from elastic.tools.registry import list_runs
+    from elastic.tools.text import age_text, table
+
+    states = [s.strip() for s in arguments.status.split(",") if s.strip()]
+    found = list_runs(arguments.url, states=states, job=arguments.job, name=arguments.name)
+
+    def text() -> str:
+        if not found:
+            return f"no such run in {arguments.url}"
+        rows = [
+            (r.name, r.status, r.job, f"{r.step}/{r.total_steps}" if r.total_steps else "",
+             r.workers if r.workers and r.status in ("running", "parked") else "",
+             "" if r.age_s is None else age_text(r.age_s), r.owner or r.problem)
+            for r in found
+        ]  # fmt: skip
+        return table(("run", "status", "job", "step", "workers", "heartbeat", "owner"), rows, "step,workers,heartbeat")
+
+    _print(arguments, [asdict(r) for r in found], text)
+    return 0
+
+
+def _status(arguments: argparse.Namespace) -> int:
+    from elastic.tools.registry import look_at_run, text_of
+    from elastic.tools.target import open_run
+
+    if arguments.last < 0:
+        raise ConfigError(f"--last is {arguments.last}; give 0 or more")
+    found = look_at_run(open_run(arguments.url, read_only=True), last=arguments.last)
+    _print(arguments, found, lambda: text_of(found))
+    return 0
+
+
+def _connect(arguments: argparse.Namespace, doing: str) -> tuple[Any, float]:
+    from elastic.tools.live import connect
+    from elastic.tools.target import open_run
+    from elastic.tools.text import parse_age
+
+    timeout_s = parse_age("--timeout", arguments.timeout)
+    return connect(open_run(arguments.url), doing), timeout_s
+
+
+def _stop(arguments: argparse.Namespace) -> int:
+    from elastic.tools.live import stop
+
+    live, timeout_s = _connect(arguments, "stop")
+    found = stop(live, _say, timeout_s)
+
+    def text() -> str:
+        saved = "" if found["checkpoint"] is None else f"; newest checkpoint: step {found['checkpoint']}"
+        return f"{found['status']} after step {found['step']} of {found['total_steps']}{saved}"
+
+    _print(arguments, found, text)
+    return 0 if found["status"] in ("stopped", "finished") else 1
+
+
+def _scale(arguments: argparse.Namespace) -> int:
+    from elastic.tools.live import scale
+
+    if arguments.max_workers < 1:
+        raise ConfigError(f"--max-workers is {arguments.max_workers}; give 1 or more")
+    live, timeout_s = _connect(arguments, "scale")
+    found = scale(live, arguments.max_workers, _say, timeout_s)
+
+    def text() -> str:
+        if "status" in found:
+            return f"{found['status']} after step {found['step']}, before its world could change"
+        return f"a world of {found['world_size']} at step {found['step']}"
+
+    _print(arguments, found, text)
+    return 0
+
+
+def _drain(arguments: argparse.Namespace) -> int:
+    from elastic.tools.live import drain
+    from elastic.tools.text import parse_age
+
+    seconds = parse_age("--deadline", arguments.deadline)
+    live, timeout_s = _connect(arguments, "drain")
+    found = drain(live, arguments.worker, seconds, _say, timeout_s)
+    _print(arguments, found, lambda: f"worker {found['worker']} has handed over after step {found['step']}")
+    return 0
+
+
+def _checkpoint(arguments: argparse.Namespace) -> int:
+    from elastic.tools.live import checkpoint
+
+    live, timeout_s = _connect(arguments, "save")
+    found = checkpoint(live, _say, timeout_s)
+    _print(arguments, found, lambda: f"checkpoint of step {found['step']} committed")
+    return 0

@@ -1,0 +1,230 @@
+"""Asking a live run: its membership server is found by the run's folder, and convinced by a grant left there."""
+
+from __future__ import annotations
+
+import platform
+import secrets
+import time
+import urllib.error
+from collections.abc import Callable
+from typing import Any
+from urllib.parse import urlsplit
+
+from elastic.errors import ConfigError, ElasticError
+from elastic.membership.driver import DriverLink
+from elastic.run.folder import LIVE_STATES, RunFolder, owner
+
+Say = Callable[[str], None]
+POLL_S = 0.1
+AGAIN_S = 5.0
+GONE_S = 30.0
+_LOOPBACK = ("127.0.0.1", "::1", "localhost")
+
+
+class NotLive(ElasticError):
+    """Nobody drives the run, or its server cannot be reached from here."""
+
+
+class LiveRun:
+    """A connection to the server of a live run. Use `connect`."""
+
+    def __init__(self, folder: RunFolder, link: DriverLink):
+        self.folder, self._link = folder, link
+
+    def look(self) -> dict[str, Any]:
+        """Status, group and workers, as the server sees them now.
+
+        Raises:
+            OSError: it cannot be reached.
+        """
+        return self._link.request("/run")
+
+    def ask(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+        """Have something done.
+
+        Raises:
+            ConfigError: the server says that it cannot be.
+            NotLive: it cannot be reached any more.
+        """
+        try:
+            return self._link.request(path, body)
+        except urllib.error.HTTPError as error:
+            if error.code == 400:
+                raise ConfigError(error.read().decode(errors="replace")) from None
+            raise
+        except OSError as error:
+            raise NotLive(f"the server of run {self.folder.storage.url} went away: {_reason(error)}") from error
+
+
+def connect(folder: RunFolder, doing: str) -> LiveRun:
+    """Reach the server of a live run.
+
+    Raises:
+        NotLive: nobody drives the run, or its server cannot be reached; one sentence.
+    """
+    url = folder.storage.url
+    status, driver = folder.status(), folder.live_driver()
+    if status is None or driver is None:
+        how = "was never started" if status is None else _ended(status)
+        raise NotLive(f"run {url} {how}: there is nothing to {doing}")
+    address = status.get("server")
+    if address is None:
+        raise NotLive(
+            f"run {url} is driven by {driver}, which gives no address of its server; wait for its next status"
+        )
+    host = urlsplit(address).hostname
+    if host in _LOOPBACK and status["host"] != platform.node():
+        raise NotLive(f"run {url} is served on {status['host']} for that machine alone; give the command there")
+    grant, secret = secrets.token_hex(16), secrets.token_urlsafe(32)
+    try:
+        folder.leave_grant(grant, secret)
+    except Exception as error:  # whatever storage raises: one sentence
+        raise NotLive(f"run {url} is controlled by who may write into its folder: {_reason(error)}") from error
+    link = DriverLink(address, secret)
+    try:
+        link.request("/grant", {"id": grant, "secret": secret})
+    except OSError as error:
+        where = "give the command on a machine of its cluster, or on the one that drives it"
+        raise NotLive(
+            f"run {url} is driven by {driver}, but its server {address} cannot be reached: {_reason(error)}; {where}"
+        ) from error
+    finally:
+        folder.withdraw_grant(grant)
+    return LiveRun(folder, link)
+
+
+def _ended(status: dict[str, Any]) -> str:
+    state = "lost" if status["status"] in LIVE_STATES else status["status"]
+    return f"is not live ({state} after step {status.get('step', 0)})"
+
+
+def _reason(error: Exception) -> str:
+    detail = error.read().decode(errors="replace") if isinstance(error, urllib.error.HTTPError) else ""
+    return " ".join(f"{detail or error}".split()) or type(error).__name__
+
+
+# ---- commands ------------------------------------------------------------------------------------------------------
+
+
+class _Watch:
+    """Looks at the run again and again until something is so, and says what changes."""
+
+    def __init__(self, live: LiveRun, say: Say, timeout_s: float, doing: str):
+        self._live, self._say, self._doing = live, say, doing
+        self._timeout_s, self._deadline = timeout_s, time.monotonic() + timeout_s
+        self._said = ""
+        self._unreached_since: float | None = None
+
+    def look(self) -> dict[str, Any] | None:
+        """What the server sees, after a short while; None once the run has ended.
+
+        Raises:
+            NotLive: the server is gone, but the run has not ended.
+            ElasticError: it took too long.
+        """
+        time.sleep(POLL_S)
+        now = time.monotonic()
+        if now > self._deadline:
+            raise ElasticError(
+                f"run {self._live.folder.storage.url} has been asked, but after {self._timeout_s:g} s it had still to "
+                f"{self._doing} ({self._said}); it does so when it can, and elastic status tells"
+            )
+        try:
+            seen = self._live.look()
+        except OSError as error:
+            return self._gone(error, now)
+        if seen["status"]["status"] not in LIVE_STATES:
+            return self._gone(TimeoutError("it has ended, but has not written so"), now)
+        self._unreached_since = None
+        self._tell(seen)
+        return seen
+
+    def _gone(self, error: OSError, now: float) -> dict[str, Any] | None:
+        status = self._live.folder.status()
+        if status is not None and status["status"] not in LIVE_STATES:
+            return None
+        self._unreached_since = self._unreached_since or now
+        if now - self._unreached_since > GONE_S:
+            raise NotLive(
+                f"the server of run {self._live.folder.storage.url} went away and did not come back: {_reason(error)}"
+            ) from error
+        return {"status": status or {}, "group": {"members": [], "gone": [], "phase": "away"}, "workers": []}
+
+    def _tell(self, seen: dict[str, Any]) -> None:
+        group, status = seen["group"], seen["status"]
+        text = f"{status['status']}, {len(group['members'])} in the world, {len(group['waiting'])} outside of it"
+        phases = {w["phase"] for w in seen["workers"]} & {"eval", "checkpoint", "first step", "load"}
+        text += f", {', '.join(sorted(phases))}" if phases else ""
+        if text != self._said:
+            self._said = text
+            self._say(f"step {status['step']}: {text}")
+
+
+def stop(live: LiveRun, say: Say, timeout_s: float) -> dict[str, Any]:
+    """Have the run save and end at its next step boundary, and wait for that; returns its last status."""
+    live.ask("/wish", {"wish": "stop", "detail": f"stopped by {owner()}"})
+    say("asked to save and end at the next step boundary")
+    return _outcome(live, _Watch(live, say, timeout_s, "end"))
+
+
+def _outcome(live: LiveRun, watch: _Watch) -> dict[str, Any]:
+    while watch.look() is not None:
+        pass
+    status = live.folder.status()
+    assert status is not None
+    return {name: status.get(name) for name in ("status", "step", "total_steps", "checkpoint", "message")}
+
+
+def checkpoint(live: LiveRun, say: Say, timeout_s: float) -> dict[str, Any]:
+    """Have the run save at its next step boundary, and wait until that is committed; returns the step.
+
+    Raises:
+        ElasticError: it could not be saved.
+    """
+    first = live.look()["status"]
+    wish = {"wish": "save", "detail": f"asked for by {owner()}"}
+    watch, asked_at = _Watch(live, say, timeout_s, "commit a checkpoint"), 0.0
+    while True:
+        if time.monotonic() - asked_at > AGAIN_S:  # one that a save under way made it leave out
+            live.ask("/wish", wish)
+            asked_at = time.monotonic()
+        seen = watch.look()
+        now = seen["status"] if seen is not None else live.folder.status() or {}
+        saved, failed = now.get("checkpoint"), now.get("checkpoint_failed")
+        if saved is not None and saved >= first["step"] and saved != first["checkpoint"]:
+            return {"step": saved}
+        if failed is not None and failed != first["checkpoint_failed"]:
+            raise ElasticError(f"the checkpoint of step {failed['step']} failed: {failed['error']}")
+        if seen is None:
+            raise ElasticError(f"run {live.folder.storage.url} ended without another checkpoint: {_ended(now)}")
+
+
+def scale(live: LiveRun, max_workers: int, say: Say, timeout_s: float) -> dict[str, Any]:
+    """Give the run another max_workers, and wait until its world is as large as that makes it."""
+    from elastic.membership.forming import helpful_size
+
+    config = (live.folder.config() or {}).get("config", {})
+    was = live.ask("/scale", {"max_workers": max_workers, "by": owner()})["was"]
+    wanted = helpful_size(config.get("batch", {}).get("microbatches"), max_workers)
+    say(f"--scaling.max-workers is {max_workers}, was {was}; waiting for a world of {wanted}")
+    watch = _Watch(live, say, timeout_s, f"have a world of {wanted}")
+    while True:
+        seen = watch.look()
+        if seen is None:
+            return {"max_workers": max_workers, "was": was, **_outcome(live, watch)}
+        size = len(seen["group"]["members"])
+        if seen["group"]["phase"] == "running" and wanted <= size <= max_workers:
+            return {"max_workers": max_workers, "was": was, "world_size": size, "step": seen["status"]["step"]}
+
+
+def drain(live: LiveRun, worker: str, seconds: float, say: Say, timeout_s: float) -> dict[str, Any]:
+    """Have a worker hand over and end, and wait for that. For `seconds` it stays if nobody can take its place."""
+    drained = live.ask("/drain", {"worker": worker, "seconds": seconds, "by": owner()})
+    name = drained["id"]
+    say(f"worker {name} on node {drained['node']} hands over")
+    watch = _Watch(live, say, timeout_s, f"let worker {name} go")
+    while True:
+        seen = watch.look()
+        if seen is None or name in seen["group"]["gone"]:
+            status = live.folder.status() if seen is None else seen["status"]
+            return {"worker": name, "node": drained["node"], "step": (status or {}).get("step")}

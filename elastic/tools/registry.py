@@ -1,0 +1,176 @@
+"""Which runs there are and how each is doing: from their folders, and where one is live, from its server too."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from typing import Any
+
+from elastic.checkpoint.reader import newest_first
+from elastic.errors import ConfigError, ElasticError
+from elastic.observe.ledger import EVENTS, METRICS, read_tail
+from elastic.run.folder import ALIVE_S, CLAIMS, CONFIG, LIVE_STATES, STATUS, RunFolder
+from elastic.run.process import has_ended
+from elastic.storage import Storage
+from elastic.tools.live import NotLive, connect
+from elastic.tools.target import list_names
+
+STATES = ("running", "parked", "lost", "finished", "stopped", "failed", "new", "unreadable")
+_IN_FLIGHT = 32
+_LOOK_BACK = 500  # events in which the newest world is looked for
+
+
+@dataclass(frozen=True)
+class Listed:
+    """A run in a list. `workers` is the size of its newest world; `age_s` that of its heartbeat."""
+
+    name: str
+    status: str
+    job: str = ""
+    step: int = 0
+    total_steps: int | None = None
+    workers: int | None = None
+    age_s: float | None = None
+    owner: str = ""
+    problem: str = ""
+
+
+def state_of(status: dict[str, Any], now: float) -> str:
+    """A run's state: what it wrote last, but `lost` where a live one has not been heard of."""
+    state = str(status["status"])
+    silent = now - status["heartbeat"] >= ALIVE_S or has_ended(status.get("owner_process"))
+    return "lost" if state in LIVE_STATES and silent else state
+
+
+def list_runs(url: str, *, states: Sequence[str] = (), job: str = "*", name: str = "*") -> list[Listed]:
+    """The runs in a folder, by name.
+
+    Args:
+        states: only runs in one of these; none means all.
+        job, name: patterns such as `code*` of the names of the job and of the run.
+
+    Raises:
+        ConfigError: a state that there is not, or a folder that cannot be listed or is a run itself.
+    """
+    unknown = sorted(set(states) - set(STATES))
+    if unknown:
+        raise ConfigError(f"--status is {unknown[0]!r}; give some of {', '.join(STATES)}")
+    storage = Storage(url, option="URL", read_only=True)
+    names = list_names(storage)
+    if {CONFIG, STATUS, CLAIMS} & set(names):
+        raise ConfigError(f"URL is {url!r}, which is a run; give the folder of runs, or use elastic status")
+    now = time.time()
+    with ThreadPoolExecutor(_IN_FLIGHT, "runs") as pool:
+        found = pool.map(lambda n: _look(storage, n, now), [n for n in names if fnmatch(n, name)])
+        runs = [run for run in found if run is not None]
+    return [r for r in runs if fnmatch(r.job, job) and (not states or r.status in states)]
+
+
+def _look(storage: Storage, name: str, now: float) -> Listed | None:
+    folder = RunFolder(Storage(f"{storage.url}/{name}", read_only=True))
+    try:
+        status, config = folder.status(), folder.config()
+        job = config["job"]["name"] if config else ""
+        if status is None:
+            return Listed(name, "new", job) if config else None
+        return Listed(
+            name, state_of(status, now), job, status.get("step", 0), status.get("total_steps"),
+            status["world"]["size"] if status.get("world") else None, round(now - status["heartbeat"], 1),
+            status.get("owner", ""),
+        )  # fmt: skip
+    except NotADirectoryError:
+        return None  # a file beside the runs
+    except (ElasticError, ValueError, KeyError, TypeError) as error:
+        return Listed(name, "unreadable", problem=f"{type(error).__name__}: {error}")
+
+
+def look_at_run(folder: RunFolder, *, last: int) -> dict[str, Any]:
+    """How one run is doing: status, workers, and the `last` rows and events, read from the ledger's end.
+
+    A live run's server is asked; where it cannot be, `not_asked` says why, and what its folder says has to do.
+
+    Raises:
+        ConfigError: it never wrote a status.
+    """
+    with ThreadPoolExecutor(4, "status") as pool:  # each is a round trip or two to object storage
+        waits = [
+            pool.submit(read_tail, folder.storage, METRICS, last),
+            pool.submit(read_tail, folder.storage, EVENTS, max(last, _LOOK_BACK)),
+            pool.submit(lambda: next(newest_first(folder.storage), None)),
+        ]
+        status = folder.status()
+        if status is None:
+            raise ConfigError(f"URL is {folder.storage.url!r}, whose run never wrote a status; start it first")
+        seen, why = _ask(folder, status)
+        rows, events, newest = (wait.result() for wait in waits)
+    status = seen["status"] if seen else status
+    return {
+        "run": folder.storage.url, "status": state_of(status, time.time()), "asked": seen is not None, "not_asked": why,
+        "step": status.get("step", 0), "total_steps": status.get("total_steps"),
+        "age_s": round(time.time() - status["heartbeat"], 1), "owner": status.get("owner"),
+        "message": status.get("message"), "world": status.get("world"),
+        "phase": seen["group"]["phase"] if seen else None,
+        "max_workers": seen["group"]["max_workers"] if seen else None,
+        "workers": seen["workers"] if seen else _recorded(status, events),
+        "checkpoint": newest.step if newest else None,
+        "rows": rows, "events": events[-last:] if last else [],
+    }  # fmt: skip
+
+
+def _ask(folder: RunFolder, status: dict[str, Any]) -> tuple[dict[str, Any] | None, str | None]:
+    if state_of(status, time.time()) not in LIVE_STATES:
+        return None, None
+    try:
+        return connect(folder, "ask").look(), None
+    except (NotLive, OSError) as error:
+        return None, str(error)
+
+
+def _recorded(status: dict[str, Any], events: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The members of a live run's newest world, as its events have them; their phases are not known."""
+    formed = [e for e in events if e["kind"] == "world_formed"]
+    if status["status"] not in LIVE_STATES or not formed:
+        return []
+    nodes = {e["member"]: e["node"] for e in events if e["kind"] == "worker_warm"}
+    detail = formed[-1]["detail"]
+    return [
+        {"id": i, "node": nodes.get(i, ""), "pid": pid, "rank": rank, "state": "recorded", "phase": ""}
+        for rank, (i, pid) in enumerate(zip(detail["ids"], detail["pids"], strict=True))
+    ]
+
+
+def text_of(run: dict[str, Any]) -> str:
+    """`look_at_run` for people."""
+    from elastic.observe.console import eval_text, event_text, row_text
+    from elastic.tools.text import age_text, table
+
+    total = run["total_steps"] or 0
+    world = run["world"]
+    lines = [
+        f"{run['run']}: {run['status']}, step {run['step']} of {total}, heartbeat {age_text(run['age_s'])} ago",
+        f"driven by {run['owner']}" + (f"; {run['message']}" if run["message"] else ""),
+        f"newest checkpoint: {'none' if run['checkpoint'] is None else 'step ' + str(run['checkpoint'])}",
+    ]
+    if world and run["status"] in LIVE_STATES:
+        most = f" of at most {run['max_workers']}" if run["max_workers"] else ""
+        lines.append(f"world {world['generation']}: {world['size']} workers{most}")
+    if run["not_asked"]:
+        lines.append(f"(from its folder alone: {run['not_asked']})")
+    if run["workers"]:
+        rows = [
+            (w["id"], w["node"][:16], w["pid"], "" if w["rank"] is None else w["rank"], w["state"], w["phase"])
+            for w in run["workers"]
+        ]
+        lines += ["", table(("worker", "node", "process", "rank", "state", "phase"), rows, "process,rank")]
+    told = [(r["time"], row_text(r, total, None, None) if "loss" in r else eval_text(r)) for r in run["rows"]]
+    told += [(e["time"], event_text(e)) for e in run["events"]]
+    if told:
+        lines += ["", *(f"[{_clock(at)}] {text}" for at, text in sorted(told, key=lambda t: t[0]))]
+    return "\n".join(lines)
+
+
+def _clock(at: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(at))
