@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from elastic.errors import ConfigError
+from elastic.redact import clean
 from elastic.units import parse_amount
 
 RUN_NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}\Z")
@@ -440,7 +441,7 @@ def from_dict(values: dict[str, Any]) -> TrainConfig:
 
 
 def result_options(config: TrainConfig, job_options: dict[str, Any]) -> dict[str, Any]:
-    """Every option that is part of what the run computes, by dotted name."""
+    """Every option that is part of what the run computes, by dotted name; what is secret in a URL is no part of it."""
     found: dict[str, Any] = {}
     for part in dataclasses.fields(config):
         section = getattr(config, part.name)
@@ -450,7 +451,7 @@ def result_options(config: TrainConfig, job_options: dict[str, Any]) -> dict[str
             if f.metadata.get("result"):
                 found[f"{part.name}.{f.name}".replace("_", "-")] = getattr(section, f.name)
     found.update({f"job.{k}".replace("_", "-"): v for k, v in job_options.items()})
-    return json.loads(json.dumps(found, default=str))
+    return clean(json.loads(json.dumps(found, default=str)))
 
 
 def digest(result: dict[str, Any]) -> str:

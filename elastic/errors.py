@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from elastic.redact import redact
+
 
 class ElasticError(Exception):
-    """Base of all errors raised on purpose. `exit_code` is what a command ends with."""
+    """Base of all errors raised on purpose. `exit_code` is what a command ends with. Secrets are left out of it."""
 
     exit_code = 1
+
+    def __init__(self, *parts: object):
+        super().__init__(*(redact(p) if isinstance(p, str) else p for p in parts))
 
 
 class ConfigError(ElasticError):

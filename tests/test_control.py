@@ -136,6 +136,42 @@ def test_a_parked_run_is_stopped_with_its_state_saved_and_a_scale_that_cannot_be
     assert ran.state()["step"] == ran.result["steps"] >= 3
 
 
+def test_a_live_run_prunes_its_own_checkpoints_when_asked_and_is_never_removed(tmp_path, capsys):
+    watch, url = Watch(), tmp_path / "runs" / "run"
+    options = {"checkpoint__every": "2st", "checkpoint__keep_last": 50}
+    run = prepare(Everything(), configure(tmp_path / "runs", "run", run__duration=ENDLESS, **options))
+
+    def told(*arguments: object) -> Any:
+        elastic(*arguments, "--json")
+        return json.loads(capsys.readouterr().out)
+
+    with local_run(run, 2, on_record=watch) as local:
+        watch.wait_for_step(12)
+        before = {c["step"] for c in told("checkpoints", "ls", url)["checkpoints"]}
+        would = {r["step"] for r in told("checkpoints", "prune", url, "--keep-last", 1)["would_remove"]}
+        assert {2, 4} <= would
+        assert before - {max(before)} <= would
+        gone = {r["step"] for r in told("checkpoints", "prune", url, "--keep-last", 1, "--yes")["removed"]}
+        assert would <= gone
+        left = {c["step"] for c in told("checkpoints", "ls", url)["checkpoints"]}
+        assert not gone & left
+        assert max(left) > max(gone)
+        elastic("checkpoints", "prune", url, "--keep-last", 0, code=2)
+        assert "--keep-last is 0; give 1 or more" in capsys.readouterr().err
+        elastic("checkpoints", "prune", url, "--mode", "min", "--metric", "loss")
+        (run_told,) = told("prune", tmp_path / "runs", "--older-than", "0s", "--yes")["runs"]
+        assert (run_told["do"], run_told["why"][:5]) == ("keep", "live:")
+        step = told("status", url)["step"]
+        watch.wait_for_step(step + 5)
+        local.stop()
+        result = local.wait(WAIT_S)
+
+    ran = Ran(run, None)
+    assert ran.state()["step"] == result["steps"] > step
+    assert gaps_and_doubles(ran.rows, B) == []
+    assert not ran.events("checkpoint_failed")
+
+
 def test_only_who_may_write_into_the_folder_is_obeyed_and_only_in_what_control_is_for(tmp_path):
     watch = Watch()
     run = prepare(Everything(), configure(tmp_path, "run", run__duration=ENDLESS))

@@ -10,7 +10,7 @@ from typing import Literal
 from elastic import fault
 from elastic.checkpoint.format import ATTEMPT, FOLDER, MANIFEST, attempt_folder, parse_step, step_folder
 from elastic.checkpoint.reader import Committed, attempts, newest_first, read_manifest, steps_with_attempts
-from elastic.checkpoint.transfer import sweep_uploads
+from elastic.checkpoint.transfer import patiently, sweep_uploads
 from elastic.errors import CheckpointError
 from elastic.storage import Storage
 
@@ -66,6 +66,29 @@ def _order(attempt: Committed) -> tuple[int, int, int, str]:
     match = ATTEMPT.match(attempt.attempt)
     assert match is not None
     return attempt.step, int(match[1]), int(match[2]), attempt.attempt
+
+
+@dataclass(frozen=True)
+class Removal:
+    """An attempt to remove, with the bytes of its objects that nobody needs."""
+
+    step: int
+    attempt: str
+    committed: bool
+    bytes: int
+
+
+def removals(
+    storage: Storage, attempts: Collection[Committed], committed: Collection[Committed], needed: Collection[str]
+) -> list[Removal]:
+    """What removing these attempts would free, but for the objects in them that others need."""
+    found = []
+    for attempt in sorted(attempts, key=lambda a: (a.step, a.attempt)):
+        paths = [f"{attempt.folder}/{name}" for name in storage.names(attempt.folder)]
+        sizes = [patiently(storage.size, path) for path in paths if path not in needed]
+        if sizes or not paths:
+            found.append(Removal(attempt.step, attempt.attempt, attempt in committed, sum(sizes)))
+    return found
 
 
 class Retention:

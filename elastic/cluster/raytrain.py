@@ -15,7 +15,7 @@ import os
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
@@ -67,7 +67,7 @@ class GroupPlan:
     """
 
     url: str
-    token: str
+    token: str = field(repr=False)
     max_workers: int
     spares: int
     microbatches: int | None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import Future
 from typing import Any, Protocol
 
 from elastic.membership.world import Generation, Member, World
@@ -41,5 +42,7 @@ class Keeper(Protocol):
     def status(self) -> dict[str, Any]: ...
 
     def ended(self) -> str | None: ...
+
+    def prune(self, policy: dict[str, Any], *, yes: bool) -> Future[list[dict[str, Any]]]: ...
 
     def admits(self, grant: str, secret: str) -> bool: ...

@@ -13,6 +13,7 @@ POST /grant    {"id": ..., "secret": ...}: the secret whose hash is in the run's
 GET  /run      status, group and workers, for people
 POST /scale    {"max_workers": ..., "by": ...}
 POST /drain    {"worker": a worker's id or its beginning, "seconds": ..., "by": ...}: it hands over and ends
+POST /prune    {"policy": {...}, "yes": bool}: checkpoints that the run's retention, changed so, does not keep
 
 What cannot be done is answered by 400 and one sentence.
 """
@@ -25,6 +26,7 @@ from collections.abc import Callable
 
 from aiohttp import web
 
+from elastic.errors import ElasticError
 from elastic.membership.access import GRANT_ID, Access
 from elastic.membership.connections import Connections
 from elastic.membership.eviction import Watchman
@@ -66,6 +68,7 @@ class Routes:
         router.add_get("/run", self._run)
         router.add_post("/scale", self._scale)
         router.add_post("/drain", self._drain)
+        router.add_post("/prune", self._prune)
 
     async def _follow(self, request: web.Request) -> web.StreamResponse:
         socket = web.WebSocketResponse()
@@ -134,6 +137,14 @@ class Routes:
         self._keeper.event("notice", member=worker["id"], node=worker["node"], detail=f"drained by {body['by']}")
         self._handle(Drained(worker["id"], now + body["seconds"], now))
         return web.json_response(worker)
+
+    async def _prune(self, request: web.Request) -> web.Response:
+        body = await request.json()
+        try:
+            removals = await asyncio.wrap_future(self._keeper.prune(body["policy"], yes=body["yes"]))
+        except ElasticError as error:
+            raise _refusal(str(error)) from None
+        return web.json_response({"removals": removals})
 
     async def _group(self, _: web.Request) -> web.Response:
         seen = describe(self._state(), time.monotonic())

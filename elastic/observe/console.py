@@ -7,6 +7,8 @@ import time
 from collections import deque
 from typing import Any, TextIO
 
+from elastic.redact import redact
+
 _UNTOLD = ("end", "restored")  # in the ledger; on the console the world's line tells enough
 
 
@@ -70,7 +72,7 @@ def result_text(values: dict[str, Any], folder: str) -> str:
         lines += ["sample:", *(f"  | {line}" for line in str(values["sample"]).splitlines())]
     if values.get("weights_sha256"):
         lines.append(f"weights sha256 {values['weights_sha256']}")
-    lines.append(f"results in {folder}")
+    lines.append(f"results in {redact(folder)}")
     return "\n".join(lines)
 
 
@@ -99,7 +101,8 @@ class Console:
             self._live.start()
 
     def say(self, text: str) -> None:
-        """Print a line."""
+        """Print a line, but for the secrets in it."""
+        text = redact(text)
         if self._live is not None:
             self._live.console.print(text, highlight=False, markup=False, soft_wrap=True)
         else:

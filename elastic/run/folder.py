@@ -13,6 +13,7 @@ from typing import Any
 from elastic.errors import ConfigError
 from elastic.membership.access import digest
 from elastic.observe.ledger import finite
+from elastic.redact import clean
 from elastic.run.process import has_ended
 from elastic.storage import Storage
 
@@ -25,7 +26,7 @@ LIVE_STATES = ("running", "parked")
 
 
 def _json(values: dict[str, Any]) -> bytes:
-    return (json.dumps(finite({"format": FORMAT, **values}), indent=1) + "\n").encode()
+    return (json.dumps(clean(finite({"format": FORMAT, **values})), indent=1) + "\n").encode()
 
 
 class RunFolder:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import platform
 import secrets
+import socket
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from elastic.checkpoint.retention import Policy
@@ -38,7 +39,7 @@ class HostSettings:
     """
 
     limits: Limits
-    token: str
+    token: str = field(repr=False)
     host: str
     port: int = 0
     hang_s: float | None = None
@@ -86,8 +87,10 @@ def _new_store(host: str) -> tuple[int, Callable[[], None]]:
     """A rendezvous store for one world; dropping its server frees everyone who still waits in it."""
     import torch.distributed as dist
 
-    stores = [dist.TCPStore(host, 0, is_master=True, wait_for_workers=False)]
-    return stores[0].port, stores.clear
+    listening = socket.create_server((host, 0))  # torch itself would listen on every address of the machine
+    port = listening.getsockname()[1]
+    stores = [dist.TCPStore(host, port, is_master=True, wait_for_workers=False, master_listen_fd=listening.detach())]
+    return port, stores.clear
 
 
 def new_token() -> str:

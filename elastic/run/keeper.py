@@ -12,21 +12,24 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from concurrent.futures import Future
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from elastic import fault
 from elastic.checkpoint.cadence import auto_interval, save_cost
 from elastic.checkpoint.format import MANIFEST, Manifest, attempt_folder
 from elastic.checkpoint.reader import newest_first
-from elastic.checkpoint.retention import Policy, Retention
+from elastic.checkpoint.retention import Policy, Retention, removals
 from elastic.checkpoint.transfer import patiently
 from elastic.checkpoint.writer import commit
+from elastic.errors import ElasticError, FencedError, StorageError
 from elastic.membership.outbox import RowKey, row_key
 from elastic.membership.server import MembershipServer
 from elastic.membership.world import Generation, Member, World
 from elastic.observe.ledger import EVENTS, METRICS, LedgerFile, read_records
 from elastic.observe.tensorboard import TensorBoard
+from elastic.redact import clean, redact
 from elastic.run.folder import LIVE_STATES, RunFolder
 from elastic.run.record import STARTED, Record
 
@@ -141,7 +144,8 @@ class RunKeeper:
 
     def _event(self, kind: str, fields: dict[str, Any]) -> dict[str, Any]:
         """One of no world belongs to the claim: its generation is `epoch-0`."""
-        known = {"generation": f"{self._options.epoch}-0", **{k: v for k, v in fields.items() if v is not None}}
+        given = {k: clean(v) for k, v in fields.items() if v is not None}
+        known = {"generation": f"{self._options.epoch}-0", **given}
         return {"time": time.time(), "kind": kind, **known}
 
     def world_formed(self, world: World) -> None:
@@ -183,7 +187,7 @@ class RunKeeper:
 
     def save_stacks(self, member: Member, text: str) -> None:
         name = f"stacks/{int(time.time())}-{member.id}.txt"
-        self._do(lambda: self._storage.replace(name, text.encode()))
+        self._do(lambda: self._storage.replace(name, redact(text).encode()))
 
     def giving_up(self, status: str, message: str) -> None:
         """The run ends so as soon as the state is committed."""
@@ -229,6 +233,26 @@ class RunKeeper:
     def admits(self, grant: str, secret: str) -> bool:
         """Whether somebody who may write into the run's folder left the hash of this secret there. It counts once."""
         return self._folder.redeem(grant, secret)
+
+    def prune(self, policy: dict[str, Any], *, yes: bool) -> Future[list[dict[str, Any]]]:
+        """Remove, between two commits, the checkpoints that the run's policy with these changes does not keep.
+
+        Args:
+            yes: else only say which.
+        """
+        answer: Future[list[dict[str, Any]]] = Future()
+
+        def prune() -> None:
+            if not answer.set_running_or_notify_cancel():
+                return  # who asked went away
+            try:
+                answer.set_result(self._prune(replace(self._options.retention, **policy), yes=yes))
+            except Exception as error:  # whatever storage raises: who asked is told, and the run goes on
+                known = error if isinstance(error, ElasticError) else StorageError(f"{type(error).__name__}: {error}")
+                answer.set_exception(known)
+
+        self._do(prune)
+        return answer
 
     # ---- the keeper's thread -----------------------------------------------------------------------------------
 
@@ -292,7 +316,7 @@ class RunKeeper:
 
     def _give_up(self, reason: str) -> None:
         """Write nothing more, and tell everyone who works for this claim to end, and why."""
-        self._closed = True
+        self._closed, reason = True, redact(reason)
         assert self._server is not None
         self._server.send_all({"kind": "fenced", "reason": reason})
         self._end = {"status": "fenced", "message": reason}
@@ -390,6 +414,16 @@ class RunKeeper:
         except Exception as problem:  # whatever storage raises: the run does not depend on it, and the next tries again
             self._note("checkpoint_failed", step=step, detail=f"old checkpoints could not be removed: {problem}")
 
+    def _prune(self, policy: Policy, *, yes: bool) -> list[dict[str, Any]]:
+        if self._closed or not self._still_ours():
+            raise FencedError("the run is ending, or another claim owns it")
+        retention = Retention(self._storage, policy)
+        gone, needed = retention.plan()
+        found = removals(self._storage, gone, set(newest_first(self._storage)), needed)
+        if yes:
+            retention.prune()
+        return [asdict(removal) for removal in found]
+
     def _tell(self, step: int, name: str, error: str | None) -> None:
         assert self._server is not None
         self._server.send_all({"kind": "commit", "step": step, "attempt": name, "error": error})
@@ -449,7 +483,7 @@ class RunKeeper:
         """The one end of a run: result, event, status, compacted ledger."""
         if self._closed:
             return
-        now = time.time()
+        now, message = time.time(), redact(message)
         self._state, self._message = status, message
         record, last = self._record, self._record.last_row or {}
         record.world(0, now)

@@ -14,6 +14,7 @@ from elastic.config import TrainConfig
 from elastic.data.deal import batch_line, batch_table
 from elastic.errors import ConfigError
 from elastic.job import Job, check_dataset, eval_sets, job_name, job_options, source_hash
+from elastic.redact import clean, redact
 from elastic.run.folder import RunFolder
 from elastic.run.plan import RunPlan, resolve
 from elastic.storage import Storage
@@ -137,7 +138,7 @@ def git_commit() -> str | None:
 def report(run: PreparedRun) -> str:
     """What `--dry-run` prints: the resolved options and what each world size would do."""
     values = {**cfg.result_options(run.config, job_options(run.job)), **_operational(run.config)}
-    lines = [f"run {run.name} in {run.folder.storage.url}", ""]
+    lines = [f"run {run.name} in {redact(run.folder.storage.url)}", ""]
     lines += [_typed(name, value) for name, value in sorted(values.items()) if value is not None and value != []]
     plan, most = run.plan, run.config.scaling.max_workers
     lines += [
@@ -163,4 +164,4 @@ def _operational(config: TrainConfig) -> dict[str, Any]:
     for part, section in cfg.to_dict(config).items():
         if isinstance(section, dict):
             found.update({f"{part}.{name}".replace("_", "-"): value for name, value in section.items()})
-    return found
+    return clean(found)

@@ -39,7 +39,7 @@ class LiveRun:
         """
         return self._link.request("/run")
 
-    def ask(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+    def ask(self, path: str, body: dict[str, Any], timeout_s: float = 10.0) -> dict[str, Any]:
         """Have something done.
 
         Raises:
@@ -47,11 +47,13 @@ class LiveRun:
             NotLive: it cannot be reached any more.
         """
         try:
-            return self._link.request(path, body)
+            return self._link.request(path, body, timeout_s)
         except urllib.error.HTTPError as error:
             if error.code == 400:
-                raise ConfigError(error.read().decode(errors="replace")) from None
-            raise
+                raise ConfigError(_reason(error)) from None
+            raise ElasticError(
+                f"the server of run {self.folder.storage.url} answered {error.code}: {_reason(error)}"
+            ) from None
         except OSError as error:
             raise NotLive(f"the server of run {self.folder.storage.url} went away: {_reason(error)}") from error
 

@@ -10,14 +10,16 @@ from typing import Any, Literal
 
 from elastic.checkpoint.format import ATTEMPT, FOLDER, MANIFEST, step_folder
 from elastic.checkpoint.reader import Committed, attempts, newest_first, steps_with_attempts
-from elastic.checkpoint.retention import Policy, Retention, pins
-from elastic.checkpoint.transfer import patiently, sweep_uploads
+from elastic.checkpoint.retention import Policy, Removal, Retention, pins, removals
+from elastic.checkpoint.transfer import sweep_uploads
 from elastic.errors import ConfigError, ElasticError
 from elastic.run.folder import CLAIMS, CONFIG, STATUS, RunFolder
 from elastic.storage import Storage
+from elastic.tools.live import LiveRun
 from elastic.tools.target import Hold, hold, list_names, refuse_live
 
 _RUN = {CONFIG, STATUS, CLAIMS}  # a folder with any of these is a run, though it was never started, or half removed
+PRUNE_S = 600.0
 Total = Callable[[int], Callable[[int], None]]
 
 
@@ -26,16 +28,6 @@ def silent(total: int) -> Callable[[int], None]:
 
 
 # ---- checkpoints of a run ------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Removal:
-    """An attempt to remove, with the bytes of its objects that nobody needs."""
-
-    step: int
-    attempt: str
-    committed: bool
-    bytes: int
 
 
 def policy_of(
@@ -47,9 +39,7 @@ def policy_of(
     Raises:
         ConfigError: a value that cannot be, or one that only the run itself can turn into steps.
     """
-    for option, value, least in (("--keep-last", last, 1), ("--keep-every", every, 1), ("--keep-best", best, 0)):
-        if value is not None and value < least:
-            raise ConfigError(f"{option} is {value}; give {least} or more")
+    check_keep(last, every, best)
     stored = folder.config()
     keep: dict[str, Any] = stored["config"]["checkpoint"] if stored else {}
     if every is None and keep.get("keep_every") is not None:
@@ -82,10 +72,10 @@ def prune_checkpoints(folder: RunFolder, policy: Policy, *, yes: bool) -> list[R
         return _removals(folder.storage, policy, folder.newest_epoch() + 1)[0]
     held = hold(folder, "prune")
     storage = folder.storage
-    removals, needed = _removals(storage, policy, held.epoch)
+    going, needed = _removals(storage, policy, held.epoch)
     held.check()
     Retention(storage, policy).prune()
-    for removal in removals:
+    for removal in going:
         attempt = Committed(removal.step, removal.attempt)
         for name in storage.names(attempt.folder):  # what the retention of a live run must leave alone
             if f"{attempt.folder}/{name}" not in needed:
@@ -94,7 +84,31 @@ def prune_checkpoints(folder: RunFolder, policy: Policy, *, yes: bool) -> list[R
             if not storage.names(empty):
                 storage.remove(empty)
     sweep_uploads(storage, FOLDER, keep=lambda name: not _is_before(name.split("/"), held.epoch))
-    return removals
+    return going
+
+
+def prune_live(live: LiveRun, given: dict[str, Any], *, yes: bool) -> list[Removal]:
+    """Have a live run remove the checkpoints that its policy, with what is `given` of it, does not keep.
+
+    Its keeper does so between two commits. Attempts that are being written, and all newer than the newest committed
+    checkpoint, stay.
+
+    Raises:
+        ElasticError: it cannot be asked, or could not.
+    """
+    answer = live.ask("/prune", {"policy": given, "yes": yes}, timeout_s=PRUNE_S)
+    return [Removal(**removal) for removal in answer["removals"]]
+
+
+def check_keep(last: int | None, every: int | None, best: int | None) -> None:
+    """Refuse what cannot be kept.
+
+    Raises:
+        ConfigError: a number that is too small.
+    """
+    for option, value, least in (("--keep-last", last, 1), ("--keep-every", every, 1), ("--keep-best", best, 0)):
+        if value is not None and value < least:
+            raise ConfigError(f"{option} is {value}; give {least} or more")
 
 
 def _removals(storage: Storage, policy: Policy, epoch: int) -> tuple[list[Removal], set[str]]:
@@ -103,13 +117,7 @@ def _removals(storage: Storage, policy: Policy, epoch: int) -> tuple[list[Remova
     committed = set(newest_first(storage))
     found = {Committed(s, a) for s in steps_with_attempts(storage) for a in attempts(storage, s)}
     dead = {a for a in found - committed if _is_before([FOLDER, step_folder(a.step), a.attempt], epoch)}
-    removals = []
-    for attempt in sorted(dead | set(gone), key=lambda a: (a.step, a.attempt)):
-        paths = [f"{attempt.folder}/{name}" for name in storage.names(attempt.folder)]
-        sizes = [patiently(storage.size, path) for path in paths if path not in needed]
-        if sizes or not paths:
-            removals.append(Removal(attempt.step, attempt.attempt, attempt in committed, sum(sizes)))
-    return removals, needed
+    return removals(storage, dead | set(gone), committed, needed), needed
 
 
 def _is_before(parts: Sequence[str], epoch: int) -> bool:

@@ -12,6 +12,7 @@ from typing import Any
 from elastic.checkpoint.reader import newest_first
 from elastic.errors import ConfigError, ElasticError
 from elastic.observe.ledger import EVENTS, METRICS, read_tail
+from elastic.redact import redact
 from elastic.run.folder import ALIVE_S, CLAIMS, CONFIG, LIVE_STATES, STATUS, RunFolder
 from elastic.run.process import has_ended
 from elastic.storage import Storage
@@ -84,7 +85,7 @@ def _look(storage: Storage, name: str, now: float) -> Listed | None:
     except NotADirectoryError:
         return None  # a file beside the runs
     except (ElasticError, ValueError, KeyError, TypeError) as error:
-        return Listed(name, "unreadable", problem=f"{type(error).__name__}: {error}")
+        return Listed(name, "unreadable", problem=redact(f"{type(error).__name__}: {error}"))
 
 
 def look_at_run(folder: RunFolder, *, last: int) -> dict[str, Any]:
@@ -108,7 +109,8 @@ def look_at_run(folder: RunFolder, *, last: int) -> dict[str, Any]:
         rows, events, newest = (wait.result() for wait in waits)
     status = seen["status"] if seen else status
     return {
-        "run": folder.storage.url, "status": state_of(status, time.time()), "asked": seen is not None, "not_asked": why,
+        "run": redact(folder.storage.url), "status": state_of(status, time.time()),
+        "asked": seen is not None, "not_asked": why,
         "step": status.get("step", 0), "total_steps": status.get("total_steps"),
         "age_s": round(time.time() - status["heartbeat"], 1), "owner": status.get("owner"),
         "message": status.get("message"), "world": status.get("world"),

@@ -286,16 +286,22 @@ def _pin(arguments: argparse.Namespace) -> int:
 
 
 def _prune(arguments: argparse.Namespace) -> int:
-    from elastic.tools.pruning import policy_of, prune_checkpoints
+    from elastic.tools.live import connect
+    from elastic.tools.pruning import check_keep, policy_of, prune_checkpoints, prune_live
     from elastic.tools.target import open_run
     from elastic.tools.text import size_text, table
 
     folder = open_run(arguments.url)
-    policy = policy_of(
-        folder, last=arguments.keep_last, every=arguments.keep_every, best=arguments.keep_best,
-        metric=arguments.metric, mode=arguments.mode,
-    )  # fmt: skip
-    found = prune_checkpoints(folder, policy, yes=arguments.yes)
+    given = {
+        "last": arguments.keep_last, "every": arguments.keep_every, "best": arguments.keep_best,
+        "metric": arguments.metric, "mode": arguments.mode,
+    }  # fmt: skip
+    if folder.live_driver() is not None:
+        check_keep(arguments.keep_last, arguments.keep_every, arguments.keep_best)
+        given = {name: value for name, value in given.items() if value is not None}
+        found = prune_live(connect(folder, "prune"), given, yes=arguments.yes)
+    else:
+        found = prune_checkpoints(folder, policy_of(folder, **given), yes=arguments.yes)
 
     def text() -> str:
         if not found:

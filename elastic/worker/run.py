@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from elastic.config import TrainConfig
 from elastic.job import Job
@@ -19,7 +19,7 @@ class WorkerRun:
     digest: str
     folder_url: str
     server_url: str
-    token: str
+    token: str = field(repr=False)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,63 @@
+"""Keeping secrets out of what is written and said: configuration, ledger, status, results, errors, console.
+
+Three things are replaced by `***`: what stands before the host or after the `?` of a URL (passwords, signatures),
+values whose name says that they are secret, and wherever they occur, the secrets that this process was given in its
+environment or in fsspec's configuration.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+HIDDEN = "***"
+_NAME = re.compile(r"secret|passw|credential|api[_-]?key|access[_-]?key$|account[_-]?key|conn\w*[_-]?string|"
+                   r"(^|[_-])(token|sas|signature)$", re.IGNORECASE)  # fmt: skip
+_USER = re.compile(r"(?<=://)(?:[^/\s:@'\"]*:[^\s@'\"]*|[^/\s?#@'\"]*)@")  # many write the slashes of a key as they are
+_QUERY = re.compile(r"([a-z][a-z0-9+.-]*://[^\s?'\"]+)\?[^\s'\"]+", re.IGNORECASE)
+_PASSWORD = re.compile(r"://[^/\s:@]*:([^\s@]+)@")
+_LEAST = 8  # what is shorter would be found in innocent words
+
+
+def redact(text: str) -> str:
+    """The text without secrets."""
+    if "://" in text:
+        text = _QUERY.sub(rf"\1?{HIDDEN}", _USER.sub(f"{HIDDEN}@", text))
+    for secret in _known():
+        text = text.replace(secret, HIDDEN)
+    return text
+
+
+def clean(value: Any) -> Any:
+    """Plain values, with dictionaries and lists in them, without secrets."""
+    if isinstance(value, str):
+        return redact(value)
+    if isinstance(value, Mapping):
+        return {k: HIDDEN if is_secret(str(k)) and isinstance(v, str) and v else clean(v) for k, v in value.items()}
+    return [clean(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+
+def is_secret(name: str) -> bool:
+    """Whether a name says that its value is secret."""
+    return _NAME.search(name) is not None
+
+
+def _known() -> set[str]:
+    """Secrets of this process. fsspec is asked only where something has imported it."""
+    found = {value for name, value in os.environ.items() if is_secret(name)}
+    found |= {password for value in os.environ.values() for password in _PASSWORD.findall(value)}
+    config = sys.modules.get("fsspec.config")
+    if config is not None:
+        found |= set(_secrets_in(config.conf))
+    return {value for value in found if len(value) >= _LEAST}
+
+
+def _secrets_in(values: Mapping[str, Any]) -> Iterator[str]:
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _secrets_in(value)
+        elif isinstance(value, str):
+            yield from [value] if is_secret(name) else _PASSWORD.findall(value)
