@@ -20,7 +20,7 @@ GRANT_ID = re.compile(r"[0-9a-f]{32}")
 
 def digest(secret: str) -> str:
     """What of a secret may be read by anyone: it cannot be guessed back, as secrets are long and random."""
-    return hashlib.sha256(secret.encode()).hexdigest()
+    return hashlib.sha256(secret.encode(errors="replace")).hexdigest()
 
 
 class Access:

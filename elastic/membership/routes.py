@@ -95,10 +95,9 @@ class Routes:
         body = await request.json()
         grant, secret = str(body["id"]), str(body["secret"])
         async with self._granting:  # anyone may ask: one at a time, so that nobody keeps storage busy
-            loop = asyncio.get_running_loop()
-            known = GRANT_ID.fullmatch(grant) and await loop.run_in_executor(None, self._keeper.admits, grant, secret)
-        if not known:
-            raise web.HTTPUnauthorized(text="the run's folder has no such grant")
+            admits = self._keeper.admits
+            if not GRANT_ID.fullmatch(grant) or not await asyncio.to_thread(admits, grant, secret):
+                raise web.HTTPUnauthorized(text="the run's folder has no such grant")
         self._access.grant(secret)
         return web.json_response({"ok": True})
 
@@ -106,7 +105,8 @@ class Routes:
         state = self._state()
         return web.json_response(
             {
-                "status": self._keeper.status(), "group": describe(state, time.monotonic()),
+                "status": self._keeper.status(), "rows": self._keeper.recent_rows(),
+                "group": describe(state, time.monotonic()),
                 "workers": people(state, self._watchman.phases()),
             }
         )  # fmt: skip

@@ -117,7 +117,7 @@ def going(state: State, member: Member) -> float | None:
 def people(state: State, phases: Mapping[str, str]) -> list[dict[str, Any]]:
     """For people: every worker that is there, by rank, with node, state and phase."""
     world = state.world
-    found = []
+    found: list[tuple[Member, int | None, str, str]] = []
     for rank, member in enumerate(world.members if world else ()):
         if member.id not in state.gone:
             between = state.phase not in (Phase.RUNNING, Phase.LEAVING) or member.id in state.waiting

@@ -11,6 +11,7 @@ import queue
 import threading
 import time
 import traceback
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field, replace
@@ -36,6 +37,7 @@ from elastic.run.record import STARTED, Record
 HEARTBEAT_S = 5.0
 FLUSH_LOCAL_S = 1.0
 FLUSH_OBJECT_S = 10.0
+RECENT_ROWS = 100
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,7 @@ class RunKeeper:
         self._world: World | None = None
         self._record = Record(options.epoch)
         self._to_confirm: list[RowKey] = []
+        self._recent: deque[dict[str, Any]] = deque(maxlen=RECENT_ROWS)
         self._done: dict[str, dict[str, Any]] = {}
         self._attempts: dict[tuple[int, str], _Attempt] = {}
         self._state, self._message = "running", ""
@@ -226,6 +229,10 @@ class RunKeeper:
     def status(self) -> dict[str, Any]:
         return self._status_values()
 
+    def recent_rows(self) -> list[dict[str, Any]]:
+        """The newest rows, which need not be in storage yet."""
+        return list(self._recent)
+
     def ended(self) -> str | None:
         """How the run ended, for workers that did not hear of it."""
         return self._end["status"] if self._end is not None else None
@@ -345,6 +352,7 @@ class RunKeeper:
             if not self._record.take_row(row):
                 continue  # sent again by who could not know that it had arrived
             self._rows.add(row)
+            self._recent.append(row)
             if self._options.tensorboard:
                 if self._tensorboard is None:
                     self._tensorboard = TensorBoard(self._storage, self._options.epoch)

@@ -11,6 +11,7 @@ from typing import Any
 
 from elastic.checkpoint.reader import newest_first
 from elastic.errors import ConfigError, ElasticError
+from elastic.membership.outbox import row_key
 from elastic.observe.ledger import EVENTS, METRICS, read_tail
 from elastic.redact import redact
 from elastic.run.folder import ALIVE_S, CLAIMS, CONFIG, LIVE_STATES, STATUS, RunFolder
@@ -97,16 +98,16 @@ def look_at_run(folder: RunFolder, *, last: int) -> dict[str, Any]:
         ConfigError: it never wrote a status.
     """
     with ThreadPoolExecutor(4, "status") as pool:  # each is a round trip or two to object storage
-        waits = [
-            pool.submit(read_tail, folder.storage, METRICS, last),
-            pool.submit(read_tail, folder.storage, EVENTS, max(last, _LOOK_BACK)),
-            pool.submit(lambda: next(newest_first(folder.storage), None)),
-        ]
+        tail = pool.submit(read_tail, folder.storage, METRICS, last)
+        history = pool.submit(read_tail, folder.storage, EVENTS, max(last, _LOOK_BACK))
+        saved = pool.submit(lambda: next(newest_first(folder.storage), None))
         status = folder.status()
         if status is None:
             raise ConfigError(f"URL is {folder.storage.url!r}, whose run never wrote a status; start it first")
         seen, why = _ask(folder, status)
-        rows, events, newest = (wait.result() for wait in waits)
+        rows, events, newest = tail.result(), history.result(), saved.result()
+    known = set(map(row_key, rows))
+    rows += [r for r in (seen["rows"] if seen else ()) if row_key(r) not in known]
     status = seen["status"] if seen else status
     return {
         "run": redact(folder.storage.url), "status": state_of(status, time.time()),
@@ -118,7 +119,7 @@ def look_at_run(folder: RunFolder, *, last: int) -> dict[str, Any]:
         "max_workers": seen["group"]["max_workers"] if seen else None,
         "workers": seen["workers"] if seen else _recorded(status, events),
         "checkpoint": newest.step if newest else None,
-        "rows": rows, "events": events[-last:] if last else [],
+        "rows": rows[-last:] if last else [], "events": events[-last:] if last else [],
     }  # fmt: skip
 
 

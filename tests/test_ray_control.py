@@ -1,0 +1,53 @@
+"""Live control of a run on a Ray cluster, from the command line: another size, a drained worker, the end."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jobs.bench.nodes import Command, LocalCluster
+from tests.ray_cluster import Story, check_bits_and_samples, slow_job
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(180)]
+OPTIONS = ("--run.duration", "100000st", "--scaling.max-workers", "2", "--batch.microbatches", "8")
+
+
+def test_a_run_is_scaled_drained_and_stopped_without_a_lost_step_or_bit(cluster: LocalCluster, tmp_path: Path) -> None:
+    run = slow_job(cluster, tmp_path, "control", *OPTIONS)
+    story, url = Story(run), str(tmp_path / "control")
+
+    def told(verb: str, *options: str) -> dict[str, Any]:
+        command = Command("-m", "elastic.cli", verb, url, *options, "--json")
+        assert command.wait() == 0, command.output
+        return json.loads(command.output[command.output.index("{\n") :])
+
+    first = story.next_world(2)
+    run.wait_for_step(5)
+    assert told("scale", "--max-workers", "3")["world_size"] == 3
+    second = story.next_world(3)
+    assert set(first) < set(second), "those that were there stay"
+
+    seen = told("status")
+    assert (seen["status"], seen["asked"], seen["max_workers"]) == ("running", True, 3)
+    assert {w["pid"] for w in seen["workers"]} == set(second)
+    leaver = next(w for w in seen["workers"] if w["pid"] == second[0])
+    assert told("drain", leaver["id"][:9], "--deadline", "60s")["worker"] == leaver["id"]
+    third = story.next_world(3)
+    assert set(second) - set(third) == {leaver["pid"]}, "another took its place"
+
+    assert told("scale", "--max-workers", "1")["world_size"] == 1
+    (last,) = story.next_world(1)
+    assert last in third
+
+    saved, ended = told("checkpoint"), told("stop")
+    assert run.wait() == 0, run.output
+    assert ended["status"] == "stopped"
+    assert ended["step"] == ended["checkpoint"] >= saved["step"]
+    events = check_bits_and_samples(tmp_path, "control", *OPTIONS)
+    kinds = [e["kind"] for e in events]
+    assert kinds.count("handed_over") == 3
+    assert "member_lost" not in kinds
+    assert "fallback_restart" not in kinds
