@@ -8,21 +8,23 @@ from typing import Any
 
 import pytest
 
-from jobs.bench.nodes import Command, LocalCluster
+from elastic import cli
+from jobs.bench.nodes import Command, LocalCluster, result
 from tests.ray_cluster import Story, check_bits_and_samples, slow_job
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(180)]
 OPTIONS = ("--run.duration", "100000st", "--scaling.max-workers", "2", "--batch.microbatches", "8")
 
 
-def test_a_run_is_scaled_drained_and_stopped_without_a_lost_step_or_bit(cluster: LocalCluster, tmp_path: Path) -> None:
+def test_a_run_is_scaled_drained_and_stopped_without_a_lost_step_or_bit(
+    cluster: LocalCluster, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = slow_job(cluster, tmp_path, "control", *OPTIONS)
     story, url = Story(run), str(tmp_path / "control")
 
     def told(verb: str, *options: str) -> dict[str, Any]:
-        command = Command("-m", "elastic.cli", verb, url, *options, "--json")
-        assert command.wait() == 0, command.output
-        return json.loads(command.output[command.output.index("{\n") :])
+        assert cli.main([verb, url, *options, "--json"]) == 0
+        return json.loads(capsys.readouterr().out)
 
     first = story.next_world(2)
     run.wait_for_step(5)
@@ -42,10 +44,13 @@ def test_a_run_is_scaled_drained_and_stopped_without_a_lost_step_or_bit(cluster:
     (last,) = story.next_world(1)
     assert last in third
 
-    saved, ended = told("checkpoint"), told("stop")
+    saved = told("checkpoint")
+    stop = Command("-m", "elastic.cli", "stop", url)
+    assert stop.wait() == 0, stop.output
     assert run.wait() == 0, run.output
-    assert ended["status"] == "stopped"
-    assert ended["step"] == ended["checkpoint"] >= saved["step"]
+    assert "asked to save and end at the next step boundary" in stop.output
+    assert f"newest checkpoint: step {result(tmp_path / 'control')['steps']}" in stop.output
+    assert saved["step"] <= result(tmp_path / "control")["steps"]
     events = check_bits_and_samples(tmp_path, "control", *OPTIONS)
     kinds = [e["kind"] for e in events]
     assert kinds.count("handed_over") == 3

@@ -82,9 +82,10 @@ def surplus(state: State) -> list[Member]:
     if state.keep is None:
         return drained
     fits = {w.member.id for w in usable(state)[0]}
-    others = [w for w in state.waiting.values() if w.member.id not in state.drained]
+    others = [w for w in state.waiting.values() if going(state, w.member) is None]
     others.sort(key=lambda w: (w.member.id in fits, -w.since, w.member.id))
-    too_many = max(0, state.world.size + len(others) - state.keep)
+    staying = sum(going(state, m) is None for m in state.world.members)  # for the others, somebody is to come
+    too_many = max(0, staying + len(others) - state.keep)
     return drained + [w.member for w in others[:too_many]]
 
 
