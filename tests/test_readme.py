@@ -10,6 +10,7 @@ import re
 import shlex
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -205,7 +206,7 @@ def check_elastic(words: list[str]) -> None:
     assert 'elastic = "elastic.cli:main"' in (ROOT / "pyproject.toml").read_text()
     if words[1] != "init":
         run_mine()
-    assert cli.main(words[1:]) == 0
+    assert cli.main(words[1:]) == (1 if words[1] in ("stop", "scale", "drain", "checkpoint") else 0), "nobody drives it"
 
 
 def run_mine() -> None:
@@ -213,10 +214,13 @@ def run_mine() -> None:
     import torch
 
     from elastic.checkpoint.state import save_state
+    from elastic.run.folder import RunFolder
+    from elastic.storage import Storage
 
     if not Path("runs/mine/checkpoints").exists():
         for step in (100, 200):
             save_state("runs/mine", step, {"model/weight": torch.ones(3)})
+        RunFolder(Storage("runs/mine")).write_status({"status": "stopped", "heartbeat": time.time(), "step": 200})
 
 
 def check_python(words: list[str]) -> None:
@@ -306,7 +310,7 @@ def test_a_run_leaves_behind_what_is_listed(ported: Path):
     assert list(ported.glob("checkpoints/step-*/*/manifest.json"))
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/decisions.md", "docs/nccl.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/decisions.md", "docs/nccl.md", "docs/security.md"])
 def test_links_lead_somewhere(page: str):
     text = (ROOT / page).read_text()
 
