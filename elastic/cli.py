@@ -6,11 +6,16 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from elastic import __version__
 from elastic.errors import ConfigError, ElasticError
 from elastic.tools.control import add_control
+from elastic.tools.doctor import add_doctor
 from elastic.tools.verbs import add_verbs, run
+
+if TYPE_CHECKING:
+    from elastic.tools.machine import Finding
 
 TEMPLATE = '''\
 """A first job: is a point inside the ring?  python {file} --help"""
@@ -72,6 +77,12 @@ def _init(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _examine_cluster(address: str, storage: Sequence[str]) -> list[Finding]:
+    from elastic.cluster.examining import examine_cluster
+
+    return examine_cluster(address, storage)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit code."""
     parser = argparse.ArgumentParser(prog="elastic", description="PyTorch training on Ray that does not stop.")
@@ -82,6 +93,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     verb.set_defaults(run=_init)
     add_control(verbs)
     add_verbs(verbs)
+    add_doctor(verbs, _examine_cluster)
     arguments = parser.parse_args(argv)
     try:
         return run(arguments)

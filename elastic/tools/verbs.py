@@ -81,7 +81,7 @@ def run(arguments: argparse.Namespace) -> int:
             return int(arguments.run(arguments))
     except KeyboardInterrupt:
         left = "nothing of it is left"
-        if "prune" in arguments.run.__name__:
+        if "prune" in getattr(arguments.run, "__name__", ""):
             left = "the next prune does the rest"
         elif hasattr(arguments, "timeout"):
             left = "what the run was asked it does all the same"

@@ -1,0 +1,53 @@
+"""`elastic doctor`: would a run work here? A table of what was tried, and what to do about what was not right."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from elastic.tools.machine import Finding
+
+
+def add_doctor(verbs: Any, examine_cluster: Callable[[str, Sequence[str]], list[Finding]]) -> None:
+    """Add the verb. `examine_cluster` takes an address and URLs of storage; it is above what this module may know."""
+    text = "say whether a run would work on this machine or on a cluster, and what to do if not"
+    parser = verbs.add_parser("doctor", help=text, description=text[0].upper() + text[1:] + ".")
+    parser.add_argument("--storage", action="append", default=[], metavar="URL", help="try out this place for runs too")
+    parser.add_argument("--address", metavar="ADDRESS", help="examine this Ray cluster (auto: one that runs here)")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.set_defaults(run=partial(run_doctor, examine_cluster), url="the storage that was named")
+
+
+def run_doctor(examine_cluster: Callable[[str, Sequence[str]], list[Finding]], arguments: argparse.Namespace) -> int:
+    """Examine and print; returns 1 if a run would fail."""
+    from elastic.tools.machine import examine_machine
+    from elastic.tools.storing import examine_storage
+
+    if arguments.address is not None:
+        found = examine_cluster(arguments.address, arguments.storage)
+    else:
+        found = examine_machine()
+        for url in arguments.storage:
+            found += examine_storage(url)
+    print(json.dumps([asdict(f) for f in found], indent=1) if arguments.json else text_of(found))
+    return int(any(f.state == "fail" for f in found))
+
+
+def text_of(found: Sequence[Finding]) -> str:
+    """The table, with what to do below each line that is not right."""
+    from elastic.tools.text import table
+
+    words = {"ok": "ok", "warn": "look", "fail": "FAIL"}
+    rows = [(words[f.state], f.check, f.where, f.found) for f in found]
+    lines = table(("", "check", "where", "found"), rows).splitlines()
+    shown = [lines[0]]
+    for line, finding in zip(lines[1:], found, strict=True):
+        shown += [line, *([f"      -> {finding.do}"] if finding.do else [])]
+    failed, odd = sum(f.state == "fail" for f in found), sum(f.state == "warn" for f in found)
+    last = f"{failed} would make a run fail" if failed else "a run would work"
+    return "\n".join([*shown, "", f"{len(found)} checks: {last}" + (f"; look at {odd}" if odd else "")])
