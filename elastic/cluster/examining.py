@@ -7,6 +7,7 @@ import logging
 import socket
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import ray
@@ -145,8 +146,7 @@ class _Examination:
         if len(self._actors) > 2:
             self._reduce([tuple(self._actors)])
         for url in storage:
-            for where, findings in self._each(lambda _, actor, url=url: actor.storage.remote(url), START_S).items():
-                self._found += [Finding(f.check, f"{where}: {f.where}", f.state, f.found, f.do) for f in findings]
+            self._store(url)
         return self._found
 
     def _start(self) -> dict[str, dict[str, Any]]:
@@ -194,6 +194,10 @@ class _Examination:
             do = f"open all TCP ports of {host} to the nodes of the cluster" if problem else ""
             state: Any = "fail" if problem else "ok"
             self._found.append(Finding("ports", where, state, problem or f"reaches the driver's node {host}", do))
+
+    def _store(self, url: str) -> None:
+        for where, findings in self._each(lambda _, actor: actor.storage.remote(url), START_S).items():
+            self._found += [replace(f, where=f"{where}: {f.where}") for f in findings]
 
     def _reduce(self, groups: Sequence[tuple[str, ...]]) -> None:
         """A sum over each of these groups, all at the same time."""

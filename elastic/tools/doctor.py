@@ -44,7 +44,7 @@ def text_of(found: Sequence[Finding]) -> str:
 
     words = {"ok": "ok", "warn": "look", "fail": "FAIL"}
     rows = [(words[f.state], f.check, f.where, f.found) for f in found]
-    lines = table(("", "check", "where", "found"), rows).splitlines()
+    lines = table(("state", "check", "where", "found"), rows).splitlines()
     shown = [lines[0]]
     for line, finding in zip(lines[1:], found, strict=True):
         shown += [line, *([f"      -> {finding.do}"] if finding.do else [])]

@@ -14,6 +14,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Literal
@@ -253,11 +254,14 @@ def examine_machine() -> list[Finding]:
         found.append(Finding("ports", where, "ok", f"listens on {host}"))
     except OSError as error:
         return [*found, Finding("ports", where, "fail", f"cannot listen on {host}: {error}", "allow loopback")]
-    hidden = {"CUDA_VISIBLE_DEVICES": ""} if gpus < 2 else {}
-    with Prober() as first, Prober(hidden or {"CUDA_VISIBLE_DEVICES": "1"}) as second, Prober(hidden) as third:
+    hidden = {"CUDA_VISIBLE_DEVICES": ""}
+    with ExitStack() as stack:
+        first = stack.enter_context(Prober())
+        second = stack.enter_context(Prober({"CUDA_VISIBLE_DEVICES": "1"} if gpus > 1 else hidden))
         found += examine_computing(where, first, gpus)
-        pair = (first, second) if gpus >= 2 else (second, third)
-        found.append(examine_reduce(where, pair, store, ("lo", "lo")))
+        if gpus == 1:  # two cannot share it
+            first = stack.enter_context(Prober(hidden))
+        found.append(examine_reduce(where, (first, second), store, ("lo", "lo")))
     return found
 
 

@@ -62,7 +62,7 @@ def examine_storage(url: str) -> list[Finding]:
             raise StorageError("what was just written is not listed")
 
     def upload() -> None:
-        parts = open_upload(storage, large, _PART_BYTES, _PART_BYTES)
+        parts = open_upload(storage, large, 2 * _PART_BYTES, _PART_BYTES)
         try:
             parts.put(0, 0, memoryview(bytes(_PART_BYTES)))
         finally:
