@@ -24,7 +24,7 @@ from elastic.run.prepare import prepare
 from elastic.storage import Storage
 from elastic.worker.local import LocalRun
 from tests.forked import WAIT_S, B, Ran, Watch, configure, local_run, train
-from tests.tiny_jobs import Everything
+from tests.tiny_jobs import Deep, Everything
 
 pytestmark = [pytest.mark.processes, pytest.mark.usefixtures("fork_server")]
 ENDLESS = "100000st"
@@ -103,6 +103,31 @@ def test_a_run_is_looked_at_saved_scaled_both_ways_drained_and_stopped_without_a
     )  # fmt: skip
     assert ran.sha == twin.sha
     assert os.listdir(url / GRANTS) == [], "grants count once"
+
+
+@pytest.mark.parametrize("strategy", ["fsdp", "hsdp"])
+def test_a_sharded_run_is_scaled_both_ways_without_a_lost_step_or_bit(tmp_path, capsys, strategy):
+    watch, url = Watch(), tmp_path / "run"
+    options: dict[str, Any] = {"run__duration": ENDLESS, "batch__microbatches": 10}
+    places = {"parallel__strategy": strategy, "scaling__max_workers": 4, "scaling__workers_per_node": 2}
+    run = prepare(Deep(), configure(tmp_path, "run", **options, **places))
+
+    def script() -> None:
+        watch.wait_for_step(4)
+        elastic("scale", url, "--max-workers", 2)
+        elastic("scale", url, "--max-workers", 4)
+        elastic("stop", url)
+
+    with local_run(run, 4, on_record=watch) as local:
+        while_it_runs(local, script)
+
+    ran = Ran(run, None)
+    assert [e["detail"]["size"] for e in ran.events("world_formed")] == [4, 2, 4]
+    steps = ran.result["steps"]
+    assert gaps_and_doubles(ran.rows, B) == []
+    assert len([r for r in ran.rows if "sample_hash" in r]) == steps, "a step was done twice"
+    twin = train(Deep(), configure(tmp_path, "twin", **options, run__stop_after=f"{steps}st"), workers=1)
+    assert ran.sha == twin.sha
 
 
 def test_a_parked_run_is_stopped_with_its_state_saved_and_a_scale_that_cannot_be_is_refused(tmp_path, capsys):

@@ -315,7 +315,9 @@ def test_a_run_leaves_behind_what_is_listed(ported: Path):
     assert list(ported.glob("checkpoints/step-*/*/manifest.json"))
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/decisions.md", "docs/nccl.md", "docs/security.md", "docs/permissions.md"])
+@pytest.mark.parametrize(
+    "page", ["README.md", *(f"docs/{name}.md" for name in ("decisions", "nccl", "permissions", "security"))]
+)
 def test_links_lead_somewhere(page: str):
     text = (ROOT / page).read_text()
 
