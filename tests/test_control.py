@@ -130,6 +130,26 @@ def test_a_sharded_run_is_scaled_both_ways_without_a_lost_step_or_bit(tmp_path, 
     assert ran.sha == twin.sha
 
 
+def test_a_run_in_object_storage_is_steered_as_well(front, bucket, tmp_path, capsys):
+    watch, url = Watch(), f"{bucket}/runs/run"
+    run = prepare(Everything(), configure(f"{bucket}/runs", "run", run__duration=ENDLESS))
+    with local_run(run, 2, on_record=watch) as local:
+        watch.wait_for_step(3)
+        elastic("runs", f"{bucket}/runs", "--status", "running", "--json")
+        (listed,) = json.loads(capsys.readouterr().out)
+        elastic("status", url, "--last", 2, "--json")
+        seen = json.loads(capsys.readouterr().out)
+        elastic("checkpoint", url)
+        elastic("stop", url)
+        local.wait(WAIT_S)
+
+    assert (listed["name"], listed["status"]) == ("run", "running")
+    assert seen["asked"], "the server was found and convinced by the bucket alone"
+    assert [r["step"] for r in seen["rows"]] == [seen["step"] - 1, seen["step"]]
+    assert Ran(run, None).result["status"] == "stopped"
+    assert Storage(f"{url}/{GRANTS}").names() == []
+
+
 def test_a_parked_run_is_stopped_with_its_state_saved_and_a_scale_that_cannot_be_is_refused(tmp_path, capsys):
     watch, url = Watch(), tmp_path / "run"
     options = {"scaling__max_workers": 3, "scaling__min_workers": 2}
