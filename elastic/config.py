@@ -180,6 +180,9 @@ class ScalingOptions:
     )
     cpus_per_worker: int = option(1, "CPU slots (and torch threads) of a worker")
     workers_per_node: int | None = option(None, "most workers on one node (default: what fits)")
+    exclude: tuple[str, ...] = option(
+        (), "nodes of the cluster to keep out: host names, addresses, or beginnings of ids"
+    )
 
     def __post_init__(self) -> None:
         _whole("--scaling.min-workers", self.min_workers, 1)
@@ -193,6 +196,8 @@ class ScalingOptions:
         _whole("--scaling.cpus-per-worker", self.cpus_per_worker, 1)
         if self.workers_per_node is not None:
             _whole("--scaling.workers-per-node", self.workers_per_node, 1)
+        for name in self.exclude:
+            _require(bool(name.strip()), "--scaling.exclude", name, "give host names, addresses, or beginnings of ids")
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,8 @@ OPTIONS = ("--run.duration", "100000st", "--scaling.max-workers", "2", "--batch.
 def test_a_run_is_scaled_drained_and_stopped_without_a_lost_step_or_bit(
     cluster: LocalCluster, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = slow_job(cluster, tmp_path, "control", *OPTIONS)
+    excluded = cluster.nodes[0]
+    run = slow_job(cluster, tmp_path, "control", *OPTIONS, "--scaling.exclude", excluded.node_id[:16])
     story, url = Story(run), str(tmp_path / "control")
 
     def told(verb: str, *options: str) -> dict[str, Any]:
@@ -32,6 +33,7 @@ def test_a_run_is_scaled_drained_and_stopped_without_a_lost_step_or_bit(
     second = story.next_world(3)
     assert set(first) < set(second), "those that were there stay"
 
+    assert not set(second) & set(cluster.workers_of(excluded)), "it was to be kept out"
     seen = told("status")
     assert (seen["status"], seen["asked"], seen["max_workers"]) == ("running", True, 3)
     assert {w["pid"] for w in seen["workers"]} == set(second)

@@ -141,6 +141,7 @@ REFUSED = [
     (lambda: ScalingOptions(accelerator="tpu"), "--scaling.accelerator", "'tpu'", "auto, cpu, gpu"),
     (lambda: ScalingOptions(cpus_per_worker=0), "--scaling.cpus-per-worker", "0", "at least 1"),
     (lambda: ScalingOptions(workers_per_node=0), "--scaling.workers-per-node", "0", "at least 1"),
+    (lambda: ScalingOptions(exclude=("a", " ")), "--scaling.exclude", "' '", "give host names"),
     (lambda: ParallelOptions(strategy="zero"), "--parallel.strategy", "'zero'", "ddp, fsdp, hsdp"),
     (lambda: ParallelOptions(prefetch=-1), "--parallel.prefetch", "-1", "at least 0"),
     (lambda: ParallelOptions(offload=True), "--parallel.offload", "True", "leave it out"),
@@ -324,7 +325,7 @@ OTHER_VALUES = {
     "checkpoint.keep-best": 1, "checkpoint.best-metric": "eval/accuracy", "checkpoint.best-mode": "max",
     "checkpoint.init-from": "w.safetensors", "recovery.hang-timeout": "1min", "recovery.lease": "1min",
     "recovery.max-wait": "1h", "observe.log-every": 1.0, "observe.tensorboard": False, "observe.price": 1.0,
-    "cluster.address": "auto", "cluster.local-nodes": 2,
+    "cluster.address": "auto", "cluster.local-nodes": 2, "scaling.exclude": ("broken",),
 }  # fmt: skip
 ONE_VALUE = {"recovery.snapshot-every"}  # nothing else is valid yet
 ONE_VALUE |= {"checkpoint.init-partial"}  # valid only beside another option

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from elastic.errors import ConfigError
 
@@ -54,6 +55,16 @@ def check_fits(accelerator: str, workers_per_node: int | None, cpus: int, nodes:
 def full_nodes(placed: Sequence[str], per_node: int | None) -> list[str]:
     """Nodes that have as many workers as they may, given the node of every worker; none where there is no limit."""
     return sorted({n for n in placed if placed.count(n) >= per_node}) if per_node else []
+
+
+def excluded_nodes(names: Sequence[str], nodes: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Ids of the nodes, as `ray.nodes()` lists them, that are named: by host name, address, or the id's beginning."""
+
+    def named(node: Mapping[str, Any]) -> bool:
+        known = (node["NodeManagerHostname"], node["NodeManagerAddress"])
+        return any(name in known or node["NodeID"].startswith(name) for name in names)
+
+    return sorted(n["NodeID"] for n in nodes if n["Alive"] and named(n))
 
 
 def visible_devices(assigned: str, node_total: int) -> tuple[str, int]:

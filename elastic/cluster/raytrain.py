@@ -37,7 +37,7 @@ from ray.train.v2.api.exceptions import ControllerError
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from elastic.cluster.capacity import full_nodes
+from elastic.cluster.capacity import excluded_nodes, full_nodes
 from elastic.membership.driver import DriverLink
 from elastic.membership.forming import helpful_size
 
@@ -63,7 +63,7 @@ class GroupPlan:
     """What a worker group is to have, for the run hosted at `url`: workers of `unit` resources each.
 
     `max_workers` is that of the start, of `microbatches` in a step; `per_node` is the most workers on one node; `name`
-    is the prefix of the placement groups' names.
+    is the prefix of the placement groups' names; `exclude` names nodes to keep out.
     """
 
     url: str
@@ -74,6 +74,7 @@ class GroupPlan:
     unit: dict[str, float]
     name: str
     per_node: int | None = None
+    exclude: tuple[str, ...] = ()
 
     def want(self, max_workers: int) -> int:
         """How many workers to have where a world has at most so many: all that help, and spares."""
@@ -218,6 +219,7 @@ class Group(WorkerGroup):
         self._numbers = itertools.count()
         self._draining: dict[str, int] = {}
         self._drained: set[str] = set()
+        self._excluded: list[str] = []
         self._next_nodes = self._ask_after = 0.0
         self._worker_group_state = None
         restart = next(Group._restarts)
@@ -270,7 +272,7 @@ class Group(WorkerGroup):
         for _ in range(self._want - len(staying)):
             if self._plan.per_node and any(u.stage is _Stage.ASKED for u in self._units):
                 return  # where the last one comes decides which nodes are full
-            full = full_nodes([u.node for u in self._units if u.node], self._plan.per_node)
+            full = full_nodes([u.node for u in self._units if u.node], self._plan.per_node) + self._excluded
             self._units.append(_Unit(self._plan, next(self._numbers), full))
 
     def _withdraw(self, count: int) -> None:
@@ -301,6 +303,8 @@ class Group(WorkerGroup):
     def _advance(self, unit: _Unit, answer: Any) -> None:
         if unit.stage is _Stage.ASKED:
             unit.create(self._worker_cls, self._plan.unit)
+            if unit.node in self._excluded:  # one that joined the cluster after it was asked for
+                self._absorb(unit, RuntimeError("its node is excluded"))
         elif unit.stage is _Stage.STARTING:
             unit.node, unit.stage = answer.node_id, _Stage.RUNNING
             unit.pending = self._launch(unit)
@@ -345,6 +349,8 @@ class Group(WorkerGroup):
         if now < self._next_nodes:
             return
         self._next_nodes = now + NODES_S
+        if self._plan.exclude:
+            self._excluded = excluded_nodes(self._plan.exclude, ray.nodes())
         draining = ray_state.get_draining_nodes() or {}
         for node, deadline_ms in draining.items():
             if node not in self._draining and any(u.node == node for u in self._units):

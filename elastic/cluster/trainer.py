@@ -189,7 +189,7 @@ class _Drive:
         unit = worker_resources(accelerator, scaling.cpus_per_worker)
         plan = GroupPlan(
             url, token, scaling.max_workers, scaling.spares, run.plan.microbatches, unit, prefix,
-            scaling.workers_per_node,
+            scaling.workers_per_node, scaling.exclude,
         )  # fmt: skip
         want = plan.want(scaling.max_workers)
         markers = tempfile.mkdtemp(prefix="elastic-", dir=session_folder())

@@ -58,8 +58,8 @@ class LiveRun:
             raise NotLive(f"the server of run {self.folder.storage.url} went away: {_reason(error)}") from error
 
 
-def connect(folder: RunFolder, doing: str) -> LiveRun:
-    """Reach the server of a live run.
+def connect(folder: RunFolder, doing: str, timeout_s: float = 10.0) -> LiveRun:
+    """Reach the server of a live run, within `timeout_s`.
 
     Raises:
         NotLive: nobody drives the run, or its server cannot be reached; one sentence.
@@ -84,7 +84,7 @@ def connect(folder: RunFolder, doing: str) -> LiveRun:
         raise NotLive(f"run {url} is controlled by who may write into its folder: {_reason(error)}") from error
     link = DriverLink(address, secret)
     try:
-        link.request("/grant", {"id": grant, "secret": secret})
+        link.request("/grant", {"id": grant, "secret": secret}, timeout_s)
     except OSError as error:
         where = "give the command on a machine of its cluster, or on the one that drives it"
         raise NotLive(

@@ -21,6 +21,7 @@ from elastic.tools.live import NotLive, connect
 from elastic.tools.target import list_names
 
 STATES = ("running", "parked", "lost", "finished", "stopped", "failed", "new", "unreadable")
+ASK_S = 2.0  # who is not there, or behind a firewall, is not waited for
 _IN_FLIGHT = 32
 _LOOK_BACK = 500  # events in which the newest world is looked for
 
@@ -127,7 +128,7 @@ def _ask(folder: RunFolder, status: dict[str, Any]) -> tuple[dict[str, Any] | No
     if state_of(status, time.time()) not in LIVE_STATES:
         return None, None
     try:
-        return connect(folder, "ask").look(), None
+        return connect(folder, "ask", ASK_S).look(), None
     except (NotLive, OSError) as error:
         return None, str(error)
 
