@@ -22,8 +22,9 @@ from elastic.observe.ledger import gaps_and_doubles
 from elastic.run.folder import GRANTS, RunFolder
 from elastic.run.prepare import prepare
 from elastic.storage import Storage
+from elastic.tools.live import connect, drain
 from elastic.worker.local import LocalRun
-from tests.forked import WAIT_S, B, Ran, Watch, configure, local_run, train
+from tests.forked import WAIT_S, B, Ran, Watch, configure, fault, local_run, plan, train
 from tests.tiny_jobs import Deep, Everything
 
 pytestmark = [pytest.mark.processes, pytest.mark.usefixtures("fork_server")]
@@ -148,6 +149,33 @@ def test_a_run_in_object_storage_is_steered_as_well(front, bucket, tmp_path, cap
     assert [r["step"] for r in seen["rows"]] == [seen["step"] - 1, seen["step"]]
     assert Ran(run, None).result["status"] == "stopped"
     assert Storage(f"{url}/{GRANTS}").names() == []
+
+
+def test_a_server_that_is_killed_meanwhile_is_convinced_and_asked_again(tmp_path, gate):
+    watch, held = Watch(), gate("held")
+    run = prepare(Everything(), configure(tmp_path, "run", run__duration=ENDLESS))
+    faults = plan(fault("step.forward", 6, 0, "hold", file=held))
+    with local_run(run, 2, on_record=watch, environment=faults, own_host={}) as local:
+        watch.wait_for_step(5)
+        said: list[str] = []
+
+        def say(text: str) -> None:
+            said.append(text)
+            if len(said) == 1:
+                local.hosting.process.kill()
+                watch.wait_for(lambda record: record.get("kind") == "resumed")
+                held.unlink()
+
+        drained = drain(connect(run.folder, "drain"), "w1-0", 0.0, say, WAIT_S)
+        local.stop()
+        local.wait(WAIT_S)
+
+    ran = Ran(run, None)
+    assert local.hosting.restarts == 1
+    assert drained["worker"] == "w1-0"
+    assert [e["member"] for e in ran.events("handed_over")] == ["w1-0"]
+    assert ran.column("world_size")[-1] == 1
+    assert gaps_and_doubles(ran.rows, B) == []
 
 
 def test_a_parked_run_is_stopped_with_its_state_saved_and_a_scale_that_cannot_be_is_refused(tmp_path, capsys):

@@ -26,10 +26,36 @@ class NotLive(ElasticError):
 
 
 class LiveRun:
-    """A connection to the server of a live run. Use `connect`."""
+    """A connection to the server of a live run. Use `connect`. A server that was restarted is convinced again."""
 
-    def __init__(self, folder: RunFolder, link: DriverLink):
-        self.folder, self._link = folder, link
+    def __init__(self, folder: RunFolder, address: str):
+        self.folder, self._address = folder, address
+        self._secret = secrets.token_urlsafe(32)
+        self._link = DriverLink(address, self._secret)
+        self.servers = 0  # that were convinced: one that was restarted does not know what another one was asked
+
+    def convince(self, timeout_s: float = 10.0) -> None:
+        """Show the server that this process may write into the run's folder.
+
+        Raises:
+            OSError: it cannot be reached, or was not convinced.
+        """
+        grant = secrets.token_hex(16)
+        self.folder.leave_grant(grant, self._secret)
+        try:
+            self._link.request("/grant", {"id": grant, "secret": self._secret}, timeout_s)
+        finally:
+            self.folder.withdraw_grant(grant)
+        self.servers += 1
+
+    def _request(self, path: str, body: dict[str, Any] | None = None, timeout_s: float = 10.0) -> dict[str, Any]:
+        try:
+            return self._link.request(path, body, timeout_s)
+        except urllib.error.HTTPError as error:
+            if error.code != 401:
+                raise
+        self.convince()
+        return self._link.request(path, body, timeout_s)
 
     def look(self) -> dict[str, Any]:
         """Status, group and workers, as the server sees them now.
@@ -37,7 +63,7 @@ class LiveRun:
         Raises:
             OSError: it cannot be reached.
         """
-        return self._link.request("/run")
+        return self._request("/run")
 
     def ask(self, path: str, body: dict[str, Any], timeout_s: float = 10.0) -> dict[str, Any]:
         """Have something done.
@@ -47,7 +73,7 @@ class LiveRun:
             NotLive: it cannot be reached any more.
         """
         try:
-            return self._link.request(path, body, timeout_s)
+            return self._request(path, body, timeout_s)
         except urllib.error.HTTPError as error:
             if error.code == 400:
                 raise ConfigError(_reason(error)) from None
@@ -77,22 +103,17 @@ def connect(folder: RunFolder, doing: str, timeout_s: float = 10.0) -> LiveRun:
     host = urlsplit(address).hostname
     if host in _LOOPBACK and status["host"] != platform.node():
         raise NotLive(f"run {url} is served on {status['host']} for that machine alone; give the command there")
-    grant, secret = secrets.token_hex(16), secrets.token_urlsafe(32)
+    live = LiveRun(folder, address)
     try:
-        folder.leave_grant(grant, secret)
-    except Exception as error:  # whatever storage raises: one sentence
-        raise NotLive(f"run {url} is controlled by who may write into its folder: {_reason(error)}") from error
-    link = DriverLink(address, secret)
-    try:
-        link.request("/grant", {"id": grant, "secret": secret}, timeout_s)
-    except OSError as error:
+        live.convince(timeout_s)
+    except urllib.error.URLError as error:
         where = "give the command on a machine of its cluster, or on the one that drives it"
         raise NotLive(
             f"run {url} is driven by {driver}, but its server {address} cannot be reached: {_reason(error)}; {where}"
         ) from error
-    finally:
-        folder.withdraw_grant(grant)
-    return LiveRun(folder, link)
+    except Exception as error:  # whatever storage raises: one sentence
+        raise NotLive(f"run {url} is steered by who may write into its folder: {_reason(error)}") from error
+    return live
 
 
 def _ended(status: dict[str, Any]) -> str:
@@ -109,12 +130,17 @@ def _reason(error: Exception) -> str:
 
 
 class _Watch:
-    """Looks at the run again and again until something is so, and says what changes."""
+    """Looks at the run again and again until something is so, and says what changes.
 
-    def __init__(self, live: LiveRun, say: Say, timeout_s: float, doing: str):
-        self._live, self._say, self._doing = live, say, doing
+    Args:
+        doing: what the run has to do, for messages.
+        ask: asks it once more, if the server was restarted.
+    """
+
+    def __init__(self, live: LiveRun, say: Say, timeout_s: float, doing: str, ask: Callable[[], object]):
+        self._live, self._say, self._doing, self._ask = live, say, doing, ask
         self._timeout_s, self._deadline = timeout_s, time.monotonic() + timeout_s
-        self._said = ""
+        self._said, self._servers = "", live.servers
         self._unreached_since: float | None = None
 
     def look(self) -> dict[str, Any] | None:
@@ -138,6 +164,9 @@ class _Watch:
         if seen["status"]["status"] not in LIVE_STATES:
             return self._gone(TimeoutError("it has ended, but has not written so"), now)
         self._unreached_since = None
+        if self._live.servers > self._servers:
+            self._servers = self._live.servers
+            self._ask()
         self._tell(seen)
         return seen
 
@@ -164,9 +193,13 @@ class _Watch:
 
 def stop(live: LiveRun, say: Say, timeout_s: float) -> dict[str, Any]:
     """Have the run save and end at its next step boundary, and wait for that; returns its last status."""
-    live.ask("/wish", {"wish": "stop", "detail": f"stopped by {owner()}"})
+
+    def ask() -> None:
+        live.ask("/wish", {"wish": "stop", "detail": f"stopped by {owner()}"})
+
+    ask()
     say("asked to save and end at the next step boundary")
-    return _outcome(live, _Watch(live, say, timeout_s, "end"))
+    return _outcome(live, _Watch(live, say, timeout_s, "end", ask))
 
 
 def _outcome(live: LiveRun, watch: _Watch) -> dict[str, Any]:
@@ -184,11 +217,14 @@ def checkpoint(live: LiveRun, say: Say, timeout_s: float) -> dict[str, Any]:
         ElasticError: it could not be saved.
     """
     first = live.look()["status"]
-    wish = {"wish": "save", "detail": f"asked for by {owner()}"}
-    watch, asked_at = _Watch(live, say, timeout_s, "commit a checkpoint"), 0.0
+
+    def ask() -> None:
+        live.ask("/wish", {"wish": "save", "detail": f"asked for by {owner()}"})
+
+    watch, asked_at = _Watch(live, say, timeout_s, "commit a checkpoint", ask), -AGAIN_S
     while True:
-        if time.monotonic() - asked_at > AGAIN_S:  # one that a save under way made it leave out
-            live.ask("/wish", wish)
+        if time.monotonic() - asked_at > AGAIN_S:  # a save under way may have made it leave this one out
+            ask()
             asked_at = time.monotonic()
         seen = watch.look()
         now = seen["status"] if seen is not None else live.folder.status() or {}
@@ -209,7 +245,7 @@ def scale(live: LiveRun, max_workers: int, say: Say, timeout_s: float) -> dict[s
     was = live.ask("/scale", {"max_workers": max_workers, "by": owner()})["was"]
     wanted = helpful_size(config.get("batch", {}).get("microbatches"), max_workers)
     say(f"--scaling.max-workers is {max_workers}, was {was}; waiting for a world of {wanted}")
-    watch = _Watch(live, say, timeout_s, f"have a world of {wanted}")
+    watch = _Watch(live, say, timeout_s, f"have a world of {wanted}", lambda: None)  # that is in the ledger
     while True:
         seen = watch.look()
         if seen is None:
@@ -221,10 +257,14 @@ def scale(live: LiveRun, max_workers: int, say: Say, timeout_s: float) -> dict[s
 
 def drain(live: LiveRun, worker: str, seconds: float, say: Say, timeout_s: float) -> dict[str, Any]:
     """Have a worker hand over and end, and wait for that. For `seconds` it stays if nobody can take its place."""
-    drained = live.ask("/drain", {"worker": worker, "seconds": seconds, "by": owner()})
+
+    def ask(whom: str) -> dict[str, Any]:
+        return live.ask("/drain", {"worker": whom, "seconds": seconds, "by": owner()})
+
+    drained = ask(worker)
     name = drained["id"]
     say(f"worker {name} on node {drained['node']} hands over")
-    watch = _Watch(live, say, timeout_s, f"let worker {name} go")
+    watch = _Watch(live, say, timeout_s, f"let worker {name} go", lambda: ask(name))
     while True:
         seen = watch.look()
         if seen is None or name in seen["group"]["gone"]:
