@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: train demo test test-fast lint clean
+.PHONY: train demo test test-fast lint wheel clean
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -27,6 +27,11 @@ lint: .venv/ready
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy elastic
 	$(BIN)/lint-imports
+
+wheel: .venv/ready
+	rm -rf dist
+	$(BIN)/python -m build --wheel --outdir dist .
+	cp constraints.txt dist
 
 clean:
 	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

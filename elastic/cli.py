@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from elastic import __version__
+from elastic.cluster import node_watch
 from elastic.errors import ConfigError, ElasticError
 from elastic.tools.control import add_control
 from elastic.tools.doctor import add_doctor
@@ -83,8 +84,8 @@ def _examine_cluster(address: str, storage: Sequence[str]) -> list[Finding]:
     return examine_cluster(address, storage)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run one verb; returns the exit code."""
+def parser() -> argparse.ArgumentParser:
+    """All verbs and their options."""
     parser = argparse.ArgumentParser(prog="elastic", description="PyTorch training on Ray that does not stop.")
     parser.add_argument("--version", action="version", version=f"elastic-train {__version__}")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
@@ -94,7 +95,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_control(verbs)
     add_verbs(verbs)
     add_doctor(verbs, _examine_cluster)
-    arguments = parser.parse_args(argv)
+    node_watch.add_verb(verbs)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb; returns the exit code."""
+    arguments = parser().parse_args(argv)
     try:
         return run(arguments)
     except ElasticError as error:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
 import os
 import threading
 import time
@@ -353,7 +354,8 @@ class Group(WorkerGroup):
             self._excluded = excluded_nodes(self._plan.exclude, ray.nodes())
         draining = ray_state.get_draining_nodes() or {}
         for node, deadline_ms in draining.items():
-            if node not in self._draining and any(u.node == node for u in self._units):
+            sooner = deadline_ms < self._draining.get(node, math.inf)  # a second notice may leave less time
+            if sooner and any(u.node == node for u in self._units):
                 remaining = deadline_ms / 1000 - time.time() if deadline_ms else 30.0
                 self._tell("/notice", {"node": node, "remaining_s": max(0.0, remaining)})
         self._draining = draining

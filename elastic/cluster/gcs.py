@@ -1,0 +1,97 @@
+"""Nodes of a Ray cluster, asked of its head without being a driver: a watcher runs on every node and must be small.
+
+Touches private names of Ray, as `raytrain` does, but none of Ray Train, whose import takes seconds;
+`tests/test_ray_contract.py` has a test for each.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import ray
+from ray._private import services
+from ray._raylet import GcsClient
+from ray.core.generated.autoscaler_pb2 import DrainNodeReason
+from ray.core.generated.gcs_pb2 import GcsNodeInfo
+
+from elastic.errors import ConfigError
+
+REQUEST_TIMEOUT_S = 5.0
+_PREEMPTION = DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
+
+
+class ClusterUnreachable(Exception):
+    """The head does not answer."""
+
+
+class Nodes:
+    """The nodes of the cluster whose GCS listens at `address` (host:port).
+
+    Raises:
+        ClusterUnreachable: from every method, when the head does not answer.
+    """
+
+    def __init__(self, address: str):
+        self.address = address
+        try:
+            self._gcs = GcsClient(address=address)
+        except (ray.exceptions.RayError, RuntimeError) as error:
+            raise ClusterUnreachable(f"no Ray cluster answers at {address}: {error}") from error
+
+    def alive(self) -> dict[str, str]:
+        """Living nodes: id in hex -> address."""
+        alive = GcsNodeInfo.GcsNodeState.ALIVE
+        try:
+            found = self._gcs.get_all_node_info(timeout=REQUEST_TIMEOUT_S, state_filter=alive)
+        except ray.exceptions.RayError as error:
+            raise ClusterUnreachable(f"the head at {self.address} does not answer: {error}") from error
+        return {node.hex(): info.node_manager_address for node, info in found.items()}
+
+    def drain(self, node: str, deadline: float, reason: str) -> None:
+        """Say that the node goes away at `deadline` (unix seconds): nothing new is placed there."""
+        try:
+            accepted, why = self._gcs.drain_node(
+                node, _PREEMPTION, reason, math.ceil(deadline * 1000), timeout=REQUEST_TIMEOUT_S
+            )
+        except ray.exceptions.RayError as error:
+            raise ClusterUnreachable(f"the head at {self.address} does not answer: {error}") from error
+        if not accepted:
+            raise ClusterUnreachable(f"the head at {self.address} refused to drain node {node}: {why}")
+
+
+def cluster_here() -> str:
+    """The address of the cluster that a node of this machine belongs to.
+
+    Raises:
+        ConfigError: there is none, or there are several.
+    """
+    found = sorted(services.find_gcs_addresses())
+    if len(found) != 1:
+        raise ConfigError(
+            f"--address is not given, and nodes of {len(found)} Ray clusters run on this machine; give it as host:port"
+        )
+    return found[0]
+
+
+def address_of_this_machine(gcs_address: str) -> str:
+    """This machine's address as the head sees it."""
+    return services.node_ip_address_from_perspective(gcs_address)
+
+
+def ids_of_this_machine() -> set[str]:
+    """Ids of nodes whose raylet this process can see; none from a container beside theirs."""
+    return set(services.find_node_ids())
+
+
+def own_node(alive: Mapping[str, str], ids_here: set[str], address: str) -> str | None:
+    """Which of the living nodes (id -> address) is this machine's, or None while there is none.
+
+    Raises:
+        ConfigError: several are.
+    """
+    at_address = {node for node, there in alive.items() if there == address}
+    here = (ids_here & at_address) or at_address or (ids_here & alive.keys())
+    if len(here) > 1:
+        raise ConfigError(f"{len(here)} nodes of the cluster run on this machine; say which with --node-id")
+    return next(iter(here), None)

@@ -1,0 +1,119 @@
+"""The files that clusters are started from: Ray takes them, and they say what they promise."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from ray.autoscaler._private.util import prepare_config, validate_config
+
+from elastic.cli import parser
+
+ROOT = Path(__file__).parent.parent
+MAKEFILE = (ROOT / "Makefile").read_text()
+AWS, MACHINES = ROOT / "cluster.yaml", ROOT / "cluster-machines.yaml"
+BOTH = pytest.mark.parametrize("file", [AWS, MACHINES], ids=lambda f: f.name)
+
+
+def prepared(file: Path) -> dict[str, Any]:
+    """The file as `ray up` reads it, before it talks to anybody."""
+    config = prepare_config(yaml.safe_load(file.read_text()))
+    validate_config(config)
+    return json.loads(json.dumps(config))  # as it is sent to the head
+
+
+def start_command(config: dict[str, Any], which: str) -> str:
+    """The command of head or worker that starts Ray."""
+    (command,) = (c for c in config[f"{which}_start_ray_commands"] if "ray start" in c)
+    return command
+
+
+def exported(command: str) -> dict[str, str]:
+    """The variables that a shell command exports."""
+    return dict(word.split("=", 1) for line in re.findall(r"export ([^;]*);", command) for word in shlex.split(line))
+
+
+@BOTH
+def test_ray_takes_the_file(file: Path) -> None:
+    config = prepared(file)
+
+    assert config["head_node_type"] in config["available_node_types"]
+    assert config["max_workers"] >= sum(t["min_workers"] for t in config["available_node_types"].values())
+
+
+@BOTH
+def test_the_head_does_no_work_and_asks_for_the_token_on_its_own_loopback(file: Path) -> None:
+    command = start_command(prepared(file), "head")
+
+    assert {"--head", "--num-cpus=0", "--num-gpus=0", "--dashboard-host=127.0.0.1"} <= set(shlex.split(command))
+    assert exported(command)["RAY_AUTH_MODE"] == "token"
+    assert exported(command)["RAY_JOB_STOP_WAIT_TIME_S"] == "120"
+
+
+@BOTH
+def test_every_node_has_the_token_and_the_pinned_versions(file: Path) -> None:
+    config = prepared(file)
+
+    assert config["file_mounts"]["~/.ray/auth_token"] == "~/.ray/auth_token"
+    assert config["file_mounts"]["~/elastic"] == "dist"
+    assert re.search(r"^wheel:(\n\t| ).*--outdir dist .\n\tcp constraints.txt dist$", MAKEFILE, re.MULTILINE | re.DOTALL)
+    installs = [c for c in config["head_setup_commands"] + config["worker_setup_commands"] if "pip install" in c]
+    assert len(installs) >= 4
+    assert all("-c ~/elastic/constraints.txt" in c for c in installs)
+    assert exported(start_command(config, "worker"))["RAY_AUTH_MODE"] == "token"
+
+
+@BOTH
+def test_what_is_installed_exists(file: Path) -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    (extras,) = re.findall(r"\.whl\)\[(.*?)\]", " ".join(prepared(file)["setup_commands"]))
+
+    assert set(extras.split(",")) <= set(project["optional-dependencies"])
+    assert f"Python {project['requires-python'].removeprefix('>=')}" in file.read_text() or file is AWS
+
+
+@BOTH
+def test_it_says_what_max_workers_counts_and_what_to_edit(file: Path) -> None:
+    text = file.read_text()
+
+    assert re.search(r"# NODES beside the head.*\n?.*--scaling\.max-workers counts GPUs", text)
+    assert "EDIT" in text
+
+
+def test_gpu_nodes_are_spot_first_and_on_demand_where_there_is_none() -> None:
+    types = prepared(AWS)["available_node_types"]
+    spot, fallback = types["gpu_spot"], types["gpu_on_demand"]
+
+    assert spot["priority"] > fallback["priority"]
+    assert spot["min_workers"] == fallback["min_workers"] == 0
+    assert spot["max_workers"] >= fallback["max_workers"] > 0
+    assert spot["node_config"].pop("InstanceMarketOptions") == {"MarketType": "spot"}
+    assert spot["node_config"] == fallback["node_config"]
+    assert "InstanceMarketOptions" not in types["head"]["node_config"]
+    assert types["head"]["resources"] == {"CPU": 0, "GPU": 0}
+    for node_type in types.values():
+        (disk,) = node_type["node_config"]["BlockDeviceMappings"]
+        assert disk["Ebs"]["VolumeSize"] >= 200
+        assert node_type["node_config"]["MetadataOptions"]["HttpTokens"] == "required"
+
+
+def test_the_autoscaler_is_version_2_and_idle_nodes_outlive_a_set_up() -> None:
+    config = prepared(AWS)
+
+    assert exported(start_command(config, "head"))["RAY_enable_autoscaler_v2"] == "1"
+    assert config["idle_timeout_minutes"] >= 10
+    assert config["provider"]["cache_stopped_nodes"] is False
+
+
+def test_every_worker_on_aws_runs_the_node_watcher() -> None:
+    words = shlex.split(start_command(prepared(AWS), "worker").replace("$RAY_HEAD_IP", "192.0.2.1"))
+    at = words.index("node-watch")
+    arguments = parser().parse_args(words[at : words.index(">>")])
+
+    assert (arguments.cloud, arguments.address) == ("aws", "192.0.2.1:6379")
