@@ -1,4 +1,4 @@
-"""Each private name of Ray that `elastic/cluster/raytrain.py` uses, so that a new Ray fails here first."""
+"""Each private name of Ray that `elastic/cluster` uses (raytrain, gcs), so that a new Ray fails here first."""
 
 from __future__ import annotations
 
@@ -11,6 +11,9 @@ from ray._private import services
 from ray._private.node import Node
 from ray._private.state import state as ray_state
 from ray._private.worker import Worker
+from ray._raylet import InnerGcsClient
+from ray.core.generated.autoscaler_pb2 import DrainNodeReason
+from ray.core.generated.gcs_pb2 import GcsNodeInfo
 from ray.train.v2._internal.execution.context import DistributedContext
 from ray.train.v2._internal.execution.controller import TrainController
 from ray.train.v2._internal.execution.failure_handling import FailureDecision, FailurePolicy
@@ -20,7 +23,7 @@ from ray.train.v2._internal.execution.worker_group.poll import WorkerGroupPollSt
 from ray.train.v2._internal.execution.worker_group.worker import ActorMetadata, RayTrainWorker
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
-from elastic.cluster import raytrain
+from elastic.cluster import gcs, raytrain
 
 
 def parameters(function: object) -> list[str]:
@@ -94,6 +97,16 @@ def test_ray_tells_which_nodes_go_away() -> None:
 def test_ray_tells_its_session_folder() -> None:
     assert callable(Node.get_session_dir_path)
     assert "self.node" in inspect.getsource(Worker.__init__)
+
+
+def test_nodes_can_be_listed_and_drained_without_a_driver() -> None:
+    for name in ("get_all_node_info", "drain_node"):
+        assert callable(getattr(InnerGcsClient, name))  # GcsClient hands on to it
+    assert DrainNodeReason.Name(gcs._PREEMPTION) == "DRAIN_NODE_REASON_PREEMPTION"
+    assert {"ALIVE", "DEAD"} <= set(GcsNodeInfo.GcsNodeState.keys())
+    assert "node_manager_address" in GcsNodeInfo.DESCRIPTOR.fields_by_name
+    assert parameters(services.node_ip_address_from_perspective) == ["address"]
+    assert callable(services.find_node_ids)
 
 
 def test_running_clusters_are_found_by_their_processes() -> None:

@@ -96,17 +96,20 @@ def watch(options: WatchOptions) -> int:
         ConfigError: no cluster, no node of it on this machine, or no cloud.
         ElasticError: the head did not answer for `HEAD_TIMEOUT_S`.
     """
+    from elastic.cluster.gcs import ClusterUnreachable, Nodes, cluster_here
+
     told = threading.Event()
     with _on_sigterm(told):
+        clouds = [] if options.leave else _clouds(options)
+        try:
+            nodes = Nodes(options.address or cluster_here())
+        except ClusterUnreachable as error:
+            raise ConfigError(f"{error}; give the head's host:port as --address") from error
+        node = options.node_id or _find_node(nodes, told)
+        if not options.leave:
+            _say(f"watching node {node} for {' and '.join([*(f'notices of {c.name}' for c in clouds), 'SIGTERM'])}")
         if options.leave:
             told.set()
-        from elastic.cluster.gcs import Nodes, cluster_here
-
-        clouds = [] if options.leave else _clouds(options)
-        nodes = Nodes(options.address or cluster_here())
-        node = options.node_id or _find_node(nodes, told)
-        if clouds:
-            _say(f"watching node {node} for notices of {clouds[0].name}")
         return _Watcher(options, nodes, node, clouds, told).run()
 
 
