@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 import shlex
@@ -9,11 +10,16 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
+import ray
 import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
+from ray.scripts import scripts as ray_scripts
 
 from elastic.cli import parser
+from elastic.options import parse
+from elastic.units import parse_amount
 
 ROOT = Path(__file__).parent.parent
 MAKEFILE = (ROOT / "Makefile").read_text()
@@ -111,6 +117,76 @@ def test_the_autoscaler_is_version_2_and_idle_nodes_outlive_a_set_up() -> None:
     assert exported(start_command(config, "head"))["RAY_enable_autoscaler_v2"] == "1"
     assert config["idle_timeout_minutes"] >= 10
     assert config["provider"]["cache_stopped_nodes"] is False
+
+
+def documented(page: str) -> list[list[str]]:
+    """The commands of a page of docs/, word by word."""
+    blocks = re.findall(r"^```bash\n(.*?)^```$", (ROOT / "docs" / page).read_text(), re.MULTILINE | re.DOTALL)
+    return [shlex.split(line) for block in blocks for line in block.splitlines()]
+
+
+def check_entrypoint(words: list[str]) -> None:
+    """A job's command line is one that it takes."""
+    assert words[:2] == ["python", "-m"]
+    module = importlib.import_module(words[2])
+    (job_class,) = (c for c in vars(module).values() if isinstance(c, type) and c.__module__ == module.__name__)
+    parse(job_class, module.CONFIG, words[3:])
+
+
+@pytest.mark.parametrize("page", ["clusters.md", "kubernetes.md"])
+def test_documented_commands_are_commands(page: str) -> None:
+    commands = documented(page)
+    assert len(commands) >= 5
+
+    for words in commands:
+        if words[0] == "make":
+            assert re.search(rf"^{words[1]}:", MAKEFILE, re.MULTILINE)
+        elif words[0] == "elastic":
+            parser().parse_args(words[1:])
+        elif words[0] == "ray":
+            check_ray(words[1:])
+        elif words[0] == "docker":
+            assert "-f" not in words or (ROOT / words[words.index("-f") + 1]).is_file()
+        else:
+            assert words[0] in ("pip", "export", "kubectl")
+
+
+def check_ray(words: list[str]) -> None:
+    """Ray has the command with these options, its files exist, and what is submitted can be."""
+    command: Any = ray_scripts.cli
+    while isinstance(command, click.Group):
+        command = command.commands[words.pop(0)]
+    entrypoint = words[words.index("--") + 1 :] if "--" in words else []
+    context = command.make_context("ray", list(words))
+    if "cluster_config_file" in context.params:
+        assert (ROOT / context.params["cluster_config_file"]).is_file()
+    if entrypoint:
+        check_entrypoint(entrypoint)
+
+
+def test_the_manifest_for_kubernetes_leaves_pods_in_time_and_runs_what_was_tested() -> None:
+    text = (ROOT / "docs" / "kubernetes.md").read_text()
+    (shown,) = re.findall(r"^```yaml\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    spec = yaml.safe_load(shown)["spec"]
+    cluster = spec["rayClusterSpec"]
+    (group,) = cluster["workerGroupSpecs"]
+    pod = group["template"]["spec"]
+    (worker,) = pod["containers"]
+    (head,) = cluster["headGroupSpec"]["template"]["spec"]["containers"]
+
+    assert cluster["rayVersion"] == ray.__version__
+    assert f"FROM rayproject/ray:{ray.__version__}-" in (ROOT / "docs" / "Dockerfile").read_text()
+    assert cluster["authOptions"] == {"mode": "token"}
+    assert cluster["enableInTreeAutoscaling"] is True
+    assert cluster["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
+    assert {"name": "RAY_JOB_STOP_WAIT_TIME_S", "value": "120"} in head["env"]
+    leave = parser().parse_args(worker["lifecycle"]["preStop"]["exec"]["command"][1:])
+    assert leave.leave
+    assert parse_amount("--grace", leave.grace, clock=True).seconds < pod["terminationGracePeriodSeconds"]
+    words = shlex.split(spec["entrypoint"])
+    gpus = int(worker["resources"]["limits"]["nvidia.com/gpu"]) * group["maxReplicas"]
+    assert int(words[words.index("--scaling.max-workers") + 1]) == gpus
+    check_entrypoint(words)
 
 
 def test_every_worker_on_aws_runs_the_node_watcher() -> None:

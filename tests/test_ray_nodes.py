@@ -4,20 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
-import subprocess
-import sys
-import tempfile
-import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from jobs.bench.nodes import OBJECT_STORE_BYTES, REPOSITORY, Command, free_port
+from tests.own_cluster import OwnCluster
 from tests.ray_cluster import Story, check_bits_and_samples, stop, wait_until
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
@@ -26,75 +20,35 @@ COMMANDS = ("initialization", "setup", "head_setup", "worker_setup", "head_start
 FAKE_NODES = "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider"  # its own type lacks a file
 
 
-class AutoscaledCluster:
-    """A head with one CPU, whose autoscaler (version 2) starts up to `most` nodes of one CPU on this machine.
+def autoscaled(folder: Path, most: int) -> OwnCluster:
+    """A head with one CPU, whose autoscaler (version 2) starts up to `most` nodes of one CPU on this machine."""
+    from ray.util import get_node_ip_address
 
-    Ray's own class for this ends every Ray process of the machine, those of other tests too.
-    """
-
-    def __init__(self, folder: Path, most: int):
-        self._mark = f"ELASTIC_TEST_CLUSTER={uuid.uuid4().hex}"
-        from ray.util import get_node_ip_address
-
-        port, ray = free_port(), str(Path(sys.executable).parent / "ray")
-        self.address = f"{get_node_ip_address()}:{port}"
-        self._temporary = tempfile.mkdtemp(prefix="r-", dir="/tmp")  # paths of sockets may not be long
-        small = {"CPU": 1, "object_store_memory": OBJECT_STORE_BYTES}
-        config = {
-            "cluster_name": "elastic-test", "max_workers": most, "upscaling_speed": 10.0,
-            "idle_timeout_minutes": 0.1, "head_node_type": "ray.head.default", "auth": {}, "docker": {},
-            "file_mounts": {}, "cluster_synced_files": [], "rsync_exclude": [], "rsync_filter": [],
-            **{f"{part}_commands": [] for part in COMMANDS},
-            "available_node_types": {
-                "ray.head.default": {"resources": {"CPU": 1}, "node_config": {}, "max_workers": 0},
-                "small": {"resources": small, "node_config": {}, "min_workers": 0, "max_workers": most},
-            },
-            "provider": {
-                "type": "external", "module": FAKE_NODES, "launch_multiple": True, "head_node_id": HEAD_ID,
-                "gcs_address": self.address,
-            },
-        }  # fmt: skip
-        file = folder / "autoscaling.json"
-        file.write_text(json.dumps(config))
-        name, _, value = self._mark.partition("=")
-        environment = {
-            **os.environ, name: value, "AUTOSCALER_UPDATE_INTERVAL_S": "1", "RAY_FAKE_CLUSTER": "1",
-            "RAY_enable_autoscaler_v2": "1", "RAY_CLOUD_INSTANCE_ID": HEAD_ID,
-            "RAY_OVERRIDE_NODE_ID_FOR_TESTING": HEAD_ID, "RAY_AUTH_MODE": "disabled",
-        }  # fmt: skip
-        subprocess.run(
-            [
-                ray, "start", "--head", f"--port={port}", "--num-cpus=1",
-                f"--object-store-memory={OBJECT_STORE_BYTES}", "--include-dashboard=false", "--disable-usage-stats",
-                f"--autoscaling-config={file}", f"--temp-dir={self._temporary}",
-            ],
-            check=True, env=environment, timeout=60, stdout=subprocess.DEVNULL,
-        )  # fmt: skip
-
-    def processes(self, name: str = "") -> list[int]:
-        """Living processes of this cluster whose command line has this in it."""
-        found = []
-        for entry in Path("/proc").iterdir():
-            with suppress(OSError):
-                if entry.name.isdigit() and self._mark.encode() in (entry / "environ").read_bytes().split(b"\0"):
-                    found += [int(entry.name)] if name.encode() in (entry / "cmdline").read_bytes() else []
-        return found
-
-    def close(self) -> None:
-        while pids := self.processes():
-            for pid in pids:
-                with suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-        shutil.rmtree(self._temporary, ignore_errors=True)
-
-
-@contextmanager
-def autoscaled(folder: Path, most: int) -> Iterator[AutoscaledCluster]:
-    cluster = AutoscaledCluster(folder, most)
-    try:
-        yield cluster
-    finally:
-        cluster.close()
+    port = free_port()
+    small = {"CPU": 1, "object_store_memory": OBJECT_STORE_BYTES}
+    config = {
+        "cluster_name": "elastic-test", "max_workers": most, "upscaling_speed": 10.0,
+        "idle_timeout_minutes": 0.1, "head_node_type": "ray.head.default", "auth": {}, "docker": {},
+        "file_mounts": {}, "cluster_synced_files": [], "rsync_exclude": [], "rsync_filter": [],
+        **{f"{part}_commands": [] for part in COMMANDS},
+        "available_node_types": {
+            "ray.head.default": {"resources": {"CPU": 1}, "node_config": {}, "max_workers": 0},
+            "small": {"resources": small, "node_config": {}, "min_workers": 0, "max_workers": most},
+        },
+        "provider": {
+            "type": "external", "module": FAKE_NODES, "launch_multiple": True, "head_node_id": HEAD_ID,
+            "gcs_address": f"{get_node_ip_address()}:{port}",
+        },
+    }  # fmt: skip
+    file = folder / "autoscaling.json"
+    file.write_text(json.dumps(config))
+    environment = {
+        "AUTOSCALER_UPDATE_INTERVAL_S": "1", "RAY_FAKE_CLUSTER": "1", "RAY_enable_autoscaler_v2": "1",
+        "RAY_CLOUD_INSTANCE_ID": HEAD_ID, "RAY_OVERRIDE_NODE_ID_FOR_TESTING": HEAD_ID, "RAY_AUTH_MODE": "disabled",
+    }  # fmt: skip
+    return OwnCluster(
+        "--num-cpus=1", "--include-dashboard=false", f"--autoscaling-config={file}", environment=environment, port=port
+    )
 
 
 def test_a_run_starts_on_one_node_gets_two_more_from_the_autoscaler_and_gives_them_back(tmp_path: Path) -> None:

@@ -92,7 +92,7 @@ class Command:
 
     def __init__(
         self, *arguments: str, environment: dict[str, str] | None = None, show: bool = False,
-        under: Sequence[str] = (),
+        under: Sequence[str] = (), cwd: Path = REPOSITORY,
     ):  # fmt: skip
         """Start it. `show`: also print its lines; `under`: a command that runs it, in its own process."""
         self.lines: list[str] = []
@@ -100,7 +100,7 @@ class Command:
         self._changed = threading.Condition()
         self.process = subprocess.Popen(
             [*under, sys.executable, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-            cwd=REPOSITORY, env={**os.environ, "PYTHONUNBUFFERED": "1", **(environment or {})},
+            cwd=cwd, env={**os.environ, "PYTHONUNBUFFERED": "1", **(environment or {})},
         )  # fmt: skip
         Command.started.append(self)
         self._reader = threading.Thread(target=self._read, daemon=True)

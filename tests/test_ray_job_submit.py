@@ -1,0 +1,138 @@
+"""`ray job submit` from a user's own folder to a cluster that has only the wheel, and asks for a token."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from elastic import cli
+from elastic.checkpoint.reader import newest_first
+from elastic.observe.ledger import EVENTS, METRICS, gaps_and_doubles, kept_history, read_records
+from elastic.storage import Storage
+from jobs.bench.nodes import REPOSITORY, Command, free_port
+from tests.own_cluster import RAY, OwnCluster
+from tests.ray_cluster import wait_until
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
+TOKEN = "the-token-of-this-cluster"
+FAST_STOP = json.dumps({"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "0"}})
+
+
+class JobApi:
+    """The `ray job` commands against one cluster, run in one user's folder."""
+
+    def __init__(self, url: str, folder: Path):
+        self._url, self._folder = url, folder
+
+    def start(self, *arguments: str, token: str = TOKEN) -> Command:
+        """A command under way. The test's Python runs it: that of Ray's script is the same."""
+        return Command(
+            RAY, "job", arguments[0], "--address", self._url, *arguments[1:], cwd=self._folder,
+            environment={"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token, "PYTHONPATH": ""},
+        )  # fmt: skip
+
+    def submit(self, name: str, *arguments: str, options: tuple[str, ...] = ()) -> Command:
+        """Submit the job of the folder as the user would, under this submission id."""
+        return self.start(
+            "submit", "--submission-id", name, "--working-dir", ".", *options, "--", "python", "job.py", *arguments
+        )
+
+
+@pytest.fixture
+def wheel(tmp_path: Path) -> Path:
+    """A folder with what the wheel installs, and nothing else of this project."""
+    source, built = tmp_path / "source", tmp_path / "built"
+    source.mkdir()
+    shutil.copytree(REPOSITORY / "elastic", source / "elastic", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(REPOSITORY / name, source)
+    build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(built), str(source)]
+    subprocess.run(build, check=True, timeout=60, stdout=subprocess.DEVNULL)
+    (file,) = built.glob("*.whl")
+    shutil.unpack_archive(file, tmp_path / "installed", "zip")
+    return tmp_path / "installed"
+
+
+@pytest.fixture
+def api(wheel: Path, tmp_path: Path) -> Iterator[JobApi]:
+    """A cluster with dashboard and token, and a user's folder with one job in it."""
+    parts = ("dashboard", "dashboard-agent-listen", "dashboard-agent-grpc", "metrics-export")
+    ports = {part: free_port() for part in parts}
+    folder = tmp_path / "user"
+    folder.mkdir()
+    assert cli.main(["init", str(folder / "job.py")]) == 0
+    environment = {
+        "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN, "RAY_JOB_STOP_WAIT_TIME_S": "60", "PYTHONPATH": str(wheel),
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+    }  # fmt: skip
+    options = (
+        "--num-cpus=2", "--dashboard-host=127.0.0.1", "--ray-client-server-port=0",
+        *(f"--{part}-port={port}" for part, port in ports.items()),
+    )  # fmt: skip
+    with OwnCluster(*options, environment=environment):
+        yield JobApi(f"http://127.0.0.1:{ports['dashboard']}", folder)
+        while Command.started:
+            Command.started.pop().end()
+
+
+def newest_step(run: Path) -> int:
+    """Step of the newest committed checkpoint; 0 for none."""
+    found = next(newest_first(Storage(str(run))), None)
+    return found.step if found else 0
+
+
+def test_a_job_is_submitted_stopped_with_and_without_time_to_save_and_resumed(api: JobApi, tmp_path: Path) -> None:
+    storage, run = tmp_path / "runs", tmp_path / "runs" / "mine"
+    options = ("--run.storage", str(storage), "--run.name", "mine", "--run.duration", "100000st",
+               "--checkpoint.every", "25st", "--observe.log-every", "0.2")  # fmt: skip
+
+    # a terminal's lines come back while it runs; it is stopped, and has the time to save
+    first = api.submit("first", *options)
+    first.wait_for_step(10)
+    stopped = api.start("stop", "first")
+    assert stopped.wait() == 0, stopped.output
+    assert first.wait() == 0, first.output
+    assert "saving and ending" in first.output
+    assert "was stopped" in first.output
+    status = json.loads((run / "status.json").read_text())
+    assert status["status"] == "stopped"
+    assert newest_step(run) == status["step"] >= 10
+
+    # the same name goes on; this time it is killed at once: what was committed is there
+    saved = newest_step(run)
+    second = api.submit("second", *options, options=("--no-wait", "--runtime-env-json", FAST_STOP))
+    assert second.wait() == 0, second.output
+    logs = api.start("logs", "-f", "second")
+    logs.wait_for_step(saved + 1)
+    wait_until(lambda: newest_step(run) > saved)
+    assert api.start("stop", "second").wait() == 0
+    logs.wait()
+    assert json.loads((run / "status.json").read_text())["status"] == "running"
+    committed = newest_step(run)
+    assert committed > saved
+
+    # and once more, to a pause that was asked for: no step is missing, none counts twice
+    third = api.submit("third", *options, "--run.stop-after", "10st")
+    assert third.wait() == 0, third.output
+    assert "Job 'third' succeeded" in third.output
+    history = kept_history(read_records(Storage(str(run)), METRICS))
+    assert gaps_and_doubles(read_records(Storage(str(run)), METRICS), 64) == []
+    assert history[-1]["step"] == newest_step(run) == committed + 10
+    restored = [e["step"] for e in read_records(Storage(str(run)), EVENTS) if e["kind"] == "restored" and e["step"]]
+    assert restored[-1] == committed
+
+    # bad input ends the job with its exit code and one sentence; who has no token has no cluster
+    bad = api.submit("bad", *options, "--run.seed", "5")
+    assert bad.wait() == 1, bad.output
+    assert "exit code 2" in bad.output
+    assert "error: --run.seed is 5, but run mine was started with 0" in bad.output
+    stranger = api.start("list", token="another")
+    assert stranger.wait() != 0
+    assert "third" not in stranger.output
