@@ -63,7 +63,7 @@ def wheel(tmp_path: Path) -> Path:
 @pytest.fixture
 def api(wheel: Path, tmp_path: Path) -> Iterator[JobApi]:
     """A cluster with dashboard and token, and a user's folder with one job in it."""
-    parts = ("dashboard", "dashboard-agent-listen", "dashboard-agent-grpc", "metrics-export")
+    parts = ("dashboard", "dashboard-agent-listen", "dashboard-agent-grpc", "metrics-export", "ray-client-server")
     ports = {part: free_port() for part in parts}
     folder = tmp_path / "user"
     folder.mkdir()
@@ -73,8 +73,7 @@ def api(wheel: Path, tmp_path: Path) -> Iterator[JobApi]:
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
     }  # fmt: skip
     options = (
-        "--num-cpus=2", "--dashboard-host=127.0.0.1", "--ray-client-server-port=0",
-        *(f"--{part}-port={port}" for part, port in ports.items()),
+        "--num-cpus=2", "--dashboard-host=127.0.0.1", *(f"--{part}-port={port}" for part, port in ports.items())
     )  # fmt: skip
     with OwnCluster(*options, environment=environment):
         yield JobApi(f"http://127.0.0.1:{ports['dashboard']}", folder)
