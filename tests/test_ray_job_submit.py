@@ -67,7 +67,9 @@ def api(wheel: Path, tmp_path: Path) -> Iterator[JobApi]:
     ports = {part: free_port() for part in parts}
     folder = tmp_path / "user"
     folder.mkdir()
-    assert cli.main(["init", str(folder / "job.py")]) == 0
+    job = folder / "job.py"
+    assert cli.main(["init", str(job)]) == 0
+    job.write_text(job.read_text().replace("    elastic.main", "    print(elastic.__file__)\n    elastic.main"))
     environment = {
         "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN, "RAY_JOB_STOP_WAIT_TIME_S": "60", "PYTHONPATH": str(wheel),
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
@@ -98,6 +100,7 @@ def test_a_job_is_submitted_stopped_with_and_without_time_to_save_and_resumed(ap
     stopped = api.start("stop", "first")
     assert stopped.wait() == 0, stopped.output
     assert first.wait() == 0, first.output
+    assert str(tmp_path / "installed" / "elastic") in first.output
     assert "saving and ending" in first.output
     assert "was stopped" in first.output
     status = json.loads((run / "status.json").read_text())
