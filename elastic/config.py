@@ -183,6 +183,8 @@ class ScalingOptions:
     exclude: tuple[str, ...] = option(
         (), "nodes of the cluster to keep out: host names, addresses, or beginnings of ids"
     )
+    priority: int = option(0, "on a shared cluster: where this run lacks min-workers, lower ones shrink to theirs")
+    request_timeout: str = option("10min", "ask no longer for workers above min-workers, then pause (s, min, h)")
 
     def __post_init__(self) -> None:
         _whole("--scaling.min-workers", self.min_workers, 1)
@@ -198,6 +200,12 @@ class ScalingOptions:
             _whole("--scaling.workers-per-node", self.workers_per_node, 1)
         for name in self.exclude:
             _require(bool(name.strip()), "--scaling.exclude", name, "give host names, addresses, or beginnings of ids")
+        _require(
+            isinstance(self.priority, int) and not isinstance(self.priority, bool), "--scaling.priority",
+            self.priority, "give a whole number",
+        )  # fmt: skip
+        name, text = "--scaling.request-timeout", self.request_timeout
+        _require(parse_amount(name, text, clock=True).is_clock, name, text, "give a time in s, min or h")
 
 
 @dataclass(frozen=True)

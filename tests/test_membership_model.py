@@ -41,6 +41,7 @@ from elastic.membership.messages import (
     Tick,
     Unfit,
     Welcome,
+    Yielded,
 )
 from elastic.membership.state import Limits, Phase, State, ask_again_s, going
 from elastic.membership.world import Generation, Member, World
@@ -373,6 +374,24 @@ def test_scaled_down_a_world_lets_go_at_a_boundary_and_who_is_too_many_ends() ->
     assert isinstance(leave, Leave), "it is taken in again when there is room"
 
 
+def test_who_yields_keeps_no_spares_and_grows_again_to_what_it_was_given_meanwhile() -> None:
+    machine = three(max_workers=3, spares=1)
+    machine.join("spare")
+    first = machine.tell(Yielded(1, machine.now))
+    assert isinstance(first[-1], Leave)
+    assert machine.tell(Scaled(2, machine.now)) == []
+    machine.join("a", 7)
+    machine.join("b", 7)
+    commands = machine.join("c", 7)
+    assert formed(commands).size == 1
+    assert len([c for c in first + commands if isinstance(c, HandOver)]) == 3
+    assert machine.join("e") == [HandOver(Member("e", "node-e"))]
+    machine.tell(Yielded(None, machine.now))
+    (leave,) = machine.join("f")
+    assert isinstance(leave, Leave), "2 is the most that it was given"
+    assert machine.state.limits.max_workers == 2
+
+
 def test_scaled_up_a_world_takes_in_who_comes() -> None:
     machine = three(max_workers=3)
     assert machine.join("d") == []
@@ -542,6 +561,7 @@ class Cluster(RuleBasedStateMachine):
         """A run with workers that have trained already: what is hard begins there."""
         least = min(least, most)
         self.limits = Limits(min_workers=least, max_workers=most, microbatches=most + more, max_failures=10**6)
+        self.wished, self.ceiling = most, None
         self.state, self.now = State(epoch=1, limits=self.limits), 0.0
         self.workers: dict[str, Worker] = {}
         self.worlds: dict[Generation, World] = {}
@@ -703,9 +723,15 @@ class Cluster(RuleBasedStateMachine):
     @rule(most=st.integers(1, 5))
     def scale(self, most: int) -> None:
         assert self.limits.microbatches is not None
-        most = min(max(most, self.limits.min_workers), self.limits.microbatches)
-        self.limits = replace(self.limits, max_workers=most)
-        self.tell(Scaled(most, self.now))
+        self.wished = min(max(most, self.limits.min_workers), self.limits.microbatches)
+        self.limits = replace(self.limits, max_workers=min(self.wished, self.ceiling or self.wished))
+        self.tell(Scaled(self.wished, self.now))
+
+    @rule(yields=st.booleans())
+    def yield_to_others(self, yields: bool) -> None:
+        self.ceiling = self.limits.min_workers if yields else None
+        self.limits = replace(self.limits, max_workers=min(self.wished, self.ceiling or self.wished))
+        self.tell(Yielded(self.ceiling, self.now))
 
     @rule(seconds=st.sampled_from([0.1, 0.5, 1.5, 3.0, 40.0]))
     def tick(self, seconds: float) -> None:
@@ -721,6 +747,8 @@ class Cluster(RuleBasedStateMachine):
         """The membership server is killed; another takes its place and knows what is in the ledger. Some are back
         before it hears from the controller."""
         newest = max((g.n for g in self.worlds if g.epoch == self.state.epoch), default=0)
+        self.ceiling = None  # the controller says it again
+        self.limits = replace(self.limits, max_workers=self.wished)
         self.state = State(
             epoch=self.state.epoch, limits=self.limits, phase=Phase.REBUILDING, n=newest + 1000,
             gone=frozenset(self.recorded_gone), broken_at=self.now,
@@ -761,6 +789,7 @@ class Cluster(RuleBasedStateMachine):
         """Another driver claims the run: a new server, new workers, a higher epoch. The old ones are zombies."""
         for w in self.workers.values():
             w.told_to_go = True
+        self.ceiling, self.limits = None, replace(self.limits, max_workers=self.wished)
         self.state = State(epoch=self.state.epoch + 1, limits=self.limits)
 
     @rule(number=st.integers(0, 99))

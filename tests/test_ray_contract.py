@@ -14,6 +14,7 @@ from ray._private.worker import Worker
 from ray._raylet import InnerGcsClient
 from ray.core.generated.autoscaler_pb2 import DrainNodeReason
 from ray.core.generated.gcs_pb2 import GcsNodeInfo
+from ray.experimental import internal_kv
 from ray.train.v2._internal.execution.context import DistributedContext
 from ray.train.v2._internal.execution.controller import TrainController
 from ray.train.v2._internal.execution.failure_handling import FailureDecision, FailurePolicy
@@ -107,6 +108,12 @@ def test_nodes_can_be_listed_and_drained_without_a_driver() -> None:
     assert "node_manager_address" in GcsNodeInfo.DESCRIPTOR.fields_by_name
     assert parameters(services.node_ip_address_from_perspective) == ["address"]
     assert callable(services.find_node_ids)
+
+
+def test_the_head_keeps_values_by_key() -> None:
+    for name in ("_internal_kv_put", "_internal_kv_get", "_internal_kv_list", "_internal_kv_del"):
+        assert "namespace" in parameters(getattr(internal_kv, name))
+    assert callable(ray_state.available_resources_per_node)
 
 
 def test_running_clusters_are_found_by_their_processes() -> None:

@@ -73,6 +73,7 @@ from pathlib import Path
 import ray
 from elastic.cluster.actors import see_devices
 from elastic.cluster.raytrain import GroupPlan, RayTrainer
+from elastic.cluster.sharing import Terms
 
 folder = Path(sys.argv[2])
 
@@ -88,7 +89,8 @@ def pick(_):
     return "finished"
 
 ray.init(address=sys.argv[1])
-plan = GroupPlan("http://127.0.0.1:9", "none", 8, 0, None, {"GPU": 1.0, "CPU": 1.0}, "elastic/gpus/")
+plan = GroupPlan("http://127.0.0.1:9", "none", 8, 0, None, {"GPU": 1.0, "CPU": 1.0}, "elastic/gpus/",
+                 Terms("gpus", 0, 0.0, "gpu", 8, 600.0))
 RayTrainer(pick, name="gpus", storage_path=str(folder / "markers"), plan=plan, accelerator="gpu").run()
 """
 

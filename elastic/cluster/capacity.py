@@ -52,6 +52,11 @@ def check_fits(accelerator: str, workers_per_node: int | None, cpus: int, nodes:
             )
 
 
+def fits(unit: Resources, free: Resources) -> bool:
+    """Whether one worker fits into what is free."""
+    return all(free.get(name, 0) >= amount for name, amount in unit.items())
+
+
 def full_nodes(placed: Sequence[str], per_node: int | None) -> list[str]:
     """Nodes that have as many workers as they may, given the node of every worker; none where there is no limit."""
     return sorted({n for n in placed if placed.count(n) >= per_node}) if per_node else []

@@ -38,7 +38,9 @@ from ray.train.v2.api.exceptions import ControllerError
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from elastic.cluster.capacity import excluded_nodes, full_nodes
+from elastic.cluster.board import Board
+from elastic.cluster.capacity import excluded_nodes, fits, full_nodes
+from elastic.cluster.sharing import Patience, Share, Standing, Terms, share
 from elastic.membership.driver import DriverLink
 from elastic.membership.forming import helpful_size
 
@@ -64,7 +66,8 @@ class GroupPlan:
     """What a worker group is to have, for the run hosted at `url`: workers of `unit` resources each.
 
     `max_workers` is that of the start, of `microbatches` in a step; `per_node` is the most workers on one node; `name`
-    is the prefix of the placement groups' names; `exclude` names nodes to keep out.
+    is the prefix of the placement groups' names; `terms` are those of sharing the cluster with other runs; `exclude`
+    names nodes to keep out.
     """
 
     url: str
@@ -74,6 +77,7 @@ class GroupPlan:
     microbatches: int | None
     unit: dict[str, float]
     name: str
+    terms: Terms
     per_node: int | None = None
     exclude: tuple[str, ...] = ()
 
@@ -222,6 +226,11 @@ class Group(WorkerGroup):
         self._drained: set[str] = set()
         self._excluded: list[str] = []
         self._next_nodes = self._ask_after = 0.0
+        self._board = Board(self._plan.terms.run)
+        self._share = Share()
+        self._patience = Patience(self._plan.terms.request_timeout_s)
+        self._had = 0
+        self._enough_at = time.monotonic()
         self._worker_group_state = None
         restart = next(Group._restarts)
         if restart:
@@ -266,18 +275,28 @@ class Group(WorkerGroup):
     def _ask_for_missing(self) -> None:
         if any(u.stage is _Stage.OVER for u in self._units):
             return  # the run is ending
-        staying = [u for u in self._units if u.node not in self._draining and u.id not in self._drained]
-        self._withdraw(len(staying) - self._want)
+        staying, want = self._staying(), self._may_want()
+        self._withdraw(len(staying) - want)
         if time.monotonic() < self._ask_after:
             return  # the last ones could not get ready
-        for _ in range(self._want - len(staying)):
+        for _ in range(want - len(staying)):
             if self._plan.per_node and any(u.stage is _Stage.ASKED for u in self._units):
                 return  # where the last one comes decides which nodes are full
             full = full_nodes([u.node for u in self._units if u.node], self._plan.per_node) + self._excluded
             self._units.append(_Unit(self._plan, next(self._numbers), full))
 
+    def _staying(self) -> list[_Unit]:
+        return [u for u in self._units if u.node not in self._draining and u.id not in self._drained]
+
+    def _may_want(self) -> int:
+        """What the run could use, as far as other runs and its own patience let it ask for that now."""
+        limits = [self._want, self._share.most, self._share.ask]
+        if self._patience.pausing(time.monotonic()):
+            limits.append(max(self._had, self._plan.terms.min_workers))
+        return min(n for n in limits if n is not None)
+
     def _withdraw(self, count: int) -> None:
-        """The run was scaled down: ask no more for what has not come. Who is there is let go by the server."""
+        """Ask no more for what has not come. Who is there is let go by the server."""
         asked = [u for u in self._units if u.stage is _Stage.ASKED]
         for unit in asked[: max(0, count)]:
             self._units.remove(unit)
@@ -365,12 +384,43 @@ class Group(WorkerGroup):
         if seen["phase"] == "rebuilding":
             self._tell("/expected", {"ids": [u.id for u in self._units if u.stage is _Stage.RUNNING]})
             self._draining = {}  # it knows of no notice either
-        self._want = self._plan.want(seen["max_workers"])
+        want = self._plan.want(seen["max_workers"])
+        if want > self._want:
+            self._patience = Patience(self._plan.terms.request_timeout_s)  # more are wanted than was known to fail
+        self._want = want
         self._drained = set(seen["drained"])
         self._ask_after = max(self._ask_after, now + seen["ask_again_s"])
+        self._share_cluster(now, seen)
         for unit in list(self._units):
             if unit.id in seen["condemned"]:
                 self._absorb(unit, RuntimeError("evicted"))
+
+    def _share_cluster(self, now: float, seen: dict[str, Any]) -> None:
+        """Once a second: say how this run stands, and follow from how others do."""
+        terms, staying = self._plan.terms, self._staying()
+        asked = [u for u in staying if u.stage is _Stage.ASKED]
+        have = len(staying) - len(asked)
+        if have >= terms.min_workers:
+            self._enough_at = now
+        mine = Standing(terms, have, len(asked), now - self._enough_at)
+        holds_state = seen["phase"] != "gathering"
+        self._share = share(mine, self._board.exchange(mine, now), holds_state=holds_state)
+        if self._share.most != seen["ceiling"]:
+            self._tell("/yield", {"max_workers": self._share.most, "to": self._share.to})
+        self._patience = self._patience.after(
+            now, waited_s=max((now - u.since for u in asked), default=0.0),
+            served=have > self._had or mine.short, room=self._patience.pausing(now) and self._has_room(),
+        )  # fmt: skip
+        self._had = have
+        if self._share.ask == 0:
+            for unit in [u for u in self._units if u.stage is not _Stage.ASKED]:
+                self._absorb(unit, RuntimeError("another run goes first"))
+
+    def _has_room(self) -> bool:
+        """Whether some node could take a worker now."""
+        full = {*full_nodes([u.node for u in self._units if u.node], self._plan.per_node), *self._draining, *self._excluded}
+        free = ray_state.available_resources_per_node()
+        return any(fits(self._plan.unit, has) for node, has in free.items() if node not in full)
 
     def _tell(self, path: str, body: dict[str, Any] | None = None) -> dict[str, Any] | None:
         """A request to the membership server; None while it is away (it comes back, or the run ends by its lease)."""

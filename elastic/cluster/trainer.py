@@ -21,6 +21,7 @@ from elastic.errors import ConfigError, ElasticError, Interrupted, RunFailed
 from elastic.job import Job
 from elastic.observe.console import Console, result_text
 from elastic.run.prepare import PreparedRun, open_run, prepare
+from elastic.units import parse_amount
 
 END_TIMEOUT_S = 30.0
 START_TIMEOUT_S = 60.0
@@ -173,6 +174,7 @@ class _Drive:
 
     def _train(self, url: str, token: str, accelerator: str) -> dict[str, Any]:
         from elastic.cluster.actors import training_function
+        from elastic.cluster.board import leave_board
         from elastic.cluster.capacity import worker_resources
         from elastic.cluster.raytrain import (
             GroupPlan,
@@ -181,14 +183,17 @@ class _Drive:
             remove_placement_groups,
             session_folder,
         )
+        from elastic.cluster.sharing import Terms
         from elastic.worker.run import WorkerRun
 
         run = self._run
         worker_run = WorkerRun(run.job, run.config, run.plan, run.digest, run.folder.storage.url, url, token)
         scaling, prefix = run.config.scaling, placement_group_name(run.name)
         unit = worker_resources(accelerator, scaling.cpus_per_worker)
+        patience_s = parse_amount("--scaling.request-timeout", scaling.request_timeout, clock=True).seconds
+        terms = Terms(run.name, scaling.priority, time.time(), accelerator, scaling.min_workers, patience_s)
         plan = GroupPlan(
-            url, token, scaling.max_workers, scaling.spares, run.plan.microbatches, unit, prefix,
+            url, token, scaling.max_workers, scaling.spares, run.plan.microbatches, unit, prefix, terms,
             scaling.workers_per_node, scaling.exclude,
         )  # fmt: skip
         want = plan.want(scaling.max_workers)
@@ -209,6 +214,7 @@ class _Drive:
                 trainer.abort(END_TIMEOUT_S)
             thread.join(END_TIMEOUT_S)
             remove_placement_groups(prefix)
+            leave_board(run.name)
             shutil.rmtree(markers, ignore_errors=True)
 
     def _run_trainer(self, trainer: Any) -> None:

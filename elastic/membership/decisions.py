@@ -44,6 +44,7 @@ from elastic.membership.messages import (
     Suspect,
     Unfit,
     Welcome,
+    Yielded,
 )
 from elastic.membership.state import Phase, State, Waiting, going
 from elastic.membership.world import Generation, World
@@ -71,14 +72,21 @@ def advance(state: State, event: Event) -> tuple[State, list[Command]]:
     if isinstance(event, Drained):
         return _settle(replace(state, drained={**state.drained, event.member_id: event.deadline}), event.now)
     if isinstance(event, Scaled):
-        limits = replace(state.limits, max_workers=event.max_workers)
-        keep = helpful_size(limits.microbatches, limits.max_workers) + limits.spares
-        return _settle(replace(state, limits=limits, keep=keep), event.now)
+        return _settle(_resize(state, event.max_workers, state.ceiling), event.now)
+    if isinstance(event, Yielded):
+        return _settle(_resize(state, state.wished or state.limits.max_workers, event.most), event.now)
     if isinstance(event, Stopped):
         return _settle(replace(state, stopping=event.message), event.now)
     if isinstance(event, Expected):
         return _settle(replace(state, expected=event.member_ids), event.now)
     return _settle(state, event.now)
+
+
+def _resize(state: State, wished: int, ceiling: int | None) -> State:
+    """The most workers of a world change. Who yields to others keeps no spares."""
+    limits = replace(state.limits, max_workers=wished if ceiling is None else min(wished, ceiling))
+    keep = helpful_size(limits.microbatches, limits.max_workers) + limits.spares if ceiling is None else ceiling
+    return replace(state, limits=limits, keep=keep, wished=wished, ceiling=ceiling)
 
 
 def _joined(state: State, event: Joined) -> tuple[State, list[Command]]:

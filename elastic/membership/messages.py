@@ -102,6 +102,14 @@ class Scaled:
 
 
 @dataclass(frozen=True)
+class Yielded:
+    """The run keeps at most `most` workers, as others need theirs more, or (None) as many as before."""
+
+    most: int | None
+    now: float
+
+
+@dataclass(frozen=True)
 class Stopped:
     """The run is to be saved and to end. A running world does so at its next boundary; a parked run has none."""
 
@@ -122,7 +130,21 @@ class Tick:
     now: float
 
 
-Event = Joined | Registered | Acknowledged | Lost | Done | Unfit | Notice | Drained | Scaled | Stopped | Expected | Tick
+Event = (
+    Joined
+    | Registered
+    | Acknowledged
+    | Lost
+    | Done
+    | Unfit
+    | Notice
+    | Drained
+    | Scaled
+    | Yielded
+    | Stopped
+    | Expected
+    | Tick
+)
 
 # ---- commands ---------------------------------------------------------------------------------------------------
 

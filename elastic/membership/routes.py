@@ -8,6 +8,7 @@ GET  /group    who is in, who waits, who is gone: what the controller of the wor
 POST /lost     {"ids": [...], "ended": bool}: workers that are gone; whether their processes are known to have ended
 POST /event    {"kind": ..., "detail": ...}: for the ledger
 POST /notice   {"node": ..., "remaining_s": ...}: a node goes away
+POST /yield    {"max_workers": ... or null, "to": [...]}: keep no more, as other runs of the cluster need theirs
 POST /expected {"ids": [...]}: after a restart, the workers that exist
 POST /grant    {"id": ..., "secret": ...}: the secret whose hash is in the run's folder opens what follows, and /wish
 GET  /run      status, group and workers, for people
@@ -31,7 +32,7 @@ from elastic.membership.access import GRANT_ID, Access
 from elastic.membership.connections import Connections
 from elastic.membership.eviction import Watchman
 from elastic.membership.execution import Executor
-from elastic.membership.messages import Drained, Event, Expected, Lost, Notice, Scaled, Stopped
+from elastic.membership.messages import Drained, Event, Expected, Lost, Notice, Scaled, Stopped, Yielded
 from elastic.membership.protocol import Keeper
 from elastic.membership.state import State, describe, people
 
@@ -63,6 +64,7 @@ class Routes:
         router.add_post("/lost", self._lost)
         router.add_post("/event", self._event)
         router.add_post("/notice", self._notice)
+        router.add_post("/yield", self._yield)
         router.add_post("/expected", self._expected)
         router.add_post("/grant", self._grant)
         router.add_get("/run", self._run)
@@ -167,6 +169,13 @@ class Routes:
         if body["node"] not in self._state().notices:
             self._keeper.event("notice", node=body["node"], seconds=round(body["remaining_s"], 1), detail="goes away")
         self._handle(Notice(body["node"], now + body["remaining_s"], now))
+        return web.json_response({"ok": True})
+
+    async def _yield(self, request: web.Request) -> web.Response:
+        body = await request.json()
+        if body["max_workers"] != self._state().ceiling:
+            self._keeper.event("yielded", detail={"max_workers": body["max_workers"], "to": body["to"]})
+        self._handle(Yielded(body["max_workers"], time.monotonic()))
         return web.json_response({"ok": True})
 
     async def _expected(self, request: web.Request) -> web.Response:

@@ -66,7 +66,8 @@ class State:
 
     `gone` are workers that were lost or are done: never let in again. `acked` have acknowledged the broken world.
     `notices` and `drained` are the deadlines of nodes and of workers that are to go. `keep` is how many workers to
-    have, in the world and outside of it, once that was changed. `stopping` says why the run is to end.
+    have, in the world and outside of it, once that was changed. `wished` is the most that the run was given, `ceiling`
+    the most while it yields to others; the limits have the lower. `stopping` says why the run is to end.
     `broken_at` is also when a world began to be left, and when a restarted server began to rebuild itself.
     """
 
@@ -85,6 +86,8 @@ class State:
     notices: dict[str, float] = field(default_factory=dict)
     drained: dict[str, float] = field(default_factory=dict)
     keep: int | None = None
+    wished: int | None = None
+    ceiling: int | None = None
     stopping: str | None = None
     saved_for: frozenset[str] = frozenset()
     left_out: frozenset[str] = frozenset()
@@ -148,5 +151,6 @@ def describe(state: State, now: float) -> dict[str, Any]:
         "drained": sorted(state.drained),
         "min_workers": state.limits.min_workers,
         "max_workers": state.limits.max_workers,
+        "ceiling": state.ceiling,
         "ask_again_s": round(ask_again_s(state, now), 3),
     }
