@@ -36,6 +36,11 @@ class LocalCluster:
     def address(self) -> str:
         return str(self._cluster.address)
 
+    @property
+    def session_folder(self) -> str:
+        """Where Ray keeps the files of this cluster."""
+        return str(self._cluster.head_node.get_session_dir_path())
+
     def add_node(self) -> Any:
         node = self._cluster.add_node(num_cpus=self._cpus, object_store_memory=OBJECT_STORE_BYTES)
         self.nodes.append(node)
