@@ -22,8 +22,8 @@ class NoticeServer(ThreadingHTTPServer):
 
     daemon_threads = True
 
-    def __init__(self, flavor: str):
-        super().__init__(("127.0.0.1", 0), _Handler)
+    def __init__(self, flavor: str, address: tuple[str, int]):
+        super().__init__(address, _Handler)
         self.flavor = flavor
         self.answers: dict[str, tuple[int, str]] = {}
         self.silent = self.drip = False
@@ -95,9 +95,9 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 @contextmanager
-def notice_server(flavor: str) -> Iterator[NoticeServer]:
+def notice_server(flavor: str, address: tuple[str, int] = ("127.0.0.1", 0)) -> Iterator[NoticeServer]:
     """A server of `aws`, `gcp` or `azure`, without a notice."""
-    server = NoticeServer(flavor)
+    server = NoticeServer(flavor, address)
     server.answers = {
         "aws": {"/latest/meta-data/instance-id": (200, "i-1234567890abcdef0")},
         "gcp": {

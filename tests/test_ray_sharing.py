@@ -32,7 +32,7 @@ def test_a_run_of_higher_priority_gets_its_least_and_gives_it_back_and_both_have
     low.wait_for_step(5)
 
     # a run that needs two of the three nodes: the first shrinks at a step boundary, nobody is lost
-    high_options = ("--run.duration", "60st", *WHOLE_NODES)
+    high_options = ("--run.duration", "25st", *WHOLE_NODES)
     high = slow_job(cluster, tmp_path, "high", *high_options, "--scaling.min-workers", "2", "--scaling.priority", "5")
     second = story.next_world(1)
     assert set(second) < set(first)
