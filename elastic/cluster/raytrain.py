@@ -418,9 +418,10 @@ class Group(WorkerGroup):
 
     def _has_room(self) -> bool:
         """Whether some node could take a worker now."""
-        full = {*full_nodes([u.node for u in self._units if u.node], self._plan.per_node), *self._draining, *self._excluded}
+        full = full_nodes([u.node for u in self._units if u.node], self._plan.per_node)
+        closed = {*full, *self._draining, *self._excluded}
         free = ray_state.available_resources_per_node()
-        return any(fits(self._plan.unit, has) for node, has in free.items() if node not in full)
+        return any(fits(self._plan.unit, has) for node, has in free.items() if node not in closed)
 
     def _tell(self, path: str, body: dict[str, Any] | None = None) -> dict[str, Any] | None:
         """A request to the membership server; None while it is away (it comes back, or the run ends by its lease)."""
