@@ -392,6 +392,18 @@ def test_who_yields_keeps_no_spares_and_grows_again_to_what_it_was_given_meanwhi
     assert machine.state.limits.max_workers == 2
 
 
+def test_scaled_down_whole_nodes_stay_whoever_comes_back_first() -> None:
+    machine = Machine(max_workers=6)
+    for i, node in enumerate(("x", "y", "y", "z", "z", "z")):
+        machine.join(f"w{i}", node=node)
+    machine.tell(Scaled(3, machine.now))
+    for i in (0, 1, 3, 2, 4):
+        machine.now += 0.1
+        machine.join(f"w{i}", 7, node="xyyzzz"[i])
+    formed(machine.join("w5", 7, node="z"))
+    assert machine.members == ["w3", "w4", "w5"]
+
+
 def test_scaled_up_a_world_takes_in_who_comes() -> None:
     machine = three(max_workers=3)
     assert machine.join("d") == []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from elastic.membership.state import Limits, State, Waiting, going
 from elastic.membership.world import Member
@@ -49,16 +50,21 @@ def usable(state: State) -> tuple[list[Waiting], list[Waiting]]:
 def choose(state: State, candidates: Sequence[Waiting]) -> list[Member]:
     """The members of the next world out of those that fit into one.
 
-    Survivors come before others, then those with the newest state. Workers that are to go are taken only where the
-    others are too few, or to give their state: one of them may come along for that, even if there is no room for
-    it, as long as every rank has a microbatch.
+    Survivors come before others, then those with the newest state; of survivors that are too many, whole nodes stay, as
+    a node may hold one copy of a sharded state, and an empty one can be given back. Workers that are to go are taken
+    only where the others are too few, or to give their state: one of them may come along for that, even if there is
+    no room for it, as long as every rank has a microbatch.
     """
     limits = state.limits
     old = state.world.ids if state.world else frozenset()
-    ranked = sorted(
-        candidates,
-        key=lambda w: (going(state, w.member) is not None, w.member.id not in old, -w.applied, w.since, w.member.id),
-    )
+    nodes = Counter(w.member.node for w in candidates if w.member.id in old and going(state, w.member) is None)
+
+    def order(w: Waiting) -> tuple[Any, ...]:
+        survives = w.member.id in old
+        place = (-nodes[w.member.node], w.member.node, w.member.local_index) if survives else (w.since,)
+        return going(state, w.member) is not None, not survives, -w.applied, *place, w.member.id
+
+    ranked = sorted(candidates, key=order)
     staying = [w for w in ranked if going(state, w.member) is None]
     pool = staying if len(staying) >= limits.min_workers else ranked
     size = world_size(limits, sum(w.member.id in old for w in pool), len(pool))

@@ -50,6 +50,7 @@ class LocalRun:
         self._end: dict[str, Any] | None = None
         self._ended = threading.Event()
         self._wanted = 0  # processes to have, once the run was scaled
+        self._let_go: set[str] = set()  # workers that end now, if they have not yet
         self._follower: threading.Thread | None = None
         self.hosting: HostHere | HostProcess | None = None
         self.processes: list[subprocess.Popen[bytes]] = []
@@ -122,6 +123,8 @@ class LocalRun:
             if record.get("kind") == "end":
                 self._end = record
                 self._ended.set()
+            elif record.get("kind") == "handed_over":
+                self._let_go.add(record["member"])
             elif record.get("kind") == "scaled":
                 self._wanted = record["detail"]["max_workers"]
             self._on_record(record)
@@ -161,7 +164,7 @@ class LocalRun:
 
     def _grow(self) -> None:
         """After the run was scaled up: start what is missing, once; nobody replaces lost ones here."""
-        missing, self._wanted = self._wanted - len(self._living()), 0
+        missing, self._wanted = self._wanted - len(set(self._living()) - self._let_go), 0
         for _ in range(missing):
             self.add_worker()
 
