@@ -163,7 +163,7 @@ def test_memory_that_can_be_had_is_not_more_than_the_machine_has():
 @pytest.mark.parametrize("point", ["vault.begin", "vault.receiving", "vault.whole"])
 def test_a_vault_that_dies_while_a_part_comes_is_an_error_of_the_sender(point):
     process = VaultProcess(TOKEN, HERE, plan(fault(point, 4)))
-    vault = VaultClient(process.url, TOKEN, 10)
+    vault = VaultClient(process.wait(), TOKEN, 10)
     try:
         put(vault, at(2), 0, b"x" * 100)
         with pytest.raises(SnapshotError, match="failed"):

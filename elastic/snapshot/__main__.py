@@ -16,10 +16,7 @@ def main() -> int:
     specification = json.loads(sys.stdin.readline())
     server = VaultServer(specification["token"], specification["host"])
     print(server.start(), flush=True)
-    try:
-        sys.stdin.read()
-    finally:
-        server.stop()
+    sys.stdin.read()
     return 0
 
 

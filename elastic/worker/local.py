@@ -80,8 +80,10 @@ class LocalRun:
         self.link = DriverLink(self.url, self._token)
         self._follower = threading.Thread(target=self._follow, name="local-run-follower", daemon=True)
         self._follower.start()
-        for index in range(self._workers):
-            self._vault_of(self.node_of(index))  # they start side by side
+        vaults = [self._vault_of(self.node_of(index)) for index in range(self._workers)]  # they start side by side
+        for vault in vaults:
+            if vault is not None:
+                vault.wait()  # so that all workers start at one time
         for _ in range(self._workers):
             self.add_worker()
 
@@ -97,7 +99,7 @@ class LocalRun:
             "folder_url": run.folder.storage.url, "server_url": self.url, "token": self._token,
             "identity": {
                 "id": self._worker_id(index), "node": self.node_of(index), "local_index": index, "host": self._address,
-                "accelerator": self._accelerator, "vault": vault.url if vault else "",
+                "accelerator": self._accelerator, "vault": vault.wait() if vault else "",
             },
         }  # fmt: skip
         own = self._environment if environment is None else environment

@@ -30,18 +30,16 @@ class VaultProcess:
         assert self.process.stdin is not None
         self.process.stdin.write(json.dumps({"token": token, "host": host}).encode() + b"\n")
         self.process.stdin.flush()
-        self._url = ""
+        self.url = ""
 
-    @property
-    def url(self) -> str:
-        """Where it serves, waiting for it to start.
+    def wait(self) -> str:
+        """Wait until it serves; returns its URL.
 
         Raises:
             RunFailed: it ended, or did not start in time.
         """
-        if not self._url:
-            self._url = self._read_url()
-        return self._url
+        self.url = self.url or self._read_url()
+        return self.url
 
     def _read_url(self) -> str:
         assert self.process.stdout is not None
