@@ -118,7 +118,8 @@ import json, os, sys, time
 from pathlib import Path
 import ray
 from elastic.cluster.actors import see_devices
-from elastic.cluster.raytrain import GroupPlan, RayTrainer
+from elastic.cluster.raytrain import RayTrainer
+from elastic.cluster.rooms import GroupPlan
 
 folder = Path(sys.argv[2])
 

@@ -175,12 +175,12 @@ class _Drive:
         from elastic.cluster.actors import training_function
         from elastic.cluster.capacity import worker_resources
         from elastic.cluster.raytrain import (
-            GroupPlan,
             RayTrainer,
             placement_group_name,
             remove_placement_groups,
             session_folder,
         )
+        from elastic.cluster.rooms import GroupPlan
         from elastic.membership.forming import helpful_size
         from elastic.worker.run import WorkerRun
 
@@ -189,11 +189,13 @@ class _Drive:
         scaling, prefix = run.config.scaling, placement_group_name(run.name)
         want = helpful_size(run.plan.microbatches, scaling.max_workers) + scaling.spares
         unit = worker_resources(accelerator, scaling.cpus_per_worker)
-        plan = GroupPlan(url, token, want, unit, prefix, scaling.workers_per_node)
+        vaults = run.plan.snapshot_every is not None
+        packed = run.config.parallel.strategy == "hsdp"
+        plan = GroupPlan(url, token, want, unit, prefix, scaling.workers_per_node, packed, vaults)
         markers = tempfile.mkdtemp(prefix="elastic-", dir=session_folder())
         trainer = RayTrainer(
-            training_function(worker_run, accelerator), name=run.name, storage_path=markers, plan=plan,
-            accelerator=accelerator,
+            training_function(worker_run, accelerator, prefix if vaults else None), name=run.name,
+            storage_path=markers, plan=plan, accelerator=accelerator,
         )  # fmt: skip
         fewer = want < scaling.max_workers + scaling.spares
         why = "; more would not lower the rounds of a step" if fewer else ""
