@@ -73,8 +73,9 @@ def test_what_was_undone_is_forgotten(vault):
     put(vault, at(4), 0, b"x")
     put(vault, at(6), 0, b"y", at(4))
 
-    vault.forget(after=4)
-
+    vault.forget(after=4, before=at(0))
+    assert [h.id.step for h in vault.holdings()] == [4, 6], "these are of no older world"
+    vault.forget(after=4, before=at(0, n=2))
     assert [h.id.step for h in vault.holdings()] == [4]
 
 

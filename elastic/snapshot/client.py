@@ -86,9 +86,9 @@ class VaultClient:
             self._connection.close()
             raise self._error(error) from error
 
-    def forget(self, after: int) -> None:
-        """Have snapshots of steps after this one dropped."""
-        self._request("POST", "/forget", json.dumps({"after": after}).encode()).read()
+    def forget(self, after: int, before: SnapshotId) -> None:
+        """Have older snapshots than `before`, of later steps than `after`, dropped."""
+        self._request("POST", "/forget", json.dumps({"after": after, "before": str(before)}).encode()).read()
 
     def memory(self) -> dict[str, int]:
         """`held`: bytes that the vault has; `available`: bytes that can still be had on its node."""

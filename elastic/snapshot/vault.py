@@ -4,7 +4,7 @@
     GET  /parts                           what is here whole: [snapshot, shard, shards] each
     GET  /parts/<snapshot>/<shard>/head   a part's head
     POST /parts/<snapshot>/<shard>        {"ranges": [[start, end], ...]}: bytes of its tensors, one after another
-    POST /forget                          {"after": step}: steps after it were undone
+    POST /forget                          {"after": step, "before": snapshot}: older worlds' steps after it were undone
     GET  /memory                          bytes held here, and bytes that can still be had
 
 Every request carries the run's bearer token. Of each part there are two generations at most: room is freed when a part
@@ -100,10 +100,10 @@ class Store:
         with self._lock:
             part.readers -= 1
 
-    def forget(self, after: int) -> None:
-        """Drop snapshots of later steps."""
+    def forget(self, after: int, before: SnapshotId) -> None:
+        """Drop older snapshots than `before`, of later steps than `after`."""
         with self._lock:
-            self._drop([key for key in self._parts if key[0].step > after])
+            self._drop([key for key in self._parts if key[0].step > after and key[0] < before])
 
     def held_bytes(self) -> int:
         """Bytes that this vault has from the system."""
@@ -245,7 +245,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _post(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         if urlsplit(self.path).path == "/forget":
-            self.store.forget(body["after"])
+            self.store.forget(body["after"], SnapshotId.parse(body["before"]))
             self._send(200, {})
         else:
             self._read_part(body["ranges"])

@@ -35,13 +35,14 @@ def survey(urls: Iterable[str], token: str) -> dict[str, list[Holding]]:
     return {url: found for url, found in _each(ask, sorted(set(urls))) if found is not None}
 
 
-def forget(urls: Iterable[str], token: str, after: int) -> None:
-    """Have snapshots of steps that were undone dropped. Vaults that do not answer are on nodes that are gone."""
+def forget(urls: Iterable[str], token: str, after: int, before: SnapshotId) -> None:
+    """Have snapshots of steps that were undone dropped: those of older worlds. A vault that does not answer has none
+    that could be used: no snapshot is complete without those that do."""
 
     def tell(url: str) -> None:
         vault = VaultClient(url, token, SURVEY_S)
         try:
-            vault.forget(after)
+            vault.forget(after, before)
         except SnapshotError:
             pass
         finally:

@@ -257,7 +257,7 @@ class Session:
         self._state, self._applied = found.state, found.step if found.state else -1
         self._world_step, self._goes_on = found.step, found.rung == "memory"
         if not self._goes_on:
-            self._snapshots.undone(group, self._world_step)
+            self._snapshots.undone(self._world_step)
         return found.source
 
     def _roll_forward(self, update: Update) -> None:

@@ -55,7 +55,9 @@ class Snapshots:
         self._sender = Sender(token, device, self._on_end) if every is not None else None
         self._meter = Meter()
         self._newest: SnapshotId | None = None  # the newest complete one
-        self._known: set[str] = set()  # vaults that may hold something
+        self._near: set[str] = set()  # the vaults of this world
+        self._known: set[str] = set()  # and of the one before
+        self._undone: int | None = None  # steps after it are done again
         self._entered = self._active = self._writes = False
         self._state: TrainState | None = None
         self._attempt: SnapshotId | None = None  # one that is not complete yet
@@ -90,7 +92,11 @@ class Snapshots:
         rows = group.gather_json(self._introduction(state))
         self._newest = max((SnapshotId.parse(r["newest"]) for r in rows if r["newest"]), default=None)
         vaults = sorted({Vault(*r["vault"]) for r in rows})
-        self._known |= {v.url for v in vaults}
+        self._known, self._near = self._near | {v.url for v in vaults}, {v.url for v in vaults}
+        if self._undone is not None and group.rank == 0:
+            before = SnapshotId(self._generation.epoch, self._generation.n, 0)
+            from_vaults.forget(self._near, self._token, self._undone, before)
+        self._undone = None
         partner, domain = partners(vaults), domains(vaults)
         layout, nodes = group.layout, [r["vault"][0] for r in rows]
         columns = [layout.ranks[s :: layout.shards] for s in range(layout.shards)]
@@ -148,12 +154,11 @@ class Snapshots:
         """The world is over; what is on its way may still arrive."""
         self._state = None
 
-    def undone(self, group: Group, step: int) -> None:
-        """The steps after this one are done again: their snapshots are void."""
+    def undone(self, step: int) -> None:
+        """The steps after this one are done again: their snapshots are void, from the next `enter` on."""
         if self._newest is not None and self._newest.step > step:
             self._newest = None
-        if self.on and group.rank == 0:
-            from_vaults.forget(self._known | {self._own}, self._token, step)
+        self._undone = step
 
     # ---- the way back ----------------------------------------------------------------------------------------------
 
