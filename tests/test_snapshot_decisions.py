@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from elastic.parallel.probe import state_share
 from elastic.snapshot.cadence import FIRST, MOST, SHARE, Meter, auto_every
 from elastic.snapshot.holdings import Holding, SnapshotId, complete, lost_parts, to_free
 from elastic.snapshot.partners import Vault, domains, memory, needs_copies, partners, short_of_memory
@@ -198,6 +199,20 @@ def test_old_parts_make_the_new_ones(tensors, shards, new_shards):
             rows = head.rows(shard, new_shards) if head.cut else range(1)
             assert count == len(mine), "every byte comes once"
             assert torch.equal(mine.to(torch.uint8), value[rows.start * head.row_bytes : rows.stop * head.row_bytes])
+
+
+@pytest.mark.parametrize(
+    ("make", "shares"),
+    [
+        (lambda groups: torch.optim.AdamW(groups), [2.0, 2.0]),
+        (lambda groups: torch.optim.Adam(groups, amsgrad=True), [3.0, 3.0]),
+        (lambda groups: torch.optim.SGD([{**groups[0], "momentum": 0.9}, groups[1]], lr=0.1), [1.0, 0.0]),
+    ],
+)
+def test_what_an_optimizer_will_keep_is_known_before_its_first_step(make, shares):
+    groups = [{"params": [torch.nn.Parameter(torch.zeros(3, 3))]}, {"params": [torch.nn.Parameter(torch.zeros(9))]}]
+
+    assert state_share(make(groups)) == shares
 
 
 # ---- how often -------------------------------------------------------------------------------------------------------

@@ -23,7 +23,8 @@ from elastic.worker.parts import Head, starts
 
 SETTLE_S = 600.0
 SEND_S = 20.0  # a vault that takes nothing for so long is given up
-CLOSE_S = 10.0
+CLOSE_S = 60.0
+CALLED_OFF = "called off"
 
 
 @dataclass
@@ -150,6 +151,7 @@ class Sender:
             except Exception as error:  # the run goes on without this snapshot, and its ledger says why
                 known = isinstance(error, SnapshotError)
                 part.error = str(error) if known else f"{type(error).__name__}: {error}"
+                part.error = CALLED_OFF if self._cut.is_set() else part.error
             part.tensors = []  # a new world may have replaced them
             part.staged.set()
             self._on_end(part)
@@ -175,7 +177,7 @@ class Sender:
         digest.update(body)
         for i, url in enumerate(part.urls):
             if self._cut.is_set():
-                raise SnapshotError("called off")
+                raise SnapshotError(CALLED_OFF)
             self._vault = VaultClient(url, self._token, SEND_S)
             try:
                 self._vault.put(part.id, part.shard, part.shards, head, body, digest.hexdigest(), part.keep)

@@ -26,7 +26,7 @@ from elastic.snapshot.partners import Vault, domains, memory, needs_copies, part
 from elastic.worker import from_vaults
 from elastic.worker.group import Group
 from elastic.worker.parts import Head
-from elastic.worker.sending import SEND_S, Part, Sender
+from elastic.worker.sending import CALLED_OFF, SEND_S, Part, Sender
 from elastic.worker.state import TrainState
 
 IN_VAULTS, UNDER_WAY, FAILED = 0, 1, 2  # what a member says of its part; the worst counts for all
@@ -250,11 +250,8 @@ class Snapshots:
     # ---- parts -----------------------------------------------------------------------------------------------------
 
     def _begin(self, step: int) -> None:
-        self._attempt, self._begun, self._part = (
-            SnapshotId(self._generation.epoch, self._generation.n, step),
-            step,
-            None,
-        )
+        self._attempt = SnapshotId(self._generation.epoch, self._generation.n, step)
+        self._begun, self._part = step, None
         if not self._writes:
             return
         state, layout = self._state, self._group.layout
@@ -276,7 +273,7 @@ class Snapshots:
 
     def _on_end(self, part: Part) -> None:
         """On the sender's thread."""
-        if part.error is not None and part.error != "called off":
+        if part.error is not None and part.error != CALLED_OFF:
             self._skip(part.id.step, Generation(part.id.epoch, part.id.n), part.error)
 
     def _skip(self, step: int, generation: Generation, why: str) -> None:
