@@ -3,12 +3,16 @@ on from memory with the same bits; where no copy is left, from a checkpoint, and
 
 from __future__ import annotations
 
+import re
+import resource
 from collections import Counter
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from elastic.errors import RunFailed
 from elastic.run.prepare import prepare
 from elastic.snapshot.cadence import FIRST
 from elastic.snapshot.client import VaultClient
@@ -19,6 +23,7 @@ from tests.tiny_jobs import Everything
 
 pytestmark = [pytest.mark.processes, pytest.mark.usefixtures("fork_server")]
 
+MIB = 1 << 20
 WORKERS = 3  # on nodes of their own: 0 and 1 are partners, 2's partner is 0
 
 
@@ -256,6 +261,28 @@ def test_memory_is_stated_before_the_first_step_and_is_what_is_used(tmp_path, ga
     assert sum(planned["detail"]["bytes"].values()) == pytest.approx(taken * 5 / 2, rel=0.05)
     n = nodes.names
     assert planned["detail"]["partners"] == {n[0]: n[1], n[1]: n[0], n[2]: n[0]}
+
+
+def test_snapshots_that_do_not_fit_are_refused_before_the_first_step(tmp_path, gate):
+    held = gate("held")
+    run = prepare(Everything(samples=LONG, width=1400), snapshots(tmp_path))
+    at_start = fault("world.connected", do="hold", file=held)
+    with local_run(run, 3, environment=plan(at_start)) as local:
+        for vault in local.vaults.values():
+            pages = int(Path(f"/proc/{vault.process.pid}/statm").read_text().split()[0])
+            limit = pages * resource.getpagesize() + 256 * MIB  # threads take some of it
+            resource.prlimit(vault.process.pid, resource.RLIMIT_AS, (limit, limit))
+        held.unlink()
+        with pytest.raises(RunFailed) as refused:
+            local.wait(WAIT_S)
+
+    found = re.search(
+        r"snapshots take ([0-9.]+) MiB of host 127.0.0.1, which has ([0-9.]+) MiB left", str(refused.value)
+    )
+    assert found is not None, str(refused.value)
+    assert str(refused.value).startswith("--recovery.snapshot-every is on, but snapshots take")
+    assert float(found[1]) > 256 > float(found[2])
+    assert Ran(run, None).rows == []
 
 
 def test_auto_takes_them_too(undisturbed_epoch, tmp_path, gate):

@@ -1,7 +1,8 @@
-"""How much memory a machine, or the container that this process is in, has left."""
+"""How much memory this process can still have: of its machine, its container, and its own limit."""
 
 from __future__ import annotations
 
+import resource
 from pathlib import Path
 
 _CGROUP = Path("/sys/fs/cgroup")
@@ -12,7 +13,7 @@ _LIMITS = (
 
 
 def available_bytes() -> int:
-    """Bytes that can still be had without swapping: of the machine, or of the control group if that is less."""
+    """Bytes that can still be had without swapping: of the machine, or of what limits this process to less."""
     lines = Path("/proc/meminfo").read_text().splitlines()
     fields = {line.split(":")[0]: line.split()[1] for line in lines}
     found = int(fields["MemAvailable"]) * 1024
@@ -21,6 +22,10 @@ def available_bytes() -> int:
             most = (folder / limit).read_text().strip()
             if most != "max":
                 found = min(found, int(most) - int((folder / usage).read_text()) + _cache_bytes(folder))
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if limit != resource.RLIM_INFINITY:
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        found = min(found, limit - pages * resource.getpagesize())
     return max(0, found)
 
 
