@@ -59,13 +59,15 @@ class Store:
         """
         with self._lock:
             gone = to_free([known for known, _ in self._parts], id, keep)
+            if gone:
+                self._free = []  # what the round before did not use
             self._drop([key for key in self._parts if key[0] in gone or key == (id, shard)])
             fits = [room for room in self._free if size <= len(room) <= 2 * size]
             room = min(fits, key=len, default=None)
             if room is not None:
                 self._free.remove(room)
-            self._free = self._free[-1:]  # what fits nothing any more goes back
-            if room is None:
+            else:
+                self._free = []  # parts have other sizes now
                 left = available_bytes()
                 if size > left:
                     raise MemoryError(f"a part of {size} bytes does not fit into {left} bytes that are left")
