@@ -299,16 +299,16 @@ class CheckpointOptions:
 class RecoveryOptions:
     """What is kept, and how long is waited, for the case of a fault."""
 
-    snapshot_every: str = option("off", "copies of sharded state in memory; ddp has a copy in every worker")
+    snapshot_every: str = option(
+        "off", "with fsdp and hsdp, keep copies of the state in two nodes' memory, every so much (ep, st, tok, or auto)"
+    )
     hang_timeout: str = option("auto", "longest wait for a worker that hangs (s, min, h; auto: by the steps seen)")
     max_wait: str | None = option(None, "longest parking with too few workers before the run ends (s, min, h)")
     lease: str = option("30s", "workers stop applying when the membership server was silent for this long")
 
     def __post_init__(self) -> None:
-        _require(
-            self.snapshot_every == "off", "--recovery.snapshot-every", self.snapshot_every,
-            "leave it off: this version takes no snapshots (with ddp and hsdp others hold the state anyway)",
-        )  # fmt: skip
+        if self.snapshot_every not in ("off", "auto"):
+            parse_amount("--recovery.snapshot-every", self.snapshot_every, clock=False)
         times = {"hang-timeout": self.hang_timeout, "lease": self.lease, "max-wait": self.max_wait}
         for name, text in ((f"--recovery.{key}", text) for key, text in times.items()):
             if text is None or (text == "auto" and name.endswith("hang-timeout")):
@@ -380,6 +380,11 @@ class TrainConfig:
             self._check_nodes()
         if self.parallel.offload:
             self._check_offload()
+        if self.recovery.snapshot_every != "off" and not self.parallel.sharded:
+            raise ConfigError(
+                f"--recovery.snapshot-every is {self.recovery.snapshot_every!r}, but with --parallel.strategy ddp "
+                "every worker holds the whole state; leave it off, or use fsdp or hsdp"
+            )
 
     def _check_param_dtype(self) -> None:
         dtype = self.precision.param_dtype

@@ -28,6 +28,10 @@ class CheckpointError(ElasticError):
     """A checkpoint is damaged or does not fit what is asked of it."""
 
 
+class SnapshotError(ElasticError):
+    """A vault does not answer, or cannot keep or give what is asked of it."""
+
+
 class FencedError(ElasticError):
     """The run goes on without this process, or under a newer claim: it may write nothing more."""
 

@@ -27,6 +27,7 @@ import pytest
 
 import elastic.worker.hosting
 import elastic.worker.local
+import elastic.worker.vaults
 from elastic import fault as faults_of_process
 from elastic.checkpoint.loader import load_all
 from elastic.checkpoint.reader import newest_first, read_manifest
@@ -51,6 +52,7 @@ _context.set_forkserver_preload(
     [
         "elastic.worker.__main__",
         "elastic.run.__main__",
+        "elastic.snapshot.__main__",
         "elastic.worker.session",
         "tests.tiny_jobs",
         "torch._dynamo",
@@ -103,6 +105,14 @@ def _host(reading: Connection, environment: dict[str, str]) -> None:
     sys.exit(main())
 
 
+def _vault(reading: Connection, writing: Connection, environment: dict[str, str]) -> None:
+    from elastic.snapshot.__main__ import main
+
+    _take_environment(environment)
+    sys.stdin, sys.stdout = os.fdopen(os.dup(reading.fileno())), os.fdopen(os.dup(writing.fileno()), "w")
+    sys.exit(main())
+
+
 class _Input(io.BytesIO):
     def __init__(self, on_close: Callable[[bytes], None]):
         super().__init__()
@@ -115,14 +125,19 @@ class _Input(io.BytesIO):
 
 
 class ForkedProcess:
-    """Looks like the `subprocess.Popen` of a worker, which starts when its standard input is closed, or of a host.
+    """Looks like the `subprocess.Popen` of a worker, which starts when its standard input is closed, of a host, or of a
+    vault.
 
     Args:
         places: the hosts that workers are on, by their index; none is the same as all on this one.
     """
 
-    def __init__(self, command: list[str], *, stdin: int, env: dict[str, str], places: Sequence[Host] = ()):
+    def __init__(
+        self, command: list[str], *, stdin: int, env: dict[str, str], stdout: int | None = None,
+        places: Sequence[Host] = (),
+    ):  # fmt: skip
         assert stdin == subprocess.PIPE
+        assert stdout in (None, subprocess.PIPE)
         self._environment, self._places = env, places
         self._process: Any = None
         self.stdin: Any
@@ -132,6 +147,12 @@ class ForkedProcess:
             self._start(_host, reading, env)
             reading.close()
             writing.close()
+        elif command[1:] == ["-m", "elastic.snapshot"]:
+            (reading, writing), (told, telling) = _context.Pipe(duplex=False), _context.Pipe(duplex=False)
+            self.stdin, self.stdout = os.fdopen(os.dup(writing.fileno()), "wb"), os.fdopen(os.dup(told.fileno()), "rb")
+            self._start(_vault, reading, telling, env)
+            for end in (reading, writing, told, telling):
+                end.close()
         else:
             assert command[1:] == ["-m", "elastic.worker", "--child"]
             self.stdin = _Input(self._start_worker)
@@ -171,7 +192,7 @@ class ForkedProcess:
 
 
 class _Subprocess:
-    """What `elastic.worker.local` and `elastic.worker.hosting` use of `subprocess`."""
+    """What `elastic.worker.local`, `elastic.worker.hosting` and `elastic.worker.vaults` use of `subprocess`."""
 
     PIPE, TimeoutExpired = subprocess.PIPE, subprocess.TimeoutExpired
 
@@ -295,6 +316,7 @@ def local_run(run: PreparedRun, workers: int, *, places: Sequence[Host] = (), **
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(elastic.worker.local, "subprocess", _Subprocess(places))
             patch.setattr(elastic.worker.hosting, "subprocess", _Subprocess(places))
+            patch.setattr(elastic.worker.vaults, "subprocess", _Subprocess(places))
             with LocalRun(run, workers, **options) as local:
                 yield local
         assert leaks.wait_until_clean(before) == []

@@ -72,7 +72,8 @@ import json, os, sys, time
 from pathlib import Path
 import ray
 from elastic.cluster.actors import see_devices
-from elastic.cluster.raytrain import GroupPlan, RayTrainer
+from elastic.cluster.raytrain import RayTrainer
+from elastic.cluster.rooms import GroupPlan
 from elastic.cluster.sharing import Terms
 
 folder = Path(sys.argv[2])

@@ -184,7 +184,11 @@ REFUSED = [
     (lambda: CheckpointOptions(init_partial=True), "--checkpoint.init-partial", "True", "init-from too"),
     (lambda: CheckpointOptions(best_mode="most"), "--checkpoint.best-mode", "'most'", "min, max"),
     (lambda: CheckpointOptions(keep_last=0), "--checkpoint.keep-last", "0", "at least 1"),
-    (lambda: RecoveryOptions(snapshot_every="5st"), "--recovery.snapshot-every", "'5st'", "leave it off"),
+    (lambda: RecoveryOptions(snapshot_every="5min"), "--recovery.snapshot-every", "'5min'", "unit of ep, st, tok"),
+    (
+        lambda: TrainConfig(recovery=RecoveryOptions(snapshot_every="5st")),
+        "--recovery.snapshot-every", "'5st'", "leave it off, or use fsdp or hsdp",
+    ),
     (lambda: RecoveryOptions(hang_timeout="5ep"), "--recovery.hang-timeout", "'5ep'", "s, min or h"),
     (lambda: RecoveryOptions(lease="auto"), "--recovery.lease", "'auto'", "unit"),
     (lambda: RecoveryOptions(max_wait="2ep"), "--recovery.max-wait", "'2ep'", "s, min or h"),
@@ -327,12 +331,12 @@ OTHER_VALUES = {
     "checkpoint.keep-last": 1, "checkpoint.when-busy": "skip", "checkpoint.keep-every": "1ep",
     "checkpoint.keep-best": 1, "checkpoint.best-metric": "eval/accuracy", "checkpoint.best-mode": "max",
     "checkpoint.init-from": "w.safetensors", "recovery.hang-timeout": "1min", "recovery.lease": "1min",
-    "recovery.max-wait": "1h", "observe.log-every": 1.0, "observe.tensorboard": False, "observe.price": 1.0,
+    "recovery.max-wait": "1h", "recovery.snapshot-every": "5st",
+    "observe.log-every": 1.0, "observe.tensorboard": False, "observe.price": 1.0,
     "cluster.address": "auto", "cluster.local-nodes": 2, "scaling.exclude": ("broken",),
 }  # fmt: skip
-ONE_VALUE = {"recovery.snapshot-every"}  # nothing else is valid yet
-ONE_VALUE |= {"checkpoint.init-partial"}  # valid only beside another option
-SHARDED_ONLY = {"precision.param-dtype", "parallel.offload"}
+ONE_VALUE = {"checkpoint.init-partial"}  # valid only beside another option
+SHARDED_ONLY = {"precision.param-dtype", "parallel.offload", "recovery.snapshot-every"}
 RESULT = {
     "run.duration", "run.seed", "run.exactness", "run.on-nonfinite", "batch.global-size", "batch.microbatches",
     "optim.schedule", "optim.warmup", "optim.final-lr", "optim.clip-norm", "precision.autocast",

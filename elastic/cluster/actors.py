@@ -17,6 +17,7 @@ from typing import Any
 import ray
 
 from elastic.cluster.capacity import visible_devices
+from elastic.cluster.vaults import vault_url
 from elastic.errors import ElasticError, FencedError, RunFailed, WarmUpError
 from elastic.run.host import HostSettings, RunHost, import_store
 from elastic.run.keeper import KeeperOptions
@@ -44,8 +45,12 @@ class HostActor:
         self._host.stop()
 
 
-def training_function(run: WorkerRun, accelerator: str) -> Callable[[dict[str, Any]], str]:
-    """The function that each Ray Train worker runs on its training thread; it returns how the worker's part ended."""
+def training_function(run: WorkerRun, accelerator: str, vaults: str | None) -> Callable[[dict[str, Any]], str]:
+    """The function that each Ray Train worker runs on its training thread; it returns how the worker's part ended.
+
+    Args:
+        vaults: prefix of the names of the run's vaults, if it has them.
+    """
 
     def train(_: dict[str, Any]) -> str:
         began = time.monotonic()
@@ -55,9 +60,11 @@ def training_function(run: WorkerRun, accelerator: str) -> Callable[[dict[str, A
 
         import_s = time.monotonic() - began
         runtime = ray.get_runtime_context()
+        node = runtime.get_node_id()
         identity = Identity(
-            id=str(runtime.get_actor_id())[:12], node=runtime.get_node_id(), local_index=index,
+            id=str(runtime.get_actor_id())[:12], node=node, local_index=index,
             host=ray.util.get_node_ip_address(), accelerator=accelerator,
+            vault="" if vaults is None else vault_url(vaults, node),
         )  # fmt: skip
         try:
             return Session(run, identity, import_s=import_s).run()

@@ -16,7 +16,6 @@ import os
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
@@ -35,14 +34,15 @@ from ray.train.v2._internal.util import ObjectRefWrapper
 from ray.train.v2.api.config import FailureConfig, RunConfig, ScalingConfig
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 from ray.train.v2.api.exceptions import ControllerError
-from ray.util.placement_group import placement_group, remove_placement_group
+from ray.util.placement_group import remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from elastic.cluster.board import Board
 from elastic.cluster.capacity import excluded_nodes, fits, full_nodes
-from elastic.cluster.sharing import Patience, Share, Standing, Terms, share
+from elastic.cluster.rooms import GroupPlan, Room
+from elastic.cluster.sharing import Patience, Share, Standing, share
+from elastic.cluster.vaults import Vaults
 from elastic.membership.driver import DriverLink
-from elastic.membership.forming import helpful_size
 
 TESTED_RAY = "2.60."
 POLL_S = 0.2
@@ -59,31 +59,6 @@ _CONTROLLER_ENVIRONMENT = {
     "RAY_WARN_BLOCKING_GET_INSIDE_ASYNC": "0",
 }
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class GroupPlan:
-    """What a worker group is to have, for the run hosted at `url`: workers of `unit` resources each.
-
-    `max_workers` is that of the start, of `microbatches` in a step; `per_node` is the most workers on one node; `name`
-    is the prefix of the placement groups' names; `terms` are those of sharing the cluster with other runs; `exclude`
-    names nodes to keep out.
-    """
-
-    url: str
-    token: str = field(repr=False)
-    max_workers: int
-    spares: int
-    microbatches: int | None
-    unit: dict[str, float]
-    name: str
-    terms: Terms
-    per_node: int | None = None
-    exclude: tuple[str, ...] = ()
-
-    def want(self, max_workers: int) -> int:
-        """How many workers to have where a world has at most so many: all that help, and spares."""
-        return helpful_size(self.microbatches, max_workers) + self.spares
 
 
 def find_running_cluster() -> str | None:
@@ -180,34 +155,36 @@ class _Stage(Enum):
 
 
 class _Unit:
-    """One worker and its own placement group."""
+    """One worker and its place."""
 
-    def __init__(self, plan: GroupPlan, number: int, full_nodes: list[str]):
+    def __init__(self, room: Room):
         self.stage = _Stage.ASKED
         self.id = self.node = ""
         self.actor: Any = None
         self.since = time.monotonic()
         self.status = WorkerStatus(running=True, error=None, training_report=None)
-        elsewhere = [{"ray.io/node-id": f"!in({','.join(full_nodes)})"}] if full_nodes else None
-        self._group = placement_group([plan.unit], name=f"{plan.name}{number}", bundle_label_selector=elsewhere)
+        self.room, self._bundle = room, room.free.pop(0)
+        self._group = room.group
         self.pending: Any = self._group.ready()
 
     def create(self, worker_class: Any, unit: dict[str, float]) -> None:
         """The resources are there: make the actor. Does not wait."""
-        strategy = PlacementGroupSchedulingStrategy(placement_group=self._group, placement_group_bundle_index=0)
+        strategy = PlacementGroupSchedulingStrategy(
+            placement_group=self._group, placement_group_bundle_index=self._bundle
+        )
         actor_class = ray.remote(num_cpus=unit.get("CPU", 0), num_gpus=unit.get("GPU", 0))(worker_class)
         self.actor = actor_class.options(scheduling_strategy=strategy).remote()
         self.id = self.actor._actor_id.hex()[:12]
         self.stage, self.since = _Stage.STARTING, time.monotonic()
         placed = ray.util.placement_group_table(self._group)["bundles_to_node_id"]
-        self.node = next(iter(placed.values()), "")
+        self.node = placed.get(self._bundle, "")
         self.pending = self.actor.get_metadata.remote()
 
-    def drop(self) -> None:
-        """End the process and give its resources back in one turn: a dead node's group re-places itself otherwise."""
+    def drop(self, *, node_lost: bool = False) -> None:
+        """End the process and give its resources back in one turn."""
         if self.actor is not None:
             ray.kill(self.actor)
-        remove_placement_group(self._group)
+        self.room.give_back(self._bundle, node_lost=node_lost)
 
 
 class Group(WorkerGroup):
@@ -222,6 +199,7 @@ class Group(WorkerGroup):
         self._want = self._plan.want(self._plan.max_workers)
         self._units: list[_Unit] = []
         self._numbers = itertools.count()
+        self._vaults = Vaults(self._plan.name, self._plan.token) if self._plan.vaults else None
         self._draining: dict[str, int] = {}
         self._drained: set[str] = set()
         self._excluded: list[str] = []
@@ -254,6 +232,8 @@ class Group(WorkerGroup):
         for unit in self._units:
             unit.drop()
         self._units = []
+        if self._vaults is not None:
+            self._vaults.close()
         self._started = False
 
     def abort(self) -> None:
@@ -280,10 +260,18 @@ class Group(WorkerGroup):
         if time.monotonic() < self._ask_after:
             return  # the last ones could not get ready
         for _ in range(want - len(staying)):
-            if self._plan.per_node and any(u.stage is _Stage.ASKED for u in self._units):
+            last = next((u.room for u in self._units if u.stage is _Stage.ASKED), None)
+            if self._plan.per_node and last is not None and not last.free:
                 return  # where the last one comes decides which nodes are full
-            full = full_nodes([u.node for u in self._units if u.node], self._plan.per_node) + self._excluded
-            self._units.append(_Unit(self._plan, next(self._numbers), full))
+            self._units.append(_Unit(self._room()))
+
+    def _room(self) -> Room:
+        """Room for one more worker: beside those of its node, if that is to have more, or else new."""
+        for unit in self._units:
+            if unit.room.free and unit.room.usable and unit.node not in self._draining:
+                return unit.room
+        full = full_nodes([u.node for u in self._units if u.node], self._plan.per_node)
+        return Room(self._plan, next(self._numbers), full + self._excluded)
 
     def _staying(self) -> list[_Unit]:
         return [u for u in self._units if u.node not in self._draining and u.id not in self._drained]
@@ -333,6 +321,8 @@ class Group(WorkerGroup):
 
     def _launch(self, unit: _Unit) -> Any:
         """Start the training function; nobody waits for it."""
+        if self._vaults is not None:
+            self._vaults.have(unit.node)
         unit.actor.init_train_context.remote(
             train_run_context=self._train_run_context,
             distributed_context=DistributedContext(
@@ -359,7 +349,7 @@ class Group(WorkerGroup):
         """A worker is gone: tell the membership server, give its resources back, and go on."""
         _log.info("worker %s is gone: %s", unit.id, error)
         self._units.remove(unit)
-        unit.drop()
+        unit.drop(node_lost=isinstance(error, ray.exceptions.RayActorError) and not _process_ended(error))
         if unit.id:
             self._tell("/lost", {"ids": [unit.id], "ended": _process_ended(error)})
 

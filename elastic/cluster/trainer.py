@@ -177,12 +177,12 @@ class _Drive:
         from elastic.cluster.board import leave_board
         from elastic.cluster.capacity import worker_resources
         from elastic.cluster.raytrain import (
-            GroupPlan,
             RayTrainer,
             placement_group_name,
             remove_placement_groups,
             session_folder,
         )
+        from elastic.cluster.rooms import GroupPlan
         from elastic.cluster.sharing import Terms
         from elastic.worker.run import WorkerRun
 
@@ -192,15 +192,16 @@ class _Drive:
         unit = worker_resources(accelerator, scaling.cpus_per_worker)
         patience_s = parse_amount("--scaling.request-timeout", scaling.request_timeout, clock=True).seconds
         terms = Terms(run.name, scaling.priority, time.time(), accelerator, scaling.min_workers, patience_s)
+        vaults = run.plan.snapshot_every is not None
         plan = GroupPlan(
             url, token, scaling.max_workers, scaling.spares, run.plan.microbatches, unit, prefix, terms,
-            scaling.workers_per_node, scaling.exclude,
+            scaling.workers_per_node, scaling.exclude, packed=run.config.parallel.strategy == "hsdp", vaults=vaults,
         )  # fmt: skip
         want = plan.want(scaling.max_workers)
         markers = tempfile.mkdtemp(prefix="elastic-", dir=session_folder())
         trainer = RayTrainer(
-            training_function(worker_run, accelerator), name=run.name, storage_path=markers, plan=plan,
-            accelerator=accelerator,
+            training_function(worker_run, accelerator, prefix if vaults else None), name=run.name,
+            storage_path=markers, plan=plan, accelerator=accelerator,
         )  # fmt: skip
         fewer = want < scaling.max_workers + scaling.spares
         why = "; more would not lower the rounds of a step" if fewer else ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterable
 
 import torch
 
@@ -33,7 +34,47 @@ def check_elementwise(optimizer: torch.optim.Optimizer) -> None:
         )
 
 
+def state_share(optimizer: torch.optim.Optimizer) -> list[float]:
+    """Bytes that this optimizer keeps for a byte of a parameter, group by group, from its first step on.
+
+    Where its class cannot be tried out, those of Adam.
+    """
+    try:
+        built, found = _build(optimizer, parts=1)
+    except (TypeError, ValueError):
+        return [2.0] * len(optimizer.param_groups)
+    for pieces in found:
+        for p in (p for ps in pieces for p in ps):
+            p.grad = torch.zeros_like(p)
+    built.step()
+    shares = []
+    for group in built.param_groups:
+        kept = [v for p in group["params"] for v in built.state[p].values() if isinstance(v, torch.Tensor)]
+        shares.append(_bytes(v for v in kept if v.dim()) / _bytes(group["params"]))
+    return shares
+
+
+def _bytes(tensors: Iterable[torch.Tensor]) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
 def _train(optimizer: torch.optim.Optimizer, parts: int) -> list[torch.Tensor]:
+    built, found = _build(optimizer, parts)
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(_STEPS):
+        for pieces in found:
+            for shape, ps in zip(_SHAPES, pieces):
+                gradient = torch.randn(shape, generator=generator)
+                for p, g in zip(ps, gradient.chunk(parts)):
+                    p.grad = g.clone()
+        built.step()
+    return [torch.cat(ps).detach() for pieces in found for ps in pieces]
+
+
+def _build(
+    optimizer: torch.optim.Optimizer, parts: int
+) -> tuple[torch.optim.Optimizer, list[list[list[torch.Tensor]]]]:  # fmt: skip
+    """One of the same class and settings for made-up parameters, and those: by group, parameter and part."""
     generator = torch.Generator().manual_seed(0)
     known = set(inspect.signature(type(optimizer).__init__).parameters)
     found, groups = [], []
@@ -43,12 +84,4 @@ def _train(optimizer: torch.optim.Optimizer, parts: int) -> list[torch.Tensor]:
         settings = {k: v for k, v in group.items() if k in known and k != "params"}
         groups.append({"params": [p for ps in pieces for p in ps], **settings})
         found.append(pieces)
-    built = type(optimizer)(groups)  # type: ignore[call-arg]
-    for _ in range(_STEPS):
-        for pieces in found:
-            for shape, ps in zip(_SHAPES, pieces):
-                gradient = torch.randn(shape, generator=generator)
-                for p, g in zip(ps, gradient.chunk(parts)):
-                    p.grad = g.clone()
-        built.step()
-    return [torch.cat(ps).detach() for pieces in found for ps in pieces]
+    return type(optimizer)(groups), found  # type: ignore[call-arg]

@@ -15,6 +15,7 @@ class RunPlan:
     """Steps, microbatches and cadences. All counts are in steps; None means never.
 
     `checkpoint_every_s` is there where checkpoints go by the clock, in seconds; 0 for the interval that the run finds.
+    So is 0 for `snapshot_every`.
     """
 
     total_steps: int
@@ -29,6 +30,7 @@ class RunPlan:
     tokens_per_sample: int | None
     checkpoint_every_s: float | None = None
     keep_every: int | None = None
+    snapshot_every: int | None = None
 
 
 def resolve(
@@ -65,6 +67,10 @@ def resolve(
         every, every_s = None, 0.0
     elif every is not None and (amount := parse_amount("--checkpoint.every", every, clock=True)).is_clock:
         every, every_s = None, amount.seconds
+    snapshots: int | None = 0
+    if config.recovery.snapshot_every != "auto":
+        wish = config.recovery.snapshot_every
+        snapshots = steps("--recovery.snapshot-every", None if wish == "off" else wish)
     stop: Amount | None = None
     if config.run.stop_after is not None:
         stop = parse_amount("--run.stop-after", config.run.stop_after, clock=True)
@@ -83,4 +89,5 @@ def resolve(
         tokens_per_sample=tokens_per_sample,
         checkpoint_every_s=every_s,
         keep_every=steps("--checkpoint.keep-every", config.checkpoint.keep_every),
+        snapshot_every=snapshots,
     )

@@ -22,6 +22,7 @@ from elastic.membership.driver import DriverLink
 from elastic.run.host import host_settings, keeper_options, new_token
 from elastic.run.prepare import PreparedRun, open_run
 from elastic.worker.hosting import HostHere, HostProcess
+from elastic.worker.vaults import VaultProcess
 
 LOOPBACK = "127.0.0.1"
 HOST_LOST_S = 60.0
@@ -37,13 +38,15 @@ class LocalRun:
         environment: further environment variables of the workers.
         own_host: host the run in a process of its own, which is started again when it dies; with these further
             environment variables.
+        in_vaults: further environment variables of the vaults, where snapshots are taken.
     """
 
     def __init__(
         self, run: PreparedRun, workers: int, *, host: str = LOOPBACK, accelerator: str = "cpu",
         on_record: Callable[[dict[str, Any]], None] | None = None, environment: dict[str, str] | None = None,
-        own_host: dict[str, str] | None = None,
+        own_host: dict[str, str] | None = None, in_vaults: dict[str, str] | None = None,
     ):  # fmt: skip
+        self._in_vaults = in_vaults or {}
         self._run, self._workers, self._address, self._accelerator = run, workers, host, accelerator
         self._environment, self._own_host = environment or {}, own_host
         self._on_record = on_record or (lambda record: None)
@@ -54,6 +57,7 @@ class LocalRun:
         self._follower: threading.Thread | None = None
         self.hosting: HostHere | HostProcess | None = None
         self.processes: list[subprocess.Popen[bytes]] = []
+        self.vaults: dict[str, VaultProcess] = {}  # by node
 
     def __enter__(self) -> LocalRun:
         try:
@@ -78,6 +82,10 @@ class LocalRun:
         self.link = DriverLink(self.url, self._token)
         self._follower = threading.Thread(target=self._follow, name="local-run-follower", daemon=True)
         self._follower.start()
+        vaults = [self._vault_of(self.node_of(index)) for index in range(self._workers)]  # they start side by side
+        for vault in vaults:
+            if vault is not None:
+                vault.wait()  # so that all workers start at one time
         for _ in range(self._workers):
             self.add_worker()
 
@@ -86,14 +94,14 @@ class LocalRun:
         listing."""
         index = len(self.processes)
         run = self._run
-        job_class = type(run.job)
+        job_class, vault = type(run.job), self._vault_of(self.node_of(index))
         specification = {
             "module": _importable(job_class), "class": job_class.__qualname__, "job_options": job_options(run.job),
             "config": to_dict(run.config), "plan": run.plan.__dict__, "digest": run.digest,
             "folder_url": run.folder.storage.url, "server_url": self.url, "token": self._token,
             "identity": {
-                "id": self._worker_id(index), "node": self._node(index), "local_index": index, "host": self._address,
-                "accelerator": self._accelerator,
+                "id": self._worker_id(index), "node": self.node_of(index), "local_index": index, "host": self._address,
+                "accelerator": self._accelerator, "vault": vault.wait() if vault else "",
             },
         }  # fmt: skip
         own = self._environment if environment is None else environment
@@ -113,7 +121,14 @@ class LocalRun:
     def _living(self) -> list[str]:
         return [self._worker_id(index) for index, process in enumerate(self.processes) if process.poll() is None]
 
-    def _node(self, index: int) -> str:
+    def _vault_of(self, node: str) -> VaultProcess | None:
+        if self._run.plan.snapshot_every is None:
+            return None
+        if node not in self.vaults:
+            self.vaults[node] = VaultProcess(self._token, self._address, self._in_vaults)
+        return self.vaults[node]
+
+    def node_of(self, index: int) -> str:
         """Where worker `index` is said to be: with --scaling.workers-per-node, as if so many shared a machine."""
         each = self._run.config.scaling.workers_per_node
         return platform.node() if each is None else f"{platform.node()}/{index // each}"
@@ -177,6 +192,8 @@ class LocalRun:
                 process.kill()
                 process.wait()
         self._ended.set()
+        for vault in self.vaults.values():
+            vault.stop()
         if self.hosting is not None:
             self.hosting.stop()
         if self._follower is not None:

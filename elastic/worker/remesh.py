@@ -21,6 +21,7 @@ from elastic.parallel.layout import Held, Move, holders, lost_shards, moves
 from elastic.storage import Storage
 from elastic.worker.group import Group, collective
 from elastic.worker.saving import initialise
+from elastic.worker.snapshots import Snapshots
 from elastic.worker.state import TrainState, weights_alone
 
 BATCH_BYTES = 64 << 20  # of one rank's traffic at a time
@@ -38,9 +39,9 @@ class Remeshed:
 
 def remesh(
     old: TrainState | None, held: Held, group: Group, make: Callable[[bool], TrainState], options: CheckpointOptions,
-    storage: Storage, link: WorkerLink,
+    storage: Storage, link: WorkerLink, snapshots: Snapshots,
 ) -> Remeshed:  # fmt: skip
-    """Go down the ladder: state in memory, newest committed checkpoint, fresh start.
+    """Go down the ladder: state in memory, snapshots, newest committed checkpoint, fresh start.
 
     Everyone of the world calls this, spares too.
 
@@ -62,6 +63,14 @@ def remesh(
         return Remeshed(step, state, "memory", found[0][0])
     reason = lost_shards(everyone) if max(h.step for h in everyone) >= 0 else None
     del old
+    restored, why = snapshots.restore(group, make, group.assignment.restore.get("step", -1))
+    if reason and snapshots.on and restored is None:
+        why = why or "no vault has a snapshot"
+    reason = "; ".join(r for r in (reason, why) if r) or None
+    if restored is not None:
+        if group.leads:
+            _tell(link, restored.step, began, {**restored.detail, "reason": reason})
+        return Remeshed(restored.step, restored.state, "snapshot", group.layout.ranks[0])
     return _from_storage(group, make, options, storage, link, began, reason)
 
 

@@ -24,10 +24,12 @@ class WorkerRun:
 
 @dataclass(frozen=True)
 class Identity:
-    """Which worker this is. `local_index` is its place among its node's workers, and the index of its GPU."""
+    """Which worker this is. `local_index` is its place among its node's workers, and the index of its GPU; `vault` is
+    the URL of its node's vault, where snapshots are taken."""
 
     id: str
     node: str
     local_index: int
     host: str
     accelerator: str
+    vault: str = ""

@@ -34,6 +34,7 @@ from elastic.worker.placing import Placing
 from elastic.worker.remesh import remesh
 from elastic.worker.run import Identity, WorkerRun
 from elastic.worker.saving import Saving, initialise, restore_from_peers, restore_newest
+from elastic.worker.snapshots import Snapshots
 from elastic.worker.sockets import use_interface_of
 from elastic.worker.state import TrainState, weights_sha256
 from elastic.worker.step import APPLIED, FENCE, Stepper, Update
@@ -66,6 +67,9 @@ class Session:
         )  # fmt: skip
         lease_s = parse_amount("lease", run.config.recovery.lease, clock=True).seconds
         self._link = WorkerLink(run.server_url, run.token, member, lease_s=lease_s)
+        self._snapshots = Snapshots(
+            run.plan.snapshot_every, identity.vault, run.token, self._link, self._device
+        )  # fmt: skip
         self._state: TrainState | None = None  # what a sharded model's worker has is made in its first world
         self._applied = -1  # updates in the state this worker holds; -1: it holds none
         self._prepared: Update | None = None
@@ -142,6 +146,7 @@ class Session:
                     connected = time.monotonic()
                     fault.point("world.connected", group.rank, self._applied)
                     self._restore(group)
+                    self._snapshots.enter(group, self._state, self._world_step)
                     if group.place is None:
                         status = self._stand_by(group)
                     else:
@@ -164,6 +169,7 @@ class Session:
                 finally:
                     self._link.free_with(None)
                     self._saving.leave()
+                    self._snapshots.leave()
                     self._stepper.leave()
                     group.close()
         except RunOver as over:
@@ -178,6 +184,7 @@ class Session:
             raise
         finally:
             self._saving.close()
+            self._snapshots.close()
             self._loader.close()
             self._link.close()
 
@@ -246,18 +253,21 @@ class Session:
         def make(fill: bool) -> TrainState:
             return self._code.guard(lambda: self._placing.sharded(mesh, fill=fill))
 
-        found = remesh(old, held, group, make, self._config.checkpoint, self._storage, self._link)
+        found = remesh(old, held, group, make, self._config.checkpoint, self._storage, self._link, self._snapshots)
         self._state, self._applied = found.state, found.step if found.state else -1
         self._world_step, self._goes_on = found.step, found.rung == "memory"
+        if not self._goes_on:
+            self._snapshots.undone(self._world_step)
         return found.source
 
     def _roll_forward(self, update: Update) -> None:
         """Somebody passed the fence, so everyone had prepared this update. Its row is kept too: that one may die."""
         assert self._stepped_in is not None
         self._saving.settle()
+        self._snapshots.settle()
         self._apply(update)
         clock = self._stepper.clock
-        row = {**self._row(update, self._stepped_in), **self._times(clock.data_s + clock.compute_s + clock.sync_s)}
+        row = {**self._row(update, self._stepped_in), **clock.columns(clock.data_s + clock.compute_s + clock.sync_s)}
         self._link.record(row, report=False)
 
     def _stand_by(self, group: Group) -> str | None:
@@ -266,7 +276,9 @@ class Session:
         while step < self._plan.total_steps and not stop:
             self._link.check()
             self._stepper.progress(step, FENCE)
-            stop, _, leave, _ = group.agree([0, 0, int(self._link.wish("leave") is not None), 0])
+            says = [0, 0, int(self._link.wish("leave") is not None), 0, *self._snapshots.says()]
+            stop, _, leave, _, *said = group.agree(says)
+            self._snapshots.hear(said)
             step += 1
             if leave and not stop and step < self._plan.total_steps:
                 return None
@@ -299,12 +311,14 @@ class Session:
         clock, fence = stepper.clock, time.perf_counter()
         stepper.progress(step, FENCE)
         fault.point("step.before_fence", group.rank, step + 1)
-        stop, save_now, leave, busy = group.agree(self._wishes(step + 1 - group.assignment.claim_step))
+        wishes = self._wishes(step + 1 - group.assignment.claim_step)
+        stop, save_now, leave, busy, *said = group.agree([*wishes, *self._snapshots.says()])
         clock.sync_s += time.perf_counter() - fence
         fault.point("step.after_fence", group.rank, step + 1)
-        clock.checkpoint_s += self._saving.settle()
+        self._snapshots.hear(said)
+        clock.checkpoint_s += self._saving.settle() + self._snapshots.settle()
         self._apply(update)
-        row = {**self._row(update, group.assignment), **self._forming}
+        row = {**self._row(update, group.assignment), **self._forming, **self._snapshots.columns()}
         self._forming = {}
         try:
             if self._applied < plan.total_steps and not stop:
@@ -312,8 +326,9 @@ class Session:
                     self._evaluate(group)
                 if save_now or (plan.checkpoint_every and self._applied % plan.checkpoint_every == 0):
                     self._save(busy=bool(busy))
+                clock.checkpoint_s += self._snapshots.after(self._applied, time.perf_counter() - began)
         finally:
-            self._link.record(row | self._times(time.perf_counter() - began), report=group.leads)
+            self._link.record(row | clock.columns(time.perf_counter() - began), report=group.leads)
         self._saving.row_posted(self._applied)  # only now, so that no committed step is missing in the ledger
         return stop, leave
 
@@ -404,16 +419,6 @@ class Session:
             "first_position": update.step * plan.global_size, "count": plan.global_size,
             "sample_hash": record.sample_hash, **record.mean_metrics(), **({"skipped": True} if update.skip else {}),
         }  # fmt: skip
-
-    def _times(self, step_s: float) -> dict[str, float]:
-        """Seconds of a step, and what they went into."""
-        clock = self._stepper.clock
-        clock.other_s = max(0.0, step_s - clock.data_s - clock.compute_s - clock.sync_s - clock.checkpoint_s)
-        parts = {
-            "data_s": clock.data_s, "compute_s": clock.compute_s, "sync_s": clock.sync_s,
-            "checkpoint_s": clock.checkpoint_s, "other_s": clock.other_s,
-        }  # fmt: skip
-        return {name: round(seconds, 6) for name, seconds in {"step_s": step_s, **parts}.items()}
 
     def _finish(self, group: Group, *, stopped: bool) -> str:
         """Evaluate, save, wait for the commit, and say that this worker is done."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
@@ -47,6 +47,11 @@ class Clock:
     sync_s: float = 0.0
     checkpoint_s: float = 0.0
     other_s: float = 0.0
+
+    def columns(self, step_s: float) -> dict[str, float]:
+        """Seconds of a step, and what they went into, for its row."""
+        self.other_s = max(0.0, step_s - self.data_s - self.compute_s - self.sync_s - self.checkpoint_s)
+        return {name: round(seconds, 6) for name, seconds in {"step_s": step_s, **asdict(self)}.items()}
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,5 @@
-"""What sharding costs and saves: samples/s and peak memory of fsdp and hsdp against a bare FSDP2 loop, and what a kill
-costs with each strategy. All in plain processes on this machine; CPU figures say little about GPUs.
+"""What sharding costs and saves: samples/s and peak memory of fsdp and hsdp against a bare FSDP2 loop, what snapshots
+cost, and what a kill costs with each strategy. All in plain processes on this machine; CPU figures say little of GPUs.
 
 python -m jobs.bench.sharding --json sharding.json
 """
@@ -25,6 +25,7 @@ from elastic import (
     ObserveOptions,
     OptimOptions,
     ParallelOptions,
+    RecoveryOptions,
     RunOptions,
     ScalingOptions,
     TrainConfig,
@@ -33,6 +34,7 @@ from elastic.observe.ledger import METRICS, kept_history, read_records
 from elastic.run.prepare import prepare
 from elastic.worker.local import LocalRun
 from jobs.bench.report import PeakMemory, median, table, write_json
+from jobs.bench.snapshot_cost import measure as snapshot_cost
 from jobs.bench.steady import CONFIG as STEADY
 from jobs.bench.steady import Steady
 from jobs.codegpt import CodeGPT
@@ -129,14 +131,33 @@ def steps_part(strategies: list[str], pairs: int, steps: int, size: str, tokens:
     return {"head": head, "rows": rows, "pairs": pairs, "steps": steps, "size": size, "tokens": tokens}
 
 
-def one_kill(folder: Path, strategy: str, saves: bool) -> dict[str, float]:
-    """The stall after one worker was killed, and the steps that had to be done again."""
+def snapshots_part(pairs: int) -> Any:
+    """What snapshots add to the time of fault-free steps."""
+    rows = []
+    for kind in ("waiting", "computing"):
+        for every in ("1st", "5st", "20st", "auto"):
+            found = snapshot_cost(kind, every, pairs)
+            shares = [100 * s for s in found["shares"]]
+            rows.append([
+                kind, every, found["every"], 1000 * found["step_s"], median(shares), min(shares), max(shares),
+                found["node_mib"], found["skipped"],
+            ])  # fmt: skip
+            print(f"snapshots of {kind} steps, {every}: {median(shares):+.1f} %", file=sys.stderr)
+    head = ["steps", "every", "at last", "step ms", "cost %", "least", "most", "MiB of a node", "skipped"]
+    print(f"\nfsdp, 2 workers on nodes of their own, {pairs} pairs of blocks of steps with snapshots and without")
+    print(table(head, rows))
+    return {"head": head, "rows": rows, "pairs": pairs}
+
+
+def one_kill(folder: Path, strategy: str, saves: bool, snapshots: str, node: bool) -> dict[str, float]:
+    """The stall after one worker, or its node, was killed, and the steps that had to be done again."""
     config = replace(
         STEADY,
         run=RunOptions(storage=str(folder), duration=f"{KILL_STEPS}st"),
         parallel=ParallelOptions(strategy=strategy),  # type: ignore[arg-type]
         scaling=ScalingOptions(max_workers=KILL_WORKERS, workers_per_node=2),
         checkpoint=CheckpointOptions(every=f"{SAVE_EVERY}st" if saves else None),
+        recovery=RecoveryOptions(snapshot_every=snapshots),
     )
     run, reached = prepare(Steady(pause=0.01), config), Event()
 
@@ -147,6 +168,9 @@ def one_kill(folder: Path, strategy: str, saves: bool) -> dict[str, float]:
     with LocalRun(run, KILL_WORKERS, on_record=on_record, environment={"OMP_NUM_THREADS": "1"}) as local:
         if not reached.wait(120):
             raise RuntimeError(f"step {KILL_AT} did not come within 120 s")
+        if node:
+            local.vaults[local.node_of(KILL_WORKERS - 1)].kill()
+            local.processes[-2].kill()
         local.processes[-1].kill()
         result = local.wait(300)
     rows = [r for r in read_records(run.folder.storage, METRICS) if "sample_hash" in r]
@@ -154,14 +178,19 @@ def one_kill(folder: Path, strategy: str, saves: bool) -> dict[str, float]:
 
 
 def kills_part(kills: int) -> Any:
-    """Kills of one worker of four, strategy by strategy."""
+    """Kills of one worker of four, or of a node of two, strategy by strategy."""
     rows = []
-    for strategy, saves in (("ddp", False), ("hsdp", False), ("fsdp", True), ("fsdp", False)):
+    kinds = [("ddp", False, "off", False), ("hsdp", False, "off", False), ("fsdp", False, "1st", False)]
+    kinds += [("fsdp", False, "5st", False), ("fsdp", False, "5st", True)]
+    kinds += [("fsdp", True, "off", False), ("fsdp", False, "off", False)]
+    for strategy, saves, snapshots, node in kinds:
         with tempfile.TemporaryDirectory(prefix="elastic-bench-") as name:
-            found = [one_kill(Path(name), strategy, saves) for _ in range(kills)]
+            found = [one_kill(Path(name), strategy, saves, snapshots, node) for _ in range(kills)]
         stalls = [f["stall_s"] for f in found]
         redone = [f["redone"] for f in found]
         label = f"{strategy}, a checkpoint every {SAVE_EVERY} steps" if saves else strategy
+        label += "" if snapshots == "off" else f", a snapshot every {snapshots}"
+        label += ", its node" if node else ""
         rows.append([label, kills, median(stalls), max(stalls), median(redone), max(redone)])
         print(f"{label}: stall {median(stalls):.2f} s, {median(redone):.0f} steps redone", file=sys.stderr)
     head = ["strategy", "kills", "stall p50 s", "most", "steps redone p50", "most"]
@@ -179,16 +208,18 @@ def main() -> None:
     parser.add_argument("--global-size", type=int, default=32)
     parser.add_argument("--tokens", type=int, default=512, help="tokens of a microbatch")
     parser.add_argument("--strategies", nargs="+", choices=sorted(WORKERS), default=["fsdp", "hsdp"])
-    parser.add_argument("--part", choices=("steps", "kills", "all"), default="all")
+    parser.add_argument("--part", choices=("steps", "snapshots", "kills", "all"), default="all")
     parser.add_argument("--json")
     arguments = parser.parse_args()
     figures: dict[str, Any] = {}
-    if arguments.part != "kills":
+    if arguments.part in ("steps", "all"):
         figures["steps"] = steps_part(
             arguments.strategies, arguments.pairs, arguments.steps, arguments.size, arguments.tokens,
             arguments.global_size,
         )  # fmt: skip
-    if arguments.part != "steps":
+    if arguments.part in ("snapshots", "all"):
+        figures["snapshots"] = snapshots_part(arguments.pairs)
+    if arguments.part in ("kills", "all"):
         figures["kills"] = kills_part(arguments.kills)
     write_json(arguments.json, figures)
 

@@ -1,0 +1,24 @@
+"""`python -m elastic.snapshot`: a vault in a process of its own, for runs in plain processes.
+
+Reads one line of JSON from standard input (token, host), writes its URL to standard output, and serves until its input
+is closed: it ends with whoever started it.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+
+from elastic.snapshot.vault import VaultServer
+
+
+def main() -> int:
+    specification = json.loads(sys.stdin.readline())
+    server = VaultServer(specification["token"], specification["host"])
+    print(server.start(), flush=True)
+    sys.stdin.read()
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

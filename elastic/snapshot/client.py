@@ -1,0 +1,121 @@
+"""Talking to a vault."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import socket
+from collections.abc import Sequence
+from typing import Any
+from urllib.parse import urlsplit
+
+from elastic.errors import SnapshotError
+from elastic.snapshot.holdings import Holding, SnapshotId
+
+CONNECT_S = 2.0
+
+
+class VaultClient:
+    """One connection to a vault; from one thread at a time.
+
+    Args:
+        timeout_s: longest wait for it to take or to give anything.
+    """
+
+    def __init__(self, url: str, token: str, timeout_s: float):
+        parts = urlsplit(url)
+        assert parts.hostname is not None
+        self.url, self._token = url, token
+        self._timeout_s = timeout_s
+        self._connection = http.client.HTTPConnection(parts.hostname, parts.port, timeout=CONNECT_S)
+
+    def close(self) -> None:
+        self._connection.close()
+
+    def cut(self) -> None:
+        """Have whatever waits for the vault fail at once. From any thread."""
+        sock = self._connection.sock
+        if sock is not None:
+            with contextlib.suppress(OSError):  # it broke by itself
+                sock.shutdown(socket.SHUT_RDWR)
+
+    def put(
+        self, id: SnapshotId, shard: int, shards: int, head: bytes, body: memoryview, xxh3: str,
+        keep: SnapshotId | None,
+    ) -> None:  # fmt: skip
+        """Have a part kept. Returns when the vault has it whole.
+
+        Args:
+            head, body: its JSON and its tensors' bytes, of which `xxh3` is the hash (64 bits, hexadecimal).
+            keep: the newest complete snapshot; of what else is there, the vault may use the room.
+
+        Raises:
+            SnapshotError: it has not.
+        """
+        path = f"/parts/{id}/{shard}?shards={shards}&head={len(head)}&xxh3={xxh3}"
+        self._request("PUT", path if keep is None else f"{path}&keep={keep}", head, body).read()
+
+    def holdings(self) -> list[Holding]:
+        """The parts that are there whole.
+
+        Raises:
+            SnapshotError: the vault does not answer. So do all of these.
+        """
+        rows = json.loads(self._request("GET", "/parts").read())
+        return [Holding(SnapshotId.parse(id), shard, shards, self.url) for id, shard, shards in rows]
+
+    def head(self, id: SnapshotId, shard: int) -> dict[str, Any]:
+        """The head of a part, as it was put."""
+        return json.loads(self._request("GET", f"/parts/{id}/{shard}/head").read())
+
+    def read_into(self, id: SnapshotId, shard: int, wanted: Sequence[tuple[int, memoryview]]) -> None:
+        """Bytes of a part's tensors: where each piece starts, and what it is to fill."""
+        ranges = [[start, start + len(into)] for start, into in wanted]
+        answer = self._request("POST", f"/parts/{id}/{shard}", json.dumps({"ranges": ranges}).encode())
+        try:
+            for _, into in wanted:
+                at = 0
+                while at < len(into):
+                    count = answer.readinto(into[at:])
+                    if not count:
+                        raise self._error(f"it sent {at} of {len(into)} bytes")
+                    at += count
+            answer.read()
+        except (OSError, http.client.HTTPException) as error:
+            self._connection.close()
+            raise self._error(error) from error
+
+    def forget(self, after: int, before: SnapshotId) -> None:
+        """Have older snapshots than `before`, of later steps than `after`, dropped."""
+        self._request("POST", "/forget", json.dumps({"after": after, "before": str(before)}).encode()).read()
+
+    def memory(self) -> dict[str, int]:
+        """`held`: bytes that the vault has; `available`: bytes that can still be had on its node."""
+        return json.loads(self._request("GET", "/memory").read())
+
+    def _request(self, method: str, path: str, *body: bytes | memoryview) -> http.client.HTTPResponse:
+        connection = self._connection
+        try:
+            if connection.sock is None:
+                connection.connect()
+                assert connection.sock is not None
+                connection.sock.settimeout(self._timeout_s)
+            connection.putrequest(method, path)
+            connection.putheader("Authorization", f"Bearer {self._token}")
+            if body:
+                connection.putheader("Content-Length", str(sum(map(len, body))))
+            connection.endheaders()
+            for part in body:
+                connection.send(part)
+            answer = connection.getresponse()
+            if answer.status >= 300:
+                raise self._error(json.loads(answer.read())["error"])
+            return answer
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            connection.close()  # the next request connects again
+            raise self._error(error) from error
+
+    def _error(self, why: object) -> SnapshotError:
+        text = str(why) or type(why).__name__
+        return SnapshotError(f"the vault at {self.url} failed: {text}")

@@ -1,0 +1,96 @@
+"""Where the second copy of a worker's part goes, and what that takes of each node's memory. Pure.
+
+Every node with workers has a vault. Its workers keep their parts there, and a second copy in the vault of the node's
+partner, which is in another failure domain. Nodes are partners of each other as far as possible: then few pairs of
+nodes hold all copies of any part.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+GENERATIONS = 2  # the newest complete snapshot, and the one that is being written
+
+
+@dataclass(frozen=True, order=True)
+class Vault:
+    """A node's vault. `host` is the machine's address: several nodes may be on one."""
+
+    node: str
+    host: str
+    url: str
+
+
+def domains(vaults: Sequence[Vault]) -> dict[str, str]:
+    """The failure domain of each node: its host; where all are on one host, the node itself."""
+    several = len({v.host for v in vaults}) > 1
+    return {v.node: v.host if several else v.node for v in vaults}
+
+
+def needs_copies(holders: Sequence[Sequence[str]]) -> bool:
+    """Whether a part would be lost with one failure domain.
+
+    Args:
+        holders: for each part of the state, the failure domains of those that hold it.
+    """
+    return any(len(set(there)) < 2 for there in holders)
+
+
+def partners(vaults: Sequence[Vault]) -> dict[str, Vault]:
+    """The vault that each node's second copies go to; a node has none if there is no other failure domain.
+
+    A vault on its owner's host is never a partner where there are more hosts. Neighbours half a round apart are
+    partners of each other; who has none like that takes one that is taken least.
+
+    Returns:
+        partner by node; the same on every worker, whatever the order of `vaults`.
+    """
+    domain = domains(vaults)
+    size = Counter(domain[v.node] for v in vaults)
+    order = sorted(vaults, key=lambda v: (-size[domain[v.node]], domain[v.node], v.node))
+    half, found = len(order) // 2, dict[str, Vault]()
+    for one, other in zip(order[:half], order[half : 2 * half]):
+        if domain[one.node] != domain[other.node]:
+            found[one.node], found[other.node] = other, one
+    taken = Counter(v.node for v in found.values())
+    for vault in order:
+        others = [v for v in order if domain[v.node] != domain[vault.node]]
+        if vault.node not in found and others:
+            found[vault.node] = least = min(others, key=lambda v: (taken[v.node], order.index(v)))
+            taken[least.node] += 1
+    return found
+
+
+def memory(parts: Sequence[tuple[str, int]], partner: Mapping[str, Vault]) -> dict[str, int]:
+    """Bytes that snapshots take of each node: copies of its own workers' parts and of its partners', for as many
+    generations as there may be, and one more of its own, from which they are sent.
+
+    Args:
+        parts: node and bytes of each worker that has a part.
+    """
+    found: Counter[str] = Counter()
+    for node, size in parts:
+        found[node] += (GENERATIONS + 1) * size
+        if node in partner:
+            found[partner[node].node] += GENERATIONS * size
+    return dict(found)
+
+
+def short_of_memory(need: Mapping[str, int], vaults: Sequence[Vault], there: Mapping[str, int]) -> str | None:
+    """The first host on which snapshots do not fit, for people. Nodes of one host share its memory.
+
+    Args:
+        need: bytes by node.
+        there: bytes by host.
+    """
+    for host in sorted({v.host for v in vaults}):
+        size = sum(need.get(v.node, 0) for v in vaults if v.host == host)
+        if size > there[host]:
+            return f"snapshots take {_mib(size)} MiB of host {host}, which has {_mib(there[host])} MiB left for them"
+    return None
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:,.1f}"

@@ -1,0 +1,267 @@
+"""A vault: parts of snapshots in the memory of one node, behind a small HTTP server. Outlives the workers of its node.
+
+    PUT  /parts/<snapshot>/<shard>        a part: its head (JSON) and its tensors' bytes, checked by their xxh3
+    GET  /parts                           what is here whole: [snapshot, shard, shards] each
+    GET  /parts/<snapshot>/<shard>/head   a part's head
+    POST /parts/<snapshot>/<shard>        {"ranges": [[start, end], ...]}: bytes of its tensors, one after another
+    POST /forget                          {"after": step, "before": snapshot}: older worlds' steps after it were undone
+    GET  /memory                          bytes held here, and bytes that can still be had
+
+Every request carries the run's bearer token. Of each part there are two generations at most: room is freed when a part
+of a newer snapshot comes, and never that of the newest complete one, which the sender names.
+"""
+
+from __future__ import annotations
+
+import hmac
+import json
+import mmap
+import sys
+import threading
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+from urllib.parse import parse_qs, urlsplit
+
+import xxhash
+
+from elastic import fault
+from elastic.snapshot.holdings import SnapshotId, to_free
+from elastic.snapshot.memory import available_bytes
+
+READ_BYTES = 8 << 20
+STALLED_S = 60.0  # a sender or reader that moves nothing for so long is given up
+
+
+@dataclass
+class _Part:
+    shards: int
+    head: bytes
+    room: mmap.mmap
+    size: int
+    readers: int = 0
+    whole: bool = False
+
+
+@dataclass
+class Store:
+    """The parts of one vault. From any thread."""
+
+    _parts: dict[tuple[SnapshotId, int], _Part] = field(default_factory=dict)
+    _free: list[mmap.mmap] = field(default_factory=list)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def begin(self, id: SnapshotId, shard: int, shards: int, head: bytes, size: int, keep: SnapshotId | None) -> _Part:
+        """Make room for a part; nobody sees it before it is whole.
+
+        Raises:
+            MemoryError: there is none.
+        """
+        with self._lock:
+            gone = to_free([known for known, _ in self._parts], id, keep)
+            if gone:
+                self._free = []  # what the round before did not use
+            self._drop([key for key in self._parts if key[0] in gone or key == (id, shard)])
+            fits = [room for room in self._free if size <= len(room) <= 2 * size]
+            room = min(fits, key=len, default=None)
+            if room is not None:
+                self._free.remove(room)
+            else:
+                self._free = []  # parts have other sizes now
+                left = available_bytes()
+                if size > left:
+                    raise MemoryError(f"a part of {size} bytes does not fit into {left} bytes that are left")
+                room = mmap.mmap(-1, max(1, size))
+            part = self._parts[id, shard] = _Part(shards, head, room, size)
+            return part
+
+    def end(self, id: SnapshotId, shard: int, part: _Part, *, whole: bool) -> None:
+        """All of it came, or no more will."""
+        with self._lock:
+            if self._parts.get((id, shard)) is part:
+                part.whole = whole
+                if not whole:
+                    self._drop([(id, shard)])
+
+    def whole(self) -> list[list[Any]]:
+        """[snapshot, shard, shards] of each whole part."""
+        with self._lock:
+            return [[str(id), shard, p.shards] for (id, shard), p in sorted(self._parts.items()) if p.whole]
+
+    def open(self, id: SnapshotId, shard: int) -> _Part | None:
+        """A whole part to read from, until `close`; its room is not used again meanwhile."""
+        with self._lock:
+            part = self._parts.get((id, shard))
+            if part is None or not part.whole:
+                return None
+            part.readers += 1
+            return part
+
+    def close(self, part: _Part) -> None:
+        """Read."""
+        with self._lock:
+            part.readers -= 1
+
+    def forget(self, after: int, before: SnapshotId) -> None:
+        """Drop older snapshots than `before`, of later steps than `after`."""
+        with self._lock:
+            self._drop([key for key in self._parts if key[0].step > after and key[0] < before])
+
+    def held_bytes(self) -> int:
+        """Bytes that this vault has from the system."""
+        with self._lock:
+            return sum(len(p.room) for p in self._parts.values()) + sum(map(len, self._free))
+
+    def _drop(self, keys: list[tuple[SnapshotId, int]]) -> None:
+        for key in keys:
+            part = self._parts.pop(key)
+            if part.whole and not part.readers:  # else somebody still writes into it, or reads it
+                self._free.append(part.room)
+
+
+class VaultServer:
+    """Serves a store on a thread of its own.
+
+    Args:
+        host, port: where to listen; the workers of other nodes must reach it. 0 takes a free port.
+    """
+
+    def __init__(self, token: str, host: str, port: int = 0):
+        store = Store()
+        handler = type("Handler", (_Handler,), {"store": store, "token": token})
+        self._server = _Server((host, port), handler)
+        self.url = f"http://{host}:{self._server.server_address[1]}"
+        self._thread = threading.Thread(target=self._server.serve_forever, name="vault", daemon=True)
+
+    def start(self) -> str:
+        """Returns the URL."""
+        self._thread.start()
+        return self.url
+
+    def stop(self) -> None:
+        """Stop serving; what was kept is gone."""
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join(10)
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+    block_on_close = False
+    request_queue_size = 128
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A connection that broke is a sender that is gone, whose part is dropped: not this node's trouble."""
+        if not isinstance(sys.exception(), OSError):
+            super().handle_error(request, client_address)
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    timeout = STALLED_S
+    disable_nagle_algorithm = True
+    store: Store
+    token: str
+
+    def log_message(self, format: str, *arguments: Any) -> None:
+        """Nobody reads it."""
+
+    def do_PUT(self) -> None:
+        self._answer(self._put)
+
+    def do_GET(self) -> None:
+        self._answer(self._get)
+
+    def do_POST(self) -> None:
+        self._answer(self._post)
+
+    def _answer(self, respond: Any) -> None:
+        if not hmac.compare_digest(self.headers.get("Authorization", ""), f"Bearer {self.token}"):
+            self.close_connection = True  # a body may follow that nobody reads
+            self._send(401, {"error": "wrong or missing token"})
+            return
+        respond()
+
+    def _put(self) -> None:
+        id, shard = self._place()
+        query = parse_qs(urlsplit(self.path).query)
+        keep = SnapshotId.parse(query["keep"][0]) if "keep" in query else None
+        head_bytes = int(query["head"][0])
+        size = int(self.headers["Content-Length"]) - head_bytes
+        fault.point("vault.begin", -1, id.step)
+        head = self.rfile.read(head_bytes)
+        try:
+            part = self.store.begin(id, shard, int(query["shards"][0]), head, size, keep)
+        except (MemoryError, OSError) as error:
+            self._discard(size)
+            self._send(507, {"error": str(error)})
+            return
+        whole = False
+        try:
+            whole = self._receive(part, id.step) == query["xxh3"][0]
+        finally:
+            self.store.end(id, shard, part, whole=whole)
+        fault.point("vault.whole", -1, id.step)
+        self._send(200, {}) if whole else self._send(400, {"error": "the bytes that came are not those that were sent"})
+
+    def _receive(self, part: _Part, step: int) -> str:
+        digest, view = xxhash.xxh3_64(part.head), memoryview(part.room)
+        for start in range(0, part.size, READ_BYTES):
+            piece = view[start : min(part.size, start + READ_BYTES)]
+            if self.rfile.readinto(piece) != len(piece):
+                raise ConnectionError("the sender is gone")
+            digest.update(piece)
+            fault.point("vault.receiving", -1, step)
+        return digest.hexdigest()
+
+    def _discard(self, size: int) -> None:
+        """Read what the sender still sends, so that it comes to reading the answer."""
+        while size > 0 and (count := len(self.rfile.read(min(size, READ_BYTES)))):
+            size -= count
+
+    def _get(self) -> None:
+        path = urlsplit(self.path).path
+        if path == "/parts":
+            self._send(200, self.store.whole())
+        elif path == "/memory":
+            self._send(200, {"held": self.store.held_bytes(), "available": available_bytes()})
+        else:
+            self._read_part(None)
+
+    def _read_part(self, ranges: list[list[int]] | None) -> None:
+        """Send bytes of the tensors, or the head."""
+        id, shard = self._place()
+        part = self.store.open(id, shard)
+        if part is None:
+            self._send(404, {"error": f"shard {shard} of snapshot {id} is not here"})
+            return
+        try:
+            if ranges is None:
+                self._send_bytes(200, memoryview(part.head))
+            else:
+                view = memoryview(part.room)
+                self._send_bytes(200, *(view[start:end] for start, end in ranges))
+        finally:
+            self.store.close(part)
+
+    def _post(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if urlsplit(self.path).path == "/forget":
+            self.store.forget(body["after"], SnapshotId.parse(body["before"]))
+            self._send(200, {})
+        else:
+            self._read_part(body["ranges"])
+
+    def _place(self) -> tuple[SnapshotId, int]:
+        _, _, id, shard, *_ = urlsplit(self.path).path.split("/")
+        return SnapshotId.parse(id), int(shard)
+
+    def _send(self, status: int, value: Any) -> None:
+        self._send_bytes(status, memoryview(json.dumps(value).encode()))
+
+    def _send_bytes(self, status: int, *pieces: memoryview) -> None:
+        self.send_response(status)
+        self.send_header("Content-Length", str(sum(map(len, pieces))))
+        self.end_headers()
+        for piece in pieces:
+            self.wfile.write(piece)

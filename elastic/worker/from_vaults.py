@@ -1,0 +1,165 @@
+"""Restoring a sharded state from what the vaults hold: which snapshot, and by what way. For everyone of a world."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+
+from elastic.errors import CheckpointError, SnapshotError
+from elastic.snapshot.client import VaultClient
+from elastic.snapshot.holdings import Complete, Holding, SnapshotId, complete, lost_parts
+from elastic.worker.group import Group
+from elastic.worker.parts import Head, pieces
+from elastic.worker.state import TrainState
+
+SURVEY_S = 2.0
+READ_S = 30.0
+ASKED_AT_ONCE = 32
+
+
+def survey(urls: Iterable[str], token: str) -> dict[str, list[Holding]]:
+    """What the vaults hold, by URL; those that do not answer, whose nodes may be gone, are left out."""
+
+    def ask(url: str) -> list[Holding] | None:
+        vault = VaultClient(url, token, SURVEY_S)
+        try:
+            return vault.holdings()
+        except SnapshotError:
+            return None
+        finally:
+            vault.close()
+
+    return {url: found for url, found in _each(ask, sorted(set(urls))) if found is not None}
+
+
+def forget(urls: Iterable[str], token: str, after: int, before: SnapshotId) -> None:
+    """Have snapshots of steps that were undone dropped: those of older worlds. A vault that does not answer has none
+    that could be used: no snapshot is complete without those that do."""
+
+    def tell(url: str) -> None:
+        vault = VaultClient(url, token, SURVEY_S)
+        try:
+            vault.forget(after, before)
+        except SnapshotError:
+            pass
+        finally:
+            vault.close()
+
+    _each(tell, sorted(set(urls)))
+
+
+def _each(call: Callable[[str], Any], urls: list[str]) -> list[tuple[str, Any]]:
+    if not urls:
+        return []
+    with ThreadPoolExecutor(min(len(urls), ASKED_AT_ONCE), thread_name_prefix="vaults") as pool:
+        return list(zip(urls, pool.map(call, urls), strict=True))
+
+
+def choose(near: Sequence[str], far: Sequence[str], token: str) -> tuple[list[Complete], str]:
+    """The complete snapshots, newest first, and why there are none or a newer one is not.
+
+    Args:
+        near: vaults of the members' nodes, which answer at once.
+        far: further ones, which are asked only where the newest snapshot is not complete without them.
+    """
+    holdings = [h for held in survey(near, token).values() for h in held]
+    found = complete(holdings)
+    if not found or found[0].id != max(h.id for h in holdings):
+        holdings += [h for held in survey(set(far) - set(near), token).values() for h in held]
+        found = complete(holdings)
+    whole = found and found[0].id == max(h.id for h in holdings)
+    return found, "" if whole else lost_parts(holdings)
+
+
+def load(
+    group: Group, make: Callable[[bool], TrainState], found: Complete, own: str, token: str
+) -> tuple[TrainState | None, int]:  # fmt: skip
+    """This worker's part in the new mesh, out of a complete snapshot. Everyone of the world calls it, spares too.
+
+    Returns:
+        the state (None for a spare), and the bytes that were read.
+
+    Raises:
+        SnapshotError: on all workers, if any of them could not read its part.
+    """
+    said, problem = None, None
+    if group.rank == 0:
+        try:
+            said = _head(found, token)
+        except SnapshotError as error:
+            problem = str(error)
+    said, problem = group.send_json([said, problem], 0)
+    if problem is not None:
+        raise SnapshotError(problem)
+    heads = [Head.of(values) for values in said["tensors"]]
+    state, read = None, 0
+    try:
+        if group.place is not None:
+            state = make(False)
+            shard, shards = group.place % group.layout.shards, group.layout.shards
+            tensors, read = _read(found, heads, shard, shards, own, group.rank, token)
+            state.load(tensors, said["values"])
+    except (SnapshotError, CheckpointError) as error:
+        problem = str(error)
+    problems = [p for p in group.gather_json(problem) if p]
+    if problems:
+        raise SnapshotError(problems[0])
+    return state, read
+
+
+def _head(found: Complete, token: str) -> dict[str, Any]:
+    error: SnapshotError | None = None
+    for url in found.urls[0]:
+        vault = VaultClient(url, token, READ_S)
+        try:
+            return vault.head(found.id, 0)
+        except SnapshotError as failed:
+            error = failed
+        finally:
+            vault.close()
+    assert error is not None, "a complete snapshot has a first part"
+    raise error
+
+
+def _read(
+    found: Complete, heads: list[Head], shard: int, shards: int, own: str, rank: int, token: str
+) -> tuple[dict[str, torch.Tensor], int]:  # fmt: skip
+    """Tensors of the new part: of what is cut, its rows."""
+    tensors = []
+    for head in heads:
+        rows = len(head.rows(shard, shards))
+        shape = (rows, *head.shape[1:]) if head.cut else head.shape
+        tensors.append(torch.empty(shape, dtype=getattr(torch, head.dtype)))
+    flat = [memoryview(t.reshape(-1).view(torch.uint8).numpy().data) for t in tensors]
+    plan = pieces(heads, len(found.urls), shard, shards)
+
+    def fetch(old: int) -> int:
+        wanted = [(p.start, flat[p.tensor][p.target : p.target + p.length]) for p in plan[old]]
+        if wanted:
+            _fetch(found.id, old, found.urls[old], wanted, own, rank, token)
+        return sum(p.length for p in plan[old])
+
+    with ThreadPoolExecutor(min(len(plan), 8), thread_name_prefix="vaults") as pool:
+        count = sum(pool.map(fetch, range(len(plan))))
+    return {head.name: tensor for head, tensor in zip(heads, tensors)}, count
+
+
+def _fetch(
+    id: SnapshotId, shard: int, urls: Sequence[str], wanted: list[tuple[int, memoryview]], own: str, rank: int,
+    token: str,
+) -> None:  # fmt: skip
+    """From this node's vault if it has the part, else from one of the others."""
+    turn = rank % len(urls)
+    order = sorted([*urls[turn:], *urls[:turn]], key=lambda url: url != own)
+    for i, url in enumerate(order):
+        vault = VaultClient(url, token, READ_S)
+        try:
+            return vault.read_into(id, shard, wanted)
+        except SnapshotError:
+            if i == len(order) - 1:
+                raise
+        finally:
+            vault.close()

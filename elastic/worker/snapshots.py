@@ -1,0 +1,302 @@
+"""Snapshots as a worker takes part in them: which parts are due, when all members have theirs in every vault, and the
+way back. Where a second failure domain holds the state anyway, none are taken.
+
+A snapshot begins at a step boundary and is complete when, at some later fence, every member says that its part is in
+the vault of its node and in that of the node's partner. Only then may vaults use the room of the one before.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from elastic import fault
+from elastic.errors import ConfigError, SnapshotError
+from elastic.membership.client import WorkerLink
+from elastic.membership.world import Generation
+from elastic.parallel.probe import state_share
+from elastic.snapshot.cadence import Meter
+from elastic.snapshot.client import VaultClient
+from elastic.snapshot.holdings import Complete, SnapshotId
+from elastic.snapshot.partners import Vault, domains, memory, needs_copies, partners, short_of_memory
+from elastic.worker import from_vaults
+from elastic.worker.group import Group
+from elastic.worker.parts import Head
+from elastic.worker.sending import CALLED_OFF, SEND_S, Part, Sender
+from elastic.worker.state import TrainState
+
+IN_VAULTS, UNDER_WAY, FAILED = 0, 1, 2  # what a member says of its part; the worst counts for all
+GRACE_S = 2.0  # for a part that is under way when the world it is of is broken
+
+
+@dataclass(frozen=True)
+class Restored:
+    """A state out of a snapshot; None for a spare."""
+
+    step: int
+    state: TrainState | None
+    detail: dict[str, Any]
+
+
+class Snapshots:
+    """One worker's part in all snapshots of a run. All methods on the training thread.
+
+    Args:
+        every: steps from one to the next; 0 finds it out, None takes none.
+        own: URL of this node's vault.
+    """
+
+    def __init__(self, every: int | None, own: str, token: str, link: WorkerLink, device: torch.device):
+        self._every, self._own, self._token, self._link = every, own, token, link
+        self._sender = Sender(token, device, self._on_end) if every is not None else None
+        self._meter = Meter()
+        self._newest: SnapshotId | None = None  # the newest complete one
+        self._near: set[str] = set()  # the vaults of this world
+        self._known: set[str] = set()  # and of the one before
+        self._undone: int | None = None  # steps after it are done again
+        self._entered = self._active = self._writes = False
+        self._state: TrainState | None = None
+        self._attempt: SnapshotId | None = None  # one that is not complete yet
+        self._part: Part | None = None  # this worker's of it
+        self._free = True  # nobody sends any more
+        self._agreed_every, self._begun = 0, 0
+        self._troubled = False  # and the ledger knows
+
+    @property
+    def on(self) -> bool:
+        return self._every is not None
+
+    def close(self) -> None:
+        """Call off what is under way."""
+        if self._sender is not None:
+            self._sender.close()
+
+    # ---- worlds ----------------------------------------------------------------------------------------------------
+
+    def enter(self, group: Group, state: TrainState | None, step: int) -> None:
+        """A world begins, with everyone at `step`. Everyone calls this, spares too.
+
+        Raises:
+            ConfigError: before the first step of all: snapshots do not fit into memory.
+        """
+        if self._sender is None:
+            return
+        self._sender.cancel()
+        self._part = self._attempt = None
+        self._group, self._state, self._generation = group, state, group.assignment.generation
+        self._free, self._begun, self._agreed_every, self._troubled = True, step, 0, False
+        rows = group.gather_json(self._introduction(state))
+        self._newest = max((SnapshotId.parse(r["newest"]) for r in rows if r["newest"]), default=None)
+        vaults = sorted({Vault(*r["vault"]) for r in rows})
+        self._known, self._near = self._near | {v.url for v in vaults}, {v.url for v in vaults}
+        if self._undone is not None and group.rank == 0:
+            before = SnapshotId(self._generation.epoch, self._generation.n, 0)
+            from_vaults.forget(self._near, self._token, self._undone, before)
+        self._undone = None
+        partner, domain = partners(vaults), domains(vaults)
+        layout, nodes = group.layout, [r["vault"][0] for r in rows]
+        columns = [layout.ranks[s :: layout.shards] for s in range(layout.shards)]
+        self._active = needs_copies([[domain[nodes[r]] for r in ranks] for ranks in columns])
+        if self._active:
+            parts = [(nodes[r], int(rows[r]["bytes"])) for r in layout.ranks[: layout.shards]]
+            self._check_vaults(memory(parts, partner), rows, partner)
+        self._entered = True
+        self._writes = self._active and group.place is not None and group.place < layout.shards
+        mine = partner.get(self._link.member.node)
+        self._urls = (self._own,) if mine is None else (self._own, mine.url)
+        if self._active and step > 0:  # what was lost is to have two copies again
+            self._begin(step)
+
+    def _introduction(self, state: TrainState | None) -> dict[str, Any]:
+        member, there = self._link.member, True
+        vault = VaultClient(self._own, self._token, SEND_S)
+        try:
+            seen = vault.memory()
+        except SnapshotError:
+            there, seen = False, {"held": 0, "available": 0}
+        finally:
+            vault.close()
+        return {
+            "vault": [member.node, member.host, self._own], "there": there, **seen,
+            "bytes": 0 if state is None else _bytes_of(state), "entered": self._entered,
+            "newest": None if self._newest is None else str(self._newest),
+        }  # fmt: skip
+
+    def _check_vaults(self, need: dict[str, int], rows: list[dict[str, Any]], partner: dict[str, Vault]) -> None:
+        """State what snapshots take of each node; refuse them before the first step, later do without them."""
+        leads, running = self._group.leads, any(r["entered"] for r in rows)
+        vaults = {Vault(*r["vault"]): r for r in rows}
+        there = {v.host: max(int(r["available"]) for o, r in vaults.items() if o.host == v.host) for v in vaults}
+        for vault, row in vaults.items():
+            there[vault.host] += row["held"]
+        away = sorted(r["vault"][0] for r in rows if not r["there"])
+        what = f"the vault of node {away[0]} does not answer" if away else short_of_memory(need, [*vaults], there)
+        if what is not None:
+            if not running and not away:
+                raise ConfigError(
+                    f"--recovery.snapshot-every is on, but {what}; leave it off, or use nodes with more memory"
+                )
+            self._active = False
+            if leads:
+                self._tell("snapshot_skipped", self._begun, f"none in this world: {what}")
+        elif leads and not running:
+            detail: dict[str, Any] = {"bytes": need, "available": there}
+            detail["partners"] = {node: vault.node for node, vault in sorted(partner.items())}
+            if not partner:
+                detail["warning"] = "one failure domain only: a lost node takes all copies along"
+            self._tell("snapshots_planned", self._begun, detail)
+
+    def leave(self) -> None:
+        """The world is over; what is on its way may still arrive."""
+        self._state = None
+
+    def undone(self, step: int) -> None:
+        """The steps after this one are done again: their snapshots are void, from the next `enter` on."""
+        if self._newest is not None and self._newest.step > step:
+            self._newest = None
+        self._undone = step
+
+    # ---- the way back ----------------------------------------------------------------------------------------------
+
+    def restore(
+        self, group: Group, make: Callable[[bool], TrainState], checkpoint_step: int
+    ) -> tuple[Restored | None, str]:  # fmt: skip
+        """The newest complete snapshot, if it is not older than the newest checkpoint. Everyone calls this together.
+
+        Returns:
+            what was restored, and why it is not the newest snapshot, or none.
+        """
+        if self._sender is None:
+            return None, ""
+        self._sender.wait(GRACE_S)
+        told = group.gather_json([self._own, sorted(self._known)])
+        said = None
+        if group.rank == 0:
+            near, far = {own for own, _ in told}, {url for _, known in told for url in known}
+            found, reason = from_vaults.choose(sorted(near), sorted(far), self._token)
+            said = [[str(c.id), c.urls] for c in found], reason
+        found, reason = group.send_json(said, 0)
+        for id, urls in found:
+            snapshot = Complete(SnapshotId.parse(id), tuple(map(tuple, urls)))
+            step = snapshot.id.step
+            if step < checkpoint_step:
+                reason = _and(reason, f"the newest complete snapshot is of step {step}, a checkpoint of step "
+                              f"{checkpoint_step}")  # fmt: skip
+                break
+            try:
+                state, read = from_vaults.load(group, make, snapshot, self._own, self._token)
+            except SnapshotError as error:  # for all
+                reason = _and(reason, str(error))
+                continue
+            self._newest = snapshot.id
+            return Restored(step, state, {"rung": "snapshot", "snapshot": id, "bytes": read}), reason
+        return None, reason
+
+    # ---- in the step loop ------------------------------------------------------------------------------------------
+
+    def says(self) -> list[int]:
+        """For the fence: how far this worker's part is, and how many steps it would have between snapshots."""
+        if self._every is None:
+            return []
+        stage, part = IN_VAULTS, self._part
+        if part is not None and not part.ended.is_set():
+            stage = UNDER_WAY
+        elif part is not None and self._attempt is not None and part.error is not None:
+            stage = FAILED
+        return [stage, self._every or self._meter.every()]
+
+    def hear(self, said: list[int]) -> None:
+        """What all members together say at the fence."""
+        if not said:
+            return
+        stage, self._agreed_every = said
+        self._free = stage != UNDER_WAY
+        if self._attempt is None or stage == UNDER_WAY:
+            return
+        if stage == IN_VAULTS:
+            fault.point("snapshot.complete", self._group.rank, self._attempt.step)
+            self._newest, self._troubled = self._attempt, False
+        self._attempt = None
+
+    def settle(self) -> float:
+        """To be called before the state is written to; returns the seconds that it waited."""
+        return self._sender.settle() if self._sender is not None else 0.0
+
+    def after(self, step: int, seconds: float) -> float:
+        """A step was applied that took so long; take a snapshot if one is due. Returns the seconds that it took."""
+        began = time.perf_counter()
+        if self._active:
+            self._take_if_due(step, seconds)
+        return time.perf_counter() - began
+
+    def _take_if_due(self, step: int, seconds: float) -> None:
+        self._meter.step(seconds, under_way=self._attempt is not None)
+        if not self._agreed_every or step - self._begun < self._agreed_every:
+            return
+        if self._free:
+            self._meter.began()
+            self._begin(step)
+        elif self._attempt is not None and self._group.leads:
+            self._skip(step, self._generation, f"that of step {self._attempt.step} is still on its way")
+
+    def columns(self) -> dict[str, int]:
+        """For the row of a step: the step of the newest complete snapshot."""
+        return {"snapshot": self._newest.step} if self._active and self._newest is not None else {}
+
+    # ---- parts -----------------------------------------------------------------------------------------------------
+
+    def _begin(self, step: int) -> None:
+        self._attempt = SnapshotId(self._generation.epoch, self._generation.n, step)
+        self._begun, self._part = step, None
+        if not self._writes:
+            return
+        state, layout = self._state, self._group.layout
+        assert state is not None
+        assert self._sender is not None
+        assert self._group.place is not None
+        heads = [Head.of(values) for values in state.heads()]
+        shard = self._group.place % layout.shards
+        self._part = part = Part(
+            self._attempt, shard, layout.shards, self._group.rank, self._urls, self._newest,
+            state.values() if shard == 0 else {}, heads, state.shards(0, 1),
+        )  # fmt: skip
+        try:
+            self._sender.start(part)
+        except (MemoryError, OSError) as error:
+            part.error = f"no memory to copy the state of step {step}: {error}"
+            self._on_end(part)
+            part.ended.set()
+
+    def _on_end(self, part: Part) -> None:
+        """On the sender's thread."""
+        if part.error is not None and part.error != CALLED_OFF:
+            self._skip(part.id.step, Generation(part.id.epoch, part.id.n), part.error)
+
+    def _skip(self, step: int, generation: Generation, why: str) -> None:
+        """Said once, until one is complete again."""
+        if not self._troubled:
+            self._troubled = True
+            message = {"kind": "event", "event": "snapshot_skipped", "step": step, "detail": why}
+            self._link.post(message, generation)
+
+    def _tell(self, event: str, step: int, detail: Any) -> None:
+        self._link.post({"kind": "event", "event": event, "step": step, "detail": detail})
+
+
+def _bytes_of(state: TrainState) -> int:
+    """Bytes of this worker's part, with what the optimizer will keep of it from the first step on."""
+    size = sum(shard.tensor.numel() * shard.tensor.element_size() for shard in state.shards(0, 1))
+    if state.optimizer.state:
+        return size
+    for group, share in zip(state.optimizer.param_groups, state_share(state.optimizer), strict=True):
+        own = [p.to_local() if hasattr(p, "to_local") else p for p in group["params"]]
+        size += int(share * sum(p.numel() * p.element_size() for p in own if p.requires_grad))
+    return size
+
+
+def _and(*reasons: str) -> str:
+    return "; ".join(r for r in reasons if r)

@@ -1,0 +1,73 @@
+"""The vaults of a run in plain processes: one process for each node that workers are said to be on."""
+
+from __future__ import annotations
+
+import json
+import os
+import selectors
+import subprocess
+import sys
+import time
+
+from elastic.errors import RunFailed
+
+START_S = 30.0
+END_S = 10.0
+
+
+class VaultProcess:
+    """A vault in a process of its own, which ends with this one.
+
+    Args:
+        environment: further environment variables of the process.
+    """
+
+    def __init__(self, token: str, host: str, environment: dict[str, str]):
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "elastic.snapshot"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            env={**os.environ, **environment, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
+        )  # fmt: skip
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps({"token": token, "host": host}).encode() + b"\n")
+        self.process.stdin.flush()
+        self.url = ""
+
+    def wait(self) -> str:
+        """Wait until it serves; returns its URL.
+
+        Raises:
+            RunFailed: it ended, or did not start in time.
+        """
+        self.url = self.url or self._read_url()
+        return self.url
+
+    def _read_url(self) -> str:
+        assert self.process.stdout is not None
+        deadline, found = time.monotonic() + START_S, b""
+        with selectors.DefaultSelector() as selector:
+            selector.register(self.process.stdout, selectors.EVENT_READ)
+            while not found.endswith(b"\n"):
+                piece = b""
+                if selector.select(max(0.0, deadline - time.monotonic())):
+                    piece = os.read(self.process.stdout.fileno(), 4096)
+                if not piece:
+                    raise RunFailed(f"a vault did not start within {START_S:.0f} s (exit code {self.process.poll()})")
+                found += piece
+        return found.decode().strip()
+
+    def kill(self) -> None:
+        """As its node would be lost."""
+        self.process.kill()
+        self.stop()
+
+    def stop(self) -> None:
+        """End it; what it kept is gone."""
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.close()
+        try:
+            self.process.wait(END_S)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        self.process.stdout.close()

@@ -1,0 +1,55 @@
+"""Sharded models on Ray: a lost part comes from snapshots, a lost node of hsdp costs nothing, the bits are the same."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from jobs.bench.nodes import LocalCluster
+from tests.ray_cluster import Story, actor_pids, check_bits_and_samples, slow_job, stop, wait_until
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
+DURATION = ("--run.duration", "100000st")  # the twin is one worker with ddp
+EVERY = 5
+
+
+def test_a_lost_worker_of_fsdp_comes_from_a_snapshot(cluster: LocalCluster, tmp_path: Path) -> None:
+    killed = {"point": "step.forward", "rank": 1, "step": 23, "do": "kill", "only": str(tmp_path / "killed")}
+    run = slow_job(
+        cluster, tmp_path, "fsdp", *DURATION, "--parallel.strategy", "fsdp", "--recovery.snapshot-every", f"{EVERY}st",
+        "--scaling.max-workers", "3", "--scaling.workers-per-node", "1", faults=[killed],
+    )  # fmt: skip
+    story = Story(run)
+    first = story.next_world(3)
+    assert story.next_world(2) == [first[0], first[2]]
+    assert {first[0], first[2]} < set(story.next_world(3))
+    assert len(actor_pids("VaultActor")) == 3
+    stop(run, 30)
+
+    events = check_bits_and_samples(tmp_path, "fsdp", *DURATION, redone=True)
+    restored = next(e for e in events if e["kind"] == "restored")
+    assert restored["detail"]["rung"] == "snapshot"
+    assert restored["detail"]["reason"].startswith("of the state of step 22, shard 1 of 3 was lost")
+    assert restored["step"] >= 22 - 2 * EVERY, "one that was on its way when the worker died does not count"
+    wait_until(lambda: not actor_pids("VaultActor"))
+
+
+def test_a_lost_node_of_hsdp_costs_no_step(cluster: LocalCluster, tmp_path: Path) -> None:
+    run = slow_job(
+        cluster, tmp_path, "hsdp", *DURATION, "--parallel.strategy", "hsdp", "--scaling.max-workers", "4",
+        "--scaling.workers-per-node", "2",
+    )  # fmt: skip
+    story = Story(run)
+    first = story.next_world(4)
+    on_nodes = [set(first) & set(cluster.workers_of(n)) for n in cluster.nodes]
+    assert sorted(map(len, on_nodes)) == [0, 2, 2], "a row is on one node"
+    run.wait_for_step(10)
+    cluster.kill_node(next(n for n in cluster.nodes if first[0] in cluster.workers_of(n)))
+    left = next(workers for workers in on_nodes if workers and first[0] not in workers)
+    assert set(story.next_world(2)) == left
+    assert left < set(story.next_world(4)), "the other node takes both at once"
+    stop(run, 20)
+
+    events = check_bits_and_samples(tmp_path, "hsdp", *DURATION)
+    assert {e["detail"]["rung"] for e in events if e["kind"] == "restored"} == {"peer"}
