@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import time
+from collections.abc import Callable
 
 import pytest
 from hypothesis import given
@@ -125,18 +126,18 @@ def test_without_a_notice_nothing_is_seen_and_nothing_is_unclear(flavor: str) ->
 
 
 @pytest.mark.parametrize(("flavor", "path", "body", "remaining_s"), [
-    ("aws", SPOT, json.dumps({"action": "terminate", "time": iso_in(3600)}), 3600),
-    ("aws", REBALANCE, json.dumps({"noticeTime": iso_in(3000)}), 3600),
-    ("gcp", PREEMPTED, "TRUE", 30),
-    ("gcp", MAINTENANCE, "TERMINATE_ON_HOST_MAINTENANCE", 60),
-    ("azure", EVENTS, azure_event(when=""), 0),
+    ("aws", SPOT, lambda: json.dumps({"action": "terminate", "time": iso_in(3600)}), 3600),
+    ("aws", REBALANCE, lambda: json.dumps({"noticeTime": iso_in(3000)}), 3600),
+    ("gcp", PREEMPTED, lambda: "TRUE", 30),
+    ("gcp", MAINTENANCE, lambda: "TERMINATE_ON_HOST_MAINTENANCE", 60),
+    ("azure", EVENTS, lambda: azure_event(when=""), 0),
 ])  # fmt: skip
-def test_a_notice_is_seen_when_it_comes(flavor: str, path: str, body: str, remaining_s: float) -> None:
+def test_a_notice_is_seen_when_it_comes(flavor: str, path: str, body: Callable[[], str], remaining_s: float) -> None:
     with notice_server(flavor) as server:
         cloud = client(flavor, server.url)
         assert cloud.look(time.time())[0] == []
 
-        server.answers[path] = (200, body)
+        server.answers[path] = (200, body())
         (notice,), unclear = cloud.look(time.time())
 
     assert unclear == []
