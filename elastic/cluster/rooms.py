@@ -15,7 +15,7 @@ class GroupPlan:
     """What a worker group is to have, for the run hosted at `url`: workers of `unit` resources each.
 
     `max_workers` is that of the start, of `microbatches` in a step. `name` begins the names of its placement groups,
-    and of vaults where the run has them. `terms` are those of sharing the cluster with other runs; `exclude` names nodes
+    and of vaults where the run has them. `terms` are those of sharing the cluster with other runs; `exclude` are nodes
     to keep out. `per_node` is the most workers on one node; with `packed`, so many are placed together.
     """
 

@@ -22,10 +22,10 @@ def available_bytes() -> int:
             most = (folder / limit).read_text().strip()
             if most != "max":
                 found = min(found, int(most) - int((folder / usage).read_text()) + _cache_bytes(folder))
-    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
-    if limit != resource.RLIM_INFINITY:
+    address_space, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if address_space != resource.RLIM_INFINITY:
         pages = int(Path("/proc/self/statm").read_text().split()[0])
-        found = min(found, limit - pages * resource.getpagesize())
+        found = min(found, address_space - pages * resource.getpagesize())
     return max(0, found)
 
 
