@@ -180,6 +180,7 @@ class Session:
             if self._left is not None:
                 known = isinstance(error, ElasticError)
                 message = str(error) if known else "".join(traceback.format_exception(error)).rstrip()
+                self._link.report_rows(self._left)  # this ends the run, maybe before who reports has said all
                 self._link.post({"kind": "failed", "message": message}, self._left)
             raise
         finally:
@@ -196,6 +197,8 @@ class Session:
             )
 
     def _join(self, failure: Failure | None) -> Group:
+        if failure is not None and self._left is not None:
+            self._link.report_rows(self._left)  # this may end the run
         assignment = self._link.join(self._facts, self._applied, failure, self._save_alone)
         self._code.rank = f" (rank {assignment.rank} of {assignment.size})"
         fault.point("world.assigned", assignment.rank, self._applied)
