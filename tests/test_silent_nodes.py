@@ -18,7 +18,7 @@ from elastic.errors import FencedError, RunFailed
 from elastic.membership.client import WorkerLink
 from elastic.membership.protocol import SILENT_S
 from elastic.membership.server import MembershipServer
-from elastic.membership.world import Member
+from elastic.membership.world import Generation, Member
 from elastic.observe.ledger import gaps_and_doubles
 from elastic.run.prepare import prepare
 from elastic.worker.local import LocalRun
@@ -116,11 +116,12 @@ class Cluster:
         start = f"worker {member}: "
         return next(line.removeprefix(start) for line in self.stderr.read_text().splitlines() if line.startswith(start))
 
-    def refusal(self, member: str, applied: int) -> str:
-        """Why a worker that says it is this member, with this state, is not let in."""
+    def refusal(self, member: str, applied: int, late: dict[str, Any]) -> str:
+        """Why a worker that says it is this member, with this state, is not let in; before, it says what is late."""
         token = self.local.link._headers["Authorization"].removeprefix("Bearer ")
         link = WorkerLink(self.local.url, token, Member(member, node=self.host_of(member).name), lease_s=WAIT_S)
         try:
+            link.post(late, Generation(1, 1))
             with pytest.raises(FencedError) as refused:
                 link.join({"warm_s": 0.0, "warm_parts": {}}, applied, None, save_alone=lambda: None)
         finally:
@@ -207,9 +208,11 @@ def test_survivors_of_a_cut_link_go_on_and_the_zombie_is_fenced_when_it_is_back(
         assert cluster.last_words(talker) in OUT
         assert "rows" in {s.message["kind"] for s in said if s.member == talker and s.at > back_at}
 
-        # and with its old state it does not come in again
+        # and a share of a checkpoint counts for nothing (it would be told as failed), nor is its old state let in
+        share = {"kind": "pack", "step": 5, "attempt": "1-1-1", "shares": 1, "index": None, "error": "it is late"}
         with cluster.host_of(talker).entered():
-            assert cluster.refusal(talker, applied=5) == "the run went on without it"
+            assert cluster.refusal(talker, 5, share) == "the run went on without it"
+        assert "pack" in {s.message["kind"] for s in said if s.member == talker and s.at > back_at}
         cluster.open(9)
         local.wait(WAIT_S)
     ran = Ran(cluster.run, None)
@@ -219,6 +222,7 @@ def test_survivors_of_a_cut_link_go_on_and_the_zombie_is_fenced_when_it_is_back(
     assert ran.column("generation") == ["1-1"] * 5 + ["1-2"] * 7
     saved = [event["step"] for event in ran.events("checkpoint_committed")]
     assert saved == [6, 10, 12], "the broken world was saving step 5; the next one saves in its stead"
+    assert ran.events("checkpoint_failed") == [], "the keeper never heard of the late share"
     assert {event["member"] for event in ran.events("member_suspected")} <= {talker, blocked}
 
 
