@@ -92,7 +92,7 @@ def ray_nodes() -> Iterator[LocalCluster]:
 
 
 @pytest.fixture
-def cluster(ray_nodes: LocalCluster) -> Iterator[LocalCluster]:
+def cluster(ray_nodes: LocalCluster, fork_server: None) -> Iterator[LocalCluster]:
     """That cluster, with as many nodes as ever, whatever the last test did to it; no command outlives a test."""
     from jobs.bench.nodes import Command
 

@@ -54,6 +54,7 @@ _context.set_forkserver_preload(
         "elastic.run.__main__",
         "elastic.snapshot.__main__",
         "elastic.worker.session",
+        "tests.slow_job",
         "tests.tiny_jobs",
         "torch._dynamo",
         "numpy.random",
@@ -309,8 +310,11 @@ def sample_at(step: int, microbatch: int = 4, place: int = 0) -> int:
 
 
 @contextmanager
-def local_run(run: PreparedRun, workers: int, *, places: Sequence[Host] = (), **options: Any) -> Iterator[LocalRun]:
-    """A `LocalRun` with forked workers, on these hosts if any are given, which must leave nothing behind."""
+def local_run(
+    run: PreparedRun, workers: int, *, places: Sequence[Host] = (), beside_ray: bool = False, **options: Any
+) -> Iterator[LocalRun]:  # fmt: skip
+    """A `LocalRun` with forked workers, on these hosts if any are given, which must leave nothing behind; beside a
+    cluster, whose processes come and go, no process is looked for."""
     before = leaks.take()
     with leaks.adopting_orphans():
         with pytest.MonkeyPatch.context() as patch:
@@ -319,14 +323,16 @@ def local_run(run: PreparedRun, workers: int, *, places: Sequence[Host] = (), **
             patch.setattr(elastic.worker.vaults, "subprocess", _Subprocess(places))
             with LocalRun(run, workers, **options) as local:
                 yield local
-        assert leaks.wait_until_clean(before) == []
+        assert leaks.wait_until_clean(before, ray=beside_ray) == []
 
 
-def train(job: Job, config: TrainConfig, workers: int, wait_s: float = WAIT_S, faults: Any = ()) -> Ran:
+def train(
+    job: Job, config: TrainConfig, workers: int, wait_s: float = WAIT_S, faults: Any = (), *, beside_ray: bool = False
+) -> Ran:  # fmt: skip
     """Train to the end, or to the pause or failure. No more workers are waited for than are started."""
     run = prepare(job, replace(config, scaling=replace(config.scaling, max_workers=workers)))
     failure = None
-    with local_run(run, workers, environment=plan(*faults)) as local:
+    with local_run(run, workers, beside_ray=beside_ray, environment=plan(*faults)) as local:
         try:
             local.wait(wait_s)
         except RunFailed as error:

@@ -17,7 +17,10 @@ from pathlib import Path
 #: Threads of this project: daemons, so that a crash cannot hang on them, but never to be left running.
 OUR_THREADS = ("membership-server", "membership-link", "run-keeper", "local-run-follower", "host-supervisor", "vault")
 FOLDER_PREFIX = "elastic-"
-_CHANGED_BY_OTHERS = ("PYTEST_CURRENT_TEST", "PYTEST_VERSION", "TORCHINDUCTOR_CACHE_DIR")  # the last by an import
+_CHANGED_BY_OTHERS = (
+    "PYTEST_CURRENT_TEST", "PYTEST_VERSION",
+    "TORCHINDUCTOR_CACHE_DIR", "KMP_DUPLICATE_LIB_OK", "KMP_INIT_AT_FORK",  # by imports of torch and scikit-learn
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

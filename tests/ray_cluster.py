@@ -8,14 +8,20 @@ import re
 import signal
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from elastic.config import TrainConfig
+from elastic.job import Job
 from elastic.observe.ledger import EVENTS, METRICS, gaps_and_doubles, read_records
+from elastic.options import parse
 from elastic.storage import Storage
 from jobs.bench.nodes import Command, LocalCluster, result
 from tests import leaks
+from tests.forked import train
 from tests.hosts import RayNodes
+from tests.slow_job import CONFIG, Slow
 
 SLOW_BATCH = 32  # of tests.slow_job
 
@@ -59,6 +65,12 @@ def actor_pids(name: str) -> list[int]:
     return [pid for pid, line in leaks.descendants(os.getpid()).items() if line.startswith(f"ray::{name}")]
 
 
+def step_of(run: Command) -> int:
+    """The newest step on the run's console."""
+    steps = [line for line in run.output.splitlines() if line.startswith("step ")]
+    return int(steps[-1].split()[1].split("/")[0])
+
+
 def stop(run: Command, step: int) -> None:
     """Pause the run, with its state saved, after at least this step."""
     run.wait_for_step(step)
@@ -73,6 +85,20 @@ def wait_until(condition: Callable[[], bool], timeout_s: float = 40.0) -> None:
         time.sleep(0.05)
 
 
+def undisturbed(
+    job_class: type[Job], defaults: TrainConfig, storage: Path, name: str, *options: str, steps: int
+) -> str:  # fmt: skip
+    """The hash of the same run in one plain process that nothing happens to, after so many steps."""
+    job, config = parse(job_class, defaults, (*options, "--run.exactness", "bitwise", "--run.stop-after", f"{steps}st"))
+    config = replace(
+        config, run=replace(config.run, storage=str(storage), name=name),
+        scaling=replace(config.scaling, min_workers=1), observe=replace(config.observe, tensorboard=False),
+    )  # fmt: skip
+    ran = train(job, config, workers=1, beside_ray=True)
+    assert ran.failure is None
+    return ran.sha
+
+
 def check_bits_and_samples(storage: Path, name: str, *options: str, redone: bool = False) -> list[dict[str, Any]]:
     """The stopped run has the hash of a plain process that nothing happened to, and each sample once; its events.
 
@@ -80,13 +106,7 @@ def check_bits_and_samples(storage: Path, name: str, *options: str, redone: bool
         redone: its state was lost, so that steps since the newest checkpoint were done again.
     """
     found = result(storage / name)
-    twin = Command(
-        "-m", "elastic.worker", "--module", "tests.slow_job", "--class", "Slow", "--workers", "1",
-        "--run.exactness", "bitwise", "--run.storage", str(storage / "twin"), "--run.name", name, *options,
-        "--run.stop-after", f"{found['steps']}st",
-    )  # fmt: skip
-    assert twin.wait() == 0, twin.output
-    assert found["weights_sha256"] == result(storage / "twin" / name)["weights_sha256"]
+    assert found["weights_sha256"] == undisturbed(Slow, CONFIG, storage / "twin", name, *options, steps=found["steps"])
     folder = Storage(str(storage / name))
     rows = read_records(folder, METRICS)
     assert gaps_and_doubles(rows, SLOW_BATCH) == []

@@ -11,21 +11,13 @@ import pytest
 from elastic.observe.ledger import METRICS, gaps_and_doubles, kept_history, read_records
 from elastic.storage import Storage
 from jobs.bench.nodes import Command, LocalCluster, result
+from jobs.digits import CONFIG, Digits
+from tests.ray_cluster import undisturbed
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(180)]
 STEPS = 40
 JOB = ("--run.duration", f"{STEPS}st", "--run.exactness", "bitwise", "--batch.microbatches", "8",
        "--scaling.max-workers", "3", "--observe.log-every", "0.05")  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The hash of the same run in one plain process, without Ray."""
-    storage = tmp_path_factory.mktemp("undisturbed")
-    place = ("--run.storage", str(storage), "--run.name", "twin")
-    command = Command("-m", "elastic.worker", "--module", "jobs.digits", "--workers", "1", *place, *JOB)
-    assert command.wait() == 0, command.output
-    return result(storage / "twin")["weights_sha256"]
 
 
 def digits(cluster: LocalCluster, storage: Path, name: str, *options: str) -> Command:
@@ -34,7 +26,7 @@ def digits(cluster: LocalCluster, storage: Path, name: str, *options: str) -> Co
 
 
 def test_interrupted_by_each_signal_and_resumed_at_another_size_a_run_has_the_bits_of_one_plain_process(
-    cluster: LocalCluster, undisturbed: str, tmp_path: Path
+    cluster: LocalCluster, tmp_path: Path
 ) -> None:
     # given a run in a world of three that SIGINT interrupts, then one of two that SIGTERM does
     step = 0
@@ -57,14 +49,15 @@ def test_interrupted_by_each_signal_and_resumed_at_another_size_a_run_has_the_bi
     rows = read_records(Storage(str(tmp_path / "run")), METRICS)
     assert gaps_and_doubles(rows, 64) == []
     assert {row["world_size"] for row in kept_history(rows)} == {2, 3}
-    assert result(tmp_path / "run")["weights_sha256"] == undisturbed
-    assert undisturbed in last.output
+    sha = result(tmp_path / "run")["weights_sha256"]
+    assert sha == undisturbed(Digits, CONFIG, tmp_path / "twin", "run", *JOB, steps=STEPS)
+    assert sha in last.output
     assert str(tmp_path / "run") in last.output
 
     # and when it is started once more, it prints its result and trains nothing
     again = digits(cluster, tmp_path, "run")
     assert again.wait() == 0, again.output
-    assert undisturbed in again.output
+    assert sha in again.output
     assert "world formed" not in again.output
 
 

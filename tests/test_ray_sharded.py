@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from pathlib import Path
 
 import pytest
 
+from elastic.observe.ledger import METRICS, read_records
+from elastic.storage import Storage
 from jobs.bench.nodes import LocalCluster
-from tests.ray_cluster import Story, actor_pids, check_bits_and_samples, slow_job, stop, wait_until
+from tests.ray_cluster import Story, actor_pids, check_bits_and_samples, slow_job, step_of, stop, wait_until
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
 DURATION = ("--run.duration", "100000st")  # the twin is one worker with ddp
@@ -24,14 +28,19 @@ def test_a_lost_worker_of_fsdp_comes_from_a_snapshot(cluster: LocalCluster, tmp_
     first = story.next_world(3)
     assert story.next_world(2) == [first[0], first[2]]
     assert {first[0], first[2]} < set(story.next_world(3))
-    assert len(actor_pids("VaultActor")) == 3
-    stop(run, 30)
+    vault, *others = actor_pids("VaultActor")
+    os.kill(vault, signal.SIGKILL)
+    wait_until(lambda: len(set(actor_pids("VaultActor")) - {vault}) == len(others) + 1 == 3)
+    again = step_of(run)
+    stop(run, again + 10 * EVERY)
 
     events = check_bits_and_samples(tmp_path, "fsdp", *DURATION, redone=True)
     restored = next(e for e in events if e["kind"] == "restored")
     assert restored["detail"]["rung"] == "snapshot"
     assert restored["detail"]["reason"].startswith("of the state of step 22, shard 1 of 3 was lost")
     assert restored["step"] >= 22 - 2 * EVERY, "one that was on its way when the worker died does not count"
+    rows = [r for r in read_records(Storage(str(tmp_path / "fsdp")), METRICS) if "sample_hash" in r]
+    assert rows[-1]["snapshot"] > again, "the vault that died alone takes part again"
     wait_until(lambda: not actor_pids("VaultActor"))
 
 

@@ -15,9 +15,9 @@ from elastic.storage import Storage
 from jobs.bench.nodes import Command
 from tests import hosts as namespaces
 from tests.hosts import Hosts, RayNodes
-from tests.ray_cluster import Story, check_bits_and_samples, slow_job, stop, wait_until
+from tests.ray_cluster import Story, check_bits_and_samples, slow_job, step_of, stop, wait_until
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(300), pytest.mark.usefixtures("fork_server")]
 #: Ray calls a node dead after so many checks; by default that takes 15 s and more.
 HEALTH = {
     "RAY_health_check_period_ms": "1000", "RAY_health_check_timeout_ms": "1000",
@@ -55,14 +55,14 @@ def test_survivors_of_a_cut_link_go_on_whatever_ray_says_and_the_zombie_ends(nod
     second = story.next_world(2)
     assert second == [pid for pid in first if pid != zombie]
     run.wait_for(lambda line: "has been marked dead" in line)
-    run.wait_for_step(_last_step(run) + 5)
+    run.wait_for_step(step_of(run) + 5)
     assert os.path.exists(f"/proc/{zombie}")
 
     # and the zombie ends when the link is back
     hosts.heal(silent)
-    run.wait_for_step(_last_step(run) + 5)
+    run.wait_for_step(step_of(run) + 5)
     wait_until(lambda: not os.path.exists(f"/proc/{zombie}"))
-    stop(run, _last_step(run) + 5)
+    stop(run, step_of(run) + 5)
 
     events = check_bits_and_samples(tmp_path, "silent", *JOB)
     rows = [row for row in read_records(Storage(str(tmp_path / "silent")), METRICS) if "sample_hash" in row]
@@ -72,8 +72,3 @@ def test_survivors_of_a_cut_link_go_on_whatever_ray_says_and_the_zombie_ends(nod
     late = [e for e in events if e["kind"] == "checkpoint_committed" and e["time"] > cut_at + SILENT_S]
     assert late
     assert {e["generation"] for e in late} == {"1-2"}
-
-
-def _last_step(run: Command) -> int:
-    lines = [line for line in list(run.lines) if line.startswith("step ")]
-    return int(lines[-1].split()[1].split("/")[0])

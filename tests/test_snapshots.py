@@ -6,6 +6,7 @@ from __future__ import annotations
 import re
 import resource
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from elastic.errors import RunFailed
 from elastic.run.prepare import prepare
 from elastic.snapshot.cadence import FIRST
 from elastic.snapshot.client import VaultClient
+from elastic.snapshot.holdings import Holding
+from elastic.worker.from_vaults import survey
 from elastic.worker.local import LocalRun
 from tests.forked import LONG, WAIT_S, Ran, Watch, configure, fault, local_run, plan, wait_until
 from tests.test_bits import assert_same_training
@@ -41,13 +44,12 @@ class Nodes:
 
     def parts(self, step: int) -> int:
         """Whole parts of a step's snapshot, in all vaults that answer."""
-        count = 0
-        for vault in self.local.vaults.values():
-            if vault.process.poll() is None:
-                client = VaultClient(vault.url, self.local._token, 10)
-                count += sum(h.id.step == step for h in client.holdings())
-                client.close()
-        return count
+        return sum(h.id.step == step for held in self.held().values() for h in held)
+
+    def held(self) -> dict[str, list[Holding]]:
+        """What the vaults hold, by URL, of those that answer."""
+        living = [v.url for v in self.local.vaults.values() if v.process.poll() is None]
+        return survey(living, self.local._token)
 
     def wait_for_parts(self, step: int, count: int) -> None:
         wait_until(lambda: self.parts(step) >= count, f"{count} parts of the snapshot of step {step}")
@@ -135,6 +137,29 @@ def test_a_vault_that_dies_in_a_snapshot_costs_that_one(undisturbed_epoch, tmp_p
 
     assert_restored(run, undisturbed_epoch, 4, applied=9)
     assert "failed" in Ran(run, None).events("snapshot_skipped")[0]["detail"]
+
+
+def test_a_vault_that_died_is_started_again_and_has_the_next_snapshots(undisturbed_epoch, tmp_path, gate):
+    """It held one copy of every part of the snapshot of step 4, and holds one of every part of step 8's."""
+    first, later = gate("first"), gate("later")
+    faults = [fault("step.forward", 6, 1, "hold", file=first), fault("step.forward", 10, 1, "hold", file=later)]
+    run, watch = prepare(Everything(samples=LONG), snapshots(tmp_path, scaling__max_workers=2)), Watch()
+    with local_run(run, 2, on_record=watch, environment=plan(*faults)) as local:
+        nodes = Nodes(local, watch)
+        nodes.wait_for_parts(4, 4)
+        vault, died = local.vaults[nodes.names[0]], local.vaults[nodes.names[0]].process
+        with ThreadPoolExecutor(1) as pool:
+            end = pool.submit(local.wait, WAIT_S)  # as the command does
+            died.kill()
+            wait_until(lambda: nodes.held().get(vault.url) == [], "an empty vault at the same address")
+            first.unlink()
+            nodes.wait_for_parts(8, 4)
+            watch.wait_for_step(9)
+            nodes.lose(1)
+            later.unlink()
+            end.result(WAIT_S)
+
+    assert_restored(run, undisturbed_epoch, 8, applied=9)
 
 
 # ---- what is lost, and where the state comes from then ---------------------------------------------------------------

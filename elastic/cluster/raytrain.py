@@ -354,11 +354,13 @@ class Group(WorkerGroup):
             self._tell("/lost", {"ids": [unit.id], "ended": _process_ended(error)})
 
     def _watch_nodes(self) -> None:
-        """Once a second: pass on notices of nodes that go away, end evicted workers, help a restarted server."""
+        """Once a second: pass on notices of nodes that go away, end evicted workers, help what was restarted."""
         now = time.monotonic()
         if now < self._next_nodes:
             return
         self._next_nodes = now + NODES_S
+        if self._vaults is not None:
+            self._vaults.keep(u.node for u in self._units if u.stage is _Stage.RUNNING)
         if self._plan.exclude:
             self._excluded = excluded_nodes(self._plan.exclude, ray.nodes())
         draining = ray_state.get_draining_nodes() or {}

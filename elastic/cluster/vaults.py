@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
+from urllib.parse import urlsplit
 
 import ray
 
@@ -14,12 +18,24 @@ START_S = 60.0
 class VaultActor:
     """Hosts a vault. Owned by the controller of the workers, so that it outlives them, and ends with the run."""
 
-    def __init__(self, token: str):
-        self._server = VaultServer(token, ray.util.get_node_ip_address())
+    def __init__(self, token: str, port: int):
+        self._server = VaultServer(token, ray.util.get_node_ip_address(), port)
         self._url = self._server.start()
 
     def url(self) -> str:
         return self._url
+
+    def held(self) -> None:
+        """Never returns: the call fails when this process has ended."""
+        threading.Event().wait()
+
+
+@dataclass
+class _Vault:
+    actor: Any
+    url: Any  # refs
+    held: Any
+    missed: bool = False
 
 
 class Vaults:
@@ -31,21 +47,46 @@ class Vaults:
 
     def __init__(self, prefix: str, token: str):
         self._prefix, self._token = prefix, token
-        self._actors: dict[str, Any] = {}
+        self._vaults: dict[str, _Vault] = {}  # by node
 
     def have(self, node: str) -> None:
-        """Have one on this node, if there is none that lives."""
-        name = _name(self._prefix, node)
-        if node in self._actors and _lives(name):
-            return
-        options = {"num_cpus": 0, "label_selector": {"ray.io/node-id": node}, "name": name}
-        self._actors[node] = ray.remote(VaultActor).options(**options).remote(self._token)
+        """Have one on this node."""
+        if node not in self._vaults:
+            self._start(node, 0)
+
+    def keep(self, nodes: Iterable[str]) -> None:
+        """Start those of these nodes again that died alone, empty and at the same address. To be called again and
+        again: one that ended since the last call may have ended with its node, so it is left until the next."""
+        ended = [node for node in set(nodes) & set(self._vaults) if self._ended(node)]
+        again = [node for node in ended if self._vaults[node].missed]
+        living = {n["NodeID"] for n in ray.nodes() if n["Alive"]} if again else set()
+        for node in ended:
+            self._vaults[node].missed = True
+            if node in living:
+                self._start(node, self._port(node))
 
     def close(self) -> None:
         """End them all."""
-        for actor in self._actors.values():
-            ray.kill(actor)
-        self._actors = {}
+        for vault in self._vaults.values():
+            ray.kill(vault.actor)
+        self._vaults = {}
+
+    def _start(self, node: str, port: int) -> None:
+        actor = ray.remote(VaultActor).options(
+            num_cpus=0, label_selector={"ray.io/node-id": node}, name=_name(self._prefix, node), max_concurrency=2
+        ).remote(self._token, port)  # fmt: skip
+        self._vaults[node] = _Vault(actor, actor.url.remote(), actor.held.remote())
+
+    def _ended(self, node: str) -> bool:
+        ready, _ = ray.wait([self._vaults[node].held], timeout=0)
+        return bool(ready)
+
+    def _port(self, node: str) -> int:
+        """Where it listened: workers know it by that."""
+        try:
+            return urlsplit(ray.get(self._vaults[node].url, timeout=0)).port or 0
+        except ray.exceptions.RayError:  # it died before it could say
+            return 0
 
 
 def vault_url(prefix: str, node: str) -> str:
@@ -55,14 +96,6 @@ def vault_url(prefix: str, node: str) -> str:
         ray.exceptions.RayError: it could not start, or did not within START_S.
     """
     return str(ray.get(ray.get_actor(_name(prefix, node)).url.remote(), timeout=START_S))
-
-
-def _lives(name: str) -> bool:
-    try:
-        ray.get_actor(name)
-    except ValueError:  # Ray's answer for one that is dead
-        return False
-    return True
 
 
 def _name(prefix: str, node: str) -> str:

@@ -1,7 +1,7 @@
 """`python -m elastic.snapshot`: a vault in a process of its own, for runs in plain processes.
 
-Reads one line of JSON from standard input (token, host), writes its URL to standard output, and serves until its input
-is closed: it ends with whoever started it.
+Reads one line of JSON from standard input (token, host, port), writes its URL to standard output, and serves until its
+input is closed: it ends with whoever started it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from elastic.snapshot.vault import VaultServer
 
 def main() -> int:
     specification = json.loads(sys.stdin.readline())
-    server = VaultServer(specification["token"], specification["host"])
+    server = VaultServer(specification["token"], specification["host"], specification["port"])
     print(server.start(), flush=True)
     sys.stdin.read()
     return 0

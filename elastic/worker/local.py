@@ -164,6 +164,8 @@ class LocalRun:
         deadline = time.monotonic() + timeout_s
         while not self._ended.wait(0.05):
             self._grow()
+            for vault in self.vaults.values():
+                vault.keep()
             if all(p.poll() is not None for p in self.processes) and not self._ended.wait(2.0):
                 codes = [p.returncode for p in self.processes]
                 message = f"every worker of run {self._run.name} ended without a result; exit codes {codes}"

@@ -8,10 +8,12 @@ import selectors
 import subprocess
 import sys
 import time
+from urllib.parse import urlsplit
 
 from elastic.errors import RunFailed
 
 START_S = 30.0
+AGAIN_S = 1.0  # between two starts
 END_S = 10.0
 
 
@@ -23,14 +25,19 @@ class VaultProcess:
     """
 
     def __init__(self, token: str, host: str, environment: dict[str, str]):
+        self._token, self._host, self._environment = token, host, environment
+        self.url, self._gone = "", False
+        self._start(0)
+
+    def _start(self, port: int) -> None:
+        self._since = time.monotonic()
         self.process = subprocess.Popen(
             [sys.executable, "-m", "elastic.snapshot"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            env={**os.environ, **environment, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
+            env={**os.environ, **self._environment, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
         )  # fmt: skip
         assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps({"token": token, "host": host}).encode() + b"\n")
+        self.process.stdin.write(json.dumps({"token": self._token, "host": self._host, "port": port}).encode() + b"\n")
         self.process.stdin.flush()
-        self.url = ""
 
     def wait(self) -> str:
         """Wait until it serves; returns its URL.
@@ -55,6 +62,16 @@ class VaultProcess:
                 found += piece
         return found.decode().strip()
 
+    def keep(self) -> None:
+        """If it ended by itself, start it again: empty, and at the same address, by which workers know it."""
+        port = urlsplit(self.url).port
+        if port is not None and not self._gone and self.process.poll() is not None and self._rested():
+            self._close()
+            self._start(port)
+
+    def _rested(self) -> bool:
+        return time.monotonic() - self._since > AGAIN_S
+
     def kill(self) -> None:
         """As its node would be lost."""
         self.process.kill()
@@ -62,6 +79,10 @@ class VaultProcess:
 
     def stop(self) -> None:
         """End it; what it kept is gone."""
+        self._gone = True
+        self._close()
+
+    def _close(self) -> None:
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         self.process.stdin.close()
