@@ -237,33 +237,43 @@ def read_limit(parts: Sequence[BlockPart], in_flight: int) -> int:
 
 
 def plan_reads(parts: Sequence[BlockPart], limit: int = READ_BYTES) -> list[Read]:
-    """Requests for all segments: neighbours together, at most `limit` bytes each.
+    """Requests for all segments: neighbours together, cut into equal pieces of at most `limit` bytes.
 
     A byte that several wanted boxes need is asked for once for each of them.
     """
-    reads: list[Read] = []
-    path, start, end, found = "", 0, 0, list[tuple[int, Segment]]()
-    cut = ((i, piece) for i, p in enumerate(parts) for s in p.segments for piece in _pieces(s, limit))
-    for i, segment in sorted(cut, key=lambda c: (parts[c[0]].object, c[1].start, c[1].length, c[1].wanted, c[1].at)):
-        where, stop = parts[i].object, segment.start + segment.length
-        if found and (where != path or segment.start != end or stop - start > limit):
-            reads.append(Read(path, start, end, tuple(found)))
-            found = []
-        if not found:
-            path, start = where, segment.start
-        found.append((i, segment))
-        end = stop
-    if found:
-        reads.append(Read(path, start, end, tuple(found)))
-    return reads
+    order = sorted(
+        ((i, s) for i, part in enumerate(parts) for s in part.segments),
+        key=lambda c: (parts[c[0]].object, c[1].start, c[1].length, c[1].wanted, c[1].at),
+    )
+    runs: list[list[tuple[int, Segment]]] = []
+    path, end = "", -1
+    for i, segment in order:
+        if parts[i].object != path or segment.start != end:
+            runs.append([])
+        runs[-1].append((i, segment))
+        path, end = parts[i].object, segment.start + segment.length
+    return [read for run in runs for read in _cut(parts[run[0][0]].object, run, limit)]
 
 
-def _pieces(segment: Segment, limit: int) -> Iterator[Segment]:
-    """A segment in equal pieces of at most `limit` bytes."""
-    count = -(-segment.length // limit)
+def _cut(path: str, run: list[tuple[int, Segment]], limit: int) -> Iterator[Read]:
+    """A run of segments that follow each other, in equal requests."""
+    start = run[0][1].start
+    length = run[-1][1].start + run[-1][1].length - start
+    count = -(-length // limit)
+    at = 0
     for n in range(count):
-        first, last = segment.length * n // count, segment.length * (n + 1) // count
-        yield Segment(segment.start + first, last - first, segment.wanted, segment.at + first)
+        first, last = start + length * n // count, start + length * (n + 1) // count
+        found = []
+        while at < len(run):
+            i, segment = run[at]
+            low, high = max(first, segment.start), min(last, segment.start + segment.length)
+            found.append((i, Segment(low, high - low, segment.wanted, segment.at + low - segment.start)))
+            if high < segment.start + segment.length:
+                break
+            at += 1
+            if high == last:
+                break
+        yield Read(path, first, last, tuple(found))
 
 
 def read_bytes(reads: Sequence[Read]) -> int:
