@@ -16,6 +16,7 @@ import uuid
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any, Protocol, TypeVar
 
+from elastic.checkpoint.s3get import DirectReads
 from elastic.errors import CheckpointError
 from elastic.storage import Storage, make_folder, sync_folder
 
@@ -246,6 +247,7 @@ class RangeReader:
         self._storage = storage
         self._files: dict[str, int] = {}
         self._lock = threading.Lock()
+        self._direct = DirectReads(storage.fs) if storage.is_s3 else None
 
     def read(self, name: str, start: int, views: Sequence[memoryview]) -> None:
         """Fill `views`, one after the other, with the bytes of `name` from `start`.
@@ -271,9 +273,11 @@ class RangeReader:
                     view, start = view[count:], start + count
             return
         size = sum(map(len, views))
-        if self._storage.is_s3:
+        if self._direct is not None:
             from fsspec.asyn import sync
 
+            if self._direct.read(self._storage.path(name), start, size, views):
+                return
             sync(self._storage.fs.loop, _stream_s3, self._storage.fs, self._storage.path(name), start, size, views)
             return
         data = memoryview(self._storage.read(name, start, start + size))
@@ -292,6 +296,8 @@ class RangeReader:
         for fd in self._files.values():
             os.close(fd)
         self._files.clear()
+        if self._direct is not None:
+            self._direct.close()
 
 
 async def _stream_s3(fs: Any, path: str, start: int, size: int, views: Sequence[memoryview]) -> None:

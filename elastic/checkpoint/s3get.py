@@ -1,0 +1,135 @@
+"""Ranges of S3 objects, received straight into the memory they are for, on the threads that want them.
+
+s3fs receives on one thread, through buffers that are copied three times; that thread limits a load. Here each thread
+has a connection of its own and receives into the destination, without the interpreter's lock. All else stays s3fs's
+business: it signs the objects' URLs, and what is answered by anything but the bytes is asked again through it.
+"""
+
+from __future__ import annotations
+
+import http.client
+import os
+import ssl
+import threading
+import time
+import urllib.request
+from collections.abc import Sequence
+from typing import Any
+from urllib.parse import urlsplit
+
+SIGNED_S = 3600
+_RENEW_S = SIGNED_S / 2
+_TIMEOUT_S = 60.0  # without a byte, as botocore's
+_PASSING = (404, 416)  # and 5xx: of this request, not of asking like this
+
+
+class DirectReads:
+    """Reads ranges past s3fs where nothing speaks against it. From any thread; close it."""
+
+    def __init__(self, fs: Any):
+        self._fs = fs
+        self._plain = _is_plain(fs)  # nothing found out since, either
+        self._urls: dict[str, tuple[float, str]] = {}
+        self._lock = threading.Lock()
+        self._own = threading.local()
+        self._connections: list[http.client.HTTPConnection] = []
+
+    def read(self, path: str, start: int, size: int, views: Sequence[memoryview]) -> bool:
+        """Fill `views` with `size` bytes from `start`. False: nothing was read, s3fs has to ask.
+
+        Raises:
+            OSError: the connection broke, or moved nothing for a minute.
+        """
+        if not self._plain or not size:
+            return False
+        url = urlsplit(self._signed(path))
+        headers = {"Range": f"bytes={start}-{start + size - 1}"}
+        try:
+            answer = self._ask(url.scheme, url.netloc, f"{url.path}?{url.query}" if url.query else url.path, headers)
+            if answer.status == 206 and answer.length == size:
+                for view in views:
+                    _receive(answer, view)
+                return True
+            self._plain = self._plain and (answer.status < 300 or answer.status in _PASSING or answer.status >= 500)
+            self._drop()
+            return False
+        except BaseException as error:
+            self._drop()
+            if isinstance(error, http.client.HTTPException):
+                raise ConnectionResetError(f"{path} was cut off: {type(error).__name__} {error}") from error
+            raise
+
+    def close(self) -> None:
+        for connection in self._connections:
+            connection.close()
+        self._connections.clear()
+
+    def _signed(self, path: str) -> str:
+        with self._lock:
+            known = self._urls.get(path)
+            if known is None or time.monotonic() - known[0] > _RENEW_S:
+                known = self._urls[path] = time.monotonic(), self._fs.url(path, expires=SIGNED_S)
+            return known[1]
+
+    def _ask(self, scheme: str, place: str, target: str, headers: dict[str, str]) -> http.client.HTTPResponse:
+        connection = getattr(self._own, "connection", None)
+        if connection is not None and (connection.host, connection.port) == _host_port(scheme, place):
+            try:
+                connection.request("GET", target, headers=headers)
+                return connection.getresponse()
+            except (ConnectionError, http.client.HTTPException):  # closed by the server since the last request
+                self._drop()
+        connection = self._connect(scheme, place)
+        connection.request("GET", target, headers=headers)
+        return connection.getresponse()
+
+    def _connect(self, scheme: str, place: str) -> http.client.HTTPConnection:
+        self._drop()
+        if scheme == "https":
+            context = ssl.create_default_context(cafile=_authorities(self._fs))
+            made: http.client.HTTPConnection = http.client.HTTPSConnection(place, timeout=_TIMEOUT_S, context=context)
+        else:
+            made = http.client.HTTPConnection(place, timeout=_TIMEOUT_S)
+        self._own.connection = made
+        with self._lock:
+            self._connections.append(made)
+        return made
+
+    def _drop(self) -> None:
+        connection = getattr(self._own, "connection", None)
+        if connection is not None:
+            connection.close()
+            with self._lock:
+                self._connections.remove(connection)
+            self._own.connection = None
+
+
+def _receive(answer: http.client.HTTPResponse, view: memoryview) -> None:
+    while view:
+        count = answer.readinto(view)
+        if not count:
+            raise ConnectionResetError(f"the answer ended {len(view)} bytes early")
+        view = view[count:]
+
+
+def _host_port(scheme: str, place: str) -> tuple[str, int]:
+    split = urlsplit(f"{scheme}://{place}")
+    return split.hostname or "", split.port or (443 if scheme == "https" else 80)
+
+
+def _is_plain(fs: Any) -> bool:
+    """Whether a signed URL is all there is to a request: no proxy, no certificates or headers of the user's own."""
+    given = {**fs.client_kwargs, **fs.config_kwargs}
+    if any(given.get(name) is not None for name in ("verify", "proxies", "proxies_config", "client_cert")):
+        return False
+    proxies = urllib.request.getproxies().keys() & {"http", "https", "all"}
+    return not (fs.s3_additional_kwargs or fs.req_kw or fs.version_aware or proxies)
+
+
+def _authorities(fs: Any) -> str:
+    """The file of certificate authorities that botocore would take."""
+    from botocore.httpsession import get_cert_path
+
+    fs.s3  # noqa: B018 - connects, which makes the session
+    chosen = fs.session.get_config_variable("ca_bundle") or os.environ.get("REQUESTS_CA_BUNDLE")
+    return str(chosen or get_cert_path(True))
