@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from dataclasses import dataclass, field
 
 import pytest
@@ -121,22 +120,6 @@ def test_faults_while_loading_cost_time_only(rig, front, fault):
 
     assert rig.newest() == 1
     assert front.unused() == 0
-
-
-def test_a_server_that_restarts_during_a_save_and_a_load_is_waited_for(own_seaweed, front, rig):
-    rig.saver.start(1, "1-1-1", [Shard.whole(n, t) for n, t in rig.state.items()])
-    own_seaweed.kill()
-    own_seaweed.start()
-    rig.commit(rig.saver.wait(100))
-
-    found: list[int] = []
-    load = threading.Thread(target=lambda: found.append(rig.newest()))
-    own_seaweed.kill()
-    load.start()
-    own_seaweed.start()
-    load.join(100)
-    assert found == [1]
-    assert any(r.fault == "" and r.status == 0 for r in front.records()), "it was asked while it was away"
 
 
 def test_a_save_with_credentials_that_expired_fails_and_the_next_takes_new_ones(rig, front, monkeypatch):
