@@ -63,7 +63,9 @@ class Vaults:
         for node in ended:
             self._vaults[node].missed = True
             if node in living:
-                self._start(node, self._port(node))
+                port = self._port(node)
+                ray.kill(self._vaults[node].actor)  # who made an actor takes its name for taken until then
+                self._start(node, port)
 
     def close(self) -> None:
         """End them all."""

@@ -134,9 +134,12 @@ class Snapshots:
         for vault, row in vaults.items():
             there[vault.host] += row["held"]
         away = sorted(r["vault"][0] for r in rows if not r["there"])
-        what = f"the vault of node {away[0]} does not answer" if away else short_of_memory(need, [*vaults], there)
-        if what is not None:
-            if not running and not away:
+        what = short_of_memory(need, [*vaults], there)
+        if away:  # it is started again; until then nothing is sent there, and no snapshot is complete
+            if leads:
+                self._tell("snapshot_skipped", self._begun, f"the vault of node {away[0]} does not answer")
+        elif what is not None:
+            if not running:
                 raise ConfigError(
                     f"--recovery.snapshot-every is on, but {what}; leave it off, or use nodes with more memory"
                 )
