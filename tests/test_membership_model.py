@@ -9,6 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from elastic.cluster.rooms import GroupPlan
+from elastic.cluster.sharing import Terms
 from elastic.membership.decisions import advance
 from elastic.membership.forming import helpful_size
 from elastic.membership.messages import (
@@ -472,6 +474,27 @@ def test_the_helpful_size_has_the_fewest_rounds_and_no_worker_too_many(microbatc
     assert 1 <= size <= min(most, microbatches)
     assert rounds(microbatches, size) == rounds(microbatches, most)
     assert size == 1 or rounds(microbatches, size - 1) > rounds(microbatches, size)
+
+
+@given(st.data())
+def test_the_fewest_that_a_run_trains_with_are_asked_for_and_awaited_even_if_the_last_does_not_help(
+    data: st.DataObject,
+) -> None:
+    microbatches = data.draw(st.integers(1, 40), "V")
+    most = data.draw(st.integers(1, microbatches), "max workers")
+    least, spares = data.draw(st.integers(1, most), "min workers"), data.draw(st.integers(0, 3), "spares")
+    plan = GroupPlan("", "", most, spares, microbatches, {}, "", Terms("run", 0, 0.0, "cpu", least, 1.0))
+    workers = plan.want(most) - spares
+    assert least <= workers <= most
+    assert rounds(microbatches, workers) == rounds(microbatches, most)
+    assert workers == least or rounds(microbatches, workers - 1) > rounds(microbatches, workers)
+
+    machine = Machine(min_workers=least, max_workers=most, microbatches=microbatches, spares=spares)
+    for i in range(workers - 1):
+        assert machine.join(f"w{i:02}") == [], "neither formed with too few nor parked: the others are on their way"
+    assert formed(machine.join("last")).size == workers
+    machine.tell(Scaled(most, machine.now))
+    assert machine.state.keep == plan.want(most)
 
 
 @given(st.data())

@@ -33,8 +33,8 @@ class GroupPlan:
     vaults: bool = False
 
     def want(self, max_workers: int) -> int:
-        """How many workers to have where a world has at most so many: all that help, and spares."""
-        return helpful_size(self.microbatches, max_workers) + self.spares
+        """How many workers to have where a world has at most so many: all that help or are needed, and spares."""
+        return helpful_size(self.microbatches, max_workers, self.terms.min_workers) + self.spares
 
     @property
     def group_size(self) -> int:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import sys
 from dataclasses import replace
 
-from elastic.membership.forming import all_back, awaited, choose, helpful_size, may_follow, surplus, usable
+from elastic.membership.forming import all_back, awaited, choose, full_size, helpful_size, may_follow, surplus, usable
 from elastic.membership.messages import (
     Acknowledged,
     Break,
@@ -85,7 +85,7 @@ def advance(state: State, event: Event) -> tuple[State, list[Command]]:
 def _resize(state: State, wished: int, ceiling: int | None) -> State:
     """The most workers of a world change. Who yields to others keeps no spares."""
     limits = replace(state.limits, max_workers=wished if ceiling is None else min(wished, ceiling))
-    keep = helpful_size(limits.microbatches, limits.max_workers) + limits.spares if ceiling is None else ceiling
+    keep = full_size(limits) + limits.spares if ceiling is None else ceiling
     return replace(state, limits=limits, keep=keep, wished=wished, ceiling=ceiling)
 
 
@@ -215,7 +215,7 @@ def _leave_if_better(state: State, now: float) -> tuple[State, list[Command]]:
     state, dismissed = _dismiss(state)
     commands += dismissed
     largest = min(world.size + len(state.waiting), limits.max_workers)
-    if not leaving and helpful_size(limits.microbatches, largest) <= world.size <= limits.max_workers:
+    if not leaving and helpful_size(limits.microbatches, largest, limits.min_workers) <= world.size <= limits.max_workers:
         return state, commands  # whoever waits is a spare
     fitting, _ = usable(state)
     there = [Waiting(m, sys.maxsize, 0.0) for m in world.members]  # they hold the newest state
@@ -226,7 +226,7 @@ def _leave_if_better(state: State, now: float) -> tuple[State, list[Command]]:
     due = bool(deadlines) and now >= min(deadlines.values()) - max(2.0, 0.25 * limits.lease_s)
     why = ""
     if taken:
-        full = world.size - let_go + len(taken) >= helpful_size(limits.microbatches, limits.max_workers)
+        full = world.size - let_go + len(taken) >= full_size(limits)
         if full or now - min(w.since for w in taken) >= limits.join_window_s:
             why = f"{len(taken)} to take in" + (f", {let_go} to let go" if let_go else "")
     elif let_go and world.size > limits.max_workers:
@@ -298,9 +298,9 @@ def _gathered(state: State, now: float) -> bool:
     if any(w.applied >= 0 for w in state.waiting.values()):
         return True
     waited = now - state.last_join
-    if len(state.waiting) >= helpful_size(limits.microbatches, limits.max_workers):
+    if len(state.waiting) >= full_size(limits):
         fitting, _ = usable(state)
-        if len(fitting) >= helpful_size(limits.microbatches, limits.max_workers):
+        if len(fitting) >= full_size(limits):
             return True
     elif len(state.waiting) < limits.min_workers:
         return state.parked_at is not None or waited >= limits.park_after_s

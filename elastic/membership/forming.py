@@ -10,12 +10,21 @@ from elastic.membership.state import Limits, State, Waiting, going
 from elastic.membership.world import Member
 
 
-def helpful_size(microbatches: int | None, most: int) -> int:
-    """The largest world of at most `most` workers whose last worker still lowers ceil(V / W), a step's rounds."""
+def helpful_size(microbatches: int | None, most: int, least: int = 1) -> int:
+    """The largest world of at most `most` workers whose last worker still lowers ceil(V / W), a step's rounds.
+
+    Where that is fewer than `least`, it is `least`, as far as there may be so many: the fewest that a run trains with
+    are a promise (they may be what its model needs), and hold whether or not the last one of them helps.
+    """
     if microbatches is None or most < 1:
         return most
     rounds = -(-microbatches // most)
-    return -(-microbatches // rounds)
+    return max(-(-microbatches // rounds), min(least, most))
+
+
+def full_size(limits: Limits) -> int:
+    """How many members a world has where there is no lack of workers."""
+    return helpful_size(limits.microbatches, limits.max_workers, limits.min_workers)
 
 
 def world_size(limits: Limits, survivors: int, available: int) -> int:
@@ -24,7 +33,7 @@ def world_size(limits: Limits, survivors: int, available: int) -> int:
     A worker that would not lower the rounds costs a transfer of state and brings nothing: it waits, as a spare.
     """
     most = min(available, limits.max_workers)
-    return max(helpful_size(limits.microbatches, most), min(survivors, most), min(limits.min_workers, most))
+    return max(helpful_size(limits.microbatches, most, limits.min_workers), min(survivors, most))
 
 
 def usable(state: State) -> tuple[list[Waiting], list[Waiting]]:

@@ -243,7 +243,8 @@ def scale(live: LiveRun, max_workers: int, say: Say, timeout_s: float) -> dict[s
 
     config = (live.folder.config() or {}).get("config", {})
     was = live.ask("/scale", {"max_workers": max_workers, "by": owner()})["was"]
-    wanted = helpful_size(config.get("batch", {}).get("microbatches"), max_workers)
+    least = config.get("scaling", {}).get("min_workers", 1)
+    wanted = helpful_size(config.get("batch", {}).get("microbatches"), max_workers, least)
     say(f"--scaling.max-workers is {max_workers}, was {was}; waiting for a world of {wanted}")
     watch = _Watch(live, say, timeout_s, f"have a world of {wanted}", lambda: None)  # that is in the ledger
     while True:
