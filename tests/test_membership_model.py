@@ -36,6 +36,8 @@ from elastic.membership.messages import (
     Rebuilt,
     Refuse,
     Registered,
+    SaveAlone,
+    SavedAlone,
     SaveNow,
     Scaled,
     Stopped,
@@ -45,7 +47,7 @@ from elastic.membership.messages import (
     Welcome,
     Yielded,
 )
-from elastic.membership.state import Limits, Phase, State, ask_again_s, going
+from elastic.membership.state import Limits, Phase, State, ask_again_s, going, holds_state
 from elastic.membership.world import Generation, Member, World
 from jobs.bench import forming
 
@@ -394,6 +396,45 @@ def test_who_yields_keeps_no_spares_and_grows_again_to_what_it_was_given_meanwhi
     assert machine.state.limits.max_workers == 2
 
 
+def test_who_is_parked_and_yields_all_saves_first_and_goes_on_with_others() -> None:
+    machine = three(min_workers=3)
+    machine.lose("b")
+    machine.join("a", 7)
+    machine.join("c", 8)
+    assert machine.tell(Yielded(0, machine.now)) == [SaveAlone(Member("c", "node-c"))]
+    assert machine.wait(5) == []
+    _, again = machine.lose("c", dead=True)  # it died before it had saved
+    assert again == SaveAlone(Member("a", "node-a"))
+    assert machine.tell(SavedAlone(6, machine.now)) == [], "that is not what it holds: it could not be saved"
+    assert machine.tell(SavedAlone(7, machine.now)) == [HandOver(Member("a", "node-a"))]
+    assert not holds_state(machine.state)
+    machine.tell(Yielded(None, machine.now))
+    machine.join("d")
+    machine.join("e")
+    assert isinstance(machine.join("a", 7)[0], Refuse)
+    assert machine.join("f") == [], "b may not know yet that its world went on without it"
+    assert formed(machine.wait(30)).size == 3
+
+
+def test_who_trains_does_not_yield_more_than_it_can_spare() -> None:
+    machine = three(min_workers=2)
+    (leave,) = machine.tell(Yielded(0, machine.now))
+    assert isinstance(leave, Leave)
+    machine.join("a", 7)
+    machine.join("b", 7)
+    assert formed(machine.join("c", 7)).size == 2
+
+    machine = three(min_workers=3)
+    assert machine.tell(Yielded(0, machine.now)) == []
+    machine.lose("b", dead=True)
+    machine.join("a", 7)
+    machine.join("c", 7)
+    (save,) = machine.wait(0.1)
+    assert isinstance(save, SaveAlone)
+    assert [c for c in machine.join("d") if isinstance(c, Form)], "enough are there again: what is saved is not needed"
+    assert machine.tell(SavedAlone(7, machine.now)) == []
+
+
 def test_scaled_down_whole_nodes_stay_whoever_comes_back_first() -> None:
     machine = Machine(max_workers=6)
     for i, node in enumerate(("x", "y", "y", "z", "z", "z")):
@@ -601,6 +642,7 @@ class Cluster(RuleBasedStateMachine):
         self.workers: dict[str, Worker] = {}
         self.worlds: dict[Generation, World] = {}
         self.recorded_gone: set[str] = set()
+        self.saving: Worker | None = None
         self.count = 0
         for node in range(first):
             self.join(node % 4)
@@ -622,6 +664,9 @@ class Cluster(RuleBasedStateMachine):
                 self.recorded_gone.add(command.member.id)
             elif isinstance(command, Break) and command.lost is not None:
                 self.recorded_gone.add(command.lost.id)
+            elif isinstance(command, SaveAlone):
+                assert not self.in_world(self.workers[command.saver.id])
+                self.saving = self.workers[command.saver.id]
 
     def form(self, world: World) -> None:
         assert world.generation not in self.worlds, "two worlds of one generation"
@@ -762,11 +807,23 @@ class Cluster(RuleBasedStateMachine):
         self.limits = replace(self.limits, max_workers=min(self.wished, self.ceiling or self.wished))
         self.tell(Scaled(self.wished, self.now))
 
-    @rule(yields=st.booleans())
-    def yield_to_others(self, yields: bool) -> None:
-        self.ceiling = self.limits.min_workers if yields else None
+    @rule(to=st.sampled_from(["none", "least", "all"]))
+    def yield_to_others(self, to: str) -> None:
+        """All are yielded by who is parked; the controller may be late to see that it is not any more."""
+        least = self.limits.min_workers
+        self.ceiling = None if to == "none" else least
         self.limits = replace(self.limits, max_workers=min(self.wished, self.ceiling or self.wished))
-        self.tell(Yielded(self.ceiling, self.now))
+        self.tell(Yielded(0 if to == "all" else self.ceiling, self.now))
+
+    @rule()
+    @precondition(lambda self: self.saving is not None and self.saving.alive)
+    def save_alone(self) -> None:
+        """Whoever is let go then holds nothing newer."""
+        assert self.saving is not None
+        saved, self.saving = self.saving, None
+        staying = self.living()
+        self.tell(SavedAlone(saved.applied, self.now))
+        assert all(w.applied <= saved.applied for w in staying if w.told_to_go), "state is lost"
 
     @rule(seconds=st.sampled_from([0.1, 0.5, 1.5, 3.0, 40.0]))
     def tick(self, seconds: float) -> None:

@@ -85,6 +85,25 @@ def test_parked_for_too_long_a_run_ends_with_its_newest_step_saved_and_goes_on_w
     assert_same_training(ran, undisturbed, [3] * 5 + [2] * 7)
 
 
+def test_a_parked_run_that_gives_up_its_workers_saves_first_and_goes_on_with_others(undisturbed, tmp_path):
+    run, watch = prepared(tmp_path, most=2, least=2, recovery__lease="2s"), Watch()
+    with local_run(run, 2, on_record=watch, environment=plan(fault("step.forward", 6, 1))) as local:
+        watch.wait_for(event("parked"))
+        local.link.request("/yield", {"max_workers": 0, "to": ["an older one"]})
+        codes = [p.wait(WAIT_S) for p in local.processes]
+        assert local.link.request("/group")["holds_state"] is False
+        local.link.request("/yield", {"max_workers": None, "to": []})
+        for _ in range(2):
+            local.add_worker(environment={})
+        local.wait(WAIT_S)
+
+    ran = Ran(run, None)
+    assert codes == [0, -9]
+    assert ran.events("checkpoint_committed")[0]["step"] == 5
+    assert set(rungs(ran, "1-2")) == {"checkpoint", "peer"}
+    assert_same_training(ran, undisturbed, [2] * 12)
+
+
 # ---- spares, sizes, devices ------------------------------------------------------------------------------------
 
 

@@ -9,12 +9,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from elastic.cluster.capacity import fits
-from elastic.cluster.sharing import YIELD_AFTER_S, Patience, Share, Standing, Terms, share
+from elastic.cluster.sharing import GIVE_UP_AFTER_S, YIELD_AFTER_S, Patience, Share, Standing, Terms, share
 
 
 def run(name: str, have: int, least: int = 2, *, asks: int = 0, priority: int = 0, since: float = 0.0,
-        accelerator: str = "gpu", short_s: float = 60.0) -> Standing:  # fmt: skip
-    return Standing(Terms(name, priority, since, accelerator, least, 600.0), have, asks, short_s if have < least else 0)
+        accelerator: str = "gpu", short_s: float = 60.0, steady_s: float = 60.0) -> Standing:  # fmt: skip
+    terms = Terms(name, priority, since, accelerator, least, 600.0)
+    return Standing(terms, have, asks, short_s if have < least else 0, steady_s)
 
 
 def share_of(me: Standing, *others: Standing, holds_state: bool = True) -> Share:
@@ -50,13 +51,44 @@ def test_the_least_of_all_comes_before_more_for_any() -> None:
 def test_equals_are_served_oldest_first() -> None:
     old, new = run("old", 1, since=1.0), run("new", 1, since=2.0)
     assert share_of(old, new).ask == 2
-    assert share_of(new, old).ask == 1
+    assert share_of(new, run("old", 1, since=1.0, short_s=1.0)).ask == 1
     assert share_of(new, old, holds_state=False).ask == 0, "parts of what two need are of use to none"
 
     old, new = run("old", 2, asks=1, since=1.0), run("new", 2, asks=1, since=2.0)
     assert share_of(old, new).ask is None
     assert share_of(new, old).ask == 2
     assert share_of(new, run("old", 2, since=1.0)).ask is None, "the older one has paused, or has all that it wants"
+
+
+def test_of_two_parked_runs_that_each_hold_a_part_the_later_gives_up_its_part() -> None:
+    old, new = run("old", 1, since=1.0), run("new", 1, since=2.0)
+    assert share_of(new, old) == Share(most=0, to=("old",), ask=1)
+    assert share_of(old, new) == Share(ask=2)
+    high, low = run("high", 1, since=2.0, priority=1), run("low", 1, since=1.0)
+    assert share_of(low, high) == Share(most=0, to=("high",), ask=1)
+    assert share_of(high, low) == Share(ask=2)
+
+    for before in (
+        run("old", 1, since=1.0, short_s=GIVE_UP_AFTER_S - 0.1),  # it may get its workers yet
+        run("old", 1, since=1.0, steady_s=YIELD_AFTER_S - 0.1),  # or more of them are just coming
+        run("old", 1, 3, since=1.0),  # one more is not enough for it
+        run("old", 2, since=1.0),
+    ):
+        assert share_of(new, before).most is None
+    assert share_of(run("new", 1, since=2.0, short_s=GIVE_UP_AFTER_S - 0.1), old).most is None
+    assert share_of(new, old, holds_state=False) == Share(ask=0), "it has nothing to save"
+
+
+def test_no_more_give_up_their_part_than_are_needed_the_last_first() -> None:
+    first, second, third = (run(f"{i}", 1, 2, since=float(i)) for i in range(3))
+    assert share_of(third, first, second).most == 0
+    assert share_of(second, first, third).most is None
+    larger = run("0", 1, 3)
+    assert share_of(third, larger, second).most == share_of(second, larger, third).most == 0
+
+    gave = run("2", 0, 2, since=2.0, steady_s=1.0)
+    assert share_of(second, first, gave).most is None, "what it gave is on its way"
+    assert share_of(second, first, run("2", 0, 2, since=2.0)).most == 0
 
 
 def test_what_runs_say_of_themselves_survives_the_board() -> None:
@@ -78,10 +110,45 @@ class Running:
     have: int = 0
     asks: int = 0
     short_s: float = 0.0
+    steady_s: float = 0.0
     holds_state: bool = False
+    saving_s: int = 0
+    gave: int = 0
 
     def say(self) -> Standing:
-        return Standing(self.terms, self.have, self.asks, self.short_s)
+        return Standing(self.terms, self.have, self.asks, self.short_s, self.steady_s)
+
+    def follow(self, others: list[Standing], saving_s: int) -> None:
+        """One second: what a controller does with its share. Saving takes a parked run `saving_s`."""
+        mine = share(self.say(), others, holds_state=self.holds_state)
+        if mine.ask == 0:
+            self.have = 0
+        if mine.most == 0:
+            self.saving_s += 1
+            if self.saving_s > saving_s:
+                self.have, self.holds_state, self.saving_s, self.gave = 0, False, 0, self.gave + 1
+        elif mine.most is not None:
+            self.have = min(self.have, mine.most)
+        limit = min(n for n in (self.most, mine.most, mine.ask) if n is not None)
+        self.asks = max(0, limit - self.have)
+
+    def count_second(self, had: int) -> None:
+        short = self.have < self.terms.min_workers
+        self.holds_state = self.holds_state or not short
+        self.short_s = self.short_s + 1 if short else 0.0
+        self.steady_s = self.steady_s + 1 if self.have == had else 0.0
+
+
+def a_second_passes(runs: list[Running], slots: int, saving_s: int, pick: st.DataObject | None) -> None:
+    """Slots that are free go to anyone who asks, as Ray's scheduler may choose."""
+    said, had = [r.say() for r in runs], [r.have for r in runs]  # each reads what the others said a second ago
+    for r in runs:
+        r.follow([s for s in said if s.terms != r.terms], saving_s)
+    while slots > sum(r.have for r in runs) and (asking := [r for r in runs if r.asks]):
+        lucky = pick.draw(st.sampled_from(asking)) if pick is not None else asking[0]
+        lucky.have, lucky.asks = lucky.have + 1, lucky.asks - 1
+    for r, before in zip(runs, had, strict=True):
+        r.count_second(before)
 
 
 RUNS = st.lists(
@@ -93,29 +160,14 @@ RUNS = st.lists(
 def test_every_run_that_can_be_served_is_served_in_order_and_nothing_lies_idle(
     wanted: list[tuple[int, int, int, int]], slots: int, data: st.DataObject
 ) -> None:
-    """Runs begin at different seconds. Slots that are free go to anyone who asks, as Ray's scheduler may choose."""
+    """Runs begin at different seconds."""
     runs = [
         Running(Terms(f"r{i}", priority, float(begin), "gpu", least, 600.0), least + more)
         for i, (priority, least, more, begin) in enumerate(wanted)
     ]
     for second in range(120):
         here = [r for r in runs if r.terms.since <= second]
-        said = [r.say() for r in here]  # each reads what the others said a second ago
-        for r in here:
-            mine = share(r.say(), [s for s in said if s.terms != r.terms], holds_state=r.holds_state)
-            if mine.ask == 0:
-                r.have = 0
-            if mine.most is not None:
-                r.have = min(r.have, mine.most)
-            limit = min(n for n in (r.most, mine.most, mine.ask) if n is not None)
-            r.asks = max(0, limit - r.have)
-        while (free := slots - sum(r.have for r in runs)) > 0 and (asking := [r for r in here if r.asks]):
-            lucky = data.draw(st.sampled_from(asking)) if second < 40 else asking[0]
-            lucky.have, lucky.asks = lucky.have + 1, lucky.asks - 1
-            assert free > 0
-        for r in here:
-            r.holds_state = r.holds_state or r.have >= r.terms.min_workers
-            r.short_s = r.short_s + 1 if r.have < r.terms.min_workers else 0.0
+        a_second_passes(here, slots, 1, pick=data if second < 40 else None)
 
     trained = [r for r in runs if r.have >= r.terms.min_workers]
     for late in runs:
@@ -128,6 +180,35 @@ def test_every_run_that_can_be_served_is_served_in_order_and_nothing_lies_idle(
         assert not first or (room < late.terms.min_workers and all(r.have == r.terms.min_workers for r in lower))
     if len(trained) == len(runs):
         assert sum(r.have for r in runs) == min(slots, sum(r.most for r in runs))
+
+
+LOSERS = st.lists(
+    st.tuples(st.integers(0, 1), st.integers(1, 4), st.integers(0, 1), st.integers(0, 3)), min_size=2, max_size=4
+)
+
+
+@given(LOSERS, st.integers(0, 2), st.integers(0, 3), st.data())
+def test_of_runs_that_lost_workers_no_two_wait_for_each_other(
+    losers: list[tuple[int, int, int, int]], free: int, saving_s: int, data: st.DataObject
+) -> None:
+    """All of them trained, and lost some workers; few nodes are free: whoever can be served is."""
+    runs = []
+    for i, (priority, least, more, lost) in enumerate(losers):
+        terms = Terms(f"r{i}", priority, float(i), "gpu", least, 600.0)
+        runs.append(Running(terms, least + more, have=max(0, least + more - lost), holds_state=True))
+    slots = sum(r.have for r in runs) + free
+    for second in range(150):
+        a_second_passes(runs, slots, saving_s, pick=data if second < 10 else None)
+
+    trained = [r for r in runs if r.have >= r.terms.min_workers]
+    waiting = sorted((r for r in runs if r not in trained), key=lambda r: r.say().order)
+    if waiting:
+        lower = [r for r in trained if r.terms.priority < waiting[0].terms.priority]
+        assert all(r.have == r.terms.min_workers for r in lower)
+        assert slots - sum(r.have for r in trained) < waiting[0].terms.min_workers, "together they have enough for it"
+    else:
+        assert sum(r.have for r in runs) == min(slots, sum(r.most for r in runs))
+    assert all(r.gave <= len(runs) for r in runs)
 
 
 # ---- patience ------------------------------------------------------------------------------------------------------

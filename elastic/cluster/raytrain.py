@@ -208,7 +208,7 @@ class Group(WorkerGroup):
         self._share = Share()
         self._patience = Patience(self._plan.terms.request_timeout_s)
         self._had = 0
-        self._enough_at = time.monotonic()
+        self._enough_at = self._had_since = time.monotonic()
         self._worker_group_state = None
         restart = next(Group._restarts)
         if restart:
@@ -394,9 +394,10 @@ class Group(WorkerGroup):
         have = len(staying) - len(asked)
         if have >= terms.min_workers:
             self._enough_at = now
-        mine = Standing(terms, have, len(asked), now - self._enough_at)
-        holds_state = seen["phase"] != "gathering"
-        self._share = share(mine, self._board.exchange(mine, now), holds_state=holds_state)
+        if have != self._had:
+            self._had_since = now
+        mine = Standing(terms, have, len(asked), now - self._enough_at, now - self._had_since)
+        self._share = share(mine, self._board.exchange(mine, now), holds_state=seen["holds_state"])
         if self._share.most != seen["ceiling"]:
             self._tell("/yield", {"max_workers": self._share.most, "to": self._share.to})
         self._patience = self._patience.after(

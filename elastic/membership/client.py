@@ -101,7 +101,8 @@ class WorkerLink:
         Args:
             applied: updates in the state this worker holds, -1 for none.
             failure: the error that made it leave its world.
-            save_alone: commits the state; called if the run is given up while this worker holds the newest.
+            save_alone: commits the state; called if this worker holds the newest while the run is given up, or lets
+                its workers go.
 
         Raises:
             FencedError: the run went on without this worker, or may have since its lease is over, or a newer claim

@@ -38,6 +38,8 @@ from elastic.membership.messages import (
     Rebuilt,
     Refuse,
     Registered,
+    SaveAlone,
+    SavedAlone,
     SaveNow,
     Scaled,
     Stopped,
@@ -75,6 +77,8 @@ def advance(state: State, event: Event) -> tuple[State, list[Command]]:
         return _settle(_resize(state, event.max_workers, state.ceiling), event.now)
     if isinstance(event, Yielded):
         return _settle(_resize(state, state.wished or state.limits.max_workers, event.most), event.now)
+    if isinstance(event, SavedAlone):
+        return _settle(replace(state, saved=event.step), event.now)
     if isinstance(event, Stopped):
         return _settle(replace(state, stopping=event.message), event.now)
     if isinstance(event, Expected):
@@ -83,10 +87,12 @@ def advance(state: State, event: Event) -> tuple[State, list[Command]]:
 
 
 def _resize(state: State, wished: int, ceiling: int | None) -> State:
-    """The most workers of a world change. Who yields to others keeps no spares."""
-    limits = replace(state.limits, max_workers=wished if ceiling is None else min(wished, ceiling))
-    keep = full_size(limits) + limits.spares if ceiling is None else ceiling
-    return replace(state, limits=limits, keep=keep, wished=wished, ceiling=ceiling)
+    """The most workers of a world change. Who yields to others keeps no spares. No world becomes smaller than the
+    fewest that a run trains with: a ceiling of 0 is for one that is parked."""
+    most = wished if ceiling is None else min(wished, max(ceiling, state.limits.min_workers))
+    limits = replace(state.limits, max_workers=most)
+    keep = full_size(limits) + (limits.spares if ceiling is None else 0)
+    return replace(state, limits=limits, keep=keep, wished=wished, ceiling=ceiling, saver=None)
 
 
 def _joined(state: State, event: Joined) -> tuple[State, list[Command]]:
@@ -215,7 +221,8 @@ def _leave_if_better(state: State, now: float) -> tuple[State, list[Command]]:
     state, dismissed = _dismiss(state)
     commands += dismissed
     largest = min(world.size + len(state.waiting), limits.max_workers)
-    if not leaving and helpful_size(limits.microbatches, largest, limits.min_workers) <= world.size <= limits.max_workers:
+    helpful = helpful_size(limits.microbatches, largest, limits.min_workers)
+    if not leaving and helpful <= world.size <= limits.max_workers:
         return state, commands  # whoever waits is a spare
     fitting, _ = usable(state)
     there = [Waiting(m, sys.maxsize, 0.0) for m in world.members]  # they hold the newest state
@@ -278,7 +285,7 @@ def _form(state: State, now: float) -> tuple[State, list[Command]]:
     handed = [w.member for w in rest.values() if w.member.node in state.notices and w.member.id in old]
     state = replace(
         state, phase=Phase.RUNNING, n=state.n + 1, world=world, parked_at=None, acked=frozenset(),
-        unfit=state.unfit if chosen <= old else 0,
+        saver=None, saved=-1, unfit=state.unfit if chosen <= old else 0,
         waiting={k: w for k, w in rest.items() if w.member not in handed},
         gone=state.gone | {m.id for m in handed},
     )  # fmt: skip
@@ -316,13 +323,30 @@ def _park(state: State, have: int, now: float) -> tuple[State, list[Command]]:
     if state.parked_at is None:
         return replace(state, parked_at=now), [*commands, Park(have, limits.min_workers)]
     if limits.max_wait_s is None or now - state.parked_at < limits.max_wait_s:
-        return state, commands
+        state, vacating = _vacate(state)
+        return state, [*commands, *vacating]
     message = (
         f"parked for {limits.max_wait_s:g} s with {have} of at least {limits.min_workers} workers; add nodes, or "
         "lower --scaling.min-workers, and start the run again"
     )
     state, given_up = _give_up(state, message, "failed")
     return state, [*commands, *given_up]
+
+
+def _vacate(state: State) -> tuple[State, list[Command]]:
+    """Others need what this parked run has more: let all go, once what they hold is saved. Who waits is in no world,
+    and will be in none: that counts as its death. Where it cannot be saved they stay."""
+    if state.ceiling != 0 or not state.waiting:
+        return state, []
+    holder = max(state.waiting.values(), key=lambda w: w.applied)
+    if holder.applied > state.saved:
+        if state.saver is not None and state.saver.id in state.waiting:
+            return state, []
+        return replace(state, saver=holder.member), [SaveAlone(holder.member)]
+    ids = state.waiting.keys()
+    members = [w.member for w in state.waiting.values()]
+    state = replace(state, waiting={}, gone=state.gone | ids, dead=state.dead | ids, saver=None)
+    return state, [HandOver(m) for m in members]
 
 
 def _give_up(state: State, message: str, status: str) -> tuple[State, list[Command]]:

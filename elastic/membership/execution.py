@@ -20,6 +20,7 @@ from elastic.membership.messages import (
     Park,
     Rebuilt,
     Refuse,
+    SaveAlone,
     SaveNow,
     Suspect,
     Welcome,
@@ -93,6 +94,8 @@ class Executor:
                 "parked",
                 detail=f"{command.have} workers, waiting for at least {command.need}: add nodes, or stop the run",
             )
+        elif isinstance(command, SaveAlone):
+            connections.send(command.saver.id, {"kind": "save alone"})
         elif isinstance(command, GiveUp):
             self._give_up(command)
         elif isinstance(command, Fail):

@@ -103,9 +103,18 @@ class Scaled:
 
 @dataclass(frozen=True)
 class Yielded:
-    """The run keeps at most `most` workers, as others need theirs more, or (None) as many as before."""
+    """The run keeps at most `most` workers, as others need theirs more, or (None) as many as before. With 0 it lets
+    all go that it has while it is parked, after saving what they hold."""
 
     most: int | None
+    now: float
+
+
+@dataclass(frozen=True)
+class SavedAlone:
+    """A parked worker did as it was told by `SaveAlone`; the newest committed checkpoint is of `step`."""
+
+    step: int
     now: float
 
 
@@ -141,6 +150,7 @@ Event = (
     | Drained
     | Scaled
     | Yielded
+    | SavedAlone
     | Stopped
     | Expected
     | Tick
@@ -243,6 +253,13 @@ class Park:
 
 
 @dataclass(frozen=True)
+class SaveAlone:
+    """The parked run is to let its workers go: `saver`, who holds the newest state, commits it first."""
+
+    saver: Member
+
+
+@dataclass(frozen=True)
 class GiveUp:
     """Parked for too long, or stopped while parked: `saver` (if anyone holds state) commits it, then the run ends with
     `status`."""
@@ -272,6 +289,7 @@ Command = (
     | HandOver
     | SaveNow
     | Park
+    | SaveAlone
     | GiveUp
     | Fail
 )

@@ -33,6 +33,7 @@ from elastic.membership.messages import (
     Lost,
     Rebuilt,
     Registered,
+    SavedAlone,
     Tick,
     Unfit,
 )
@@ -104,6 +105,10 @@ class MembershipServer:
     def send_all(self, message: dict[str, Any]) -> None:
         """Send a message to all workers. From any thread."""
         self._loop.call_soon_threadsafe(self._connections.broadcast, message)
+
+    def saved_alone(self, step: int) -> None:
+        """A worker of a parked run saved; the newest committed checkpoint is of `step`. From any thread."""
+        self._loop.call_soon_threadsafe(lambda: self._handle(SavedAlone(step, time.monotonic())))
 
     # ---- the server's own thread -------------------------------------------------------------------------------
 
@@ -235,9 +240,11 @@ class MembershipServer:
         self._keeper.receive(self._members[member_id], generation, message)
 
     def _may_speak(self, member_id: str, generation: Generation) -> bool:
-        """Whoever is not in the newest world has nothing to say about the run, but for who saves as it is given up."""
+        """Whoever is not in the newest world has nothing to say about the run, but for who saves while it is parked."""
         state = self._state
         if state.giving_up is not None and state.giving_up.saver is not None:
             return member_id == state.giving_up.saver.id
+        if state.saver is not None and member_id == state.saver.id:
+            return True
         known = state.world is not None and generation == state.world.generation and member_id in state.world.ids
         return known and member_id not in state.gone

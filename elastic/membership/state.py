@@ -67,7 +67,8 @@ class State:
     `gone` are workers that were lost or are done: never let in again. `acked` have acknowledged the broken world.
     `notices` and `drained` are the deadlines of nodes and of workers that are to go. `keep` is how many workers to
     have, in the world and outside of it, once that was changed. `wished` is the most that the run was given, `ceiling`
-    the most while it yields to others; the limits have the lower. `stopping` says why the run is to end.
+    the most while it yields to others; the limits have the lower. `saver` is who commits the state before a parked run
+    lets all go, `saved` the step of what was committed so. `stopping` says why the run is to end.
     `broken_at` is also when a world began to be left, and when a restarted server began to rebuild itself.
     """
 
@@ -88,6 +89,8 @@ class State:
     keep: int | None = None
     wished: int | None = None
     ceiling: int | None = None
+    saver: Member | None = None
+    saved: int = -1
     stopping: str | None = None
     saved_for: frozenset[str] = frozenset()
     left_out: frozenset[str] = frozenset()
@@ -115,6 +118,13 @@ def going(state: State, member: Member) -> float | None:
     """When a worker is to be gone, because its node goes away or it was drained; None for one that stays."""
     deadlines = (state.notices.get(member.node), state.drained.get(member.id))
     return min((d for d in deadlines if d is not None), default=None)
+
+
+def holds_state(state: State) -> bool:
+    """Whether there are workers with whom trained state would be lost, as far as the server knows."""
+    world = state.world
+    inside = world is not None and bool(world.ids - state.gone - state.waiting.keys())
+    return inside or state.phase is Phase.REBUILDING or any(w.applied >= 0 for w in state.waiting.values())
 
 
 def people(state: State, phases: Mapping[str, str]) -> list[dict[str, Any]]:
@@ -152,5 +162,6 @@ def describe(state: State, now: float) -> dict[str, Any]:
         "min_workers": state.limits.min_workers,
         "max_workers": state.limits.max_workers,
         "ceiling": state.ceiling,
+        "holds_state": holds_state(state),
         "ask_again_s": round(ask_again_s(state, now), 3),
     }

@@ -94,7 +94,7 @@ class RunKeeper:
         self._closed = False
         self._restarted = False
         self._end: dict[str, Any] | None = None
-        self._give_up_outcome = ("failed", "")
+        self._give_up_outcome: tuple[str, str] | None = None
         self._save_failed: dict[str, Any] | None = None
         newest = next(newest_first(self._storage), None)
         self._claim_step = newest.step if newest else 0
@@ -216,7 +216,7 @@ class RunKeeper:
         elif kind == "pack":
             self._do(lambda: self._take_pack(member, generation, message))
         elif kind == "saved alone":
-            self._do(lambda: self._close(*self._give_up_outcome, {}))
+            self._do(self._saved_alone)
         elif kind in ("done", "failed"):
             self._do(lambda: self._take_outcome(member, generation, message))
 
@@ -476,6 +476,14 @@ class RunKeeper:
             return
         self._done[member.id] = message
         self._finish_if_done()
+
+    def _saved_alone(self) -> None:
+        """The state of a parked run is saved, unless an event said why not: it is given up, or lets its workers go."""
+        if self._give_up_outcome is not None:
+            self._close(*self._give_up_outcome, {})
+        elif not self._closed:
+            assert self._server is not None
+            self._server.saved_alone(self._restore.get("step", -1))
 
     def _finish_if_done(self) -> None:
         """The run is over when every member of the world that still lives has said so."""

@@ -398,7 +398,8 @@ class Session:
                 self._saving.make_safe(self._applied, LAST_COMMIT_S)
 
     def _save_alone(self) -> None:
-        """The run is given up while this worker waits with the newest state: commit it without a world."""
+        """The run is given up, or lets its workers go, while this one waits with the newest state: commit it without a
+        world."""
         assert self._left is not None
         self._link.report_rows(self._left)
         mesh = self._the_state.mesh
