@@ -92,6 +92,8 @@ def test_a_run_is_looked_at_saved_scaled_both_ways_drained_and_stopped_without_a
     assert sizes == [3, 2, 1, 3]
     assert [e["member"] for e in ran.events("handed_over")][1] == seen["drained"]["worker"]
     assert [e["detail"]["max_workers"] for e in ran.events("scaled")] == [2, 3]
+    newest = ran.events("world_formed")[-1]["detail"]
+    assert [(m["id"], m["pid"]) for m in run.folder.status()["members"]] == list(zip(newest["ids"], newest["pids"]))
     assert not ran.events("member_lost")
     assert "stopped by" in ran.result["message"]
     steps = seen["stopped"]["step"]

@@ -12,6 +12,7 @@ import json
 import math
 import time
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from elastic.storage import Storage
@@ -20,6 +21,7 @@ METRICS = "metrics.jsonl"
 EVENTS = "events.jsonl"
 FORMAT = 1
 _TAIL_BYTES = 64 << 10
+_AT_ONCE = 32
 
 
 def to_line(record: dict[str, Any]) -> str:
@@ -104,13 +106,24 @@ def read_records(storage: Storage, name: str) -> list[dict[str, Any]]:
 
 
 def read_tail(storage: Storage, name: str, count: int) -> list[dict[str, Any]]:
-    """The newest `count` records, oldest first, or all if there are fewer. Reads from the end, as much as it needs."""
+    """The newest `count` records, oldest first, or all if there are fewer. Reads from the end, as much as it needs:
+    segments side by side, ever more of them, as one may have a single record and each is a round trip."""
+
+    def read(segment: str) -> list[dict[str, Any]]:
+        return _parse(storage.read(f"{name}.d/{segment}").decode(errors="replace"))
+
     found: list[dict[str, Any]] = []
-    with contextlib.suppress(FileNotFoundError):  # compacted at this moment: the one file has them all
-        for segment in reversed(storage.names(f"{name}.d")):
-            found = _parse(storage.read(f"{name}.d/{segment}").decode(errors="replace")) + found
-            if len(found) >= count:
-                return found[len(found) - count :]
+    with (
+        contextlib.suppress(FileNotFoundError),  # compacted at this moment: the one file has them all
+        ThreadPoolExecutor(_AT_ONCE, "ledger") as pool,
+    ):
+        segments, batch = storage.names(f"{name}.d"), 1
+        while segments and len(found) < count:
+            segments, newest = segments[:-batch], segments[-batch:]
+            found = [record for part in pool.map(read, newest) for record in part] + found
+            batch = min(2 * batch, _AT_ONCE)
+    if len(found) >= count:
+        return found[len(found) - count :]
     older = [r for r in _tail_of(storage, name, count) if r not in found]  # a broken compaction left them twice
     return (older + found)[max(0, len(older) + len(found) - count) :]
 

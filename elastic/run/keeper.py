@@ -545,6 +545,7 @@ class RunKeeper:
             "step": self._last_step(),
             "total_steps": self._options.total_steps,
             "world": None if world is None else {"generation": str(world.generation), "size": world.size},
+            "members": [{"id": m.id, "node": m.node, "pid": m.pid} for m in (world.members if world else ())],
             "server": self._server.url if self._server is not None and self._state in LIVE_STATES else None,
             "checkpoint": self._restore.get("step"), "checkpoint_failed": self._save_failed,
             **self._options.facts,

@@ -23,7 +23,6 @@ from elastic.tools.target import list_names
 STATES = ("running", "parked", "lost", "finished", "stopped", "failed", "new", "unreadable")
 ASK_S = 2.0  # who is not there, or behind a firewall, is not waited for
 _IN_FLIGHT = 32
-_LOOK_BACK = 500  # events in which the newest world is looked for
 
 
 @dataclass(frozen=True)
@@ -100,7 +99,7 @@ def look_at_run(folder: RunFolder, *, last: int) -> dict[str, Any]:
     """
     with ThreadPoolExecutor(4, "status") as pool:  # each is a round trip or two to object storage
         tail = pool.submit(read_tail, folder.storage, METRICS, last)
-        history = pool.submit(read_tail, folder.storage, EVENTS, max(last, _LOOK_BACK))
+        history = pool.submit(read_tail, folder.storage, EVENTS, last)
         saved = pool.submit(lambda: next(newest_first(folder.storage), None))
         status = folder.status()
         if status is None:
@@ -118,9 +117,9 @@ def look_at_run(folder: RunFolder, *, last: int) -> dict[str, Any]:
         "message": status.get("message"), "world": status.get("world"),
         "phase": seen["group"]["phase"] if seen else None,
         "max_workers": seen["group"]["max_workers"] if seen else None,
-        "workers": seen["workers"] if seen else _recorded(status, events),
+        "workers": seen["workers"] if seen else _recorded(status),
         "checkpoint": newest.step if newest else None,
-        "rows": rows[-last:] if last else [], "events": events[-last:] if last else [],
+        "rows": rows[-last:] if last else [], "events": events,
     }  # fmt: skip
 
 
@@ -133,17 +132,10 @@ def _ask(folder: RunFolder, status: dict[str, Any]) -> tuple[dict[str, Any] | No
         return None, str(error)
 
 
-def _recorded(status: dict[str, Any], events: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The members of a live run's newest world, as its events have them; their phases are not known."""
-    formed = [e for e in events if e["kind"] == "world_formed"]
-    if status["status"] not in LIVE_STATES or not formed:
-        return []
-    nodes = {e["member"]: e["node"] for e in events if e["kind"] == "worker_warm"}
-    detail = formed[-1]["detail"]
-    return [
-        {"id": i, "node": nodes.get(i, ""), "pid": pid, "rank": rank, "state": "recorded", "phase": ""}
-        for rank, (i, pid) in enumerate(zip(detail["ids"], detail["pids"], strict=True))
-    ]
+def _recorded(status: dict[str, Any]) -> list[dict[str, Any]]:
+    """The members of a live run's newest world, by rank; their phases are not known."""
+    members = status.get("members", ()) if status["status"] in LIVE_STATES else ()
+    return [{**member, "rank": rank, "state": "recorded", "phase": ""} for rank, member in enumerate(members)]
 
 
 def text_of(run: dict[str, Any]) -> str:
