@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from elastic import cli
 from elastic.cluster.examining import rounds
-from elastic.tools.doctor import text_of
+from elastic.tools.doctor import run_doctor, text_of
 from elastic.tools.machine import (
     GIB,
     Finding,
@@ -103,6 +103,14 @@ def test_the_table_says_what_to_do_below_what_is_wrong():
     assert "1 would make a run fail" in text_of([*found, Finding("x", "a", "fail", "y", "z")])
 
 
+@pytest.mark.parametrize(("states_found", "code"), [(["ok"], 0), (["ok", "warn"], 0), (["warn", "fail", "ok"], 1)])
+def test_the_exit_code_is_one_if_a_run_would_fail(states_found, code, capsys):
+    arguments = cli.parser().parse_args(["doctor", "--address", "auto"])
+    found = [Finding("disk", f"n{i}", state, "so much") for i, state in enumerate(states_found)]
+    assert run_doctor(lambda address, storage: found, arguments) == code
+    assert ("would make a run fail" in capsys.readouterr().out) == bool(code)
+
+
 # ---- trying ---------------------------------------------------------------------------------------------------------
 
 
@@ -131,7 +139,7 @@ def test_a_prober_that_waits_in_vain_or_dies_is_told_of():
             other.ask(do="device")
 
 
-def test_a_folder_that_cannot_be_written_fails(tmp_path, capsys):
+def test_a_folder_that_cannot_be_written_fails(tmp_path):
     (tmp_path / "file").touch()
     (found,) = examine_storage(str(tmp_path / "file" / "runs"))
     assert (found.state, found.do) == ("fail", "let this user create files there")
