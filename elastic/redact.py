@@ -50,13 +50,12 @@ def _known() -> set[str]:
     found = {value for name, value in os.environ.items() if is_secret(name)}
     found |= {password for value in os.environ.values() for password in _PASSWORD.findall(value)}
     config = sys.modules.get("fsspec.config")
-    if config is not None:
-        found |= set(_secrets_in(config.conf))
+    found |= set(_secrets_in(getattr(config, "conf", {})))  # another thread may be in the midst of importing it
     return {value for value in found if len(value) >= _LEAST}
 
 
 def _secrets_in(values: Mapping[str, Any]) -> Iterator[str]:
-    for name, value in values.items():
+    for name, value in list(values.items()):
         if isinstance(value, Mapping):
             yield from _secrets_in(value)
         elif isinstance(value, str):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+from types import ModuleType
 
 import pytest
 from fsspec.config import conf
@@ -43,6 +45,12 @@ def test_secrets_of_the_environment_and_of_fsspec_are_replaced_wherever_they_sta
     for options in ({"secret": CANARY}, {"client_kwargs": {"endpoint_url": f"http://ann:{CANARY.replace('/', '')}@h"}}):
         monkeypatch.setitem(conf, "s3", options)
         assert "kanarie" not in redact(text.replace("/", "") if "client_kwargs" in options else text)
+
+
+def test_another_thread_may_be_in_the_midst_of_importing_fsspec(monkeypatch):
+    monkeypatch.setitem(sys.modules, "fsspec.config", ModuleType("fsspec.config"))
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", CANARY)
+    assert redact(f"no {CANARY}") == "no ***"
 
 
 @pytest.mark.parametrize(
