@@ -56,6 +56,16 @@ print(json.dumps([helped, sorted(sys.modules)]))
     assert {"torch", "ray", "aiohttp"} & set(looked) == set()
 
 
+def test_the_command_helps_in_under_0_3_seconds():
+    took = []
+    for _ in range(5):
+        began = time.perf_counter()
+        subprocess.run([sys.executable, "-m", "elastic.cli", "--help"], check=True, timeout=60, capture_output=True)
+        took.append(time.perf_counter() - began)
+
+    assert min(took) < 0.3  # the other runs may have shared their core
+
+
 def test_every_public_name_can_be_imported():
     program = "import elastic\nfor n in elastic.__all__: assert getattr(elastic, n).__name__ == n, n"
 
