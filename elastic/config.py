@@ -14,32 +14,16 @@ import re
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from elastic.checks import one_of as _one_of
+from elastic.checks import option
+from elastic.checks import require as _require
+from elastic.checks import whole as _whole
+from elastic.combinations import check_together
 from elastic.errors import ConfigError
 from elastic.redact import clean
 from elastic.units import parse_amount
 
 RUN_NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}\Z")
-
-
-def option(default: Any, help: str, *, common: bool = False, result: bool = False) -> Any:
-    """A dataclass field with the metadata that help pages and the config digest read."""
-    return field(default=default, metadata={"help": help, "common": common, "result": result})
-
-
-def _require(ok: bool, name: str, value: object, fix: str) -> None:
-    if not ok:
-        raise ConfigError(f"{name} is {value!r}; {fix}")
-
-
-def _whole(name: str, value: object, least: int) -> None:
-    _require(
-        isinstance(value, int) and not isinstance(value, bool) and value >= least,
-        name, value, f"give a whole number of at least {least}",
-    )  # fmt: skip
-
-
-def _one_of(name: str, value: object, choices: tuple[str, ...]) -> None:
-    _require(value in choices, name, value, f"choose one of {', '.join(choices)}")
 
 
 @dataclass(frozen=True)
@@ -370,64 +354,7 @@ class TrainConfig:
     dry_run: bool = option(False, "print the resolved configuration and the batch table, start nothing", common=True)
 
     def __post_init__(self) -> None:
-        if self.run.exactness == "bitwise" and self.precision.grad_compression != "off":
-            raise ConfigError(
-                f"--precision.grad-compression is {self.precision.grad_compression!r}; it rounds gradients, so use it "
-                "with --run.exactness fast, or leave it off"
-            )
-        self._check_param_dtype()
-        if self.parallel.strategy == "hsdp":
-            self._check_nodes()
-        if self.parallel.offload:
-            self._check_offload()
-        if self.recovery.snapshot_every != "off" and not self.parallel.sharded:
-            raise ConfigError(
-                f"--recovery.snapshot-every is {self.recovery.snapshot_every!r}, but with --parallel.strategy ddp "
-                "every worker holds the whole state; leave it off, or use fsdp or hsdp"
-            )
-
-    def _check_param_dtype(self) -> None:
-        dtype = self.precision.param_dtype
-        if dtype != "off" and not self.parallel.sharded:
-            raise ConfigError(
-                f"--precision.param-dtype is {dtype!r}, but with --parallel.strategy ddp parameters are not gathered; "
-                "use --precision.autocast"
-            )
-        if dtype != "off" and self.run.exactness == "bitwise":
-            raise ConfigError(
-                f"--precision.param-dtype is {dtype!r}, which ddp has not, so that its bits would be of one strategy; "
-                "use --precision.autocast, or --run.exactness fast"
-            )
-
-    def _check_nodes(self) -> None:
-        each, most = self.scaling.workers_per_node, self.scaling.max_workers
-        if each is None:
-            raise ConfigError(
-                "--parallel.strategy is 'hsdp', which shards inside a node; say how many workers each has with "
-                "--scaling.workers-per-node, or use fsdp"
-            )
-        if most <= each:
-            raise ConfigError(
-                f"--parallel.strategy is 'hsdp', but --scaling.max-workers {most} fit on one node of "
-                f"--scaling.workers-per-node {each}; use fsdp, or at least {2 * each} workers"
-            )
-        if most % each:
-            raise ConfigError(
-                f"--parallel.strategy is 'hsdp', but --scaling.max-workers {most} leave a node uneven at "
-                f"--scaling.workers-per-node {each}; give a multiple of {each}"
-            )
-
-    def _check_offload(self) -> None:
-        if self.scaling.accelerator == "cpu":
-            raise ConfigError(
-                "--parallel.offload is True, which moves state from GPUs, but --scaling.accelerator is 'cpu'; leave it "
-                "out"
-            )
-        if self.run.exactness == "bitwise":
-            raise ConfigError(
-                "--parallel.offload is True, which --run.exactness bitwise has not; leave it out, or use "
-                "--run.exactness fast"
-            )
+        check_together(self)
 
 
 def to_dict(config: TrainConfig) -> dict[str, Any]:

@@ -1,0 +1,36 @@
+"""What options are made of: a field with its help, and checks that end in one sentence."""
+
+from __future__ import annotations
+
+from dataclasses import field
+from typing import Any
+
+from elastic.errors import ConfigError
+
+
+def option(default: Any, help: str, *, common: bool = False, result: bool = False) -> Any:
+    """A dataclass field with the metadata that help pages and the config digest read."""
+    return field(default=default, metadata={"help": help, "common": common, "result": result})
+
+
+def require(ok: bool, name: str, value: object, fix: str) -> None:
+    """Refuse a value that is not `ok`.
+
+    Raises:
+        ConfigError: with the option's name, its value and the fix. So do all of these.
+    """
+    if not ok:
+        raise ConfigError(f"{name} is {value!r}; {fix}")
+
+
+def whole(name: str, value: object, least: int) -> None:
+    """Refuse what is no whole number of at least `least`."""
+    require(
+        isinstance(value, int) and not isinstance(value, bool) and value >= least,
+        name, value, f"give a whole number of at least {least}",
+    )  # fmt: skip
+
+
+def one_of(name: str, value: object, choices: tuple[str, ...]) -> None:
+    """Refuse what is none of the choices."""
+    require(value in choices, name, value, f"choose one of {', '.join(choices)}")

@@ -1,0 +1,78 @@
+"""Which options of a run cannot work together, and what to do then."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from elastic.errors import ConfigError
+
+if TYPE_CHECKING:
+    from elastic.config import TrainConfig
+
+
+def check_together(config: TrainConfig) -> None:
+    """Refuse options that cannot work together.
+
+    Raises:
+        ConfigError: which, and what to do.
+    """
+    if config.run.exactness == "bitwise" and config.precision.grad_compression != "off":
+        raise ConfigError(
+            f"--precision.grad-compression is {config.precision.grad_compression!r}; it rounds gradients, so use it "
+            "with --run.exactness fast, or leave it off"
+        )
+    _check_param_dtype(config)
+    if config.parallel.strategy == "hsdp":
+        _check_nodes(config)
+    if config.parallel.offload:
+        _check_offload(config)
+    if config.recovery.snapshot_every != "off" and not config.parallel.sharded:
+        raise ConfigError(
+            f"--recovery.snapshot-every is {config.recovery.snapshot_every!r}, but with --parallel.strategy ddp "
+            "every worker holds the whole state; leave it off, or use fsdp or hsdp"
+        )
+
+
+def _check_param_dtype(config: TrainConfig) -> None:
+    dtype = config.precision.param_dtype
+    if dtype != "off" and not config.parallel.sharded:
+        raise ConfigError(
+            f"--precision.param-dtype is {dtype!r}, but with --parallel.strategy ddp parameters are not gathered; "
+            "use --precision.autocast"
+        )
+    if dtype != "off" and config.run.exactness == "bitwise":
+        raise ConfigError(
+            f"--precision.param-dtype is {dtype!r}, which ddp has not, so that its bits would be of one strategy; "
+            "use --precision.autocast, or --run.exactness fast"
+        )
+
+
+def _check_nodes(config: TrainConfig) -> None:
+    each, most = config.scaling.workers_per_node, config.scaling.max_workers
+    if each is None:
+        raise ConfigError(
+            "--parallel.strategy is 'hsdp', which shards inside a node; say how many workers each has with "
+            "--scaling.workers-per-node, or use fsdp"
+        )
+    if most <= each:
+        raise ConfigError(
+            f"--parallel.strategy is 'hsdp', but --scaling.max-workers {most} fit on one node of "
+            f"--scaling.workers-per-node {each}; use fsdp, or at least {2 * each} workers"
+        )
+    if most % each:
+        raise ConfigError(
+            f"--parallel.strategy is 'hsdp', but --scaling.max-workers {most} leave a node uneven at "
+            f"--scaling.workers-per-node {each}; give a multiple of {each}"
+        )
+
+
+def _check_offload(config: TrainConfig) -> None:
+    if config.scaling.accelerator == "cpu":
+        raise ConfigError(
+            "--parallel.offload is True, which moves state from GPUs, but --scaling.accelerator is 'cpu'; leave it out"
+        )
+    if config.run.exactness == "bitwise":
+        raise ConfigError(
+            "--parallel.offload is True, which --run.exactness bitwise has not; leave it out, or use "
+            "--run.exactness fast"
+        )
