@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from elastic.checkpoint.cadence import LONGEST_S, SHORTEST_S, auto_interval, save_cost, young_daly
 from elastic.checkpoint.reader import newest_first, read_manifest
+from elastic.run.plan import resolve
 from tests.forked import configure, train
 from tests.tiny_jobs import Everything, Plain
 
@@ -41,6 +42,12 @@ def test_saving_takes_at_most_a_twentieth_of_the_time_and_no_interval_is_absurd(
     assert math.isfinite(interval)
 
 
+def test_auto_is_what_a_run_can_be_asked_for():
+    config = configure("nowhere", "run", checkpoint__every="auto")
+
+    assert resolve(config, dataset_size=100, tokens_per_sample=None).checkpoint_every_s == 0.0, "it is found out"
+
+
 def test_one_slow_save_does_not_change_the_interval():
     usual = [save_cost(0.1, 2.0)] * 5
 
@@ -59,6 +66,21 @@ def test_a_run_saves_by_the_clock(tmp_path):
     assert ran.events("checkpoint_failed") == []
     times = [e["time"] for e in committed[:-1]]
     assert all(later - earlier > 0.25 for earlier, later in itertools.pairwise(times))
+
+
+@pytest.mark.processes
+@pytest.mark.usefixtures("fork_server")
+def test_a_run_keeps_every_nth_of_its_checkpoints_beside_the_last(tmp_path):
+    options = {"checkpoint__every": "1st", "checkpoint__keep_last": 2, "checkpoint__keep_every": "150tok"}
+    job = Counted()
+
+    ran = train(job, configure(tmp_path, "run", **options), 1)
+
+    assert [c.step for c in newest_first(ran.storage)] == [12, 11, 10, 5], "150 tokens are five steps of 30 samples"
+
+
+class Counted(Plain):
+    tokens_per_sample = 1
 
 
 @pytest.mark.processes

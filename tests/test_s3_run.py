@@ -6,8 +6,10 @@ import pytest
 
 from elastic.checkpoint.reader import newest_first
 from elastic.observe.ledger import METRICS
+from elastic.run.prepare import prepare
 from elastic.storage import Storage
 from tests import forked
+from tests.forked import Watch
 from tests.tiny_jobs import Everything
 
 pytestmark = pytest.mark.processes
@@ -45,6 +47,31 @@ def test_slow_downs_and_cut_connections_during_a_run_change_no_bit(bucket, front
     assert ran.sha == undisturbed.sha
     assert [e["step"] for e in ran.events("checkpoint_committed")] == [6, 12]
     assert ran.events("checkpoint_failed") == []
+
+
+def test_a_run_waits_for_a_store_that_is_away_while_it_saves(seaweed, bucket, front, undisturbed, gate):
+    """Rows, events, a checkpoint and the heartbeat wait; no step is done twice, and none of the others is lost."""
+    held, watch = gate("held"), Watch()
+    config = forked.configure(f"{bucket}/runs", "run", eval__every="3st", checkpoint__every="4st")
+    run = prepare(Everything(), config)
+    faults = forked.plan(
+        forked.fault("upload.begin", 4, 0, "hold", file=held), forked.fault("step.forward", 6, 1, "hold", file=held)
+    )
+    with forked.local_run(run, 2, on_record=watch, environment=faults) as local:
+        watch.wait_for_step(3)
+        front.records()
+        front.move(1)  # where nobody listens
+        held.unlink()
+        asked: list[str] = []
+        forked.wait_until(lambda: bool(asked.extend(r.key for r in front.records())) or len(asked) > 5, "requests")
+        front.move(seaweed.port)
+        local.wait(forked.WAIT_S)
+
+    ran = forked.Ran(run, None)
+    assert ran.sha == undisturbed.sha
+    assert [e["step"] for e in ran.events("checkpoint_committed")] == [4, 8, 12]
+    assert ran.events("checkpoint_failed") == []
+    assert [row["step"] for row in ran.rows if "sample_hash" in row] == list(range(1, 13))
 
 
 def test_a_run_without_its_storage_s_permission_starts_nothing(bucket, monkeypatch):

@@ -21,6 +21,18 @@ def save_cost(stall_s: float, upload_s: float) -> float:
     return stall_s + SLOWED * upload_s
 
 
+def save_interval(every_s: float | None, costs_s: Sequence[float], elapsed_s: float, faults: int) -> float:
+    """Seconds from one save to the next.
+
+    Args:
+        every_s: what was asked for; 0 for the best interval, None where the clock does not say (infinity).
+        costs_s, elapsed_s, faults: as for `auto_interval`.
+    """
+    if every_s is None:
+        return math.inf
+    return every_s or auto_interval(costs_s, elapsed_s, faults)
+
+
 def auto_interval(costs_s: Sequence[float], elapsed_s: float, faults: int) -> float:
     """Seconds between saves, from the costs of the saves and the number of faults so far.
 

@@ -13,11 +13,11 @@ import random
 import threading
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from typing import Any, Protocol, TypeVar
 
 from elastic.checkpoint.s3get import DirectReads
-from elastic.errors import CheckpointError
+from elastic.errors import CheckpointError, StorageError
 from elastic.storage import Storage, make_folder, sync_folder
 
 T = TypeVar("T")
@@ -27,6 +27,28 @@ _SLICE = 1 << 18
 _PERMANENT = (FileNotFoundError, FileExistsError, PermissionError, NotADirectoryError, IsADirectoryError)
 _NO_USE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EBADF, errno.EINVAL, errno.EFBIG}
 _HOPELESS = ("NoCredentials", "PartialCredentials", "ParamValidation", "InvalidRange", "ExpiredToken", "AccessDenied")
+
+
+def is_from_storage(error: BaseException) -> bool:
+    """Whether it is a file system's error, or one of a library that speaks to a store."""
+    library = type(error).__module__.partition(".")[0]
+    return isinstance(error, OSError) or library in ("aiohttp", "botocore", "aiobotocore", "requests")
+
+
+@contextlib.contextmanager
+def in_one_sentence(storage: Storage, doing: str) -> Iterator[None]:
+    """What storage raises inside, after all patience, comes out as one sentence.
+
+    Raises:
+        StorageError: expired keys, a store that is away, a disk that fails.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not is_from_storage(error):
+            raise
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise StorageError(f"{storage.url} could not be {doing}: {reason}") from error
 
 
 class Cancelled(Exception):

@@ -11,33 +11,29 @@ import queue
 import threading
 import time
 import traceback
-from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from elastic import fault
-from elastic.checkpoint.cadence import auto_interval, save_cost
-from elastic.checkpoint.format import MANIFEST, Manifest, attempt_folder
-from elastic.checkpoint.reader import newest_first
-from elastic.checkpoint.retention import Policy, Retention, removals
-from elastic.checkpoint.transfer import patiently
-from elastic.checkpoint.writer import commit
+from elastic.checkpoint.retention import Policy
+from elastic.checkpoint.transfer import is_from_storage, patiently
 from elastic.errors import ElasticError, FencedError, StorageError
-from elastic.membership.outbox import RowKey, row_key
+from elastic.membership.outbox import RowKey
 from elastic.membership.server import MembershipServer
 from elastic.membership.world import Generation, Member, World
-from elastic.observe.ledger import EVENTS, METRICS, LedgerFile, read_records
-from elastic.observe.tensorboard import TensorBoard
+from elastic.observe.ledger import EVENTS, METRICS, read_records
 from elastic.redact import clean, redact
+from elastic.run.checkpoints import Checkpoints, Keeping
 from elastic.run.folder import LIVE_STATES, RunFolder
 from elastic.run.record import STARTED, Record
+from elastic.run.summary import result_values, status_values
+from elastic.run.writing import LedgerWriter
 
 HEARTBEAT_S = 5.0
 FLUSH_LOCAL_S = 1.0
 FLUSH_OBJECT_S = 10.0
-RECENT_ROWS = 100
 
 
 @dataclass(frozen=True)
@@ -56,51 +52,29 @@ class KeeperOptions:
     facts: dict[str, Any]
 
 
-@dataclass
-class _Attempt:
-    """A checkpoint whose packs are coming in."""
-
-    size: int
-    generation: Generation
-    indexes: dict[str, dict[str, Any]] = field(default_factory=dict)
-    facts: dict[str, dict[str, float]] = field(default_factory=dict)
-    header: dict[str, Any] | None = None
-    over: bool = False
-    error: str | None = None
-
-
 class RunKeeper:
     """Implements `membership.server.Keeper` for a run's folder. Call `attach`, then `start`."""
 
     def __init__(self, folder: RunFolder, options: KeeperOptions):
         self._folder, self._options = folder, options
+        self._storage = storage = folder.storage
         self._started = time.time()
-        self._storage = folder.storage
-        self._rows = LedgerFile(self._storage, METRICS, options.epoch)
-        self._events = LedgerFile(self._storage, EVENTS, options.epoch)
-        self._tensorboard: TensorBoard | None = None
         self._server: MembershipServer | None = None
         self._queue: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._work, name="run-keeper", daemon=True)
         self._world: World | None = None
-        self._record = Record(options.epoch)
-        self._to_confirm: list[RowKey] = []
-        self._recent: deque[dict[str, Any]] = deque(maxlen=RECENT_ROWS)
+        self._record = record = Record(options.epoch)
+        self._ledger = LedgerWriter(storage, options.epoch, record, tensorboard=options.tensorboard)
+        keeping = Keeping(self._note, self._send_all, self._owns, lambda: self._closed, self._ledger.flush_rows)
+        self._checkpoints = Checkpoints(
+            storage, options.epoch, options.retention, options.save_every_s, record, keeping
+        )  # fmt: skip
+        self._claim_step = self._checkpoints.step
         self._done: dict[str, dict[str, Any]] = {}
-        self._attempts: dict[tuple[int, str], _Attempt] = {}
         self._state, self._message = "running", ""
-        self._retention = Retention(self._storage, options.retention)
-        self._save_at = time.monotonic() + self._save_interval()
         self._closed = False
-        self._restarted = False
         self._end: dict[str, Any] | None = None
         self._give_up_outcome: tuple[str, str] | None = None
-        self._save_failed: dict[str, Any] | None = None
-        newest = next(newest_first(self._storage), None)
-        self._claim_step = newest.step if newest else 0
-        self._restore: dict[str, Any] = (
-            {"rung": "checkpoint", "step": newest.step, "attempt": newest.attempt} if newest else {"rung": "fresh"}
-        )
 
     def attach(self, server: MembershipServer) -> None:
         self._server = server
@@ -108,10 +82,10 @@ class RunKeeper:
     def recover(self) -> Record:
         """An earlier keeper of this claim died: go on where the ledger ends. To be called before `start`."""
         fault.point("host.recovering", -1, 0)
-        self._restarted = True
         record = self._record
         record.replay(read_records(self._storage, METRICS), read_records(self._storage, EVENTS))
         self._started = record.started or self._started
+        self._checkpoints.recovered(record.started)
         self._claim_step = self._claim_step if record.claim_step is None else record.claim_step
         status, result = self._folder.status(), self._folder.result()
         if status is None or result is None or status["epoch"] != self._options.epoch:
@@ -129,8 +103,8 @@ class RunKeeper:
             return
         self._do(self._write_status)
         self.event(STARTED, step=self._claim_step, detail=detail)
-        if self._restarted:
-            self._do(self._note_commits_before)
+        if self._checkpoints.restarted:
+            self._do(self._checkpoints.note_commits_before)
 
     def stop(self) -> None:
         """Write out everything and end the thread."""
@@ -171,8 +145,7 @@ class RunKeeper:
 
         def enter() -> None:
             self._record.world(world.size, now)
-            self._attempts.clear()
-            self._save_at = time.monotonic() + self._save_interval()
+            self._checkpoints.world_formed()
 
         self._do(enter)
 
@@ -214,14 +187,14 @@ class RunKeeper:
                 **{k: message[k] for k in ("step", "seconds", "detail") if k in message},
             )  # fmt: skip
         elif kind == "pack":
-            self._do(lambda: self._take_pack(member, generation, message))
+            self._do(lambda: self._take_share(member, generation, message))
         elif kind == "saved alone":
             self._do(self._saved_alone)
         elif kind in ("done", "failed"):
             self._do(lambda: self._take_outcome(member, generation, message))
 
     def restore_point(self) -> dict[str, Any]:
-        return self._restore
+        return self._checkpoints.restore
 
     def close_run(self, status: str, message: str) -> None:
         self._do(lambda: self._close(status, message, {}))
@@ -231,7 +204,7 @@ class RunKeeper:
 
     def recent_rows(self) -> list[dict[str, Any]]:
         """The newest rows, which need not be in storage yet."""
-        return list(self._recent)
+        return self._ledger.recent()
 
     def ended(self) -> str | None:
         """How the run ended, for workers that did not hear of it."""
@@ -270,7 +243,8 @@ class RunKeeper:
         flush_s = FLUSH_LOCAL_S if self._storage.can_append else FLUSH_OBJECT_S
         next_flush, next_beat = time.monotonic() + flush_s, time.monotonic() + HEARTBEAT_S
         while True:
-            wait = max(0.0, min(next_flush, next_beat, self._save_at) - time.monotonic())
+            due = min(next_flush, next_beat, self._checkpoints.due_at)
+            wait = max(0.0, due - time.monotonic())
             work: Callable[[], None] | None = lambda: None  # noqa: E731
             with contextlib.suppress(queue.Empty):
                 work = self._queue.get(timeout=wait)
@@ -279,7 +253,7 @@ class RunKeeper:
             try:
                 work()
             except Exception as error:  # without its keeper a run must not go on
-                self._give_up("".join(traceback.format_exception(error)).rstrip())
+                self._give_up(self._why(error))
             now = time.monotonic()
             try:
                 if now >= next_flush:
@@ -288,44 +262,50 @@ class RunKeeper:
                 if now >= next_beat:
                     next_beat = now + HEARTBEAT_S
                     self._beat()
-                if now >= self._save_at:
-                    self._wish_for_save()
+                if now >= self._checkpoints.due_at:
+                    self._checkpoints.wish(self._world is not None)
             except Exception as error:  # without its keeper a run must not go on
-                self._give_up("".join(traceback.format_exception(error)).rstrip())
+                self._give_up(self._why(error))
         self._flush()
-        if self._tensorboard:
-            self._tensorboard.close()
+        self._ledger.close()
 
     def _flush(self) -> None:
-        if self._closed:
-            return
-        self._rows.flush()
-        self._events.flush()
-        if self._tensorboard:
-            self._tensorboard.flush()
-        if self._to_confirm:
-            assert self._server is not None
-            fault.point("ledger.recorded", -1, self._to_confirm[-1][1])
-            self._server.send_all({"kind": "recorded", "rows": self._to_confirm})
-            self._to_confirm = []
+        if not self._closed:
+            self._ledger.flush(self._confirm)
+
+    def _confirm(self, rows: list[RowKey]) -> None:
+        self._send_all({"kind": "recorded", "rows": rows})
+
+    def _send_all(self, message: dict[str, Any]) -> None:
+        assert self._server is not None
+        self._server.send_all(message)
 
     def _beat(self) -> None:
-        if self._closed or not self._still_ours():
-            return
-        self._write_status()
+        if self._owns():
+            self._write_status()
 
-    def _still_ours(self) -> bool:
-        newest = self._folder.newest_epoch()
+    def _owns(self) -> bool:
+        """Whether the run is still this claim's; if not, everyone is told."""
+        if self._closed:
+            return False
+        newest = patiently(self._folder.newest_epoch)
         if newest <= self._options.epoch:
             return True
         self._give_up(f"claim {newest} took the run over from claim {self._options.epoch}")
         return False
 
+    def _why(self, error: Exception) -> str:
+        """What ends the run: one sentence where it is the storage, and all there is to know where it is us."""
+        if is_from_storage(error):
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            return f"{self._storage.url} could not be written: {reason}"
+        return "".join(traceback.format_exception(error)).rstrip()
+
     def _give_up(self, reason: str) -> None:
         """Write nothing more, and tell everyone who works for this claim to end, and why."""
         self._closed, reason = True, redact(reason)
         assert self._server is not None
-        self._server.send_all({"kind": "fenced", "reason": reason})
+        self._send_all({"kind": "fenced", "reason": reason})
         self._end = {"status": "fenced", "message": reason}
         self._server.publish({"kind": "end", **self._end}, keep=True)
 
@@ -336,9 +316,7 @@ class RunKeeper:
     def _record_event(self, record: dict[str, Any]) -> None:
         if self._closed:
             return
-        self._events.add(record)
-        if record["kind"] not in ("worker_warm", "restored"):
-            self._events.flush()  # first, so that nobody hears of what the ledger does not know
+        self._ledger.add_event(record)
         assert self._server is not None
         self._server.publish(record, keep=True)
 
@@ -346,129 +324,19 @@ class RunKeeper:
         if self._closed:
             return
         assert self._server is not None
-        fault.point("ledger.rows", -1, rows[0]["step"])
-        for row in rows:
-            self._to_confirm.append(row_key(row))
-            if not self._record.take_row(row):
-                continue  # sent again by who could not know that it had arrived
-            self._rows.add(row)
-            self._recent.append(row)
-            if self._options.tensorboard:
-                if self._tensorboard is None:
-                    self._tensorboard = TensorBoard(self._storage, self._options.epoch)
-                self._tensorboard.row(row)
+        for row in self._ledger.add_rows(rows):
             self._server.publish(row, keep="sample_hash" not in row)
 
-    # ---- checkpoints -------------------------------------------------------------------------------------------
-
-    def _save_interval(self) -> float:
-        every = self._options.save_every_s
-        if every is None:
-            return float("inf")
-        return every or auto_interval(self._record.save_costs, time.time() - self._started, self._record.faults)
-
-    def _wish_for_save(self) -> None:
-        """Once; the next is due an interval after this one was decided on, or after the world changed meanwhile."""
-        self._save_at = float("inf")
-        if self._world is not None and not self._closed:
-            assert self._server is not None
-            self._server.send_all({"kind": "wish", "wish": "save", "detail": "it is time"})
-
-    def _take_pack(self, member: Member, generation: Generation, message: dict[str, Any]) -> None:
-        step, name = key = (message["step"], message["attempt"])
-        if key not in self._attempts:
-            attempt = self._attempts[key] = _Attempt(message["shares"], generation)
-            if self._restarted and patiently(self._storage.exists, f"{attempt_folder(step, name)}/{MANIFEST}"):
-                self._note_committed(step, name)  # by the keeper before, which could not tell everyone
-                self._decided(step, name, attempt, None)
-                return
-        attempt = self._attempts[key]
-        if attempt.over:  # sent again by who could not know what became of it
-            self._tell(step, name, attempt.error)
-            return
-        if message["error"]:
-            self._decided(step, name, attempt, message["error"])
-            return
-        attempt.indexes[member.id], attempt.facts[member.id] = message["index"], message["facts"]
-        attempt.header = message["header"] or attempt.header
-        if len(attempt.indexes) == attempt.size and attempt.header is not None:
-            self._decided(step, name, attempt, self._commit(step, name, attempt))
-
-    def _note_commits_before(self) -> None:
-        """The keeper before may have died between a commit and its event, and nobody may be left who waits for it."""
-        for checkpoint in reversed(list(newest_first(self._storage))):
-            if checkpoint.attempt.startswith(f"{self._options.epoch}-"):
-                self._note_committed(checkpoint.step, checkpoint.attempt)
-
-    def _note_committed(self, step: int, name: str) -> None:
-        self._restore = {"rung": "checkpoint", "step": step, "attempt": name}
-        if (step, name) not in self._record.committed:
-            self._record.committed.add((step, name))
-            self._note("checkpoint_committed", generation=name.rpartition("-")[0], step=step, detail={"attempt": name})
-
-    def _decided(self, step: int, name: str, attempt: _Attempt, error: str | None) -> None:
-        """Tell the ledger and the workers what became of an attempt; then there is time to tidy up."""
-        attempt.over, attempt.error = True, error
-        attempt.indexes.clear()
-        self._save_at = time.monotonic() + self._save_interval()
-        if error:
-            self._save_failed = {"step": step, "error": error}
-            self._note("checkpoint_failed", generation=str(attempt.generation), step=step, detail=error)
-        self._tell(step, name, error)
-        if error or self._closed:
-            return
-        try:
-            self._retention.prune()
-        except Exception as problem:  # whatever storage raises: the run does not depend on it, and the next tries again
-            self._note("checkpoint_failed", step=step, detail=f"old checkpoints could not be removed: {problem}")
+    def _take_share(self, member: Member, generation: Generation, message: dict[str, Any]) -> None:
+        ranks = {m.id: rank for rank, m in enumerate(self._world.members)} if self._world else {}
+        self._checkpoints.take_share(member.id, generation, message, ranks)
 
     def _prune(self, policy: Policy, *, yes: bool) -> list[dict[str, Any]]:
-        if self._closed or not self._still_ours():
+        if not self._owns():
             raise FencedError("the run is ending, or another claim owns it")
-        retention = Retention(self._storage, policy)
-        gone, needed = retention.plan()
-        found = removals(self._storage, gone, set(newest_first(self._storage)), needed)
-        if yes:
-            retention.prune()
-        return [asdict(removal) for removal in found]
+        return self._checkpoints.prune(policy, yes=yes)
 
-    def _tell(self, step: int, name: str, error: str | None) -> None:
-        assert self._server is not None
-        self._server.send_all({"kind": "commit", "step": step, "attempt": name, "error": error})
-
-    def _commit(self, step: int, name: str, attempt: _Attempt) -> str | None:
-        """Commit an attempt; returns why it could not be."""
-        if self._closed or not self._still_ours():
-            return "a newer claim owns the run"
-        began = time.monotonic()
-        assert attempt.header is not None
-        metrics = self._record.last_eval if self._record.evaluated_step == step else {}
-        manifest = Manifest(
-            step, attempt.header["seed"], attempt.header["config_digest"],
-            {"size": attempt.size, "generation": str(attempt.generation)}, attempt.header["values"],
-            metrics={k: float(v) for k, v in metrics.items()},
-        )  # fmt: skip
-        ranks = {m.id: rank for rank, m in enumerate(self._world.members)} if self._world else {}
-        indexes = [attempt.indexes[i] for i in sorted(attempt.indexes, key=lambda i: (ranks.get(i, 0), i))]
-        self._rows.flush()
-        try:
-            whole = commit(self._storage, name, manifest, indexes)
-        except Exception as error:  # whatever storage raises: the checkpoint before stays the newest, the run goes on
-            return f"the checkpoint of step {step} could not be committed: {type(error).__name__}: {error}"
-        self._restore = {"rung": "checkpoint", "step": step, "attempt": name}
-        facts = attempt.facts.values()
-        stall, upload = max(f["stall_s"] for f in facts), max(f["seconds"] for f in facts)
-        self._record.saved(step, name, save_cost(stall, upload))
-        self._note(
-            "checkpoint_committed", generation=str(attempt.generation), step=step,
-            seconds=round(upload + time.monotonic() - began, 4),
-            detail={
-                "attempt": name, "bytes": whole.nbytes, "stall_s": stall,
-                **{k: round(sum(f[k] for f in facts), 4) for k in ("cpu_s", "requests", "retries")},
-                "written": sum(f["bytes"] for f in facts),
-            },
-        )  # fmt: skip
-        return None
+    # ---- the end -----------------------------------------------------------------------------------------------
 
     def _take_outcome(self, member: Member, generation: Generation, message: dict[str, Any]) -> None:
         if message["kind"] == "failed":
@@ -483,7 +351,7 @@ class RunKeeper:
             self._close(*self._give_up_outcome, {})
         elif not self._closed:
             assert self._server is not None
-            self._server.saved_alone(self._restore.get("step", -1))
+            self._server.saved_alone(self._checkpoints.restore.get("step", -1))
 
     def _finish_if_done(self) -> None:
         """The run is over when every member of the world that still lives has said so."""
@@ -501,23 +369,18 @@ class RunKeeper:
             return
         now, message = time.time(), redact(message)
         self._state, self._message = status, message
-        record, last = self._record, self._record.last_row or {}
+        record = self._record
         record.world(0, now)
-        values = {
-            "status": status, "message": message, "steps": self._last_step(),
-            "samples_seen": last.get("samples"), "loss": last.get("loss"), "metrics": record.last_eval,
-            **result, "stalls": record.stalls, "worker_hours": round(record.worker_seconds(now) / 3600, 6),
-            "cost": self._cost(), "seconds": round(now - self._started, 3), **self._options.facts,
-        }  # fmt: skip
+        values = result_values(
+            status, message, record, now, step=self._last_step(), started=self._started, price=self._options.price,
+            result=result, facts=self._options.facts,
+        )  # fmt: skip
         if not record.ended:  # else an earlier keeper died after it had said so
             kind = "run_failed" if status == "failed" else "run_finished"
             self._note(kind, step=values["steps"], seconds=values["seconds"], detail=message or status)
         fault.point("run.closing", -1, values["steps"])
-        self._folder.write_result(values)
-        self._rows.compact()
-        self._events.compact()
-        if self._tensorboard:
-            self._tensorboard.flush()
+        patiently(self._folder.write_result, values)
+        self._ledger.compact()
         self._write_status()
         fault.point("run.closed", -1, values["steps"])
         self._closed = True
@@ -527,29 +390,21 @@ class RunKeeper:
     def _publish_end(self, result: dict[str, Any]) -> None:
         assert self._server is not None
         assert self._end is not None
-        self._server.send_all({"kind": "over", "status": self._end["status"]})
+        self._send_all({"kind": "over", "status": self._end["status"]})
         self._server.publish({"kind": "end", **self._end, "result": result}, keep=True)
-
-    def _cost(self) -> float | None:
-        price = self._options.price
-        return None if price is None else round(price * self._record.worker_seconds(time.time()) / 3600, 6)
 
     def _last_step(self) -> int:
         row = self._record.last_row
-        return row["step"] if row else self._restore.get("step", 0)
+        return row["step"] if row else self._checkpoints.step
 
     def _status_values(self) -> dict[str, Any]:
-        world = self._world
-        return {
-            "status": self._state, "message": self._message, "heartbeat": time.time(), "epoch": self._options.epoch,
-            "step": self._last_step(),
-            "total_steps": self._options.total_steps,
-            "world": None if world is None else {"generation": str(world.generation), "size": world.size},
-            "members": [{"id": m.id, "node": m.node, "pid": m.pid} for m in (world.members if world else ())],
-            "server": self._server.url if self._server is not None and self._state in LIVE_STATES else None,
-            "checkpoint": self._restore.get("step"), "checkpoint_failed": self._save_failed,
-            **self._options.facts,
-        }  # fmt: skip
+        live, kept = self._state in LIVE_STATES, self._checkpoints
+        return status_values(
+            self._state, self._message, time.time(), epoch=self._options.epoch, step=self._last_step(),
+            total_steps=self._options.total_steps, world=self._world,
+            server=self._server.url if self._server is not None and live else None,
+            checkpoint=kept.restore.get("step"), checkpoint_failed=kept.failed, facts=self._options.facts,
+        )  # fmt: skip
 
     def _write_status(self) -> None:
-        self._folder.write_status(self._status_values())
+        patiently(self._folder.write_status, self._status_values())

@@ -89,15 +89,12 @@ def run(arguments: argparse.Namespace) -> int:
     except ElasticError:
         raise
     except Exception as error:
-        if not _from_storage(error):
+        from elastic.checkpoint.transfer import is_from_storage
+
+        if not is_from_storage(error):
             raise
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise ElasticError(f"storage failed while working on {arguments.url}: {reason}") from error
-
-
-def _from_storage(error: BaseException) -> bool:
-    library = type(error).__module__.partition(".")[0]
-    return isinstance(error, OSError) or library in ("aiohttp", "botocore", "aiobotocore", "requests")
 
 
 def _print(arguments: argparse.Namespace, values: Any, text: Callable[[], str]) -> None:

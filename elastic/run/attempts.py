@@ -1,0 +1,72 @@
+"""A checkpoint whose shares are coming in: what each share decides. Pure: no storage, no clock."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from elastic.checkpoint.format import Manifest
+from elastic.membership.world import Generation
+
+
+@dataclass
+class Attempt:
+    """An attempt of the world `generation` to save `step`; `shares` of its members make it whole."""
+
+    step: int
+    name: str
+    generation: Generation
+    shares: int
+    indexes: dict[str, dict[str, Any]] = field(default_factory=dict)
+    facts: dict[str, dict[str, float]] = field(default_factory=dict)
+    header: dict[str, Any] | None = None
+    over: bool = False
+    error: str | None = None
+
+    def take(self, member_id: str, message: Mapping[str, Any]) -> Literal["waits", "whole", "failed", "decided"]:
+        """A member's share came, or came again from one that could not know what became of it."""
+        if self.over:
+            return "decided"
+        if message["error"]:
+            return "failed"
+        self.indexes[member_id], self.facts[member_id] = message["index"], message["facts"]
+        self.header = message["header"] or self.header
+        return "whole" if len(self.indexes) == self.shares and self.header is not None else "waits"
+
+    def decide(self, error: str | None) -> None:
+        """It was committed, or it never will be."""
+        self.over, self.error = True, error
+        self.indexes.clear()
+
+    def manifest(self, metrics: Mapping[str, Any]) -> Manifest:
+        """All of the manifest but the tensors."""
+        assert self.header is not None
+        return Manifest(
+            self.step, self.header["seed"], self.header["config_digest"],
+            {"size": self.shares, "generation": str(self.generation)}, self.header["values"],
+            metrics={k: float(v) for k, v in metrics.items()},
+        )  # fmt: skip
+
+    def ordered(self, ranks: Mapping[str, int]) -> list[dict[str, Any]]:
+        """The indexes by rank; members that are in no world any more come first, by id."""
+        return [self.indexes[i] for i in sorted(self.indexes, key=lambda i: (ranks.get(i, 0), i))]
+
+    @property
+    def stall_s(self) -> float:
+        """Seconds for which the slowest member's training stood still."""
+        return max(f["stall_s"] for f in self.facts.values())
+
+    @property
+    def upload_s(self) -> float:
+        """Seconds of the slowest member's upload."""
+        return max(f["seconds"] for f in self.facts.values())
+
+    def summary(self) -> dict[str, float]:
+        """For the ledger: what it took, of all members together."""
+        facts = self.facts.values()
+        return {
+            "stall_s": self.stall_s,
+            **{k: round(sum(f[k] for f in facts), 4) for k in ("cpu_s", "requests", "retries")},
+            "written": sum(f["bytes"] for f in facts),
+        }

@@ -1,0 +1,44 @@
+"""What a run says of itself: the contents of status.json and result.json, from its record. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from elastic.membership.world import World
+from elastic.run.record import Record
+
+
+def status_values(
+    status: str, message: str, now: float, *, epoch: int, step: int, total_steps: int, world: World | None,
+    server: str | None, checkpoint: int | None, checkpoint_failed: Mapping[str, Any] | None, facts: Mapping[str, Any],
+) -> dict[str, Any]:  # fmt: skip
+    """status.json. `now` is its heartbeat, unix seconds; `server` is there while the run is live."""
+    return {
+        "status": status, "message": message, "heartbeat": now, "epoch": epoch, "step": step,
+        "total_steps": total_steps,
+        "world": None if world is None else {"generation": str(world.generation), "size": world.size},
+        "members": [{"id": m.id, "node": m.node, "pid": m.pid} for m in (world.members if world else ())],
+        "server": server, "checkpoint": checkpoint, "checkpoint_failed": checkpoint_failed, **facts,
+    }  # fmt: skip
+
+
+def result_values(
+    status: str, message: str, record: Record, now: float, *, step: int, started: float, price: float | None,
+    result: Mapping[str, Any], facts: Mapping[str, Any],
+) -> dict[str, Any]:  # fmt: skip
+    """result.json.
+
+    Args:
+        now, started: unix seconds.
+        price: of one worker for one hour.
+        result: what the workers said at the end; nothing where they did not come to that.
+    """
+    last, seconds = record.last_row or {}, record.worker_seconds(now)
+    return {
+        "status": status, "message": message, "steps": step,
+        "samples_seen": last.get("samples"), "loss": last.get("loss"), "metrics": record.last_eval,
+        **result, "stalls": record.stalls, "worker_hours": round(seconds / 3600, 6),
+        "cost": None if price is None else round(price * seconds / 3600, 6),
+        "seconds": round(now - started, 3), **facts,
+    }  # fmt: skip

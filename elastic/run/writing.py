@@ -1,0 +1,92 @@
+"""The ledger of a run as its keeper writes it: rows once each, events at once, and what is shown to who follows."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from elastic import fault
+from elastic.checkpoint.transfer import RETRY_S, patiently
+from elastic.membership.outbox import RowKey, row_key
+from elastic.observe.ledger import EVENTS, METRICS, LedgerFile
+from elastic.observe.tensorboard import TensorBoard
+from elastic.run.record import Record
+from elastic.storage import Storage
+
+RECENT_ROWS = 100
+_CAN_WAIT = ("worker_warm", "restored")  # kinds of events that are written with the next rows
+
+
+class LedgerWriter:
+    """All methods on the keeper's thread, but for `recent`. A storage that is away for a while is waited for.
+
+    Args:
+        tensorboard: write its event files too.
+    """
+
+    def __init__(self, storage: Storage, epoch: int, record: Record, *, tensorboard: bool):
+        self._storage, self._epoch, self._record = storage, epoch, record
+        self._rows = LedgerFile(storage, METRICS, epoch)
+        self._events = LedgerFile(storage, EVENTS, epoch)
+        self._wants_board = tensorboard
+        self._board: TensorBoard | None = None
+        self._to_confirm: list[RowKey] = []
+        self._recent: deque[dict[str, Any]] = deque(maxlen=RECENT_ROWS)
+
+    def recent(self) -> list[dict[str, Any]]:
+        """The newest rows, which need not be in storage yet. From any thread."""
+        return list(self._recent)
+
+    def add_rows(self, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Take in rows; returns those that are new."""
+        fault.point("ledger.rows", -1, rows[0]["step"])
+        new = []
+        for row in rows:
+            self._to_confirm.append(row_key(row))
+            if not self._record.take_row(row):
+                continue  # sent again by who could not know that it had arrived
+            new.append(row)
+            self._rows.add(row)
+            self._recent.append(row)
+            if self._wants_board:
+                self._board = self._board or TensorBoard(self._storage, self._epoch)
+                self._board.row(row)
+        return new
+
+    def add_event(self, event: dict[str, Any]) -> None:
+        """Write an event, so that nobody hears of what the ledger does not know."""
+        self._events.add(event)
+        if event["kind"] not in _CAN_WAIT:
+            self._patiently(self._events.flush)
+
+    def flush_rows(self) -> None:
+        """Write the rows that are queued."""
+        self._patiently(self._rows.flush)
+
+    def flush(self, confirm: Callable[[list[RowKey]], None]) -> None:
+        """Write what is queued; `confirm` is told of rows that are in storage now."""
+        self.flush_rows()
+        self._patiently(self._events.flush)
+        if self._board:
+            self._board.flush()
+        if self._to_confirm:
+            fault.point("ledger.recorded", -1, self._to_confirm[-1][1])
+            confirm(self._to_confirm)
+            self._to_confirm = []
+
+    def compact(self) -> None:
+        """The end: all in one file each."""
+        self._patiently(self._rows.compact)
+        self._patiently(self._events.compact)
+        if self._board:
+            self._board.flush()
+
+    def _patiently(self, write: Callable[[], None]) -> None:
+        """A segment is created whole, so it can be tried again; what was appended in part cannot."""
+        patiently(write, retry_s=0.0 if self._storage.can_append else RETRY_S)
+
+    def close(self) -> None:
+        """Write out what others can read meanwhile, and no more."""
+        if self._board:
+            self._board.close()

@@ -1,0 +1,115 @@
+"""Patience with storage: what is tried again, for how long, and what is not."""
+
+from __future__ import annotations
+
+import errno
+import threading
+import time
+from types import SimpleNamespace
+
+import pytest
+
+from elastic.checkpoint import transfer
+from elastic.checkpoint.transfer import Cancelled, in_one_sentence, is_transient, patiently
+from elastic.errors import StorageError
+from elastic.storage import Storage
+
+
+class Clock:
+    """Time that passes only in waits."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch):
+        self.now, self.waits = 0.0, list[float]()
+        monkeypatch.setattr(transfer, "time", SimpleNamespace(monotonic=lambda: self.now))
+        monkeypatch.setattr(transfer, "threading", SimpleNamespace(Event=lambda: SimpleNamespace(wait=self._wait)))
+
+    def _wait(self, seconds: float) -> None:
+        self.waits.append(seconds)
+        self.now += seconds
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    return Clock(monkeypatch)
+
+
+def failing(times: int, error: Exception):
+    calls = []
+
+    def call() -> str:
+        calls.append(1)
+        if len(calls) <= times:
+            raise error
+        return "done"
+
+    return call, calls
+
+
+def test_what_passes_is_tried_again_with_growing_pauses(clock):
+    retries = []
+    call, calls = failing(8, ConnectionResetError("reset"))
+
+    assert patiently(call, on_retry=lambda: retries.append(1)) == "done"
+
+    assert len(calls) == 9
+    assert len(retries) == 8
+    assert all(0.5 * expected <= wait <= 1.5 * expected for wait, expected in zip(
+        clock.waits, [0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 5.0, 5.0], strict=True))  # fmt: skip
+    assert len(set(clock.waits)) == 8, "workers do not come back all at one moment"
+
+
+def test_patience_has_an_end(clock):
+    call, _ = failing(10**9, TimeoutError("still"))
+
+    with pytest.raises(TimeoutError, match="still"):
+        patiently(call, retry_s=60)
+
+    assert 50 < clock.now < 60 + 1.5 * 5, "no pause begins that would end later, but for its jitter"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        FileNotFoundError("gone"), PermissionError("no"), OSError(errno.ENOSPC, "full"), OSError(errno.EROFS, "fixed"),
+        OSError("ExpiredToken: renew it"), ValueError("a mistake of ours"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_what_does_not_pass_is_told_at_once(clock, error):
+    call, calls = failing(1, error)
+
+    assert not is_transient(error)
+    with pytest.raises(type(error)):
+        patiently(call)
+    assert (len(calls), clock.waits) == (1, [])
+
+
+@pytest.mark.parametrize(
+    "error",
+    [ConnectionResetError(), TimeoutError(), OSError(errno.EBUSY, "SlowDown"), OSError(errno.EIO, "503")],
+    ids=repr,
+)
+def test_what_may_pass_is_known(error):
+    assert is_transient(error)
+
+
+def test_who_calls_off_is_heard_in_the_middle_of_a_pause():
+    cancelled = threading.Event()
+    call, _ = failing(10**9, TimeoutError())
+    threading.Timer(0.05, cancelled.set).start()
+    began = time.monotonic()
+
+    with pytest.raises(Cancelled):
+        patiently(call, cancelled=cancelled, retry_s=60)
+
+    assert time.monotonic() - began < 5
+
+
+def test_what_storage_raises_comes_out_as_one_sentence(tmp_path):
+    storage = Storage(str(tmp_path))
+
+    with pytest.raises(StorageError) as caught, in_one_sentence(storage, "read"):
+        raise PermissionError("the keys\nhave expired")
+    assert str(caught.value) == f"{tmp_path} could not be read: PermissionError: the keys have expired"
+    with pytest.raises(ZeroDivisionError), in_one_sentence(storage, "read"):
+        raise ZeroDivisionError
