@@ -255,6 +255,7 @@ class CheckpointOptions:
         None, "safetensors to start from, at step 0 only: a file, a folder or a URL", result=True
     )
     init_partial: bool = option(False, "allow init-from to lack weights of the model")
+    convert: bool = option(False, "resume although tensors of the checkpoint have other dtypes than the model's")
 
     def __post_init__(self) -> None:
         if self.every is not None and self.every != "auto":

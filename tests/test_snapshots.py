@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from elastic.errors import RunFailed
 from elastic.run.prepare import prepare
@@ -19,9 +21,10 @@ from elastic.snapshot.cadence import FIRST
 from elastic.snapshot.client import VaultClient
 from elastic.snapshot.holdings import Holding
 from elastic.worker.from_vaults import survey
+from elastic.worker.ladder import next_rung
 from elastic.worker.local import LocalRun
 from tests.forked import LONG, WAIT_S, Ran, Watch, configure, fault, local_run, plan, wait_until
-from tests.test_bits import assert_same_training
+from tests.test_bits import assert_same_training, flip_a_byte
 from tests.tiny_jobs import Everything
 
 pytestmark = [pytest.mark.processes, pytest.mark.usefixtures("fork_server")]
@@ -206,6 +209,53 @@ def test_a_checkpoint_that_is_newer_than_the_snapshot_is_taken(undisturbed_epoch
     reason = lose_after_step_5(undisturbed_epoch, config, gate, lambda nodes: nodes.lose(2), step=5, rung="checkpoint")
 
     assert "; the newest complete snapshot is of step 4, a checkpoint of step 5" in reason
+
+
+def test_a_snapshot_is_taken_where_the_newer_checkpoint_is_damaged(undisturbed_epoch, tmp_path, gate):
+    """Of checkpoints of steps 3 and 6 and a snapshot of step 4: what is damaged is told, and no more is done again
+    than must be."""
+    held = gate("held")
+    config = snapshots(tmp_path, checkpoint__every="3st")
+    with running(config, fault("step.forward", 7, 1, "hold", file=held)) as (run, nodes):
+        nodes.wait_for_parts(4, 6)
+        nodes.watch.wait_for(lambda r: r.get("kind") == "checkpoint_committed" and r["step"] == 6)
+        damaged = flip_a_byte(Ran(run, None), step=6)
+        nodes.lose(2)
+        held.unlink()
+
+    reason = assert_restored(run, undisturbed_epoch, 4, applied=6)
+
+    assert "; the checkpoint of step 6 cannot be loaded" in reason
+    (failed,) = [e for e in Ran(run, None).events("checkpoint_failed") if e["step"] == 6]
+    assert damaged in failed["detail"]
+
+
+def test_where_the_snapshot_is_lost_too_the_checkpoint_before_the_damaged_one_is_taken(
+    undisturbed_epoch, tmp_path, gate
+):
+    held = gate("held")
+    config = snapshots(tmp_path, checkpoint__every="3st")
+    with running(config, fault("step.forward", 7, 1, "hold", file=held)) as (run, nodes):
+        nodes.wait_for_parts(4, 6)
+        nodes.watch.wait_for(lambda r: r.get("kind") == "checkpoint_committed" and r["step"] == 6)
+        flip_a_byte(Ran(run, None), step=6)
+        nodes.lose(0, 1)
+        held.unlink()
+
+    reason = assert_restored(run, undisturbed_epoch, 3, applied=6, rung="checkpoint")
+
+    assert "; the snapshot of step 4 lost shard" in reason
+    assert "; the checkpoint of step 6 cannot be loaded" in reason
+
+
+@given(st.none() | st.integers(0, 9), st.none() | st.integers(0, 9))
+def test_the_rung_that_leaves_the_least_to_be_done_again_is_next(snapshot, checkpoint):
+    rung = next_rung(snapshot, checkpoint)
+
+    steps = {"snapshot": snapshot, "checkpoint": checkpoint, "fresh": 0}
+    assert steps[rung] == max(s for s in (snapshot, checkpoint, 0) if s is not None)
+    assert (rung == "fresh") == (snapshot is None and checkpoint is None)
+    assert rung == "snapshot" or snapshot is None or snapshot < checkpoint, "of equals the faster"
 
 
 def test_every_worker_is_lost_and_new_ones_find_the_snapshot(undisturbed_epoch, tmp_path, gate):

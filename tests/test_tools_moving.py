@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import shutil
 import signal
 import sys
 import time
 import uuid
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -27,7 +29,7 @@ from elastic.tools.dcp import open_dcp
 from elastic.tools.inspecting import verify
 from elastic.tools.output import Output, Stream
 from tests import forked
-from tests.tiny_jobs import Everything
+from tests.tiny_jobs import Everything, Plain
 
 WEIGHTS = {
     "a.weight": torch.randn(30, 7), "a.bias": torch.randn(7, dtype=torch.float64), "half": torch.randn(5).bfloat16(),
@@ -282,6 +284,43 @@ def test_a_run_exported_and_imported_elsewhere_goes_on_and_ends_with_the_undistu
 
 @pytest.mark.processes
 @pytest.mark.usefixtures("fork_server")
+def test_a_run_is_resumed_in_another_dtype_where_that_is_asked_for(tmp_path):
+    forked.train(Halved(), forked.configure(tmp_path, "run", run__stop_after="4st"), workers=2)
+    change = {"run__allow_change": ("job.dtype",)}
+
+    refused = forked.train(Halved(dtype="bfloat16"), forked.configure(tmp_path, "run", **change), workers=1)
+    shutil.copytree(tmp_path / "run", tmp_path / "cut")
+    for strategy, name in (("ddp", "run"), ("fsdp", "cut")):
+        options = {**change, "checkpoint__convert": True, "parallel__strategy": strategy}
+        ran = forked.train(Halved(dtype="bfloat16"), forked.configure(tmp_path, name, **options), workers=2)
+        assert ran.failure is None
+        assert [e["step"] for e in ran.events("restored") if e["detail"]["rung"] == "checkpoint"] == [4]
+        assert {v[0] for k, v in ran.state().items() if k.startswith("model/")} == {torch.bfloat16}
+        assert {v[0] for k, v in ran.state().items() if k.endswith("/exp_avg")} == {torch.bfloat16}
+
+    assert refused.failure is not None
+    assert (
+        "is float32 (16,), this one is bfloat16 (16,); start another run, or give --checkpoint.convert"
+        in refused.failure
+    )
+
+
+@dataclass
+class Halved(Plain):
+    """Parameters in a dtype that is an option."""
+
+    dtype: str = "float32"
+
+    def model(self):
+        return super().model().to(getattr(torch, self.dtype))
+
+    def loss(self, model, batch):
+        features, labels, ids = batch
+        return super().loss(model, (features.to(getattr(torch, self.dtype)), labels, ids))
+
+
+@pytest.mark.processes
+@pytest.mark.usefixtures("fork_server")
 def test_imported_weights_start_a_run_as_initial_weights_do(tmp_path):
     torch.manual_seed(7)
     weights = {
@@ -303,12 +342,12 @@ def test_imported_weights_start_a_run_as_initial_weights_do(tmp_path):
 # ---- interruptions -------------------------------------------------------------------------------------------------
 
 
-def _verb(arguments: list[str], plan: list[dict[str, object]], said: Path | None) -> None:
+def _verb(arguments: list[str], plan: list[dict[str, object]], said: Path | None, group: tuple[str, ...]) -> None:
     if said is not None:
         sys.stderr = said.open("w")
     os.environ["ELASTIC_FAULTS"] = json.dumps(plan)
     fault.read_plan()
-    sys.exit(cli.main(["checkpoints", *arguments]))
+    sys.exit(cli.main([*group, *arguments]))
 
 
 def _state_of(pid: int) -> str:
@@ -319,9 +358,11 @@ def _state_of(pid: int) -> str:
         return ""
 
 
-def stopped_at(arguments: list[str], plan: dict[str, object], said: Path | None = None):
+def stopped_at(
+    arguments: list[str], plan: dict[str, object], said: Path | None = None, group: tuple[str, ...] = ("checkpoints",)
+):
     """A process that carries out a verb and has stopped itself at the planned point; `said` gets its errors."""
-    process = forked._context.Process(target=_verb, args=(arguments, [{"do": "stop", **plan}], said))
+    process = forked._context.Process(target=_verb, args=(arguments, [{"do": "stop", **plan}], said, group))
     process.start()
     deadline = time.monotonic() + forked.WAIT_S
     while _state_of(process.pid) != "T":

@@ -309,6 +309,23 @@ def test_bad_input_is_refused(make, tmp_path, capsys, arguments, said):
     assert len(steps(tmp_path / "runs" / "run")) == 6
 
 
+@pytest.mark.processes
+@pytest.mark.usefixtures("fork_server")
+@pytest.mark.parametrize("step", [5, -1])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_whole_runs_whose_removal_was_interrupted_are_still_runs_and_go_the_next_time(make, number, step, tmp_path):
+    make()
+    command = ["prune", str(tmp_path / "runs"), "--older-than", "0s", "--yes"]
+    process = stopped_at(command, {"point": "prune.run", "step": step}, tmp_path / "said", group=())
+
+    code = resume(process, number)
+
+    assert code == (130 if number == signal.SIGINT else -signal.SIGKILL)
+    assert len(look_at_runs(str(tmp_path / "runs"))[1]) == 1
+    elastic(*command)
+    assert list((tmp_path / "runs").iterdir()) == []
+
+
 # ---- figures -------------------------------------------------------------------------------------------------------
 
 

@@ -220,6 +220,7 @@ def test_every_option_that_can_be_wrong_has_a_refusal_above():
         "run.take-over", "run.allow-change", "parallel.find-unused", "observe.tensorboard", "cluster.address",
         "parallel.compile", "parallel.activation-checkpointing", "parallel.reshard-after-forward",
         "parallel.blocks",  # refused when the model is known
+        "checkpoint.convert",
     }  # fmt: skip
     refused = {option.removeprefix("--") for _, option, _, _ in REFUSED}
 
@@ -330,6 +331,7 @@ OTHER_VALUES = {
     "precision.param-dtype": "bf16", "precision.loss-scale": 2.0, "eval.every": "1ep", "checkpoint.every": "1ep",
     "checkpoint.keep-last": 1, "checkpoint.when-busy": "skip", "checkpoint.keep-every": "1ep",
     "checkpoint.keep-best": 1, "checkpoint.best-metric": "eval/accuracy", "checkpoint.best-mode": "max",
+    "checkpoint.convert": True,
     "checkpoint.init-from": "w.safetensors", "recovery.hang-timeout": "1min", "recovery.lease": "1min",
     "recovery.max-wait": "1h", "recovery.snapshot-every": "5st",
     "observe.log-every": 1.0, "observe.tensorboard": False, "observe.price": 1.0,

@@ -10,6 +10,7 @@ earlier checkpoint. Format 1 had none of this.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import re
@@ -199,6 +200,7 @@ def _manifest(raw: Any, where: str) -> Manifest:
     if step < 0:
         raise CheckpointError(f"it has step {step}")
     tensors = {name: _tensor(name, entry, version) for name, entry in raw["tensors"].items()}
+    _check_apart(tensors)
     metrics = {_text(k): float(_number(v)) for k, v in raw.get("metrics", {}).items()}
     for part in ("world", "values"):
         if not isinstance(raw[part], dict):
@@ -221,6 +223,19 @@ def _tensor(name: str, raw: Any, version: int) -> TensorEntry:
     if not tiles([c.box for c in chunks], shape):
         raise CheckpointError(f"tensor {name!r} is not tiled by its chunks")
     return TensorEntry(dtype, shape, chunks)
+
+
+def _check_apart(tensors: dict[str, TensorEntry]) -> None:
+    """No two chunks lie in the same bytes: tensors are no larger than the objects that hold them."""
+    places = sorted(
+        (chunk.pack, chunk.start, chunk.end, name)
+        for name, entry in tensors.items()
+        for chunk in entry.chunks
+        if chunk.end > chunk.start
+    )
+    for (pack, _, end, one), (other_pack, start, _, other) in itertools.pairwise(places):
+        if pack == other_pack and start < end:
+            raise CheckpointError(f"tensors {one!r} and {other!r} lie in the same bytes of {pack}")
 
 
 def _chunk(name: str, raw: Any, shape: tuple[int, ...], item: int, version: int) -> Chunk:

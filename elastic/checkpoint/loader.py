@@ -15,7 +15,7 @@ from elastic.checkpoint.blocks import Partial, hash_pieces, unproven
 from elastic.checkpoint.format import Manifest, TensorEntry
 from elastic.checkpoint.plan import BlockPart, Read, plan_load, plan_reads, read_bytes, read_limit, wanted_bytes
 from elastic.checkpoint.tensors import DTYPES, Shard, dtype_name
-from elastic.checkpoint.transfer import RangeReader
+from elastic.checkpoint.transfer import RangeReader, patiently
 from elastic.errors import CheckpointError
 from elastic.storage import Storage
 
@@ -125,18 +125,34 @@ def load_all(
         CheckpointError: as `load`; also objects that are smaller than the manifest says, before memory is taken.
     """
     chosen = {name: manifest.tensors[name] for name in (manifest.tensors if names is None else names)}
-    for path, least in Manifest(0, 0, "", {}, {}, chosen).packs(folder).items():
-        try:
-            size = storage.size(path)
-        except FileNotFoundError as error:
-            name = _user(chosen, folder, path)
-            raise CheckpointError(f"{path} is missing, which holds the tensor {name!r}") from error
-        if size < least:
-            name = _user(chosen, folder, path, size)
-            raise CheckpointError(f"{path} is too short for the tensor {name!r}")
+    check_objects(storage, folder, chosen)
     found = {name: torch.empty(entry.shape, dtype=DTYPES[entry.dtype]) for name, entry in chosen.items()}
     load(storage, folder, manifest, [Shard.whole(name, tensor) for name, tensor in found.items()])
     return found
+
+
+def check_objects(storage: Storage, folder: str, tensors: Mapping[str, TensorEntry]) -> None:
+    """Before memory is taken for tensors: find out whether the objects that they lie in are there and long enough.
+
+    Raises:
+        CheckpointError: one is not, and which tensor misses it.
+    """
+    packs = Manifest(0, 0, "", {}, {}, dict(tensors)).packs(folder)
+
+    def size(path: str) -> int:
+        try:
+            return patiently(storage.size, path)
+        except FileNotFoundError:
+            return -1
+
+    with ThreadPoolExecutor(max(1, min(len(packs), IN_FLIGHT)), "checkpoint-size") as pool:
+        sizes = dict(zip(packs, pool.map(size, packs)))
+    for path, least in packs.items():
+        if sizes[path] < 0:
+            raise CheckpointError(f"{path} is missing, which holds the tensor {_user(tensors, folder, path)!r}")
+        if sizes[path] < least:
+            name = _user(tensors, folder, path, sizes[path])
+            raise CheckpointError(f"{path} is too short for the tensor {name!r}")
 
 
 def _user(tensors: Mapping[str, TensorEntry], folder: str, path: str, size: int = -1) -> str:
@@ -153,9 +169,10 @@ def _check(folder: str, entry: TensorEntry | None, shard: Shard, convert: bool) 
         raise CheckpointError(f"the checkpoint in {folder} has no tensor {shard.name!r}")
     mine = dtype_name(shard.name, shard.tensor)
     if entry.shape != tuple(shard.shape) or (entry.dtype != mine and not convert):
+        fix = "give --checkpoint.convert" if entry.shape == tuple(shard.shape) else "use the code that saved it"
         raise CheckpointError(
             f"the saved {shard.name} is {entry.dtype} {entry.shape}, this one is {mine} {tuple(shard.shape)}; start "
-            "another run, or use the code that saved it"
+            f"another run, or {fix}"
         )
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from elastic import fault
 from elastic.checkpoint.format import ATTEMPT, FOLDER, MANIFEST, step_folder
 from elastic.checkpoint.reader import Committed, attempts, newest_first, steps_with_attempts
 from elastic.checkpoint.retention import Policy, Removal, Retention, pins, removals
@@ -247,11 +248,13 @@ def _remove_run(folder: RunFolder, held: Hold) -> None:
     for checkpoint in newest_first(storage):
         held.check()
         storage.remove(f"{checkpoint.folder}/{MANIFEST}")
+        fault.point("prune.run", -1, checkpoint.step)
     storage.remove(FOLDER)
     sweep_uploads(storage, FOLDER, keep=lambda name: False)
     held.check()
     for name in storage.names():
         if name not in (STATUS, CLAIMS):
             storage.remove(name)
+    fault.point("prune.run", -1, -1)
     storage.remove(STATUS)
     storage.remove("")

@@ -1,47 +1,33 @@
-"""Bringing a sharded state into a new world: from the memory of those that hold it, else from storage, else afresh."""
+"""Bringing a sharded state into a new world: from the memory of those that hold it, else down the ladder."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from elastic.checkpoint.format import Manifest
-from elastic.checkpoint.loader import load_together
-from elastic.checkpoint.reader import Committed, newest_first, read_manifest
 from elastic.checkpoint.tensors import Shard
 from elastic.config import CheckpointOptions
-from elastic.errors import CheckpointError
 from elastic.membership.client import WorkerLink
 from elastic.parallel.layout import Held, Move, holders, lost_shards, moves
 from elastic.storage import Storage
+from elastic.worker import ladder
 from elastic.worker.group import Group, collective
-from elastic.worker.saving import initialise
+from elastic.worker.ladder import Remeshed, tell
 from elastic.worker.snapshots import Snapshots
-from elastic.worker.state import TrainState, weights_alone
+from elastic.worker.state import TrainState
 
 BATCH_BYTES = 64 << 20  # of one rank's traffic at a time
-
-
-@dataclass
-class Remeshed:
-    """The state of a worker in its new world; `state` is None for a spare. `source` is the rank of one that had it."""
-
-    step: int
-    state: TrainState | None
-    rung: str
-    source: int
 
 
 def remesh(
     old: TrainState | None, held: Held, group: Group, make: Callable[[bool], TrainState], options: CheckpointOptions,
     storage: Storage, link: WorkerLink, snapshots: Snapshots,
 ) -> Remeshed:  # fmt: skip
-    """Go down the ladder: state in memory, snapshots, newest committed checkpoint, fresh start.
+    """Go down the ladder: state in memory, then what would be the least to do again, or a fresh start.
 
     Everyone of the world calls this, spares too.
 
@@ -59,25 +45,11 @@ def remesh(
         step = max(h.step for h in everyone)
         state = _from_memory(old, found, group, make)
         if held.step != step and state is not None:
-            _tell(link, step, began, {"rung": "peer", "source": found[0][0]})
+            tell(link, step, began, {"rung": "peer", "source": found[0][0]})
         return Remeshed(step, state, "memory", found[0][0])
     reason = lost_shards(everyone) if max(h.step for h in everyone) >= 0 else None
     del old
-    restored, why = snapshots.restore(group, make, group.assignment.restore.get("step", -1))
-    if reason and snapshots.on and restored is None:
-        why = why or "no vault has a snapshot"
-    reason = "; ".join(r for r in (reason, why) if r) or None
-    if restored is not None:
-        if group.leads:
-            _tell(link, restored.step, began, {**restored.detail, "reason": reason})
-        return Remeshed(restored.step, restored.state, "snapshot", group.layout.ranks[0])
-    return _from_storage(group, make, options, storage, link, began, reason)
-
-
-def _tell(link: WorkerLink, step: int, began: float, detail: dict[str, Any]) -> None:
-    seconds = round(time.monotonic() - began, 4)
-    detail = {k: v for k, v in detail.items() if v is not None}
-    link.post({"kind": "event", "event": "restored", "step": step, "seconds": seconds, "detail": detail})
+    return ladder.descend(group, make, options, storage, link, snapshots, reason)
 
 
 # ---- from memory ---------------------------------------------------------------------------------------------------
@@ -191,90 +163,3 @@ def _row_bytes(dtype: torch.dtype, shape: list[int]) -> int:
 
 def _flat(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.contiguous().reshape(-1).view(torch.uint8)
-
-
-# ---- from storage, or afresh ---------------------------------------------------------------------------------------
-
-
-def _from_storage(
-    group: Group, make: Callable[[bool], TrainState], options: CheckpointOptions, storage: Storage, link: WorkerLink,
-    began: float, reason: str | None,
-) -> Remeshed:  # fmt: skip
-    """The newest committed checkpoint that everyone can load; the lowest rank says which there are."""
-    there = [[c.step, c.attempt] for c in newest_first(storage)] if group.rank == 0 else None
-    committed = [Committed(step, attempt) for step, attempt in group.send_json(there, 0)]
-    filled = not committed
-    state = make(filled) if group.place is not None else None
-    source, problem = group.layout.ranks[0], ""
-    for checkpoint in committed:
-        try:
-            manifest = _read(group, storage, checkpoint)
-            if weights_alone(manifest.values) and not filled:  # all else stays as the job makes it
-                filled = True
-                state = make(filled) if group.place is not None else None
-            size = _load(state, group, storage, checkpoint, manifest)
-        except CheckpointError as error:  # for all
-            problem = str(error)
-            if group.leads:
-                link.post(
-                    {"kind": "event", "event": "checkpoint_failed", "step": checkpoint.step, "detail": problem}
-                )  # fmt: skip
-            continue
-        if group.leads:
-            detail = {"rung": "checkpoint", "attempt": checkpoint.attempt, "bytes": size, "reason": reason}
-            _tell(link, checkpoint.step, began, detail)
-        return Remeshed(checkpoint.step, state, "checkpoint", source)
-    if committed:
-        raise CheckpointError(f"no committed checkpoint can be loaded; the newest problem: {problem}")
-    if state is not None:
-        initialise(state, options, link, tell=group.leads)
-    if reason is not None and group.leads:
-        _tell(link, 0, began, {"rung": "fresh", "reason": reason})
-    return Remeshed(0, state, "fresh", source)
-
-
-def _read(group: Group, storage: Storage, checkpoint: Committed) -> Manifest:
-    """The checkpoint's manifest.
-
-    Raises:
-        CheckpointError: on all workers, if any of them could not read it.
-    """
-    manifest, problem = Manifest(checkpoint.step, 0, "", {}, {}), None
-    try:
-        manifest = read_manifest(storage, checkpoint)
-    except CheckpointError as error:
-        problem = str(error)
-    _raise_together(group, problem)
-    return manifest
-
-
-def _raise_together(group: Group, problem: str | None) -> None:
-    problems = [found for found in group.gather_json(problem) if found]
-    if problems:
-        raise CheckpointError(problems[0])
-
-
-def _load(
-    state: TrainState | None, group: Group, storage: Storage, checkpoint: Committed, manifest: Manifest
-) -> int:  # fmt: skip
-    """Load this worker's part, together with everyone.
-
-    Returns:
-        bytes that this worker read.
-
-    Raises:
-        CheckpointError: on all workers, if any of them could not load.
-    """
-    shards: list[Shard] = []
-    problem = None
-    try:
-        if state is not None:
-            shards = state.destinations(manifest.tensors, manifest.values)
-    except CheckpointError as error:
-        problem = str(error)
-    _raise_together(group, problem)
-    convert = weights_alone(manifest.values)
-    report = load_together(storage, checkpoint.folder, manifest, shards, group.gather_json, convert=convert)
-    if state is not None:
-        state.load_values(manifest.values)
-    return report.read_bytes

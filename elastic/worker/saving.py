@@ -13,10 +13,11 @@ import torch
 
 from elastic import fault
 from elastic.checkpoint.initial import load_initial, open_initial
-from elastic.checkpoint.loader import load
+from elastic.checkpoint.loader import check_objects, load
 from elastic.checkpoint.plan import plan_save
 from elastic.checkpoint.reader import newest_first, read_manifest
 from elastic.checkpoint.saver import Save, Saver
+from elastic.checkpoint.transfer import in_one_sentence
 from elastic.config import CheckpointOptions
 from elastic.errors import CheckpointError, ElasticError
 from elastic.membership.client import RunOver, WorkerLink
@@ -279,27 +280,38 @@ def initialise(state: TrainState, options: CheckpointOptions, link: WorkerLink, 
     link.post({"kind": "event", "event": "initialised", "step": 0, "seconds": seconds, "detail": found.to_json()})
 
 
-def restore_newest(state: TrainState, storage: Storage, link: WorkerLink) -> int:
+def restore_newest(state: TrainState, storage: Storage, link: WorkerLink, *, convert: bool) -> int:
     """Load the newest committed checkpoint that verifies; a damaged one is reported, and the one before is used.
+
+    Args:
+        convert: dtypes may be others than were saved.
 
     Returns:
         its step, or 0 where there is none: a fresh start.
 
     Raises:
         CheckpointError: there are checkpoints, and none can be loaded.
+        StorageError: storage cannot be read.
     """
+    with in_one_sentence(storage, "read"):
+        return _restore_newest(state, storage, link, convert)
+
+
+def _restore_newest(state: TrainState, storage: Storage, link: WorkerLink, convert: bool) -> int:
     problem: CheckpointError | None = None
     for checkpoint in newest_first(storage):
         began = time.monotonic()
         try:
             manifest = read_manifest(storage, checkpoint)
-            shards = state.destinations(manifest.tensors, manifest.values)
-            report = load(storage, checkpoint.folder, manifest, shards, convert=weights_alone(manifest.values))
+            check_objects(storage, checkpoint.folder, manifest.tensors)
+            other = convert or weights_alone(manifest.values)
+            shards = state.destinations(manifest.tensors, manifest.values, convert=other)
+            report = load(storage, checkpoint.folder, manifest, shards, convert=other)
+            state.load_values(manifest.values)
         except CheckpointError as error:
             problem = error
             link.post({"kind": "event", "event": "checkpoint_failed", "step": checkpoint.step, "detail": str(error)})
             continue
-        state.load_values(manifest.values)
         for block in report.refetched:
             link.post({"kind": "event", "event": "block_refetched", "step": checkpoint.step, "detail": block})
         link.post(

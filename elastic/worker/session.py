@@ -230,7 +230,9 @@ class Session:
         newest, source, state = max(applied), 0, self._the_state
         if newest < 0:
             if group.rank == source:
-                self._applied = restore_newest(state, self._storage, self._link)
+                self._applied = restore_newest(
+                    state, self._storage, self._link, convert=self._config.checkpoint.convert
+                )  # fmt: skip
                 if self._applied == 0:
                     initialise(state, self._config.checkpoint, self._link)
         else:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -31,15 +30,6 @@ from elastic.worker.state import TrainState
 
 IN_VAULTS, UNDER_WAY, FAILED = 0, 1, 2  # what a member says of its part; the worst counts for all
 GRACE_S = 2.0  # for a part that is under way when the world it is of is broken
-
-
-@dataclass(frozen=True)
-class Restored:
-    """A state out of a snapshot; None for a spare."""
-
-    step: int
-    state: TrainState | None
-    detail: dict[str, Any]
 
 
 class Snapshots:
@@ -165,16 +155,11 @@ class Snapshots:
 
     # ---- the way back ----------------------------------------------------------------------------------------------
 
-    def restore(
-        self, group: Group, make: Callable[[bool], TrainState], checkpoint_step: int
-    ) -> tuple[Restored | None, str]:  # fmt: skip
-        """The newest complete snapshot, if it is not older than the newest checkpoint. Everyone calls this together.
-
-        Returns:
-            what was restored, and why it is not the newest snapshot, or none.
-        """
+    def find(self, group: Group) -> tuple[list[Complete], str]:
+        """The complete snapshots, newest first, and why there is none, or a newer one is not. Everyone calls this
+        together."""
         if self._sender is None:
-            return None, ""
+            return [], ""
         self._sender.wait(GRACE_S)
         told = group.gather_json([self._own, sorted(self._known)])
         said = None
@@ -183,21 +168,20 @@ class Snapshots:
             found, reason = from_vaults.choose(sorted(near), sorted(far), self._token)
             said = [[str(c.id), c.urls] for c in found], reason
         found, reason = group.send_json(said, 0)
-        for id, urls in found:
-            snapshot = Complete(SnapshotId.parse(id), tuple(map(tuple, urls)))
-            step = snapshot.id.step
-            if step < checkpoint_step:
-                reason = _and(reason, f"the newest complete snapshot is of step {step}, a checkpoint of step "
-                              f"{checkpoint_step}")  # fmt: skip
-                break
-            try:
-                state, read = from_vaults.load(group, make, snapshot, self._own, self._token)
-            except SnapshotError as error:  # for all
-                reason = _and(reason, str(error))
-                continue
-            self._newest = snapshot.id
-            return Restored(step, state, {"rung": "snapshot", "snapshot": id, "bytes": read}), reason
-        return None, reason
+        return [Complete(SnapshotId.parse(id), tuple(map(tuple, urls))) for id, urls in found], reason
+
+    def load(self, group: Group, make: Callable[[bool], TrainState], found: Complete) -> tuple[TrainState | None, int]:
+        """This worker's part of a complete snapshot. Everyone calls this together.
+
+        Returns:
+            the state (None for a spare), and the bytes that were read.
+
+        Raises:
+            SnapshotError: on all workers, if any of them could not read its part.
+        """
+        state, read = from_vaults.load(group, make, found, self._own, self._token)
+        self._newest = found.id
+        return state, read
 
     # ---- in the step loop ------------------------------------------------------------------------------------------
 
@@ -299,7 +283,3 @@ def _bytes_of(state: TrainState) -> int:
         own = [p.to_local() if hasattr(p, "to_local") else p for p in group["params"]]
         size += int(share * sum(p.numel() * p.element_size() for p in own if p.requires_grad))
     return size
-
-
-def _and(*reasons: str) -> str:
-    return "; ".join(r for r in reasons if r)

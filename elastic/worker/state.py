@@ -22,6 +22,7 @@ from elastic.parallel.scaling import LossScale
 from elastic.parallel.wrapping import local, whole
 
 _PREFIXES = ("module.", "_orig_mod.")
+_NOT_SAVED = ("params", "lr", "initial_lr")  # of a parameter group: the schedule sets the rates
 
 
 def plain_name(name: str) -> str:
@@ -147,25 +148,35 @@ class TrainState:
         offsets = (shard_range(shape[0], self.mesh.shard, layout.shards).start, *(0 for _ in shape[1:]))
         return Shard(name, local(tensor), shape, offsets, self.mesh.replica, layout.replicas)
 
-    def destinations(self, entries: Mapping[str, TensorEntry], values: dict[str, Any]) -> list[Shard]:
+    def destinations(
+        self, entries: Mapping[str, TensorEntry], values: dict[str, Any], *, convert: bool = False
+    ) -> list[Shard]:
         """Where the tensors of a checkpoint go: live ones; the optimizer's state is made where there is none yet.
 
         Of a checkpoint that has weights alone, all else stays as the job made it.
+
+        Args:
+            convert: dtypes may be others than were saved; what the optimizer keeps of a parameter is like that then.
 
         Raises:
             CheckpointError: names are not those of this model, optimizer and job.
         """
         if weights_alone(values):
             return self._weight_destinations(entries)
-        self._check_optimizer(values)
+        self._check_values(values)
         mine = self._places(set(entries))
         saved: dict[str, set[str]] = {}
         for name in entries:
             if name.startswith("optimizer/"):
                 owner, _, key = name.removeprefix("optimizer/").rpartition("/")
                 saved.setdefault(owner, set()).add(key)
-        for stranger in saved.keys() - self._parameters.keys():
-            raise CheckpointError(f"the saved optimizer state is of a parameter {stranger!r} that is not here")
+        for owner, keys in saved.items():
+            self._check_owner(owner)
+            if keys & values["states"].get(owner, {}).keys():
+                raise CheckpointError(f"the saved optimizer state of {owner!r} has values in place of tensors")
+        for name in entries.keys() - mine.keys():
+            if not name.startswith("optimizer/"):
+                raise CheckpointError(f"the checkpoint has a tensor {name[:100]!r}, which is part of no training state")
         for owner, parameter in self._parameters.items():
             keys = saved.get(owner, set())
             for key in set(self.optimizer.state.get(parameter, {})) - keys:
@@ -173,6 +184,8 @@ class TrainState:
             for key in sorted(keys):
                 entry, state = entries[f"optimizer/{owner}/{key}"], self.optimizer.state[parameter]
                 dtype, known = DTYPES[entry.dtype], state.get(key)
+                if convert and dtype.is_floating_point and entry.shape == tuple(parameter.shape):
+                    dtype = parameter.dtype
                 if not isinstance(known, torch.Tensor) or (tuple(known.shape), known.dtype) != (entry.shape, dtype):
                     state[key] = self._new_state(parameter, tuple(entry.shape), dtype)
                 mine[f"optimizer/{owner}/{key}"] = state[key]
@@ -212,8 +225,7 @@ class TrainState:
             for name, p in self._parameters.items()
         }
         groups = [
-            {k: _plain(v) for k, v in group.items() if k not in ("params", "lr", "initial_lr")}
-            for group in self.optimizer.param_groups
+            {k: _plain(v) for k, v in group.items() if k not in _NOT_SAVED} for group in self.optimizer.param_groups
         ]
         extra = {k: v for k, v in self.job.extra_state().items() if not isinstance(v, torch.Tensor)}
         values = {
@@ -236,7 +248,7 @@ class TrainState:
         Raises:
             CheckpointError: names or shapes are not those of this model, optimizer and job.
         """
-        self._check_optimizer(values)
+        self._check_values(values)
         mine = self._places(set(tensors))
         with torch.no_grad():
             for name, value in tensors.items():
@@ -247,24 +259,62 @@ class TrainState:
         self.load_values(values)
 
     def load_values(self, values: dict[str, Any]) -> None:
-        """Put in place what is not a tensor, after the tensors."""
+        """Put in place what is not a tensor, after the tensors, whose `destinations` has checked these values.
+
+        Raises:
+            CheckpointError: the job's own `load_extra_state` does not take them.
+        """
         if weights_alone(values):
             return
         for parameter_name, state in values["states"].items():
             self.optimizer.state[self._parameters[parameter_name]].update(state)
         for group, saved in zip(self.optimizer.param_groups, values["groups"], strict=True):
             for key, value in saved.items():
-                group[key] = tuple(value) if isinstance(group.get(key), tuple) else value
-        self.job.load_extra_state(values["extra"])
+                if key not in _NOT_SAVED:
+                    group[key] = tuple(value) if isinstance(group.get(key), tuple) else value
+        try:
+            self.job.load_extra_state(values["extra"])
+        except Exception as error:  # the job's own code
+            raise CheckpointError(
+                f"load_extra_state() does not take the saved values: {type(error).__name__}: {error}; use the code "
+                "that saved them, or start another run"
+            ) from error
         if self.scaler is not None and "loss_scale" in values:
             self.scaler.load(values["loss_scale"])
 
-    def _check_optimizer(self, values: dict[str, Any]) -> None:
-        if values["optimizer"] != type(self.optimizer).__name__:
+    def _check_values(self, values: Mapping[str, Any]) -> None:
+        """Before anything is changed: refuse values that are none of a training state, or not of this job's."""
+        kinds = {"optimizer": str, "groups": list, "states": dict, "extra": dict}
+        wrong = [name for name, kind in kinds.items() if not isinstance(values.get(name), kind)]
+        if wrong:
+            raise CheckpointError(f"the checkpoint has no training state: its values lack {', '.join(wrong)}")
+        mine, groups = type(self.optimizer).__name__, self.optimizer.param_groups
+        if values["optimizer"] != mine:
             raise CheckpointError(
-                f"the saved state is of the optimizer {values['optimizer']}, this job's is "
-                f"{type(self.optimizer).__name__}; use that one, or start another run"
+                f"the saved state is of the optimizer {values['optimizer'][:100]}, this job's is {mine}; use that one, "
+                "or start another run"
             )
+        if len(values["groups"]) != len(groups):
+            raise CheckpointError(
+                f"the saved optimizer has {len(values['groups'])} parameter groups, this job's has {len(groups)}; use "
+                "the code that saved it, or start another run"
+            )
+        for owner in values["states"]:
+            self._check_owner(owner)
+        for name, parts in (("groups", values["groups"]), ("states", values["states"].values())):
+            if not all(isinstance(part, dict) for part in parts):
+                raise CheckpointError(f"the checkpoint has no training state: its {name} are no objects")
+        for group, saved in zip(groups, values["groups"]):
+            for key in saved.keys() & group.keys():
+                if isinstance(group[key], tuple) and not isinstance(saved[key], list):
+                    raise CheckpointError(f"the checkpoint has no training state: its {key} is no list")
+        scale = values.get("loss_scale", {"factor": 1.0, "good": 0})
+        if not isinstance(scale, dict) or any(type(scale.get(k)) not in (int, float) for k in ("factor", "good")):
+            raise CheckpointError("the checkpoint has no training state: its loss_scale is none")
+
+    def _check_owner(self, name: str) -> None:
+        if name not in self._parameters:
+            raise CheckpointError(f"the saved optimizer state is of a parameter {name[:100]!r} that is not here")
 
     def _places(self, saved: set[str]) -> dict[str, torch.Tensor]:
         """The live tensors of model and job by name, after comparing their names with those saved."""
@@ -282,8 +332,7 @@ class TrainState:
 
     def _load_optimizer_tensor(self, name: str, value: torch.Tensor) -> None:
         parameter_name, _, key = name.rpartition("/")
-        if parameter_name not in self._parameters:
-            raise CheckpointError(f"the saved optimizer state is of a parameter {parameter_name!r} that is not here")
+        self._check_owner(parameter_name)
         parameter = self._parameters[parameter_name]
         state = self.optimizer.state[parameter]
         target = value.to(self._device_of(parameter, value.dim()))

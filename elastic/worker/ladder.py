@@ -1,0 +1,218 @@
+"""Where a sharded state comes from when nobody holds all of it in memory: snapshots and checkpoints, newest first.
+
+Everyone of a world goes down together, spares too: a rung that one of them cannot take, none takes.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from elastic.checkpoint.format import Manifest
+from elastic.checkpoint.loader import check_objects, load_together
+from elastic.checkpoint.reader import Committed, newest_first, read_manifest
+from elastic.checkpoint.tensors import Shard
+from elastic.checkpoint.transfer import in_one_sentence
+from elastic.config import CheckpointOptions
+from elastic.errors import CheckpointError, SnapshotError
+from elastic.membership.client import WorkerLink
+from elastic.storage import Storage
+from elastic.worker.group import Group
+from elastic.worker.saving import initialise
+from elastic.worker.snapshots import Snapshots
+from elastic.worker.state import TrainState, weights_alone
+
+Make = Callable[[bool], TrainState]
+
+
+@dataclass
+class Remeshed:
+    """The state of a worker in its new world; `state` is None for a spare. `source` is the rank of one that had it."""
+
+    step: int
+    state: TrainState | None
+    rung: str
+    source: int
+
+
+def next_rung(snapshot: int | None, checkpoint: int | None) -> Literal["snapshot", "checkpoint", "fresh"]:
+    """What leaves the least to be done again; of equals the snapshot, which is faster.
+
+    Args:
+        snapshot, checkpoint: steps of the newest ones that were not tried yet, if any.
+    """
+    if snapshot is not None and (checkpoint is None or snapshot >= checkpoint):
+        return "snapshot"
+    return "fresh" if checkpoint is None else "checkpoint"
+
+
+def tell(link: WorkerLink, step: int, began: float, detail: dict[str, Any]) -> None:
+    """Say where the state came from, and how long that took since `began` (monotonic)."""
+    seconds = round(time.monotonic() - began, 4)
+    detail = {k: v for k, v in detail.items() if v is not None}
+    link.post({"kind": "event", "event": "restored", "step": step, "seconds": seconds, "detail": detail})
+
+
+def descend(
+    group: Group, make: Make, options: CheckpointOptions, storage: Storage, link: WorkerLink, snapshots: Snapshots,
+    lost: str | None,
+) -> Remeshed:  # fmt: skip
+    """Take the first rung that holds.
+
+    Args:
+        lost: why the state is not in memory, if any of it was.
+
+    Raises:
+        CheckpointError: there are checkpoints, and nothing can be loaded.
+        StorageError: storage cannot be read.
+    """
+    with in_one_sentence(storage, "read"):
+        return _descend(group, make, options, storage, link, snapshots, lost)
+
+
+def _descend(
+    group: Group, make: Make, options: CheckpointOptions, storage: Storage, link: WorkerLink, snapshots: Snapshots,
+    lost: str | None,
+) -> Remeshed:  # fmt: skip
+    began, source = time.monotonic(), group.layout.ranks[0]
+    copies, why = snapshots.find(group)
+    if lost and snapshots.on and not copies:
+        why = why or "no vault has a snapshot"
+    reasons, stored = [lost, why], _Stored(group, make, storage, options.convert)
+
+    def done(step: int, state: TrainState | None, detail: dict[str, Any]) -> Remeshed:
+        reason = "; ".join(r for r in reasons if r) or None
+        if group.leads and (reason is not None or detail["rung"] != "fresh"):
+            tell(link, step, began, {**detail, "reason": reason})
+        return Remeshed(step, state, detail["rung"], source)
+
+    while True:
+        rung = next_rung(copies[0].id.step if copies else None, stored.step)
+        if rung == "snapshot":
+            found = copies.pop(0)
+            stored.drop()
+            try:
+                state, size = snapshots.load(group, make, found)
+            except SnapshotError as error:
+                reasons.append(str(error))
+                continue
+            return done(found.id.step, state, {"rung": "snapshot", "snapshot": str(found.id), "bytes": size})
+        if stored.look():
+            continue  # now it is known which there are
+        if rung == "fresh":
+            break
+        checkpoint = stored.pop()
+        if copies:
+            newer = f"is of step {copies[0].id.step}, a checkpoint of step {checkpoint.step}"
+            reasons.append(f"the newest complete snapshot {newer}")
+        try:
+            state, size = stored.load(checkpoint)
+        except CheckpointError as error:
+            reasons.append(f"the checkpoint of step {checkpoint.step} cannot be loaded")
+            if group.leads:
+                link.post(
+                    {"kind": "event", "event": "checkpoint_failed", "step": checkpoint.step, "detail": str(error)}
+                )  # fmt: skip
+            continue
+        detail = {"rung": "checkpoint", "attempt": checkpoint.attempt, "bytes": size}
+        return done(checkpoint.step, state, detail)
+    if stored.problem:
+        raise CheckpointError(f"no committed checkpoint can be loaded; the newest problem: {stored.problem}")
+    state = make(True) if group.place is not None else None
+    if state is not None:
+        initialise(state, options, link, tell=group.leads)
+    return done(0, state, {"rung": "fresh"})
+
+
+class _Stored:
+    """The committed checkpoints that were not tried yet, newest first. Before they are listed, the newest is what the
+    keeper says: listing takes its time, and a snapshot may do."""
+
+    def __init__(self, group: Group, make: Make, storage: Storage, convert: bool):
+        self._group, self._make, self._storage, self._convert = group, make, storage, convert
+        self._said: int | None = group.assignment.restore.get("step")
+        self._listed: list[Committed] | None = None
+        self._state: TrainState | None = None
+        self._filled = False
+        self.problem = ""  # of the newest that could not be loaded
+
+    @property
+    def step(self) -> int | None:
+        """Of the newest."""
+        if self._listed is None:
+            return self._said
+        return self._listed[0].step if self._listed else None
+
+    def look(self) -> bool:
+        """List them; the lowest rank says which there are. Returns False where that was done before."""
+        if self._listed is not None:
+            return False
+        group = self._group
+        there = [[c.step, c.attempt] for c in newest_first(self._storage)] if group.rank == 0 else None
+        self._listed = [Committed(step, attempt) for step, attempt in group.send_json(there, 0)]
+        return True
+
+    def pop(self) -> Committed:
+        assert self._listed, "there is none"
+        return self._listed.pop(0)
+
+    def drop(self) -> None:
+        """Give back the memory of a state that could not be loaded."""
+        self._state = None
+
+    def load(self, checkpoint: Committed) -> tuple[TrainState | None, int]:
+        """This worker's part (None for a spare), and the bytes that it read.
+
+        Raises:
+            CheckpointError: on all workers, if any of them could not load.
+        """
+        try:
+            manifest = self._read(checkpoint)
+            return self._load(checkpoint, manifest)
+        except CheckpointError as error:
+            self.problem = self.problem or str(error)
+            raise
+
+    def _read(self, checkpoint: Committed) -> Manifest:
+        manifest, problem = Manifest(checkpoint.step, 0, "", {}, {}), None
+        try:
+            manifest = read_manifest(self._storage, checkpoint)
+            if self._group.rank == 0:
+                check_objects(self._storage, checkpoint.folder, manifest.tensors)
+        except CheckpointError as error:
+            problem = str(error)
+        self._raise_together(problem)
+        return manifest
+
+    def _load(self, checkpoint: Committed, manifest: Manifest) -> tuple[TrainState | None, int]:
+        group, alone = self._group, weights_alone(manifest.values)
+        convert = self._convert or alone
+        shards: list[Shard] = []
+        problem = None
+        if group.place is not None and (self._state is None or (alone and not self._filled)):
+            self._state = None  # one at a time
+            self._state, self._filled = self._make(alone), alone  # of weights alone, all else is as the job makes it
+        state = self._state
+        try:
+            if state is not None:
+                shards = state.destinations(manifest.tensors, manifest.values, convert=convert)
+        except CheckpointError as error:
+            problem = str(error)
+        self._raise_together(problem)
+        report = load_together(
+            self._storage, checkpoint.folder, manifest, shards, group.gather_json, convert=convert
+        )  # fmt: skip
+        try:
+            if state is not None:
+                state.load_values(manifest.values)
+        except CheckpointError as error:
+            problem = str(error)
+        self._raise_together(problem)
+        return state, report.read_bytes
+
+    def _raise_together(self, problem: str | None) -> None:
+        problems = [found for found in self._group.gather_json(problem) if found]
+        if problems:
+            raise CheckpointError(problems[0])
