@@ -6,11 +6,12 @@ import pytest
 
 from elastic.run.folder import RunFolder
 from tests.forked import LONG, configure, sample_at, train
-from tests.tiny_jobs import BrokenModel, Plain
+from tests.tiny_jobs import BrokenModel, Everything, Plain
 
 pytestmark = [pytest.mark.processes, pytest.mark.usefixtures("fork_server")]
 
 STEP, MICROBATCH = 6, 7
+RESUMING = {"run__allow_change": ("job.fault", "job.fault-at")}
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +58,37 @@ def test_an_exception_before_the_first_step_is_reported_like_any_other(tmp_path)
     assert found.failure is not None
     assert "ValueError: no such layer" in found.failure
     assert found.result["status"] == "failed"
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_what_was_trained_is_saved_before_the_error_ends_the_run_which_goes_on_from_there(
+    strategy, undisturbed_epoch, tmp_path
+):
+    options = {"parallel__strategy": strategy, "run__max_failures": 0}
+    broken = Everything(samples=LONG, fault="raise", fault_at=sample_at(STEP, MICROBATCH))
+
+    failed = train(broken, configure(tmp_path, "run", **options), workers=2)
+    fixed = train(Everything(samples=LONG), configure(tmp_path, "run", **RESUMING), workers=1)
+
+    assert failed.failure is not None
+    assert failed.failure.endswith("RuntimeError: this sample is broken")
+    assert [e["step"] for e in fixed.events("checkpoint_committed")] == [STEP - 1, 12]
+    assert [e["step"] for e in fixed.events("restored") if e["generation"].startswith("2-")] == [STEP - 1]
+    assert fixed.sha == undisturbed_epoch.sha
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_the_state_before_a_loss_that_is_not_finite_is_saved(strategy, undisturbed_epoch, tmp_path):
+    options = {"parallel__strategy": strategy}
+    broken = Everything(samples=LONG, fault="nan-loss", fault_at=sample_at(STEP, MICROBATCH))
+
+    failed = train(broken, configure(tmp_path, "run", **options), workers=2)
+    fixed = train(Everything(samples=LONG), configure(tmp_path, "run", **RESUMING), workers=1)
+
+    assert failed.failure is not None
+    assert f"the loss of step {STEP} is not finite" in failed.failure
+    assert [e["step"] for e in fixed.events("checkpoint_committed")] == [STEP - 1, 12]
+    assert fixed.sha == undisturbed_epoch.sha
 
 
 def test_a_failed_run_can_be_started_again_at_once(raised):

@@ -259,7 +259,31 @@ def test_the_same_error_at_the_same_place_ends_the_run_another_does_not() -> Non
         commands = machine.join("a", 5, failure=Failure("ValueError", 6, microbatch, "boom"))
         assert isinstance(commands[-1], Form)
     commands = machine.join("a", 5, failure=Failure("ValueError", 6, 3, "boom"))
-    assert isinstance(commands[-1], Fail)
+    assert commands[-1] == Form(machine.state.world, "boom"), "a last world, which saves"
+    commands = machine.join("a", 5, failure=Failure("ValueError", 6, 3, "again"))
+    assert commands[-1] == Fail("boom")
+
+
+def test_an_error_in_the_first_step_leaves_nothing_to_save() -> None:
+    machine = Machine(max_workers=1, max_failures=0)
+    machine.join("a")
+    assert machine.join("a", 0, failure=Failure("ValueError", 0, 3, "boom"))[-1] == Fail("boom")
+
+
+def test_what_all_hold_is_saved_by_all_before_an_error_ends_the_run_and_by_one_where_too_few_are_left() -> None:
+    machine = three(min_workers=2, max_failures=0)
+    machine.join("b", 5, failure=Failure("ValueError", 5, 3, "boom"))
+    machine.join("a", 5)
+    last = machine.join("c", 5)
+    assert last == [Form(machine.state.world, "boom")]
+    assert machine.members == ["a", "b", "c"]
+    assert machine.join("d") == [], "nobody is taken in any more"
+
+    machine.lose("a")
+    machine.lose("b")
+    machine.lose("d")
+    (given_up,) = machine.join("c", 5)
+    assert given_up == GiveUp(Member("c", "node-c"), "boom", "failed")
 
 
 def test_a_successor_without_a_common_member_waits_out_the_lease_unless_all_are_known_dead() -> None:

@@ -316,8 +316,9 @@ def test_the_same_error_at_the_same_place_is_replayed_only_so_often(tmp_path):
 
     assert ran.failure is not None
     assert ran.failure.startswith("worker w1-1 (rank 1 of 2) failed at step 6, microbatch 7:\nTraceback")
-    assert len(ran.events("world_formed")) == 3, "the first time and two replays"
+    assert len(ran.events("world_formed")) == 4, "the first time and two replays, and one that saved"
     assert ran.column("step") == [1, 2, 3, 4, 5]
+    assert [e["step"] for e in ran.events("checkpoint_committed")] == [5]
 
 
 @pytest.mark.parametrize("kind", ["host", "device", "python"])

@@ -86,7 +86,7 @@ def test_an_error_of_the_job_is_repeated_in_place_before_it_ends_the_run(tmp_pat
     assert found.failure is not None
     assert "this sample is broken" in found.failure
     assert found.column("step") == [1, 2]
-    assert len(found.events("world_formed")) == 2
+    assert len(found.events("world_formed")) == 3, "once more, and one that saved"
     assert found.events("restored") == [], "everyone still had its part"
 
 

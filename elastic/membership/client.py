@@ -39,7 +39,8 @@ _CLOSING = aiohttp.ClientWSTimeout(ws_close=CLOSE_S)
 class Assignment:
     """A world as one of its members sees it.
 
-    `restore` says where state comes from when nobody holds any; this claim began at `claim_step`.
+    `restore` says where state comes from when nobody holds any; this claim began at `claim_step`. With `failing`, the
+    error that ends the run, its members save and end.
     """
 
     generation: Generation
@@ -48,6 +49,7 @@ class Assignment:
     store: tuple[str, int]
     restore: dict[str, Any]
     claim_step: int
+    failing: str | None = None
 
 
 class RunOver(Exception):
@@ -147,7 +149,7 @@ class WorkerLink:
         self._position, self._phase = (-1, 0, 0), "load"
         self._assignment = Assignment(
             Generation.parse(answer["generation"]), answer["rank"], answer["size"], (host, port),
-            answer["restore"], answer["claim_step"],
+            answer["restore"], answer["claim_step"], answer["failing"],
         )  # fmt: skip
         return self._assignment
 

@@ -109,8 +109,10 @@ def _joined(state: State, event: Joined) -> tuple[State, list[Command]]:
         key = (event.failure.kind, event.failure.step, event.failure.microbatch)
         count = state.failures.get(key, 0) + 1
         state = replace(state, failures={**state.failures, key: count})
+        if count > state.limits.max_failures and (state.failing is not None or event.applied == 0):
+            return replace(state, phase=Phase.ENDED), [*commands, Fail(state.failing or event.failure.message)]
         if count > state.limits.max_failures:
-            return replace(state, phase=Phase.ENDED), [*commands, Fail(event.failure.message)]
+            state = replace(state, failing=event.failure.message)
     waiting = Waiting(member, event.applied, event.now)
     registered = {k: v for k, v in state.registered.items() if k != member.id}
     state = replace(
@@ -166,7 +168,7 @@ def _settle(state: State, now: float) -> tuple[State, list[Command]]:
     if state.phase is Phase.REBUILDING:
         return _rebuild(state, now)
     if state.phase is Phase.RUNNING:
-        return _leave_if_better(state, now)
+        return _leave_if_better(state, now) if state.failing is None else (state, [])
     return _form(state, now) if all_back(state) else _suspect(state, now)
 
 
@@ -291,7 +293,7 @@ def _form(state: State, now: float) -> tuple[State, list[Command]]:
     )  # fmt: skip
     state, left = _report_left_out(state)
     state, dismissed = _dismiss(state)
-    return state, [Form(world), *(HandOver(m) for m in handed), *left, *dismissed]
+    return state, [Form(world, state.failing), *(HandOver(m) for m in handed), *left, *dismissed]
 
 
 def _gathered(state: State, now: float) -> bool:
@@ -317,8 +319,9 @@ def _gathered(state: State, now: float) -> bool:
 def _park(state: State, have: int, now: float) -> tuple[State, list[Command]]:
     limits = state.limits
     state, commands = _report_left_out(state)
-    if state.stopping is not None:
-        state, given_up = _give_up(state, state.stopping, "stopped")
+    if state.failing is not None or state.stopping is not None:
+        ending = (state.failing, "failed") if state.failing is not None else (state.stopping or "", "stopped")
+        state, given_up = _give_up(state, *ending)
         return state, [*commands, *given_up]
     if state.parked_at is None:
         return replace(state, parked_at=now), [*commands, Park(have, limits.min_workers)]

@@ -55,7 +55,7 @@ class Executor:
         """Carry out one command."""
         keeper, connections = self._keeper, self._connections
         if isinstance(command, Form):
-            self._form(command.world)
+            self._form(command.world, command.failing)
         elif isinstance(command, Rebuilt):
             keeper.world_resumed(command.world)
             connections.tell(command.world, {"kind": "resume", "generation": str(command.world.generation)})
@@ -124,7 +124,7 @@ class Executor:
             self._keeper.giving_up(command.status, command.message)
             self._connections.send(command.saver.id, {"kind": "save alone"})
 
-    def _form(self, world: World) -> None:
+    def _form(self, world: World, failing: str | None) -> None:
         keeper = self._keeper
         self.drop_store()
         port, self._end_store = self._new_store()
@@ -135,7 +135,7 @@ class Executor:
         keeper.world_formed(world)
         message = {
             "kind": "world", "generation": str(world.generation), "size": world.size, "store": [self._host, port],
-            "restore": keeper.restore_point(), "claim_step": keeper.claim_step(),
+            "restore": keeper.restore_point(), "claim_step": keeper.claim_step(), "failing": failing,
         }  # fmt: skip
         fault.point("world.forming", -1, world.generation.n)
         for rank, member in enumerate(world.members):

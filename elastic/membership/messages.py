@@ -161,9 +161,10 @@ Event = (
 
 @dataclass(frozen=True)
 class Form:
-    """Tell the members of the world that it exists."""
+    """Tell the members of the world that it exists. With `failing`, the error that ends the run, it only saves."""
 
     world: World
+    failing: str | None = None
 
 
 @dataclass(frozen=True)
@@ -271,7 +272,7 @@ class GiveUp:
 
 @dataclass(frozen=True)
 class Fail:
-    """The same error came too often."""
+    """The same error came too often, and there is nothing to save, or saving met it too."""
 
     message: str
 

@@ -68,7 +68,8 @@ class State:
     `notices` and `drained` are the deadlines of nodes and of workers that are to go. `keep` is how many workers to
     have, in the world and outside of it, once that was changed. `wished` is the most that the run was given, `ceiling`
     the most while it yields to others; the limits have the lower. `saver` is who commits the state before a parked run
-    lets all go, `saved` the step of what was committed so. `stopping` says why the run is to end.
+    lets all go, `saved` the step of what was committed so. `stopping` says why the run is to end; `failing` is the
+    error that ends it, once what its workers hold is saved.
     `broken_at` is also when a world began to be left, and when a restarted server began to rebuild itself.
     """
 
@@ -95,6 +96,7 @@ class State:
     saved_for: frozenset[str] = frozenset()
     left_out: frozenset[str] = frozenset()
     failures: dict[tuple[str, int, int], int] = field(default_factory=dict)
+    failing: str | None = None
     registered: dict[str, Registered] = field(default_factory=dict)
     expected: frozenset[str] | None = None
     giving_up: GiveUp | None = None

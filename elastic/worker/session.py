@@ -19,7 +19,15 @@ import torch
 from elastic import fault
 from elastic.data.loader import Fetcher, Loader, Order
 from elastic.data.seeds import derive, seed_all
-from elastic.errors import CheckpointError, ElasticError, FencedError, RunFailed, WarmUpError, WorldBroken
+from elastic.errors import (
+    CheckpointError,
+    ElasticError,
+    FencedError,
+    NonFiniteError,
+    RunFailed,
+    WarmUpError,
+    WorldBroken,
+)
 from elastic.job import eval_sets
 from elastic.membership.client import Assignment, RunOver, WorkerLink
 from elastic.membership.messages import Failure
@@ -146,6 +154,8 @@ class Session:
                     connected = time.monotonic()
                     fault.point("world.connected", group.rank, self._applied)
                     self._restore(group)
+                    if group.assignment.failing is not None:
+                        self._save_and_fail(group, group.assignment.failing)
                     self._snapshots.enter(group, self._state, self._world_step)
                     if group.place is None:
                         status = self._stand_by(group)
@@ -163,6 +173,11 @@ class Session:
                     self._code.where = "re-joining"
                 except UserCodeError as error:
                     failure = error.failure
+                except NonFiniteError:  # of all members, in the same step
+                    self._stepper.reshard()
+                    self._stepper.undo()
+                    self._save_newest(group)
+                    raise
                 except Exception:
                     self._saving.finish_under_way(LAST_COMMIT_S)
                     raise
@@ -398,6 +413,25 @@ class Session:
             self._stepper.progress(self._applied, APPLIED + 2, "checkpoint")
             with contextlib.suppress(CheckpointError):  # which is in the ledger; then the one before has to do
                 self._saving.make_safe(self._applied, LAST_COMMIT_S)
+
+    def _save_newest(self, group: Group) -> None:
+        """An error ends the run: make the newest state safe, together with all members, if it is not yet."""
+        if self._applied > group.assignment.restore.get("step", 0):
+            self._stepper.progress(self._applied, APPLIED + 2, "checkpoint")
+            with contextlib.suppress(ElasticError, RunOver):  # the error that ends the run is the one to be told
+                self._saving.make_safe(self._applied, LAST_COMMIT_S)
+
+    def _save_and_fail(self, group: Group, message: str) -> None:
+        """The job's code failed too often, and this world was formed to save what its members hold.
+
+        Raises:
+            RunFailed: with that error.
+        """
+        if group.place is not None:
+            self._saving.enter(group, self._the_state)
+            self._save_newest(group)
+        group.gather_ints(self._applied)  # nobody ends the run before all have saved
+        raise RunFailed(message)
 
     def _save_alone(self) -> None:
         """The run is given up, or lets its workers go, while this one waits with the newest state: commit it without a
