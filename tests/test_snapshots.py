@@ -16,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from elastic.errors import RunFailed
+from elastic.run.forecast import measure, snapshot_bytes
 from elastic.run.prepare import prepare
 from elastic.snapshot.cadence import FIRST
 from elastic.snapshot.client import VaultClient
@@ -334,6 +335,8 @@ def test_memory_is_stated_before_the_first_step_and_is_what_is_used(tmp_path, ga
     (planned,) = Ran(run, None).events("snapshots_planned")
     assert planned["step"] == 0
     assert sum(planned["detail"]["bytes"].values()) == pytest.approx(taken * 5 / 2, rel=0.05)
+    forecast = snapshot_bytes(measure(job, 0), config, WORKERS)
+    assert sorted(forecast.values()) == pytest.approx(sorted(planned["detail"]["bytes"].values()), rel=0.01)
     n = nodes.names
     assert planned["detail"]["partners"] == {n[0]: n[1], n[1]: n[0], n[2]: n[0]}
 

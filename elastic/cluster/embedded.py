@@ -60,9 +60,14 @@ def preflight(cluster: ClusterOptions, scaling: ScalingOptions) -> str | None:
         ConfigError: this machine can never give what is asked.
     """
     address = None if cluster.local_nodes is not None else running_cluster(cluster.address)
-    if address is None and not ray.is_initialized():
+    if is_embedded(address):
         check_embedded(scaling)
     return address
+
+
+def is_embedded(address: str | None) -> bool:
+    """Whether all nodes will be on this machine, in a cluster of its own, by what `preflight` found."""
+    return address is None and not ray.is_initialized()
 
 
 @contextmanager

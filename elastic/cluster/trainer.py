@@ -20,6 +20,7 @@ from elastic.data.deal import batch_line
 from elastic.errors import ConfigError, ElasticError, Interrupted, RunFailed
 from elastic.job import Job
 from elastic.observe.console import Console, result_text
+from elastic.run.forecast import refuse_what_does_not_fit_here
 from elastic.run.prepare import PreparedRun, open_run, prepare
 from elastic.units import parse_amount
 
@@ -94,11 +95,13 @@ def run_prepared(run: PreparedRun) -> dict[str, Any]:
     console = Console(plan.total_steps, config.observe.log_every)
     console.say(f"run {run.name} -> {run.folder.storage.url}")
     console.say(batch_line(plan.global_size, plan.microbatches, config.scaling.max_workers))
-    from elastic.cluster.embedded import connected, preflight
+    from elastic.cluster.embedded import connected, is_embedded, preflight
 
     began = time.monotonic()
     try:
         address = preflight(config.cluster, config.scaling)
+        if is_embedded(address):
+            refuse_what_does_not_fit_here(run)
         epoch = open_run(run)
         with connected(config.cluster, config.scaling, address):
             return _Drive(run, epoch, console).run(time.monotonic() - began)

@@ -15,6 +15,7 @@ from elastic.data.deal import batch_line, batch_table
 from elastic.errors import ConfigError
 from elastic.job import Job, check_dataset, eval_sets, job_name, job_options, source_hash
 from elastic.redact import clean, redact
+from elastic.run import forecast
 from elastic.run.folder import RunFolder
 from elastic.run.plan import RunPlan, resolve
 from elastic.storage import Storage
@@ -54,7 +55,13 @@ def prepare(job: Job, config: TrainConfig) -> PreparedRun:
     if not resumes:
         name = f"{job_name(job)}-{time.strftime('%Y%m%d')}-{secrets.token_hex(2)}"
         config = replace(config, run=replace(config.run, name=name))
-    folder = RunFolder(Storage(config.run.storage).child(str(config.run.name)))
+    storage = Storage(config.run.storage)
+    if storage.in_process:
+        raise ConfigError(
+            f"--run.storage is {config.run.storage!r}, which only one process can see, and a run has several; give a "
+            "folder or a URL that all of them reach"
+        )
+    folder = RunFolder(storage.child(str(config.run.name)))
     stored = _stored(folder) if resumes else None
     if stored is None and config.checkpoint.init_from is not None:
         open_initial(config.checkpoint.init_from)
@@ -136,7 +143,7 @@ def git_commit() -> str | None:
 
 
 def report(run: PreparedRun) -> str:
-    """What `--dry-run` prints: the resolved options and what each world size would do."""
+    """What `--dry-run` prints: the resolved options, what each world size would do, and what snapshots would take."""
     values = {**cfg.result_options(run.config, job_options(run.job)), **_operational(run.config)}
     lines = [f"run {run.name} in {redact(run.folder.storage.url)}", ""]
     lines += [_typed(name, value) for name, value in sorted(values.items()) if value is not None and value != []]
@@ -148,6 +155,7 @@ def report(run: PreparedRun) -> str:
     ]
     lines += ["", "workers  rounds  efficiency"]
     lines += [f"{w:>7}  {rounds:>6}  {share:>9.0%}" for w, rounds, share in batch_table(plan.microbatches, most)]
+    lines += forecast.lines(run)
     return "\n".join(lines)
 
 

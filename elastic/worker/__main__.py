@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import signal
 import sys
 from typing import Any
 
@@ -15,6 +16,7 @@ from elastic.run.plan import RunPlan
 
 
 def _child() -> int:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that started the workers, which saves
     specification: dict[str, Any] = json.loads(sys.stdin.buffer.read())
     from elastic.worker.run import Identity, WorkerRun
     from elastic.worker.session import Session
@@ -63,6 +65,7 @@ def main() -> int:
     known, rest = parser.parse_known_args()
     from elastic.observe.console import Console, result_text
     from elastic.options import parse
+    from elastic.run.forecast import refuse_what_does_not_fit_here
     from elastic.run.prepare import prepare, report
     from elastic.worker.local import run_local
 
@@ -70,6 +73,7 @@ def main() -> int:
         run = prepare(*parse(*_job_class(known.module, known.class_name), rest))
         if run.config.dry_run:
             print(report(run))
+            refuse_what_does_not_fit_here(run)
             return 0
         result = run.finished
         if result is None:

@@ -8,17 +8,20 @@ from __future__ import annotations
 import json
 import os
 import platform
+import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from elastic.config import to_dict
-from elastic.errors import ConfigError, RunFailed
+from elastic.errors import ConfigError, Interrupted, RunFailed
 from elastic.job import job_options
 from elastic.membership.driver import DriverLink
+from elastic.run.forecast import refuse_what_does_not_fit_here
 from elastic.run.host import host_settings, keeper_options, new_token
 from elastic.run.prepare import PreparedRun, open_run
 from elastic.worker.hosting import HostHere, HostProcess
@@ -59,6 +62,16 @@ class LocalRun:
         self.processes: list[subprocess.Popen[bytes]] = []
         self.vaults: dict[str, VaultProcess] = {}  # by node
 
+    @property
+    def name(self) -> str:
+        """Of the run."""
+        return self._run.name
+
+    @property
+    def ended_as(self) -> str | None:
+        """The run's last status, once it has ended."""
+        return self._end["status"] if self._end is not None else None
+
     def __enter__(self) -> LocalRun:
         try:
             self._start()
@@ -69,6 +82,7 @@ class LocalRun:
 
     def _start(self) -> None:
         run = self._run
+        refuse_what_does_not_fit_here(run)
         self._epoch, self._token = open_run(run), new_token()
         arguments = (
             run.folder.storage.url, keeper_options(run, self._epoch),
@@ -152,6 +166,10 @@ class LocalRun:
         """Ask the run to save and end at the next step boundary."""
         self.link.request("/wish", {"wish": "stop", "detail": detail}, patience_s=HOST_LOST_S)
 
+    def end_at_once(self, message: str) -> None:
+        """Have the run stopped without saving."""
+        self.link.request("/close", {"status": "stopped", "message": message}, patience_s=HOST_LOST_S)
+
     def wait(self, timeout_s: float) -> dict[str, Any]:
         """Wait for the end of the run.
 
@@ -202,6 +220,35 @@ class LocalRun:
             self._follower.join(10)
 
 
+@contextmanager
+def heeding_signals(local: LocalRun) -> Iterator[None]:
+    """Inside, SIGINT and SIGTERM save and end the run, and a second one ends it at once. In the main thread.
+
+    Raises:
+        Interrupted: the run was stopped for that.
+    """
+    came: list[str] = []
+    asking: list[threading.Thread] = []
+
+    def handle(number: int, _: Any) -> None:
+        came.append(f"interrupted by {signal.Signals(number).name}")
+        target = local.stop if len(came) == 1 else local.end_at_once
+        words = came[0] if len(came) == 1 else "interrupted twice, nothing saved since the newest checkpoint"
+        asking.append(threading.Thread(target=target, args=(words,), name="interrupt", daemon=True))
+        asking[-1].start()  # a handler must not wait for an answer
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+        if came and local.ended_as == "stopped":
+            raise Interrupted(f"run {local.name} was {came[0]}; give --run.name {local.name} to go on")
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
+        for thread in asking:
+            thread.join(HOST_LOST_S)
+
+
 def _importable(job_class: type) -> str:
     """The module that a new process imports to find the job, also where it was started with `python -m`."""
     if job_class.__module__ != "__main__":
@@ -215,6 +262,6 @@ def _importable(job_class: type) -> str:
 
 
 def run_local(run: PreparedRun, workers: int, *, timeout_s: float = 600.0, **options: Any) -> dict[str, Any]:
-    """Run to the end; returns the contents of result.json."""
-    with LocalRun(run, workers, **options) as local:
+    """Run to the end; returns the contents of result.json. See `heeding_signals` for what ends it before."""
+    with LocalRun(run, workers, **options) as local, heeding_signals(local):
         return local.wait(timeout_s)

@@ -1,0 +1,135 @@
+"""What snapshots will take of each node's memory, known before anything is started: the model is built without values.
+
+Workers say it again, exactly, before their first step, and refuse what does not fit then.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from elastic.config import TrainConfig
+from elastic.errors import ConfigError
+from elastic.job import Job
+from elastic.parallel.layout import lay_out, shard_range
+from elastic.snapshot.memory import available_bytes
+from elastic.snapshot.partners import Vault, memory, needs_copies, partners
+
+if TYPE_CHECKING:
+    from elastic.run.prepare import PreparedRun
+
+
+@dataclass(frozen=True)
+class StateSize:
+    """Bytes of a training state, with what the optimizer keeps from its first step on.
+
+    Args:
+        cut: rows, and bytes of a row, of each tensor that a sharded run cuts along dimension 0.
+        whole: of what every worker has whole.
+    """
+
+    cut: tuple[tuple[int, float], ...]
+    whole: int
+
+    def part(self, shard: int, shards: int) -> int:
+        """Bytes of one shard."""
+        return self.whole + int(sum(len(shard_range(rows, shard, shards)) * row for rows, row in self.cut))
+
+
+class Unknown(Exception):
+    """The size of the state is not known before workers have built it; the message says why."""
+
+
+def measure(job: Job, seed: int) -> StateSize:
+    """The size of a job's state.
+
+    Raises:
+        Unknown: the model, or its optimizer, cannot be made without memory.
+    """
+    import torch
+
+    from elastic.parallel.deferred import CannotDefer, build
+    from elastic.parallel.probe import state_share
+
+    job = copy.copy(job)  # what it notes while it builds its model is another's
+    try:
+        model = build(job.model, seed).model
+        optimizer = job.optimizer(model)
+        shares = {
+            id(p): share
+            for group, share in zip(optimizer.param_groups, state_share(optimizer), strict=True)
+            for p in group["params"]
+            if p.requires_grad
+        }
+        extra = job.extra_state().values()
+    except CannotDefer as error:
+        raise Unknown(str(error)) from error
+    except Exception as error:  # the job's own code, which workers will run and report in full
+        raise Unknown(f"{type(error).__name__}: {error}") from error
+    kept = {id(t): t for t in model.state_dict(keep_vars=True).values() if isinstance(t, torch.Tensor)}
+    cut, whole = [], 0
+    for tensor in (*kept.values(), *(t for t in extra if isinstance(t, torch.Tensor))):
+        size = tensor.numel() * tensor.element_size() * (1 + shares.get(id(tensor), 0.0))
+        made_of_parameters = id(tensor) not in kept and tensor.is_meta
+        if tensor.dim() and (isinstance(tensor, torch.nn.Parameter) or made_of_parameters):
+            rows = tensor.shape[0]
+            cut.append((rows, size / max(1, rows)))
+        else:
+            whole += int(size)
+    return StateSize(tuple(cut), whole)
+
+
+def snapshot_bytes(size: StateSize, config: TrainConfig, workers: int) -> dict[str, int]:
+    """Bytes that snapshots take of each node in a world of `workers`; empty where none are taken.
+
+    Without --scaling.workers-per-node each worker is taken to be on a node of its own.
+    """
+    each = config.scaling.workers_per_node
+    nodes = [f"node {rank // (each or 1)}" for rank in range(workers)]
+    layout = lay_out(nodes, config.parallel.strategy, each)
+    columns = [layout.ranks[shard :: layout.shards] for shard in range(layout.shards)]
+    if not needs_copies([[nodes[rank] for rank in ranks] for ranks in columns]):
+        return {}
+    parts = [(nodes[rank], size.part(shard, layout.shards)) for shard, rank in enumerate(layout.row(0))]
+    return memory(parts, partners([Vault(node, node, "") for node in sorted(set(nodes))]))
+
+
+def lines(run: PreparedRun) -> list[str]:
+    """For --dry-run: what snapshots take of a node, for every number of workers; nothing where none are asked for."""
+    if run.plan.snapshot_every is None:
+        return []
+    each = run.config.scaling.workers_per_node or 1
+    head = f"snapshots, in MiB of the memory of a node with {each} {'workers' if each > 1 else 'worker'}"
+    try:
+        size = measure(run.job, run.config.run.seed)
+    except Unknown as reason:
+        return ["", f"{head}: known when workers have built the model ({reason})"]
+    found = ["", f"{head}: two generations of its own parts and of its partner's, and what is being sent"]
+    for workers in range(run.config.scaling.min_workers, run.config.scaling.max_workers + 1):
+        most = max(snapshot_bytes(size, run.config, workers).values(), default=0)
+        found.append(f"{workers:>7}  {f'{most / 2**20:,.1f}' if most else 'none needed'}")
+    return found
+
+
+def refuse_what_does_not_fit_here(run: PreparedRun) -> None:
+    """For a run all of whose nodes are this machine: refuse snapshots that its memory cannot hold, before anything is
+    started.
+
+    Raises:
+        ConfigError: the largest world, whose parts are the smallest, needs more than there is.
+    """
+    if run.plan.snapshot_every is None:
+        return
+    try:
+        size = measure(run.job, run.config.run.seed)
+    except Unknown:
+        return
+    need = sum(snapshot_bytes(size, run.config, run.config.scaling.max_workers).values())
+    there = available_bytes()
+    if need > there:
+        raise ConfigError(
+            f"--recovery.snapshot-every is {run.config.recovery.snapshot_every!r}, but snapshots take "
+            f"{need / 2**20:,.1f} MiB of this machine, which has {there / 2**20:,.1f} MiB left; leave it off, or use "
+            "several machines"
+        )

@@ -1,0 +1,95 @@
+"""Every way in which a run ends before its end: the newest state is saved, and the same command goes on from it.
+
+Of an error in the job's code and of a loss that is not finite see `test_failures`.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from elastic.checkpoint.reader import newest_first
+from elastic.errors import Interrupted
+from elastic.run.prepare import prepare
+from elastic.worker.local import LocalRun, heeding_signals
+from tests.forked import LONG, WAIT_S, Ran, Watch, configure, fault, local_run, plan, train, wait_until
+from tests.tiny_jobs import Everything
+
+pytestmark = [pytest.mark.processes, pytest.mark.usefixtures("fork_server")]
+JOB = Everything(samples=LONG)
+
+
+def goes_on(tmp_path: Path, undisturbed: Ran, least: int) -> Ran:
+    """The newest checkpoint is of step `least` or a later one; from it the run ends as one to which nothing happened.
+    Returns what it was before."""
+    config = configure(tmp_path, "run")
+    before = Ran(prepare(JOB, config), None)
+    step = next(newest_first(before.storage)).step
+    assert step >= least
+    ran = train(JOB, config, workers=1)
+    assert [e["step"] for e in ran.events("restored") if e["generation"].startswith("2-")] == [step]
+    assert ran.sha == undisturbed.sha
+    return before
+
+
+def signalled(local: LocalRun, numbers: list[signal.Signals], then: Callable[[], None]) -> None:
+    """These signals come, one after the other; `then`, when the server has heard of them."""
+    with heeding_signals(local):
+        for number in numbers:
+            os.kill(os.getpid(), number)
+            wait_until(lambda: "interrupt" not in [t.name for t in threading.enumerate()], "the server to hear of it")
+        then()
+        local.wait(WAIT_S)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_ends(number, undisturbed_epoch, tmp_path, gate):
+    held, watch, run = gate("held"), Watch(), prepare(JOB, configure(tmp_path, "run", scaling__max_workers=2))
+    faults = plan(fault("step.forward", 5, 1, "hold", file=held))
+    with local_run(run, 2, on_record=watch, environment=faults) as local:
+        watch.wait_for_step(4)
+        with pytest.raises(Interrupted) as ended:
+            signalled(local, [number], held.unlink)
+
+    assert str(ended.value) == f"run run was interrupted by {number.name}; give --run.name run to go on"
+    assert ended.value.exit_code == 130
+    before = Ran(run, None)
+    assert before.result["status"] == "stopped"
+    assert before.column("step")[-1] == next(newest_first(before.storage)).step, "not a step is lost"
+    goes_on(tmp_path, undisturbed_epoch, 5)
+
+
+def test_a_second_signal_ends_at_once(tmp_path, gate):
+    held, watch, run = gate("held"), Watch(), prepare(JOB, configure(tmp_path, "run", scaling__max_workers=2))
+    faults = plan(fault("step.forward", 5, 1, "hold", file=held))
+    with local_run(run, 2, on_record=watch, environment=faults) as local:
+        watch.wait_for_step(4)
+        with pytest.raises(Interrupted):
+            signalled(local, [signal.SIGTERM, signal.SIGINT], lambda: None)
+        held.unlink()
+
+    assert Ran(run, None).result["message"] == "interrupted twice, nothing saved since the newest checkpoint"
+    assert list(newest_first(run.folder.storage)) == []
+
+
+def test_a_run_whose_node_gets_notice_saves_before_its_only_worker_goes(undisturbed_epoch, tmp_path, gate):
+    """Nobody takes over, so the state is made safe in time; then the node is gone, and later the run goes on."""
+    first, later, watch = gate("first"), gate("later"), Watch()
+    run = prepare(JOB, configure(tmp_path, "run", scaling__max_workers=1))
+    faults = plan(fault("step.forward", 5, 0, "hold", file=first), fault("step.forward", 8, 0, "hold", file=later))
+    with local_run(run, 1, on_record=watch, environment=faults) as local:
+        watch.wait_for_step(4)
+        local.link.request("/notice", {"node": local.node_of(0), "remaining_s": 1.0})
+        first.unlink()
+        watch.wait_for(lambda r: r.get("kind") == "checkpoint_committed")
+        local.stop("its node is gone")
+        local.processes[0].kill()
+        local.wait(WAIT_S)
+
+    assert Ran(run, None).result["status"] == "stopped"
+    goes_on(tmp_path, undisturbed_epoch, 5)
