@@ -7,6 +7,7 @@ create is exists() + open, which races. Object stores: `pipe_file(mode="create")
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import time
 import uuid
@@ -26,7 +27,10 @@ _PACKAGE = {
     "abfss": "adlfs",
 }
 
+_NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS}  # what file systems without hard links answer
 _CONFLICT_WAITS_S = (0.1, 0.3, 1.0)  # another create of the same name was just going on (409)
+_PERMIT = "give a place that you may write to"
+_ATOMIC = "give a local disk, NFS, or a store with conditional writes (If-None-Match)"
 
 
 class Storage:
@@ -59,9 +63,12 @@ class Storage:
 
         try:
             self.fs, self.root = fsspec.url_to_fs(url, **_options(scheme))
-        except ValueError as error:  # fsspec knows no such scheme
-            raise ConfigError(f"{option} is {url!r}, whose scheme {scheme!r} is not known") from error
-        except ImportError as error:
+        except (
+            ValueError,
+            ImportError,
+        ) as error:  # ValueError: fsspec knows no such scheme, before that package is there
+            if scheme not in _PACKAGE and isinstance(error, ValueError):
+                raise ConfigError(f"{option} is {url!r}, whose scheme {scheme!r} is not known") from error
             package = _PACKAGE.get(scheme, scheme)
             raise ConfigError(f"{option} is {url!r}, which needs `pip install {package}` ({error})") from error
         self.root = self.root.rstrip("/")
@@ -87,6 +94,7 @@ class Storage:
 
         Raises:
             FileExistsError: somebody created it before; it is untouched.
+            StorageError: a file system that cannot do it.
         """
         path = self.path(name)
         if not self.local:
@@ -95,6 +103,10 @@ class Storage:
         temporary = _write_temporary(path, data)
         try:
             os.link(temporary, path)
+        except OSError as error:
+            if error.errno not in _NO_LINKS:
+                raise
+            raise StorageError("this file system has no hard links, which make a create atomic") from error
         finally:
             os.unlink(temporary)
         sync_folder(os.path.dirname(path))
@@ -191,30 +203,33 @@ class Storage:
             ConfigError: it cannot; the message names what failed.
         """
         name = f".probe-{uuid.uuid4().hex[:8]}"
-        doing = "write"
+        doing, fix = "write", _PERMIT
         try:
             self.create(name, b"elastic")
-            doing = "refuse to create an existing file"
+            doing, fix = "refuse to create an existing file", _ATOMIC
             try:
                 self.create(name, b"again")
             except FileExistsError:
                 pass
             else:
                 raise StorageError("a second create overwrote the first")
-            doing = "read back"
+            doing, fix = "read back", _PERMIT
             if self.read(name) != b"elastic":
                 raise StorageError("other bytes came back")
             doing = "delete"
             self.remove(name)
         except Exception as error:  # whatever a file system raises: the user sees one sentence
-            raise self.refusal(doing, error) from error
+            if doing == "write" and isinstance(error, StorageError):
+                doing, fix = "create files atomically", _ATOMIC
+            if doing == "refuse to create an existing file":
+                with contextlib.suppress(Exception):  # the first error is what counts
+                    self.remove(name)
+            raise self.refusal(doing, error, fix) from error
 
-    def refusal(self, doing: str, error: Exception) -> ConfigError:
+    def refusal(self, doing: str, error: Exception, fix: str = _PERMIT) -> ConfigError:
         """The one sentence for a storage that cannot do something which a run needs."""
         reason = " ".join(f"{type(error).__name__}: {error}".split())
-        return ConfigError(
-            f"{self._option} is {self.url!r}, which cannot {doing}: {reason}; give a place that you may write to"
-        )
+        return ConfigError(f"{self._option} is {self.url!r}, which cannot {doing}: {reason}; {fix}")
 
 
 def _error_code(error: OSError) -> str | None:

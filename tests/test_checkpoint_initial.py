@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import http.server
 import json
+import threading
 from dataclasses import replace
 
 import pytest
@@ -14,6 +16,7 @@ from hypothesis import strategies as st
 from elastic.checkpoint.initial import load_initial, open_initial
 from elastic.checkpoint.tensors import Shard, tensor_bytes
 from elastic.errors import CheckpointError, ConfigError
+from elastic.storage import Storage
 from tests import forked
 from tests.tiny_jobs import Everything, Plain
 
@@ -54,6 +57,68 @@ def test_weights_come_from_one_file_or_from_all_of_a_folder_in_their_own_dtype_o
         assert (found.missing, found.unexpected) == ([], [])
         files = [one] if str(url).endswith("s") else sorted((tmp_path / "many").glob("*.safetensors"))
         assert found.sha256 == {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
+
+
+class Ranges(http.server.BaseHTTPRequestHandler):
+    """Serves one file, in ranges, as servers of models do."""
+
+    data = b""
+
+    def do_HEAD(self):
+        self.do_GET()
+
+    def do_GET(self):
+        first, _, last = self.headers.get("Range", "bytes=0-").removeprefix("bytes=").partition("-")
+        piece = self.data[int(first) : int(last) + 1 if last else None]
+        self.send_response(206 if "Range" in self.headers else 200)
+        self.send_header("Content-Length", str(len(piece)))
+        self.send_header("Accept-Ranges", "bytes")
+        self.send_header("Content-Range", f"bytes {first}-{int(first) + len(piece) - 1}/{len(self.data)}")
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(piece)
+
+    def log_message(self, *_):
+        """Nobody reads it."""
+
+
+@pytest.fixture
+def web(tmp_path):
+    """The URL of a file of weights on a web server, and the weights."""
+    weights = {"w": torch.randn(300, 7), "b": torch.randn(3).half()}
+    handler = type("Handler", (Ranges,), {"data": write(tmp_path / "w.safetensors", weights).read_bytes()})
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_address[1]}/models/w.safetensors", weights
+    server.shutdown()
+    server.server_close()
+    thread.join(10)
+
+
+def test_weights_come_from_a_web_server(web):
+    url, weights = web
+    mine = {"w": torch.zeros(300, 7), "b": torch.zeros(3)}
+
+    found = load(url, mine)
+
+    assert torch.equal(mine["w"], weights["w"])
+    assert torch.equal(mine["b"], weights["b"].float())
+    assert list(found.sha256) == ["w.safetensors"]
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("form", ["file", "folder"])
+def test_weights_come_from_a_bucket(form, bucket, tmp_path):
+    storage, weights = Storage(f"{bucket}/models"), {"w": torch.randn(300, 7), "b": torch.randn(3)}
+    for name in weights:
+        file = write(tmp_path / f"{name}.safetensors", {name: weights[name]} if form == "folder" else weights)
+        storage.upload(file.name, str(file))
+    mine = {name: torch.zeros_like(t) for name, t in weights.items()}
+
+    load(f"{storage.url}/w.safetensors" if form == "file" else storage.url, mine)
+
+    assert all(torch.equal(mine[name], t) for name, t in weights.items())
 
 
 def test_what_is_missing_is_refused_by_name_or_left_alone_and_what_is_unexpected_is_told(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
@@ -14,7 +15,10 @@ import fsspec
 import pytest
 
 from elastic.errors import ConfigError
+from elastic.run.prepare import prepare
 from elastic.storage import Storage
+from tests.forked import configure
+from tests.tiny_jobs import Plain
 
 
 @pytest.fixture(params=["local", "file", "memory"])
@@ -242,14 +246,44 @@ def test_a_scheme_without_atomic_create_is_refused_by_name(url):
     assert "s3://" in text
 
 
-def test_a_missing_package_is_named_with_the_command_that_installs_it(monkeypatch):
-    def no_adlfs(*_, **__):
-        raise ImportError("no adlfs here")
+@pytest.mark.parametrize(
+    ("scheme", "package"),
+    [("gs", "gcsfs"), ("gcs", "gcsfs"), ("az", "adlfs"), ("abfs", "adlfs"), ("abfss", "adlfs"), ("s3", "s3fs")],
+)
+def test_a_missing_package_is_named_with_the_command_that_installs_it(scheme, package, monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, package, None)  # as if it were not installed, also where it is
+    monkeypatch.delitem(sys.modules["fsspec.registry"]._registry, scheme, raising=False)  # loaded before
+    config = configure(f"{scheme}://box/runs", "run")
 
-    monkeypatch.setattr(fsspec, "url_to_fs", no_adlfs)
+    with pytest.raises(ConfigError) as caught:
+        prepare(Plain(), config)
 
-    with pytest.raises(ConfigError, match="'az://box/runs', which needs `pip install adlfs`"):
-        Storage("az://box/runs")
+    text = str(caught.value)
+    assert text.startswith(f"--run.storage is '{scheme}://box/runs', which needs `pip install {package}` (")
+    assert "\n" not in text
+
+
+def test_a_run_in_the_memory_of_one_process_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"--run.storage is 'memory://runs', which only one process can see"):
+        prepare(Plain(), configure("memory://runs", "run"))
+
+
+@pytest.mark.parametrize("code", [errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS])
+def test_a_file_system_without_hard_links_is_refused_by_name(code, folder, monkeypatch):
+    """FAT, and some that are mounted over a network, answer so."""
+
+    def no_links(*_):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "link", no_links)
+
+    with pytest.raises(ConfigError) as caught:
+        folder.probe()
+
+    text = str(caught.value)
+    assert "which cannot create files atomically: StorageError: this file system has no hard links" in text
+    assert text.endswith("give a local disk, NFS, or a store with conditional writes (If-None-Match)")
+    assert folder.names() == []
 
 
 def test_a_relative_folder_is_meant_from_where_the_command_was_given(tmp_path, monkeypatch):

@@ -29,7 +29,8 @@ class Fault:
     """What to do to the next `count` requests whose method and `/bucket/key?query` match.
 
     One of: `status` (answer with it and S3's error `code`; the request goes nowhere), `delay_s` (the first byte of the
-    answer waits), `cut` (`request` or `response`: the connection is reset after `after_bytes` of that body).
+    answer waits), `cut` (`request` or `response`: the connection is reset after `after_bytes` of that body), `ignored`
+    (a header, in lower case, that the store in memory does not heed).
     """
 
     method: str = ".*"
@@ -40,6 +41,7 @@ class Fault:
     delay_s: float = 0.0
     cut: str = ""
     after_bytes: int = 0
+    ignored: str = ""
 
     def takes(self, method: str, target: str) -> bool:
         if self.count <= 0 or not re.fullmatch(self.method, method) or not re.search(self.key, target):
@@ -162,6 +164,7 @@ class Relay:
             if fault.status:
                 await _receive(exchange)
                 return await _reply(exchange, error(fault.status, fault.code, "as a test asked"))
+            request.headers.pop(fault.ignored, None)
             if not self.upstream:
                 return await _reply(exchange, self.memory.answer(request, await _receive(exchange)))
             return await self._forward(exchange, upstream)
