@@ -22,6 +22,7 @@ from elastic.errors import CheckpointError, RunFailed
 from elastic.run.prepare import prepare
 from elastic.storage import Storage
 from tests import forked, leaks
+from tests.disks import MIB, small_disk
 from tests.forked import Ran, Watch, configure, local_run, train
 from tests.tiny_jobs import Everything
 
@@ -62,6 +63,19 @@ def _run(tmp_path: Path, workers: int, faults: list[dict[str, object]], then: st
 @pytest.fixture(scope="module")
 def undisturbed_every_3(fork_server: None, tmp_path_factory: pytest.TempPathFactory) -> Ran:
     return _run(tmp_path_factory.mktemp("undisturbed-3"), 1, [])
+
+
+def test_a_run_writes_what_does_not_change_once(undisturbed_every_3):
+    """Its frozen layer, of 17 x 16 numbers, is in its first checkpoint; the second, of which it is known that the first
+    was committed, refers to it."""
+    first, second, *_ = [e["detail"] for e in undisturbed_every_3.events("checkpoint_committed")]
+    storage = undisturbed_every_3.storage
+
+    assert first["written"] == first["bytes"] == second["bytes"] == second["written"] + 17 * 16 * 4
+    manifests = {c.step: read_manifest(storage, c) for c in newest_first(storage)}
+    for name in ("model/frozen.weight", "model/frozen.bias"):
+        (chunk,) = manifests[6].tensors[name].chunks
+        assert chunk.pack.startswith("step-00000003/")
 
 
 # ---- workers -------------------------------------------------------------------------------------------------------
@@ -154,13 +168,14 @@ def _commit(storage: Storage, step: int, index: dict, attempt: str = "1-1-1") ->
     writer.commit(storage, attempt, Manifest(step, 0, "", {}, {}), [index])
 
 
-def _keep(url: str, point: str, index: dict) -> None:
+def keep(url: str, point: str, index: dict, environment: dict[str, str]) -> None:
     """What a keeper does with the last share of step 4, and dies at a point."""
+    os.environ.update(environment)
     os.environ["ELASTIC_FAULTS"] = json.dumps([{"point": point, "do": "kill"}])
     fault.read_plan()
     storage = Storage(url)
     _commit(storage, 4, index)
-    Retention(storage, Policy(last=2)).prune()
+    Retention(storage, Policy(last=1)).prune()
 
 
 @pytest.mark.parametrize("point", KEEPER_POINTS)
@@ -170,7 +185,7 @@ def test_a_keeper_that_dies_in_a_commit_or_while_it_prunes_leaves_whole_checkpoi
         _commit(storage, step, _write(storage, step))
     index = _write(storage, 4)
 
-    process = forked._context.Process(target=_keep, args=(storage.url, point, index))
+    process = forked._context.Process(target=keep, args=(storage.url, point, index, {}))
     process.start()
     process.join(60)
 
@@ -216,24 +231,83 @@ def test_of_two_who_commit_one_attempt_exactly_one_succeeds(tmp_path):
 # ---- storage that fails --------------------------------------------------------------------------------------------
 
 
-def test_a_full_disk_costs_checkpoints_and_not_the_run_until_the_last(tmp_path, monkeypatch):
-    from elastic.checkpoint import transfer
+def test_a_full_disk_fails_a_save_and_leaves_nothing_of_it(tmp_path):
+    with small_disk(tmp_path, 4 * MIB) as disk:
+        storage = Storage(str(disk.path / "run"))
+        _commit(storage, 1, _write(storage, 1))
+        disk.fill(leave=MIB)
+        saver = Saver(storage)
+        try:
+            saver.start(2, "1-1-2", [Shard.whole("t", torch.ones(MIB))])
+            assert "No space left on device" in (saver.wait(60).error or "")
+            assert os.listdir(disk.path / "run/checkpoints/step-00000002/1-1-2") == [], "not even a part of it"
+            disk.free()
+            saver.start(3, "1-1-3", [Shard.whole("t", torch.full((50,), 3.0))])
+            _commit(storage, 3, saver.wait(60).index, "1-1-3")
+        finally:
+            saver.close()
+        assert [c.step for c in newest_first(storage)] == [3, 1]
 
-    storage = Storage(str(tmp_path / "run"))
-    _commit(storage, 1, _write(storage, 1))
 
-    def full(*_: object) -> None:
-        raise OSError(28, "No space left on device")
+def test_a_run_whose_disk_is_full_ends_with_one_sentence_and_goes_on_when_there_is_room(
+    tmp_path, undisturbed_every_3, gate
+):
+    held, watch = gate("held"), Watch()
+    with small_disk(tmp_path, 2 * MIB) as disk:
+        run = prepare(Everything(), configure(disk.path, "run", checkpoint__every="3st", eval__every="3st"))
+        faults = [{"point": "step.forward", "step": 5, "do": "hold", "file": str(held)}]
+        with local_run(run, 1, environment={"ELASTIC_FAULTS": json.dumps(faults)}, on_record=watch) as local:
+            watch.wait_for(lambda r: r.get("kind") == "checkpoint_committed")
+            disk.fill()
+            held.unlink()
+            with pytest.raises(RunFailed) as failed:
+                local.wait(forked.WAIT_S)
+            assert "\n" not in str(failed.value)
+            assert f"{disk.path}/run could not be written: OSError: [Errno 28] No space left" in str(failed.value)
+        disk.free()
+        again = {"checkpoint__every": "3st", "eval__every": "3st", "run__take_over": True}  # this process is alive
+        resumed = train(Everything(), configure(disk.path, "run", **again), 2)
 
-    monkeypatch.setattr(transfer._FileUpload, "put", full)
+        assert next(e["step"] for e in resumed.events("restored")) == 3
+        assert resumed.sha == undisturbed_every_3.sha
+
+
+def test_a_save_and_a_prune_at_one_time_leave_each_other_alone(tmp_path, gate):
+    """What the save refers to stays, what it wrote so far stays, and all that is kept loads."""
+    storage, held = Storage(str(tmp_path / "run")), gate("held")
+    frozen, moving = torch.arange(1000.0), torch.zeros(10)
+    shards = [Shard.whole("frozen", frozen, frozen=True), Shard.whole("moving", moving)]
     saver = Saver(storage)
+    environment = pytest.MonkeyPatch()
+    hold = {"point": "upload.before_complete", "do": "hold", "file": str(held)}
+    there = {step: tmp_path / f"step {step} is there" for step in (3, 4)}
+    environment.setenv(
+        "ELASTIC_FAULTS", json.dumps([{**hold, "step": step, "only": str(file)} for step, file in there.items()])
+    )
     try:
-        saver.start(2, "1-1-2", [Shard.whole("t", torch.ones(9))])
-        assert "No space left on device" in (saver.wait(60).error or "")
+        for step in range(1, 6):
+            moving += 1
+            saver.start(step, f"1-1-{step}", shards)
+            if step in (3, 4):
+                forked.wait_until(there[step].exists, f"the upload of step {step}")
+                for _ in range(3):
+                    Retention(storage, Policy(last=1)).prune()
+                held.unlink()
+            index = saver.wait(60).index
+            held.touch()
+            assert index is not None
+            _commit(storage, step, index, f"1-1-{step}")
+            saver.committed(step, f"1-1-{step}")
+            newest = next(newest_first(storage))
+            loaded = load_all(storage, newest.folder, read_manifest(storage, newest))
+            assert newest.step == step
+            assert torch.equal(loaded["frozen"], frozen)
+            assert torch.equal(loaded["moving"], moving)
     finally:
+        environment.undo()
         saver.close()
-    assert [c.step for c in newest_first(storage)] == [1]
-    assert os.listdir(tmp_path / "run/checkpoints/step-00000002/1-1-2") == [], "not even a part of it"
+    Retention(storage, Policy(last=1)).prune()
+    assert [p.name for p in (tmp_path / "run").rglob("*.pack")] == ["rank-0000.pack"] * 2, "the first's and the last's"
 
 
 @pytest.mark.parametrize("damage", ["truncate", "flip", "delete", "swap"])

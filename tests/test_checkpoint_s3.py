@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import os
+import threading
 from dataclasses import dataclass, field
 
 import pytest
@@ -18,6 +21,8 @@ from elastic.checkpoint.tensors import Shard
 from elastic.checkpoint.uploader import LEAST_PART_BYTES
 from elastic.errors import CheckpointError
 from elastic.storage import Storage
+from tests import forked
+from tests.test_checkpoint_faults import KEEPER_POINTS, UPLOADER_POINTS, keep
 
 pytestmark = pytest.mark.processes
 MIB = 1 << 20
@@ -37,8 +42,11 @@ class Rig:
         }
     )
 
-    def save(self, step: int) -> Save:
+    def begin(self, step: int) -> None:
         self.saver.start(step, "1-1-1", [Shard.whole(n, t) for n, t in self.state.items()])
+
+    def save(self, step: int) -> Save:
+        self.begin(step)
         return self.saver.wait(100)
 
     def commit(self, save: Save) -> None:
@@ -52,6 +60,10 @@ class Rig:
         loaded = load_all(self.storage, checkpoint.folder, read_manifest(self.storage, checkpoint))
         assert all(torch.equal(loaded[n], t) for n, t in self.state.items())
         return checkpoint.step
+
+    def objects(self) -> list[str]:
+        """All that lies below the folder of checkpoints."""
+        return sorted(path.rpartition("checkpoints/")[2] for path in self.storage.fs.find(self.storage.root))
 
     def unfinished(self) -> list[str]:
         bucket = self.storage.root.partition("/")[0]
@@ -154,6 +166,120 @@ def test_what_a_killed_uploader_left_is_swept_once_a_newer_checkpoint_is_committ
     left = {path.rpartition("checkpoints/")[2] for path in rig.storage.fs.find(rig.storage.root)}
     assert left == {"step-00000003/1-1-1/rank-0000.pack", "step-00000003/1-1-1/manifest.json"}
     assert rig.newest() == 3
+
+
+def whole(*steps: int) -> list[str]:
+    """The objects of these checkpoints."""
+    return [f"step-{step:08d}/1-1-1/{name}" for step in steps for name in ("manifest.json", "rank-0000.pack")]
+
+
+@pytest.mark.parametrize("point", UPLOADER_POINTS)
+def test_an_uploader_that_is_killed_anywhere_costs_that_save_and_a_prune_removes_what_it_left(rig, point, monkeypatch):
+    rig.commit(rig.save(1))
+    other = Rig(rig.storage, Saver(rig.storage, part_bytes=LEAST_PART_BYTES))
+    try:
+        with monkeypatch.context() as planned:
+            planned.setenv("ELASTIC_FAULTS", json.dumps([{"point": point, "do": "kill"}]))
+            failed = other.save(2)
+        left = rig.unfinished()
+        assert failed.error == "the uploader process ended with code -9"
+        assert len(left) == (point in ("upload.part", "upload.before_complete"))
+        assert rig.newest() == 1
+
+        other.commit(other.save(3))
+    finally:
+        other.saver.close()
+    Retention(rig.storage, Policy(last=1)).prune()
+    assert rig.newest() == 3
+    assert rig.unfinished() == []
+    assert rig.objects() == whole(3)
+
+
+@pytest.mark.usefixtures("fork_server")
+@pytest.mark.parametrize("point", KEEPER_POINTS)
+def test_a_keeper_that_is_killed_anywhere_leaves_whole_checkpoints_and_the_next_prune_the_rest(rig, point):
+    for step in (1, 2):
+        rig.commit(rig.save(step))
+    index = rig.save(4).index
+
+    process = forked._context.Process(target=keep, args=(rig.storage.url, point, index, dict(os.environ)))
+    process.start()
+    process.join(60)
+
+    assert process.exitcode == -9
+    assert rig.newest() == (2 if point == "checkpoint.before_manifest" else 4)
+    if point == "checkpoint.before_manifest":
+        rig.commit(rig.save(5))
+    Retention(rig.storage, Policy(last=1)).prune()
+    assert rig.objects() == whole(rig.newest())
+    assert rig.unfinished() == []
+
+
+def test_a_prune_beside_a_save_leaves_its_unfinished_upload_alone(rig, front):
+    for step in (1, 2):
+        rig.commit(rig.save(step))
+    front.fault(method="PUT", key="step-00000003.*partNumber=2(&|$)", delay_s=60)
+    rig.begin(3)
+    forked.wait_until(lambda: front.unused() == 0, "part 2 to be on its way")
+
+    Retention(rig.storage, Policy(last=1)).prune()
+
+    assert len(rig.unfinished()) == 1
+    front.release()
+    rig.commit(rig.saver.wait(100))
+    assert rig.newest() == 3
+    Retention(rig.storage, Policy(last=1)).prune()
+    assert rig.objects() == whole(3)
+    assert rig.unfinished() == []
+
+
+def test_of_two_who_commit_one_step_at_one_moment_exactly_one_succeeds(rig):
+    save = rig.save(1)
+    start, outcomes = threading.Barrier(2), list[str]()
+
+    def race(seed: int) -> None:
+        start.wait(30)
+        try:
+            writer.commit(rig.storage, "1-1-1", Manifest(1, seed, "", {}, {}), [save.index])
+            outcomes.append(f"won {seed}")
+        except FileExistsError:
+            outcomes.append("lost")
+
+    threads = [threading.Thread(target=race, args=(seed,)) for seed in (1, 2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+
+    assert sorted(o.split()[0] for o in outcomes) == ["lost", "won"]
+    winner = int(next(o for o in outcomes if o != "lost").split()[1])
+    assert read_manifest(rig.storage, next(newest_first(rig.storage))).seed == winner
+
+
+@pytest.mark.parametrize("damage", ["truncate", "flip", "delete", "swap"])
+@pytest.mark.parametrize("what", ["rank-0000.pack", "manifest.json"])
+def test_any_damage_to_any_object_is_found_and_told(rig, damage, what):
+    rig.commit(rig.save(1))
+    rig.state["small"] += 1
+    rig.commit(rig.save(2))
+    newest, before = newest_first(rig.storage)
+    name, data = f"{newest.folder}/{what}", rig.storage.read(f"{newest.folder}/{what}")
+    if damage == "truncate":
+        rig.storage.replace(name, data[:-1])
+    elif damage == "flip":
+        rig.storage.replace(name, data[:40] + bytes([data[40] ^ 1]) + data[41:])
+    elif damage == "swap":
+        rig.storage.replace(name, rig.storage.read(f"{before.folder}/{what}"))
+    else:
+        rig.storage.remove(name)
+
+    listed = list(newest_first(rig.storage))
+
+    if (damage, what) == ("delete", "manifest.json"):
+        assert listed == [before]
+        return
+    with pytest.raises(CheckpointError, match=name):
+        load_all(rig.storage, newest.folder, read_manifest(rig.storage, newest))
 
 
 def test_a_pack_that_was_cut_short_or_is_gone_is_told(rig):

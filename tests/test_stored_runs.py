@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from elastic.checkpoint.format import FORMAT, READABLE
+from elastic.checkpoint.reader import newest_first, read_manifest
 from elastic.config import from_dict
 from elastic.data.loader import Order
 from elastic.run.folder import RunFolder
@@ -44,6 +46,20 @@ def test_the_recorded_hash_is_that_of_exact_arithmetic(tmp_path: Path, monkeypat
         parameter.data = parameter.data.float()
 
     assert weights_sha256(model) == FINAL
+
+
+def test_there_is_one_of_every_format_and_of_all_that_a_manifest_can_say():
+    found = {}
+    for name in (p.name for p in STORED.iterdir() if p.is_dir()):
+        storage = Storage(str(STORED / name / "exact"))
+        found[name] = [read_manifest(storage, c) for c in newest_first(storage)]
+
+    assert {m.format for manifests in found.values() for m in manifests} == set(READABLE)
+    assert all(name == f"format-{m.format}" for name, manifests in found.items() for m in manifests)
+    newest = found[f"format-{FORMAT}"][0]
+    packs = {c.pack for entry in newest.tensors.values() for c in entry.chunks}
+    assert any("/" in pack for pack in packs), "what did not change lies in the checkpoint before"
+    assert len(packs) == 3
 
 
 @pytest.mark.processes
