@@ -19,10 +19,12 @@ from elastic.checkpoint.saver import Save, Saver
 from elastic.checkpoint.state import load_state, save_state
 from elastic.checkpoint.tensors import Shard
 from elastic.checkpoint.uploader import LEAST_PART_BYTES
-from elastic.errors import CheckpointError
+from elastic.errors import CheckpointError, StorageError
 from elastic.storage import Storage
+from elastic.worker.saving import restore_newest
 from tests import forked
 from tests.test_checkpoint_faults import KEEPER_POINTS, UPLOADER_POINTS, keep
+from tests.test_checkpoint_hostile import Ledger, fresh, trained
 
 pytestmark = pytest.mark.processes
 MIB = 1 << 20
@@ -147,6 +149,24 @@ def test_a_save_with_credentials_that_expired_fails_and_the_next_takes_new_ones(
     finally:
         other.saver.close()
     assert rig.newest() == 3
+
+
+def test_keys_that_expired_before_a_load_are_told_and_no_older_checkpoint_is_taken_for_that(rig, front):
+    state, ledger = trained(), Ledger()
+    for step in (1, 2):
+        rig.saver.start(step, "1-1-1", state.shards(0, 1))
+        index = rig.saver.wait(100).index
+        writer.commit(rig.storage, "1-1-1", Manifest(step, 0, "", {}, state.values()), [index])
+    front.fault(method="GET", key=r"\.pack", status=400, code="ExpiredToken", count=1000)
+
+    with pytest.raises(StorageError) as caught:
+        restore_newest(fresh(), rig.storage, ledger, convert=False)
+
+    assert str(caught.value).startswith(f"{rig.storage.url} could not be read: PermissionError: ")
+    assert "\n" not in str(caught.value)
+    assert ledger.said == []
+    front.clear()
+    assert restore_newest(fresh(), rig.storage, ledger, convert=False) == 2
 
 
 def test_what_a_killed_uploader_left_is_swept_once_a_newer_checkpoint_is_committed(rig):
