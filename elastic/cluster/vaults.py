@@ -74,7 +74,7 @@ class Vaults:
         self._vaults = {}
 
     def _start(self, node: str, port: int) -> None:
-        actor = ray.remote(VaultActor).options(
+        actor: Any = ray.remote(VaultActor).options(
             num_cpus=0, label_selector={"ray.io/node-id": node}, name=_name(self._prefix, node), max_concurrency=2
         ).remote(self._token, port)  # fmt: skip
         self._vaults[node] = _Vault(actor, actor.url.remote(), actor.held.remote())
