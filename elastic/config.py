@@ -230,10 +230,14 @@ class EvalOptions:
     """Evaluation on held-out data."""
 
     every: str | None = option(None, "evaluate every so much (ep, st, tok), and always at the end", common=True)
+    hold: bool = option(False, "after an evaluation wait for leave to go on, as the trials of a sweep do")
 
     def __post_init__(self) -> None:
         if self.every is not None:
             parse_amount("--eval.every", self.every, clock=False)
+        _require(
+            not self.hold or self.every is not None, "--eval.hold", self.hold, "give --eval.every too, or leave it out"
+        )
 
 
 @dataclass(frozen=True)

@@ -179,6 +179,7 @@ REFUSED = [
     (lambda: CheckpointOptions(when_busy="stop"), "--checkpoint.when-busy", "'stop'", "wait, delay, skip"),
     (lambda: CheckpointOptions(keep_every="1h"), "--checkpoint.keep-every", "'1h'", "unit"),
     (lambda: CheckpointOptions(keep_best=-1), "--checkpoint.keep-best", "-1", "at least 0"),
+    (lambda: EvalOptions(hold=True), "--eval.hold", "True", "give --eval.every too"),
     (lambda: CheckpointOptions(best_metric="loss"), "--checkpoint.best-metric", "'loss'", "eval/loss"),
     (lambda: CheckpointOptions(init_from=" "), "--checkpoint.init-from", "' '", "leave it out"),
     (lambda: CheckpointOptions(init_partial=True), "--checkpoint.init-partial", "True", "init-from too"),
@@ -337,7 +338,7 @@ OTHER_VALUES = {
     "observe.log-every": 1.0, "observe.tensorboard": False, "observe.price": 1.0,
     "cluster.address": "auto", "cluster.local-nodes": 2, "scaling.exclude": ("broken",),
 }  # fmt: skip
-ONE_VALUE = {"checkpoint.init-partial"}  # valid only beside another option
+ONE_VALUE = {"checkpoint.init-partial", "eval.hold"}  # valid only beside another option
 SHARDED_ONLY = {"precision.param-dtype", "parallel.offload", "recovery.snapshot-every"}
 RESULT = {
     "run.duration", "run.seed", "run.exactness", "run.on-nonfinite", "batch.global-size", "batch.microbatches",

@@ -82,6 +82,7 @@ class WorkerLink:
         self._broken: set[str] = set()
         self._free: Callable[[], None] | None = None
         self._wishes: dict[str, str] = {}
+        self._allowed = 0
         self._fenced: str | None = None
         self._over: str | None = None
         self._leased = time.monotonic()  # when the newest beat that was answered was sent: the lease counts from there
@@ -198,6 +199,11 @@ class WorkerLink:
     def wish(self, name: str) -> str | None:
         """Whether `stop`, `save` or `leave` was asked for (and why), to be agreed on at the next step boundary."""
         return self._wishes.get(name)
+
+    @property
+    def allowed(self) -> int:
+        """Up to which step a run that holds after evaluations may go."""
+        return self._allowed
 
     def granted(self, name: str) -> None:
         """A wish was carried out."""
@@ -357,6 +363,7 @@ class WorkerLink:
         if kind in ("world", "save alone"):
             self._known = True
             if kind == "world":
+                self._allowed = max(self._allowed, message["allowed"])
                 self._outbox.left_world()
             self._inbox.put(message)
         elif kind == "resume":
@@ -369,6 +376,8 @@ class WorkerLink:
                 self._free_now()
         elif kind == "wish":
             self._wishes[message["wish"]] = message.get("detail", "")
+        elif kind == "allowed":
+            self._allowed = max(self._allowed, message["step"])
         elif kind == "recorded":
             self._outbox.recorded((generation, step, bool(e)) for generation, step, e in message["rows"])
         elif kind == "commit":

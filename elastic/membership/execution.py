@@ -49,6 +49,7 @@ class Executor:
         self._wish: dict[str, Any] | None = None
         self._wished_at: dict[str, Any] = {}
         self._parked = False
+        self._allowed = 0
         self.given_up: set[str] = set()  # whose processes the controller is to end
 
     def execute(self, command: Command) -> None:
@@ -106,6 +107,15 @@ class Executor:
         self._wish, self._wished_at = {**wish, "kind": "wish"}, self._keeper.restore_point()
         self._connections.broadcast(self._wish)
 
+    def allow(self, step: int) -> None:
+        """A run that holds after evaluations may go up to this step. What was allowed once stays so."""
+        self._allowed = max(self._allowed, step)
+        self._connections.broadcast({"kind": "allowed", "step": self._allowed})
+
+    def welcome(self, member_id: str) -> None:
+        """A worker has connected, maybe again: it may have missed what was said to all."""
+        self._connections.send(member_id, {"kind": "allowed", "step": self._allowed})
+
     def refuse(self, member_id: str, reason: str) -> None:
         """Tell a worker that it has no part in the run any more; its process is to be ended."""
         self.given_up.add(member_id)
@@ -136,6 +146,7 @@ class Executor:
         message = {
             "kind": "world", "generation": str(world.generation), "size": world.size, "store": [self._host, port],
             "restore": keeper.restore_point(), "claim_step": keeper.claim_step(), "failing": failing,
+            "allowed": self._allowed,
         }  # fmt: skip
         fault.point("world.forming", -1, world.generation.n)
         for rank, member in enumerate(world.members):

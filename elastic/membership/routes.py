@@ -2,6 +2,7 @@
 
 GET  /follow   WebSocket of a driver: rows and events as they are recorded
 POST /wish     {"kind": "stop"|"save", "detail": ...}: acted on at a step boundary
+POST /allow    {"step": ...}: a run that holds after its evaluations may go up to this step
 POST /close    {"status": ..., "message": ...}: the driver knows that no worker will go on
 GET  /status   the keeper's view of the run, as JSON
 GET  /group    who is in, who waits, who is gone: what the controller of the workers goes by
@@ -58,6 +59,7 @@ class Routes:
         """Register all of them."""
         router.add_get("/follow", self._follow)
         router.add_post("/wish", self._wish)
+        router.add_post("/allow", self._allow)
         router.add_post("/close", self._close)
         router.add_get("/status", self._status)
         router.add_get("/group", self._group)
@@ -83,6 +85,10 @@ class Routes:
         self._executor.wish(wish)
         if wish["wish"] == "stop":
             self._handle(Stopped(wish.get("detail", ""), time.monotonic()))
+        return web.json_response({"ok": True})
+
+    async def _allow(self, request: web.Request) -> web.Response:
+        self._executor.allow((await request.json())["step"])
         return web.json_response({"ok": True})
 
     async def _close(self, request: web.Request) -> web.Response:

@@ -173,6 +173,7 @@ class MembershipServer:
         await socket.prepare(request)
         member_id = request.query["id"]
         self._connections.add(member_id, socket)
+        self._executor.welcome(member_id)
         self._watchman.heard(member_id, time.monotonic())
         ended = self._keeper.ended()
         if ended is not None:

@@ -49,6 +49,7 @@ from elastic.worker.step import APPLIED, FENCE, Stepper, Update
 from elastic.worker.user_code import UserCode, UserCodeError
 
 LAST_COMMIT_S = 60.0  # for a save that is under way when an error ends the run
+HOLD_POLL_S = 0.01
 COLLECTIVE_TIMEOUT_S = 1800.0  # the last resort: the membership server notices a hang long before
 
 
@@ -292,16 +293,22 @@ class Session:
 
     def _stand_by(self, group: Group) -> str | None:
         """A spare holds nothing and waits at every fence, so that it is there when a place is free."""
-        step, stop = self._world_step, 0
+        step, stop, leave = self._world_step, 0, 0
         while step < self._plan.total_steps and not stop:
             self._link.check()
+            if self._config.eval.hold and self._evaluation_is_due(step):
+                stop, leave = self._hold(group, step)
+                if stop or leave:
+                    break
             self._stepper.progress(step, FENCE)
             says = [0, 0, int(self._link.wish("leave") is not None), 0, *self._snapshots.says()]
             stop, _, leave, _, *said = group.agree(says)
             self._snapshots.hear(said)
             step += 1
-            if leave and not stop and step < self._plan.total_steps:
-                return None
+            if leave:
+                break
+        if leave and not stop and step < self._plan.total_steps:
+            return None
         status = "stopped" if step < self._plan.total_steps else "finished"
         last = group.size + group.rank  # the result is the lowest rank's, which is to be one that trained
         self._link.post({"kind": "done", "rank": last, "status": status, "message": "", "result": {}})
@@ -316,11 +323,32 @@ class Session:
             self._evaluate(group)
         while self._applied < self._plan.total_steps and not stop:
             self._link.check()
-            stop, leave = self._step(group)
+            if self._config.eval.hold and self._evaluation_is_due():
+                stop, leave = self._hold(group, self._applied)
+            if not stop and not leave:
+                stop, leave = self._step(group)
             if leave and not stop and self._applied < self._plan.total_steps:
                 self._make_safe(group)
                 return None
         return self._finish(group, stopped=bool(stop))
+
+    def _hold(self, group: Group, step: int) -> tuple[int, int]:
+        """Wait for leave to go on, with the state in memory; returns the agreed wishes to stop and to leave."""
+        link, wishes = self._link, ("stop", "save", "leave")
+        if group.leads:
+            link.report_rows()  # somebody decides by them
+        while True:
+            self._stepper.progress(step, APPLIED + 3, "held")
+            while link.allowed <= step and not any(link.wish(w) is not None for w in wishes):
+                link.check()
+                time.sleep(HOLD_POLL_S)
+            stop, save, leave = group.agree([int(link.wish(w) is not None) for w in wishes])
+            if stop or leave or not save:
+                return stop, leave
+            if group.place is None:
+                link.granted("save")
+            else:
+                self._save(busy=False)
 
     def _step(self, group: Group) -> tuple[int, int]:
         """One step of training; returns the agreed wishes to stop and to leave."""
@@ -376,9 +404,9 @@ class Session:
 
     # ---- between steps -----------------------------------------------------------------------------------------
 
-    def _evaluation_is_due(self) -> bool:
-        every = self._plan.eval_every
-        return every is not None and 0 < self._applied < self._plan.total_steps and self._applied % every == 0
+    def _evaluation_is_due(self, step: int | None = None) -> bool:
+        every, step = self._plan.eval_every, self._applied if step is None else step
+        return every is not None and 0 < step < self._plan.total_steps and step % every == 0
 
     def _evaluate(self, group: Group) -> dict[str, float]:
         if self._evaluated[0] == self._applied:
