@@ -9,6 +9,8 @@ Pinned to ray 2.60; `tests/test_ray_contract.py` has one test for each private n
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import itertools
 import logging
 import math
@@ -432,8 +434,44 @@ class Controller(TrainController):
 
     def __init__(self, *arguments: Any, **keywords: Any):
         os.environ.update(_CONTROLLER_ENVIRONMENT)
+        Group._restarts = itertools.count()  # this process may have had a controller before, of another run
         logging.getLogger("ray.train").setLevel(logging.WARNING)  # what matters is an event of the run
         super().__init__(*arguments, **keywords)
+
+
+class _Here:
+    """A controller in this process. Its own `abort` would end the process."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._task: asyncio.Task[None] | None = None
+        self._began = threading.Event()
+
+    def run(self, arguments: dict[str, Any]) -> Any:
+        """Run to the end of the group; returns its result.
+
+        Raises:
+            RuntimeError: it was aborted.
+        """
+        controller = Controller(**arguments)
+        self._task = self._loop.create_task(controller.run())
+        self._began.set()
+        try:
+            self._loop.run_until_complete(self._task)
+            return controller.get_result()
+        except asyncio.CancelledError:
+            raise RuntimeError("the controller was aborted") from None
+        finally:
+            if controller._worker_group is not None:
+                controller._worker_group.abort()
+            self._loop.close()
+
+    def abort(self, timeout_s: float) -> None:
+        """End it at its next turn, from another thread, which then waits for the one that runs it."""
+        if not self._began.wait(timeout_s) or self._task is None:
+            return
+        with contextlib.suppress(RuntimeError):  # it has just ended, and its loop with it
+            self._loop.call_soon_threadsafe(self._task.cancel)
 
 
 class RayTrainer(DataParallelTrainer):
@@ -442,11 +480,12 @@ class RayTrainer(DataParallelTrainer):
     Args:
         storage_path: a folder of this machine that Ray Train may write markers to; no training state goes there.
         plan: the workers to have.
+        here: the controller is no actor of its own: this process is one, which has many runs one after another.
     """
 
     def __init__(
         self, train_function: Callable[[dict[str, Any]], Any], *, name: str, storage_path: str, plan: GroupPlan,
-        accelerator: str,
+        accelerator: str, here: bool = False,
     ):  # fmt: skip
         scaling_config: Any = ScalingConfig(
             num_workers=plan.want(plan.max_workers), use_gpu=accelerator == "gpu", resources_per_worker=plan.unit
@@ -457,6 +496,7 @@ class RayTrainer(DataParallelTrainer):
             scaling_config=scaling_config, run_config=run_config,
         )  # fmt: skip
         self._policies = (StartPolicy(scaling_config, plan), FallbackPolicy(FailureConfig()))
+        self._here: _Here | None = _Here() if here else None
         self._controller: Any = None
         self._started = threading.Event()
 
@@ -479,6 +519,8 @@ class RayTrainer(DataParallelTrainer):
             raise result.error
 
     def _initialize_and_run_controller(self, **controller_arguments: Any) -> Any:
+        if self._here is not None:
+            return self._here.run(controller_arguments)
         node_id = ray.get_runtime_context().get_node_id()
         actor_class = ray.remote(num_cpus=0, label_selector={"ray.io/node-id": node_id})(Controller)
         self._controller = actor_class.remote(**controller_arguments)
@@ -488,6 +530,9 @@ class RayTrainer(DataParallelTrainer):
 
     def abort(self, timeout_s: float) -> None:
         """End the controller and all workers at once, from another thread."""
+        if self._here is not None:
+            self._here.abort(timeout_s)
+            return
         if not self._started.wait(timeout_s):
             return
         try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import io
 import shutil
 import signal
 import socket
@@ -11,18 +12,22 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from elastic.config import TrainConfig
 from elastic.data.deal import batch_line
 from elastic.errors import ConfigError, ElasticError, Interrupted, RunFailed
 from elastic.job import Job
+from elastic.membership.driver import DriverLink
 from elastic.observe.console import Console, result_text
 from elastic.run.forecast import refuse_what_does_not_fit_here
 from elastic.run.prepare import PreparedRun, open_run, prepare
 from elastic.units import parse_amount
+
+if TYPE_CHECKING:
+    from elastic.run.host import RunHost
 
 END_TIMEOUT_S = 30.0
 START_TIMEOUT_S = 60.0
@@ -86,13 +91,61 @@ def drive(run: PreparedRun) -> int:
     return 0
 
 
-def run_prepared(run: PreparedRun) -> dict[str, Any]:
-    """Run to its end; returns the contents of result.json. See `ElasticTrainer.fit` for what it raises."""
+class RunControl:
+    """A run that is driven by another thread: hears its records, lets it go on where it holds, and ends it.
+
+    Args:
+        on_record: called with every row and event, on a thread of the run.
+    """
+
+    def __init__(self, on_record: Callable[[dict[str, Any]], None]):
+        self.on_record = on_record
+        self._lock = threading.Lock()
+        self._link: DriverLink | None = None
+        self._allowed = 0
+        self._why: str | None = None
+
+    def allow(self, step: int) -> None:
+        """Where it holds after evaluations (`--eval.hold`), it may go up to this step."""
+        with self._lock:
+            self._allowed = max(self._allowed, step)
+            self._say()
+
+    def stop(self, why: str) -> None:
+        """Save and end at the next boundary; a run that holds does no further step."""
+        with self._lock:
+            self._why = why
+            self._say()
+
+    def attach(self, link: DriverLink | None) -> None:
+        """The run's host is there: tell it what was asked for before. None: it is gone."""
+        with self._lock:
+            self._link = link
+            self._say()
+
+    def _say(self) -> None:
+        if self._link is None:
+            return
+        try:
+            self._link.request("/allow", {"step": self._allowed})
+            if self._why is not None:
+                self._link.request("/wish", {"wish": "stop", "detail": self._why})
+        except OSError:
+            self._link = None  # the run has just ended
+
+
+def run_prepared(run: PreparedRun, control: RunControl | None = None) -> dict[str, Any]:
+    """Run to its end; returns the contents of result.json. See `ElasticTrainer.fit` for what it raises.
+
+    Args:
+        control: held by another thread of this process, which has many runs one after another: then nothing is printed,
+            and the run is hosted in this process, whose end would be the run's anyway.
+    """
     if run.finished is not None:
         return run.finished
     _check_picklable(run.job)
     plan, config = run.plan, run.config
-    console = Console(plan.total_steps, config.observe.log_every)
+    console = Console(plan.total_steps, config.observe.log_every, None if control is None else _Silence())
     console.say(f"run {run.name} -> {run.folder.storage.url}")
     console.say(batch_line(plan.global_size, plan.microbatches, config.scaling.max_workers))
     from elastic.cluster.embedded import connected, is_embedded, preflight
@@ -104,7 +157,7 @@ def run_prepared(run: PreparedRun) -> dict[str, Any]:
             refuse_what_does_not_fit_here(run)
         epoch = open_run(run)
         with connected(config.cluster, config.scaling, address):
-            return _Drive(run, epoch, console).run(time.monotonic() - began)
+            return _Drive(run, epoch, console, control).run(time.monotonic() - began)
     finally:
         console.close()
 
@@ -121,11 +174,18 @@ def _check_picklable(job: Job) -> None:
         ) from error
 
 
+class _Silence(io.StringIO):
+    """Where nobody reads."""
+
+    def write(self, text: str) -> int:
+        return len(text)
+
+
 class _Drive:
     """One drive of a run: starts its actors, shows its records, passes signals on, and cleans up."""
 
-    def __init__(self, run: PreparedRun, epoch: int, console: Console):
-        self._run, self._epoch, self._console = run, epoch, console
+    def __init__(self, run: PreparedRun, epoch: int, console: Console, control: RunControl | None = None):
+        self._run, self._epoch, self._console, self._control = run, epoch, console, control
         self._end: dict[str, Any] | None = None
         self._ended = threading.Event()
         self._formed = threading.Event()
@@ -141,8 +201,7 @@ class _Drive:
         from elastic.cluster.actors import HostActor
         from elastic.cluster.capacity import check_fits, choose_accelerator
         from elastic.cluster.embedded import node_resources
-        from elastic.membership.driver import DriverLink
-        from elastic.run.host import host_settings, keeper_options, new_token
+        from elastic.run.host import RunHost, host_settings, keeper_options, new_token
 
         run, scaling = self._run, self._run.config.scaling
         nodes = node_resources()
@@ -156,24 +215,39 @@ class _Drive:
             "name": run.name, "accelerator": accelerator, "cluster_s": round(connect_s, 3),
             "changed_code": run.changed_code or None,
         }  # fmt: skip
+        if self._control is not None:
+            return self._host_here(RunHost(run.folder.storage.url, options, settings), detail, token, accelerator)
         host: Any = (
             ray.remote(num_cpus=0, max_restarts=-1, label_selector={"ray.io/node-id": node_id})(HostActor)
         ).remote(run.folder.storage.url, options, settings, detail)
         try:
             url = ray.get(host.url.remote(), timeout=START_TIMEOUT_S)
-            self._link = DriverLink(url, token)
-            if run.changed_code:
-                self._console.say("warning: the job's code is not the code this run was started with")
-            follower = threading.Thread(target=self._follow, name="run-follower", daemon=True)
-            follower.start()
-            try:
-                with self._handling_signals():
-                    return self._train(url, token, accelerator)
-            finally:
-                ray.get(host.stop.remote(), timeout=END_TIMEOUT_S)
-                follower.join(END_TIMEOUT_S)
+            return self._serve(url, token, accelerator, lambda: ray.get(host.stop.remote(), timeout=END_TIMEOUT_S))
         finally:
             ray.kill(host)
+
+    def _host_here(self, host: RunHost, detail: dict[str, Any], token: str, accelerator: str) -> dict[str, Any]:
+        assert self._control is not None
+        url = host.start(detail)
+        self._control.attach(DriverLink(url, token))
+        try:
+            return self._serve(url, token, accelerator, host.stop)
+        finally:
+            self._control.attach(None)
+
+    def _serve(self, url: str, token: str, accelerator: str, stop_host: Callable[[], None]) -> dict[str, Any]:
+        """With the host at `url`: train, and follow its records."""
+        self._link = DriverLink(url, token)
+        if self._run.changed_code:
+            self._console.say("warning: the job's code is not the code this run was started with")
+        follower = threading.Thread(target=self._follow, name="run-follower", daemon=True)
+        follower.start()
+        try:
+            with self._handling_signals():
+                return self._train(url, token, accelerator)
+        finally:
+            stop_host()
+            follower.join(END_TIMEOUT_S)
 
     def _train(self, url: str, token: str, accelerator: str) -> dict[str, Any]:
         from elastic.cluster.actors import training_function
@@ -204,7 +278,7 @@ class _Drive:
         markers = tempfile.mkdtemp(prefix="elastic-", dir=session_folder())
         trainer = RayTrainer(
             training_function(worker_run, accelerator, prefix if vaults else None), name=run.name,
-            storage_path=markers, plan=plan, accelerator=accelerator,
+            storage_path=markers, plan=plan, accelerator=accelerator, here=self._control is not None,
         )  # fmt: skip
         fewer = want < scaling.max_workers + scaling.spares
         why = "; more would not lower the rounds of a step" if fewer else ""
@@ -271,6 +345,8 @@ class _Drive:
             if kind == "world_formed":
                 self._formed.set()
             self._console.record(record)
+            if self._control is not None:
+                self._control.on_record(record)
             if kind == "end":
                 self._end = record
                 self._ended.set()
