@@ -98,15 +98,20 @@ def import_checkpoint(
         step, note.get("seed", 0), note.get("config_digest", ""), {"size": 1, "generation": f"{held.epoch}-0"},
         note.get("values", WEIGHTS_ONLY), metrics=note.get("metrics", {}),
     )  # fmt: skip
-    whole = _write(storage, attempt, manifest, source, names, held, on_total)
+    whole = write_checkpoint(storage, attempt, manifest, source, names, held, on_total)
     newest = max([step, *(c.step for c in committed)])
     return Imported(step, attempt, len(names), whole.nbytes, source.note is not None, newest)
 
 
-def _write(
+def write_checkpoint(
     storage: Storage, attempt: str, manifest: Manifest, source: Source, names: dict[str, str], held: Hold,
     on_total: Callable[[int], Callable[[int], None]],
 ) -> Manifest:  # fmt: skip
+    """Write tensors as one pack and commit it, unless somebody claimed the run meanwhile; what fails leaves nothing.
+
+    Args:
+        names: which tensors are taken: the name in the checkpoint -> the name in the source.
+    """
     folder = attempt_folder(manifest.step, attempt)
     try:
         index = _write_pack(storage, f"{folder}/{PACK}", source, names, on_total)
