@@ -15,6 +15,9 @@ if TYPE_CHECKING:  # for type checkers and editors
     from elastic.command import main as main
     from elastic.config import TrainConfig as TrainConfig
     from elastic.job import Job as Job
+    from elastic.sweep.config import SweepConfig as SweepConfig
+    from elastic.sweep.driver import SweepResult as SweepResult
+    from elastic.sweep.driver import run_sweep as run_sweep
 
 _HOMES = {
     "ElasticTrainer": "elastic.cluster.trainer",
@@ -33,7 +36,10 @@ _HOMES = {
     "ObserveOptions": "elastic.config",
     "ClusterOptions": "elastic.config",
     "Job": "elastic.job",
+    "SweepConfig": "elastic.sweep.config",
+    "SweepResult": "elastic.sweep.driver",
     "main": "elastic.command",
+    "run_sweep": "elastic.sweep.driver",
 }
 __all__ = sorted(_HOMES)
 

@@ -13,6 +13,7 @@ from elastic.cluster import node_watch
 from elastic.errors import ConfigError, ElasticError
 from elastic.tools.control import add_control
 from elastic.tools.doctor import add_doctor
+from elastic.tools.sweeps import add_report
 from elastic.tools.verbs import add_verbs, run
 
 if TYPE_CHECKING:
@@ -94,6 +95,7 @@ def parser() -> argparse.ArgumentParser:
     verb.set_defaults(run=_init)
     add_control(verbs)
     add_verbs(verbs)
+    add_report(verbs)
     add_doctor(verbs, _examine_cluster)
     node_watch.add_verb(verbs)
     return parser

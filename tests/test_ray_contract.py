@@ -1,4 +1,4 @@
-"""Each private name of Ray that `elastic/cluster` uses (raytrain, gcs), so that a new Ray fails here first."""
+"""Each private name of Ray that is used (raytrain, gcs, raytune), so that a new Ray fails here first."""
 
 from __future__ import annotations
 
@@ -23,8 +23,10 @@ from ray.train.v2._internal.execution.worker_group import WorkerGroup
 from ray.train.v2._internal.execution.worker_group.poll import WorkerGroupPollStatus, WorkerStatus
 from ray.train.v2._internal.execution.worker_group.worker import ActorMetadata, RayTrainWorker
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
+from ray.tune.execution.tune_controller import TrialRunnerWrapper, TuneController
 
 from elastic.cluster import gcs, raytrain
+from elastic.sweep import raytune
 
 
 def parameters(function: object) -> list[str]:
@@ -135,3 +137,32 @@ def test_the_trainer_has_the_hooks_that_we_override() -> None:
     for name in ("_initialize_and_run_controller", "_create_default_callbacks", "_get_train_func"):
         assert callable(getattr(DataParallelTrainer, name))
     assert "train_run_context" in inspect.getsource(DataParallelTrainer.__init__)
+
+
+def test_tunes_controller_has_what_sweeps_use_of_it() -> None:
+    assert {"search_alg", "scheduler", "storage", "callbacks", "reuse_actors", "resource_manager_factory",
+            "checkpoint_period"} <= set(parameters(TuneController.__init__))  # fmt: skip
+    source = inspect.getsource(TuneController)
+    assert "self._class_cache.get(trainable_cls)" in source
+    assert "if self._print_trial_errors:" in source
+    assert parameters(TuneController._schedule_trial_train) == ["self", "trial"]
+    assert parameters(TuneController.pause_trial) == ["self", "trial", "should_checkpoint"]
+    assert "return self._trials" in inspect.getsource(TuneController.get_trials)
+    assert "self._tune_controller = tune_controller" in inspect.getsource(TrialRunnerWrapper)
+
+
+def test_a_trial_that_is_neither_continued_nor_stopped_keeps_its_actor() -> None:
+    execute = inspect.getsource(TuneController._execute_action)
+    assert "elif decision == TrialScheduler.NOOP:\n            pass" in execute
+
+
+def test_the_head_has_a_resource_that_no_other_node_has() -> None:
+    from ray._private.resource_and_label_spec import HEAD_NODE_RESOURCE_NAME
+
+    assert raytune.HEAD == HEAD_NODE_RESOURCE_NAME
+
+
+def test_a_controller_keeps_its_worker_group_where_one_in_this_process_finds_it() -> None:
+    assert "self._worker_group: Optional[WorkerGroup] = None" in inspect.getsource(TrainController.__init__)
+    assert inspect.iscoroutinefunction(TrainController.run)
+    assert not inspect.iscoroutinefunction(TrainController.get_result)

@@ -208,11 +208,15 @@ def _export(arguments: argparse.Namespace) -> int:
 
     from elastic.checkpoint.initial import SUFFIX
     from elastic.tools.exporting import export
+    from elastic.tools.sweeps import best_run
     from elastic.tools.target import choose, open_run
     from elastic.tools.text import parse_size, size_text
 
-    storage = open_run(arguments.url, read_only=True).storage
-    checkpoint = choose(storage, arguments.step)
+    url, step = arguments.url, arguments.step
+    if (best := best_run(url)) is not None:  # of a sweep, its best trial
+        url, step = best[0], best[1] if step is None else step
+    storage = open_run(url, read_only=True).storage
+    checkpoint = choose(storage, step)
     size = arguments.max_shard_size
     if size is None and arguments.format == "safetensors" and not arguments.out.endswith(SUFFIX):
         size = "5GB"

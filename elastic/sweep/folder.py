@@ -1,0 +1,92 @@
+"""The folder of a sweep, being written: by one driver at a time."""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import Any
+
+from elastic.errors import ConfigError
+from elastic.observe.ledger import LedgerFile, finite, read_records
+from elastic.redact import clean
+from elastic.run.folder import owner
+from elastic.run.process import identity
+from elastic.storage import Storage
+from elastic.tools.sweeps import DRIVERS, FORMAT, SWEEP, TRIALS, TrialRecord, collect, read_sweep, state_of
+
+
+class SweepFolder:
+    """Typed access to `<storage>/<sweep>`."""
+
+    def __init__(self, storage: Storage):
+        self.storage = storage
+        self._values: dict[str, Any] = {}
+        self._ledger: LedgerFile | None = None
+
+    def stored(self) -> dict[str, Any] | None:
+        """What an earlier driver wrote into sweep.json."""
+        return read_sweep(self.storage)
+
+    def claim(self, values: dict[str, Any], *, take_over: bool) -> None:
+        """Begin to drive the sweep, and write its sweep.json.
+
+        Raises:
+            ConfigError: another driver seems alive, or claimed it at the same moment.
+        """
+        stored = self.stored()
+        if stored is not None and state_of(stored, time.time()) == "running" and not take_over:
+            raise ConfigError(
+                f"sweep {self.storage.url} is being driven by {stored['owner']}; stop that one, choose another "
+                "--sweep.name, or give --take-over"
+            )
+        self.storage.probe()
+        epoch = max((int(n.removesuffix(".json")) for n in self.storage.names(DRIVERS)), default=0) + 1
+        line = json.dumps({"format": FORMAT, "owner": owner(), "process": identity(), "time": time.time()})
+        try:
+            self.storage.create(f"{DRIVERS}/{epoch:06d}.json", line.encode())
+        except FileExistsError:
+            raise ConfigError(
+                f"sweep {self.storage.url} was claimed by another driver at this moment; stop one of the two"
+            ) from None
+        self._ledger = LedgerFile(self.storage, TRIALS, epoch)
+        began = stored["began"] if stored is not None else time.time()
+        self._values = {"began": began, **values, "owner": owner(), "owner_process": identity(), "epoch": epoch}
+        self._values["seconds_before"] = stored.get("seconds", 0.0) if stored is not None else 0.0
+        self._since = time.monotonic()
+        best = stored.get("best") if stored is not None else None
+        self.update(status="running", message="", best=best)
+
+    @property
+    def best(self) -> dict[str, Any] | None:
+        """The best trial so far, whose checkpoint is pinned."""
+        return self._values.get("best")
+
+    @property
+    def seconds(self) -> float:
+        """How long the sweep was driven, by this and by earlier commands."""
+        return float(self._values["seconds_before"]) + time.monotonic() - self._since
+
+    def update(self, **values: Any) -> None:
+        """Write sweep.json anew, with these values changed and a new heartbeat."""
+        self._values |= {**values, "heartbeat": time.time(), "seconds": round(self.seconds, 3)}
+        text = json.dumps(clean(finite({"format": FORMAT, **self._values})), indent=1)
+        self.storage.replace(SWEEP, (text + "\n").encode())
+
+    def lines(self) -> list[dict[str, Any]]:
+        """All of trials.jsonl."""
+        return read_records(self.storage, TRIALS)
+
+    def trials(self, metric: str, mode: str) -> list[TrialRecord]:
+        """What is known of each trial."""
+        return collect(self.lines(), metric, mode)
+
+    def note(self, trial: int, kind: str, **values: Any) -> None:
+        """A line about a trial; it is in storage when this returns."""
+        assert self._ledger is not None, "claim it first"
+        self._ledger.add({"time": time.time(), "trial": trial, "kind": kind, **clean(values)})
+        self._ledger.flush()
+
+    def close(self) -> None:
+        """Join what object storage has in parts."""
+        if self._ledger is not None:
+            self._ledger.compact()

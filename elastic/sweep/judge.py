@@ -1,0 +1,207 @@
+"""What a sweep knows and decides while it runs: which trial is next, who waits for whom, and what is written down.
+
+Everything that decides lies in trials.jsonl before anybody acts on it, so a judge that is made anew goes on where the
+one before was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Set
+from dataclasses import asdict
+from typing import Any, Literal
+
+from elastic.sweep.config import SweepConfig
+from elastic.sweep.decide import Hyperband, Missing, NoRule, OrderedAsha, Population, Results, Rule, Verdict
+from elastic.sweep.folder import SweepFolder
+from elastic.sweep.suggest import Suggester, suggester
+
+Wait = Literal["", "hold", "rest"]
+
+
+def rule_of(config: SweepConfig, total: int) -> Rule:
+    """How trials of `total` evaluations are cut short."""
+    if config.scheduler == "asha":
+        return OrderedAsha(config.grace_period, config.reduction_factor, total)
+    if config.scheduler == "hyperband":
+        return Hyperband(config.grace_period, config.reduction_factor, total, config.total)
+    if config.scheduler == "pbt":
+        return Population(
+            config.space, config.perturbation_interval, total, config.total, quantile=config.quantile,
+            resample=config.resample, seed=config.seed,
+        )  # fmt: skip
+    return NoRule(total)
+
+
+class Judge:
+    """All methods from one thread.
+
+    Args:
+        total: evaluations of a whole trial.
+        say: shows a line to people.
+    """
+
+    def __init__(self, config: SweepConfig, folder: SweepFolder, total: int, say: Callable[[str], None]):
+        self._config, self._folder, self._say = config, folder, say
+        self._results = Results(total)
+        self._rule = rule_of(config, total)
+        self._suggester: Suggester = suggester(config)
+        self._values: dict[int, float | None] = {}
+        self._names: dict[int, str] = {}
+        self._waiting: dict[int, int] = {}  # trials that wait for a verdict, and at which gate
+        self._held: set[int] = set()  # those of them that keep their state in memory
+        self._resting: set[int] = set()  # those that gave up their place
+        self._made: list[tuple[int, Verdict]] = []
+        self._costs: dict[int, float] = {}
+        self._to_start = list(range(config.total))
+        self.no_more = False  # no trial is started any more
+        self.closing = False  # nor does one go on that rests
+        for trial in folder.trials(config.metric, config.mode):
+            self._names[trial.number] = trial.run
+            for report in trial.reports:
+                value = report["metrics"].get(config.metric)
+                self._results.report(trial.number, report["evaluation"], value, config.mode)
+            if any(v["do"] == "stop" for v in trial.verdicts):
+                self._results.end(trial.number)
+            if trial.status != "running":
+                self._results.end(trial.number)
+                self._values[trial.number] = None if trial.status == "failed" else trial.value
+                self._to_start.remove(trial.number)
+            self._costs[trial.number] = trial.cost or 0.0
+
+    # ---- trials ----------------------------------------------------------------------------------------------------
+
+    @property
+    def left(self) -> int:
+        """Trials that have not ended."""
+        return self._config.total - len(self._values)
+
+    @property
+    def cost(self) -> float:
+        """What all trials cost so far, as far as they have said."""
+        return sum(self._costs.values())
+
+    def start_next(self) -> int | None:
+        """The number of the next trial to start, or to go on with after an interruption; None: not yet, or no more."""
+        if not self._to_start or self.closing:
+            self.no_more = True
+            return None
+        number = self._to_start[0]
+        if any(needed not in self._values for needed in self._suggester.needs(number)):
+            return None
+        self._to_start.pop(0)
+        if number not in self._names:
+            options = self._suggester.options(number, self._values)
+            self._names[number] = name = f"{self._config.name}-{number:04d}"
+            self._folder.note(number, "started", run=name, options=options, until=self._rule.first(number))
+            self._say(f"{name} starts with {options_text(options)}")
+        return number
+
+    def report(self, number: int, told: dict[str, Any], running: Set[int], places: int) -> Wait:
+        """A trial tells of an evaluation.
+
+        Args:
+            running: trials that have one of the `places`.
+
+        Returns:
+            whether it has to wait for a verdict: with its state in memory where all that it waits for run, or have room
+            to; else so that another one can have its place.
+        """
+        evaluation, value = told["evaluation"], told["metrics"].get(self._config.metric)
+        if self._results.score(number, evaluation) is None:
+            self._results.report(number, evaluation, value, self._config.mode)
+            self._folder.note(
+                number, "report", evaluation=evaluation, step=told["step"], metrics=told["metrics"], cost=told["cost"]
+            )
+        if told["cost"] is not None:
+            self._costs[number] = told["cost"]
+        if told["waits"]:
+            self._waiting[number] = evaluation
+        self._judge_all()
+        if number not in self._waiting:
+            return ""
+        verdict = self._rule.judge(self._results, number, evaluation)
+        assert isinstance(verdict, Missing)
+        if len(verdict.trials - running) > places - len(running):
+            return "rest"
+        self._held.add(number)
+        return "hold"
+
+    def release(self, number: int) -> bool:
+        """Whether a trial was held, which it is not any more."""
+        held = number in self._held
+        self._held.discard(number)
+        return held
+
+    def rests(self, number: int) -> None:
+        """A trial that waits has given up its place."""
+        self._resting.add(number)
+
+    def ended(self, number: int, told: dict[str, Any]) -> None:
+        """A trial has ended by itself."""
+        self._results.end(number)
+        self._waiting.pop(number, None)
+        self._held.discard(number)
+        self._resting.discard(number)
+        value = told["metrics"].get(self._config.metric)
+        self._values[number] = None if told["status"] == "failed" else value
+        self._costs[number] = told["cost"] or self._costs.get(number, 0.0)
+        self._folder.note(number, "ended", **{k: v for k, v in told.items() if k != "what"})
+        shown = "" if value is None else f", {self._config.metric} {value:.6g}"
+        why = f": {told['message'].splitlines()[-1]}" if told["message"] else ""
+        self._say(f"{self._names[number]} {told['status']} after step {told['step']}{shown}{why}")
+        self._judge_all()
+
+    def broke(self, number: int, message: str) -> None:
+        """A trial could not be brought to its end."""
+        nothing: dict[str, Any] = {"step": 0, "metrics": {}, "weights_sha256": None, "seconds": 0.0, "cost": None}
+        self.ended(number, {"status": "failed", "message": message, **nothing})
+
+    def give_up(self, why: str) -> None:
+        """The sweep ends early: end the trials that rest, whose state is saved, and those that never had a place."""
+        for trial in self._folder.trials(self._config.metric, self._config.mode):
+            number = trial.number
+            if number in self._values:
+                continue
+            metrics = trial.reports[-1]["metrics"] if trial.reports else {}
+            told = {"step": trial.step, "metrics": metrics, "weights_sha256": None, "seconds": 0.0, "cost": trial.cost}
+            self.ended(number, {"status": "stopped", "message": why, **told})
+
+    # ---- verdicts --------------------------------------------------------------------------------------------------
+
+    def _judge_all(self) -> None:
+        """One verdict may be what another one waits for."""
+        changed = True
+        while changed:
+            changed = False
+            for number in sorted(self._waiting):
+                gate = self._waiting[number]
+                verdict = self._rule.judge(self._results, number, gate)
+                if isinstance(verdict, Missing):
+                    continue
+                del self._waiting[number]
+                changed = True
+                self._folder.note(number, "verdict", evaluation=gate, **asdict(verdict))
+                if verdict.do == "stop":
+                    self._results.end(number)
+                if verdict.do == "exploit":
+                    self._say(f"{self._names[number]} takes over {self._names[verdict.source]}, with "
+                              f"{options_text(verdict.options)}")  # fmt: skip
+                self._made.append((number, verdict))
+
+    def verdicts(self) -> list[tuple[int, Verdict]]:
+        """What was decided since this was last asked."""
+        made, self._made = self._made, []
+        return made
+
+    def ready(self) -> list[int]:
+        """Trials that gave up their place and may go on."""
+        return [] if self.closing else sorted(n for n in self._resting if n not in self._waiting)
+
+    def resumed(self, number: int) -> None:
+        """A trial that rested has a place again."""
+        self._resting.discard(number)
+
+
+def options_text(options: Any) -> str:
+    """Options as one would type them."""
+    return " ".join(f"--{name} {value}" for name, value in options.items())

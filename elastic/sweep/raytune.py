@@ -1,0 +1,241 @@
+"""The only module that touches Ray Tune: its controller, with our searcher, our scheduler and our trial actors.
+
+Tune starts trials, waits for their reports, makes a trial anew whose process died, and pauses it. What a trial is to do
+is decided by `judge.Judge`, in which nothing depends on the order in which reports come.
+
+Pinned to ray 2.60; `tests/test_ray_contract.py` has a test for the private names used here.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import threading
+from typing import Any, ClassVar
+
+import ray
+from ray.air.execution import FixedResourceManager
+from ray.tune import PlacementGroupFactory, Trainable
+from ray.tune.execution.tune_controller import TuneController
+from ray.tune.experiment import Experiment, Trial
+from ray.tune.schedulers import FIFOScheduler, TrialScheduler
+from ray.tune.search import SearchGenerator
+from ray.tune.search.searcher import Searcher
+
+from elastic.observe.ledger import read_records
+from elastic.run.host import import_store
+from elastic.storage import Storage
+from elastic.sweep.decide import Verdict
+from elastic.sweep.judge import Judge
+from elastic.sweep.trial import TrialPlan, TrialRun
+from elastic.tools.sweeps import TRIALS
+
+HEAD = "node:__internal_head__"  # a resource of the node whose loss ends everything anyway
+SLOT = 0.001  # of it: trials at a time are limited by their number, not by what their actors need
+MAX_FAILURES = 20
+TOLD = "told"
+_NEVER = 10**9
+
+
+class TrialActor(Trainable):
+    """Drives a trial's run. `step` returns what the trial has to tell; everything else may be called meanwhile."""
+
+    plan: ClassVar[TrialPlan]
+
+    def __init__(self, config: dict[str, Any], storage: Any = None):
+        os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"  # paths of the job's are those of the driver
+        super().__init__(config, storage)
+
+    @classmethod
+    def default_resource_request(cls, config: dict[str, Any]) -> PlacementGroupFactory:
+        return PlacementGroupFactory([{HEAD: SLOT}])
+
+    def setup(self, config: dict[str, Any]) -> None:
+        threading.Thread(target=import_store, name="import-torch", daemon=True).start()
+        self._trial = self._new_trial(config)
+
+    def _new_trial(self, config: dict[str, Any]) -> TrialRun:
+        lines = read_records(Storage(self.plan.folder_url), TRIALS)
+        return TrialRun(self.plan, config["trial"], lines)
+
+    def step(self) -> dict[str, Any]:
+        told = self._trial.next()
+        return {TOLD: json.dumps(told), "done": told["what"] == "ended"}  # Tune would flatten what is in it
+
+    def obey(self, verdict: Verdict) -> None:
+        self._trial.obey(verdict)
+
+    def rest(self) -> None:
+        self._trial.rest()
+
+    def cleanup(self) -> None:
+        self._trial.end()
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        """The actor's process, which has imported everything, drives another trial."""
+        self._trial.end()
+        self._trial = self._new_trial(new_config)
+        return True
+
+
+class LeanClasses:
+    """Makes actor classes without a runtime environment, which would keep Ray from using processes started ahead, and
+    which all that a trial starts would inherit; and with threads, so that a trial can be told something at any time."""
+
+    def __init__(self) -> None:
+        self._known: dict[type, Any] = {}
+
+    def get(self, trainable: type) -> Any:
+        if trainable not in self._known:
+            remote: Any = ray.remote  # whose types know only some of its options
+            self._known[trainable] = remote(max_concurrency=4)(trainable)
+        return self._known[trainable]
+
+
+class Numbers(Searcher):
+    """Names the trials to start by their numbers."""
+
+    def __init__(self, judge: Judge):
+        super().__init__()
+        self._judge = judge
+        self._numbers: dict[str, int] = {}
+
+    def suggest(self, trial_id: str) -> Any:
+        number = self._judge.start_next()
+        if number is None:
+            return Searcher.FINISHED if self._judge.no_more else None
+        self._numbers[trial_id] = number
+        return {"trial": number}
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        if error:
+            self._judge.broke(self._numbers[trial_id], f"its process died more than {MAX_FAILURES} times")
+
+
+class Gates(FIFOScheduler):
+    """Has trials wait at their gates until there is a verdict."""
+
+    def __init__(self, judge: Judge, places: int):
+        super().__init__()
+        self._judge, self._places = judge, places
+        self._trials: dict[int, Trial] = {}
+
+    def on_trial_add(self, tune_controller: Any, trial: Trial) -> None:
+        self._trials[trial.config["trial"]] = trial
+
+    def on_trial_error(self, tune_controller: Any, trial: Trial) -> None:
+        """It is made anew, or the searcher hears that it will not be."""
+
+    def on_trial_remove(self, tune_controller: Any, trial: Trial) -> None:
+        """Nothing is kept of it here."""
+
+    def on_trial_result(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> str:
+        number, told = trial.config["trial"], json.loads(result[TOLD])
+        if told["what"] == "resting":
+            self._judge.rests(number)
+            tune_controller.pause_trial(trial, should_checkpoint=False)
+            return TrialScheduler.NOOP
+        self._judge.resumed(number)
+        running = {n for n, t in self._trials.items() if t.status == Trial.RUNNING}
+        wait = self._judge.report(number, told, running, self._places)
+        self._deliver(tune_controller, number)
+        if wait == "hold":
+            return TrialScheduler.NOOP
+        if wait == "rest":
+            self._tell(trial, "rest")
+        return TrialScheduler.CONTINUE
+
+    def on_trial_complete(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> None:
+        self._judge.ended(trial.config["trial"], json.loads(result[TOLD]))
+        self._deliver(tune_controller)
+
+    def _deliver(self, tune_controller: Any, reporting: int = -1) -> None:
+        """Tell the trials that wait in memory what was decided. Who rests, or is about to, reads it when it is back."""
+        for number, verdict in self._judge.verdicts():
+            trial = self._trials[number]
+            if number == reporting:
+                self._tell(trial, "obey", verdict)  # and Tune goes on with it by itself
+            elif self._judge.release(number):
+                self._tell(trial, "obey", verdict)
+                _controller(tune_controller)._schedule_trial_train(trial)
+
+    def _tell(self, trial: Trial, what: str, *arguments: Any) -> None:
+        """To a process that may have died; then it is made anew, and reads what was decided."""
+        getattr(trial.temporary_state.ray_actor, what).remote(*arguments)
+
+    def choose_trial_to_run(self, tune_controller: Any) -> Trial | None:
+        """One that rested and has its verdict, or else the next new one."""
+        for number in self._judge.ready():
+            if self._trials[number].status in (Trial.PENDING, Trial.PAUSED):
+                return self._trials[number]
+        waiting = [t for t in tune_controller.get_trials() if t.status == Trial.PENDING]
+        return next(iter(waiting), None)
+
+    def tell_all(self, controller: TuneController, what: str, *arguments: Any) -> None:
+        """Tell every trial that runs; those that are held go on, to hear of it."""
+        for number, trial in self._trials.items():
+            if trial.status == Trial.RUNNING:
+                self._tell(trial, what, *arguments)
+                if self._judge.release(number):
+                    controller._schedule_trial_train(trial)
+
+
+def _controller(wrapper: Any) -> TuneController:
+    """Tune hands schedulers a wrapper that warns of what goes beyond its own schedulers."""
+    return getattr(wrapper, "_tune_controller", wrapper)
+
+
+class Tuning:
+    """Ray Tune's controller over our trials. `turn` it until `finished`, then `close` it.
+
+    Args:
+        places: trials at a time.
+        scratch: a folder of this machine for what Tune itself writes; nothing of it is read again.
+    """
+
+    def __init__(self, plan: TrialPlan, judge: Judge, places: int, scratch: str):
+        for name in ("ray.tune", "ray.train"):
+            logging.getLogger(name).setLevel(logging.ERROR)  # what matters is in the sweep's own folder
+        self._judge = judge
+        actor = type("TrialActor", (TrialActor,), {"plan": plan, "__module__": "__main__"})
+        experiment = Experiment(
+            "sweep", actor, num_samples=_NEVER, storage_path=scratch, max_failures=MAX_FAILURES,
+            trial_name_creator=lambda trial: f"trial-{trial.config['trial']:04d}",
+            trial_dirname_creator=lambda trial: f"trial-{trial.config['trial']:04d}",
+        )  # fmt: skip
+        search = SearchGenerator(Numbers(judge))
+        self._gates = Gates(judge, places)
+        self._controller = TuneController(
+            search_alg=search, scheduler=self._gates, storage=experiment.storage, callbacks=[], reuse_actors=True,
+            resource_manager_factory=lambda: FixedResourceManager({HEAD: SLOT * (places + 0.5)}),
+            checkpoint_period=_NEVER,
+        )  # fmt: skip
+        self._controller._class_cache = LeanClasses()  # type: ignore[assignment]
+        self._controller._print_trial_errors = False
+        search.add_configurations([experiment])
+
+    @property
+    def finished(self) -> bool:
+        return self._controller.is_finished()
+
+    @property
+    def running(self) -> int:
+        """Trials under way."""
+        return sum(t.status == Trial.RUNNING for t in self._controller.get_trials())
+
+    def turn(self) -> None:
+        """One turn: start what can be started, and take in one report; waits for it for up to a tenth of a second."""
+        self._controller.step()
+
+    def stop_all(self, why: str) -> None:
+        """Have all trials that run save and end, as stopped."""
+        self._gates.tell_all(self._controller, "obey", Verdict("stop", why=why))
+
+    def rest_all(self) -> None:
+        """Have all trials that run save and end, to go on another time."""
+        self._gates.tell_all(self._controller, "rest")
+
+    def close(self) -> None:
+        """End the actors."""
+        self._controller.cleanup()
