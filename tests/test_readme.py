@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -21,6 +22,7 @@ from elastic import TrainConfig, cli, errors
 from elastic.command import run
 from elastic.errors import ElasticError
 from elastic.options import list_options
+from elastic.sweep.command import run as sweep
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -211,6 +213,8 @@ def check_elastic(words: list[str]) -> None:
         return
     if words[1] != "init":
         run_mine()
+    if "runs/lr" in words:
+        sweep_lr()
     assert cli.main(words[1:]) == (1 if words[1] in ("stop", "scale", "drain", "checkpoint") else 0), "nobody drives it"
 
 
@@ -228,11 +232,28 @@ def run_mine() -> None:
         RunFolder(Storage("runs/mine")).write_status({"status": "stopped", "heartbeat": time.time(), "step": 200})
 
 
+def sweep_lr() -> None:
+    """A sweep with one trial, as the command before would have left it."""
+    if not Path("runs/lr").exists():
+        Path("runs/lr").mkdir(parents=True)
+        shutil.copytree("runs/mine", "runs/lr/lr-0000")
+        sweep = {
+            "format": 1, "status": "finished", "heartbeat": time.time(), "metric": "eval/accuracy", "mode": "max",
+            "fixed": {"search": {"job.lr": "uniform(0, 1)"}, "trials": 1, "scheduler": "asha", "searcher": "random"},
+            "best": {"run": "lr-0000", "step": 200},
+        }  # fmt: skip
+        Path("runs/lr/sweep.json").write_text(json.dumps(sweep))
+        line = {"trial": 0, "kind": "started", "run": "lr-0000", "options": {"job.lr": 0.1}, "until": 1}
+        Path("runs/lr/trials.jsonl").write_text(json.dumps(line) + "\n")
+
+
 def check_python(words: list[str]) -> None:
     if words[1] == "-m" and words[2] == "elastic.worker":  # runs whole in the fixture `ported`
         at = words.index("--module")
         assert words[3:5] == words[at : at + 2]
         dry_run(module_file(words[at + 1]), words[words.index("--workers") + 2 :])
+    elif words[1] == "-m" and words[2] == "jobs.sweep":  # runs whole in tests.test_ray_sweep
+        assert sweep([*words[3:], "--dry-run"]) == 0
     elif words[1] == "-m":
         dry_run(module_file(words[2]), words[3:])
     elif words[1] == "docs/port/plain.py":  # runs whole in its own test
