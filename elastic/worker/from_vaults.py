@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from elastic import fault
 from elastic.errors import CheckpointError, SnapshotError
 from elastic.snapshot.client import VaultClient
 from elastic.snapshot.holdings import Complete, Holding, SnapshotId, complete, lost_parts
@@ -100,6 +101,7 @@ def load(
         if group.place is not None:
             state = make(False)
             shard, shards = group.place % group.layout.shards, group.layout.shards
+            fault.point("snapshot.reading", group.rank, found.id.step)
             tensors, read = _read(found, heads, shard, shards, own, group.rank, token)
             state.load(tensors, said["values"])
     except (SnapshotError, CheckpointError) as error:

@@ -44,6 +44,17 @@ def collective(what: str) -> Iterator[None]:
         raise WorldBroken(f"{what} failed: {error}") from error
 
 
+@contextmanager
+def may_communicate(what: str) -> Iterator[None]:
+    """What computes, and sends too where a model is cut: only failures of peers mean that the world is broken."""
+    try:
+        yield
+    except RuntimeError as error:
+        if is_collective_failure(error):
+            raise WorldBroken(f"{what} failed: {error}") from error
+        raise
+
+
 @dataclass
 class Group:
     """The process group of one world.

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from elastic import fault
 from elastic.checkpoint.tensors import Shard
 from elastic.config import CheckpointOptions
 from elastic.membership.client import WorkerLink
@@ -25,15 +26,17 @@ BATCH_BYTES = 64 << 20  # of one rank's traffic at a time
 
 def remesh(
     old: TrainState | None, held: Held, group: Group, make: Callable[[bool], TrainState], options: CheckpointOptions,
-    storage: Storage, link: WorkerLink, snapshots: Snapshots,
+    storage: Storage, link: WorkerLink, snapshots: Snapshots, lost: str | None, let_go: Callable[[str | None], None],
 ) -> Remeshed:  # fmt: skip
     """Go down the ladder: state in memory, then what would be the least to do again, or a fresh start.
 
-    Everyone of the world calls this, spares too.
+    Everyone of the world calls this, spares too. Where it breaks off, the old states are as they were.
 
     Args:
         old: the state this worker has, of which `held` says what part it is.
         make: builds the empty state of this worker in the new mesh; with initial values if told so.
+        lost: why this worker has none any more, if an earlier attempt found that and then broke off.
+        let_go: called when what all hold is not the whole state, with the reason; its memory is needed.
 
     Raises:
         CheckpointError: there are checkpoints, and none can be loaded.
@@ -43,11 +46,13 @@ def remesh(
     found = holders(everyone)
     if found is not None:
         step = max(h.step for h in everyone)
-        state = _from_memory(old, found, group, make)
+        state = _from_memory(old, found, step, group, make)
         if held.step != step and state is not None:
             tell(link, step, began, {"rung": "peer", "source": found[0][0]})
         return Remeshed(step, state, "memory", found[0][0])
     reason = lost_shards(everyone) if max(h.step for h in everyone) >= 0 else None
+    reason = reason or next((r for r in group.gather_json(lost) if r), None)
+    let_go(reason)
     del old
     return ladder.descend(group, make, options, storage, link, snapshots, reason)
 
@@ -56,7 +61,7 @@ def remesh(
 
 
 def _from_memory(
-    old: TrainState | None, found: list[list[int]], group: Group, make: Callable[[bool], TrainState]
+    old: TrainState | None, found: list[list[int]], step: int, group: Group, make: Callable[[bool], TrainState]
 ) -> TrainState | None:
     layout, source = group.layout, found[0][0]
     holding = any(group.rank in ranks for ranks in found)
@@ -69,6 +74,7 @@ def _from_memory(
             said = {"values": old.values(), "tensors": old.heads()}
     said = group.send_json(said, source)
     state = make(False) if group.place is not None else None
+    fault.point("state.moving", group.rank, step)
     targets = [(rank, place % layout.shards, layout.shards) for place, rank in enumerate(layout.ranks)]
     everywhere = [sorted(rank for ranks in found for rank in ranks)]
     exchange = _Exchange(group)
@@ -81,6 +87,7 @@ def _from_memory(
     tensors = exchange.finish()
     if state is not None:
         state.load(tensors, said["values"])
+    group.gather_ints(step)  # nobody drops the old state before everybody has the new one
     return state
 
 

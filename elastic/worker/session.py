@@ -81,6 +81,7 @@ class Session:
         )  # fmt: skip
         self._state: TrainState | None = None  # what a sharded model's worker has is made in its first world
         self._applied = -1  # updates in the state this worker holds; -1: it holds none
+        self._lost: str | None = None  # why it holds none any more, until there is a new one
         self._prepared: Update | None = None
         self._left: Generation | None = None
         self._forming: dict[str, float] = {}  # seconds it took to form this world; goes into its first row
@@ -265,21 +266,29 @@ class Session:
         Returns:
             the rank of one that had the newest state, if any did.
         """
-        old, self._state = self._state, None
         mesh, shard, shards = group.mesh, 0, 1
-        if old is not None and old.mesh is not None:
-            shard, shards = old.mesh.shard, old.mesh.layout.shards
-        held, self._applied = Held(self._applied if old else -1, shard, shards), -1
+        if self._state is not None and self._state.mesh is not None:
+            shard, shards = self._state.mesh.shard, self._state.mesh.layout.shards
+            self._state.hold_extra()
+        held = Held(self._applied if self._state else -1, shard, shards)
 
         def make(fill: bool) -> TrainState:
             return self._code.guard(lambda: self._placing.sharded(mesh, fill=fill))
 
-        found = remesh(old, held, group, make, self._config.checkpoint, self._storage, self._link, self._snapshots)
+        found = remesh(
+            self._state, held, group, make, self._config.checkpoint, self._storage, self._link, self._snapshots,
+            self._lost, self._let_go,
+        )  # fmt: skip
         self._state, self._applied = found.state, found.step if found.state else -1
         self._world_step, self._goes_on = found.step, found.rung == "memory"
+        self._lost = None
         if not self._goes_on:
             self._snapshots.undone(self._world_step)
         return found.source
+
+    def _let_go(self, lost: str | None) -> None:
+        """The part that this worker holds is of no use any more, for this reason."""
+        self._state, self._applied, self._lost = None, -1, lost
 
     def _roll_forward(self, update: Update) -> None:
         """Somebody passed the fence, so everyone had prepared this update. Its row is kept too: that one may die."""

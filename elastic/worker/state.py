@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from collections.abc import Callable, Hashable, Mapping
@@ -19,7 +20,7 @@ from elastic.job import Job
 from elastic.parallel.layout import shard_range
 from elastic.parallel.mesh import Mesh
 from elastic.parallel.scaling import LossScale
-from elastic.parallel.wrapping import local, whole
+from elastic.parallel.wrapping import is_cut, local, whole
 
 _PREFIXES = ("module.", "_orig_mod.")
 _NOT_SAVED = ("params", "lr", "initial_lr")  # of a parameter group: the schedule sets the rates
@@ -89,6 +90,7 @@ class TrainState:
         scaler: LossScale | None = None,
     ):  # fmt: skip
         self.job, self.model, self.optimizer, self.mesh, self.scaler = job, model, optimizer, mesh, scaler
+        self._extra: Mapping[str, Any] | None = None
         names = {id(p): plain_name(n) for n, p in model.named_parameters(remove_duplicate=False)}
         names.update({id(p): plain_name(n) for n, p in model.named_parameters()})
         self._parameters: dict[str, nn.Parameter] = {}
@@ -99,17 +101,29 @@ class TrainState:
                     raise ValueError("optimizer() holds a parameter that is not one of the model's")
                 self._parameters[names[id(p)]] = p
 
+    def hold_extra(self) -> None:
+        """From now on the extra state is what it is now: the job is about to begin its own for another state."""
+        kept = self._extra_now().items()
+        self._extra = {name: v if isinstance(v, torch.Tensor) else copy.deepcopy(v) for name, v in kept}
+
+    def _extra_now(self) -> Mapping[str, Any]:
+        return self._extra if self._extra is not None else self.job.extra_state()
+
     def tensors(self) -> dict[str, torch.Tensor]:
-        """All tensors of the state: live ones, not copies."""
+        """All tensors of the state: live ones, not copies. DTensors are those that are cut.
+
+        Raises:
+            ConfigError: one lies over the workers in a way that cannot be saved.
+        """
         found = {f"model/{name}": value.detach() for name, value in persistent_entries(self.model).items()}
         for name, parameter in self._parameters.items():
             for key, value in self.optimizer.state.get(parameter, {}).items():
                 if isinstance(value, torch.Tensor):
                     found[f"optimizer/{name}/{key}"] = value
-        for name, value in self.job.extra_state().items():
+        for name, value in self._extra_now().items():
             if isinstance(value, torch.Tensor):
                 found[f"extra/{name}"] = value
-        return found
+        return {name: tensor if is_cut(name, tensor) else local(tensor) for name, tensor in found.items()}
 
     def whole(self, tensor: torch.Tensor) -> torch.Tensor:
         """A tensor of the state, whole; of a sharded one everyone of the row asks at one time."""
@@ -227,7 +241,7 @@ class TrainState:
         groups = [
             {k: _plain(v) for k, v in group.items() if k not in _NOT_SAVED} for group in self.optimizer.param_groups
         ]
-        extra = {k: v for k, v in self.job.extra_state().items() if not isinstance(v, torch.Tensor)}
+        extra = {k: v for k, v in self._extra_now().items() if not isinstance(v, torch.Tensor)}
         values = {
             "optimizer": type(self.optimizer).__name__,
             "groups": groups,

@@ -18,18 +18,17 @@ from elastic import fault
 from elastic.data.deal import deal
 from elastic.data.loader import Loader
 from elastic.data.seeds import derive, seed_all
-from elastic.errors import WorldBroken
 from elastic.membership.client import WorkerLink
 from elastic.parallel.layout import Layout, lockstep
 from elastic.parallel.records import StepRecord
 from elastic.parallel.replicated import BitwiseReplica, FastReplica, Pass
 from elastic.parallel.sharded import BitwiseSharded, FastSharded
 from elastic.worker import nonfinite
-from elastic.worker.group import Group, collective, is_collective_failure
+from elastic.worker.group import Group, collective, may_communicate
 from elastic.worker.run import WorkerRun
 from elastic.worker.schedule import factor
 from elastic.worker.state import TrainState
-from elastic.worker.user_code import UserCode, UserCodeError
+from elastic.worker.user_code import UserCode
 
 Span = tuple[int, int]  # (first microbatch, how many)
 Replica = FastReplica | BitwiseReplica | FastSharded | BitwiseSharded
@@ -96,12 +95,8 @@ class Stepper:
         self._padding = max(len(self._spans_of(self._runs[p])) for p in row) - len(self._spans) if cut else 0
         self._singles = max(len(self._runs[p]) for p in row) - len(self._runs[group.place]) if cut else 0
         self._loader.start(applied, self._spans)
-        try:
+        with may_communicate("wrapping the model"):
             self._replica = self._wrap(group, rows)
-        except RuntimeError as error:
-            if is_collective_failure(error):
-                raise WorldBroken(f"wrapping the model failed: {error}") from error
-            raise
 
     def _deal(self, layout: Layout) -> tuple[list[range], list[range]]:
         """The microbatches of each place of the mesh, and of each of its rows."""
@@ -172,12 +167,9 @@ class Stepper:
         scaler = self._state.scaler
         replica.scale = scaler.factor if scaler else 1.0
         try:
-            record, divisor = replica.run(self._passes(step))
-        except UserCodeError:
-            raise
+            with may_communicate(f"step {step + 1}"):
+                record, divisor = replica.run(self._passes(step))
         except RuntimeError as error:
-            if is_collective_failure(error):
-                raise WorldBroken(f"step {step + 1} failed: {error}") from error
             raise self._code.error(error) from error
         optim, plan = self._config.optim, self._plan
         gradients = replica.gradients()
@@ -212,7 +204,8 @@ class Stepper:
         if self._state.scaler is not None:
             self._state.scaler.update(update.skip)
         if not update.skip:
-            self._state.optimizer.step()
+            with may_communicate(f"the update of step {update.step + 1}"):
+                self._state.optimizer.step()
             self._code.guard(lambda: self._run.job.after_step(self._state.model, update.step + 1))
         self._unfinished = None
         self._steps_done += 1
@@ -248,7 +241,9 @@ class Stepper:
             return
         microbatch, count = record.nonfinite_microbatch, 1
         if microbatch is None:
-            found = [m for m in self._group.gather_in_mesh(self._find_bad(step)) if m >= 0]
+            with may_communicate(f"looking at step {step + 1} again"):
+                bad = self._find_bad(step)
+            found = [m for m in self._group.gather_in_mesh(bad) if m >= 0]
             microbatch = min(found, default=None)
         else:  # the loss is known for each pass
             spans = [span for run in self._runs for span in self._spans_of(run)]

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from elastic.errors import RunFailed
+from elastic.errors import ConfigError, RunFailed, WorldBroken
 from elastic.job import Job
 from elastic.membership.messages import Failure
 from elastic.worker.group import is_collective_failure
@@ -72,14 +72,16 @@ class UserCode:
 
         Raises:
             UserCodeError: it raised.
+            WorldBroken: a peer was lost meanwhile, and it sends: DDP may in forward passes, a cut model does.
+            ConfigError: of ours (or of the job's): it would be so again, and says all in one sentence.
         """
         try:
             return work()
-        except UserCodeError:
+        except (UserCodeError, ConfigError, WorldBroken):
             raise
         except Exception as error:
-            if is_collective_failure(error) and _raised_in_torch(error):  # DDP may synchronise inside the forward pass
-                raise
+            if is_collective_failure(error) and _raised_in_torch(error):
+                raise WorldBroken(f"{self.where} failed: {error}") from error
             raise self.error(error) from error
 
     def error(self, error: BaseException) -> UserCodeError:
