@@ -8,44 +8,78 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from elastic.errors import ConfigError
 from elastic.parallel.canonical import CanonicalSum
 
 
 class StepBuffers:
     """Watches the buffers of a model from step to step.
 
-    A change is seen by the tensor's version counter, except for running statistics of normalisation layers, whose
-    kernels do not count: those are taken to change in every forward pass.
+    A change is seen by the tensor's version counter, or by another tensor in its place (`self.mean = ...`), except for
+    running statistics of normalisation layers, whose kernels do not count: those are taken to change in every forward
+    pass. A buffer that is not saved and has another tensor put in its place is a cache, and is left alone.
     """
 
     def __init__(self, model: nn.Module):
-        self.named = dict(model.named_buffers())
+        saved = model.state_dict(keep_vars=True).keys()
+        self._first = dict(model.named_buffers())
+        self._owners = {
+            name: (model.get_submodule(path), key)
+            for path, _, key, name in ((*name.rpartition("."), name) for name in self._first)
+            if name in saved
+        }
         self._norms = _running_statistics(model)
-        self._kept: dict[str, tuple[int, torch.Tensor]] = {}
+        self._kept: dict[str, tuple[torch.Tensor, int, torch.Tensor]] = {}
+
+    @property
+    def named(self) -> dict[str, torch.Tensor]:
+        """The buffers by name, in the model's order, as they are now."""
+        now = {name: getattr(module, key) for name, (module, key) in self._owners.items()}
+        return {name: now.get(name, first) for name, first in self._first.items()}
 
     def begin(self) -> None:
         """A step begins: keep what the buffers are now. Copies only what may have changed since the last time."""
         for name, buffer in self.named.items():
-            if name in self._norms or name not in self._kept or self._kept[name][0] != buffer._version:
-                self._kept[name] = (buffer._version, buffer.detach().clone())
+            kept = self._kept.get(name)
+            if name in self._norms or kept is None or kept[0] is not buffer or kept[1] != buffer._version:
+                self._kept[name] = (buffer, buffer._version, buffer.detach().clone())
 
     def before(self, name: str) -> torch.Tensor:
         """The buffer when the step began."""
-        return self._kept[name][1]
+        return self._kept[name][2]
 
-    def versions(self) -> dict[str, int]:
+    def versions(self) -> dict[str, tuple[torch.Tensor, int]]:
         """To be given to `changed_since`."""
-        return {name: buffer._version for name, buffer in self.named.items()}
+        return {name: (buffer, buffer._version) for name, buffer in self.named.items()}
 
-    def changed_since(self, versions: dict[str, int]) -> list[str]:
-        """Names of buffers that something wrote to, in the model's order."""
-        return [n for n, b in self.named.items() if n in self._norms or b._version != versions[n]]
+    def changed_since(self, versions: dict[str, tuple[torch.Tensor, int]]) -> list[str]:
+        """Names of buffers that something wrote to or replaced, in the model's order."""
+        return [
+            name for name, buffer in self.named.items()
+            if name in self._norms or buffer is not versions[name][0] or buffer._version != versions[name][1]
+        ]  # fmt: skip
+
+    def check_saved(self, names: Iterable[str]) -> None:
+        """Refuse buffers that forward passes change and checkpoints do not have: with a lost worker they are lost.
+
+        Raises:
+            ConfigError: by name.
+        """
+        for name in names:
+            if name not in self._owners:
+                raise ConfigError(
+                    f"buffer {name} is changed by forward passes but registered with persistent=False, so it would be "
+                    "lost with a worker; register it as persistent, or use --run.exactness fast"
+                )
 
     def undo(self, names: Iterable[str] | None = None) -> None:
         """Put buffers (all of them by default) back to what they were when the step began."""
         with torch.no_grad():
             for name in self._kept if names is None else names:
-                self.named[name].copy_(self._kept[name][1])
+                buffer, _, value = self._kept[name]
+                if name in self._owners:
+                    setattr(*self._owners[name], buffer)
+                buffer.copy_(value)
 
     @contextmanager
     def still(self) -> Iterator[None]:
@@ -70,11 +104,21 @@ def reduce_moves(
         touched: buffers that any pass of the step changed, on any rank.
         after, indices: what each of this rank's microbatches left in the buffers that it changed, and its index.
         count: microbatches of the step.
+
+    Raises:
+        ConfigError: one is not saved.
+        RuntimeError: a buffer has no one value after the step.
     """
+    buffers.check_saved(touched)
     before = {n: buffers.before(n) for n in touched}
     floating = [n for n in touched if before[n].is_floating_point()]
     whole = [n for n in touched if not before[n].is_floating_point()]
     for index, changed in zip(indices, after):
+        for n, value in changed.items():
+            if value.shape != before[n].shape:
+                raise RuntimeError(
+                    f"a forward pass gave buffer {n} the shape {tuple(value.shape)}, which was {tuple(before[n].shape)}"
+                )
         for n in whole:
             if not torch.equal(changed.get(n, before[n]), after[0].get(n, before[n])):
                 raise RuntimeError(f"buffer {n} took different values in two microbatches, so it has no one value")

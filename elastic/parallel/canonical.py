@@ -132,5 +132,5 @@ def row_sums(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def sums_per_row(shape: tuple[int, ...]) -> int:
-    """How many sums `row_sums` makes of each row of a tensor of this shape."""
-    return max(1, -(-math.prod(shape[1:]) // _PIECE))
+    """How many sums `row_sums` makes of each row of a tensor of this shape: none of rows without elements."""
+    return -(-math.prod(shape[1:]) // _PIECE)

@@ -142,15 +142,17 @@ class FastReplica(_Replica):
 
 
 def average(buffers: list[torch.Tensor], world_size: int, group: dist.ProcessGroup | None = None) -> None:
-    """Replace buffers by their mean over the group."""
-    flat = torch.cat([b.reshape(-1).float() for b in buffers])
-    dist.all_reduce(flat, group=group)
-    flat /= world_size
-    offset = 0
-    with torch.no_grad():
-        for b in buffers:
-            b.copy_(flat[offset : offset + b.numel()].view(b.shape))
-            offset += b.numel()
+    """Replace floating buffers by their mean over the group; none loses digits on the way."""
+    for wide in (torch.float32, torch.float64):
+        some = [b for b in buffers if (b.dtype == torch.float64) == (wide == torch.float64)]
+        if not some:
+            continue
+        flat = torch.cat([b.reshape(-1).to(wide) for b in some])
+        dist.all_reduce(flat, group=group)
+        flat /= world_size
+        with torch.no_grad():
+            for b, mean in zip(some, flat.split([b.numel() for b in some])):
+                b.copy_(mean.view(b.shape))
 
 
 class BitwiseReplica(_Replica):

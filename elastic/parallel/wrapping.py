@@ -39,8 +39,8 @@ def check_shardable(model: nn.Module, param_dtype: torch.dtype | None = None) ->
     """Refuse what FSDP2 cannot cut, by name.
 
     Raises:
-        ConfigError: a parameter without dimensions, parameters of several dtypes, running statistics beside
-            parameters that are gathered in another dtype.
+        ConfigError: a parameter without dimensions, without elements, or with gaps in memory, trained parameters of
+            several dtypes, running statistics beside parameters that are gathered in another dtype.
     """
     for name, module in model.named_modules():
         if param_dtype is not None and isinstance(module, nn.modules.batchnorm._NormBase):
@@ -55,17 +55,45 @@ def check_shardable(model: nn.Module, param_dtype: torch.dtype | None = None) ->
                 f"parameter {name} has no dimensions, so it cannot be sharded; give it the shape (1,), or use "
                 "--parallel.strategy ddp"
             )
-        dtypes.setdefault(p.dtype, name)
+        if not p.numel():
+            raise ConfigError(
+                f"parameter {name} has no elements (its shape is {tuple(p.shape)}), so it cannot be sharded; leave it "
+                "out, or use --parallel.strategy ddp"
+            )
+        if not p.is_contiguous():
+            raise ConfigError(
+                f"parameter {name} is not contiguous in memory (strides {p.stride()}), so it cannot be sharded; give "
+                "its module .contiguous() values, or use --parallel.strategy ddp"
+            )
+        if p.requires_grad:  # gradients are reduced together; what is frozen has none
+            dtypes.setdefault(p.dtype, name)
     if len(dtypes) > 1:
         (first, one), (second, other) = list(dtypes.items())[:2]
         raise ConfigError(
-            f"parameter {one} is {first} and {other} is {second}; parameters that are sharded together need one dtype, "
-            "so convert one, or use --parallel.strategy ddp"
+            f"parameter {one} is {first} and {other} is {second}; parameters that are trained and sharded need one "
+            "dtype, so convert one, freeze it, or use --parallel.strategy ddp"
         )
     if not hasattr(FSDPModule, "set_reduce_scatter_unused_params"):
         raise ConfigError(
             f"--parallel.strategy fsdp and hsdp need torch 2.13 or newer, this is {torch.__version__}; use ddp"
         )
+
+
+def is_cut(name: str, tensor: torch.Tensor) -> bool:
+    """Whether each worker of a row has other rows of this tensor of the state.
+
+    Raises:
+        ConfigError: it lies in a way that cannot be saved, such as one term of a sum on each worker.
+    """
+    if not isinstance(tensor, DTensor) or all(p.is_replicate() for p in tensor.placements):
+        return False
+    *copies, rows = tensor.placements
+    if not rows.is_shard(0) or not all(p.is_replicate() for p in copies):
+        raise ConfigError(
+            f"{name} lies over the workers as {tensor.placements}, but state is kept whole or cut along its first "
+            "dimension; use an optimizer that works element by element, or --parallel.strategy ddp"
+        )
+    return True
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
@@ -75,8 +103,8 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
 
 def whole(tensor: torch.Tensor, mesh: Mesh) -> torch.Tensor:
     """The whole of a tensor; everyone of the row calls this at one time where it is cut."""
-    if not isinstance(tensor, DTensor):
-        return tensor.detach()
+    if not is_cut("a tensor of the state", tensor):
+        return local(tensor).detach()
     shards, length = mesh.layout.shards, tensor.shape[0]
     width = tensor.shape[1:].numel()
     each = -(-length // shards) * width
@@ -128,8 +156,7 @@ def place_sharded(
         fill: give parameters their initial values; else they are left for a saved state. Buffers always get theirs.
     """
     model = built.model
-    names = dict(model.named_parameters(remove_duplicate=False))
-    ties = {name: next(n for n, q in names.items() if q is p) for name, p in names.items()}
+    ties, marks = _ties(model), {name: dict(vars(p)) for name, p in model.named_parameters()}
     policy = MixedPrecisionPolicy(
         param_dtype=how.param_dtype,
         reduce_dtype=how.reduce_dtype or (torch.float32 if how.param_dtype is not None else None),
@@ -153,9 +180,15 @@ def place_sharded(
         wrapped.set_gradient_divide_factor(1.0)
         wrapped.set_force_sum_reduction_for_comms(True)
     model.to_empty(device="cpu" if how.offload else device)
+    if how.offload:  # parameters alone: buffers are used where the model runs
+        for module in model.modules():
+            for key, buffer in module._buffers.items():
+                if buffer is not None:
+                    module._buffers[key] = torch.empty_like(buffer, device=device)
     _tie_again(model, ties)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
+            vars(parameter).update(marks[name])  # by which the job may group them for its optimizer
             if fill:
                 rows = shard_range(parameter.shape[0], mesh.shard, mesh.layout.shards)
                 local(parameter).copy_(built.value(name)[rows.start : rows.stop])
@@ -174,9 +207,17 @@ def _fsdp(module: nn.Module) -> FSDPModule:
     return module
 
 
+def _ties(model: nn.Module) -> dict[str, str]:
+    """Parameters and buffers that several modules share: further name -> first name."""
+    first: dict[int, str] = {}
+    named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    found = {name: first.setdefault(id(tensor), name) for name, tensor in named}
+    return {name: other for name, other in found.items() if name != other}
+
+
 def _tie_again(model: nn.Module, ties: dict[str, str]) -> None:
-    """`to_empty` gives every module a parameter of its own, tied or not."""
+    """`to_empty` gives every module a tensor of its own, tied or not."""
     for name, first in ties.items():
-        if name != first:
-            path, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(path), leaf, model.get_parameter(first))
+        path, _, leaf = name.rpartition(".")
+        other, _, kept = first.rpartition(".")
+        setattr(model.get_submodule(path), leaf, getattr(model.get_submodule(other), kept))
