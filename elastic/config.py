@@ -214,10 +214,14 @@ class ParallelOptions:
         _one_of("--parallel.strategy", self.strategy, ("ddp", "fsdp", "hsdp"))
         _whole("--parallel.prefetch", self.prefetch, 0)
         _whole("--parallel.bucket-mb", self.bucket_mb, 1)
-        _require(
-            not self.offload or self.strategy != "ddp", "--parallel.offload", self.offload,
-            "leave it out: with --parallel.strategy ddp nothing is gathered",
-        )  # fmt: skip
+        for name, value, default in (
+            ("offload", self.offload, False), ("prefetch", self.prefetch, 0),
+            ("reshard-after-forward", self.reshard_after_forward, True),
+        ):  # fmt: skip
+            _require(
+                self.sharded or value == default, f"--parallel.{name}", value,
+                "leave it out: with --parallel.strategy ddp nothing is gathered",
+            )  # fmt: skip
 
     @property
     def sharded(self) -> bool:

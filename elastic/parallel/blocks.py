@@ -16,6 +16,10 @@ from elastic.errors import ConfigError
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 #: Where nothing repeats, a module of at most this many bytes is not cut further.
 BLOCK_BYTES = 64 << 20
+#: Variants of the code of one block: train and eval, with hooks and without, each shape of a batch.
+RECOMPILE_LIMIT = 64
+#: Settings of torch's compiler by which it measures what to generate.
+AUTOTUNING = ("max_autotune", "max_autotune_gemm", "max_autotune_pointwise", "coordinate_descent_tuning")
 
 
 def find_blocks(model: nn.Module, classes: Sequence[str] = ()) -> list[nn.Module]:
@@ -126,11 +130,35 @@ def _again(forward: Any, *args: Any, **kwargs: Any) -> Any:
     return checkpoint(forward, *args, use_reentrant=False, **kwargs)
 
 
-def compile_blocks(blocks: Sequence[nn.Module]) -> None:
+def compile_blocks(blocks: Sequence[nn.Module], *, exact: bool) -> None:
     """torch.compile each block in place; names in the model stay as they are.
 
-    Compiles afresh: after a number of models of one class torch would stop compiling, and eager code has other bits.
+    Compiles afresh: what was compiled before would count.
+
+    Args:
+        exact: each shape by itself. After some shapes torch would compile for any shape, and after some models of one
+            class stop compiling; such code has other bits. So the latter fails instead.
     """
     torch.compiler.reset()
+    if exact:
+        import torch._dynamo.config as dynamo
+
+        dynamo.recompile_limit, dynamo.fail_on_recompile_limit_hit = RECOMPILE_LIMIT, True
     for block in blocks:
-        block.compile()
+        block.compile(dynamic=False if exact else None)
+
+
+def check_compiler() -> None:
+    """Refuse what makes compiled code depend on what was fast where it was compiled.
+
+    Raises:
+        ConfigError: by name.
+    """
+    import torch._inductor.config as inductor
+
+    for name in AUTOTUNING:
+        if getattr(inductor, name, False):
+            raise ConfigError(
+                f"torch._inductor.config.{name} is on, which takes the kernels that are fastest where they are tried; "
+                "with --run.exactness bitwise turn it off, or leave --parallel.compile out"
+            )

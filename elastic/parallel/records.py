@@ -22,7 +22,11 @@ from elastic.parallel.tree import tree_sum
 
 @dataclass(frozen=True)
 class StepRecord:
-    """Sums over a whole step or evaluation: identical on every rank, and at every world size in bitwise."""
+    """Sums over a whole step or evaluation: identical on every rank, and at every world size in bitwise.
+
+    Args:
+        told: what each rank told beside, by rank.
+    """
 
     loss_sum: float
     weight: float
@@ -30,6 +34,7 @@ class StepRecord:
     sample_hash: str
     changed_buffers: int = 0
     nonfinite_microbatch: int | None = None
+    told: tuple[tuple[float, ...], ...] = ()
 
     @property
     def loss(self) -> float:
@@ -57,6 +62,7 @@ class Records:
     _words: list[list[int]] = field(default_factory=list)
     _values: list[list[Any]] = field(default_factory=list)
     _names: list[str] | None = None
+    _told: tuple[torch.Tensor | float, ...] = ()
 
     def add(
         self, loss: torch.Tensor, weight: Any, metrics: Mapping[str, Any], digests: tuple[int, ...], changed: int = 0
@@ -82,6 +88,10 @@ class Records:
         for i in range(self.buffer_words):
             self._words[-1][1 + i] |= _signed(mask >> (64 * i))
 
+    def tell(self, *values: torch.Tensor | float) -> None:
+        """Numbers of this rank (scalars on its device, or here), which all ranks are to know. All tell as many."""
+        self._told = values
+
     def gather(self, group: dist.ProcessGroup | None) -> PendingRecord:
         """Start the all-gather; call `result` on what comes back after the backward pass."""
         assert self._names is not None
@@ -97,9 +107,8 @@ class Records:
         """This rank's rows on its device, int64. Nothing here waits for a device: the numbers go there in one copy from
         pinned memory, and what the model computed is there already."""
         first, count = 1 + self.buffer_words, len(self._values)
-        host = torch.zeros(
-            height, first + len(self._values[0]), dtype=torch.int64, pin_memory=self.device.type == "cuda"
-        )
+        width = first + len(self._values[0]) + len(self._told)
+        host = torch.zeros(height, width, dtype=torch.int64, pin_memory=self.device.type == "cuda")
         words = host.numpy()
         words[:count, :first] = self._words
         floats, computed = words.view(np.float64), []
@@ -113,6 +122,9 @@ class Records:
             zero = torch.zeros((), dtype=torch.float64, device=self.device)
             found = [v if isinstance(v, torch.Tensor) else zero + v for v in values]
             mine[:count, column] = torch.stack(found).view(torch.int64)
+        for column, told in enumerate(self._told, width - len(self._told)):
+            value = told.detach() if isinstance(told, torch.Tensor) else torch.tensor(told, dtype=torch.float64)
+            mine[0, column] = value.double().view(torch.int64)
         return mine
 
 
@@ -142,7 +154,9 @@ class PendingRecord:
         rows = np.empty((len(order), host.shape[2]), np.int64)
         rows[order] = np.concatenate([host[rank, : len(run)] for rank, run in enumerate(self.records.runs)])
         words = 1 + self.records.buffer_words
-        sums = rows[:, words:].copy().view(np.float64)
+        end = rows.shape[1] - len(self.records._told)
+        sums = rows[:, words:end].copy().view(np.float64)
+        told = tuple(map(tuple, host[:, 0, end:].copy().view(np.float64).tolist())) if self.records._told else ()
         with np.errstate(all="ignore"):  # who looks at the sum finds what is not finite
             total = tree_sum(list(sums), np.add).tolist()
         changed = 0
@@ -152,7 +166,7 @@ class PendingRecord:
         digest = xxhash.xxh3_64_hexdigest(rows[:, 0].astype("<i8").tobytes())
         finite = np.isfinite(sums[:, :2]).all(1)
         first_bad = None if finite.all() else int(finite.argmin())
-        return StepRecord(total[0], total[1], dict(zip(names, total[2:])), digest, changed, first_bad)
+        return StepRecord(total[0], total[1], dict(zip(names, total[2:])), digest, changed, first_bad, told)
 
 
 def _signed(word: int) -> int:

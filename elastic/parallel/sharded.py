@@ -20,6 +20,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from elastic.parallel.alike import Alike
 from elastic.parallel.buffers import StepBuffers, reduce_moves
 from elastic.parallel.canonical import CanonicalSum, row_sums, sums_per_row
 from elastic.parallel.device import all_gather_flat
@@ -47,6 +48,7 @@ class _Sharded:
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         self._buffers = StepBuffers(model)
         self._used = _Used(model)
+        self._alike, self._steps = Alike(model, mesh, device), 0
         self.wait_s = 0.0
         self.scale = 1.0
         self.recomputes = False
@@ -55,18 +57,33 @@ class _Sharded:
         for p in self._parameters:
             p.grad = None
         self._used.seen.clear()
+        self._alike.taken()
         self._buffers.begin()
         bits = len(self._buffers.named) + len(self._parameters)
         return Records(self._runs, self._place, self._device, (bits + 63) // 64)
 
-    def _gather(self, records: Records) -> tuple[StepRecord, list[str]]:
+    def _forward(self, batch: Any) -> tuple[torch.Tensor, Any, Any]:
+        with nullcontext() if self._steps else self._alike.each():
+            return self._loss(self.model, batch)
+
+    def _gather(self, records: Records, *told: torch.Tensor) -> tuple[StepRecord, list[str]]:
         """The step's record, and the buffers that passes changed. Drops gradients of what nobody used: the optimizer
-        is to leave those parameters alone, as it would in one process."""
+        is to leave those parameters alone, as it would in one process.
+
+        Args:
+            told: for the record, of this worker.
+
+        Raises:
+            ConfigError: the workers of a row did not run the same blocks.
+        """
         names = list(self._buffers.named)
         records.mark(sum(1 << (len(names) + i) for i in self._used.seen))
+        records.tell(self._alike.taken(), *told)
         began = time.perf_counter()
         record = records.gather(self._mesh.everyone).result()
         self.wait_s = time.perf_counter() - began
+        self._alike.check([first for first, *_ in record.told])
+        self._steps += 1
         for i, p in enumerate(self._parameters):
             if not record.changed_buffers >> (len(names) + i) & 1:
                 p.grad = None
@@ -110,7 +127,7 @@ class FastSharded(_Sharded):
         for one in passes:
             self._root.set_requires_all_reduce(one.last)
             before = {n: b.detach().clone() for n, b in self._buffers.named.items()} if one.padding else {}
-            loss, weight, metrics = self._loss(self.model, one.batch)
+            loss, weight, metrics = self._forward(one.batch)
             if not one.padding:
                 records.add(loss, weight, metrics, one.digests)
             still = self._buffers.still() if self.recomputes else nullcontext()
@@ -122,18 +139,20 @@ class FastSharded(_Sharded):
         floating = [b for b in changed if b.is_floating_point()]
         if floating and self._mesh.layout.size > 1:
             average(floating, self._mesh.layout.size, self._mesh.everyone)
-        record, _ = self._gather(records)
+        record, _ = self._gather(records, self._square())
+        self._squares = [square for _, square in record.told]
         return record, record.weight * self.scale
 
+    def _square(self) -> torch.Tensor:
+        """The sum of squares of what of the gradients is on this worker."""
+        here = [g for g in self.gradients() if g.numel()]
+        if not here:
+            return torch.zeros((), device=self._device)
+        return torch.stack(torch._foreach_norm(here)).float().square().sum().to(self._device)
+
     def norm(self, gradients: list[torch.Tensor]) -> torch.Tensor:
-        """Global L2 norm of the gradients."""
-        square = torch.zeros((), device=self._device)
-        here = [g for g in gradients if g.numel()]
-        if here:
-            square = torch.stack(torch._foreach_norm(here)).float().square().sum().to(self._device)
-        if self._mesh.layout.shards > 1:
-            dist.all_reduce(square, group=self._mesh.row_group)
-        return square.sqrt()
+        """Global L2 norm of the gradients: of the first copy's, so that it is the same on all."""
+        return torch.tensor(self._squares[: self._mesh.layout.shards], dtype=torch.float64).sum().sqrt()
 
 
 class BitwiseSharded(_Sharded):
@@ -163,7 +182,7 @@ class BitwiseSharded(_Sharded):
         first, count = run.start, 0
         for one in passes:
             versions = self._buffers.versions()
-            loss, weight, metrics = self._loss(self.model, one.batch)
+            loss, weight, metrics = self._forward(one.batch)
             changed = {n: self._buffers.named[n].detach().clone() for n in self._buffers.changed_since(versions)}
             if not one.padding:
                 records.add(loss, weight, metrics, one.digests, sum(1 << names.index(n) for n in changed))

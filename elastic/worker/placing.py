@@ -8,7 +8,7 @@ from elastic.config import TrainConfig
 from elastic.data.seeds import derive, seed_all
 from elastic.errors import ConfigError
 from elastic.job import Job
-from elastic.parallel.blocks import checkpoint_activations, compile_blocks, find_blocks
+from elastic.parallel.blocks import check_compiler, checkpoint_activations, compile_blocks, find_blocks
 from elastic.parallel.deferred import CannotDefer, DeferredModel, build, build_eagerly
 from elastic.parallel.mesh import Mesh
 from elastic.parallel.probe import check_elementwise
@@ -42,6 +42,8 @@ class Placing:
             )
         self._next = self._build()
         find_blocks(self._next.model, self._classes())
+        if parallel.compile and self._config.run.exactness == "bitwise":
+            check_compiler()
         if parallel.sharded:
             check_shardable(self._next.model, _DTYPES[self._config.precision.param_dtype])
 
@@ -93,7 +95,7 @@ class Placing:
             if parallel.activation_checkpointing:
                 checkpoint_activations(blocks)
             if parallel.compile:
-                compile_blocks(blocks)
+                compile_blocks(blocks, exact=self._config.run.exactness == "bitwise")
         return built
 
     def _build(self) -> DeferredModel:

@@ -1,0 +1,84 @@
+"""Whether all workers of a row run the same blocks in the same order, as those that gather parameters together must.
+
+A model that leaves out blocks by what a microbatch holds, or by chance, would gather one block's parameters into
+another's, or wait for ever. In the first step of a world every block is compared before it is gathered; afterwards the
+order of a whole step, with its record. What then runs different numbers of blocks for the first time hangs, and is
+found as any hang is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import xxhash
+from torch import nn
+
+from elastic.errors import ConfigError
+from elastic.parallel.device import all_gather_flat
+from elastic.parallel.mesh import Mesh
+from elastic.parallel.wrapping import fsdp_modules
+
+_END = -1
+_REFUSED = (
+    "blocks of the model run for some microbatches and not for others, but sharded ones must run alike for all; use "
+    "--parallel.strategy ddp, or name larger --parallel.blocks"
+)
+
+
+class Alike:
+    """Watches the blocks of a model that `place_sharded` cut."""
+
+    def __init__(self, model: nn.Module, mesh: Mesh, device: torch.device):
+        self._mesh, self._device = mesh, device
+        self._ran: list[int] = []
+        self._each = False
+        if mesh.layout.shards == 1:
+            return
+        for index, module in enumerate(fsdp_modules(model)):
+            self._watch(module, index)  # type: ignore[arg-type]
+        model.register_forward_hook(torch.compiler.disable(lambda *_: self._next(_END)))
+
+    def _watch(self, module: nn.Module, index: int) -> None:
+        before = torch.compiler.disable(lambda *_: self._next(index))
+        module.register_forward_pre_hook(before, prepend=True)  # before FSDP2's, which gathers
+
+    @contextmanager
+    def each(self) -> Iterator[None]:
+        """Inside, everyone of the row compares every block before it runs.
+
+        Raises:
+            ConfigError: they are not alike.
+        """
+        self._each = self._mesh.layout.shards > 1
+        try:
+            yield
+        finally:
+            self._each = False
+
+    def _next(self, index: int) -> None:
+        self._ran.append(index)
+        if self._each:
+            mine = torch.tensor([index], dtype=torch.int64, device=self._device)
+            everyone = mine.new_empty(self._mesh.layout.shards)
+            all_gather_flat(everyone, mine, group=self._mesh.row_group)
+            if everyone.unique().numel() > 1:
+                raise ConfigError(_REFUSED)
+
+    def taken(self) -> float:
+        """What ran since this was last asked, as a number for the step's record."""
+        found, self._ran = xxhash.xxh3_64_intdigest(repr(self._ran).encode()) >> 11, []  # a float64 has 53 bits
+        return float(found)
+
+    def check(self, told: Any) -> None:
+        """Compare what all workers of the mesh took, by place.
+
+        Raises:
+            ConfigError: in a row they are not alike.
+        """
+        shards = self._mesh.layout.shards
+        for start in range(0, len(told), shards):
+            if len(set(told[start : start + shards])) > 1:
+                raise ConfigError(_REFUSED)
