@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import math
 
 import pytest
@@ -84,6 +86,24 @@ def test_the_first_microbatch_whose_loss_or_weight_is_not_finite_is_known(bad):
     assert _gathered(deal(5, 2), [good, good, good, (bad, 1, 0.0, 0), (bad, 1, 0.0, 0)]).nonfinite_microbatch == 3
     assert _gathered(deal(5, 2), [good, (1.0, bad, 0.0, 0), good, good, good]).nonfinite_microbatch == 1
     assert _gathered(deal(5, 2), [(1.0, 1, bad, 0), good, good, good, good]).nonfinite_microbatch is None
+
+
+@given(st.lists(st.tuples(st.integers(1, 3), st.floats()), min_size=1, max_size=4))
+def test_what_each_rank_tells_beside_is_known_to_all_and_in_no_sum(told):
+    values = [(2.0, 3, 1.0, 11)] * sum(count for count, _ in told)
+    starts = [sum(count for count, _ in told[:rank]) for rank in range(len(told) + 1)]
+    runs = [range(a, b) for a, b in itertools.pairwise(starts)]
+    ranks = [Records(runs, rank, CPU) for rank in range(len(runs))]
+    for records, (count, value) in zip(ranks, told):
+        for i in range(count):
+            _add(records, *values[i])
+        records.tell(torch.tensor(value, dtype=torch.float64), 7.0)
+
+    longest = max(count for count, _ in told)
+    found = PendingRecord(ranks[0], torch.stack([r._matrix(longest) for r in ranks]), None).result()
+
+    assert list(map(repr, found.told)) == [repr((value, 7.0)) for _, value in told]
+    assert dataclasses.replace(found, told=()) == _gathered(runs, values)
 
 
 def test_several_microbatches_of_one_pass_count_once_and_keep_their_digests():

@@ -73,9 +73,8 @@ def test_compiled_blocks_have_the_same_bits_with_every_strategy(tmp_path):
     options = {"run__duration": "4st", "parallel__compile": True, "parallel__blocks": ("Linear",)}
 
     whole = train(Plain(), sharded(tmp_path, "ddp", "ddp", **options), 1)
-    found = train(Plain(), sharded(tmp_path, "fsdp", **options), 2)
-
-    assert_same_training(found, whole)
+    for strategy, workers in (("fsdp", 2), ("hsdp", 4)):
+        assert_same_training(train(Plain(), sharded(tmp_path, strategy, strategy, **options), workers), whole)
 
 
 def test_an_error_of_the_job_is_repeated_in_place_before_it_ends_the_run(tmp_path):

@@ -145,6 +145,8 @@ REFUSED = [
     (lambda: ParallelOptions(strategy="zero"), "--parallel.strategy", "'zero'", "ddp, fsdp, hsdp"),
     (lambda: ParallelOptions(prefetch=-1), "--parallel.prefetch", "-1", "at least 0"),
     (lambda: ParallelOptions(offload=True), "--parallel.offload", "True", "leave it out"),
+    (lambda: ParallelOptions(prefetch=2), "--parallel.prefetch", "2", "leave it out"),
+    (lambda: ParallelOptions(reshard_after_forward=False), "--parallel.reshard-after-forward", "False", "leave it out"),
     (lambda: _hsdp(4, None), "--parallel.strategy", "'hsdp'", "--scaling.workers-per-node"),
     (lambda: _hsdp(2, 2), "--parallel.strategy", "'hsdp'", "fsdp, or at least 4 workers"),
     (lambda: _hsdp(5, 2), "--parallel.strategy", "'hsdp'", "multiple of 2"),
@@ -219,7 +221,7 @@ def test_a_refusal_names_the_option_its_value_and_the_fix(make, option, value, f
 def test_every_option_that_can_be_wrong_has_a_refusal_above():
     free = {
         "run.take-over", "run.allow-change", "parallel.find-unused", "observe.tensorboard", "cluster.address",
-        "parallel.compile", "parallel.activation-checkpointing", "parallel.reshard-after-forward",
+        "parallel.compile", "parallel.activation-checkpointing",
         "parallel.blocks",  # refused when the model is known
         "checkpoint.convert",
     }  # fmt: skip
@@ -339,7 +341,10 @@ OTHER_VALUES = {
     "cluster.address": "auto", "cluster.local-nodes": 2, "scaling.exclude": ("broken",),
 }  # fmt: skip
 ONE_VALUE = {"checkpoint.init-partial", "eval.hold"}  # valid only beside another option
-SHARDED_ONLY = {"precision.param-dtype", "parallel.offload", "recovery.snapshot-every"}
+SHARDED_ONLY = {
+    "precision.param-dtype", "parallel.offload", "parallel.prefetch", "parallel.reshard-after-forward",
+    "recovery.snapshot-every",
+}  # fmt: skip
 RESULT = {
     "run.duration", "run.seed", "run.exactness", "run.on-nonfinite", "batch.global-size", "batch.microbatches",
     "optim.schedule", "optim.warmup", "optim.final-lr", "optim.clip-norm", "precision.autocast",

@@ -248,3 +248,93 @@ class BrokenModel(Plain):
 
     def model(self):
         raise ValueError("no such layer")
+
+
+@dataclass
+class Odd(Plain):
+    """What is rare in models: an embedding tied with the head, a module that runs twice under two names, blocks of a
+    normalisation alone, a block that never runs, frozen parameters in another number format, marks on parameters, a
+    buffer that two modules share, buffers of several dtypes, of which one is empty and one is replaced instead of
+    written to; and plain SGD with four groups, of which one is frozen."""
+
+    lr: float = field(default=0.2, metadata={"help": "learning rate"})
+    named: bool = field(default=True, metadata={"help": "name the blocks, or have them found"})
+
+    def __post_init__(self):
+        self.blocks = ("Layer", "Norms", "Twice") if self.named else ()
+
+    def model(self):
+        import torch
+        from torch import nn
+
+        class Norms(nn.Module):
+            def __init__(self, w: int):
+                super().__init__()
+                self.norm = nn.LayerNorm(w)
+
+            def forward(self, x):
+                return self.norm(x)
+
+        class Twice(nn.Module):
+            def __init__(self, w: int):
+                super().__init__()
+                self.linear = nn.Linear(w, w)
+
+            def forward(self, x):
+                return x + torch.tanh(self.linear(x))
+
+        class Layer(nn.Module):
+            def __init__(self, w: int, scale):
+                super().__init__()
+                self.linear = nn.Linear(w, w)
+                self.base = nn.Parameter(torch.randn(w, w, dtype=torch.bfloat16), requires_grad=False)
+                self.register_buffer("scale", scale)
+
+            def forward(self, x):
+                return x + self.scale * torch.relu(self.linear(x) + 0.1 * x @ self.base.to(x.dtype))
+
+        class Network(nn.Module):
+            def __init__(self, w: int):
+                super().__init__()
+                self.embed, self.head = nn.Embedding(2 * FEATURES, w), nn.Linear(w, 2 * FEATURES, bias=False)
+                self.head.weight = self.embed.weight
+                self.first = self.again = Twice(w)
+                self.norms = nn.ModuleList(Norms(w) for _ in range(2))
+                scale = torch.full((1,), 0.5)
+                self.layers = nn.ModuleList(Layer(w, scale) for _ in range(3))
+                self.bias = nn.Parameter(torch.zeros(2 * FEATURES))
+                self.bias.no_decay = True
+                self.register_buffer("empty", torch.empty(0, 3))
+                self.register_buffer("mask", torch.arange(2 * FEATURES) != 3)
+                self.register_buffer("passes", torch.zeros((), dtype=torch.int64))
+                self.register_buffer("total", torch.zeros(w, dtype=torch.float64))
+                self.register_buffer("rough", torch.zeros(w, dtype=torch.bfloat16))
+                self.register_buffer("offsets", torch.arange(FEATURES) * 2, persistent=False)
+
+            def forward(self, features):
+                h = self.embed((features > 0).long() + self.offsets).sum(1)
+                h = self.norms[1](self.again(self.norms[0](self.first(h))))
+                h = self.layers[1](self.layers[0](h))
+                if self.training:
+                    self.passes += 1
+                    self.total = self.total * 0.5 + h.detach().double().mean(0)
+                    self.rough.lerp_(h.detach().mean(0).bfloat16(), 0.25)
+                return (self.head(h) + self.bias) * self.mask
+
+        return Network(self.width)
+
+    def optimizer(self, model):
+        import torch
+
+        trained = [p for p in model.parameters() if p.requires_grad]
+        marked = [p for p in trained if getattr(p, "no_decay", False)]
+        matrices = [p for p in trained if p.dim() > 1]
+        rest = [p for p in trained if p.dim() <= 1 and not any(p is m for m in marked)]
+        groups = [
+            {"params": matrices, "weight_decay": 0.1}, {"params": rest, "lr": 2 * self.lr},
+            {"params": marked, "lr": 3 * self.lr}, {"params": [layer.base for layer in model.layers]},
+        ]  # fmt: skip
+        return torch.optim.SGD(groups, lr=self.lr)
+
+    def logits(self, model, features, ids):
+        return model(features)[:, :CLASSES]

@@ -1,0 +1,169 @@
+"""Models cut by FSDP2, in a world of one: what stays of them, and what the options do. Unions of shards are tested with
+runs of several processes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import CPUOffloadPolicy
+from torch.distributed.tensor import DTensor
+
+from elastic.errors import ConfigError
+from elastic.parallel import wrapping
+from elastic.parallel.blocks import find_blocks
+from elastic.parallel.canonical import canonical_norm, row_sums, sums_per_row
+from elastic.parallel.deferred import META, build
+from elastic.parallel.layout import lay_out
+from elastic.parallel.mesh import Mesh, make_mesh
+from elastic.parallel.wrapping import Sharding, check_shardable, is_cut, local, place_sharded, place_whole
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def mesh() -> Iterator[Mesh]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield make_mesh(lay_out(["n"], "fsdp", None), 0, CPU)
+    dist.destroy_process_group()
+
+
+class Layer(nn.Module):
+    def __init__(self, scale: torch.Tensor):
+        super().__init__()
+        self.linear = nn.Sequential(nn.Linear(4, 4))
+        self.register_buffer("scale", scale)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear(x) * self.scale
+
+
+class Stack(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        scale = torch.full((1,), 2.0)
+        self.embed, self.head = nn.Embedding(4, 4), nn.Linear(4, 4)
+        self.head.weight = self.embed.weight
+        self.head.bias.no_decay = True
+        self.layers = nn.ModuleList(Layer(scale) for _ in range(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.embed(x)
+        for layer in self.layers:
+            h = layer(h)
+        return self.head(h)
+
+
+def cut(mesh: Mesh, device: torch.device = CPU, **how: object) -> Stack:
+    built = build(Stack, 0)
+    return place_sharded(built, find_blocks(built.model), device, mesh, Sharding(**how), fill=True)
+
+
+def is_gathered(layer: nn.Module) -> bool:
+    return not isinstance(layer.linear[0].weight, DTensor)
+
+
+def test_values_ties_shared_buffers_and_marks_are_those_of_the_whole_model(mesh):
+    whole, model = place_whole(build(Stack, 0), CPU), cut(mesh)
+
+    assert [n for n, _ in model.named_parameters()] == [n for n, _ in whole.named_parameters()]
+    for (name, p), q in zip(model.named_parameters(), whole.parameters()):
+        assert torch.equal(local(p), q), name
+        assert getattr(p, "no_decay", False) == (name == "head.bias")
+    assert model.head.weight is model.embed.weight
+    assert [n for n, _ in model.named_buffers()] == ["layers.0.scale"], "one, that all layers have"
+    assert all(layer.scale is model.layers[0].scale for layer in model.layers)
+    x = torch.tensor([0, 3])
+    assert torch.equal(model(x), whole(x))
+
+
+@pytest.mark.parametrize("reshard", [True, False])
+def test_blocks_are_freed_after_forward_or_stay_gathered_until_backward(mesh, reshard):
+    model = cut(mesh, reshard_after_forward=reshard)
+
+    out = model(torch.tensor([0, 3])).sum()
+    assert [is_gathered(layer) for layer in model.layers] == [not reshard] * 4
+    out.backward()
+    assert [is_gathered(layer) for layer in model.layers] == [False] * 4
+
+
+def test_blocks_are_gathered_as_far_ahead_as_asked_for(mesh):
+    found = {}
+    for ahead in (0, 1, 2):
+        model, seen = cut(mesh, prefetch=ahead), []
+        groups = [layer._get_fsdp_state()._fsdp_param_group for layer in model.layers]
+        for layer in model.layers:
+            layer.register_forward_pre_hook(
+                lambda *_, seen=seen, groups=groups: seen.append([g._all_gather_result is not None for g in groups])
+            )
+        model(torch.tensor([0, 3])).sum().backward()
+        found[ahead] = [row.count(True) for row in seen]
+
+    assert found == {0: [0, 0, 0, 0], 1: [1, 1, 1, 0], 2: [2, 2, 1, 0]}
+
+
+def test_offloaded_parameters_are_on_the_host_and_buffers_where_the_model_runs(mesh, monkeypatch):
+    monkeypatch.setattr(wrapping, "CPUOffloadPolicy", lambda: CPUOffloadPolicy(pin_memory=False))  # which takes a GPU
+    model = cut(mesh, META, offload=True)  # in place of a GPU
+
+    assert {p.device for p in model.parameters()} == {CPU}
+    assert {b.device for b in model.buffers()} == {META}
+    assert all(layer.scale is model.layers[0].scale for layer in model.layers)
+
+
+# ---- what cannot be cut ----------------------------------------------------------------------------------------------
+
+
+class Last(nn.Module):
+    def __init__(self, weight: torch.Tensor, trained: bool = True):
+        super().__init__()
+        self.first, self.weight = nn.Linear(2, 2), nn.Parameter(weight, requires_grad=trained)
+        self.norm = nn.BatchNorm1d(2)
+
+
+@pytest.mark.parametrize(
+    ("model", "dtype", "message"),
+    [
+        (Last(torch.ones(())), None, r"parameter weight has no dimensions.*give it the shape \(1,\)"),
+        (Last(torch.ones(5, 0)), None, r"parameter weight has no elements \(its shape is \(5, 0\)\)"),
+        (Last(torch.ones(2, 3).t()), None, r"parameter weight is not contiguous in memory \(strides \(1, 3\)\)"),
+        (
+            Last(torch.ones(2, dtype=torch.float64)), None,
+            r"parameter weight is torch.float64 and first.weight is torch.float32; .* freeze it",
+        ),
+        (Last(torch.ones(2)), torch.bfloat16, r"would gather norm \(BatchNorm1d\) in another number format"),
+    ],
+    ids=["scalar", "empty", "strides", "dtypes", "statistics"],
+)  # fmt: skip
+def test_what_cannot_be_cut_is_refused_by_name(model, dtype, message):
+    with pytest.raises(ConfigError, match=message):
+        check_shardable(model, dtype)
+
+
+def test_frozen_parameters_may_have_another_dtype():
+    check_shardable(Last(torch.ones(2, dtype=torch.bfloat16), trained=False))
+
+
+def test_state_that_is_neither_whole_nor_cut_by_rows_is_refused_by_name(mesh):
+    weight = cut(mesh).head.weight.detach()
+
+    assert is_cut("w", weight)
+    assert not is_cut("w", weight.full_tensor())
+    assert not is_cut("w", DTensor.from_local(torch.ones(2), mesh.rows, run_check=False))
+    for strange in (weight.sum(), weight.t()):
+        with pytest.raises(ConfigError, match=r"optimizer/w/mean lies over the workers as .*; use an optimizer that"):
+            is_cut("optimizer/w/mean", strange)
+
+
+# ---- the norm --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (3,), (5, 0), (0, 5), (2, 3), (2, 40_000), (1, 2, 3)])
+def test_each_row_has_as_many_sums_as_announced(shape):
+    rows = shape[0] if shape else 1
+
+    assert len(row_sums(torch.ones(shape))) == rows * sums_per_row(shape)
+    assert canonical_norm([torch.ones(shape), torch.ones(1)]) ** 2 == pytest.approx(torch.ones(shape).numel() + 1)
