@@ -39,7 +39,7 @@ def _worker(config: dict[str, Any]) -> None:
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / warmup))
     data, held_out = job.train_data(), job.eval_data()
     sampler = DistributedSampler(data, size, rank)
-    loader = DataLoader(data, config["batch"] // size, sampler=sampler, drop_last=True)
+    loader = DataLoader(data, config["batch"] // size, sampler=sampler, drop_last=True, collate_fn=job.collate_fn)
     step = 0
     checkpoint = ray.train.get_checkpoint()
     if checkpoint:
@@ -82,16 +82,17 @@ def _report(model: Any, optimizer: Any, held_out: Any, step: int, rank: int) -> 
         ray.train.report({"accuracy": accuracy, "step": step}, checkpoint=saved)
 
 
-def _trial(config: dict[str, Any]) -> None:
+def _trial(config: dict[str, Any], points: list[dict[str, Any]]) -> None:
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
     from ray.tune.integration.ray_train import TuneReportCallback
 
+    config = points[config["number"]]
     TorchTrainer(
         _worker, train_loop_config=config, scaling_config=ScalingConfig(num_workers=config["workers"]),
         run_config=RunConfig(
             name=f"trial-{config['number']}", storage_path=config["storage"], callbacks=[TuneReportCallback()],
-            failure_config=FailureConfig(max_failures=-1),
+            failure_config=FailureConfig(max_failures=3),
         ),
     ).fit()  # fmt: skip
 
@@ -127,10 +128,11 @@ def _run(settings: dict[str, Any]) -> dict[str, Any]:
         threading.Thread(target=kill, daemon=True).start()
     began = time.time()
     grid = tune.Tuner(
-        tune.with_resources(_trial, {"CPU": 0.01}), param_space={},
+        tune.with_resources(tune.with_parameters(_trial, points=points), {"CPU": 0.01}),
+        param_space={"number": tune.grid_search(list(range(len(points))))},
         tune_config=tune.TuneConfig(
-            num_samples=len(points), metric="accuracy", mode="max",
-            search_alg=BasicVariantGenerator(points_to_evaluate=points, max_concurrent=settings["concurrent"]),
+            metric="accuracy", mode="max",
+            search_alg=BasicVariantGenerator(max_concurrent=settings["concurrent"]),
             scheduler=ASHAScheduler(
                 time_attr="training_iteration", max_t=settings["steps"] // settings["every"],
                 grace_period=settings["grace"], reduction_factor=settings["factor"],
