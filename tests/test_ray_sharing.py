@@ -55,35 +55,6 @@ def test_a_run_of_higher_priority_gets_its_least_and_gives_it_back_and_both_have
     held.check_nothing_is_left()  # of one that was finished, and of one that was stopped
 
 
-def test_of_two_parked_runs_the_younger_saves_and_gives_up_its_node_and_goes_on_later(
-    cluster: LocalCluster, tmp_path: Path
-) -> None:
-    cluster.add_node()
-    options = (*FOREVER, *WHOLE_NODES, "--scaling.min-workers", "2")
-    old = slow_job(cluster, tmp_path, "old", *options)
-    old.wait_for(lambda line: line.startswith("starting"))
-    young = slow_job(cluster, tmp_path, "young", *options)
-    stories = Story(old), Story(young)
-    pids = [story.next_world(2)[0] for story in stories]
-    for run in (old, young):
-        run.wait_for_step(5)
-
-    # of four nodes each has two, and loses one: the older gets the other one of the younger
-    cluster.kill_nodes([next(n for n in cluster.nodes if pid in cluster.workers_of(n)) for pid in pids])
-    for run in (old, young):
-        run.wait_for(lambda line: "parked" in line)
-    assert "old" in young.wait_for(lambda line: "yielded" in line)
-    stories[0].next_world(2)
-
-    # when that has ended, the younger goes on where it was
-    stop(old, 10)
-    stories[1].next_world(2)
-    stop(young, 10)
-    events = check_bits_and_samples(tmp_path, "young", *FOREVER, *WHOLE_NODES)
-    assert [e["detail"]["max_workers"] for e in events if e["kind"] == "yielded"] == [0, None]
-    assert {e["detail"]["rung"] for e in events if e["kind"] == "restored"} == {"checkpoint", "peer"}
-
-
 def test_a_run_that_crashed_leaves_nothing_running_and_nothing_held(cluster: LocalCluster, tmp_path: Path) -> None:
     held = Held(cluster)
     run = slow_job(cluster, tmp_path, "crashed", *FOREVER, "--scaling.max-workers", "3")
