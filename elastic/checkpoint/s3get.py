@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 
 SIGNED_S = 3600
 _RENEW_S = SIGNED_S / 2
-_TIMEOUT_S = 60.0  # without a byte, as botocore's
+_TIMEOUTS = ("connect_timeout", "read_timeout")  # in seconds, of the client
 _PASSING = (404, 416)  # and 5xx: of this request, not of asking like this
 
 
@@ -38,7 +38,7 @@ class DirectReads:
         """Fill `views` with `size` bytes from `start`. False: nothing was read, s3fs has to ask.
 
         Raises:
-            OSError: the connection broke, or moved nothing for a minute.
+            OSError: the connection broke, or moved nothing for as long as the client's read_timeout.
         """
         if not self._plain or not size:
             return False
@@ -85,14 +85,17 @@ class DirectReads:
 
     def _connect(self, scheme: str, place: str) -> http.client.HTTPConnection:
         self._drop()
+        connect_s, read_s = (self._fs.config_kwargs.get(n, getattr(self._fs, n)) for n in _TIMEOUTS)
         if scheme == "https":
             context = ssl.create_default_context(cafile=_authorities(self._fs))
-            made: http.client.HTTPConnection = http.client.HTTPSConnection(place, timeout=_TIMEOUT_S, context=context)
+            made: http.client.HTTPConnection = http.client.HTTPSConnection(place, timeout=connect_s, context=context)
         else:
-            made = http.client.HTTPConnection(place, timeout=_TIMEOUT_S)
+            made = http.client.HTTPConnection(place, timeout=connect_s)
         self._own.connection = made
         with self._lock:
             self._connections.append(made)
+        made.connect()
+        made.sock.settimeout(read_s)
         return made
 
     def _drop(self) -> None:
