@@ -56,7 +56,9 @@ class DirectReads:
         except BaseException as error:
             self._drop()
             if isinstance(error, http.client.HTTPException):
-                raise ConnectionResetError(f"{path} was cut off: {type(error).__name__} {error}") from error
+                raise ConnectionResetError(
+                    f"{path} was cut off ({type(error).__name__})"
+                ) from None  # may name the signed URL
             raise
 
     def close(self) -> None:

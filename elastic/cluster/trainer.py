@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import io
 import shutil
-import signal
 import socket
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +22,7 @@ from elastic.membership.driver import DriverLink
 from elastic.observe.console import Console, result_text
 from elastic.run.forecast import refuse_what_does_not_fit_here
 from elastic.run.prepare import PreparedRun, open_run, prepare
+from elastic.run.signals import heard_by
 from elastic.units import parse_amount
 
 if TYPE_CHECKING:
@@ -243,7 +242,7 @@ class _Drive:
         follower = threading.Thread(target=self._follow, name="run-follower", daemon=True)
         follower.start()
         try:
-            with self._handling_signals():
+            with heard_by(self._hear):
                 return self._train(url, token, accelerator)
         finally:
             stop_host()
@@ -318,6 +317,10 @@ class _Drive:
                 raise RunFailed(f"the workers of run {self._run.name} ended, but no result came")
         return self._outcome()
 
+    def _hear(self, name: str) -> None:
+        self._signals += 1
+        self._signal_name = name
+
     def _on_signal(self, count: int) -> None:
         if count > 1:
             self._close("stopped", "interrupted twice, nothing saved since the newest checkpoint")
@@ -365,24 +368,6 @@ class _Drive:
                 self._end = {"status": "failed", "message": "the host of the run is gone and did not come back"}
                 self._ended.set()
             self._ended.wait(0.2)
-
-    @contextlib.contextmanager
-    def _handling_signals(self) -> Iterator[None]:
-        """SIGINT and SIGTERM save and end; only the main thread can handle signals."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-
-        def handler(number: int, _: Any) -> None:
-            self._signals += 1
-            self._signal_name = signal.Signals(number).name
-
-        before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, old in before.items():
-                signal.signal(number, old)
 
 
 def _why(error: BaseException, name: str) -> str:

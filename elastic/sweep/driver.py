@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import shutil
-import signal
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,6 +20,7 @@ from elastic.config import ClusterOptions, TrainConfig
 from elastic.errors import ElasticError, Interrupted
 from elastic.job import Job, job_name, job_options
 from elastic.run.plan import resolve
+from elastic.run.signals import heard_by
 from elastic.sweep.config import SweepConfig
 from elastic.sweep.judge import Judge
 from elastic.sweep.prepare import PreparedSweep, prepare_sweep
@@ -117,7 +114,7 @@ class _Sweeping:
         )  # fmt: skip
         scratch = tempfile.mkdtemp(prefix="elastic-sweep-", dir=session_folder())
         try:
-            with self._handling_signals():
+            with heard_by(self._hear):
                 tuning = Tuning(self._plan(), self._judge, places, scratch)
                 try:
                     self._turn(tuning)
@@ -133,6 +130,9 @@ class _Sweeping:
         notes = self._leave_reports(result)
         self._folder.update(status="finished", message="; ".join(n for n in (self._why, *notes) if n), best=self._best)
         return result
+
+    def _hear(self, _: str) -> None:
+        self._signals += 1
 
     def _turn(self, tuning: Any) -> None:
         next_beat = 0.0
@@ -228,23 +228,6 @@ class _Sweeping:
             problem = write_plots(storage, result.trials, sweep.space, sweep.metric, sweep.mode)
             notes += [problem] if problem else []
         return notes
-
-    @contextlib.contextmanager
-    def _handling_signals(self) -> Iterator[None]:
-        """SIGINT and SIGTERM save and end; only the main thread can handle signals."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-
-        def handler(number: int, _: Any) -> None:
-            self._signals += 1
-
-        before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, old in before.items():
-                signal.signal(number, old)
 
 
 def drive(prepared: PreparedSweep) -> int:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import signal
 import subprocess
 import sys
 import threading
@@ -24,6 +23,7 @@ from elastic.membership.driver import DriverLink
 from elastic.run.forecast import refuse_what_does_not_fit_here
 from elastic.run.host import host_settings, keeper_options, new_token
 from elastic.run.prepare import PreparedRun, open_run
+from elastic.run.signals import heard_by
 from elastic.worker.hosting import HostHere, HostProcess
 from elastic.worker.vaults import VaultProcess
 
@@ -222,7 +222,7 @@ class LocalRun:
 
 @contextmanager
 def heeding_signals(local: LocalRun) -> Iterator[None]:
-    """Inside, SIGINT and SIGTERM save and end the run, and a second one ends it at once. In the main thread.
+    """Inside, SIGINT and SIGTERM save and end the run, and a second one ends it at once.
 
     Raises:
         Interrupted: the run was stopped for that.
@@ -230,21 +230,19 @@ def heeding_signals(local: LocalRun) -> Iterator[None]:
     came: list[str] = []
     asking: list[threading.Thread] = []
 
-    def handle(number: int, _: Any) -> None:
-        came.append(f"interrupted by {signal.Signals(number).name}")
+    def handle(name: str) -> None:
+        came.append(f"interrupted by {name}")
         target = local.stop if len(came) == 1 else local.end_at_once
         words = came[0] if len(came) == 1 else "interrupted twice, nothing saved since the newest checkpoint"
         asking.append(threading.Thread(target=target, args=(words,), name="interrupt", daemon=True))
         asking[-1].start()  # a handler must not wait for an answer
 
-    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield
+        with heard_by(handle):
+            yield
         if came and local.ended_as == "stopped":
             raise Interrupted(f"run {local.name} was {came[0]}; give --run.name {local.name} to go on")
     finally:
-        for number, old in before.items():
-            signal.signal(number, old)
         for thread in asking:
             thread.join(HOST_LOST_S)
 
