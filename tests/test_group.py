@@ -1,4 +1,4 @@
-"""Connecting a world: what an earlier one left behind does not matter, and a store that is gone does not block."""
+"""Connecting a world, and being freed from one: nobody waits for a member or a store that is gone."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
+from typing import NoReturn
 
 import pytest
 import torch
@@ -17,7 +19,8 @@ import torch.distributed as dist
 from elastic.errors import WorldBroken
 from elastic.membership.client import Assignment
 from elastic.membership.world import Generation
-from elastic.worker.group import Group
+from elastic.parallel.device import all_gather_flat
+from elastic.worker.group import Group, is_collective_failure
 
 # A member that says where it listens, and gets no further: it dies there, or its host is cut off (it stops).
 LATE = """
@@ -37,6 +40,41 @@ class Store(dist.Store):
 store = Store(dist.TCPStore("127.0.0.1", int(sys.argv[1]), is_master=False))
 dist.init_process_group("gloo", store=dist.PrefixStore("1-1", store), rank=1, world_size=2)
 """
+
+
+# A member that takes part in one operation after the other, until it is killed in the middle of one.
+PARTNER = """
+import sys, torch
+from elastic.membership.client import Assignment
+from elastic.membership.world import Generation
+from elastic.worker.group import Group
+from tests.test_group import OPERATIONS, big
+
+world = Group(Assignment(Generation(1, 1), 1, 2, ("127.0.0.1", int(sys.argv[1])), {}, 0), torch.device("cpu"))
+world.connect(60.0)
+values, others = big()
+while True:
+    OPERATIONS[sys.argv[2]](values, others, 1)
+"""
+OPERATIONS = {
+    "broadcast": lambda values, others, rank: dist.broadcast(values, 1),
+    "all_reduce": lambda values, others, rank: dist.all_reduce(values),
+    "all_gather": lambda values, others, rank: all_gather_flat(others, values),
+    "reduce_scatter": lambda values, others, rank: dist.reduce_scatter_tensor(values, others),
+    "all_to_all": lambda values, others, rank: dist.all_to_all_single(others, others.clone()),
+    "send": lambda values, others, rank: dist.send(values, 0) if rank else dist.recv(values, 1),
+    "later": lambda values, others, rank: dist.all_reduce(values, async_op=True).get_future().wait(),
+}
+
+
+def big() -> tuple[torch.Tensor, torch.Tensor]:
+    """Values that are on their way for a while, and room for those of two."""
+    return torch.ones(4_000_000), torch.zeros(8_000_000)
+
+
+def repeat(operation: Callable[..., object], *tensors: torch.Tensor) -> NoReturn:
+    while True:
+        operation(*tensors, 0)
 
 
 def group(port: int, size: int = 1) -> Group:
@@ -77,6 +115,43 @@ def test_a_store_that_does_not_answer_is_left_when_the_world_is_broken():
         with pytest.raises(WorldBroken, match="store of world 1-1 at 127"):
             world.connect(10.0)
         assert time.monotonic() - began < 5
+
+
+@pytest.mark.parametrize("moment_s", [0.0, 0.003, 0.007])
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_a_member_that_dies_in_the_middle_of_an_operation_holds_nobody_up(operation: str, moment_s: float):
+    server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    world = group(server.port, 2)
+    member = subprocess.Popen([sys.executable, "-c", PARTNER, str(server.port), operation])
+    try:
+        world.connect(60.0)
+        values, others = big()
+        OPERATIONS[operation](values, others, 0)
+        killing = threading.Timer(moment_s, member.kill)
+        killing.start()
+
+        def hear_of_it() -> None:  # as the membership server would say
+            member.wait()
+            world.free()
+
+        hearing = threading.Thread(target=hear_of_it)
+        hearing.start()
+        began = time.monotonic()
+        with pytest.raises(RuntimeError) as broken:
+            repeat(OPERATIONS[operation], values, others)
+        assert is_collective_failure(broken.value)
+        assert time.monotonic() - began < 5
+        hearing.join()
+        before = others.clone(), values.clone()
+        world.close()
+        assert time.monotonic() - began < 5
+        assert torch.equal(before[0], others)
+        assert torch.equal(before[1], values)
+        assert not dist.is_initialized()
+    finally:
+        member.kill()
+        member.wait()
+        world.close()
 
 
 @pytest.mark.parametrize("attempt", range(4))  # by the order of their addresses, one listens and the other one calls

@@ -36,11 +36,6 @@ def pick_device(accelerator: str, local_index: int) -> torch.device:
     return device
 
 
-def backend_for(device: torch.device) -> str:
-    """The process-group backend of a device."""
-    return "nccl" if device.type == "cuda" else "gloo"
-
-
 def describe(device: torch.device) -> dict[str, Any]:
     """What two workers must share to compute the same bits."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()

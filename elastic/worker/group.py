@@ -18,10 +18,11 @@ import xxhash
 
 from elastic.errors import WorldBroken
 from elastic.membership.client import Assignment
-from elastic.parallel.device import all_gather_flat, backend_for, host_wait
+from elastic.parallel import gloo
+from elastic.parallel.device import all_gather_flat, host_wait
 from elastic.parallel.layout import Layout, lay_out
 from elastic.parallel.mesh import Mesh, make_mesh
-from elastic.worker.sockets import knock, open_sockets, opened_since, shut_down
+from elastic.worker.sockets import any_connected, knock, open_sockets, opened_since, shut_down
 
 STORE_S = 10.0
 FREE_S = 0.02
@@ -73,6 +74,8 @@ class Group:
     _before: dict[str, int] | None = None  # while members connect: the sockets that were open before
     _freed: bool = False
     _freeing: threading.Thread | None = None
+    _closed: bool = False
+    _lock: threading.Lock = field(default_factory=threading.Lock)
     _woken: threading.Event = field(default_factory=threading.Event)
     mesh: Mesh = field(init=False)
 
@@ -113,7 +116,8 @@ class Group:
             dist.distributed_c10d._world.group_count = 0
             with self._freed_while_connecting():
                 dist.init_process_group(
-                    backend_for(self.device), store=dist.PrefixStore(str(self.assignment.generation), store),
+                    "nccl" if self.device.type == "cuda" else gloo.BACKEND,
+                    store=dist.PrefixStore(str(self.assignment.generation), store),
                     rank=self.rank, world_size=self.size, timeout=timeout,
                     device_id=self.device if self.device.type == "cuda" else None,
                 )  # fmt: skip
@@ -182,30 +186,50 @@ class Group:
     def free(self) -> None:
         """Make whatever blocks in this group raise. From any thread.
 
-        nccl: abort the communicators. gloo: shut down its sockets; while members connect, those are still to come.
+        nccl: abort the communicators. gloo: shut down its sockets, where those who wait learn of it or are told; while
+        members connect, sockets are still to come.
         """
         self._freed = True
         self._woken.set()
         if self.device.type == "cuda":
             if dist.is_initialized():
                 dist.distributed_c10d._abort_process_group()
-        elif self._before is not None:
-            self._freeing = threading.Thread(target=self._keep_free, name="free-connecting", daemon=True)
-            self._freeing.start()
-        else:
-            shut_down(self._sockets)
+            return
+        with self._lock:
+            if self._freeing is None and not self._closed:
+                thread = threading.Thread(target=self._free_gloo, name="free-group", daemon=True)
+                thread.start()
+                self._freeing = thread
 
-    def _keep_free(self) -> None:
+    def _free_gloo(self) -> None:
         while (before := self._before) is not None:
             sockets = opened_since(before)
             shut_down(sockets)
             knock(sockets, self.size)
+            self._end_waits(sockets)
             time.sleep(FREE_S)
+        shut_down(self._sockets)
+        self._end_waits(self._sockets)
+
+    def _end_waits(self, sockets: dict[str, int]) -> None:
+        groups = gloo.groups()
+        gloo.settle(groups, lambda: any_connected(sockets))
+        for group in groups:
+            group.free(f"world {self.assignment.generation} is broken")
 
     def close(self) -> None:
         """Drop the group; peers blocked in it are freed."""
+        with self._lock:
+            self._closed = True  # what this process connects from here on is another world's
+        if self._freeing is not None:
+            self._freeing.join()
+        if (groups := gloo.groups()) and any(group.is_running for group in groups):
+            shut_down(self._sockets)  # of several operations under way one has failed
+            gloo.settle(groups, lambda: any_connected(self._sockets))
         if dist.is_initialized():
             dist.destroy_process_group()
+        for group in groups:
+            group.shutdown()
 
     def agree(self, flags: list[int]) -> list[int]:
         """The largest of each flag over all members. This is the fence: it ends when everyone has entered it, and

@@ -72,6 +72,11 @@ def shut_down(sockets: dict[str, int]) -> int:
     return count
 
 
+def any_connected(sockets: dict[str, int]) -> bool:
+    """Whether any is still the same socket and does not listen."""
+    return any(not listens for _, listens in _streams(sockets))
+
+
 def knock(sockets: dict[str, int], size: int) -> int:
     """Come to each that listens as the members that it waits for, and go at once; returns how many came.
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from elastic.errors import ConfigError, RunFailed, WorldBroken
@@ -80,7 +81,7 @@ class UserCode:
         except (UserCodeError, ConfigError, WorldBroken):
             raise
         except Exception as error:
-            if is_collective_failure(error) and _raised_in_torch(error):
+            if isinstance(error, dist.DistError) or (is_collective_failure(error) and _raised_in_torch(error)):
                 raise WorldBroken(f"{self.where} failed: {error}") from error
             raise self.error(error) from error
 
