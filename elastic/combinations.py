@@ -35,15 +35,10 @@ def check_together(config: TrainConfig) -> None:
 
 def _check_param_dtype(config: TrainConfig) -> None:
     dtype = config.precision.param_dtype
-    if dtype != "off" and not config.parallel.sharded:
-        raise ConfigError(
-            f"--precision.param-dtype is {dtype!r}, but with --parallel.strategy ddp parameters are not gathered; "
-            "use --precision.autocast"
-        )
     if dtype != "off" and config.run.exactness == "bitwise":
         raise ConfigError(
-            f"--precision.param-dtype is {dtype!r}, which ddp has not, so that its bits would be of one strategy; "
-            "use --precision.autocast, or --run.exactness fast"
+            f"--precision.param-dtype is {dtype!r}, with which bits are of one strategy; use "
+            " --precision.autocast, or --run.exactness fast"
         )
 
 

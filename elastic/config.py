@@ -121,7 +121,7 @@ class PrecisionOptions:
         "off", "run forward passes under torch.autocast; fp16 scales the loss", common=True, result=True
     )
     param_dtype: Literal["off", "bf16", "fp16"] = option(
-        "off", "number format of gathered parameters and of compute (fsdp and hsdp in fast)", result=True
+        "off", "number format of parameters in compute, and as they are gathered (fast only)", result=True
     )
     grad_compression: Literal["off", "bf16"] = option(
         "off", "number format of gradients on the wire (fast only)", result=True

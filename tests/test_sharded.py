@@ -314,7 +314,7 @@ class Factored(Plain):
         (Factored(), {}, "the optimizer Adafactor gives other bits when a parameter is cut"),
         (
             Deep(), {"run__exactness": "fast", "precision__param_dtype": "bf16"},
-            "--precision.param-dtype would gather layers.0.norm (BatchNorm1d) in another number format",
+            "--precision.param-dtype would give layers.0.norm (BatchNorm1d) parameters in another number format",
         ),
         (
             Plain(), {"run__exactness": "fast", "parallel__offload": True, "scaling__accelerator": "auto"},

@@ -209,7 +209,7 @@ def test_fp16_skips_the_same_steps_with_every_strategy_and_its_scale_is_in_the_m
 FORMATS = [{"param_dtype": "bf16"}, {"param_dtype": "fp16", "loss_scale": 1024.0}, {"grad_compression": "bf16"}]
 
 
-@pytest.mark.parametrize(("strategy", "workers"), [("fsdp", 3), ("hsdp", 4)])
+@pytest.mark.parametrize(("strategy", "workers"), [("ddp", 2), ("fsdp", 3), ("hsdp", 4)])
 @pytest.mark.parametrize("options", FORMATS, ids=["bf16", "fp16", "gradients"])
 def test_other_number_formats_train_nearly_as_well(tmp_path, strategy, workers, options):
     common = {"run__exactness": "fast", "optim__warmup": None}

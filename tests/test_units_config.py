@@ -151,10 +151,6 @@ REFUSED = [
     (lambda: _hsdp(2, 2), "--parallel.strategy", "'hsdp'", "fsdp, or at least 4 workers"),
     (lambda: _hsdp(5, 2), "--parallel.strategy", "'hsdp'", "multiple of 2"),
     (
-        lambda: TrainConfig(precision=PrecisionOptions(param_dtype="bf16")),
-        "--precision.param-dtype", "'bf16'", "--precision.autocast",
-    ),
-    (
         lambda: TrainConfig(
             run=RunOptions(exactness="bitwise"), precision=PrecisionOptions(param_dtype="bf16"),
             parallel=ParallelOptions(strategy="fsdp"),
@@ -342,7 +338,7 @@ OTHER_VALUES = {
 }  # fmt: skip
 ONE_VALUE = {"checkpoint.init-partial", "eval.hold"}  # valid only beside another option
 SHARDED_ONLY = {
-    "precision.param-dtype", "parallel.offload", "parallel.prefetch", "parallel.reshard-after-forward",
+    "parallel.offload", "parallel.prefetch", "parallel.reshard-after-forward",
     "recovery.snapshot-every",
 }  # fmt: skip
 RESULT = {

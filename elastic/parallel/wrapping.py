@@ -35,19 +35,13 @@ class Sharding:
     reduce_dtype: torch.dtype | None = None
 
 
-def check_shardable(model: nn.Module, param_dtype: torch.dtype | None = None) -> None:
+def check_shardable(model: nn.Module) -> None:
     """Refuse what FSDP2 cannot cut, by name.
 
     Raises:
         ConfigError: a parameter without dimensions, without elements, or with gaps in memory, trained parameters of
-            several dtypes, running statistics beside parameters that are gathered in another dtype.
+            several dtypes.
     """
-    for name, module in model.named_modules():
-        if param_dtype is not None and isinstance(module, nn.modules.batchnorm._NormBase):
-            raise ConfigError(
-                f"--precision.param-dtype would gather {name} ({type(module).__name__}) in another number format than "
-                "its running statistics; use --precision.autocast"
-            )
     dtypes: dict[torch.dtype, str] = {}
     for name, p in model.named_parameters():
         if p.dim() == 0:

@@ -9,6 +9,7 @@ from elastic.data.seeds import derive, seed_all
 from elastic.errors import ConfigError
 from elastic.job import Job
 from elastic.parallel.blocks import check_compiler, checkpoint_activations, compile_blocks, find_blocks
+from elastic.parallel.casting import cast_parameters, check_castable
 from elastic.parallel.deferred import CannotDefer, DeferredModel, build, build_eagerly
 from elastic.parallel.mesh import Mesh
 from elastic.parallel.probe import check_elementwise
@@ -44,8 +45,10 @@ class Placing:
         find_blocks(self._next.model, self._classes())
         if parallel.compile and self._config.run.exactness == "bitwise":
             check_compiler()
+        if self._param_dtype is not None:
+            check_castable(self._next.model)
         if parallel.sharded:
-            check_shardable(self._next.model, _DTYPES[self._config.precision.param_dtype])
+            check_shardable(self._next.model)
 
     def whole(self) -> TrainState:
         """A whole model with its initial values."""
@@ -62,7 +65,7 @@ class Placing:
         built, parallel, precision = self._take(), self._config.parallel, self._config.precision
         how = Sharding(
             native=self._config.run.exactness == "fast", reshard_after_forward=parallel.reshard_after_forward,
-            prefetch=parallel.prefetch, offload=parallel.offload, param_dtype=_DTYPES[precision.param_dtype],
+            prefetch=parallel.prefetch, offload=parallel.offload, param_dtype=self._param_dtype,
             reduce_dtype=_DTYPES[precision.grad_compression],
         )  # fmt: skip
         model = place_sharded(built, find_blocks(built.model, self._classes()), self._device, mesh, how, fill=fill)
@@ -79,14 +82,20 @@ class Placing:
         scaler = LossScale(precision.loss_scale) if scaled else None
         return TrainState(self._job, model, self._job.optimizer(model), mesh, scaler)
 
+    @property
+    def _param_dtype(self) -> torch.dtype | None:
+        return _DTYPES[self._config.precision.param_dtype]
+
     def _classes(self) -> tuple[str, ...]:
         return self._config.parallel.blocks or tuple(self._job.blocks)
 
     def _take(self) -> DeferredModel:
         built, self._next = self._next or self._build(), None
         parallel = self._config.parallel
+        blocks = find_blocks(built.model, self._classes())
+        if self._param_dtype is not None and not parallel.sharded:
+            cast_parameters(built.model, blocks, self._param_dtype)
         if parallel.activation_checkpointing or parallel.compile:
-            blocks = find_blocks(built.model, self._classes())
             if not blocks:
                 raise ConfigError(
                     "the model has no blocks to checkpoint or compile one by one; name their classes with "

@@ -1,0 +1,72 @@
+"""Computing in another number format than parameters are kept in, where a model is whole.
+
+What FSDP2 does as it gathers a cut model's parameters (`MixedPrecisionPolicy`): a block, and what is in no block, sees
+its parameters and its inputs in that format. Gradients reach the parameters in the parameters' own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_map
+
+from elastic.errors import ConfigError
+
+
+def check_castable(model: nn.Module) -> None:
+    """Refuse, by name, what must not be computed in another number format.
+
+    Raises:
+        ConfigError: running statistics beside parameters in another format.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, nn.modules.batchnorm._NormBase):
+            raise ConfigError(
+                f"--precision.param-dtype would give {name} ({type(module).__name__}) parameters in another number "
+                "format than its running statistics; use --precision.autocast"
+            )
+
+
+def cast_parameters(model: nn.Module, blocks: Sequence[nn.Module], dtype: torch.dtype) -> None:
+    """Let each block, and the rest of the model, run with floating parameters and inputs in this format.
+
+    To be called before blocks are made to forget activations: what is computed again is to be cast again.
+    """
+    taken: set[nn.Module] = set()
+    for module in [*blocks, model]:
+        mine = [m for m in module.modules() if m not in taken]
+        taken.update(mine)
+        holders = [
+            (m, name) for m in mine for name, p in m._parameters.items() if p is not None and p.is_floating_point()
+        ]
+        module.forward = partial(_run, module.forward, holders, dtype)
+
+
+def _run(
+    forward: Callable[..., Any], holders: Sequence[tuple[nn.Module, str]], dtype: torch.dtype, *args: Any, **kwargs: Any
+) -> Any:
+    def cast(value: Any) -> Any:
+        floating = isinstance(value, torch.Tensor) and value.is_floating_point()
+        return value.to(dtype) if floating else value
+
+    kept = [m._parameters[name] for m, name in holders]
+    casts = {id(p): cast(p) for p in kept}  # one for a parameter that several modules share
+    try:
+        for (m, name), p in zip(holders, kept):
+            m._parameters[name] = casts[id(p)]
+        _list_again(holders)
+        return forward(*tree_map(cast, args), **tree_map(cast, kwargs))
+    finally:
+        for (m, name), p in zip(holders, kept):
+            m._parameters[name] = p
+        _list_again(holders)
+
+
+def _list_again(holders: Sequence[tuple[nn.Module, str]]) -> None:
+    """Recurrent layers keep their parameters in a list as well."""
+    for module in {m for m, _ in holders if isinstance(m, nn.RNNBase)}:
+        module._flat_weights = [module._parameters.get(name) for name in module._flat_weights_names]
