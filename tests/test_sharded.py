@@ -300,6 +300,11 @@ class Mixed(Plain):
         return model
 
 
+class Sparse(Plain):
+    def model(self):
+        return torch.nn.Sequential(super().model(), torch.nn.Embedding(4, 2, sparse=True))
+
+
 class Factored(Plain):
     def optimizer(self, model):
         return torch.optim.Adafactor(model.parameters())
@@ -311,6 +316,7 @@ class Factored(Plain):
         (Deep(blocks_named="Layer"), {}, "--parallel.blocks names 'Layer', but the model has no module of that class"),
         (Scalar(), {}, "parameter gain has no dimensions, so it cannot be sharded; give it the shape (1,)"),
         (Mixed(), {}, "parameter 0.weight is torch.float32 and 2.weight is torch.bfloat16; parameters that are"),
+        (Sparse(), {}, "1 (Embedding) is made with sparse=True, and sparse gradients are only summed with"),
         (Factored(), {}, "the optimizer Adafactor gives other bits when a parameter is cut"),
         (
             Deep(), {"run__exactness": "fast", "precision__param_dtype": "bf16"},
@@ -321,7 +327,7 @@ class Factored(Plain):
             "--parallel.offload is True, which moves state from GPUs, but workers run on CPUs",
         ),
     ],
-    ids=["blocks", "scalar", "dtypes", "optimizer", "param-dtype", "offload"],
+    ids=["blocks", "scalar", "dtypes", "sparse", "optimizer", "param-dtype", "offload"],
 )  # fmt: skip
 def test_what_cannot_be_cut_is_refused_by_name_before_the_first_step(tmp_path, job, options, message):
     found = train(job, sharded(tmp_path, "fsdp", **options), workers=1)

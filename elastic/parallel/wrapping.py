@@ -35,6 +35,20 @@ class Sharding:
     reduce_dtype: torch.dtype | None = None
 
 
+def check_dense(model: nn.Module) -> None:
+    """Refuse, by name, what makes sparse gradients: only DDP's own reduction sums those.
+
+    Raises:
+        ConfigError: which, and what to do.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.sparse:
+            raise ConfigError(
+                f"{name} ({type(module).__name__}) is made with sparse=True, and sparse gradients are only summed with "
+                "--parallel.strategy ddp in --run.exactness fast; leave it out, or use these"
+            )
+
+
 def check_shardable(model: nn.Module) -> None:
     """Refuse what FSDP2 cannot cut, by name.
 

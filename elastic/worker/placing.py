@@ -14,7 +14,7 @@ from elastic.parallel.deferred import CannotDefer, DeferredModel, build, build_e
 from elastic.parallel.mesh import Mesh
 from elastic.parallel.probe import check_elementwise
 from elastic.parallel.scaling import LossScale
-from elastic.parallel.wrapping import Sharding, check_shardable, fill_attributes, place_sharded, place_whole
+from elastic.parallel.wrapping import Sharding, check_dense, check_shardable, fill_attributes, place_sharded, place_whole
 from elastic.worker.state import TrainState
 
 _DTYPES = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -45,6 +45,8 @@ class Placing:
         find_blocks(self._next.model, self._classes())
         if parallel.compile and self._config.run.exactness == "bitwise":
             check_compiler()
+        if parallel.sharded or self._config.run.exactness == "bitwise":
+            check_dense(self._next.model)
         if self._param_dtype is not None:
             check_castable(self._next.model)
         if parallel.sharded:
