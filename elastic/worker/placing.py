@@ -14,7 +14,14 @@ from elastic.parallel.deferred import CannotDefer, DeferredModel, build, build_e
 from elastic.parallel.mesh import Mesh
 from elastic.parallel.probe import check_elementwise
 from elastic.parallel.scaling import LossScale
-from elastic.parallel.wrapping import Sharding, check_dense, check_shardable, fill_attributes, place_sharded, place_whole
+from elastic.parallel.wrapping import (
+    Sharding,
+    check_dense,
+    check_shardable,
+    fill_attributes,
+    place_sharded,
+    place_whole,
+)
 from elastic.worker.state import TrainState
 
 _DTYPES = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
