@@ -20,14 +20,16 @@ REPOSITORY = Path(__file__).parent.parent.parent
 class LocalCluster:
     """A head without work, and worker nodes that can be killed, drained and added."""
 
-    def __init__(self, nodes: int = 3, cpus: int = 2):
+    def __init__(self, nodes: int = 3, cpus: int = 2, *, dashboard: bool = False):
         from ray.cluster_utils import Cluster
 
         self._cpus = cpus
         self._cluster = Cluster(
             initialize_head=True,
-            head_node_args={"num_cpus": 0, "include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES},
-        )
+            head_node_args={
+                "num_cpus": 0, "include_dashboard": dashboard, "object_store_memory": OBJECT_STORE_BYTES
+            },
+        )  # fmt: skip
         self.nodes: list[Any] = []
         for _ in range(nodes):
             self.add_node()

@@ -34,6 +34,7 @@ PARTS = ("quiet", "killed", "proofs")
 BATCH, WARMUP = 64, 20
 NODES, CPUS = 3, 2
 LONGEST_S = 900.0
+STOCK_LONGEST_S = 420.0  # more than five times what it takes when nothing happens
 
 
 def settings_of(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
@@ -52,11 +53,16 @@ def stock(settings: dict[str, Any]) -> dict[str, Any]:
     folder = Path(tempfile.mkdtemp(dir=settings["folder"]))
     (folder / "settings.json").write_text(json.dumps(settings))
     with (folder / "log").open("w") as log:
-        subprocess.run(
-            [sys.executable, "-m", "jobs.bench.peers.stock_tune", str(folder / "settings.json"),
-             str(folder / "result.json")],
-            timeout=LONGEST_S, stdout=log, stderr=log, env={**os.environ, "RAY_AUTH_MODE": "disabled"},
-        )  # fmt: skip
+        try:
+            subprocess.run(
+                [sys.executable, "-m", "jobs.bench.peers.stock_tune", str(folder / "settings.json"),
+                 str(folder / "result.json")],
+                timeout=STOCK_LONGEST_S, stdout=log, stderr=log, env={**os.environ, "RAY_AUTH_MODE": "disabled"},
+            )  # fmt: skip
+        except subprocess.TimeoutExpired:
+            print(f"plain Ray Tune was given up after {STOCK_LONGEST_S:.0f} s; its last words:")
+            print((folder / "log").read_text()[-2000:], flush=True)
+            return {"seconds": STOCK_LONGEST_S, "steps": 0, "by_trial": [], "best": float("nan"), "failed": "not ended"}
     if not (folder / "result.json").exists():
         raise RuntimeError(f"plain Ray Tune did not come to an end:\n{(folder / 'log').read_text()[-4000:]}")
     return json.loads((folder / "result.json").read_text())

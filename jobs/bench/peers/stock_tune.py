@@ -105,7 +105,8 @@ def _run(settings: dict[str, Any]) -> dict[str, Any]:
 
     from jobs.bench.nodes import LocalCluster
 
-    cluster = LocalCluster(nodes=settings["nodes"], cpus=settings["cpus"])
+    # Ray Train asks the dashboard whether a trial is over before it gives up what that trial held
+    cluster = LocalCluster(nodes=settings["nodes"], cpus=settings["cpus"], dashboard=True)
     ray.init(address=cluster.address, logging_level="ERROR")
     storage = tempfile.mkdtemp(dir=settings["folder"])
     common = {k: settings[k] for k in ("steps", "every", "batch", "warmup", "workers")}
