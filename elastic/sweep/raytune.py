@@ -96,9 +96,9 @@ class LeanClasses:
 class Numbers(Searcher):
     """Names the trials to start by their numbers."""
 
-    def __init__(self, judge: Judge):
+    def __init__(self, judge: Judge, gates: Gates):
         super().__init__()
-        self._judge = judge
+        self._judge, self._gates = judge, gates
         self._numbers: dict[str, int] = {}
 
     def suggest(self, trial_id: str) -> Any:
@@ -110,7 +110,9 @@ class Numbers(Searcher):
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         if error:
-            self._judge.broke(self._numbers[trial_id], f"its process died more than {MAX_FAILURES} times")
+            number = self._numbers[trial_id]
+            why = f"its process ended more than {MAX_FAILURES} times, at last with: {self._gates.last_error(number)}"
+            self._judge.broke(number, why)
 
 
 class Gates(FIFOScheduler):
@@ -126,6 +128,11 @@ class Gates(FIFOScheduler):
 
     def on_trial_error(self, tune_controller: Any, trial: Trial) -> None:
         """It is made anew, or the searcher hears that it will not be."""
+
+    def last_error(self, number: int) -> str:
+        """The line that says what a trial's process ended with."""
+        lines = str(self._trials[number].get_error() or "").strip().splitlines()
+        return lines[-1].strip() if lines else "nothing"
 
     def on_trial_remove(self, tune_controller: Any, trial: Trial) -> None:
         """Nothing is kept of it here."""
@@ -204,8 +211,8 @@ class Tuning:
             trial_name_creator=lambda trial: f"trial-{trial.config['trial']:04d}",
             trial_dirname_creator=lambda trial: f"trial-{trial.config['trial']:04d}",
         )  # fmt: skip
-        search = SearchGenerator(Numbers(judge))
         self._gates = Gates(judge, places)
+        search = SearchGenerator(Numbers(judge, self._gates))
         self._controller = TuneController(
             search_alg=search, scheduler=self._gates, storage=experiment.storage, callbacks=[], reuse_actors=True,
             resource_manager_factory=lambda: FixedResourceManager({HEAD: SLOT * (places + 0.5)}),

@@ -2,8 +2,9 @@
 
 Gloo has no working abort (measured: it returns at once, and the collective waits out its time-out). Shutting down
 its connected sockets makes blocked collectives raise at once, also inside DDP; of those that gloo forgets to tell see
-`parallel/gloo.py`. A listening socket must never be touched: that ends the process. While members connect, one of each two listens for the other; if that one is dead by
-then, gloo waits for it to the end of its time-out (measured: 30 of 30 s), so somebody else comes in its place and goes.
+`parallel/gloo.py`. A listening socket must never be touched: that ends the process. While members connect, one of each
+two listens for the other; if that one is dead by then, gloo waits for it to the end of its time-out (measured: 30 of
+30 s), so somebody else comes in its place and goes.
 """
 
 from __future__ import annotations
