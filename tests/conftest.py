@@ -32,6 +32,7 @@ settings.load_profile("reproducible")
 
 def pytest_configure(config: pytest.Config) -> None:
     """A temporary folder of our own: what other processes put into the common one is no leak of ours."""
+    pytest.register_assert_rewrite("tests.forked", "tests.ray_cluster")  # an assertion in these says what it compared
     os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", tempfile.gettempdir())  # tmp_path stays where people look for it
     folder = tempfile.mkdtemp(prefix="tests-")
     os.environ["TMPDIR"], tempfile.tempdir = folder, None

@@ -162,26 +162,26 @@ class WorkerLink:
 
     def post(self, message: dict[str, Any], generation: Generation | None = None) -> None:
         """Send a message under the present generation (or the given one), without waiting."""
-        if generation is None:
-            assert self._assignment is not None, "a worker outside a world has nothing to say"
-            generation = self._assignment.generation
-        self._outbox.put({**message, "generation": str(generation)})
+        self._outbox.put({**message, "generation": str(self._under(generation))})
         self._wake()
 
-    def record(self, row: dict[str, Any], *, report: bool) -> None:
-        """Keep a row until the ledger has it; `report` it if that is this member's task."""
-        assert self._assignment is not None, "a worker outside a world has no rows"
-        self._outbox.record(row, str(self._assignment.generation), report=report)
+    def record(self, row: dict[str, Any], *, report: bool, generation: Generation | None = None) -> None:
+        """Keep a row until the ledger has it; `report` it, under the present generation or the given, if that is this
+        member's task."""
+        self._outbox.record(row, str(self._under(generation)), report=report)
         self._reporting = report  # the watcher looks by itself: waking it costs the training thread a millisecond
 
     def report_rows(self, generation: Generation | None = None) -> None:
         """This member reports the rows that are not in the ledger yet, under the present generation or the given."""
-        if generation is None:
-            assert self._assignment is not None, "a worker outside a world has no rows"
-            generation = self._assignment.generation
-        self._outbox.report(str(generation))
+        self._outbox.report(str(self._under(generation)))
         self._reporting = True
         self._wake()
+
+    def _under(self, generation: Generation | None) -> Generation:
+        if generation is not None:
+            return generation
+        assert self._assignment is not None, "a worker outside a world has nothing to say"
+        return self._assignment.generation
 
     def undone(self, step: int) -> None:
         """The steps after this one are done again: their rows, if not in the ledger yet, are nobody's."""

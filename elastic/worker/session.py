@@ -290,7 +290,7 @@ class Session:
         """The part that this worker holds is of no use any more, for this reason."""
         self._state, self._applied, self._lost = None, -1, lost
 
-    def _roll_forward(self, update: Update) -> None:
+    def _roll_forward(self, update: Update, said_in: Generation | None = None) -> None:
         """Somebody passed the fence, so everyone had prepared this update. Its row is kept too: that one may die."""
         assert self._stepped_in is not None
         self._saving.settle()
@@ -298,7 +298,7 @@ class Session:
         self._apply(update)
         clock = self._stepper.clock
         row = {**self._row(update, self._stepped_in), **clock.columns(clock.data_s + clock.compute_s + clock.sync_s)}
-        self._link.record(row, report=False)
+        self._link.record(row, report=False, generation=said_in)
 
     def _stand_by(self, group: Group) -> str | None:
         """A spare holds nothing and waits at every fence, so that it is there when a place is free."""
@@ -472,8 +472,15 @@ class Session:
 
     def _save_alone(self) -> None:
         """The run is given up, or lets its workers go, while this one waits with the newest state: commit it without a
-        world."""
+        world.
+
+        An update that it has in hand is applied first. Nobody holds more, and somebody who is lost now may have passed
+        the fence, so that its row is in the ledger.
+        """
         assert self._left is not None
+        if self._prepared is not None and self._prepared.step == self._applied:
+            self._roll_forward(self._prepared, self._left)
+        self._stepper.undo()
         self._link.report_rows(self._left)
         mesh = self._the_state.mesh
         if mesh is not None and mesh.layout.shards > 1:
