@@ -82,8 +82,8 @@ def restored(storage: Storage, raw: dict[str, Any]) -> tuple[int, TrainState, li
     raw = {k: v for k, v in raw.items() if k != "checksum"}
     storage.replace(NEWEST, seal(json.dumps(raw).encode()))
     state, ledger = fresh(seed=1), Ledger()
-    step = restore_newest(state, storage, ledger, convert=False)  # type: ignore[arg-type]
-    return step, state, ledger.said
+    found = restore_newest(state, storage, ledger, convert=False)  # type: ignore[arg-type]
+    return found.step if found else 0, state, ledger.said
 
 
 def refused(storage: Storage, raw: dict[str, Any], sha: str) -> str:

@@ -63,12 +63,17 @@ def test_with_too_few_the_run_is_parked_in_memory_and_resumed_when_another_comes
     assert_same_training(ran, undisturbed, [2] * 12)
 
 
-@pytest.mark.parametrize(("point", "saved"), [("step.forward", 5), ("step.before_fence", 6), ("step.after_fence", 6)])
+@pytest.mark.parametrize(
+    ("point", "saved"),
+    [("step.forward", 5), ("step.before_fence", 6), ("step.after_fence", 6), ("eval.begin", 6)],
+)
 def test_parked_for_too_long_a_run_ends_with_its_newest_step_saved_and_goes_on_when_started_again(
     point, saved, undisturbed, tmp_path
 ):
-    """Who waits at the fence has all of step 6 in hand, running statistics too: it is saved with that step."""
-    run = prepared(tmp_path, most=3, least=3, recovery__max_wait="0.3s")
+    """Who waits at the fence has all of step 6 in hand, running statistics too: it is saved with that step. What comes
+    after the step, an evaluation, is done when the run goes on."""
+    options = {"recovery__max_wait": "0.3s", "eval__every": "3st"}
+    run = prepared(tmp_path, most=3, least=3, **options)
     with local_run(run, 3, environment=plan(fault(point, 6, 1))) as local:
         with pytest.raises(RunFailed, match=r"parked for 0.3 s with 2 of at least 3 workers; add nodes, or") as failed:
             local.wait(WAIT_S)
@@ -79,11 +84,12 @@ def test_parked_for_too_long_a_run_ends_with_its_newest_step_saved_and_goes_on_w
     assert codes == [0, -9, 0]
     assert ended.result["status"] == "failed"
     assert [e["step"] for e in ended.events("checkpoint_committed")] == [saved]
-    again = prepared(tmp_path, most=2)
+    again = prepared(tmp_path, most=2, **options)
     with local_run(again, 2) as local:
         local.wait(WAIT_S)
     ran = Ran(again, None)
     assert [e["step"] for e in ran.events("restored") if e["detail"]["rung"] == "checkpoint"] == [saved]
+    assert ran.evaluations == undisturbed.evaluations
     assert_same_training(ran, undisturbed, [3] * saved + [2] * (12 - saved))
 
 

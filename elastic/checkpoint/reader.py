@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from elastic.checkpoint.format import (
+    ALONE,
     ATTEMPT,
     FOLDER,
     MANIFEST,
@@ -27,6 +28,11 @@ class Committed:
 
     step: int
     attempt: str
+
+    @property
+    def alone(self) -> bool:
+        """Whether a worker without a world wrote it: what belongs after the step may not have been done."""
+        return self.attempt.endswith(ALONE)
 
     @property
     def folder(self) -> str:

@@ -29,12 +29,14 @@ Make = Callable[[bool], TrainState]
 
 @dataclass
 class Remeshed:
-    """The state of a worker in its new world; `state` is None for a spare. `source` is the rank of one that had it."""
+    """The state of a worker in its new world; `state` is None for a spare. `source` is the rank of one that had it.
+    `open`: what belongs after the step, an evaluation, may not have been done."""
 
     step: int
     state: TrainState | None
     rung: str
     source: int
+    open: bool = False
 
 
 def next_rung(snapshot: int | None, checkpoint: int | None) -> Literal["snapshot", "checkpoint", "fresh"]:
@@ -82,11 +84,11 @@ def _descend(
         why = why or "no vault has a snapshot"
     reasons, stored = [lost, why], _Stored(group, make, storage, options.convert)
 
-    def done(step: int, state: TrainState | None, detail: dict[str, Any]) -> Remeshed:
+    def done(step: int, state: TrainState | None, detail: dict[str, Any], *, open: bool = False) -> Remeshed:
         reason = "; ".join(r for r in reasons if r) or None
         if group.leads and (reason is not None or detail["rung"] != "fresh"):
             tell(link, step, began, {**detail, "reason": reason})
-        return Remeshed(step, state, detail["rung"], source)
+        return Remeshed(step, state, detail["rung"], source, open)
 
     while True:
         rung = next_rung(copies[0].id.step if copies else None, stored.step)
@@ -117,7 +119,7 @@ def _descend(
                 )  # fmt: skip
             continue
         detail = {"rung": "checkpoint", "attempt": checkpoint.attempt, "bytes": size}
-        return done(checkpoint.step, state, detail)
+        return done(checkpoint.step, state, detail, open=checkpoint.alone)
     if stored.problem:
         raise CheckpointError(f"no committed checkpoint can be loaded; the newest problem: {stored.problem}")
     state = make(True) if group.place is not None else None

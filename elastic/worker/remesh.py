@@ -49,7 +49,7 @@ def remesh(
         state = _from_memory(old, found, step, group, make)
         if held.step != step and state is not None:
             tell(link, step, began, {"rung": "peer", "source": found[0][0]})
-        return Remeshed(step, state, "memory", found[0][0])
+        return Remeshed(step, state, "memory", found[0][0], open=True)
     reason = lost_shards(everyone) if max(h.step for h in everyone) >= 0 else None
     reason = reason or next((r for r in group.gather_json(lost) if r), None)
     let_go(reason)

@@ -12,10 +12,11 @@ from typing import Any, Literal
 import torch
 
 from elastic import fault
+from elastic.checkpoint.format import ALONE
 from elastic.checkpoint.initial import load_initial, open_initial
 from elastic.checkpoint.loader import check_objects, load
 from elastic.checkpoint.plan import plan_save
-from elastic.checkpoint.reader import newest_first, read_manifest
+from elastic.checkpoint.reader import Committed, newest_first, read_manifest
 from elastic.checkpoint.saver import Save, Saver
 from elastic.checkpoint.transfer import in_one_sentence
 from elastic.config import CheckpointOptions
@@ -191,7 +192,7 @@ class Saving:
         assert self._generation is not None
         assert self._state is not None
         self._count += 1
-        attempt = f"{self._generation}-{self._count}{'alone' if alone else ''}"
+        attempt = f"{self._generation}-{self._count}{ALONE if alone else ''}"
         header = {**self._header, "values": self._state.values()} if self._rank == 0 else None
         self._note_commits()
         refer = self._under_way is None  # else one may be committed meanwhile, and the one before it pruned
@@ -280,14 +281,14 @@ def initialise(state: TrainState, options: CheckpointOptions, link: WorkerLink, 
     link.post({"kind": "event", "event": "initialised", "step": 0, "seconds": seconds, "detail": found.to_json()})
 
 
-def restore_newest(state: TrainState, storage: Storage, link: WorkerLink, *, convert: bool) -> int:
+def restore_newest(state: TrainState, storage: Storage, link: WorkerLink, *, convert: bool) -> Committed | None:
     """Load the newest committed checkpoint that verifies; a damaged one is reported, and the one before is used.
 
     Args:
         convert: dtypes may be others than were saved.
 
     Returns:
-        its step, or 0 where there is none: a fresh start.
+        which it was, or None where there is none: a fresh start.
 
     Raises:
         CheckpointError: there are checkpoints, and none can be loaded.
@@ -297,7 +298,7 @@ def restore_newest(state: TrainState, storage: Storage, link: WorkerLink, *, con
         return _restore_newest(state, storage, link, convert)
 
 
-def _restore_newest(state: TrainState, storage: Storage, link: WorkerLink, convert: bool) -> int:
+def _restore_newest(state: TrainState, storage: Storage, link: WorkerLink, convert: bool) -> Committed | None:
     problem: CheckpointError | None = None
     for checkpoint in newest_first(storage):
         began = time.monotonic()
@@ -321,10 +322,10 @@ def _restore_newest(state: TrainState, storage: Storage, link: WorkerLink, conve
                 "detail": {"rung": "checkpoint", "attempt": checkpoint.attempt, "bytes": report.read_bytes},
             }
         )  # fmt: skip
-        return manifest.step
+        return checkpoint
     if problem is not None:
         raise CheckpointError(f"no committed checkpoint can be loaded; the newest problem: {problem}") from problem
-    return 0
+    return None
 
 
 def restore_from_peers(state: TrainState, group: Group, held: list[int], link: WorkerLink) -> int:

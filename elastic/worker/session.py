@@ -86,7 +86,8 @@ class Session:
         self._left: Generation | None = None
         self._forming: dict[str, float] = {}  # seconds it took to form this world; goes into its first row
         self._stepped_in: Assignment | None = None  # the world of the newest step that was begun
-        self._goes_on = False  # the state was held in memory: what a broken world was about to do is still to be done
+        self._goes_on = False  # the state was held in memory
+        self._open = False  # what belongs after the state's step, an evaluation, may not have been done
         self._evaluated: tuple[int, dict[str, float]] = (-1, {})
         self._started = time.monotonic()
         try:
@@ -239,18 +240,18 @@ class Session:
         if group.leads or group.rank == source:  # who holds the newest state has its rows; who leads may be new
             self._link.report_rows()
         if self._eval_sets:  # one that a break interrupted is done again, by everyone or by nobody
-            step, found = group.send_json(self._evaluated, source)
+            step, found, self._open = group.send_json([*self._evaluated, self._open], source)
             self._evaluated = (step, found)
 
     def _restore_whole(self, group: Group, applied: list[int]) -> int:
         """Returns the rank of one that had the newest state."""
         newest, source, state = max(applied), 0, self._the_state
+        self._open = newest >= 0
         if newest < 0:
             if group.rank == source:
-                self._applied = restore_newest(
-                    state, self._storage, self._link, convert=self._config.checkpoint.convert
-                )  # fmt: skip
-                if self._applied == 0:
+                found = restore_newest(state, self._storage, self._link, convert=self._config.checkpoint.convert)
+                self._applied, self._open = (found.step, found.alone) if found else (0, False)
+                if found is None:
                     initialise(state, self._config.checkpoint, self._link)
         else:
             source = applied.index(newest)
@@ -280,7 +281,7 @@ class Session:
             self._lost, self._let_go,
         )  # fmt: skip
         self._state, self._applied = found.state, found.step if found.state else -1
-        self._world_step, self._goes_on = found.step, found.rung == "memory"
+        self._world_step, self._goes_on, self._open = found.step, found.rung == "memory", found.open
         self._lost = None
         if not self._goes_on:
             self._snapshots.undone(self._world_step)
@@ -328,7 +329,7 @@ class Session:
     def _train(self, group: Group) -> str | None:
         """Step until the end, a pause, or (None) until the members leave this world together."""
         stop = leave = 0
-        if self._goes_on and self._evaluation_is_due():
+        if self._open and self._evaluation_is_due():
             self._evaluate(group)
         while self._applied < self._plan.total_steps and not stop:
             self._link.check()
