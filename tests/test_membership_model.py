@@ -264,6 +264,14 @@ def test_the_same_error_at_the_same_place_ends_the_run_another_does_not() -> Non
     assert commands[-1] == Fail("boom")
 
 
+def test_an_error_of_all_ends_the_run_when_they_have_saved() -> None:
+    machine = three(max_failures=0)
+    for name in "abc":
+        commands = machine.join(name, 5, failure=Failure("ValueError", 6, ord(name), f"boom in {name}"))
+    assert commands == [Form(machine.state.world, "boom in a")]
+    assert machine.members == ["a", "b", "c"]
+
+
 def test_an_error_in_the_first_step_leaves_nothing_to_save() -> None:
     machine = Machine(max_workers=1, max_failures=0)
     machine.join("a")
@@ -581,6 +589,23 @@ def test_a_world_is_left_only_for_one_with_fewer_rounds(data: st.DataObject) -> 
         for member in machine.members:
             machine.join(member, 5)
         assert rounds(microbatches, len(machine.members)) == rounds(microbatches, min(first + more, most))
+
+
+def test_an_error_in_a_world_that_is_to_be_left_breaks_it_since_others_may_wait_for_that_worker() -> None:
+    machine = Machine(max_workers=4)
+    for name in "abc":
+        machine.join(name)
+    machine.wait(2.1)
+    machine.join("d")
+    machine.wait(1.1)
+    assert machine.state.phase is Phase.LEAVING
+    machine.join("a", 5)
+
+    commands = machine.join("b", 5, failure=Failure("ValueError", 6, 3, "boom"))
+
+    assert [type(c) for c in commands] == [Break]
+    assert machine.state.phase is Phase.BROKEN
+    assert formed(machine.join("c", 5)).size == 4
 
 
 def test_survivors_stay_although_fewer_would_do_and_who_would_not_help_waits() -> None:

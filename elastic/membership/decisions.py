@@ -100,19 +100,22 @@ def _joined(state: State, event: Joined) -> tuple[State, list[Command]]:
     if state.phase is Phase.ENDED or member.id in state.gone:
         return state, [Refuse(member.id, "the run went on without it")]
     commands: list[Command] = []
-    if state.phase is Phase.RUNNING and state.world is not None and state.world.rank_of(member.id) is not None:
+    saving = state.failing is not None and state.phase is Phase.RUNNING  # in a world that was formed for that
+    inside = state.world is not None and state.world.rank_of(member.id) is not None
+    if inside and (state.phase is Phase.RUNNING or (state.phase is Phase.LEAVING and event.failure is not None)):
         reason = event.failure.message.splitlines()[0] if event.failure else "a member left in the middle of a step"
-        state = replace(state, phase=Phase.BROKEN, broken_at=event.now, acked=frozenset({member.id}))
+        left = frozenset(state.waiting) if state.phase is Phase.LEAVING else frozenset()
+        state = replace(state, phase=Phase.BROKEN, broken_at=event.now, acked=left | {member.id})
         assert state.world is not None
         commands.append(Break(state.world, None, reason))
     if event.failure is not None:
         key = (event.failure.kind, event.failure.step, event.failure.microbatch)
         count = state.failures.get(key, 0) + 1
         state = replace(state, failures={**state.failures, key: count})
-        if count > state.limits.max_failures and (state.failing is not None or event.applied == 0):
+        if count > state.limits.max_failures and (saving or event.applied == 0):
             return replace(state, phase=Phase.ENDED), [*commands, Fail(state.failing or event.failure.message)]
         if count > state.limits.max_failures:
-            state = replace(state, failing=event.failure.message)
+            state = replace(state, failing=state.failing or event.failure.message)  # of all that fail, the first
     waiting = Waiting(member, event.applied, event.now)
     registered = {k: v for k, v in state.registered.items() if k != member.id}
     state = replace(
