@@ -32,6 +32,8 @@ def pick_device(accelerator: str, local_index: int) -> torch.device:
     if accelerator != "gpu":
         return torch.device("cpu")
     device = torch.device("cuda", local_index)
+    # torch's watchdog ends a process whose peer was lost, unless told not to; who was lost is told by others here.
+    os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
     torch.cuda.set_device(device)
     return device
 

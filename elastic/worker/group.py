@@ -217,6 +217,15 @@ class Group:
         for group in groups:
             group.free(f"world {self.assignment.generation} is broken")
 
+    def check(self) -> None:
+        """Raise if the group was freed: what came out of a collective that NCCL aborted is no result.
+
+        Raises:
+            WorldBroken: it was.
+        """
+        if self._freed:
+            raise WorldBroken(f"world {self.assignment.generation} is broken")
+
     def close(self) -> None:
         """Drop the group; peers blocked in it are freed."""
         with self._lock:
@@ -240,7 +249,9 @@ class Group:
         with collective("the fence"):
             tensor = torch.tensor(flags, dtype=torch.int32, device=self.device)
             dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
-            return tensor.tolist()
+            agreed = tensor.tolist()
+        self.check()
+        return agreed
 
     def gather_ints(self, value: int) -> list[int]:
         """Every member's value, by rank."""
@@ -252,7 +263,9 @@ class Group:
             mine = torch.tensor(values, dtype=torch.int64, device=self.device)
             everyone = torch.empty(self.size * len(values), dtype=torch.int64, device=self.device)
             all_gather_flat(everyone, mine)
-            return everyone.view(self.size, len(values)).tolist()
+            rows = everyone.view(self.size, len(values)).tolist()
+        self.check()
+        return rows
 
     def gather_in_mesh(self, value: int) -> list[int]:
         """The value of everyone in the mesh, by place."""
@@ -260,7 +273,9 @@ class Group:
             mine = torch.tensor([value], dtype=torch.int64, device=self.device)
             everyone = torch.empty(self.layout.size, dtype=torch.int64, device=self.device)
             all_gather_flat(everyone, mine, group=self.mesh.everyone)
-            return everyone.tolist()
+            found = everyone.tolist()
+        self.check()
+        return found
 
     def gather_json(self, value: Any) -> list[Any]:
         """Every member's JSON value, by rank."""
@@ -272,7 +287,8 @@ class Group:
             everyone = torch.empty(self.size * max(lengths), dtype=torch.uint8, device=self.device)
             all_gather_flat(everyone, mine)
             rows = everyone.view(self.size, -1).cpu().numpy()
-            return [json.loads(row[:length].tobytes()) for row, length in zip(rows, lengths)]
+        self.check()
+        return [json.loads(row[:length].tobytes()) for row, length in zip(rows, lengths)]
 
     def send_json(self, value: Any, source: int) -> Any:
         """A JSON value from `source` to all."""
@@ -281,11 +297,14 @@ class Group:
             length = torch.tensor([len(data)], dtype=torch.int64, device=self.device)
             dist.broadcast(length, source)
             size = int(length.item())
+            self.check()
             buffer = torch.empty(size, dtype=torch.uint8, device=self.device)
             if self.rank == source:
                 buffer.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
             dist.broadcast(buffer, source)
-            return json.loads(buffer.cpu().numpy().tobytes())
+            data = buffer.cpu().numpy().tobytes()
+        self.check()
+        return json.loads(data)
 
     def send_tensors(
         self, tensors: dict[str, torch.Tensor] | None, sources: list[int]
@@ -324,4 +343,6 @@ class Group:
                 else:
                     for taker in takers:
                         dist.send(flat, taker)
+        host_wait(self.device)
+        self.check()
         return received
