@@ -118,8 +118,9 @@ class Saver:
 
         writes = plan_save(held, last=is_known)
         tail = next((w.start for w in writes if is_known(w.source, w.box)), writes[-1].end if writes else 0)
-        self._save = save = Save(step, attempt, rank, list(shards), writes, tail)
+        save = Save(step, attempt, rank, list(shards), writes, tail)
         self._buffer.reserve(save.size)
+        self._save = save  # only now: where memory ran out, none is under way
         self._progress = Progress()
         later = []
         for write in writes:
