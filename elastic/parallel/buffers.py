@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
+import xxhash
 from torch import nn
 
 from elastic.errors import ConfigError
@@ -18,9 +19,13 @@ class StepBuffers:
     A change is seen by the tensor's version counter, or by another tensor in its place (`self.mean = ...`), except for
     running statistics of normalisation layers, whose kernels do not count: those are taken to change in every forward
     pass. A buffer that is not saved and has another tensor put in its place is a cache, and is left alone.
+
+    Args:
+        exact: values are compared too, since writes through `.data`, and by kernels, move no counter.
     """
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, *, exact: bool):
+        self._exact = exact
         saved = model.state_dict(keep_vars=True).keys()
         self._first = dict(model.named_buffers())
         self._owners = {
@@ -38,10 +43,10 @@ class StepBuffers:
         return {name: now.get(name, first) for name, first in self._first.items()}
 
     def begin(self) -> None:
-        """A step begins: keep what the buffers are now. Copies only what may have changed since the last time."""
+        """A step begins: keep what the buffers are now. Of those that are not saved, only what a counter says moved."""
         for name, buffer in self.named.items():
             kept = self._kept.get(name)
-            if name in self._norms or kept is None or kept[0] is not buffer or kept[1] != buffer._version:
+            if name in self._owners or kept is None or kept[0] is not buffer or kept[1] != buffer._version:
                 self._kept[name] = (buffer, buffer._version, buffer.detach().clone())
 
     def before(self, name: str) -> torch.Tensor:
@@ -57,7 +62,29 @@ class StepBuffers:
         return [
             name for name, buffer in self.named.items()
             if name in self._norms or buffer is not versions[name][0] or buffer._version != versions[name][1]
+            or (self._exact and name in self._owners and not torch.equal(buffer, self._kept[name][2]))
         ]  # fmt: skip
+
+    def digest(self, after: list[dict[str, torch.Tensor]]) -> float:
+        """Of the integer buffers that one worker's microbatches moved, and their values: an integer below 2**53.
+
+        Args:
+            after: what each microbatch left in the buffers that it changed; they are alike, or the step is refused.
+        """
+        moved = {
+            n: value for n, value in sorted(after[0].items())
+            if not value.is_floating_point() and value.shape == self.before(n).shape
+        }  # fmt: skip
+        if not moved:
+            return 0.0
+        both = [_joined(list(moved.values())), _joined([self.before(n) for n in moved])]
+        now, before = torch.stack(both).cpu().numpy()  # one copy for all of them
+        found, at = xxhash.xxh3_64(), 0
+        for name, value in moved.items():
+            here = slice(at, at := at + value.numel())
+            if (now[here] != before[here]).any():
+                found.update(name.encode() + b"\0" + now[here].tobytes())
+        return float(found.intdigest() >> 11)
 
     def check_saved(self, names: Iterable[str]) -> None:
         """Refuse buffers that forward passes change and checkpoints do not have: with a lost worker they are lost.
@@ -82,6 +109,15 @@ class StepBuffers:
                 buffer.copy_(value)
 
     @contextmanager
+    def unmoved(self) -> Iterator[None]:
+        """Between steps: whatever is done to buffers inside is undone, also where it fails."""
+        self.begin()
+        try:
+            yield
+        finally:
+            self.undo()
+
+    @contextmanager
     def still(self) -> Iterator[None]:
         """Whatever is done to buffers inside is undone."""
         kept = {name: buffer.detach().clone() for name, buffer in self.named.items()}
@@ -92,6 +128,18 @@ class StepBuffers:
     def set(self, name: str, value: torch.Tensor) -> None:
         with torch.no_grad():
             self.named[name].copy_(value)
+
+
+def check_alike(digests: list[float]) -> None:
+    """Compare what `StepBuffers.digest` gave on all workers.
+
+    Raises:
+        RuntimeError: an integer buffer has no one value after the step.
+    """
+    if len(set(digests)) > 1:
+        raise RuntimeError(
+            "an integer buffer took different values in two microbatches, on two workers, so it has no one value"
+        )
 
 
 def reduce_moves(
@@ -136,3 +184,7 @@ def _running_statistics(model: nn.Module) -> set[str]:
         if isinstance(module, nn.modules.batchnorm._NormBase) and module.track_running_stats
         for name, _ in module.named_buffers(recurse=False)
     }
+
+
+def _joined(tensors: list[torch.Tensor]) -> torch.Tensor:
+    return torch.cat([t.reshape(-1).to(torch.int64) for t in tensors])

@@ -11,6 +11,7 @@ import contextlib
 import inspect
 import time
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +19,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from elastic.parallel.buffers import StepBuffers, reduce_moves
+from elastic.errors import ConfigError
+from elastic.parallel.buffers import StepBuffers, check_alike, reduce_moves
 from elastic.parallel.canonical import CanonicalSum, canonical_norm
 from elastic.parallel.records import PendingRecord, Records, StepRecord
 
@@ -72,6 +74,10 @@ class _Replica:
         """Put buffers back to what they were before the step's forward passes."""
         self._buffers.undo()
 
+    def unmoved(self) -> AbstractContextManager[None]:
+        """Buffers are afterwards what they were before: for forward passes that are no training."""
+        return self._buffers.unmoved()
+
 
 class FastReplica(_Replica):
     """Native DDP: gradients accumulate without synchronisation until the last pass of the step.
@@ -86,7 +92,7 @@ class FastReplica(_Replica):
     ):  # fmt: skip
         self.model, self._loss, self._runs, self._rank, self._device = model, loss, runs, rank, device
         self._world_size = len(runs)
-        self._buffers = StepBuffers(model)
+        self._buffers = StepBuffers(model, exact=False)
         self.wait_s = 0.0  # seconds of the last step spent in exchanges that nothing hides
         self.wrapped: nn.Module = model
         if self._world_size > 1:
@@ -165,8 +171,10 @@ class BitwiseReplica(_Replica):
         self.model = self.wrapped = model
         self._loss, self._runs, self._rank, self._device = loss, runs, rank, device
         self._bucket_bytes = bucket_mb << 20
-        self._parameters = [p for p in model.parameters() if p.requires_grad]
-        self._buffers = StepBuffers(model)
+        named = dict(model.named_parameters())
+        self._names, self._all_parameters = list(named), list(named.values())
+        self._parameters = [p for p in self._all_parameters if p.requires_grad]
+        self._buffers = StepBuffers(model, exact=True)
         self._count = sum(map(len, runs))
         self.wait_s = 0.0
 
@@ -176,6 +184,7 @@ class BitwiseReplica(_Replica):
             p.grad = None
         names = list(self._buffers.named)
         records = Records(self._runs, self._rank, self._device, (len(names) + 63) // 64)
+        before = [p._version for p in self._all_parameters]
         gradients = CanonicalSum(self._runs, self._rank, None, self._bucket_bytes)
         self._buffers.begin()
         after: list[dict[str, torch.Tensor]] = []
@@ -188,6 +197,7 @@ class BitwiseReplica(_Replica):
             changed = {n: self._buffers.named[n].detach().clone() for n in self._buffers.changed_since(versions)}
             records.add(loss, weight, metrics, one.digests, sum(1 << names.index(n) for n in changed))
             if one.last:
+                records.tell(self._buffers.digest([*after, changed]))
                 pending = records.gather(None)
             (loss * self.scale if self.scale != 1 else loss).backward()
             self._buffers.undo(changed)  # every microbatch starts from the buffers of the step's beginning
@@ -195,8 +205,10 @@ class BitwiseReplica(_Replica):
             indices.append(one.first)
             gradients.push(one.first, self._take_gradients())
         assert pending is not None, "a rank without a microbatch"
+        self._check_unwritten(before)
         began = time.perf_counter()
         record = pending.result()
+        check_alike([digest for (digest,) in record.told])
         self._put_gradients(gradients.reduce())
         if record.changed_buffers:
             touched = [n for i, n in enumerate(names) if record.changed_buffers >> i & 1]
@@ -204,6 +216,15 @@ class BitwiseReplica(_Replica):
             reduce_moves(self._buffers, touched, after, indices, sums, self._count)
         self.wait_s = time.perf_counter() - began
         return record, record.weight * self.scale
+
+    def _check_unwritten(self, versions: list[int]) -> None:
+        """Refuse parameters that forward passes write to: only buffers are summed over microbatches, and undone."""
+        for name, p, version in zip(self._names, self._all_parameters, versions):
+            if p._version != version:
+                raise ConfigError(
+                    f"parameter {name} is written to in forward passes, so its values depend on who runs which "
+                    "microbatch; change it in after_step(), make it a buffer, or use --run.exactness fast"
+                )
 
     def _take_gradients(self) -> list[torch.Tensor]:
         """The gradients of one microbatch, zeros where there is none, then one 0/1 for each parameter: has it any."""

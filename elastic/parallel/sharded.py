@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from elastic.parallel.alike import Alike
-from elastic.parallel.buffers import StepBuffers, reduce_moves
+from elastic.parallel.buffers import StepBuffers, check_alike, reduce_moves
 from elastic.parallel.canonical import CanonicalSum, row_sums, sums_per_row
 from elastic.parallel.device import all_gather_flat
 from elastic.parallel.layout import shard_range
@@ -40,13 +40,15 @@ class _Sharded:
         runs: the microbatches of each place of the mesh.
     """
 
+    _exact = False
+
     def __init__(self, model: nn.Module, loss: LossFunction, *, runs: list[range], mesh: Mesh, device: torch.device):
         self.model, self._loss, self._runs, self._mesh, self._device = model, loss, runs, mesh, device
         assert mesh.place is not None, "a spare runs no steps"
         self._place = mesh.place
         self._root: FSDPModule = fsdp_modules(model)[0]
         self._parameters = [p for p in model.parameters() if p.requires_grad]
-        self._buffers = StepBuffers(model)
+        self._buffers = StepBuffers(model, exact=self._exact)
         self._used = _Used(model)
         self._alike, self._steps = Alike(model, mesh, device), 0
         self.wait_s = 0.0
@@ -96,6 +98,10 @@ class _Sharded:
     def undo_buffers(self) -> None:
         """Put buffers back to what they were before the step's forward passes."""
         self._buffers.undo()
+
+    def unmoved(self) -> AbstractContextManager[None]:
+        """Buffers are afterwards what they were before: for forward passes that are no training."""
+        return self._buffers.unmoved()
 
     def has_finite_gradients(self, batch: Any) -> bool:
         """Whether this worker's own gradients of a batch are finite. Everyone of the row calls this at one time."""
@@ -158,6 +164,8 @@ class FastSharded(_Sharded):
 class BitwiseSharded(_Sharded):
     """One microbatch a pass; the same sums, in the same order, as `BitwiseReplica`."""
 
+    _exact = True
+
     def __init__(
         self, model: nn.Module, loss: LossFunction, *, runs: list[range], rows: list[range], mesh: Mesh,
         device: torch.device, bucket_mb: int,
@@ -199,7 +207,9 @@ class BitwiseSharded(_Sharded):
             first, count = first + mesh.layout.shards, count + 1
         for leaves, total in zip(self._leaves, sums):
             leaves.put(total, count)
-        record, touched = self._gather(records)
+        told = torch.tensor(self._buffers.digest(after), dtype=torch.float64)
+        record, touched = self._gather(records, told)
+        check_alike([digest for _, digest in record.told])
         if touched:
             moves = CanonicalSum(self._runs, self._place, mesh.everyone, self._bucket_bytes)
             reduce_moves(self._buffers, touched, after, indices, moves, sum(map(len, self._runs)))

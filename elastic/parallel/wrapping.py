@@ -49,6 +49,20 @@ def check_dense(model: nn.Module) -> None:
             )
 
 
+def check_unwritten(model: nn.Module) -> None:
+    """Refuse, by name, what writes to its own parameters in forward passes.
+
+    Raises:
+        ConfigError: which, and what to do.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.max_norm is not None:
+            raise ConfigError(
+                f"{name} ({type(module).__name__}) is made with max_norm={module.max_norm:g}, which changes its rows "
+                "in forward passes, on each worker others; leave it out, and limit them in after_step()"
+            )
+
+
 def check_shardable(model: nn.Module) -> None:
     """Refuse what FSDP2 cannot cut, by name.
 

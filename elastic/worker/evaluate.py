@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,17 +17,18 @@ from elastic.data.seeds import derive, seed_all
 from elastic.job import Job, MapDataset
 from elastic.parallel.records import Records
 from elastic.worker.group import Group, collective
+from elastic.worker.user_code import UserCode
 
 
 def evaluate(
-    job: Job, model: nn.Module, name: str, data: MapDataset, group: Group, *, size: int, seed: int,
-    run_loss: Callable[[nn.Module, Any], Any],
+    job: Job, model: nn.Module, name: str, data: MapDataset, group: Group, code: UserCode, *, size: int, seed: int,
+    each: Callable[[], AbstractContextManager[None]],
 ) -> dict[str, float]:  # fmt: skip
     """Evaluate one held-out set.
 
     Args:
         size: samples of one forward pass; the cut does not depend on the world.
-        run_loss: the job's `evaluate`, under the run's precision.
+        each: entered around each pass.
 
     Returns:
         `eval/loss` and `eval/<metric>`, or `eval/<name>/...` for a named set: means over the set.
@@ -46,9 +49,9 @@ def evaluate(
             for index in [*runs[rank], *([runs[rank][-1]] * padding)]:
                 ids = list(parts[index])
                 seed_all(derive("eval", seed, name, index))
-                getitems = getattr(data, "__getitems__", None)
-                samples = getitems(ids) if getitems else [data[i] for i in ids]
-                loss, weight, metrics = run_loss(model, job.collate_fn(samples))
+                batch = code.guard(partial(_batch, job, data, ids))
+                with each():
+                    loss, weight, metrics = code.evaluate(model, batch)
                 if padding and len(records) == len(runs[rank]):
                     continue  # others of the row still gather parameters
                 digest = xxhash.xxh3_64_intdigest(np.asarray(ids, "<i8").tobytes()) >> 1
@@ -57,5 +60,11 @@ def evaluate(
         model.train(training)
     with collective("gathering the evaluation"):
         record = records.gather(group.mesh.everyone).result()
+    group.check()
     prefix = f"eval/{name}/" if name else "eval/"
     return {f"{prefix}{k}": v for k, v in {"loss": record.loss, **record.mean_metrics()}.items()}
+
+
+def _batch(job: Job, data: MapDataset, ids: list[int]) -> Any:
+    getitems = getattr(data, "__getitems__", None)
+    return job.collate_fn(getitems(ids) if getitems else [data[i] for i in ids])

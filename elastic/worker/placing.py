@@ -18,6 +18,7 @@ from elastic.parallel.wrapping import (
     Sharding,
     check_dense,
     check_shardable,
+    check_unwritten,
     fill_attributes,
     place_sharded,
     place_whole,
@@ -52,6 +53,7 @@ class Placing:
         find_blocks(self._next.model, self._classes())
         if parallel.compile and self._config.run.exactness == "bitwise":
             check_compiler()
+        check_unwritten(self._next.model)
         if parallel.sharded or self._config.run.exactness == "bitwise":
             check_dense(self._next.model)
         if self._param_dtype is not None:
