@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import threading
+from pathlib import Path
 from typing import Any, ClassVar
 
 import ray
@@ -131,7 +132,8 @@ class Gates(FIFOScheduler):
 
     def last_error(self, number: int) -> str:
         """The line that says what a trial's process ended with."""
-        lines = str(self._trials[number].get_error() or "").strip().splitlines()
+        file = self._trials[number].error_file  # here at once; it comes to the sweep's storage later
+        lines = Path(file).read_text().strip().splitlines() if file is not None else []
         return lines[-1].strip() if lines else "nothing"
 
     def on_trial_remove(self, tune_controller: Any, trial: Trial) -> None:
