@@ -96,7 +96,7 @@ def test_a_run_whose_only_worker_dies_while_it_saves_goes_on_from_the_checkpoint
     assert resumed.state() == undisturbed_every_3.state()
 
 
-def test_a_worker_that_dies_while_two_save_costs_that_checkpoint_and_the_other_saves_again(
+def test_a_worker_that_dies_while_two_save_costs_no_checkpoint_since_the_other_saves_it_again(
     tmp_path, undisturbed_every_3
 ):
     ran = _run(tmp_path, 2, [_kill("checkpoint.staged", tmp_path, rank=1)], "checkpoint_committed")
@@ -104,9 +104,7 @@ def test_a_worker_that_dies_while_two_save_costs_that_checkpoint_and_the_other_s
     assert ran.failure is None
     assert ran.sha == undisturbed_every_3.sha
     committed = [e["step"] for e in ran.events("checkpoint_committed")]
-    assert 6 not in committed, "a member's share of it was lost"
-    assert {3, 9, 12} <= set(committed)
-    assert {7, 8} & set(committed), "put off, not given up"
+    assert committed == [3, 6, 9, 12]
 
 
 # ---- the uploader --------------------------------------------------------------------------------------------------

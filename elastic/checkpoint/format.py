@@ -31,7 +31,6 @@ MAX_DIMS = 32
 FOLDER = "checkpoints"
 MANIFEST = "manifest.json"
 ATTEMPT = re.compile(r"^(\d{1,9})-(\d{1,9})-([A-Za-z0-9]{1,40})\Z")
-ALONE = "alone"  # ends the attempt of a worker that saves without a world
 _PACK = re.compile(r"^(step-\d{8,18}/\d{1,9}-\d{1,9}-[A-Za-z0-9]{1,40}/)?rank-\d{4,9}\.pack\Z")
 _STEP = re.compile(r"^step-(\d{8,18})\Z")
 _SEAL = re.compile(rb'\{"checksum": "([0-9a-f]{32})", ')

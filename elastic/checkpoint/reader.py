@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from elastic.checkpoint.format import (
-    ALONE,
     ATTEMPT,
     FOLDER,
     MANIFEST,
@@ -28,11 +27,6 @@ class Committed:
 
     step: int
     attempt: str
-
-    @property
-    def alone(self) -> bool:
-        """Whether a worker without a world wrote it: what belongs after the step may not have been done."""
-        return self.attempt.endswith(ALONE)
 
     @property
     def folder(self) -> str:

@@ -100,7 +100,8 @@ def _descend(
             except SnapshotError as error:
                 reasons.append(str(error))
                 continue
-            return done(found.id.step, state, {"rung": "snapshot", "snapshot": str(found.id), "bytes": size})
+            detail = {"rung": "snapshot", "snapshot": str(found.id), "bytes": size}
+            return done(found.id.step, state, detail, open=True)
         if stored.look():
             continue  # now it is known which there are
         if rung == "fresh":
@@ -110,7 +111,7 @@ def _descend(
             newer = f"is of step {copies[0].id.step}, a checkpoint of step {checkpoint.step}"
             reasons.append(f"the newest complete snapshot {newer}")
         try:
-            state, size = stored.load(checkpoint)
+            state, size, evaluated = stored.load(checkpoint)
         except CheckpointError as error:
             reasons.append(f"the checkpoint of step {checkpoint.step} cannot be loaded")
             if group.leads:
@@ -119,7 +120,7 @@ def _descend(
                 )  # fmt: skip
             continue
         detail = {"rung": "checkpoint", "attempt": checkpoint.attempt, "bytes": size}
-        return done(checkpoint.step, state, detail, open=checkpoint.alone)
+        return done(checkpoint.step, state, detail, open=not evaluated)
     if stored.problem:
         raise CheckpointError(f"no committed checkpoint can be loaded; the newest problem: {stored.problem}")
     state = make(True) if group.place is not None else None
@@ -164,15 +165,15 @@ class _Stored:
         """Give back the memory of a state that could not be loaded."""
         self._state = None
 
-    def load(self, checkpoint: Committed) -> tuple[TrainState | None, int]:
-        """This worker's part (None for a spare), and the bytes that it read.
+    def load(self, checkpoint: Committed) -> tuple[TrainState | None, int, bool]:
+        """This worker's part (None for a spare), the bytes that it read, and whether the state was evaluated.
 
         Raises:
             CheckpointError: on all workers, if any of them could not load.
         """
         try:
             manifest = self._read(checkpoint)
-            return self._load(checkpoint, manifest)
+            return *self._load(checkpoint, manifest), bool(manifest.metrics)
         except CheckpointError as error:
             self.problem = self.problem or str(error)
             raise

@@ -12,11 +12,11 @@ from typing import Any, Literal
 import torch
 
 from elastic import fault
-from elastic.checkpoint.format import ALONE
+from elastic.checkpoint.format import Manifest
 from elastic.checkpoint.initial import load_initial, open_initial
 from elastic.checkpoint.loader import check_objects, load
 from elastic.checkpoint.plan import plan_save
-from elastic.checkpoint.reader import Committed, newest_first, read_manifest
+from elastic.checkpoint.reader import newest_first, read_manifest
 from elastic.checkpoint.saver import Save, Saver
 from elastic.checkpoint.transfer import in_one_sentence
 from elastic.config import CheckpointOptions
@@ -176,8 +176,9 @@ class Saving:
             self._note_commits()
             self._await(timeout_s)
 
-    def save_alone(self, step: int, generation: Generation) -> None:
+    def save_alone(self, state: TrainState, step: int, generation: Generation) -> None:
         """Commit the state of `step` without a world: this worker was the last one in `generation` to hold it."""
+        self._state = state
         self._generation, self._rank, self._size = generation, 0, 1
         with self._lock:
             self._world = object()
@@ -192,7 +193,7 @@ class Saving:
         assert self._generation is not None
         assert self._state is not None
         self._count += 1
-        attempt = f"{self._generation}-{self._count}{ALONE if alone else ''}"
+        attempt = f"{self._generation}-{self._count}{'alone' if alone else ''}"
         header = {**self._header, "values": self._state.values()} if self._rank == 0 else None
         self._note_commits()
         refer = self._under_way is None  # else one may be committed meanwhile, and the one before it pruned
@@ -281,14 +282,14 @@ def initialise(state: TrainState, options: CheckpointOptions, link: WorkerLink, 
     link.post({"kind": "event", "event": "initialised", "step": 0, "seconds": seconds, "detail": found.to_json()})
 
 
-def restore_newest(state: TrainState, storage: Storage, link: WorkerLink, *, convert: bool) -> Committed | None:
+def restore_newest(state: TrainState, storage: Storage, link: WorkerLink, *, convert: bool) -> Manifest | None:
     """Load the newest committed checkpoint that verifies; a damaged one is reported, and the one before is used.
 
     Args:
         convert: dtypes may be others than were saved.
 
     Returns:
-        which it was, or None where there is none: a fresh start.
+        its manifest, or None where there is none: a fresh start.
 
     Raises:
         CheckpointError: there are checkpoints, and none can be loaded.
@@ -298,7 +299,7 @@ def restore_newest(state: TrainState, storage: Storage, link: WorkerLink, *, con
         return _restore_newest(state, storage, link, convert)
 
 
-def _restore_newest(state: TrainState, storage: Storage, link: WorkerLink, convert: bool) -> Committed | None:
+def _restore_newest(state: TrainState, storage: Storage, link: WorkerLink, convert: bool) -> Manifest | None:
     problem: CheckpointError | None = None
     for checkpoint in newest_first(storage):
         began = time.monotonic()
@@ -322,7 +323,7 @@ def _restore_newest(state: TrainState, storage: Storage, link: WorkerLink, conve
                 "detail": {"rung": "checkpoint", "attempt": checkpoint.attempt, "bytes": report.read_bytes},
             }
         )  # fmt: skip
-        return checkpoint
+        return manifest
     if problem is not None:
         raise CheckpointError(f"no committed checkpoint can be loaded; the newest problem: {problem}") from problem
     return None

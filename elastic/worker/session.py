@@ -81,6 +81,7 @@ class Session:
         )  # fmt: skip
         self._state: TrainState | None = None  # what a sharded model's worker has is made in its first world
         self._applied = -1  # updates in the state this worker holds; -1: it holds none
+        self._touched = False  # a whole model's state is not as the job made it
         self._lost: str | None = None  # why it holds none any more, until there is a new one
         self._prepared: Update | None = None
         self._left: Generation | None = None
@@ -227,30 +228,55 @@ class Session:
 
     def _restore(self, group: Group) -> None:
         """Bring every member to one state: the newest that any of them holds, else a checkpoint, else a fresh start."""
-        applied = group.gather_ints(self._applied)
-        newest = max(applied)
-        if newest >= 0 and self._prepared is not None and self._prepared.step == self._applied == newest - 1:
-            self._roll_forward(self._prepared)
+        applied = self._agree_on_updates(group)
         self._stepper.undo()
         self._prepared = None
+        newest = max(applied)
+        committed = group.assignment.restore.get("step", -1)
+        if 0 <= newest < committed:  # held by those who waited while others went on, and were lost
+            applied, self._applied = [-1] * group.size, -1
+            self._lost = f"workers hold step {newest}, the newest checkpoint is of step {committed}"
         source = self._remesh(group) if self._config.parallel.sharded else self._restore_whole(group, applied)
         if not self._goes_on:  # steps after this one are done again
             self._link.undone(self._world_step)
             self._evaluated = (-1, {})
         if group.leads or group.rank == source:  # who holds the newest state has its rows; who leads may be new
             self._link.report_rows()
-        if self._eval_sets:  # one that a break interrupted is done again, by everyone or by nobody
-            step, found, self._open = group.send_json([*self._evaluated, self._open], source)
-            self._evaluated = (step, found)
+        # an evaluation that a break interrupted is done again, by everyone or by nobody
+        step, found, self._open = group.send_json([*self._evaluated, self._open], source)
+        self._evaluated = (step, found)
+
+    def _agree_on_updates(self, group: Group) -> list[int]:
+        """Apply the update that a broken world had in hand, if somebody did, or if everyone of the newest state can.
+
+        Everyone had prepared it where one passed the fence. Who passed may be lost by now, with its row in the ledger.
+
+        Returns:
+            the updates in the state of each rank; -1 where it holds none.
+        """
+        world = self._stepped_in.generation if self._stepped_in is not None else Generation(-1, -1)
+        ready = self._prepared is not None and self._prepared.step == self._applied
+        found = group.gather_rows([self._applied, int(ready), world.epoch, world.n])
+        newest = max(row[0] for row in found)
+        holders = [row for row in found if row[0] == newest]
+        together = newest >= 0 and all(row == holders[0] and row[1] for row in holders)
+        passed = any(row[2:] == [world.epoch, world.n] for row in holders)  # the fence of the world that prepared it
+        if ready and (together if self._applied == newest else passed and self._applied == newest - 1):
+            assert self._prepared is not None
+            self._roll_forward(self._prepared)
+        return group.gather_ints(self._applied)
 
     def _restore_whole(self, group: Group, applied: list[int]) -> int:
         """Returns the rank of one that had the newest state."""
+        if self._applied < 0 and self._touched:  # an update broke off in the job's code: no step's state
+            self._state = None
+            self._state = self._code.guard(self._placing.whole)
         newest, source, state = max(applied), 0, self._the_state
         self._open = newest >= 0
         if newest < 0:
             if group.rank == source:
                 found = restore_newest(state, self._storage, self._link, convert=self._config.checkpoint.convert)
-                self._applied, self._open = (found.step, found.alone) if found else (0, False)
+                self._applied, self._open = (found.step, not found.metrics) if found else (0, False)
                 if found is None:
                     initialise(state, self._config.checkpoint, self._link)
         else:
@@ -258,7 +284,7 @@ class Session:
         held = group.gather_ints(self._applied)
         if min(held) != max(held):
             self._applied = restore_from_peers(state, group, held, self._link)
-        self._world_step, self._goes_on = self._applied, newest >= 0
+        self._world_step, self._goes_on, self._touched = self._applied, newest >= 0, True
         return source
 
     def _remesh(self, group: Group) -> int:
@@ -292,7 +318,7 @@ class Session:
         self._state, self._applied, self._lost = None, -1, lost
 
     def _roll_forward(self, update: Update, said_in: Generation | None = None) -> None:
-        """Somebody passed the fence, so everyone had prepared this update. Its row is kept too: that one may die."""
+        """Apply what waited for the fence. Its row is kept here too: who else has it may be lost."""
         assert self._stepped_in is not None
         self._saving.settle()
         self._snapshots.settle()
@@ -303,7 +329,7 @@ class Session:
 
     def _stand_by(self, group: Group) -> str | None:
         """A spare holds nothing and waits at every fence, so that it is there when a place is free."""
-        step, stop, leave = self._world_step, 0, 0
+        step, stop, leave = self._world_step, int(self._is_paused(group)), 0
         while step < self._plan.total_steps and not stop:
             self._link.check()
             if self._config.eval.hold and self._evaluation_is_due(step):
@@ -328,9 +354,9 @@ class Session:
 
     def _train(self, group: Group) -> str | None:
         """Step until the end, a pause, or (None) until the members leave this world together."""
-        stop = leave = 0
-        if self._open and self._evaluation_is_due():
-            self._evaluate(group)
+        stop, leave = int(self._is_paused(group)), 0
+        if self._open:
+            self._do_what_is_due(group)
         while self._applied < self._plan.total_steps and not stop:
             self._link.check()
             if self._config.eval.hold and self._evaluation_is_due():
@@ -341,6 +367,21 @@ class Session:
                 self._make_safe(group)
                 return None
         return self._finish(group, stopped=bool(stop))
+
+    def _is_paused(self, group: Group) -> bool:
+        """Whether this part of the run is done: its last update was applied when this world began."""
+        most = self._plan.stop_after_steps
+        return self._open and most is not None and self._world_step - group.assignment.claim_step >= most
+
+    def _do_what_is_due(self, group: Group) -> None:
+        """What belongs after the state's step, and was broken off there: evaluation and checkpoint."""
+        if self._evaluation_is_due():
+            self._evaluate(group)
+        every = self._plan.checkpoint_every
+        due = every is not None and 0 < self._applied < self._plan.total_steps and self._applied % every == 0
+        if due and group.assignment.restore.get("step") != self._applied:
+            self._save(busy=False)
+            self._saving.row_posted(self._applied)  # reported when the world began
 
     def _hold(self, group: Group, step: int) -> tuple[int, int]:
         """Wait for leave to go on, with the state in memory; returns the agreed wishes to stop and to leave."""
@@ -359,6 +400,7 @@ class Session:
                 link.granted("save")
             else:
                 self._save(busy=False)
+                self._saving.row_posted(step)  # reported before, or when the world began
 
     def _step(self, group: Group) -> tuple[int, int]:
         """One step of training; returns the agreed wishes to stop and to leave."""
@@ -426,11 +468,13 @@ class Session:
         fault.point("eval.begin", group.rank, self._applied)
         microbatch = self._plan.global_size // self._plan.microbatches
         found: dict[str, float] = {}
-        for name, data in self._eval_sets.items():
-            found |= evaluate(
-                self._job, self._the_state.model, name, data, group, size=min(4 * microbatch, self._plan.global_size),
-                seed=self._config.run.seed, run_loss=self._code.evaluate,
-            )  # fmt: skip
+        with self._stepper.unmoved():
+            for name, data in self._eval_sets.items():
+                found |= evaluate(
+                    self._job, self._the_state.model, name, data, group, self._code,
+                    size=min(4 * microbatch, self._plan.global_size), seed=self._config.run.seed,
+                    each=self._stepper.unmoved if self._bitwise else contextlib.nullcontext,
+                )  # fmt: skip
         self._stepper.reshard()
         self._evaluated = (self._applied, found)
         if found:
@@ -490,7 +534,7 @@ class Session:
                 {"kind": "event", "event": "checkpoint_failed", "step": self._applied, "detail": detail}, self._left
             )
         else:
-            self._saving.save_alone(self._applied, self._left)
+            self._saving.save_alone(self._the_state, self._applied, self._left)
         self._link.post({"kind": "saved alone"}, self._left)
 
     def _row(self, update: Update, world: Assignment) -> dict[str, Any]:

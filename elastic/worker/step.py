@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -134,6 +135,11 @@ class Stepper:
         assert self._replica is not None
         self._replica.reshard()
 
+    def unmoved(self) -> AbstractContextManager[None]:
+        """Buffers are afterwards what they were before: for forward passes between steps."""
+        assert self._replica is not None
+        return self._replica.unmoved()
+
     def undo(self) -> None:
         """Put back what an unfinished step did to buffers; nothing if the last step was applied."""
         if self._unfinished is not None:
@@ -169,12 +175,13 @@ class Stepper:
         try:
             with may_communicate(f"step {step + 1}"):
                 record, divisor = replica.run(self._passes(step))
-        except RuntimeError as error:
+        except (RuntimeError, TypeError, ValueError) as error:  # of what the job's code returned
             raise self._code.error(error) from error
         optim, plan = self._config.optim, self._plan
         gradients = replica.gradients()
         with collective("the norm"):
             norm = float(replica.norm(gradients)) / divisor if gradients and divisor else float("nan")
+        self._group.check()
         finite = abs(record.loss) < float("inf") and (abs(norm) < float("inf") or not gradients)
         if finite:
             scale = 1.0 / divisor
@@ -204,8 +211,9 @@ class Stepper:
         if self._state.scaler is not None:
             self._state.scaler.update(update.skip)
         if not update.skip:
-            with may_communicate(f"the update of step {update.step + 1}"):
-                self._state.optimizer.step()
+            seed_all(derive("update", self._config.run.seed, update.step))
+            self._code.where = f"the update of step {update.step + 1}"
+            self._code.guard(self._state.optimizer.step)
             self._code.guard(lambda: self._run.job.after_step(self._state.model, update.step + 1))
         self._unfinished = None
         self._steps_done += 1
