@@ -1,0 +1,107 @@
+"""Runs with random options in which random things happen: the bits, the evaluations and the samples are always those of
+a run to which nothing happened. `RANDOM_FAULTS=0:500 python -m pytest tests/test_random_faults.py` tries more of them.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from elastic.errors import RunFailed
+from elastic.run.prepare import prepare
+from elastic.worker.local import LocalRun
+from tests.forked import LONG, WAIT_S, Ran, Watch, configure, fault, local_run, plan, train
+from tests.test_bits import assert_same_training
+from tests.tiny_jobs import Everything
+
+pytestmark = [pytest.mark.processes, pytest.mark.usefixtures("fork_server"), pytest.mark.timeout(240)]
+
+POINTS = [
+    "step.forward", "step.reduce", "step.before_fence", "step.after_fence", "eval.begin", "checkpoint.before_stage",
+    "checkpoint.staged", "checkpoint.before_report", "world.assigned", "world.connected", "state.moving",
+    "snapshot.begin", "snapshot.staged", "snapshot.kept", "snapshot.sent", "snapshot.complete", "snapshot.reading",
+]  # fmt: skip
+START, END = map(int, os.environ.get("RANDOM_FAULTS", "0:8").split(":"))
+
+
+def draw(seed: int, folder: Path) -> tuple[int, dict[str, Any], list[dict[str, Any]], int]:
+    """Workers to start, options, what happens, and how many of those that are lost are replaced."""
+    r = random.Random(seed)
+    strategy = r.choice(["ddp", "ddp", "fsdp", "hsdp"])
+    most = 4 if strategy == "hsdp" else r.choice([2, 3, 4])
+    spares = r.choice([0, 0, 1])
+    options = {
+        "parallel__strategy": strategy, "scaling__max_workers": most, "scaling__spares": spares,
+        "scaling__min_workers": r.choice([1, 1, 2, most]), "scaling__workers_per_node": 2 if strategy == "hsdp" else 1,
+        "recovery__max_wait": r.choice(["0.3s", "2s"]),
+        "checkpoint__every": r.choice([None, "2st", "3st", "5st"]),
+    }  # fmt: skip
+    if strategy != "ddp":
+        options["recovery__snapshot_every"] = r.choice([None, "1st", "3st", "4st"])
+    faults = []
+    for number in range(r.choice([1, 2, 3, 4])):
+        do = r.choice(["kill"] * 6 + ["sleep", "raise"])
+        point = "step.forward" if do == "raise" else r.choice(POINTS)
+        step, rank = r.choice([None, *range(1, 13)]), r.choice([None, *range(most)])
+        more = {"seconds": r.choice([0.05, 0.3])} if do == "sleep" else {}
+        faults.append(fault(point, step, rank, do, only=folder / f"fault-{number}", **more))
+    return most + spares, {k: v for k, v in options.items() if v is not None}, faults, r.choice([0, 0, 1, 2])
+
+
+@contextmanager
+def replaced(local: LocalRun, watch: Watch, most: int) -> Iterator[None]:
+    """Start a worker for each that is lost, up to so many."""
+    over = threading.Event()
+
+    def look() -> None:
+        started = 0
+        while not over.wait(0.02):
+            lost = sum(e.get("kind") == "member_lost" for e in list(watch.records))
+            for _ in range(started, min(lost, most)):
+                started += 1
+                local.add_worker(environment={})
+
+    thread = threading.Thread(target=look, name="replacing")
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+@pytest.fixture(scope="module")
+def alone(fork_server: None, tmp_path_factory: pytest.TempPathFactory) -> Ran:
+    """One worker, to which nothing happens."""
+    return train(Everything(samples=LONG), configure(tmp_path_factory.mktemp("alone"), "run", eval__every="3st"), 1)
+
+
+@pytest.mark.parametrize("seed", range(START, END))
+def test_whatever_happens(seed: int, alone: Ran, tmp_path: Path) -> None:
+    """A run that ends, because too few workers are left, is started again."""
+    workers, options, faults, more = draw(seed, tmp_path)
+    ends: list[str] = []
+    while True:
+        watch = Watch()
+        run = prepare(Everything(samples=LONG), configure(tmp_path, "run", eval__every="3st", **options))
+        with local_run(run, workers, on_record=watch, environment=plan(*faults)) as local:
+            try:
+                with replaced(local, watch, more):
+                    local.wait(WAIT_S)
+                break
+            except RunFailed as error:
+                ends.append(str(error))
+        assert len(ends) <= len(faults), ends
+        faults = []
+
+    found = Ran(run, None)
+    assert_same_training(found, alone)
+    assert found.evaluations == alone.evaluations
+    assert not found.events("member_suspected")
