@@ -28,7 +28,7 @@ POINTS = [
     "checkpoint.staged", "checkpoint.before_report", "world.assigned", "world.connected", "state.moving",
     "snapshot.begin", "snapshot.staged", "snapshot.kept", "snapshot.sent", "snapshot.complete", "snapshot.reading",
 ]  # fmt: skip
-START, END = map(int, os.environ.get("RANDOM_FAULTS", "0:8").split(":"))
+START, END = map(int, os.environ.get("RANDOM_FAULTS", "40:48").split(":"))
 
 
 def draw(seed: int, folder: Path) -> tuple[int, dict[str, Any], list[dict[str, Any]], int]:
