@@ -12,6 +12,7 @@ import json
 import os
 import time
 import traceback
+from dataclasses import astuple
 from typing import Any
 
 import torch
@@ -46,6 +47,7 @@ from elastic.worker.snapshots import Snapshots
 from elastic.worker.sockets import use_interface_of
 from elastic.worker.state import TrainState, weights_sha256
 from elastic.worker.step import APPLIED, FENCE, Stepper, Update
+from elastic.worker.updates import Standing, applies
 from elastic.worker.user_code import UserCode, UserCodeError
 
 LAST_COMMIT_S = 60.0  # for a save that is under way when an error ends the run
@@ -247,21 +249,16 @@ class Session:
         self._evaluated = (step, found)
 
     def _agree_on_updates(self, group: Group) -> list[int]:
-        """Apply the update that a broken world had in hand, if somebody did, or if everyone of the newest state can.
-
-        Everyone had prepared it where one passed the fence. Who passed may be lost by now, with its row in the ledger.
+        """Apply the update that a broken world had in hand, or leave it to be undone.
 
         Returns:
             the updates in the state of each rank; -1 where it holds none.
         """
         world = self._stepped_in.generation if self._stepped_in is not None else Generation(-1, -1)
         ready = self._prepared is not None and self._prepared.step == self._applied
-        found = group.gather_rows([self._applied, int(ready), world.epoch, world.n])
-        newest = max(row[0] for row in found)
-        holders = [row for row in found if row[0] == newest]
-        together = newest >= 0 and all(row == holders[0] and row[1] for row in holders)
-        passed = any(row[2:] == [world.epoch, world.n] for row in holders)  # the fence of the world that prepared it
-        if ready and (together if self._applied == newest else passed and self._applied == newest - 1):
+        mine = Standing(self._applied, int(ready), world.epoch, world.n)
+        everyone = [Standing(*row) for row in group.gather_rows(list(astuple(mine)))]
+        if applies(mine, everyone):
             assert self._prepared is not None
             self._roll_forward(self._prepared)
         return group.gather_ints(self._applied)
