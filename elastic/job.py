@@ -18,7 +18,10 @@ if TYPE_CHECKING:
 
 @runtime_checkable
 class MapDataset(Protocol):
-    """A map-style dataset: `len(d)` samples, `d[i]` one of them; optionally `__getitems__(list of i)`."""
+    """A map-style dataset: `len(d)` samples, `d[i]` one of them; optionally `__getitems__(list of i)`.
+
+    What is drawn at random in `d[i]` goes by run, epoch and sample; in `__getitems__` by the samples of a microbatch.
+    """
 
     def __len__(self) -> int: ...
 
@@ -71,7 +74,9 @@ class Job:
         return None
 
     def collate_fn(self, samples: Sequence[Any]) -> Any:
-        """Make a batch of samples; the default is torch's `default_collate`."""
+        """Make a batch of samples; the default is torch's `default_collate`. Mappings, named tuples, dataclasses, and
+        what has a method `to`, are moved to the device as what they are. If it draws at random (mixup), passes have one
+        microbatch each, so that the draws do not depend on the number of workers."""
         from torch.utils.data import default_collate
 
         return default_collate(list(samples))

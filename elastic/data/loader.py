@@ -22,7 +22,9 @@ import xxhash
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from elastic.data.order import sample_ids
+from elastic.data.samples import draws, fetch_each, fetches_together, untouched
 from elastic.data.seeds import derive, seed_all
+from elastic.job import Job
 
 
 @dataclass(frozen=True)
@@ -66,19 +68,51 @@ class Fetcher(Dataset):
 
     def __init__(self, data: Any, collate_fn: Callable[[Any], Any], seed: int, dataset_size: int):
         self.data, self.collate_fn, self.seed, self.dataset_size = data, collate_fn, seed, dataset_size
+        self._fetches_together = fetches_together(data)
+        self._makes_batches: bool | None = None  # its method returns no lists; not known before the first call
 
     def __getitem__(self, span: Span) -> Span:
-        epoch = span.first_position // self.dataset_size
-        getitems = getattr(self.data, "__getitems__", None)
-        if getitems is not None:
-            seed_all(derive("items", self.seed, epoch, *span.digests))
-            samples = getitems(span.ids.tolist())
-        else:
-            samples = []
-            for offset, sample in enumerate(span.ids.tolist()):
-                seed_all(derive("item", self.seed, (span.first_position + offset) // self.dataset_size, sample))
-                samples.append(self.data[sample])
+        samples = self._together(span) if self._fetches_together else self._each(span)
+        seed_all(derive("collate", self.seed, self._epoch(span, 0), span.digests[0]))
         return replace(span, batch=self.collate_fn(samples))
+
+    def _each(self, span: Span) -> list[Any]:
+        ids = span.ids.tolist()
+        return fetch_each(self.data, ids, lambda i: derive("item", self.seed, self._epoch(span, i), ids[i]))
+
+    def _together(self, span: Span) -> Any:
+        """By the dataset's own method, a microbatch at a time: how many are in a span depends on the world.
+
+        A dataset that makes whole batches of its own, which are no lists, makes one of all.
+        """
+        if self._makes_batches is None:
+            self._makes_batches = not isinstance(self._fetch(span, 0, 1), list)
+        if self._makes_batches:
+            return self._fetch(span, 0, len(span.digests))
+        return [sample for i in range(len(span.digests)) for sample in self._fetch(span, i, 1)]
+
+    def _fetch(self, span: Span, first: int, count: int) -> Any:
+        size = len(span.ids) // len(span.digests)
+        seed_all(derive("items", self.seed, self._epoch(span, first * size), span.digests[first]))
+        return self.data.__getitems__(span.ids[first * size : (first + count) * size].tolist())
+
+    def _epoch(self, span: Span, place: int) -> int:
+        return (span.first_position + place) // self.dataset_size
+
+    def draws_together(self, span: Span) -> bool:
+        """Whether random numbers are drawn for several samples at once: by `collate_fn`, or by a dataset that makes
+        whole batches. Then what a sample becomes depends on those beside it.
+
+        Args:
+            span: one microbatch, to be tried on.
+        """
+        default = getattr(self.collate_fn, "__func__", None) is Job.collate_fn
+        if default and not self._fetches_together:
+            return False
+        samples: Any = self._together(span) if self._fetches_together else self._each(span)
+        if self._makes_batches and draws(lambda: self.data.__getitems__(span.ids.tolist())):
+            return True
+        return not default and draws(lambda: self.collate_fn(samples))
 
 
 class _Plan(Sampler):
@@ -113,6 +147,16 @@ class Loader:
                 multiprocessing_context="forkserver", persistent_workers=True,
                 worker_init_fn=partial(_begin, self._life[0]),
             )  # fmt: skip
+
+    def draws_together(self) -> bool:
+        """Whether what a sample becomes depends on which others are fetched beside it; see `Fetcher`."""
+        fetcher = self._fetcher
+        if self._loader is not None:
+            fetcher = Fetcher(untouched(fetcher.data), fetcher.collate_fn, fetcher.seed, fetcher.dataset_size)
+        try:
+            return fetcher.draws_together(self.order.span(0, 0, 1))
+        except Exception:  # a sample that cannot be had: its step says so, with all there is to know
+            return False
 
     def start(self, step: int, spans: list[tuple[int, int]]) -> None:
         """From `step` on, serve these (first, count) spans of every step."""

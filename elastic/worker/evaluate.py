@@ -13,6 +13,7 @@ import xxhash
 from torch import nn
 
 from elastic.data.deal import deal
+from elastic.data.samples import fetch_each, fetches_together
 from elastic.data.seeds import derive, seed_all
 from elastic.job import Job, MapDataset
 from elastic.parallel.records import Records
@@ -48,8 +49,8 @@ def evaluate(
         with torch.no_grad():
             for index in [*runs[rank], *([runs[rank][-1]] * padding)]:
                 ids = list(parts[index])
+                batch = code.guard(partial(_batch, job, data, ids, (seed, name, index)))
                 seed_all(derive("eval", seed, name, index))
-                batch = code.guard(partial(_batch, job, data, ids))
                 with each():
                     loss, weight, metrics = code.evaluate(model, batch)
                 if padding and len(records) == len(runs[rank]):
@@ -65,6 +66,11 @@ def evaluate(
     return {f"{prefix}{k}": v for k, v in {"loss": record.loss, **record.mean_metrics()}.items()}
 
 
-def _batch(job: Job, data: MapDataset, ids: list[int]) -> Any:
-    getitems = getattr(data, "__getitems__", None)
-    return job.collate_fn(getitems(ids) if getitems else [data[i] for i in ids])
+def _batch(job: Job, data: MapDataset, ids: list[int], key: tuple[int | str, ...]) -> Any:
+    """Under seeds of the samples, or of the part with this key where they are fetched together."""
+    if fetches_together(data):
+        seed_all(derive("eval-items", *key))
+        return job.collate_fn(data.__getitems__(ids))  # type: ignore[attr-defined]
+    samples = fetch_each(data, ids, lambda place: derive("eval-item", *key[:2], ids[place]))
+    seed_all(derive("eval-collate", *key))
+    return job.collate_fn(samples)

@@ -110,7 +110,10 @@ class Session:
     def _warm_up(self) -> dict[str, Any]:
         job, plan, seed = self._job, self._plan, self._config.run.seed
         began = time.monotonic()
-        data, self._eval_sets = job.train_data(), eval_sets(job)
+        seed_all(derive("data", seed))  # a split at random is the same on every worker, and that of what is held out
+        data = job.train_data()
+        seed_all(derive("data", seed))
+        self._eval_sets = eval_sets(job)
         self._dataset_size = len(data)
         data_s = time.monotonic() - began
         self._placing = Placing(job, self._config, self._device)
@@ -133,6 +136,8 @@ class Session:
         parts: dict[str, Any] = {
             "data_s": round(data_s, 3), "model_s": round(time.monotonic() - began - data_s, 3)
         }  # fmt: skip
+        if self._stepper.one_each and not self._bitwise:
+            parts["passes"] = "of one microbatch each: random numbers are drawn for whole batches of samples"
         return {**parts, "built_whole": self._placing.eager} if self._placing.eager else parts
 
     # ---- worlds ------------------------------------------------------------------------------------------------

@@ -72,6 +72,8 @@ class Stepper:
         self._run, self._config, self._plan = run, run.config, run.plan
         self._code, self._loader, self._link = code, loader, link
         self._bitwise = run.config.run.exactness == "bitwise"
+        #: A pass has one microbatch: else what is drawn for all of a batch would depend on the world.
+        self.one_each = self._bitwise or loader.draws_together()
         self._replica: Replica | None = None
         self._unfinished: Replica | None = None
         self._steps_done = 0
@@ -148,7 +150,7 @@ class Stepper:
 
     def _spans_of(self, run: range) -> list[Span]:
         """The passes of a run of microbatches."""
-        if self._bitwise:
+        if self.one_each:
             return [(i, 1) for i in run]
         microbatch = self._plan.global_size // self._plan.microbatches
         most = -(-self._plan.microbatches // self._config.scaling.max_workers)

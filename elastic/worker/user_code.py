@@ -13,6 +13,7 @@ from torch import nn
 from elastic.errors import ConfigError, RunFailed, WorldBroken
 from elastic.job import Job
 from elastic.membership.messages import Failure
+from elastic.worker.batches import to_device
 from elastic.worker.group import is_collective_failure
 
 LossValue = tuple[torch.Tensor, Any, Any]
@@ -59,7 +60,7 @@ class UserCode:
 
     def _on_batch(self, function: Callable[..., Any], name: str, model: nn.Module, batch: Any) -> LossValue:
         def work() -> LossValue:
-            moved = _to_device(batch, self._device)
+            moved = to_device(batch, self._device)
             with torch.autocast(self._device.type, self._dtype, enabled=self._autocast):
                 result = function(model, moved)
             if not isinstance(result, tuple) or len(result) != 3:
@@ -108,15 +109,3 @@ def is_out_of_memory(error: BaseException) -> bool:
 def _raised_in_torch(error: BaseException) -> bool:
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
     return bool(frames) and str(frames[-1].f_globals.get("__name__", "")).startswith("torch.")
-
-
-def _to_device(batch: Any, device: torch.device) -> Any:
-    if isinstance(batch, torch.Tensor):
-        return batch.to(device, non_blocking=True)
-    if isinstance(batch, dict):
-        return {k: _to_device(v, device) for k, v in batch.items()}
-    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return type(batch)(*(_to_device(v, device) for v in batch))
-    if isinstance(batch, (list, tuple)):
-        return type(batch)(_to_device(v, device) for v in batch)
-    return batch

@@ -1,0 +1,75 @@
+"""Batches as jobs make them: whatever holds tensors goes to the device, and keeps its type."""
+
+from __future__ import annotations
+
+import array
+import copy
+import dataclasses
+from collections.abc import Iterable, Mapping, MutableMapping, MutableSequence
+from typing import Any
+
+import torch
+
+_NUMBERS = (bytearray, array.array)  # mutable sequences that hold no tensors
+
+
+def to_device(batch: Any, device: torch.device) -> Any:
+    """A batch with all its tensors on the device.
+
+    What has a method `to` (a PackedSequence, a graph, a tokenizer's output) moves itself. Mappings, sequences, named
+    tuples and dataclasses are rebuilt as what they are, with whatever else they carry. All else is left alone.
+    """
+    if isinstance(batch, torch.Tensor):
+        return batch.to(device, non_blocking=True)
+    if callable(getattr(batch, "to", None)) and not isinstance(batch, type):
+        moved = batch.to(device)
+        return batch if moved is None else moved  # one that moves in place may return nothing
+    if isinstance(batch, Mapping):
+        return _mapping(batch, {key: to_device(value, device) for key, value in batch.items()})
+    if isinstance(batch, tuple):
+        return _tuple(batch, [to_device(value, device) for value in batch])
+    if isinstance(batch, MutableSequence) and not isinstance(batch, _NUMBERS):
+        found = [to_device(value, device) for value in batch]
+        return found if type(batch) is list else _sequence(batch, found)
+    if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
+        return _dataclass(batch, device)
+    return batch
+
+
+def _mapping(batch: Mapping[Any, Any], found: dict[Any, Any]) -> Any:
+    if type(batch) is dict:
+        return found
+    if isinstance(batch, MutableMapping):  # a copy keeps a default factory and attributes
+        changed = copy.copy(batch)
+        for key, value in found.items():
+            changed[key] = value
+        return changed
+    make: Any = type(batch)
+    try:
+        return make(found)
+    except TypeError:  # its constructor wants something else
+        return found
+
+
+def _tuple(batch: tuple[Any, ...], found: list[Any]) -> Any:
+    if type(batch) is tuple:
+        return tuple(found)
+    make: Any = batch._make if hasattr(batch, "_make") else type(batch)
+    return make(found)
+
+
+def _sequence(batch: MutableSequence[Any], found: Iterable[Any]) -> Any:
+    changed = copy.copy(batch)
+    for i, value in enumerate(found):
+        changed[i] = value
+    return changed
+
+
+def _dataclass(batch: Any, device: torch.device) -> Any:
+    """Its fields, and what __post_init__ made beside them, without calling either."""
+    changed = copy.copy(batch)
+    names = dict.fromkeys([*(field.name for field in dataclasses.fields(batch)), *getattr(batch, "__dict__", ())])
+    for name in names:
+        if hasattr(batch, name):  # a field without a default that nobody has set is not there
+            object.__setattr__(changed, name, to_device(getattr(batch, name), device))
+    return changed
