@@ -17,10 +17,10 @@ demo: .venv/ready
 	$(BIN)/python -m jobs.demo
 
 test: .venv/ready
-	$(BIN)/python -m pytest tests
+	$(BIN)/python -m pytest tests -n 2
 
 test-fast: .venv/ready
-	$(BIN)/python -m pytest tests -m "not processes and not ray"
+	$(BIN)/python -m pytest tests -n 2 -m "not processes and not ray"
 
 lint: .venv/ready
 	$(BIN)/ruff check .

@@ -8,13 +8,14 @@ import tempfile
 from collections.abc import Callable, Iterator
 from multiprocessing.util import Finalize
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from hypothesis import HealthCheck, settings
 
 from tests import leaks
 from tests.seaweed import _front, bucket, front, own_seaweed, seaweed  # noqa: F401
+from tests.side_by_side import needs_ray
 
 if TYPE_CHECKING:
     from jobs.bench.nodes import LocalCluster
@@ -33,11 +34,26 @@ settings.load_profile("reproducible")
 def pytest_configure(config: pytest.Config) -> None:
     """A temporary folder of our own: what other processes put into the common one is no leak of ours."""
     pytest.register_assert_rewrite("tests.forked", "tests.ray_cluster")  # an assertion in these says what it compared
-    os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", tempfile.gettempdir())  # tmp_path stays where people look for it
-    folder = tempfile.mkdtemp(prefix="tests-")
+    root = os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", tempfile.gettempdir())  # tmp_path stays where people look
+    folder = tempfile.mkdtemp(prefix="tests-", dir=root)  # not within it: paths of sockets are short
     os.environ["TMPDIR"], tempfile.tempdir = folder, None
     # Last of all, after multiprocessing (-100), which has its own folder in there.
     Finalize(None, shutil.rmtree, args=[folder], kwargs={"ignore_errors": True}, exitpriority=-200)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests on Ray are known by their file: see `tests.side_by_side`."""
+    for item in items:
+        if item.get_closest_marker("ray") is not None and not needs_ray(item.nodeid):
+            raise pytest.UsageError(f"{item.nodeid} is marked `ray`; put it into a file tests/test_ray_*.py")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Who runs what, of the processes that run tests side by side."""
+    from tests.side_by_side import Scheduler
+
+    return Scheduler(config, log)
 
 
 @pytest.fixture(autouse=True)

@@ -32,7 +32,6 @@ from elastic.tools.machine import (
     judge_versions,
 )
 from elastic.tools.storing import examine_storage
-from jobs.bench.nodes import Command
 
 PERMISSIONS = (Path(__file__).parent.parent / "docs" / "permissions.md").read_text()
 
@@ -169,21 +168,3 @@ def test_each_permission_that_object_storage_denies_is_named(front, bucket):
         for name in re.findall(r"s3:\w+", permission):
             assert f'"{name}"' in PERMISSIONS, "the documented policy allows it"
             assert f"`{name}`" in PERMISSIONS, "and says what for"
-
-
-@pytest.mark.ray
-@pytest.mark.timeout(180)
-def test_every_node_of_a_cluster_and_every_pair_is_examined(cluster, tmp_path):
-    doctor = Command(
-        "-m", "elastic.cli", "doctor", "--address", cluster.address, "--storage", str(tmp_path / "runs"), "--json"
-    )
-    assert doctor.wait() == 0, doctor.output
-    found = json.loads(doctor.output[doctor.output.index("[\n") :])
-    nodes = {f["where"] for f in found if f["check"] == "clock"}
-    assert len(nodes) == len(cluster.nodes) + 1, "and the head"
-    for check in ("disk", "device", "matmul", "ports"):
-        assert {f["where"] for f in found if f["check"] == check} == nodes
-    sums = [f["where"] for f in found if f["check"] == "all-reduce"]
-    assert len(sums) == len(nodes) * (len(nodes) - 1) // 2 + 1
-    assert sums[-1] == f"all {len(nodes)} nodes"
-    assert not [f for f in found if f["state"] == "fail"]
