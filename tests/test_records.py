@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from elastic.data.deal import deal
-from elastic.parallel.records import PendingRecord, Records
+from elastic.errors import ConfigError
+from elastic.parallel.records import Metrics, PendingRecord, Records
 
 CPU = torch.device("cpu")
 finite = st.floats(-1e6, 1e6)
@@ -29,7 +30,7 @@ def _gathered(runs, values, buffer_words=0, changed=()):
     """The record of a step, from what each rank would send: its rows, padded to the longest."""
     ranks = []
     for rank, run in enumerate(runs):
-        records = Records(runs, rank, CPU, buffer_words)
+        records = Records(runs, rank, CPU, buffer_words, Metrics(names=["metric"]))
         for i in run:
             _add(records, *values[i], changed=changed[i] if changed else 0)
         ranks.append(records)
@@ -93,7 +94,7 @@ def test_what_each_rank_tells_beside_is_known_to_all_and_in_no_sum(told):
     values = [(2.0, 3, 1.0, 11)] * sum(count for count, _ in told)
     starts = [sum(count for count, _ in told[:rank]) for rank in range(len(told) + 1)]
     runs = [range(a, b) for a, b in itertools.pairwise(starts)]
-    ranks = [Records(runs, rank, CPU) for rank in range(len(runs))]
+    ranks = [Records(runs, rank, CPU, metrics=Metrics(names=["metric"])) for rank in range(len(runs))]
     for records, (count, value) in zip(ranks, told):
         for i in range(count):
             _add(records, *values[i])
@@ -117,12 +118,35 @@ def test_several_microbatches_of_one_pass_count_once_and_keep_their_digests():
     assert together.gather(None).result() == one_by_one
 
 
-def test_metrics_that_change_from_microbatch_to_microbatch_are_refused_by_name():
-    records = Records([range(2)], 0, CPU)
-    records.add(torch.tensor(1.0), 1, {"accuracy": 1.0}, (1,))
+def _alone(microbatches, metrics):
+    """The record of a step of one rank, from (weight, metrics) of each microbatch."""
+    records = Records([range(len(microbatches))], 0, CPU, metrics=metrics)
+    for i, (weight, values) in enumerate(microbatches):
+        records.add(torch.tensor(1.0), weight, values, (i,))
+    return records.gather(None).result()
 
-    with pytest.raises(ValueError, match=r"metrics \['perplexity'\], but \['accuracy'\] for the microbatch before"):
-        records.add(torch.tensor(1.0), 1, {"perplexity": 1.0}, (2,))
+
+@given(st.lists(st.dictionaries(st.sampled_from("abcd"), finite), min_size=1, max_size=4), st.integers(1, 3))
+def test_metrics_are_those_of_the_step_whatever_they_were_before(steps, count):
+    agreed = Metrics()
+
+    for values in steps:
+        found = _alone([(1, values)] * count, agreed)
+
+        assert found.metrics == {k: pytest.approx(v * count) for k, v in sorted(values.items())}
+        assert agreed.names == sorted(values)
+
+
+def test_metrics_that_change_from_microbatch_to_microbatch_are_refused_by_name():
+    with pytest.raises(ConfigError, match="returned the metrics accuracy for some microbatches and perplexity, top5 f"):
+        _alone([(1, {"accuracy": 1.0}), (1, {"top5": 1.0, "perplexity": 2.0})], Metrics())
+
+
+def test_a_negative_weight_is_refused_by_microbatch():
+    with pytest.raises(
+        ConfigError, match=r"the weight that loss\(\) returned is -2 in microbatch 1; return the number"
+    ):
+        _alone([(1, {}), (-2, {}), (1, {})], Metrics())
 
 
 def test_a_step_without_weight_has_no_loss():

@@ -3,10 +3,15 @@
 Each rank contributes one row of int64 a microbatch (float64 values as their bits), one small all-gather brings all
 rows to all ranks, and everyone sums them in the same tree. The gather is started before the last backward pass, so
 it hides under it.
+
+A row has a column for each metric, and how many there are is the job's to say, on each rank by itself. So rows have
+columns for those that everyone has agreed upon, and a hash of the names that this rank has. If all have others, as in
+the first step of a world, a second gather brings those; if they differ, everyone sees it in the same step.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,6 +21,7 @@ import torch
 import torch.distributed as dist
 import xxhash
 
+from elastic.errors import ConfigError
 from elastic.parallel.device import all_gather_flat
 from elastic.parallel.tree import tree_sum
 
@@ -45,6 +51,17 @@ class StepRecord:
         return {name: value / self.weight if self.weight else float("nan") for name, value in self.metrics.items()}
 
 
+_MIXED = -1  # in place of the hash of a rank's names: its microbatches do not agree
+
+
+@dataclass
+class Metrics:
+    """The names of the metrics that all ranks of a world agreed upon; `source` is what gives them, for people."""
+
+    source: str = "loss()"
+    names: list[str] = field(default_factory=list)
+
+
 @dataclass
 class Records:
     """Collects the rows of one rank's microbatches, then gathers those of all.
@@ -53,15 +70,18 @@ class Records:
         runs: the microbatches of each rank, as dealt; together they are all, each once.
         rank: this rank.
         buffer_words: 64-bit words of the mask of what passes changed or used.
+        metrics: kept from step to step by whoever makes these; brought up to date by `PendingRecord.result`.
     """
 
     runs: list[range]
     rank: int
     device: torch.device
     buffer_words: int = 0
+    metrics: Metrics = field(default_factory=Metrics)
     _words: list[list[int]] = field(default_factory=list)
     _values: list[list[Any]] = field(default_factory=list)
     _names: list[str] | None = None
+    _others: list[str] | None = None  # those of a microbatch that has other ones than the first
     _told: tuple[torch.Tensor | float, ...] = ()
 
     def add(
@@ -72,8 +92,8 @@ class Records:
         if self._names is None:
             self._names = names
         elif names != self._names:
-            raise ValueError(f"loss() returned metrics {names}, but {self._names} for the microbatch before")
-        values = [loss, weight, *(metrics[n] for n in names)]
+            self._others = names
+        values = [loss, weight, *(metrics.get(n, 0.0) for n in self._names)]
         rest = [0] * len(values)
         for i, digest in enumerate(digests):
             words = [_signed(changed >> (64 * w)) if i == 0 else 0 for w in range(self.buffer_words)]
@@ -101,30 +121,39 @@ class Records:
             return PendingRecord(self, mine.unsqueeze(0), None)
         everyone = torch.empty(len(self.runs), *mine.shape, dtype=torch.int64, device=self.device)
         work = all_gather_flat(everyone.view(-1), mine.view(-1), group=group, async_op=True)
-        return PendingRecord(self, everyone, work, mine)
+        return PendingRecord(self, everyone, work, mine, group)
 
     def _matrix(self, height: int) -> torch.Tensor:
         """This rank's rows on its device, int64. Nothing here waits for a device: the numbers go there in one copy from
         pinned memory, and what the model computed is there already."""
-        first, count = 1 + self.buffer_words, len(self._values)
-        width = first + len(self._values[0]) + len(self._told)
-        host = torch.zeros(height, width, dtype=torch.int64, pin_memory=self.device.type == "cuda")
-        words = host.numpy()
-        words[:count, :first] = self._words
-        floats, computed = words.view(np.float64), []
-        for column, values in enumerate(zip(*self._values), first):
-            if any(isinstance(v, torch.Tensor) for v in values):
-                computed.append((column, values))
-            else:
-                floats[:count, column] = values
-        mine = host.to(self.device, non_blocking=True)
-        for column, values in computed:
-            zero = torch.zeros((), dtype=torch.float64, device=self.device)
-            found = [v if isinstance(v, torch.Tensor) else zero + v for v in values]
-            mine[:count, column] = torch.stack(found).view(torch.int64)
+        agreed = self.metrics.names
+        values = self._values if self._names == agreed else [[*v[:2], *(0.0 for _ in agreed)] for v in self._values]
+        mark = _MIXED if self._others is not None else _mark(self._names or [])
+        mine = self._table(height, [[*words, mark] for words in self._words], values, len(self._told))
+        width = mine.shape[1]
         for column, told in enumerate(self._told, width - len(self._told)):
             value = told.detach() if isinstance(told, torch.Tensor) else torch.tensor(told, dtype=torch.float64)
             mine[0, column] = value.double().view(torch.int64)
+        return mine
+
+    def _table(self, height: int, words: list[list[int]], values: list[list[Any]], more: int) -> torch.Tensor:
+        """A row for each microbatch: words, then values; zeros below, and in `more` columns."""
+        first, count = len(words[0]), len(values)
+        shape = height, first + len(values[0]) + more
+        host = torch.zeros(shape, dtype=torch.int64, pin_memory=self.device.type == "cuda")
+        integers = host.numpy()
+        integers[:count, :first] = words
+        floats, computed = integers.view(np.float64), []
+        for column, here in enumerate(zip(*values), first):
+            if any(isinstance(v, torch.Tensor) for v in here):
+                computed.append((column, here))
+            else:
+                floats[:count, column] = here
+        mine = host.to(self.device, non_blocking=True)
+        for column, here in computed:
+            zero = torch.zeros((), dtype=torch.float64, device=self.device)
+            found = [v if isinstance(v, torch.Tensor) else zero + v for v in here]
+            mine[:count, column] = torch.stack(found).view(torch.int64)
         return mine
 
 
@@ -144,29 +173,95 @@ class PendingRecord:
     everyone: torch.Tensor
     work: Any
     _keep: torch.Tensor | None = None
+    group: dist.ProcessGroup | None = None
 
     def result(self) -> StepRecord:
-        """Wait, and sum in tree order over the microbatches of the whole step."""
+        """Wait, and sum in tree order over the microbatches of the whole step.
+
+        Raises:
+            ConfigError: on every rank, where metrics differ by name, or a weight is negative.
+        """
         if self.work is not None:
             self.work.wait()
         host = self.everyone.cpu().numpy()  # numpy costs a tenth of torch for arrays as small as these
-        order = [microbatch for run in self.records.runs for microbatch in run]
-        rows = np.empty((len(order), host.shape[2]), np.int64)
-        rows[order] = np.concatenate([host[rank, : len(run)] for rank, run in enumerate(self.records.runs)])
-        words = 1 + self.records.buffer_words
+        rows = self._in_order(host)
+        words = 2 + self.records.buffer_words
         end = rows.shape[1] - len(self.records._told)
         sums = rows[:, words:end].copy().view(np.float64)
         told = tuple(map(tuple, host[:, 0, end:].copy().view(np.float64).tolist())) if self.records._told else ()
+        if (host[:, 0, words - 1] != _mark(self.records.metrics.names)).any():
+            sums = np.concatenate([sums[:, :2], self._agree(host[:, 0, words - 1].tolist())], 1)
+        self._check_weights(sums[:, 1])
         with np.errstate(all="ignore"):  # who looks at the sum finds what is not finite
             total = tree_sum(list(sums), np.add).tolist()
         changed = 0
         for i in range(self.records.buffer_words):
             changed |= int(np.bitwise_or.reduce(rows[:, 1 + i]).view(np.uint64)) << (64 * i)
-        names = self.records._names or []
+        names = self.records.metrics.names
         digest = xxhash.xxh3_64_hexdigest(rows[:, 0].astype("<i8").tobytes())
         finite = np.isfinite(sums[:, :2]).all(1)
         first_bad = None if finite.all() else int(finite.argmin())
         return StepRecord(total[0], total[1], dict(zip(names, total[2:])), digest, changed, first_bad, told)
+
+    def _in_order(self, host: np.ndarray) -> np.ndarray:
+        """The rows of the whole step, by microbatch."""
+        order = [microbatch for run in self.records.runs for microbatch in run]
+        rows = np.empty((len(order), host.shape[2]), np.int64)
+        rows[order] = np.concatenate([host[rank, : len(run)] for rank, run in enumerate(self.records.runs)])
+        return rows
+
+    def _check_weights(self, weights: np.ndarray) -> None:
+        negative = (weights < 0) & np.isfinite(weights)
+        if negative.any():
+            bad = int(negative.argmax())
+            raise ConfigError(
+                f"the weight that {self.records.metrics.source} returned is {weights[bad]:g} in microbatch {bad}; "
+                "return the number of samples or tokens that the loss was summed over"
+            )
+
+    def _agree(self, marks: list[int]) -> np.ndarray:
+        """All ranks have other metrics than in the step before: the values of those, float64, by microbatch."""
+        records = self.records
+        if marks.count(marks[0]) < len(marks) or marks[0] == _MIXED:
+            mine = [records._names, *([records._others] if records._others is not None else [])]
+            found = [names for names_of_rank in self._tell_all(mine) for names in names_of_rank]
+            one, other = found[0], next(names for names in found if names != found[0])
+            raise ConfigError(
+                f"{records.metrics.source} returned the metrics {_listed(one)} for some microbatches and "
+                f"{_listed(other)} for others; return the same names for every batch, 0 where there is nothing to count"
+            )
+        records.metrics.names = list(records._names or [])
+        height, values = max(map(len, records.runs)), [v[2:] for v in records._values]
+        if not records.metrics.names:
+            return np.zeros((sum(map(len, records.runs)), 0))
+        table = records._table(height, [[] for _ in values], values, 0)
+        return self._in_order(self._gather(table).cpu().numpy()).view(np.float64)
+
+    def _gather(self, mine: torch.Tensor) -> torch.Tensor:
+        """Tensors of one shape, of all ranks."""
+        if len(self.records.runs) == 1:
+            return mine.unsqueeze(0)
+        everyone = torch.empty(len(self.records.runs), *mine.shape, dtype=mine.dtype, device=mine.device)
+        all_gather_flat(everyone.view(-1), mine.view(-1), group=self.group)
+        return everyone
+
+    def _tell_all(self, value: Any) -> list[Any]:
+        """A JSON value of each rank."""
+        device, data = self.records.device, json.dumps(value).encode()
+        lengths = self._gather(torch.tensor([len(data)], device=device)).view(-1).tolist()
+        mine = torch.zeros(max(lengths), dtype=torch.uint8)
+        mine[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        rows = self._gather(mine.to(device)).cpu().numpy()
+        return [json.loads(row[:length].tobytes()) for row, length in zip(rows, lengths)]
+
+
+def _mark(names: list[str]) -> int:
+    """A hash of names that no `_MIXED` is."""
+    return xxhash.xxh3_64_intdigest(json.dumps(names).encode()) >> 1
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names) or "none"
 
 
 def _signed(word: int) -> int:

@@ -22,7 +22,7 @@ from torch import nn
 from elastic.errors import ConfigError
 from elastic.parallel.buffers import StepBuffers, check_alike, reduce_moves
 from elastic.parallel.canonical import CanonicalSum, canonical_norm
-from elastic.parallel.records import PendingRecord, Records, StepRecord
+from elastic.parallel.records import Metrics, PendingRecord, Records, StepRecord
 
 #: Runs the user's loss on a model and a batch: (sum, weight, metrics).
 LossFunction = Callable[[nn.Module, Any], tuple[torch.Tensor, Any, Any]]
@@ -91,7 +91,7 @@ class FastReplica(_Replica):
         bucket_mb: int, find_unused: bool, compression: str,
     ):  # fmt: skip
         self.model, self._loss, self._runs, self._rank, self._device = model, loss, runs, rank, device
-        self._world_size = len(runs)
+        self._world_size, self._metrics = len(runs), Metrics()
         self._buffers = StepBuffers(model, exact=False)
         self.wait_s = 0.0  # seconds of the last step spent in exchanges that nothing hides
         self.wrapped: nn.Module = model
@@ -115,7 +115,7 @@ class FastReplica(_Replica):
             the step's record, and the divisor that turns `.grad` into the mean over the global batch.
         """
         self.wrapped.zero_grad(set_to_none=True)
-        records = Records(self._runs, self._rank, self._device)
+        records = Records(self._runs, self._rank, self._device, metrics=self._metrics)
         self._buffers.begin()
         versions = self._buffers.versions()
         pending: PendingRecord | None = None
@@ -175,7 +175,7 @@ class BitwiseReplica(_Replica):
         self._names, self._all_parameters = list(named), list(named.values())
         self._parameters = [p for p in self._all_parameters if p.requires_grad]
         self._buffers = StepBuffers(model, exact=True)
-        self._count = sum(map(len, runs))
+        self._count, self._metrics = sum(map(len, runs)), Metrics()
         self.wait_s = 0.0
 
     def run(self, passes: Iterable[Pass]) -> tuple[StepRecord, float]:
@@ -183,7 +183,7 @@ class BitwiseReplica(_Replica):
         for p in self._parameters:
             p.grad = None
         names = list(self._buffers.named)
-        records = Records(self._runs, self._rank, self._device, (len(names) + 63) // 64)
+        records = Records(self._runs, self._rank, self._device, (len(names) + 63) // 64, self._metrics)
         before = [p._version for p in self._all_parameters]
         gradients = CanonicalSum(self._runs, self._rank, None, self._bucket_bytes)
         self._buffers.begin()

@@ -26,7 +26,7 @@ from elastic.parallel.canonical import CanonicalSum, row_sums, sums_per_row
 from elastic.parallel.device import all_gather_flat
 from elastic.parallel.layout import shard_range
 from elastic.parallel.mesh import Mesh
-from elastic.parallel.records import Records, StepRecord
+from elastic.parallel.records import Metrics, Records, StepRecord
 from elastic.parallel.replicated import LossFunction, Pass, average
 from elastic.parallel.tree import TreeSum
 from elastic.parallel.wrapping import fsdp_modules, local
@@ -50,7 +50,7 @@ class _Sharded:
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         self._buffers = StepBuffers(model, exact=self._exact)
         self._used = _Used(model)
-        self._alike, self._steps = Alike(model, mesh, device), 0
+        self._alike, self._steps, self._metrics = Alike(model, mesh, device), 0, Metrics()
         self.wait_s = 0.0
         self.scale = 1.0
         self.recomputes = False
@@ -62,7 +62,7 @@ class _Sharded:
         self._alike.taken()
         self._buffers.begin()
         bits = len(self._buffers.named) + len(self._parameters)
-        return Records(self._runs, self._place, self._device, (bits + 63) // 64)
+        return Records(self._runs, self._place, self._device, (bits + 63) // 64, self._metrics)
 
     def _forward(self, batch: Any) -> tuple[torch.Tensor, Any, Any]:
         with nullcontext() if self._steps else self._alike.each():

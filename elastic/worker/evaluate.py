@@ -15,8 +15,9 @@ from torch import nn
 from elastic.data.deal import deal
 from elastic.data.samples import fetch_each, fetches_together
 from elastic.data.seeds import derive, seed_all
+from elastic.errors import ConfigError
 from elastic.job import Job, MapDataset
-from elastic.parallel.records import Records
+from elastic.parallel.records import Metrics, Records
 from elastic.worker.group import Group, collective
 from elastic.worker.user_code import UserCode
 
@@ -33,6 +34,10 @@ def evaluate(
 
     Returns:
         `eval/loss` and `eval/<metric>`, or `eval/<name>/...` for a named set: means over the set.
+
+    Raises:
+        ConfigError: there are none, since nothing has a weight, or metrics differ by name; on every rank.
+        UserCodeError: the job's code raised, or returned what it should not.
     """
     parts = [range(i, min(i + size, len(data))) for i in range(0, len(data), size)]
     places = group.layout.size
@@ -42,7 +47,7 @@ def evaluate(
         assert group.place is not None, "a spare evaluates nothing"
         runs, rank = deal(len(parts), places), group.place
     padding = max(map(len, runs)) - len(runs[rank]) if group.layout.shards > 1 else 0
-    records = Records(runs, rank, group.device)
+    records = Records(runs, rank, group.device, metrics=Metrics("evaluate()"))
     training = model.training
     model.eval()
     try:
@@ -62,6 +67,12 @@ def evaluate(
     with collective("gathering the evaluation"):
         record = records.gather(group.mesh.everyone).result()
     group.check()
+    if record.weight == 0:
+        which = f"eval_data()[{name!r}]" if name else "eval_data()"
+        raise ConfigError(
+            f"all weights that evaluate() returned for {which} are 0, so its means are undefined; return the number of "
+            "samples or tokens"
+        )
     prefix = f"eval/{name}/" if name else "eval/"
     return {f"{prefix}{k}": v for k, v in {"loss": record.loss, **record.mean_metrics()}.items()}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -31,11 +32,20 @@ def first_bad_microbatch(
 
 
 def error(step: int, record: StepRecord, norm: float, microbatch: int | None, ids: list[int]) -> NonFiniteError:
-    """The error that ends the run; `ids` are the samples of the pass that `microbatch` begins."""
+    """The error that ends the run; `ids` are the samples of the pass that `microbatch` begins, or
+    of the whole step where nothing of it has a weight."""
     what = "loss" if record.nonfinite_microbatch is not None else "gradient norm"
+    if not math.isfinite(record.weight):
+        what = "weight"
     where = ""
+    shown = ", ".join(map(str, ids[:_SHOWN])) + (", ..." if len(ids) > _SHOWN else "")
+    if record.weight == 0:
+        return NonFiniteError(
+            f"all weights of step {step + 1} are 0, so its loss has no mean (samples {shown}); nothing of this step "
+            "was applied. Have loss() return the number of samples or tokens, look at these samples, or give "
+            "--run.on-nonfinite skip"
+        )
     if microbatch is not None:
-        shown = ", ".join(map(str, ids[:_SHOWN])) + (", ..." if len(ids) > _SHOWN else "")
         where = f", first in microbatch {microbatch} (samples {shown})"
     return NonFiniteError(
         f"the {what} of step {step + 1} is not finite (loss {record.loss:g}, norm {norm:g}){where}; nothing of this "

@@ -567,10 +567,21 @@ class Session:
             "hardware": {**describe(self._device), "workers": group.size},
         }  # fmt: skip
         if status == "finished" and (group.leads or self._config.parallel.sharded):
-            model.eval()
-            seed_all(derive("sample", self._config.run.seed))
-            with torch.no_grad():
-                result["sample"] = self._code.guard(lambda: self._job.sample(model))
+            result["sample"] = self._sample(model)
         message = self._link.wish("stop") or "" if stopped else ""
         self._link.post({"kind": "done", "rank": group.rank, "status": status, "message": message, "result": result})
         return status
+
+    def _sample(self, model: torch.nn.Module) -> str | None:
+        """The job's text; None, with an event, where it raises: the run is trained and saved."""
+        self._code.where = "sample()"
+        model.eval()
+        seed_all(derive("sample", self._config.run.seed))
+        try:
+            with torch.no_grad():
+                return self._code.guard(lambda: None if (text := self._job.sample(model)) is None else str(text))
+        except ElasticError as error:  # of the job's code; or another worker's failed, where the model is cut
+            why = error.__cause__ or error
+            detail = f"sample() failed, {type(why).__name__}: {why}\n{error}"
+            self._link.post({"kind": "event", "event": "sample_failed", "step": self._applied, "detail": detail})
+            return None

@@ -250,7 +250,9 @@ class Stepper:
         if self._config.run.on_nonfinite == "skip":
             return
         microbatch, count = record.nonfinite_microbatch, 1
-        if microbatch is None:
+        if record.weight == 0:
+            microbatch, count = 0, self._plan.microbatches
+        elif microbatch is None:
             with may_communicate(f"looking at step {step + 1} again"):
                 bad = self._find_bad(step)
             found = [m for m in self._group.gather_in_mesh(bad) if m >= 0]

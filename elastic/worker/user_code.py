@@ -15,8 +15,7 @@ from elastic.job import Job
 from elastic.membership.messages import Failure
 from elastic.worker.batches import to_device
 from elastic.worker.group import is_collective_failure
-
-LossValue = tuple[torch.Tensor, Any, Any]
+from elastic.worker.returned import LossValue, check_returned
 
 
 class UserCodeError(RunFailed):
@@ -49,25 +48,33 @@ class UserCode:
         self.where = f"step {step + 1}, microbatch {microbatch}"
 
     def loss(self, model: nn.Module, batch: Any) -> LossValue:
-        """`Job.loss`."""
-        result = self._on_batch(self._job.loss, "loss()", model, batch)
+        """`Job.loss`, checked."""
+        result = self._on_batch(self._job.loss, "loss()", model, batch, training=True)
         self.on_loss()
         return result
 
     def evaluate(self, model: nn.Module, batch: Any) -> LossValue:
-        """`Job.evaluate`."""
-        return self._on_batch(self._job.evaluate, "evaluate()", model, batch)
+        """`Job.evaluate`, checked."""
+        return self._on_batch(self._job.evaluate, "evaluate()", model, batch, training=False)
 
-    def _on_batch(self, function: Callable[..., Any], name: str, model: nn.Module, batch: Any) -> LossValue:
-        def work() -> LossValue:
+    def _on_batch(
+        self, function: Callable[..., Any], name: str, model: nn.Module, batch: Any, *, training: bool
+    ) -> LossValue:  # fmt: skip
+        def work() -> Any:
             moved = to_device(batch, self._device)
             with torch.autocast(self._device.type, self._dtype, enabled=self._autocast):
-                result = function(model, moved)
-            if not isinstance(result, tuple) or len(result) != 3:
-                raise TypeError(f"{name} must return (sum, weight, metrics), not {type(result).__name__}")
-            return result
+                return function(model, moved)
 
-        return self.guard(work)
+        found = self.guard(work)
+        try:
+            return check_returned(name, found, self._device, model.parameters(), training=training)
+        except ConfigError as error:
+            raise self.mistake(error) from None
+
+    def mistake(self, error: ConfigError) -> UserCodeError:
+        """The error to end the run with where what the job returned is wrong: one sentence, then where."""
+        message = f"{error} (worker {self._worker_id}{self.rank}, {self.where})"
+        return UserCodeError(Failure(type(error).__name__, self._step, self._microbatch, message))
 
     def guard(self, work: Callable[[], Any]) -> Any:
         """Run some of the job's code.
