@@ -6,11 +6,14 @@ import dataclasses
 import hashlib
 import inspect
 import re
+import sys
+import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from elastic.errors import ConfigError
+from elastic.values import classes
 
 if TYPE_CHECKING:
     import torch
@@ -121,6 +124,35 @@ def job_options(job: Job) -> dict[str, Any]:
     if not dataclasses.is_dataclass(job):
         return {}
     return {f.name: getattr(job, f.name) for f in dataclasses.fields(job) if f.init}
+
+
+def job_classes(job: Job) -> dict[str, type]:
+    """Enums, dataclasses and named tuples that the job's values may be rebuilt of, by name: those of its options and
+    their annotations, and those at the top of the modules that define it."""
+    owners = [c for c in type(job).__mro__ if issubclass(c, Job) and c is not Job]
+    places = [*owners, *(sys.modules.get(c.__module__) for c in owners)]
+    named = [v for place in places if place is not None for v in vars(place).values() if isinstance(v, type)]
+    return classes(*_hints(type(job)), job_options(job), *named)
+
+
+def _hints(cls: type[Job]) -> list[Any]:
+    try:
+        return list(typing.get_type_hints(cls).values())
+    except (NameError, TypeError, AttributeError):  # of names that are known to a type checker only
+        return []
+
+
+def option_defaults(cls: type[Job]) -> dict[str, Any]:
+    """What the job's own options are where they are not given, by name; those without a default are left out."""
+    found: dict[str, Any] = {}
+    if not dataclasses.is_dataclass(cls):
+        return found
+    for f in dataclasses.fields(cls):
+        if f.default is not dataclasses.MISSING:
+            found[f.name] = f.default
+        elif f.default_factory is not dataclasses.MISSING:
+            found[f.name] = f.default_factory()
+    return found
 
 
 def source_hash(job: Job) -> str | None:
