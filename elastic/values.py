@@ -316,6 +316,15 @@ def same(one: Any, other: Any) -> bool:
     return _text(one) == _text(other)
 
 
+def has_tensors(coded: Any) -> bool:
+    """Whether a coded value refers to tensors beside it."""
+    if isinstance(coded, list):
+        return any(map(has_tensors, coded))
+    if not isinstance(coded, dict):
+        return False
+    return coded.get(TAG) == "tensor" or any(map(has_tensors, coded.values()))
+
+
 def show(coded: Any) -> str:
     """A coded value as one would write it, for a sentence."""
     if isinstance(coded, list):

@@ -123,7 +123,20 @@ LIES: list[tuple[tuple[Any, ...], Any, str]] = [
     (("values", "states"), {"who.weight": {}}, "of a parameter 'who.weight' that is not here"),
     (("values", "states"), {"first.weight": 5}, "its states are no objects"),
     (("values", "states"), {"first.weight": {"exp_avg": 0}}, "of 'first.weight' has values in place of tensors"),
-    (("values", "groups", 0, "betas"), None, "its betas is no list"),
+    (("values", "groups", 0, "params"), "all", "the parameters of a group are no names"),
+    (("values", "groups", 0, "params"), ["who"], "of a parameter 'who' that is not here"),
+    (("values", "began"), [{}], "has 1 parameter groups, this job's has 2"),
+    (("values", "coded"), 2, "of a newer version"),
+    (("values", "eval"), [{}], "where names should be, there are none"),
+    (("values", "changed"), {"other": 5}, "where names should be, there are none"),
+    (("values", "modules"), {"x": 1}, "the saved states of modules does not fit"),
+    (("values", "extra", "more"), {"$": "tensor", "of": {"name": "model/x", "cpu": True}}, "refers to a tensor"),
+    (
+        ("values", "extra", "more"),
+        {"$": "enum", "class": "os.system", "of": "x"},
+        "of the class os.system, which is not",
+    ),
+    (("values", "extra", "more"), {"$": "torch.load", "of": "x"}, "is of the kind torch.load, which is not known"),
     (("values", "extra"), {}, "load_extra_state() does not take the saved values: KeyError: 'updates'"),
     (("values", "loss_scale"), {"factor": "x", "good": 0}, "its loss_scale is none"),
     (("tensors", "model/nobody"), {"dtype": "int64", "shape": [0], "chunks": []}, "unexpected ['nobody']"),
@@ -138,13 +151,13 @@ def test_a_state_that_is_none_is_refused_by_name_and_the_one_before_is_used(run,
     assert said in refused(storage, put(raw, path, value), sha)
 
 
-def test_settings_of_a_parameter_group_that_are_not_saved_are_not_taken(run):
+def test_options_of_a_parameter_group_that_did_not_change_while_training_are_the_job_s(run):
     storage, raw, _ = run
 
-    step, state, _ = restored(storage, put(raw, ("values", "groups", 0, "params"), "all"))
+    step, state, _ = restored(storage, put(raw, ("values", "groups", 0, "betas"), None))
 
     assert step == 2
-    assert all(isinstance(p, torch.nn.Parameter) for p in state.optimizer.param_groups[0]["params"])
+    assert state.optimizer.param_groups[0]["betas"] == (0.9, 0.999)
 
 
 def test_nothing_that_reads_checkpoints_runs_a_pickle():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
@@ -45,7 +46,7 @@ def adopt(folder: RunFolder, source: RunFolder, step: int, *, timeout_s: float) 
     checkpoint = _await(source.storage, step, timeout_s)
     manifest = read_manifest(source.storage, checkpoint)
     _check_fits(folder.storage, manifest, source.storage.url)
-    values = {**manifest.values, "groups": [{} for _ in manifest.values.get("groups", ())]}
+    values = {**manifest.values, "groups": _without_options(manifest.values)}
     held = Hold(folder, folder.claim(take_over=True))
     attempt = f"{held.epoch}-0-{_tag(source.storage.url)}"
     whole = Manifest(
@@ -76,6 +77,13 @@ def _check_fits(storage: Storage, theirs: Manifest, source: str) -> None:
                 f"{source} has {name} of shape {shapes.get(name)}, but {storage.url} of {wanted.get(name)}: its state "
                 "can only be taken over by a run of the same model"
             )
+
+
+def _without_options(values: dict[str, Any]) -> list[dict[str, Any]]:
+    """The parameter groups, without the options of those that `optimizer()` makes."""
+    groups = values.get("groups", [])
+    made = len(values.get("began", groups))
+    return [{k: v for k, v in group.items() if k == "params"} for group in groups[:made]] + groups[made:]
 
 
 def _nothing(done: int) -> None:

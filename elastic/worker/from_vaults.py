@@ -103,7 +103,7 @@ def load(
             shard, shards = group.place % group.layout.shards, group.layout.shards
             fault.point("snapshot.reading", group.rank, found.id.step)
             tensors, read = _read(found, heads, shard, shards, own, group.rank, token)
-            state.load(tensors, said["values"])
+            state.load(tensors, said["values"], said["tensors"])
     except (SnapshotError, CheckpointError) as error:
         problem = str(error)
     problems = [p for p in group.gather_json(problem) if p]

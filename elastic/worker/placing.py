@@ -91,7 +91,7 @@ class Placing:
         precision = self._config.precision
         scaled = "fp16" in (precision.autocast, precision.param_dtype)
         scaler = LossScale(precision.loss_scale) if scaled else None
-        return TrainState(self._job, model, self._job.optimizer(model), mesh, scaler)
+        return TrainState(self._job, model, self._job.optimizer(model), mesh, scaler, self._config.optim)
 
     @property
     def _param_dtype(self) -> torch.dtype | None:

@@ -86,7 +86,7 @@ def _from_memory(
         exchange.add(name, getattr(torch, dtype), rows, plan, piece, start, whole=None if cut else shape)
     tensors = exchange.finish()
     if state is not None:
-        state.load(tensors, said["values"])
+        state.load(tensors, said["values"], said["tensors"])
     group.gather_ints(step)  # nobody drops the old state before everybody has the new one
     return state
 

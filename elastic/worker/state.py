@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
-import json
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,42 +15,17 @@ from torch.distributed.tensor import DTensor
 from elastic.checkpoint.format import TensorEntry
 from elastic.checkpoint.tensors import DTYPES, Shard, tensor_bytes
 from elastic.errors import CheckpointError
-from elastic.job import Job
-from elastic.parallel.layout import shard_range
-from elastic.parallel.mesh import Mesh
-from elastic.parallel.scaling import LossScale
-from elastic.parallel.wrapping import is_cut, local, whole
-
-_PREFIXES = ("module.", "_orig_mod.")
-_NOT_SAVED = ("params", "lr", "initial_lr")  # of a parameter group: the schedule sets the rates
-
-
-def plain_name(name: str) -> str:
-    """A parameter's name without what wrappers put in front or in between."""
-    for prefix in _PREFIXES:
-        name = name.replace(prefix, "")
-    return name
-
-
-def persistent_entries(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Persistent state_dict tensors in name order, tied ones once, under their first name."""
-    entries: dict[str, torch.Tensor] = {}
-    seen: set[Hashable] = set()
-    values = model.state_dict(keep_vars=True)
-    for name, value in sorted((plain_name(k), v) for k, v in values.items() if isinstance(v, torch.Tensor)):
-        identity = _identity(value)
-        if identity in seen:
-            continue
-        seen.add(identity)
-        entries[name] = value
-    return entries
-
-
-def _identity(tensor: torch.Tensor) -> Hashable:
-    """Equal for tied tensors. Parameters that are cut go by the object: an empty shard has no address."""
-    if isinstance(tensor, DTensor) or not tensor.numel():
-        return id(tensor)
-    return tensor.data_ptr(), tuple(tensor.shape), tuple(tensor.stride())
+from elastic.parallel.wrapping import local
+from elastic.values import ValueRefused, decode
+from elastic.worker.groups import check_owner
+from elastic.worker.keeping import CODED, Collected, Head, Keeping, head_of
+from elastic.worker.naming import (
+    identity_of,
+    live_tensors,
+    named_modules,
+    persistent_entries,
+    with_state_of_their_own,
+)
 
 
 def weights_alone(values: Mapping[str, Any]) -> bool:
@@ -73,152 +47,18 @@ def weights_sha256(model: nn.Module, whole: Callable[[torch.Tensor], torch.Tenso
     return digest.hexdigest()
 
 
-class TrainState:
-    """Model, optimizer and the job's extra state as named tensors and JSON values.
+class TrainState(Keeping):
+    """The training state, to be saved and to be put back."""
 
-    Names are `model/<name>`, `optimizer/<parameter name>/<key>` and `extra/<name>`. Of a sharded model, parameters,
-    what the optimizer keeps of their shape, and extra tensors made from them are cut along dimension 0; all else is
-    whole.
-
-    Args:
-        mesh: of a sharded model.
-        scaler: of a run that scales its loss.
-    """
-
-    def __init__(
-        self, job: Job, model: nn.Module, optimizer: torch.optim.Optimizer, mesh: Mesh | None = None,
-        scaler: LossScale | None = None,
-    ):  # fmt: skip
-        self.job, self.model, self.optimizer, self.mesh, self.scaler = job, model, optimizer, mesh, scaler
-        self._extra: Mapping[str, Any] | None = None
-        names = {id(p): plain_name(n) for n, p in model.named_parameters(remove_duplicate=False)}
-        names.update({id(p): plain_name(n) for n, p in model.named_parameters()})
-        self._parameters: dict[str, nn.Parameter] = {}
-        for group in optimizer.param_groups:
-            group.setdefault("initial_lr", float(group["lr"]))
-            for p in group["params"]:
-                if id(p) not in names:
-                    raise ValueError("optimizer() holds a parameter that is not one of the model's")
-                self._parameters[names[id(p)]] = p
-
-    def hold_extra(self) -> None:
-        """From now on the extra state is what it is now: the job is about to begin its own for another state."""
-        kept = self._extra_now().items()
-        self._extra = {name: v if isinstance(v, torch.Tensor) else copy.deepcopy(v) for name, v in kept}
-
-    def _extra_now(self) -> Mapping[str, Any]:
-        return self._extra if self._extra is not None else self.job.extra_state()
-
-    def tensors(self) -> dict[str, torch.Tensor]:
-        """All tensors of the state: live ones, not copies. DTensors are those that are cut.
-
-        Raises:
-            ConfigError: one lies over the workers in a way that cannot be saved.
-        """
-        found = {f"model/{name}": value.detach() for name, value in persistent_entries(self.model).items()}
-        for name, parameter in self._parameters.items():
-            for key, value in self.optimizer.state.get(parameter, {}).items():
-                if isinstance(value, torch.Tensor):
-                    found[f"optimizer/{name}/{key}"] = value
-        for name, value in self._extra_now().items():
-            if isinstance(value, torch.Tensor):
-                found[f"extra/{name}"] = value
-        return {name: tensor if is_cut(name, tensor) else local(tensor) for name, tensor in found.items()}
-
-    def whole(self, tensor: torch.Tensor) -> torch.Tensor:
-        """A tensor of the state, whole; of a sharded one everyone of the row asks at one time."""
-        return tensor if self.mesh is None else whole(tensor, self.mesh)
-
-    def heads(self) -> list[list[Any]]:
-        """Name, dtype, whole shape of each tensor, and whether it is cut: JSON values for those who hold none."""
-        return [
-            [name, str(t.dtype).removeprefix("torch."), list(t.shape), isinstance(t, DTensor)]
-            for name, t in self.tensors().items()
-        ]
-
-    def shards(self, rank: int, size: int) -> list[Shard]:
-        """What of the state this worker saves.
-
-        Args:
-            rank, size: among those that hold what is not cut.
-        """
-        trained = dict(self.model.named_parameters(remove_duplicate=False))
-        learning = {plain_name(name): p.requires_grad for name, p in trained.items()}
-        found = []
-        for name, tensor in self.tensors().items():
-            kind, _, rest = name.partition("/")
-            parameter = kind == "model" and rest in learning
-            shard = self._shard(name, tensor, rank, size)
-            frozen = parameter and not learning[rest]
-            found.append(replace(shard, stable=parameter or kind == "optimizer", frozen=frozen))
-        return found
-
-    def _shard(self, name: str, tensor: torch.Tensor, rank: int = 0, size: int = 1) -> Shard:
-        """What of a tensor is here."""
-        if not isinstance(tensor, DTensor):
-            return Shard.whole(name, tensor, replica=rank, replicas=size)
-        assert self.mesh is not None
-        layout, shape = self.mesh.layout, tuple(tensor.shape)
-        offsets = (shard_range(shape[0], self.mesh.shard, layout.shards).start, *(0 for _ in shape[1:]))
-        return Shard(name, local(tensor), shape, offsets, self.mesh.replica, layout.replicas)
-
-    def destinations(
-        self, entries: Mapping[str, TensorEntry], values: dict[str, Any], *, convert: bool = False
-    ) -> list[Shard]:
-        """Where the tensors of a checkpoint go: live ones; the optimizer's state is made where there is none yet.
-
-        Of a checkpoint that has weights alone, all else stays as the job made it.
-
-        Args:
-            convert: dtypes may be others than were saved; what the optimizer keeps of a parameter is like that then.
-
-        Raises:
-            CheckpointError: names are not those of this model, optimizer and job.
-        """
-        if weights_alone(values):
-            return self._weight_destinations(entries)
-        self._check_values(values)
-        mine = self._places(set(entries))
-        saved: dict[str, set[str]] = {}
-        for name in entries:
-            if name.startswith("optimizer/"):
-                owner, _, key = name.removeprefix("optimizer/").rpartition("/")
-                saved.setdefault(owner, set()).add(key)
-        for owner, keys in saved.items():
-            self._check_owner(owner)
-            if keys & values["states"].get(owner, {}).keys():
-                raise CheckpointError(f"the saved optimizer state of {owner!r} has values in place of tensors")
-        for name in entries.keys() - mine.keys():
-            if not name.startswith("optimizer/"):
-                raise CheckpointError(f"the checkpoint has a tensor {name[:100]!r}, which is part of no training state")
-        for owner, parameter in self._parameters.items():
-            keys = saved.get(owner, set())
-            for key in set(self.optimizer.state.get(parameter, {})) - keys:
-                del self.optimizer.state[parameter][key]
-            for key in sorted(keys):
-                entry, state = entries[f"optimizer/{owner}/{key}"], self.optimizer.state[parameter]
-                dtype, known = DTYPES[entry.dtype], state.get(key)
-                if convert and dtype.is_floating_point and entry.shape == tuple(parameter.shape):
-                    dtype = parameter.dtype
-                if not isinstance(known, torch.Tensor) or (tuple(known.shape), known.dtype) != (entry.shape, dtype):
-                    state[key] = self._new_state(parameter, tuple(entry.shape), dtype)
-                mine[f"optimizer/{owner}/{key}"] = state[key]
-        return [self._shard(name, mine[name]) for name in entries]
-
-    def _new_state(self, parameter: nn.Parameter, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        """Room for what an optimizer keeps of a parameter: cut like it if of its shape."""
-        if isinstance(parameter, DTensor) and shape == tuple(parameter.shape):
-            return torch.empty_like(parameter, dtype=dtype).detach()
-        return torch.empty(shape, dtype=dtype, device=self._device_of(parameter, len(shape)))
+    # ---- weights alone ---------------------------------------------------------------------------------------------
 
     def weights(self) -> tuple[list[Shard], dict[str, list[str]]]:
         """The model's tensors by their own names, and further names of those that are tied."""
         mine = persistent_entries(self.model)
         names: dict[Hashable, list[str]] = {}
-        for name, value in sorted(self.model.state_dict(keep_vars=True).items()):
-            if isinstance(value, torch.Tensor):
-                names.setdefault(_identity(value), []).append(plain_name(name))
-        others = {n: names[_identity(value)] for n, value in mine.items()}
+        for one in live_tensors(self.model):
+            names.setdefault(identity_of(one.tensor), []).append(one.name)
+        others = {n: names[identity_of(value)] for n, value in mine.items()}
         return [self._shard(n, value.detach()) for n, value in mine.items()], others
 
     def _weight_destinations(self, entries: Mapping[str, TensorEntry]) -> list[Shard]:
@@ -232,45 +72,122 @@ class TrainState:
         _same_names("model", wanted, set(entries) - (tied - wanted))
         return found
 
-    def values(self) -> dict[str, Any]:
-        """Everything of the state that is not a tensor, as JSON values."""
-        states = {
-            name: {k: v for k, v in self.optimizer.state.get(p, {}).items() if not isinstance(v, torch.Tensor)}
-            for name, p in self._parameters.items()
-        }
-        groups = [
-            {k: _plain(v) for k, v in group.items() if k not in _NOT_SAVED} for group in self.optimizer.param_groups
-        ]
-        extra = {k: v for k, v in self._extra_now().items() if not isinstance(v, torch.Tensor)}
-        values = {
-            "optimizer": type(self.optimizer).__name__,
-            "groups": groups,
-            "states": {name: state for name, state in states.items() if state},
-            "extra": extra,
-            **({"loss_scale": self.scaler.values()} if self.scaler else {}),
-        }
-        try:
-            return json.loads(json.dumps(values))
-        except TypeError as error:
-            raise ValueError(
-                f"optimizer or extra state holds a value that is neither tensor nor JSON: {error}"
-            ) from error
+    # ---- loading ---------------------------------------------------------------------------------------------------
 
-    def load(self, tensors: dict[str, torch.Tensor], values: dict[str, Any]) -> None:
+    def destinations(
+        self, entries: Mapping[str, TensorEntry], values: dict[str, Any], *, convert: bool = False
+    ) -> list[Shard]:
+        """Where the tensors of a checkpoint go: live ones; what is not there yet is made.
+
+        Of a checkpoint that has weights alone, all else stays as the job made it.
+
+        Args:
+            convert: dtypes may be others than were saved; what the optimizer keeps of a parameter is like that then.
+
+        Raises:
+            CheckpointError: names are not those of this model, optimizer and job.
+        """
+        if weights_alone(values):
+            return self._weight_destinations(entries)
+        heads = {name: (tuple(e.shape), DTYPES[e.dtype]) for name, e in entries.items()}
+        mine = self._make_room(heads, values, convert=convert)
+        return [self._shard(name, mine[name]) for name in entries]
+
+    def load(
+        self, tensors: Mapping[str, torch.Tensor], values: dict[str, Any], heads: Iterable[Iterable[Any]] | None = None
+    ) -> None:
         """Put a saved state in place: of what is cut, this worker's rows.
+
+        Args:
+            heads: of all tensors, as `heads()` gives them; needed where some are cut.
 
         Raises:
             CheckpointError: names or shapes are not those of this model, optimizer and job.
         """
-        self._check_values(values)
-        mine = self._places(set(tensors))
+        if heads is None:
+            known = {name: (tuple(t.shape), t.dtype) for name, t in tensors.items()}
+        else:
+            known = {name: (tuple(shape), DTYPES[dtype]) for name, dtype, shape, _ in heads}
+        mine = self._make_room(known, values)
         with torch.no_grad():
             for name, value in tensors.items():
-                if name in mine:
-                    _copy(name, mine[name], value)
-                else:
-                    self._load_optimizer_tensor(name.removeprefix("optimizer/"), value)
+                here = local(mine[name])
+                if here.shape != value.shape or here.dtype != value.dtype:
+                    raise _unlike(name, value.dtype, tuple(value.shape), here)
+                here.copy_(value)
         self.load_values(values)
+
+    def _make_room(
+        self, heads: Mapping[str, Head], values: dict[str, Any], *, convert: bool = False
+    ) -> dict[str, torch.Tensor]:
+        """Where each tensor of a saved state goes, by name."""
+        self._check_values(values)
+        parameters, referred = self._parameters(), self._referred(values, heads)
+        saved: dict[int, dict[str, str]] = {}  # names of what is kept of a parameter, by its id
+        for name in heads:
+            if name.startswith("optimizer/") and name not in referred:
+                owner, _, key = name.removeprefix("optimizer/").rpartition("/")
+                check_owner(owner, parameters)
+                if key in values["states"].get(owner, {}):
+                    raise CheckpointError(f"the saved optimizer state of {owner!r} has values in place of tensors")
+                saved.setdefault(id(parameters[owner]), {})[key] = name
+            elif name not in referred and not name.startswith(("model/", "extra/")):
+                raise CheckpointError(f"the checkpoint has a tensor {name[:100]!r}, which is part of no training state")
+        mine = self._places({n for n in heads if n not in referred}, heads, values.get("changed", {}))
+        for parameter in {id(p): p for p in parameters.values()}.values():
+            names = saved.get(id(parameter), {})
+            for key in set(self.optimizer.state.get(parameter, {})) - set(names):
+                del self.optimizer.state[parameter][key]
+            for key, name in sorted(names.items()):
+                mine[name] = self._kept_of(parameter, key, heads[name], convert)
+        self._arrived, nested = {}, self._nested()
+        for name, on_cpu in referred.items():
+            if (known := nested.get(name)) is None or head_of(known) != heads[name]:
+                known = self._room_for(name, heads[name], on_cpu, parameters)
+            self._arrived[name] = mine[name] = known
+        return mine
+
+    def _kept_of(self, parameter: nn.Parameter, key: str, head: Head, convert: bool) -> torch.Tensor:
+        """What the optimizer keeps of a parameter under a key: what is there if it is like that, else a new one."""
+        (shape, dtype), state = head, self.optimizer.state[parameter]
+        if convert and dtype.is_floating_point and shape == tuple(parameter.shape):
+            dtype = parameter.dtype
+        if not isinstance(known := state.get(key), torch.Tensor) or head_of(known) != (shape, dtype):
+            state[key] = self._new_state(parameter, shape, dtype)
+        return state[key]
+
+    def _room_for(
+        self, name: str, head: Head, on_cpu: bool, parameters: Mapping[str, nn.Parameter]
+    ) -> torch.Tensor:  # fmt: skip
+        """Room for a tensor that values refer to: cut like the parameter that it is of, if of its shape."""
+        shape, dtype = head
+        kind, _, rest = name.partition("/")
+        owners = [o for o in parameters if rest.startswith(f"{o}/")] if kind == "optimizer" else []
+        if owners:
+            parameter = parameters[max(owners, key=len)]
+            if isinstance(parameter, DTensor) and shape == tuple(parameter.shape):
+                return torch.empty_like(parameter, dtype=dtype).detach()
+        return torch.empty(shape, dtype=dtype, device="cpu" if on_cpu else self._device)
+
+    def _nested(self) -> dict[str, torch.Tensor]:
+        """Tensors that lie deeper in what the job keeps."""
+        found = Collected()
+        self._collect_extra(found)
+        return {name: t for name, t in found.tensors.items() if name.removeprefix("extra/") not in self._in_place}
+
+    @property
+    def _device(self) -> torch.device:
+        first = next(self.model.parameters(), None)
+        return torch.device("cpu") if first is None else local(first).device
+
+    def _new_state(self, parameter: nn.Parameter, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """Room for what an optimizer keeps of a parameter: cut like it if of its shape. Scalars such as Adam's step
+        stay on the CPU unless the optimizer itself keeps them on the device."""
+        if isinstance(parameter, DTensor) and shape == tuple(parameter.shape):
+            return torch.empty_like(parameter, dtype=dtype).detach()
+        fused = any(g.get("fused") or g.get("capturable") for g in self.optimizer.param_groups)
+        device = local(parameter).device if shape or fused else torch.device("cpu")
+        return torch.empty(shape, dtype=dtype, device=device)
 
     def load_values(self, values: dict[str, Any]) -> None:
         """Put in place what is not a tensor, after the tensors, whose `destinations` has checked these values.
@@ -280,83 +197,171 @@ class TrainState:
         """
         if weights_alone(values):
             return
-        for parameter_name, state in values["states"].items():
-            self.optimizer.state[self._parameters[parameter_name]].update(state)
-        for group, saved in zip(self.optimizer.param_groups, values["groups"], strict=True):
-            for key, value in saved.items():
-                if key not in _NOT_SAVED:
-                    group[key] = tuple(value) if isinstance(group.get(key), tuple) else value
-        try:
-            self.job.load_extra_state(values["extra"])
-        except Exception as error:  # the job's own code
-            raise CheckpointError(
-                f"load_extra_state() does not take the saved values: {type(error).__name__}: {error}; use the code "
-                "that saved them, or start another run"
-            ) from error
+        self._held = None
+        parameters = self._parameters()
+        for name, state in values["states"].items():
+            self.optimizer.state[parameters[name]].update(self._decode(state, values))
+        self._groups.load(values, parameters, lambda v: self._decode(v, values), rates=self.rates.followed)
+        if _coded(values):
+            self._load_model(values, parameters)
+            for key in [k for k in self.optimizer.state if not isinstance(k, torch.Tensor)]:
+                del self.optimizer.state[key]
+            self.optimizer.state.update(self._decode(values.get("state", {}), values))
+            for name, coded in values["schedulers"].items():
+                self.rates.schedulers[name].load_state_dict(self._decode(coded, values))
+        extra = self._decode(values["extra"], values)
+        _call("load_extra_state()", partial(self.job.load_extra_state, extra))
+        self._arrived = {}
         if self.scaler is not None and "loss_scale" in values:
             self.scaler.load(values["loss_scale"])
 
+    def _load_model(self, values: Mapping[str, Any], parameters: Mapping[str, nn.Parameter]) -> None:
+        for name, module in with_state_of_their_own(self.model).items():
+            state = self._decode(values["modules"][name], values)
+            _call(f"set_extra_state() of {name or 'the model'}", partial(module.set_extra_state, state))
+        evaluating, frozen = set(values["eval"]), set(values["frozen"])
+        for name, module in named_modules(self.model):
+            module.training = name not in evaluating
+        for name, parameter in parameters.items():
+            if parameter.requires_grad == (name in frozen):
+                parameter.requires_grad_(name not in frozen)
+
+    def _decode(self, coded: Any, values: Mapping[str, Any]) -> Any:
+        if not _coded(values):
+            return coded
+        try:
+            return decode(coded, tensor=lambda said: self._arrived[said["name"]], known=self._known)
+        except ValueRefused as error:
+            raise CheckpointError(f"the saved values cannot be read: {error}") from error
+
+    # ---- before anything is changed --------------------------------------------------------------------------------
+
     def _check_values(self, values: Mapping[str, Any]) -> None:
-        """Before anything is changed: refuse values that are none of a training state, or not of this job's."""
-        kinds = {"optimizer": str, "groups": list, "states": dict, "extra": dict}
+        """Refuse values that are none of a training state, or not of this job's."""
+        kinds: dict[str, type] = {"optimizer": str, "groups": list, "states": dict, "extra": dict}
+        if "coded" in values:
+            more = {"began": list, "modules": dict, "schedulers": dict, "eval": list, "frozen": list, "changed": dict}
+            kinds = {"coded": int, **kinds, **more}
         wrong = [name for name, kind in kinds.items() if not isinstance(values.get(name), kind)]
         if wrong:
             raise CheckpointError(f"the checkpoint has no training state: its values lack {', '.join(wrong)}")
-        mine, groups = type(self.optimizer).__name__, self.optimizer.param_groups
+        if values.get("coded", CODED) != CODED:
+            raise CheckpointError("the values of the checkpoint are of a newer version; install a newer elastic-train")
+        mine = type(self.optimizer).__name__
         if values["optimizer"] != mine:
             raise CheckpointError(
                 f"the saved state is of the optimizer {values['optimizer'][:100]}, this job's is {mine}; use that one, "
                 "or start another run"
             )
-        if len(values["groups"]) != len(groups):
-            raise CheckpointError(
-                f"the saved optimizer has {len(values['groups'])} parameter groups, this job's has {len(groups)}; use "
-                "the code that saved it, or start another run"
-            )
-        for owner in values["states"]:
-            self._check_owner(owner)
-        for name, parts in (("groups", values["groups"]), ("states", values["states"].values())):
-            if not all(isinstance(part, dict) for part in parts):
-                raise CheckpointError(f"the checkpoint has no training state: its {name} are no objects")
-        for group, saved in zip(groups, values["groups"]):
-            for key in saved.keys() & group.keys():
-                if isinstance(group[key], tuple) and not isinstance(saved[key], list):
-                    raise CheckpointError(f"the checkpoint has no training state: its {key} is no list")
+        parameters = self._parameters()
+        self._groups.check(values, parameters)
+        for owner, state in values["states"].items():
+            check_owner(owner, parameters)
+            if not isinstance(state, dict):
+                raise CheckpointError("the checkpoint has no training state: its states are no objects")
+        if not _coded(values):
+            self._check_plain(values)
+        else:
+            _same_names("states of modules", set(with_state_of_their_own(self.model)), set(values["modules"]))
+            _same_names("schedulers", set(self.rates.schedulers), set(values["schedulers"]))
+            texts = [*values["eval"], *values["frozen"]]
+            if not all(isinstance(t, str) for t in texts) or not all(map(_is_names, values["changed"].values())):
+                raise CheckpointError("the checkpoint has no training state: where names should be, there are none")
         scale = values.get("loss_scale", {"factor": 1.0, "good": 0})
         if not isinstance(scale, dict) or any(type(scale.get(k)) not in (int, float) for k in ("factor", "good")):
             raise CheckpointError("the checkpoint has no training state: its loss_scale is none")
 
-    def _check_owner(self, name: str) -> None:
-        if name not in self._parameters:
-            raise CheckpointError(f"the saved optimizer state is of a parameter {name[:100]!r} that is not here")
+    def _check_plain(self, values: Mapping[str, Any]) -> None:
+        for group, saved in zip(self.optimizer.param_groups, values["groups"]):
+            for key in saved.keys() & group.keys():
+                if isinstance(group[key], tuple) and not isinstance(saved[key], list):
+                    raise CheckpointError(f"the checkpoint has no training state: its {key} is no list")
 
-    def _places(self, saved: set[str]) -> dict[str, torch.Tensor]:
-        """The live tensors of model and job by name, after comparing their names with those saved."""
+    def _referred(self, values: Mapping[str, Any], heads: Mapping[str, Head]) -> dict[str, bool]:
+        """The tensors that values refer to, by name, and whether they lie on the CPU. Reads all values once."""
+        found: dict[str, bool] = {}
+        if not _coded(values):
+            return found
+
+        def note(said: Any) -> None:
+            name = said["name"]
+            if name not in heads or name.startswith("model/"):
+                raise ValueRefused(f"a value refers to a tensor {str(name)[:100]!r}, which is not among those saved")
+            found[name] = bool(said["cpu"])
+
+        parts = ("states", "groups", "began", "modules", "schedulers", "extra", "state")
+        try:
+            for part in parts:
+                decode(values.get(part, {}), tensor=note, known=self._known)
+        except ValueRefused as error:
+            raise CheckpointError(f"the saved values cannot be read: {error}") from error
+        return found
+
+    def _places(
+        self, saved: set[str], heads: Mapping[str, Head], changed: Mapping[str, list[str]]
+    ) -> dict[str, torch.Tensor]:
+        """The live tensors of model and job by name, after comparing their names with those saved.
+
+        A buffer, or a tensor of the job, that changed its shape while training, or came or went, is made to what the
+        writer says; here it may have changed too, where a state of an earlier step is put back.
+        """
         mine = {f"model/{name}": value for name, value in persistent_entries(self.model).items()}
-        mine |= {f"extra/{k}": v for k, v in self.job.extra_state().items() if isinstance(v, torch.Tensor)}
+        extra = self.job.extra_state()
+        mine |= {f"extra/{k}": extra[k] for k in self._in_place if isinstance(extra.get(k), torch.Tensor)}
+        buffers = {f"model/{one.name}": one for one in live_tensors(self.model) if not one.is_parameter}
+        began, gone = self._shapes, set(changed.get("gone", ()))
+        other = {n for n in changed.get("other", ()) if n in saved}
+        other |= {n for n in saved & set(began) if heads[n] == began[n]}
+        for name, one in buffers.items():
+            if name in mine and name not in saved and (name in gone or name not in began):
+                one.module._buffers[one.leaf] = None
+                del mine[name]
+        for name in gone & set(mine) - saved:
+            del mine[name]
         for kind, what in (("model/", "model"), ("extra/", "extra state")):
-            _same_names(what, *({n.removeprefix(kind) for n in names if n.startswith(kind)} for names in (mine, saved)))
+            names = ({n.removeprefix(kind) for n in ns if n.startswith(kind)} for ns in (set(mine) | other, saved))
+            _same_names(what, *names)
+        for name in sorted(other):
+            if (tensor := mine.get(name)) is None or head_of(tensor) != heads[name]:
+                mine[name] = self._reshaped(name, tensor, heads[name])
         return mine
 
-    def _device_of(self, parameter: torch.Tensor, dims: int) -> torch.device:
-        """Where a tensor of the optimizer lives: scalars such as Adam's step stay on the CPU unless the optimizer
-        itself keeps them on the device."""
-        fused = any(g.get("fused") or g.get("capturable") for g in self.optimizer.param_groups)
-        return local(parameter).device if dims > 0 or fused else torch.device("cpu")
-
-    def _load_optimizer_tensor(self, name: str, value: torch.Tensor) -> None:
-        parameter_name, _, key = name.rpartition("/")
-        self._check_owner(parameter_name)
-        parameter = self._parameters[parameter_name]
-        state = self.optimizer.state[parameter]
-        target = value.to(self._device_of(parameter, value.dim()))
-        cut = isinstance(parameter, DTensor) and value.dim() > 0 and value.shape == local(parameter).shape
-        if cut and key not in state:
-            state[key] = self._new_state(parameter, tuple(parameter.shape), value.dtype)
-        if key in state and local(state[key]).shape == target.shape:
-            local(state[key]).copy_(target)
+    def _reshaped(self, name: str, tensor: torch.Tensor | None, head: Head) -> torch.Tensor:
+        """A buffer, or a tensor of the job, of another shape or dtype than it has here."""
+        shape, dtype = head
+        if name.startswith("extra/"):
+            if tensor is None or isinstance(tensor, DTensor) or tensor.dtype != dtype:
+                raise CheckpointError(f"the saved {name} is {dtype} {shape}, which cannot be made of this job's")
+            tensor.data = torch.empty(shape, dtype=dtype, device=tensor.device)
+            return tensor
+        path, _, leaf = name.removeprefix("model/").rpartition(".")
+        module = dict(named_modules(self.model)).get(path)
+        if module is None or leaf in module._parameters or leaf in module._modules:
+            raise CheckpointError(f"the saved {name} is a buffer, which this model does not have")
+        made = torch.empty(shape, dtype=dtype, device=self._device if tensor is None else tensor.device)
+        if leaf in module._buffers:
+            module._buffers[leaf] = made
         else:
-            state[key] = target.clone()
+            module.register_buffer(leaf, made)
+        return made
+
+
+def _coded(values: Mapping[str, Any]) -> bool:
+    return "coded" in values
+
+
+def _is_names(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(n, str) for n in value)
+
+
+def _call(what: str, call: Callable[[], Any]) -> None:
+    try:
+        call()
+    except Exception as error:  # the job's own code
+        raise CheckpointError(
+            f"{what} does not take the saved values: {type(error).__name__}: {error}; use the code that saved them, or "
+            "start another run"
+        ) from error
 
 
 def _same_names(what: str, mine: set[str], saved: set[str]) -> None:
@@ -368,19 +373,8 @@ def _same_names(what: str, mine: set[str], saved: set[str]) -> None:
         )
 
 
-def _copy(name: str, target: torch.Tensor, value: torch.Tensor) -> None:
-    here = local(target)
-    if here.shape != value.shape or here.dtype != value.dtype:
-        raise _unlike(name, value.dtype, tuple(value.shape), here)
-    here.copy_(value)
-
-
 def _unlike(name: str, dtype: torch.dtype, shape: tuple[int, ...], target: torch.Tensor) -> CheckpointError:
     return CheckpointError(
         f"the saved {name} is {dtype} {shape}, this model's is {target.dtype} {tuple(target.shape)}; start another "
         "run, or use the code that saved it"
     )
-
-
-def _plain(value: Any) -> Any:
-    return value.item() if isinstance(value, torch.Tensor) else value

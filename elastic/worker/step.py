@@ -201,11 +201,10 @@ class Stepper:
             share = factor(
                 step, plan.total_steps, schedule=optim.schedule, warmup_steps=plan.warmup_steps, final=optim.final_lr
             )
-        for group in self._state.optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * share
+        lr = self._state.rates.set(share)
         clock.sync_s = replica.wait_s
         clock.compute_s = time.perf_counter() - began - clock.data_s - clock.sync_s
-        return Update(step, record, self._state.optimizer.param_groups[0]["lr"], norm, not finite)
+        return Update(step, record, lr, norm, not finite)
 
     def apply(self, update: Update) -> None:
         """The update itself. Until it returns, the state is neither the old nor the new one."""

@@ -1,0 +1,278 @@
+"""What a worker's training state consists of: named tensors, and values in JSON. How it is put back is `state`'s."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from elastic.checkpoint.tensors import Shard
+from elastic.config import OptimOptions
+from elastic.errors import ConfigError
+from elastic.job import Job, job_classes
+from elastic.parallel.layout import shard_range
+from elastic.parallel.mesh import Mesh
+from elastic.parallel.scaling import LossScale
+from elastic.parallel.wrapping import is_cut, local, whole
+from elastic.values import Classes, ValueRefused, classes, encode, part_of
+from elastic.worker.groups import Groups
+from elastic.worker.naming import (
+    EXTRA,
+    check_state_dict,
+    live_tensors,
+    named_modules,
+    parameter_names,
+    persistent_entries,
+    with_state_of_their_own,
+)
+from elastic.worker.rates import Rates
+
+CODED = 1  # of the values: tagged as `elastic.values` does it; earlier ones are plain JSON
+Head = tuple[tuple[int, ...], torch.dtype]  # whole shape, dtype
+
+
+def head_of(tensor: torch.Tensor) -> Head:
+    return tuple(tensor.shape), tensor.dtype
+
+
+@dataclass
+class Collected:
+    """The state at one moment: named tensors, live ones, and coded values."""
+
+    tensors: dict[str, torch.Tensor] = field(default_factory=dict)
+    values: dict[str, Any] = field(default_factory=dict)
+
+    def add(self, name: str, tensor: torch.Tensor) -> None:
+        if name in self.tensors:
+            raise ConfigError(f"two tensors of the state would be saved as {name!r}; rename one of them")
+        self.tensors[name] = tensor
+
+
+class Keeping:
+    """Model, optimizer and the job's extra state as named tensors and JSON values.
+
+    Names are `model/<name>`, `optimizer/<parameter name>/<key>` and `extra/<name>`; of tensors that lie deeper in what
+    optimizer, job or modules keep, keys and indices follow. Of a sharded model, parameters, what the optimizer keeps of
+    their shape, and extra tensors made from them are cut along dimension 0; all else is whole.
+
+    Args:
+        mesh: of a sharded model.
+        scaler: of a run that scales its loss.
+        optim: who else sets the learning rates.
+
+    Raises:
+        ConfigError: part of the state cannot be saved, or is known to nobody.
+    """
+
+    def __init__(
+        self, job: Job, model: nn.Module, optimizer: torch.optim.Optimizer, mesh: Mesh | None = None,
+        scaler: LossScale | None = None, optim: OptimOptions | None = None,
+    ):  # fmt: skip
+        self.job, self.model, self.optimizer, self.mesh, self.scaler = job, model, optimizer, mesh, scaler
+        self._held: Collected | None = None
+        self._arrived: dict[str, torch.Tensor] = {}  # tensors of a state that is being loaded, which values refer to
+        check_state_dict(model)
+        self.rates = Rates(job, optimizer, optim)
+        first, again = job.extra_state(), job.extra_state()
+        #: The job's tensors that are there from the start: restored in place.
+        self._in_place = {
+            name
+            for name, value in first.items()
+            if isinstance(name, str) and isinstance(value, torch.Tensor) and _is_live(value, again.get(name))
+        }
+        self._known = self._known_classes(first)
+        self._shapes = {f"model/{one.name}": head_of(one.tensor) for one in live_tensors(model) if not one.is_parameter}
+        self._shapes |= {f"extra/{k}": head_of(first[k]) for k in self._in_place}
+        self._groups = Groups(optimizer, partial(self._encode, Collected()))
+        self._groups.parameters(parameter_names(model))
+
+    def _known_classes(self, extra: Mapping[str, Any]) -> Classes:
+        """What values may be rebuilt of: classes of the job, and of the modules that define optimizer and layers."""
+        owners = {type(m) for m in with_state_of_their_own(self.model).values()} | {type(self.optimizer)}
+        places = [sys.modules.get(c.__module__) for c in owners if not c.__module__.startswith("torch.")]
+        near = [v for place in places if place is not None for v in vars(place).values() if isinstance(v, type)]
+        return {**classes(dict(extra), *near), **job_classes(self.job)}
+
+    # ---- what it consists of ---------------------------------------------------------------------------------------
+
+    def _parameters(self) -> dict[str, nn.Parameter]:
+        """The model's parameters by each of their names."""
+        return {one.name: one.tensor for one in live_tensors(self.model) if isinstance(one.tensor, nn.Parameter)}
+
+    def hold_extra(self) -> None:
+        """From now on what the job keeps is what it is now: it is about to begin its own for another state."""
+        self._held = held = Collected()
+        self._collect_extra(held)
+        self._collect_schedulers(held)
+
+    def _encode(self, found: Collected, value: Any, name: str, where: str) -> Any:
+        """A value as it is saved; tensors in it go beside, under names that begin with `name`.
+
+        Raises:
+            ConfigError: part of it cannot be saved.
+        """
+
+        def tensor(one: torch.Tensor, place: str) -> Any:
+            full = f"{name}/{place}" if place else name
+            found.add(full, one)
+            return {"name": full, "cpu": local(one).device.type == "cpu"}
+
+        try:
+            return encode(value, where, tensor=tensor, known=self._known)
+        except ValueRefused as error:
+            raise ConfigError(f"the training state cannot be saved: {error}") from error
+
+    def collect(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        """All tensors of the state (live ones, not copies; DTensors are those that are cut) and all else as JSON.
+
+        Raises:
+            ConfigError: part of it cannot be saved.
+        """
+        found = Collected()
+        for name, value in persistent_entries(self.model).items():
+            found.add(f"model/{name}", value.detach())
+        found.values = {"coded": CODED, "optimizer": type(self.optimizer).__name__}
+        self._collect_optimizer(found)
+        self._collect_model(found)
+        if self._held is not None:
+            for name, tensor in self._held.tensors.items():
+                found.add(name, tensor)
+            found.values.update(self._held.values)
+        else:
+            self._collect_extra(found)
+            self._collect_schedulers(found)
+        found.values["changed"] = self._changed(found)
+        if self.scaler:
+            found.values["loss_scale"] = self.scaler.values()
+        tensors = {n: t if is_cut(n, t) else local(t) for n, t in found.tensors.items()}
+        return tensors, found.values
+
+    def _collect_optimizer(self, found: Collected) -> None:
+        names = parameter_names(self.model)
+        self._groups.parameters(names)
+        states: dict[str, Any] = {}
+        others: dict[Any, Any] = {}
+        for owner, state in self.optimizer.state.items():
+            name = names.get(id(owner))
+            if name is None:
+                others[owner] = state
+                continue
+            rest = {}
+            for key, value in state.items():
+                if isinstance(value, torch.Tensor) and part_of(key, 0) == key:
+                    found.add(f"optimizer/{name}/{key}", value)
+                else:
+                    rest[key] = value
+            if rest:
+                states[name] = self._encode(found, rest, f"optimizer/{name}", f"optimizer.state[{name!r}]")
+        wrong = next((k for k in others if isinstance(k, torch.Tensor)), None)
+        if wrong is not None:
+            raise ConfigError(
+                f"optimizer.state holds something of a tensor of shape {tuple(wrong.shape)} that is no parameter of "
+                "the model, so it cannot be saved; keep it under the model's own parameters"
+            )
+        found.values["states"] = states
+        found.values["state"] = self._encode(found, others, "optimizer_state", "optimizer.state")
+        found.values |= self._groups.values(names, partial(self._encode, found), rates=self.rates.followed)
+
+    def _collect_model(self, found: Collected) -> None:
+        found.values["modules"] = {
+            name: self._encode(
+                found, module.get_extra_state(), f"modules/{name}.{EXTRA}" if name else f"modules/{EXTRA}",
+                f"get_extra_state() of {name or 'the model'}",
+            )
+            for name, module in with_state_of_their_own(self.model).items()
+        }  # fmt: skip
+        found.values["eval"] = [name for name, module in named_modules(self.model) if not module.training]
+        found.values["frozen"] = [n for n, p in self._parameters().items() if not p.requires_grad]
+
+    def _collect_extra(self, found: Collected) -> None:
+        rest = {}
+        for name, value in self.job.extra_state().items():
+            if name in self._in_place and isinstance(value, torch.Tensor):
+                found.add(f"extra/{name}", value)
+            else:
+                rest[name] = value
+        if rest and type(self.job).load_extra_state is Job.load_extra_state:
+            name = next(iter(rest))
+            raise ConfigError(
+                f"extra_state() returns {name!r}, which is given back through load_extra_state(values), and the job "
+                "has none; define it, or leave that out"
+            )
+        found.values["extra"] = self._encode(found, rest, "extra", "extra_state()")
+
+    def _collect_schedulers(self, found: Collected) -> None:
+        found.values["schedulers"] = {
+            name: self._encode(found, one.state_dict(), f"schedulers/{part_of(name, 0)}", f"{name}.state_dict()")
+            for name, one in self.rates.schedulers.items()
+        }
+
+    def _changed(self, found: Collected) -> dict[str, list[str]]:
+        """Buffers and tensors of the job that are not of the shapes and dtypes that they began with, or not there."""
+        kept = {n for n in found.tensors if n.startswith("extra/") and n.removeprefix("extra/") in self._in_place}
+        now = {f"model/{one.name}": head_of(one.tensor) for one in live_tensors(self.model) if not one.is_parameter}
+        now |= {n: head_of(found.tensors[n]) for n in kept}
+        other = sorted(n for n, head in now.items() if self._shapes.get(n) != head and n in found.tensors)
+        return {"other": other, "gone": sorted(set(self._shapes) - set(now))}
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """All tensors of the state: live ones, not copies. DTensors are those that are cut.
+
+        Raises:
+            ConfigError: one lies over the workers in a way that cannot be saved.
+        """
+        return self.collect()[0]
+
+    def values(self) -> dict[str, Any]:
+        """Everything of the state that is not a tensor, as JSON values."""
+        return self.collect()[1]
+
+    def whole(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A tensor of the state, whole; of a sharded one everyone of the row asks at one time."""
+        return tensor if self.mesh is None else whole(tensor, self.mesh)
+
+    def heads(self) -> list[list[Any]]:
+        """Name, dtype, whole shape of each tensor, and whether it is cut: JSON values for those who hold none."""
+        return [
+            [name, str(t.dtype).removeprefix("torch."), list(t.shape), isinstance(t, DTensor)]
+            for name, t in self.tensors().items()
+        ]
+
+    def shards(self, rank: int, size: int) -> list[Shard]:
+        """What of the state this worker saves.
+
+        Args:
+            rank, size: among those that hold what is not cut.
+        """
+        learning = {f"model/{n}": p.requires_grad for n, p in self._parameters().items()}
+        found = []
+        for name, tensor in self.tensors().items():
+            shard = self._shard(name, tensor, rank, size)
+            stable = name in learning or name.startswith("optimizer/")
+            found.append(replace(shard, stable=stable, frozen=not learning.get(name, True)))
+        return found
+
+    def _shard(self, name: str, tensor: torch.Tensor, rank: int = 0, size: int = 1) -> Shard:
+        """What of a tensor is here."""
+        if not isinstance(tensor, DTensor):
+            return Shard.whole(name, tensor, replica=rank, replicas=size)
+        assert self.mesh is not None
+        layout, shape = self.mesh.layout, tuple(tensor.shape)
+        offsets = (shard_range(shape[0], self.mesh.shard, layout.shards).start, *(0 for _ in shape[1:]))
+        return Shard(name, local(tensor), shape, offsets, self.mesh.replica, layout.replicas)
+
+
+def _is_live(tensor: torch.Tensor, again: Any) -> bool:
+    """Whether what `extra_state()` returned is the job's own tensor, not one made for the answer."""
+    if tensor is again:
+        return True
+    if not isinstance(again, torch.Tensor):
+        return False
+    one, other = local(tensor), local(again)
+    return not one.numel() or (one.data_ptr() == other.data_ptr() and one.stride() == other.stride())

@@ -1,0 +1,147 @@
+"""Names of a model's live tensors and modules: without what known wrappers put in between, each name once."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from elastic.errors import ConfigError
+
+EXTRA = "_extra_state"  # what torch calls it in a state dict
+#: Wrappers, and the names under which they have the module that they wrap.
+_WRAPPERS = {
+    ("torch.nn.parallel.distributed", "DistributedDataParallel"): "module",
+    ("torch.nn.parallel.data_parallel", "DataParallel"): "module",
+    ("torch._dynamo.eval_frame", "OptimizedModule"): "_orig_mod",
+    ("torch.distributed.algorithms._checkpoint.checkpoint_wrapper", "ActivationWrapper"): "_checkpoint_wrapped_module",
+}
+
+
+@dataclass(frozen=True)
+class Live:
+    """A tensor of a model, and where it is: `module` has it as its attribute `leaf`."""
+
+    name: str
+    tensor: torch.Tensor
+    module: nn.Module
+    leaf: str
+
+    @property
+    def is_parameter(self) -> bool:
+        return self.leaf in self.module._parameters
+
+
+def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Every module by every name that it has. A wrapper and what it wraps have one name."""
+    yield from _modules(model, "", ())
+
+
+def _modules(module: nn.Module, name: str, above: tuple[int, ...]) -> Iterator[tuple[str, nn.Module]]:
+    yield name, module
+    if id(module) in above:
+        return
+    inner = _wrapped(module)
+    for leaf, child in module._modules.items():
+        if child is not None:
+            path = name if leaf == inner else f"{name}.{leaf}" if name else leaf
+            yield from _modules(child, path, (*above, id(module)))
+
+
+def _wrapped(module: nn.Module) -> str | None:
+    return next((w for c in type(module).__mro__ if (w := _WRAPPERS.get((c.__module__, c.__name__)))), None)
+
+
+def in_order(model: nn.Module) -> Iterator[Live]:
+    """Parameters and persistent buffers in the model's order, by each of their names."""
+    for prefix, module in named_modules(model):
+        kept = {k: b for k, b in module._buffers.items() if k not in module._non_persistent_buffers_set}
+        for leaf, tensor in [*module._parameters.items(), *kept.items()]:
+            if tensor is not None:
+                yield Live(f"{prefix}.{leaf}" if prefix else leaf, tensor, module, leaf)
+
+
+def live_tensors(model: nn.Module) -> list[Live]:
+    """Parameters and persistent buffers in name order; those that have several names, by each.
+
+    Raises:
+        ConfigError: two of them have one name.
+    """
+    found: dict[str, Live] = {}
+    for one in in_order(model):
+        if one.name in found and found[one.name].tensor is not one.tensor:
+            raise ConfigError(
+                f"the model has two tensors of the name {one.name} once wrappers are left out; rename one of them"
+            )
+        found[one.name] = one
+    return [found[name] for name in sorted(found)]
+
+
+def parameter_names(model: nn.Module) -> dict[int, str]:
+    """Names of parameters by id; of those that have several, the first in the model's order."""
+    found: dict[int, str] = {}
+    for one in in_order(model):
+        if one.is_parameter:
+            found.setdefault(id(one.tensor), one.name)
+    return found
+
+
+def persistent_entries(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Live tensors in name order, tied ones once, under their first name."""
+    entries: dict[str, torch.Tensor] = {}
+    seen: set[Hashable] = set()
+    for one in live_tensors(model):
+        identity = identity_of(one.tensor)
+        if identity not in seen:
+            seen.add(identity)
+            entries[one.name] = one.tensor
+    return entries
+
+
+def identity_of(tensor: torch.Tensor) -> Hashable:
+    """Equal for tied tensors. Parameters that are cut go by the object: an empty shard has no address."""
+    if isinstance(tensor, DTensor) or not tensor.numel():
+        return id(tensor)
+    return tensor.data_ptr(), tuple(tensor.shape), tuple(tensor.stride())
+
+
+def with_state_of_their_own(model: nn.Module) -> dict[str, nn.Module]:
+    """Modules that have state in `get_extra_state`, by their first name."""
+    found: dict[int, tuple[str, nn.Module]] = {}
+    for name, module in named_modules(model):
+        if type(module).get_extra_state is not nn.Module.get_extra_state:
+            found.setdefault(id(module), (name, module))
+    return dict(found.values())
+
+
+def check_state_dict(model: nn.Module) -> None:
+    """Refuse, by name, what is in the model's state dict alone: it is saved by nobody.
+
+    Raises:
+        ConfigError: which, and what to do.
+    """
+    live = live_tensors(model)
+    names, identities = {one.name for one in live}, {identity_of(one.tensor) for one in live}
+    path = {id(module): name for name, module in named_modules(model)}
+    for key, value in model.state_dict(keep_vars=True).items():
+        name = _plain(model, key, path)
+        known = name in names or key.rpartition(".")[2] == EXTRA
+        if not known and not (isinstance(value, torch.Tensor) and identity_of(value) in identities):
+            raise ConfigError(
+                f"the model's state_dict() has {name!r} (a {type(value).__name__}), which is neither a parameter nor a "
+                "buffer, so it would not be saved; register it as a buffer, or return it from get_extra_state()"
+            )
+
+
+def _plain(model: nn.Module, key: str, path: dict[int, str]) -> str:
+    """A key of the state dict without wrappers."""
+    module, parts = model, key.split(".")
+    for i, part in enumerate(parts):
+        child = module._modules.get(part)
+        if child is None:
+            return ".".join([p for p in (path[id(module)],) if p] + parts[i:])
+        module = child
+    return path[id(module)]

@@ -1,0 +1,118 @@
+"""Who sets the learning rates: Elastic's schedule, a scheduler of torch's that the job keeps, or nobody else.
+
+Elastic sets `lr = initial_lr * share` before each update. A scheduler of torch's that `optimizer()` makes and that is
+an attribute of the job is followed instead: it is stepped by the job in `after_step()`, once a step on every worker,
+so rates are a function of the step; its state is saved. A rate that the job itself changes is the new `initial_lr`
+where no schedule is asked for. Everything else would be overwritten without a word, so it is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+
+from elastic.config import OptimOptions
+from elastic.errors import ConfigError
+from elastic.job import Job
+
+INSTEAD = "let the job's schedule(step, total_steps) return the factor on initial_lr instead"
+_CONTAINERS = (list, tuple, dict)
+
+
+class Rates:
+    """The learning rates of one optimizer.
+
+    Raises:
+        ConfigError: a scheduler of torch's drives the optimizer that the job does not keep.
+    """
+
+    def __init__(self, job: Job, optimizer: torch.optim.Optimizer, optim: OptimOptions | None = None):
+        self._job, self._optimizer = job, optimizer
+        optim = optim or OptimOptions()
+        self._asked = _asked(job, optim)
+        self.schedulers = dict(_schedulers(job, optimizer))
+        self._set: list[float] | None = None
+        if self.schedulers and self._asked:
+            name, one = next(iter(self.schedulers.items()))
+            raise ConfigError(
+                f"the learning rate is set twice: by {name} ({type(one).__name__}) and by {self._asked}; leave one out"
+            )
+        if not self.schedulers:
+            self._check_unpatched()
+            for group in optimizer.param_groups:
+                group.setdefault("initial_lr", float(group["lr"]))
+
+    @property
+    def followed(self) -> bool:
+        """Whether rates are those that a scheduler of torch's sets."""
+        return bool(self.schedulers)
+
+    def _check_unpatched(self) -> None:
+        if hasattr(self._optimizer.step, "_wrapped_by_lr_sched"):
+            raise ConfigError(
+                "the optimizer has a scheduler of torch's that is no attribute of the job, so its state could not be "
+                f"saved; make it in optimizer() and keep it as one (self.scheduler = ...), or {INSTEAD}"
+            )
+
+    def set(self, share: float) -> float:
+        """Before an update: the rates of this step, of which the first group's is returned.
+
+        Raises:
+            ConfigError: the job changed them in a way that would be overwritten.
+        """
+        groups = self._optimizer.param_groups
+        if not self.followed:
+            for group in groups:
+                group.setdefault("initial_lr", float(group["lr"]))
+                group["lr"] = group["initial_lr"] * share
+            self._set = [group["lr"] for group in groups]
+        return float(groups[0]["lr"])
+
+    def heed(self) -> None:
+        """After an update and `after_step()`: take over what the job did to the rates.
+
+        Raises:
+            ConfigError: it would be overwritten.
+        """
+        if self.followed or self._set is None:
+            return
+        self._check_unpatched()
+        for i, (group, was) in enumerate(zip(self._optimizer.param_groups, self._set, strict=False)):
+            now = group["lr"]
+            if now is was or now == was:
+                continue
+            if self._asked:
+                raise ConfigError(
+                    f"the job set the learning rate of parameter group {i} to {float(now):g}, which {self._asked} "
+                    f"would set to another at the next step; change group['initial_lr'], or {INSTEAD}"
+                )
+            group["initial_lr"] = float(now)
+
+
+def _asked(job: Job, optim: OptimOptions) -> str:
+    """What sets rates by the step, if anything was asked for."""
+    if type(job).schedule is not Job.schedule:
+        return "the job's schedule()"
+    if optim.schedule != "constant":
+        return f"--optim.schedule {optim.schedule}"
+    return f"--optim.warmup {optim.warmup}" if optim.warmup is not None else ""
+
+
+def _schedulers(job: Job, optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, Any]]:
+    """Schedulers of this optimizer among the job's attributes, by their place; those inside others are theirs."""
+    waiting: list[tuple[str, Any]] = [(f"job.{k}", v) for k, v in getattr(job, "__dict__", {}).items()]
+    seen: set[int] = set()
+    while waiting:
+        name, one = waiting.pop(0)
+        if id(one) in seen:
+            continue
+        seen.add(id(one))
+        if isinstance(one, (LRScheduler, ReduceLROnPlateau)):
+            if one.optimizer is optimizer:
+                yield name, one
+        elif isinstance(one, _CONTAINERS) and len(one) <= 100 and name.count("[") < 3:
+            items = one.items() if isinstance(one, dict) else enumerate(one)
+            waiting.extend((f"{name}[{k!r}]", v) for k, v in items)
