@@ -22,6 +22,7 @@ from elastic.combinations import check_together
 from elastic.errors import ConfigError
 from elastic.redact import clean
 from elastic.units import parse_amount
+from elastic.values import decode, describe, encode
 
 RUN_NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}\Z")
 
@@ -367,8 +368,15 @@ class TrainConfig:
 
 
 def to_dict(config: TrainConfig) -> dict[str, Any]:
-    """The configuration as plain JSON values."""
-    return json.loads(json.dumps(dataclasses.asdict(config)))
+    """The configuration as JSON values; see `elastic.values` for those that JSON does not have."""
+    return encode(_listed(dataclasses.asdict(config)), "the configuration")
+
+
+def _listed(value: Any) -> Any:
+    """Options of several values are written as lists; `from_dict` makes tuples of them again."""
+    if isinstance(value, dict):
+        return {k: _listed(v) for k, v in value.items()}
+    return [_listed(v) for v in value] if isinstance(value, (list, tuple)) else value
 
 
 def from_dict(values: dict[str, Any]) -> TrainConfig:
@@ -381,7 +389,7 @@ def from_dict(values: dict[str, Any]) -> TrainConfig:
     for part in dataclasses.fields(TrainConfig):
         if part.name not in values:
             continue
-        stored = values[part.name]
+        stored = decode(values[part.name])
         if not isinstance(stored, dict):
             parts[part.name] = stored
             continue
@@ -395,7 +403,8 @@ def from_dict(values: dict[str, Any]) -> TrainConfig:
 
 
 def result_options(config: TrainConfig, job_options: dict[str, Any]) -> dict[str, Any]:
-    """Every option that is part of what the run computes, by dotted name; what is secret in a URL is no part of it."""
+    """Every option that is part of what the run computes, by dotted name, coded as `elastic.values` does it; what
+    cannot be coded is described, and what is secret in a URL is no part of it."""
     found: dict[str, Any] = {}
     for part in dataclasses.fields(config):
         section = getattr(config, part.name)
@@ -403,9 +412,9 @@ def result_options(config: TrainConfig, job_options: dict[str, Any]) -> dict[str
             continue
         for f in dataclasses.fields(section):
             if f.metadata.get("result"):
-                found[f"{part.name}.{f.name}".replace("_", "-")] = getattr(section, f.name)
-    found.update({f"job.{k}".replace("_", "-"): v for k, v in job_options.items()})
-    return clean(json.loads(json.dumps(found, default=str)))
+                found[f"{part.name}.{f.name}".replace("_", "-")] = encode(_listed(getattr(section, f.name)))
+    found.update({f"job.{k}".replace("_", "-"): describe(v, f"--job.{k}") for k, v in job_options.items()})
+    return clean(found)
 
 
 def digest(result: dict[str, Any]) -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from elastic.errors import ConfigError
-from elastic.values import classes
+from elastic.values import ValueRefused, classes, decode, encode
 
 if TYPE_CHECKING:
     import torch
@@ -126,13 +126,13 @@ def job_options(job: Job) -> dict[str, Any]:
     return {f.name: getattr(job, f.name) for f in dataclasses.fields(job) if f.init}
 
 
-def job_classes(job: Job) -> dict[str, type]:
-    """Enums, dataclasses and named tuples that the job's values may be rebuilt of, by name: those of its options and
-    their annotations, and those at the top of the modules that define it."""
-    owners = [c for c in type(job).__mro__ if issubclass(c, Job) and c is not Job]
+def job_classes(cls: type[Job], *values: Any) -> dict[str, type]:
+    """Enums, dataclasses and named tuples that a job's values may be rebuilt of, by name: those of its options'
+    defaults and annotations, of these values, and those at the top of the modules that define it."""
+    owners = [c for c in cls.__mro__ if issubclass(c, Job) and c is not Job]
     places = [*owners, *(sys.modules.get(c.__module__) for c in owners)]
     named = [v for place in places if place is not None for v in vars(place).values() if isinstance(v, type)]
-    return classes(*_hints(type(job)), job_options(job), *named)
+    return classes(*_hints(cls), option_defaults(cls), *values, *named)
 
 
 def _hints(cls: type[Job]) -> list[Any]:
@@ -153,6 +153,29 @@ def option_defaults(cls: type[Job]) -> dict[str, Any]:
         elif f.default_factory is not dataclasses.MISSING:
             found[f.name] = f.default_factory()
     return found
+
+
+def coded_options(job: Job) -> dict[str, Any]:
+    """The job's own options as JSON, for `with_options` in another process, where they are not the defaults.
+
+    Raises:
+        ConfigError: a value that cannot be sent.
+    """
+    found, defaults = {}, option_defaults(type(job))
+    for name, value in job_options(job).items():
+        if name in defaults and value is defaults[name]:
+            continue
+        try:
+            coded = encode(value, f"--job.{name.replace('_', '-')}", known=job_classes(type(job)))
+        except ValueRefused as error:
+            raise ConfigError(f"{error}; it is sent to the workers as an option") from error
+        found[name] = coded
+    return found
+
+
+def with_options(cls: type[Job], coded: Mapping[str, Any]) -> Job:
+    """The job that `coded_options` was given."""
+    return cls(**decode(dict(coded), known=job_classes(cls)))
 
 
 def source_hash(job: Job) -> str | None:

@@ -38,7 +38,7 @@ from elastic.value_kinds import (
     what,
 )
 
-__all__ = ["Classes", "ValueRefused", "classes", "decode", "describe", "encode", "same", "show"]
+__all__ = ["TAG", "Classes", "ValueRefused", "classes", "decode", "describe", "encode", "same", "show"]
 
 MAX_DEPTH = 60
 _LARGE = 1 << 1024  # Python reads decimals up to a limit only

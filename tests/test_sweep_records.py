@@ -260,7 +260,7 @@ def test_a_changed_sweep_is_refused_and_a_finished_one_known(tmp_path):
         (replace(SWEEP, seed=1), "--sweep.seed is 1, but sweep mine was started with 0"),
         (replace(SWEEP, trials=5), "--trials is 5, but sweep mine was started with 4"),
         (replace(SWEEP, search={"job.lr": "uniform(0,1)"}), "--search is"),
-        (SWEEP, "was started with None"),
+        (SWEEP, "--batch.global-size is 20, but sweep mine was started with 64"),
     ):
         with pytest.raises(ConfigError, match=says):
             prepare_sweep(Plain(), config(tmp_path), other)

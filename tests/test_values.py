@@ -95,7 +95,8 @@ leaves = st.one_of(
     st.none(), st.booleans(), st.integers(), st.floats(), st.text(), st.binary(), st.complex_numbers(),
     st.sampled_from([Color.RED, Color.BLUE, Level.LOW, Mode.A, Mode.A | Mode.B, Mode(0)]),
     st.builds(pathlib.PurePosixPath, st.text("ab/.", min_size=1)), st.fractions(), st.uuids(), st.timedeltas(),
-    st.decimals(allow_nan=False), st.datetimes(timezones=st.sampled_from([None, datetime.UTC])).filter(lambda d: not d.fold),
+    st.decimals(allow_nan=False),
+    st.datetimes(timezones=st.sampled_from([None, datetime.UTC])).filter(lambda d: not d.fold),
     st.dates(),
     st.builds(np.float32, st.floats(width=32, allow_nan=False)), st.builds(np.int64, st.integers(0, 9)),
     st.builds(bytearray, st.binary()),
@@ -232,7 +233,7 @@ def test_a_jobs_classes_are_those_of_its_options_and_its_module():
         color: Color | None = None
         points: list[Point] = field(default_factory=list)
 
-    assert {"tests.test_values.Color", "tests.test_values.Point", "tests.test_values.Inner"} <= set(job_classes(Mine()))
+    assert {"tests.test_values.Color", "tests.test_values.Point", "tests.test_values.Inner"} <= set(job_classes(Mine))
     assert option_defaults(Mine) == {"color": None, "points": []}
 
 

@@ -18,7 +18,7 @@ from elastic.membership.server import MembershipServer
 from elastic.membership.state import Limits, Phase, State
 from elastic.run.folder import RunFolder, owner
 from elastic.run.keeper import KeeperOptions, RunKeeper
-from elastic.run.prepare import PreparedRun, git_commit
+from elastic.run.prepare import PreparedRun, git_commit, new_config
 from elastic.run.process import identity
 from elastic.run.versions import versions
 from elastic.storage import Storage
@@ -125,6 +125,7 @@ def keeper_options(run: PreparedRun, epoch: int, **facts: Any) -> KeeperOptions:
         total_steps=run.plan.total_steps,
         tensorboard=run.config.observe.tensorboard,
         price=run.config.observe.price,
+        new_config=new_config(run),
         facts={
             "run": run.name, "owner": owner(), "owner_process": identity(), "host": platform.node(),
             "git_commit": git_commit(),

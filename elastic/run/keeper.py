@@ -41,6 +41,7 @@ class KeeperOptions:
     """What the keeper needs to know of a run. `facts` go into every status (owner, host, git commit, ...).
 
     `save_every_s`: seconds between checkpoints, 0 for the interval that costs least, None where steps say when.
+    `new_config`: replaces the run's configuration once it has trained with it.
     """
 
     epoch: int
@@ -50,6 +51,7 @@ class KeeperOptions:
     tensorboard: bool
     price: float | None
     facts: dict[str, Any]
+    new_config: dict[str, Any] | None = None
 
 
 class RunKeeper:
@@ -72,7 +74,7 @@ class RunKeeper:
         self._claim_step = self._checkpoints.step
         self._done: dict[str, dict[str, Any]] = {}
         self._state, self._message = "running", ""
-        self._closed = False
+        self._closed, self._new_config = False, options.new_config
         self._end: dict[str, Any] | None = None
         self._give_up_outcome: tuple[str, str] | None = None
 
@@ -324,6 +326,9 @@ class RunKeeper:
         if self._closed:
             return
         assert self._server is not None
+        if self._new_config is not None and any("sample_hash" in row for row in rows):
+            patiently(self._folder.write_config, self._new_config)
+            self._new_config = None
         for row in self._ledger.add_rows(rows):
             self._server.publish(row, keep="sample_hash" not in row)
 

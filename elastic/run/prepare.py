@@ -18,12 +18,17 @@ from elastic.redact import clean, redact
 from elastic.run import forecast
 from elastic.run.folder import RunFolder
 from elastic.run.plan import RunPlan, resolve
+from elastic.run.resuming import CODED, changes, is_over, refuse_changes
 from elastic.storage import Storage
+from elastic.values import TAG, describe, show
 
 
 @dataclass(frozen=True)
 class PreparedRun:
-    """A validated run. `config` has its name and V filled in; `finished` is the result of a run that is over."""
+    """A validated run. `config` has its name and V filled in; `finished` is the result of a run that is over.
+
+    `changed` says that it goes on with other result options than its stored configuration has.
+    """
 
     job: Job
     config: TrainConfig
@@ -33,6 +38,7 @@ class PreparedRun:
     source: str | None
     finished: dict[str, Any] | None = None
     changed_code: bool = False
+    changed: bool = False
 
     @property
     def name(self) -> str:
@@ -72,20 +78,14 @@ def prepare(job: Job, config: TrainConfig) -> PreparedRun:
     )
     config = replace(config, batch=replace(config.batch, microbatches=plan.microbatches))
     wanted = cfg.result_options(config, job_options(job))
-    finished, changed_code, source = None, False, source_hash(job)
+    finished, changed_code, changed, source = None, False, False, source_hash(job)
     if stored is not None:
-        # What an older version did not ask, it did as the default does.
-        _refuse_changes(
-            {**cfg.result_options(TrainConfig(), {}), **stored["result"]},
-            wanted,
-            config.run.allow_change,
-            config.run.name,
-        )
-        changed_code = stored["source"] is not None and stored["source"] != source
-        status = folder.status()
-        if status is not None and status["status"] == "finished":
-            finished = folder.result()
-    return PreparedRun(job, config, plan, folder, cfg.digest(wanted), source, finished, changed_code)
+        found = changes(stored, config, job)
+        refuse_changes(found, config.run.allow_change, config.run.name)
+        changed_code, changed = stored["source"] is not None and stored["source"] != source, bool(found)
+        result = folder.result()
+        finished = result if is_over(folder.status(), result, plan.total_steps) else None
+    return PreparedRun(job, config, plan, folder, cfg.digest(wanted), source, finished, changed_code, changed)
 
 
 def _stored(folder: RunFolder) -> dict[str, Any] | None:
@@ -97,38 +97,36 @@ def _stored(folder: RunFolder) -> dict[str, Any] | None:
         raise folder.storage.refusal("read", error) from error
 
 
-def _refuse_changes(stored: dict[str, Any], wanted: dict[str, Any], allowed: tuple[str, ...], name: str | None) -> None:
-    for key in sorted(set(stored) | set(wanted)):
-        if stored.get(key) != wanted.get(key) and key not in allowed:
-            raise ConfigError(
-                f"--{key} is {wanted.get(key)!r}, but run {name} was started with {stored.get(key)!r}; give that, "
-                f"another --run.name, or --run.allow-change {key}"
-            )
-
-
 def open_run(run: PreparedRun) -> int:
     """Probe the storage, claim the run and write its configuration.
+
+    Where result options changed, the stored one stays until the run has trained with the new ones (`new_config`): with
+    those it may never load its state, and then it is to go on as it was.
 
     Returns:
         the claim's epoch.
     """
     run.folder.storage.probe()
     epoch = run.folder.claim(take_over=run.config.run.take_over)
-    run.folder.write_config(
-        {
-            "job": {"name": job_name(run.job), "class": type(run.job).__qualname__, "options": _plain(run.job)},
-            "config": cfg.to_dict(run.config),
-            "result": cfg.result_options(run.config, job_options(run.job)),
-            "digest": run.digest,
-            "source": run.source,
-        }
-    )
+    if not run.changed:
+        run.folder.write_config(_config_values(run))
     return epoch
 
 
-def _plain(job: Job) -> dict[str, Any]:
+def new_config(run: PreparedRun) -> dict[str, Any] | None:
+    """What replaces the stored configuration after the first step of this claim, if anything does."""
+    return _config_values(run) if run.changed else None
+
+
+def _config_values(run: PreparedRun) -> dict[str, Any]:
+    options = {k: describe(v, f"--job.{k}") for k, v in job_options(run.job).items()}
     return {
-        k: v if isinstance(v, (int, float, str, bool, type(None))) else repr(v) for k, v in job_options(job).items()
+        CODED: 1,
+        "job": {"name": job_name(run.job), "class": type(run.job).__qualname__, "options": options},
+        "config": cfg.to_dict(run.config),
+        "result": cfg.result_options(run.config, job_options(run.job)),
+        "digest": run.digest,
+        "source": run.source,
     }
 
 
@@ -164,7 +162,7 @@ def _typed(name: str, value: Any) -> str:
     if isinstance(value, bool):
         section, _, leaf = name.rpartition(".")
         return f"  --{section}.{leaf if value else 'no-' + leaf}"
-    return f"  --{name} {value}"
+    return f"  --{name} {show(value) if isinstance(value, dict) and TAG in value else value}"
 
 
 def _operational(config: TrainConfig) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from elastic.config import ClusterOptions, TrainConfig
 from elastic.errors import ElasticError, Interrupted
 from elastic.job import Job, job_name, job_options
 from elastic.run.plan import resolve
+from elastic.run.resuming import CODED
 from elastic.run.signals import heard_by
 from elastic.sweep.config import SweepConfig
 from elastic.sweep.judge import Judge
@@ -62,6 +63,7 @@ def drive_sweep(prepared: PreparedSweep) -> SweepResult:
     folder.claim(
         {
             "name": sweep.name, "metric": sweep.metric, "mode": sweep.mode, "fixed": sweep.fixed(),
+            CODED: 1,
             "result": cfg.result_options(prepared.config, job_options(prepared.job)),
             "job": job_name(prepared.job), "total_evaluations": prepared.total,
         },

@@ -6,17 +6,18 @@ import secrets
 import time
 from dataclasses import dataclass, replace
 
-from elastic import config as cfg
 from elastic.config import TrainConfig
 from elastic.errors import ConfigError
-from elastic.job import Job, check_dataset, eval_sets, job_name, job_options
+from elastic.job import Job, check_dataset, eval_sets, job_name
 from elastic.run.plan import resolve
+from elastic.run.resuming import changes
 from elastic.storage import Storage
 from elastic.sweep.config import SweepConfig
 from elastic.sweep.folder import SweepFolder
 from elastic.sweep.judge import options_text, rule_of
 from elastic.sweep.space import Options, apply, check_names, draw
 from elastic.sweep.suggest import suggester
+from elastic.values import show
 
 
 @dataclass(frozen=True)
@@ -124,12 +125,11 @@ def _compare(folder: SweepFolder, job: Job, config: TrainConfig, sweep: SweepCon
                 f"{option} is {value!r}, but sweep {sweep.name} was started with {stored['fixed'].get(name)!r}; give "
                 "that, or another --sweep.name"
             )
-    mine, theirs = cfg.result_options(config, job_options(job)), stored["result"]
-    for name in sorted(set(mine) | set(theirs)):
-        if mine.get(name) != theirs.get(name) and name not in sweep.space:
+    for name, (was, now) in changes(stored, config, job).items():
+        if name not in sweep.space:
             raise ConfigError(
-                f"--{name} is {mine.get(name)!r}, but sweep {sweep.name} was started with {theirs.get(name)!r}; give "
-                "that, or another --sweep.name"
+                f"--{name} is {show(now)}, but sweep {sweep.name} was started with {show(was)}; give that, or another "
+                "--sweep.name"
             )
     return str(stored["status"]) == "finished"
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from elastic.config import TrainConfig, from_dict
 from elastic.errors import ElasticError
-from elastic.job import Job
+from elastic.job import Job, with_options
 from elastic.run.plan import RunPlan
 
 
@@ -21,8 +21,7 @@ def _child() -> int:
     from elastic.worker.run import Identity, WorkerRun
     from elastic.worker.session import Session
 
-    job_class = _attribute(specification["module"], specification["class"])
-    job = job_class(**specification["job_options"])
+    job = with_options(_attribute(specification["module"], specification["class"]), specification["job_options"])
     run = WorkerRun(
         job, from_dict(specification["config"]), RunPlan(**specification["plan"]), specification["digest"],
         specification["folder_url"], specification["server_url"], specification["token"],

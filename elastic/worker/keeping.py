@@ -97,7 +97,7 @@ class Keeping:
         owners = {type(m) for m in with_state_of_their_own(self.model).values()} | {type(self.optimizer)}
         places = [sys.modules.get(c.__module__) for c in owners if not c.__module__.startswith("torch.")]
         near = [v for place in places if place is not None for v in vars(place).values() if isinstance(v, type)]
-        return {**classes(dict(extra), *near), **job_classes(self.job)}
+        return {**classes(dict(extra), *near), **job_classes(type(self.job))}
 
     # ---- what it consists of ---------------------------------------------------------------------------------------
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from elastic.config import to_dict
 from elastic.errors import ConfigError, Interrupted, RunFailed
-from elastic.job import job_options
+from elastic.job import coded_options
 from elastic.membership.driver import DriverLink
 from elastic.run.forecast import refuse_what_does_not_fit_here
 from elastic.run.host import host_settings, keeper_options, new_token
@@ -110,7 +110,7 @@ class LocalRun:
         run = self._run
         job_class, vault = type(run.job), self._vault_of(self.node_of(index))
         specification = {
-            "module": _importable(job_class), "class": job_class.__qualname__, "job_options": job_options(run.job),
+            "module": _importable(job_class), "class": job_class.__qualname__, "job_options": coded_options(run.job),
             "config": to_dict(run.config), "plan": run.plan.__dict__, "digest": run.digest,
             "folder_url": run.folder.storage.url, "server_url": self.url, "token": self._token,
             "identity": {
