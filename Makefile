@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: train demo test test-fast lint wheel clean
+.PHONY: train demo test test-fast test-long lint wheel clean
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -17,10 +17,13 @@ demo: .venv/ready
 	$(BIN)/python -m jobs.demo
 
 test: .venv/ready
-	$(BIN)/python -m pytest tests -n 2
+	$(BIN)/python -m pytest tests -n 2 -m "not long"
 
 test-fast: .venv/ready
-	$(BIN)/python -m pytest tests -n 2 -m "not processes and not ray"
+	$(BIN)/python -m pytest tests -n 2 -m "not processes and not ray and not long"
+
+test-long: .venv/ready
+	$(BIN)/python -m pytest tests -n 2 -m "long or random" --hypothesis-profile=fresh
 
 lint: .venv/ready
 	$(BIN)/ruff check .

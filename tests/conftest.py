@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from hypothesis import HealthCheck, settings
 
-from tests import leaks
+from tests import fresh, leaks
+from tests.budget import Budget
 from tests.seaweed import _front, bucket, front, own_seaweed, seaweed  # noqa: F401
 from tests.side_by_side import needs_ray
 
@@ -28,13 +29,18 @@ settings.register_profile(
     "reproducible", deadline=None, derandomize=True, database=None, max_examples=60,
     suppress_health_check=[HealthCheck.too_slow],
 )  # fmt: skip
+# Others than ever, in `make test-long`; what fails is shown with the line that repeats it.
+settings.register_profile("fresh", settings.get_profile("reproducible"), derandomize=False, print_blob=True)
 settings.load_profile("reproducible")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """A temporary folder of our own: what other processes put into the common one is no leak of ours."""
+    """Have a temporary folder of our own: what other processes put into the common one is no leak of ours."""
     pytest.register_assert_rewrite("tests.forked", "tests.ray_cluster")  # an assertion in these says what it compared
     root = os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", tempfile.gettempdir())  # tmp_path stays where people look
+    fresh.choose()
+    if not hasattr(config, "workerinput"):
+        config.pluginmanager.register(Budget())
     folder = tempfile.mkdtemp(prefix="tests-", dir=root)  # not within it: paths of sockets are short
     os.environ["TMPDIR"], tempfile.tempdir = folder, None
     # Last of all, after multiprocessing (-100), which has its own folder in there.
@@ -42,8 +48,10 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests on Ray are known by their file: see `tests.side_by_side`."""
+    """Tests on Ray are known by their file: see `tests.side_by_side`. Those of hypothesis are marked `random`."""
     for item in items:
+        if getattr(getattr(item, "obj", None), "is_hypothesis_test", False):
+            item.add_marker(pytest.mark.random)
         if item.get_closest_marker("ray") is not None and not needs_ray(item.nodeid):
             raise pytest.UsageError(f"{item.nodeid} is marked `ray`; put it into a file tests/test_ray_*.py")
 
@@ -88,11 +96,15 @@ def gate(tmp_path: Path) -> Callable[[str], Path]:
 
 
 @pytest.fixture(scope="session")
-def fork_server() -> Iterator[None]:
-    """The process that workers of `tests.forked` are forked from."""
+def fork_server(request: pytest.FixtureRequest) -> Iterator[None]:
+    """The process that workers of `tests.forked` are forked from, and drivers on Ray where there are tests on Ray."""
     from tests import forked
 
-    forked.start_fork_server()
+    ray = any(item.get_closest_marker("ray") for item in request.session.items)
+    with pytest.MonkeyPatch.context() as patch:
+        if ray:
+            patch.setenv("RAY_AUTH_MODE", "disabled")  # read when Ray is imported
+        forked.start_fork_server(ray=ray)
     yield
     forked.stop_fork_server()
 

@@ -48,22 +48,29 @@ B = CONFIG.batch.global_size
 STDERR = "FORKED_STDERR"  # environment variable of a worker: a file for its standard error
 LONG = 400  # samples of jobs whose runs see none of them twice
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(
-    [
-        "elastic.worker.__main__",
-        "elastic.run.__main__",
-        "elastic.snapshot.__main__",
-        "elastic.worker.session",
-        "tests.slow_job",
-        "tests.tiny_jobs",
-        "torch._dynamo",
-        "numpy.random",
-    ]
-)  # the first optimizer imports torch._dynamo, which takes as long as torch itself
+_OF_WORKERS = [
+    "elastic.worker.__main__",
+    "elastic.run.__main__",
+    "elastic.snapshot.__main__",
+    "elastic.worker.session",
+    "tests.slow_job",
+    "tests.forked",
+    "tests.tiny_jobs",
+    "torch._dynamo",
+    "numpy.ma",
+    "numpy.random",
+    "s3fs",
+]  # the first optimizer imports torch._dynamo, which takes as long as torch itself
+_OF_DRIVERS = ["elastic.cli", "elastic.cluster.trainer", "elastic.cluster.raytrain", "elastic.sweep.raytune"]
 
 
-def start_fork_server() -> None:
-    """Start the process that workers are forked from, and wait until it has imported everything."""
+def start_fork_server(*, ray: bool = False) -> None:
+    """Start the process that others are forked from, and wait until it has imported everything.
+
+    Args:
+        ray: what drivers of runs on Ray need too.
+    """
+    _context.set_forkserver_preload(_OF_WORKERS + (_OF_DRIVERS if ray else []))
     first = _context.Process(target=_nothing)
     first.start()
     first.join()
@@ -74,6 +81,13 @@ def stop_fork_server() -> None:
     """End that process and the one that tracks its resources."""
     forkserver._forkserver._stop()
     resource_tracker._resource_tracker._stop()
+
+
+def fork(target: Callable[..., Any], *arguments: Any) -> Any:
+    """A process that calls this function of a module."""
+    process = _context.Process(target=target, args=arguments)
+    process.start()
+    return process
 
 
 def _nothing() -> None:

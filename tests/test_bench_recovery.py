@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import elastic.worker.local
 from elastic.observe.ledger import EVENTS, METRICS, LedgerFile
 from elastic.storage import Storage
 from jobs.bench import here, overhead
+from jobs.bench import recovery as recovery_bench
 from jobs.bench.peers.notes import PHASES, Notes, read, recovery, split
 from jobs.bench.peers.torchrun import _lines
 from jobs.bench.sizes import width_of
@@ -122,12 +122,16 @@ def test_a_state_has_the_size_that_was_asked_for(megabytes: int):
 
 
 @pytest.mark.parametrize("python", ["/nonexistent/python", "/bin/false"])
-def test_an_interpreter_without_torchft_is_refused(python: str):
-    command = [sys.executable, "-m", "jobs.bench.recovery", "--torchft-python", python]
-    found = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-    assert found.returncode == 2
-    assert f"--torchft-python is {python}, which cannot import torchft" in found.stderr
-    assert found.stdout == ""
+def test_an_interpreter_without_torchft_is_refused(
+    python: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr(sys, "argv", ["recovery", "--torchft-python", python])
+    with pytest.raises(SystemExit) as left:
+        recovery_bench.main()
+    found = capsys.readouterr()
+    assert left.value.code == 2
+    assert f"--torchft-python is {python}, which cannot import torchft" in found.err
+    assert found.out == ""
 
 
 @pytest.fixture

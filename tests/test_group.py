@@ -5,11 +5,10 @@ from __future__ import annotations
 import os
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import NoReturn
 
 import pytest
@@ -21,41 +20,8 @@ from elastic.membership.client import Assignment
 from elastic.membership.world import Generation
 from elastic.parallel.device import all_gather_flat
 from elastic.worker.group import Group, is_collective_failure
+from tests.forked import fork, wait_until
 
-# A member that says where it listens, and gets no further: it dies there, or its host is cut off (it stops).
-LATE = """
-import os, sys, torch.distributed as dist
-from datetime import timedelta
-
-class Store(dist.Store):
-    def __init__(self, store):
-        super().__init__()
-        self.store = store
-
-    def set(self, key, value):
-        self.store.set(key, value)
-        if key.endswith("/cpu//0/1"):
-            os.kill(os.getpid(), int(sys.argv[2]))
-
-store = Store(dist.TCPStore("127.0.0.1", int(sys.argv[1]), is_master=False))
-dist.init_process_group("gloo", store=dist.PrefixStore("1-1", store), rank=1, world_size=2)
-"""
-
-
-# A member that takes part in one operation after the other, until it is killed in the middle of one.
-PARTNER = """
-import sys, torch
-from elastic.membership.client import Assignment
-from elastic.membership.world import Generation
-from elastic.worker.group import Group
-from tests.test_group import OPERATIONS, big
-
-world = Group(Assignment(Generation(1, 1), 1, 2, ("127.0.0.1", int(sys.argv[1])), {}, 0), torch.device("cpu"))
-world.connect(60.0)
-values, others = big()
-while True:
-    OPERATIONS[sys.argv[2]](values, others, 1)
-"""
 OPERATIONS = {
     "broadcast": lambda values, others, rank: dist.broadcast(values, 1),
     "all_reduce": lambda values, others, rank: dist.all_reduce(values),
@@ -77,8 +43,42 @@ def repeat(operation: Callable[..., object], *tensors: torch.Tensor) -> NoReturn
         operation(*tensors, 0)
 
 
-def group(port: int, size: int = 1) -> Group:
-    return Group(Assignment(Generation(1, 1), 0, size, ("127.0.0.1", port), {}, 0), torch.device("cpu"))
+def group(port: int, size: int = 1, rank: int = 0) -> Group:
+    return Group(Assignment(Generation(1, 1), rank, size, ("127.0.0.1", port), {}, 0), torch.device("cpu"))
+
+
+def take_part(port: int, operation: str) -> NoReturn:
+    """A member that takes part in one operation after the other, until it is killed in the middle of one."""
+    world = group(port, 2, rank=1)
+    world.connect(60.0)
+    values, others = big()
+    while True:
+        OPERATIONS[operation](values, others, 1)
+
+
+def come_late(port: int, end: signal.Signals) -> None:
+    """A member that says where it listens, and gets no further: it dies there, or its host is cut off (it stops)."""
+
+    class Store(dist.Store):
+        def __init__(self, store: dist.Store):
+            super().__init__()
+            self.store = store
+
+        def set(self, key: str, value: str) -> None:
+            self.store.set(key, value)
+            if key.endswith("/cpu//0/1"):
+                os.kill(os.getpid(), end)
+
+    store = Store(dist.TCPStore("127.0.0.1", port, is_master=False))
+    dist.init_process_group("gloo", store=dist.PrefixStore("1-1", store), rank=1, world_size=2)
+
+
+def state_of(pid: int) -> str:
+    """The letter that /proc has for a process: T is stopped; none is gone."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
 
 
 def enter(world: Group) -> None:
@@ -117,12 +117,14 @@ def test_a_store_that_does_not_answer_is_left_when_the_world_is_broken():
         assert time.monotonic() - began < 5
 
 
+@pytest.mark.processes
+@pytest.mark.usefixtures("fork_server")
 @pytest.mark.parametrize("moment_s", [0.0, 0.003, 0.007])
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_a_member_that_dies_in_the_middle_of_an_operation_holds_nobody_up(operation: str, moment_s: float):
     server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     world = group(server.port, 2)
-    member = subprocess.Popen([sys.executable, "-c", PARTNER, str(server.port), operation])
+    member = fork(take_part, server.port, operation)
     try:
         world.connect(60.0)
         values, others = big()
@@ -131,7 +133,7 @@ def test_a_member_that_dies_in_the_middle_of_an_operation_holds_nobody_up(operat
         killing.start()
 
         def hear_of_it() -> None:  # as the membership server would say
-            member.wait()
+            member.join()
             world.free()
 
         hearing = threading.Thread(target=hear_of_it)
@@ -150,19 +152,24 @@ def test_a_member_that_dies_in_the_middle_of_an_operation_holds_nobody_up(operat
         assert not dist.is_initialized()
     finally:
         member.kill()
-        member.wait()
+        member.join()
         world.close()
 
 
+@pytest.mark.processes
+@pytest.mark.usefixtures("fork_server")
 @pytest.mark.parametrize("attempt", range(4))  # by the order of their addresses, one listens and the other one calls
 @pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGSTOP])
 def test_a_member_that_is_gone_while_connecting_holds_nobody_up(end: signal.Signals, attempt: int):
     server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     world = group(server.port, 2)
-    member = subprocess.Popen([sys.executable, "-c", LATE, str(server.port), str(int(end))])
+    member = fork(come_late, server.port, end)
     try:
-        _, status = os.waitpid(member.pid, os.WUNTRACED)
-        assert end in (os.WSTOPSIG(status) if os.WIFSTOPPED(status) else -1, os.WTERMSIG(status))
+        if end == signal.SIGSTOP:
+            wait_until(lambda: state_of(member.pid) == "T", "the member to stop")
+        else:
+            member.join(60)
+            assert member.exitcode == -end
         threading.Timer(0.2, world.free).start()
         began = time.monotonic()
         with pytest.raises(WorldBroken):
@@ -171,4 +178,4 @@ def test_a_member_that_is_gone_while_connecting_holds_nobody_up(end: signal.Sign
     finally:
         world.close()
         member.kill()
-        member.wait()
+        member.join()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import pickle
 import subprocess
 import sys
 from dataclasses import replace
@@ -23,6 +24,7 @@ from jobs.corpus import SEPARATOR, Blocks, Corpus, read, standard_library
 from jobs.digits import Digits, Images
 from jobs.gpt import GPT, Block, generate, rotate, rotations
 from jobs.gpt_sizes import SIZES, Shape
+from tests.forked import fork
 
 ROOT = Path(__file__).parent.parent
 TINY = Shape(layers=2, width=16, heads=2)
@@ -478,8 +480,18 @@ def test_digits_learns_in_a_few_steps(parts: tuple[Images, Images]):
 # ---- both ----------------------------------------------------------------------------------------------------------
 
 
+def try_out(sent: bytes, answer: Path) -> None:
+    """What another process does with a job that was sent to it."""
+    job = pickle.loads(sent)
+    batch = job.collate_fn(job.train_data().__getitems__([0, 1]))
+    loss, weight, _ = job.loss(job.model(), batch)
+    answer.write_text(json.dumps([vars(job), len(job.train_data()), loss.item() / weight]))
+
+
+@pytest.mark.processes
+@pytest.mark.usefixtures("fork_server")
 @pytest.mark.parametrize("job", [CodeGPT(block=32, size="2M"), Digits(width=8)], ids=["codegpt", "digits"])
-def test_a_job_travels_to_another_process_without_its_data(job):
+def test_a_job_travels_to_another_process_without_its_data(job, tmp_path):
     samples = len(job.train_data())
     module = sys.modules[type(job).__module__]
     cloudpickle.register_pickle_by_value(module)  # what happens to a job whose module is run as __main__
@@ -487,16 +499,12 @@ def test_a_job_travels_to_another_process_without_its_data(job):
         sent = cloudpickle.dumps(job)
     finally:
         cloudpickle.unregister_pickle_by_value(module)
-    code = (
-        "import json, pickle, sys; job = pickle.load(sys.stdin.buffer); batch = job.collate_fn(job.train_data()"
-        ".__getitems__([0, 1])); loss, weight, _ = job.loss(job.model(), batch); print(json.dumps([vars(job), "
-        "len(job.train_data()), loss.item() / weight]))"
-    )
 
-    done = subprocess.run([sys.executable, "-c", code], input=sent, capture_output=True, timeout=60, cwd=ROOT)
+    process = fork(try_out, sent, tmp_path / "tried")
+    process.join(60)
 
-    assert done.returncode == 0, done.stderr.decode()
-    options, its_samples, loss = json.loads(done.stdout)
+    assert process.exitcode == 0
+    options, its_samples, loss = json.loads((tmp_path / "tried").read_text())
     assert (options, its_samples) == (vars(job), samples)
     assert 1.0 < loss < 10.0
     assert len(sent) < 100_000

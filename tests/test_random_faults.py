@@ -4,7 +4,6 @@ a run to which nothing happened. `RANDOM_FAULTS=0:500 python -m pytest tests/tes
 
 from __future__ import annotations
 
-import os
 import random
 import threading
 from collections.abc import Iterator
@@ -18,6 +17,7 @@ from elastic.errors import RunFailed
 from elastic.run.prepare import prepare
 from elastic.worker.local import LocalRun
 from tests.forked import LONG, WAIT_S, Ran, Watch, configure, fault, local_run, plan, train
+from tests.fresh import seeds
 from tests.test_bits import assert_same_training
 from tests.tiny_jobs import Everything
 
@@ -28,7 +28,6 @@ POINTS = [
     "checkpoint.staged", "checkpoint.before_report", "world.assigned", "world.connected", "state.moving",
     "snapshot.begin", "snapshot.staged", "snapshot.kept", "snapshot.sent", "snapshot.complete", "snapshot.reading",
 ]  # fmt: skip
-START, END = map(int, os.environ.get("RANDOM_FAULTS", "40:48").split(":"))
 
 
 def draw(seed: int, folder: Path) -> tuple[int, dict[str, Any], list[dict[str, Any]], int]:
@@ -83,7 +82,7 @@ def alone(fork_server: None, tmp_path_factory: pytest.TempPathFactory) -> Ran:
     return train(Everything(samples=LONG), configure(tmp_path_factory.mktemp("alone"), "run", eval__every="3st"), 1)
 
 
-@pytest.mark.parametrize("seed", range(START, END))
+@pytest.mark.parametrize("seed", seeds(range(40, 48), fresh=12, variable="RANDOM_FAULTS"))
 def test_whatever_happens(seed: int, alone: Ran, tmp_path: Path) -> None:
     """A run that ends, because too few workers are left, is started again."""
     workers, options, faults, more = draw(seed, tmp_path)

@@ -200,6 +200,13 @@ def check_make(words: list[str]) -> None:
     assert re.search(rf"^{words[1]}:", MAKEFILE, re.MULTILINE), f"the Makefile has no target {words[1]}"
 
 
+def test_ci_runs_the_linter_and_then_the_test_commands_that_are_shown():
+    run = [line for line in (ROOT / ".ci" / "run").read_text().splitlines() if line.startswith("make ")]
+
+    assert run == ["make lint", "make test", "make test-long"]
+    assert set(run) < set(commands())
+
+
 def check_activate(words: list[str]) -> None:
     assert f"BIN := {Path(words[1]).parent}" in MAKEFILE
 

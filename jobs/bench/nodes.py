@@ -43,8 +43,9 @@ class LocalCluster:
         """Where Ray keeps the files of this cluster."""
         return str(self._cluster.head_node.get_session_dir_path())
 
-    def add_node(self) -> Any:
-        node = self._cluster.add_node(num_cpus=self._cpus, object_store_memory=OBJECT_STORE_BYTES)
+    def add_node(self, gpus: int = 0) -> Any:
+        """A new node; its GPUs, if any, are only counted."""
+        node = self._cluster.add_node(num_cpus=self._cpus, num_gpus=gpus, object_store_memory=OBJECT_STORE_BYTES)
         self.nodes.append(node)
         return node
 
@@ -105,13 +106,17 @@ class Command:
         self.lines: list[str] = []
         self._show = show
         self._changed = threading.Condition()
-        self.process = subprocess.Popen(
-            [*under, sys.executable, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-            cwd=cwd, env={**os.environ, "PYTHONUNBUFFERED": "1", **(environment or {})},
-        )  # fmt: skip
+        variables = {**os.environ, "PYTHONUNBUFFERED": "1", **(environment or {})}
+        self.process = self.start([*under, sys.executable, *arguments], cwd, variables)
         Command.started.append(self)
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
+
+    def start(self, command: list[str], cwd: Path, environment: dict[str, str]) -> Any:
+        """The process, as `subprocess.Popen` makes it."""
+        return subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=cwd, env=environment
+        )
 
     def _read(self) -> None:
         assert self.process.stdout is not None
