@@ -46,6 +46,7 @@ class RunOptions:
     on_nonfinite: Literal["stop", "skip"] = option(
         "stop", "on a NaN or infinite loss or norm: stop the run, or skip that update", result=True
     )
+    check_every: str = option("1000st", "compare the workers' copies of the state every so much (ep, st, tok)")
     allow_change: tuple[str, ...] = option((), "result options that a resumed run may change, by name")
     take_over: bool = option(False, "take the run over although another driver seems alive")
     max_failures: int = option(3, "times that one error at one step and microbatch is replayed")
@@ -64,6 +65,7 @@ class RunOptions:
             isinstance(self.seed, int) and 0 <= self.seed < 2**63, "--run.seed", self.seed,
             "give a whole number from 0 to 2**63-1",
         )  # fmt: skip
+        parse_amount("--run.check-every", self.check_every, clock=False)
         _one_of("--run.exactness", self.exactness, ("fast", "bitwise"))
         _one_of("--run.on-nonfinite", self.on_nonfinite, ("stop", "skip"))
         _whole("--run.max-failures", self.max_failures, 0)

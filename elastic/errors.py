@@ -44,6 +44,18 @@ class WorldBroken(ElasticError):
     """A member of the world is gone or stopped answering: collectives cannot complete."""
 
 
+class Reform(WorldBroken):
+    """This worker leaves its world for one that is made otherwise; nobody failed. The message says why."""
+
+
+class CopiesDiffer(ElasticError):
+    """Workers hold different copies of what is to be equal; the message names the first difference."""
+
+
+class UpdatesDiffer(CopiesDiffer):
+    """Workers were about to apply different updates; none was applied, so their states are still equal."""
+
+
 class NonFiniteError(ElasticError):
     """Loss or gradient norm is NaN or infinite; nothing of the step was applied."""
 

@@ -97,13 +97,15 @@ class WorkerLink:
     # ---- the training thread -----------------------------------------------------------------------------------
 
     def join(
-        self, facts: dict[str, Any], applied: int, failure: Failure | None, save_alone: Callable[[], None]
-    ) -> Assignment:
+        self, facts: dict[str, Any], applied: int, failure: Failure | None, save_alone: Callable[[], None], *,
+        why: str = "",
+    ) -> Assignment:  # fmt: skip
         """Ask for a world and wait for it.
 
         Args:
             applied: updates in the state this worker holds, -1 for none.
             failure: the error that made it leave its world.
+            why: it left its world to have another made, and nobody failed.
             save_alone: commits the state; called if this worker holds the newest while the run is given up, or lets
                 its workers go.
 
@@ -120,7 +122,7 @@ class WorkerLink:
         self._assignment = None
         self._joining = {
             "kind": "join", "member": asdict(self.member), "applied": applied,
-            "failure": asdict(failure) if failure else None, **facts,
+            "failure": asdict(failure) if failure else None, "why": why, **facts,
         }  # fmt: skip
         self._wake()
         while True:

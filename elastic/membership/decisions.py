@@ -51,6 +51,8 @@ from elastic.membership.messages import (
 from elastic.membership.state import Phase, State, Waiting, going
 from elastic.membership.world import Generation, World
 
+_LEFT = "a member left in the middle of a step"
+
 
 def advance(state: State, event: Event) -> tuple[State, list[Command]]:
     """One decision."""
@@ -103,7 +105,7 @@ def _joined(state: State, event: Joined) -> tuple[State, list[Command]]:
     saving = state.failing is not None and state.phase is Phase.RUNNING  # in a world that was formed for that
     inside = state.world is not None and state.world.rank_of(member.id) is not None
     if inside and (state.phase is Phase.RUNNING or (state.phase is Phase.LEAVING and event.failure is not None)):
-        reason = event.failure.message.splitlines()[0] if event.failure else "a member left in the middle of a step"
+        reason = event.failure.message.splitlines()[0] if event.failure else event.why or _LEFT
         left = frozenset(state.waiting) if state.phase is Phase.LEAVING else frozenset()
         state = replace(state, phase=Phase.BROKEN, broken_at=event.now, acked=left | {member.id})
         assert state.world is not None

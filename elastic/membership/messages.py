@@ -21,12 +21,14 @@ class Failure:
 
 @dataclass(frozen=True)
 class Joined:
-    """A warm worker asks for a world. `applied`: updates in the state it holds, -1 for none."""
+    """A warm worker asks for a world. `applied`: updates in the state it holds, -1 for none; `why`: it left its world
+    to have another made, and nobody failed."""
 
     member: Member
     now: float
     applied: int = -1
     failure: Failure | None = None
+    why: str = ""
 
 
 @dataclass(frozen=True)

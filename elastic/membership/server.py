@@ -199,7 +199,7 @@ class MembershipServer:
             if member_id not in self._members:
                 self._announce(message)
             self._members[member_id] = Member(**message["member"])
-            self._handle(Joined(self._members[member_id], now, message["applied"], failure))
+            self._handle(Joined(self._members[member_id], now, message["applied"], failure, message["why"]))
         elif kind == "hello":
             self._members[member_id] = member = Member(**message["member"])
             generation = Generation.parse(message["generation"])

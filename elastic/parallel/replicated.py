@@ -16,11 +16,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from elastic.errors import ConfigError
-from elastic.parallel.buffers import StepBuffers, check_alike, reduce_moves
+from elastic.parallel.buffers import StepBuffers, average_moves, check_alike, reduce_moves
 from elastic.parallel.canonical import CanonicalSum, canonical_norm
 from elastic.parallel.records import Metrics, PendingRecord, Records, StepRecord
 
@@ -48,6 +47,14 @@ class Pass:
     padding: bool = False
 
 
+class NotReduced(Exception):
+    """DDP summed no gradients in a step: a parameter got none in the last pass. `names` are those that have none."""
+
+    def __init__(self, names: list[str]):
+        super().__init__(f"no gradient for {', '.join(names[:3]) or 'some parameters'} in the last pass of a step")
+        self.names = names
+
+
 class _Replica:
     """What both modes share."""
 
@@ -55,7 +62,6 @@ class _Replica:
     _loss: LossFunction
     _buffers: StepBuffers
     scale = 1.0  # factor on the loss of backward passes; the divisor that `run` returns contains it
-    recomputes = False  # backward passes run forward code again, which is not to move buffers twice
 
     def gradients(self) -> list[torch.Tensor]:
         """The gradients of all parameters that have one."""
@@ -65,7 +71,7 @@ class _Replica:
         """Whether the gradients of a batch by itself are finite."""
         self.model.zero_grad(set_to_none=True)
         self._loss(self.model, batch)[0].backward()
-        return all(bool(torch.isfinite(g).all()) for g in self.gradients())
+        return all(bool(torch.isfinite(dense(g)).all()) for g in self.gradients())
 
     def reshard(self) -> None:
         """Nothing is sharded."""
@@ -79,10 +85,29 @@ class _Replica:
         return self._buffers.unmoved()
 
 
+class _LossOf(nn.Module):
+    """A model with the job's loss as its forward pass: what DDP wraps.
+
+    So the loss itself is given the bare model, with its attributes, methods and class, as with one worker, and whatever
+    it calls of it is seen by DDP.
+    """
+
+    def __init__(self, model: nn.Module, loss: LossFunction):
+        super().__init__()
+        self.model, self._loss = model, loss
+        self.batch: Any = None
+        self.rest: tuple[Any, Any] = (None, None)
+
+    def forward(self) -> torch.Tensor:
+        loss, *self.rest = self._loss(self.model, self.batch)  # type: ignore[assignment]
+        return loss
+
+
 class FastReplica(_Replica):
     """Native DDP: gradients accumulate without synchronisation until the last pass of the step.
 
     Args:
+        find_unused: parameters may get no gradient in a step; costs a look at the graph of its last pass.
         compression: "bf16" sends gradients as bfloat16.
     """
 
@@ -91,13 +116,13 @@ class FastReplica(_Replica):
         bucket_mb: int, find_unused: bool, compression: str,
     ):  # fmt: skip
         self.model, self._loss, self._runs, self._rank, self._device = model, loss, runs, rank, device
-        self._world_size, self._metrics = len(runs), Metrics()
+        self._world_size, self._count, self._metrics = len(runs), sum(map(len, runs)), Metrics()
         self._buffers = StepBuffers(model, exact=False)
         self.wait_s = 0.0  # seconds of the last step spent in exchanges that nothing hides
-        self.wrapped: nn.Module = model
-        if self._world_size > 1:
-            ddp = nn.parallel.DistributedDataParallel(
-                model, device_ids=[device.index] if device.type == "cuda" else None, bucket_cap_mb=bucket_mb,
+        self._ddp: nn.parallel.DistributedDataParallel | None = None
+        if self._world_size > 1 and any(p.requires_grad for p in model.parameters()):
+            self._ddp = nn.parallel.DistributedDataParallel(
+                _LossOf(model, loss), bucket_cap_mb=bucket_mb,
                 gradient_as_bucket_view=True, **_NO_BUFFER_SYNC, find_unused_parameters=find_unused,
                 init_sync=False,  # every member has the state already
             )  # fmt: skip
@@ -105,60 +130,80 @@ class FastReplica(_Replica):
                 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 
                 # As a lambda, because DDP refuses it by name on gloo, which sums bfloat16 well.
-                ddp.register_comm_hook(None, lambda state, bucket: bf16_compress_hook(state, bucket))
-            self.wrapped = ddp
+                self._ddp.register_comm_hook(None, lambda state, bucket: bf16_compress_hook(state, bucket))
 
     def run(self, passes: Iterable[Pass]) -> tuple[StepRecord, float]:
         """Run this rank's passes.
 
         Returns:
             the step's record, and the divisor that turns `.grad` into the mean over the global batch.
+
+        Raises:
+            NotReduced: a parameter got no gradient in the last pass here; other workers may still wait for it.
         """
-        self.wrapped.zero_grad(set_to_none=True)
-        records = Records(self._runs, self._rank, self._device, metrics=self._metrics)
-        self._buffers.begin()
-        versions = self._buffers.versions()
+        buffers = self._buffers
+        self.model.zero_grad(set_to_none=True)
+        records = Records(self._runs, self._rank, self._device, buffers.words, self._metrics)
+        buffers.begin()
+        after: list[dict[str, torch.Tensor]] = []
+        counts: list[int] = []
         pending: PendingRecord | None = None
         for one in passes:
-            sync = contextlib.nullcontext() if one.last or self._world_size == 1 else self.wrapped.no_sync()  # type: ignore[operator]
+            sync = contextlib.nullcontext() if one.last or self._ddp is None else self._ddp.no_sync()
+            versions = buffers.versions()
             with sync:
-                loss, weight, metrics = self._loss(self.wrapped, one.batch)
-                records.add(loss, weight, metrics, one.digests)
+                loss, weight, metrics = self._forward(one.batch)
+                changed = buffers.taken(versions)
+                after.append(changed)
+                counts.append(len(one.digests))
+                records.add(loss, weight, metrics, one.digests, buffers.mask(changed))
                 if one.last:
+                    records.tell(buffers.fingerprint(after))
                     pending = records.gather(None)
-                with self._buffers.still() if self.recomputes else contextlib.nullcontext():
-                    (loss * self.scale if self.scale != 1 else loss).backward()
+                (loss * self.scale if self.scale != 1 else loss).backward()
+            buffers.undo(changed)  # every pass starts from the buffers of the step's beginning
         assert pending is not None, "a rank without a microbatch"
-        changed = [self._buffers.named[n] for n in self._buffers.changed_since(versions)]
-        floating = [b for b in changed if b.is_floating_point()]
-        if floating and self._world_size > 1:
-            average(floating, self._world_size)
+        self._check_reduced()
         began = time.perf_counter()
         record = pending.result()
+        check_alike([fingerprint for (fingerprint,) in record.told])
+        if record.changed_buffers:
+            touched = buffers.masked(record.changed_buffers)
+            average_moves(buffers, touched, after, counts, self._count, self._world_size)
         self.wait_s = time.perf_counter() - began
         return record, record.weight * self.scale / self._world_size
 
+    def _forward(self, batch: Any) -> tuple[torch.Tensor, Any, Any]:
+        if self._ddp is None:
+            return self._loss(self.model, batch)
+        inner: Any = self._ddp.module
+        inner.batch = batch
+        loss = self._ddp()
+        weight, metrics = inner.rest
+        inner.batch, inner.rest = None, (None, None)
+        return loss, weight, metrics
+
+    def _check_reduced(self) -> None:
+        if self._ddp is None:
+            return
+        try:
+            self._ddp.reducer._check_reducer_finalized()
+        except RuntimeError as error:
+            named = self.model.named_parameters()
+            raise NotReduced([name for name, p in named if p.requires_grad and p.grad is None]) from error
+
     def norm(self, gradients: list[torch.Tensor]) -> torch.Tensor:
         """Global L2 norm of the gradients."""
-        return nn.utils.get_total_norm(gradients)
+        return nn.utils.get_total_norm([dense(g) for g in gradients])
 
     def close(self) -> None:
         """Drop the wrapper, whose reducer holds the process group."""
-        self.wrapped = self.model
+        self._ddp = None
 
 
-def average(buffers: list[torch.Tensor], world_size: int, group: dist.ProcessGroup | None = None) -> None:
-    """Replace floating buffers by their mean over the group; none loses digits on the way."""
-    for wide in (torch.float32, torch.float64):
-        some = [b for b in buffers if (b.dtype == torch.float64) == (wide == torch.float64)]
-        if not some:
-            continue
-        flat = torch.cat([b.reshape(-1).to(wide) for b in some])
-        dist.all_reduce(flat, group=group)
-        flat /= world_size
-        with torch.no_grad():
-            for b, mean in zip(some, flat.split([b.numel() for b in some])):
-                b.copy_(mean.view(b.shape))
+def dense(gradient: torch.Tensor) -> torch.Tensor:
+    """The values of a gradient: of a sparse one those that are there, each row once."""
+    return gradient.coalesce()._values() if gradient.is_sparse else gradient
 
 
 class BitwiseReplica(_Replica):
@@ -168,7 +213,7 @@ class BitwiseReplica(_Replica):
         self, model: nn.Module, loss: LossFunction, *, runs: list[range], rank: int, device: torch.device,
         bucket_mb: int,
     ):  # fmt: skip
-        self.model = self.wrapped = model
+        self.model = model
         self._loss, self._runs, self._rank, self._device = loss, runs, rank, device
         self._bucket_bytes = bucket_mb << 20
         named = dict(model.named_parameters())
@@ -182,38 +227,38 @@ class BitwiseReplica(_Replica):
         """Run this rank's passes (one microbatch each); see `FastReplica.run`."""
         for p in self._parameters:
             p.grad = None
-        names = list(self._buffers.named)
-        records = Records(self._runs, self._rank, self._device, (len(names) + 63) // 64, self._metrics)
+        buffers = self._buffers
+        records = Records(self._runs, self._rank, self._device, buffers.words, self._metrics)
         before = [p._version for p in self._all_parameters]
         gradients = CanonicalSum(self._runs, self._rank, None, self._bucket_bytes)
-        self._buffers.begin()
+        buffers.begin()
         after: list[dict[str, torch.Tensor]] = []
         indices: list[int] = []
         pending: PendingRecord | None = None
         for one in passes:
             assert len(one.digests) == 1, "bitwise runs one microbatch a pass"
-            versions = self._buffers.versions()
+            versions = buffers.versions()
             loss, weight, metrics = self._loss(self.model, one.batch)
-            changed = {n: self._buffers.named[n].detach().clone() for n in self._buffers.changed_since(versions)}
-            records.add(loss, weight, metrics, one.digests, sum(1 << names.index(n) for n in changed))
+            changed = buffers.taken(versions)
+            after.append(changed)
+            records.add(loss, weight, metrics, one.digests, buffers.mask(changed))
             if one.last:
-                records.tell(self._buffers.digest([*after, changed]))
+                records.tell(buffers.fingerprint(after))
                 pending = records.gather(None)
             (loss * self.scale if self.scale != 1 else loss).backward()
-            self._buffers.undo(changed)  # every microbatch starts from the buffers of the step's beginning
-            after.append(changed)
+            buffers.undo(changed)  # every microbatch starts from the buffers of the step's beginning
             indices.append(one.first)
             gradients.push(one.first, self._take_gradients())
         assert pending is not None, "a rank without a microbatch"
         self._check_unwritten(before)
         began = time.perf_counter()
         record = pending.result()
-        check_alike([digest for (digest,) in record.told])
+        check_alike([fingerprint for (fingerprint,) in record.told])
         self._put_gradients(gradients.reduce())
         if record.changed_buffers:
-            touched = [n for i, n in enumerate(names) if record.changed_buffers >> i & 1]
             sums = CanonicalSum(self._runs, self._rank, None, self._bucket_bytes)
-            reduce_moves(self._buffers, touched, after, indices, sums, self._count)
+            touched = buffers.masked(record.changed_buffers)
+            reduce_moves(buffers, touched, after, indices, sums, self._count)
         self.wait_s = time.perf_counter() - began
         return record, record.weight * self.scale
 

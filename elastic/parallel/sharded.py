@@ -21,13 +21,13 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from elastic.parallel.alike import Alike
-from elastic.parallel.buffers import StepBuffers, check_alike, reduce_moves
+from elastic.parallel.buffers import StepBuffers, average_moves, check_alike, reduce_moves
 from elastic.parallel.canonical import CanonicalSum, row_sums, sums_per_row
 from elastic.parallel.device import all_gather_flat
 from elastic.parallel.layout import shard_range
 from elastic.parallel.mesh import Mesh
 from elastic.parallel.records import Metrics, Records, StepRecord
-from elastic.parallel.replicated import LossFunction, Pass, average
+from elastic.parallel.replicated import LossFunction, Pass
 from elastic.parallel.tree import TreeSum
 from elastic.parallel.wrapping import fsdp_modules, local
 
@@ -53,7 +53,6 @@ class _Sharded:
         self._alike, self._steps, self._metrics = Alike(model, mesh, device), 0, Metrics()
         self.wait_s = 0.0
         self.scale = 1.0
-        self.recomputes = False
 
     def _begin(self) -> Records:
         for p in self._parameters:
@@ -61,14 +60,14 @@ class _Sharded:
         self._used.seen.clear()
         self._alike.taken()
         self._buffers.begin()
-        bits = len(self._buffers.named) + len(self._parameters)
+        bits = 64 * self._buffers.words + len(self._parameters)
         return Records(self._runs, self._place, self._device, (bits + 63) // 64, self._metrics)
 
     def _forward(self, batch: Any) -> tuple[torch.Tensor, Any, Any]:
         with nullcontext() if self._steps else self._alike.each():
             return self._loss(self.model, batch)
 
-    def _gather(self, records: Records, *told: torch.Tensor) -> tuple[StepRecord, list[str]]:
+    def _gather(self, records: Records, *told: torch.Tensor | float) -> tuple[StepRecord, list[str]]:
         """The step's record, and the buffers that passes changed. Drops gradients of what nobody used: the optimizer
         is to leave those parameters alone, as it would in one process.
 
@@ -78,8 +77,8 @@ class _Sharded:
         Raises:
             ConfigError: the workers of a row did not run the same blocks.
         """
-        names = list(self._buffers.named)
-        records.mark(sum(1 << (len(names) + i) for i in self._used.seen))
+        first = 64 * self._buffers.words
+        records.mark(sum(1 << (first + i) for i in self._used.seen))
         records.tell(self._alike.taken(), *told)
         began = time.perf_counter()
         record = records.gather(self._mesh.everyone).result()
@@ -87,9 +86,9 @@ class _Sharded:
         self._alike.check([first for first, *_ in record.told])
         self._steps += 1
         for i, p in enumerate(self._parameters):
-            if not record.changed_buffers >> (len(names) + i) & 1:
+            if not record.changed_buffers >> (first + i) & 1:
                 p.grad = None
-        return record, [n for i, n in enumerate(names) if record.changed_buffers >> i & 1]
+        return record, self._buffers.masked(record.changed_buffers)
 
     def gradients(self) -> list[torch.Tensor]:
         """What of the gradients is on this worker; of parameters that no pass of the step used there is none."""
@@ -128,25 +127,26 @@ class FastSharded(_Sharded):
 
     def run(self, passes: Iterable[Pass]) -> tuple[StepRecord, float]:
         """Run this worker's passes; see `FastReplica.run`."""
-        records = self._begin()
-        versions = self._buffers.versions()
+        records, buffers, layout = self._begin(), self._buffers, self._mesh.layout
+        after: list[dict[str, torch.Tensor]] = []
+        counts: list[int] = []
         for one in passes:
             self._root.set_requires_all_reduce(one.last)
-            before = {n: b.detach().clone() for n, b in self._buffers.named.items()} if one.padding else {}
+            versions = buffers.versions()
             loss, weight, metrics = self._forward(one.batch)
+            changed = buffers.taken(versions)
             if not one.padding:
-                records.add(loss, weight, metrics, one.digests)
-            still = self._buffers.still() if self.recomputes else nullcontext()
-            with self._used.only_if(not one.padding), still:
+                after.append(changed)
+                counts.append(len(one.digests))
+                records.add(loss, weight, metrics, one.digests, buffers.mask(changed))
+            with self._used.only_if(not one.padding):
                 (loss * 0 if one.padding else loss * self.scale).backward()
-            for name, value in before.items():
-                self._buffers.set(name, value)
-        changed = [self._buffers.named[n] for n in self._buffers.changed_since(versions)]
-        floating = [b for b in changed if b.is_floating_point()]
-        if floating and self._mesh.layout.size > 1:
-            average(floating, self._mesh.layout.size, self._mesh.everyone)
-        record, _ = self._gather(records, self._square())
-        self._squares = [square for _, square in record.told]
+            buffers.undo(changed)  # every pass starts from the buffers of the step's beginning
+        record, touched = self._gather(records, self._square(), buffers.fingerprint(after))
+        self._squares = [square for _, square, _ in record.told]
+        check_alike([fingerprint for *_, fingerprint in record.told])
+        if touched:
+            average_moves(buffers, touched, after, counts, sum(map(len, self._runs)), layout.size, self._mesh.everyone)
         return record, record.weight * self.scale
 
     def _square(self) -> torch.Tensor:
@@ -182,23 +182,22 @@ class BitwiseSharded(_Sharded):
     def run(self, passes: Iterable[Pass]) -> tuple[StepRecord, float]:
         """Run this worker's passes, one microbatch each; see `FastReplica.run`."""
         records, mesh = self._begin(), self._mesh
-        names = list(self._buffers.named)
-        run = self._rows[mesh.replica]
+        buffers, run = self._buffers, self._rows[mesh.replica]
         sums = [CanonicalSum(self._rows, mesh.replica, mesh.column_group, self._bucket_bytes) for _ in self._leaves]
         after: list[dict[str, torch.Tensor]] = []
         indices: list[int] = []
         first, count = run.start, 0
         for one in passes:
-            versions = self._buffers.versions()
+            versions = buffers.versions()
             loss, weight, metrics = self._forward(one.batch)
-            changed = {n: self._buffers.named[n].detach().clone() for n in self._buffers.changed_since(versions)}
+            changed = buffers.taken(versions)
             if not one.padding:
-                records.add(loss, weight, metrics, one.digests, sum(1 << names.index(n) for n in changed))
+                records.add(loss, weight, metrics, one.digests, buffers.mask(changed))
                 after.append(changed)
                 indices.append(one.first)
             with self._used.only_if(not one.padding):
                 (loss * self.scale if self.scale != 1 else loss).backward()
-            self._buffers.undo(changed)  # every microbatch starts from the buffers of the step's beginning
+            buffers.undo(changed)  # every microbatch starts from the buffers of the step's beginning
             if not one.last:
                 for p in self._parameters:
                     p.grad = None  # FSDP2 would add to it, in no tree
@@ -207,12 +206,11 @@ class BitwiseSharded(_Sharded):
             first, count = first + mesh.layout.shards, count + 1
         for leaves, total in zip(self._leaves, sums):
             leaves.put(total, count)
-        told = torch.tensor(self._buffers.digest(after), dtype=torch.float64)
-        record, touched = self._gather(records, told)
-        check_alike([digest for _, digest in record.told])
+        record, touched = self._gather(records, buffers.fingerprint(after))
+        check_alike([fingerprint for _, fingerprint in record.told])
         if touched:
             moves = CanonicalSum(self._runs, self._place, mesh.everyone, self._bucket_bytes)
-            reduce_moves(self._buffers, touched, after, indices, moves, sum(map(len, self._runs)))
+            reduce_moves(buffers, touched, after, indices, moves, sum(map(len, self._runs)))
         return record, record.weight * self.scale
 
     def norm(self, gradients: list[torch.Tensor]) -> torch.Tensor:

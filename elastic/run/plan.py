@@ -31,6 +31,7 @@ class RunPlan:
     checkpoint_every_s: float | None = None
     keep_every: int | None = None
     snapshot_every: int | None = None
+    check_every: int | None = None
 
 
 def resolve(
@@ -90,4 +91,5 @@ def resolve(
         checkpoint_every_s=every_s,
         keep_every=steps("--checkpoint.keep-every", config.checkpoint.keep_every),
         snapshot_every=snapshots,
+        check_every=steps("--run.check-every", config.run.check_every),
     )

@@ -241,13 +241,13 @@ class Group:
             group.shutdown()
 
     def agree(self, flags: list[int]) -> list[int]:
-        """The largest of each flag over all members. This is the fence: it ends when everyone has entered it, and
-        the host waits for it."""
+        """The largest of each flag (integers of 64 bits) over all members. This is the fence: it ends when everyone has
+        entered it, and the host waits for it."""
         if self.size == 1:
             host_wait(self.device)
             return flags
         with collective("the fence"):
-            tensor = torch.tensor(flags, dtype=torch.int32, device=self.device)
+            tensor = torch.tensor(flags, dtype=torch.int64, device=self.device)
             dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
             agreed = tensor.tolist()
         self.check()
@@ -259,34 +259,42 @@ class Group:
 
     def gather_rows(self, values: list[int]) -> list[list[int]]:
         """Every member's values, by rank."""
+        return self._gather(values, self.size, None)
+
+    def _gather(self, values: list[int], size: int, group: dist.ProcessGroup | None) -> list[list[int]]:
         with collective("gathering"):
             mine = torch.tensor(values, dtype=torch.int64, device=self.device)
-            everyone = torch.empty(self.size * len(values), dtype=torch.int64, device=self.device)
-            all_gather_flat(everyone, mine)
-            rows = everyone.view(self.size, len(values)).tolist()
+            everyone = torch.empty(size * len(values), dtype=torch.int64, device=self.device)
+            all_gather_flat(everyone, mine, group=group)
+            rows = everyone.view(size, len(values)).tolist()
         self.check()
         return rows
 
     def gather_in_mesh(self, value: int) -> list[int]:
         """The value of everyone in the mesh, by place."""
-        with collective("gathering"):
-            mine = torch.tensor([value], dtype=torch.int64, device=self.device)
-            everyone = torch.empty(self.layout.size, dtype=torch.int64, device=self.device)
-            all_gather_flat(everyone, mine, group=self.mesh.everyone)
-            found = everyone.tolist()
-        self.check()
-        return found
+        return [row[0] for row in self.gather_rows_in_mesh([value])]
+
+    def gather_rows_in_mesh(self, values: list[int]) -> list[list[int]]:
+        """The values of everyone in the mesh, by place."""
+        return self._gather(values, self.layout.size, self.mesh.everyone)
 
     def gather_json(self, value: Any) -> list[Any]:
         """Every member's JSON value, by rank."""
+        return self._gather_json(value, self.size, None)
+
+    def gather_json_in_mesh(self, value: Any) -> list[Any]:
+        """The JSON value of everyone in the mesh, by place."""
+        return self._gather_json(value, self.layout.size, self.mesh.everyone)
+
+    def _gather_json(self, value: Any, size: int, group: dist.ProcessGroup | None) -> list[Any]:
         data = json.dumps(value).encode()
-        lengths = self.gather_ints(len(data))
+        lengths = [row[0] for row in self._gather([len(data)], size, group)]
         with collective("gathering values"):
             mine = torch.zeros(max(lengths), dtype=torch.uint8, device=self.device)
             mine[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-            everyone = torch.empty(self.size * max(lengths), dtype=torch.uint8, device=self.device)
-            all_gather_flat(everyone, mine)
-            rows = everyone.view(self.size, -1).cpu().numpy()
+            everyone = torch.empty(size * max(lengths), dtype=torch.uint8, device=self.device)
+            all_gather_flat(everyone, mine, group=group)
+            rows = everyone.view(size, -1).cpu().numpy()
         self.check()
         return [json.loads(row[:length].tobytes()) for row, length in zip(rows, lengths)]
 

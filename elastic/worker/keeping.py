@@ -76,6 +76,7 @@ class Keeping:
     ):  # fmt: skip
         self.job, self.model, self.optimizer, self.mesh, self.scaler = job, model, optimizer, mesh, scaler
         self._held: Collected | None = None
+        self._named = list(model.named_parameters())
         self._arrived: dict[str, torch.Tensor] = {}  # tensors of a state that is being loaded, which values refer to
         check_state_dict(model)
         self.rates = Rates(job, optimizer, optim)
@@ -98,6 +99,20 @@ class Keeping:
         places = [sys.modules.get(c.__module__) for c in owners if not c.__module__.startswith("torch.")]
         near = [v for place in places if place is not None for v in vars(place).values() if isinstance(v, type)]
         return {**classes(dict(extra), *near), **job_classes(type(self.job))}
+
+    # ---- what is trained -------------------------------------------------------------------------------------------
+
+    def trained(self) -> tuple[bool, ...]:
+        """Of each parameter of the model, in order, whether it is trained now."""
+        return tuple(p.requires_grad for _, p in self._named)
+
+    def trained_by_name(self) -> dict[str, bool]:
+        """Of each parameter of the model whether it is trained now."""
+        return {name: p.requires_grad for name, p in self._named}
+
+    def parameter_names(self) -> dict[int, str]:
+        """The names of the model's parameters, by their identity."""
+        return parameter_names(self.model)
 
     # ---- what it consists of ---------------------------------------------------------------------------------------
 

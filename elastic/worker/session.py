@@ -22,10 +22,13 @@ from elastic.data.loader import Fetcher, Loader, Order
 from elastic.data.seeds import derive, seed_all
 from elastic.errors import (
     CheckpointError,
+    CopiesDiffer,
     ElasticError,
     FencedError,
     NonFiniteError,
+    Reform,
     RunFailed,
+    UpdatesDiffer,
     WarmUpError,
     WorldBroken,
 )
@@ -37,6 +40,7 @@ from elastic.parallel.device import describe, memory_share, pick_device, prepare
 from elastic.parallel.layout import Held
 from elastic.storage import Storage
 from elastic.units import parse_amount
+from elastic.worker.copies import NEUTRAL
 from elastic.worker.evaluate import evaluate
 from elastic.worker.group import Group, collective
 from elastic.worker.placing import Placing
@@ -83,6 +87,7 @@ class Session:
         )  # fmt: skip
         self._state: TrainState | None = None  # what a sharded model's worker has is made in its first world
         self._applied = -1  # updates in the state this worker holds; -1: it holds none
+        self._took = False  # somebody has a state in this world that it did not hold before
         self._touched = False  # a whole model's state is not as the job made it
         self._lost: str | None = None  # why it holds none any more, until there is a new one
         self._prepared: Update | None = None
@@ -147,15 +152,17 @@ class Session:
 
         Raises:
             NonFiniteError: a loss or norm is not finite, and such steps are not to be skipped.
+            CopiesDiffer: what is to be equal on all workers is not.
             CheckpointError: no committed checkpoint can be loaded.
             FencedError: the run went on without this worker, or may have: the membership server was silent too long.
             RunFailed: this node's data differs.
         """
         failure: Failure | None = None
+        why = ""
         try:
             while True:
-                group = self._join(failure)
-                failure = None
+                group = self._join(failure, why)
+                failure, why = None, ""
                 self._left = group.assignment.generation
                 try:
                     self._check_data()
@@ -173,6 +180,8 @@ class Session:
                     else:
                         self._saving.enter(group, self._the_state)
                         self._stepper.enter(group, self._applied, self._the_state)
+                        if self._took:
+                            self._stepper.check_state(self._applied)
                         self._forming = {
                             "connect_s": round(connected - began, 4),
                             "restore_s": round(time.monotonic() - connected, 4),
@@ -180,14 +189,18 @@ class Session:
                         status = self._train(group)
                     if status is not None:
                         return status
-                except WorldBroken:
+                except WorldBroken as error:
                     self._code.where = "re-joining"
+                    why = str(error) if isinstance(error, Reform) else ""
                 except UserCodeError as error:
                     failure = error.failure
-                except NonFiniteError:  # of all members, in the same step
+                except (NonFiniteError, UpdatesDiffer):  # of all members, in the same step
+                    self._prepared = None
                     self._stepper.reshard()
                     self._stepper.undo()
                     self._save_newest(group)
+                    raise
+                except CopiesDiffer:  # whose is right is not known: what was saved before stays the newest
                     raise
                 except Exception:
                     self._saving.finish_under_way(LAST_COMMIT_S)
@@ -222,10 +235,10 @@ class Session:
                 f"{self._plan.dataset_size} where the run was started; give every node the same data"
             )
 
-    def _join(self, failure: Failure | None) -> Group:
+    def _join(self, failure: Failure | None, why: str) -> Group:
         if failure is not None and self._left is not None:
             self._link.report_rows(self._left)  # this may end the run
-        assignment = self._link.join(self._facts, self._applied, failure, self._save_alone)
+        assignment = self._link.join(self._facts, self._applied, failure, self._save_alone, why=why)
         self._code.rank = f" (rank {assignment.rank} of {assignment.size})"
         fault.point("world.assigned", assignment.rank, self._applied)
         return Group(
@@ -236,6 +249,7 @@ class Session:
     def _restore(self, group: Group) -> None:
         """Bring every member to one state: the newest that any of them holds, else a checkpoint, else a fresh start."""
         applied = self._agree_on_updates(group)
+        self._took = min(applied) != max(applied) or max(applied) < 0
         self._stepper.undo()
         self._prepared = None
         newest = max(applied)
@@ -339,8 +353,8 @@ class Session:
                 if stop or leave:
                     break
             self._stepper.progress(step, FENCE)
-            says = [0, 0, int(self._link.wish("leave") is not None), 0, *self._snapshots.says()]
-            stop, _, leave, _, *said = group.agree(says)
+            says = [*NEUTRAL, 0, 0, int(self._link.wish("leave") is not None), 0, *self._snapshots.says()]
+            _, _, stop, _, leave, _, *said = group.agree(says)
             self._snapshots.hear(said)
             step += 1
             if leave:
@@ -414,8 +428,10 @@ class Session:
         stepper.progress(step, FENCE)
         fault.point("step.before_fence", group.rank, step + 1)
         wishes = self._wishes(step + 1 - group.assignment.claim_step)
-        stop, save_now, leave, busy, *said = group.agree([*wishes, *self._snapshots.says()])
+        says = [*stepper.says(update), *wishes, *self._snapshots.says()]
+        first, second, stop, save_now, leave, busy, *said = group.agree(says)
         clock.sync_s += time.perf_counter() - fence
+        stepper.check_equal(update, [first, second])
         fault.point("step.after_fence", group.rank, step + 1)
         self._snapshots.hear(said)
         clock.checkpoint_s += self._saving.settle() + self._snapshots.settle()
@@ -428,6 +444,8 @@ class Session:
                     self._evaluate(group)
                 if save_now or (plan.checkpoint_every and self._applied % plan.checkpoint_every == 0):
                     self._save(busy=bool(busy))
+                if plan.check_every and self._applied % plan.check_every == 0:
+                    stepper.check_state(self._applied)
                 clock.checkpoint_s += self._snapshots.after(self._applied, time.perf_counter() - began)
         finally:
             self._link.record(row | clock.columns(time.perf_counter() - began), report=group.leads)
@@ -488,6 +506,7 @@ class Session:
         began = time.perf_counter()
         self._stepper.progress(self._applied, APPLIED + 2, "checkpoint")
         self._link.granted("save")
+        self._stepper.check_state(self._applied)
         self._saving.save(self._applied, busy=busy)
         self._stepper.clock.checkpoint_s += time.perf_counter() - began
 
@@ -495,6 +514,7 @@ class Session:
         """Before a world is left: of a single sharded copy, a worker that is let go takes its part along."""
         if group.layout.shards > 1 and group.layout.replicas == 1:
             self._stepper.progress(self._applied, APPLIED + 2, "checkpoint")
+            self._stepper.check_state(self._applied)
             with contextlib.suppress(CheckpointError):  # which is in the ledger; then the one before has to do
                 self._saving.make_safe(self._applied, LAST_COMMIT_S)
 
@@ -503,6 +523,7 @@ class Session:
         if self._applied > group.assignment.restore.get("step", 0):
             self._stepper.progress(self._applied, APPLIED + 2, "checkpoint")
             with contextlib.suppress(ElasticError, RunOver):  # the error that ends the run is the one to be told
+                self._stepper.check_state(self._applied)
                 self._saving.make_safe(self._applied, LAST_COMMIT_S)
 
     def _save_and_fail(self, group: Group, message: str) -> None:
@@ -555,6 +576,7 @@ class Session:
         """Evaluate, save, wait for the commit, and say that this worker is done."""
         self._evaluate(group)
         self._stepper.progress(self._applied, APPLIED + 2, "checkpoint")
+        self._stepper.check_state(self._applied)
         self._saving.finish(self._applied)
         status = "stopped" if stopped and self._applied < self._plan.total_steps else "finished"
         state, model = self._the_state, self._the_state.model

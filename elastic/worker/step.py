@@ -6,6 +6,7 @@ trace: gradients are dropped and buffers put back.
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
@@ -14,18 +15,21 @@ from functools import partial
 from typing import Any
 
 import torch
+import xxhash
 
 from elastic import fault
 from elastic.data.deal import deal
 from elastic.data.loader import Loader
 from elastic.data.seeds import derive, seed_all
+from elastic.errors import Reform
 from elastic.membership.client import WorkerLink
+from elastic.parallel.device import describe
 from elastic.parallel.layout import Layout, lockstep
 from elastic.parallel.records import StepRecord
-from elastic.parallel.replicated import BitwiseReplica, FastReplica, Pass
+from elastic.parallel.replicated import BitwiseReplica, FastReplica, NotReduced, Pass
 from elastic.parallel.sharded import BitwiseSharded, FastSharded
-from elastic.worker import nonfinite
-from elastic.worker.group import Group, collective, may_communicate
+from elastic.worker import copies, nonfinite
+from elastic.worker.group import Group, may_communicate
 from elastic.worker.run import WorkerRun
 from elastic.worker.schedule import factor
 from elastic.worker.state import TrainState
@@ -63,6 +67,7 @@ class Update:
     lr: float
     norm: float
     skip: bool
+    fingerprint: int  # equal on all workers if what they apply is
 
 
 class Stepper:
@@ -77,6 +82,8 @@ class Stepper:
         self._replica: Replica | None = None
         self._unfinished: Replica | None = None
         self._steps_done = 0
+        self._find_unused = run.config.parallel.find_unused
+        self._compares = True
         self.clock = Clock()
         code.on_loss = self._after_loss
 
@@ -89,6 +96,8 @@ class Stepper:
             WorldBroken: a member was lost meanwhile.
         """
         self._group, self._state = group, state
+        self._trained = state.trained()
+        self._agree(group)
         assert group.place is not None, "a spare runs no steps"
         self._runs, rows = self._deal(group.layout)
         first = group.place // group.layout.shards * group.layout.shards
@@ -100,6 +109,23 @@ class Stepper:
         self._loader.start(applied, self._spans)
         with may_communicate("wrapping the model"):
             self._replica = self._wrap(group, rows)
+
+    def _agree(self, group: Group) -> None:
+        """What members must decide alike before they begin.
+
+        Raises:
+            CopiesDiffer: they do not train the same parameters.
+        """
+        device = xxhash.xxh3_64_intdigest(json.dumps(describe(group.device), sort_keys=True).encode()) >> 1
+        trained = xxhash.xxh3_64_intdigest(bytes(self._trained)) >> 1
+        rows = group.gather_rows_in_mesh([int(self._find_unused), device, trained])
+        self._find_unused = any(row[0] for row in rows)
+        self._compares = len({row[1] for row in rows}) == 1  # other kernels round otherwise
+        if not self._compares and group.leads:
+            detail = "its workers' devices differ, so that the copies of the model may differ in last bits"
+            self._link.post({"kind": "event", "event": "copies_not_compared", "detail": detail})
+        if len({row[2] for row in rows}) > 1:
+            raise copies.trained_error(group, self._link.member.id, self._state.trained_by_name())
 
     def _deal(self, layout: Layout) -> tuple[list[range], list[range]]:
         """The microbatches of each place of the mesh, and of each of its rows."""
@@ -120,10 +146,9 @@ class Stepper:
             replica = BitwiseReplica(model, loss, rank=group.rank, bucket_mb=parallel.bucket_mb, **common)
         else:
             replica = FastReplica(
-                model, loss, rank=group.rank, bucket_mb=parallel.bucket_mb, find_unused=parallel.find_unused,
+                model, loss, rank=group.rank, bucket_mb=parallel.bucket_mb, find_unused=self._find_unused,
                 compression=self._config.precision.grad_compression, **common,
             )  # fmt: skip
-        replica.recomputes = parallel.activation_checkpointing
         return replica
 
     def leave(self) -> None:
@@ -165,11 +190,15 @@ class Stepper:
 
         Raises:
             WorldBroken: a member was lost.
+            Reform: the world must be made otherwise for this step.
             UserCodeError: the job's code raised.
             NonFiniteError: loss or norm is not finite, and such steps are not to be skipped.
         """
         replica, clock = self._replica, Clock()
         assert replica is not None, "enter a world first"
+        if (trained := self._state.trained()) != self._trained:
+            change = _changes(list(self._state.trained_by_name()), self._trained, trained)
+            raise Reform(f"the job trains other parameters from step {step + 1} on ({change})")
         self.clock, self._unfinished, self._step = clock, replica, step
         began = time.perf_counter()
         scaler = self._state.scaler
@@ -177,11 +206,17 @@ class Stepper:
         try:
             with may_communicate(f"step {step + 1}"):
                 record, divisor = replica.run(self._passes(step))
+        except NotReduced as error:
+            self._find_unused = True
+            names = ", ".join(error.names[:3]) + (", ..." if len(error.names) > 3 else "")
+            detail = f"not every pass gives a gradient to {names or 'all parameters'}: --parallel.find-unused is on now"
+            self._link.post({"kind": "event", "event": "unused_parameters", "step": step, "detail": detail})
+            raise Reform(detail) from error
         except (RuntimeError, TypeError, ValueError) as error:  # of what the job's code returned
             raise self._code.error(error) from error
         optim, plan = self._config.optim, self._plan
         gradients = replica.gradients()
-        with collective("the norm"):
+        with may_communicate("the norm"):
             norm = float(replica.norm(gradients)) / divisor if gradients and divisor else float("nan")
         self._group.check()
         finite = abs(record.loss) < float("inf") and (abs(norm) < float("inf") or not gradients)
@@ -189,8 +224,8 @@ class Stepper:
             scale = 1.0 / divisor
             if optim.clip_norm is not None and norm > optim.clip_norm:
                 scale *= optim.clip_norm / (norm + 1e-6)
-            if scale != 1.0 and gradients:
-                torch._foreach_mul_(gradients, scale)
+            if scale != 1.0:
+                _multiply(gradients, scale)
         else:
             overflow = scaler is not None and scaler.factor > 1 and abs(record.loss) < float("inf")
             if not overflow:
@@ -204,7 +239,33 @@ class Stepper:
         lr = self._state.rates.set(share)
         clock.sync_s = replica.wait_s
         clock.compute_s = time.perf_counter() - began - clock.data_s - clock.sync_s
-        return Update(step, record, lr, norm, not finite)
+        fingerprint = copies.update_fingerprint((record.loss, norm, divisor), self._state.optimizer)
+        return Update(step, record, lr, norm, not finite, fingerprint)
+
+    def says(self, update: Update) -> tuple[int, int]:
+        """What this worker says of its update at the fence."""
+        return copies.said(update.fingerprint) if self._compares else copies.NEUTRAL
+
+    def check_equal(self, update: Update, largest: list[int]) -> None:
+        """After the fence: refuse an update that is not the same on all workers.
+
+        Raises:
+            CopiesDiffer: it is not.
+        """
+        if not copies.equal(largest):
+            shard = str(self._state.mesh.shard) if self._state.mesh is not None else ""
+            numbers = {"the loss": update.record.loss, "the gradient norm": update.norm}
+            entries = copies.update_entries(numbers, self._state.optimizer, self._state.parameter_names(), shard)
+            raise copies.update_error(update.step + 1, self._group, self._link.member.id, entries)
+
+    def check_state(self, step: int) -> None:
+        """Compare the copies of the state with all workers.
+
+        Raises:
+            CopiesDiffer: they are not equal.
+        """
+        if self._compares:
+            copies.check_state(self._state, self._group, self._link.member.id, step)
 
     def apply(self, update: Update) -> None:
         """The update itself. Until it returns, the state is neither the old nor the new one."""
@@ -275,3 +336,22 @@ class Stepper:
                 yield index, batch
 
         return nonfinite.first_bad_microbatch(replica.has_finite_gradients, microbatches(), self._singles)
+
+
+def _multiply(gradients: list[torch.Tensor], factor: float) -> None:
+    together = [g for g in gradients if not g.is_sparse]
+    if together:
+        torch._foreach_mul_(together, factor)
+    for gradient in gradients:
+        if gradient.is_sparse:
+            gradient.mul_(factor)
+
+
+def _changes(names: list[str], before: tuple[bool, ...], now: tuple[bool, ...]) -> str:
+    """Which parameters are trained now and were not, or are no longer."""
+    more = [name for name, was, trained in zip(names, before, now) if trained and not was]
+    fewer = [name for name, was, trained in zip(names, before, now) if was and not trained]
+    found = (("+", more), ("-", fewer))
+    return ", ".join(
+        f"{sign} {some[0]}" + (f" and {len(some) - 1} more" if some[1:] else "") for sign, some in found if some
+    )

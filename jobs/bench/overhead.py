@@ -54,13 +54,14 @@ def _bare_step(session: Any) -> tuple[int, int]:
     """A step of the same model on the same data, by what any DDP loop has."""
     import torch
 
-    stepper, state, job = session._stepper, session._state, session._job
-    step, wrapped = session._applied, stepper._replica.wrapped
-    wrapped.zero_grad(set_to_none=True)
+    stepper, state = session._stepper, session._state
+    step, replica = session._applied, stepper._replica
+    replica.model.zero_grad(set_to_none=True)
     for i, (first, count) in enumerate(stepper._spans):
         batch = stepper._loader.next(step, first, count).batch
-        wrapped.require_backward_grad_sync = i == len(stepper._spans) - 1
-        loss, weight, _ = job.loss(wrapped, batch)
+        if replica._ddp is not None:
+            replica._ddp.require_backward_grad_sync = i == len(stepper._spans) - 1
+        loss, weight, _ = replica._forward(batch)
         (loss / (weight * len(stepper._spans))).backward()
     torch.nn.utils.clip_grad_norm_(state.model.parameters(), CLIP_NORM)
     state.optimizer.step()
