@@ -109,7 +109,7 @@ def _joined(state: State, event: Joined) -> tuple[State, list[Command]]:
         left = frozenset(state.waiting) if state.phase is Phase.LEAVING else frozenset()
         state = replace(state, phase=Phase.BROKEN, broken_at=event.now, acked=left | {member.id})
         assert state.world is not None
-        commands.append(Break(state.world, None, reason))
+        commands.append(Break(state.world, None, reason, planned=bool(event.why)))
     if event.failure is not None:
         key = (event.failure.kind, event.failure.step, event.failure.microbatch)
         count = state.failures.get(key, 0) + 1

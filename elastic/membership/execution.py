@@ -68,7 +68,10 @@ class Executor:
         elif isinstance(command, Break):
             fault.point("world.breaking", -1, command.world.generation.n)
             self.drop_store()
-            keeper.world_broken(command.world, command.lost, command.reason)
+            if command.planned:
+                keeper.event("notice", generation=str(command.world.generation), detail=f"re-forming: {command.reason}")
+            else:
+                keeper.world_broken(command.world, command.lost, command.reason)
             connections.tell(command.world, {"kind": "broken", "generation": str(command.world.generation)})
         elif isinstance(command, Leave):
             keeper.event("notice", generation=str(command.world.generation), detail=f"re-forming: {command.why}")

@@ -192,6 +192,7 @@ class Break:
     world: World
     lost: Member | None
     reason: str
+    planned: bool = False  # a member left to have another world made; nobody failed
 
 
 @dataclass(frozen=True)
