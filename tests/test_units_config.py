@@ -114,6 +114,7 @@ REFUSED = [
     (lambda: RunOptions(seed=2**63), "--run.seed", str(2**63), "0 to"),
     (lambda: RunOptions(exactness="exact"), "--run.exactness", "'exact'", "fast, bitwise"),
     (lambda: RunOptions(on_nonfinite="ignore"), "--run.on-nonfinite", "'ignore'", "stop, skip"),
+    (lambda: RunOptions(check_every="5min"), "--run.check-every", "'5min'", "unit"),
     (lambda: RunOptions(max_failures=-1), "--run.max-failures", "-1", "at least 0"),
     (lambda: BatchOptions(global_size=0), "--batch.global-size", "0", "at least 1"),
     (lambda: BatchOptions(global_size=8.0), "--batch.global-size", "8.0", "whole"),
@@ -319,7 +320,7 @@ def test_a_stored_option_of_a_newer_version_is_refused_by_name():
 OTHER_VALUES = {
     "run.name": "other", "run.storage": "elsewhere", "run.duration": "11ep", "run.stop-after": "3st", "run.seed": 1,
     "run.exactness": "bitwise", "run.on-nonfinite": "skip", "run.allow-change": ("run.seed",), "run.take-over": True,
-    "run.max-failures": 4, "batch.global-size": 128, "batch.microbatches": 32, "batch.pass-size": 2,
+    "run.check-every": "7st", "run.max-failures": 4, "batch.global-size": 128, "batch.microbatches": 32, "batch.pass-size": 2,
     "optim.schedule": "cosine", "optim.warmup": "5st", "optim.final-lr": 0.2, "optim.clip-norm": 1.0,
     "precision.autocast": "bf16", "precision.grad-compression": "bf16", "data.workers": 1, "data.prefetch": 3,
     "scaling.min-workers": 2, "scaling.max-workers": 3, "scaling.accelerator": "cpu", "scaling.cpus-per-worker": 2,
