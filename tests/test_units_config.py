@@ -320,7 +320,8 @@ def test_a_stored_option_of_a_newer_version_is_refused_by_name():
 OTHER_VALUES = {
     "run.name": "other", "run.storage": "elsewhere", "run.duration": "11ep", "run.stop-after": "3st", "run.seed": 1,
     "run.exactness": "bitwise", "run.on-nonfinite": "skip", "run.allow-change": ("run.seed",), "run.take-over": True,
-    "run.check-every": "7st", "run.max-failures": 4, "batch.global-size": 128, "batch.microbatches": 32, "batch.pass-size": 2,
+    "run.check-every": "7st", "run.max-failures": 4, "batch.global-size": 128, "batch.microbatches": 32,
+    "batch.pass-size": 2,
     "optim.schedule": "cosine", "optim.warmup": "5st", "optim.final-lr": 0.2, "optim.clip-norm": 1.0,
     "precision.autocast": "bf16", "precision.grad-compression": "bf16", "data.workers": 1, "data.prefetch": 3,
     "scaling.min-workers": 2, "scaling.max-workers": 3, "scaling.accelerator": "cpu", "scaling.cpus-per-worker": 2,
