@@ -205,7 +205,7 @@ def test_a_layer_that_is_unfrozen_is_trained_from_then_on(exactness, tmp_path):
 
     found = [run(Unfreezes(), tmp_path, workers, **options) for workers in (1, 2)]
     found += [run(Unfreezes(once=True), tmp_path, 3, **options)]
-    found += [run(Unfreezes(), tmp_path, 2, parallel__strategy="fsdp", **options)]
+    found += [run(Unfreezes(once=True), tmp_path, 2, parallel__strategy="fsdp", **options)]
 
     for ran in found:
         assert ran.column("loss") == pytest.approx(expected, rel=1e-5)

@@ -194,11 +194,11 @@ class Session:
                     why = str(error) if isinstance(error, Reform) else ""
                 except UserCodeError as error:
                     failure = error.failure
-                except (NonFiniteError, UpdatesDiffer):  # of all members, in the same step
+                except (NonFiniteError, UpdatesDiffer) as error:  # of all members, in the same step
                     self._prepared = None
                     self._stepper.reshard()
                     self._stepper.undo()
-                    self._save_newest(group)
+                    self._save_newest(group, compare=isinstance(error, NonFiniteError))
                     raise
                 except CopiesDiffer:  # whose is right is not known: what was saved before stays the newest
                     raise
@@ -518,12 +518,17 @@ class Session:
             with contextlib.suppress(CheckpointError):  # which is in the ledger; then the one before has to do
                 self._saving.make_safe(self._applied, LAST_COMMIT_S)
 
-    def _save_newest(self, group: Group) -> None:
-        """An error ends the run: make the newest state safe, together with all members, if it is not yet."""
+    def _save_newest(self, group: Group, *, compare: bool = True) -> None:
+        """An error ends the run: make the newest state safe, together with all members, if it is not yet.
+
+        Args:
+            compare: the copies first. Where updates differ, so do the rates that were set for them.
+        """
         if self._applied > group.assignment.restore.get("step", 0):
             self._stepper.progress(self._applied, APPLIED + 2, "checkpoint")
             with contextlib.suppress(ElasticError, RunOver):  # the error that ends the run is the one to be told
-                self._stepper.check_state(self._applied)
+                if compare:
+                    self._stepper.check_state(self._applied)
                 self._saving.make_safe(self._applied, LAST_COMMIT_S)
 
     def _save_and_fail(self, group: Group, message: str) -> None:
