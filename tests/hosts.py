@@ -19,22 +19,15 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
-import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
-
-from jobs.bench.nodes import OBJECT_STORE_BYTES, REPOSITORY
 
 _NAMES = itertools.count()
 _CLONE_NEWNET = 0x40000000
 _KILL_TIMEOUT_S = 10.0
-_RAY_START_TIMEOUT_S = 60.0
-RAY_ENVIRONMENT = {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
 
 
 def missing() -> str | None:
@@ -188,59 +181,3 @@ def _ip(*arguments: str) -> str:
 def _set_namespace(handle: int) -> None:
     if ctypes.CDLL(None, use_errno=True).setns(handle, _CLONE_NEWNET):
         raise OSError(ctypes.get_errno(), "setns")
-
-
-class RayNodes:
-    """Ray nodes on hosts. As a context manager it ends them all.
-
-    Args:
-        environment: of all Ray processes, beside that of this process.
-        head_cpus: CPUs of the head's node; none keeps work off it.
-        head_options: further options of `ray start --head`.
-    """
-
-    def __init__(
-        self, hosts: Hosts, *, environment: dict[str, str] | None = None, head_cpus: int = 0,
-        head_options: Sequence[str] = ("--include-dashboard=false",),
-    ):  # fmt: skip
-        self.hosts, self._head_cpus, self._head_options = hosts, head_cpus, head_options
-        self._environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), **RAY_ENVIRONMENT, **(environment or {})}
-
-    def __enter__(self) -> RayNodes:
-        self.head = self.hosts.add()
-        self.address = f"{self.head.address}:6379"
-        self._folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # the path of a socket has at most 107 characters
-        try:
-            self._await(self._start(self.head, self._head_cpus, "--head", "--port=6379", *self._head_options))
-        except BaseException:
-            self.__exit__()
-            raise
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for host in self.hosts.all:
-            self.hosts.kill(host)
-        shutil.rmtree(self._folder)
-
-    def add(self, count: int = 1, cpus: int = 1) -> list[Host]:
-        """New hosts, each with a Ray node of so many CPUs that has joined the cluster."""
-        made = [self.hosts.add() for _ in range(count)]
-        for started in [self._start(host, cpus, f"--address={self.address}") for host in made]:
-            self._await(started)
-        return made
-
-    def _start(self, host: Host, cpus: int, *options: str) -> subprocess.Popen[str]:
-        return subprocess.Popen(
-            host.command(
-                f"{Path(sys.executable).parent}/ray", "start", *options, f"--node-ip-address={host.address}",
-                f"--num-cpus={cpus}", f"--object-store-memory={OBJECT_STORE_BYTES}",
-                f"--temp-dir={self._folder}/{host.port}", "--disable-usage-stats",
-            ),
-            env=self._environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )  # fmt: skip
-
-    @staticmethod
-    def _await(started: subprocess.Popen[str]) -> None:
-        output, _ = started.communicate(timeout=_RAY_START_TIMEOUT_S)
-        if started.returncode:
-            raise OSError(f"ray start ended with {started.returncode}:\n{output}")

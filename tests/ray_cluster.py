@@ -7,7 +7,7 @@ import os
 import re
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,24 +20,22 @@ from elastic.storage import Storage
 from jobs.bench.nodes import Command, LocalCluster, result
 from tests import leaks
 from tests.forked import train
-from tests.hosts import RayNodes
+from tests.forked_command import ForkedCommand
 from tests.slow_job import CONFIG, Slow
 
 SLOW_BATCH = 32  # of tests.slow_job
 
 
 def slow_job(
-    cluster: LocalCluster | RayNodes, storage: Path, name: str, *options: str, pause_s: float = 0.02, faults: Any = (),
-    under: Sequence[str] = (),
+    cluster: LocalCluster, storage: Path, name: str, *options: str, pause_s: float = 0.02, faults: Any = (),
 ) -> Command:  # fmt: skip
     """A run of tests.slow_job in `bitwise`, whose workers have these faults planned."""
     # its workers get them from Ray's runtime environment, as those of a submitted job do
     variables = {"SLOW_JOB_PAUSE_S": str(pause_s), "ELASTIC_FAULTS": json.dumps(list(faults))}
-    return Command(
+    return ForkedCommand(
         "-m", "tests.slow_job", "--cluster.address", cluster.address, "--run.storage", str(storage),
         "--run.name", name, "--run.exactness", "bitwise", "--observe.log-every", "0.05", *options,
         environment={**variables, "RAY_JOB_CONFIG_JSON_ENV_VAR": json.dumps({"runtime_env": {"env_vars": variables}})},
-        under=under,
     )  # fmt: skip
 
 
@@ -46,6 +44,11 @@ class Story:
 
     def __init__(self, run: Command, epoch: int = 1):
         self.run, self._epoch, self._seen = run, epoch, 0
+
+    @property
+    def generation(self) -> str:
+        """That of the newest world seen."""
+        return f"{self._epoch}-{self._seen}"
 
     def next_world(self, *sizes: int) -> list[int]:
         """The pids of the next world of one of these sizes, by rank."""
@@ -71,10 +74,10 @@ def step_of(run: Command) -> int:
     return int(steps[-1].split()[1].split("/")[0])
 
 
-def stop(run: Command, step: int) -> None:
+def stop(run: Command, step: int, by: signal.Signals = signal.SIGINT) -> None:
     """Pause the run, with its state saved, after at least this step."""
     run.wait_for_step(step)
-    run.signal(signal.SIGINT)
+    run.signal(by)
     assert run.wait() == 130, run.output
 
 

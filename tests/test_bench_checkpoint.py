@@ -16,6 +16,7 @@ from jobs.bench.s3relay import Record
 ROOT = Path(__file__).parent.parent
 
 
+@pytest.mark.long
 @pytest.mark.processes
 def test_the_quick_mode_measures_this_engine_beside_torch_s(tmp_path):
     file = tmp_path / "figures.json"

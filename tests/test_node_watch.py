@@ -1,4 +1,4 @@
-"""Which node `elastic node-watch` watches, and what it refuses. On a cluster: tests.test_ray_node_watch."""
+"""Which node `elastic node-watch` watches, and what it refuses. On a cluster: tests.test_ray_survivors."""
 
 from __future__ import annotations
 

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from elastic import cli
-from jobs.bench.nodes import Command, LocalCluster, result
+from jobs.bench.nodes import LocalCluster, result
+from tests.forked_command import ForkedCommand
 from tests.ray_cluster import Story, check_bits_and_samples, slow_job
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(180)]
@@ -47,7 +48,7 @@ def test_a_run_is_scaled_drained_and_stopped_without_a_lost_step_or_bit(
     assert last in third
 
     saved = told("checkpoint")
-    stop = Command("-m", "elastic.cli", "stop", url)
+    stop = ForkedCommand("-m", "elastic.cli", "stop", url)
     assert stop.wait() == 0, stop.output
     assert run.wait() == 0, run.output
     assert "asked to save and end at the next step boundary" in stop.output

@@ -1,5 +1,5 @@
 """Hosts that are started by cluster.yaml's commands, object storage on another, a run submitted through the job API: a
-host is killed, hosts come, EC2 takes one back, a link is cut."""
+host is killed, hosts come, EC2 takes one back, a link is cut and comes back."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -15,19 +16,27 @@ from typing import Any
 
 import pytest
 
+from elastic.membership.protocol import SILENT_S
+from elastic.observe.ledger import METRICS, read_records
+from elastic.storage import Storage
 from jobs.bench.nodes import OBJECT_STORE_BYTES, REPOSITORY, Command
 from jobs.bench.seaweed import SeaweedFS, SeaweedMissing, binary, credentials
 from tests import hosts as namespaces
 from tests.hosts import Host, Hosts
 from tests.notice_servers import NoticeServer, iso_in, notice_server
 from tests.own_cluster import RAY
-from tests.ray_cluster import Story, check_bits_and_samples, wait_until
+from tests.ray_cluster import Story, check_bits_and_samples, step_of, wait_until
 from tests.test_cluster_files import AWS, prepared, start_command
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
 METADATA_SERVICE = "169.254.169.254"
 BUCKET = "training"
 START_TIMEOUT_S = 90.0
+#: Ray calls a node dead after so many checks; by default that takes 15 s and more.
+HEALTH = {
+    "RAY_health_check_period_ms": "1000", "RAY_health_check_timeout_ms": "1000",
+    "RAY_health_check_failure_threshold": "8",
+}  # fmt: skip
 JOB = ("--run.duration", "100000st", "--scaling.max-workers", "2", "--checkpoint.every", "20st")
 
 
@@ -50,7 +59,7 @@ class AwsLike:
         self._environment = {
             **os.environ, **credentials(), "AWS_ENDPOINT_URL": server.url, "HOME": str(folder),
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONPATH": str(REPOSITORY),
-            "RAY_USAGE_STATS_ENABLED": "0", "SLOW_JOB_PAUSE_S": "0.02",
+            "RAY_USAGE_STATS_ENABLED": "0", "SLOW_JOB_PAUSE_S": "0.02", **HEALTH,
         }  # fmt: skip
         self._s3("mkdir", BUCKET)
         self.head = hosts.add()
@@ -176,10 +185,19 @@ def test_a_submitted_run_outlives_its_hosts_and_ends_with_the_bits_of_one_that_n
     assert cluster.watcher_said(leaving, "EC2 spot interruption: terminate: draining node")
     wait_until(lambda: cluster.watcher_said(leaving, "is gone"))
 
-    # the link of a host is cut: nobody is told
+    # the link of a host is cut, nobody is told: the other goes on as it is, before and after Ray calls the node dead
     (silent,) = (host for host in later if third[1] in host.pids())
     cluster.hosts.cut(silent)
+    cut_at = time.time()
     assert story.next_world(1) == third[:1]
+    run.wait_for(lambda line: "has been marked dead" in line)
+    run.wait_for_step(step_of(run) + 25)
+    assert os.path.exists(f"/proc/{third[1]}")
+
+    # and the zombie ends when the link is back
+    cluster.hosts.heal(silent)
+    run.wait_for_step(step_of(run) + 5)
+    wait_until(lambda: not os.path.exists(f"/proc/{third[1]}"))
 
     # somebody on another host than the job's looks at it and stops it, which saves
     (other,) = (host for host in later if host != silent)
@@ -190,9 +208,15 @@ def test_a_submitted_run_outlives_its_hosts_and_ends_with_the_bits_of_one_that_n
     assert "Job 'hosts' succeeded" in run.output
     assert stopped["status"] == "stopped"
     assert stopped["checkpoint"] == stopped["step"] > 5
-    events = check_bits_and_samples(cluster.runs(), "hosts", *JOB)
+    runs = cluster.runs()
+    events = check_bits_and_samples(runs, "hosts", *JOB)
     kinds = [e["kind"] for e in events]
     assert kinds.count("handed_over") == 1
-    assert "checkpoint_committed" in kinds
+    rows = [row for row in read_records(Storage(str(runs / "hosts")), METRICS) if "sample_hash" in row]
+    stall_s = next(row["time"] for row in rows if row["generation"] == story.generation) - cut_at
+    print(f"cut to the survivors' next step: {stall_s:.2f} s")
+    assert stall_s < SILENT_S + 3
+    late = [e for e in events if e["kind"] == "checkpoint_committed" and e["time"] > cut_at + SILENT_S]
+    assert {e["generation"] for e in late} == {story.generation}
     assert {e["detail"]["rung"] for e in events if e["kind"] == "restored"} == {"peer"}, "a step was redone"
     assert "fallback_restart" not in kinds

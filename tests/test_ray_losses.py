@@ -1,4 +1,4 @@
-"""Losses on a cluster, one after another in one run, at every point of a step; then whole nodes, also two at once."""
+"""Losses on a cluster, one after another in one run, at every point of a step. In processes: tests.test_kill_points."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from jobs.bench.nodes import LocalCluster
 from tests.ray_cluster import Story, check_bits_and_samples, slow_job, stop
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.ray, pytest.mark.long, pytest.mark.timeout(300)]
 #: Of 8 microbatches a fifth worker would take none off another: it would not be asked for.
 FOREVER = (
     "--run.duration", "100000st", "--checkpoint.every", "10st", "--eval.every", "25st", "--batch.microbatches", "32",
@@ -36,20 +36,3 @@ def test_a_kill_at_each_point_of_a_step_and_one_while_a_world_forms(cluster: Loc
     assert not [e for e in events if e["kind"] in ("member_suspected", "member_evicted")]
     assert sum(e["kind"] == "member_lost" for e in events) == len(plan)
     assert {e["detail"]["rung"] for e in events if e["kind"] == "restored"} == {"peer"}, "a step was redone"
-
-
-def test_two_nodes_at_once_with_rank_0_on_one_of_them(cluster: LocalCluster, tmp_path: Path) -> None:
-    run = slow_job(cluster, tmp_path, "nodes", *FOREVER, "--scaling.max-workers", "6", pause_s=0.0125)
-    story = Story(run)
-    first = story.next_world(6)
-    run.wait_for_step(5)
-    doomed = [n for n in cluster.nodes if first[0] in cluster.workers_of(n)]
-    doomed += [n for n in cluster.nodes if n not in doomed][:1]
-    gone = {pid for n in doomed for pid in cluster.workers_of(n)}
-    cluster.kill_nodes(doomed)
-    assert set(story.next_world(2)) == set(first) - gone
-    for _ in doomed:
-        cluster.add_node()
-    assert set(first) - gone < set(story.next_world(3, 4, 5, 6))
-    stop(run, 5)
-    check_bits_and_samples(tmp_path, "nodes", *FOREVER)

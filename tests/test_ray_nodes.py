@@ -1,4 +1,4 @@
-"""Nodes that an autoscaler starts and takes back, and nodes of four GPUs, on Ray clusters of their own."""
+"""Nodes that an autoscaler starts and takes back, and nodes of several GPUs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from jobs.bench.nodes import OBJECT_STORE_BYTES, REPOSITORY, Command, free_port
+from jobs.bench.nodes import OBJECT_STORE_BYTES, REPOSITORY, Command, LocalCluster, free_port
 from tests.own_cluster import OwnCluster
 from tests.ray_cluster import Story, check_bits_and_samples, stop, wait_until
 
@@ -90,45 +90,40 @@ def pick(_):
     return "finished"
 
 ray.init(address=sys.argv[1])
-plan = GroupPlan("http://127.0.0.1:9", "none", 8, 0, None, {"GPU": 1.0, "CPU": 1.0}, "elastic/gpus/",
-                 Terms("gpus", 0, 0.0, "gpu", 8, 600.0))
+plan = GroupPlan("http://127.0.0.1:9", "none", 4, 0, None, {"GPU": 1.0, "CPU": 1.0}, "elastic/gpus/",
+                 Terms("gpus", 0, 0.0, "gpu", 4, 600.0))
 RayTrainer(pick, name="gpus", storage_path=str(folder / "markers"), plan=plan, accelerator="gpu").run()
 """
 
 
-def test_workers_on_nodes_of_four_gpus_each_pick_their_own_also_those_that_come_late(tmp_path: Path) -> None:
+def test_workers_on_nodes_of_several_gpus_each_pick_their_own_also_those_that_come_late(
+    cluster: LocalCluster, tmp_path: Path
+) -> None:
     """The GPUs are Ray's alone, there are none; so the program does nothing but pick."""
-    from ray.cluster_utils import Cluster
 
     def picks() -> dict[int, dict[str, Any]]:
         found = {int(file.stem): json.loads(file.read_text()) for file in tmp_path.glob("*.json")}
         return {pid: seen for pid, seen in found.items() if Path(f"/proc/{pid}").exists()}
 
-    os.environ["RAY_AUTH_MODE"] = "disabled"
-    nodes = Cluster(
-        initialize_head=True,
-        head_node_args={"num_cpus": 0, "include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES},
-    )
     (tmp_path / "markers").mkdir()
     (tmp_path / "program.py").write_text(GPU_PROGRAM)
+    nodes = [cluster.add_node(gpus=2) for _ in range(2)]
     try:
-        for _ in range(2):
-            nodes.add_node(num_cpus=4, num_gpus=4, object_store_memory=OBJECT_STORE_BYTES)
         program = Command(
-            str(tmp_path / "program.py"), nodes.address, str(tmp_path), environment={"PYTHONPATH": str(REPOSITORY)}
+            str(tmp_path / "program.py"), cluster.address, str(tmp_path), environment={"PYTHONPATH": str(REPOSITORY)}
         )
-        wait_until(lambda: len(picks()) == 8 or program.process.poll() is not None, 90)
+        wait_until(lambda: len(picks()) == 4 or program.process.poll() is not None, 90)
         first = picks()
         for node in {seen["node"] for seen in first.values()}:
             os.kill(next(pid for pid, seen in first.items() if seen["node"] == node), signal.SIGKILL)
-        wait_until(lambda: len(picks()) == 8 and picks().keys() != first.keys(), 60)
+        wait_until(lambda: len(picks()) == 4 and picks().keys() != first.keys(), 60)
         later = picks()
         (tmp_path / "stop").touch()
         assert program.wait() == 0, program.output
     finally:
-        nodes.shutdown()
+        cluster.kill_nodes(nodes)
     for seen in (first, later):
-        assert len({(p["node"], p["index"]) for p in seen.values()}) == 8
-        assert {p["visible"] for p in seen.values()} == {"0,1,2,3"}
+        assert len({(p["node"], p["index"]) for p in seen.values()}) == 4
+        assert {p["visible"] for p in seen.values()} == {"0,1"}
         assert all(p["assigned"] == [str(p["index"])] for p in seen.values())
-    assert len(first.keys() & later.keys()) == 6
+    assert len(first.keys() & later.keys()) == 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 from pathlib import Path
@@ -49,7 +50,8 @@ def test_a_spare_then_too_few_workers_and_a_rerun(cluster: LocalCluster, tmp_pat
         cluster.add_node()
     run = slow_job(cluster, tmp_path, "parked", *OPTIONS)
     Story(run, epoch=2).next_world(2)
-    stop(run, newest + 5)
+    stop(run, newest + 5, by=signal.SIGTERM)
+    assert json.loads((tmp_path / "parked" / "status.json").read_text())["status"] == "stopped"
     events = check_bits_and_samples(tmp_path, "parked", *FOREVER)
     assert [e["kind"] for e in events].count("parked") == 1
     assert [e["step"] for e in read_records(folder, EVENTS) if e["kind"] == "restored" and e["step"] == newest]

@@ -12,7 +12,8 @@ from elastic.observe.ledger import METRICS, gaps_and_doubles, kept_history, read
 from elastic.storage import Storage
 from jobs.bench.nodes import Command, LocalCluster, result
 from jobs.digits import CONFIG, Digits
-from tests.ray_cluster import undisturbed
+from tests.forked_command import ForkedCommand
+from tests.ray_cluster import slow_job, undisturbed
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(180)]
 STEPS = 40
@@ -21,29 +22,27 @@ JOB = ("--run.duration", f"{STEPS}st", "--run.exactness", "bitwise", "--batch.mi
 
 
 def digits(cluster: LocalCluster, storage: Path, name: str, *options: str) -> Command:
-    return Command("-m", "jobs.digits", "--cluster.address", cluster.address, "--run.storage", str(storage),
+    return ForkedCommand("-m", "jobs.digits", "--cluster.address", cluster.address, "--run.storage", str(storage),
                    "--run.name", name, *JOB, *options)  # fmt: skip
 
 
-def test_interrupted_by_each_signal_and_resumed_at_another_size_a_run_has_the_bits_of_one_plain_process(
+def test_interrupted_and_resumed_at_another_size_a_run_has_the_bits_of_one_plain_process(
     cluster: LocalCluster, tmp_path: Path
 ) -> None:
-    # given a run in a world of three that SIGINT interrupts, then one of two that SIGTERM does
-    step = 0
-    for number, workers in ((signal.SIGINT, 3), (signal.SIGTERM, 2)):
-        run = digits(cluster, tmp_path, "run", "--scaling.max-workers", str(workers))
-        run.wait_for_step(step + 5)
-        run.signal(number)
-        assert run.wait() == 130, run.output
-        assert f"{workers} workers -> {-(-8 // workers)} rounds" in run.output
-        status = json.loads((tmp_path / "run" / "status.json").read_text())
-        assert status["status"] == "stopped"
-        assert step + 5 <= status["step"] < STEPS
-        step = status["step"]
+    # given a run in a world of three that is interrupted
+    run = digits(cluster, tmp_path, "run")
+    run.wait_for_step(5)
+    run.signal(signal.SIGINT)
+    assert run.wait() == 130, run.output
+    assert "3 workers -> 3 rounds" in run.output
+    status = json.loads((tmp_path / "run" / "status.json").read_text())
+    assert status["status"] == "stopped"
+    assert 5 <= status["step"] < STEPS
 
-    # when it is resumed to its end
-    last = digits(cluster, tmp_path, "run")
+    # when it is resumed in a world of two, to its end
+    last = digits(cluster, tmp_path, "run", "--scaling.max-workers", "2")
     assert last.wait() == 0, last.output
+    assert "2 workers -> 4 rounds" in last.output
 
     # then nothing was lost or counted twice, and the weights are those of the undisturbed run
     rows = read_records(Storage(str(tmp_path / "run")), METRICS)
@@ -62,7 +61,7 @@ def test_interrupted_by_each_signal_and_resumed_at_another_size_a_run_has_the_bi
 
 
 def test_a_second_interrupt_ends_at_once(cluster: LocalCluster, tmp_path: Path) -> None:
-    run = digits(cluster, tmp_path, "twice", "--run.duration", "100000st")
+    run = slow_job(cluster, tmp_path, "twice", "--run.duration", "100000st", "--scaling.max-workers", "1")
     run.wait_for_step(3)
     run.signal(signal.SIGINT)
     run.wait_for(lambda line: "saving and ending" in line or "run finished" in line)
@@ -78,6 +77,7 @@ def test_an_error_in_the_job_ends_the_run_with_its_traceback(cluster: LocalClust
         "if __name__ == '__main__':\n    elastic.main(Bad)\n"
     )
     run = Command(str(job), "--cluster.address", cluster.address, "--run.storage", str(tmp_path), "--run.name", "bad",
+                  "--scaling.max-workers", "1",
                   environment={"PYTHONPATH": str(Path(__file__).parent.parent)})  # fmt: skip
     assert run.wait() == 1, run.output
     assert "ZeroDivisionError: on purpose" in run.output
@@ -90,7 +90,8 @@ def test_the_trainer_works_inside_a_program_of_ones_own(cluster: LocalCluster, t
     program.write_text(
         "import ray, elastic\nfrom jobs.digits import Digits\n"
         f"ray.init(address={cluster.address!r})\n"
-        f"config = elastic.TrainConfig(run=elastic.RunOptions(storage={str(tmp_path)!r}, duration='3st'))\n"
+        f"config = elastic.TrainConfig(run=elastic.RunOptions(storage={str(tmp_path)!r}, duration='3st'), "
+        "scaling=elastic.ScalingOptions(max_workers=1))\n"
         "result = elastic.ElasticTrainer(Digits(), config).fit()\n"
         "assert ray.is_initialized()\nprint('ENDED', result.status, result.steps, sorted(result.metrics))\n"
     )

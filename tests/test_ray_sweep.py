@@ -16,6 +16,7 @@ from elastic.observe.ledger import EVENTS, METRICS, gaps_and_doubles, read_recor
 from elastic.storage import Storage
 from elastic.tools.sweeps import TRIALS, open_sweep, read_trials
 from jobs.bench.nodes import Command, LocalCluster, result
+from tests.forked_command import ForkedCommand
 from tests.ray_cluster import wait_until
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
@@ -29,7 +30,7 @@ SMALL = ("--scaling.max-workers", "1", "--max-concurrent", "2", "--observe.no-te
 
 
 def sweep(cluster: LocalCluster, storage: Path, name: str, *options: str) -> Command:
-    return Command("-m", "jobs.sweep", "--cluster.address", cluster.address, "--run.storage", str(storage),
+    return ForkedCommand("-m", "jobs.sweep", "--cluster.address", cluster.address, "--run.storage", str(storage),
                    "--sweep.name", name, *SMALL, *options)  # fmt: skip
 
 
@@ -70,7 +71,7 @@ def test_asha_finds_better_options_than_the_default_ones_in_fewer_steps_than_who
 ) -> None:
     place = ("--run.storage", str(tmp_path), "--run.name", "default")
     options = DIGITS[DIGITS.index("--run.exactness") :]
-    default = Command("-m", "elastic.worker", "--module", "jobs.digits", "--workers", "1", *place, *options)
+    default = ForkedCommand("-m", "elastic.worker", "--module", "jobs.digits", "--workers", "1", *place, *options)
     assert default.wait() == 0, default.output
     known = result(tmp_path / "default")["metrics"]["eval/accuracy"]
 
@@ -142,6 +143,7 @@ def test_what_a_sweep_leaves_behind_is_reported_and_exported(
         assert (undisturbed / name).read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 
 
+@pytest.mark.long
 def test_a_population_survives_a_node_and_counts_every_sample_once(cluster: LocalCluster, tmp_path: Path) -> None:
     options = (
         "--job", "jobs.codegpt", "--search", "job.lr=loguniform(1e-4,3e-2)", "--trials", "4", "--scheduler", "pbt",
@@ -169,6 +171,7 @@ def test_a_population_survives_a_node_and_counts_every_sample_once(cluster: Loca
         assert adopted or evaluation == 1, "the first may be gone by now, as older checkpoints are"
 
 
+@pytest.mark.long
 def test_a_bracket_on_one_place_is_interrupted_and_goes_on_until_one_trial_is_left(
     cluster: LocalCluster, tmp_path: Path
 ) -> None:

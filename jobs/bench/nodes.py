@@ -105,7 +105,7 @@ class Command:
         """Start it. `show`: also print its lines; `under`: a command that runs it, in its own process."""
         self.lines: list[str] = []
         self._show = show
-        self._changed = threading.Condition()
+        self._changed, self._ended = threading.Condition(), False
         variables = {**os.environ, "PYTHONUNBUFFERED": "1", **(environment or {})}
         self.process = self.start([*under, sys.executable, *arguments], cwd, variables)
         Command.started.append(self)
@@ -126,6 +126,9 @@ class Command:
                 if self._show:
                     print(self.lines[-1], flush=True)
                 self._changed.notify_all()
+        with self._changed:
+            self._ended = True
+            self._changed.notify_all()
 
     @property
     def output(self) -> str:
@@ -134,7 +137,7 @@ class Command:
     def wait_for(self, condition: Callable[[str], bool], timeout_s: float = 90.0) -> str:
         """The first line that fulfils the condition."""
         with self._changed:
-            self._changed.wait_for(lambda: any(map(condition, self.lines)) or not self._reader.is_alive(), timeout_s)
+            self._changed.wait_for(lambda: any(map(condition, self.lines)) or self._ended, timeout_s)
             line = next(filter(condition, self.lines), None)
         assert line is not None, f"the line never came in:\n{self.output}"
         return line
