@@ -67,6 +67,13 @@ def test_an_update_s_fingerprint_has_its_norm_rates_options_and_which_gradients_
     assert all(0 <= f < 1 << 61 for f in found)
 
 
+def test_the_order_in_which_a_worker_holds_its_state_is_no_difference():
+    entries = [("model/weight", "", "a"), ("optimizer/weight/exp_avg", "", "b"), ("optimizer/bias/exp_avg", "0", "c")]
+
+    assert copies._digest(entries) == copies._digest(entries[::-1])
+    assert copies._digest(entries) != copies._digest([*entries[1:], ("model/weight", "", "d")])
+
+
 def test_the_first_difference_is_named_with_those_who_differ_from_most():
     same = [("a", "", "1"), ("b", "0", "2")]
 
