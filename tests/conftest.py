@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, settings
 from tests import fresh, leaks
 from tests.budget import Budget
 from tests.seaweed import _front, bucket, front, own_seaweed, seaweed  # noqa: F401
-from tests.side_by_side import needs_ray
+from tests.side_by_side import shares_cluster
 
 if TYPE_CHECKING:
     from jobs.bench.nodes import LocalCluster
@@ -48,12 +48,12 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests on Ray are known by their file: see `tests.side_by_side`. Those of hypothesis are marked `random`."""
+    """Those that share a cluster are known by their file: see `tests.side_by_side`. Those of hypothesis are marked."""
     for item in items:
         if getattr(getattr(item, "obj", None), "is_hypothesis_test", False):
             item.add_marker(pytest.mark.random)
-        if item.get_closest_marker("ray") is not None and not needs_ray(item.nodeid):
-            raise pytest.UsageError(f"{item.nodeid} is marked `ray`; put it into a file tests/test_ray_*.py")
+        if "ray_nodes" in getattr(item, "fixturenames", ()) and not shares_cluster(item.nodeid):
+            raise pytest.UsageError(f"{item.nodeid} shares a Ray cluster; put it into a file tests/test_ray_*.py")
 
 
 @pytest.hookimpl(optionalhook=True)
