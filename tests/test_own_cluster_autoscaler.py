@@ -58,7 +58,8 @@ def test_a_run_starts_on_one_node_gets_two_more_from_the_autoscaler_and_gives_th
         story = Story(run)
         first = story.next_world(1, 2, 3)  # the one node's worker alone, if nodes start slower than workers
         assert len(first) == 3 or set(first) < set(story.next_world(3))
-        stop(run, 5)
+        run.wait_for_step(5)
         assert len(cluster.processes("raylet/raylet")) == 3
+        stop(run, 5)
         wait_until(lambda: len(cluster.processes("raylet/raylet")) == 1, 60)
     check_bits_and_samples(tmp_path, "grows", *options)
