@@ -27,7 +27,7 @@ SLOW_BATCH = 32  # of tests.slow_job
 
 
 def slow_job(
-    cluster: LocalCluster, storage: Path, name: str, *options: str, pause_s: float = 0.02, faults: Any = (),
+    cluster: LocalCluster, storage: Path, name: str, *options: str, pause_s: float = 0.04, faults: Any = (),
 ) -> Command:  # fmt: skip
     """A run of tests.slow_job in `bitwise`, whose workers have these faults planned."""
     # its workers get them from Ray's runtime environment, as those of a submitted job do
@@ -97,7 +97,7 @@ def undisturbed(
         config, run=replace(config.run, storage=str(storage), name=name),
         scaling=replace(config.scaling, min_workers=1), observe=replace(config.observe, tensorboard=False),
     )  # fmt: skip
-    ran = train(job, config, workers=1, beside_ray=True)
+    ran = train(job, config, workers=1, wait_s=120, beside_ray=True)
     assert ran.failure is None
     return ran.sha
 

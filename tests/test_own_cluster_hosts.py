@@ -59,7 +59,7 @@ class AwsLike:
         self._environment = {
             **os.environ, **credentials(), "AWS_ENDPOINT_URL": server.url, "HOME": str(folder),
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONPATH": str(REPOSITORY),
-            "RAY_USAGE_STATS_ENABLED": "0", "SLOW_JOB_PAUSE_S": "0.02", **HEALTH,
+            "RAY_USAGE_STATS_ENABLED": "0", "SLOW_JOB_PAUSE_S": "0.04", **HEALTH,
         }  # fmt: skip
         self._s3("mkdir", BUCKET)
         self.head = hosts.add()
