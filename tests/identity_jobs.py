@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -106,3 +107,51 @@ class Augmented(elastic.Job):
 
     def loss(self, model: nn.Module, batch: Any) -> Any:
         return F.cross_entropy(model(batch.x), batch.y, reduction="sum"), len(batch.x), {}
+
+
+@dataclass
+class Differing(elastic.Job):
+    """Of which some environment variable makes another thing on one machine, or in one part of a run."""
+
+    lr: float = field(default=0.1, metadata={"help": "learning rate"})
+
+    def model(self) -> nn.Module:
+        width = int(os.environ.get("WIDTH", "4"))
+        return nn.Sequential(nn.Linear(FEATURES, width), nn.Tanh(), nn.Linear(width, CLASSES))
+
+    def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
+        return torch.optim.SGD(model.parameters(), lr=float(os.environ.get("RATE", self.lr)))
+
+    def train_data(self) -> Any:
+        return Changing(int(os.environ.get("SAMPLES", "100")), float(os.environ.get("CONTENT", "0.5")))
+
+    def extra_state(self) -> dict[str, Any]:
+        return {"number": 1}
+
+    def load_extra_state(self, values: Any) -> None:
+        if os.environ.get("REFUSES"):
+            raise ValueError(f"{values} do not fit here")
+
+    def eval_data(self) -> Any:
+        return Changing(int(os.environ.get("HELD_OUT", "10")), 0.7)
+
+    def loss(self, model: nn.Module, batch: Any) -> Any:
+        return F.cross_entropy(model(batch["x"]), batch["y"], reduction="sum"), len(batch["y"]), {}
+
+
+class Changing:
+    """Samples that go by one number. UNSEEDED makes them others each time, BROKEN is one that cannot be fetched."""
+
+    def __init__(self, count: int, number: float):
+        self.count, self.number = count, number
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        if i == int(os.environ.get("BROKEN", "-1")):
+            raise OSError(f"sample {i} cannot be read")
+        x = torch.tensor([(i * self.number * (k + 1)) % 2 - 1 for k in range(FEATURES)])
+        if os.environ.get("UNSEEDED"):
+            x = x + float(np.random.default_rng().random())
+        return {"x": x, "y": int(x[0] > 0)}

@@ -5,10 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
+from elastic.data.identity import places
 from elastic.data.loader import Fetcher, Loader, Order
 from elastic.data.samples import fetches_together
-from tests.forked import configure, train
-from tests.identity_jobs import Augmented, Noisy
+from elastic.errors import ConfigError, RunFailed
+from elastic.run.prepare import prepare
+from tests.forked import WAIT_S, Ran, Watch, configure, fault, local_run, plan, train
+from tests.identity_jobs import Augmented, Differing, Noisy
 
 pytestmark = [pytest.mark.processes, pytest.mark.usefixtures("fork_server")]
 
@@ -72,3 +75,129 @@ def test_a_dataset_that_opens_its_files_at_the_first_sample_is_sent_to_loader_pr
     assert found.draws_together()
     assert data.file is None
     found.close()
+
+
+# ---- the data of a run -----------------------------------------------------------------------------------------------
+
+
+def part(storage, environment, workers=1, **options):
+    """A part of the run `run`, whose workers have this environment; what it failed with, if it did."""
+    config = configure(storage, "run", run__duration="6st", scaling__max_workers=workers, **options)
+    run = prepare(Differing(), config)
+    failure = None
+    with local_run(run, workers, environment=environment) as local:
+        try:
+            local.wait(WAIT_S)
+        except RunFailed as error:
+            failure = str(error)
+    return Ran(run, failure)
+
+
+def test_a_run_whose_data_changed_is_not_resumed_unless_that_is_allowed(tmp_path, monkeypatch):
+    order = Order(seed=0, dataset_size=100, global_size=30, microbatches=10)
+    needed = {*range(10), *order.span(0, 0, 10).ids.tolist()}  # of the evaluation and of the first step
+    broken = next(place for place in places(100) if place not in needed)
+    begun = part(tmp_path, {"BROKEN": str(broken)}, run__stop_after="1st")  # it is not needed yet
+    assert begun.result["exactness_held"] is True
+    config = configure(tmp_path, "run", run__duration="6st")
+
+    monkeypatch.setenv("SAMPLES", "120")
+    with pytest.raises(ConfigError) as longer:
+        prepare(Differing(), config)
+    assert str(longer.value) == (
+        "train_data() has 120 samples, run run was started with 100; give the same data, another --run.name, or "
+        "--run.allow-change data"
+    )
+    monkeypatch.delenv("SAMPLES")
+    monkeypatch.setenv("CONTENT", "0.377")
+    with pytest.raises(ConfigError, match=r"sample \d+ of train_data\(\) is not what it was when step 1 of run run"):
+        prepare(Differing(), config)
+    monkeypatch.delenv("CONTENT")
+    failed = part(tmp_path, {"CONTENT": "0.377"})  # only the workers see it
+    assert " of train_data() is not what it was when step 1 was saved; give the same data" in failed.failure
+    monkeypatch.setenv("SAMPLES", "120")
+
+    allowed = part(tmp_path, {}, run__allow_change=("data",))
+
+    assert allowed.result["steps"] == 6
+    reason = "train_data() has 120 samples, and had 100 up to step 1"
+    assert (allowed.result["exactness_held"], allowed.result["exactness_lost"]) == (False, [reason])
+    assert [e["detail"] for e in allowed.events("exactness_lost")] == [reason]
+
+
+def test_data_that_are_random_under_one_seed_are_said_once(tmp_path):
+    exact = part(tmp_path / "exact", {"UNSEEDED": "1"}, workers=2)
+    fast = part(tmp_path / "fast", {"UNSEEDED": "1"}, workers=2, run__exactness="fast")
+
+    said = "samples of train_data() are others each time they are fetched, under one seed"
+    assert (exact.result["exactness_held"], exact.result["exactness_lost"]) == (False, [said])
+    assert [e["detail"] for e in exact.events("exactness_lost")] == [said]
+    assert [e["detail"] for e in fast.events("notice") if "under one seed" in e["detail"]] == [said]
+
+
+# ---- whoever joins ---------------------------------------------------------------------------------------------------
+
+
+def test_a_newcomer_that_differs_is_left_out_and_named_and_the_run_goes_on(tmp_path):
+    held = tmp_path / "held"
+    held.touch()
+    config = configure(tmp_path, "run", run__duration="6st", run__exactness="fast", scaling__max_workers=7)
+    run, watch = prepare(Differing(), config), Watch()
+    holding = plan(fault("step.forward", 3, 0, "hold", file=held))
+    with local_run(run, 1, on_record=watch, environment=holding) as local:
+        watch.wait_for_step(2)
+        differing = {
+            "WIDTH": (
+                "8",
+                "its model has parameter 0.weight float32[8, 6], the world's parameter 0.weight float32[4, 6]",
+            ),
+            "RATE": ("0.2", "its optimizer has group 0 of 4 parameters, "),
+            "CONTENT": ("0.377", "its train_data() has another sample 11 than the world's"),
+            "HELD_OUT": ("12", "its eval_data() has 12 samples, the world's 10"),
+            "SAMPLES": ("120", "train_data() has 120 samples on node"),
+        }
+        for name, (value, _) in differing.items():
+            local.add_worker(environment={name: value})
+        for number, (name, (_, words)) in enumerate(differing.items(), start=1):
+            kind = "member_lost" if name == "SAMPLES" else "notice"
+            told = watch.wait_for(lambda r, m=f"w1-{number}", k=kind: r.get("kind") == k and r.get("member") == m)
+            assert words in told["detail"]
+        local.add_worker(environment={"REFUSES": "1"})  # it is alike, and fails at what the others give it
+        watch.wait_for(lambda r: "to take in" in str(r.get("detail")))
+        held.unlink()
+        local.wait(WAIT_S)
+
+    ran = Ran(run, None)
+    assert ran.column("world_size") == [1] * 6
+    assert [len(e["detail"]["ids"]) for e in ran.events("world_formed")] == [1, 2, 1]
+    assert any("could not take part" in e["detail"] and "do not fit" in e["detail"] for e in ran.events("member_lost"))
+
+
+# ---- exactness is a finding ------------------------------------------------------------------------------------------
+
+
+DEFAULT = {"ATEN_CPU_CAPABILITY": "default"}
+
+
+def test_exactness_is_held_by_a_run_that_was_paused_and_not_where_other_kernels_or_options_came(tmp_path):
+    part(tmp_path, {}, run__stop_after="2st")
+    paused = part(tmp_path, {}, run__stop_after="2st").result
+    changed = part(tmp_path, DEFAULT, run__seed=5, run__allow_change=("run.seed",))
+
+    assert (paused["steps"], paused["exactness_held"]) == (4, True)
+    kernels, seed = found = [e["detail"] for e in changed.events("exactness_lost")]
+    assert kernels.startswith("kernels or device name was ")
+    assert kernels.endswith(" and is 'DEFAULT' from step 4 on")
+    assert seed == "--run.seed was 0 and is 5 from step 4 on"
+    assert (changed.result["exactness_held"], changed.result["exactness_lost"]) == (False, found)
+
+
+def test_a_sharded_run_that_came_back_to_its_kernels_knows_that_it_left_them(tmp_path):
+    options = {"parallel__strategy": "fsdp", "workers": 2}
+    part(tmp_path, {}, run__stop_after="2st", **options)
+    part(tmp_path, DEFAULT, run__stop_after="2st", **options)
+    last = part(tmp_path, {}, **options)
+
+    found = [e["detail"] for e in last.events("exactness_lost")]
+    assert [reason.rpartition(" from ")[2] for reason in found] == ["step 2 on", "step 4 on"]
+    assert (last.result["exactness_held"], last.result["exactness_lost"]) == (False, found)

@@ -264,11 +264,10 @@ def _dismiss(state: State) -> tuple[State, list[Command]]:
 
 def _report_left_out(state: State) -> tuple[State, list[Command]]:
     _, different = usable(state)
-    new = [w.member for w in different if w.member.id not in state.left_out]
+    new = [(w.member, reason) for w, reason in different if w.member.id not in state.left_out]
     if not new:
         return state, []
-    reason = "its device, torch build or thread count differs from the world's"
-    return replace(state, left_out=state.left_out | {m.id for m in new}), [LeftOut(m, reason) for m in new]
+    return replace(state, left_out=state.left_out | {m.id for m, _ in new}), [LeftOut(m, reason) for m, reason in new]
 
 
 def _form(state: State, now: float) -> tuple[State, list[Command]]:

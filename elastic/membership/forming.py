@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from elastic.likeness import device_difference, difference
 from elastic.membership.state import Limits, State, Waiting, going
 from elastic.membership.world import Member
 
@@ -36,24 +37,41 @@ def world_size(limits: Limits, survivors: int, available: int) -> int:
     return max(helpful_size(limits.microbatches, most, limits.min_workers), min(survivors, most))
 
 
-def usable(state: State) -> tuple[list[Waiting], list[Waiting]]:
-    """(waiting workers that fit into one world, those whose device differs).
+def usable(state: State) -> tuple[list[Waiting], list[tuple[Waiting, str]]]:
+    """(waiting workers that fit into one world, those that do not, each with the reason).
 
-    The device is that of the world before. The first world takes the one that most have, unless somebody already
-    holds state.
+    The measure is the world before. The first world goes by what most are like, unless somebody already holds state.
     """
-    everyone = list(state.waiting.values())
-    if not state.limits.exact or not everyone:
-        return everyone, []
-    newest = max(everyone, key=lambda w: w.applied)
+    everyone, exact = list(state.waiting.values()), state.limits.exact
+    if not everyone:
+        return [], []
+    measure = _measure(state, everyone)
+    said = [(w, unlike(w.member, measure, exact=exact)) for w in everyone]
+    return [w for w, reason in said if not reason], [(w, reason) for w, reason in said if reason]
+
+
+def _measure(state: State, everyone: Sequence[Waiting]) -> Member:
     if state.world is not None:
-        device = state.world.members[0].device
-    elif newest.applied >= 0:
-        device = newest.member.device
-    else:
-        count = Counter(w.member.device for w in everyone)
-        device = max(everyone, key=lambda w: (count[w.member.device], -w.since)).member.device
-    return [w for w in everyone if w.member.device == device], [w for w in everyone if w.member.device != device]
+        return state.world.members[0]
+    newest = max(everyone, key=lambda w: w.applied)
+    if newest.applied >= 0:
+        return newest.member
+    kinds: dict[tuple[str, str], list[Waiting]] = {}
+    for w in everyone:
+        kinds.setdefault((w.member.device, w.member.says), []).append(w)
+
+    def rank(kind: list[Waiting]) -> tuple[int, float]:
+        one = kind[0].member
+        alike = [k for k in kinds.values() if not unlike(k[0].member, one, exact=state.limits.exact)]
+        return sum(map(len, alike)), -min(w.since for w in kind)
+
+    return max(kinds.values(), key=rank)[0].member
+
+
+def unlike(member: Member, measure: Member, *, exact: bool) -> str:
+    """Why a worker does not fit into a world of this other one; empty if it does."""
+    found = device_difference(member.device, measure.device) if exact else ""
+    return found or difference(member.says, measure.says, exact)
 
 
 def choose(state: State, candidates: Sequence[Waiting]) -> list[Member]:

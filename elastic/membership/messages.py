@@ -228,7 +228,7 @@ class Refuse:
 
 @dataclass(frozen=True)
 class LeftOut:
-    """A worker waits outside because its device differs."""
+    """A worker waits outside because its device, data, options, model or optimizer differs."""
 
     member: Member
     reason: str

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -198,10 +199,10 @@ class MembershipServer:
             failure = Failure(**message["failure"]) if message.get("failure") else None
             if member_id not in self._members:
                 self._announce(message)
-            self._members[member_id] = Member(**message["member"])
+            self._members[member_id] = _member(message["member"])
             self._handle(Joined(self._members[member_id], now, message["applied"], failure, message["why"]))
         elif kind == "hello":
-            self._members[member_id] = member = Member(**message["member"])
+            self._members[member_id] = member = _member(message["member"])
             generation = Generation.parse(message["generation"])
             self._handle(Registered(member, generation, message["rank"], message["size"], now))
         elif kind == "unfit":
@@ -249,3 +250,8 @@ class MembershipServer:
             return True
         known = state.world is not None and generation == state.world.generation and member_id in state.world.ids
         return known and member_id not in state.gone
+
+
+def _member(values: dict[str, Any]) -> Member:
+    """What most workers say of themselves is the same text: it is kept once, and compared by where it is."""
+    return Member(**{**values, "device": sys.intern(values["device"]), "says": sys.intern(values["says"])})

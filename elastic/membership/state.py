@@ -25,7 +25,7 @@ class Limits:
         lease_s: a world without any member of its predecessor waits this long, unless those are known dead.
         max_wait_s: longest parking; None for no limit.
         max_failures: times that one error at one step and microbatch is replayed.
-        exact: all members of a world must have equal devices.
+        exact: all members of a world must have equal devices and data that are equal to the last bit.
     """
 
     min_workers: int

@@ -24,7 +24,8 @@ class Generation:
 
 @dataclass(frozen=True)
 class Member:
-    """A worker. `device` describes what its arithmetic depends on; bitwise worlds need it equal."""
+    """A worker. `device` describes what its arithmetic depends on; bitwise worlds need it equal. `says` describes its
+    data, options, model and optimizer, which every world needs alike; see `elastic.likeness` for both."""
 
     id: str
     node: str
@@ -32,6 +33,7 @@ class Member:
     pid: int = 0
     host: str = ""
     device: str = ""
+    says: str = ""
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,8 @@ class Attempt:
         assert self.header is not None
         return Manifest(
             self.step, self.header["seed"], self.header["config_digest"],
-            {"size": self.shares, "generation": str(self.generation)}, self.header["values"],
+            {**self.header.get("made", {}), "size": self.shares, "generation": str(self.generation)},
+            self.header["values"],
             metrics={k: float(v) for k, v in metrics.items()},
         )  # fmt: skip
 

@@ -19,6 +19,7 @@ from elastic.run import forecast
 from elastic.run.folder import RunFolder
 from elastic.run.plan import RunPlan, resolve
 from elastic.run.resuming import CODED, changes, is_over, refuse_changes
+from elastic.run.sameness import Sameness
 from elastic.storage import Storage
 from elastic.values import TAG, describe, show
 
@@ -52,11 +53,6 @@ def prepare(job: Job, config: TrainConfig) -> PreparedRun:
     Raises:
         ConfigError: with one sentence that names the option, its value and the fix.
     """
-    data = check_dataset("train_data()", job.train_data())
-    for name, held_out in eval_sets(job).items():
-        if len(held_out) == 0:
-            raise ConfigError(f"eval_data() {name!r} has no samples; return None to leave evaluation out")
-    dataset_size, tokens = len(data), job.tokens_per_sample
     resumes = config.run.name is not None
     if not resumes:
         name = f"{job_name(job)}-{time.strftime('%Y%m%d')}-{secrets.token_hex(2)}"
@@ -69,6 +65,14 @@ def prepare(job: Job, config: TrainConfig) -> PreparedRun:
         )
     folder = RunFolder(storage.child(str(config.run.name)))
     stored = _stored(folder) if resumes else None
+    sameness = Sameness(folder if stored is not None else None, config)
+    data = check_dataset("train_data()", sameness.load(job.train_data))
+    for name, held_out in eval_sets(job).items():
+        if len(held_out) == 0:
+            raise ConfigError(f"eval_data() {name!r} has no samples; return None to leave evaluation out")
+    dataset_size, tokens = len(data), job.tokens_per_sample
+    if stored is not None:
+        sameness.check_length(dataset_size, stored.get("data"))
     if stored is None and config.checkpoint.init_from is not None:
         open_initial(config.checkpoint.init_from)
     stored_v = stored["config"]["batch"]["microbatches"] if stored else None
@@ -82,9 +86,12 @@ def prepare(job: Job, config: TrainConfig) -> PreparedRun:
     if stored is not None:
         found = changes(stored, config, job)
         refuse_changes(found, config.run.allow_change, config.run.name)
-        changed_code, changed = stored["source"] is not None and stored["source"] != source, bool(found)
+        changed_code = stored["source"] is not None and stored["source"] != source
+        changed = bool(found) or sameness.longer
         result = folder.result()
         finished = result if is_over(folder.status(), result, plan.total_steps) else None
+        if finished is None:
+            sameness.check(data)
     return PreparedRun(job, config, plan, folder, cfg.digest(wanted), source, finished, changed_code, changed)
 
 
@@ -126,6 +133,7 @@ def _config_values(run: PreparedRun) -> dict[str, Any]:
         "config": cfg.to_dict(run.config),
         "result": cfg.result_options(run.config, job_options(run.job)),
         "digest": run.digest,
+        "data": {"samples": run.plan.dataset_size},
         "source": run.source,
     }
 

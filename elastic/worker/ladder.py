@@ -37,6 +37,7 @@ class Remeshed:
     rung: str
     source: int
     open: bool = False
+    manifest: Manifest | None = None  # of the checkpoint that it is from
 
 
 def next_rung(snapshot: int | None, checkpoint: int | None) -> Literal["snapshot", "checkpoint", "fresh"]:
@@ -84,11 +85,14 @@ def _descend(
         why = why or "no vault has a snapshot"
     reasons, stored = [lost, why], _Stored(group, make, storage, options.convert)
 
-    def done(step: int, state: TrainState | None, detail: dict[str, Any], *, open: bool = False) -> Remeshed:
+    def done(
+        step: int, state: TrainState | None, detail: dict[str, Any], *, open: bool = False,
+        manifest: Manifest | None = None,
+    ) -> Remeshed:  # fmt: skip
         reason = "; ".join(r for r in reasons if r) or None
         if group.leads and (reason is not None or detail["rung"] != "fresh"):
             tell(link, step, began, {**detail, "reason": reason})
-        return Remeshed(step, state, detail["rung"], source, open)
+        return Remeshed(step, state, detail["rung"], source, open, manifest)
 
     while True:
         rung = next_rung(copies[0].id.step if copies else None, stored.step)
@@ -111,7 +115,7 @@ def _descend(
             newer = f"is of step {copies[0].id.step}, a checkpoint of step {checkpoint.step}"
             reasons.append(f"the newest complete snapshot {newer}")
         try:
-            state, size, evaluated = stored.load(checkpoint)
+            state, size, manifest = stored.load(checkpoint)
         except CheckpointError as error:
             reasons.append(f"the checkpoint of step {checkpoint.step} cannot be loaded")
             if group.leads:
@@ -120,7 +124,7 @@ def _descend(
                 )  # fmt: skip
             continue
         detail = {"rung": "checkpoint", "attempt": checkpoint.attempt, "bytes": size}
-        return done(checkpoint.step, state, detail, open=not evaluated)
+        return done(checkpoint.step, state, detail, open=not manifest.metrics, manifest=manifest)
     if stored.problem:
         raise CheckpointError(f"no committed checkpoint can be loaded; the newest problem: {stored.problem}")
     state = make(True) if group.place is not None else None
@@ -165,15 +169,15 @@ class _Stored:
         """Give back the memory of a state that could not be loaded."""
         self._state = None
 
-    def load(self, checkpoint: Committed) -> tuple[TrainState | None, int, bool]:
-        """This worker's part (None for a spare), the bytes that it read, and whether the state was evaluated.
+    def load(self, checkpoint: Committed) -> tuple[TrainState | None, int, Manifest]:
+        """This worker's part (None for a spare), the bytes that it read, and the checkpoint's manifest.
 
         Raises:
             CheckpointError: on all workers, if any of them could not load.
         """
         try:
             manifest = self._read(checkpoint)
-            return *self._load(checkpoint, manifest), bool(manifest.metrics)
+            return *self._load(checkpoint, manifest), manifest
         except CheckpointError as error:
             self.problem = self.problem or str(error)
             raise

@@ -61,6 +61,12 @@ class Placing:
         if parallel.sharded:
             check_shardable(self._next.model)
 
+    @property
+    def model(self) -> torch.nn.Module:
+        """The model as it was built at warm-up, which may be on meta."""
+        assert self._next is not None, "it was placed"
+        return self._next.model
+
     def whole(self) -> TrainState:
         """A whole model with its initial values."""
         built = self._take()

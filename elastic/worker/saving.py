@@ -53,11 +53,13 @@ class Saving:
     def __init__(
         self, state: TrainState | None, storage: Storage, link: WorkerLink, device: torch.device, *, seed: int,
         config_digest: str, when_busy: WhenBusy, on_wait: Callable[[int], None] = lambda seconds: None,
+        made: Callable[[], dict[str, Any]] = dict,
     ):  # fmt: skip
         """`on_wait` is called about once a second while training waits for an upload, with the seconds so far.
 
         Args:
             state: None where `enter` will bring it.
+            made: what the state was computed with, for the manifest.
 
         Raises:
             CheckpointError: the state holds what checkpoints cannot have.
@@ -66,7 +68,7 @@ class Saving:
             plan_save([shard.held for shard in state.shards(0, 1)])
         self._state, self._link, self._on_wait = state, link, on_wait
         self._header = {"seed": seed, "config_digest": config_digest}
-        self._when_busy = when_busy
+        self._when_busy, self._made = when_busy, made
         self._saver = Saver(storage, device=device)
         self._generation: Generation | None = None
         self._rank, self._size, self._count = 0, 1, 0
@@ -194,7 +196,7 @@ class Saving:
         assert self._state is not None
         self._count += 1
         attempt = f"{self._generation}-{self._count}{'alone' if alone else ''}"
-        header = {**self._header, "values": self._state.values()} if self._rank == 0 else None
+        header = {**self._header, "made": self._made(), "values": self._state.values()} if self._rank == 0 else None
         self._note_commits()
         refer = self._under_way is None  # else one may be committed meanwhile, and the one before it pruned
         sender = _Sender(self._generation, self._rank, self._size, header, self._world)

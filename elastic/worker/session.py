@@ -12,12 +12,14 @@ import json
 import os
 import time
 import traceback
-from dataclasses import astuple
+from dataclasses import astuple, replace
 from typing import Any
 
 import torch
 
 from elastic import fault
+from elastic.config import result_options
+from elastic.data.identity import identify
 from elastic.data.loader import Fetcher, Loader, Order
 from elastic.data.seeds import derive, seed_all
 from elastic.errors import (
@@ -32,7 +34,7 @@ from elastic.errors import (
     WarmUpError,
     WorldBroken,
 )
-from elastic.job import eval_sets
+from elastic.job import eval_sets, job_options
 from elastic.membership.client import Assignment, RunOver, WorkerLink
 from elastic.membership.messages import Failure
 from elastic.membership.world import Generation, Member
@@ -41,9 +43,11 @@ from elastic.parallel.layout import Held
 from elastic.storage import Storage
 from elastic.units import parse_amount
 from elastic.worker.copies import NEUTRAL
+from elastic.worker.description import comparable, describe_model, describe_optimizer, describe_options, describe_worker
 from elastic.worker.evaluate import evaluate
 from elastic.worker.group import Group, collective
 from elastic.worker.placing import Placing
+from elastic.worker.provenance import Provenance
 from elastic.worker.remesh import remesh
 from elastic.worker.run import Identity, WorkerRun
 from elastic.worker.saving import Saving, initialise, restore_from_peers, restore_newest
@@ -95,6 +99,7 @@ class Session:
         self._forming: dict[str, float] = {}  # seconds it took to form this world; goes into its first row
         self._stepped_in: Assignment | None = None  # the world of the newest step that was begun
         self._goes_on = False  # the state was held in memory
+        self._newcomer = False  # others hold the state that this worker is to get
         self._open = False  # what belongs after the state's step, an evaluation, may not have been done
         self._evaluated: tuple[int, dict[str, float]] = (-1, {})
         self._started = time.monotonic()
@@ -103,7 +108,7 @@ class Session:
         except Exception as error:
             known = isinstance(error, ElasticError)
             text = str(error) if known else "".join(traceback.format_exception(error)).rstrip()
-            message = f"worker {identity.id} could not get ready:\n{text}"
+            message = f"worker {identity.id} could not get ready:{' ' if known else chr(10)}{text}"
             self._link.unfit(message)
             self._link.close()
             raise WarmUpError(message) from error
@@ -117,14 +122,17 @@ class Session:
         began = time.monotonic()
         seed_all(derive("data", seed))  # a split at random is the same on every worker, and that of what is held out
         data = job.train_data()
+        self._check_length(len(data))
         seed_all(derive("data", seed))
         self._eval_sets = eval_sets(job)
-        self._dataset_size = len(data)
+        described = self._describe_data(data)
         data_s = time.monotonic() - began
         self._placing = Placing(job, self._config, self._device)
         self._placing.warm_up()
+        lines = {"configuration": describe_options(self._options), "model": describe_model(self._placing.model)}
         if not self._config.parallel.sharded:
             self._state = self._placing.whole()
+            lines["optimizer"] = describe_optimizer(self._state.optimizer)
         order = Order(
             seed=seed, dataset_size=plan.dataset_size, global_size=plan.global_size, microbatches=plan.microbatches
         )
@@ -133,10 +141,13 @@ class Session:
             prefetch=self._config.data.prefetch, total_steps=plan.total_steps,
         )  # fmt: skip
         self._stepper = Stepper(self._run, self._code, self._loader, self._link)
+        lines["loader"] = [f"passes of {'one microbatch' if self._stepper.one_each else 'any number of microbatches'}"]
+        self._link.member = replace(self._link.member, says=describe_worker(described, **lines))
         self._saving = Saving(
             self._state, self._storage, self._link, self._device, seed=seed, config_digest=self._run.digest,
             when_busy=self._config.checkpoint.when_busy,
             on_wait=lambda n: self._link.progress(self._applied, APPLIED + 2, n, "checkpoint"),
+            made=self._provenance.header,
         )  # fmt: skip
         parts: dict[str, Any] = {
             "data_s": round(data_s, 3), "model_s": round(time.monotonic() - began - data_s, 3)
@@ -144,6 +155,27 @@ class Session:
         if self._stepper.one_each and not self._bitwise:
             parts["passes"] = "of one microbatch each: random numbers are drawn for whole batches of samples"
         return {**parts, "built_whole": self._placing.eager} if self._placing.eager else parts
+
+    def _check_length(self, samples: int) -> None:
+        if samples != self._plan.dataset_size:
+            raise RunFailed(
+                f"train_data() has {samples} samples on node {self._link.member.node}, but {self._plan.dataset_size} "
+                "where the run was started; give every node the same data"
+            )
+
+    def _describe_data(self, data: Any) -> dict[str, Any]:
+        """For other workers, and for the parts of the run that come after this one."""
+        trained = identify(data)
+        self._provenance = Provenance(
+            exact=self._bitwise, device=describe(self._device), data=trained, options=comparable(self._options),
+            allowed=self._config.run.allow_change,
+        )  # fmt: skip
+        held_out = {f"eval_data() {name}".rstrip(): identify(d, some=0) for name, d in self._eval_sets.items()}
+        return {"train_data()": trained, **held_out}
+
+    @property
+    def _options(self) -> dict[str, Any]:
+        return result_options(self._config, job_options(self._job))
 
     # ---- worlds ------------------------------------------------------------------------------------------------
 
@@ -154,8 +186,8 @@ class Session:
             NonFiniteError: a loss or norm is not finite, and such steps are not to be skipped.
             CopiesDiffer: what is to be equal on all workers is not.
             CheckpointError: no committed checkpoint can be loaded.
+            ConfigError: the newest checkpoint was trained on other data.
             FencedError: the run went on without this worker, or may have: the membership server was silent too long.
-            RunFailed: this node's data differs.
         """
         failure: Failure | None = None
         why = ""
@@ -165,7 +197,6 @@ class Session:
                 failure, why = None, ""
                 self._left = group.assignment.generation
                 try:
-                    self._check_data()
                     self._link.free_with(group.free)
                     began = time.monotonic()
                     group.connect(COLLECTIVE_TIMEOUT_S)
@@ -219,6 +250,10 @@ class Session:
             if self._left is not None:
                 known = isinstance(error, ElasticError)
                 message = str(error) if known else "".join(traceback.format_exception(error)).rstrip()
+                if self._newcomer and self._stepped_in is None:  # the others can do without it
+                    told = f"worker {self._link.member.id} could not take part: {message}"
+                    self._link.unfit(told)
+                    raise WarmUpError(told) from error
                 self._link.report_rows(self._left)  # this ends the run, maybe before who reports has said all
                 self._link.post({"kind": "failed", "message": message}, self._left)
             raise
@@ -227,13 +262,6 @@ class Session:
             self._snapshots.close()
             self._loader.close()
             self._link.close()
-
-    def _check_data(self) -> None:
-        if self._dataset_size != self._plan.dataset_size:
-            raise RunFailed(
-                f"train_data() has {self._dataset_size} samples on node {self._link.member.node}, but "
-                f"{self._plan.dataset_size} where the run was started; give every node the same data"
-            )
 
     def _join(self, failure: Failure | None, why: str) -> Group:
         if failure is not None and self._left is not None:
@@ -250,6 +278,7 @@ class Session:
         """Bring every member to one state: the newest that any of them holds, else a checkpoint, else a fresh start."""
         applied = self._agree_on_updates(group)
         self._took = min(applied) != max(applied) or max(applied) < 0
+        self._newcomer = self._applied < 0 <= max(applied)
         self._stepper.undo()
         self._prepared = None
         newest = max(applied)
@@ -264,8 +293,12 @@ class Session:
         if group.leads or group.rank == source:  # who holds the newest state has its rows; who leads may be new
             self._link.report_rows()
         # an evaluation that a break interrupted is done again, by everyone or by nobody
-        step, found, self._open = group.send_json([*self._evaluated, self._open], source)
+        said = [*self._evaluated, self._open, self._provenance.broken]
+        step, found, self._open, broken = group.send_json(said, source)
         self._evaluated = (step, found)
+        for kind, text in self._provenance.agree(broken):
+            if group.leads:
+                self._link.post({"kind": "event", "event": kind, "step": self._world_step, "detail": text})
 
     def _agree_on_updates(self, group: Group) -> list[int]:
         """Apply the update that a broken world had in hand, or leave it to be undone.
@@ -293,7 +326,9 @@ class Session:
             if group.rank == source:
                 found = restore_newest(state, self._storage, self._link, convert=self._config.checkpoint.convert)
                 self._applied, self._open = (found.step, not found.metrics) if found else (0, False)
-                if found is None:
+                if found is not None:
+                    self._provenance.goes_on_from(found)
+                else:
                     initialise(state, self._config.checkpoint, self._link)
         else:
             source = applied.index(newest)
@@ -325,6 +360,8 @@ class Session:
         self._state, self._applied = found.state, found.step if found.state else -1
         self._world_step, self._goes_on, self._open = found.step, found.rung == "memory", found.open
         self._lost = None
+        if found.manifest is not None:
+            self._provenance.goes_on_from(found.manifest)
         if not self._goes_on:
             self._snapshots.undone(self._world_step)
         return found.source
@@ -590,7 +627,9 @@ class Session:
         result: dict[str, Any] = {
             "steps": self._applied, "samples_seen": self._applied * self._plan.global_size,
             "metrics": self._evaluated[1], "weights_sha256": sha,
-            "exactness": self._config.run.exactness, "exactness_held": self._bitwise,
+            "exactness": self._config.run.exactness,
+            "exactness_held": self._bitwise and not self._provenance.broken,
+            **({"exactness_lost": self._provenance.broken} if self._provenance.broken else {}),
             "hardware": {**describe(self._device), "workers": group.size},
         }  # fmt: skip
         if status == "finished" and (group.leads or self._config.parallel.sharded):

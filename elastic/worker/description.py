@@ -1,0 +1,68 @@
+"""How a worker describes itself to those that it is to train with: its data, options, model and optimizer."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parameter import is_lazy
+
+from elastic.likeness import packed
+from elastic.values import show
+
+_MOST_TEXT = 200
+_PLAIN = (str, int, float, bool, type(None))
+
+
+def describe_worker(data: Mapping[str, Any], **lines: list[str]) -> str:
+    """JSON, as `likeness.difference` compares it.
+
+    Args:
+        data: of each set by the name of what made it, as `data.identity.identify` describes it.
+        lines: of everything else, by subject.
+    """
+    return json.dumps({"data": data, "lines": {subject: packed(found) for subject, found in lines.items()}})
+
+
+def describe_options(options: Mapping[str, Any]) -> list[str]:
+    """A line for each option, coded as `elastic.values` does it."""
+    return [f"{name}={show(value)[:_MOST_TEXT]}" for name, value in sorted(comparable(options).items())]
+
+
+def comparable(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that are the same text in every process: an object without a text of its own is another each time."""
+    return {name: value for name, value in options.items() if " at 0x" not in str(value)}
+
+
+def describe_model(model: nn.Module) -> list[str]:
+    """A line for each parameter and each persistent buffer, in order."""
+    lines = []
+    for name, parameter in model.named_parameters():
+        lines.append(f"parameter {name} {_shape(parameter)}{'' if parameter.requires_grad else ' frozen'}")
+    for prefix, module in model.named_modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if name not in module._non_persistent_buffers_set:
+                lines.append(f"buffer {prefix}{'.' if prefix else ''}{name} {_shape(buffer)}")
+    return lines
+
+
+def describe_optimizer(optimizer: torch.optim.Optimizer) -> list[str]:
+    """Its class, and a line for each group."""
+    kind = type(optimizer)
+    lines = [f"class {kind.__module__}.{kind.__qualname__}"]
+    for i, group in enumerate(optimizer.param_groups):
+        options = [f"{k}={v!r}" for k, v in sorted(group.items()) if _is_plain(v)]
+        lines.append(f"group {i} of {len(group['params'])} parameters, {', '.join(options)}"[:_MOST_TEXT])
+    return lines
+
+
+def _is_plain(value: Any) -> bool:
+    return isinstance(value, _PLAIN) or (isinstance(value, (tuple, list)) and all(map(_is_plain, value)))
+
+
+def _shape(tensor: torch.Tensor) -> str:
+    kind = str(tensor.dtype).removeprefix("torch.")
+    return kind if is_lazy(tensor) else f"{kind}{list(tensor.shape)}"

@@ -1,0 +1,90 @@
+"""Whether the bits of a state are those of one run that nothing happened to: what each part of it was made with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from elastic.checkpoint.format import Manifest
+from elastic.errors import ConfigError
+from elastic.likeness import DATA, DEVICE, data_change, refusal
+from elastic.values import same, show
+from elastic.worker.state import weights_alone
+
+
+class Provenance:
+    """What this part of the run is made with, and what that changed of earlier parts.
+
+    Args:
+        exact: bits are promised.
+        device: as `parallel.device.describe` says.
+        data: as `data.identity.identify` says.
+        options: the result options.
+        allowed: names of what may change.
+    """
+
+    def __init__(
+        self, *, exact: bool, device: Mapping[str, Any], data: Mapping[str, Any], options: Mapping[str, Any],
+        allowed: tuple[str, ...],
+    ):  # fmt: skip
+        self._exact, self._device, self._data = exact, dict(device), dict(data)
+        self._options, self._allowed = dict(options), allowed
+        self.broken: list[str] = []  # why the bits are not those of one run, in words
+        self._said: set[str] = set()
+        self._remarks: list[str] = []
+        if data.get("varies"):
+            varies = "samples of train_data() are others each time they are fetched, under one seed"
+            (self.broken if exact else self._remarks).append(varies)
+        elif not data["found"]:
+            self._remarks.append("no sample of train_data() can be compared: whether data change is not seen")
+
+    def header(self) -> dict[str, Any]:
+        """For a checkpoint's manifest."""
+        return {
+            "device": self._device, "data": self._data, "options": self._options, "exactness_broken": self.broken
+        }  # fmt: skip
+
+    def goes_on_from(self, manifest: Manifest) -> None:
+        """The state is that of a checkpoint.
+
+        Raises:
+            ConfigError: it was trained on other data, which may not change.
+        """
+        made, step = manifest.world, manifest.step
+        if step == 0 or weights_alone(manifest.values):
+            return  # nothing was trained
+        change = data_change(self._data, made.get("data"), f"when step {step} was saved")
+        if change and DATA not in self._allowed:
+            raise ConfigError(refusal(change))
+        if self._exact:
+            self.broken = list(dict.fromkeys([*self._earlier(made, step), *self.broken]))
+
+    def _earlier(self, made: Mapping[str, Any], step: int) -> list[str]:
+        earlier = [str(reason) for reason in made.get("exactness_broken", ())]
+        self._said.update(earlier)
+        device, options = made.get("device"), made.get("options")
+        if not isinstance(device, dict) or not isinstance(options, dict):
+            return [*earlier, f"what step {step} was computed with is not known: an older version saved it"]
+        for key in sorted({*device, *self._device}):
+            if device.get(key) != self._device.get(key):
+                what = f"{DEVICE.get(key, key)} was {device.get(key)!r} and is {self._device.get(key)!r}"
+                earlier.append(f"{what} from step {step} on")
+        for key in sorted({*options} & {*self._options}):
+            if not same(options[key], self._options[key]):
+                earlier.append(
+                    f"--{key} was {show(options[key])} and is {show(self._options[key])} from step {step} on"
+                )
+        change = data_change(self._data, made.get("data"), f"up to step {step}", exact=True)
+        return [*earlier, change] if change else earlier
+
+    def agree(self, broken: list[str]) -> list[tuple[str, str]]:
+        """Take over what the member that had the newest state knows.
+
+        Returns:
+            what is to be said now, once: kind of event and detail.
+        """
+        self.broken = list(dict.fromkeys([*self.broken, *broken]))
+        found = [("notice", text) for text in self._remarks] + [("exactness_lost", text) for text in self.broken]
+        new = [(kind, text) for kind, text in found if text not in self._said]
+        self._said.update(text for _, text in new)
+        return new
