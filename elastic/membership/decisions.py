@@ -114,9 +114,10 @@ def _joined(state: State, event: Joined) -> tuple[State, list[Command]]:
         key = (event.failure.kind, event.failure.step, event.failure.microbatch)
         count = state.failures.get(key, 0) + 1
         state = replace(state, failures={**state.failures, key: count})
-        if count > state.limits.max_failures and (saving or event.applied == 0):
+        last = event.failure.fatal or count > state.limits.max_failures
+        if last and (saving or event.applied == 0):
             return replace(state, phase=Phase.ENDED), [*commands, Fail(state.failing or event.failure.message)]
-        if count > state.limits.max_failures:
+        if last:
             state = replace(state, failing=state.failing or event.failure.message)  # of all that fail, the first
     waiting = Waiting(member, event.applied, event.now)
     registered = {k: v for k, v in state.registered.items() if k != member.id}

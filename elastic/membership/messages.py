@@ -11,12 +11,14 @@ from elastic.membership.world import Generation, Member, World
 
 @dataclass(frozen=True)
 class Failure:
-    """An error in the job's code; the same kind at the same place is replayed only so often."""
+    """An error that made a worker leave its world; the same kind at the same place is replayed only so often, a `fatal`
+    one never: it would be so again, and ends the run as soon as the state is saved."""
 
     kind: str
     step: int
     microbatch: int
     message: str
+    fatal: bool = False
 
 
 @dataclass(frozen=True)

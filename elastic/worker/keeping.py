@@ -74,6 +74,11 @@ class Keeping:
         self, job: Job, model: nn.Module, optimizer: torch.optim.Optimizer, mesh: Mesh | None = None,
         scaler: LossScale | None = None, optim: OptimOptions | None = None,
     ):  # fmt: skip
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise ConfigError(
+                f"optimizer() returned a {type(optimizer).__name__}, but one torch.optim.Optimizer is needed; give one "
+                "all parameters, in groups where they differ"
+            )
         self.job, self.model, self.optimizer, self.mesh, self.scaler = job, model, optimizer, mesh, scaler
         self._held: Collected | None = None
         self._named = list(model.named_parameters())
@@ -90,6 +95,10 @@ class Keeping:
         self._known = self._known_classes(first)
         self._shapes = {f"model/{one.name}": head_of(one.tensor) for one in live_tensors(model) if not one.is_parameter}
         self._shapes |= {f"extra/{k}": head_of(first[k]) for k in self._in_place}
+        nested = Collected()
+        self._collect_extra(nested)
+        #: The job's tensors that are there from the start, those that lie deeper too.
+        self.began_with = frozenset(nested.tensors)
         self._groups = Groups(optimizer, partial(self._encode, Collected()))
         self._groups.parameters(parameter_names(model))
 

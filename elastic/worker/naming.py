@@ -103,7 +103,7 @@ def persistent_entries(model: nn.Module) -> dict[str, torch.Tensor]:
 
 def identity_of(tensor: torch.Tensor) -> Hashable:
     """Equal for tied tensors. Parameters that are cut go by the object: an empty shard has no address."""
-    if isinstance(tensor, DTensor) or not tensor.numel():
+    if isinstance(tensor, DTensor) or tensor.layout is not torch.strided or not tensor.numel():
         return id(tensor)
     return tensor.data_ptr(), tuple(tensor.shape), tuple(tensor.stride())
 

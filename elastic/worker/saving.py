@@ -15,7 +15,6 @@ from elastic import fault
 from elastic.checkpoint.format import Manifest
 from elastic.checkpoint.initial import load_initial, open_initial
 from elastic.checkpoint.loader import check_objects, load
-from elastic.checkpoint.plan import plan_save
 from elastic.checkpoint.reader import newest_first, read_manifest
 from elastic.checkpoint.saver import Save, Saver
 from elastic.checkpoint.transfer import in_one_sentence
@@ -25,6 +24,7 @@ from elastic.membership.client import RunOver, WorkerLink
 from elastic.membership.world import Generation
 from elastic.parallel.layout import sources
 from elastic.storage import Storage
+from elastic.worker.comeback import check_comes_back
 from elastic.worker.group import Group
 from elastic.worker.state import TrainState, weights_alone
 
@@ -62,10 +62,10 @@ class Saving:
             made: what the state was computed with, for the manifest.
 
         Raises:
-            CheckpointError: the state holds what checkpoints cannot have.
+            ConfigError: the state holds what checkpoints cannot have.
         """
         if state is not None:
-            plan_save([shard.held for shard in state.shards(0, 1)])
+            check_comes_back(state)
         self._state, self._link, self._on_wait = state, link, on_wait
         self._header = {"seed": seed, "config_digest": config_digest}
         self._when_busy, self._made = when_busy, made
@@ -200,8 +200,8 @@ class Saving:
         self._note_commits()
         refer = self._under_way is None  # else one may be committed meanwhile, and the one before it pruned
         sender = _Sender(self._generation, self._rank, self._size, header, self._world)
-        self._under_way = (step, attempt)
         shards = self._state.shards(self._rank, self._size)
+        self._under_way = (step, attempt)
         try:
             self._saver.start(
                 step, attempt, shards, rank=self._rank, refer=refer, on_end=lambda save: self._on_end(save, sender)

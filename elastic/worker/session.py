@@ -42,6 +42,7 @@ from elastic.parallel.device import describe, memory_share, pick_device, prepare
 from elastic.parallel.layout import Held
 from elastic.storage import Storage
 from elastic.units import parse_amount
+from elastic.worker.comeback import check_comes_back
 from elastic.worker.copies import NEUTRAL
 from elastic.worker.description import comparable, describe_model, describe_optimizer, describe_options, describe_worker
 from elastic.worker.evaluate import evaluate
@@ -55,6 +56,7 @@ from elastic.worker.snapshots import Snapshots
 from elastic.worker.sockets import use_interface_of
 from elastic.worker.state import TrainState, weights_sha256
 from elastic.worker.step import APPLIED, FENCE, Stepper, Update
+from elastic.worker.unsaved import Watch
 from elastic.worker.updates import Standing, applies
 from elastic.worker.user_code import UserCode, UserCodeError
 
@@ -103,6 +105,8 @@ class Session:
         self._open = False  # what belongs after the state's step, an evaluation, may not have been done
         self._evaluated: tuple[int, dict[str, float]] = (-1, {})
         self._started = time.monotonic()
+        self._checked = False  # what it holds comes back
+        self._savable = True  # as far as is known
         try:
             parts = self._warm_up()
         except Exception as error:
@@ -126,6 +130,7 @@ class Session:
         seed_all(derive("data", seed))
         self._eval_sets = eval_sets(job)
         described = self._describe_data(data)
+        self._watch = Watch([data, *self._eval_sets.values()], self._warn_of_unsaved)
         data_s = time.monotonic() - began
         self._placing = Placing(job, self._config, self._device)
         self._placing.warm_up()
@@ -176,6 +181,9 @@ class Session:
     @property
     def _options(self) -> dict[str, Any]:
         return result_options(self._config, job_options(self._job))
+
+    def _warn_of_unsaved(self, sentence: str) -> None:
+        self._link.post({"kind": "event", "event": "unsaved_numbers", "step": self._applied, "detail": sentence})
 
     # ---- worlds ------------------------------------------------------------------------------------------------
 
@@ -233,9 +241,11 @@ class Session:
                     raise
                 except CopiesDiffer:  # whose is right is not known: what was saved before stays the newest
                     raise
-                except Exception:
-                    self._saving.finish_under_way(LAST_COMMIT_S)
-                    raise
+                except Exception as error:
+                    failure = self._to_save_first(group, error)
+                    if failure is None:
+                        self._saving.finish_under_way(LAST_COMMIT_S)
+                        raise
                 finally:
                     self._link.free_with(None)
                     self._saving.leave()
@@ -262,6 +272,16 @@ class Session:
             self._snapshots.close()
             self._loader.close()
             self._link.close()
+
+    def _to_save_first(self, group: Group, error: Exception) -> Failure | None:
+        """An error that is nobody's of the job: where what is held is whole, and newer than what is saved, all members
+        save it before the error ends the run. They come together for that: who else has the error is not known."""
+        over = isinstance(error, (RunOver, FencedError)) or group.assignment.failing is not None
+        if over or not self._savable or self._applied <= max(group.assignment.restore.get("step", 0), 0):
+            return None
+        known = isinstance(error, ElasticError)
+        text = str(error) if known else "".join(traceback.format_exception(error)).rstrip()
+        return Failure(type(error).__name__, self._applied, -1, text, fatal=True)
 
     def _join(self, failure: Failure | None, why: str) -> Group:
         if failure is not None and self._left is not None:
@@ -460,6 +480,7 @@ class Session:
         began = time.perf_counter()
         step, plan, stepper = self._applied, self._plan, self._stepper
         self._stepped_in = group.assignment
+        self._watch.begin(self._the_state)
         update = self._prepared = stepper.prepare(step)
         clock, fence = stepper.clock, time.perf_counter()
         stepper.progress(step, FENCE)
@@ -505,11 +526,28 @@ class Session:
 
     def _apply(self, update: Update) -> None:
         self._link.check_lease()
+        self._watch.passed()
         self._applied = -1  # from here to the end of the update the state is neither the old nor the new one
         self._stepper.apply(update)
         self._applied = update.step + 1
         self._prepared = None
         self._stepper.progress(update.step, APPLIED)
+        self._look_at_state(update)
+
+    def _look_at_state(self, update: Update) -> None:
+        """After the first updates of a process: refuse what would not come back, or is known to nobody.
+
+        Raises:
+            ConfigError: by name.
+        """
+        state = self._the_state
+        state.rates.heed()
+        if not self._watch.done:
+            self._watch.applied(self._applied, skipped=update.skip)
+        if not self._checked:
+            self._savable = False
+            check_comes_back(state)
+            self._savable = self._checked = True
 
     # ---- between steps -----------------------------------------------------------------------------------------
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
@@ -16,7 +17,7 @@ from elastic.checkpoint.format import TensorEntry
 from elastic.checkpoint.tensors import DTYPES, Shard, tensor_bytes
 from elastic.errors import CheckpointError
 from elastic.parallel.wrapping import local
-from elastic.values import ValueRefused, decode
+from elastic.values import ValueRefused, decode, encode
 from elastic.worker.groups import check_owner
 from elastic.worker.keeping import CODED, Collected, Head, Keeping, head_of
 from elastic.worker.naming import (
@@ -226,6 +227,21 @@ class TrainState(Keeping):
             if parameter.requires_grad == (name in frozen):
                 parameter.requires_grad_(name not in frozen)
 
+    def read_and_written(self, values: dict[str, Any]) -> dict[str, Any]:
+        """Coded values after they were read and written again: the same if all comes back."""
+        tensors, parts = self.tensors(), ("states", "state", "groups", "modules", "schedulers", "extra")
+        again: dict[str, Any] = {}
+        for part in parts:
+            referred: deque[Any] = deque()
+
+            def note(said: dict[str, Any], referred: deque[Any] = referred) -> torch.Tensor:
+                referred.append(said)
+                return tensors[said["name"]]
+
+            found = decode(values[part], tensor=note, known=self._known)
+            again[part] = encode(found, tensor=partial(_next_of, referred))
+        return again
+
     def _decode(self, coded: Any, values: Mapping[str, Any]) -> Any:
         if not _coded(values):
             return coded
@@ -344,6 +360,10 @@ class TrainState(Keeping):
         else:
             module.register_buffer(leaf, made)
         return made
+
+
+def _next_of(referred: deque[Any], one: torch.Tensor, place: str) -> Any:
+    return referred.popleft()
 
 
 def _coded(values: Mapping[str, Any]) -> bool:

@@ -1,0 +1,108 @@
+"""Walking through what a job, an optimizer and a model hold beside their known state: tensors, arrays, generators and
+numbers, by the place where they are."""
+
+from __future__ import annotations
+
+import random
+import sys
+import types
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+import xxhash
+from torch import nn
+
+from elastic.parallel.wrapping import local
+
+MAX_DEPTH = 8
+MAX_THINGS = 50_000
+MAX_ITEMS = 2_000  # of one container
+SAMPLED = 1 << 16  # elements of a tensor that are looked at
+_CLOSED = sys.stdlib_module_names | {"torch", "numpy", "elastic", "ray", "fsspec", "tensorboardX", "rich"}
+_OPEN = (nn.Module, torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler, types.SimpleNamespace)
+_GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
+_KNOWN_OF_OPTIMIZERS = ("state", "param_groups", "defaults")
+
+Leaf = torch.Tensor | np.ndarray | int | float | Any
+
+
+def leaves(roots: Mapping[str, Any], skip: Iterable[int], main: object) -> dict[str, Leaf]:
+    """Tensors, arrays, generators and numbers that can be reached from `roots` through attributes and containers.
+
+    Args:
+        skip: ids of objects that are not looked into.
+        main: an optimizer whose state is known; of others it is looked into.
+    """
+    found: dict[str, Leaf] = {}
+    seen = set(skip)
+    waiting = deque((name, one, 0) for name, one in roots.items())
+    while waiting and len(seen) < MAX_THINGS:
+        name, one, depth = waiting.popleft()
+        if isinstance(one, (int, float)) and type(one) in (int, float):
+            found[name] = one
+            continue
+        if id(one) in seen:
+            continue
+        seen.add(id(one))
+        if isinstance(one, (torch.Tensor, np.ndarray, *_GENERATORS)):
+            found[name] = one
+        elif depth < MAX_DEPTH:
+            waiting.extend((path, inner, depth + 1) for path, inner in _inside(name, one, main))
+    return found
+
+
+def _inside(name: str, one: Any, main: object) -> Iterator[tuple[str, Any]]:
+    if isinstance(one, Mapping):
+        items = list(one.items())[:MAX_ITEMS]
+        yield from ((f"{name}[{k!r}]" if isinstance(k, (str, int)) else f"{name}[{i}]", v) for i, (k, v) in
+                    enumerate(items))  # fmt: skip
+    elif isinstance(one, (list, tuple, set, frozenset, deque)):
+        yield from ((f"{name}[{i}]", v) for i, v in zip(range(MAX_ITEMS), one))
+    elif _is_open(one):
+        known = _KNOWN_OF_OPTIMIZERS if one is main else ()
+        for key, value in list(vars(one).items()):
+            if key in ("_parameters", "_buffers", "_modules") and isinstance(value, dict):
+                yield from ((f"{name}.{k}", v) for k, v in value.items())
+            elif key not in known and not key.endswith("hooks"):
+                yield f"{name}.{key}", value
+
+
+def _is_open(one: Any) -> bool:
+    """Whether it is looked into: what users write, and modules and optimizers; no data sets, no libraries."""
+    if not hasattr(one, "__dict__") or isinstance(one, (type, types.ModuleType)) or callable_only(one):
+        return False
+    if isinstance(one, _OPEN):
+        return True
+    if hasattr(one, "__getitem__") and hasattr(one, "__len__"):
+        return False
+    return type(one).__module__.partition(".")[0] not in _CLOSED
+
+
+def callable_only(one: Any) -> bool:
+    return isinstance(one, (types.FunctionType, types.MethodType, types.BuiltinFunctionType))
+
+
+def digest(leaf: Leaf) -> str:
+    """Equal where the contents are; of large tensors a sample is looked at."""
+    if isinstance(leaf, torch.Tensor):
+        here = local(leaf).detach()
+        if here.is_meta or here.layout is not torch.strided:
+            return f"{here.layout}"
+        flat = here.reshape(-1)
+        step = max(1, flat.numel() // SAMPLED)
+        data = flat[::step].cpu().contiguous().view(torch.uint8).numpy().tobytes() if flat.numel() else b""
+        return f"{leaf.dtype}{tuple(leaf.shape)}{xxhash.xxh3_64_hexdigest(data)}"
+    if isinstance(leaf, np.ndarray):
+        some = leaf.reshape(-1)[:: max(1, leaf.size // SAMPLED)]
+        data = repr(some.tolist()).encode() if leaf.dtype.hasobject else np.ascontiguousarray(some).tobytes()
+        return f"{leaf.dtype}{leaf.shape}{xxhash.xxh3_64_hexdigest(data)}"
+    if isinstance(leaf, torch.Generator):
+        return xxhash.xxh3_64_hexdigest(leaf.get_state().numpy().tobytes())
+    if isinstance(leaf, np.random.Generator):
+        return repr(leaf.bit_generator.state)
+    if isinstance(leaf, np.random.RandomState):
+        return repr(leaf.get_state(legacy=False))
+    return repr(leaf.getstate()) if isinstance(leaf, random.Random) else repr(leaf)

@@ -1,0 +1,183 @@
+"""State that nobody saves: what job, optimizer or model keep beside their known state, and change as they train.
+
+Looked for in the first two updates of a process, and never again. What a tensor is for cannot be seen, only when it
+changes: what changes in an update (`optimizer.step()`, `after_step()`) is carried on to the next one; what forward
+passes write anew each time is a cache, unless it was there before the first of them or is written in place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from elastic.errors import ConfigError
+from elastic.parallel.wrapping import local
+from elastic.worker.belongings import Leaf, digest, leaves
+from elastic.worker.state import TrainState
+
+UPDATES = 2  # that are looked at
+_SHOWN = 5
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """Something at one moment."""
+
+    leaf: Leaf
+    digest: str
+
+    @property
+    def is_number(self) -> bool:
+        return isinstance(self.leaf, (int, float))
+
+
+Look = dict[str, _Seen]
+
+
+class Watch:
+    """Looks at what is held before a step, between its passes and its update, and after that.
+
+    Args:
+        data: data sets, which are not looked into.
+        warn: called once with a sentence on numbers that change and may or may not matter.
+    """
+
+    def __init__(self, data: Iterable[Any], warn: Callable[[str], None]):
+        self._data, self._warn = list(data), warn
+        self._state: TrainState | None = None
+        self._before: Look = {}
+        self._passed: Look | None = None
+        self._after: Look = {}
+        self._appeared: set[str] = set()  # in the first update
+        self._moved: set[str] = set()  # in its passes, and there before
+        self._left = UPDATES
+
+    @property
+    def done(self) -> bool:
+        return self._left == 0
+
+    def begin(self, state: TrainState) -> None:
+        """A step begins."""
+        if self._left and self._state is not state:  # of a model that was built anew
+            self._state, self._left, self._after = state, UPDATES, {}
+            self._before = self._look()
+
+    def passed(self) -> None:
+        """Its passes are done, and nothing of its update."""
+        if self._left and self._state is not None:
+            self._passed = self._look()
+
+    def applied(self, step: int, *, skipped: bool) -> None:
+        """Its update is done.
+
+        Raises:
+            ConfigError: something changed that is in no saved state: which, and what to do.
+        """
+        if not self._left or self._state is None or self._passed is None:
+            return
+        now, passed, self._passed = self._look(), self._passed, None
+        if skipped:
+            return
+        self._left -= 1
+        carried = _changed(passed, now)
+        if self._left:  # the first update
+            found = carried & self._before.keys()
+            self._appeared = now.keys() - passed.keys() | carried
+            self._moved = _changed(self._before, passed)
+        else:
+            written = {name for name in _changed(self._after, now) if now[name].leaf is self._after[name].leaf}
+            found = (carried & self._appeared) | (_changed(self._after, passed) & self._moved) | written
+        known = self._known()
+        tensors = sorted(n for n in found if n in now and not now[n].is_number and not _is_known(now[n].leaf, known))
+        if tensors:
+            raise ConfigError(_told(tensors, now, step))
+        if not self._left:
+            self._tell_numbers(self._before, self._after, now)
+            self._state, self._before, self._data = None, {}, []
+        self._after = now if self._left else {}
+
+    def _look(self) -> Look:
+        assert self._state is not None
+        job, optimizer = self._state.job, self._state.optimizer
+        held = [*self._data, *self._state.rates.schedulers.values()]
+        roots = {"job": _Attributes(job), "optimizer": optimizer, "model": self._state.model}
+        found = leaves(roots, map(id, held), optimizer)
+        known = self._known()
+        return {n: _Seen(leaf, digest(leaf)) for n, leaf in found.items() if not _is_known(leaf, known)}
+
+    def _known(self) -> set[int]:
+        """Where the tensors of the saved state lie in memory."""
+        assert self._state is not None
+        model = self._state.model
+        tensors = [*self._state.tensors().values(), *model.parameters(), *model.buffers()]
+        return {_place(t) for t in tensors} | {id(t) for t in tensors}
+
+    def _tell_numbers(self, first: Look, second: Look, third: Look) -> None:
+        assert self._state is not None
+        saved = _numbers(self._state.job.extra_state())
+        names = [
+            n for n in third
+            if third[n].is_number and n in second and third[n].digest != second[n].digest
+            and (n not in first or second[n].digest != first[n].digest)
+            and n.rpartition(".")[2] not in saved and third[n].leaf not in saved.values()
+        ]  # fmt: skip
+        if names:
+            more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+            self._warn(
+                f"{', '.join(sorted(names)[:_SHOWN])}{more} changed in each step and are part of no saved state: after "
+                "a resume or a join they begin anew; if they matter, return them from extra_state()"
+            )
+
+
+class _Attributes:
+    """What a job has, whatever its class: it may be a data set too."""
+
+    def __init__(self, job: object):
+        self.__dict__.update(getattr(job, "__dict__", {}))
+
+
+_Attributes.__module__ = "job"
+
+
+def _changed(before: Look, now: Look) -> set[str]:
+    both = now.keys() & before.keys()
+    return {n for n in both if before[n].digest != now[n].digest and not _is_derived(now[n].leaf)}
+
+
+def _is_derived(leaf: Leaf) -> bool:
+    """Part of a graph: computed from parameters in a forward pass, as weight_norm does it."""
+    return isinstance(leaf, torch.Tensor) and leaf.grad_fn is not None
+
+
+def _place(tensor: torch.Tensor) -> int:
+    here = local(tensor)
+    return here.untyped_storage().data_ptr() if here.layout is torch.strided and not here.is_meta else id(tensor)
+
+
+def _is_known(leaf: Leaf, known: set[int]) -> bool:
+    if not isinstance(leaf, torch.Tensor):
+        return False
+    return id(leaf) in known or (local(leaf).numel() > 0 and _place(leaf) in known)
+
+
+def _numbers(extra: Any) -> dict[str, Any]:
+    return {k: v for k, v in extra.items() if type(v) in (int, float)}
+
+
+def _told(names: list[str], now: Look, step: int) -> str:
+    name = names[0]
+    more = f" (and {len(names) - 1} more)" if names[1:] else ""
+    kind = type(now[name].leaf).__name__
+    if name.startswith("optimizer"):
+        way = "keep it in optimizer.state, under the parameter that it belongs to, or use an optimizer that does"
+    elif name.startswith("model"):
+        way = "register it as a buffer, or return it from get_extra_state()"
+    else:
+        way = "return it from extra_state(), or register it as a buffer of the model"
+    return (
+        f"{name} (a {kind}){more} changed in step {step} and is part of no saved state, so a resumed run or a worker "
+        f"that joins would go on without it; {way}"
+    )

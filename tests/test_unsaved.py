@@ -1,0 +1,257 @@
+"""What changes while training and is in no saved state is found in the first two updates; caches are let alone."""
+
+from __future__ import annotations
+
+import copy
+import random
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import elastic
+from elastic.errors import ConfigError
+from elastic.worker import comeback
+from elastic.worker.comeback import check_comes_back
+from elastic.worker.state import TrainState
+from elastic.worker.unsaved import Watch
+
+
+class Base(elastic.Job):
+    """Keeps nothing else."""
+
+    def model(self) -> nn.Module:
+        return nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+
+    def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(model.parameters(), lr=0.1)
+
+
+def trained(job: elastic.Job, steps: int = 3) -> list[str]:
+    """What the watch warns of in some steps; the data set is a list of tensors that the job has too."""
+    torch.manual_seed(0)
+    model = job.model()
+    state = TrainState(job, model, job.optimizer(model))
+    said: list[str] = []
+    watch = Watch([getattr(job, "data", None)], said.append)
+    for step in range(steps):
+        watch.begin(state)
+        model(torch.full((2, 3), float(step + 1))).sum().backward()
+        watch.passed()
+        state.rates.set(1.0)
+        state.optimizer.step()
+        job.after_step(model, step + 1)
+        watch.applied(step + 1, skipped=False)
+        check_comes_back(state)
+        state.optimizer.zero_grad()
+    assert watch.done
+    return said
+
+
+class Average(Base):
+    def optimizer(self, model):
+        self.average = copy.deepcopy(model)
+        return super().optimizer(model)
+
+    def after_step(self, model, step):
+        for mine, theirs in zip(self.average.parameters(), model.parameters()):
+            mine.data.lerp_(theirs.data, 0.1)
+
+
+class LateAverage(Base):
+    kept: Any = None
+
+    def after_step(self, model, step):
+        now = [p.detach().clone() for p in model.parameters()]
+        self.kept = {"a": now if self.kept is None else [a.lerp(b, 0.5) for a, b in zip(self.kept["a"], now)]}
+
+
+class Ahead(torch.optim.SGD):
+    """Slow weights beside those of an optimizer inside."""
+
+    def __init__(self, parameters):
+        parameters = list(parameters)
+        super().__init__(parameters, lr=0.1)
+        self.inner = torch.optim.Adam(parameters, lr=0.1)
+
+    def step(self, closure=None):
+        return self.inner.step()
+
+
+class Wraps(Base):
+    def optimizer(self, model):
+        return Ahead(model.parameters())
+
+
+class Slow(torch.optim.SGD):
+    def __init__(self, parameters):
+        super().__init__(parameters, lr=0.1)
+        self.slow = [p.detach().clone() for g in self.param_groups for p in g["params"]]
+
+    def step(self, closure=None):
+        super().step()
+        for mine, p in zip(self.slow, self.param_groups[0]["params"]):
+            mine.lerp_(p.data, 0.5)
+
+
+class WrapsSlow(Base):
+    def optimizer(self, model):
+        return Slow(model.parameters())
+
+
+class Running(nn.Linear):
+    def __init__(self):
+        super().__init__(3, 2)
+        self.running = torch.zeros(3)
+
+    def forward(self, x):
+        self.running = 0.9 * self.running + 0.1 * x.detach().mean(0)
+        return super().forward(x)
+
+
+class RunningModel(Base):
+    def model(self):
+        return nn.Sequential(Running())
+
+
+class Draws(Base):
+    def __init__(self):
+        self.random = random.Random(1)
+        self.counts = np.zeros(3)
+
+    def after_step(self, model, step):
+        self.random.random()
+
+
+class Counts(Draws):
+    def after_step(self, model, step):
+        self.counts = self.counts + 1
+
+
+@pytest.mark.parametrize(
+    ("job", "said"),
+    [
+        (Average(), r"job\.average\.0\.bias \(a Parameter\) \(and 3 more\) changed in step 1 .*extra_state\(\)"),
+        (LateAverage(), r"job\.kept\['a'\]\[0\] \(a Tensor\) \(and 3 more\) changed in step 2"),
+        (Wraps(), r"optimizer\.inner\.state\[0\]\['exp_avg'\] .* changed in step 2 .*keep it in optimizer\.state"),
+        (WrapsSlow(), r"optimizer\.slow\[0\] \(a Tensor\) \(and 3 more\) changed in step 1"),
+        (RunningModel(), r"model\.0\.running \(a Tensor\) changed in step 2 .*register it as a buffer"),
+        (Draws(), r"job\.random \(a Random\) changed in step 1"),
+        (Counts(), r"job\.counts \(a ndarray\) changed in step 1"),
+    ],
+    ids=lambda v: type(v).__name__ if isinstance(v, elastic.Job) else "",
+)
+def test_what_is_carried_on_and_saved_by_nobody_is_refused_by_name(job: elastic.Job, said: str):
+    with pytest.raises(ConfigError, match=f"^{said}"):
+        trained(job)
+
+
+class Saved(Average):
+    """The same, and it says so."""
+
+    updates = 0
+
+    def extra_state(self):
+        return {"average": list(self.average.parameters()), "updates": self.updates}
+
+    def load_extra_state(self, values):
+        self.updates = values["updates"]
+
+    def after_step(self, model, step):
+        super().after_step(model, step)
+        self.updates += 1
+
+
+class Cached(nn.Module):
+    """Caches of forward passes, a table that grew once, weights that are computed of others."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = torch.nn.utils.weight_norm(nn.Linear(3, 2))
+        self.rnn = nn.LSTM(2, 2)
+        self.table, self.seen, self.activations = torch.zeros(1), None, {}
+
+    def forward(self, x):
+        if len(self.table) < 2:
+            self.table = torch.arange(2.0)
+        self.seen = self.inner(x)
+        self.activations["last"] = self.seen.detach()
+        return self.rnn(self.seen)[0] * self.table
+
+
+class Caches(Base):
+    def __init__(self):
+        self.data = [torch.zeros(3) for _ in range(4)]
+        self.teacher, self.log, self.options = nn.Linear(2, 2), [], SimpleNamespace(a=torch.ones(2))
+
+    def model(self):
+        return Cached()
+
+    def optimizer(self, model):
+        self.of_model = [model, dict(model.named_parameters())]
+        optimizer = super().optimizer(model)
+        self.scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=9)
+        return optimizer
+
+    def after_step(self, model, step):
+        self.log.append(float(step))
+        self.scheduler.step()
+
+
+def test_what_is_saved_derived_or_written_anew_is_let_alone():
+    assert trained(Saved()) == []
+    assert trained(Caches()) == []
+
+
+class Numbers(Base):
+    updates, other = 0, 0.0
+
+    def after_step(self, model, step):
+        self.updates += 1
+        self.other += 0.5
+
+
+def test_numbers_that_change_are_told_once_as_they_may_not_matter():
+    (said,) = trained(Numbers())
+
+    assert said.startswith("job.other, job.updates changed in each step and are part of no saved state")
+
+
+class Sparse(Base):
+    def model(self):
+        model = super().model()
+        model.register_buffer("table", torch.eye(3).to_sparse())
+        return model
+
+
+class Odd(Base):
+    def model(self):
+        model = super().model()
+        model.register_buffer("table", torch.ones(3).to(torch.float8_e8m0fnu))
+        return model
+
+
+class Large(Base):
+    def extra_state(self):
+        return {"seen": list(range(10**3))}
+
+    def load_extra_state(self, values): ...
+
+
+@pytest.mark.parametrize(
+    ("job", "said"),
+    [(Sparse(), r"model/table is torch\.sparse_coo, and only dense tensors are saved"),
+     (Odd(), r"'model/table' has the dtype torch\.float8_e8m0fnu; use one of"),
+     (Large(), "take [0-9]* bytes, and at most 3000 are kept")],
+    ids=["sparse", "odd", "large"],
+)  # fmt: skip
+def test_what_a_checkpoint_cannot_have_is_refused_before_there_is_one(
+    job: elastic.Job, said: str, monkeypatch: pytest.MonkeyPatch
+):  # fmt: skip
+    monkeypatch.setattr(comeback, "MAX_VALUES_BYTES", 3000)
+    model = job.model()
+    with pytest.raises(ConfigError, match=said):
+        check_comes_back(TrainState(job, model, job.optimizer(model)))
