@@ -7,6 +7,7 @@ import hashlib
 import inspect
 import re
 import sys
+import types
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -61,7 +62,10 @@ class Job:
     def optimizer(self, model: torch.nn.Module) -> torch.optim.Optimizer:
         """Build the one optimizer over the model's parameters, which have their values, or (with fsdp and hsdp) their
         part of them. Further state made from parameters, such as an EMA, is begun here. With fsdp and hsdp this is
-        called again for every world."""
+        called again for every world.
+
+        A scheduler of torch's that is made here, kept as an attribute of the job and stepped in `after_step` is
+        followed: its state is saved too."""
         raise NotImplementedError(f"{type(self).__name__} needs an optimizer(model) method")
 
     def schedule(self, step: int, total_steps: int) -> float | None:
@@ -97,11 +101,14 @@ class Job:
         fsdp and hsdp parameters are DTensors here, of which each worker has a part: work element by element."""
 
     def extra_state(self) -> Mapping[str, Any]:
-        """Named state beside model and optimizer: tensors (saved, and restored in place) and JSON values."""
+        """Named state beside model and optimizer. Tensors of the job's own are saved, and restored in place. Everything
+        else comes back through `load_extra_state`, equal and of its type: numbers, texts, lists, tuples, dictionaries
+        with any keys, paths, enums, dataclasses, arrays, tensors in them. What cannot be kept is refused by name."""
         return {}
 
     def load_extra_state(self, values: Mapping[str, Any]) -> None:
-        """Takes back the JSON values of `extra_state`; tensors are already restored in place."""
+        """Takes back the values of `extra_state`; its tensors are already restored in place, but for those that it
+        makes anew at each call, or that were not there at first: these are among the values."""
 
     def sample(self, model: torch.nn.Module) -> str | None:
         """A text to print at the end, made by the trained model (in eval mode)."""
@@ -131,7 +138,9 @@ def job_classes(cls: type[Job], *values: Any) -> dict[str, type]:
     defaults and annotations, of these values, and those at the top of the modules that define it."""
     owners = [c for c in cls.__mro__ if issubclass(c, Job) and c is not Job]
     places = [*owners, *(sys.modules.get(c.__module__) for c in owners)]
-    named = [v for place in places if place is not None for v in vars(place).values() if isinstance(v, type)]
+    functions = [f for c in owners for f in vars(c).values() if isinstance(f, types.FunctionType)]
+    spaces = [*(vars(place) for place in places if place is not None), *(f.__globals__ for f in functions)]
+    named = [v for space in spaces for v in space.values() if isinstance(v, type)]
     return classes(*_hints(cls), option_defaults(cls), *values, *named)
 
 

@@ -58,6 +58,19 @@ def class_name(cls: type) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
+def find_class(name: str, known: Classes) -> type | None:
+    """The class of this name. A script that is run is `__main__` in one process and has its own name in another."""
+    if name in known:
+        return known[name]
+    main = "__main__."
+    alike = [
+        cls
+        for theirs, cls in known.items()
+        if name == main + cls.__qualname__ or (theirs.startswith(main) and name.endswith(f".{cls.__qualname__}"))
+    ]
+    return alike[0] if len(alike) == 1 else None
+
+
 def classes(*roots: Any) -> dict[str, type]:
     """The classes, by name, that values like `roots` may be rebuilt of: those in values, in annotations, and in the
     fields of the classes found."""

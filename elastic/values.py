@@ -34,6 +34,7 @@ from elastic.value_kinds import (
     decode_numpy,
     decode_torch,
     encode_numpy,
+    find_class,
     tagged,
     what,
 )
@@ -264,7 +265,7 @@ class _Decoder:
         return ((self.decode(k), self.decode(v)) for k, v in of)
 
     def _class(self, coded: dict[str, Any], base: type) -> Any:
-        found = self._known.get(coded["class"])
+        found = find_class(coded["class"], self._known)
         if found is None or not issubclass(found, base):
             raise ValueRefused(
                 f"a value is of the class {str(coded['class'])[:200]}, which is not known here; use the code that "

@@ -402,8 +402,8 @@ def test_a_manifest_of_another_step_is_not_believed(storage, checkpoint):
 
 
 def test_a_newer_format_is_refused_naming_both():
-    with pytest.raises(CheckpointError, match="here has format 3, this version reads 1 and 2; install a newer"):
-        parse_manifest(json.dumps({**_valid(), "format": 3}).encode(), "here")
+    with pytest.raises(CheckpointError, match="here has format 4, this version reads 1, 2 and 3; install a newer"):
+        parse_manifest(json.dumps({**_valid(), "format": 4}).encode(), "here")
 
 
 # ---- hostile manifests -----------------------------------------------------------------------------------------

@@ -209,6 +209,7 @@ def test_groups_that_were_added_and_options_that_changed_come_back_and_others_ar
     moved(one, two)
 
     first, second = two.optimizer.param_groups
+    assert "lr" not in one.values()["groups"][0], "rates are set by the step"
     assert (first["initial_lr"], first["eps"], first["betas"], first["own"]) == (0.05, 1e-3, (0.8, 0.9), {1: (2,)})
     assert first["weight_decay"] == 0.01, "what did not change is as optimizer() made it"
     assert "stale" not in first

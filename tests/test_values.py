@@ -198,6 +198,15 @@ def test_a_class_that_the_reader_does_not_have_is_refused_by_the_writer_and_neve
         decode({"$": "dataclass", "class": "Inner", "of": {"other": 1}}, known={"Inner": Inner})
 
 
+def test_a_class_of_a_script_is_known_under_either_name_of_it():
+    coded = encode(Color.RED)
+
+    assert decode({**coded, "class": "__main__.Color"}, known=KNOWN) is Color.RED
+    assert decode(coded, known={"__main__.Color": Color}) is Color.RED
+    with pytest.raises(ValueRefused, match="not known here"):
+        decode({**coded, "class": "elsewhere.Color"}, known=KNOWN)
+
+
 @pytest.mark.parametrize(
     "coded",
     [{"$": "no such kind", "of": 1}, {"$": "tuple"}, {"$": ["x"], "of": 1}, {"$": "float", "of": "1"},

@@ -22,8 +22,9 @@ import xxhash
 from elastic.checkpoint.tiling import Box, tiles
 from elastic.errors import CheckpointError
 
-FORMAT = 2
-READABLE = (1, 2)
+FORMAT = 3  # 2 has checksums that can be combined; 3 has values as `elastic.values` writes them
+READABLE = (1, 2, 3)
+_READS = "1, 2 and 3"
 BLOCK_BYTES = 16 << 20
 MAX_MANIFEST_BYTES = 256 << 20
 MAX_NAME = 1000
@@ -96,7 +97,9 @@ class Manifest:
     format: int = FORMAT
 
     def to_json(self) -> bytes:
-        return seal(json.dumps(asdict(self), sort_keys=True).encode())
+        found = asdict(self)
+        found["tensors"] = dict(sorted(found["tensors"].items()))
+        return seal(json.dumps(dict(sorted(found.items()))).encode())  # values keep the order of their keys
 
     @property
     def nbytes(self) -> int:
@@ -193,8 +196,7 @@ def _manifest(raw: Any, where: str) -> Manifest:
     version = raw.get("format")
     if type(version) is not int or version not in READABLE:
         raise CheckpointError(
-            f"{where} has format {str(version)[:100]}, this version reads {' and '.join(map(str, READABLE))}; "
-            "install a newer elastic-train"
+            f"{where} has format {str(version)[:100]}, this version reads {_READS}; install a newer elastic-train"
         )
     step = _int(raw["step"])
     if step < 0:

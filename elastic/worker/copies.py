@@ -96,13 +96,17 @@ def trained_error(group: Group, worker_id: str, trained: Mapping[str, bool]) -> 
     return CopiesDiffer(_difference("the model", group, worker_id, entries, "nothing more was applied"))
 
 
-def check_state(state: TrainState, group: Group, worker_id: str, step: int) -> None:
+def check_state(state: TrainState, group: Group, worker_id: str, step: int, *, exact: bool) -> None:
     """Everyone in the mesh compares its copy of the state of `step`.
+
+    Args:
+        exact: what modules keep in `get_extra_state` must be equal too. Forward passes may change that, so in `fast` it
+            depends on a worker's passes as buffers do, and the leading worker's is saved.
 
     Raises:
         CopiesDiffer: they are not equal. Which is right is not known, so none is to be saved.
     """
-    entries = state_entries(state)
+    entries = state_entries(state, exact=exact)
     rows = group.gather_rows_in_mesh([_digest(entries), _digest([e for e in entries if not e[1]])])
     shards = group.layout.shards
     copies = [{row[0] for row in rows[shard::shards]} for shard in range(shards)]
@@ -116,15 +120,19 @@ def _digest(entries: list[Entry]) -> int:
     return xxhash.xxh3_64_intdigest(repr(sorted(entries)).encode()) >> 1
 
 
-def state_entries(state: TrainState) -> list[Entry]:
+def state_entries(state: TrainState, *, exact: bool = True) -> list[Entry]:
     """The state in detail."""
     shard = str(state.mesh.shard) if state.mesh is not None else ""
+    tensors, values = state.collect()
     found = [
         (name, shard if isinstance(tensor, DTensor) else "", tensor_digest(local(tensor)))
-        for name, tensor in state.tensors().items()
+        for name, tensor in tensors.items()
+        if exact or not name.startswith("modules/")
     ]
-    values = json.dumps(state.values(), sort_keys=True).encode()
-    return [*found, ("what is no tensor", "", xxhash.xxh3_64_hexdigest(values))]
+    modules = {f"get_extra_state() of {name or 'the model'}": v for name, v in values.pop("modules").items()}
+    parts = {**{f"what is no tensor ({name})": v for name, v in values.items()}, **(modules if exact else {})}
+    coded = {name: json.dumps(value, sort_keys=True).encode() for name, value in parts.items()}
+    return [*found, *((name, "", xxhash.xxh3_64_hexdigest(data)) for name, data in coded.items())]
 
 
 def tensor_digest(tensor: torch.Tensor) -> str:

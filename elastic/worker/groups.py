@@ -56,11 +56,10 @@ class Groups:
         """
         groups, began = [], []
         for i, group in enumerate(self._optimizer.param_groups):
-            now = _coded(i, group, encode)
+            now = _coded(i, group if rates else {k: v for k, v in group.items() if k != RATE}, encode)
             if i < len(self._began):
                 was = self._began[i]
-                changed = [k for k in now if k != RATE or rates]
-                began.append({k: was.get(k) for k in changed if k not in was or _differ(was[k], now[k])})
+                began.append({k: was.get(k) for k in now if k not in was or _differ(was[k], now[k])})
             groups.append({**now, PARAMS: [names[id(p)] for p in group[PARAMS]]})
         return {"groups": groups, "began": began}
 

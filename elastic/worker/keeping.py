@@ -174,7 +174,8 @@ class Keeping:
         found.values["changed"] = self._changed(found)
         if self.scaler:
             found.values["loss_scale"] = self.scaler.values()
-        tensors = {n: t if is_cut(n, t) else local(t) for n, t in found.tensors.items()}
+        # In name order: workers hold what the optimizer keeps in the order in which they came to it.
+        tensors = {n: t if is_cut(n, t) else local(t) for n, t in sorted(found.tensors.items())}
         return tensors, found.values
 
     def _collect_optimizer(self, found: Collected) -> None:

@@ -80,6 +80,8 @@ class Rates:
         if self.followed or self._set is None:
             return
         self._check_unpatched()
+        for group in self._optimizer.param_groups[len(self._set) :]:  # added just now
+            group.setdefault("initial_lr", float(group["lr"]))
         for i, (group, was) in enumerate(zip(self._optimizer.param_groups, self._set, strict=False)):
             now = group["lr"]
             if now is was or now == was:

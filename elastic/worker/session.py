@@ -542,12 +542,13 @@ class Session:
         """
         state = self._the_state
         state.rates.heed()
-        if not self._watch.done:
-            self._watch.applied(self._applied, skipped=update.skip)
+        if self._checked and self._watch.done:
+            return
+        self._savable = False
+        self._watch.applied(self._applied, skipped=update.skip)
         if not self._checked:
-            self._savable = False
             check_comes_back(state)
-            self._savable = self._checked = True
+        self._savable = self._checked = True
 
     # ---- between steps -----------------------------------------------------------------------------------------
 

@@ -265,7 +265,7 @@ class Stepper:
             CopiesDiffer: they are not equal.
         """
         if self._compares:
-            copies.check_state(self._state, self._group, self._link.member.id, step)
+            copies.check_state(self._state, self._group, self._link.member.id, step, exact=self._bitwise)
 
     def apply(self, update: Update) -> None:
         """The update itself. Until it returns, the state is neither the old nor the new one."""
