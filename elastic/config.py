@@ -211,7 +211,7 @@ class ParallelOptions:
     activation_checkpointing: bool = option(False, "compute a block's activations again in backward")
     compile: bool = option(False, "torch.compile each block", result=True)
     bucket_mb: int = option(25, "gradient bucket of ddp, MiB")
-    find_unused: bool = option(False, "expect parameters without gradient from the start, with ddp in fast (else it is found)")
+    find_unused: bool = option(False, "expect parameters without gradient from the start (ddp in fast; else found)")
 
     def __post_init__(self) -> None:
         _one_of("--parallel.strategy", self.strategy, ("ddp", "fsdp", "hsdp"))
