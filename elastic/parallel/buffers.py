@@ -9,7 +9,6 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from elastic.errors import ConfigError
 from elastic.parallel.canonical import CanonicalSum
 
 _MULTIPLIER = 2_654_435_761  # odd, so that moves at two places do not add up to those at two others (Knuth's hash)
@@ -22,8 +21,11 @@ class StepBuffers:
     running statistics of normalisation layers, whose kernels do not count: those are taken to change in every forward
     pass in train mode. A buffer that is not saved and has another tensor put in its place is a cache, and left alone.
 
+    Writes through `.data`, and by kernels, move no counter: so values are compared too, in the first step, and from
+    then on of buffers for which that found some.
+
     Args:
-        exact: values are compared too, since writes through `.data`, and by kernels, move no counter.
+        exact: values of saved buffers are compared in every step.
     """
 
     def __init__(self, model: nn.Module, *, exact: bool):
@@ -36,6 +38,10 @@ class StepBuffers:
             if name in saved
         }
         self._norms = _running_statistics(model)
+        #: Buffers that passes change, though they are registered with persistent=False.
+        self.unsaved: set[str] = set()
+        self._hidden: set[str] = set()  # buffers that something writes to without moving their counters
+        self._looks = True  # the first step is not over
         self._kept: dict[str, tuple[torch.Tensor, int, torch.Tensor]] = {}
 
     @property
@@ -48,8 +54,13 @@ class StepBuffers:
         """A step begins: keep what the buffers are now. Without `exact`, only of those that a counter says moved."""
         for name, buffer in self.named.items():
             kept = self._kept.get(name)
-            compared = self._counts_nothing(name) or (self._exact and name in self._owners)
-            if compared or kept is None or kept[0] is not buffer or kept[1] != buffer._version:
+            if (
+                self._counts_nothing(name)
+                or self._is_compared(name)
+                or kept is None
+                or kept[0] is not buffer
+                or kept[1] != buffer._version
+            ):
                 self._kept[name] = (buffer, buffer._version, buffer.detach().clone())
 
     def before(self, name: str) -> torch.Tensor:
@@ -65,8 +76,20 @@ class StepBuffers:
         return [
             name for name, buffer in self.named.items()
             if self._counts_nothing(name) or buffer is not versions[name][0] or buffer._version != versions[name][1]
-            or (self._exact and name in self._owners and not torch.equal(buffer, self._kept[name][2]))
+            or (self._is_compared(name) and not torch.equal(buffer, self._kept[name][2]) and self._hides(name))
         ]  # fmt: skip
+
+    def _is_compared(self, name: str) -> bool:
+        return self._looks or name in self._hidden or (self._exact and name in self._owners)
+
+    def _hides(self, name: str) -> bool:
+        self._hidden.add(name)
+        return True
+
+    def end(self, touched: Iterable[str]) -> None:
+        """The passes of a step are over; on any worker they changed these buffers."""
+        self._looks = False
+        self.unsaved |= {name for name in touched if name not in self._owners}
 
     def _counts_nothing(self, name: str) -> bool:
         """Whether passes write to this buffer without moving its counter."""
@@ -107,19 +130,6 @@ class StepBuffers:
             weight = torch.arange(1, move.numel() + 1, device=move.device) * _MULTIPLIER + i
             found = found + (move.reshape(-1) * weight).sum().double()
         return found
-
-    def check_saved(self, names: Iterable[str]) -> None:
-        """Refuse buffers that forward passes change and checkpoints do not have: with a lost worker they are lost.
-
-        Raises:
-            ConfigError: by name.
-        """
-        for name in names:
-            if name not in self._owners:
-                raise ConfigError(
-                    f"buffer {name} is changed by forward passes but registered with persistent=False, so it would be "
-                    "lost with a worker; register it as persistent, or use --run.exactness fast"
-                )
 
     def undo(self, names: Iterable[str] | None = None) -> None:
         """Put buffers (all of them by default) back to what they were when the step began."""
@@ -169,10 +179,8 @@ def reduce_moves(
         count: microbatches of the step.
 
     Raises:
-        ConfigError: one is not saved.
         RuntimeError: a buffer has no one value after the step.
     """
-    buffers.check_saved(touched)
     floating = _check_moves(buffers, touched, after)
     for index, changed in zip(indices, after):
         sums.push(index, [_move(buffers, changed, n) for n in floating])

@@ -76,6 +76,11 @@ class _Replica:
     def reshard(self) -> None:
         """Nothing is sharded."""
 
+    @property
+    def unsaved(self) -> set[str]:
+        """Buffers that passes change, though they are registered with persistent=False."""
+        return self._buffers.unsaved
+
     def undo_buffers(self) -> None:
         """Put buffers back to what they were before the step's forward passes."""
         self._buffers.undo()
@@ -167,8 +172,8 @@ class FastReplica(_Replica):
         began = time.perf_counter()
         record = pending.result()
         check_alike([fingerprint for (fingerprint,) in record.told])
-        if record.changed_buffers:
-            touched = buffers.masked(record.changed_buffers)
+        buffers.end(touched := buffers.masked(record.changed_buffers))
+        if touched:
             average_moves(buffers, touched, after, counts, self._count, self._world_size)
         self.wait_s = time.perf_counter() - began
         return record, record.weight * self.scale / self._world_size
@@ -255,9 +260,9 @@ class BitwiseReplica(_Replica):
         record = pending.result()
         check_alike([fingerprint for (fingerprint,) in record.told])
         self._put_gradients(gradients.reduce())
-        if record.changed_buffers:
+        buffers.end(touched := buffers.masked(record.changed_buffers))
+        if touched:
             sums = CanonicalSum(self._runs, self._rank, None, self._bucket_bytes)
-            touched = buffers.masked(record.changed_buffers)
             reduce_moves(buffers, touched, after, indices, sums, self._count)
         self.wait_s = time.perf_counter() - began
         return record, record.weight * self.scale

@@ -88,11 +88,18 @@ class _Sharded:
         for i, p in enumerate(self._parameters):
             if not record.changed_buffers >> (first + i) & 1:
                 p.grad = None
-        return record, self._buffers.masked(record.changed_buffers)
+        touched = self._buffers.masked(record.changed_buffers)
+        self._buffers.end(touched)
+        return record, touched
 
     def gradients(self) -> list[torch.Tensor]:
         """What of the gradients is on this worker; of parameters that no pass of the step used there is none."""
         return [local(p.grad) for p in self._parameters if p.grad is not None]
+
+    @property
+    def unsaved(self) -> set[str]:
+        """Buffers that passes change, though they are registered with persistent=False."""
+        return self._buffers.unsaved
 
     def undo_buffers(self) -> None:
         """Put buffers back to what they were before the step's forward passes."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -19,7 +19,7 @@ from elastic.job import Job, job_classes
 from elastic.parallel.layout import shard_range
 from elastic.parallel.mesh import Mesh
 from elastic.parallel.scaling import LossScale
-from elastic.parallel.wrapping import is_cut, local, whole
+from elastic.parallel.wrapping import fsdp_modules, is_cut, local, whole
 from elastic.values import Classes, ValueRefused, classes, encode, part_of
 from elastic.worker.groups import Groups
 from elastic.worker.naming import (
@@ -81,6 +81,7 @@ class Keeping:
             )
         self.job, self.model, self.optimizer, self.mesh, self.scaler = job, model, optimizer, mesh, scaler
         self._held: Collected | None = None
+        self._unsaved: set[str] = set()
         self._named = list(model.named_parameters())
         self._arrived: dict[str, torch.Tensor] = {}  # tensors of a state that is being loaded, which values refer to
         check_state_dict(model)
@@ -129,6 +130,17 @@ class Keeping:
         """The model's parameters by each of their names."""
         return {one.name: one.tensor for one in live_tensors(self.model) if isinstance(one.tensor, nn.Parameter)}
 
+    def keep_buffers(self, names: Iterable[str]) -> None:
+        """From now on these buffers, which are registered with persistent=False, are part of the state."""
+        self._unsaved.update(names)
+
+    def _buffers(self) -> dict[str, tuple[nn.Module, str]]:
+        """Where each buffer of the model is, by the first of its names."""
+        found: dict[str, tuple[nn.Module, str]] = {}
+        for name, module in self.model.named_modules():
+            found |= {f"{name}.{leaf}" if name else leaf: (module, leaf) for leaf in module._buffers}
+        return found
+
     def hold_extra(self) -> None:
         """From now on what the job keeps is what it is now: it is about to begin its own for another state."""
         self._held = held = Collected()
@@ -158,6 +170,8 @@ class Keeping:
         Raises:
             ConfigError: part of it cannot be saved.
         """
+        for module in fsdp_modules(self.model):  # a forward pass that failed leaves parameters gathered
+            module.reshard()
         found = Collected()
         for name, value in persistent_entries(self.model).items():
             found.add(f"model/{name}", value.detach())
@@ -214,6 +228,9 @@ class Keeping:
             )
             for name, module in with_state_of_their_own(self.model).items()
         }  # fmt: skip
+        if self._unsaved:
+            buffers = {name: getattr(*place) for name, place in self._buffers().items() if name in self._unsaved}
+            found.values["buffers"] = self._encode(found, buffers, "buffers", "the buffers with persistent=False")
         found.values["eval"] = [name for name, module in named_modules(self.model) if not module.training]
         found.values["frozen"] = [n for n, p in self._parameters().items() if not p.requires_grad]
 
@@ -275,9 +292,9 @@ class Keeping:
         Args:
             rank, size: among those that hold what is not cut.
         """
+        found, tensors = [], self.tensors()
         learning = {f"model/{n}": p.requires_grad for n, p in self._parameters().items()}
-        found = []
-        for name, tensor in self.tensors().items():
+        for name, tensor in tensors.items():
             shard = self._shard(name, tensor, rank, size)
             stable = name in learning or name.startswith("optimizer/")
             found.append(replace(shard, stable=stable, frozen=not learning.get(name, True)))

@@ -220,12 +220,26 @@ class TrainState(Keeping):
         for name, module in with_state_of_their_own(self.model).items():
             state = self._decode(values["modules"][name], values)
             _call(f"set_extra_state() of {name or 'the model'}", partial(module.set_extra_state, state))
+        self._load_buffers(self._decode(values.get("buffers", {}), values))
         evaluating, frozen = set(values["eval"]), set(values["frozen"])
         for name, module in named_modules(self.model):
             module.training = name not in evaluating
         for name, parameter in parameters.items():
             if parameter.requires_grad == (name in frozen):
                 parameter.requires_grad_(name not in frozen)
+
+    def _load_buffers(self, saved: Mapping[str, torch.Tensor]) -> None:
+        """Buffers with persistent=False that passes change."""
+        places = self._buffers()
+        with torch.no_grad():
+            for name in sorted(saved.keys() & places.keys()):
+                module, leaf = places[name]
+                here, value = getattr(module, leaf), saved[name]
+                if here is not None and (here.shape, here.dtype) == (value.shape, value.dtype):
+                    here.copy_(value)
+                else:
+                    setattr(module, leaf, value.clone())
+        self.keep_buffers(saved)
 
     def read_and_written(self, values: dict[str, Any]) -> dict[str, Any]:
         """Coded values after they were read and written again: the same if all comes back."""
@@ -305,7 +319,7 @@ class TrainState(Keeping):
                 raise ValueRefused(f"a value refers to a tensor {str(name)[:100]!r}, which is not among those saved")
             found[name] = bool(said["cpu"])
 
-        parts = ("states", "groups", "began", "modules", "schedulers", "extra", "state")
+        parts = ("states", "groups", "began", "modules", "buffers", "schedulers", "extra", "state")
         try:
             for part in parts:
                 decode(values.get(part, {}), tensor=note, known=self._known)

@@ -206,6 +206,7 @@ class Stepper:
         try:
             with may_communicate(f"step {step + 1}"):
                 record, divisor = replica.run(self._passes(step))
+            self._state.keep_buffers(replica.unsaved)
         except NotReduced as error:
             self._find_unused = True
             names = ", ".join(error.names[:3]) + (", ..." if len(error.names) > 3 else "")
