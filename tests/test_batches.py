@@ -32,6 +32,13 @@ class Output(OrderedDict):
         raise TypeError("it cannot be updated")
 
 
+class Bunch(dict):
+    """Its items are its attributes, and it knows no others."""
+
+    def __getattr__(self, name):
+        return self[name]
+
+
 @dataclass(slots=True)
 class Slotted:
     x: torch.Tensor
@@ -55,6 +62,8 @@ class Lengths:
         UserDict(x=tensor()),
         Output({"x": tensor()}),
         types.MappingProxyType({"x": tensor()}),
+        Bunch(x=tensor()),
+        Bunch({"to": tensor(), "from": tensor()}),
         [tensor()],
         (tensor(),),
         deque([tensor()]),

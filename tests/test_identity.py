@@ -143,6 +143,23 @@ def test_what_is_random_under_one_seed_and_what_cannot_be_compared_is_known_as_t
     assert fingerprint(lambda: 0) is None
 
 
+def test_a_dataset_that_passes_attributes_on_to_another_is_described():
+    class Around:
+        def __init__(self, data):
+            self.data = data
+
+        def __len__(self):
+            return len(self.data)
+
+        def __getitem__(self, i):
+            return self.data[i]
+
+        def __getattr__(self, name):  # as it is often written: without end while there is no `data`
+            return getattr(self.data, name)
+
+    assert identify(Around(Changing(8, 0.5))) == identify(Changing(8, 0.5))
+
+
 def test_a_sample_that_cannot_be_fetched_is_left_out(monkeypatch):
     whole = identify(Changing(100, 0.5))
     monkeypatch.setenv("BROKEN", "99")

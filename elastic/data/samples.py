@@ -58,8 +58,13 @@ def untouched(data: Any) -> Any:
     Many open their files at the first sample, once in each process, and keep on themselves what cannot be sent. Of
     datasets, and of those they are made of, the copy has its own attributes; what these hold is shared.
     """
-    if not _is_dataset(data):
+    try:
+        return _copied(data) if _is_dataset(data) else data
+    except Exception:  # what its class makes of being copied: then it is tried itself
         return data
+
+
+def _copied(data: Any) -> Any:
     changed = copy.copy(data)
     for name, value in list(vars(changed).items()):
         if isinstance(value, (list, tuple)) and len(value) <= _MOST_PARTS and any(map(_is_dataset, value)):

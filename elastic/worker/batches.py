@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import array
+import contextlib
 import copy
 import dataclasses
-from collections.abc import Iterable, Mapping, MutableMapping, MutableSequence
+from collections.abc import Iterable, Mapping, MutableSequence
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ def to_device(batch: Any, device: torch.device) -> Any:
     """
     if isinstance(batch, torch.Tensor):
         return batch.to(device, non_blocking=True)
-    if callable(getattr(batch, "to", None)) and not isinstance(batch, type):
+    if callable(getattr(type(batch), "to", None)):  # of its class: an item of a mapping may have that name
         moved = batch.to(device)
         return batch if moved is None else moved  # one that moves in place may return nothing
     if isinstance(batch, Mapping):
@@ -39,16 +40,19 @@ def to_device(batch: Any, device: torch.device) -> Any:
 def _mapping(batch: Mapping[Any, Any], found: dict[Any, Any]) -> Any:
     if type(batch) is dict:
         return found
-    if isinstance(batch, MutableMapping):  # a copy keeps a default factory and attributes
-        changed = copy.copy(batch)
-        for key, value in found.items():
-            changed[key] = value
-        return changed
     make: Any = type(batch)
-    try:
-        return make(found)
-    except TypeError:  # its constructor wants something else
-        return found
+    for way in (_with_items, lambda batch, found: make(found)):
+        with contextlib.suppress(Exception):  # its class decides what it can do; a dict has the items in any case
+            return way(batch, found)
+    return found
+
+
+def _with_items(batch: Any, found: dict[Any, Any]) -> Any:
+    """A copy, which keeps a default factory and attributes."""
+    changed = copy.copy(batch)
+    for key, value in found.items():
+        changed[key] = value
+    return changed
 
 
 def _tuple(batch: tuple[Any, ...], found: list[Any]) -> Any:
