@@ -89,7 +89,9 @@ class Job:
         return default_collate(list(samples))
 
     def loss(self, model: torch.nn.Module, batch: Any) -> LossResult:
-        """The summed loss of one batch, its weight, and further sums, as `LossResult` says."""
+        """The summed loss of one batch, its weight, and further sums, as `LossResult` says. Metrics have the same names
+        for every batch, none that a row of `metrics.jsonl` has anyway. Both this and `evaluate` are tried on a batch
+        before training, in evaluation mode."""
         raise NotImplementedError(f"{type(self).__name__} needs a loss(model, batch) method")
 
     def evaluate(self, model: torch.nn.Module, batch: Any) -> LossResult:
@@ -111,7 +113,7 @@ class Job:
         makes anew at each call, or that were not there at first: these are among the values."""
 
     def sample(self, model: torch.nn.Module) -> str | None:
-        """A text to print at the end, made by the trained model (in eval mode)."""
+        """A text to print at the end, made by the trained model (in eval mode). If it raises, that is an event."""
         return None
 
 

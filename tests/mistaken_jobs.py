@@ -37,16 +37,45 @@ class Mistaken(Plain):
 
 
 @dataclass
+class Averaged(Plain):
+    """Means where sums belong, and weights that count nothing."""
+
+    how: str = field(default="mean", metadata={"help": "what loss() returns"})
+
+    def eval_data(self):
+        return None if self.how == "train-only" else super().eval_data()
+
+    def loss(self, model, batch):
+        total, weight, metrics = super().loss(model, batch)
+        mean = total / weight
+        found = {
+            "mean": lambda: (mean, weight, metrics),
+            "sum-for-1": lambda: (total, 1, {}),
+            "mean-for-1": lambda: (mean, 1, {}),
+            "metric": lambda: (total, weight, {**metrics, "perplexity": mean.exp()}),
+            "train-only": lambda: (total, weight, {} if model.training else model.no_such_thing),
+        }
+        return found[self.how]()
+
+
+@dataclass
 class Evaluated(Plain):
     """Goes wrong in evaluate() or sample()."""
 
     how: str = field(default="", metadata={"help": "the mistake"})
 
+    def eval_data(self):
+        sets = super().eval_data()
+        return {"": sets["near"], "far": sets["far"]} if self.how == "names" else sets
+
     def evaluate(self, model, batch):
         total, weight, metrics = self.loss(model, batch)
         found = {
+            "raises": lambda: model.no_such_method(),
             "no-weight": lambda: (total, 0, metrics),
             "loss": lambda: (total, weight, {"loss": total}),
+            "mean": lambda: (total / weight, weight, metrics),
+            "names": lambda: (total, weight, {"far/loss": total}),
         }
         return found.get(self.how, lambda: (total, weight, metrics))()
 

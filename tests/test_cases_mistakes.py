@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import math
+import random
+from collections import deque
 from fractions import Fraction
 
 import numpy as np
@@ -10,10 +14,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from elastic.data.samples import halves
 from elastic.errors import ConfigError
+from elastic.worker.rehearsal import Sums, counts, mistake
 from elastic.worker.returned import COLUMNS, check_returned
+from elastic.worker.traces import without_trace
 from tests.forked import LONG, configure, sample_at, train
-from tests.mistaken_jobs import Evaluated, Mistaken
+from tests.mistaken_jobs import Averaged, Evaluated, Mistaken
+from tests.tiny_jobs import Plain
 
 CPU = torch.device("cpu")
 WEIGHT = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
@@ -111,6 +119,115 @@ def test_a_fraction_of_a_sample_is_a_weight_and_so_is_none():
     assert check((graph(), 0, {}))
 
 
+# ---- means and sums ---------------------------------------------------------------------------------------------
+
+
+def triple(losses, of, weight=len, metrics=None):
+    """What `of` makes of all losses, of the first half and of the other."""
+    cuts = [losses, *halves(losses)]
+    named = metrics or {}
+    return [Sums(len(c), of(c), weight(c), {n: m(c) for n, m in named.items()}) for c in cuts]
+
+
+def mean(losses):
+    return math.fsum(losses) / len(losses)
+
+
+def one(_):
+    return 1
+
+
+several = st.lists(st.floats(0.01, 100), min_size=2, max_size=9)
+apart = several.filter(lambda v: abs(mean(halves(v)[0]) - mean(halves(v)[1])) > 0.01 * max(v))
+
+
+@given(several)
+def test_sums_with_counts_and_means_with_ones_pass(losses):
+    assert (
+        mistake("loss()", triple(losses, sum, len, {"count": len, "squares": lambda c: sum(v * v for v in c)})) is None
+    )
+    assert mistake("loss()", triple(losses, mean, one)) is None
+    assert counts(triple(losses, sum))
+    assert not counts(triple(losses, mean, one))
+
+
+@given(apart)
+def test_a_mean_with_a_count_is_found_and_a_sum_with_a_one(losses):
+    assert "loss() returned a mean, " in (mistake("loss()", triple(losses, mean)) or "")
+    assert "which counts none of them" in (mistake("loss()", triple(losses, sum, one)) or "")
+    assert "metric 'm' that loss() returned is a mean" in (
+        mistake("loss()", triple(losses, sum, len, {"n": len, "m": mean})) or ""
+    )
+
+
+@given(
+    several,
+    st.sampled_from([
+        max,
+        lambda c: math.sqrt(sum(v * v for v in c)),
+        lambda c: math.fsum(c) + 7e4,  # a penalty of the weights beside it
+        lambda c: 3.5,
+        lambda c: 0.0,
+        lambda c: len(c) * math.log(sum(map(math.exp, (v / 20 for v in c)))),  # as contrastive ones grow
+        lambda c: sum(c) * len(c),
+        lambda c: sum(sorted(c)[-2:]),
+        lambda c: math.nan,
+    ]),
+)  # fmt: skip
+def test_losses_that_are_neither_pass(losses, of):
+    assert mistake("loss()", triple(losses, of, len, {"m": of})) is None
+
+
+class Forgetful(torch.nn.Module):
+    """Keeps things from pass to pass, in evaluation mode too."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.seen, self.means, self.last = torch.nn.BatchNorm1d(3), 0, deque(maxlen=4), torch.zeros(3)
+        self.register_buffer("total", torch.zeros(3))
+
+    def forward(self, x):
+        self.norm.train()
+        self.seen += 1
+        self.means.append(x.mean())
+        self.last += x.mean(0)
+        self.total = self.total + x.sum(0)
+        self.cache = x
+        return self.norm(x) * torch.rand(3)
+
+
+def _what(module):
+    """All that a `Forgetful` keeps, as plain values."""
+    tensors = {**module.state_dict(), "last": module.last, "cache": module.cache}
+    modes = [m.training for m in module.modules()]
+    return {n: t.tolist() for n, t in tensors.items()}, module.seen, [m.item() for m in module.means], modes
+
+
+def test_a_trial_leaves_nothing_behind():
+    model, job = Forgetful(), Averaged()
+    model.norm.eval()
+    job.center, job.teacher, job.seen = torch.zeros(3), Forgetful(), {}
+    for one in (model, job.teacher):
+        one(torch.ones(4, 3))
+        one.norm.eval()
+
+    def everything():
+        drawn = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+        return _what(model), _what(job.teacher), job.center.tolist(), job.seen, sorted(vars(job)), drawn
+
+    before = copy.deepcopy(everything())
+
+    with without_trace(model, job):
+        assert not model.training
+        assert not torch.is_grad_enabled()
+        job.center += model(torch.randn(4, 3)).sum(0) + job.teacher(torch.randn(4, 3)).sum(0)
+        job.seen["a"] = random.random() + np.random.rand()
+        job.more = 1
+        assert everything() != before
+
+    assert everything() == before
+
+
 # ---- in runs ----------------------------------------------------------------------------------------------------
 
 
@@ -197,3 +314,54 @@ def test_a_sample_that_fails_is_an_event_of_a_finished_run(how, strategy, tmp_pa
     assert found.result["sample"] == ("{'a': 1}" if how == "sample-dict" else None)
     details = [event["detail"].splitlines()[0] for event in found.events("sample_failed")]
     assert set(details) == ({"sample() failed, ValueError: no text today"} if how == "sample" else set())
+
+
+@pytest.mark.usefixtures("fork_server")
+@in_processes
+@pytest.mark.parametrize(
+    ("job", "strategy", "sentence"),
+    [
+        (Averaged(how="mean"), "ddp", "loss() returned a mean, "),
+        (Averaged(how="mean"), "fsdp", "loss() returned a mean, "),
+        (Averaged(how="sum-for-1"), "ddp", "loss() returned a sum, "),
+        (Averaged(how="metric"), "ddp", "metric 'perplexity' that loss() returned is a mean, "),
+        (Evaluated(how="mean"), "ddp", "evaluate() returned a mean, "),
+        (Evaluated(how="raises"), "ddp", "'Sequential' object has no attribute 'no_such_method'"),
+        (Evaluated(how="raises"), "fsdp", "has no attribute 'no_such_method'"),
+        (Evaluated(how="loss"), "ddp", "metric 'loss' that evaluate() returned would be eval/loss"),
+        (Evaluated(how="names"), "ddp", "two held-out figures would be eval/far/loss; rename a metric, or a set"),
+    ],
+    ids=lambda value: getattr(value, "how", None),
+)
+def test_what_would_go_wrong_after_hours_is_found_before_the_first_step(job, strategy, sentence, tmp_path):
+    found = train(job, configure(tmp_path, "run", parallel__strategy=strategy, run__max_failures=0), workers=2)
+
+    assert found.failure is not None
+    assert sentence in found.failure
+    assert found.rows == []
+
+
+@pytest.mark.usefixtures("fork_server")
+@in_processes
+def test_means_with_the_weight_1_are_the_same_at_every_world_size_in_fast(tmp_path):
+    one, three, plain = (
+        train(job, configure(tmp_path, name, run__exactness="fast"), workers)
+        for name, job, workers in (
+            ("1", Averaged(how="mean-for-1"), 1),
+            ("3", Averaged(how="mean-for-1"), 3),
+            ("p", Plain(), 1),
+        )
+    )
+
+    assert three.column("loss") == pytest.approx(one.column("loss"), rel=1e-4)
+    assert one.column("loss") == pytest.approx(plain.column("loss"), rel=1e-4)
+    assert "count passes, not samples" in str(one.events("worker_warm"))
+
+
+@pytest.mark.usefixtures("fork_server")
+@in_processes
+def test_a_loss_that_only_works_in_training_trains(tmp_path):
+    found = train(Averaged(how="train-only"), configure(tmp_path, "run"), workers=1)
+
+    assert found.failure is None
+    assert found.result["status"] == "finished"

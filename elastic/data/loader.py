@@ -22,7 +22,7 @@ import xxhash
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from elastic.data.order import sample_ids
-from elastic.data.samples import draws, fetch_each, fetches_together, untouched
+from elastic.data.samples import draws, fetch_each, fetches_together, halves, untouched
 from elastic.data.seeds import derive, seed_all
 from elastic.job import Job
 
@@ -99,6 +99,18 @@ class Fetcher(Dataset):
     def _epoch(self, span: Span, place: int) -> int:
         return (span.first_position + place) // self.dataset_size
 
+    def with_halves(self, span: Span) -> list[tuple[int, Any]]:
+        """How many samples, and their batch: of a span, of its first half, of the other; without halves where the
+        dataset makes whole batches."""
+        samples = self._together(span) if self._fetches_together else self._each(span)
+        if self._makes_batches:
+            return [(len(span.ids), self.collate_fn(samples))]
+        batches = []
+        for part in [samples, *halves(samples)]:
+            seed_all(derive("collate", self.seed, self._epoch(span, 0), span.digests[0]))
+            batches.append((len(part), self.collate_fn(list(part))))
+        return batches
+
     def draws_together(self, span: Span) -> bool:
         """Whether random numbers are drawn for several samples at once: by `collate_fn`, or by a dataset that makes
         whole batches. Then what a sample becomes depends on those beside it.
@@ -150,13 +162,23 @@ class Loader:
 
     def draws_together(self) -> bool:
         """Whether what a sample becomes depends on which others are fetched beside it; see `Fetcher`."""
-        fetcher = self._fetcher
-        if self._loader is not None:
-            fetcher = Fetcher(untouched(fetcher.data), fetcher.collate_fn, fetcher.seed, fetcher.dataset_size)
         try:
-            return fetcher.draws_together(self.order.span(0, 0, 1))
+            return self._here().draws_together(self.order.span(0, 0, 1))
         except Exception:  # a sample that cannot be had: its step says so, with all there is to know
             return False
+
+    def first_batches(self, count: int) -> list[tuple[int, Any]]:
+        """The first microbatches of the run as one batch, to be tried, and their halves; see `Fetcher.with_halves`.
+        Nothing where they cannot be had."""
+        try:
+            return self._here().with_halves(self.order.span(0, 0, count))
+        except Exception:  # as above
+            return []
+
+    def _here(self) -> Fetcher:
+        """Fetches in this process, without a trace in what others are sent."""
+        one = self._fetcher
+        return one if self._loader is None else Fetcher(untouched(one.data), one.collate_fn, one.seed, one.dataset_size)
 
     def start(self, step: int, spans: list[tuple[int, int]]) -> None:
         """From `step` on, serve these (first, count) spans of every step."""

@@ -80,3 +80,9 @@ def _is_dataset(value: Any) -> bool:
     library = type(value).__module__.partition(".")[0]
     indexed = hasattr(type(value), "__getitem__") and hasattr(type(value), "__len__") and hasattr(value, "__dict__")
     return indexed and library not in ("torch", "numpy", "pandas", "builtins", "collections")
+
+
+def halves(samples: list[Any]) -> list[list[Any]]:
+    """The first and the other half of at least two samples; of fewer there are none."""
+    middle = len(samples) // 2
+    return [samples[:middle], samples[middle:]] if middle else []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
@@ -54,7 +54,7 @@ def evaluate(
         with torch.no_grad():
             for index in [*runs[rank], *([runs[rank][-1]] * padding)]:
                 ids = list(parts[index])
-                batch = code.guard(partial(_batch, job, data, ids, (seed, name, index)))
+                batch = code.guard(partial(held_out_batch, job, data, ids, (seed, name, index)))
                 seed_all(derive("eval", seed, name, index))
                 with each():
                     loss, weight, metrics = code.evaluate(model, batch)
@@ -73,12 +73,17 @@ def evaluate(
             f"all weights that evaluate() returned for {which} are 0, so its means are undefined; return the number of "
             "samples or tokens"
         )
-    prefix = f"eval/{name}/" if name else "eval/"
-    return {f"{prefix}{k}": v for k, v in {"loss": record.loss, **record.mean_metrics()}.items()}
+    found = {"loss": record.loss, **record.mean_metrics()}
+    return dict(zip(figures(name, found), found.values()))
 
 
-def _batch(job: Job, data: MapDataset, ids: list[int], key: tuple[int | str, ...]) -> Any:
-    """Under seeds of the samples, or of the part with this key where they are fetched together."""
+def figures(name: str, metrics: Iterable[str]) -> list[str]:
+    """What the figures of a held-out set with this name are called."""
+    return [f"eval/{name}/{metric}" if name else f"eval/{metric}" for metric in metrics]
+
+
+def held_out_batch(job: Job, data: MapDataset, ids: list[int], key: tuple[int | str, ...]) -> Any:
+    """A batch of held-out samples, under seeds of theirs, or of the part with this key where they come together."""
     if fetches_together(data):
         seed_all(derive("eval-items", *key))
         return job.collate_fn(data.__getitems__(ids))  # type: ignore[attr-defined]

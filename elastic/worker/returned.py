@@ -36,7 +36,7 @@ def check_returned(
     Args:
         name: of the function, for people.
         parameters: of the model; looked at only where the loss has no graph.
-        training: a backward pass follows.
+        training: it is what training goes by; a backward pass follows where gradients are enabled.
 
     Raises:
         ConfigError: what is wrong with it, and how to return it.
@@ -54,7 +54,7 @@ def check_returned(
 def _check_loss(
     name: str, loss: Any, device: torch.device, parameters: Iterable[torch.nn.Parameter], *, training: bool
 ) -> None:  # fmt: skip
-    if not training and _is_number(loss):
+    if not (training and torch.is_grad_enabled()) and _is_number(loss):
         return  # nothing is done with it but adding it up
     if not isinstance(loss, torch.Tensor):
         fix = "return the tensor itself, without .item(), float() or .numpy()" if _is_number(loss) else _RETURN
@@ -70,7 +70,7 @@ def _check_loss(
     if training and not loss.is_floating_point():
         raise ConfigError(f"{what} is {loss.dtype}, which has no gradients; return a sum of floating-point numbers")
     _check_device(what, loss, device)
-    if training and not loss.requires_grad:
+    if training and torch.is_grad_enabled() and not loss.requires_grad:
         if any(p.requires_grad for p in parameters):
             raise ConfigError(
                 f"{what} has no graph, so no parameter would get a gradient; return it without .detach(), .item() or "

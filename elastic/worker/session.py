@@ -49,6 +49,7 @@ from elastic.worker.evaluate import evaluate
 from elastic.worker.group import Group, collective
 from elastic.worker.placing import Placing
 from elastic.worker.provenance import Provenance
+from elastic.worker.rehearsal import Rehearsal
 from elastic.worker.remesh import remesh
 from elastic.worker.run import Identity, WorkerRun
 from elastic.worker.saving import Saving, initialise, restore_from_peers, restore_newest
@@ -157,7 +158,18 @@ class Session:
         parts: dict[str, Any] = {
             "data_s": round(data_s, 3), "model_s": round(time.monotonic() - began - data_s, 3)
         }  # fmt: skip
-        if self._stepper.one_each and not self._bitwise:
+        microbatch = plan.global_size // plan.microbatches
+        self._rehearsal = Rehearsal(
+            job, self._config, self._code, self._loader, self._eval_sets,
+            eval_size=min(4 * microbatch, plan.global_size),
+        )  # fmt: skip
+        if self._state is not None:
+            began = time.monotonic()
+            self._rehearse(None)
+            parts["rehearsal_s"] = round(time.monotonic() - began, 3)
+        if self._rehearsal.weights_count is False:
+            parts["passes"] = "of one microbatch each: the weights of loss() count passes, not samples"
+        elif self._stepper.one_each and not self._bitwise:
             parts["passes"] = "of one microbatch each: random numbers are drawn for whole batches of samples"
         return {**parts, "built_whole": self._placing.eager} if self._placing.eager else parts
 
@@ -184,6 +196,10 @@ class Session:
 
     def _warn_of_unsaved(self, sentence: str) -> None:
         self._link.post({"kind": "event", "event": "unsaved_numbers", "step": self._applied, "detail": sentence})
+
+    def _rehearse(self, group: Group | None) -> None:
+        self._rehearsal.run(self._the_state.model, self._stepper.tried, group)
+        self._stepper.one_each |= not self._rehearsal.weights_count
 
     # ---- worlds ------------------------------------------------------------------------------------------------
 
@@ -218,6 +234,9 @@ class Session:
                         status = self._stand_by(group)
                     else:
                         self._saving.enter(group, self._the_state)
+                        if self._config.parallel.sharded:
+                            self._stepper.progress(self._applied, APPLIED + 1, "eval")
+                            self._rehearse(group)
                         self._stepper.enter(group, self._applied, self._the_state)
                         if self._took:
                             self._stepper.check_state(self._applied)
@@ -562,13 +581,12 @@ class Session:
         self._stepper.progress(self._applied, APPLIED + 1, "eval")
         self._code.where = f"evaluation after step {self._applied}"
         fault.point("eval.begin", group.rank, self._applied)
-        microbatch = self._plan.global_size // self._plan.microbatches
         found: dict[str, float] = {}
         with self._stepper.unmoved():
             for name, data in self._eval_sets.items():
                 found |= evaluate(
                     self._job, self._the_state.model, name, data, group, self._code,
-                    size=min(4 * microbatch, self._plan.global_size), seed=self._config.run.seed,
+                    size=self._rehearsal.eval_size, seed=self._config.run.seed,
                     each=self._stepper.unmoved if self._bitwise else contextlib.nullcontext,
                 )  # fmt: skip
         self._stepper.reshard()

@@ -183,6 +183,12 @@ class Stepper:
             most = max(1, self._config.batch.pass_size // microbatch)
         return [(i, min(most, run.stop - i)) for i in range(run.start, run.stop, most)]
 
+    @property
+    def tried(self) -> int:
+        """Microbatches in the smallest batch that has two samples and that a pass may have; else one."""
+        longest = max(count for _, count in self._spans_of(range(self._plan.microbatches)))
+        return 1 if self._plan.global_size > self._plan.microbatches else min(2, longest)
+
     # ---- steps -------------------------------------------------------------------------------------------------
 
     def prepare(self, step: int) -> Update:

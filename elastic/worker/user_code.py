@@ -53,6 +53,10 @@ class UserCode:
         self.on_loss()
         return result
 
+    def try_loss(self, model: nn.Module, batch: Any) -> LossValue:
+        """`Job.loss`, checked, outside a step and without a graph."""
+        return self._on_batch(self._job.loss, "loss()", model, batch, training=True)
+
     def evaluate(self, model: nn.Module, batch: Any) -> LossValue:
         """`Job.evaluate`, checked."""
         return self._on_batch(self._job.evaluate, "evaluate()", model, batch, training=False)

@@ -1,0 +1,123 @@
+"""Trying the job's code without a trace in what is trained: random numbers, modes, buffers, and what objects keep."""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections import Counter, OrderedDict, defaultdict, deque
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from elastic.parallel.buffers import StepBuffers
+
+_PLAIN = (bool, int, float, complex, str, bytes, tuple, frozenset, type(None))
+_CONTAINERS = (list, dict, set, deque, Counter, OrderedDict, defaultdict)
+_MOST_ENTRIES, _MOST_BYTES = 10_000, 1 << 20  # larger ones hold data; what changes from pass to pass is small
+_OF_MODULES = frozenset(vars(nn.Module()))
+
+
+@contextmanager
+def without_trace(model: nn.Module, *owners: object) -> Iterator[None]:
+    """Forward passes in evaluation mode, without a graph, after which the model and `owners` are as they were.
+
+    That holds for buffers, and for attributes that are plain values, small tensors, or small containers of whatever.
+    What a job changes beyond that (files, objects of its own) stays changed.
+    """
+    held = [value for owner in owners for value in _own(owner).values() if isinstance(value, nn.Module)]
+    modules = [module for top in (model, *held) for module in top.modules()]
+    modes = [(module, module.training) for module in modules]
+    undo = [_random(), *(_attributes(o) for o in (*modules, *owners))]
+    try:
+        with ExitStack() as stack:
+            for top in (model, *held):
+                stack.enter_context(StepBuffers(top, exact=True).unmoved())
+            if "torch._dynamo" in sys.modules:  # what is compiled now would be so for shapes that no step has
+                stack.enter_context(torch.compiler.set_stance("force_eager"))
+            stack.enter_context(torch.no_grad())
+            model.eval()
+            yield
+    finally:
+        for back in undo:
+            back()
+        for module, mode in modes:  # those above come first
+            if module.training != mode:
+                module.train(mode)
+
+
+def _random() -> Callable[[], None]:
+    own, numpy, host = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    device = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
+
+    def back() -> None:
+        random.setstate(own)
+        np.random.set_state(numpy)
+        torch.set_rng_state(host)
+        if device is not None:
+            torch.cuda.set_rng_state(device)
+
+    return back
+
+
+def _attributes(owner: object) -> Callable[[], None]:
+    """Puts attributes back but those of every module: parameters, buffers, hooks."""
+    here = _own(owner)
+    names = [n for n in here if isinstance(n, str) and not (isinstance(owner, nn.Module) and n in _OF_MODULES)]
+    undo: list[Callable[[], None]] = []
+    for name in names:
+        value = here[name]
+        if isinstance(value, torch.Tensor):
+            if not isinstance(value, nn.Parameter) and value.nbytes <= _MOST_BYTES and type(value) is torch.Tensor:
+                undo.append(_tensor(value))
+        elif type(value) in _CONTAINERS and len(value) <= _MOST_ENTRIES:
+            undo.append(_container(value))
+    known = frozenset(here)
+    kept = {n: here[n] for n in names if isinstance(here[n], (*_PLAIN, *_CONTAINERS, torch.Tensor))}
+
+    def back() -> None:
+        for one in undo:
+            one()
+        for name, value in kept.items():
+            if here.get(name, here) is not value:
+                here[name] = value
+        for name in [n for n in here if isinstance(n, str) and n not in known]:
+            del here[name]
+
+    return back
+
+
+def _own(owner: object) -> dict[str, Any]:
+    return getattr(owner, "__dict__", {})
+
+
+def _tensor(value: torch.Tensor) -> Callable[[], None]:
+    version, before = value._version, value.detach().clone()
+
+    def back() -> None:
+        if value._version != version:
+            with torch.no_grad():
+                value.copy_(before)
+
+    return back
+
+
+def _container(value: Any) -> Callable[[], None]:
+    before = value.copy()
+
+    def back() -> None:
+        if len(value) != len(before) or any(a is not b for a, b in zip(_items(value), _items(before), strict=True)):
+            value.clear()
+            (value.extend if isinstance(value, (list, deque)) else value.update)(before)
+
+    return back
+
+
+def _items(value: Any) -> Iterator[Any]:
+    for item in value:
+        yield item
+        if isinstance(value, dict):
+            yield value[item]
