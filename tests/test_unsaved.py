@@ -39,7 +39,9 @@ def trained(job: elastic.Job, steps: int = 3) -> list[str]:
     watch = Watch([getattr(job, "data", None)], said.append)
     for step in range(steps):
         watch.begin(state)
-        model(torch.full((2, 3), float(step + 1))).sum().backward()
+        with watch.reading():
+            for _ in range(2):
+                model(torch.full((2, 3), float(step + 1))).sum().backward()
         watch.passed()
         state.rates.set(1.0)
         state.optimizer.step()
@@ -117,6 +119,23 @@ class RunningModel(Base):
         return nn.Sequential(Running())
 
 
+class Late(nn.Linear):
+    """A running sum that begins with the first pass, in place."""
+
+    total: Any = None
+
+    def forward(self, x):
+        if self.total is None:
+            self.total = torch.zeros(3)
+        self.total += x.detach().mean(0)
+        return super().forward(x)
+
+
+class LateModel(Base):
+    def model(self):
+        return nn.Sequential(Late(3, 2))
+
+
 class Draws(Base):
     def __init__(self):
         self.random = random.Random(1)
@@ -139,6 +158,7 @@ class Counts(Draws):
         (Wraps(), r"optimizer\.inner\.state\[0\]\['exp_avg'\] .* changed in step 2 .*keep it in optimizer\.state"),
         (WrapsSlow(), r"optimizer\.slow\[0\] \(a Tensor\) \(and 3 more\) changed in step 1"),
         (RunningModel(), r"model\.0\.running \(a Tensor\) changed in step 2 .*register it as a buffer"),
+        (LateModel(), r"model\.0\.total \(a Tensor\) changed in step 2"),
         (Draws(), r"job\.random \(a Random\) changed in step 1"),
         (Counts(), r"job\.counts \(a ndarray\) changed in step 1"),
     ],
@@ -173,12 +193,15 @@ class Cached(nn.Module):
         self.inner = torch.nn.utils.weight_norm(nn.Linear(3, 2))
         self.rnn = nn.LSTM(2, 2)
         self.table, self.seen, self.activations = torch.zeros(1), None, {}
+        self.load, self.room = torch.zeros(2), torch.zeros(2, 2)  # written anew by each pass
 
     def forward(self, x):
         if len(self.table) < 2:
             self.table = torch.arange(2.0)
         self.seen = self.inner(x)
         self.activations["last"] = self.seen.detach()
+        self.load = self.seen.detach().mean(0).to(self.load.device)
+        self.room.copy_(self.seen.detach())
         return self.rnn(self.seen)[0] * self.table
 
 

@@ -500,7 +500,8 @@ class Session:
         step, plan, stepper = self._applied, self._plan, self._stepper
         self._stepped_in = group.assignment
         self._watch.begin(self._the_state)
-        update = self._prepared = stepper.prepare(step)
+        with self._watch.reading():
+            update = self._prepared = stepper.prepare(step)
         clock, fence = stepper.clock, time.perf_counter()
         stepper.progress(step, FENCE)
         fault.point("step.before_fence", group.rank, step + 1)

@@ -1,17 +1,19 @@
 """State that nobody saves: what job, optimizer or model keep beside their known state, and change as they train.
 
 Looked for in the first two updates of a process, and never again. What a tensor is for cannot be seen, only when it
-changes: what changes in an update (`optimizer.step()`, `after_step()`) is carried on to the next one; what forward
-passes write anew each time is a cache, unless it was there before the first of them or is written in place.
+changes. What changes in an update (`optimizer.step()`, `after_step()`) is carried on to the next one; what forward
+passes change is carried on if they read what the passes before left there, else it is a cache.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from elastic.errors import ConfigError
 from elastic.parallel.wrapping import local
@@ -20,6 +22,11 @@ from elastic.worker.state import TrainState
 
 UPDATES = 2  # that are looked at
 _SHOWN = 5
+#: Of tensors, what asks for no values, or overwrites all.
+_NO_READS = {
+    "__get__", "__len__", "size", "dim", "numel", "stride", "is_floating_point", "is_contiguous", "copy_", "zero_",
+    "fill_", "data_ptr", "detach", "requires_grad_",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -52,7 +59,8 @@ class Watch:
         self._passed: Look | None = None
         self._after: Look = {}
         self._appeared: set[str] = set()  # in the first update
-        self._moved: set[str] = set()  # in its passes, and there before
+        self._moved: set[str] = set()  # in its passes
+        self._reads: _Reads | None = None
         self._left = UPDATES
 
     @property
@@ -64,6 +72,21 @@ class Watch:
         if self._left and self._state is not state:  # of a model that was built anew
             self._state, self._left, self._after = state, UPDATES, {}
             self._before = self._look()
+
+    def reading(self) -> AbstractContextManager[Any]:
+        """To be entered for the passes of a step: notes whether they read what the passes before left somewhere."""
+        if self._left != 1 or self._state is None or _is_compiled(self._state.model):
+            return nullcontext()
+        left = [self._after[name].leaf for name in self._moved if name in self._after]
+        if not any(isinstance(leaf, torch.Tensor) for leaf in left):
+            return nullcontext()
+        self._reads = _Reads({id(leaf) for leaf in left})
+        return self._reads
+
+    def _was_read(self, leaf: Leaf) -> bool:
+        if not isinstance(leaf, torch.Tensor):
+            return True  # that cannot be seen
+        return self._reads is not None and id(leaf) in self._reads.seen
 
     def passed(self) -> None:
         """Its passes are done, and nothing of its update."""
@@ -86,10 +109,10 @@ class Watch:
         if self._left:  # the first update
             found = carried & self._before.keys()
             self._appeared = now.keys() - passed.keys() | carried
-            self._moved = _changed(self._before, passed)
+            self._moved = (_changed(self._before, passed) | (passed.keys() - self._before.keys())) & now.keys()
         else:
-            written = {name for name in _changed(self._after, now) if now[name].leaf is self._after[name].leaf}
-            found = (carried & self._appeared) | (_changed(self._after, passed) & self._moved) | written
+            moved = _changed(self._after, passed) & self._moved
+            found = (carried & self._appeared) | {name for name in moved if self._was_read(self._after[name].leaf)}
         known = self._known()
         tensors = sorted(n for n in found if n in now and not now[n].is_number and not _is_known(now[n].leaf, known))
         if tensors:
@@ -130,6 +153,29 @@ class Watch:
                 f"{', '.join(sorted(names)[:_SHOWN])}{more} changed in each step and are part of no saved state: after "
                 "a resume or a join they begin anew; if they matter, return them from extra_state()"
             )
+
+
+class _Reads(TorchFunctionMode):
+    """Notes which of some tensors operations take as an input."""
+
+    def __init__(self, watched: set[int]):
+        super().__init__()
+        self._watched = watched
+        self.seen: set[int] = set()
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(function, "__name__", "")
+        if name not in _NO_READS:
+            for one in [*args, *kwargs.values()]:
+                for inner in one if isinstance(one, (list, tuple)) else (one,):
+                    if id(inner) in self._watched:
+                        self.seen.add(id(inner))
+        return function(*args, **kwargs)
+
+
+def _is_compiled(model: torch.nn.Module) -> bool:
+    return any(m._compiled_call_impl is not None or type(m).__name__ == "OptimizedModule" for m in model.modules())
 
 
 class _Attributes:
