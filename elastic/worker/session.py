@@ -623,7 +623,7 @@ class Session:
             self._stepper.progress(self._applied, APPLIED + 2, "checkpoint")
             with contextlib.suppress(ElasticError, RunOver):  # the error that ends the run is the one to be told
                 if compare:
-                    self._stepper.check_state(self._applied)
+                    self._stepper.check_state(self._applied, group, self._the_state)
                 self._saving.make_safe(self._applied, LAST_COMMIT_S)
 
     def _save_and_fail(self, group: Group, message: str) -> None:

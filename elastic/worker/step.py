@@ -265,14 +265,18 @@ class Stepper:
             entries = copies.update_entries(numbers, self._state.optimizer, self._state.parameter_names(), shard)
             raise copies.update_error(update.step + 1, self._group, self._link.member.id, entries)
 
-    def check_state(self, step: int) -> None:
+    def check_state(self, step: int, group: Group | None = None, state: TrainState | None = None) -> None:
         """Compare the copies of the state with all workers.
+
+        Args:
+            group, state: of a world that was formed only to save; else those of the world that was entered.
 
         Raises:
             CopiesDiffer: they are not equal.
         """
         if self._compares:
-            copies.check_state(self._state, self._group, self._link.member.id, step, exact=self._bitwise)
+            group, state = group or self._group, state or self._state
+            copies.check_state(state, group, self._link.member.id, step, exact=self._bitwise)
 
     def apply(self, update: Update) -> None:
         """The update itself. Until it returns, the state is neither the old nor the new one."""
