@@ -68,3 +68,9 @@ class Interrupted(ElasticError):
     """Stopped by a signal, state saved."""
 
     exit_code = 130
+
+
+def last_line(error: BaseException) -> str:
+    """The last line of what Python prints of an exception: its type and what it says."""
+    said = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {said[-1]}" if said else type(error).__name__

@@ -25,7 +25,8 @@ def test_an_exception_in_loss_fails_the_run_with_worker_step_microbatch_and_trac
     text = raised.failure
 
     assert text is not None
-    assert text.startswith(f"worker w1-1 (rank 1 of 2) failed at step {STEP}, microbatch {MICROBATCH}:\nTraceback")
+    assert text.startswith(f"worker w1-1 (rank 1 of 2) failed at step {STEP}, microbatch {MICROBATCH}, samples ")
+    assert text.splitlines()[0].endswith(": RuntimeError: this sample is broken")
     assert "tiny_jobs.py" in text
     assert text.endswith("RuntimeError: this sample is broken")
 

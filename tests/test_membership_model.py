@@ -12,9 +12,10 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from elastic.cluster.rooms import GroupPlan
 from elastic.cluster.sharing import Terms
 from elastic.membership.decisions import advance
-from elastic.membership.forming import helpful_size
+from elastic.membership.forming import helpful_size, there
 from elastic.membership.messages import (
     Acknowledged,
+    Arrived,
     Break,
     Command,
     Done,
@@ -23,6 +24,7 @@ from elastic.membership.messages import (
     Event,
     Expected,
     Fail,
+    Failed,
     Failure,
     Form,
     GiveUp,
@@ -34,6 +36,7 @@ from elastic.membership.messages import (
     Notice,
     Park,
     Rebuilt,
+    Recorded,
     Refuse,
     Registered,
     SaveAlone,
@@ -43,6 +46,7 @@ from elastic.membership.messages import (
     Stopped,
     Suspect,
     Tick,
+    Unable,
     Unfit,
     Welcome,
     Yielded,
@@ -264,11 +268,227 @@ def test_the_same_error_at_the_same_place_ends_the_run_another_does_not() -> Non
     assert commands[-1] == Fail("boom")
 
 
+def error(step: int, microbatch: int, kind: str = "ValueError") -> Failure:
+    return Failure(kind, step, microbatch, f"boom at {step}, {microbatch}")
+
+
+def back(machine: Machine, applied: int, *names: str, **more: object) -> list[Command]:
+    """These join again, one after another; what the last of them brought about."""
+    for name in names:
+        commands = machine.join(name, applied, **more)
+    return commands
+
+
+def test_a_worker_that_alone_fails_twice_is_left_out_and_the_run_goes_on_with_others() -> None:
+    machine = three()
+    machine.join("c", 5, failure=error(5, 4))
+    assert formed(back(machine, 5, "a", "b")).size == 3, "it may pass"
+    told = machine.join("c", 5, failure=error(5, 4, "OtherError"))
+    reason = "it failed 2 times at step 6, where another worker is to try"
+    assert told[-1] == LeftOut(Member("c", "node-c"), reason)
+    back(machine, 5, "a", "b")
+    assert machine.members == ["a", "b"]
+    machine.tell(Recorded(6))
+    assert machine.wait(60) == []
+    (leave,) = machine.join("d")
+    assert isinstance(leave, Leave)
+    back(machine, 9, "a", "b")
+    assert machine.members == ["a", "b", "d"], "it has no part any more where others are enough"
+
+
+def test_an_error_that_another_worker_meets_at_the_same_microbatch_is_the_jobs() -> None:
+    machine = three()
+    for _ in range(2):
+        machine.join("c", 5, failure=error(5, 4))
+        back(machine, 5, "a", "b")
+    assert machine.members == ["a", "b"]
+    machine.join("b", 5, failure=error(5, 4))
+    last = machine.join("a", 5)
+    assert last == [Form(machine.state.world, "boom at 5, 4")]
+    assert machine.members == ["a", "b"]
+
+
+def test_who_cannot_be_spared_is_not_left_out_and_one_that_fails_there_comes_back_where_others_are_lost() -> None:
+    machine = three(min_workers=3, max_failures=2)
+    for _ in range(2):
+        assert not any(isinstance(c, LeftOut) for c in machine.join("c", 5, failure=error(5, 4)))
+        assert formed(back(machine, 5, "a", "b")).size == 3
+    assert machine.join("c", 5, failure=error(5, 4))[-1] != Fail("boom at 5, 4")
+    assert back(machine, 5, "a", "b") == [Form(machine.state.world, "boom at 5, 4")]
+
+    machine = three(min_workers=2)
+    for _ in range(2):
+        machine.join("c", 5, failure=error(5, 4))
+        back(machine, 5, "a", "b")
+    machine.lose("b")
+    assert formed(machine.join("a", 7)).size == 2
+    assert machine.members == ["a", "c"]
+    machine.join("d")
+    (leave,) = machine.wait(1.5)
+    assert isinstance(leave, Leave), "one that does not fail takes its place"
+
+
+def test_a_world_that_breaks_again_and_again_while_all_live_ends_the_run_with_the_last_reason() -> None:
+    machine = three()
+    for _ in range(2):
+        assert formed(back(machine, 5, "a", "b", "c", broke="step 6 failed: reset")).size == 3
+    (last,) = back(machine, 5, "a", "b", "c", broke="step 6 failed: reset")
+    text = "3 worlds in a row broke at step 6 although all their workers live; the last time: step 6 failed: reset"
+    assert last == Form(machine.state.world, text)
+    for _ in range(2):
+        (last,) = back(machine, 5, "a", "b", "c", broke="saving failed")
+        assert last == Form(machine.state.world, text)
+    assert back(machine, 5, "a", "b", "c") == [GiveUp(Member("a", "node-a"), text, "failed")], "saved by one alone"
+
+
+def test_worlds_that_break_without_a_loss_are_counted_over_steps_and_those_with_one_are_not() -> None:
+    machine = Machine(max_workers=2)
+    machine.join("a")
+    machine.join("b")
+    for step in range(4):
+        for _ in range(2):
+            assert formed(back(machine, step, "a", "b", broke="reset")).size == 2
+    for i in range(9):  # a member says that the world broke before the other is known to be lost
+        machine.join("a", 4, broke="reset")
+        assert formed(machine.lose(machine.members[1])).size == 1
+        machine.join(f"b{i}")
+        machine.wait(1.5)
+        assert formed(machine.join("a", 4)).size == 2
+    assert machine.state.failing is None
+    back(machine, 20, "a", "b8", broke="reset")
+    assert machine.state.failing is None
+    back(machine, 21, "a", "b8", broke="reset")
+    assert machine.state.failing == (
+        "10 worlds broke within 30 steps, the last at step 22 although all their workers live; the last time: reset"
+    )
+
+
+def test_processes_that_die_at_one_step_again_and_again_end_the_run() -> None:
+    machine = Machine(max_workers=1, lease_s=1.0)
+    for i in range(5):
+        assert formed(machine.join(f"w{i}")).size == 1
+        machine.tell(Recorded(8))
+        commands = machine.lose(f"w{i}", dead=True, died=True, reason="process died: exit code 1")
+    ending = commands[-1]
+    assert isinstance(ending, GiveUp)
+    assert ending.status == "failed"
+    assert ending.message.startswith(
+        "5 worlds one after another lost a worker at step 9, since its process ended, and no step was done in between "
+        "(worker w0: process died: exit code 1; worker w1: "
+    )
+
+
+def test_deaths_with_steps_in_between_or_of_many_at_once_do_not_end_a_run() -> None:
+    machine = Machine(max_workers=1, lease_s=1.0)
+    for i in range(30):
+        assert formed(machine.join(f"w{i}")).size == 1
+        machine.tell(Recorded(i))
+        machine.lose(f"w{i}", dead=True, died=True)
+    machine = Machine(max_workers=8)
+    for i in range(8):
+        machine.join(f"w{i}")
+    for i in range(7):
+        machine.lose(f"w{i}", died=True)
+    assert formed(machine.join("w7", 5)).size == 1
+
+
+def test_who_cannot_get_ready_before_the_first_world_is_left_out_as_long_as_enough_can() -> None:
+    machine = Machine(min_workers=2, max_workers=3, expects=3)
+    for name in "abc":
+        machine.tell(Arrived(name))
+    assert machine.tell(Unfit("b", "no such file", machine.now)) == []
+    machine.join("a")
+    machine.join("c")
+    assert formed(machine.wait(2.5)).size == 2
+
+    machine = Machine(min_workers=2, max_workers=3, expects=3)
+    machine.join("a")
+    assert machine.tell(Unfit("b", "no such file", machine.now)) == [], "the third is on its way"
+    assert machine.tell(Unfit("c", "no such disk", machine.now)) == [Fail("no such file")]
+
+
+def test_on_a_cluster_all_are_tried_twice_and_nobody_who_gets_ready_is_given_up() -> None:
+    machine = Machine(max_workers=2)
+    for i in range(2):
+        assert machine.tell(Unfit(f"w{i}", "no such file", machine.now)) == []
+    machine.tell(Arrived("slow"))
+    for i in range(2, 9):
+        assert machine.tell(Unfit(f"w{i}", "no such file", machine.now)) == []
+    commands = machine.lose("slow", died=True, reason="process died: exit code 1")
+    assert commands == [
+        Dropped(Member("slow", ""), "while it got ready: process died: exit code 1"),
+        Fail("no such file"),
+    ]
+
+    machine = Machine(max_workers=1)
+    assert machine.tell(Unfit("a", "no such file", machine.now)) == [Fail("no such file")]
+
+
+def test_what_a_newcomer_raises_before_its_first_step_is_its_own() -> None:
+    def newcomer(*, fresh: bool = True, final: bool = True) -> tuple[Machine, list[Command]]:
+        machine = Machine(max_workers=3)
+        machine.join("a")
+        machine.join("b")
+        machine.wait(2.5)
+        machine.join("c")
+        machine.wait(1.5)
+        back(machine, 5, "a", "b")
+        assert machine.members == ["a", "b", "c"]
+        return machine, machine.tell(Unable("c", "no such key\n...", fresh, final, machine.now))
+
+    machine, (refused, broken) = newcomer()
+    assert refused == Refuse("c", "it failed before its first step")
+    assert isinstance(broken, Break)
+    assert broken.reason == "left out, since it failed before its first step: no such key"
+    assert formed(back(machine, 5, "a", "b")).size == 2
+    assert ask_again_s(machine.state, machine.now) > 0
+    assert newcomer(fresh=False)[1] == [Fail("no such key\n...")]
+
+    machine = three()
+    assert machine.tell(Unable("a", "no checkpoint", True, True, machine.now)) == [Fail("no checkpoint")]
+    machine = three(expects=3)
+    for name in "ab":
+        assert machine.tell(Unable(name, "other data", True, False, machine.now))[0].member_id == name
+    assert machine.tell(Unable("c", "other data", True, False, machine.now))[-1] == Fail("other data")
+
+
+@given(st.data())
+def test_a_run_in_which_no_step_is_done_ends_whatever_happens(data: st.DataObject) -> None:
+    """Worlds break by errors anywhere, for no reason that is known, or since a process died and is replaced."""
+    size, least = data.draw(st.integers(1, 4), "workers"), 1
+    machine = Machine(min_workers=least, max_workers=size, lease_s=1.0, max_failures=data.draw(st.integers(0, 4)))
+    count = size
+    for i in range(size):
+        machine.join(f"w{i}", 5)
+    for _ in range(200):
+        if machine.state.phase is Phase.GATHERING:
+            machine.wait(3)
+        if machine.state.phase is Phase.ENDED:
+            return
+        assert machine.state.world is not None
+        what = data.draw(st.sampled_from(["error", "silent", "death"]), "what")
+        members = machine.members
+        one = members[data.draw(st.integers(0, len(members) - 1), "who")]
+        if what == "error":
+            machine.join(one, 5, failure=error(5, data.draw(st.integers(-1, 3), "microbatch")))
+        elif what == "silent":
+            machine.join(one, 5, broke="reset")
+        else:
+            machine.lose(one, dead=True, died=True)
+            machine.join(f"w{count}")
+            count += 1
+        for name in members:
+            if name != one and machine.state.phase is Phase.BROKEN:
+                machine.join(name, 5)
+        machine.wait(2)
+    pytest.fail("it goes on for ever")
+
+
 def test_an_error_of_all_ends_the_run_when_they_have_saved() -> None:
     machine = three(max_failures=0)
     for name in "abc":
         commands = machine.join(name, 5, failure=Failure("ValueError", 6, ord(name), f"boom in {name}"))
-    assert commands == [Form(machine.state.world, "boom in a")]
+    assert commands[1:] == [Form(machine.state.world, "boom in a")]
     assert machine.members == ["a", "b", "c"]
 
 
@@ -603,7 +823,7 @@ def test_an_error_in_a_world_that_is_to_be_left_breaks_it_since_others_may_wait_
 
     commands = machine.join("b", 5, failure=Failure("ValueError", 6, 3, "boom"))
 
-    assert [type(c) for c in commands] == [Break]
+    assert [type(c) for c in commands] == [Failed, Break]
     assert machine.state.phase is Phase.BROKEN
     assert formed(machine.join("c", 5)).size == 4
 
@@ -670,6 +890,7 @@ class Worker:
     entered: bool = False  # it has entered the fence of its next step
     alive: bool = True
     told_to_go: bool = False
+    fresh: bool = True  # it has done no step itself
     away_since: float | None = None  # the server was restarted, and it has not connected again
 
     @property
@@ -788,7 +1009,9 @@ class Cluster(RuleBasedStateMachine):
         for w in passing:
             assert w.world is not None
             w.lineage.append(w.world.generation)
-            w.entered = False
+            w.entered, w.fresh = False, False
+        if self.state.world == members[0].world:
+            self.tell(Recorded(max(w.applied for w in members)))
 
     @rule(number=st.integers(0, 99), dead=st.booleans(), noticed=st.booleans())
     @precondition(lambda self: bool(self.living()))
@@ -796,13 +1019,13 @@ class Cluster(RuleBasedStateMachine):
         w = self.choose(number, self.living())
         w.alive = False
         if noticed and w.away_since is None:
-            self.tell(Lost(w.member.id, self.now, dead=dead))
+            self.tell(Lost(w.member.id, self.now, dead=dead, died=True))
 
     @rule(number=st.integers(0, 99))
     @precondition(lambda self: any(not w.alive for w in self.workers.values()))
     def notice_death(self, number: int) -> None:
         w = self.choose(number, [w for w in self.workers.values() if not w.alive])
-        self.tell(Lost(w.member.id, self.now, dead=True))
+        self.tell(Lost(w.member.id, self.now, dead=True, died=True))
 
     @rule(number=st.integers(0, 99))
     @precondition(lambda self: bool(self.connected()))
@@ -832,6 +1055,19 @@ class Cluster(RuleBasedStateMachine):
     def raise_error(self, number: int) -> None:
         w = self.choose(number, [w for w in self.workers.values() if self.in_world(w)])
         self.say_join(w, Failure("ValueError", w.applied, 0, "boom"))
+
+    def newcomers(self) -> list[Worker]:
+        """Of the world that the server knows, beside others that have trained: they may not be able to."""
+        inside = [w for w in self.connected() if self.in_world(w) and w.world == self.state.world]
+        return [w for w in inside if w.fresh] if self.state.veterans & {w.member.id for w in inside} else []
+
+    @rule(number=st.integers(0, 99))
+    @precondition(lambda self: self.state.phase in (Phase.RUNNING, Phase.LEAVING) and bool(self.newcomers()))
+    def fail_as_newcomer(self, number: int) -> None:
+        w = self.choose(number, self.newcomers())
+        others = self.state.veterans - {w.member.id}
+        self.tell(Unable(w.member.id, "boom", True, True, self.now))
+        assert w.told_to_go or not others & there(self.state), "the run goes on without it"
 
     @rule(number=st.integers(0, 99))
     @precondition(lambda self: bool(self.connected()))
@@ -978,6 +1214,8 @@ class Cluster(RuleBasedStateMachine):
                     self.say_join(w)
             self.tick(40.0)
         staying = [w for w in self.living() if going(self.state, w.member) is None]
+        well = [w for w in staying if w.member.id not in self.state.faults.sick]
+        staying = well if len(well) >= self.limits.min_workers else staying
         if len(staying) < self.limits.min_workers:
             return
         assert self.state.phase is Phase.RUNNING

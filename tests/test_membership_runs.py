@@ -269,10 +269,11 @@ def test_all_but_a_checkpoint_is_lost_and_new_workers_go_on_from_it(undisturbed,
         local.wait(WAIT_S)
 
     ran = Ran(run, None)
-    assert rungs(ran, "1-2") == ["checkpoint", "peer"]
+    assert rungs(ran, "1-2")[0] == "checkpoint"
     assert ran.sha == undisturbed.sha
     assert gaps_and_doubles(ran.rows, B) == []
-    assert ran.column("generation") == ["1-1"] * 4 + ["1-2"] * 8, "what was not in the checkpoint was done again"
+    assert ran.column("generation")[:5] == ["1-1"] * 4 + ["1-2"], "what was not in the checkpoint was done again"
+    assert [e["detail"] for e in ran.events("process_ended")] == ["killed by SIGKILL"] * 2
 
 
 def test_a_slow_survivor_is_awaited_and_not_suspected(undisturbed, tmp_path):
@@ -361,7 +362,7 @@ def test_the_same_error_at_the_same_place_is_replayed_only_so_often(tmp_path):
     ran = train(job, configure(tmp_path, "run", run__max_failures=2), workers=2)
 
     assert ran.failure is not None
-    assert ran.failure.startswith("worker w1-1 (rank 1 of 2) failed at step 6, microbatch 7:\nTraceback")
+    assert ran.failure.startswith("worker w1-1 (rank 1 of 2) failed at step 6, microbatch 7, samples ")
     assert len(ran.events("world_formed")) == 4, "the first time and two replays, and one that saved"
     assert ran.column("step") == [1, 2, 3, 4, 5]
     assert [e["step"] for e in ran.events("checkpoint_committed")] == [5]

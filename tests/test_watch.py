@@ -1,8 +1,8 @@
-"""Who counts as silent: told from a server that hears nobody because it is cut off itself."""
+"""Who counts as silent: told from a server that hears nobody because it is cut off itself. And who hangs."""
 
 from __future__ import annotations
 
-from elastic.membership.watch import excuse, silent
+from elastic.membership.watch import DATA, PATIENCE, Progress, excuse, hung, silent, slow_data
 
 LIMIT_S, LEASE_S = 5.0, 30.0
 
@@ -64,3 +64,21 @@ def test_who_waits_outside_the_world_is_lost_at_the_limit_whatever_the_world_doe
     watch = Watch("a", "b")
     watch.heard["waiting"] = 0.0
     assert watch.until(LIMIT_S + 0.5) == ["waiting"]
+
+
+def test_who_waits_for_data_is_given_up_much_later_than_who_computes_and_not_twice_for_one_sample() -> None:
+    limit_s = 4.0
+    ahead = Progress((2, 9, 0), "step", 0.0)
+
+    def behind(phase: str) -> dict[str, Progress]:
+        return {"a": ahead, "b": Progress((2, 0, 0), phase, 0.0, "step 3, microbatch 0", (5,))}
+
+    assert hung(behind("step"), limit_s + 1, 0.0, limit_s) == ["b"]
+    assert slow_data(behind("step"), limit_s + 1, 0.0, limit_s) == []
+    longest_s = limit_s * PATIENCE[DATA]
+    assert hung(behind(DATA), longest_s, 0.0, limit_s) == []
+    assert slow_data(behind(DATA), limit_s, 0.0, limit_s) == []
+    assert slow_data(behind(DATA), limit_s + 1, 0.0, limit_s) == ["b"]
+    assert hung(behind(DATA), longest_s + 1, 0.0, limit_s) == ["b"]
+    assert hung(behind(DATA), longest_s + 1, 0.0, limit_s, {5}) == []
+    assert hung(behind("step"), longest_s + 1, 0.0, limit_s, {5}) == ["b"]

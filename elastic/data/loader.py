@@ -6,25 +6,23 @@ that can be replaced at any step, and what they had prepared for the old plan is
 
 from __future__ import annotations
 
-import contextlib
-import os
-import threading
-from collections.abc import Callable, Iterator
+import traceback
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
-from multiprocessing import Pipe
-from multiprocessing.connection import Connection
 from typing import Any
 
 import numpy as np
-import torch
 import xxhash
-from torch.utils.data import DataLoader, Dataset, Sampler
 
 from elastic.data.order import sample_ids
+from elastic.data.processes import LoaderProcesses
 from elastic.data.samples import draws, fetch_each, fetches_together, halves, untouched
 from elastic.data.seeds import derive, seed_all
+from elastic.errors import last_line
 from elastic.job import Job
+
+SHOWN = 16  # samples that are named
+TRIES = 3  # to have one span from loader processes
 
 
 @dataclass(frozen=True)
@@ -40,6 +38,7 @@ class Span:
     ids: np.ndarray
     digests: tuple[int, ...]
     batch: Any = None
+    error: ItemError | None = None  # of a loader process, where there is no batch
 
 
 class Order:
@@ -63,22 +62,57 @@ class Order:
         return Span(step, first, position, ids, tuple(d - (1 << 64) if d >= 1 << 63 else d for d in digests))
 
 
-class Fetcher(Dataset):
-    """Fetches and collates the samples of a span, seeded by what they are."""
+class ItemError(Exception):
+    """An exception of the training data, and of which samples: of one, or of all that are collated together.
+
+    Args:
+        kind: the type of the exception.
+        line: the last line of what Python prints of it.
+        text: all of that.
+    """
+
+    def __init__(self, kind: str, line: str, text: str, samples: tuple[int, ...]):
+        super().__init__(line)
+        self.kind, self.line, self.text, self.samples = kind, line, text, samples
+
+    def __reduce__(self) -> tuple[type[ItemError], tuple[str, str, str, tuple[int, ...]]]:
+        return type(self), (self.kind, self.line, self.text, self.samples)
+
+
+class Fetcher:
+    """Fetches and collates the samples of a span, seeded by what they are. `at`: those under way."""
 
     def __init__(self, data: Any, collate_fn: Callable[[Any], Any], seed: int, dataset_size: int):
         self.data, self.collate_fn, self.seed, self.dataset_size = data, collate_fn, seed, dataset_size
         self._fetches_together = fetches_together(data)
         self._makes_batches: bool | None = None  # its method returns no lists; not known before the first call
+        self.at: Sequence[int] = ()
 
     def __getitem__(self, span: Span) -> Span:
-        samples = self._together(span) if self._fetches_together else self._each(span)
-        seed_all(derive("collate", self.seed, self._epoch(span, 0), span.digests[0]))
-        return replace(span, batch=self.collate_fn(samples))
+        """The span with its batch.
+
+        Raises:
+            ItemError: the dataset or collate_fn raised.
+        """
+        try:
+            samples = self._together(span) if self._fetches_together else self._each(span)
+            self.at = span.ids.tolist()
+            seed_all(derive("collate", self.seed, self._epoch(span, 0), span.digests[0]))
+            return replace(span, batch=self.collate_fn(samples))
+        except Exception as error:
+            text = "".join(traceback.format_exception(error)).rstrip()
+            raise ItemError(type(error).__name__, last_line(error), text, tuple(self.at)) from error
+        finally:
+            self.at = ()
 
     def _each(self, span: Span) -> list[Any]:
         ids = span.ids.tolist()
-        return fetch_each(self.data, ids, lambda i: derive("item", self.seed, self._epoch(span, i), ids[i]))
+
+        def seed(i: int) -> int:  # asked for right before a sample is fetched
+            self.at = ids[i : i + 1]
+            return derive("item", self.seed, self._epoch(span, i), ids[i])
+
+        return fetch_each(self.data, ids, seed)
 
     def _together(self, span: Span) -> Any:
         """By the dataset's own method, a microbatch at a time: how many are in a span depends on the world.
@@ -94,7 +128,9 @@ class Fetcher(Dataset):
     def _fetch(self, span: Span, first: int, count: int) -> Any:
         size = len(span.ids) // len(span.digests)
         seed_all(derive("items", self.seed, self._epoch(span, first * size), span.digests[first]))
-        return self.data.__getitems__(span.ids[first * size : (first + count) * size].tolist())
+        ids = span.ids[first * size : (first + count) * size].tolist()
+        self.at = tuple(ids)
+        return self.data.__getitems__(ids)
 
     def _epoch(self, span: Span, place: int) -> int:
         return (span.first_position + place) // self.dataset_size
@@ -127,15 +163,23 @@ class Fetcher(Dataset):
         return not default and draws(lambda: self.collate_fn(samples))
 
 
-class _Plan(Sampler):
-    """The endless queue of keys that loader processes work off; its source can be replaced."""
+class _Served:
+    """What loader processes fetch from: errors come back as values, so that torch does not make others of them."""
 
-    def __init__(self) -> None:
-        self.source: Iterator[Span] = iter(())
+    def __init__(self, fetcher: Fetcher):
+        self._fetcher = fetcher
 
-    def __iter__(self) -> Iterator[Span]:
-        while True:
-            yield next(self.source)
+    def __getitem__(self, span: Span) -> Span:
+        try:
+            return self._fetcher[span]
+        except ItemError as error:
+            return replace(span, error=error)
+
+    def unsendable(self, span: Span, error: Exception) -> Span:
+        """What is sent in place of a span that cannot be."""
+        line = f"what collate_fn() returns cannot be sent from a loader process: {last_line(error)}"
+        text = f"{line}; make it of tensors, arrays and plain values, or give --data.workers 0"
+        return replace(span, batch=None, error=ItemError(type(error).__name__, line, text, tuple(span.ids.tolist())))
 
 
 class Loader:
@@ -144,21 +188,25 @@ class Loader:
     Args:
         workers: loader processes; 0 fetches on the calling thread.
         prefetch: microbatches that each process prepares ahead.
+        on_restart: called with what happened when loader processes had to be started again.
     """
 
-    def __init__(self, fetcher: Fetcher, order: Order, *, workers: int, prefetch: int, total_steps: int):
+    def __init__(
+        self, fetcher: Fetcher, order: Order, *, workers: int, prefetch: int, total_steps: int,
+        on_restart: Callable[[str], None] = lambda what: None,
+    ):  # fmt: skip
         self.order, self._fetcher, self._total_steps = order, fetcher, total_steps
-        self._plan = _Plan()
-        self._served: Iterator[Span] | None = None
-        self._loader: DataLoader | None = None
-        self._life: tuple[Connection, Connection] | None = None
+        self._on_restart = on_restart
+        self._source: Iterator[Span] = iter(())
+        self._spans: list[tuple[int, int]] = []
+        self._processes: LoaderProcesses | None = None
+        self._awaited: Sequence[int] = ()
         if workers:
-            self._life = Pipe(duplex=False)
-            self._loader = DataLoader(
-                fetcher, batch_size=None, sampler=self._plan, num_workers=workers, prefetch_factor=prefetch,
-                multiprocessing_context="forkserver", persistent_workers=True,
-                worker_init_fn=partial(_begin, self._life[0]),
-            )  # fmt: skip
+            parts = {
+                f"train_data(), a {type(fetcher.data).__qualname__},": fetcher.data,
+                "collate_fn(), with the job whose method it is,": fetcher.collate_fn,
+            }
+            self._processes = LoaderProcesses(_Served(fetcher), parts, count=workers, prefetch=prefetch)
 
     def draws_together(self) -> bool:
         """Whether what a sample becomes depends on which others are fetched beside it; see `Fetcher`."""
@@ -178,49 +226,69 @@ class Loader:
     def _here(self) -> Fetcher:
         """Fetches in this process, without a trace in what others are sent."""
         one = self._fetcher
-        return one if self._loader is None else Fetcher(untouched(one.data), one.collate_fn, one.seed, one.dataset_size)
+        if self._processes is None:
+            return one
+        return Fetcher(untouched(one.data), one.collate_fn, one.seed, one.dataset_size)
 
     def start(self, step: int, spans: list[tuple[int, int]]) -> None:
-        """From `step` on, serve these (first, count) spans of every step."""
+        """From `step` on, serve these (first, count) spans of every step.
 
-        def keys() -> Iterator[Span]:
-            for s in range(step, self._total_steps):
-                for first, count in spans:
-                    yield self.order.span(s, first, count)
-            while True:  # processes look ahead of the last step; what they fetch then is never asked for
-                yield self.order.span(self._total_steps, *spans[0])
+        Raises:
+            ConfigError: loader processes cannot be sent the data.
+        """
+        self._spans, self._source = spans, self._keys(step, spans)
+        if self._processes is not None:
+            self._processes.feed(self._source)
 
-        self._plan.source = keys()
-        if self._loader is not None and self._served is None:
-            self._served = iter(self._loader)
+    def _keys(self, step: int, spans: list[tuple[int, int]]) -> Iterator[Span]:
+        for s in range(step, self._total_steps):
+            for first, count in spans:
+                yield self.order.span(s, first, count)
+        while True:  # processes look ahead of the last step; what they fetch then is never asked for
+            yield self.order.span(self._total_steps, *spans[0])
 
     def next(self, step: int, first: int, count: int) -> Span:
-        """The next span, which the caller knows to be (step, first, count)."""
-        while True:
-            found = next(self._plan.source) if self._served is None else next(self._served)
-            if (found.step, found.first, len(found.digests)) == (step, first, count):
-                return self._fetcher[found] if self._served is None else found
+        """The next span, which the caller knows to be (step, first, count).
+
+        Raises:
+            ItemError: the training data did, or the processes that fetch it die again and again.
+        """
+        if self._processes is None:
+            return self._fetcher[_find(self._source, step, first, count)]
+        self._awaited = self.order.span(step, first, count).ids[:SHOWN].tolist()
+        try:
+            found = self._answer(self._processes, step, first, count)
+        finally:
+            self._awaited = ()
+        if found.error is not None:
+            raise found.error
+        return found
+
+    def _answer(self, processes: LoaderProcesses, step: int, first: int, count: int) -> Span:
+        for tried in range(1, TRIES + 1):
+            try:
+                return _find(processes.answers(), step, first, count)
+            except Exception as error:  # of torch's and the system's; fetching is pure, so it is done again
+                self._source = self._keys(step, self._spans)
+                line = last_line(error)
+                how = f"a loader process is gone while samples of step {step + 1}, microbatch {first} were awaited: "
+                how += f"{processes.restart(self._source)} ({line})"
+                self._on_restart(how)
+                if tried == TRIES:
+                    samples = tuple(self.order.span(step, first, count).ids.tolist())
+                    text = "".join(traceback.format_exception(error)).rstrip()
+                    raise ItemError("LoaderDied", f"{TRIES} times {how}", text, samples) from error
+        raise AssertionError("it returned or raised")
+
+    def waits_for(self) -> list[int]:
+        """The samples that are being fetched just now, for those who look on. From any thread."""
+        return list(self._awaited or self._fetcher.at)[:SHOWN]
 
     def close(self) -> None:
         """End the loader processes."""
-        self._served = None
-        self._loader = None
-        if self._life is not None:
-            for end in self._life:
-                end.close()
-            self._life = None
+        if self._processes is not None:
+            self._processes.close()
 
 
-def _begin(life: Connection, _: int) -> None:
-    """The beginning of a loader process. The other end of `life` is the worker's alone, so it closes when that dies.
-
-    torch's own watch does not help: it looks at the parent, which is the fork server, which lives as long as we do.
-    """
-    torch.set_num_threads(1)
-    threading.Thread(target=_end_with, args=(life,), name="end-with-worker", daemon=True).start()
-
-
-def _end_with(life: Connection) -> None:
-    with contextlib.suppress(EOFError, OSError):
-        life.recv_bytes()
-    os._exit(1)
+def _find(spans: Iterator[Span], step: int, first: int, count: int) -> Span:
+    return next(s for s in spans if (s.step, s.first, len(s.digests)) == (step, first, count))

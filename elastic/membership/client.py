@@ -88,6 +88,7 @@ class WorkerLink:
         self._leased = time.monotonic()  # when the newest beat that was answered was sent: the lease counts from there
         self._position: tuple[int, int, int] = (-1, 0, 0)
         self._phase = "load"
+        self._place: Callable[[], tuple[str, list[int]]] = lambda: ("", [])
         self._loop = asyncio.new_event_loop()
         self._posted = asyncio.Event()
         self._closing = False
@@ -98,14 +99,15 @@ class WorkerLink:
 
     def join(
         self, facts: dict[str, Any], applied: int, failure: Failure | None, save_alone: Callable[[], None], *,
-        why: str = "",
+        why: str = "", broke: str = "",
     ) -> Assignment:  # fmt: skip
         """Ask for a world and wait for it.
 
         Args:
             applied: updates in the state this worker holds, -1 for none.
-            failure: the error that made it leave its world.
+            failure: its own error that made it leave its world.
             why: it left its world to have another made, and nobody failed.
+            broke: what of its world failed, if that made it leave.
             save_alone: commits the state; called if this worker holds the newest while the run is given up, or lets
                 its workers go.
 
@@ -122,7 +124,7 @@ class WorkerLink:
         self._assignment = None
         self._joining = {
             "kind": "join", "member": asdict(self.member), "applied": applied,
-            "failure": asdict(failure) if failure else None, "why": why, **facts,
+            "failure": asdict(failure) if failure else None, "why": why, "broke": broke, **facts,
         }  # fmt: skip
         self._wake()
         while True:
@@ -197,6 +199,10 @@ class WorkerLink:
     def progress(self, step: int, stage: int, microbatch: int, phase: str) -> None:
         """How far this worker is; the next heartbeat says so. Costs two assignments."""
         self._position, self._phase = (step, stage, microbatch), phase
+
+    def tell_place(self, place: Callable[[], tuple[str, list[int]]]) -> None:
+        """What heartbeats ask for where this worker is, for people, and for the samples that it waits for."""
+        self._place = place
 
     def wish(self, name: str) -> str | None:
         """Whether `stop`, `save` or `leave` was asked for (and why), to be agreed on at the next step boundary."""
@@ -346,8 +352,10 @@ class WorkerLink:
     def _beat(self) -> dict[str, Any]:
         beat: dict[str, Any] = {"kind": "beat", "sent": time.monotonic()}
         if self._assignment is not None:
+            where, samples = self._place()
             beat |= {
-                "position": self._position, "phase": self._phase, "generation": str(self._assignment.generation)
+                "position": self._position, "phase": self._phase, "generation": str(self._assignment.generation),
+                "where": where, "samples": samples if self._phase == "data" else [],
             }  # fmt: skip
         return beat
 

@@ -15,9 +15,23 @@ from __future__ import annotations
 import sys
 from dataclasses import replace
 
-from elastic.membership.forming import all_back, awaited, choose, full_size, helpful_size, may_follow, surplus, usable
+from elastic.membership import faults as counted
+from elastic.membership.faults import TRIES
+from elastic.membership.forming import (
+    all_back,
+    awaited,
+    choose,
+    full_size,
+    helpful_size,
+    may_follow,
+    surplus,
+    there,
+    too_few_to_come,
+    usable,
+)
 from elastic.membership.messages import (
     Acknowledged,
+    Arrived,
     Break,
     Command,
     Done,
@@ -26,6 +40,8 @@ from elastic.membership.messages import (
     Event,
     Expected,
     Fail,
+    Failed,
+    Failure,
     Form,
     GiveUp,
     HandOver,
@@ -36,6 +52,7 @@ from elastic.membership.messages import (
     Notice,
     Park,
     Rebuilt,
+    Recorded,
     Refuse,
     Registered,
     SaveAlone,
@@ -44,14 +61,17 @@ from elastic.membership.messages import (
     Scaled,
     Stopped,
     Suspect,
+    Unable,
     Unfit,
     Welcome,
     Yielded,
 )
 from elastic.membership.state import Phase, State, Waiting, going
-from elastic.membership.world import Generation, World
+from elastic.membership.world import Generation, Member, World
 
-_LEFT = "a member left in the middle of a step"
+LAST_WORLDS = 3  # formed to save what an error ends; then who holds the newest state saves it alone
+
+_LEFT = "its world broke"
 
 
 def advance(state: State, event: Event) -> tuple[State, list[Command]]:
@@ -66,11 +86,16 @@ def advance(state: State, event: Event) -> tuple[State, list[Command]]:
         return _lost(state, event)
     if isinstance(event, Done):
         return replace(state, gone=state.gone | {event.member_id}), []
+    if isinstance(event, Arrived):
+        inside = event.member_id in state.waiting or (state.world is not None and event.member_id in state.world.ids)
+        known = inside or event.member_id in state.gone
+        return state if known else replace(state, warming=state.warming | {event.member_id}), []
+    if isinstance(event, Recorded):
+        return replace(state, faults=state.faults.recorded(event.step)), []
     if isinstance(event, Unfit):
-        if state.world is None and state.phase is not Phase.REBUILDING:
-            return replace(state, phase=Phase.ENDED), [Fail(event.message)]
-        state = replace(state, unfit=state.unfit + 1, unfit_at=event.now)
-        return _lost(state, Lost(event.member_id, event.now, "could not get ready"))
+        return _unfit(state, event)
+    if isinstance(event, Unable):
+        return _unable(state, event)
     if isinstance(event, Notice):
         return _settle(replace(state, notices={**state.notices, event.node: event.deadline}), event.now)
     if isinstance(event, Drained):
@@ -105,27 +130,73 @@ def _joined(state: State, event: Joined) -> tuple[State, list[Command]]:
     saving = state.failing is not None and state.phase is Phase.RUNNING  # in a world that was formed for that
     inside = state.world is not None and state.world.rank_of(member.id) is not None
     if inside and (state.phase is Phase.RUNNING or (state.phase is Phase.LEAVING and event.failure is not None)):
-        reason = event.failure.message.splitlines()[0] if event.failure else event.why or _LEFT
+        reason = event.why or f"{member.id} left: {event.failure.kind if event.failure else event.broke or _LEFT}"
         left = frozenset(state.waiting) if state.phase is Phase.LEAVING else frozenset()
         state = replace(state, phase=Phase.BROKEN, broken_at=event.now, acked=left | {member.id})
         assert state.world is not None
         commands.append(Break(state.world, None, reason, planned=bool(event.why)))
     if event.failure is not None:
-        key = (event.failure.kind, event.failure.step, event.failure.microbatch)
-        count = state.failures.get(key, 0) + 1
-        state = replace(state, failures={**state.failures, key: count})
-        last = event.failure.fatal or count > state.limits.max_failures
-        if last and (saving or event.applied == 0):
-            return replace(state, phase=Phase.ENDED), [*commands, Fail(state.failing or event.failure.message)]
-        if last:
-            state = replace(state, failing=state.failing or event.failure.message)  # of all that fail, the first
+        state, told = _failed(state, member, event.failure, nothing_to_save=saving or event.applied == 0)
+        commands = [Failed(member, event.failure), *commands, *told]
+        if state.phase is Phase.ENDED:
+            return state, commands
+    elif (event.why or event.broke) and not state.erred:
+        state = replace(state, why=event.why or event.broke, erred=bool(event.why))
     waiting = Waiting(member, event.applied, event.now)
     registered = {k: v for k, v in state.registered.items() if k != member.id}
     state = replace(
-        state, waiting={**state.waiting, member.id: waiting}, last_join=event.now, registered=registered
+        state, waiting={**state.waiting, member.id: waiting}, last_join=event.now, registered=registered,
+        warming=state.warming - {member.id},
     )  # fmt: skip
     state, settled = _settle(state, event.now)
     return state, [*commands, *settled]
+
+
+def _failed(
+    state: State, member: Member, failure: Failure, *, nothing_to_save: bool
+) -> tuple[State, list[Command]]:  # fmt: skip
+    """An error of a member: it is replayed, or the worker is left out, or the run ends with it."""
+    limits = state.limits
+    state = replace(state, faults=state.faults.failed(member.id, failure), why=failure.summary, erred=True)
+    faults = state.faults
+    if failure.fatal or faults.is_the_jobs(failure, limits.max_failures):
+        failing = state.failing or faults.first_like(failure).message
+        if nothing_to_save:
+            return replace(state, phase=Phase.ENDED), [Fail(failing)]
+        return replace(state, failing=failing), []
+    others = there(state) - faults.sick - {member.id}
+    alone = faults.is_the_workers(member.id, failure) and member.id not in faults.sick
+    if not alone or limits.cut or len(others) < limits.min_workers:
+        return state, []
+    reason = f"it failed {TRIES} times at step {failure.step + 1}, where another worker is to try"
+    return replace(state, faults=replace(faults, sick=faults.sick | {member.id})), [LeftOut(member, reason)]
+
+
+def _unfit(state: State, event: Unfit) -> tuple[State, list[Command]]:
+    """A worker could not get ready: the others go on without it. Where too few can, that is the run's error."""
+    if state.phase is Phase.ENDED:
+        return state, []
+    state = replace(
+        state, unfit=state.unfit + 1, unfit_at=event.now, never_ready=state.never_ready + 1,
+        unfit_why=state.unfit_why or event.message, warming=state.warming - {event.member_id},
+        gone=state.gone | {event.member_id},
+    )  # fmt: skip
+    if not state.veterans and state.phase is not Phase.REBUILDING and too_few_to_come(state):
+        return replace(state, phase=Phase.ENDED), [Fail(state.unfit_why)]
+    return _settle(state, event.now)
+
+
+def _unable(state: State, event: Unable) -> tuple[State, list[Command]]:
+    """An exception that ends a member's part in the run, and the run where it is not its own."""
+    if state.phase is Phase.ENDED:
+        return state, []
+    veterans = state.veterans & there(state) - {event.member_id}
+    if state.failing is not None or not event.fresh or (event.final and not veterans):
+        return replace(state, phase=Phase.ENDED), [Fail(state.failing or event.message)]
+    reason = f"left out, since it failed before its first step: {event.message.partition(chr(10))[0]}"
+    state, lost = _lost(state, Lost(event.member_id, event.now, reason))
+    state, unfit = _unfit(state, Unfit(event.member_id, event.message, event.now))
+    return state, [Refuse(event.member_id, "it failed before its first step"), *lost, *unfit]
 
 
 def _registered(state: State, event: Registered) -> tuple[State, list[Command]]:
@@ -143,8 +214,20 @@ def _registered(state: State, event: Registered) -> tuple[State, list[Command]]:
 
 def _lost(state: State, event: Lost) -> tuple[State, list[Command]]:
     known, waited = event.member_id in state.gone, state.waiting.get(event.member_id)
+    world = state.world
+    rank = None if world is None or known else world.rank_of(event.member_id)
+    if event.died and not known and rank is None and waited is None and state.phase is not Phase.REBUILDING:
+        state, commands = _unfit(state, Unfit(event.member_id, f"worker {event.member_id} {event.reason}", event.now))
+        return state, [Dropped(Member(event.member_id, ""), f"while it got ready: {event.reason}"), *commands]
+    faults = state.faults
+    if event.died and known:
+        faults = faults.explained(event.member_id, event.reason)
+    elif event.died and rank is not None and world is not None:
+        faults = faults.died(world.generation, event.member_id, event.reason)
     state = replace(
         state,
+        faults=faults,
+        failing=state.failing or faults.too_many_deaths(state.limits.max_failures),
         waiting={k: v for k, v in state.waiting.items() if k != event.member_id},
         registered={k: v for k, v in state.registered.items() if k != event.member_id},
         gone=state.gone | {event.member_id},
@@ -153,9 +236,7 @@ def _lost(state: State, event: Lost) -> tuple[State, list[Command]]:
     saver = state.giving_up.saver if state.giving_up is not None else None
     if state.giving_up is not None and saver is not None and saver.id == event.member_id:
         return _give_up(state, state.giving_up.message, state.giving_up.status)
-    commands: list[Command] = []
-    world = state.world
-    rank = None if world is None or known else world.rank_of(event.member_id)
+    commands = []
     if world is not None and rank is not None and state.phase in (Phase.RUNNING, Phase.LEAVING):
         state = replace(state, phase=Phase.BROKEN, broken_at=event.now, acked=frozenset(state.waiting))
         commands.append(Break(world, world.members[rank], event.reason))
@@ -222,7 +303,7 @@ def _leave_if_better(state: State, now: float) -> tuple[State, list[Command]]:
     """Ask the running world to leave where a faster or safer one can follow."""
     limits, world = state.limits, state.world
     assert world is not None
-    leaving = bool(state.notices or state.drained)
+    leaving = bool(state.notices or state.drained or state.faults.sick & world.ids)
     if not state.waiting and not leaving and world.size <= limits.max_workers:
         return state, []
     state, commands = _report_left_out(state)
@@ -277,12 +358,15 @@ def _form(state: State, now: float) -> tuple[State, list[Command]]:
         return _give_up(state, state.stopping, "stopped")
     if state.world is None and not _gathered(state, now):
         return state, []
+    state = _count_break(state)
     fitting, _ = usable(state)
     members = choose(state, fitting)
     if len(members) < limits.min_workers:
         return _park(state, len(members), now)
     if state.world is not None and not may_follow(state, members, now):
         return state, []
+    if state.last_worlds >= LAST_WORLDS:
+        return _give_up(state, state.failing or "", "failed")
     nodes = sorted({m.node for m in members})
     members = sorted(members, key=lambda m: (nodes.index(m.node), m.local_index, m.id))
     world = World(Generation(state.epoch, state.n + 1), tuple(members))
@@ -294,11 +378,23 @@ def _form(state: State, now: float) -> tuple[State, list[Command]]:
         state, phase=Phase.RUNNING, n=state.n + 1, world=world, parked_at=None, acked=frozenset(),
         saver=None, saved=-1, unfit=state.unfit if chosen <= old else 0,
         waiting={k: w for k, w in rest.items() if w.member not in handed},
-        gone=state.gone | {m.id for m in handed},
+        gone=state.gone | {m.id for m in handed}, why="", erred=False,
+        veterans=frozenset(w.member.id for w in state.waiting.values() if w.applied > 0),
+        last_worlds=state.last_worlds + (state.failing is not None),
     )  # fmt: skip
     state, left = _report_left_out(state)
     state, dismissed = _dismiss(state)
     return state, [Form(world, state.failing), *(HandOver(m) for m in handed), *left, *dismissed]
+
+
+def _count_break(state: State) -> State:
+    """A world whose members all live and joined again broke for a reason that may come again: it is counted."""
+    world = state.world
+    if state.phase is not Phase.BROKEN or world is None or not world.ids <= state.waiting.keys():
+        return state
+    step = max(w.applied for w in state.waiting.values())
+    faults = state.faults.broke(counted.Break(step, world.generation, state.why or "a connection ended", state.erred))
+    return replace(state, faults=faults, failing=state.failing or faults.too_many_breaks(state.limits.max_failures))
 
 
 def _gathered(state: State, now: float) -> bool:

@@ -5,12 +5,25 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 
 from elastic.membership.connections import Connections
 from elastic.membership.forming import awaited
+from elastic.membership.messages import named
 from elastic.membership.protocol import SILENT_S, STACKS_S, Keeper
 from elastic.membership.state import Phase, State
-from elastic.membership.watch import Progress, excuse, hung, overdue, p95, silent
+from elastic.membership.watch import (
+    DATA,
+    PATIENCE,
+    Progress,
+    excuse,
+    hang_limit_s,
+    hung,
+    overdue,
+    p95,
+    silent,
+    slow_data,
+)
 from elastic.membership.world import World
 
 
@@ -33,6 +46,8 @@ class Watchman:
         self._progress: dict[str, Progress] = {}
         self._stacks: dict[str, str] = {}
         self._condemned: set[str] = set()
+        self._waited_out: set[int] = set()  # samples that somebody was given up for
+        self._told_slow: set[tuple[int, ...]] = set()
         self._step_times: deque[float] = deque(maxlen=100)
         self._state: State
 
@@ -49,11 +64,11 @@ class Watchman:
         self._progress = {}
         self._condemned.clear()
 
-    def progress(self, member_id: str, position: tuple[int, int, int], phase: str, now: float) -> None:
+    def progress(self, member_id: str, said: Progress) -> None:
         """How far a member of the world is."""
         known = self._progress.get(member_id)
-        if known is None or known.position != position or known.phase != phase:
-            self._progress[member_id] = Progress(position, phase, now)
+        if known is None or replace(said, since=known.since) != known:
+            self._progress[member_id] = said
 
     def phases(self) -> dict[str, str]:
         """What each member of the world is doing, as far as it said."""
@@ -73,6 +88,7 @@ class Watchman:
         self._state, world = state, state.world
         if world is None:
             return
+        self._tell_slow(world, now)
         for member_id in self._hung(world, state, now):
             if member_id not in self._condemned:
                 self._condemned.add(member_id)
@@ -95,8 +111,24 @@ class Watchman:
             return overdue(here, awaited(state), since, now, *limits)
         if state.phase in (Phase.RUNNING, Phase.LEAVING) and len(here) == world.size:
             as_of = min(self._heard.get(m.id, 0.0) for m in world.members)  # silence is not standing still
-            return hung(here, as_of, *limits)
+            return hung(here, as_of, *limits, self._waited_out)
         return []
+
+    def _tell_slow(self, world: World, now: float) -> None:
+        """Say once of each sample that it takes long, and for how long it is waited for."""
+        limits = p95(self._step_times), self._hang_s
+        here = {m.id: self._progress[m.id] for m in world.members if m.id in self._progress}
+        for member_id in slow_data(here, now, *limits):
+            where = here[member_id]
+            if where.samples in self._told_slow:
+                continue
+            self._told_slow.add(where.samples)
+            usual_s, longest_s = hang_limit_s("step", *limits), hang_limit_s(DATA, *limits)
+            self._keeper.event(
+                "slow_data", generation=str(world.generation), member=member_id, step=where.position[0] + 1,
+                detail=f"the training data takes more than {usual_s:g} s for {where.where}, {named(where.samples)}; "
+                f"it is waited for up to {longest_s:g} s, which is {PATIENCE[DATA]:g} times --recovery.hang-timeout",
+            )  # fmt: skip
 
     async def _evict(self, member_id: str, world: World) -> None:
         where = known = self._progress.get(member_id)
@@ -113,6 +145,16 @@ class Watchman:
         lost = next(m for m in world.members if m.id == member_id)
         self._keeper.event(
             "member_evicted", generation=str(world.generation), member=lost.id, node=lost.node, pid=lost.pid,
-            step=where.position[0] + 1, detail=f"hung in {where.phase}, microbatch {where.position[2]}",
+            step=where.position[0] + 1, detail=_told(where),
         )  # fmt: skip
+        if where.phase == DATA:
+            self._waited_out.update(where.samples)
         self._give_up(member_id, "it hung, and its world went on without it", f"hung in {where.phase}", False)
+
+
+def _told(where: Progress) -> str:
+    """Where a worker hangs, and what to do if it does not."""
+    what = f"hung in {where.phase}" + (f": {where.where}" if where.where else "")
+    if where.samples:
+        what += f", {named(where.samples)}"
+    return what + "; if it only takes long, give a longer --recovery.hang-timeout"

@@ -12,6 +12,7 @@ from elastic.membership.messages import (
     Command,
     Dropped,
     Fail,
+    Failed,
     Form,
     GiveUp,
     HandOver,
@@ -73,6 +74,12 @@ class Executor:
             else:
                 keeper.world_broken(command.world, command.lost, command.reason)
             connections.tell(command.world, {"kind": "broken", "generation": str(command.world.generation)})
+        elif isinstance(command, Failed):
+            member, failure = command.member, command.failure
+            keeper.event(
+                "worker_failed", member=member.id, node=member.node, pid=member.pid, step=failure.step + 1,
+                detail=failure.message,
+            )  # fmt: skip
         elif isinstance(command, Leave):
             keeper.event("notice", generation=str(command.world.generation), detail=f"re-forming: {command.why}")
             connections.tell(command.world, {"kind": "wish", "wish": "leave", "detail": command.why})

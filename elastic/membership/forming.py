@@ -78,9 +78,9 @@ def choose(state: State, candidates: Sequence[Waiting]) -> list[Member]:
     """The members of the next world out of those that fit into one.
 
     Survivors come before others, then those with the newest state; of survivors that are too many, whole nodes stay, as
-    a node may hold one copy of a sharded state, and an empty one can be given back. Workers that are to go are taken
-    only where the others are too few, or to give their state: one of them may come along for that, even if there is
-    no room for it, as long as every rank has a microbatch.
+    a node may hold one copy of a sharded state, and an empty one can be given back. Workers that are to go, or that
+    fail where others do not, are taken only where the others are too few, or to give their state: one of them may come
+    along for that, even if there is no room for it, as long as every rank has a microbatch.
     """
     limits = state.limits
     old = state.world.ids if state.world else frozenset()
@@ -89,10 +89,14 @@ def choose(state: State, candidates: Sequence[Waiting]) -> list[Member]:
     def order(w: Waiting) -> tuple[Any, ...]:
         survives = w.member.id in old
         place = (-nodes[w.member.node], w.member.node, w.member.local_index) if survives else (w.since,)
-        return going(state, w.member) is not None, not survives, -w.applied, *place, w.member.id
+        return not stays(w.member), not survives, -w.applied, *place, w.member.id
 
+    def stays(member: Member) -> bool:
+        return going(state, member) is None and member.id not in sick
+
+    sick = state.faults.sick
     ranked = sorted(candidates, key=order)
-    staying = [w for w in ranked if going(state, w.member) is None]
+    staying = [w for w in ranked if stays(w.member)]
     pool = staying if len(staying) >= limits.min_workers else ranked
     size = world_size(limits, sum(w.member.id in old for w in pool), len(pool))
     chosen = pool[:size]
@@ -116,6 +120,7 @@ def surplus(state: State) -> list[Member]:
         return drained
     fits = {w.member.id for w in usable(state)[0]}
     others = [w for w in state.waiting.values() if going(state, w.member) is None]
+    fits -= state.faults.sick
     others.sort(key=lambda w: (w.member.id in fits, -w.since, w.member.id))
     staying = sum(going(state, m) is None for m in state.world.members)  # for the others, somebody is to come
     too_many = max(0, staying + len(others) - state.keep)
@@ -142,3 +147,17 @@ def all_back(state: State) -> bool:
     if state.world is not None and len(state.waiting) + len(state.gone) < state.world.size:
         return False
     return not awaited(state)
+
+
+def there(state: State) -> frozenset[str]:
+    """Workers that are in the world or wait, by id."""
+    inside = state.world.ids if state.world is not None else frozenset()
+    return (inside | state.waiting.keys()) - state.gone
+
+
+def too_few_to_come(state: State) -> bool:
+    """Whether fewer than a run trains with are there or get ready, and no more are to be hoped for. Those that cannot
+    get ready are replaced on a cluster, maybe on the same nodes: once is enough."""
+    limits = state.limits
+    expects = limits.expects if limits.expects is not None else 2 * (full_size(limits) + limits.spares) - 1
+    return max(len(there(state) | state.warming), expects - state.never_ready) < limits.min_workers

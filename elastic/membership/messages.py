@@ -2,35 +2,57 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from elastic.membership.world import Generation, Member, World
 
+SHOWN = 16  # samples that are named, where there may be many
+
 # ---- events -----------------------------------------------------------------------------------------------------
+
+
+def named(samples: Sequence[int]) -> str:
+    """Samples, for people: the first few of them."""
+    shown = ", ".join(map(str, samples[:SHOWN])) + (", ..." if len(samples) > SHOWN else "")
+    return f"sample{'s' if len(samples) > 1 else ''} {shown}"
 
 
 @dataclass(frozen=True)
 class Failure:
-    """An error that made a worker leave its world; the same kind at the same place is replayed only so often, a `fatal`
-    one never: it would be so again, and ends the run as soon as the state is saved."""
+    """An error that made a worker leave its world; the same kind at the same place is replayed only so often.
+
+    Args:
+        step, microbatch: from 0; -1 where the error is not of one microbatch.
+        message: its first line says who, where and what, the rest how it came to that.
+        fatal: it would be so again, and ends the run as soon as the state is saved.
+        samples: that were worked on.
+    """
 
     kind: str
     step: int
     microbatch: int
     message: str
     fatal: bool = False
+    samples: tuple[int, ...] = ()
+
+    @property
+    def summary(self) -> str:
+        """Who, where, and the last line of the exception."""
+        return self.message.partition("\n")[0]
 
 
 @dataclass(frozen=True)
 class Joined:
-    """A warm worker asks for a world. `applied`: updates in the state it holds, -1 for none; `why`: it left its world
-    to have another made, and nobody failed."""
+    """A warm worker asks for a world. `applied`: updates in the state it holds, -1 for none. It left the one before
+    because of its own `failure`, or since `broke` says what of that world failed, or to have another made (`why`)."""
 
     member: Member
     now: float
     applied: int = -1
     failure: Failure | None = None
     why: str = ""
+    broke: str = ""
 
 
 @dataclass(frozen=True)
@@ -55,12 +77,13 @@ class Acknowledged:
 @dataclass(frozen=True)
 class Lost:
     """A worker is gone, or is to be treated so. `dead`: it applies nothing any more, since its process ended or its
-    lease did."""
+    lease did. `died`: nobody gave it up, its process or its connection ended."""
 
     member_id: str
     now: float
     reason: str = "connection lost"
     dead: bool = False
+    died: bool = False
 
 
 @dataclass(frozen=True)
@@ -71,11 +94,37 @@ class Done:
 
 
 @dataclass(frozen=True)
+class Arrived:
+    """A worker has connected, maybe again."""
+
+    member_id: str
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """The ledger has a row of this step."""
+
+    step: int
+
+
+@dataclass(frozen=True)
 class Unfit:
-    """A worker could not get ready. Before the first world that ends the run; later the others go on without it."""
+    """A worker could not get ready: others go on without it, if they are enough."""
 
     member_id: str
     message: str
+    now: float
+
+
+@dataclass(frozen=True)
+class Unable:
+    """An exception that ends a member's part: of the whole run, or of a worker that has done no step yet (`fresh`)
+    only its own. `final`: it would be so for any worker."""
+
+    member_id: str
+    message: str
+    fresh: bool
+    final: bool
     now: float
 
 
@@ -149,7 +198,10 @@ Event = (
     | Acknowledged
     | Lost
     | Done
+    | Arrived
+    | Recorded
     | Unfit
+    | Unable
     | Notice
     | Drained
     | Scaled
@@ -198,6 +250,14 @@ class Break:
 
 
 @dataclass(frozen=True)
+class Failed:
+    """A worker's error is to be told."""
+
+    member: Member
+    failure: Failure
+
+
+@dataclass(frozen=True)
 class Leave:
     """Ask the members to leave the world together at their next step boundary and to join again."""
 
@@ -230,7 +290,7 @@ class Refuse:
 
 @dataclass(frozen=True)
 class LeftOut:
-    """A worker waits outside because its device, data, options, model or optimizer differs."""
+    """A worker waits outside because its device, data, options, model or optimizer differs, or because only it fails."""
 
     member: Member
     reason: str
@@ -287,6 +347,7 @@ Command = (
     | Rebuilt
     | Welcome
     | Break
+    | Failed
     | Leave
     | Suspect
     | Dropped

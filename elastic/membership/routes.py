@@ -6,7 +6,8 @@ POST /allow    {"step": ...}: a run that holds after its evaluations may go up t
 POST /close    {"status": ..., "message": ...}: the driver knows that no worker will go on
 GET  /status   the keeper's view of the run, as JSON
 GET  /group    who is in, who waits, who is gone: what the controller of the workers goes by
-POST /lost     {"ids": [...], "ended": bool}: workers that are gone; whether their processes are known to have ended
+POST /lost     {"ids": [...], "ended": bool, "detail": ...}: workers that are gone; whether their processes are known to
+               have ended, and how
 POST /event    {"kind": ..., "detail": ...}: for the ledger
 POST /notice   {"node": ..., "remaining_s": ...}: a node goes away
 POST /yield    {"max_workers": ... or null, "to": [...]}: keep no more, as other runs of the cluster need theirs
@@ -160,9 +161,12 @@ class Routes:
 
     async def _lost(self, request: web.Request) -> web.Response:
         body = await request.json()
-        reason = "process died" if body["ended"] else "its node is gone, or it was given up"
+        reason, detail = "process died" if body["ended"] else "its node is gone, or it was given up", body.get("detail")
         for member_id in body["ids"]:
-            self._handle(Lost(member_id, time.monotonic(), reason, dead=body["ended"]))
+            if detail:
+                self._keeper.event("process_ended", member=member_id, detail=detail)
+            died = f"{reason}: {detail}" if detail else reason
+            self._handle(Lost(member_id, time.monotonic(), died, dead=body["ended"], died=body["ended"]))
         return web.json_response({"ok": True})
 
     async def _event(self, request: web.Request) -> web.Response:

@@ -26,6 +26,7 @@ from elastic.membership.eviction import Watchman
 from elastic.membership.execution import Executor
 from elastic.membership.messages import (
     Acknowledged,
+    Arrived,
     Done,
     Event,
     Failure,
@@ -33,14 +34,17 @@ from elastic.membership.messages import (
     Joined,
     Lost,
     Rebuilt,
+    Recorded,
     Registered,
     SavedAlone,
     Tick,
+    Unable,
     Unfit,
 )
 from elastic.membership.protocol import MAX_MESSAGE_BYTES, Keeper
 from elastic.membership.routes import Routes
 from elastic.membership.state import State
+from elastic.membership.watch import Progress
 from elastic.membership.world import Generation, Member
 
 TICK_S = 0.05
@@ -175,6 +179,7 @@ class MembershipServer:
         member_id = request.query["id"]
         self._connections.add(member_id, socket)
         self._executor.welcome(member_id)
+        self._handle(Arrived(member_id))
         self._watchman.heard(member_id, time.monotonic())
         ended = self._keeper.ended()
         if ended is not None:
@@ -187,7 +192,7 @@ class MembershipServer:
         finally:
             if self._connections.remove(member_id, socket):
                 self._watchman.forget(member_id)
-                self._handle(Lost(member_id, time.monotonic()))
+                self._handle(Lost(member_id, time.monotonic(), died=True))
         return socket
 
     def _from_worker(self, member_id: str, message: dict[str, Any]) -> None:
@@ -196,11 +201,13 @@ class MembershipServer:
             self._connections.send(member_id, {"kind": "beat", "sent": message["sent"]})
             self._note_progress(member_id, message, now)
         elif kind == "join":
-            failure = Failure(**message["failure"]) if message.get("failure") else None
+            said = message.get("failure")
+            failure = Failure(**{**said, "samples": tuple(said["samples"])}) if said else None
             if member_id not in self._members:
                 self._announce(message)
             self._members[member_id] = _member(message["member"])
-            self._handle(Joined(self._members[member_id], now, message["applied"], failure, message["why"]))
+            left = message["why"], message["broke"]
+            self._handle(Joined(self._members[member_id], now, message["applied"], failure, *left))
         elif kind == "hello":
             self._members[member_id] = member = _member(message["member"])
             generation = Generation.parse(message["generation"])
@@ -228,7 +235,8 @@ class MembershipServer:
         if world is None or message.get("generation") != str(world.generation):
             return
         step, stage, microbatch = message["position"]
-        self._watchman.progress(member_id, (step, stage, microbatch), message["phase"], now)
+        where, samples = message.get("where", ""), tuple(message.get("samples", ()))
+        self._watchman.progress(member_id, Progress((step, stage, microbatch), message["phase"], now, where, samples))
 
     def _from_member(self, member_id: str, message: dict[str, Any]) -> None:
         generation = Generation.parse(message["generation"])
@@ -237,8 +245,12 @@ class MembershipServer:
         if message["kind"] == "done":
             self._said_done |= {member_id}
             self._handle(Done(member_id))
+        if message["kind"] == "failed":
+            self._handle(Unable(member_id, message["message"], message["fresh"], message["final"], time.monotonic()))
+            return
         if message["kind"] == "rows":
             self._watchman.steps_took(r["step_s"] for r in message["rows"] if "step_s" in r)
+            self._handle(Recorded(max(r["step"] for r in message["rows"])))
         self._keeper.receive(self._members[member_id], generation, message)
 
     def _may_speak(self, member_id: str, generation: Generation) -> bool:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
+from elastic.membership.faults import Faults
 from elastic.membership.messages import GiveUp, Registered
 from elastic.membership.world import Member, World
 
@@ -26,6 +27,8 @@ class Limits:
         max_wait_s: longest parking; None for no limit.
         max_failures: times that one error at one step and microbatch is replayed.
         exact: all members of a world must have equal devices and data that are equal to the last bit.
+        cut: the state is cut over the members, so that none is left out while it holds a part.
+        expects: workers that are started, if nobody replaces those that cannot get ready.
     """
 
     min_workers: int
@@ -40,6 +43,8 @@ class Limits:
     max_wait_s: float | None = None
     max_failures: int = 3
     exact: bool = False
+    cut: bool = False
+    expects: int | None = None
 
 
 class Phase(Enum):
@@ -69,7 +74,9 @@ class State:
     have, in the world and outside of it, once that was changed. `wished` is the most that the run was given, `ceiling`
     the most while it yields to others; the limits have the lower. `saver` is who commits the state before a parked run
     lets all go, `saved` the step of what was committed so. `stopping` says why the run is to end; `failing` is the
-    error that ends it, once what its workers hold is saved.
+    error that ends it, once what its workers hold is saved, for which `last_worlds` were formed.
+    `warming` are connected and get ready; `never_ready` were not able to, the first because of `unfit_why`.
+    `veterans` held trained state when they entered the world. `why` the world broke, `erred`: by an error of a member.
     `broken_at` is also when a world began to be left, and when a restarted server began to rebuild itself.
     """
 
@@ -95,8 +102,15 @@ class State:
     stopping: str | None = None
     saved_for: frozenset[str] = frozenset()
     left_out: frozenset[str] = frozenset()
-    failures: dict[tuple[str, int, int], int] = field(default_factory=dict)
+    faults: Faults = field(default_factory=Faults)
+    why: str = ""
+    erred: bool = False
     failing: str | None = None
+    last_worlds: int = 0
+    veterans: frozenset[str] = frozenset()
+    warming: frozenset[str] = frozenset()
+    never_ready: int = 0
+    unfit_why: str = ""
     registered: dict[str, Registered] = field(default_factory=dict)
     expected: frozenset[str] | None = None
     giving_up: GiveUp | None = None
@@ -141,7 +155,8 @@ def people(state: State, phases: Mapping[str, str]) -> list[dict[str, Any]]:
     known = world.ids if world else frozenset()
     for name, waiting in sorted(state.waiting.items()):
         if name not in known:
-            found.append((waiting.member, None, "left out" if name in state.left_out else "spare", "waiting"))
+            out = name in state.left_out or name in state.faults.sick
+            found.append((waiting.member, None, "left out" if out else "spare", "waiting"))
     return [
         {
             "id": m.id, "node": m.node, "host": m.host, "pid": m.pid, "rank": rank,

@@ -5,19 +5,28 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
-#: Phases that may take long without anything being wrong: their time-out is this many times longer.
-PATIENCE = {"load": 10.0, "first step": 10.0, "eval": 10.0, "checkpoint": 10.0}
+DATA = "data"
+#: Phases that may take long without anything being wrong: their time-out is this many times longer. A sample may come
+#: from a cold object store, and whoever is given its microbatch instead has to fetch it as well.
+PATIENCE = {"load": 10.0, "first step": 10.0, "eval": 10.0, "checkpoint": 10.0, DATA: 60.0}
 LEAST_S = 10.0
 STEPS = 5.0
 
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a worker is: `position` grows within a world; `since` is when it was first heard of."""
+    """How far a worker is: `position` grows within a world; `since` is when it was first heard of.
+
+    Args:
+        where: the place, for people.
+        samples: that it waits for.
+    """
 
     position: tuple[int, int, int]  # step, stage of the step, microbatch
     phase: str
     since: float
+    where: str = ""
+    samples: tuple[int, ...] = ()
 
 
 def hang_limit_s(phase: str, step_p95_s: float, fixed_s: float | None) -> float:
@@ -49,10 +58,17 @@ def excuse(
     return now + max(limit_s, quiet_s) if quiet_s > limit_s / 2 else excused_until
 
 
-def hung(progress: Mapping[str, Progress], now: float, step_p95_s: float, fixed_s: float | None) -> list[str]:
+def hung(
+    progress: Mapping[str, Progress], now: float, step_p95_s: float, fixed_s: float | None,
+    waited_out: Collection[int] = (),
+) -> list[str]:  # fmt: skip
     """Members furthest behind, for whom the others have waited longer than the limit of their phase.
 
-    Nobody is behind where all are at one place: then there is no one to wait for.
+    Nobody is behind where all are at one place: then there is no one to wait for. Nor is a second one given up for the
+    same sample: it is the sample that is slow.
+
+    Args:
+        waited_out: samples for which members were given up before.
     """
     if not progress:
         return []
@@ -64,8 +80,16 @@ def hung(progress: Mapping[str, Progress], now: float, step_p95_s: float, fixed_
     return [
         member
         for member, p in progress.items()
-        if p.position == least and now - max(p.since, waited_since) > hang_limit_s(p.phase, step_p95_s, fixed_s)
+        if p.position == least
+        and now - max(p.since, waited_since) > hang_limit_s(p.phase, step_p95_s, fixed_s)
+        and not (p.phase == DATA and set(waited_out) & set(p.samples))
     ]
+
+
+def slow_data(progress: Mapping[str, Progress], now: float, step_p95_s: float, fixed_s: float | None) -> list[str]:
+    """Members that wait for samples longer than a step may take; nothing is done about it for a while."""
+    usual_s = hang_limit_s("step", step_p95_s, fixed_s)
+    return [member for member, p in progress.items() if p.phase == DATA and now - p.since > usual_s]
 
 
 def overdue(

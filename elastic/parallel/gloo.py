@@ -34,9 +34,9 @@ _groups: list[FreeableGloo] = []
 class _Wait(dist.Work):
     """An operation under way, for those who wait for it."""
 
-    def __init__(self, running: set[_Wait]):
+    def __init__(self, group: FreeableGloo):
         super().__init__()
-        self._running = running
+        self._group, self._running = group, group._running
         self._unended = threading.Lock()
         self._end: Future[Any] = Future()
         self._outcome = self._end.then(_taken)  # C++ sees the error of a callback, but not one that a future was given
@@ -58,6 +58,7 @@ class _Wait(dist.Work):
         try:
             value = future.value()
         except RuntimeError as error:
+            self._group.failure = str(error)
             self.end(failure=str(error))
         else:
             self.end(value)
@@ -69,7 +70,7 @@ class _Wait(dist.Work):
             with suppress(RuntimeError):  # only a receive has one
                 self._source = work._source_rank()
         except RuntimeError as error:
-            failure = str(error)
+            self._group.failure = failure = str(error)
         self._running.discard(self)
         self.end(failure=failure)
 
@@ -127,12 +128,19 @@ class FreeableGloo(dist.ProcessGroup):
         self._inner._register_backend(torch.device("cpu"), dist.ProcessGroup.BackendType.GLOO, gloo)
         self._running: set[_Wait] = set()
         self._freed: str | None = None
+        self.failure: str | None = None  # why one of its operations failed, if any did
         with _lock:
             _groups.append(self)
 
     def _start(self, operation: str, *arguments: Any, **options: Any) -> _Wait:
-        wait = _Wait(self._running)
-        wait.follow(getattr(self._inner, operation)(*arguments, **options))
+        wait = _Wait(self)
+        try:
+            work = getattr(self._inner, operation)(*arguments, **options)
+        except RuntimeError as error:
+            if operation in _AT_ONCE:
+                self.failure = str(error)
+            raise
+        wait.follow(work)
         if self._freed is not None:
             wait.end(failure=self._freed)
         return wait
@@ -176,6 +184,10 @@ class FreeableGloo(dist.ProcessGroup):
 
     def _get_backend(self, device: torch.device) -> Any:
         return self._inner._get_backend(device)
+
+
+#: Those for which gloo says at once that a connection has ended; of others it does so only to who waits.
+_AT_ONCE = ("recv", "recv_anysource", "send")
 
 
 def _forward(operation: str) -> Callable[..., _Wait]:

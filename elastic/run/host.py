@@ -109,7 +109,7 @@ def host_settings(config: TrainConfig, token: str, host: str) -> HostSettings:
         min_workers=scaling.min_workers, max_workers=scaling.max_workers, spares=scaling.spares,
         microbatches=config.batch.microbatches, lease_s=seconds("lease", recovery.lease),
         max_wait_s=None if recovery.max_wait is None else seconds("max-wait", recovery.max_wait),
-        max_failures=config.run.max_failures, exact=config.run.exactness == "bitwise",
+        max_failures=config.run.max_failures, exact=config.run.exactness == "bitwise", cut=config.parallel.sharded,
     )  # fmt: skip
     hang_s = None if recovery.hang_timeout == "auto" else seconds("hang-timeout", recovery.hang_timeout)
     return HostSettings(limits, token, host, hang_s=hang_s)

@@ -192,8 +192,8 @@ class RunKeeper:
             self._do(lambda: self._take_share(member, generation, message))
         elif kind == "saved alone":
             self._do(self._saved_alone)
-        elif kind in ("done", "failed"):
-            self._do(lambda: self._take_outcome(member, generation, message))
+        elif kind == "done":
+            self._do(lambda: self._take_outcome(member, message))
 
     def restore_point(self) -> dict[str, Any]:
         return self._checkpoints.restore
@@ -343,10 +343,7 @@ class RunKeeper:
 
     # ---- the end -----------------------------------------------------------------------------------------------
 
-    def _take_outcome(self, member: Member, generation: Generation, message: dict[str, Any]) -> None:
-        if message["kind"] == "failed":
-            self._close("failed", message["message"], {})
-            return
+    def _take_outcome(self, member: Member, message: dict[str, Any]) -> None:
         self._done[member.id] = message
         self._finish_if_done()
 

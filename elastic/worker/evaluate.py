@@ -18,7 +18,7 @@ from elastic.data.seeds import derive, seed_all
 from elastic.errors import ConfigError
 from elastic.job import Job, MapDataset
 from elastic.parallel.records import Metrics, Records
-from elastic.worker.group import Group, collective
+from elastic.worker.group import Group
 from elastic.worker.user_code import UserCode
 
 
@@ -64,7 +64,7 @@ def evaluate(
                 records.add(loss, weight, metrics, (digest,))
     finally:
         model.train(training)
-    with collective("gathering the evaluation"):
+    with group.collective("gathering the evaluation"):
         record = records.gather(group.mesh.everyone).result()
     group.check()
     if record.weight == 0:

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 import xxhash
 
-from elastic.errors import WorldBroken
+from elastic.errors import ElasticError, WorldBroken, last_line
 from elastic.membership.client import Assignment
 from elastic.parallel import gloo
 from elastic.parallel.device import all_gather_flat, host_wait
@@ -26,34 +26,6 @@ from elastic.worker.sockets import any_connected, knock, open_sockets, opened_si
 
 STORE_S = 10.0
 FREE_S = 0.02
-_COLLECTIVE_WORDS = ("gloo", "nccl", "connection", "timed out", "socket", "aborted", "store", "peer")
-
-
-def is_collective_failure(error: BaseException) -> bool:
-    """Whether an exception out of torch says that a peer or the network failed, not the user's code."""
-    if isinstance(error, (dist.DistBackendError, dist.DistNetworkError, dist.DistStoreError)):
-        return True
-    return isinstance(error, RuntimeError) and any(word in str(error).lower() for word in _COLLECTIVE_WORDS)
-
-
-@contextmanager
-def collective(what: str) -> Iterator[None]:
-    """Our own collectives: whatever fails in them means that the world is broken."""
-    try:
-        yield
-    except RuntimeError as error:
-        raise WorldBroken(f"{what} failed: {error}") from error
-
-
-@contextmanager
-def may_communicate(what: str) -> Iterator[None]:
-    """What computes, and sends too where a model is cut: only failures of peers mean that the world is broken."""
-    try:
-        yield
-    except RuntimeError as error:
-        if is_collective_failure(error):
-            raise WorldBroken(f"{what} failed: {error}") from error
-        raise
 
 
 @dataclass
@@ -109,7 +81,7 @@ class Group:
         """
         timeout = timedelta(seconds=timeout_s)
         store = self._reach_store()
-        with collective(f"connecting world {self.assignment.generation}"):
+        with _connecting(f"connecting world {self.assignment.generation}"):
             store.set_timeout(timeout)
             # Members find each other under names that count up. Failing to connect leaves the count behind, in some
             # members only, and then they would wait for each other for ever.
@@ -217,6 +189,32 @@ class Group:
         for group in groups:
             group.free(f"world {self.assignment.generation} is broken")
 
+    @contextmanager
+    def collective(self, what: str) -> Iterator[None]:
+        """What communicates, or may: where it raises because of a peer, the world is broken. Any other error is one.
+
+        Raises:
+            WorldBroken: a member was lost, or the group was freed.
+        """
+        try:
+            yield
+        except Exception as error:
+            if isinstance(error, ElasticError) or not self.failed_by(error):
+                raise
+            raise WorldBroken(f"{what} failed: {last_line(error)}") from error
+
+    def failed_by(self, error: BaseException) -> bool:
+        """Whether a peer or the network made this process raise, and not what it computed: the group knows.
+
+        It was freed, or one of its operations failed. gloo's are seen by its own backend; those of NCCL raise errors of
+        their own type. A world of one has no peer.
+        """
+        if self._freed:
+            return True
+        if self.size == 1:
+            return False
+        return isinstance(error, dist.DistError) or any(group.failure is not None for group in gloo.groups())
+
     def check(self) -> None:
         """Raise if the group was freed: what came out of a collective that NCCL aborted is no result.
 
@@ -246,7 +244,7 @@ class Group:
         if self.size == 1:
             host_wait(self.device)
             return flags
-        with collective("the fence"):
+        with self.collective("the fence"):
             tensor = torch.tensor(flags, dtype=torch.int64, device=self.device)
             dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
             agreed = tensor.tolist()
@@ -262,7 +260,7 @@ class Group:
         return self._gather(values, self.size, None)
 
     def _gather(self, values: list[int], size: int, group: dist.ProcessGroup | None) -> list[list[int]]:
-        with collective("gathering"):
+        with self.collective("gathering"):
             mine = torch.tensor(values, dtype=torch.int64, device=self.device)
             everyone = torch.empty(size * len(values), dtype=torch.int64, device=self.device)
             all_gather_flat(everyone, mine, group=group)
@@ -289,7 +287,7 @@ class Group:
     def _gather_json(self, value: Any, size: int, group: dist.ProcessGroup | None) -> list[Any]:
         data = json.dumps(value).encode()
         lengths = [row[0] for row in self._gather([len(data)], size, group)]
-        with collective("gathering values"):
+        with self.collective("gathering values"):
             mine = torch.zeros(max(lengths), dtype=torch.uint8, device=self.device)
             mine[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
             everyone = torch.empty(size * max(lengths), dtype=torch.uint8, device=self.device)
@@ -300,7 +298,7 @@ class Group:
 
     def send_json(self, value: Any, source: int) -> Any:
         """A JSON value from `source` to all."""
-        with collective("sending values"):
+        with self.collective("sending values"):
             data = json.dumps(value).encode() if self.rank == source else b""
             length = torch.tensor([len(data)], dtype=torch.int64, device=self.device)
             dist.broadcast(length, source)
@@ -334,7 +332,7 @@ class Group:
             head = [[n, str(t.dtype).removeprefix("torch."), list(t.shape)] for n, t in tensors.items()]
         received: dict[str, torch.Tensor] = {}
         for name, dtype, shape in self.send_json(head, first):
-            with collective("sending state"):
+            with self.collective("sending state"):
                 if source != self.rank:
                     value = torch.empty(shape, dtype=getattr(torch, dtype), device=self.device)
                     received[name] = value
@@ -354,3 +352,12 @@ class Group:
         host_wait(self.device)
         self.check()
         return received
+
+
+@contextmanager
+def _connecting(what: str) -> Iterator[None]:
+    """Nothing is computed in here: whatever fails, some member or the store did not answer."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise WorldBroken(f"{what} failed: {last_line(error)}") from error

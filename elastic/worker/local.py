@@ -5,15 +5,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
+import signal
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 from elastic.config import to_dict
@@ -56,6 +59,7 @@ class LocalRun:
         self._end: dict[str, Any] | None = None
         self._ended = threading.Event()
         self._wanted = 0  # processes to have, once the run was scaled
+        self._told: set[int] = set()  # processes that ended, and the server knows
         self._let_go: set[str] = set()  # workers that end now, if they have not yet
         self._follower: threading.Thread | None = None
         self.hosting: HostHere | HostProcess | None = None
@@ -84,9 +88,11 @@ class LocalRun:
         run = self._run
         refuse_what_does_not_fit_here(run)
         self._epoch, self._token = open_run(run), new_token()
+        settings = host_settings(run.config, self._token, self._address)
+        settings = replace(settings, limits=replace(settings.limits, expects=self._workers))
         arguments = (
-            run.folder.storage.url, keeper_options(run, self._epoch),
-            host_settings(run.config, self._token, self._address), {"changed_code": run.changed_code or None},
+            run.folder.storage.url, keeper_options(run, self._epoch), settings,
+            {"changed_code": run.changed_code or None},
         )  # fmt: skip
         if self._own_host is None:
             self.hosting = HostHere(*arguments)
@@ -182,6 +188,7 @@ class LocalRun:
         deadline = time.monotonic() + timeout_s
         while not self._ended.wait(0.05):
             self._grow()
+            self._tell_ended()
             for vault in self.vaults.values():
                 vault.keep()
             if all(p.poll() is not None for p in self.processes) and not self._ended.wait(2.0):
@@ -203,6 +210,17 @@ class LocalRun:
         for _ in range(missing):
             self.add_worker()
 
+    def _tell_ended(self) -> None:
+        """Tell the membership server which processes ended, and how, but for those whose part was over."""
+        for index, process in enumerate(self.processes):
+            if process.poll() is None or index in self._told:
+                continue
+            with contextlib.suppress(OSError):  # the host is away: it is told when it is back
+                if process.returncode:
+                    body = {"ids": [self._worker_id(index)], "ended": True, "detail": ended_how(process.returncode)}
+                    self.link.request("/lost", body)
+                self._told.add(index)
+
     def __exit__(self, *_: object) -> None:
         deadline = time.monotonic() + 10
         for process in self.processes:
@@ -218,6 +236,16 @@ class LocalRun:
             self.hosting.stop()
         if self._follower is not None:
             self._follower.join(10)
+
+
+def ended_how(returncode: int) -> str:
+    """How a process ended, for people."""
+    if returncode >= 0:
+        return f"exit code {returncode}"
+    try:
+        return f"killed by {signal.Signals(-returncode).name}"
+    except ValueError:
+        return f"killed by signal {-returncode}"
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from elastic.membership.client import WorkerLink
 from elastic.parallel.layout import Held, Move, holders, lost_shards, moves
 from elastic.storage import Storage
 from elastic.worker import ladder
-from elastic.worker.group import Group, collective
+from elastic.worker.group import Group
 from elastic.worker.ladder import Remeshed, tell
 from elastic.worker.snapshots import Snapshots
 from elastic.worker.state import TrainState
@@ -152,7 +152,7 @@ class _Exchange:
         going = [sum(t.numel() for t in ts) for ts in send]
         out = torch.cat([t for ts in send for t in ts] or [torch.empty(0, dtype=torch.uint8, device=device)])
         received = torch.empty(sum(coming), dtype=torch.uint8, device=device)
-        with collective("moving state"):
+        with self._group.collective("moving state"):
             dist.all_to_all_single(received, out, coming, going)
         at = [sum(coming[:source]) for source in range(size)]
         for source, length, target in places:

@@ -24,6 +24,7 @@ from elastic.data.loader import Fetcher, Loader, Order
 from elastic.data.seeds import derive, seed_all
 from elastic.errors import (
     CheckpointError,
+    ConfigError,
     CopiesDiffer,
     ElasticError,
     FencedError,
@@ -46,7 +47,7 @@ from elastic.worker.comeback import check_comes_back
 from elastic.worker.copies import NEUTRAL
 from elastic.worker.description import comparable, describe_model, describe_optimizer, describe_options, describe_worker
 from elastic.worker.evaluate import evaluate
-from elastic.worker.group import Group, collective
+from elastic.worker.group import Group
 from elastic.worker.placing import Placing
 from elastic.worker.provenance import Provenance
 from elastic.worker.rehearsal import Rehearsal
@@ -63,6 +64,7 @@ from elastic.worker.user_code import UserCode, UserCodeError
 
 LAST_COMMIT_S = 60.0  # for a save that is under way when an error ends the run
 HOLD_POLL_S = 0.01
+FINAL = (ConfigError, CheckpointError, CopiesDiffer, NonFiniteError)  # they would be so for any worker
 COLLECTIVE_TIMEOUT_S = 1800.0  # the last resort: the membership server notices a hang long before
 
 
@@ -117,6 +119,7 @@ class Session:
             self._link.unfit(message)
             self._link.close()
             raise WarmUpError(message) from error
+        self._link.tell_place(lambda: (self._code.where, self._loader.waits_for()))
         self._facts = {
             "warm_s": round(time.monotonic() - began + import_s, 3),
             "warm_parts": {"import_s": round(import_s, 3), **parts},
@@ -144,7 +147,7 @@ class Session:
         )
         self._loader = Loader(
             Fetcher(data, job.collate_fn, seed, plan.dataset_size), order, workers=self._config.data.workers,
-            prefetch=self._config.data.prefetch, total_steps=plan.total_steps,
+            prefetch=self._config.data.prefetch, total_steps=plan.total_steps, on_restart=self._tell_restart,
         )  # fmt: skip
         self._stepper = Stepper(self._run, self._code, self._loader, self._link)
         lines["loader"] = [f"passes of {'one microbatch' if self._stepper.one_each else 'any number of microbatches'}"]
@@ -201,6 +204,9 @@ class Session:
         self._rehearsal.run(self._the_state.model, self._stepper.tried, group)
         self._stepper.one_each |= not self._rehearsal.weights_count
 
+    def _tell_restart(self, what: str) -> None:
+        self._link.post({"kind": "event", "event": "loader_restarted", "step": self._applied + 1, "detail": what})
+
     # ---- worlds ------------------------------------------------------------------------------------------------
 
     def run(self) -> str:
@@ -212,13 +218,14 @@ class Session:
             CheckpointError: no committed checkpoint can be loaded.
             ConfigError: the newest checkpoint was trained on other data.
             FencedError: the run went on without this worker, or may have: the membership server was silent too long.
+            RunFailed: an error came too often.
+            WarmUpError: this worker failed before its first step; the others may go on without it.
         """
-        failure: Failure | None = None
-        why = ""
+        failure, why, broke = None, "", ""
         try:
             while True:
-                group = self._join(failure, why)
-                failure, why = None, ""
+                group = self._join(failure, why, broke)
+                failure, why, broke = None, "", ""
                 self._left = group.assignment.generation
                 try:
                     self._link.free_with(group.free)
@@ -248,8 +255,7 @@ class Session:
                     if status is not None:
                         return status
                 except WorldBroken as error:
-                    self._code.where = "re-joining"
-                    why = str(error) if isinstance(error, Reform) else ""
+                    why, broke = (str(error), "") if isinstance(error, Reform) else ("", str(error))
                 except UserCodeError as error:
                     failure = error.failure
                 except (NonFiniteError, UpdatesDiffer) as error:  # of all members, in the same step
@@ -260,12 +266,15 @@ class Session:
                     raise
                 except CopiesDiffer:  # whose is right is not known: what was saved before stays the newest
                     raise
-                except Exception as error:
+                except (ElasticError, RunOver) as error:
                     failure = self._to_save_first(group, error)
                     if failure is None:
                         self._saving.finish_under_way(LAST_COMMIT_S)
                         raise
+                except Exception as error:  # ours, or in what belongs to no call of the job's: it counts like the job's
+                    failure = self._code.error(error).failure
                 finally:
+                    self._code.group = None
                     self._link.free_with(None)
                     self._saving.leave()
                     self._snapshots.leave()
@@ -279,12 +288,15 @@ class Session:
             if self._left is not None:
                 known = isinstance(error, ElasticError)
                 message = str(error) if known else "".join(traceback.format_exception(error)).rstrip()
-                if self._newcomer and self._stepped_in is None:  # the others can do without it
+                if self._newcomer and self._stepper.fresh:  # the others can do without it
                     told = f"worker {self._link.member.id} could not take part: {message}"
                     self._link.unfit(told)
                     raise WarmUpError(told) from error
-                self._link.report_rows(self._left)  # this ends the run, maybe before who reports has said all
-                self._link.post({"kind": "failed", "message": message}, self._left)
+                self._link.report_rows(self._left)  # this may end the run, before who reports has said all
+                fresh, final = self._stepper.fresh, isinstance(error, FINAL)
+                self._link.post({"kind": "failed", "message": message, "fresh": fresh, "final": final}, self._left)
+                if fresh:  # it may only have ended this worker's part
+                    raise WarmUpError(message) from error
             raise
         finally:
             self._saving.close()
@@ -298,20 +310,22 @@ class Session:
         over = isinstance(error, (RunOver, FencedError)) or group.assignment.failing is not None
         if over or not self._savable or self._applied <= max(group.assignment.restore.get("step", 0), 0):
             return None
-        known = isinstance(error, ElasticError)
-        text = str(error) if known else "".join(traceback.format_exception(error)).rstrip()
-        return Failure(type(error).__name__, self._applied, -1, text, fatal=True)
+        if self._newcomer and self._stepper.fresh:
+            return None
+        return Failure(type(error).__name__, self._applied, -1, str(error), fatal=True)
 
-    def _join(self, failure: Failure | None, why: str) -> Group:
+    def _join(self, failure: Failure | None, why: str, broke: str) -> Group:
         if failure is not None and self._left is not None:
             self._link.report_rows(self._left)  # this may end the run
-        assignment = self._link.join(self._facts, self._applied, failure, self._save_alone, why=why)
+        assignment = self._link.join(self._facts, self._applied, failure, self._save_alone, why=why, broke=broke)
         self._code.rank = f" (rank {assignment.rank} of {assignment.size})"
+        self._code.doing(f"forming world {assignment.generation}", self._applied)
         fault.point("world.assigned", assignment.rank, self._applied)
-        return Group(
+        self._code.group = group = Group(
             assignment, self._device, self._config.parallel.strategy, self._config.scaling.workers_per_node,
             self._link.member.node,
         )  # fmt: skip
+        return group
 
     def _restore(self, group: Group) -> None:
         """Bring every member to one state: the newest that any of them holds, else a checkpoint, else a fresh start."""
@@ -580,7 +594,7 @@ class Session:
         if self._evaluated[0] == self._applied:
             return self._evaluated[1]
         self._stepper.progress(self._applied, APPLIED + 1, "eval")
-        self._code.where = f"evaluation after step {self._applied}"
+        self._code.doing(f"the evaluation after step {self._applied}", self._applied - 1)
         fault.point("eval.begin", group.rank, self._applied)
         found: dict[str, float] = {}
         with self._stepper.unmoved():
@@ -680,7 +694,7 @@ class Session:
         self._saving.finish(self._applied)
         status = "stopped" if stopped and self._applied < self._plan.total_steps else "finished"
         state, model = self._the_state, self._the_state.model
-        with collective("gathering the weights"):
+        with group.collective("gathering the weights"):
             sha = weights_sha256(model, state.whole)
         result: dict[str, Any] = {
             "steps": self._applied, "samples_seen": self._applied * self._plan.global_size,

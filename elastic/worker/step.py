@@ -29,7 +29,7 @@ from elastic.parallel.records import StepRecord
 from elastic.parallel.replicated import BitwiseReplica, FastReplica, NotReduced, Pass
 from elastic.parallel.sharded import BitwiseSharded, FastSharded
 from elastic.worker import copies, nonfinite
-from elastic.worker.group import Group, may_communicate
+from elastic.worker.group import Group
 from elastic.worker.run import WorkerRun
 from elastic.worker.schedule import factor
 from elastic.worker.state import TrainState
@@ -87,6 +87,11 @@ class Stepper:
         self.clock = Clock()
         code.on_loss = self._after_loss
 
+    @property
+    def fresh(self) -> bool:
+        """Whether this process has applied no update yet."""
+        return not self._steps_done
+
     # ---- worlds ------------------------------------------------------------------------------------------------
 
     def enter(self, group: Group, applied: int, state: TrainState) -> None:
@@ -107,7 +112,7 @@ class Stepper:
         self._padding = max(len(self._spans_of(self._runs[p])) for p in row) - len(self._spans) if cut else 0
         self._singles = max(len(self._runs[p]) for p in row) - len(self._runs[group.place]) if cut else 0
         self._loader.start(applied, self._spans)
-        with may_communicate("wrapping the model"):
+        with group.collective("wrapping the model"):
             self._replica = self._wrap(group, rows)
 
     def _agree(self, group: Group) -> None:
@@ -210,7 +215,7 @@ class Stepper:
         scaler = self._state.scaler
         replica.scale = scaler.factor if scaler else 1.0
         try:
-            with may_communicate(f"step {step + 1}"):
+            with self._group.collective(f"step {step + 1}"):
                 record, divisor = replica.run(self._passes(step))
             self._state.keep_buffers(replica.unsaved)
         except NotReduced as error:
@@ -219,11 +224,9 @@ class Stepper:
             detail = f"not every pass gives a gradient to {names or 'all parameters'}: --parallel.find-unused is on now"
             self._link.post({"kind": "event", "event": "unused_parameters", "step": step, "detail": detail})
             raise Reform(detail) from error
-        except (RuntimeError, TypeError, ValueError) as error:  # of what the job's code returned
-            raise self._code.error(error) from error
         optim, plan = self._config.optim, self._plan
         gradients = replica.gradients()
-        with may_communicate("the norm"):
+        with self._group.collective("the norm"):
             norm = float(replica.norm(gradients)) / divisor if gradients and divisor else float("nan")
         self._group.check()
         finite = abs(record.loss) < float("inf") and (abs(norm) < float("inf") or not gradients)
@@ -285,7 +288,7 @@ class Stepper:
             self._state.scaler.update(update.skip)
         if not update.skip:
             seed_all(derive("update", self._config.run.seed, update.step))
-            self._code.where = f"the update of step {update.step + 1}"
+            self._code.doing(f"the update of step {update.step + 1}", update.step)
             self._code.guard(self._state.optimizer.step)
             self._code.guard(lambda: self._run.job.after_step(self._state.model, update.step + 1))
         self._unfinished = None
@@ -305,7 +308,10 @@ class Stepper:
             self.progress(step, 2 * i)
             self._code.guard(partial(fault.point, "step.forward", self._group.rank, step + 1))
             if not padding:
-                span = self._code.guard(partial(self._loader.next, step, first, count))
+                self.progress(step, 2 * i, "data")
+                span = self._code.guard(partial(self._loader.next, step, first, count), alone=True)
+                self.progress(step, 2 * i)
+            self._code.samples = span.ids
             self.clock.data_s += time.perf_counter() - began
             seed_all(derive("step", self._config.run.seed, step, first))
             yield Pass(span.batch, first, span.digests, i == len(passes) - 1, padding)
@@ -324,7 +330,7 @@ class Stepper:
         if record.weight == 0:
             microbatch, count = 0, self._plan.microbatches
         elif microbatch is None:
-            with may_communicate(f"looking at step {step + 1} again"):
+            with self._group.collective(f"looking at step {step + 1} again"):
                 bad = self._find_bad(step)
             found = [m for m in self._group.gather_in_mesh(bad) if m >= 0]
             microbatch = min(found, default=None)

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
-import torch.distributed as dist
 from torch import nn
 
-from elastic.errors import ConfigError, RunFailed, WorldBroken
+from elastic.data.loader import ItemError
+from elastic.errors import ConfigError, RunFailed, WorldBroken, last_line
 from elastic.job import Job
-from elastic.membership.messages import Failure
+from elastic.membership.messages import Failure, named
 from elastic.worker.batches import to_device
-from elastic.worker.group import is_collective_failure
+from elastic.worker.group import Group
 from elastic.worker.returned import LossValue, check_returned
 
 
@@ -39,13 +40,20 @@ class UserCode:
         self._dtype = torch.float16 if autocast == "fp16" else torch.bfloat16
         self.where = "warming up"
         self.rank = ""  # in its present world
+        self.group: Group | None = None  # of its present world
+        self.samples: Sequence[int] | np.ndarray = ()  # that are being worked on
         self._step = self._microbatch = -1
         self.on_loss: Callable[[], None] = lambda: None  # called when the job's loss has returned
 
     def at(self, step: int, microbatch: int) -> None:
         """Where the step loop is: step (from 0) and microbatch."""
-        self._step, self._microbatch = step, microbatch
+        self._step, self._microbatch, self.samples = step, microbatch, ()
         self.where = f"step {step + 1}, microbatch {microbatch}"
+
+    def doing(self, what: str, step: int) -> None:
+        """Something that is done for a whole step (from 0), or between two."""
+        self._step, self._microbatch, self.samples = step, -1, ()
+        self.where = what
 
     def loss(self, model: nn.Module, batch: Any) -> LossValue:
         """`Job.loss`, checked."""
@@ -80,8 +88,11 @@ class UserCode:
         message = f"{error} (worker {self._worker_id}{self.rank}, {self.where})"
         return UserCodeError(Failure(type(error).__name__, self._step, self._microbatch, message))
 
-    def guard(self, work: Callable[[], Any]) -> Any:
+    def guard(self, work: Callable[[], Any], *, alone: bool = False) -> Any:
         """Run some of the job's code.
+
+        Args:
+            alone: it sends nothing, so no peer can make it raise.
 
         Raises:
             UserCodeError: it raised.
@@ -93,21 +104,25 @@ class UserCode:
         except (UserCodeError, ConfigError, WorldBroken):
             raise
         except Exception as error:
-            if isinstance(error, dist.DistError) or (is_collective_failure(error) and _raised_in_torch(error)):
-                raise WorldBroken(f"{self.where} failed: {error}") from error
+            if not alone and self.group is not None and self.group.failed_by(error):
+                raise WorldBroken(f"{self.where} failed: {last_line(error)}") from error
             raise self.error(error) from error
 
     def error(self, error: BaseException) -> UserCodeError:
-        """The error to end the run with."""
+        """The error to leave the world with, and in the end the run. Its first line says all but the traceback."""
+        kind, line, samples = type(error).__name__, last_line(error), [int(i) for i in self.samples]
         text = "".join(traceback.format_exception(error)).rstrip()
+        if isinstance(error, ItemError):
+            kind, line, text, samples = error.kind, error.line, error.text, list(error.samples)
         hint = ""
         if is_out_of_memory(error):
             hint = (
                 "\nOut of memory: give a larger --batch.microbatches, so that a pass has fewer samples (in fast a "
                 "smaller --batch.pass-size does it too, and changes no sample), or workers with more memory."
             )
-        message = f"worker {self._worker_id}{self.rank} failed at {self.where}:\n{text}{hint}"
-        return UserCodeError(Failure(type(error).__name__, self._step, self._microbatch, message))
+        where = self.where + (f", {named(samples)}" if samples else "")
+        message = f"worker {self._worker_id}{self.rank} failed at {where}: {line}\n{text}{hint}"
+        return UserCodeError(Failure(kind, self._step, self._microbatch, message, samples=tuple(samples)))
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -115,8 +130,3 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
-
-
-def _raised_in_torch(error: BaseException) -> bool:
-    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
-    return bool(frames) and str(frames[-1].f_globals.get("__name__", "")).startswith("torch.")
