@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import time
@@ -87,3 +88,22 @@ class Backward(Plain):
                 raise RuntimeError(text)
 
         return Broken.apply(logits) if model.training and (ids == self.fault_at).any() else logits
+
+
+@dataclass
+class OnOneNode(Plain):
+    """What goes wrong only in processes whose environment names it, or in the first that comes to it."""
+
+    marker: str = field(default="", metadata={"help": "who removes this file has no data"})
+
+    def train_data(self):
+        if self.marker:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self.marker)
+                raise OSError("/data/train is not mounted here")
+        return Samples(self.samples + ("MORE_DATA" in os.environ))
+
+    def loss(self, model, batch):
+        if "SICK" in os.environ and model.training:
+            raise RuntimeError("CUDA error: uncorrectable ECC error encountered")
+        return super().loss(model, batch)

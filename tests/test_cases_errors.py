@@ -13,12 +13,25 @@ from multiprocessing.connection import Connection
 import pytest
 
 from elastic.data.loader import Fetcher, ItemError, Loader, Order
-from elastic.errors import ConfigError
+from elastic.errors import ConfigError, RunFailed
 from elastic.run.prepare import prepare
 from tests import leaks
-from tests.error_jobs import Backward, Items
-from tests.forked import LONG, WAIT_S, Ran, Watch, configure, fork, local_run, sample_at, train, wait_until
-from tests.tiny_jobs import Samples
+from tests.error_jobs import Backward, Items, OnOneNode
+from tests.forked import (
+    LONG,
+    WAIT_S,
+    Ran,
+    Watch,
+    configure,
+    fault,
+    fork,
+    local_run,
+    plan,
+    sample_at,
+    train,
+    wait_until,
+)
+from tests.tiny_jobs import Plain, Samples
 
 pytestmark = [pytest.mark.processes, pytest.mark.usefixtures("fork_server")]
 
@@ -98,6 +111,73 @@ def test_a_slow_item_is_waited_for_and_named(tmp_path):
     assert len(ran.events("slow_data")) == 1
     assert len(ran.events("world_formed")) == 1
     assert ran.column("world_size") == [2] * 12
+
+
+# ---- one worker, or all -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("broken", "why"),
+    [
+        ("SICK", "left out: it failed 2 times at step "),
+        ("MORE_DATA", "left out, since it failed before its first step: train_data() has 401 samples"),
+    ],
+)
+def test_a_newcomer_that_fails_is_left_out_and_the_run_goes_on(broken, why, tmp_path, gate):
+    held, watch = gate("held"), Watch()
+    run = prepare(OnOneNode(samples=LONG), configure(tmp_path, "run", scaling__max_workers=3))
+    faults = plan(fault("step.forward", 6, 0, "hold", file=held))
+    with local_run(run, 2, on_record=watch, environment=faults) as local:
+        watch.wait_for_step(5)
+        local.add_worker(environment={broken: "1"})
+        watch.wait_for(lambda record: record.get("member") == "w1-2")
+        held.unlink()
+        local.wait(WAIT_S)
+    ran = Ran(run, None)
+
+    assert ran.result["status"] == "finished"
+    told = [e for kind in ("notice", "member_lost") for e in ran.events(kind) if e.get("member") == "w1-2"]
+    assert told[0]["detail"].startswith(why)
+    if broken == "SICK":
+        line = "RuntimeError: CUDA error: uncorrectable ECC error encountered"
+        assert [said.endswith(line) for said in failures(ran)] == [True, True]
+    assert set(ran.column("world_size")) == {2}
+    assert ran.sha == train(Plain(samples=LONG), configure(tmp_path, "other"), workers=1).sha
+
+
+@pytest.mark.parametrize("least", [1, 2])
+def test_who_has_no_data_before_the_first_world_is_left_out_as_long_as_enough_have(least, tmp_path, gate):
+    job = OnOneNode(samples=LONG, marker=str(tmp_path / "first"))
+    run = prepare(job, configure(tmp_path, "run", scaling__max_workers=2, scaling__min_workers=least))
+    gate("first")
+    with local_run(run, 2) as local:
+        if least == 1:
+            local.wait(WAIT_S)
+        else:
+            with pytest.raises(RunFailed, match=r"could not get ready(?s:.*)OSError: /data/train is not mounted here"):
+                local.wait(WAIT_S)
+    ran = Ran(run, None)
+
+    (lost,) = ran.events("member_lost")
+    assert "OSError: /data/train is not mounted here" in lost["detail"]
+    assert ran.column("world_size") == [1] * 12 if least == 1 else ran.rows == []
+
+
+def test_processes_that_die_at_one_sample_again_and_again_end_the_run(tmp_path):
+    """Each that dies is replaced, as on Ray."""
+    job = Items(samples=LONG, fault="die", fault_at=SAMPLE)
+    run = prepare(job, configure(tmp_path, "run", scaling__max_workers=1))
+
+    def replace_it(record: dict) -> None:
+        if record.get("kind") == "process_ended":
+            local.add_worker()
+
+    with local_run(run, 1, on_record=replace_it) as local, pytest.raises(RunFailed) as failed:
+        local.wait(WAIT_S)
+
+    text = str(failed.value)
+    assert text.startswith("5 worlds one after another lost a worker at step 3, since its process ended")
+    assert text.count("killed by SIGKILL") >= 4
 
 
 # ---- loader processes -------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ import itertools
 import logging
 import math
 import os
+import re
 import threading
 import time
 from collections.abc import Callable
@@ -53,6 +54,7 @@ START_TIMEOUT_S = 180.0
 REQUEST_TIMEOUT_S = 2.0
 MAX_RESTARTS = 3
 _PROCESS_DIED = "its worker process has died"  # Ray's words, where the raylet saw it
+_EXIT_DETAIL = re.compile(r"Worker exit detail: (.*?)(?:\. There are some potential|\n|$)", re.S)
 _CONTROLLER_ENVIRONMENT = {
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # it answers a drain with a whole-group restart
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": str(POLL_S),
@@ -145,6 +147,13 @@ def _process_ended(error: Exception) -> bool:
     """Whether Ray knows that a worker's process ended. On a node that it calls dead, which may only be cut off, the
     process may go on for as long as its lease."""
     return isinstance(error, ray.exceptions.ActorDiedError) and _PROCESS_DIED in str(error)
+
+
+def how_it_ended(text: str) -> str:
+    """The sentence in which Ray says how a worker's process ended; its hints at what that may be are for its own
+    readers."""
+    found = _EXIT_DETAIL.search(text)
+    return " ".join(found[1].split()) if found else "ended without a word"
 
 
 class _Stage(Enum):
@@ -353,7 +362,8 @@ class Group(WorkerGroup):
         self._units.remove(unit)
         unit.drop(node_lost=isinstance(error, ray.exceptions.RayActorError) and not _process_ended(error))
         if unit.id:
-            self._tell("/lost", {"ids": [unit.id], "ended": _process_ended(error)})
+            ended = _process_ended(error)
+            self._tell("/lost", {"ids": [unit.id], "ended": ended, "detail": how_it_ended(str(error)) if ended else ""})
 
     def _watch_nodes(self) -> None:
         """Once a second: pass on notices of nodes that go away, end evicted workers, help what was restarted."""

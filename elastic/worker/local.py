@@ -32,6 +32,7 @@ from elastic.worker.vaults import VaultProcess
 
 LOOPBACK = "127.0.0.1"
 HOST_LOST_S = 60.0
+IDLE_S = 2.0  # without any worker process; who ends a run says so before it ends
 
 
 class LocalRun:
@@ -186,12 +187,15 @@ class LocalRun:
             RunFailed: it failed, every worker died, or it did not end within `timeout_s`.
         """
         deadline = time.monotonic() + timeout_s
+        known, idle_since = 0, 0.0  # how many processes had been started when there last was one
         while not self._ended.wait(0.05):
             self._grow()
             self._tell_ended()
+            if self._living() or known != len(self.processes):
+                known, idle_since = len(self.processes), time.monotonic()
             for vault in self.vaults.values():
                 vault.keep()
-            if all(p.poll() is not None for p in self.processes) and not self._ended.wait(2.0):
+            if time.monotonic() - idle_since > IDLE_S:
                 codes = [p.returncode for p in self.processes]
                 message = f"every worker of run {self._run.name} ended without a result; exit codes {codes}"
                 self.link.request("/close", {"status": "failed", "message": message}, patience_s=HOST_LOST_S)
