@@ -39,8 +39,8 @@ def test_interrupted_and_resumed_at_another_size_a_run_has_the_bits_of_one_plain
     assert status["status"] == "stopped"
     assert 5 <= status["step"] < STEPS
 
-    # when it is resumed in a world of two, to its end
-    last = digits(cluster, tmp_path, "run", "--scaling.max-workers", "2")
+    # when it is resumed in a world of two, with loader processes, to its end
+    last = digits(cluster, tmp_path, "run", "--scaling.max-workers", "2", "--data.workers", "1")
     assert last.wait() == 0, last.output
     assert "2 workers -> 4 rounds" in last.output
 
@@ -70,18 +70,23 @@ def test_a_second_interrupt_ends_at_once(cluster: LocalCluster, tmp_path: Path) 
 
 
 def test_an_error_in_the_job_ends_the_run_with_its_traceback(cluster: LocalCluster, tmp_path: Path) -> None:
+    """The job and its data are of a script, which neither workers nor their loader processes can import."""
     job = tmp_path / "bad_job.py"
     job.write_text(
-        "from jobs.digits import Digits\nimport elastic\n\n\nclass Bad(Digits):\n"
+        "from jobs.digits import Digits\nimport elastic\n\n\n"
+        "class Data(list):\n    pass\n\n\n"
+        "class Bad(Digits):\n"
+        "    def train_data(self):\n        data = super().train_data()\n"
+        "        return Data([data[i] for i in range(len(data))])\n\n"
         "    def loss(self, model, batch):\n        raise ZeroDivisionError('on purpose')\n\n\n"
         "if __name__ == '__main__':\n    elastic.main(Bad)\n"
     )
     run = Command(str(job), "--cluster.address", cluster.address, "--run.storage", str(tmp_path), "--run.name", "bad",
-                  "--scaling.max-workers", "1",
+                  "--scaling.max-workers", "1", "--data.workers", "1",
                   environment={"PYTHONPATH": str(Path(__file__).parent.parent)})  # fmt: skip
     assert run.wait() == 1, run.output
     assert "ZeroDivisionError: on purpose" in run.output
-    assert "step 1, microbatch" in run.output
+    assert "failed at step 1, microbatch 0, samples " in run.output
     assert result(tmp_path / "bad")["status"] == "failed"
 
 
