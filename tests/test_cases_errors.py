@@ -14,12 +14,14 @@ import pytest
 
 from elastic.data.loader import Fetcher, ItemError, Loader, Order
 from elastic.errors import ConfigError, RunFailed
+from elastic.observe.ledger import gaps_and_doubles
 from elastic.run.prepare import prepare
 from tests import leaks
 from tests.error_jobs import Backward, Items, OnOneNode
 from tests.forked import (
     LONG,
     WAIT_S,
+    B,
     Ran,
     Watch,
     configure,
@@ -117,15 +119,17 @@ def test_a_slow_item_is_waited_for_and_named(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("broken", "why"),
+    ("broken", "strategy", "why"),
     [
-        ("SICK", "left out: it failed 2 times at step "),
-        ("MORE_DATA", "left out, since it failed before its first step: train_data() has 401 samples"),
+        ("SICK", "ddp", "left out: it failed 2 times at one step"),
+        ("SICK", "fsdp", "left out: it failed 2 times at one step"),
+        ("MORE_DATA", "ddp", "left out, since it failed before its first step: train_data() has 401 samples"),
     ],
 )
-def test_a_newcomer_that_fails_is_left_out_and_the_run_goes_on(broken, why, tmp_path, gate):
+def test_a_newcomer_that_fails_is_left_out_and_the_run_goes_on(broken, strategy, why, tmp_path, gate):
     held, watch = gate("held"), Watch()
-    run = prepare(OnOneNode(samples=LONG), configure(tmp_path, "run", scaling__max_workers=3))
+    options = {"scaling__max_workers": 3, "parallel__strategy": strategy}
+    run = prepare(OnOneNode(samples=LONG), configure(tmp_path, "run", **options))
     faults = plan(fault("step.forward", 6, 0, "hold", file=held))
     with local_run(run, 2, on_record=watch, environment=faults) as local:
         watch.wait_for_step(5)
@@ -142,6 +146,7 @@ def test_a_newcomer_that_fails_is_left_out_and_the_run_goes_on(broken, why, tmp_
         line = "RuntimeError: CUDA error: uncorrectable ECC error encountered"
         assert [said.endswith(line) for said in failures(ran)] == [True, True]
     assert set(ran.column("world_size")) == {2}
+    assert gaps_and_doubles(ran.rows, B) == [], "no step was lost"
     assert ran.sha == train(Plain(samples=LONG), configure(tmp_path, "other"), workers=1).sha
 
 

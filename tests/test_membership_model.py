@@ -284,7 +284,7 @@ def test_a_worker_that_alone_fails_twice_is_left_out_and_the_run_goes_on_with_ot
     machine.join("c", 5, failure=error(5, 4))
     assert formed(back(machine, 5, "a", "b")).size == 3, "it may pass"
     told = machine.join("c", 5, failure=error(5, 4, "OtherError"))
-    reason = "it failed 2 times at step 6, where another worker is to try"
+    reason = "it failed 2 times at one step, where another worker is to try"
     assert told[-1] == LeftOut(Member("c", "node-c"), reason)
     back(machine, 5, "a", "b")
     assert machine.members == ["a", "b"]
@@ -294,6 +294,18 @@ def test_a_worker_that_alone_fails_twice_is_left_out_and_the_run_goes_on_with_ot
     assert isinstance(leave, Leave)
     back(machine, 9, "a", "b")
     assert machine.members == ["a", "b", "d"], "it has no part any more where others are enough"
+
+
+def test_who_is_left_out_with_a_part_of_the_state_saves_it_with_the_others_first() -> None:
+    machine = three(cut=True)
+    for _ in range(2):
+        machine.join("c", 5, failure=error(5, 4))
+        told = back(machine, 5, "a", "b")
+    reason = "it failed 2 times at one step, where another worker is to try"
+    assert told == [Form(machine.state.world, parting=True), LeftOut(Member("c", "node-c"), reason)]
+    assert machine.members == ["a", "b", "c"]
+    assert formed(back(machine, 5, "a", "c", "b")).size == 2
+    assert machine.members == ["a", "b"]
 
 
 def test_an_error_that_another_worker_meets_at_the_same_microbatch_is_the_jobs() -> None:
@@ -906,7 +918,9 @@ class Cluster(RuleBasedStateMachine):
     def start(self, least: int, most: int, more: int, first: int) -> None:
         """A run with workers that have trained already: what is hard begins there."""
         least = min(least, most)
-        self.limits = Limits(min_workers=least, max_workers=most, microbatches=most + more, max_failures=10**6)
+        self.limits = Limits(
+            min_workers=least, max_workers=most, microbatches=most + more, max_failures=10**6, cut=more % 2 == 1
+        )  # fmt: skip
         self.wished, self.ceiling = most, None
         self.state, self.now = State(epoch=1, limits=self.limits), 0.0
         self.workers: dict[str, Worker] = {}

@@ -93,6 +93,15 @@ def test_ray_tells_a_process_that_died_from_a_node_that_it_calls_dead() -> None:
     assert b"The actor died because its node has died" in texts
 
 
+def test_ray_tells_how_a_process_ended() -> None:
+    text = (
+        "The actor is dead because its worker process has died. Worker exit type: SYSTEM_ERROR Worker exit detail: "
+        "Worker unexpectedly exits with a connection error code 2. End of file. There are some potential root causes."
+    )
+    assert raytrain.how_it_ended(text) == "Worker unexpectedly exits with a connection error code 2. End of file"
+    assert raytrain.how_it_ended("The actor died.") == "ended without a word"
+
+
 def test_ray_tells_which_nodes_go_away() -> None:
     assert callable(ray_state.get_draining_nodes)
 

@@ -39,7 +39,8 @@ _CLOSING = aiohttp.ClientWSTimeout(ws_close=CLOSE_S)
 class Assignment:
     """A world as one of its members sees it.
 
-    `restore` says where state comes from when nobody holds any; this claim began at `claim_step`. With `failing`, the
+    `restore` says where state comes from when nobody holds any; this claim began at `claim_step`. With `parting`, a
+    member will be left out: all save, since it holds a part of the state, and leave. With `failing`, the
     error that ends the run, its members save and end.
     """
 
@@ -50,6 +51,7 @@ class Assignment:
     restore: dict[str, Any]
     claim_step: int
     failing: str | None = None
+    parting: bool = False
 
 
 class RunOver(Exception):
@@ -154,7 +156,7 @@ class WorkerLink:
         self._position, self._phase = (-1, 0, 0), "load"
         self._assignment = Assignment(
             Generation.parse(answer["generation"]), answer["rank"], answer["size"], (host, port),
-            answer["restore"], answer["claim_step"], answer["failing"],
+            answer["restore"], answer["claim_step"], answer["failing"], answer["parting"],
         )  # fmt: skip
         return self._assignment
 

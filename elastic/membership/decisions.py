@@ -137,7 +137,7 @@ def _joined(state: State, event: Joined) -> tuple[State, list[Command]]:
         commands.append(Break(state.world, None, reason, planned=bool(event.why)))
     if event.failure is not None:
         state, told = _failed(state, member, event.failure, nothing_to_save=saving or event.applied == 0)
-        commands = [Failed(member, event.failure), *commands, *told]
+        commands = [Failed(member, event.failure, state.world), *commands, *told]
         if state.phase is Phase.ENDED:
             return state, commands
     elif (event.why or event.broke) and not state.erred:
@@ -166,10 +166,18 @@ def _failed(
         return replace(state, failing=failing), []
     others = there(state) - faults.sick - {member.id}
     alone = faults.is_the_workers(member.id, failure) and member.id not in faults.sick
-    if not alone or limits.cut or len(others) < limits.min_workers:
+    if not alone or len(others) < limits.min_workers:
         return state, []
-    reason = f"it failed {TRIES} times at step {failure.step + 1}, where another worker is to try"
-    return replace(state, faults=replace(faults, sick=faults.sick | {member.id})), [LeftOut(member, reason)]
+    if limits.cut:
+        return replace(state, parting=member), []
+    return _leave_out(state, member)
+
+
+def _leave_out(state: State, member: Member) -> tuple[State, list[Command]]:
+    """Where others are enough, this worker is in no world any more."""
+    faults = replace(state.faults, sick=state.faults.sick | {member.id})
+    reason = f"it failed {TRIES} times at one step, where another worker is to try"
+    return replace(state, faults=faults), [LeftOut(member, reason)]
 
 
 def _unfit(state: State, event: Unfit) -> tuple[State, list[Command]]:
@@ -384,7 +392,13 @@ def _form(state: State, now: float) -> tuple[State, list[Command]]:
     )  # fmt: skip
     state, left = _report_left_out(state)
     state, dismissed = _dismiss(state)
-    return state, [Form(world, state.failing), *(HandOver(m) for m in handed), *left, *dismissed]
+    parting, out = state.parting, list[Command]()
+    if parting is not None:
+        state, out = _leave_out(replace(state, parting=None), parting)
+        if state.failing is None and parting.id in chosen:
+            state = replace(state, phase=Phase.LEAVING, broken_at=now)
+            return state, [Form(world, parting=True), *(HandOver(m) for m in handed), *left, *dismissed, *out]
+    return state, [Form(world, state.failing), *(HandOver(m) for m in handed), *left, *dismissed, *out]
 
 
 def _count_break(state: State) -> State:

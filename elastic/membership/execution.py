@@ -27,7 +27,6 @@ from elastic.membership.messages import (
     Welcome,
 )
 from elastic.membership.protocol import Keeper
-from elastic.membership.world import World
 
 
 class Executor:
@@ -57,7 +56,7 @@ class Executor:
         """Carry out one command."""
         keeper, connections = self._keeper, self._connections
         if isinstance(command, Form):
-            self._form(command.world, command.failing)
+            self._form(command)
         elif isinstance(command, Rebuilt):
             keeper.world_resumed(command.world)
             connections.tell(command.world, {"kind": "resume", "generation": str(command.world.generation)})
@@ -76,9 +75,10 @@ class Executor:
             connections.tell(command.world, {"kind": "broken", "generation": str(command.world.generation)})
         elif isinstance(command, Failed):
             member, failure = command.member, command.failure
+            left = {"generation": str(command.world.generation)} if command.world is not None else {}
             keeper.event(
-                "worker_failed", member=member.id, node=member.node, pid=member.pid, step=failure.step + 1,
-                detail=failure.message,
+                "worker_failed", **left, member=member.id, node=member.node, pid=member.pid,
+                step=failure.step + 1, detail=failure.message,
             )  # fmt: skip
         elif isinstance(command, Leave):
             keeper.event("notice", generation=str(command.world.generation), detail=f"re-forming: {command.why}")
@@ -144,8 +144,8 @@ class Executor:
             self._keeper.giving_up(command.status, command.message)
             self._connections.send(command.saver.id, {"kind": "save alone"})
 
-    def _form(self, world: World, failing: str | None) -> None:
-        keeper = self._keeper
+    def _form(self, command: Form) -> None:
+        keeper, world = self._keeper, command.world
         self.drop_store()
         port, self._end_store = self._new_store()
         if self._parked:
@@ -155,8 +155,8 @@ class Executor:
         keeper.world_formed(world)
         message = {
             "kind": "world", "generation": str(world.generation), "size": world.size, "store": [self._host, port],
-            "restore": keeper.restore_point(), "claim_step": keeper.claim_step(), "failing": failing,
-            "allowed": self._allowed,
+            "restore": keeper.restore_point(), "claim_step": keeper.claim_step(), "failing": command.failing,
+            "parting": command.parting, "allowed": self._allowed,
         }  # fmt: skip
         fault.point("world.forming", -1, world.generation.n)
         for rank, member in enumerate(world.members):

@@ -217,10 +217,12 @@ Event = (
 
 @dataclass(frozen=True)
 class Form:
-    """Tell the members of the world that it exists. With `failing`, the error that ends the run, it only saves."""
+    """Tell the members of the world that it exists. With `failing`, the error that ends the run, it only saves; with
+    `parting` it does too, and is left then, since a member that is left out holds a part of the state."""
 
     world: World
     failing: str | None = None
+    parting: bool = False
 
 
 @dataclass(frozen=True)
@@ -251,10 +253,11 @@ class Break:
 
 @dataclass(frozen=True)
 class Failed:
-    """A worker's error is to be told."""
+    """A worker's error is to be told; `world`: which it left for it."""
 
     member: Member
     failure: Failure
+    world: World | None = None
 
 
 @dataclass(frozen=True)

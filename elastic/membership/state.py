@@ -75,6 +75,7 @@ class State:
     the most while it yields to others; the limits have the lower. `saver` is who commits the state before a parked run
     lets all go, `saved` the step of what was committed so. `stopping` says why the run is to end; `failing` is the
     error that ends it, once what its workers hold is saved, for which `last_worlds` were formed.
+    `parting` is to be left out, once a world was formed in which what it holds of the state is saved.
     `warming` are connected and get ready; `never_ready` were not able to, the first because of `unfit_why`.
     `veterans` held trained state when they entered the world. `why` the world broke, `erred`: by an error of a member.
     `broken_at` is also when a world began to be left, and when a restarted server began to rebuild itself.
@@ -107,6 +108,7 @@ class State:
     erred: bool = False
     failing: str | None = None
     last_worlds: int = 0
+    parting: Member | None = None
     veterans: frozenset[str] = frozenset()
     warming: frozenset[str] = frozenset()
     never_ready: int = 0

@@ -236,6 +236,9 @@ class Session:
                     self._restore(group)
                     if group.assignment.failing is not None:
                         self._save_and_fail(group, group.assignment.failing)
+                    if group.assignment.parting:
+                        self._save_and_part(group)
+                        continue
                     self._snapshots.enter(group, self._state, self._world_step)
                     if group.place is None:
                         status = self._stand_by(group)
@@ -651,6 +654,12 @@ class Session:
             self._save_newest(group)
         group.gather_ints(self._applied)  # nobody ends the run before all have saved
         raise RunFailed(message)
+
+    def _save_and_part(self, group: Group) -> None:
+        """A member is to be left out, and this world was formed to save what it holds of the state."""
+        if group.place is not None:
+            self._saving.enter(group, self._the_state)
+            self._make_safe(group)
 
     def _save_alone(self) -> None:
         """The run is given up, or lets its workers go, while this one waits with the newest state: commit it without a
