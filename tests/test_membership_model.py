@@ -435,6 +435,15 @@ def test_on_a_cluster_all_are_tried_twice_and_nobody_who_gets_ready_is_given_up(
     machine = Machine(max_workers=1)
     assert machine.tell(Unfit("a", "no such file", machine.now)) == [Fail("no such file")]
 
+    machine = Machine(min_workers=2, max_workers=2)
+    machine.join("a")
+    machine.join("b")
+    machine.tell(Recorded(3))
+    machine.lose("a")
+    machine.join("b", 3)
+    for i in range(9):
+        assert machine.tell(Unfit(f"w{i}", "no such file", machine.now)) == [], "b holds the state, and is parked"
+
 
 def test_what_a_newcomer_raises_before_its_first_step_is_its_own() -> None:
     def newcomer(*, fresh: bool = True, final: bool = True) -> tuple[Machine, list[Command]]:

@@ -189,7 +189,8 @@ def _unfit(state: State, event: Unfit) -> tuple[State, list[Command]]:
         unfit_why=state.unfit_why or event.message, warming=state.warming - {event.member_id},
         gone=state.gone | {event.member_id},
     )  # fmt: skip
-    if not state.veterans and state.phase is not Phase.REBUILDING and too_few_to_come(state):
+    trained = bool(state.veterans or state.faults.step)  # then it waits for others, parked if it has to
+    if not trained and state.phase is not Phase.REBUILDING and too_few_to_come(state):
         return replace(state, phase=Phase.ENDED), [Fail(state.unfit_why)]
     return _settle(state, event.now)
 

@@ -53,7 +53,7 @@ def evaluate(
     try:
         with torch.no_grad():
             for index in [*runs[rank], *([runs[rank][-1]] * padding)]:
-                ids = list(parts[index])
+                code.samples = ids = list(parts[index])
                 batch = code.guard(partial(held_out_batch, job, data, ids, (seed, name, index)))
                 seed_all(derive("eval", seed, name, index))
                 with each():
