@@ -187,12 +187,11 @@ def _unfit(state: State, event: Unfit) -> tuple[State, list[Command]]:
     state = replace(
         state, unfit=state.unfit + 1, unfit_at=event.now, never_ready=state.never_ready + 1,
         unfit_why=state.unfit_why or event.message, warming=state.warming - {event.member_id},
-        gone=state.gone | {event.member_id},
     )  # fmt: skip
     trained = bool(state.veterans or state.faults.step)  # then it waits for others, parked if it has to
     if not trained and state.phase is not Phase.REBUILDING and too_few_to_come(state):
         return replace(state, phase=Phase.ENDED), [Fail(state.unfit_why)]
-    return _settle(state, event.now)
+    return _lost(state, Lost(event.member_id, event.now, "could not get ready, or not take part"))
 
 
 def _unable(state: State, event: Unable) -> tuple[State, list[Command]]:

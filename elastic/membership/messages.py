@@ -293,7 +293,7 @@ class Refuse:
 
 @dataclass(frozen=True)
 class LeftOut:
-    """A worker waits outside because its device, data, options, model or optimizer differs, or because only it fails."""
+    """A worker waits outside because its device, data, options, model or optimizer differs, or since only it fails."""
 
     member: Member
     reason: str
