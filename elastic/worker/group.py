@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 import xxhash
 
-from elastic.errors import ElasticError, WorldBroken, last_line
+from elastic.errors import WorldBroken, last_line
 from elastic.membership.client import Assignment
 from elastic.parallel import gloo
 from elastic.parallel.device import all_gather_flat, host_wait
@@ -198,8 +198,8 @@ class Group:
         """
         try:
             yield
-        except Exception as error:
-            if isinstance(error, ElasticError) or not self.failed_by(error):
+        except (RuntimeError, ValueError) as error:  # torch raises no others for a peer, or for a group that is gone
+            if not self.failed_by(error):
                 raise
             raise WorldBroken(f"{what} failed: {last_line(error)}") from error
 
