@@ -5,147 +5,42 @@ job's `nn.init` calls, copies of loaded weights) is recorded, and done for real 
 CPU, with every random draw under a seed from (seed, name of the tensor drawn into, how many draws before). So the value
 of a parameter depends on neither rank, world size nor strategy, and no worker ever holds more than one whole tensor.
 
+Tensors are filled as the objects that they are: what else knows them (hooks, lists, closures, an optimizer) still does.
+
 After "deferred initialisation" in torchdistX (https://github.com/pytorch/torchdistx).
 """
 
 from __future__ import annotations
 
 import hashlib
+import weakref
+from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
-from torch.overrides import TorchFunctionMode
-from torch.utils._device import _device_constructors
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map_only
+from torch.nn.parameter import is_lazy
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from torch.utils._pytree import tree_map_only
 
-META = torch.device("meta")
-_IS_META = torch.Tensor.is_meta.__get__  # type: ignore[attr-defined]
+from elastic.errors import ConfigError
+from elastic.parallel.recording import (
+    META,
+    Call,
+    CannotDefer,
+    Made,
+    OnMeta,
+    Place,
+    Recorder,
+    place_of,
+    recording_initialisers,
+    storage_of,
+    tensors_in,
+)
 
-
-_ATEN = torch.ops.aten
-#: Operations that leave nothing of what was in their first argument (where that is all of its storage).
-_OVERWRITE = (
-    _ATEN.normal_.default, _ATEN.uniform_.default, _ATEN.zero_.default, _ATEN.fill_.Scalar, _ATEN.copy_.default,
-    _ATEN.random_.default, _ATEN.bernoulli_.float, _ATEN.exponential_.default,
-)  # fmt: skip
-_UNSET = (
-    _ATEN.empty.memory_format, _ATEN.empty_strided.default, _ATEN.empty_like.default, _ATEN.new_empty.default,
-    _ATEN.new_empty_strided.default,
-)  # fmt: skip
-
-
-class CannotDefer(Exception):
-    """The model does something while it is built that needs real values."""
-
-
-@dataclass
-class _Call:
-    """One recorded operation.
-
-    Args:
-        reads, writes: storages.
-        versions: real tensors among the arguments, as they were.
-        random: it draws; `key` then says what the draw is for.
-        whole: nothing of what was in the storage before is left.
-    """
-
-    function: Any
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    outputs: list[torch.Tensor]
-    reads: set[int]
-    writes: set[int]
-    versions: list[tuple[torch.Tensor, int]]
-    random: bool = False
-    whole: bool = False
-    key: str = ""
-
-
-def _storage(tensor: torch.Tensor) -> int:
-    return tensor.untyped_storage()._cdata
-
-
-def _tensors(tree: Any) -> Iterator[torch.Tensor]:
-    return (leaf for leaf in tree_flatten(tree)[0] if isinstance(leaf, torch.Tensor))
-
-
-class _OnMeta(TorchFunctionMode):
-    """Like `torch.device("meta")`, but values that are given as data keep their data."""
-
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = dict(kwargs or {})
-        data = function in (torch.tensor, torch.as_tensor, torch.asarray, torch.scalar_tensor, torch.from_file)
-        if function in _device_constructors() and not data and kwargs.get("device") is None:
-            kwargs["device"] = META
-        if function == _IS_META:  # some of torch's initialisers do nothing for tensors on meta: ours are not
-            return False
-        return function(*args, **kwargs)
-
-
-class _Recorder(TorchDispatchMode):
-    """Writes down every operation that makes or changes a meta tensor."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: list[_Call] = []
-        self._known: set[int] = set()
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        given = list(_tensors((args, kwargs)))
-        if kwargs.get("generator") is not None:
-            raise CannotDefer(f"{function} draws from a generator of the job's own")
-        result = function(*args, **kwargs)
-        made = list(_tensors(result))
-        if not any(t.device == META for t in (*given, *made)):
-            return result
-        mutates = function._schema.is_mutable
-        written = {_storage(t) for t in made if t.device == META and _storage(t) not in self._known}
-        if mutates:
-            targets = [
-                value for argument, value in zip(function._schema.arguments, args)
-                if argument.alias_info is not None and argument.alias_info.is_write
-            ] + [
-                kwargs[argument.name] for argument in function._schema.arguments
-                if argument.name in kwargs and argument.alias_info is not None and argument.alias_info.is_write
-            ]  # fmt: skip
-            if any(t.device != META for t in _tensors(targets)):
-                raise CannotDefer(f"{function} writes into a tensor that is not the model's")
-            written |= {_storage(t) for t in _tensors(targets)}
-        if not written:
-            return result  # a view
-        self._known |= written
-        if function in _UNSET:
-            return result  # memory that nobody wrote to is zero
-        reads = {_storage(t) for t in given if t.device == META}
-        versions = [(t, t._version) for t in given if t.device != META]
-        whole = (
-            function in _OVERWRITE and made[0].numel() * made[0].element_size() == made[0].untyped_storage().nbytes()
-        )
-        if whole and function is not torch.ops.aten.copy_.default:
-            reads -= written
-        random = torch.Tag.nondeterministic_seeded in function.tags
-        self.calls.append(_Call(function, args, kwargs, made, reads, written, versions, random, whole))
-        return result
-
-    def whole_function(self, function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-        """An initialiser that looks at the values it draws: recorded as one operation on its first argument."""
-
-        def recorded(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-            if tensor.device != META:
-                return function(tensor, *args, **kwargs)
-            if kwargs.get("generator") is not None:
-                raise CannotDefer(f"{function.__name__} draws from a generator of the job's own")
-            here = {_storage(tensor)}
-            self.calls.append(_Call(function, (tensor, *args), kwargs, [], here, here, [], random=True))
-            return tensor
-
-        return recorded
+__all__ = ["META", "CannotDefer", "DeferredModel", "build", "build_eagerly"]
 
 
 @dataclass
@@ -157,25 +52,52 @@ class DeferredModel:
 
     model: nn.Module
     seed: int
-    _calls: list[_Call] = field(default_factory=list)
-    _tensors: dict[str, torch.Tensor] = field(default_factory=dict)
+    _calls: list[Call] = field(default_factory=list)
+    _initial: dict[str, torch.Tensor | Place] = field(default_factory=dict)
+    _beside: list[torch.Tensor] = field(default_factory=list)
+    #: Modules that `model()` made and that are no part of the model, such as a teacher.
+    others: list[nn.Module] = field(default_factory=list)
 
     def names(self) -> list[str]:
         """Every parameter and buffer, tied ones once, under their first name."""
-        return list(self._tensors)
+        return list(self._initial)
 
     def value(self, name: str) -> torch.Tensor:
         """The initial value of a parameter or buffer, on the CPU."""
-        return self._value(self._tensors[name])
+        found = self._initial[name]
+        return _real(found, self._memory(found.storage)).clone() if isinstance(found, Place) else found
 
-    def extra(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The value of any other tensor that was made while the model was built."""
-        return self._value(tensor)
+    def fill(self, device: torch.device) -> None:
+        """Give every tensor on meta that the job keeps its initial value, on a device; shared memory stays shared.
 
-    def _value(self, target: torch.Tensor) -> torch.Tensor:
-        if target.device != META:
-            return target.detach()
-        needed, calls = {_storage(target)}, []
+        Of a model that was cut, that is what there is beside it.
+        """
+        targets = {id(t): t for t in (*self._beside, *_own(self.model)) if t.device == META}
+        self._beside = []
+        shared: dict[int, list[torch.Tensor]] = {}
+        for tensor in targets.values():
+            shared.setdefault(storage_of(tensor), []).append(tensor)
+        del targets
+        while shared:
+            storage, tensors = shared.popitem()
+            self._fill(storage, tensors, device)
+
+    def _fill(self, storage: int, tensors: list[torch.Tensor], device: torch.device) -> None:
+        memory, places = self._memory(storage), [place_of(t) for t in tensors]
+        together = len(places) > 1 and not any(_overlaps(place) for place in places)
+        if together:
+            memory = {storage: _real(max(places, key=lambda p: p.size_bytes), memory).untyped_storage()}
+            if device.type != "cpu":
+                memory[storage] = torch.empty(0, dtype=torch.uint8).set_(memory[storage]).to(device).untyped_storage()
+        for tensor, place in sorted(zip(tensors, places), key=lambda pair: pair[0]._base is None):  # views first
+            value = _real(place, memory)
+            if not together:
+                value = value.to(device) if device.type != "cpu" or _is_all(value) else value.clone()
+            become(tensor, value)
+
+    def _memory(self, storage: int) -> dict[int, torch.UntypedStorage]:
+        """What is in a storage when all that concerns it is done, and what was made on the way."""
+        needed, calls = {storage}, []
         for call in reversed(self._calls):
             if call.writes & needed:
                 if call.whole:
@@ -186,35 +108,52 @@ class DeferredModel:
         with torch.no_grad():
             for call in reversed(calls):
                 self._replay(call, memory)
-        return _real(target, memory).clone()
+        return memory
 
-    def _replay(self, call: _Call, memory: dict[int, torch.UntypedStorage]) -> None:
-        def real(tensor: torch.Tensor) -> torch.Tensor:
-            return _real(tensor, memory) if tensor.device == META else tensor
-
-        args, kwargs = tree_map_only(torch.Tensor, real, (call.args, call.kwargs))
+    def _replay(self, call: Call, memory: dict[int, torch.UntypedStorage]) -> None:
+        args, kwargs = tree_map_only(Place, lambda place: _real(place, memory), (call.args, call.kwargs))
         args, kwargs = tree_map_only(torch.device, lambda d: torch.device("cpu") if d == META else d, (args, kwargs))
         if call.random:
             seed = hashlib.blake2b(f"elastic.init/{self.seed}/{call.key}".encode(), digest_size=8).digest()
             torch.default_generator.manual_seed(int.from_bytes(seed, "little") >> 1)
-        made = list(_tensors(call.function(*args, **kwargs)))
-        for meta, value in zip(call.outputs, made):
-            if _storage(meta) not in memory:
-                _real(meta, memory).copy_(value)
+        made = list(tensors_in(call.function(*args, **kwargs)))
+        for place, value in zip(call.outputs, made):
+            if place.storage not in memory:
+                _real(place, memory).copy_(value)
 
 
-def _real(meta: torch.Tensor, memory: dict[int, torch.UntypedStorage]) -> torch.Tensor:
-    """The real tensor that stands for a meta tensor: a view of the memory that stands for its storage."""
-    storage = _storage(meta)
-    if storage not in memory:
-        size = max(
-            meta.untyped_storage().nbytes(),
-            (meta.storage_offset() + 1 + sum((n - 1) * s for n, s in zip(meta.shape, meta.stride()) if n))
-            * meta.element_size(),
-        )
-        memory[storage] = torch.zeros(size, dtype=torch.uint8).untyped_storage()
-    view = torch.empty(0, dtype=meta.dtype)
-    return view.set_(memory[storage], meta.storage_offset(), meta.shape, meta.stride())
+def _real(place: Place, memory: dict[int, torch.UntypedStorage]) -> torch.Tensor:
+    """The real tensor that stands for one on meta: a view of the memory that stands for its storage."""
+    if place.storage not in memory:
+        memory[place.storage] = torch.zeros(place.size_bytes, dtype=torch.uint8).untyped_storage()
+    held = memory[place.storage]
+    view = torch.empty(0, dtype=place.dtype, device=held.device)
+    return view.set_(held, place.offset, place.shape, place.stride)
+
+
+def _is_all(value: torch.Tensor) -> bool:
+    return value.is_contiguous() and value.numel() * value.element_size() == value.untyped_storage().nbytes()
+
+
+def _overlaps(place: Place) -> bool:
+    """Whether elements share memory, as in an expanded tensor, which cannot be written to."""
+    return any(n > 1 and not s for n, s in zip(place.shape, place.stride))
+
+
+def become(tensor: torch.Tensor, value: torch.Tensor) -> None:
+    """Put a value, on another device, in place of a tensor's. The object stays: its class, marks, flags and hooks."""
+    trained, hooks, after = tensor.requires_grad, tensor._backward_hooks, tensor._post_accumulate_grad_hooks
+    new: Any = value.detach().requires_grad_(trained or bool(hooks or after))  # which frozen ones may have too
+    new.__class__ = tensor.__class__
+    new.__dict__.update(tensor.__dict__)
+    new._backward_hooks, new._post_accumulate_grad_hooks = hooks, after
+    torch.utils.swap_tensors(tensor, new)
+    tensor.requires_grad_(trained)
+
+
+def _own(model: nn.Module) -> Iterator[torch.Tensor]:
+    yield from model.parameters()
+    yield from model.buffers()
 
 
 def build(make: Callable[[], nn.Module], seed: int) -> DeferredModel:
@@ -223,21 +162,36 @@ def build(make: Callable[[], nn.Module], seed: int) -> DeferredModel:
     Raises:
         CannotDefer: it needs real values while it is built.
     """
-    recorder = _Recorder()
-    try:
-        with _OnMeta(), recorder, _recording_initialisers(recorder):
-            model = make()
-    except (RuntimeError, NotImplementedError, TypeError) as error:
-        raise CannotDefer(str(error)) from error
+    recorder, on_meta = Recorder(), OnMeta()
+    with Made() as made:
+        try:
+            with on_meta, recorder, recording_initialisers(recorder):
+                model = make()
+        except (RuntimeError, NotImplementedError, TypeError) as error:
+            raise CannotDefer(str(error)) from error
+        check_sizes(model)
+        if any(isinstance(m, torch.jit.ScriptModule) for m in made.find(nn.Module)):
+            raise CannotDefer("the model has ScriptModules, whose tensors are kept outside of Python")
+        if on_meta.error is not None:  # what was done instead is done because there are no values
+            raise CannotDefer(str(on_meta.error)) from on_meta.error
+        kept = [t for t in made.find(torch.Tensor) if not is_traceable_wrapper_subclass(t) and recorder.knows(t)]
+        others = _outside(model, made.find(nn.Module))
+    for module in (m for top in (model, *others) for m in top.modules() if isinstance(m, nn.RNNBase)):
+        module._flat_weight_refs = []  # weak ones, which it makes again when it is moved to a device
     for call in recorder.calls:
         if any(t._version != version for t, version in call.versions):
             raise CannotDefer(f"a tensor that {call.function} read was changed afterwards")
-    found = DeferredModel(model, seed, recorder.calls)
+    found = DeferredModel(model, seed, recorder.calls, others=others)
     names: dict[int, str] = {}
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        found._tensors[name] = tensor
+        found._initial[name] = place_of(tensor) if tensor.device == META else tensor.detach()
         if tensor.device == META:
-            names.setdefault(_storage(tensor), name)
+            names.setdefault(storage_of(tensor), name)
+    own = {id(t) for t in _own(model)}
+    views = Counter(id(t._base) for t in kept if t._base is not None)
+    for tensor in kept:
+        _check_replaceable(tensor, views[id(tensor)])
+    found._beside = [t for t in kept if id(t) not in own]
     draws: dict[str, int] = {}
     for index, call in enumerate(recorder.calls):
         if call.random:
@@ -247,34 +201,53 @@ def build(make: Callable[[], nn.Module], seed: int) -> DeferredModel:
     return found
 
 
-@contextmanager
-def _recording_initialisers(recorder: _Recorder) -> Iterator[None]:
-    name = "_no_grad_trunc_normal_"  # behind `trunc_normal_`, under whatever name that was imported
-    kept = getattr(nn.init, name, None)
-    if kept is None:  # another torch: then looking at the values is what refuses it
-        yield
-        return
-    setattr(nn.init, name, recorder.whole_function(kept))
-    try:
-        yield
-    finally:
-        setattr(nn.init, name, kept)
+def check_sizes(model: nn.Module) -> None:
+    """Refuse, by name, what takes its sizes from the first batch: nothing can be placed or resumed without them.
+
+    Raises:
+        ConfigError: which, and what to do.
+    """
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if is_lazy(tensor):
+            module = model.get_submodule(name.rpartition(".")[0])
+            raise ConfigError(
+                f"{name} ({type(module).__name__}) takes its size from the first batch, and the state of a run needs "
+                "all sizes from the beginning; name them (such as nn.Linear(in_features, out_features)), or run the "
+                "model on one batch at the end of model()"
+            )
+
+
+def _check_replaceable(tensor: torch.Tensor, views: int) -> None:
+    """Refuse tensors that cannot be given a value as the objects that they are.
+
+    Args:
+        views: how many views of it are kept too; each knows it.
+
+    Raises:
+        CannotDefer: which are known to others than Python, by whom they would be forgotten.
+    """
+    if not tensor.is_leaf:
+        raise CannotDefer("the model keeps a tensor that was computed from its parameters, with its graph")
+    if tensor._use_count() > 1 + views:  # type: ignore[attr-defined]
+        raise CannotDefer("the model keeps a node of the graph of a parameter, as for a hook on its accumulation")
+    if weakref.getweakrefs(tensor):
+        raise CannotDefer("the model keeps a weak reference to a tensor")
+    if tensor.grad is not None:
+        raise CannotDefer("the model keeps a gradient that was computed while it was built")
+
+
+def _outside(model: nn.Module, modules: list[nn.Module]) -> list[nn.Module]:
+    inside = {id(m) for m in model.modules()}
+    return [m for m in modules if id(m) not in inside]
 
 
 def build_eagerly(make: Callable[[], nn.Module], seed: int) -> DeferredModel:
     """The fallback for models that `build` refuses: the whole model in real memory."""
-    model = make()
-    found = DeferredModel(model, seed)
+    with Made() as made:
+        model = make()
+        others = _outside(model, made.find(nn.Module))
+    check_sizes(model)
+    found = DeferredModel(model, seed, others=others)
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        found._tensors[name] = tensor.detach().clone() if tensor.device == META else tensor
+        found._initial[name] = place_of(tensor) if tensor.device == META else tensor.detach()
     return found
-
-
-def meta_attributes(*owners: object) -> Iterator[torch.Tensor]:
-    """Tensors on meta that are plain attributes of modules or of the job, where no one else would fill them."""
-    for owner in owners:
-        for one in owner.modules() if isinstance(owner, nn.Module) else [owner]:
-            for key, value in vars(one).items():
-                if key not in ("_parameters", "_buffers", "_modules"):
-                    found = _tensors(value)
-                    yield from (t for t in found if t.device == META and not isinstance(t, nn.Parameter))

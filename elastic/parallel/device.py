@@ -25,6 +25,9 @@ def prepare_process(*, bitwise: bool, threads: int) -> None:
         torch.backends.cudnn.benchmark = False
         torch.backends.cudnn.allow_tf32 = False
         torch.backends.cuda.matmul.allow_tf32 = False
+        # What torch.jit makes of a function depends on how often this process has run it.
+        torch._C._jit_set_profiling_executor(False)
+        torch._C._set_graph_executor_optimize(False)
 
 
 def pick_device(accelerator: str, local_index: int) -> torch.device:

@@ -10,7 +10,7 @@ a round instead of summing them, and sums them in the canonical tree.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -65,7 +65,9 @@ class _Sharded:
 
     def _forward(self, batch: Any) -> tuple[torch.Tensor, Any, Any]:
         with nullcontext() if self._steps else self._alike.each():
-            return self._loss(self.model, batch)
+            result = self._loss(self.model, batch)
+        self._used.look_at_root()
+        return result
 
     def _gather(self, records: Records, *told: torch.Tensor | float) -> tuple[StepRecord, list[str]]:
         """The step's record, and the buffers that passes changed. Drops gradients of what nobody used: the optimizer
@@ -335,6 +337,8 @@ class _Used:
     def __init__(self, model: nn.Module):
         self.seen: set[int] = set()
         self._counts = True
+        #: Watches what belongs to no block, where the job called other methods of the model than forward().
+        self.look_at_root: Callable[[], None] = lambda: None
         indices = {id(p): i for i, p in enumerate(p for p in model.parameters() if p.requires_grad)}
         for module in (m for m in model.modules() if isinstance(m, FSDPModule)):
             entries = [
@@ -343,10 +347,18 @@ class _Used:
                 for name, p in m._parameters.items()
                 if p is not None and p.requires_grad
             ]
-            self._watch(module, entries)
+            watch = self._watch(module, entries)
+            if module is model:
+                self.look_at_root = watch
 
-    def _watch(self, module: Any, entries: list[tuple[nn.Module, str, int]]) -> None:
+    def _watch(self, module: Any, entries: list[tuple[nn.Module, str, int]]) -> Callable[[], None]:
+        watched = False
+
         def watch(*_: Any) -> None:
+            nonlocal watched
+            if watched:
+                return
+            watched = True
             found = {id(m._parameters[name]): (m._parameters[name], i) for m, name, i in entries}
             for parameter, index in found.values():
                 assert parameter is not None
@@ -355,6 +367,7 @@ class _Used:
             handle.remove()
 
         handle = module.register_forward_pre_hook(torch.compiler.disable(watch))
+        return watch
 
     def _saw(self, index: int) -> None:
         if self._counts:

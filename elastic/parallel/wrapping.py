@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
 from torch.distributed.tensor import DTensor
+from torch.utils._pytree import tree_map_only
 
 from elastic.errors import ConfigError
-from elastic.parallel.deferred import META, DeferredModel, meta_attributes
+from elastic.parallel.deferred import DeferredModel, become
 from elastic.parallel.device import all_gather_flat
 from elastic.parallel.layout import shard_range
 from elastic.parallel.mesh import Mesh
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -67,11 +78,22 @@ def check_shardable(model: nn.Module) -> None:
     """Refuse what FSDP2 cannot cut, by name.
 
     Raises:
-        ConfigError: a parameter without dimensions, without elements, or with gaps in memory, trained parameters of
-            several dtypes.
+        ConfigError: a parameter without dimensions, without elements, with gaps in memory, or with hooks, trained
+            parameters of several dtypes, a ScriptModule.
     """
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise ConfigError(
+                f"{name or 'the model'} ({module.original_name}) is a ScriptModule, whose parameters cannot be "
+                "sharded; leave torch.jit out (--parallel.compile does more), or use --parallel.strategy ddp"
+            )
     dtypes: dict[torch.dtype, str] = {}
     for name, p in model.named_parameters():
+        if p._backward_hooks or p._post_accumulate_grad_hooks:
+            raise ConfigError(
+                f"parameter {name} has a hook on its gradient, which with --parallel.strategy fsdp and hsdp no worker "
+                "has whole; set rows to be kept in after_step(), or use ddp"
+            )
         if p.dim() == 0:
             raise ConfigError(
                 f"parameter {name} has no dimensions, so it cannot be sharded; give it the shape (1,), or use "
@@ -141,31 +163,20 @@ def whole(tensor: torch.Tensor, mesh: Mesh) -> torch.Tensor:
     return gathered[: length * width].view(tensor.shape)
 
 
-def place_whole(built: DeferredModel, device: torch.device, *owners: object) -> nn.Module:
-    """Fill a model, whole, on a device; also tensors that are plain attributes of it or of `owners`."""
-    real: dict[int, torch.Tensor] = {}
-    for module in built.model.modules():
-        for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
-            if tensor is None or tensor.device != META:
-                continue
-            if id(tensor) not in real:
-                value = built.extra(tensor).to(device)
-                real[id(tensor)] = _parameter(tensor, value) if isinstance(tensor, nn.Parameter) else value
-            setattr(module, name, real[id(tensor)])  # not into the dictionary: recurrent layers keep a list as well
-    fill_attributes(built, device, *owners)
-    return built.model.to(device)
+def place_whole(built: DeferredModel, device: torch.device) -> nn.Module:
+    """Fill a model, whole, on a device; also what `model()` made beside it."""
+    built.fill(device)
+    for module in (built.model, *built.others):
+        _move(module, device)
+    return built.model
 
 
-def _parameter(meta: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    parameter = nn.Parameter(value, requires_grad=meta.requires_grad)
-    parameter.__dict__.update(meta.__dict__)
-    return parameter
-
-
-def fill_attributes(built: DeferredModel, device: torch.device, *owners: object) -> None:
-    """Fill tensors on meta that are neither parameters nor buffers, where they are."""
-    for tensor in list(meta_attributes(built.model, *owners)):
-        torch.utils.swap_tensors(tensor, built.extra(tensor).to(device))
+def _move(module: nn.Module, device: torch.device) -> None:
+    """Bring what was made with values to a device. Buffers stay the objects that they are, as parameters do anyway."""
+    for buffer in module.buffers():
+        if buffer.device != device:
+            become(buffer, buffer.to(device))
+    module.to(device)
 
 
 def place_sharded(
@@ -216,7 +227,46 @@ def place_sharded(
                 local(parameter).copy_(built.value(name)[rows.start : rows.stop])
         for name, buffer in model.named_buffers():
             buffer.copy_(built.value(name))
+    built.fill(device)
+    for module in built.others:
+        _move(module, device)
     return model
+
+
+def call_gathered(model: nn.Module, work: Callable[[], T]) -> T:
+    """Call code of the job that uses a model in forward passes, with what belongs to no block gathered meanwhile.
+
+    FSDP2 gathers for `forward()` alone; so the job may call other methods of the model, its parts, or use parameters.
+
+    Raises:
+        ConfigError: it uses parameters of a block outside of the block.
+    """
+    if not isinstance(model, FSDPModule):
+        return work()
+    name = "_with_parameters_gathered"
+
+    def run() -> Any:  # without arguments: FSDP2 would cast them
+        return tree_map_only(torch.Tensor, _no_view, work())
+
+    setattr(model, name, run)
+    try:
+        register_fsdp_forward_method(model, name)
+        return getattr(model, name)()
+    except RuntimeError as error:
+        if "got mixed torch.Tensor and DTensor" not in str(error):
+            raise
+        raise ConfigError(
+            "parameters of a block of the model are used outside of the block's forward(), where with "
+            "--parallel.strategy fsdp and hsdp each worker has rows of them only; use them in forward(), name other "
+            "--parallel.blocks, or use ddp"
+        ) from error
+    finally:
+        model.__dict__.pop(name, None)
+
+
+def _no_view(tensor: torch.Tensor) -> torch.Tensor:
+    """FSDP2 puts a hook on what is returned, which an operation in place on a view would drop."""
+    return tensor.clone() if tensor._base is not None and tensor.requires_grad else tensor
 
 
 def fsdp_modules(model: nn.Module) -> list[FSDPModule]:

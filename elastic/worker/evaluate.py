@@ -17,6 +17,7 @@ from elastic.data.samples import fetch_each, fetches_together
 from elastic.data.seeds import derive, seed_all
 from elastic.errors import ConfigError
 from elastic.job import Job, MapDataset
+from elastic.parallel import modes
 from elastic.parallel.records import Metrics, Records
 from elastic.worker.group import Group
 from elastic.worker.user_code import UserCode
@@ -48,7 +49,7 @@ def evaluate(
         runs, rank = deal(len(parts), places), group.place
     padding = max(map(len, runs)) - len(runs[rank]) if group.layout.shards > 1 else 0
     records = Records(runs, rank, group.device, metrics=Metrics("evaluate()"))
-    training = model.training
+    kept = modes.of(model)
     model.eval()
     try:
         with torch.no_grad():
@@ -63,7 +64,7 @@ def evaluate(
                 digest = xxhash.xxh3_64_intdigest(np.asarray(ids, "<i8").tobytes()) >> 1
                 records.add(loss, weight, metrics, (digest,))
     finally:
-        model.train(training)
+        modes.restore(model, kept)
     with group.collective("gathering the evaluation"):
         record = records.gather(group.mesh.everyone).result()
     group.check()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import torch
 
 from elastic.config import TrainConfig
@@ -13,13 +15,13 @@ from elastic.parallel.casting import cast_parameters, check_castable
 from elastic.parallel.deferred import CannotDefer, DeferredModel, build, build_eagerly
 from elastic.parallel.mesh import Mesh
 from elastic.parallel.probe import check_elementwise
+from elastic.parallel.references import check_references
 from elastic.parallel.scaling import LossScale
 from elastic.parallel.wrapping import (
     Sharding,
     check_dense,
     check_shardable,
     check_unwritten,
-    fill_attributes,
     place_sharded,
     place_whole,
 )
@@ -35,7 +37,7 @@ class Placing:
         self._job, self._config, self._device = job, config, device
         self._next: DeferredModel | None = None
         self._tried: type | None = None
-        #: Why the model was built in real memory first, if it was.
+        #: Why the model is built in real memory, if it is.
         self.eager = ""
 
     def warm_up(self) -> None:
@@ -60,6 +62,7 @@ class Placing:
             check_castable(self._next.model)
         if parallel.sharded:
             check_shardable(self._next.model)
+            check_references(self._next.model, self._job)
 
     @property
     def model(self) -> torch.nn.Module:
@@ -70,8 +73,8 @@ class Placing:
     def whole(self) -> TrainState:
         """A whole model with its initial values."""
         built = self._take()
-        model = place_whole(built, self._device, self._job)
-        return self._state(model.train(), None)
+        model = place_whole(built, self._device)
+        return self._state(model, None)
 
     def sharded(self, mesh: Mesh, *, fill: bool) -> TrainState:
         """This worker's part of a model, with its initial values if `fill`; else a saved state is to be loaded.
@@ -86,12 +89,19 @@ class Placing:
             reduce_dtype=_DTYPES[precision.grad_compression],
         )  # fmt: skip
         model = place_sharded(built, find_blocks(built.model, self._classes()), self._device, mesh, how, fill=fill)
-        fill_attributes(built, self._device, self._job)
-        state = self._state(model.train(), mesh)
+        state = self._state(model, mesh)
         if self._config.run.exactness == "bitwise" and self._tried is not type(state.optimizer):
             check_elementwise(state.optimizer)
             self._tried = type(state.optimizer)
         return state
+
+    def build_whole(self, error: BaseException | None) -> bool:
+        """From now on build the model in real memory, if this error of a pass is about tensors that have none."""
+        about = isinstance(error, (RuntimeError, NotImplementedError)) and re.search(r"\bmeta\b", str(error), re.I)
+        if self.eager or not about:
+            return False
+        self.eager, self._next = f"a pass failed: {error}".splitlines()[0], None
+        return True
 
     def _state(self, model: torch.nn.Module, mesh: Mesh | None) -> TrainState:
         precision = self._config.precision
@@ -126,10 +136,11 @@ class Placing:
 
     def _build(self) -> DeferredModel:
         seed = self._config.run.seed
-        seed_all(derive("model", seed))
-        try:
-            return build(self._job.model, seed)
-        except CannotDefer as error:
-            self.eager = str(error)
+        if not self.eager:
+            seed_all(derive("model", seed))
+            try:
+                return build(self._job.model, seed)
+            except CannotDefer as error:
+                self.eager = str(error)
         seed_all(derive("model", seed))
         return build_eagerly(self._job.model, seed)

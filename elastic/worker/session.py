@@ -41,6 +41,7 @@ from elastic.membership.messages import Failure
 from elastic.membership.world import Generation, Member
 from elastic.parallel.device import describe, memory_share, pick_device, prepare_process
 from elastic.parallel.layout import Held
+from elastic.parallel.wrapping import call_gathered
 from elastic.storage import Storage
 from elastic.units import parse_amount
 from elastic.worker.comeback import check_comes_back
@@ -260,9 +261,8 @@ class Session:
                 except WorldBroken as error:
                     why, broke = (str(error), "") if isinstance(error, Reform) else ("", str(error))
                 except UserCodeError as error:
-                    failure = error.failure
-                except (NonFiniteError, UpdatesDiffer) as error:  # of all members, in the same step
-                    self._prepared = None
+    ConfigError,
+    CopiesDiffer,
                     self._stepper.reshard()
                     self._stepper.undo()
                     self._save_newest(group, compare=isinstance(error, NonFiniteError))
@@ -421,6 +421,23 @@ class Session:
         if not self._goes_on:
             self._snapshots.undone(self._world_step)
         return found.source
+
+    def _build_whole(self, error: UserCodeError) -> bool:
+        """Whether the error was that model() left something without memory: then the same state is in a model that was
+        built with memory when this returns, or when the next world has cut it."""
+        if self._applied < 0 or not self._placing.build_whole(error.__cause__):
+            return False
+        step = self._applied
+        detail = f"worker {self._link.member.id} builds the model in real memory: {self._placing.eager}"
+        self._link.post({"kind": "event", "event": "built_whole", "step": step, "detail": detail}, self._left)
+        if not self._config.parallel.sharded:
+            self._stepper.undo()
+            old = self._the_state
+            old.hold_extra()
+            tensors, values = old.tensors(), old.values()
+            self._state = self._code.guard(self._placing.whole)
+            self._state.load(tensors, values)
+        return True
 
     def _let_go(self, lost: str | None) -> None:
         """The part that this worker holds is of no use any more, for this reason."""
@@ -726,7 +743,8 @@ class Session:
         seed_all(derive("sample", self._config.run.seed))
         try:
             with torch.no_grad():
-                return self._code.guard(lambda: None if (text := self._job.sample(model)) is None else str(text))
+                text = self._code.guard(lambda: call_gathered(model, lambda: self._job.sample(model)))
+                return None if text is None else self._code.guard(lambda: str(text))
         except ElasticError as error:  # of the job's code; or another worker's failed, where the model is cut
             why = error.__cause__ or error
             detail = f"sample() failed, {type(why).__name__}: {why}\n{error}"

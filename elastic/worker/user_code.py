@@ -14,6 +14,7 @@ from elastic.data.loader import ItemError
 from elastic.errors import ConfigError, RunFailed, WorldBroken, last_line
 from elastic.job import Job
 from elastic.membership.messages import Failure, named
+from elastic.parallel.wrapping import call_gathered
 from elastic.worker.batches import to_device
 from elastic.worker.group import Group
 from elastic.worker.returned import LossValue, check_returned
@@ -75,7 +76,7 @@ class UserCode:
         def work() -> Any:
             moved = to_device(batch, self._device)
             with torch.autocast(self._device.type, self._dtype, enabled=self._autocast):
-                return function(model, moved)
+                return call_gathered(model, lambda: function(model, moved))
 
         found = self.guard(work)
         try:

@@ -1,0 +1,229 @@
+"""Writing down what a job's `model()` does to its tensors, none of which has memory meanwhile.
+
+What is written down names tensors by their storage and how they lie in it, and holds none of them: so the tensors on
+meta that are left afterwards are those that the job keeps.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._device import _device_constructors
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_map_only
+
+META = torch.device("meta")
+_IS_META = torch.Tensor.is_meta.__get__  # type: ignore[attr-defined]
+
+_ATEN = torch.ops.aten
+#: Operations that leave nothing of what was in their first argument (where that is all of its storage).
+_OVERWRITE = (
+    _ATEN.normal_.default, _ATEN.uniform_.default, _ATEN.zero_.default, _ATEN.fill_.Scalar, _ATEN.copy_.default,
+    _ATEN.random_.default, _ATEN.bernoulli_.float, _ATEN.exponential_.default,
+)  # fmt: skip
+_UNSET = (
+    _ATEN.empty.memory_format, _ATEN.empty_strided.default, _ATEN.empty_like.default, _ATEN.new_empty.default,
+    _ATEN.new_empty_strided.default,
+)  # fmt: skip
+
+
+class CannotDefer(Exception):
+    """The model does something while it is built that needs real values."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """A tensor on meta: which storage, and how it lies in it. `size_bytes` is that of the storage."""
+
+    storage: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
+    size_bytes: int
+
+
+@dataclass
+class Call:
+    """One recorded operation.
+
+    Args:
+        args, kwargs: with a `Place` for each tensor on meta.
+        reads, writes: storages.
+        versions: real tensors among the arguments, as they were.
+        random: it draws; `key` then says what the draw is for.
+        whole: nothing of what was in the storage before is left.
+    """
+
+    function: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    outputs: list[Place]
+    reads: set[int]
+    writes: set[int]
+    versions: list[tuple[torch.Tensor, int]]
+    random: bool = False
+    whole: bool = False
+    key: str = ""
+
+
+def storage_of(tensor: torch.Tensor) -> int:
+    """Equal for tensors that share memory, or would if they had any."""
+    return tensor.untyped_storage()._cdata
+
+
+def place_of(tensor: torch.Tensor) -> Place:
+    """Where a tensor on meta lies."""
+    shape, stride, offset = tuple(tensor.shape), tuple(tensor.stride()), int(tensor.storage_offset())
+    ends = (offset + 1 + sum((n - 1) * s for n, s in zip(shape, stride) if n)) * tensor.element_size()
+    size_bytes = max(int(tensor.untyped_storage().nbytes()), int(ends))
+    return Place(storage_of(tensor), tensor.dtype, shape, stride, offset, size_bytes)
+
+
+def tensors_in(tree: Any) -> Iterator[torch.Tensor]:
+    """The tensors in a tree of containers."""
+    return (leaf for leaf in tree_flatten(tree)[0] if isinstance(leaf, torch.Tensor))
+
+
+def _placed(tree: Any) -> Any:
+    return tree_map_only(torch.Tensor, lambda t: place_of(t) if t.device == META else t, tree)
+
+
+class OnMeta(TorchFunctionMode):
+    """Like `torch.device("meta")`, but values that are given as data keep their data."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        #: The first error about a tensor on meta, also of those that the job, or torch, catches and goes on from.
+        self.error: Exception | None = None
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        data = function in (torch.tensor, torch.as_tensor, torch.asarray, torch.scalar_tensor, torch.from_file)
+        if function in _device_constructors() and not data and kwargs.get("device") is None:
+            kwargs["device"] = META
+        if function == _IS_META:  # some of torch's initialisers do nothing for tensors on meta: ours are not
+            return False
+        try:
+            if function is torch.Tensor.data_ptr and args[0].device == META:  # it would be 0, and equal to any other
+                raise CannotDefer("the model asks for the address of a tensor while it is built")
+            return function(*args, **kwargs)
+        except Exception as error:
+            if self.error is None and any(t.device == META for t in tensors_in((args, kwargs))):
+                self.error = error
+            raise
+
+
+class Recorder(TorchDispatchMode):
+    """Writes down every operation that makes or changes a meta tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[Call] = []
+        self._known: dict[int, torch.UntypedStorage] = {}  # kept, so that no other gets the same address
+
+    def knows(self, tensor: torch.Tensor) -> bool:
+        """Whether a tensor lies in a storage that was made under this."""
+        return tensor.device == META and storage_of(tensor) in self._known
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        given = list(tensors_in((args, kwargs)))
+        if kwargs.get("generator") is not None:
+            raise CannotDefer(f"{function} draws from a generator of the job's own")
+        result = function(*args, **kwargs)
+        made = list(tensors_in(result))
+        if not any(t.device == META for t in (*given, *made)):
+            return result
+        written = [t for t in made if t.device == META and storage_of(t) not in self._known]
+        if function._schema.is_mutable:
+            targets = [
+                value for argument, value in zip(function._schema.arguments, args)
+                if argument.alias_info is not None and argument.alias_info.is_write
+            ] + [
+                kwargs[argument.name] for argument in function._schema.arguments
+                if argument.name in kwargs and argument.alias_info is not None and argument.alias_info.is_write
+            ]  # fmt: skip
+            if any(t.device != META for t in tensors_in(targets)):
+                raise CannotDefer(f"{function} writes into a tensor that is not the model's")
+            written += tensors_in(targets)
+        if not written:
+            return result  # a view
+        writes = self._remember(written)
+        if function in _UNSET:
+            return result  # memory that nobody wrote to is zero
+        reads = {storage_of(t) for t in given if t.device == META}
+        versions = [(t, t._version) for t in given if t.device != META]
+        whole = (
+            function in _OVERWRITE and made[0].numel() * made[0].element_size() == made[0].untyped_storage().nbytes()
+        )
+        if whole and function is not torch.ops.aten.copy_.default:
+            reads -= writes
+        random = torch.Tag.nondeterministic_seeded in function.tags
+        placed, named = _placed((args, kwargs))
+        outputs = [place_of(t) for t in made if t.device == META]
+        self.calls.append(Call(function, placed, named, outputs, reads, writes, versions, random, whole))
+        return result
+
+    def _remember(self, tensors: list[torch.Tensor]) -> set[int]:
+        found = {storage_of(t): t.untyped_storage() for t in tensors}
+        self._known.update(found)
+        return set(found)
+
+    def whole_function(self, function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        """An initialiser that looks at the values it draws: recorded as one operation on its first argument."""
+
+        def recorded(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+            if tensor.device != META:
+                return function(tensor, *args, **kwargs)
+            if kwargs.get("generator") is not None:
+                raise CannotDefer(f"{function.__name__} draws from a generator of the job's own")
+            here = self._remember([tensor])
+            placed, named = _placed(((tensor, *args), kwargs))
+            self.calls.append(Call(function, placed, named, [], here, here, [], random=True))
+            return tensor
+
+        return recorded
+
+
+@contextmanager
+def recording_initialisers(recorder: Recorder) -> Iterator[None]:
+    """Inside, torch's initialisers that look at what they drew are recorded as one operation each."""
+    name = "_no_grad_trunc_normal_"  # behind `trunc_normal_`, under whatever name that was imported
+    kept = getattr(nn.init, name, None)
+    if kept is None:  # another torch: then looking at the values is what refuses it
+        yield
+        return
+    setattr(nn.init, name, recorder.whole_function(kept))
+    try:
+        yield
+    finally:
+        setattr(nn.init, name, kept)
+
+
+class Made:
+    """The objects that came into being inside: what a job keeps of them may lie anywhere, in lists, closures, globals.
+
+    Objects from before are set aside for the collector meanwhile, so that looking takes no longer than what was made.
+    """
+
+    def __enter__(self) -> Made:
+        self._ours = not gc.get_freeze_count()
+        if self._ours:
+            gc.freeze()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._ours:
+            gc.unfreeze()
+
+    def find(self, kind: type) -> list[Any]:
+        """Those of a kind; to be asked inside."""
+        return [o for o in gc.get_objects() if issubclass(type(o), kind)]

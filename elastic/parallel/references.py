@@ -1,0 +1,50 @@
+"""Who holds the parameters of a model beside its modules. FSDP2 puts others in their place, which nobody else sees."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from types import FrameType
+from typing import Any
+
+from torch import nn
+
+from elastic.errors import ConfigError
+
+
+def check_references(model: nn.Module, job: object) -> None:
+    """Refuse, by name, what keeps a parameter of a model that is to be cut: it would go on with the whole one.
+
+    Raises:
+        ConfigError: who keeps which.
+    """
+    named = {id(p): name for name, p in model.named_parameters()}
+    parameters = list(model.parameters())
+    known = {id(m._parameters) for m in model.modules()} | {id(parameters)}
+    known |= {id(m._flat_weights) for m in model.modules() if isinstance(m, nn.RNNBase)}
+    for holder in gc.get_referrers(*parameters):
+        if id(holder) in known or isinstance(holder, FrameType):
+            continue
+        name = next(named[id(o)] for o in gc.get_referents(holder) if id(o) in named)
+        raise ConfigError(
+            f"{_called(holder, model, job)} keeps the parameter {name} of the model, which is cut over the workers and "
+            "replaced with --parallel.strategy fsdp and hsdp; take it from the model where it is needed (such as "
+            "model.get_parameter), or use ddp"
+        )
+
+
+def _called(holder: object, model: nn.Module, job: object) -> str:
+    for owner, value in _attributes(model, job):
+        if value is holder or (isinstance(value, (list, tuple)) and any(v is holder for v in value)):
+            return owner
+        if isinstance(value, dict) and any(v is holder for v in value.values()):
+            return owner
+    return f"a {type(holder).__name__} that model() made"
+
+
+def _attributes(model: nn.Module, job: object) -> Iterator[tuple[str, Any]]:
+    for name, module in model.named_modules():
+        yield (f"the model's {name}" if name else "the model"), vars(module)
+        yield from ((f"the model's {f'{name}.{key}' if name else key}", value) for key, value in vars(module).items())
+    yield "the job", getattr(job, "__dict__", None)
+    yield from ((f"the job's {key}", value) for key, value in getattr(job, "__dict__", {}).items())

@@ -1,0 +1,226 @@
+"""What model() makes is what trains: the objects themselves, their hooks and references, modules beside the model, and
+the modes that it left them in."""
+
+from __future__ import annotations
+
+import copy
+import functools
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrizations
+
+from elastic.parallel import modes
+from elastic.parallel.deferred import CannotDefer, DeferredModel, build, build_eagerly
+from elastic.parallel.wrapping import place_whole
+
+CPU = torch.device("cpu")
+
+
+class Mark(nn.Parameter):
+    """A parameter by another name, with something of its own."""
+
+
+def whole(make) -> tuple[DeferredModel, nn.Module]:
+    """Built without memory where that goes, and filled."""
+    try:
+        built = build(make, 0)
+    except CannotDefer:
+        built = build_eagerly(make, 0)
+    return built, place_whole(built, CPU)
+
+
+# ---- parameters and buffers stay the objects that model() made -------------------------------------------------------
+
+
+def test_hooks_references_classes_and_marks_of_parameters_stay_true():
+    kept: dict[str, object] = {}
+
+    def make() -> nn.Module:
+        model = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
+        weight, bias = Mark(torch.ones(2, 3)), model[0].bias
+        weight.group, model[0].weight = "heavy", weight
+        bias.requires_grad_(True).register_post_accumulate_grad_hook(lambda p: kept["after"].append(p is bias))
+        bias.requires_grad_(False)
+        handle = weight.register_hook(lambda gradient: gradient * 10)
+        weight.register_hook(lambda gradient: gradient + 1)
+        model.watched, model.pair = [weight], (model[1].running_mean, {"bias": bias})
+        kept.update(
+            weight=weight, after=[], handle=handle, norm=lambda: weight.detach().norm(), mean=model[1].running_mean
+        )
+        return model
+
+    _, model = whole(make)
+    weight, bias = model[0].weight, model[0].bias
+
+    assert weight is kept["weight"]
+    assert weight is model.watched[0]
+    assert (type(weight), weight.group) == (Mark, "heavy")
+    assert model[1].running_mean is kept["mean"] is model.pair[0]
+    assert model.pair[1]["bias"] is bias
+    assert not bias.requires_grad
+    assert float(kept["norm"]()) == pytest.approx(6**0.5)
+    bias.requires_grad_(True)
+    model[0](torch.ones(1, 3)).sum().backward()
+    assert weight.grad.tolist() == [[11.0] * 3] * 2
+    assert kept["after"] == [True]
+    kept["handle"].remove()
+    weight.grad = None
+    model[0](torch.ones(1, 3)).sum().backward()
+    assert weight.grad.tolist() == [[2.0] * 3] * 2
+
+
+def test_tensors_that_share_memory_still_do():
+    def make() -> nn.Module:
+        model = nn.Linear(3, 3)
+        model.rows, model.initial = model.weight.data[1:], model.weight.detach().clone()
+        model.register_buffer("expanded", torch.ones(1).expand(4))
+        return model
+
+    _, model = whole(make)
+
+    assert torch.equal(model.initial, model.weight)
+    with torch.no_grad():
+        model.weight.add_(1)
+    assert torch.equal(model.rows, model.weight[1:])
+    assert torch.equal(model.initial + 1, model.weight)
+    assert model.expanded.add_(1).tolist() == [2.0] * 4
+
+
+@functools.cache
+def table() -> torch.Tensor:
+    return torch.arange(4.0) * 2
+
+
+def test_what_is_kept_anywhere_gets_its_value():
+    """In lists, tuples, dictionaries, closures, copies, caches of functions; as teachers of the model or of the job."""
+    job: dict[str, object] = {}
+
+    def make() -> nn.Module:
+        model, hidden = nn.Sequential(nn.Linear(3, 3), nn.LSTM(3, 2)), nn.Linear(3, 1)
+        teacher = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3)).eval().requires_grad_(False)
+        job.update(ema=copy.deepcopy(model), teacher=(teacher,), table=table())
+        model.old, model.by_name = [copy.deepcopy(teacher)], {"hidden": hidden}
+        model[0].register_forward_hook(lambda module, args, out: out + hidden(args[0]))
+        return model
+
+    built, model = whole(make)
+
+    assert not built.others or all(not t.is_meta for m in built.others for t in m.state_dict().values())
+    for name, value in job["ema"].state_dict().items():
+        assert torch.equal(value, model.state_dict()[name]), name
+    teacher, x = job["teacher"][0], torch.ones(2, 3)
+    assert not teacher.training
+    assert not any(p.requires_grad for p in teacher.parameters())
+    assert torch.equal(model.old[0](x), teacher(x))
+    assert float(teacher[0].weight.abs().sum()) > 0
+    assert job["table"].tolist() == [0.0, 2.0, 4.0, 6.0]
+    assert table() is job["table"]
+    expected = nn.functional.linear(x, model[0].weight, model[0].bias) + model.by_name["hidden"](x)
+    assert torch.equal(model[0](x), expected)
+
+
+@pytest.mark.parametrize(
+    "wrap", [parametrizations.weight_norm, parametrizations.spectral_norm, parametrizations.orthogonal]
+)
+def test_parametrised_weights_have_the_values_that_torch_would_give(wrap):
+    _, model = whole(lambda: wrap(nn.Linear(6, 5)))
+
+    again = wrap(nn.Linear(6, 5))
+    again.load_state_dict(model.state_dict())
+    x = torch.ones(2, 6)
+    assert torch.equal(model.eval()(x), again.eval()(x))
+    weight = model.weight
+    if wrap is parametrizations.spectral_norm:  # its estimate has been iterated fifteen times
+        assert float(torch.linalg.matrix_norm(weight, 2)) == pytest.approx(1.0, rel=0.05)
+    if wrap is parametrizations.orthogonal:  # torch goes on where it finds no values to begin from
+        torch.testing.assert_close(weight @ weight.T, torch.eye(5))
+
+
+# ---- what needs values is built with values -------------------------------------------------------------------------
+
+
+def swallows() -> nn.Module:
+    model = nn.Linear(2, 2)
+    try:
+        model.scale = 1 / float(model.weight.abs().max())
+    except Exception:
+        model.scale = 1.0
+    return model
+
+
+def as_numpy() -> nn.Module:
+    model = nn.Linear(2, 2)
+    try:
+        model.first = model.weight.detach().numpy()[0]
+    except Exception:
+        model.first = None
+    return model
+
+
+def by_address() -> nn.Module:
+    model = nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)])
+    model.tied = model[0].weight.data_ptr() == model[1].weight.data_ptr()
+    return model
+
+
+def with_a_graph() -> nn.Module:
+    model = nn.Linear(2, 2)
+    model.doubled = model.weight * 2
+    return model
+
+
+def on_accumulation() -> nn.Module:
+    model = nn.Linear(2, 2)
+    model.node = model.weight.expand_as(model.weight).grad_fn.next_functions[0][0]
+    return model
+
+
+def old_weight_norm() -> nn.Module:
+    with pytest.warns(FutureWarning):
+        return torch.nn.utils.weight_norm(nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize("make", [swallows, as_numpy, by_address, with_a_graph, on_accumulation, old_weight_norm])
+def test_what_asks_for_values_or_keeps_a_graph_is_built_in_real_memory(make):
+    with pytest.raises(CannotDefer):
+        build(make, 0)
+
+    model = place_whole(build_eagerly(make, 0), CPU)
+
+    if make is swallows:
+        assert model.scale == 1 / float(model.weight.abs().max())
+    if make is as_numpy:
+        assert model.first.tolist() == model.weight[0].tolist()
+    if make is by_address:
+        assert not model.tied
+
+
+# ---- modes ----------------------------------------------------------------------------------------------------------
+
+
+class Merging(nn.Linear):
+    """An adapter that is merged into the weights in evaluation mode, and taken out of them in training."""
+
+    def train(self, mode: bool = True):
+        if mode != self.training:
+            self.weight.data.add_(-1.0 if mode else 1.0)
+        return super().train(mode)
+
+
+def test_each_module_gets_its_own_mode_back():
+    model = nn.Sequential(nn.Sequential(nn.Dropout(), nn.BatchNorm1d(2)), Merging(2, 2), nn.Dropout())
+    model[0].eval()
+    model[0][0].train()
+    kept, weight = modes.of(model), model[1].weight.detach().clone()
+
+    model.eval()
+    assert torch.equal(model[1].weight, weight + 1)
+    modes.restore(model, kept)
+
+    assert modes.of(model) == kept
+    assert [m.training for m in model.modules()] == [True, False, True, False, True, True]
+    torch.testing.assert_close(model[1].weight.detach(), weight)
+    modes.restore(model, {"2": False, "gone": True})
+    assert [m.training for m in model.modules()] == [True, False, True, False, True, False]
