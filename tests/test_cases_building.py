@@ -11,9 +11,15 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations
 
+import elastic
+from elastic.errors import ConfigError
 from elastic.parallel import modes
 from elastic.parallel.deferred import CannotDefer, DeferredModel, build, build_eagerly
+from elastic.parallel.references import check_references
 from elastic.parallel.wrapping import place_whole
+from elastic.worker.placing import Placing
+from tests.building_jobs import Building, Lazy, Listed, Scripted
+from tests.forked import configure, train
 
 CPU = torch.device("cpu")
 
@@ -224,3 +230,119 @@ def test_each_module_gets_its_own_mode_back():
     torch.testing.assert_close(model[1].weight.detach(), weight)
     modes.restore(model, {"2": False, "gone": True})
     assert [m.training for m in model.modules()] == [True, False, True, False, True, False]
+
+
+# ---- what is refused before training ---------------------------------------------------------------------------------
+
+
+def warm_up(job: elastic.Job, strategy: str) -> None:
+    config = configure("unused", None, parallel__strategy=strategy)
+    Placing(job, config, CPU).warm_up()
+
+
+@pytest.mark.parametrize(
+    ("job", "strategies", "message"),
+    [
+        (Lazy(), ["ddp", "fsdp"], r"0.weight \(LazyLinear\) takes its size from the first batch"),
+        (Building(hook=True), ["fsdp"], r"parameter first.weight has a hook on its gradient"),
+        (Listed(), ["fsdp"], r"job.watched keeps the parameter first.weight of the model"),
+        (Scripted(), ["fsdp"], r"second \(Sequential\) is a ScriptModule, whose parameters cannot be sharded"),
+    ],
+)
+def test_what_cannot_train_right_is_refused_by_name(job, strategies, message):
+    for strategy in ("ddp", "fsdp"):
+        if strategy in strategies:
+            with pytest.raises(ConfigError, match=message):
+                warm_up(job, strategy)
+        else:
+            warm_up(job, strategy)
+
+
+def test_recurrent_tied_and_parametrised_layers_keep_no_parameter_that_fsdp_would_miss():
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rnn, self.first = nn.LSTM(4, 3), nn.Linear(3, 3)
+            self.tied = nn.Linear(3, 3)
+            self.tied.weight = self.first.weight
+            self.attention = nn.MultiheadAttention(4, 2)
+            self.listed = nn.ParameterList([nn.Parameter(torch.ones(2))])
+            self.norm = parametrizations.spectral_norm(nn.Linear(3, 3))
+            self.transformer = nn.TransformerEncoderLayer(4, 2, 8)
+
+    for built in (build(Model, 0), build_eagerly(Model, 0)):
+        check_references(built.model, object())
+
+
+# ---- runs ------------------------------------------------------------------------------------------------------------
+
+RUN = {
+    "run__duration": "6st", "batch__global_size": 8, "batch__microbatches": 4, "optim__schedule": "constant",
+    "optim__warmup": None, "optim__clip_norm": None, "eval__every": "2st",
+}  # fmt: skip
+RIGHT = "seen 0, mean 0.0"
+
+
+def ran(tmp_path, name: str, job: elastic.Job, workers: int, strategy: str = "ddp", **options):
+    found = train(job, configure(tmp_path, name, **RUN, parallel__strategy=strategy, **options), workers)
+    assert found.failure is None
+    return found
+
+
+def resumed(tmp_path, name: str, job: elastic.Job, workers: tuple[int, int], strategies: tuple[str, str], **options):
+    ran(tmp_path, name, job, workers[0], strategies[0], run__stop_after="3st", **options)
+    return ran(tmp_path, name, job, workers[1], strategies[1], **options)
+
+
+@pytest.mark.processes
+@pytest.mark.usefixtures("fork_server")
+def test_hooks_modes_and_teachers_are_the_same_at_every_world_size_and_after_a_pause(tmp_path):
+    hooked = [
+        ran(tmp_path, "one", Building(hook=True), 1),
+        resumed(tmp_path, "two", Building(hook=True), (2, 1), ("ddp", "ddp")),
+    ]
+    fast = ran(tmp_path, "fast", Building(hook=True), 2, run__exactness="fast")
+
+    assert {found.result["sample"] for found in (*hooked, fast)} == {RIGHT + ", row 0 moved 0.0, row 1 True"}
+    assert len({found.sha for found in hooked}) == 1
+    assert fast.column("loss") == pytest.approx(hooked[0].column("loss"), rel=1e-4)
+
+
+@pytest.mark.processes
+@pytest.mark.usefixtures("fork_server")
+def test_methods_parts_and_parameters_train_alike_where_the_model_is_cut(tmp_path):
+    whole = ran(tmp_path, "whole", Building(), 1)
+    cut = ran(tmp_path, "cut", Building(), 2, "fsdp")
+    parts = ran(tmp_path, "parts", Building(parts=True), 1)
+    cut_parts = resumed(tmp_path, "cut-parts", Building(parts=True), (3, 2), ("fsdp", "fsdp"))
+    fast = ran(tmp_path, "fast", Building(parts=True), 2, "fsdp", run__exactness="fast")
+
+    assert {found.result["sample"] for found in (whole, cut, parts, cut_parts, fast)} == {RIGHT}
+    assert len({found.sha for found in (whole, cut, parts, cut_parts)}) == 1
+    assert fast.column("loss") == pytest.approx(whole.column("loss"), rel=1e-4)
+    assert cut.result["metrics"] == whole.result["metrics"] == cut_parts.result["metrics"]
+
+
+@pytest.mark.processes
+@pytest.mark.usefixtures("fork_server")
+def test_a_pass_that_meets_no_memory_builds_the_model_with_memory_and_goes_on(tmp_path):
+    runs = [ran(tmp_path, f"{s}-{w}", Building(place=True), w, s) for s, w in (("ddp", 1), ("ddp", 2), ("fsdp", 2))]
+
+    assert len({found.sha for found in runs}) == 1
+    for found in runs:
+        told = found.events("built_whole")
+        assert 1 <= len(told) <= 2
+        assert "meta" in told[0]["detail"]
+        assert found.result["sample"] == RIGHT
+
+
+@pytest.mark.processes
+@pytest.mark.usefixtures("fork_server")
+def test_scripted_functions_and_modules_have_the_same_bits_at_every_world_size(tmp_path):
+    runs = [
+        ran(tmp_path, "one", Scripted(), 1),
+        ran(tmp_path, "three", Scripted(), 3),
+        resumed(tmp_path, "two", Scripted(), (2, 1), ("ddp", "ddp")),
+    ]
+
+    assert len({found.sha for found in runs}) == 1

@@ -43,8 +43,8 @@ def _called(holder: object, model: nn.Module, job: object) -> str:
 
 
 def _attributes(model: nn.Module, job: object) -> Iterator[tuple[str, Any]]:
-    for name, module in model.named_modules():
-        yield (f"the model's {name}" if name else "the model"), vars(module)
-        yield from ((f"the model's {f'{name}.{key}' if name else key}", value) for key, value in vars(module).items())
-    yield "the job", getattr(job, "__dict__", None)
-    yield from ((f"the job's {key}", value) for key, value in getattr(job, "__dict__", {}).items())
+    owners = [(f"model.{name}" if name else "model", vars(m)) for name, m in model.named_modules()]
+    owners.append(("job", getattr(job, "__dict__", {})))
+    for owner, values in owners:
+        yield from ((f"{owner}.{key}", value) for key, value in values.items())
+    yield from owners
