@@ -92,10 +92,7 @@ class Building(elastic.Job):
         x, y = batch
         with torch.no_grad():
             y = y + self.teacher[0](x)
-        if self.parts:
-            out = model.last(model.encode(x)) + model.first.bias.sum() - model.teachers[0](x)
-        else:
-            out = model(x)
+        out = model.last(model.encode(x)) + model.first.bias.sum() - model.teachers[0](x) if self.parts else model(x)
         return functional.mse_loss(out, y, reduction="sum"), len(x), {}
 
     def sample(self, model):
