@@ -80,7 +80,7 @@ class Building(elastic.Job):
         return model
 
     def optimizer(self, model):
-        return torch.optim.AdamW(model.parameters(), lr=0.05)
+        return torch.optim.Adam(model.parameters(), lr=0.05)
 
     def train_data(self):
         return Points()

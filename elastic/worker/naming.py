@@ -140,7 +140,7 @@ def _plain(model: nn.Module, key: str, path: dict[int, str]) -> str:
     """A key of the state dict without wrappers."""
     module, parts = model, key.split(".")
     for i, part in enumerate(parts):
-        child = module._modules.get(part)
+        child = module._modules[part] if part in module._modules else None  # noqa: SIM401 - a ScriptModule's has no get
         if child is None:
             return ".".join([p for p in (path[id(module)],) if p] + parts[i:])
         module = child
