@@ -261,8 +261,9 @@ class Session:
                 except WorldBroken as error:
                     why, broke = (str(error), "") if isinstance(error, Reform) else ("", str(error))
                 except UserCodeError as error:
-    ConfigError,
-    CopiesDiffer,
+                    failure = None if self._build_whole(error) else error.failure
+                except (NonFiniteError, UpdatesDiffer) as error:  # of all members, in the same step
+                    self._prepared = None
                     self._stepper.reshard()
                     self._stepper.undo()
                     self._save_newest(group, compare=isinstance(error, NonFiniteError))
