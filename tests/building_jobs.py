@@ -69,6 +69,7 @@ class Building(elastic.Job):
 
     parts: bool = field(default=False, metadata={"help": "use methods, parts and parameters, not the model"})
     hook: bool = field(default=False, metadata={"help": "a hook keeps a row of the first weight"})
+    bank: bool = field(default=False, metadata={"help": "a buffer gets longer with each step"})
     place: bool = field(default=False, metadata={"help": "forward passes use the device that model() saw"})
 
     def model(self):
@@ -77,6 +78,8 @@ class Building(elastic.Job):
         self.teacher = (nn.Sequential(nn.Linear(4, 3), nn.Dropout(), nn.Linear(3, 2)).eval(),)
         if self.hook:
             model.first.weight.register_hook(keep_row_0)
+        if self.bank:
+            model.register_buffer("bank", torch.zeros(1))
         return model
 
     def optimizer(self, model):
@@ -95,11 +98,17 @@ class Building(elastic.Job):
         out = model.last(model.encode(x)) + model.first.bias.sum() - model.teachers[0](x) if self.parts else model(x)
         return functional.mse_loss(out, y, reduction="sum"), len(x), {}
 
+    def after_step(self, model, step):
+        if self.bank:
+            model.bank = torch.cat([model.bank, model.last.bias.detach()])
+
     def sample(self, model):
         told = [f"seen {int(model.norm.num_batches_tracked)}", f"mean {float(model.norm.running_mean.abs().sum())}"]
         if self.hook:
             moved = (model.first.weight - 1).abs().sum(1)
             told += [f"row 0 moved {float(moved[0])}", f"row 1 {bool(moved[1] > 0)}"]
+        if self.bank:
+            told.append(f"bank of {len(model.bank)}")
         return ", ".join(told)
 
 

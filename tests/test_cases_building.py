@@ -297,15 +297,14 @@ def resumed(tmp_path, name: str, job: elastic.Job, workers: tuple[int, int], str
 @pytest.mark.processes
 @pytest.mark.usefixtures("fork_server")
 def test_hooks_modes_and_teachers_are_the_same_at_every_world_size_and_after_a_pause(tmp_path):
-    hooked = [
-        ran(tmp_path, "one", Building(hook=True), 1),
-        resumed(tmp_path, "two", Building(hook=True), (2, 1), ("ddp", "ddp")),
-    ]
-    fast = ran(tmp_path, "fast", Building(hook=True), 2, run__exactness="fast")
+    job = Building(hook=True, bank=True)
+    one, two = ran(tmp_path, "one", job, 1), resumed(tmp_path, "two", job, (2, 1), ("ddp", "ddp"))
+    fast = resumed(tmp_path, "fast", job, (1, 2), ("ddp", "ddp"), run__exactness="fast")
 
-    assert {found.result["sample"] for found in (*hooked, fast)} == {RIGHT + ", row 0 moved 0.0, row 1 True"}
-    assert len({found.sha for found in hooked}) == 1
-    assert fast.column("loss") == pytest.approx(hooked[0].column("loss"), rel=1e-4)
+    right = f"{RIGHT}, row 0 moved 0.0, row 1 True, bank of 13"
+    assert {found.result["sample"] for found in (one, two, fast)} == {right}
+    assert one.sha == two.sha
+    assert fast.column("loss") == pytest.approx(one.column("loss"), rel=1e-4)
 
 
 @pytest.mark.processes

@@ -225,14 +225,16 @@ def _check_moves(buffers: StepBuffers, touched: list[str], after: list[dict[str,
     """The floating ones of these buffers.
 
     Raises:
-        RuntimeError: a buffer changed its shape, or an integer buffer took several values.
+        ConfigError: a buffer changed its shape.
+        RuntimeError: an integer buffer took several values.
     """
     for changed in after:
         for n, value in changed.items():
             if value.shape != buffers.before(n).shape:
-                raise RuntimeError(
+                raise ConfigError(
                     f"a forward pass gave buffer {n} the shape {tuple(value.shape)}, which was "
-                    f"{tuple(buffers.before(n).shape)}"
+                    f"{tuple(buffers.before(n).shape)}, so it would depend on who runs which microbatch; let it grow "
+                    "in after_step(), or register it with persistent=False if it is a cache"
                 )
         for n in touched:
             before = buffers.before(n)
