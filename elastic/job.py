@@ -55,9 +55,9 @@ class Job:
 
         Its tensors have no values yet (they are on the meta device): what initialises them is recorded and done later,
         each parameter under a seed from the run's and its name. What needs values here is built on the CPU, whole, and
-        under one seed. With fsdp and hsdp this is called again for every world. Parameters and buffers stay the objects
-        that they are here, with their hooks, unless they are cut; what is kept beside the model, such as a teacher, gets
-        its values too. Modules left in evaluation mode here stay in it while training.
+        under one seed. With fsdp and hsdp this is called again for every world. Unless they are cut, parameters and
+        buffers stay the objects that they are here, with their hooks; what is kept beside the model, such as a teacher,
+        gets its values too. Modules that are left in evaluation mode here stay in it while training.
         """
         raise NotImplementedError(f"{type(self).__name__} needs a model() method that returns a torch.nn.Module")
 
