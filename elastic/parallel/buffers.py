@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from elastic.errors import ConfigError
 from elastic.parallel.canonical import CanonicalSum
 
 _MULTIPLIER = 2_654_435_761  # odd, so that moves at two places do not add up to those at two others (Knuth's hash)
