@@ -138,7 +138,7 @@ class Keeping:
         """Where each buffer of the model is, by the first of its names."""
         found: dict[str, tuple[nn.Module, str]] = {}
         for name, module in self.model.named_modules():
-            found |= {f"{name}.{leaf}" if name else leaf: (module, leaf) for leaf in module._buffers}
+            found |= {f"{name}.{leaf}" if name else leaf: (module, leaf) for leaf in module._buffers.keys()}  # noqa: SIM118 - a ScriptModule's are no dict
         return found
 
     def hold_extra(self) -> None:

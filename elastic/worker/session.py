@@ -169,7 +169,13 @@ class Session:
         )  # fmt: skip
         if self._state is not None:
             began = time.monotonic()
-            self._rehearse(None)
+            try:
+                self._rehearse(None)
+            except UserCodeError as error:
+                if not self._placing.build_whole(error.__cause__):
+                    raise
+                self._state = self._with_memory(self._state)
+                self._rehearse(None)
             parts["rehearsal_s"] = round(time.monotonic() - began, 3)
         if self._rehearsal.weights_count is False:
             parts["passes"] = "of one microbatch each: the weights of loss() count passes, not samples"
@@ -433,12 +439,16 @@ class Session:
         self._link.post({"kind": "event", "event": "built_whole", "step": step, "detail": detail}, self._left)
         if not self._config.parallel.sharded:
             self._stepper.undo()
-            old = self._the_state
-            old.hold_extra()
-            tensors, values = old.tensors(), old.values()
-            self._state = self._code.guard(self._placing.whole)
-            self._state.load(tensors, values)
+            self._state = self._with_memory(self._the_state)
         return True
+
+    def _with_memory(self, old: TrainState) -> TrainState:
+        """The same state in a model that is built with memory."""
+        old.hold_extra()
+        tensors, values = old.tensors(), old.values()
+        state: TrainState = self._code.guard(self._placing.whole)
+        state.load(tensors, values)
+        return state
 
     def _let_go(self, lost: str | None) -> None:
         """The part that this worker holds is of no use any more, for this reason."""
