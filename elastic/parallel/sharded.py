@@ -29,7 +29,7 @@ from elastic.parallel.mesh import Mesh
 from elastic.parallel.records import Metrics, Records, StepRecord
 from elastic.parallel.replicated import LossFunction, Pass
 from elastic.parallel.tree import TreeSum
-from elastic.parallel.wrapping import fsdp_modules, local
+from elastic.parallel.wrapping import fsdp_modules, let_go, local
 
 
 class _Sharded:
@@ -129,7 +129,7 @@ class _Sharded:
 
     def close(self) -> None:
         """Put this worker's rows back in place of what a pass that broke off has left gathered."""
-        self.model.state_dict()  # before which FSDP2 does so, in whatever state it is; `reshard` does not always
+        let_go(self.model)
 
 
 class FastSharded(_Sharded):

@@ -252,7 +252,8 @@ def call_gathered(model: nn.Module, work: Callable[[], T]) -> T:
     try:
         register_fsdp_forward_method(model, name)
         return getattr(model, name)()
-    except RuntimeError as error:
+    except Exception as error:
+        let_go(model)
         if "got mixed torch.Tensor and DTensor" not in str(error):
             raise
         raise ConfigError(
@@ -262,6 +263,11 @@ def call_gathered(model: nn.Module, work: Callable[[], T]) -> T:
         ) from error
     finally:
         model.__dict__.pop(name, None)
+
+
+def let_go(model: nn.Module) -> None:
+    """Put this worker's rows back in place of what a pass that broke off has left gathered."""
+    model.state_dict()  # before which FSDP2 does so, in whatever state it is; its own `reshard` does not always
 
 
 def _no_view(tensor: torch.Tensor) -> torch.Tensor:
