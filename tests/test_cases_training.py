@@ -41,7 +41,7 @@ def plain_losses(job: Plain) -> list[float]:
     from elastic.parallel.wrapping import place_whole
 
     torch.manual_seed(0)
-    model, data = place_whole(build(job.model, 0), torch.device("cpu"), job), job.train_data()
+    model, data = place_whole(build(job.model, 0), torch.device("cpu")), job.train_data()
     optimizer, losses = job.optimizer(model), []
     for step in range(STEPS):
         ids = sample_ids(0, len(data), np.arange(step * B, (step + 1) * B)).tolist()
