@@ -243,6 +243,32 @@ def test_numbers_that_change_are_told_once_as_they_may_not_matter():
     assert said.startswith("job.other, job.updates changed in each step and are part of no saved state")
 
 
+class Counting(Base):
+    """Its model counts passes, in state of its own."""
+
+    def model(self):
+        class Counted(torch.nn.Linear):
+            seen = 0
+
+            def forward(self, x):
+                self.seen += self.training
+                return super().forward(x)
+
+            def get_extra_state(self):
+                return {"seen": self.seen}
+
+            def set_extra_state(self, state):
+                self.seen = state["seen"]
+
+        model = super().model()
+        model[0] = Counted(model[0].in_features, model[0].out_features)
+        return model
+
+
+def test_numbers_that_a_module_s_own_state_has_are_known():
+    assert trained(Counting()) == []
+
+
 class Sparse(Base):
     def model(self):
         model = super().model()

@@ -7,7 +7,7 @@ passes change is carried on if they read what the passes before left there, else
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 from elastic.errors import ConfigError
 from elastic.parallel.wrapping import local
 from elastic.worker.belongings import Leaf, digest, leaves
+from elastic.worker.naming import with_state_of_their_own
 from elastic.worker.state import TrainState
 
 UPDATES = 2  # that are looked at
@@ -141,6 +142,8 @@ class Watch:
     def _tell_numbers(self, first: Look, second: Look, third: Look) -> None:
         assert self._state is not None
         saved = _numbers(self._state.job.extra_state())
+        for module in with_state_of_their_own(self._state.model).values():
+            saved |= _numbers(module.get_extra_state())
         names = [
             n for n in third
             if third[n].is_number and n in second and third[n].digest != second[n].digest
@@ -210,7 +213,8 @@ def _is_known(leaf: Leaf, known: set[int]) -> bool:
 
 
 def _numbers(extra: Any) -> dict[str, Any]:
-    return {k: v for k, v in extra.items() if type(v) in (int, float)}
+    items = extra.items() if isinstance(extra, Mapping) else {"": extra}.items()
+    return {k: v for k, v in items if type(v) in (int, float)}
 
 
 def _told(names: list[str], now: Look, step: int) -> str:
