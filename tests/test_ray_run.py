@@ -78,7 +78,7 @@ def test_an_error_in_the_job_ends_the_run_with_its_traceback(cluster: LocalClust
         "class Bad(Digits):\n"
         "    def train_data(self):\n        data = super().train_data()\n"
         "        return Data([data[i] for i in range(len(data))])\n\n"
-        "    def loss(self, model, batch):\n        raise ZeroDivisionError('on purpose')\n\n\n"
+        "    def after_step(self, model, step):\n        raise ZeroDivisionError('on purpose')\n\n\n"
         "if __name__ == '__main__':\n    elastic.main(Bad)\n"
     )
     run = Command(str(job), "--cluster.address", cluster.address, "--run.storage", str(tmp_path), "--run.name", "bad",
@@ -86,7 +86,7 @@ def test_an_error_in_the_job_ends_the_run_with_its_traceback(cluster: LocalClust
                   environment={"PYTHONPATH": str(Path(__file__).parent.parent)})  # fmt: skip
     assert run.wait() == 1, run.output
     assert "ZeroDivisionError: on purpose" in run.output
-    assert "failed at step 1, microbatch 0, samples " in run.output
+    assert "failed at the update of step 1: ZeroDivisionError: on purpose" in run.output
     assert result(tmp_path / "bad")["status"] == "failed"
 
 
