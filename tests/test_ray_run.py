@@ -73,11 +73,10 @@ def test_an_error_in_the_job_ends_the_run_with_its_traceback(cluster: LocalClust
     """The job and its data are of a script, which neither workers nor their loader processes can import."""
     job = tmp_path / "bad_job.py"
     job.write_text(
-        "from jobs.digits import Digits\nimport elastic\n\n\n"
-        "class Data(list):\n    pass\n\n\n"
+        "from jobs.digits import Digits, Images\nimport elastic\n\n\n"
+        "class Data(Images):\n    pass\n\n\n"
         "class Bad(Digits):\n"
-        "    def train_data(self):\n        data = super().train_data()\n"
-        "        return Data([data[i] for i in range(len(data))])\n\n"
+        "    def train_data(self):\n        return Data(held_out=False)\n\n"
         "    def after_step(self, model, step):\n        raise ZeroDivisionError('on purpose')\n\n\n"
         "if __name__ == '__main__':\n    elastic.main(Bad)\n"
     )
