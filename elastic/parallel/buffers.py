@@ -33,11 +33,11 @@ class StepBuffers:
         self._exact = exact
         saved = model.state_dict(keep_vars=True).keys()
         self._first = dict(model.named_buffers())
-        self._owners = {
+        self._places = {
             name: (model.get_submodule(path), key)
             for path, _, key, name in ((*name.rpartition("."), name) for name in self._first)
-            if name in saved
         }
+        self._owners = {name: place for name, place in self._places.items() if name in saved}
         self._norms = _running_statistics(model)
         #: Buffers that passes change, though they are registered with persistent=False.
         self.unsaved: set[str] = set()
@@ -140,6 +140,19 @@ class StepBuffers:
                 if name in self._owners:
                     setattr(*self._owners[name], buffer)
                 buffer.copy_(value)
+
+    @contextmanager
+    def begun(self, names: Iterable[str]) -> Iterator[None]:
+        """While a backward pass computes its forward pass again: these buffers are what that one began with. They are
+        other tensors, since autograd may have kept those that it left."""
+        left = {name: getattr(*self._places[name]) for name in names}
+        for name in left:
+            setattr(*self._places[name], self.before(name).clone())
+        try:
+            yield
+        finally:
+            for name, buffer in left.items():
+                setattr(*self._places[name], buffer)
 
     @contextmanager
     def unmoved(self) -> Iterator[None]:

@@ -62,6 +62,10 @@ class _Replica:
     _loss: LossFunction
     _buffers: StepBuffers
     scale = 1.0  # factor on the loss of backward passes; the divisor that `run` returns contains it
+    recomputes = False  # backward passes compute forward passes again
+
+    def _recomputing(self, changed: Iterable[str]) -> AbstractContextManager[None]:
+        return self._buffers.begun(changed) if self.recomputes else contextlib.nullcontext()
 
     def gradients(self) -> list[torch.Tensor]:
         """The gradients of all parameters that have one."""
@@ -165,7 +169,8 @@ class FastReplica(_Replica):
                 if one.last:
                     records.tell(buffers.fingerprint(after))
                     pending = records.gather(None)
-                (loss * self.scale if self.scale != 1 else loss).backward()
+                with self._recomputing(changed):
+                    (loss * self.scale if self.scale != 1 else loss).backward()
             buffers.undo(changed)  # every pass starts from the buffers of the step's beginning
         assert pending is not None, "a rank without a microbatch"
         self._check_reduced()
@@ -250,7 +255,8 @@ class BitwiseReplica(_Replica):
             if one.last:
                 records.tell(buffers.fingerprint(after))
                 pending = records.gather(None)
-            (loss * self.scale if self.scale != 1 else loss).backward()
+            with self._recomputing(changed):
+                (loss * self.scale if self.scale != 1 else loss).backward()
             buffers.undo(changed)  # every microbatch starts from the buffers of the step's beginning
             indices.append(one.first)
             gradients.push(one.first, self._take_gradients())

@@ -53,6 +53,7 @@ class _Sharded:
         self._alike, self._steps, self._metrics = Alike(model, mesh, device), 0, Metrics()
         self.wait_s = 0.0
         self.scale = 1.0
+        self.recomputes = False  # backward passes compute forward passes again
 
     def _begin(self) -> Records:
         for p in self._parameters:
@@ -93,6 +94,9 @@ class _Sharded:
         touched = self._buffers.masked(record.changed_buffers)
         self._buffers.end(touched)
         return record, touched
+
+    def _recomputing(self, changed: Iterable[str]) -> AbstractContextManager[None]:
+        return self._buffers.begun(changed) if self.recomputes else nullcontext()
 
     def gradients(self) -> list[torch.Tensor]:
         """What of the gradients is on this worker; of parameters that no pass of the step used there is none."""
@@ -149,7 +153,7 @@ class FastSharded(_Sharded):
                 after.append(changed)
                 counts.append(len(one.digests))
                 records.add(loss, weight, metrics, one.digests, buffers.mask(changed))
-            with self._used.only_if(not one.padding):
+            with self._used.only_if(not one.padding), self._recomputing(changed):
                 (loss * 0 if one.padding else loss * self.scale).backward()
             buffers.undo(changed)  # every pass starts from the buffers of the step's beginning
         record, touched = self._gather(records, self._square(), buffers.fingerprint(after))
@@ -205,7 +209,7 @@ class BitwiseSharded(_Sharded):
                 records.add(loss, weight, metrics, one.digests, buffers.mask(changed))
                 after.append(changed)
                 indices.append(one.first)
-            with self._used.only_if(not one.padding):
+            with self._used.only_if(not one.padding), self._recomputing(changed):
                 (loss * self.scale if self.scale != 1 else loss).backward()
             buffers.undo(changed)  # every microbatch starts from the buffers of the step's beginning
             if not one.last:

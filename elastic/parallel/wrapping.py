@@ -109,6 +109,11 @@ def check_shardable(model: nn.Module) -> None:
                 f"parameter {name} is not contiguous in memory (strides {p.stride()}), so it cannot be sharded; give "
                 "its module .contiguous() values, or use --parallel.strategy ddp"
             )
+        if type(p) is not nn.Parameter:
+            raise ConfigError(
+                f"parameter {name} is a {type(p).__name__}, a class that it loses where it is cut over the workers; "
+                "mark it with an attribute, or use --parallel.strategy ddp"
+            )
         if p.requires_grad:  # gradients are reduced together; what is frozen has none
             dtypes.setdefault(p.dtype, name)
     if len(dtypes) > 1:

@@ -21,7 +21,7 @@ from elastic import fault
 from elastic.data.deal import deal
 from elastic.data.loader import Loader
 from elastic.data.seeds import derive, seed_all
-from elastic.errors import Reform
+from elastic.errors import ConfigError, Reform
 from elastic.membership.client import WorkerLink
 from elastic.parallel.device import describe
 from elastic.parallel.layout import Layout, lockstep
@@ -154,6 +154,7 @@ class Stepper:
                 model, loss, rank=group.rank, bucket_mb=parallel.bucket_mb, find_unused=self._find_unused,
                 compression=self._config.precision.grad_compression, **common,
             )  # fmt: skip
+        replica.recomputes = parallel.activation_checkpointing
         return replica
 
     def leave(self) -> None:
@@ -289,11 +290,24 @@ class Stepper:
         if not update.skip:
             seed_all(derive("update", self._config.run.seed, update.step))
             self._code.doing(f"the update of step {update.step + 1}", update.step)
-            self._code.guard(self._state.optimizer.step)
+            self._code.guard(self._optimize)
             self._code.guard(lambda: self._run.job.after_step(self._state.model, update.step + 1))
         self._unfinished = None
         self._steps_done += 1
         self.clock.compute_s += time.perf_counter() - began
+
+    def _optimize(self) -> None:
+        optimizer = self._state.optimizer
+        try:
+            optimizer.step()
+        except (NotImplementedError, RuntimeError) as error:
+            if not (self._config.parallel.sharded and _lacks_sharding(error)):
+                raise
+            raise ConfigError(
+                f"the optimizer {type(optimizer).__name__} cannot update parameters that are cut over the workers "
+                f"({str(error).splitlines()[0]}); leave out fused=True, use one that works element by element, or use "
+                "--parallel.strategy ddp"
+            ) from error
 
     def progress(self, step: int, stage: int, phase: str = "step") -> None:
         """Tell the watcher where this worker is. The first step of a process builds and compiles things."""
@@ -372,3 +386,8 @@ def _changes(names: list[str], before: tuple[bool, ...], now: tuple[bool, ...]) 
     return ", ".join(
         f"{sign} {some[0]}" + (f" and {len(some) - 1} more" if some[1:] else "") for sign, some in found if some
     )
+
+
+def _lacks_sharding(error: Exception) -> bool:
+    """Whether torch says that it cannot do something with DTensors."""
+    return any(words in str(error) for words in ("sharding strategy", "Sharding propagation failed"))
