@@ -53,6 +53,7 @@ _OF_WORKERS = [
     "elastic.run.__main__",
     "elastic.snapshot.__main__",
     "elastic.worker.session",
+    "tests.random_jobs.job",
     "tests.slow_job",
     "tests.forked",
     "tests.tiny_jobs",
