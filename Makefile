@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: train demo test test-fast test-long lint wheel clean
+.PHONY: train demo test test-fast test-slow test-long lint wheel clean
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -21,6 +21,10 @@ test: .venv/ready
 
 test-fast: .venv/ready
 	$(BIN)/python -m pytest tests -n 2 -m "not processes and not ray and not long"
+
+# What of that does not draw seeds of its own, and so is the same in every run.
+test-slow: .venv/ready
+	$(BIN)/python -m pytest tests -n 2 -m "long and not random"
 
 test-long: .venv/ready
 	$(BIN)/python -m pytest tests -n 2 -m "long or random" --hypothesis-profile=fresh

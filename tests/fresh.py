@@ -18,7 +18,7 @@ def choose() -> None:
 
 
 def seeds(fixed: range, fresh: int, variable: str) -> list[Any]:
-    """Parameters of a random test: the fixed seeds, and so many fresh ones, which are marked `long`.
+    """Parameters of a random test: the fixed seeds, and so many fresh ones, which are marked `long` and `random`.
 
     Args:
         variable: an environment variable that names other seeds instead, such as "0:500".
@@ -27,4 +27,4 @@ def seeds(fixed: range, fresh: int, variable: str) -> list[Any]:
         start, end = map(int, os.environ[variable].split(":"))
         return list(range(start, end))
     first = int(os.environ[VARIABLE])
-    return [*fixed, *(pytest.param(seed, marks=pytest.mark.long) for seed in range(first, first + fresh))]
+    return [*fixed, *(pytest.param(seed, marks=[pytest.mark.long, pytest.mark.random]) for seed in range(first, first + fresh))]

@@ -203,7 +203,7 @@ def check_make(words: list[str]) -> None:
 def test_ci_runs_the_linter_and_then_the_test_commands_that_are_shown():
     run = [line for line in (ROOT / ".ci" / "run").read_text().splitlines() if line.startswith("make ")]
 
-    assert run == ["make lint", "make test", "make test-long"]
+    assert run == ["make lint", "make test", "make test-slow"]
     assert set(run) < set(commands())
 
 
