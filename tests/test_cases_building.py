@@ -16,6 +16,7 @@ import elastic
 from elastic.errors import ConfigError
 from elastic.parallel import modes
 from elastic.parallel.deferred import CannotDefer, DeferredModel, build, build_eagerly
+from elastic.parallel.device import prepare_process
 from elastic.parallel.references import check_references
 from elastic.parallel.wrapping import place_whole
 from elastic.worker.placing import Placing
@@ -312,15 +313,13 @@ def test_hooks_modes_and_teachers_are_the_same_at_every_world_size_and_after_a_p
 @pytest.mark.usefixtures("fork_server")
 def test_methods_parts_and_parameters_train_alike_where_the_model_is_cut(tmp_path):
     whole = ran(tmp_path, "whole", Building(), 1)
-    cut = ran(tmp_path, "cut", Building(), 2, "fsdp")
-    parts = ran(tmp_path, "parts", Building(parts=True), 1)
-    cut_parts = resumed(tmp_path, "cut-parts", Building(parts=True), (3, 2), ("fsdp", "fsdp"))
+    parts = resumed(tmp_path, "parts", Building(parts=True), (3, 2), ("fsdp", "fsdp"))
     fast = ran(tmp_path, "fast", Building(parts=True), 2, "fsdp", run__exactness="fast")
 
-    assert {found.result["sample"] for found in (whole, cut, parts, cut_parts, fast)} == {RIGHT}
-    assert len({found.sha for found in (whole, cut, parts, cut_parts)}) == 1
+    assert {found.result["sample"] for found in (whole, parts, fast)} == {RIGHT}
+    assert parts.sha == whole.sha
+    assert parts.result["metrics"] == whole.result["metrics"]
     assert fast.column("loss") == pytest.approx(whole.column("loss"), rel=1e-4)
-    assert cut.result["metrics"] == whole.result["metrics"] == cut_parts.result["metrics"]
 
 
 @pytest.mark.processes
@@ -338,10 +337,37 @@ def test_a_pass_that_meets_no_memory_builds_the_model_with_memory_and_goes_on(tm
 @pytest.mark.processes
 @pytest.mark.usefixtures("fork_server")
 def test_scripted_functions_and_modules_have_the_same_bits_at_every_world_size(tmp_path):
-    runs = [
-        ran(tmp_path, "one", Scripted(), 1),
-        ran(tmp_path, "three", Scripted(), 3),
-        resumed(tmp_path, "two", Scripted(), (2, 1), ("ddp", "ddp")),
-    ]
+    one, two = ran(tmp_path, "one", Scripted(), 1), resumed(tmp_path, "two", Scripted(), (2, 1), ("ddp", "ddp"))
 
-    assert len({found.sha for found in runs}) == 1
+    assert one.sha == two.sha
+
+
+def test_what_torch_jit_makes_of_a_function_does_not_depend_on_how_often_it_ran(monkeypatch):
+    """Its profiling executor takes other kernels from the second run on: in the worker that had more microbatches."""
+
+    def gradients(function) -> list[torch.Tensor]:
+        found = []
+        for _ in range(3):
+            x = torch.randn(32, 16, generator=torch.Generator().manual_seed(0)).requires_grad_()
+            function(x, torch.linspace(0.1, 1.0, 16)).square().sum().backward()
+            found.append(x.grad)
+        return found
+
+    def scripted_alike(x: torch.Tensor, gain: torch.Tensor) -> torch.Tensor:
+        return (torch.softmax(x * gain, -1) * x).sum(-1) + torch.log_softmax(x, -1).mean(-1)
+
+    def scripted_otherwise(x: torch.Tensor, gain: torch.Tensor) -> torch.Tensor:
+        return (torch.softmax(x * gain, -1) * x).sum(-1) + torch.log_softmax(x, -1).mean(-1)
+
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
+    first, second, _ = gradients(torch.jit.script(scripted_otherwise))
+    assert not torch.equal(first, second)
+    try:
+        prepare_process(bitwise=True, threads=torch.get_num_threads())
+        first, second, third = gradients(torch.jit.script(scripted_alike))
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch._C._jit_set_profiling_executor(True)
+        torch._C._set_graph_executor_optimize(True)
+    assert torch.equal(first, second)
+    assert torch.equal(first, third)
