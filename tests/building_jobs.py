@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, field
 
 import torch
@@ -154,3 +155,29 @@ class Lazy(Building):
 
     def model(self):
         return nn.Sequential(nn.LazyLinear(3), nn.Linear(3, 2))
+
+
+class Container(Building):
+    """Returns a container of modules, which has no forward pass."""
+
+    def model(self):
+        return nn.ModuleDict({"first": nn.Linear(4, 2)})
+
+
+class Copying(Building):
+    """Copies the model that is to be trained."""
+
+    def optimizer(self, model):
+        self.ema = copy.deepcopy(model)
+        return super().optimizer(model)
+
+    def extra_state(self):
+        return {"ema": list(self.ema.parameters())}
+
+
+class Mixing(Building):
+    """Regularises parameters of blocks beside forward()."""
+
+    def loss(self, model, batch):
+        found, count, metrics = super().loss(model, batch)
+        return found + sum(p.square().sum() for p in model.blocks.parameters()), count, metrics

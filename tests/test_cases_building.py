@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import functools
 import json
+import re
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from elastic.parallel.device import prepare_process
 from elastic.parallel.references import check_references
 from elastic.parallel.wrapping import place_whole
 from elastic.worker.placing import Placing
-from tests.building_jobs import Building, Lazy, Listed, Scripted
+from tests.building_jobs import Building, Container, Copying, Lazy, Listed, Mixing, Scripted
 from tests.forked import configure, train
 
 CPU = torch.device("cpu")
@@ -248,6 +249,7 @@ def warm_up(job: elastic.Job, strategy: str) -> None:
         (Lazy(), ["ddp", "fsdp"], r"0.weight \(LazyLinear\) takes its size from the first batch"),
         (Building(hook=True), ["fsdp"], r"parameter first.weight has a hook on its gradient"),
         (Listed(), ["fsdp"], r"job.watched keeps the parameter first.weight of the model"),
+        (Container(), ["fsdp"], r"model\(\) returns a ModuleDict, which has no forward\(\)"),
         (Scripted(), ["fsdp"], r"second \(Sequential\) is a ScriptModule, whose parameters cannot be sharded"),
     ],
 )
@@ -320,6 +322,23 @@ def test_methods_parts_and_parameters_train_alike_where_the_model_is_cut(tmp_pat
     assert parts.sha == whole.sha
     assert parts.result["metrics"] == whole.result["metrics"]
     assert fast.column("loss") == pytest.approx(whole.column("loss"), rel=1e-4)
+
+
+@pytest.mark.processes
+@pytest.mark.usefixtures("fork_server")
+@pytest.mark.parametrize(
+    ("job", "sentence"),
+    [
+        (Copying(), r"the model is copied with deepcopy, which with .* does not go; keep copies of its parameters"),
+        (Mixing(), r"whole tensors are mixed with parameters of the model, of which each worker has rows only"),
+    ],
+)
+def test_what_a_cut_model_cannot_do_is_told_in_a_sentence(tmp_path, job, sentence):
+    found = train(job, configure(tmp_path, "run", **RUN, parallel__strategy="fsdp"), 2)
+
+    assert found.failure is not None
+    assert re.search(sentence, found.failure)
+    assert "Traceback" not in found.failure
 
 
 @pytest.mark.processes

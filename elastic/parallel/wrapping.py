@@ -79,7 +79,7 @@ def check_shardable(model: nn.Module) -> None:
 
     Raises:
         ConfigError: a parameter without dimensions, without elements, with gaps in memory, or with hooks, trained
-            parameters of several dtypes, a ScriptModule.
+            parameters of several dtypes, a ScriptModule, a container in place of a model.
     """
     for name, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule):
@@ -87,6 +87,11 @@ def check_shardable(model: nn.Module) -> None:
                 f"{name or 'the model'} ({module.original_name}) is a ScriptModule, whose parameters cannot be "
                 "sharded; leave torch.jit out (--parallel.compile does more), or use --parallel.strategy ddp"
             )
+    if isinstance(model, (nn.ModuleList, nn.ModuleDict)):
+        raise ConfigError(
+            f"model() returns a {type(model).__name__}, which has no forward(), so it cannot be sharded; make it an "
+            "attribute of a module with one, or use --parallel.strategy ddp"
+        )
     dtypes: dict[torch.dtype, str] = {}
     for name, p in model.named_parameters():
         if p._backward_hooks or p._post_accumulate_grad_hooks:
@@ -244,30 +249,44 @@ def call_gathered(model: nn.Module, work: Callable[[], T]) -> T:
     FSDP2 gathers for `forward()` alone; so the job may call other methods of the model, its parts, or use parameters.
 
     Raises:
-        ConfigError: it uses parameters of a block outside of the block.
+        ConfigError: what it returns was made of parameters of a block, outside of the block.
     """
     if not isinstance(model, FSDPModule):
         return work()
     name = "_with_parameters_gathered"
 
     def run() -> Any:  # without arguments: FSDP2 would cast them
-        return tree_map_only(torch.Tensor, _no_view, work())
+        return tree_map_only(torch.Tensor, _returned, work())
 
     setattr(model, name, run)
     try:
         register_fsdp_forward_method(model, name)
         return getattr(model, name)()
-    except Exception as error:
+    except Exception:
         let_go(model)
-        if "got mixed torch.Tensor and DTensor" not in str(error):
-            raise
-        raise ConfigError(
-            "parameters of a block of the model are used outside of the block's forward(), where with "
-            "--parallel.strategy fsdp and hsdp each worker has rows of them only; use them in forward(), name other "
-            "--parallel.blocks, or use ddp"
-        ) from error
+        raise
     finally:
         model.__dict__.pop(name, None)
+
+
+_MIXED = (
+    "whole tensors are mixed with parameters of the model, of which each worker has rows only, outside of the "
+    "forward() that they belong to; with --parallel.strategy fsdp and hsdp use parameters in forward(), and make what is kept "
+    "beside them of them (p.detach().clone() in optimizer()), or use ddp"
+)
+_COPIED = (
+    "the model is copied with deepcopy, which with --parallel.strategy fsdp and hsdp does not go; keep copies of its "
+    "parameters ({name: p.detach().clone() for name, p in model.named_parameters()}), or use ddp"
+)
+
+
+def refused_where_cut(error: BaseException) -> str | None:
+    """What to say of an error that code of the job meets because parameters are cut; None of any other."""
+    if isinstance(error, RuntimeError) and "got mixed torch.Tensor and DTensor" in str(error):
+        return _MIXED
+    if isinstance(error, AssertionError) and "FSDP does not support deepcopy" in str(error):
+        return _COPIED
+    return None
 
 
 def let_go(model: nn.Module) -> None:
@@ -275,8 +294,10 @@ def let_go(model: nn.Module) -> None:
     model.state_dict()  # before which FSDP2 does so, in whatever state it is; its own `reshard` does not always
 
 
-def _no_view(tensor: torch.Tensor) -> torch.Tensor:
-    """FSDP2 puts a hook on what is returned, which an operation in place on a view would drop."""
+def _returned(tensor: torch.Tensor) -> torch.Tensor:
+    """No view: FSDP2 puts a hook on what is returned, which an operation in place on a view would drop."""
+    if isinstance(tensor, DTensor):  # a number and a cut tensor make one, which is no sum of anything
+        raise ConfigError(_MIXED)
     return tensor.clone() if tensor._base is not None and tensor.requires_grad else tensor
 
 

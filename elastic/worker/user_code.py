@@ -14,7 +14,7 @@ from elastic.data.loader import ItemError
 from elastic.errors import ConfigError, RunFailed, WorldBroken, last_line
 from elastic.job import Job
 from elastic.membership.messages import Failure, named
-from elastic.parallel.wrapping import call_gathered
+from elastic.parallel.wrapping import call_gathered, refused_where_cut
 from elastic.worker.batches import to_device
 from elastic.worker.group import Group
 from elastic.worker.returned import LossValue, check_returned
@@ -107,6 +107,8 @@ class UserCode:
         except Exception as error:
             if not alone and self.group is not None and self.group.failed_by(error):
                 raise WorldBroken(f"{self.where} failed: {last_line(error)}") from error
+            if (sentence := refused_where_cut(error)) is not None:
+                raise self.mistake(ConfigError(sentence)) from error
             raise self.error(error) from error
 
     def error(self, error: BaseException) -> UserCodeError:
