@@ -27,4 +27,7 @@ def seeds(fixed: range, fresh: int, variable: str) -> list[Any]:
         start, end = map(int, os.environ[variable].split(":"))
         return list(range(start, end))
     first = int(os.environ[VARIABLE])
-    return [*fixed, *(pytest.param(seed, marks=[pytest.mark.long, pytest.mark.random]) for seed in range(first, first + fresh))]
+    return [
+        *fixed,
+        *(pytest.param(seed, marks=[pytest.mark.long, pytest.mark.random]) for seed in range(first, first + fresh)),
+    ]

@@ -271,8 +271,8 @@ def call_gathered(model: nn.Module, work: Callable[[], T]) -> T:
 
 _MIXED = (
     "whole tensors are mixed with parameters of the model, of which each worker has rows only, outside of the "
-    "forward() that they belong to; with --parallel.strategy fsdp and hsdp use parameters in forward(), and make what is kept "
-    "beside them of them (p.detach().clone() in optimizer()), or use ddp"
+    "forward() that they belong to; with --parallel.strategy fsdp and hsdp use parameters in forward(), and make what "
+    "is kept beside them of them (p.detach().clone() in optimizer()), or use ddp"
 )
 _COPIED = (
     "the model is copied with deepcopy, which with --parallel.strategy fsdp and hsdp does not go; keep copies of its "
