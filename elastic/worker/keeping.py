@@ -142,7 +142,12 @@ class Keeping:
         return found
 
     def hold_extra(self) -> None:
-        """From now on what the job keeps is what it is now: it is about to begin its own for another state."""
+        """From now on what the job keeps is what it is now: it is about to begin its own for another state.
+
+        Where that other state did not come about, the job has the beginnings of it: what is held stays so.
+        """
+        if self._held is not None:
+            return
         self._held = held = Collected()
         self._collect_extra(held)
         self._collect_schedulers(held)
