@@ -156,5 +156,5 @@ def test_a_kill_and_the_join_after_it(tmp_path: Path):
     (killed,), (joined,) = found.process, found.join
     assert (killed["lost"], killed["left_out"]) == (0.0, 0.0)
     assert 0 < killed["stall_s"] < 10
-    assert 0 < joined["stall_s"] < 10
+    assert joined["stall_s"] < 10  # less a usual step, which noise may make longer than the one with the join
     assert found.node == []

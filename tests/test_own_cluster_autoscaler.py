@@ -11,7 +11,7 @@ from jobs.bench.nodes import OBJECT_STORE_BYTES, Command, free_port
 from tests.own_cluster import OwnCluster
 from tests.ray_cluster import Story, check_bits_and_samples, stop, wait_until
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(240), pytest.mark.usefixtures("fork_server")]
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(480), pytest.mark.usefixtures("fork_server")]
 HEAD_ID = "f" * 51 + "00000"
 COMMANDS = ("initialization", "setup", "head_setup", "worker_setup", "head_start_ray", "worker_start_ray")
 FAKE_NODES = "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider"  # its own type lacks a file

@@ -13,7 +13,7 @@ from jobs.bench.nodes import LocalCluster, result
 from tests.forked_command import ForkedCommand
 from tests.ray_cluster import Story, check_bits_and_samples, slow_job
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(400)]
 OPTIONS = ("--run.duration", "100000st", "--scaling.max-workers", "2", "--batch.microbatches", "8")
 
 

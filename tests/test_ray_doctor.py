@@ -9,7 +9,7 @@ import pytest
 
 from jobs.bench.nodes import Command, LocalCluster
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(400)]
 
 
 def test_every_node_of_a_cluster_and_every_pair_is_examined(cluster: LocalCluster, tmp_path: Path) -> None:

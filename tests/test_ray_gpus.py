@@ -13,7 +13,7 @@ import pytest
 from jobs.bench.nodes import REPOSITORY, Command, LocalCluster
 from tests.ray_cluster import wait_until
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(480)]
 
 GPU_PROGRAM = """
 import json, os, sys, time

@@ -12,7 +12,7 @@ from jobs.bench.nodes import LocalCluster
 from tests.ray_cluster import Story, actor_pids, check_bits_and_samples, slow_job, stop, wait_until
 from tests.ray_held import Held
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(480)]
 OPTIONS = ("--run.duration", "100000st", "--checkpoint.every", "20st", "--scaling.max-workers", "2")
 
 

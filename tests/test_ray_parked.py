@@ -15,7 +15,7 @@ from elastic.storage import Storage
 from jobs.bench.nodes import LocalCluster, result
 from tests.ray_cluster import Story, check_bits_and_samples, slow_job, stop
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(480)]
 FOREVER = ("--run.duration", "100000st")
 OPTIONS = (*FOREVER, "--scaling.min-workers", "2", "--scaling.max-workers", "2",
            "--scaling.spares", "1", "--scaling.workers-per-node", "1", "--recovery.max-wait", "4s")  # fmt: skip

@@ -15,7 +15,7 @@ from jobs.digits import CONFIG, Digits
 from tests.forked_command import ForkedCommand
 from tests.ray_cluster import slow_job, undisturbed
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(400)]
 STEPS = 40
 JOB = ("--run.duration", f"{STEPS}st", "--run.exactness", "bitwise", "--batch.microbatches", "8",
        "--scaling.max-workers", "3", "--observe.log-every", "0.05")  # fmt: skip

@@ -13,7 +13,7 @@ from elastic.storage import Storage
 from jobs.bench.nodes import LocalCluster
 from tests.ray_cluster import Story, actor_pids, check_bits_and_samples, slow_job, step_of, stop, wait_until
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(480)]
 DURATION = ("--run.duration", "100000st")  # the twin is one worker with ddp
 EVERY = 5
 

@@ -17,7 +17,7 @@ from tests.forked_command import ForkedCommand
 from tests.notice_servers import iso_in, notice_server
 from tests.ray_cluster import Story, actor_pids, check_bits_and_samples, slow_job, stop
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(480)]
 OPTIONS = ("--run.duration", "100000st", "--scaling.max-workers", "3", "--scaling.workers-per-node", "1",
            "--checkpoint.every", "50st")  # fmt: skip
 

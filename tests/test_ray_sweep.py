@@ -19,7 +19,7 @@ from jobs.bench.nodes import Command, LocalCluster, result
 from tests.forked_command import ForkedCommand
 from tests.ray_cluster import wait_until
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(480)]
 STEPS, TRIAL_COUNT = 36, 4
 DIGITS = (
     "--job", "jobs.digits", "--search", "job.lr=loguniform(3e-4,3e-2)", "--search", "job.width=choice(4,16,32)",

@@ -134,7 +134,7 @@ class Command:
     def output(self) -> str:
         return "\n".join(self.lines)
 
-    def wait_for(self, condition: Callable[[str], bool], timeout_s: float = 90.0) -> str:
+    def wait_for(self, condition: Callable[[str], bool], timeout_s: float = 180.0) -> str:
         """The first line that fulfils the condition."""
         with self._changed:
             self._changed.wait_for(lambda: any(map(condition, self.lines)) or self._ended, timeout_s)
@@ -142,7 +142,7 @@ class Command:
         assert line is not None, f"the line never came in:\n{self.output}"
         return line
 
-    def wait_for_step(self, step: int, timeout_s: float = 90.0) -> str:
+    def wait_for_step(self, step: int, timeout_s: float = 180.0) -> str:
         return self.wait_for(
             lambda line: line.startswith("step ") and int(line.split()[1].split("/")[0]) >= step, timeout_s
         )
@@ -156,7 +156,7 @@ class Command:
     def signal(self, number: signal.Signals) -> None:
         self.process.send_signal(number)
 
-    def wait(self, timeout_s: float = 90.0) -> int:
+    def wait(self, timeout_s: float = 180.0) -> int:
         """The exit code."""
         try:
             code = self.process.wait(timeout_s)
