@@ -201,6 +201,7 @@ class Loader:
         self._spans: list[tuple[int, int]] = []
         self._processes: LoaderProcesses | None = None
         self._awaited: Sequence[int] = ()
+        self._draws: bool | None = None  # not known before it is asked
         if workers:
             parts = {
                 f"train_data(), a {type(fetcher.data).__qualname__},": fetcher.data,
@@ -210,10 +211,12 @@ class Loader:
 
     def draws_together(self) -> bool:
         """Whether what a sample becomes depends on which others are fetched beside it; see `Fetcher`."""
-        try:
-            return self._here().draws_together(self.order.span(0, 0, 1))
-        except Exception:  # a sample that cannot be had: its step says so, with all there is to know
-            return False
+        if self._draws is None:
+            try:
+                self._draws = self._here().draws_together(self.order.span(0, 0, 1))
+            except Exception:  # a sample that cannot be had: its step says so, with all there is to know
+                self._draws = False
+        return self._draws
 
     def first_batches(self, count: int) -> list[tuple[int, Any]]:
         """The first microbatches of the run as one batch, to be tried, and their halves; see `Fetcher.with_halves`.

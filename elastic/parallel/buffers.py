@@ -6,11 +6,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
-import torch.distributed as dist
 from torch import nn
-
-from elastic.errors import ConfigError
-from elastic.parallel.canonical import CanonicalSum
 
 _MULTIPLIER = 2_654_435_761  # odd, so that moves at two places do not add up to those at two others (Knuth's hash)
 
@@ -44,6 +40,7 @@ class StepBuffers:
         self._hidden: set[str] = set()  # buffers that something writes to without moving their counters
         self._looks = True  # the first step is not over
         self._kept: dict[str, tuple[torch.Tensor, int, torch.Tensor]] = {}
+        self._weights: dict[str, torch.Tensor] = {}
 
     @property
     def named(self) -> dict[str, torch.Tensor]:
@@ -115,22 +112,13 @@ class StepBuffers:
         """64-bit words of such a mask."""
         return (len(self._first) + 63) // 64
 
-    def fingerprint(self, after: list[dict[str, torch.Tensor]]) -> torch.Tensor | float:
-        """Of how this worker's passes moved the integer buffers: a float64 scalar on their device, equal on two workers
-        if the moves are. Nothing here waits for the device.
-
-        Args:
-            after: what each pass left in the buffers that it changed; all are alike, or the step is refused.
-        """
-        found: torch.Tensor | float = 0.0
-        for i, (name, value) in enumerate(sorted(after[0].items())):
-            before = self.before(name)
-            if value.is_floating_point() or value.is_complex() or value.shape != before.shape or not value.numel():
-                continue
-            move = value.to(torch.int64) - before.to(torch.int64)
-            weight = torch.arange(1, move.numel() + 1, device=move.device) * _MULTIPLIER + i
-            found = found + (move.reshape(-1) * weight).sum().double()
-        return found
+    def weight(self, name: str) -> torch.Tensor:
+        """A whole number for each element of a buffer, other ones for each buffer: the weights of a fingerprint."""
+        if name not in self._weights:
+            buffer = self.before(name)
+            places = torch.arange(1, buffer.numel() + 1, device=buffer.device)
+            self._weights[name] = places * _MULTIPLIER + list(self._first).index(name)
+        return self._weights[name]
 
     def undo(self, names: Iterable[str] | None = None) -> None:
         """Put buffers (all of them by default) back to what they were when the step began."""
@@ -166,117 +154,6 @@ class StepBuffers:
     def set(self, name: str, value: torch.Tensor) -> None:
         with torch.no_grad():
             self.named[name].copy_(value)
-
-
-def check_alike(fingerprints: list[float]) -> None:
-    """Compare what `StepBuffers.fingerprint` gave on all workers.
-
-    Raises:
-        RuntimeError: an integer buffer has no one value after the step.
-    """
-    if len(set(fingerprints)) > 1:
-        raise RuntimeError(
-            "an integer buffer took different values in two microbatches, on two workers, so it has no one value"
-        )
-
-
-def reduce_moves(
-    buffers: StepBuffers, touched: list[str], after: list[dict[str, torch.Tensor]], indices: list[int],
-    sums: CanonicalSum, count: int,
-) -> None:  # fmt: skip
-    """Floating buffers move by the mean of their moves in each microbatch, summed in the canonical tree; integer
-    buffers must have moved alike.
-
-    Args:
-        touched: buffers that any pass of the step changed, on any rank.
-        after, indices: what each of this rank's microbatches left in the buffers that it changed, and its index.
-        count: microbatches of the step.
-
-    Raises:
-        RuntimeError: a buffer has no one value after the step.
-    """
-    floating = _check_moves(buffers, touched, after)
-    for index, changed in zip(indices, after):
-        sums.push(index, [_move(buffers, changed, n) for n in floating])
-    for n, move in zip(floating, sums.reduce() if floating else []):
-        buffers.set(n, buffers.before(n) + move / count)
-    _set_whole(buffers, touched, after)
-
-
-def average_moves(
-    buffers: StepBuffers, touched: list[str], after: list[dict[str, torch.Tensor]], counts: list[int], count: int,
-    workers: int, group: dist.ProcessGroup | None = None,
-) -> None:  # fmt: skip
-    """The same for passes over several microbatches: a pass counts as often as it has microbatches, so that the result
-    depends on neither the number of passes nor that of workers, but for last digits.
-
-    Args:
-        touched: buffers that any pass of the step changed, on any rank.
-        after, counts: what each of this rank's passes left in the buffers that it changed, and its microbatches.
-        count: microbatches of the step.
-
-    Raises:
-        RuntimeError: a buffer has no one value after the step.
-    """
-    floating = _check_moves(buffers, touched, after)
-    for wide in (torch.float32, torch.float64, torch.complex128):
-        names = [n for n in floating if _wide(buffers.before(n).dtype) is wide]
-        if not names:
-            continue
-        total: torch.Tensor | None = None
-        for changed, passes in zip(after, counts):
-            moves = torch.cat([_move(buffers, changed, n).reshape(-1).to(wide) for n in names]) * (passes / count)
-            total = moves if total is None else total.add_(moves)
-        assert total is not None, "a rank without a pass"
-        if workers > 1:
-            dist.all_reduce(torch.view_as_real(total) if total.is_complex() else total, group=group)
-        for n, move in zip(names, total.split([buffers.before(n).numel() for n in names])):
-            buffers.set(n, buffers.before(n).to(wide) + move.view(buffers.before(n).shape))
-    _set_whole(buffers, touched, after)
-
-
-def _check_moves(buffers: StepBuffers, touched: list[str], after: list[dict[str, torch.Tensor]]) -> list[str]:
-    """The floating ones of these buffers.
-
-    Raises:
-        ConfigError: a buffer changed its shape.
-        RuntimeError: an integer buffer took several values.
-    """
-    for changed in after:
-        for n, value in changed.items():
-            if value.shape != buffers.before(n).shape:
-                raise ConfigError(
-                    f"a forward pass gave buffer {n} the shape {tuple(value.shape)}, which was "
-                    f"{tuple(buffers.before(n).shape)}, so it would depend on who runs which microbatch; let it grow "
-                    "in after_step(), or register it with persistent=False if it is a cache"
-                )
-        for n in touched:
-            before = buffers.before(n)
-            if not _is_floating(before) and not torch.equal(changed.get(n, before), after[0].get(n, before)):
-                raise RuntimeError(f"buffer {n} took different values in two microbatches, so it has no one value")
-    return [n for n in touched if _is_floating(buffers.before(n))]
-
-
-def _move(buffers: StepBuffers, changed: dict[str, torch.Tensor], name: str) -> torch.Tensor:
-    before = buffers.before(name)
-    return changed[name] - before if name in changed else torch.zeros_like(before)
-
-
-def _set_whole(buffers: StepBuffers, touched: list[str], after: list[dict[str, torch.Tensor]]) -> None:
-    for n in touched:
-        if not _is_floating(before := buffers.before(n)):
-            buffers.set(n, after[0].get(n, before))
-
-
-def _is_floating(tensor: torch.Tensor) -> bool:
-    return tensor.is_floating_point() or tensor.is_complex()
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    """In which sums lose no digits of this dtype."""
-    if dtype.is_complex:
-        return torch.complex128
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _running_statistics(model: nn.Module) -> dict[str, nn.Module]:

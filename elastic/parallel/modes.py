@@ -5,6 +5,14 @@ from __future__ import annotations
 from torch import nn
 
 
+def begin(model: nn.Module) -> None:
+    """Ask modules whose classes have a train() of their own, once, for the mode that they are in: as a training loop's
+    `model.train()` does, by which many keep normalisation layers in evaluation mode."""
+    for module in model.modules():  # those above come first
+        if type(module).train is not nn.Module.train:
+            module.train(module.training)
+
+
 def of(model: nn.Module) -> dict[str, bool]:
     """Of each module by name ("" is the model itself): is it in training mode?"""
     return {name: module.training for name, module in model.named_modules()}

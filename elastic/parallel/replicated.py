@@ -19,8 +19,9 @@ import torch
 from torch import nn
 
 from elastic.errors import ConfigError
-from elastic.parallel.buffers import StepBuffers, average_moves, check_alike, reduce_moves
+from elastic.parallel.buffers import StepBuffers
 from elastic.parallel.canonical import CanonicalSum, canonical_norm
+from elastic.parallel.moves import average_moves, fingerprint, reduce_moves
 from elastic.parallel.records import Metrics, PendingRecord, Records, StepRecord
 
 #: Runs the user's loss on a model and a batch: (sum, weight, metrics).
@@ -167,7 +168,7 @@ class FastReplica(_Replica):
                 counts.append(len(one.digests))
                 records.add(loss, weight, metrics, one.digests, buffers.mask(changed))
                 if one.last:
-                    records.tell(buffers.fingerprint(after))
+                    records.tell(fingerprint(buffers, after))
                     pending = records.gather(None)
                 with self._recomputing(changed):
                     (loss * self.scale if self.scale != 1 else loss).backward()
@@ -176,10 +177,9 @@ class FastReplica(_Replica):
         self._check_reduced()
         began = time.perf_counter()
         record = pending.result()
-        check_alike([fingerprint for (fingerprint,) in record.told])
         buffers.end(touched := buffers.masked(record.changed_buffers))
         if touched:
-            average_moves(buffers, touched, after, counts, self._count, self._world_size)
+            average_moves(buffers, touched, after, counts, self._count, [last for *_, last in record.told])
         self.wait_s = time.perf_counter() - began
         return record, record.weight * self.scale / self._world_size
 
@@ -253,7 +253,7 @@ class BitwiseReplica(_Replica):
             after.append(changed)
             records.add(loss, weight, metrics, one.digests, buffers.mask(changed))
             if one.last:
-                records.tell(buffers.fingerprint(after))
+                records.tell(fingerprint(buffers, after))
                 pending = records.gather(None)
             with self._recomputing(changed):
                 (loss * self.scale if self.scale != 1 else loss).backward()
@@ -264,12 +264,11 @@ class BitwiseReplica(_Replica):
         self._check_unwritten(before)
         began = time.perf_counter()
         record = pending.result()
-        check_alike([fingerprint for (fingerprint,) in record.told])
         self._put_gradients(gradients.reduce())
         buffers.end(touched := buffers.masked(record.changed_buffers))
         if touched:
             sums = CanonicalSum(self._runs, self._rank, None, self._bucket_bytes)
-            reduce_moves(buffers, touched, after, indices, sums, self._count)
+            reduce_moves(buffers, touched, after, indices, sums, self._count, [last for *_, last in record.told])
         self.wait_s = time.perf_counter() - began
         return record, record.weight * self.scale
 

@@ -21,11 +21,12 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from elastic.parallel.alike import Alike
-from elastic.parallel.buffers import StepBuffers, average_moves, check_alike, reduce_moves
+from elastic.parallel.buffers import StepBuffers
 from elastic.parallel.canonical import CanonicalSum, row_sums, sums_per_row
 from elastic.parallel.device import all_gather_flat
 from elastic.parallel.layout import shard_range
 from elastic.parallel.mesh import Mesh
+from elastic.parallel.moves import average_moves, fingerprint, reduce_moves
 from elastic.parallel.records import Metrics, Records, StepRecord
 from elastic.parallel.replicated import LossFunction, Pass
 from elastic.parallel.tree import TreeSum
@@ -141,7 +142,7 @@ class FastSharded(_Sharded):
 
     def run(self, passes: Iterable[Pass]) -> tuple[StepRecord, float]:
         """Run this worker's passes; see `FastReplica.run`."""
-        records, buffers, layout = self._begin(), self._buffers, self._mesh.layout
+        records, buffers = self._begin(), self._buffers
         after: list[dict[str, torch.Tensor]] = []
         counts: list[int] = []
         for one in passes:
@@ -156,11 +157,11 @@ class FastSharded(_Sharded):
             with self._used.only_if(not one.padding), self._recomputing(changed):
                 (loss * 0 if one.padding else loss * self.scale).backward()
             buffers.undo(changed)  # every pass starts from the buffers of the step's beginning
-        record, touched = self._gather(records, self._square(), buffers.fingerprint(after))
+        record, touched = self._gather(records, self._square(), fingerprint(buffers, after))
         self._squares = [square for _, square, _ in record.told]
-        check_alike([fingerprint for *_, fingerprint in record.told])
         if touched:
-            average_moves(buffers, touched, after, counts, sum(map(len, self._runs)), layout.size, self._mesh.everyone)
+            told = [last for *_, last in record.told]
+            average_moves(buffers, touched, after, counts, sum(map(len, self._runs)), told, self._mesh.everyone)
         return record, record.weight * self.scale
 
     def _square(self) -> torch.Tensor:
@@ -220,11 +221,11 @@ class BitwiseSharded(_Sharded):
             first, count = first + mesh.layout.shards, count + 1
         for leaves, total in zip(self._leaves, sums):
             leaves.put(total, count)
-        record, touched = self._gather(records, buffers.fingerprint(after))
-        check_alike([fingerprint for _, fingerprint in record.told])
+        record, touched = self._gather(records, fingerprint(buffers, after))
         if touched:
             moves = CanonicalSum(self._runs, self._place, mesh.everyone, self._bucket_bytes)
-            reduce_moves(buffers, touched, after, indices, moves, sum(map(len, self._runs)))
+            told = [last for *_, last in record.told]
+            reduce_moves(buffers, touched, after, indices, moves, sum(map(len, self._runs)), told, mesh.everyone)
         return record, record.weight * self.scale
 
     def norm(self, gradients: list[torch.Tensor]) -> torch.Tensor:

@@ -10,6 +10,7 @@ from elastic.config import TrainConfig
 from elastic.data.seeds import derive, seed_all
 from elastic.errors import ConfigError
 from elastic.job import Job
+from elastic.parallel import modes
 from elastic.parallel.blocks import check_compiler, checkpoint_activations, compile_blocks, find_blocks
 from elastic.parallel.casting import cast_parameters, check_castable
 from elastic.parallel.deferred import CannotDefer, DeferredModel, build, build_eagerly
@@ -105,6 +106,7 @@ class Placing:
 
     def _state(self, model: torch.nn.Module, mesh: Mesh | None) -> TrainState:
         precision = self._config.precision
+        modes.begin(model)
         scaled = "fp16" in (precision.autocast, precision.param_dtype)
         scaler = LossScale(precision.loss_scale) if scaled else None
         return TrainState(self._job, model, self._job.optimizer(model), mesh, scaler, self._config.optim)
