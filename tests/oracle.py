@@ -4,12 +4,12 @@ Only the documented semantics are shared with what is tested, and pure functions
 of samples and the derivation of seeds. A step goes through its passes one after another:
 
 * each pass starts from the buffers of the step's beginning, under a seed of its own; floating buffers then move by the
-  mean of what the passes did to them, weighted by microbatches, and others must have moved alike;
+  mean of what the passes did to them, weighted by microbatches; passes that moved another buffer did it alike;
 * gradients of summed losses add up, and are divided by the weight of the whole batch, then clipped;
 * a parameter that no pass used has no gradient.
 
 Floats are added in another order than in a run, so figures agree to some digits only. How many, the oracle finds
-itself: it trains a second time with gradients changed in their last digits.
+itself: it trains a second time, with initial values and gradients changed in their last digits.
 """
 
 from __future__ import annotations
@@ -20,9 +20,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 import xxhash
 from torch import nn
+from torch.utils.data import Subset
 
 from elastic.config import TrainConfig
 from elastic.data.order import sample_ids
@@ -32,7 +34,7 @@ from elastic.run.plan import RunPlan
 from elastic.worker.placing import Placing
 
 Pass = tuple[int, int]  # (first microbatch, how many)
-#: Of a gradient's digits, what the oracle changes: eight times the rounding of a float32.
+#: By how much the oracle changes initial values and gradients: eight times the rounding of a float32.
 NUDGE = 8 * 2.0**-23
 
 
@@ -57,13 +59,16 @@ def train(
     Args:
         make: a new job each time.
         passes_of: the forward passes of a step (from 0), in any order.
-        nudge: the largest relative change of gradients before an update.
+        nudge: the largest relative change of initial values, and of gradients before an update.
     """
-    torch.use_deterministic_algorithms(True)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(config.scaling.cpus_per_worker)
+    torch.use_deterministic_algorithms(config.run.exactness == "bitwise")
     try:
         return _Training(make, config, plan, nudge).run(passes_of)
     finally:
         torch.use_deterministic_algorithms(False)
+        torch.set_num_threads(threads)
 
 
 class _Training:
@@ -71,14 +76,19 @@ class _Training:
         self.config, self.plan, self.seed = config, plan, config.run.seed
         self.job, self.model = make(), None
         self.model = self.job.model()
+        self.nudge, self.noise = nudge, torch.Generator().manual_seed(1)
         _take_values(self.model, _initial_values(make(), config))
+        for p in self.model.parameters():
+            self.change(p.detach())
+        for module in self.model.modules():
+            if type(module).train is not nn.Module.train:
+                module.train(module.training)  # as `model.train()` asks those with one of their own
         self.modes = {module: module.training for module in self.model.modules()}
         self.optimizer = self.job.optimizer(self.model)
         self.first_rates = [float(group["lr"]) for group in self.optimizer.param_groups]
         #: A scheduler of torch's sets the rates.
         self.followed = any("initial_lr" in group for group in self.optimizer.param_groups)
         self.data, self.held_out = self.job.train_data(), self.job.eval_data()
-        self.nudge, self.noise = nudge, torch.Generator().manual_seed(1)
         self.found = Trained()
 
     def run(self, passes_of: Callable[[int], Sequence[Pass]]) -> Trained:
@@ -122,8 +132,7 @@ class _Training:
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
         for g in gradients:
             g.copy_(g.to_dense() / weight) if not g.is_sparse else g.mul_(1 / weight)
-            if self.nudge and not g.is_sparse:
-                g.mul_(1 + self.nudge * (2 * torch.rand(g.shape, generator=self.noise) - 1))
+            self.change(g)
         squares = sum(float(_dense(g).abs().double().square().sum()) for g in gradients)
         norm, most = math.sqrt(squares), self.config.optim.clip_norm
         if most is not None and norm > most:
@@ -146,6 +155,10 @@ class _Training:
                 first if now == was else now for first, was, now in zip(self.first_rates, before, changed)
             ] + changed[len(before) :]
 
+    def change(self, tensor: torch.Tensor) -> None:
+        if self.nudge and not tensor.is_sparse and (tensor.is_floating_point() or tensor.is_complex()):
+            tensor.mul_(1 + self.nudge * (2 * torch.rand(tensor.shape, generator=self.noise) - 1))
+
     def rate(self, step: int) -> float:
         """The share of the full learning rate."""
         own = self.job.schedule(step, self.plan.total_steps)
@@ -163,14 +176,17 @@ class _Training:
         size = self.plan.global_size // self.plan.microbatches
         begin = step * self.plan.global_size + first * size
         positions = torch.arange(begin, begin + count * size).numpy()
+        ids = sample_ids(self.seed, len(self.data), positions)
         samples = []
-        for position, sample in zip(positions, sample_ids(self.seed, len(self.data), positions)):
-            seed_all(derive("item", self.seed, int(position) // len(self.data), int(sample)))
-            samples.append(self.data[int(sample)])
-        ids = sample_ids(self.seed, len(self.data), positions[:size]).astype("<i8")
-        digest = xxhash.xxh3_64_intdigest(ids.tobytes())
-        signed = digest - (1 << 64) if digest >= 1 << 63 else digest
-        seed_all(derive("collate", self.seed, begin // len(self.data), signed))
+        if hasattr(self.data, "__getitems__") and not isinstance(self.data, Subset):
+            for at in range(0, count * size, size):  # the dataset's own way to fetch several: a microbatch at a time
+                seed_all(derive("items", self.seed, (begin + at) // len(self.data), _digest(ids[at : at + size])))
+                samples += self.data.__getitems__(ids[at : at + size].tolist())
+        else:
+            for position, sample in zip(positions, ids.tolist()):
+                seed_all(derive("item", self.seed, int(position) // len(self.data), sample))
+                samples.append(self.data[sample])
+        seed_all(derive("collate", self.seed, begin // len(self.data), _digest(ids[:size])))
         return self.job.collate_fn(samples)
 
     def loss(self, function: Callable[..., Any], batch: Any) -> tuple[torch.Tensor, Any, dict[str, Any]]:
@@ -228,6 +244,12 @@ def _take_values(model: nn.Module, values: dict[str, torch.Tensor]) -> None:
         tensor.copy_(values[name])
 
 
+def _digest(ids: np.ndarray) -> int:
+    """By which the draws for a whole microbatch are seeded."""
+    found = xxhash.xxh3_64_intdigest(ids.astype("<i8").tobytes())
+    return found - (1 << 64) if found >= 1 << 63 else found
+
+
 def _dense(gradient: torch.Tensor) -> torch.Tensor:
     return gradient.coalesce().values() if gradient.is_sparse else gradient
 
@@ -279,7 +301,6 @@ class _Moves:
                 move = sum(count * (value.double() - start.double()) for count, value in after) / total
                 before.tensors[name].copy_(start.double() + move)
             else:
-                assert all(torch.equal(value, after[0][1]) for _, value in after), (
-                    f"buffer {name} moved in several ways"
-                )
-                before.tensors[name].copy_(after[0][1])
+                moved = [value for _, value in after if not torch.equal(value, start)]
+                assert all(torch.equal(value, moved[0]) for value in moved), f"buffer {name} moved in several ways"
+                before.tensors[name].copy_(moved[0] if moved else start)

@@ -92,6 +92,22 @@ def test_what_is_computed_again_in_backward_passes_sees_the_buffers_that_it_saw_
 
 @pytest.mark.processes
 @pytest.mark.usefixtures("fork_server")
+def test_the_loss_of_mixed_samples_is_not_taken_for_a_mean(tmp_path: Path) -> None:
+    """Of one microbatch it lies between those of its halves, in which other samples are mixed."""
+    recipe = Recipe(parts=("double_backward",), width=12, loss="distilled", data="dicts", batch="mixed", samples=200)
+    assert judge(recipe, Course("fast", (World("ddp", 1),), 2, 12, 4), tmp_path).faults == []
+
+
+@pytest.mark.processes
+@pytest.mark.usefixtures("fork_server")
+def test_a_count_of_a_branch_that_some_microbatches_take_is_that_of_those_that_took_it(tmp_path: Path) -> None:
+    recipe = Recipe(parts=("sometimes_normed", "never_training"), batch="mixed", loss="distilled")
+    course = Course("bitwise", (World("fsdp", 3, 2), World("ddp", 3)), 3, 12, 4)
+    assert judge(recipe, course, tmp_path).faults == []
+
+
+@pytest.mark.processes
+@pytest.mark.usefixtures("fork_server")
 @pytest.mark.timeout(240)
 @pytest.mark.parametrize("seed", seeds(range(20), fresh=40, variable="RANDOM_JOBS"))
 def test_a_random_job_trains_right_or_is_refused_by_name(seed: int, tmp_path: Path) -> None:

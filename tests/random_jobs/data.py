@@ -96,6 +96,14 @@ class Fetched(Plain):
         return [tuple(column[i] for column in taken) for i in range(len(indices))]
 
 
+class FetchedAugmented(Fetched):
+    """Several samples at a time, with noise that is drawn for all of them."""
+
+    def __getitems__(self, indices: list[int]) -> list[Any]:
+        noise = 0.1 * torch.randn(len(indices), FEATURES)
+        return [(x + n, *rest) for n, (x, *rest) in zip(noise, super().__getitems__(indices))]
+
+
 class Dicts(Plain):
     def __getitem__(self, index: int) -> Any:
         return dict(zip(FIELDS, super().__getitem__(index)))
@@ -122,6 +130,7 @@ DATA: dict[str, Callable[[int, int], Any]] = {
     "plain": Plain,
     "augmented": Augmented,
     "fetched": Fetched,
+    "fetched_augmented": FetchedAugmented,
     "dicts": Dicts,
     "named": Named,
     "raw": Raw,

@@ -63,7 +63,7 @@ class RunningMean(_Idiom):
 
     def forward(self, h: torch.Tensor, inputs: Inputs) -> torch.Tensor:
         if self.training:
-            self.mean.lerp_(h.detach().mean(0), 0.2)
+            self.mean.lerp_(h.detach().float().mean(0), 0.2)
         return self.linear(h - self.mean)
 
 
@@ -316,6 +316,14 @@ class Sometimes(_Idiom):
 
     def forward(self, h: torch.Tensor, inputs: Inputs) -> torch.Tensor:
         return self.linear(h) + (self.branch(h) if inputs.x[0, 0] > 0.3 else 0)
+
+
+@named(IDIOMS, "sometimes_normed")
+class SometimesNormed(Sometimes):
+    """BatchNorm in such a branch: only some microbatches count in it."""
+
+    def begin(self, w: int) -> None:
+        self.branch = nn.Sequential(nn.BatchNorm1d(w), nn.Linear(w, w))
 
 
 @named(IDIOMS, "by_chance")

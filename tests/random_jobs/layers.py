@@ -127,7 +127,7 @@ class Bilinear(nn.Module):
         self.product = nn.Bilinear(w, w, w)
 
     def forward(self, h: torch.Tensor, inputs: Inputs) -> torch.Tensor:
-        return self.product(h, torch.tanh(h))
+        return self.product(h.float(), torch.tanh(h).float())  # autocast leaves it alone
 
 
 @named(LAYERS, "attention")

@@ -30,8 +30,9 @@ from tests.forked import WAIT_S, Ran, Watch, fault, local_run, plan
 from tests.random_jobs.job import RandomJob, Recipe, job_of
 from tests.random_jobs.recipes import STEPS, Course, World
 
-#: How much further than the oracle's own last digits a figure may be: they are found by one trial.
-MARGIN, LEAST = 20.0, 2e-5
+#: How much further than the oracle's own last digits a figure may be, since those are found by one trial; and how far
+#: in any case, by the number format of compute.
+MARGIN, LEAST = 20.0, {"off": 2e-5, "bf16": 4e-4}
 
 
 def configuration(course: Course, world: World, storage: Path, name: str) -> TrainConfig:
@@ -158,9 +159,10 @@ def foretell(recipe: Recipe, course: Course, ran: Ran) -> tuple[oracle.Trained, 
 def differences(ran: Ran, wanted: oracle.Trained, nudged: oracle.Trained) -> list[str]:
     """Where a run differs from the oracle by more than last digits, in words."""
     found: list[str] = []
+    least = LEAST[ran.run.config.precision.autocast]
 
     def compare(what: str, here: float, right: float, other: float, scale: float = 1.0) -> None:
-        allowed = LEAST * max(abs(right), scale) + MARGIN * abs(other - right)
+        allowed = least * max(abs(right), scale) + MARGIN * abs(other - right)
         if not abs(here - right) <= allowed:
             found.append(f"{what}: {here!r} instead of {right!r} (allowed {allowed:.1e})")
 
@@ -193,7 +195,10 @@ def _tensor_differences(ran: Ran, wanted: dict[str, torch.Tensor], nudged: dict[
         elif right.is_floating_point() or right.is_complex():
             spread = (nudged[name] - right).abs().max().item() if right.numel() else 0.0
             off = (here - right).abs().max().item() if right.numel() else 0.0
-            allowed = LEAST * max(1.0, right.abs().max().item() if right.numel() else 0.0) + MARGIN * spread
+            allowed = (
+                LEAST[ran.run.config.precision.autocast] * max(1.0, right.abs().max().item() if right.numel() else 0.0)
+                + MARGIN * spread
+            )
             if not off <= allowed:
                 found.append(f"{name} is off by {off:.2e} (allowed {allowed:.1e})")
         elif not torch.equal(here, right):
