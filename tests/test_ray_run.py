@@ -30,7 +30,7 @@ def test_interrupted_and_resumed_at_another_size_a_run_has_the_bits_of_one_plain
     cluster: LocalCluster, tmp_path: Path
 ) -> None:
     # given a run in a world of three that is interrupted
-    run = digits(cluster, tmp_path, "run")
+    run = digits(cluster, tmp_path, "run", "--scaling.min-workers", "3")
     run.wait_for_step(5)
     run.signal(signal.SIGINT)
     assert run.wait() == 130, run.output
@@ -40,7 +40,8 @@ def test_interrupted_and_resumed_at_another_size_a_run_has_the_bits_of_one_plain
     assert 5 <= status["step"] < STEPS
 
     # when it is resumed in a world of two, with loader processes, to its end
-    last = digits(cluster, tmp_path, "run", "--scaling.max-workers", "2", "--data.workers", "1")
+    two = ("--scaling.min-workers", "2", "--scaling.max-workers", "2")
+    last = digits(cluster, tmp_path, "run", *two, "--data.workers", "1")
     assert last.wait() == 0, last.output
     assert "2 workers -> 4 rounds" in last.output
 
