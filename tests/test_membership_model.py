@@ -385,8 +385,8 @@ def test_processes_that_die_at_one_step_again_and_again_end_the_run() -> None:
     assert isinstance(ending, GiveUp)
     assert ending.status == "failed"
     assert ending.message.startswith(
-        "5 worlds one after another lost a worker at step 9, since its process ended, and no step was done in between "
-        "(worker w0: process died: exit code 1; worker w1: "
+        "5 worlds one after another lost a worker at step 9, since its process ended, and no step was recorded in "
+        "between (worker w0: process died: exit code 1; worker w1: "
     )
 
 

@@ -70,6 +70,7 @@ def test_workers_on_nodes_of_several_gpus_each_pick_their_own_also_those_that_co
         assert program.wait() == 0, program.output
     finally:
         cluster.kill_nodes(nodes)
+        cluster.wait_until_known_dead(nodes)  # the next tests are to see no GPU
     for seen in (first, later):
         assert len({(p["node"], p["index"]) for p in seen.values()}) == 4
         assert {p["visible"] for p in seen.values()} == {"0,1"}

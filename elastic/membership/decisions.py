@@ -128,7 +128,7 @@ def _joined(state: State, event: Joined) -> tuple[State, list[Command]]:
         return state, [Refuse(member.id, "the run went on without it")]
     commands: list[Command] = []
     saving = state.failing is not None and state.phase is Phase.RUNNING  # in a world that was formed for that
-    inside = state.world is not None and state.world.rank_of(member.id) is not None
+    inside = state.world is not None and member.id in state.world.ids
     if inside and (state.phase is Phase.RUNNING or (state.phase is Phase.LEAVING and event.failure is not None)):
         reason = event.why or f"{member.id} left: {event.failure.kind if event.failure else event.broke or _LEFT}"
         left = frozenset(state.waiting) if state.phase is Phase.LEAVING else frozenset()

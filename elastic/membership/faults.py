@@ -126,5 +126,5 @@ class Faults:
         how = "; ".join(f"worker {d.member_id}: {d.how}" for d in same)
         return (
             f"{len(same)} worlds one after another lost a worker at step {same[-1].step + 1}, since its process ended, "
-            f"and no step was done in between ({how})"
+            f"and no step was recorded in between ({how})"
         )

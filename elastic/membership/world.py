@@ -51,5 +51,9 @@ class World:
     def ids(self) -> frozenset[str]:
         return frozenset(m.id for m in self.members)
 
+    @cached_property
+    def _ranks(self) -> dict[str, int]:
+        return {m.id: rank for rank, m in enumerate(self.members)}
+
     def rank_of(self, member_id: str) -> int | None:
-        return next((r for r, m in enumerate(self.members) if m.id == member_id), None)
+        return self._ranks.get(member_id)

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -60,6 +61,14 @@ class LocalCluster:
             os.kill(_raylet(node), signal.SIGKILL)
         for node in nodes:
             self._cluster.remove_node(node, allow_graceful=False)
+
+    def wait_until_known_dead(self, nodes: list[Any], timeout_s: float = 60.0) -> None:
+        """Until the cluster no longer counts what these nodes had; it finds a killed one by its missing heartbeats."""
+        ids, deadline = {node.node_id for node in nodes}, time.monotonic() + timeout_s
+        while ids & {node["NodeID"] for node in self._cluster.global_state.node_table() if node["Alive"]}:
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"after {timeout_s:g} s the cluster still counts nodes that were killed")
+            time.sleep(0.1)
 
     def workers_of(self, node: Any) -> list[int]:
         """The pids of the processes that the node's raylet started."""
