@@ -170,6 +170,15 @@ class Storage:
         path = self.path(name)
         return os.path.getmtime(path) if self.local else float(self.fs.modified(path).timestamp())
 
+    def now(self) -> float:
+        """The time by the clock that `modified` goes by: that of an object written at this moment."""
+        name = f".tmp-clock-{uuid.uuid4().hex}"
+        self.replace(name, b"")
+        try:
+            return self.modified(name)
+        finally:
+            self.remove(name)
+
     def names(self, folder: str = "") -> list[str]:
         """Names directly inside a folder, sorted; empty where there is no such folder."""
         path = self.path(folder)

@@ -11,13 +11,16 @@ from dataclasses import replace
 
 import pytest
 
+from elastic import cli
+from elastic.checkpoint.reader import newest_first
 from elastic.config import DataOptions
 from elastic.errors import ConfigError, RunFailed
 from elastic.observe.ledger import gaps_and_doubles
 from elastic.run.folder import RunFolder
 from elastic.run.prepare import open_run, prepare
 from elastic.storage import Storage
-from tests.forked import LONG, WAIT_S, B, Watch, configure, local_run, sample_at, train
+from elastic.sweep.folder import SweepFolder
+from tests.forked import LONG, WAIT_S, B, Ran, Watch, configure, local_run, sample_at, train
 from tests.tiny_jobs import Everything, Plain
 
 # ---- without processes -----------------------------------------------------------------------------------------
@@ -30,11 +33,139 @@ def folder(tmp_path):
 
 def _status(folder, status, age_s=0.0):
     folder.write_status({"status": status, "heartbeat": time.time() - age_s, "owner": "ann@host-7 (process 41)"})
+    _age(folder, "status.json", age_s)
+
+
+def _age(folder, name, age_s):
+    os.utime(folder.storage.path(name), times=(time.time() - age_s,) * 2)
 
 
 def test_claims_grow_by_one(folder):
-    assert [folder.claim(take_over=False) for _ in range(3)] == [1, 2, 3]
+    for epoch in (1, 2, 3):
+        assert folder.claim(take_over=False) == epoch
+        folder.release(epoch)
     assert folder.newest_epoch() == 3
+
+
+FOREIGN = (
+    ".000001.json.swp",
+    ".nfs000000000001",
+    ".DS_Store",
+    "notes.txt",
+    "000001.json~",
+    "000009.conflict.json",
+    "x",
+)
+
+
+def _litter(place):
+    """What editors, desktops, NFS and tools that copy folders leave behind; one is a folder."""
+    place.mkdir(parents=True, exist_ok=True)
+    for name in FOREIGN[:-1]:
+        (place / name).write_bytes(b"\x00{")
+    (place / FOREIGN[-1]).mkdir()
+
+
+def test_what_others_leave_beside_claims_and_drivers_is_no_claim(folder, tmp_path):
+    _litter(tmp_path / "run" / "claims")
+    assert folder.newest_epoch() == 0
+    assert folder.claim(take_over=False) == 1
+    assert folder.newest_epoch() == 1
+
+    _litter(tmp_path / "sweep" / "drivers")
+    sweep = SweepFolder(Storage(str(tmp_path / "sweep")))
+    sweep.claim({"name": "sweep"}, take_over=False)
+    assert {"000001.json", *FOREIGN} == set(os.listdir(tmp_path / "sweep" / "drivers"))
+
+
+def test_the_second_of_two_commands_is_refused_before_the_first_has_a_status(folder):
+    folder.claim(take_over=False)
+
+    said = r"driven by .*@.* \(process \d+\) \(which claimed it 0 s ago\).*--run\.take-over"
+    with pytest.raises(ConfigError, match=said):
+        folder.claim(take_over=False)
+    assert folder.newest_epoch() == 1
+
+    assert folder.claim(take_over=True) == 2
+    _age(folder, "claims/000002.json", 61)
+    assert folder.claim(take_over=False) == 3
+    folder.storage.replace("claims/000003.json", b"{")
+    with pytest.raises(ConfigError, match=r"which claimed it 0 s ago"):
+        folder.claim(take_over=False)
+
+
+def test_the_second_of_two_sweep_commands_is_refused_before_the_first_has_written_its_own(tmp_path, monkeypatch):
+    first, second = (SweepFolder(Storage(str(tmp_path / "sweep"))) for _ in range(2))
+    with monkeypatch.context() as patch:
+        patch.setattr(first, "update", lambda **_: None)
+        first.claim({"name": "sweep"}, take_over=False)
+
+    with pytest.raises(ConfigError, match=r"driven by .*@.*--take-over"):
+        second.claim({"name": "sweep"}, take_over=False)
+
+    second.claim({"name": "sweep"}, take_over=True)
+
+
+def test_a_claim_of_a_process_that_is_gone_or_let_it_go_holds_up_nobody(folder):
+    script = (
+        "import sys; from elastic.run.folder import RunFolder; from elastic.storage import Storage; "
+        "RunFolder(Storage(sys.argv[1])).claim(take_over=False)"
+    )
+    subprocess.run([sys.executable, "-c", script, folder.storage.url], check=True, timeout=WAIT_S)
+
+    assert folder.claim(take_over=False) == 2
+    folder.release(2)
+    assert folder.claim(take_over=False) == 3
+
+
+@pytest.mark.parametrize("ahead_s", [-3600, -90, 90, 3600])
+def test_clocks_that_differ_change_nothing_about_who_is_live(folder, monkeypatch, ahead_s):
+    """`ahead_s`: of the second command's clock before that of the first one's."""
+    folder.claim(take_over=False)
+    real = time.time
+    with monkeypatch.context() as patch:
+        patch.setattr(time, "time", lambda: real() + ahead_s)
+        with pytest.raises(ConfigError, match=r"which claimed it \d s ago"):
+            folder.claim(take_over=False)
+    folder.write_status({"status": "running", "heartbeat": time.time(), "owner": "ann@host-7 (process 41)", "epoch": 1})
+    with monkeypatch.context() as patch:
+        patch.setattr(time, "time", lambda: real() + ahead_s)
+        with pytest.raises(ConfigError, match=r"driven by ann@host-7 \(process 41\) \(heartbeat \d s ago\)"):
+            folder.claim(take_over=False)
+    _age(folder, "status.json", 61)
+    with monkeypatch.context() as patch:
+        patch.setattr(time, "time", lambda: real() + ahead_s)
+        assert folder.claim(take_over=False) == 2
+
+
+def test_the_clock_of_an_object_store_is_read_from_what_it_stores(monkeypatch):
+    storage = Storage(f"memory://clock-{time.time_ns()}")
+    began = time.time()
+    assert began - 2 <= storage.now() <= time.time() + 2
+    assert storage.names() == []
+
+
+DAMAGED = (
+    b"", b"{", b"[]", b"null", b"5", b"\xff\x00", b"[" * 100_000, b'{"format": 1}',
+    b'{"format": 1, "status": 5, "heartbeat": 1}', b'{"format": 1, "status": "running", "heartbeat": "x"}',
+    b'{"format": 1, "status": "running", "heartbeat": 1, "owner_process": "me"}',
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("text", DAMAGED, ids=range(len(DAMAGED)))
+def test_a_damaged_status_holds_up_nobody_and_is_told_in_one_sentence(folder, text, capsys):
+    folder.write_config({"job": {"name": "digits"}, "config": {}})
+    folder.storage.replace("status.json", text)
+
+    with pytest.raises(ConfigError, match=r"status\.json is damaged \(.*\); remove it"):
+        folder.status()
+    for verb in ("status", "stop"):
+        assert cli.main([verb, folder.storage.url]) == 2
+        said = capsys.readouterr().err
+        assert said.startswith("error: ")
+        assert "status.json is damaged" in said
+        assert said.count("\n") == 1
+    assert folder.claim(take_over=False) == 1
 
 
 @pytest.mark.parametrize("state", ["running", "parked"])
@@ -77,6 +208,7 @@ def test_the_run_of_a_driver_that_was_killed_on_this_machine_is_claimed_at_once(
 
 def test_of_two_drivers_at_the_same_moment_one_is_refused(folder, monkeypatch):
     monkeypatch.setattr(folder, "newest_epoch", lambda: 0)
+    monkeypatch.setattr(folder, "_driver", lambda *_, **__: None)
     folder.claim(take_over=False)
 
     with pytest.raises(ConfigError, match="was claimed by another driver at this moment"):
@@ -224,3 +356,36 @@ def test_the_command_trains_in_two_processes_and_ends_with_0(undisturbed, tmp_pa
     assert shown[-1] == f"results in {tmp_path / 'run'}"
     files = set(os.listdir(tmp_path / "run"))
     assert {"config.json", "status.json", "result.json", "metrics.jsonl", "events.jsonl", "claims"} <= files
+
+
+@pytest.mark.processes
+def test_a_live_run_goes_on_past_what_others_leave_in_its_folder(undisturbed_epoch, tmp_path):
+    job, root = Everything(samples=LONG), tmp_path / "run"
+    run = prepare(job, configure(tmp_path, "run", checkpoint__every="1st", checkpoint__keep_last=1))
+    littered = []
+
+    def litter(record):
+        if record.get("kind") == "checkpoint_committed" and not littered:
+            step = root / "checkpoints" / f"step-{record['step']:08d}"
+            for place in (
+                "claims",
+                "control",
+                "checkpoints",
+                "checkpoints/pins",
+                step,
+                step / record["detail"]["attempt"],
+            ):
+                littered.append(root / place)
+                _litter(root / place)
+
+    with local_run(run, 1, on_record=litter) as local:
+        assert local.wait(WAIT_S)["status"] == "finished"
+
+    assert len(littered) == 6
+    ran = Ran(run, None)
+    assert ran.sha == undisturbed_epoch.sha
+    assert not ran.events("checkpoint_failed")
+    assert [c.step for c in newest_first(run.folder.storage)] == [ran.result["steps"]]
+    (root / "status.json").write_text("{")
+    assert train(job, configure(tmp_path, "run"), workers=1).result["steps"] == ran.result["steps"]
+    assert cli.main(["runs", str(tmp_path)]) == 0

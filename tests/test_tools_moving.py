@@ -204,7 +204,9 @@ def test_an_import_is_fenced_by_who_begins_to_drive_the_run(tmp_path, monkeypatc
 
     def drive(self, *arguments):
         written(self, *arguments)
-        folder.claim(take_over=False)
+        with pytest.raises(ConfigError, match=r"is being driven by .*which claimed it 0 s ago"):
+            folder.claim(take_over=False)
+        folder.claim(take_over=True)
 
     monkeypatch.setattr(Stream, "__exit__", drive)
     assert cli.main(["checkpoints", "import", str(tmp_path / "run"), str(tmp_path / "w.safetensors")]) == 1

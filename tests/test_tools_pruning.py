@@ -47,8 +47,14 @@ def make(stored: Path, tmp_path: Path) -> Callable[..., Path]:
         driven = {"format": 1, "owner": "ann@host-7 (process 41)", "time": time.time() - days * DAY}
         folder.storage.create("claims/000001.json", json.dumps(driven).encode())
         folder.write_status(
-            {"status": status, "heartbeat": time.time() - days * DAY, "owner": "ann@host-7 (process 41)"}
+            {
+                "status": status,
+                "heartbeat": time.time() - days * DAY,
+                "owner": "ann@host-7 (process 41)",
+                "epoch": 1,
+            }
         )
+        os.utime(run / "status.json", times=(time.time() - days * DAY,) * 2)
         folder.write_config({"job": {"name": "digits"}, "config": {"checkpoint": keep}})
         folder.write_result({"metrics": {} if loss is None else {"eval/loss": loss}})
         return run

@@ -155,8 +155,11 @@ def run_prepared(run: PreparedRun, control: RunControl | None = None) -> dict[st
         if is_embedded(address):
             refuse_what_does_not_fit_here(run)
         epoch = open_run(run)
-        with connected(config.cluster, config.scaling, address):
-            return _Drive(run, epoch, console, control).run(time.monotonic() - began)
+        try:
+            with connected(config.cluster, config.scaling, address):
+                return _Drive(run, epoch, console, control).run(time.monotonic() - began)
+        finally:
+            run.folder.release(epoch)
     finally:
         console.close()
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import re
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +23,7 @@ EVENTS = "events.jsonl"
 FORMAT = 1
 _TAIL_BYTES = 64 << 10
 _AT_ONCE = 32
+_SEGMENT = re.compile(r"\d+-\d+-\d+\.jsonl\Z")
 
 
 def to_line(record: dict[str, Any]) -> str:
@@ -71,11 +73,15 @@ class LedgerFile:
     def compact(self) -> None:
         """Join segments into the one file; a crash in between leaves records twice at worst, never lost."""
         self.flush()
-        if not self._storage.names(f"{self._name}.d"):
+        if not _segments(self._storage, self._name):
             return
         whole = "".join(f"{line}\n" for line in _lines(self._storage, self._name))
         self._storage.replace(self._name, whole.encode())
         self._storage.remove(f"{self._name}.d")
+
+
+def _segments(storage: Storage, name: str) -> list[str]:
+    return [segment for segment in storage.names(f"{name}.d") if _SEGMENT.match(segment)]
 
 
 def _ends_torn(storage: Storage, name: str) -> bool:
@@ -86,7 +92,7 @@ def _ends_torn(storage: Storage, name: str) -> bool:
 
 def _lines(storage: Storage, name: str) -> Iterator[str]:
     """All lines of the file and its segments; where there are segments, without what a broken compaction doubled."""
-    segments = storage.names(f"{name}.d")
+    segments = _segments(storage, name)
     seen: set[str] = set()
     for part in (name, *(f"{name}.d/{segment}" for segment in segments)):
         try:
@@ -117,7 +123,7 @@ def read_tail(storage: Storage, name: str, count: int) -> list[dict[str, Any]]:
         contextlib.suppress(FileNotFoundError),  # compacted at this moment: the one file has them all
         ThreadPoolExecutor(_AT_ONCE, "ledger") as pool,
     ):
-        segments, batch = storage.names(f"{name}.d"), 1
+        segments, batch = _segments(storage, name), 1
         while segments and len(found) < count:
             segments, newest = segments[:-batch], segments[-batch:]
             found = [record for part in pool.map(read, newest) for record in part] + found
@@ -149,7 +155,9 @@ def _parse(text: str) -> list[dict[str, Any]]:
     records = []
     for line in text.split("\n"):
         with contextlib.suppress(ValueError):  # a torn tail: the writer died, or is, in the middle of a line
-            records.append(json.loads(line))
+            record = json.loads(line)
+            if isinstance(record, dict):
+                records.append(record)
     return records
 
 

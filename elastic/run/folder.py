@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import getpass
 import hmac
 import json
 import os
+import re
 import socket
 import time
+from collections.abc import Iterable
 from typing import Any
 
 from elastic.errors import ConfigError
 from elastic.membership.access import digest
 from elastic.observe.ledger import finite
 from elastic.redact import clean
-from elastic.run.process import has_ended
+from elastic.run.process import has_ended, identity
 from elastic.storage import Storage
 
 FORMAT = 1
@@ -23,6 +26,46 @@ GRANTS = "control"
 ALIVE_S = 60.0
 GRANT_S = 600.0
 LIVE_STATES = ("running", "parked")
+_STATUS: dict[str, tuple[type, ...]] = {
+    "status": (str,),
+    "heartbeat": (int, float),
+    "owner_process": (dict, type(None)),
+}
+_CLAIM = re.compile(r"(\d{6,12})\.json\Z")
+
+
+class DamagedError(ConfigError):
+    """A file of a run's folder is not what anyone of us wrote."""
+
+
+def newest_claim(names: Iterable[str]) -> int:
+    """The highest epoch of the claims in a listing, 0 where there is none. Editors, desktops, NFS and tools that copy
+    folders leave files of their own beside them."""
+    return max((int(match[1]) for match in map(_CLAIM.match, names) if match), default=0)
+
+
+def claim_name(folder: str, epoch: int) -> str:
+    """The file of a claim."""
+    return f"{folder}/{epoch:06d}.json"
+
+
+def claim_values() -> dict[str, Any]:
+    """What a claim says of who made it."""
+    return {"owner": owner(), "process": identity(), "time": time.time()}
+
+
+def may_live(process: Any, age_s: float) -> bool:
+    """Whether a driver that last gave a sign `age_s` seconds ago may live; of one on this machine it is known."""
+    return age_s < ALIVE_S and not has_ended(process)
+
+
+def storage_age_s(storage: Storage, name: str) -> float:
+    """For how long an object was not written, by the clock of its storage: those of two machines may be minutes apart.
+    It costs writing a file."""
+    try:
+        return max(0.0, storage.now() - storage.modified(name))
+    except FileNotFoundError:
+        return float("inf")
 
 
 def _json(values: dict[str, Any]) -> bytes:
@@ -40,12 +83,20 @@ class RunFolder:
             found = json.loads(self.storage.read(name))
         except FileNotFoundError:
             return None
+        except (ValueError, RecursionError) as error:
+            raise self._damaged(name, f"{type(error).__name__}: {error}") from error
+        if not isinstance(found, dict):
+            raise self._damaged(name, f"a {type(found).__name__}")
         if found.get("format") != FORMAT:
             raise ConfigError(
                 f"{self.storage.path(name)} has format {found.get('format')!r}, this version reads {FORMAT}; "
                 "use the version of elastic-train that wrote it, or a newer one"
             )
         return found
+
+    def _damaged(self, name: str, why: str) -> DamagedError:
+        way = "remove it" if name == STATUS else "put back a copy of it, or give another --run.name"
+        return DamagedError(f"{self.storage.path(name)} is damaged ({why}); {way}")
 
     def config(self) -> dict[str, Any] | None:
         return self._read(CONFIG)
@@ -54,7 +105,25 @@ class RunFolder:
         self.storage.replace(CONFIG, _json(values))
 
     def status(self) -> dict[str, Any] | None:
-        return self._read(STATUS)
+        """How the run stands.
+
+        Raises:
+            DamagedError: nobody can tell.
+        """
+        found = self._read(STATUS)
+        wrong = (
+            [] if found is None else [key for key, types in _STATUS.items() if not isinstance(found.get(key), types)]
+        )
+        if wrong:
+            assert found is not None
+            raise self._damaged(STATUS, f"{wrong[0]} is {found.get(wrong[0])!r}"[:100])
+        return found
+
+    def status_if_whole(self) -> dict[str, Any] | None:
+        """For who drives the run: nothing depends on its status, and the next one is written soon."""
+        with contextlib.suppress(DamagedError):
+            return self.status()
+        return None
 
     def write_status(self, values: dict[str, Any]) -> None:
         self.storage.replace(STATUS, _json(values))
@@ -67,18 +136,43 @@ class RunFolder:
 
     def newest_epoch(self) -> int:
         """The highest claim's epoch; 0 where nobody ever claimed the run."""
-        return max((int(n.removesuffix(".json")) for n in self.storage.names(CLAIMS)), default=0)
+        return newest_claim(self.storage.names(CLAIMS))
 
-    def live_driver(self) -> str | None:
-        """Who seems to be driving the run now, and the age of the heartbeat; None where nobody is.
+    def live_driver(self, *, by_storage: bool = False) -> str | None:
+        """Who seems to be driving the run now, and when that one was last heard of; None where nobody is.
 
         Who was killed on this machine is known to be dead at once, elsewhere by its heartbeat.
+
+        Args:
+            by_storage: tell by the storage's clock how old a heartbeat is (see `storage_age_s`), not by this machine's.
         """
-        status = self.status()
-        if status is None or status["status"] not in LIVE_STATES or has_ended(status.get("owner_process")):
+        return self._driver(self.newest_epoch(), by_storage=by_storage)
+
+    def _driver(self, epoch: int, *, by_storage: bool) -> str | None:
+        status, claim = self.status_if_whole(), self._claim(epoch)
+        if claim.get("ended"):
             return None
-        age = time.time() - status["heartbeat"]
-        return f"{status['owner']} (heartbeat {age:.0f} s ago)" if age < ALIVE_S else None
+
+        def age_s(name: str, said: Any) -> float:
+            if by_storage:
+                return storage_age_s(self.storage, name)
+            return max(0.0, time.time() - said) if isinstance(said, (int, float)) else float("inf")
+
+        if status is not None and status["status"] in LIVE_STATES:
+            age = age_s(STATUS, status["heartbeat"])
+            if may_live(status.get("owner_process"), age):
+                return f"{status.get('owner')} (heartbeat {age:.0f} s ago)"
+        if epoch and (status is None or status.get("epoch") != epoch):  # it starts, and has no status yet
+            age = age_s(claim_name(CLAIMS, epoch), claim.get("time"))
+            if may_live(claim.get("process"), age):
+                return f"{claim.get('owner')} (which claimed it {age:.0f} s ago)"
+        return None
+
+    def _claim(self, epoch: int) -> dict[str, Any]:
+        """What a claim says; nothing where it is damaged."""
+        with contextlib.suppress(ConfigError):
+            return self._read(claim_name(CLAIMS, epoch)) or {}
+        return {}
 
     def leave_grant(self, grant: str, secret: str) -> None:
         """Prove to the run's server that this process may write here: leave the hash of a secret."""
@@ -105,20 +199,27 @@ class RunFolder:
         Raises:
             ConfigError: another driver seems alive, or claimed it at the same moment.
         """
-        driver = None if take_over else self.live_driver()
+        epoch = self.newest_epoch()  # first: of two who see nobody here, one is refused below
+        driver = None if take_over else self._driver(epoch, by_storage=True)
         if driver is not None:
             raise ConfigError(
                 f"run {self.storage.path('')} is being driven by {driver}; "
                 "stop that one, choose another --run.name, or give --run.take-over"
             )
-        epoch = self.newest_epoch() + 1
         try:
-            self.storage.create(f"{CLAIMS}/{epoch:06d}.json", _json({"owner": owner(), "time": time.time()}))
+            self.storage.create(claim_name(CLAIMS, epoch + 1), _json(claim_values()))
         except FileExistsError:
             raise ConfigError(
                 f"run {self.storage.path('')} was claimed by another driver at this moment; stop one of the two"
             ) from None
-        return epoch
+        return epoch + 1
+
+    def release(self, epoch: int) -> None:
+        """Whoever made this claim is done with it, so the next driver need not wait until it is old."""
+        name = claim_name(CLAIMS, epoch)
+        with contextlib.suppress(Exception):  # whatever storage raises: it is soon too old to hold up anyone
+            if self.storage.exists(name):  # else the run was removed
+                self.storage.replace(name, _json({**self._claim(epoch), "ended": time.time()}))
 
 
 def owner() -> str:

@@ -89,8 +89,8 @@ class RunKeeper:
         self._started = record.started or self._started
         self._checkpoints.recovered(record.started)
         self._claim_step = self._claim_step if record.claim_step is None else record.claim_step
-        status, result = self._folder.status(), self._folder.result()
-        if status is None or result is None or status["epoch"] != self._options.epoch:
+        status, result = self._folder.status_if_whole(), self._folder.result()
+        if status is None or result is None or status.get("epoch") != self._options.epoch:
             return record
         if status["status"] not in LIVE_STATES:
             self._state, self._message, self._closed = status["status"], status["message"], True

@@ -89,7 +89,7 @@ def prepare(job: Job, config: TrainConfig) -> PreparedRun:
         changed_code = stored["source"] is not None and stored["source"] != source
         changed = bool(found) or sameness.longer
         result = folder.result()
-        finished = result if is_over(folder.status(), result, plan.total_steps) else None
+        finished = result if is_over(folder.status_if_whole(), result, plan.total_steps) else None
         if finished is None:
             sameness.check(data)
     return PreparedRun(job, config, plan, folder, cfg.digest(wanted), source, finished, changed_code, changed)
@@ -115,8 +115,12 @@ def open_run(run: PreparedRun) -> int:
     """
     run.folder.storage.probe()
     epoch = run.folder.claim(take_over=run.config.run.take_over)
-    if not run.changed:
-        run.folder.write_config(_config_values(run))
+    try:
+        if not run.changed:
+            run.folder.write_config(_config_values(run))
+    except BaseException:
+        run.folder.release(epoch)
+        raise
     return epoch
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from typing import Any
@@ -9,10 +10,10 @@ from typing import Any
 from elastic.errors import ConfigError
 from elastic.observe.ledger import LedgerFile, finite, read_records
 from elastic.redact import clean
-from elastic.run.folder import owner
+from elastic.run.folder import claim_name, claim_values, may_live, newest_claim, owner, storage_age_s
 from elastic.run.process import identity
 from elastic.storage import Storage
-from elastic.tools.sweeps import DRIVERS, FORMAT, SWEEP, TRIALS, TrialRecord, collect, read_sweep, state_of
+from elastic.tools.sweeps import DRIVERS, FORMAT, SWEEP, TRIALS, TrialRecord, collect, read_sweep
 
 
 class SweepFolder:
@@ -33,17 +34,19 @@ class SweepFolder:
         Raises:
             ConfigError: another driver seems alive, or claimed it at the same moment.
         """
+        self.storage.probe()
+        before = newest_claim(self.storage.names(DRIVERS))  # first: of two who see nobody here, one is refused below
         stored = self.stored()
-        if stored is not None and state_of(stored, time.time()) == "running" and not take_over:
+        driver = None if take_over else self._driver(before, stored)
+        if driver is not None:
             raise ConfigError(
-                f"sweep {self.storage.url} is being driven by {stored['owner']}; stop that one, choose another "
+                f"sweep {self.storage.url} is being driven by {driver}; stop that one, choose another "
                 "--sweep.name, or give --take-over"
             )
-        self.storage.probe()
-        epoch = max((int(n.removesuffix(".json")) for n in self.storage.names(DRIVERS)), default=0) + 1
-        line = json.dumps({"format": FORMAT, "owner": owner(), "process": identity(), "time": time.time()})
+        epoch = before + 1
+        line = json.dumps({"format": FORMAT, **claim_values()})
         try:
-            self.storage.create(f"{DRIVERS}/{epoch:06d}.json", line.encode())
+            self.storage.create(claim_name(DRIVERS, epoch), line.encode())
         except FileExistsError:
             raise ConfigError(
                 f"sweep {self.storage.url} was claimed by another driver at this moment; stop one of the two"
@@ -55,6 +58,19 @@ class SweepFolder:
         self._since = time.monotonic()
         best = stored.get("best") if stored is not None else None
         self.update(status="running", message="", best=best)
+
+    def _driver(self, epoch: int, stored: dict[str, Any] | None) -> str | None:
+        """Who seems to drive the sweep, or begins to; None where nobody does."""
+        runs = stored is not None and stored["status"] == "running"
+        if stored and runs and may_live(stored.get("owner_process"), storage_age_s(self.storage, SWEEP)):
+            return str(stored["owner"])
+        if epoch and (stored is None or stored.get("epoch") != epoch):
+            name = claim_name(DRIVERS, epoch)
+            with contextlib.suppress(FileNotFoundError, ValueError):  # who left a damaged one is known to nobody
+                claim = json.loads(self.storage.read(name))
+                if may_live(claim["process"], storage_age_s(self.storage, name)):
+                    return str(claim["owner"])
+        return None
 
     @property
     def best(self) -> dict[str, Any] | None:

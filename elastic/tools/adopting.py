@@ -17,7 +17,7 @@ from elastic.run.folder import RunFolder
 from elastic.storage import Storage
 from elastic.tools.exporting import WEIGHTS
 from elastic.tools.importing import Source, write_checkpoint
-from elastic.tools.target import Hold
+from elastic.tools.target import claimed
 
 POLL_S = 0.05
 
@@ -47,12 +47,6 @@ def adopt(folder: RunFolder, source: RunFolder, step: int, *, timeout_s: float) 
     manifest = read_manifest(source.storage, checkpoint)
     _check_fits(folder.storage, manifest, source.storage.url)
     values = {**manifest.values, "groups": _without_options(manifest.values)}
-    held = Hold(folder, folder.claim(take_over=True))
-    attempt = f"{held.epoch}-0-{_tag(source.storage.url)}"
-    whole = Manifest(
-        step, manifest.seed, manifest.config_digest, {"size": 1, "generation": f"{held.epoch}-0"}, values,
-        metrics=manifest.metrics,
-    )  # fmt: skip
     tensors = {name: (entry.dtype, tuple(entry.shape)) for name, entry in manifest.tensors.items()}
 
     def read(names: list[str]) -> Iterator[torch.Tensor]:
@@ -61,7 +55,15 @@ def adopt(folder: RunFolder, source: RunFolder, step: int, *, timeout_s: float) 
         return iter(found)
 
     names = {name: name for name in sorted(tensors)}
-    write_checkpoint(folder.storage, attempt, whole, Source(tensors, read, None), names, held, lambda total: _nothing)
+    with claimed(folder, take_over=True) as held:
+        attempt = f"{held.epoch}-0-{_tag(source.storage.url)}"
+        whole = Manifest(
+            step, manifest.seed, manifest.config_digest, {"size": 1, "generation": f"{held.epoch}-0"}, values,
+            metrics=manifest.metrics,
+        )  # fmt: skip
+        write_checkpoint(
+            folder.storage, attempt, whole, Source(tensors, read, None), names, held, lambda total: _nothing
+        )
 
 
 def _check_fits(storage: Storage, theirs: Manifest, source: str) -> None:

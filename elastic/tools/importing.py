@@ -91,14 +91,14 @@ def import_checkpoint(
     committed = list(newest_first(storage))
     if any(c.step == step for c in committed):
         raise ConfigError(f"{storage.url} has a committed checkpoint of step {step}; give another --step")
-    held = hold(RunFolder(storage), "change")
-    attempt = f"{held.epoch}-0-import"
     note = source.note or {}
-    manifest = Manifest(
-        step, note.get("seed", 0), note.get("config_digest", ""), {"size": 1, "generation": f"{held.epoch}-0"},
-        note.get("values", WEIGHTS_ONLY), metrics=note.get("metrics", {}),
-    )  # fmt: skip
-    whole = write_checkpoint(storage, attempt, manifest, source, names, held, on_total)
+    with hold(RunFolder(storage), "change") as held:
+        attempt = f"{held.epoch}-0-import"
+        manifest = Manifest(
+            step, note.get("seed", 0), note.get("config_digest", ""), {"size": 1, "generation": f"{held.epoch}-0"},
+            note.get("values", WEIGHTS_ONLY), metrics=note.get("metrics", {}),
+        )  # fmt: skip
+        whole = write_checkpoint(storage, attempt, manifest, source, names, held, on_total)
     newest = max([step, *(c.step for c in committed)])
     return Imported(step, attempt, len(names), whole.nbytes, source.note is not None, newest)
 

@@ -92,11 +92,11 @@ def connect(folder: RunFolder, doing: str, timeout_s: float = 10.0) -> LiveRun:
     """
     url = folder.storage.url
     status, driver = folder.status(), folder.live_driver()
-    if status is None or driver is None:
+    if driver is None:
         how = "was never started" if status is None else _ended(status)
         raise NotLive(f"run {url} {how}: there is nothing to {doing}")
-    address = status.get("server")
-    if address is None:
+    address = None if status is None else status.get("server")
+    if status is None or address is None:
         raise NotLive(
             f"run {url} is driven by {driver}, which gives no address of its server; wait for its next status"
         )

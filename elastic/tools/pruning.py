@@ -71,8 +71,11 @@ def prune_checkpoints(folder: RunFolder, policy: Policy, *, yes: bool) -> list[R
     if not yes:
         refuse_live(folder, "prune")
         return _removals(folder.storage, policy, folder.newest_epoch() + 1)[0]
-    held = hold(folder, "prune")
-    storage = folder.storage
+    with hold(folder, "prune") as held:
+        return _prune_held(folder.storage, policy, held)
+
+
+def _prune_held(storage: Storage, policy: Policy, held: Hold) -> list[Removal]:
     going, needed = _removals(storage, policy, held.epoch)
     held.check()
     Retention(storage, policy).prune()
@@ -236,7 +239,8 @@ def prune_runs(storage: Storage, decisions: Sequence[Decision], on_total: Total 
             if decision.do == "keep final":
                 prune_checkpoints(folder, Policy(last=1), yes=True)
             else:
-                _remove_run(folder, hold(folder, "prune"))
+                with hold(folder, "prune") as held:
+                    _remove_run(folder, held)
         except ElasticError as error:
             problems.append((decision.name, str(error)))
         on_run(1)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from elastic.checkpoint.format import FOLDER
@@ -82,14 +84,30 @@ class Hold:
             )
 
 
-def hold(folder: RunFolder, doing: str) -> Hold:
-    """Claim a run that nobody drives, to change it.
+@contextmanager
+def hold(folder: RunFolder, doing: str) -> Iterator[Hold]:
+    """Claim a run that nobody drives, to change it inside.
 
     Raises:
         ConfigError: somebody drives it, and the owner is named; or claimed it at this moment.
     """
     refuse_live(folder, doing)
-    return Hold(folder, folder.claim(take_over=False))
+    with claimed(folder, take_over=False) as held:
+        yield held
+
+
+@contextmanager
+def claimed(folder: RunFolder, *, take_over: bool) -> Iterator[Hold]:
+    """A claim that is released in the end, so that the next driver need not wait.
+
+    Raises:
+        ConfigError: somebody drives the run, or claimed it at this moment.
+    """
+    held = Hold(folder, folder.claim(take_over=take_over))
+    try:
+        yield held
+    finally:
+        folder.release(held.epoch)
 
 
 def refuse_live(folder: RunFolder, doing: str) -> None:

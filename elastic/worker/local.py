@@ -63,6 +63,7 @@ class LocalRun:
         self._told: set[int] = set()  # processes that ended, and the server knows
         self._let_go: set[str] = set()  # workers that end now, if they have not yet
         self._follower: threading.Thread | None = None
+        self._epoch = 0
         self.hosting: HostHere | HostProcess | None = None
         self.processes: list[subprocess.Popen[bytes]] = []
         self.vaults: dict[str, VaultProcess] = {}  # by node
@@ -240,6 +241,8 @@ class LocalRun:
             self.hosting.stop()
         if self._follower is not None:
             self._follower.join(10)
+        if self._epoch:
+            self._run.folder.release(self._epoch)
 
 
 def ended_how(returncode: int) -> str:
