@@ -28,6 +28,10 @@ class CheckpointError(ElasticError):
     """A checkpoint is damaged or does not fit what is asked of it."""
 
 
+class DamagedCheckpoint(CheckpointError):
+    """Bytes of a checkpoint are missing, or are not those that were written: nobody can load it."""
+
+
 class SnapshotError(ElasticError):
     """A vault does not answer, or cannot keep or give what is asked of it."""
 

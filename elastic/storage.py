@@ -191,6 +191,19 @@ class Storage:
         except (FileNotFoundError, NotADirectoryError):
             return []
 
+    def sizes(self, folder: str) -> dict[str, int]:
+        """Bytes of each object directly inside a folder, by name; empty where there is no such folder."""
+        path = self.path(folder)
+        try:
+            if self.local:
+                return {name: os.path.getsize(f"{path}/{name}") for name in os.listdir(path)}
+            listed = self.fs.ls(path, detail=True)
+        except (FileNotFoundError, NotADirectoryError):
+            return {}
+        return {
+            str(o["name"]).rstrip("/").rsplit("/", 1)[-1]: int(o["size"] or 0) for o in listed if o["type"] == "file"
+        }
+
     def remove(self, name: str) -> None:
         """Remove an object or a whole folder; nothing there is fine."""
         path = self.path(name)

@@ -296,9 +296,9 @@ def test_a_damaged_newest_checkpoint_is_reported_and_the_one_before_is_used(undi
 
     resumed = train(Everything(), configure(tmp_path, "run"), workers=2)
 
-    (failed,) = resumed.events("checkpoint_failed")
-    assert failed["step"] == 7
-    assert damaged in failed["detail"]
+    (found,) = resumed.events("checkpoint_damaged")
+    assert found["step"] == 7
+    assert damaged in found["detail"]["problem"]
     assert [e["step"] for e in resumed.events("restored") if e["detail"]["rung"] == "checkpoint"] == [6]
     assert_same_training(resumed, undisturbed)
 

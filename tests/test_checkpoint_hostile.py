@@ -91,9 +91,9 @@ def refused(storage: Storage, raw: dict[str, Any], sha: str) -> str:
     step, state, said = restored(storage, raw)
     assert step == 1, "it was believed"
     assert weights_sha256(state.model) == sha
-    (failed,) = [m for m in said if m["event"] == "checkpoint_failed"]
+    (failed,) = [m for m in said if m["kind"] == "unloadable"]
     assert failed["step"] == 2
-    return str(failed["detail"])
+    return str(failed["problem"])
 
 
 def put(raw: dict[str, Any], path: tuple[Any, ...], value: Any) -> dict[str, Any]:
@@ -276,10 +276,10 @@ def test_whatever_is_changed_a_restore_ends_with_one_of_the_two_and_says_why(run
 
     step, state, said = restored(storage, changed)
 
-    failed = [m for m in said if m["event"] == "checkpoint_failed"]
+    failed = [m for m in said if m["kind"] == "unloadable"]
     assert (step, len(failed)) in ((2, 0), (1, 1))
     if step == 1:
         assert weights_sha256(state.model) == sha
-        assert len(failed[0]["detail"]) < 3000
+        assert len(failed[0]["problem"]) < 3000
     assert said[-1]["event"] == "restored"
     assert Committed(step, ATTEMPT).attempt == said[-1]["detail"]["attempt"]

@@ -80,7 +80,7 @@ def test_a_checkpoint_is_committed_when_all_have_sent_their_share_and_all_are_to
     office.take("a", share(storage, 3, rank=0, shares=2))
 
     assert steps(storage) == [3]
-    assert office.told == [{"kind": "commit", "step": 3, "attempt": "1-1-3", "error": None}]
+    assert office.told == [{"kind": "commit", "step": 3, "attempt": "1-1-3", "error": None, "anew": False}]
     assert office.kinds == ["checkpoint_committed"]
     assert office.flushed == 1, "no committed step is missing in the ledger"
     assert office.checkpoints.restore == {"rung": "checkpoint", "step": 3, "attempt": "1-1-3"}
@@ -142,7 +142,7 @@ def test_a_restarted_keeper_knows_what_the_one_before_committed(storage):
     after.checkpoints.recovered(None)
     after.take("a", message)
 
-    assert after.told == [{"kind": "commit", "step": 3, "attempt": "1-1-3", "error": None}]
+    assert after.told == [{"kind": "commit", "step": 3, "attempt": "1-1-3", "error": None, "anew": False}]
     assert after.kinds == ["checkpoint_committed"]
     assert after.record.committed == {(3, "1-1-3")}
 

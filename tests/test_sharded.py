@@ -361,9 +361,9 @@ def test_a_damaged_checkpoint_is_passed_over_by_everyone(deep, tmp_path):
 
     resumed = train(Deep(), sharded(tmp_path, "fsdp"), 3)
 
-    (failed,) = resumed.events("checkpoint_failed")
-    assert failed["step"] == 4
-    assert damaged in failed["detail"]
+    (found,) = resumed.events("checkpoint_damaged")
+    assert found["step"] == 4
+    assert damaged in found["detail"]["problem"]
     assert [e["step"] for e in resumed.events("restored")] == [2]
     assert_same_training(resumed, deep)
 

@@ -227,8 +227,9 @@ def test_a_snapshot_is_taken_where_the_newer_checkpoint_is_damaged(undisturbed_e
     reason = assert_restored(run, undisturbed_epoch, 4, applied=6)
 
     assert "; the checkpoint of step 6 cannot be loaded" in reason
-    (failed,) = [e for e in Ran(run, None).events("checkpoint_failed") if e["step"] == 6]
-    assert damaged in failed["detail"]
+    (found,) = Ran(run, None).events("checkpoint_damaged")
+    assert found["step"] == 6
+    assert damaged in found["detail"]["problem"]
 
 
 def test_where_the_snapshot_is_lost_too_the_checkpoint_before_the_damaged_one_is_taken(

@@ -20,7 +20,7 @@ from typing import Any
 import xxhash
 
 from elastic.checkpoint.tiling import Box, tiles
-from elastic.errors import CheckpointError
+from elastic.errors import CheckpointError, DamagedCheckpoint
 
 FORMAT = 3  # 2 has checksums that can be combined; 3 has values as `elastic.values` writes them
 READABLE = (1, 2, 3)
@@ -167,26 +167,35 @@ def check_name(name: str) -> None:
 # ---- reading -------------------------------------------------------------------------------------------------------
 
 
+class _NewerFormat(CheckpointError):
+    pass
+
+
 def parse_manifest(data: bytes, where: str) -> Manifest:
     """Read and validate a manifest. Time and memory are bounded by a constant times its size.
 
     Raises:
-        CheckpointError: a newer format, or anything in it that cannot be true.
+        DamagedCheckpoint: anything in it that cannot be true.
+        CheckpointError: a newer format.
     """
     if len(data) > MAX_MANIFEST_BYTES:
-        raise CheckpointError(f"{where} has more than {MAX_MANIFEST_BYTES} bytes, more than a manifest can have")
+        raise DamagedCheckpoint(f"{where} has more than {MAX_MANIFEST_BYTES} bytes, more than a manifest can have")
     try:
         raw = json.loads(data)
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{where} is not JSON: {error}") from error
+        raise DamagedCheckpoint(f"{where} is not JSON: {error}") from error
+    if _SEAL.match(data) and not _is_sealed(data):
+        raise DamagedCheckpoint(f"{where} has other bytes than were written")
     try:
         manifest = _manifest(raw, where)
+    except _NewerFormat:
+        raise
     except CheckpointError as error:
-        raise CheckpointError(f"{where}: {error}") from error
+        raise DamagedCheckpoint(f"{where}: {error}") from error
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
-        raise CheckpointError(f"{where} does not say what a manifest says: {error!r}"[:1000]) from error
+        raise DamagedCheckpoint(f"{where} does not say what a manifest says: {error!r}"[:1000]) from error
     if manifest.format > 1 and not _is_sealed(data):
-        raise CheckpointError(f"{where} has other bytes than were written")
+        raise DamagedCheckpoint(f"{where} has other bytes than were written")
     return manifest
 
 
@@ -194,10 +203,10 @@ def _manifest(raw: Any, where: str) -> Manifest:
     if not isinstance(raw, dict):
         raise CheckpointError("it is not a JSON object")
     version = raw.get("format")
-    if type(version) is not int or version not in READABLE:
-        raise CheckpointError(
-            f"{where} has format {str(version)[:100]}, this version reads {_READS}; install a newer elastic-train"
-        )
+    if type(version) is not int or version < 1:
+        raise CheckpointError(f"it has format {str(version)[:100]}")
+    if version not in READABLE:
+        raise _NewerFormat(f"{where} has format {version}, this version reads {_READS}; install a newer elastic-train")
     step = _int(raw["step"])
     if step < 0:
         raise CheckpointError(f"it has step {step}")

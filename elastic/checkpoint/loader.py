@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,7 +16,7 @@ from elastic.checkpoint.format import Manifest, TensorEntry
 from elastic.checkpoint.plan import BlockPart, Read, plan_load, plan_reads, read_bytes, read_limit, wanted_bytes
 from elastic.checkpoint.tensors import DTYPES, Shard, dtype_name
 from elastic.checkpoint.transfer import RangeReader, patiently
-from elastic.errors import CheckpointError
+from elastic.errors import CheckpointError, DamagedCheckpoint
 from elastic.storage import Storage
 
 IN_FLIGHT = 32
@@ -97,7 +97,7 @@ def load_together(
     try:
         report = load(storage, folder, manifest, shards, convert=convert, alone=False, in_flight=in_flight)
     except CheckpointError as error:
-        problem = str(error)
+        problem = told(error)
     everyone = gather([problem, [p.to_json() for p in report.partials]])
     bad = unproven(Partial.from_json(raw) for _, partials in everyone for raw in partials)
     if bad and not any(found for found, _ in everyone):
@@ -108,12 +108,23 @@ def load_together(
             report.read_bytes += again.read_bytes
             report.requests += again.requests
         except CheckpointError as error:
-            problem = str(error)
+            problem = told(error)
         everyone = gather([problem, []])
-    problems = [found for found, _ in everyone if found]
-    if problems:
-        raise CheckpointError(problems[0])
+    raise_first(found for found, _ in everyone)
     return report
+
+
+def told(error: CheckpointError) -> list[Any]:
+    """An error as it is gathered from all ranks: JSON."""
+    return [str(error), isinstance(error, DamagedCheckpoint)]
+
+
+def raise_first(told_by_all: Iterable[list[Any] | None]) -> None:
+    """Raise what the first rank told that has an error, damage before what only some cannot use."""
+    problems = sorted((found for found in told_by_all if found), key=lambda found: not found[1])
+    if problems:
+        text, damaged = problems[0]
+        raise DamagedCheckpoint(text) if damaged else CheckpointError(text)
 
 
 def load_all(
@@ -149,10 +160,10 @@ def check_objects(storage: Storage, folder: str, tensors: Mapping[str, TensorEnt
         sizes = dict(zip(packs, pool.map(size, packs)))
     for path, least in packs.items():
         if sizes[path] < 0:
-            raise CheckpointError(f"{path} is missing, which holds the tensor {_user(tensors, folder, path)!r}")
+            raise DamagedCheckpoint(f"{path} is missing, which holds the tensor {_user(tensors, folder, path)!r}")
         if sizes[path] < least:
             name = _user(tensors, folder, path, sizes[path])
-            raise CheckpointError(f"{path} is too short for the tensor {name!r}")
+            raise DamagedCheckpoint(f"{path} is too short for the tensor {name!r}")
 
 
 def _user(tensors: Mapping[str, TensorEntry], folder: str, path: str, size: int = -1) -> str:
@@ -296,8 +307,8 @@ class _Batch:
     def _fetch(self, part: BlockPart, path: str, start: int, views: list[memoryview]) -> None:
         try:
             self._reader.read(path, start, views)
-        except CheckpointError as error:
-            raise CheckpointError(f"{error} (tensor {part.name!r})") from error
+        except DamagedCheckpoint as error:
+            raise DamagedCheckpoint(f"{error} (tensor {part.name!r})") from error
 
 
 def _in_order(part: BlockPart, views: Sequence[memoryview]) -> list[memoryview]:
@@ -310,8 +321,8 @@ def _in_order(part: BlockPart, views: Sequence[memoryview]) -> list[memoryview]:
     return found
 
 
-def _damaged(part: BlockPart) -> CheckpointError:
-    return CheckpointError(
+def _damaged(part: BlockPart) -> DamagedCheckpoint:
+    return DamagedCheckpoint(
         f"{part.object} has other bytes than were written, in the block at {part.start} (tensor {part.name!r})"
     )
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
+import re
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -17,8 +21,12 @@ from elastic.checkpoint.format import (
     step_folder,
 )
 from elastic.checkpoint.transfer import patiently
-from elastic.errors import CheckpointError
+from elastic.errors import CheckpointError, DamagedCheckpoint
 from elastic.storage import Storage
+
+#: Marks of checkpoints that were found damaged lie beside them, so that one listing says which those are.
+MARKS = f"{FOLDER}/damaged"
+_MARK = re.compile(r"^(step-\d{8,18})\.(.+)\.json\Z")
 
 
 @dataclass(frozen=True)
@@ -45,7 +53,13 @@ def attempts(storage: Storage, step: int) -> list[str]:
 
 
 def newest_first(storage: Storage) -> Iterator[Committed]:
-    """All committed checkpoints: highest step first, then highest generation."""
+    """All committed checkpoints that are not marked as damaged: highest step first, then highest generation."""
+    damaged = marked(storage)
+    return (checkpoint for checkpoint in with_manifest(storage) if checkpoint not in damaged)
+
+
+def with_manifest(storage: Storage) -> Iterator[Committed]:
+    """All committed checkpoints, marked or not: highest step first, then highest generation."""
     for step in reversed(patiently(steps_with_attempts, storage)):
         for attempt in patiently(attempts, storage, step):
             folder = attempt_folder(step, attempt)
@@ -57,7 +71,8 @@ def read_manifest(storage: Storage, checkpoint: Committed) -> Manifest:
     """The validated manifest of a committed checkpoint.
 
     Raises:
-        CheckpointError: it is missing, damaged, or of a newer format.
+        DamagedCheckpoint: it has other bytes than were written.
+        CheckpointError: it is missing, or of a newer format.
     """
     where = f"{checkpoint.folder}/{MANIFEST}"
     try:
@@ -66,5 +81,57 @@ def read_manifest(storage: Storage, checkpoint: Committed) -> Manifest:
         raise CheckpointError(f"{where} is missing") from error
     manifest = parse_manifest(data, where)
     if manifest.step != checkpoint.step:
-        raise CheckpointError(f"{where} is of step {manifest.step}")
+        raise DamagedCheckpoint(f"{where} is of step {manifest.step}")
     return manifest
+
+
+# ---- marks ---------------------------------------------------------------------------------------------------------
+
+
+def marked(storage: Storage) -> set[Committed]:
+    """The checkpoints that were found damaged: nothing counts them."""
+    found = set()
+    for name in patiently(storage.names, MARKS):
+        match = _MARK.match(name)
+        step = parse_step(match[1]) if match else None
+        if match and step is not None and ATTEMPT.match(match[2]):
+            found.add(Committed(step, match[2]))
+    return found
+
+
+def mark(storage: Storage, checkpoint: Committed, problem: str) -> None:
+    """Let nothing count a damaged checkpoint from now on. Its objects stay: others may read some of them."""
+    with contextlib.suppress(FileExistsError):
+        patiently(storage.create, _mark(checkpoint), json.dumps({"problem": problem, "time": time.time()}).encode())
+
+
+def unmark(storage: Storage, checkpoint: Committed) -> None:
+    """It is whole again, or removed."""
+    patiently(storage.remove, _mark(checkpoint))
+
+
+def problem_of(storage: Storage, checkpoint: Committed) -> str:
+    """Why a checkpoint was marked."""
+    with contextlib.suppress(FileNotFoundError, ValueError, KeyError, TypeError):  # a foreign or a damaged file
+        return str(json.loads(patiently(storage.read, _mark(checkpoint)))["problem"])
+    return "was found damaged"
+
+
+def refuse_to_begin_anew(storage: Storage) -> None:
+    """Nothing can be loaded: where there were checkpoints once, a run that began anew would lose them silently.
+
+    Raises:
+        CheckpointError: all that there are were found damaged.
+    """
+    damaged = marked(storage)
+    left = next((checkpoint for checkpoint in with_manifest(storage) if checkpoint in damaged), None)
+    if left is not None:
+        raise CheckpointError(
+            f"no committed checkpoint can be loaded; the newest problem: {problem_of(storage, left)}; restore that "
+            f"object from a copy and give `elastic checkpoints verify {storage.url}`, or remove what is damaged with "
+            f"`elastic checkpoints prune {storage.url} --yes` to begin anew"
+        )
+
+
+def _mark(checkpoint: Committed) -> str:
+    return f"{MARKS}/{step_folder(checkpoint.step).rpartition('/')[2]}.{checkpoint.attempt}.json"

@@ -8,10 +8,18 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from elastic import fault
-from elastic.checkpoint.format import ATTEMPT, FOLDER, MANIFEST, attempt_folder, parse_step, step_folder
-from elastic.checkpoint.reader import Committed, attempts, newest_first, read_manifest, steps_with_attempts
+from elastic.checkpoint.format import ATTEMPT, FOLDER, MANIFEST, parse_step, step_folder
+from elastic.checkpoint.reader import (
+    Committed,
+    attempts,
+    marked,
+    newest_first,
+    read_manifest,
+    steps_with_attempts,
+    unmark,
+)
 from elastic.checkpoint.transfer import patiently, sweep_uploads
-from elastic.errors import CheckpointError
+from elastic.errors import CheckpointError, DamagedCheckpoint
 from elastic.storage import Storage
 
 PINS = f"{FOLDER}/pins"
@@ -30,10 +38,13 @@ class Policy:
 
 @dataclass(frozen=True)
 class Known:
-    """What a manifest says that matters here: its metrics, and the objects of other checkpoints that it reads."""
+    """What a manifest says that matters here: its metrics, the objects of other checkpoints that it reads, and the
+    least size of each object that it reads. `damage` says why nobody can read it."""
 
     metrics: Mapping[str, float] = field(default_factory=dict)
     elsewhere: frozenset[str] = frozenset()
+    objects: Mapping[str, int] = field(default_factory=dict)
+    damage: str | None = None
 
 
 def to_keep(
@@ -94,26 +105,34 @@ def removals(
 class Retention:
     """Prunes a run's checkpoints by a policy; remembers manifests, which never change. One at a time, one process.
 
+    Those that make up the `last` to be kept must be there whole, as far as names and sizes tell: what is newer and is
+    not is in `damaged` then, with the reason, and does not count. So the last one that can be loaded is never removed.
+
     Of a live run only its keeper may call this, between commits.
+
+    Args:
+        unloadable: further ones that do not count; may grow.
     """
 
-    def __init__(self, storage: Storage, policy: Policy):
-        self._storage, self._policy = storage, policy
+    def __init__(self, storage: Storage, policy: Policy, unloadable: Collection[Committed] = ()):
+        self._storage, self._policy, self._unloadable = storage, policy, unloadable
         self._known: dict[Committed, Known] = {}
+        self.damaged: dict[Committed, str] = {}
 
     def plan(self) -> tuple[list[Committed], set[str]]:
         """The attempts to remove, and the objects in them that must stay because kept checkpoints read them."""
         storage = self._storage
-        committed = list(newest_first(storage))
+        committed = self._that_count()
         if not committed:
             return [], set()
         if self._policy.best:
             for checkpoint in committed:
                 self._know(checkpoint)
-        metrics = {c: k.metrics for c, k in self._known.items()}
-        kept = to_keep(committed, metrics, pins(storage), self._policy)
+        metrics, pinned = {c: k.metrics for c, k in self._known.items()}, pins(storage)
+        kept = to_keep(committed, metrics, pinned, self._policy)
         found = {Committed(s, a) for s in steps_with_attempts(storage) for a in attempts(storage, s)}
-        gone = to_remove(committed[0], kept, found | set(committed))
+        bad = {c for c in marked(storage) | self.damaged.keys() if c.step in pinned}  # somebody may still mend those
+        gone = to_remove(committed[0], kept | bad, found | set(committed))
         # Removed manifests stop counting, so what only they refer to may go too.
         staying = [c for c in committed if c not in gone]
         return gone, set().union(*(self._know(c).elsewhere for c in staying))
@@ -125,6 +144,7 @@ class Retention:
         """
         storage = self._storage
         gone, needed = self.plan()
+        marks = marked(storage) if gone else set()
         for attempt in gone:
             storage.remove(f"{attempt.folder}/{MANIFEST}")
             self._known.pop(attempt, None)
@@ -137,24 +157,60 @@ class Retention:
                 storage.remove(attempt.folder)
             for name in set(names) - set(staying) if staying else ():
                 storage.remove(f"{attempt.folder}/{name}")
+            if attempt in marks:
+                unmark(storage, attempt)
             if len(staying) < len(names):
                 removed.append(attempt)
         for step in {a.step for a in gone}:
             if not storage.names(step_folder(step)):
                 storage.remove(step_folder(step))
-        newest = next(newest_first(storage), None)
+        newest = next((c for c in newest_first(storage) if c not in self.damaged), None)
         if newest is not None:
             sweep_uploads(storage, FOLDER, keep=lambda name: not _is_over(name, newest))
         return removed
 
+    def _that_count(self) -> list[Committed]:
+        """Newest first."""
+        found: list[Committed] = []
+        self.damaged, steps, sizes = {}, set[int](), dict[str, dict[str, int]]()
+        for checkpoint in newest_first(self._storage):
+            if checkpoint in self._unloadable:
+                continue
+            if len(steps) < max(1, self._policy.last) and checkpoint.step not in steps:
+                problem = self._damage(checkpoint, sizes)
+                if problem is not None:
+                    self.damaged[checkpoint] = problem
+                    continue
+            steps.add(checkpoint.step)
+            found.append(checkpoint)
+        return found
+
+    def _damage(self, checkpoint: Committed, sizes: dict[str, dict[str, int]]) -> str | None:
+        """What names and sizes tell of it. `sizes` are those of the folders that were listed."""
+        known = self._know(checkpoint)
+        for path, least in known.objects.items():
+            folder, _, name = path.rpartition("/")
+            if folder not in sizes:
+                sizes[folder] = patiently(self._storage.sizes, folder)
+            if name not in sizes[folder]:
+                if not patiently(self._storage.exists, path):
+                    return f"{path} is missing"
+            elif sizes[folder][name] < least:
+                return f"{path} has {sizes[folder][name]} bytes of at least {least}"
+        return known.damage
+
     def _know(self, checkpoint: Committed) -> Known:
         if checkpoint not in self._known:
             known = Known()
-            with contextlib.suppress(CheckpointError):  # what cannot be read has no metrics and needs nothing
+            try:
                 manifest = read_manifest(self._storage, checkpoint)
-                own = f"{checkpoint.folder}/"
-                elsewhere = frozenset(p for p in manifest.packs(checkpoint.folder) if not p.startswith(own))
-                known = Known(manifest.metrics, elsewhere)
+                packs, own = manifest.packs(checkpoint.folder), f"{checkpoint.folder}/"
+                elsewhere = frozenset(p for p in packs if not p.startswith(own))
+                known = Known(manifest.metrics, elsewhere, packs)
+            except DamagedCheckpoint as error:
+                known = Known(damage=str(error))
+            except CheckpointError:  # of a newer format: it has no metrics here and needs nothing
+                pass
             self._known[checkpoint] = known
         return self._known[checkpoint]
 
@@ -182,7 +238,7 @@ def pin(storage: Storage, step: int) -> None:
     Raises:
         CheckpointError: there is none.
     """
-    if not any(storage.exists(f"{attempt_folder(step, a)}/{MANIFEST}") for a in attempts(storage, step)):
+    if not any(checkpoint.step == step for checkpoint in newest_first(storage)):
         raise CheckpointError(f"step {step} has no committed checkpoint in {storage.url}; see which there are with ls")
     with contextlib.suppress(FileExistsError):
         storage.create(f"{PINS}/{step_folder(step).rpartition('/')[2]}", b"{}")

@@ -179,6 +179,10 @@ class Saver:
         self._frozen = self._written.pop((step, attempt), {})
         self._written = {key: chunks for key, chunks in self._written.items() if key[0] > step}
 
+    def refer_to_nothing(self) -> None:
+        """What was written before is of no use any more: the next save has all its bytes."""
+        self._frozen, self._written = {}, {}
+
     def close(self) -> None:
         """Call off what is under way, end the uploader and give the memory back."""
         self.cancel()

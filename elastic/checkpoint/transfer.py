@@ -17,7 +17,7 @@ from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from typing import Any, Protocol, TypeVar
 
 from elastic.checkpoint.s3get import DirectReads
-from elastic.errors import CheckpointError, StorageError
+from elastic.errors import DamagedCheckpoint, StorageError
 from elastic.storage import Storage, make_folder, sync_folder
 
 T = TypeVar("T")
@@ -275,14 +275,16 @@ class RangeReader:
         """Fill `views`, one after the other, with the bytes of `name` from `start`.
 
         Raises:
-            CheckpointError: there is no such object, or it ends before.
+            DamagedCheckpoint: there is no such object, or it ends before.
         """
         try:
             patiently(lambda: self._once(name, start, views))
         except FileNotFoundError as error:
-            raise CheckpointError(f"{name} is missing") from error
+            raise DamagedCheckpoint(f"{name} is missing") from error
         except ShortRead as error:
-            raise CheckpointError(f"{name} is too short: it has no byte {start + sum(map(len, views)) - 1}") from error
+            raise DamagedCheckpoint(
+                f"{name} is too short: it has no byte {start + sum(map(len, views)) - 1}"
+            ) from error
 
     def _once(self, name: str, start: int, views: Sequence[memoryview]) -> None:
         if self._storage.local:

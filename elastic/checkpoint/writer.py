@@ -9,8 +9,9 @@ from typing import Any
 
 from elastic import fault
 from elastic.checkpoint.format import MANIFEST, Manifest, attempt_folder, pack_path, parse_manifest
+from elastic.checkpoint.reader import marked
 from elastic.checkpoint.transfer import patiently
-from elastic.errors import CheckpointError
+from elastic.errors import CheckpointError, DamagedCheckpoint
 from elastic.storage import Storage
 
 
@@ -41,17 +42,20 @@ def commit(storage: Storage, attempt: str, manifest: Manifest, indexes: Sequence
 
     Raises:
         FileExistsError: somebody else committed this attempt.
-        CheckpointError: an index that could not be read again, or that refers to an object that is not there.
+        DamagedCheckpoint: an index that could not be read again, or that refers to an object that is not whole.
     """
     folder = attempt_folder(manifest.step, attempt)
     name = f"{folder}/{MANIFEST}"
     data = replace(manifest, tensors=merge(indexes), nonce=secrets.token_hex(8)).to_json()
     whole = parse_manifest(data, name)  # nothing is committed that could not be read again
     elsewhere = {c.pack for t in whole.tensors.values() for c in t.chunks if "/" in c.pack}
+    damaged = {c.folder for c in marked(storage)} if elsewhere else set()
     for pack in sorted(elsewhere):
         path = pack_path(folder, pack)
+        if path.rpartition("/")[0] in damaged:
+            raise DamagedCheckpoint(f"{path}, which this checkpoint refers to, is of one that was found damaged")
         if not patiently(storage.exists, path):
-            raise CheckpointError(f"{path}, which this checkpoint refers to, is not there")
+            raise DamagedCheckpoint(f"{path}, which this checkpoint refers to, is not there")
     fault.point("checkpoint.before_manifest", -1, manifest.step)
     patiently(storage.create, name, data)
     fault.point("checkpoint.after_manifest", -1, manifest.step)

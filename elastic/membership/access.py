@@ -14,7 +14,7 @@ import time
 
 GRANT_S = 3600.0
 #: What a grant opens, beside what it takes to get one.
-CONTROL = frozenset({"/run", "/wish", "/scale", "/drain", "/prune"})
+CONTROL = frozenset({"/run", "/wish", "/scale", "/drain", "/prune", "/damaged"})
 GRANT_ID = re.compile(r"[0-9a-f]{32}")
 
 

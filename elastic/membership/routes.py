@@ -74,6 +74,7 @@ class Routes:
         router.add_post("/scale", self._scale)
         router.add_post("/drain", self._drain)
         router.add_post("/prune", self._prune)
+        router.add_post("/damaged", self._damaged)
 
     async def _follow(self, request: web.Request) -> web.StreamResponse:
         socket = web.WebSocketResponse()
@@ -154,6 +155,11 @@ class Routes:
         except ElasticError as error:
             raise _refusal(str(error)) from None
         return web.json_response({"removals": removals})
+
+    async def _damaged(self, request: web.Request) -> web.Response:
+        body = await request.json()
+        self._keeper.found_damaged(int(body["step"]), str(body["attempt"]), str(body["problem"]))
+        return web.json_response({"ok": True})
 
     async def _group(self, _: web.Request) -> web.Response:
         seen = describe(self._state(), time.monotonic())

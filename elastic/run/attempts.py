@@ -23,6 +23,7 @@ class Attempt:
     header: dict[str, Any] | None = None
     over: bool = False
     error: str | None = None
+    anew: bool = False
 
     def take(self, member_id: str, message: Mapping[str, Any]) -> Literal["waits", "whole", "failed", "decided"]:
         """A member's share came, or came again from one that could not know what became of it."""
@@ -34,9 +35,9 @@ class Attempt:
         self.header = message["header"] or self.header
         return "whole" if len(self.indexes) == self.shares and self.header is not None else "waits"
 
-    def decide(self, error: str | None) -> None:
-        """It was committed, or it never will be."""
-        self.over, self.error = True, error
+    def decide(self, error: str | None, *, anew: bool = False) -> None:
+        """It was committed, or it never will be; `anew` if the next one is to refer to nothing."""
+        self.over, self.error, self.anew = True, error, anew
         self.indexes.clear()
 
     def manifest(self, metrics: Mapping[str, Any]) -> Manifest:

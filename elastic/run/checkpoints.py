@@ -9,10 +9,11 @@ from typing import Any
 
 from elastic.checkpoint.cadence import save_cost, save_interval
 from elastic.checkpoint.format import MANIFEST, attempt_folder
-from elastic.checkpoint.reader import newest_first
+from elastic.checkpoint.reader import Committed, mark, newest_first
 from elastic.checkpoint.retention import Policy, Retention, removals
 from elastic.checkpoint.transfer import patiently
 from elastic.checkpoint.writer import commit
+from elastic.errors import DamagedCheckpoint
 from elastic.membership.world import Generation
 from elastic.run.attempts import Attempt
 from elastic.run.record import Record
@@ -39,7 +40,7 @@ class Keeping:
 
 
 class Checkpoints:
-    """All methods on the keeper's thread; `restore` and `failed` are read from any.
+    """All methods on the keeper's thread, but for `distrust`; `restore` and `failed` are read from any.
 
     Args:
         save_every_s: seconds between checkpoints, 0 for the interval that costs least, None where steps say when.
@@ -51,17 +52,21 @@ class Checkpoints:
     ):  # fmt: skip
         self._storage, self._epoch, self._policy, self._every_s = storage, epoch, policy, save_every_s
         self._record, self._keeping = record, keeping
-        self._retention = Retention(storage, policy)
+        self._unloadable: set[Committed] = set()  # for the workers of this claim, marked or not
+        self._retention = Retention(storage, policy, self._unloadable)
         self._attempts: dict[tuple[int, str], Attempt] = {}
         self._began = time.time()
         self.restarted = False  # an earlier keeper of this claim may have committed what it could not tell
         self.failed: dict[str, Any] | None = None  # the last save that failed: step and error
-        newest = next(newest_first(storage), None)
         #: Where state comes from when nobody holds any: the newest committed checkpoint.
-        self.restore: dict[str, Any] = {"rung": "fresh"}
-        if newest is not None:
-            self.restore = {"rung": "checkpoint", "step": newest.step, "attempt": newest.attempt}
+        self.restore: dict[str, Any] = self._newest()
         self.due_at = self._next_due()
+
+    def _newest(self) -> dict[str, Any]:
+        for checkpoint in newest_first(self._storage):
+            if checkpoint not in self._unloadable:
+                return {"rung": "checkpoint", "step": checkpoint.step, "attempt": checkpoint.attempt}
+        return {"rung": "fresh"}
 
     @property
     def step(self) -> int:
@@ -114,7 +119,7 @@ class Checkpoints:
         elif what == "failed":
             self._decide(attempt, message["error"])
         elif what == "whole":
-            self._decide(attempt, self._commit(attempt, ranks))
+            self._commit(attempt, ranks)
 
     def note_commits_before(self) -> None:
         """The keeper before may have died between a commit and its event, and nobody may be left who waits for it."""
@@ -130,9 +135,13 @@ class Checkpoints:
                 "checkpoint_committed", generation=name.rpartition("-")[0], step=step, detail={"attempt": name}
             )  # fmt: skip
 
-    def _decide(self, attempt: Attempt, error: str | None) -> None:
-        """Tell the ledger and the workers what became of an attempt; then there is time to tidy up."""
-        attempt.decide(error)
+    def _decide(self, attempt: Attempt, error: str | None, *, anew: bool = False) -> None:
+        """Tell the ledger and the workers what became of an attempt; then there is time to tidy up.
+
+        Args:
+            anew: what it refers to is of no use: the next one is to have all its bytes.
+        """
+        attempt.decide(error, anew=anew)
         self.due_at = self._next_due()
         note, step = self._keeping.note, attempt.step
         if error:
@@ -141,27 +150,39 @@ class Checkpoints:
         self._tell(attempt)
         if error or self._keeping.closed():
             return
+        self._prune()
+
+    def _prune(self) -> None:
         try:
             self._retention.prune()
         except Exception as problem:  # whatever storage raises: the run does not depend on it, and the next tries again
-            note("checkpoint_failed", step=step, detail=f"old checkpoints could not be removed: {problem}")
+            self._keeping.note(
+                "checkpoint_failed", step=self.step, detail=f"old checkpoints could not be removed: {problem}"
+            )  # fmt: skip
+        self._tell_damaged(self._retention)
+
+    def _tell_damaged(self, retention: Retention) -> None:
+        for checkpoint, damage in retention.damaged.items():
+            self.unloadable(checkpoint, damage, damaged=True, found_by="the removal of old ones")
 
     def _tell(self, attempt: Attempt) -> None:
         self._keeping.tell(
-            {"kind": "commit", "step": attempt.step, "attempt": attempt.name, "error": attempt.error}
+            {"kind": "commit", "step": attempt.step, "attempt": attempt.name, "error": attempt.error,
+             "anew": attempt.anew}
         )  # fmt: skip
 
-    def _commit(self, attempt: Attempt, ranks: Mapping[str, int]) -> str | None:
-        """Commit an attempt; returns why it could not be."""
+    def _commit(self, attempt: Attempt, ranks: Mapping[str, int]) -> None:
+        """Commit an attempt, and tell what became of it."""
         if not self._keeping.owns():
-            return "a newer claim owns the run"
+            return self._decide(attempt, "a newer claim owns the run")
         began, record, step = time.monotonic(), self._record, attempt.step
         manifest = attempt.manifest(record.last_eval if record.evaluated_step == step else {})
         self._keeping.flush_rows()
         try:
             whole = commit(self._storage, attempt.name, manifest, attempt.ordered(ranks))
         except Exception as error:  # whatever storage raises: the checkpoint before stays the newest, the run goes on
-            return f"the checkpoint of step {step} could not be committed: {type(error).__name__}: {error}"
+            why = f"the checkpoint of step {step} could not be committed: {type(error).__name__}: {error}"
+            return self._decide(attempt, why, anew=isinstance(error, DamagedCheckpoint))
         self.restore = {"rung": "checkpoint", "step": step, "attempt": attempt.name}
         record.saved(step, attempt.name, save_cost(attempt.stall_s, attempt.upload_s))
         self._keeping.note(
@@ -169,15 +190,46 @@ class Checkpoints:
             seconds=round(attempt.upload_s + time.monotonic() - began, 4),
             detail={"attempt": attempt.name, "bytes": whole.nbytes, **attempt.summary()},
         )  # fmt: skip
-        return None
+        self._decide(attempt, None)
+
+    # ---- what cannot be loaded -------------------------------------------------------------------------------------
+
+    def distrust(self, checkpoint: Committed) -> None:
+        """A checkpoint cannot be loaded, so no world that is formed from now on goes back to it. From any thread."""
+        self._unloadable.add(checkpoint)
+        if (self.restore.get("step"), self.restore.get("attempt")) == (checkpoint.step, checkpoint.attempt):
+            self.restore = {"rung": "fresh"}  # until storage was asked; who holds a state keeps it
+
+    def unloadable(
+        self, checkpoint: Committed, problem: str, *, damaged: bool, found_by: str, generation: str | None = None
+    ) -> None:
+        """Say so, mark it where its bytes are not those that were written, and have nothing refer to it any more."""
+        if self._keeping.closed():
+            return
+        self.distrust(checkpoint)
+        detail: dict[str, Any] = {"attempt": checkpoint.attempt, "problem": problem, "found_by": found_by}
+        if damaged:
+            try:
+                if patiently(self._storage.exists, f"{checkpoint.folder}/{MANIFEST}"):
+                    mark(self._storage, checkpoint, problem)
+            except Exception as error:  # whatever storage raises: it does not count for this claim all the same
+                detail["not_marked"] = f"{type(error).__name__}: {error}"
+            self._keeping.note("checkpoint_damaged", generation=generation, step=checkpoint.step, detail=detail)
+        else:
+            self._keeping.note("checkpoint_failed", generation=generation, step=checkpoint.step, detail=problem)
+        self.restore = self._newest()
+        self._keeping.tell(
+            {"kind": "commit", "step": checkpoint.step, "attempt": checkpoint.attempt, "error": problem, "anew": True}
+        )  # fmt: skip
 
     # ---- removing --------------------------------------------------------------------------------------------------
 
     def prune(self, policy: Policy, *, yes: bool) -> list[dict[str, Any]]:
         """What this policy does not keep; with `yes` it is removed."""
-        retention = Retention(self._storage, policy)
+        retention = Retention(self._storage, policy, self._unloadable)
         gone, needed = retention.plan()
         found = removals(self._storage, gone, set(newest_first(self._storage)), needed)
         if yes:
             retention.prune()
+        self._tell_damaged(retention)
         return [asdict(removal) for removal in found]

@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from elastic import fault
+from elastic.checkpoint.reader import Committed
 from elastic.checkpoint.retention import Policy
 from elastic.checkpoint.transfer import is_from_storage, patiently
 from elastic.errors import ElasticError, FencedError, StorageError
@@ -188,12 +189,27 @@ class RunKeeper:
                 message["event"], generation=str(generation), member=member.id,
                 **{k: message[k] for k in ("step", "seconds", "detail") if k in message},
             )  # fmt: skip
+            if message["event"] == "restored":
+                self._claim_step = min(self._claim_step, message["step"])
+        elif kind == "unloadable":
+            self._distrust(
+                Committed(message["step"], message["attempt"]), message["problem"], damaged=message["damaged"],
+                found_by=member.id, generation=str(generation),
+            )  # fmt: skip
         elif kind == "pack":
             self._do(lambda: self._take_share(member, generation, message))
         elif kind == "saved alone":
             self._do(self._saved_alone)
         elif kind == "done":
             self._do(lambda: self._take_outcome(member, message))
+
+    def found_damaged(self, step: int, attempt: str, problem: str) -> None:
+        """A check found that a checkpoint has other bytes than were written."""
+        self._distrust(Committed(step, attempt), problem, damaged=True, found_by="a check")
+
+    def _distrust(self, checkpoint: Committed, problem: str, **how: Any) -> None:
+        self._checkpoints.distrust(checkpoint)  # at once: a world may be formed before the storage has answered
+        self._do(lambda: self._checkpoints.unloadable(checkpoint, problem, **how))
 
     def restore_point(self) -> dict[str, Any]:
         return self._checkpoints.restore

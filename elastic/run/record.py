@@ -125,6 +125,8 @@ class Record:
             self.world(event["detail"]["size"], event["time"])
         elif kind == "checkpoint_committed":
             self._take_commit(event["step"], event.get("seconds", 0.0), event["detail"])
+        elif kind == "restored" and self.claim_step is not None:  # from below where it began: that was damaged
+            self.claim_step = min(self.claim_step, event["step"])
         elif kind == "scaled":
             self.max_workers = event["detail"]["max_workers"]
         elif kind in ENDED:

@@ -28,14 +28,16 @@ class Sameness:
         self._before: dict[str, Any] | None = None
         self._step = 0
         self.longer = False  # or shorter than it was, as was allowed
-        newest = None if folder is None or self._allowed else next(newest_first(folder.storage), None)
-        if folder is not None and newest is not None:
+        if folder is None or self._allowed:
+            return
+        for checkpoint in newest_first(folder.storage):
             try:
-                manifest = read_manifest(folder.storage, newest)
+                manifest = read_manifest(folder.storage, checkpoint)
             except CheckpointError:  # a worker says so, and takes the one before
-                return
+                continue
             found = manifest.world.get("data")
             self._before, self._step = found if isinstance(found, dict) else None, manifest.step
+            return
 
     def load(self, make: Callable[[], Any]) -> Any:
         """Make the data as workers do: under the run's seed, if they are to be compared."""

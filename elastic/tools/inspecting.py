@@ -17,7 +17,15 @@ import xxhash
 
 from elastic.checkpoint import format
 from elastic.checkpoint.format import ATTEMPT, MANIFEST, Manifest, pack_path
-from elastic.checkpoint.reader import Committed, attempts, newest_first, read_manifest, steps_with_attempts
+from elastic.checkpoint.reader import (
+    Committed,
+    attempts,
+    marked,
+    problem_of,
+    read_manifest,
+    steps_with_attempts,
+    with_manifest,
+)
 from elastic.checkpoint.retention import pins
 from elastic.checkpoint.transfer import RangeReader, patiently
 from elastic.errors import CheckpointError
@@ -87,12 +95,15 @@ def generation_of(attempt: str) -> str:
 def list_checkpoints(storage: Storage) -> list[Listed]:
     """All committed checkpoints, newest first, and whether their objects are there and long enough.
 
-    What a live run prunes meanwhile is left out.
+    What a live run prunes meanwhile is left out. Those that are marked as damaged are there, and say why.
     """
-    pinned, now = pins(storage), time.time()
+    pinned, marks, now = pins(storage), marked(storage), time.time()
 
     def look(checkpoint: Committed) -> Listed | None:
         manifest, found = _outside(storage, checkpoint)
+        problem = f"{found[0].object}: {found[0].problem}" if found else ""
+        if checkpoint in marks:
+            problem = problem_of(storage, checkpoint)
         try:
             modified = patiently(storage.modified, f"{checkpoint.folder}/{MANIFEST}")
         except FileNotFoundError:
@@ -100,16 +111,16 @@ def list_checkpoints(storage: Storage) -> list[Listed]:
         return Listed(
             checkpoint.step, generation_of(checkpoint.attempt), checkpoint.attempt,
             manifest.nbytes if manifest else 0, round(now - modified, 1), checkpoint.step in pinned,
-            "damaged" if found else "complete", f"{found[0].object}: {found[0].problem}" if found else "",
+            "damaged" if problem else "complete", problem,
         )  # fmt: skip
 
     with ThreadPoolExecutor(IN_FLIGHT, "list") as pool:
-        return [found for found in pool.map(look, newest_first(storage)) if found is not None]
+        return [found for found in pool.map(look, with_manifest(storage)) if found is not None]
 
 
 def unfinished(storage: Storage) -> list[str]:
     """Folders of attempts that are not committed."""
-    committed = set(newest_first(storage))
+    committed = set(with_manifest(storage))
     found = [Committed(s, a) for s in steps_with_attempts(storage) for a in attempts(storage, s)]
     return [c.folder for c in found if c not in committed]
 
@@ -155,7 +166,7 @@ def verify(
         on_total: is told how many bytes will be read, and gives what is called with each number of bytes read.
     """
     damages: list[Damage] = []
-    users: dict[_Block, tuple[Committed, str]] = {}
+    users: dict[_Block, dict[Committed, str]] = {}
     for checkpoint in checkpoints:
         manifest, found = _outside(storage, checkpoint)
         damages += found
@@ -167,7 +178,7 @@ def verify(
                     start = chunk.start + number * format.BLOCK_BYTES
                     end = min(start + format.BLOCK_BYTES, chunk.end)
                     crc = chunk.crcs[number] if chunk.crcs else None
-                    users.setdefault(_Block(path, start, end, xxh3, crc), (checkpoint, name))
+                    users.setdefault(_Block(path, start, end, xxh3, crc), {}).setdefault(checkpoint, name)
     on_bytes = on_total(sum(b.end - b.start for b in users))
     lock, reader = threading.Lock(), RangeReader(storage)
 
@@ -188,9 +199,8 @@ def verify(
     finally:
         reader.close()
     for block, problem in zip(blocks, problems, strict=True):
-        if problem:
-            checkpoint, name = users[block]
-            at = (block.object, problem, block.start, block.end, name)
+        for checkpoint, name in users[block].items() if problem else ():
+            at = (block.object, str(problem), block.start, block.end, name)
             damages.append(Damage(checkpoint.step, checkpoint.attempt, *at))
     damaged = {Committed(d.step, d.attempt) for d in damages}
     pruned = {c for c in damaged if not patiently(storage.exists, f"{c.folder}/{MANIFEST}")}

@@ -10,7 +10,16 @@ from typing import Any, Literal
 
 from elastic import fault
 from elastic.checkpoint.format import ATTEMPT, FOLDER, MANIFEST, step_folder
-from elastic.checkpoint.reader import Committed, attempts, newest_first, steps_with_attempts
+from elastic.checkpoint.reader import (
+    Committed,
+    attempts,
+    mark,
+    marked,
+    newest_first,
+    steps_with_attempts,
+    unmark,
+    with_manifest,
+)
 from elastic.checkpoint.retention import Policy, Removal, Retention, pins, removals
 from elastic.checkpoint.transfer import sweep_uploads
 from elastic.errors import ConfigError, ElasticError
@@ -78,12 +87,18 @@ def prune_checkpoints(folder: RunFolder, policy: Policy, *, yes: bool) -> list[R
 def _prune_held(storage: Storage, policy: Policy, held: Hold) -> list[Removal]:
     going, needed = _removals(storage, policy, held.epoch)
     held.check()
-    Retention(storage, policy).prune()
+    retention, marks = Retention(storage, policy), marked(storage)
+    retention.prune()
+    for checkpoint in with_manifest(storage):
+        if checkpoint in retention.damaged:
+            mark(storage, checkpoint, retention.damaged[checkpoint])
     for removal in going:
         attempt = Committed(removal.step, removal.attempt)
         for name in storage.names(attempt.folder):  # what the retention of a live run must leave alone
             if f"{attempt.folder}/{name}" not in needed:
                 storage.remove(f"{attempt.folder}/{name}")
+        if attempt in marks:
+            unmark(storage, attempt)
         for empty in (attempt.folder, step_folder(attempt.step)):
             if not storage.names(empty):
                 storage.remove(empty)
@@ -120,8 +135,9 @@ def _removals(storage: Storage, policy: Policy, epoch: int) -> tuple[list[Remova
     gone, needed = Retention(storage, policy).plan()
     committed = set(newest_first(storage))
     found = {Committed(s, a) for s in steps_with_attempts(storage) for a in attempts(storage, s)}
-    dead = {a for a in found - committed if _is_before([FOLDER, step_folder(a.step), a.attempt], epoch)}
-    return removals(storage, dead | set(gone), committed, needed), needed
+    pinned = {a for a in marked(storage) if a.step in pins(storage)}  # somebody may still mend those
+    dead = {a for a in found - committed - pinned if _is_before([FOLDER, step_folder(a.step), a.attempt], epoch)}
+    return removals(storage, dead | set(gone), set(with_manifest(storage)), needed), needed
 
 
 def _is_before(parts: Sequence[str], epoch: int) -> bool:
@@ -249,7 +265,7 @@ def prune_runs(storage: Storage, decisions: Sequence[Decision], on_total: Total 
 
 def _remove_run(folder: RunFolder, held: Hold) -> None:
     storage = folder.storage
-    for checkpoint in newest_first(storage):
+    for checkpoint in with_manifest(storage):
         held.check()
         storage.remove(f"{checkpoint.folder}/{MANIFEST}")
         fault.point("prune.run", -1, checkpoint.step)

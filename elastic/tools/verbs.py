@@ -115,10 +115,11 @@ def _ls(arguments: argparse.Namespace) -> int:
     from elastic.tools.target import open_run
     from elastic.tools.text import age_text, size_text, table
 
-    storage = open_run(arguments.url, read_only=True).storage
+    folder = open_run(arguments.url, read_only=True)
+    storage = folder.storage
     bad: dict[tuple[int, str], str] = {}
     if arguments.verify:
-        for damage in _verified(storage, None).damages:
+        for damage in _verified(folder, None)[0].damages:
             bad.setdefault((damage.step, damage.attempt), f"{damage.object}: {damage.problem}")
     found = [asdict(c) for c in list_checkpoints(storage)]
     for one in found:
@@ -168,36 +169,42 @@ def _shown(found: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n\n" + table(("tensor", "dtype", "shape", "bytes", "chunk", "object"), rows, "bytes")
 
 
-def _verified(storage: Any, step: int | None) -> Any:
+def _verified(folder: Any, step: int | None) -> tuple[Any, Any]:
     from contextlib import ExitStack
 
-    from elastic.checkpoint.reader import newest_first
+    from elastic.checkpoint.reader import with_manifest
     from elastic.tools.inspecting import verify
-    from elastic.tools.target import choose
+    from elastic.tools.marking import mark_found
 
-    if step is not None:
-        choose(storage, step)
-    checkpoints = [c for c in newest_first(storage) if step in (None, c.step)]
+    checkpoints = [c for c in with_manifest(folder.storage) if step in (None, c.step)]
     with ExitStack() as stack:
-        return verify(storage, checkpoints, _bar("verifying", "bytes", stack))
+        found = verify(folder.storage, checkpoints, _bar("verifying", "bytes", stack))
+    return found, mark_found(folder, checkpoints, found)
 
 
 def _verify(arguments: argparse.Namespace) -> int:
+    from elastic.checkpoint.reader import with_manifest
     from elastic.tools.target import choose, open_run
     from elastic.tools.text import size_text
 
-    storage = open_run(arguments.url, read_only=True).storage
-    choose(storage, arguments.step)
-    found = _verified(storage, arguments.step)
+    folder = open_run(arguments.url, read_only=True)
+    if not any(arguments.step in (None, c.step) for c in with_manifest(folder.storage)):
+        choose(folder.storage, arguments.step)  # says what there is
+    found, marks = _verified(folder, arguments.step)
 
     def text() -> str:
         what = f"{found.checkpoints} checkpoints, {found.blocks} blocks, {size_text(found.bytes)}"
-        if not found.damages:
-            return f"{what}: all as written"
-        return "\n".join([*map(str, found.damages), f"{what}: {len(found.damages)} damaged"])
+        last = f"{what}: {len(found.damages)} damaged" if found.damages else f"{what}: all as written"
+        return "\n".join([*map(str, found.damages), *_marks_text(marks), last])
 
-    _print(arguments, asdict(found), text)
+    _print(arguments, {**asdict(found), "marks": asdict(marks)}, text)
     return 1 if found.damages else 0
+
+
+def _marks_text(marks: Any) -> list[str]:
+    lines = [f"step {step}: marked, nothing counts it any more" for step in marks.marked]
+    lines += [f"step {step}: it is whole again and counts" for step in marks.unmarked]
+    return [*lines, f"not marked: {marks.problem}"] if marks.problem else lines
 
 
 # ---- moving --------------------------------------------------------------------------------------------------------

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from elastic.checkpoint.format import Manifest
-from elastic.checkpoint.loader import check_objects, load_together
-from elastic.checkpoint.reader import Committed, newest_first, read_manifest
+from elastic.checkpoint.loader import check_objects, load_together, raise_first, told
+from elastic.checkpoint.reader import Committed, newest_first, read_manifest, refuse_to_begin_anew
 from elastic.checkpoint.tensors import Shard
 from elastic.checkpoint.transfer import in_one_sentence
 from elastic.config import CheckpointOptions
@@ -20,7 +20,7 @@ from elastic.errors import CheckpointError, SnapshotError
 from elastic.membership.client import WorkerLink
 from elastic.storage import Storage
 from elastic.worker.group import Group
-from elastic.worker.saving import initialise
+from elastic.worker.saving import initialise, tell_unloadable
 from elastic.worker.snapshots import Snapshots
 from elastic.worker.state import TrainState, weights_alone
 
@@ -119,14 +119,13 @@ def _descend(
         except CheckpointError as error:
             reasons.append(f"the checkpoint of step {checkpoint.step} cannot be loaded")
             if group.leads:
-                link.post(
-                    {"kind": "event", "event": "checkpoint_failed", "step": checkpoint.step, "detail": str(error)}
-                )  # fmt: skip
+                tell_unloadable(link, checkpoint, error)
             continue
         detail = {"rung": "checkpoint", "attempt": checkpoint.attempt, "bytes": size}
         return done(checkpoint.step, state, detail, open=not manifest.metrics, manifest=manifest)
     if stored.problem:
         raise CheckpointError(f"no committed checkpoint can be loaded; the newest problem: {stored.problem}")
+    stored.refuse_to_begin_anew()
     state = make(True) if group.place is not None else None
     if state is not None:
         initialise(state, options, link, tell=group.leads)
@@ -183,13 +182,14 @@ class _Stored:
             raise
 
     def _read(self, checkpoint: Committed) -> Manifest:
-        manifest, problem = Manifest(checkpoint.step, 0, "", {}, {}), None
+        manifest = Manifest(checkpoint.step, 0, "", {}, {})
+        problem: CheckpointError | None = None
         try:
             manifest = read_manifest(self._storage, checkpoint)
             if self._group.rank == 0:
                 check_objects(self._storage, checkpoint.folder, manifest.tensors)
         except CheckpointError as error:
-            problem = str(error)
+            problem = error
         self._raise_together(problem)
         return manifest
 
@@ -197,7 +197,7 @@ class _Stored:
         group, alone = self._group, weights_alone(manifest.values)
         convert = self._convert or alone
         shards: list[Shard] = []
-        problem = None
+        problem: CheckpointError | None = None
         if group.place is not None and (self._state is None or (alone and not self._filled)):
             self._state = None  # one at a time
             self._state, self._filled = self._make(alone), alone  # of weights alone, all else is as the job makes it
@@ -206,7 +206,7 @@ class _Stored:
             if state is not None:
                 shards = state.destinations(manifest.tensors, manifest.values, convert=convert)
         except CheckpointError as error:
-            problem = str(error)
+            problem = error
         self._raise_together(problem)
         report = load_together(
             self._storage, checkpoint.folder, manifest, shards, group.gather_json, convert=convert
@@ -215,11 +215,19 @@ class _Stored:
             if state is not None:
                 state.load_values(manifest.values)
         except CheckpointError as error:
-            problem = str(error)
+            problem = error
         self._raise_together(problem)
         return state, report.read_bytes
 
-    def _raise_together(self, problem: str | None) -> None:
-        problems = [found for found in self._group.gather_json(problem) if found]
-        if problems:
-            raise CheckpointError(problems[0])
+    def refuse_to_begin_anew(self) -> None:
+        """As `reader.refuse_to_begin_anew`, on all workers; the lowest rank looks."""
+        problem = None
+        try:
+            if self._group.rank == 0:
+                refuse_to_begin_anew(self._storage)
+        except CheckpointError as error:
+            problem = error
+        self._raise_together(problem)
+
+    def _raise_together(self, problem: CheckpointError | None) -> None:
+        raise_first(self._group.gather_json(told(problem) if problem else None))

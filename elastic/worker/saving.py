@@ -15,11 +15,11 @@ from elastic import fault
 from elastic.checkpoint.format import Manifest
 from elastic.checkpoint.initial import load_initial, open_initial
 from elastic.checkpoint.loader import check_objects, load
-from elastic.checkpoint.reader import newest_first, read_manifest
+from elastic.checkpoint.reader import Committed, newest_first, read_manifest, refuse_to_begin_anew
 from elastic.checkpoint.saver import Save, Saver
 from elastic.checkpoint.transfer import in_one_sentence
 from elastic.config import CheckpointOptions
-from elastic.errors import CheckpointError, ElasticError
+from elastic.errors import CheckpointError, DamagedCheckpoint, ElasticError
 from elastic.membership.client import RunOver, WorkerLink
 from elastic.membership.world import Generation
 from elastic.parallel.layout import sources
@@ -245,6 +245,10 @@ class Saving:
         """Take in what the keeper decided; returns the error of what was under way, if it decided on that."""
         while (commit := self._link.next_commit(wait_s)) is not None:
             attempt = (commit["step"], commit["attempt"])
+            if commit["anew"]:
+                self._saver.refer_to_nothing()
+            if commit["error"] and attempt == self._committed:
+                self._committed = None
             if not commit["error"] and attempt != self._committed:  # who missed it makes the keeper say it again
                 self._committed = attempt
                 self._saver.committed(*attempt)
@@ -313,8 +317,8 @@ def _restore_newest(state: TrainState, storage: Storage, link: WorkerLink, conve
             report = load(storage, checkpoint.folder, manifest, shards, convert=other)
             state.load_values(manifest.values)
         except CheckpointError as error:
-            problem = error
-            link.post({"kind": "event", "event": "checkpoint_failed", "step": checkpoint.step, "detail": str(error)})
+            problem = problem or error
+            tell_unloadable(link, checkpoint, error)
             continue
         for block in report.refetched:
             link.post({"kind": "event", "event": "block_refetched", "step": checkpoint.step, "detail": block})
@@ -328,7 +332,18 @@ def _restore_newest(state: TrainState, storage: Storage, link: WorkerLink, conve
         return manifest
     if problem is not None:
         raise CheckpointError(f"no committed checkpoint can be loaded; the newest problem: {problem}") from problem
+    refuse_to_begin_anew(storage)
     return None
+
+
+def tell_unloadable(link: WorkerLink, checkpoint: Committed, error: CheckpointError) -> None:
+    """Tell the keeper: nothing is to count this checkpoint any more; it is marked if it is damaged."""
+    link.post(
+        {
+            "kind": "unloadable", "step": checkpoint.step, "attempt": checkpoint.attempt, "problem": str(error),
+            "damaged": isinstance(error, DamagedCheckpoint),
+        }
+    )  # fmt: skip
 
 
 def restore_from_peers(state: TrainState, group: Group, held: list[int], link: WorkerLink) -> int:

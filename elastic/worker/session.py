@@ -99,6 +99,7 @@ class Session:
         self._applied = -1  # updates in the state this worker holds; -1: it holds none
         self._took = False  # somebody has a state in this world that it did not hold before
         self._touched = False  # a whole model's state is not as the job made it
+        self._world_step = -1  # updates in the state that this world began with
         self._lost: str | None = None  # why it holds none any more, until there is a new one
         self._prepared: Update | None = None
         self._left: Generation | None = None
@@ -318,7 +319,7 @@ class Session:
         """An error that is nobody's of the job: where what is held is whole, and newer than what is saved, all members
         save it before the error ends the run. They come together for that: who else has the error is not known."""
         over = isinstance(error, (RunOver, FencedError)) or group.assignment.failing is not None
-        if over or not self._savable or self._applied <= max(group.assignment.restore.get("step", 0), 0):
+        if over or not self._savable or self._applied <= max(self._saved_step(group), 0):
             return None
         if self._newcomer and self._stepper.fresh:
             return None
@@ -508,7 +509,15 @@ class Session:
     def _is_paused(self, group: Group) -> bool:
         """Whether this part of the run is done: its last update was applied when this world began."""
         most = self._plan.stop_after_steps
-        return self._open and most is not None and self._world_step - group.assignment.claim_step >= most
+        return self._open and most is not None and self._world_step - self._claim_step(group) >= most
+
+    def _claim_step(self, group: Group) -> int:
+        """Where this claim began: lower than was thought where that checkpoint could not be loaded."""
+        return min(group.assignment.claim_step, self._world_step)
+
+    def _saved_step(self, group: Group) -> int:
+        """Of the newest checkpoint when this world began: one that is newer than its state could not be loaded."""
+        return min(int(group.assignment.restore.get("step", -1)), self._world_step)
 
     def _do_what_is_due(self, group: Group) -> None:
         """What belongs after the state's step, and was broken off there: evaluation and checkpoint."""
@@ -516,7 +525,7 @@ class Session:
             self._evaluate(group)
         every = self._plan.checkpoint_every
         due = every is not None and 0 < self._applied < self._plan.total_steps and self._applied % every == 0
-        if due and group.assignment.restore.get("step") != self._applied:
+        if due and self._saved_step(group) != self._applied:
             self._save(busy=False)
             self._saving.row_posted(self._applied)  # reported when the world began
 
@@ -550,7 +559,7 @@ class Session:
         clock, fence = stepper.clock, time.perf_counter()
         stepper.progress(step, FENCE)
         fault.point("step.before_fence", group.rank, step + 1)
-        wishes = self._wishes(step + 1 - group.assignment.claim_step)
+        wishes = self._wishes(step + 1 - self._claim_step(group))
         says = [*stepper.says(update), *wishes, *self._snapshots.says()]
         first, second, stop, save_now, leave, busy, *said = group.agree(says)
         clock.sync_s += time.perf_counter() - fence
@@ -664,7 +673,7 @@ class Session:
         Args:
             compare: the copies first. Where updates differ, so do the rates that were set for them.
         """
-        if self._applied > group.assignment.restore.get("step", 0):
+        if self._applied > max(self._saved_step(group), 0):
             self._stepper.progress(self._applied, APPLIED + 2, "checkpoint")
             with contextlib.suppress(ElasticError, RunOver):  # the error that ends the run is the one to be told
                 if compare:

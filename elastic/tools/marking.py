@@ -1,0 +1,59 @@
+"""Marking what a check found: no listing, resume, retention or restore counts a damaged checkpoint from then on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from elastic.checkpoint.reader import Committed, mark, marked, unmark
+from elastic.checkpoint.transfer import is_from_storage
+from elastic.errors import ElasticError
+from elastic.run.folder import RunFolder
+from elastic.tools.inspecting import Verified
+from elastic.tools.live import connect
+from elastic.tools.target import hold
+
+
+@dataclass(frozen=True)
+class Marked:
+    """Steps whose checkpoints were marked now, those whose marks were taken away, and why that was not done."""
+
+    marked: tuple[int, ...] = ()
+    unmarked: tuple[int, ...] = ()
+    problem: str | None = None
+
+
+def mark_found(folder: RunFolder, checked: Sequence[Committed], found: Verified) -> Marked:
+    """Mark the damaged ones of those that were checked, and count again those that are whole. A live run is asked."""
+    marks, bad = marked(folder.storage), dict[Committed, str]()
+    for damage in found.damages:
+        bad.setdefault(Committed(damage.step, damage.attempt), f"{damage.object}: {damage.problem}")
+    new = [c for c in checked if c in bad and c not in marks]
+    whole = [c for c in checked if c in marks and c not in bad]
+    if not new and not whole:
+        return Marked()
+    try:
+        live = folder.live_driver() is not None
+        if live and new:
+            run = connect(folder, "mark")
+            for c in new:
+                run.ask("/damaged", {"step": c.step, "attempt": c.attempt, "problem": bad[c]})
+        elif not live:
+            held = hold(folder, "mark")
+            _each(new, lambda c: mark(folder.storage, c, bad[c]))
+            held.check()
+            _each(whole, lambda c: unmark(folder.storage, c))
+    except Exception as error:  # who may only read is told what there is all the same
+        if not isinstance(error, ElasticError) and not is_from_storage(error):
+            raise
+        return Marked(problem=f"{type(error).__name__}: {error}")
+    return Marked(_steps(new), () if live else _steps(whole))
+
+
+def _each(checkpoints: Sequence[Committed], do: Callable[[Committed], None]) -> None:
+    for checkpoint in checkpoints:
+        do(checkpoint)
+
+
+def _steps(checkpoints: Sequence[Committed]) -> tuple[int, ...]:
+    return tuple(sorted({c.step for c in checkpoints}))
