@@ -1,13 +1,14 @@
 """Faults by name: `fault.point("step.after_fence", rank, step)` does nothing, unless a test planned something there.
 
 A plan is in the environment variable ELASTIC_FAULTS: a JSON list of {"point", "rank", "step", "do", "seconds"}, with
-`do` one of kill (SIGKILL), stop (SIGSTOP), sleep, hold (while `file` exists), raise. Each happens once a process, at
-that point, rank and step. With `only` (a path) it happens in one process only: whoever creates that file first. Points
-of the run's host have rank -1.
+`do` one of kill (SIGKILL), stop (SIGSTOP), sleep, lock (sleep with the interpreter's lock), hold (while `file` exists),
+raise. Each happens once a process, at that point, rank and step. With `only` (a path) it happens in one process only:
+whoever creates that file first. Points of the run's host have rank -1.
 """
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import signal
@@ -53,6 +54,8 @@ def _act(name: str, rank: int, step: int) -> None:
             os.kill(os.getpid(), signal.SIGSTOP)
         elif action == "sleep":
             time.sleep(fault["seconds"])
+        elif action == "lock":
+            ctypes.PyDLL(None).usleep(int(fault["seconds"] * 1e6))  # as a long call into C does
         elif action == "hold":
             _hold(fault["file"])
         elif action == "raise":

@@ -72,7 +72,7 @@ def storage(tmp_path: Path) -> Storage:
     events, rows = LedgerFile(storage, EVENTS, 1), LedgerFile(storage, METRICS, 1)
     for event in (
         world(1, 0.0, 0, 1, 2), {"time": 3.2, "kind": "member_lost", "generation": "1-1"}, world(2, 3.3, 1, 2),
-        {"time": 3.25, "kind": "member_suspected", "member": "w0"}, world(3, 7.8, 1, 2, 3),
+        {"time": 3.25, "kind": "member_late", "member": "w0"}, world(3, 7.8, 1, 2, 3),
     ):  # fmt: skip
         events.add(event)
     for one in (
@@ -89,11 +89,11 @@ def test_a_recovery_by_the_ledger(storage: Storage):
     found = Ledger(storage).recovery(3.1, {0}, 3)
     assert found["stall_s"] == pytest.approx(0.8)
     assert found["rest"] == pytest.approx(0.1)
-    assert (found["lost"], found["left_out"]) == (0.0, 0.0), "a dead process is suspected rightly"
+    assert (found["lost"], found["left_out"]) == (0.0, 0.0), "a dead process is left behind rightly"
     assert [round(found[p], 3) for p in PHASES] == [0.1, 0.1, 0.0, 0.01, 0.02, 0.47]
 
 
-def test_a_live_process_that_was_suspected_counts(storage: Storage):
+def test_a_live_process_that_was_left_behind_counts(storage: Storage):
     assert Ledger(storage).recovery(3.1, {2}, 3)["left_out"] == 1.0
 
 

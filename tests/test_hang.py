@@ -37,4 +37,4 @@ def test_a_blocked_worker_is_named_and_evicted_with_its_stacks_saved_and_the_bit
     assert len(stacks) == 3
     assert HELD in stacks[f"{evicted['member']}.txt"]
     assert not any(HELD in text for name, text in stacks.items() if name != f"{evicted['member']}.txt")
-    assert not ran.events("member_suspected")
+    assert not ran.events("member_late")

@@ -31,6 +31,7 @@ from elastic.membership.messages import (
     HandOver,
     Joined,
     Leave,
+    LeftBehind,
     LeftOut,
     Lost,
     Notice,
@@ -44,7 +45,6 @@ from elastic.membership.messages import (
     SaveNow,
     Scaled,
     Stopped,
-    Suspect,
     Tick,
     Unable,
     Unfit,
@@ -53,6 +53,7 @@ from elastic.membership.messages import (
 )
 from elastic.membership.state import Limits, Phase, State, ask_again_s, going, holds_state
 from elastic.membership.world import Generation, Member, World
+from elastic.worker.updates import Standing, applies
 from jobs.bench import forming
 
 
@@ -138,23 +139,74 @@ def test_survivors_form_the_next_world_as_soon_as_all_of_them_are_back() -> None
     assert machine.members == ["a", "c"]
 
 
-def test_who_acknowledges_is_awaited_and_who_does_not_is_suspected_after_the_grace() -> None:
-    machine = three(suspect_grace_s=0.3)
+def test_who_acknowledges_is_awaited_and_who_does_not_is_taken_in_when_it_comes() -> None:
+    machine = three(grace_s=0.3)
     machine.lose("b")
     machine.tell(Acknowledged("c", machine.now))
     machine.join("a", 7)
     assert machine.wait(10) == []  # c is deep in a long step, but lives
 
-    machine = three(suspect_grace_s=0.3)
+    machine = three(grace_s=0.3)
     machine.lose("b")
     machine.join("a", 7)
     assert machine.wait(0.2) == []
-    suspect, form = machine.wait(0.2)
-    assert suspect == Suspect(Member("c", "node-c"))
+    form, behind = machine.wait(0.2)
     assert isinstance(form, Form)
     assert machine.members == ["a"]
-    (refused,) = machine.join("c", 7)
-    assert isinstance(refused, Refuse)
+    assert behind == LeftBehind(Member("c", "node-c"))
+    assert register(machine, "c", 2, n=1) == [Welcome("c", Generation(1, 1), broken=True)]
+    assert machine.join("c", 7) == []
+    (leave,) = machine.wait(1.1)
+    assert isinstance(leave, Leave)
+    assert formed(machine.join("a", 9)).ids == {"a", "c"}
+
+
+def test_nobody_goes_on_without_the_last_who_holds_the_state_or_too_few_or_a_part_of_the_model() -> None:
+    machine = Machine(max_workers=4)
+    back(machine, -1, *"abc")
+    machine.wait(2.5)
+    machine.join("new")
+    machine.wait(1.1)
+    back(machine, 7, *"abc")
+    assert machine.members == ["a", "b", "c", "new"]
+    machine.lose("b")
+    machine.join("new", -1)
+    assert machine.wait(4) == [], "a and c hold the state"
+    machine.tell(Acknowledged("a", machine.now))
+    machine.join("a", 7)
+    assert formed(machine.wait(0.4)).ids == {"a", "new"}
+    machine.lose("a", dead=True)
+    assert machine.join("new", -1) == [], "c may still come"
+    assert machine.wait(100) == []
+    assert formed(machine.join("c", 7)).ids == {"c", "new"}
+
+    for limits in ({"min_workers": 2}, {"cut": True}):
+        machine = three(**limits)
+        machine.lose("b")
+        machine.join("a", 7)
+        assert machine.wait(4) == []
+        assert formed(machine.join("c", 7)).size == 2
+
+
+def test_answers_that_still_come_are_waited_for() -> None:
+    machine = Machine(max_workers=8)
+    for i in range(8):
+        machine.join(f"w{i}")
+    machine.lose("w7")
+    for i in range(6):
+        assert machine.wait(0.25) == []
+        machine.tell(Acknowledged(f"w{i}", machine.now))
+        machine.join(f"w{i}", 5)
+    assert formed(machine.wait(0.35)).size == 6
+
+
+def test_who_was_left_behind_and_dies_is_lost_but_breaks_nothing() -> None:
+    machine = three()
+    machine.lose("b")
+    machine.join("a", 7)
+    machine.wait(0.4)
+    assert machine.lose("c", dead=True, died=True) == [Dropped(Member("c", "node-c"), "connection lost")]
+    assert machine.state.phase is Phase.RUNNING
 
 
 def test_newcomers_within_the_window_are_taken_in_together_at_a_step_boundary() -> None:
@@ -625,9 +677,9 @@ def test_a_member_that_only_lost_its_connection_is_welcome() -> None:
     machine = three()
     world = machine.state.world
     assert world is not None
-    assert register(machine, "b", 1, n=1) == [Welcome("b", world, broken=False)]
+    assert register(machine, "b", 1, n=1) == [Welcome("b", world.generation, broken=False)]
     machine.lose("c")
-    assert register(machine, "b", 1, n=1) == [Welcome("b", world, broken=True)]
+    assert register(machine, "b", 1, n=1) == [Welcome("b", world.generation, broken=True)]
     assert isinstance(register(machine, "c", 2, n=1)[0], Refuse)
 
 
@@ -908,7 +960,10 @@ class Worker:
     holds: bool = False
     world: World | None = None
     joining: bool = True  # it has left its world, or had none yet, and waits for one
-    entered: bool = False  # it has entered the fence of its next step
+    entered: bool = False  # it has entered the fence of its next step, and not passed it
+    stepped: Generation = field(
+        default_factory=lambda: Generation(0, 0)
+    )  # the world of the newest step that it has begun
     alive: bool = True
     told_to_go: bool = False
     fresh: bool = True  # it has done no step itself
@@ -917,6 +972,11 @@ class Worker:
     @property
     def applied(self) -> int:
         return len(self.lineage) if self.holds else -1
+
+    @property
+    def standing(self) -> Standing:
+        """What it brings into a world."""
+        return Standing(self.applied, int(self.entered), self.stepped.epoch, self.stepped.n)
 
 
 class Cluster(RuleBasedStateMachine):
@@ -952,7 +1012,7 @@ class Cluster(RuleBasedStateMachine):
                 self.form(command.world)
             elif isinstance(command, Refuse):
                 self.workers[command.member_id].told_to_go = True
-            elif isinstance(command, (Suspect, HandOver, Dropped)):
+            elif isinstance(command, (HandOver, Dropped)):
                 self.workers[command.member.id].told_to_go = True
                 self.recorded_gone.add(command.member.id)
             elif isinstance(command, Break) and command.lost is not None:
@@ -971,10 +1031,11 @@ class Cluster(RuleBasedStateMachine):
         members = [self.workers[m.id] for m in world.members]
         assert all(w.joining for w in members), "a member is in two live worlds"
         assert not any(w.told_to_go for w in members), "who was given up comes back"
+        everyone = [w.standing for w in members]
+        for w, standing in zip(members, everyone, strict=True):  # roll forward what was prepared
+            if applies(standing, everyone):
+                w.lineage.append(w.stepped)
         newest = max(w.applied for w in members)
-        for w in members:  # roll forward what was prepared
-            if w.holds and w.applied == newest - 1 and w.entered and w.world is not None:
-                w.lineage.append(w.world.generation)
         giver = next((w for w in members if w.applied == newest), members[0])
         for w in members:
             if w.applied != newest or not w.holds:
@@ -1027,7 +1088,8 @@ class Cluster(RuleBasedStateMachine):
         passing = [w for w in members if w.applied < newest]  # they pass it before another one begins
         if not passing:
             for w in members:
-                w.entered = True
+                assert w.world is not None
+                w.entered, w.stepped = True, w.world.generation
             passing = members[: passed or len(members)]
         for w in passing:
             assert w.world is not None
@@ -1139,7 +1201,11 @@ class Cluster(RuleBasedStateMachine):
         for w in self.living():
             if w.away_since is not None and self.now - w.away_since >= self.limits.lease_s:
                 w.alive = False  # its own lease is over
+        connected, rebuilding = self.connected(), self.state.phase is Phase.REBUILDING
+        staying = [w for w in connected if going(self.state, w.member) is None]
         self.tell(Tick(self.now))
+        if not rebuilding and self.state.keep is None and self.state.ceiling is None:
+            assert not any(w.told_to_go for w in staying), "given up for nothing but time"
 
     @rule(tells=st.booleans(), back=st.sets(st.integers(1, 14), max_size=6))
     @precondition(lambda self: self.state.phase is not Phase.ENDED)

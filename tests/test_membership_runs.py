@@ -40,7 +40,7 @@ def assert_same_training(ran: Ran, undisturbed: Ran, *sizes: list[int]) -> None:
     assert gaps_and_doubles(ran.rows, B) == []
     assert len(ran.history) == len([r for r in ran.rows if "sample_hash" in r]), "a step was done twice"
     assert ran.column("world_size") in sizes
-    assert not ran.events("member_suspected")
+    assert not ran.events("member_late")
     assert not ran.events("member_evicted")
 
 
@@ -276,7 +276,7 @@ def test_all_but_a_checkpoint_is_lost_and_new_workers_go_on_from_it(undisturbed,
     assert [e["detail"] for e in ran.events("process_ended")] == ["killed by SIGKILL"] * 2
 
 
-def test_a_slow_survivor_is_awaited_and_not_suspected(undisturbed, tmp_path):
+def test_a_slow_survivor_is_awaited_and_not_left_behind(undisturbed, tmp_path):
     """A step of three seconds is ten times as long as the time in which the loss must be acknowledged."""
     faults = [fault("step.forward", 6, 2), fault("step.forward", 6, 1, "sleep", seconds=3, only=tmp_path / "slow")]
 

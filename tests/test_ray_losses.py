@@ -33,6 +33,6 @@ def test_a_kill_at_each_point_of_a_step_and_one_while_a_world_forms(cluster: Loc
     assert all((tmp_path / f"fault{number}").exists() for number in range(len(plan)))
 
     events = check_bits_and_samples(tmp_path, "points", *FOREVER)
-    assert not [e for e in events if e["kind"] in ("member_suspected", "member_evicted")]
+    assert not [e for e in events if e["kind"] in ("member_late", "member_evicted")]
     assert sum(e["kind"] == "member_lost" for e in events) == len(plan)
     assert {e["detail"]["rung"] for e in events if e["kind"] == "restored"} == {"peer"}, "a step was redone"

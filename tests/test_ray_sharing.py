@@ -45,6 +45,6 @@ def test_a_run_of_higher_priority_gets_its_least_and_gives_it_back_and_both_have
     low_events = check_bits_and_samples(tmp_path, "low", *low_options)
     high_events = check_bits_and_samples(tmp_path, "high", *high_options)
     assert result(tmp_path / "high")["status"] == "finished"
-    assert not {"member_lost", "member_suspected"} & {e["kind"] for e in (*low_events, *high_events)}
+    assert not {"member_lost", "member_late"} & {e["kind"] for e in (*low_events, *high_events)}
     assert [e["detail"]["max_workers"] for e in low_events if e["kind"] == "yielded"] == [1, None]
     held.check_nothing_is_left()  # of one that was finished, and of one that was stopped

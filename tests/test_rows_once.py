@@ -144,6 +144,8 @@ def test_a_restarted_keeper_knows_what_the_ledger_says() -> None:
         {"kind": "member_lost", "generation": "1-0", "time": 1.0, "member": "spare"},
         {"kind": "member_lost", "generation": "1-1", "time": 2.5, "member": "b"},
         {"kind": "world_formed", "generation": "1-2", "time": 3.0, "detail": {"size": 2}},
+        {"kind": "world_broken", "generation": "1-2", "time": 8.0},
+        {"kind": "world_formed", "generation": "1-2", "time": 8.0, "detail": {"size": 2}},
         {"kind": "checkpoint_committed", "generation": "1-2", "time": 9.0, "step": 3, "detail": {"attempt": "1-2-x"}},
         {"kind": "world_formed", "generation": "2-1", "time": 5.0, "detail": {"size": 9}},
     ]
@@ -156,6 +158,7 @@ def test_a_restarted_keeper_knows_what_the_ledger_says() -> None:
     assert record.stalls == [{"step": 3, "seconds": 6.5}]
     assert (record.started, record.claim_step, record.worlds) == (0.0, 40, 2)
     assert record.gone == {"spare", "b"}
+    assert record.faults == 1, "a world that broke lost nobody by itself"
     assert record.committed == {(3, "1-2-x")}
     assert record.worker_seconds(10.0) == 3 * 2.0 + 2 * 7.0
     assert not record.take_row(row(2))

@@ -83,7 +83,7 @@ def assert_recorded_once(ran: Ran, undisturbed: Ran, *, worlds: int) -> None:
     assert ran.events("checkpoint_failed") == []
     assert len(ran.events("run_finished")) == 1
     assert len({row["generation"] for row in ran.history}) == worlds
-    assert not ran.events("member_suspected")
+    assert not ran.events("member_late")
 
 
 def test_training_goes_on_while_the_server_is_away_and_it_rebuilds_itself(undisturbed, tmp_path, gate):

@@ -5,9 +5,11 @@
                                     +--someone to take in, or to let go--> LEAVING --all joined again--------+
 
 A world is never changed: the next one gets a higher generation, and only those of its predecessor's members that
-were not lost, plus those who wait and would lower the rounds of a step. With fewer than `min_workers` nothing forms:
-the run is parked. After a restart of the server (REBUILDING) nothing forms before every worker that the controller
-knows of has registered or is dead, or the lease is over, in which all others have stopped by themselves.
+were not lost, plus those who wait and would lower the rounds of a step. Nobody is lost for being slow: those who are
+back go on, where they can, without members that do not answer, and take them in when they do. With fewer than
+`min_workers` nothing forms: the run is parked. After a restart of the server (REBUILDING) nothing forms before every
+worker that the controller knows of has registered or is dead, or the lease is over, in which all others have stopped
+by themselves.
 """
 
 from __future__ import annotations
@@ -20,8 +22,10 @@ from elastic.membership.faults import TRIES
 from elastic.membership.forming import (
     all_back,
     awaited,
+    can_do_without_others,
     choose,
     full_size,
+    has_newest,
     helpful_size,
     may_follow,
     surplus,
@@ -47,6 +51,7 @@ from elastic.membership.messages import (
     HandOver,
     Joined,
     Leave,
+    LeftBehind,
     LeftOut,
     Lost,
     Notice,
@@ -60,13 +65,12 @@ from elastic.membership.messages import (
     SaveNow,
     Scaled,
     Stopped,
-    Suspect,
     Unable,
     Unfit,
     Welcome,
     Yielded,
 )
-from elastic.membership.state import Phase, State, Waiting, going
+from elastic.membership.state import Late, Phase, State, Waiting, going
 from elastic.membership.world import Generation, Member, World
 
 LAST_WORLDS = 3  # formed to save what an error ends; then who holds the newest state saves it alone
@@ -81,7 +85,7 @@ def advance(state: State, event: Event) -> tuple[State, list[Command]]:
     if isinstance(event, Registered):
         return _registered(state, event)
     if isinstance(event, Acknowledged):
-        return replace(state, acked=state.acked | {event.member_id}), []
+        return replace(state, acked=state.acked | {event.member_id}, answered_at=event.now), []
     if isinstance(event, Lost):
         return _lost(state, event)
     if isinstance(event, Done):
@@ -146,7 +150,8 @@ def _joined(state: State, event: Joined) -> tuple[State, list[Command]]:
     registered = {k: v for k, v in state.registered.items() if k != member.id}
     state = replace(
         state, waiting={**state.waiting, member.id: waiting}, last_join=event.now, registered=registered,
-        warming=state.warming - {member.id},
+        warming=state.warming - {member.id}, answered_at=event.now,
+        late={k: late for k, late in state.late.items() if k != member.id},
     )  # fmt: skip
     state, settled = _settle(state, event.now)
     return state, [*commands, *settled]
@@ -210,7 +215,9 @@ def _unable(state: State, event: Unable) -> tuple[State, list[Command]]:
 def _registered(state: State, event: Registered) -> tuple[State, list[Command]]:
     world, known = state.world, event.member.id not in state.gone
     if known and world is not None and world.generation == event.generation and event.member.id in world.ids:
-        return state, [Welcome(event.member.id, world, state.phase is Phase.BROKEN)]  # it only lost its connection
+        return state, [Welcome(event.member.id, event.generation, state.phase is Phase.BROKEN)]
+    if event.member.id in state.late:
+        return state, [Welcome(event.member.id, event.generation, broken=True)]
     if state.phase is not Phase.REBUILDING or not known:
         return state, [Refuse(event.member.id, f"world {event.generation} is over")]
     state = replace(
@@ -222,9 +229,10 @@ def _registered(state: State, event: Registered) -> tuple[State, list[Command]]:
 
 def _lost(state: State, event: Lost) -> tuple[State, list[Command]]:
     known, waited = event.member_id in state.gone, state.waiting.get(event.member_id)
-    world = state.world
+    world, late = state.world, state.late.get(event.member_id)
     rank = None if world is None or known else world.rank_of(event.member_id)
-    if event.died and not known and rank is None and waited is None and state.phase is not Phase.REBUILDING:
+    had_part = known or rank is not None or waited is not None or late is not None
+    if event.died and not had_part and state.phase is not Phase.REBUILDING:
         state, commands = _unfit(state, Unfit(event.member_id, f"worker {event.member_id} {event.reason}", event.now))
         return state, [Dropped(Member(event.member_id, ""), f"while it got ready: {event.reason}"), *commands]
     faults = state.faults
@@ -232,12 +240,15 @@ def _lost(state: State, event: Lost) -> tuple[State, list[Command]]:
         faults = faults.explained(event.member_id, event.reason)
     elif event.died and rank is not None and world is not None:
         faults = faults.died(world.generation, event.member_id, event.reason)
+    elif event.died and late is not None:
+        faults = faults.died(late.generation, event.member_id, event.reason)
     state = replace(
         state,
         faults=faults,
         failing=state.failing or faults.too_many_deaths(state.limits.max_failures),
         waiting={k: v for k, v in state.waiting.items() if k != event.member_id},
         registered={k: v for k, v in state.registered.items() if k != event.member_id},
+        late={k: v for k, v in state.late.items() if k != event.member_id},
         gone=state.gone | {event.member_id},
         dead=state.dead | {event.member_id} if event.dead else state.dead,
     )
@@ -246,25 +257,29 @@ def _lost(state: State, event: Lost) -> tuple[State, list[Command]]:
         return _give_up(state, state.giving_up.message, state.giving_up.status)
     commands = []
     if world is not None and rank is not None and state.phase in (Phase.RUNNING, Phase.LEAVING):
-        state = replace(state, phase=Phase.BROKEN, broken_at=event.now, acked=frozenset(state.waiting))
+        state = replace(
+            state, phase=Phase.BROKEN, broken_at=event.now, answered_at=event.now, acked=frozenset(state.waiting)
+        )
         commands.append(Break(world, world.members[rank], event.reason))
     elif world is not None and rank is not None:
         commands.append(Break(world, world.members[rank], event.reason))
     elif waited is not None:
         commands.append(Dropped(waited.member, event.reason))
+    elif late is not None:
+        commands.append(Dropped(late.member, event.reason))
     state, settled = _settle(state, event.now)
     return state, [*commands, *settled]
 
 
 def _settle(state: State, now: float) -> tuple[State, list[Command]]:
-    """What can be decided now: take people in, form a world, suspect, park, give up."""
+    """What can be decided now: take people in, form a world, park, give up."""
     if state.phase is Phase.ENDED:
         return state, []
     if state.phase is Phase.REBUILDING:
         return _rebuild(state, now)
     if state.phase is Phase.RUNNING:
         return _leave_if_better(state, now) if state.failing is None else (state, [])
-    return _form(state, now) if all_back(state) else _suspect(state, now)
+    return _form(state, now) if all_back(state) or can_do_without_others(state, now) else (state, [])
 
 
 def _rebuild(state: State, now: float) -> tuple[State, list[Command]]:
@@ -292,19 +307,7 @@ def _rebuild(state: State, now: float) -> tuple[State, list[Command]]:
         state, settled = _settle(replace(state, phase=Phase.RUNNING), now)
         return state, [*refused, Rebuilt(world), *settled]
     broken = Break(world, None, "members were lost while the membership server was away")
-    return replace(state, phase=Phase.BROKEN), [*refused, Rebuilt(world), broken]
-
-
-def _suspect(state: State, now: float) -> tuple[State, list[Command]]:
-    if state.phase is not Phase.BROKEN or now - state.broken_at < state.limits.suspect_grace_s:
-        return state, []
-    silent = awaited(state) - state.acked
-    if not silent:
-        return state, []
-    assert state.world is not None
-    commands: list[Command] = [Suspect(m) for m in state.world.members if m.id in silent]
-    state, settled = _settle(replace(state, gone=state.gone | silent), now)
-    return state, [*commands, *settled]
+    return replace(state, phase=Phase.BROKEN, answered_at=now), [*refused, Rebuilt(world), broken]
 
 
 def _leave_if_better(state: State, now: float) -> tuple[State, list[Command]]:
@@ -371,7 +374,7 @@ def _form(state: State, now: float) -> tuple[State, list[Command]]:
     members = choose(state, fitting)
     if len(members) < limits.min_workers:
         return _park(state, len(members), now)
-    if state.world is not None and not may_follow(state, members, now):
+    if state.world is not None and not (may_follow(state, members, now) and has_newest(state, members)):
         return state, []
     if state.last_worlds >= LAST_WORLDS:
         return _give_up(state, state.failing or "", "failed")
@@ -380,6 +383,7 @@ def _form(state: State, now: float) -> tuple[State, list[Command]]:
     world = World(Generation(state.epoch, state.n + 1), tuple(members))
     chosen = {m.id for m in members}
     old = state.world.ids if state.world else frozenset()
+    behind = _left_behind(state)
     rest = {k: w for k, w in state.waiting.items() if k not in chosen}
     handed = [w.member for w in rest.values() if w.member.node in state.notices and w.member.id in old]
     state = replace(
@@ -389,8 +393,11 @@ def _form(state: State, now: float) -> tuple[State, list[Command]]:
         gone=state.gone | {m.id for m in handed}, why="", erred=False,
         veterans=frozenset(w.member.id for w in state.waiting.values() if w.applied > 0),
         last_worlds=state.last_worlds + (state.failing is not None),
+        newest=max(w.applied for w in state.waiting.values() if w.member.id in chosen),
+        late={**state.late, **{late.member.id: late for late in behind}},
     )  # fmt: skip
     state, left = _report_left_out(state)
+    left += [LeftBehind(late.member) for late in behind]
     state, dismissed = _dismiss(state)
     parting, out = state.parting, list[Command]()
     if parting is not None:
@@ -399,6 +406,12 @@ def _form(state: State, now: float) -> tuple[State, list[Command]]:
             state = replace(state, phase=Phase.LEAVING, broken_at=now)
             return state, [Form(world, parting=True), *(HandOver(m) for m in handed), *left, *dismissed, *out]
     return state, [Form(world, state.failing), *(HandOver(m) for m in handed), *left, *dismissed, *out]
+
+
+def _left_behind(state: State) -> list[Late]:
+    """Members of the broken world that are not back when the next one forms."""
+    world, missing = state.world, awaited(state)
+    return [Late(m, world.generation) for m in world.members if m.id in missing] if world is not None else []
 
 
 def _count_break(state: State) -> State:

@@ -17,13 +17,13 @@ from elastic.membership.messages import (
     GiveUp,
     HandOver,
     Leave,
+    LeftBehind,
     LeftOut,
     Park,
     Rebuilt,
     Refuse,
     SaveAlone,
     SaveNow,
-    Suspect,
     Welcome,
 )
 from elastic.membership.protocol import Keeper
@@ -61,7 +61,7 @@ class Executor:
             keeper.world_resumed(command.world)
             connections.tell(command.world, {"kind": "resume", "generation": str(command.world.generation)})
         elif isinstance(command, Welcome):
-            generation = str(command.world.generation)
+            generation = str(command.generation)
             connections.send(command.member_id, {"kind": "resume", "generation": generation})
             if command.broken:
                 connections.send(command.member_id, {"kind": "broken", "generation": generation})
@@ -85,9 +85,9 @@ class Executor:
             connections.tell(command.world, {"kind": "wish", "wish": "leave", "detail": command.why})
         elif isinstance(command, SaveNow):
             connections.tell(command.world, {"kind": "wish", "wish": "save", "detail": "a node goes away"})
-        elif isinstance(command, Suspect):
-            keeper.event("member_suspected", member=command.member.id, node=command.member.node)
-            self.refuse(command.member.id, "it did not acknowledge in time that its world was broken")
+        elif isinstance(command, LeftBehind):
+            member, detail = command.member, "it does not answer yet; the others go on, and take it in when it does"
+            keeper.event("member_late", member=member.id, node=member.node, pid=member.pid, detail=detail)
         elif isinstance(command, Dropped):
             member = command.member
             keeper.event("member_lost", member=member.id, node=member.node, pid=member.pid, detail=command.reason)

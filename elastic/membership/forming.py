@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from elastic.likeness import device_difference, difference
-from elastic.membership.state import Limits, State, Waiting, going
+from elastic.membership.state import Limits, Phase, State, Waiting, going
 from elastic.membership.world import Member
 
 
@@ -147,6 +147,35 @@ def all_back(state: State) -> bool:
     if state.world is not None and len(state.waiting) + len(state.gone) < state.world.size:
         return False
     return not awaited(state)
+
+
+def can_do_without_others(state: State, now: float) -> bool:
+    """Whether those who are back go on without members of theirs that are connected but do not answer.
+
+    Who has answered is awaited, however long its step takes. One that holds what the world began with must be among
+    those that go on, so that nothing is lost; a model that is cut needs the parts of all.
+    """
+    limits = state.limits
+    if state.phase is not Phase.BROKEN or now - state.answered_at < limits.grace_s:
+        return False
+    if limits.cut or state.failing is not None or state.parting is not None or awaited(state) & state.acked:
+        return False
+    members = choose(state, usable(state)[0])
+    return len(members) >= limits.min_workers and _any_holds(state, members, max(_newest(state), 0))
+
+
+def has_newest(state: State, members: Iterable[Member]) -> bool:
+    """Whether one of them holds what the world began with, or nobody who does is left that might still come."""
+    return not state.late or _any_holds(state, members, _newest(state))
+
+
+def _any_holds(state: State, members: Iterable[Member], applied: int) -> bool:
+    return any(state.waiting[m.id].applied >= applied for m in members)
+
+
+def _newest(state: State) -> int:
+    """Updates that those who were in the world hold at least; one that is recorded may be in hand still."""
+    return max(state.newest, state.faults.step - 1)
 
 
 def there(state: State) -> frozenset[str]:

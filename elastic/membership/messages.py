@@ -234,10 +234,10 @@ class Rebuilt:
 
 @dataclass(frozen=True)
 class Welcome:
-    """A member that only lost its connection may say what it has to say; `broken`: its world is."""
+    """A member of a world that only lost its connection may say what it has to say; `broken`: its world is."""
 
     member_id: str
-    world: World
+    generation: Generation
     broken: bool
 
 
@@ -269,8 +269,8 @@ class Leave:
 
 
 @dataclass(frozen=True)
-class Suspect:
-    """A member was given up because it did not acknowledge in time."""
+class LeftBehind:
+    """The others go on without a member of theirs that is connected but has not answered; it may join when it does."""
 
     member: Member
 
@@ -352,7 +352,7 @@ Command = (
     | Break
     | Failed
     | Leave
-    | Suspect
+    | LeftBehind
     | Dropped
     | Refuse
     | LeftOut

@@ -9,7 +9,7 @@ from typing import Any
 
 from elastic.membership.faults import Faults
 from elastic.membership.messages import GiveUp, Registered
-from elastic.membership.world import Member, World
+from elastic.membership.world import Generation, Member, World
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,8 @@ class Limits:
         settle_s: the first world waits this long for more than `min_workers`.
         park_after_s: a first world that lacks workers is said to be parked after this long without another.
         join_window_s: joins within it are taken in together: one stall, not several.
-        suspect_grace_s: who does not acknowledge a broken world within it is suspected.
+        grace_s: members of a broken world that answered wait for the others at most this long after the last answer,
+            if they can do without them.
         lease_s: a world without any member of its predecessor waits this long, unless those are known dead.
         max_wait_s: longest parking; None for no limit.
         max_failures: times that one error at one step and microbatch is replayed.
@@ -38,7 +39,7 @@ class Limits:
     settle_s: float = 2.0
     park_after_s: float = 30.0
     join_window_s: float = 1.0
-    suspect_grace_s: float = 0.3
+    grace_s: float = 0.3
     lease_s: float = 30.0
     max_wait_s: float | None = None
     max_failures: int = 3
@@ -66,6 +67,15 @@ class Waiting:
 
 
 @dataclass(frozen=True)
+class Late:
+    """A worker that was in a world whose others went on before it answered. It has left that world or will, and is
+    taken in like any other when it joins: what it holds is on the way to what they hold."""
+
+    member: Member
+    generation: Generation
+
+
+@dataclass(frozen=True)
 class State:
     """Soft state. Mappings are never changed in place.
 
@@ -78,7 +88,8 @@ class State:
     `parting` is to be left out, once a world was formed in which what it holds of the state is saved.
     `warming` are connected and get ready; `never_ready` were not able to, the first because of `unfit_why`.
     `veterans` held trained state when they entered the world. `why` the world broke, `erred`: by an error of a member.
-    `broken_at` is also when a world began to be left, and when a restarted server began to rebuild itself.
+    `broken_at` is also when a world began to be left, and when a restarted server began to rebuild itself;
+    `answered_at` is when somebody last answered that. `newest`: updates in the newest state that the world began with.
     """
 
     epoch: int
@@ -91,6 +102,9 @@ class State:
     dead: frozenset[str] = frozenset()
     acked: frozenset[str] = frozenset()
     broken_at: float = 0.0
+    answered_at: float = 0.0
+    newest: int = -1
+    late: dict[str, Late] = field(default_factory=dict)
     last_join: float = 0.0
     parked_at: float | None = None
     notices: dict[str, float] = field(default_factory=dict)
@@ -142,7 +156,8 @@ def holds_state(state: State) -> bool:
     """Whether there are workers with whom trained state would be lost, as far as the server knows."""
     world = state.world
     inside = world is not None and bool(world.ids - state.gone - state.waiting.keys())
-    return inside or state.phase is Phase.REBUILDING or any(w.applied >= 0 for w in state.waiting.values())
+    waits = any(w.applied >= 0 for w in state.waiting.values())
+    return inside or waits or bool(state.late) or state.phase is Phase.REBUILDING
 
 
 def people(state: State, phases: Mapping[str, str]) -> list[dict[str, Any]]:
@@ -159,6 +174,7 @@ def people(state: State, phases: Mapping[str, str]) -> list[dict[str, Any]]:
         if name not in known:
             out = name in state.left_out or name in state.faults.sick
             found.append((waiting.member, None, "left out" if out else "spare", "waiting"))
+    found += [(late.member, None, "does not answer", "") for _, late in sorted(state.late.items())]
     return [
         {
             "id": m.id, "node": m.node, "host": m.host, "pid": m.pid, "rank": rank,
@@ -175,6 +191,7 @@ def describe(state: State, now: float) -> dict[str, Any]:
         "members": [m.id for m in state.world.members if m.id not in state.gone] if state.world else [],
         "waiting": sorted(state.waiting),
         "left_out": sorted(state.left_out),
+        "late": sorted(state.late),
         "gone": sorted(state.gone),
         "going": sorted(state.notices),
         "drained": sorted(state.drained),

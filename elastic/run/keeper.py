@@ -155,9 +155,10 @@ class RunKeeper:
     def world_broken(self, world: World, lost: Member | None, reason: str) -> None:
         now = time.time()
         self._do(lambda: self._record.broken(now, lost=lost is not None))
+        who = {"member": lost.id, "node": lost.node, "pid": lost.pid} if lost is not None else {}
         self.event(
-            "member_lost", generation=str(world.generation), step=self._last_step(), detail=reason,
-            **({"member": lost.id, "node": lost.node, "pid": lost.pid} if lost else {}),
+            "world_broken" if lost is None else "member_lost", generation=str(world.generation),
+            step=self._last_step(), detail=reason, **who,
         )  # fmt: skip
         self._do(self._finish_if_done)
 

@@ -11,7 +11,7 @@ from elastic.membership.outbox import row_key
 from elastic.membership.world import Generation
 
 STARTED, ENDED = "run_started", ("run_finished", "run_failed")
-_GONE = ("member_lost", "member_evicted", "member_suspected", "handed_over")
+_GONE = ("member_lost", "member_evicted", "handed_over")
 
 
 class Spans:
@@ -133,8 +133,8 @@ class Record:
             self.ended = True
         if kind in _GONE and "member" in event:
             self.gone |= {event["member"]}
-        if kind == "member_lost" and generation.n == self.worlds > 0:
-            self.broken(event["time"], lost="member" in event)
+        if kind in ("member_lost", "world_broken") and generation.n == self.worlds > 0:
+            self.broken(event["time"], lost=kind == "member_lost")
 
     def _take_commit(self, step: int, seconds: float, detail: dict[str, Any]) -> None:
         if "stall_s" in detail:

@@ -26,12 +26,14 @@ def applies(mine: Standing, everyone: Sequence[Standing]) -> bool:
     """Whether a worker applies the update that it has in hand.
 
     Where one passed the fence, everyone of its world had prepared the update. Where nobody did, it is applied if all
-    who hold the newest state have it: who passed may be lost by now, with its row in the ledger.
+    who hold the newest state have it: who passed may be lost by now, with its row in the ledger, or come later. Who
+    holds that state from an older world, which went on without it, has no say in this.
     """
     newest = max(s.applied for s in everyone)
     holders = [s for s in everyone if s.applied == newest]
     if not mine.ready or newest < 0:
         return False
     if mine.applied == newest:
-        return all(s == mine for s in holders)
+        world = max((s.epoch, s.n) for s in holders)
+        return (mine.epoch, mine.n) == world and all(s.ready for s in holders if (s.epoch, s.n) == world)
     return mine.applied == newest - 1 and any((s.epoch, s.n) == (mine.epoch, mine.n) for s in holders)

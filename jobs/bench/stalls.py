@@ -11,6 +11,7 @@ from jobs.bench.peers.notes import split
 from jobs.bench.report import median
 
 Record = dict[str, Any]
+BROKEN = ("member_lost", "world_broken")  # whichever came first
 
 
 class Ledger:
@@ -37,16 +38,16 @@ class Ledger:
         old = Generation.parse(before[-1]["generation"])
         first = next(r for r in self.rows if Generation.parse(r["generation"]) > old)
         last = [r for r in self.rows if r["generation"] == str(old)][-1]
-        lost = next(e for e in self.events if e["kind"] == "member_lost" and e["generation"] == str(old))
+        lost = next(e for e in self.events if e["kind"] in BROKEN and e["generation"] == str(old))
         formed = self._formed(first)
-        suspected = [
+        late = [
             e for e in self.events
-            if e["kind"] == "member_suspected" and killed <= e["time"] <= first["time"]
+            if e["kind"] == "member_late" and killed <= e["time"] <= first["time"]
             and self._pid(e["member"]) not in dead
         ]  # fmt: skip
         left_out = max(0, size - len(dead) - formed["detail"]["size"])
         return {
-            "lost": float(last["step"] - first["step"] + 1), "left_out": float(max(left_out, len(suspected))),
+            "lost": float(last["step"] - first["step"] + 1), "left_out": float(max(left_out, len(late))),
             "rest": max(0.0, killed - last["time"]),
             **self._stall(last, first, {"detect": lost["time"], "form": formed["time"]}, killed, size),
         }  # fmt: skip
@@ -74,7 +75,7 @@ class Ledger:
         return next(e for e in self.events if e["kind"] == "world_formed" and e["generation"] == row["generation"])
 
     def _lost(self, last: Record, first: Record) -> bool:
-        return any(e["kind"] == "member_lost" and last["time"] < e["time"] < first["time"] for e in self.events)
+        return any(e["kind"] in BROKEN and last["time"] < e["time"] < first["time"] for e in self.events)
 
     def _pid(self, member: str) -> int | None:
         worlds = (e["detail"] for e in self.events if e["kind"] == "world_formed")

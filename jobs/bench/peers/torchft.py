@@ -28,7 +28,7 @@ LONGEST_S = 90.0  # for a survivor to go on; its collectives time out after 60
 
 #: (how often the lighthouse looks, how long it waits for members that were heard of lately), milliseconds.
 AS_ITS_README = (100, 10_000)
-TUNED = (50, 300)  # as long as we wait before we suspect somebody
+TUNED = (50, 300)  # as long as we wait before we go on without who does not answer
 
 
 def measure(folder: Path, python: str, kills: int, timing: tuple[int, int]) -> list[dict[str, float]]:
