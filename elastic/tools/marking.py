@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from elastic.checkpoint.reader import Committed, mark, marked, unmark
@@ -39,20 +39,17 @@ def mark_found(folder: RunFolder, checked: Sequence[Committed], found: Verified)
             for c in new:
                 run.ask("/damaged", {"step": c.step, "attempt": c.attempt, "problem": bad[c]})
         elif not live:
-            held = hold(folder, "mark")
-            _each(new, lambda c: mark(folder.storage, c, bad[c]))
-            held.check()
-            _each(whole, lambda c: unmark(folder.storage, c))
+            with hold(folder, "mark") as held:
+                for c in new:
+                    mark(folder.storage, c, bad[c])
+                held.check()
+                for c in whole:
+                    unmark(folder.storage, c)
     except Exception as error:  # who may only read is told what there is all the same
         if not isinstance(error, ElasticError) and not is_from_storage(error):
             raise
         return Marked(problem=f"{type(error).__name__}: {error}")
     return Marked(_steps(new), () if live else _steps(whole))
-
-
-def _each(checkpoints: Sequence[Committed], do: Callable[[Committed], None]) -> None:
-    for checkpoint in checkpoints:
-        do(checkpoint)
 
 
 def _steps(checkpoints: Sequence[Committed]) -> tuple[int, ...]:
