@@ -93,3 +93,31 @@ def test_a_run_whose_node_gets_notice_saves_before_its_only_worker_goes(undistur
 
     assert Ran(run, None).result["status"] == "stopped"
     goes_on(tmp_path, undisturbed_epoch, 5)
+
+
+def test_who_stops_or_leaves_saves_first_and_the_evaluation_is_done_by_who_goes_on(undisturbed, tmp_path, gate):
+    """A worker that is drained leaves before the evaluation of that step, and a run that is stopped ends before."""
+    drained, stopped, watch = gate("drained"), gate("stopped"), Watch()
+    run = prepare(Everything(), configure(tmp_path, "run", eval__every="3st", scaling__max_workers=2))
+    faults = plan(
+        fault("step.forward", 3, 0, "hold", file=drained), fault("step.forward", 6, 0, "hold", file=stopped),
+        fault("eval.begin", 6, 0, "raise"),
+    )  # fmt: skip
+    with local_run(run, 2, on_record=watch, environment=faults) as local:
+        watch.wait_for_step(2)
+        local.link.request("/drain", {"worker": "w1-1", "seconds": 0.0, "by": "a test"})
+        drained.unlink()
+        watch.wait_for_step(5)
+        local.stop("enough")
+        stopped.unlink()
+        local.wait(WAIT_S)
+
+    before = Ran(run, None)
+    assert before.result["status"] == "stopped"
+    assert [e["generation"] for e in before.rows if "eval/near/loss" in e] == ["1-2"], "by the world that goes on"
+    assert next(newest_first(before.storage)).step == 6
+    assert before.result["metrics"] == {}
+
+    ran = train(Everything(), configure(tmp_path, "run", eval__every="3st"), workers=1)
+    assert ran.sha == undisturbed.sha
+    assert ran.evaluations == undisturbed.evaluations

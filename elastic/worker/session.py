@@ -65,6 +65,7 @@ from elastic.worker.user_code import UserCode, UserCodeError
 
 LAST_COMMIT_S = 60.0  # for a save that is under way when an error ends the run
 HOLD_POLL_S = 0.01
+PAUSE, AT_ONCE = 1, 2  # how a world stops: where --run.stop-after said so, or because somebody asked: saving first
 FINAL = (ConfigError, CheckpointError, CopiesDiffer, NonFiniteError)  # they would be so for any worker
 COLLECTIVE_TIMEOUT_S = 1800.0  # the last resort: the membership server notices a hang long before
 
@@ -467,7 +468,7 @@ class Session:
 
     def _stand_by(self, group: Group) -> str | None:
         """A spare holds nothing and waits at every fence, so that it is there when a place is free."""
-        step, stop, leave = self._world_step, int(self._is_paused(group)), 0
+        step, stop, leave = self._world_step, PAUSE * self._is_paused(group), 0
         while step < self._plan.total_steps and not stop:
             self._link.check()
             if self._config.eval.hold and self._evaluation_is_due(step):
@@ -492,7 +493,7 @@ class Session:
 
     def _train(self, group: Group) -> str | None:
         """Step until the end, a pause, or (None) until the members leave this world together."""
-        stop, leave = int(self._is_paused(group)), 0
+        stop, leave = PAUSE * self._is_paused(group), 0
         if self._open:
             self._do_what_is_due(group)
         while self._applied < self._plan.total_steps and not stop:
@@ -504,7 +505,7 @@ class Session:
             if leave and not stop and self._applied < self._plan.total_steps:
                 self._make_safe(group)
                 return None
-        return self._finish(group, stopped=bool(stop))
+        return self._finish(group, stop)
 
     def _is_paused(self, group: Group) -> bool:
         """Whether this part of the run is done: its last update was applied when this world began."""
@@ -541,7 +542,7 @@ class Session:
                 time.sleep(HOLD_POLL_S)
             stop, save, leave = group.agree([int(link.wish(w) is not None) for w in wishes])
             if stop or leave or not save:
-                return stop, leave
+                return AT_ONCE * stop, leave
             if group.place is None:
                 link.granted("save")
             else:
@@ -572,10 +573,11 @@ class Session:
         self._forming = {}
         try:
             if self._applied < plan.total_steps and not stop:
-                if self._evaluation_is_due():
-                    self._evaluate(group)
-                if save_now or (plan.checkpoint_every and self._applied % plan.checkpoint_every == 0):
-                    self._save(busy=bool(busy))
+                if not leave:  # else those do it who go on from here
+                    if self._evaluation_is_due():
+                        self._evaluate(group)
+                    if save_now or (plan.checkpoint_every and self._applied % plan.checkpoint_every == 0):
+                        self._save(busy=bool(busy))
                 if plan.check_every and self._applied % plan.check_every == 0:
                     stepper.check_state(self._applied)
                 clock.checkpoint_s += self._snapshots.after(self._applied, time.perf_counter() - began)
@@ -592,11 +594,11 @@ class Session:
     def _wishes(self, steps_here: int) -> list[int]:
         """What this member wishes for at the coming boundary, and whether it still saves: [stop, save, leave, busy]."""
         plan, link = self._plan, self._link
-        stop = link.wish("stop") is not None
-        stop |= plan.stop_after_steps is not None and steps_here >= plan.stop_after_steps
-        stop |= plan.stop_after_s is not None and time.monotonic() - self._started >= plan.stop_after_s
+        pause = plan.stop_after_steps is not None and steps_here >= plan.stop_after_steps
+        pause |= plan.stop_after_s is not None and time.monotonic() - self._started >= plan.stop_after_s
+        stop = AT_ONCE if link.wish("stop") is not None else PAUSE * pause
         save = link.wish("save") is not None or self._saving.overdue
-        return [int(stop), int(save), int(link.wish("leave") is not None), int(self._saving.busy)]
+        return [stop, int(save), int(link.wish("leave") is not None), int(self._saving.busy)]
 
     def _apply(self, update: Update) -> None:
         self._link.check_lease()
@@ -732,9 +734,12 @@ class Session:
             "sample_hash": record.sample_hash, **record.mean_metrics(), **({"skipped": True} if update.skip else {}),
         }  # fmt: skip
 
-    def _finish(self, group: Group, *, stopped: bool) -> str:
-        """Evaluate, save, wait for the commit, and say that this worker is done."""
-        self._evaluate(group)
+    def _finish(self, group: Group, stop: int) -> str:
+        """Evaluate, save, wait for the commit, and say that this worker is done. Who is to stop at once saves first:
+        the evaluation is left to who goes on from there."""
+        stopped = stop > 0
+        if stop != AT_ONCE or self._applied == self._plan.total_steps:
+            self._evaluate(group)
         self._stepper.progress(self._applied, APPLIED + 2, "checkpoint")
         self._stepper.check_state(self._applied)
         self._saving.finish(self._applied)
@@ -744,7 +749,7 @@ class Session:
             sha = weights_sha256(model, state.whole)
         result: dict[str, Any] = {
             "steps": self._applied, "samples_seen": self._applied * self._plan.global_size,
-            "metrics": self._evaluated[1], "weights_sha256": sha,
+            "metrics": self._evaluated[1] if self._evaluated[0] == self._applied else {}, "weights_sha256": sha,
             "exactness": self._config.run.exactness,
             "exactness_held": self._bitwise and not self._provenance.broken,
             **({"exactness_lost": self._provenance.broken} if self._provenance.broken else {}),
