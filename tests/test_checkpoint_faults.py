@@ -24,7 +24,8 @@ from elastic.storage import Storage
 from tests import forked, leaks
 from tests.disks import MIB, small_disk
 from tests.forked import Ran, Watch, configure, local_run, train
-from tests.tiny_jobs import Everything
+from tests.forked import fault as fault_at
+from tests.tiny_jobs import Everything, Plain
 
 pytestmark = [pytest.mark.processes, pytest.mark.usefixtures("fork_server")]
 
@@ -111,17 +112,54 @@ def test_a_worker_that_dies_while_two_save_costs_no_checkpoint_since_the_other_s
 
 
 @pytest.mark.parametrize("point", UPLOADER_POINTS)
-def test_a_dead_uploader_costs_that_checkpoint_and_nothing_else(point, tmp_path, undisturbed_every_3):
-    ran = _run(tmp_path, 2, [_kill(point, tmp_path, rank=0)], "checkpoint_failed")
+def test_a_dead_uploader_costs_nothing_as_another_one_does_its_work(point, tmp_path, undisturbed_every_3):
+    ran = _run(tmp_path, 2, [_kill(point, tmp_path, rank=0)], "checkpoint_committed")
 
     assert (tmp_path / "happened").exists()
     assert ran.failure is None
     assert ran.sha == undisturbed_every_3.sha
-    (failed,) = ran.events("checkpoint_failed")
-    assert (failed["step"], failed["detail"]) == (6, "the uploader process ended with code -9")
-    assert [e["step"] for e in ran.events("checkpoint_committed")] == [3, 9, 12]
-    assert ran.storage.names("checkpoints") == ["step-00000003", "step-00000009", "step-00000012"], "swept"
+    (restarted,) = ran.events("uploader_restarted")
+    assert (restarted["step"], restarted["detail"]) == (6, "the uploader process was ended by SIGKILL")
+    assert [e["step"] for e in ran.events("checkpoint_committed")] == [3, 6, 9, 12]
+    assert not list(Path(ran.storage.root).glob("checkpoints/*/*/.tmp-*")), "nothing is left of the first try"
     assert ran.state() == undisturbed_every_3.state()
+
+
+@pytest.mark.parametrize("do", ["stop", "kill"])
+def test_the_last_save_survives_its_uploader(do, tmp_path, undisturbed_every_3):
+    """One that stands still is replaced in as long as a worker may; at the end of a run nobody saves again later."""
+    points = ["upload.part"] if do == "stop" else ["upload.begin", "upload.part"]
+    faults = [fault_at(point, step=12, do=do, only=tmp_path / point) for point in points]
+    config = configure(tmp_path, "run", checkpoint__every="3st", eval__every="3st", recovery__hang_timeout="6s")
+    ran = train(Everything(), config, workers=1, faults=faults)
+
+    assert ran.failure is None
+    assert ran.sha == undisturbed_every_3.sha
+    why = "stood still for 6 s" if do == "stop" else "was ended by SIGKILL"
+    assert [e["detail"] for e in ran.events("uploader_restarted")] == [f"the uploader process {why}"] * len(points)
+    assert next(newest_first(ran.storage)).step == 12
+
+
+def test_the_last_save_survives_its_workers_while_one_lives(tmp_path, undisturbed_every_3):
+    points = {"checkpoint.staged": 1, "checkpoint.before_report": 0}
+    faults = [fault_at(point, step=12, rank=rank, only=tmp_path / point) for point, rank in points.items()]
+    config = configure(tmp_path, "run", checkpoint__every="3st", eval__every="3st")
+    ran = train(Everything(), config, workers=3, faults=faults)
+    assert ran.failure is None
+    assert ran.sha == undisturbed_every_3.sha
+    assert all((tmp_path / point).exists() for point in points)
+
+
+def test_the_last_save_is_tried_again_with_room_that_is_made(tmp_path):
+    """A full disk at the end: what unfinished attempts left goes, and the oldest checkpoint, but never the last."""
+    with small_disk(tmp_path, 16 * MIB) as disk:  # a checkpoint has 6 MB
+        config = configure(disk.path, "run", run__duration="6st", checkpoint__every="2st", checkpoint__keep_last=2)
+        ran = train(Plain(width=700), config, workers=1)
+        assert ran.failure is None
+        assert [e["step"] for e in ran.events("checkpoint_failed")] == [6]
+        (made,) = ran.events("room_made")
+        assert made["detail"]["removed"] == ["checkpoints/step-00000002/1-1-1"]
+        assert [c.step for c in newest_first(ran.storage)] == [6, 4]
 
 
 def test_an_uploader_dies_with_its_worker(tmp_path):

@@ -64,7 +64,7 @@ def share(storage: Storage, step: int, rank: int = 0, shares: int = 1, **changed
         saver.close()
     header = HEADER if rank == 0 else None
     message = {"step": step, "attempt": name, "index": save.index, "facts": save.facts, "shares": shares,
-               "header": header, "error": None}  # fmt: skip
+               "header": header, "error": None, "no_room": False}  # fmt: skip
     return {**message, **changed}
 
 

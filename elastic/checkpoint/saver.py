@@ -8,11 +8,12 @@ saver.settle()                                       before anything writes to w
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -23,13 +24,23 @@ from elastic.checkpoint.plan import Write, plan_save
 from elastic.checkpoint.staging import StagingBuffer
 from elastic.checkpoint.tensors import Shard, dtype_name, narrowed
 from elastic.checkpoint.tiling import Box
-from elastic.checkpoint.transfer import Cancelled
-from elastic.checkpoint.uploader import IN_FLIGHT, PART_BYTES, Progress, Uploader, UploadJob, perform
+from elastic.checkpoint.transfer import Cancelled, is_no_room
+from elastic.checkpoint.uploader import (
+    IN_FLIGHT,
+    PART_BYTES,
+    STILL_S,
+    Progress,
+    Uploader,
+    UploaderLost,
+    UploadJob,
+    perform,
+)
 from elastic.errors import CheckpointError
 from elastic.storage import Storage
 
 SETTLE_S = 600.0
 CLOSE_S = 5.0
+UPLOADERS = 3  # that try a save, if each dies or stands still
 _NOTIFY_BYTES = 32 << 20
 _Key = tuple[str, tuple[int, ...], tuple[int, ...]]
 
@@ -47,6 +58,7 @@ class Save:
     stall_s: float = 0.0
     index: dict[str, Any] | None = None
     error: str | None = None
+    no_room: bool = False  # that is why
     facts: dict[str, Any] = field(default_factory=dict)
     staged: threading.Event = field(default_factory=threading.Event)
     ended: threading.Event = field(default_factory=threading.Event)
@@ -69,12 +81,16 @@ class Saver:
 
     Args:
         in_flight: parts uploaded at a time.
+        still_s: an uploader that moves nothing for so long is replaced.
+        on_restart: called from another thread with a save and what became of the uploader that another one replaces.
     """
 
     def __init__(
         self, storage: Storage, *, device: torch.device | None = None, in_flight: int = IN_FLIGHT,
-        part_bytes: int = PART_BYTES,
+        part_bytes: int = PART_BYTES, still_s: float = STILL_S,
+        on_restart: Callable[[Save, str], None] = lambda save, why: None,
     ):  # fmt: skip
+        self._still_s, self._on_restart = still_s, on_restart
         self._storage, self._in_flight, self._part_bytes = storage, in_flight, part_bytes
         self._cuda = device if device is not None and device.type == "cuda" else None
         self._stream = torch.cuda.Stream(device) if self._cuda else None
@@ -172,7 +188,8 @@ class Saver:
             self.settle()
             self._progress.cancel()
             if self._uploader is not None:
-                self._uploader.send({"do": "cancel"})
+                with contextlib.suppress(UploaderLost):
+                    self._uploader.send({"do": "cancel"})
 
     def committed(self, step: int, attempt: str) -> None:
         """A save of this rank is the newest committed: frozen tensors may refer to it from now on."""
@@ -205,6 +222,7 @@ class Saver:
                     save.error = "called off"
                 except Exception as error:  # the run goes on without this checkpoint, and its ledger says why
                     save.error = f"the state of step {save.step} could not be saved: {type(error).__name__}: {error}"
+                    save.no_room = is_no_room(error)
                 save.staged.set()
                 if on_end is not None:
                     on_end(save)
@@ -225,27 +243,57 @@ class Saver:
             self._progress.advance(save.tail, True)
             answer = perform(self._storage, job, self._buffer.view() if save.size else memoryview(b""), self._progress)
         else:
-            if self._uploader is None or not self._uploader.alive:
-                if self._uploader is not None:
-                    self._uploader.close()
-                self._uploader = Uploader(self._storage.url, self._buffer.fd)
-            self._uploader.start(job, self._buffer.size)
-            try:
-                self._stage(save, later, self._announce)
-            except BaseException:
-                self._uploader.send({"do": "cancel"})
-                self._uploader.answer()
-                raise
-            if self._progress.cancelled.is_set():
-                self._uploader.send({"do": "cancel"})
-            answer = self._uploader.answer()
+            answer = self._upload(save, job, later)
         if "error" in answer:
-            save.error = answer["error"]
-            if self._uploader is not None:  # the next one starts afresh, and with the credentials of then
-                self._uploader.close()
-                self._uploader = None
+            save.error, save.no_room = answer["error"], answer.get("no_room", False)
+            self._drop_uploader()  # the next one starts afresh, and with the credentials of then
             return
         self._finish(save, answer)
+
+    def _upload(self, save: Save, job: UploadJob, later: list[Write]) -> dict[str, Any]:
+        """Stage and upload; an uploader that dies or stands still is replaced by one that begins anew."""
+        for left in reversed(range(UPLOADERS)):
+            try:
+                return self._through_uploader(save, job, later)
+            except UploaderLost as lost:
+                self._drop_uploader()
+                if self._progress.cancelled.is_set():
+                    raise Cancelled from lost
+                if not save.staged.is_set():
+                    self._stage(save, later, lambda ready, tail: None)
+                if not left:
+                    return {"error": f"{job.name} could not be uploaded: {lost}, as those before"}
+                self._on_restart(save, str(lost))
+                job = replace(job, again=True)
+        raise AssertionError("one of them returns")
+
+    def _through_uploader(self, save: Save, job: UploadJob, later: list[Write]) -> dict[str, Any]:
+        if self._uploader is None or not self._uploader.alive:
+            self._drop_uploader()
+            self._uploader = Uploader(self._storage.url, self._buffer.fd, self._still_s)
+        uploader = self._uploader
+        uploader.start(job, self._buffer.size)
+        try:
+            if save.staged.is_set():
+                self._announce(save.tail, True)
+            else:
+                self._stage(save, later, self._announce)
+        except UploaderLost:
+            raise
+        except BaseException:
+            self._progress.cancel()
+            with contextlib.suppress(UploaderLost):
+                uploader.send({"do": "cancel"})
+                uploader.answer(self._progress.cancelled)
+            raise
+        if self._progress.cancelled.is_set():
+            uploader.send({"do": "cancel"})
+        return uploader.answer(self._progress.cancelled)
+
+    def _drop_uploader(self) -> None:
+        if self._uploader is not None:
+            self._uploader.close()
+            self._uploader = None
 
     def _announce(self, ready: int, tail: bool) -> None:
         assert self._uploader is not None

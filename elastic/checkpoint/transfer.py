@@ -51,6 +51,11 @@ def in_one_sentence(storage: Storage, doing: str) -> Iterator[None]:
         raise StorageError(f"{storage.url} could not be {doing}: {reason}") from error
 
 
+def is_no_room(error: BaseException) -> bool:
+    """Whether it says that the storage is full."""
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
 class Cancelled(Exception):
     """The transfer was called off."""
 
@@ -110,12 +115,14 @@ class Upload(Protocol):
     def abort(self) -> None: ...
 
 
-def open_upload(storage: Storage, name: str, size: int, part_bytes: int) -> Upload:
-    """Start writing an object of `size` bytes in parts of `part_bytes`."""
+def open_upload(
+    storage: Storage, name: str, size: int, part_bytes: int, on_move: Callable[[], None] = lambda: None
+) -> Upload:
+    """Start writing an object of `size` bytes in parts of `part_bytes`; `on_move` is called as bytes leave."""
     if storage.local:
         return _FileUpload(storage.path(name), size)
     if storage.is_s3:
-        return _S3Upload(storage.fs, storage.path(name), size, part_bytes)
+        return _S3Upload(storage.fs, storage.path(name), size, part_bytes, on_move)
     return _StreamUpload(storage.fs, storage.path(name))
 
 
@@ -124,12 +131,19 @@ class _FileUpload:
 
     def __init__(self, path: str, size: int):
         self._path = path
-        self._temporary = f"{os.path.dirname(path)}/.tmp-{uuid.uuid4().hex}"
+        self._temporary = f"{_partial(path)}{uuid.uuid4().hex}"
         make_folder(os.path.dirname(path))
         self._fd = os.open(self._temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
         if size:
-            with contextlib.suppress(OSError):  # where the file system cannot, writing finds out
-                os.posix_fallocate(self._fd, 0, size)
+            self._reserve(size)
+
+    def _reserve(self, size: int) -> None:
+        try:
+            os.posix_fallocate(self._fd, 0, size)
+        except OSError as error:  # where the file system cannot do this, writing finds out
+            if is_no_room(error):  # said before the last bytes are taken, which others need
+                self.abort()
+                raise
 
     def put(self, number: int, offset: int, data: memoryview) -> None:
         while data:
@@ -152,8 +166,8 @@ class _FileUpload:
 class _S3Upload:
     parallel = True
 
-    def __init__(self, fs: Any, path: str, size: int, part_bytes: int):
-        self._fs, self._size = fs, size
+    def __init__(self, fs: Any, path: str, size: int, part_bytes: int, on_move: Callable[[], None]):
+        self._fs, self._size, self._on_move = fs, size, on_move
         bucket, key, _ = fs.split_path(path)
         self._where = {"Bucket": bucket, "Key": key}
         self._etags: dict[int, str] = {}
@@ -163,9 +177,9 @@ class _S3Upload:
 
     def put(self, number: int, offset: int, data: memoryview) -> None:
         if self._id is None:
-            self._fs.call_s3("put_object", **self._where, Body=_Body(data))
+            self._fs.call_s3("put_object", **self._where, Body=_Body(data, self._on_move))
             return
-        part = {"UploadId": self._id, "PartNumber": number + 1, "Body": _Body(data)}
+        part = {"UploadId": self._id, "PartNumber": number + 1, "Body": _Body(data, self._on_move)}
         self._etags[number] = self._fs.call_s3("upload_part", **self._where, **part)["ETag"]
 
     def complete(self) -> None:
@@ -192,14 +206,15 @@ class _Body:
     aiohttp takes what is iterable asynchronously; botocore, where it computes checksums, reads.
     """
 
-    def __init__(self, data: memoryview):
-        self._data, self._at = data, 0
+    def __init__(self, data: memoryview, on_move: Callable[[], None]):
+        self._data, self._at, self._on_move = data, 0, on_move
 
     def __len__(self) -> int:
         return len(self._data)
 
     async def __aiter__(self) -> AsyncIterator[memoryview]:
         for i in range(0, len(self._data), _SLICE):
+            self._on_move()
             yield self._data[i : i + _SLICE]
 
     def read(self, size: int = -1) -> bytes:
@@ -231,6 +246,24 @@ class _StreamUpload:
         discard = getattr(self._file, "discard", None)
         if discard is not None:
             discard()
+
+
+def _partial(path: str) -> str:
+    """How the names of unfinished files begin that are to be the object at `path`."""
+    folder, _, name = path.rpartition("/")
+    return f"{folder}/.tmp-{name}-"
+
+
+def discard_partial(storage: Storage, name: str) -> None:
+    """Remove what is left of an object whose writer was killed."""
+    if storage.local:
+        folder, _, start = _partial(storage.path(name)).rpartition("/")
+        with contextlib.suppress(FileNotFoundError):
+            for found in os.listdir(folder):
+                if found.startswith(start):
+                    os.unlink(f"{folder}/{found}")
+    else:
+        sweep_uploads(storage, name.rpartition("/")[0], keep=lambda found: found != name)
 
 
 def sweep_uploads(storage: Storage, prefix: str, keep: Callable[[str], bool]) -> list[str]:

@@ -11,31 +11,39 @@ import json
 import mmap
 import os
 import queue
+import selectors
 import signal
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from elastic import fault
 from elastic.checkpoint.blocks import crc_blocks, hash_blocks
-from elastic.checkpoint.transfer import Cancelled, Upload, open_upload, patiently
+from elastic.checkpoint.transfer import Cancelled, Upload, discard_partial, is_no_room, open_upload, patiently
 from elastic.storage import Storage
 
 PART_BYTES = 16 << 20
 LEAST_PART_BYTES = 5 << 20  # S3 takes no smaller ones
 IN_FLIGHT = 16
 _MOST_PARTS = 10_000  # S3's limit
+STILL_S = 60.0  # an uploader that moves nothing for so long is replaced; of large packs a disk's last sync takes time
+_SLOWEST = 16 << 20  # bytes a second of that
+START_S = 60.0  # to import what it needs, on a busy machine
+CALLED_OFF_S = 5.0  # to end what was called off
+_TELL_S = 0.2
 
 
 @dataclass(frozen=True)
 class UploadJob:
     """A pack to upload: the first `size` bytes of the shared memory, in which `chunks` are [start, end) each.
 
-    Those from `tail` on need no upload if they have the `known` hashes, chunk by chunk.
+    Those from `tail` on need no upload if they have the `known` hashes, chunk by chunk. `again`: an uploader before
+    may have left a part of it.
     """
 
     name: str
@@ -47,13 +55,19 @@ class UploadJob:
     step: int
     in_flight: int = IN_FLIGHT
     part_bytes: int = PART_BYTES
+    again: bool = False
+
+
+class UploaderLost(Exception):
+    """The uploader process died, or stood still and was ended. The message says which."""
 
 
 class Progress:
-    """How far staging is, and whether the upload is called off. From any thread."""
+    """How far staging is, whether the upload is called off, and how often something moved. From any thread."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
+        self.moved = 0
         self._ready, self._tail = 0, False
         self.cancelled = threading.Event()
 
@@ -62,6 +76,10 @@ class Progress:
         with self._changed:
             self._ready, self._tail = ready, tail
             self._changed.notify_all()
+
+    def move(self) -> None:
+        """Bytes were hashed or sent, or storage was asked again: this stands not still."""
+        self.moved += 1
 
     def cancel(self) -> None:
         with self._changed:
@@ -112,6 +130,7 @@ def perform(storage: Storage, job: UploadJob, data: memoryview, progress: Progre
             if i not in hashes:
                 hashes[i] = hash_blocks(view)
             crcs[i] = crc_blocks(view)
+            progress.move()
 
     if size:
         _upload(storage, job, data[:size], progress, counts, prove)
@@ -131,7 +150,13 @@ def _upload(
     part = max(job.part_bytes, -(-len(data) // _MOST_PARTS))
     even = -(-len(data) // job.in_flight)  # a small pack in as many parts as can fly
     part = min(part, max(even, min(LEAST_PART_BYTES, part)))
-    upload: Upload = open_upload(storage, job.name, len(data), part)
+    if job.again:
+        discard_partial(storage, job.name)
+    upload: Upload = open_upload(storage, job.name, len(data), part, progress.move)
+
+    def retried() -> None:
+        counts["retries"] += 1
+        progress.move()
 
     def put(number: int) -> None:
         start = number * part
@@ -140,9 +165,10 @@ def _upload(
         fault.point("upload.part", job.rank, job.step)
         patiently(
             upload.put, number, start, piece, cancelled=progress.cancelled,
-            on_retry=lambda: counts.update(retries=counts["retries"] + 1), retry_s=120.0 if upload.parallel else 0.0,
+            on_retry=retried, retry_s=120.0 if upload.parallel else 0.0,
         )  # fmt: skip
         counts["requests"] += 1
+        progress.move()
 
     parts = range(-(-len(data) // part))
     try:
@@ -161,7 +187,7 @@ def _upload(
                 pool.shutdown(wait=True, cancel_futures=True)
                 raise
         fault.point("upload.before_complete", job.rank, job.step)
-        patiently(upload.complete, cancelled=progress.cancelled)
+        patiently(upload.complete, cancelled=progress.cancelled, on_retry=progress.move)
     except BaseException:
         with contextlib.suppress(Exception):  # what is left of it is swept later; the first error is what counts
             upload.abort()
@@ -172,15 +198,21 @@ def _upload(
 
 
 class Uploader:
-    """The process, as its worker sees it. It ends with the thread that made it."""
+    """The process, as its worker sees it. It ends with the thread that made it.
 
-    def __init__(self, storage_url: str, memory: int):
-        self._answers: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
+    Args:
+        still_s: one that moves nothing for so long, and for the time that its pack may take to be synced, is ended.
+    """
+
+    def __init__(self, storage_url: str, memory: int, still_s: float = STILL_S):
         command = [sys.executable, "-m", "elastic.checkpoint.uploader", storage_url, str(memory), str(os.getpid())]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, pass_fds=[memory], env=environment
         )
+        assert self._process.stdin is not None
+        os.set_blocking(self._process.stdin.fileno(), False)
+        self._still_s, self._patience_s, self._read, self._began = still_s, still_s, b"", False
         self._lock = threading.Lock()
 
     @property
@@ -188,22 +220,74 @@ class Uploader:
         return self._process.poll() is None
 
     def send(self, message: dict[str, Any]) -> None:
-        """Tell it something; if it is dead, `answer` says so."""
+        """Tell it something; if it is dead, `answer` says so.
+
+        Raises:
+            UploaderLost: it does not take it.
+        """
+        data = json.dumps(message).encode() + b"\n"
         with self._lock, contextlib.suppress(BrokenPipeError):
             assert self._process.stdin is not None
-            self._process.stdin.write(json.dumps(message).encode() + b"\n")
-            self._process.stdin.flush()
+            self._write(self._process.stdin.fileno(), memoryview(data))
+
+    def _write(self, fd: int, data: memoryview) -> None:
+        with selectors.DefaultSelector() as selector:
+            selector.register(fd, selectors.EVENT_WRITE)
+            while data:
+                if not selector.select(self._still_s):
+                    raise self._stood_still(self._still_s)
+                with contextlib.suppress(BlockingIOError):
+                    data = data[os.write(fd, data) :]
 
     def start(self, job: UploadJob, memory_size: int) -> None:
+        """Have a pack uploaded.
+
+        Raises:
+            UploaderLost: it does not take it.
+        """
+        self._patience_s = self._still_s + job.size / _SLOWEST
         self.send({"do": "upload", "job": asdict(job), "memory": memory_size})
 
-    def answer(self) -> dict[str, Any]:
-        """Wait for how the upload ended: the values of `perform`, or `error`. Its patience has an end, so this has."""
+    def answer(self, cancelled: threading.Event) -> dict[str, Any]:
+        """Wait for how the upload ended: the values of `perform`, or `error`.
+
+        Args:
+            cancelled: set where the upload is called off: then it is to end soon.
+
+        Raises:
+            UploaderLost: it died, or stood still and was ended.
+        """
         assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line:
-            return {"error": f"the uploader process ended with code {self._process.wait()}"}
-        return json.loads(line)
+        fd, moved, off = self._process.stdout.fileno(), time.monotonic(), False
+        with selectors.DefaultSelector() as selector:
+            selector.register(fd, selectors.EVENT_READ)
+            while True:
+                while b"\n" in self._read:
+                    line, _, self._read = self._read.partition(b"\n")
+                    found: dict[str, Any] = json.loads(line)
+                    if "moved" not in found:
+                        return found
+                    moved, self._began = time.monotonic(), True
+                if cancelled.is_set() and not off:
+                    off, moved = True, time.monotonic()
+                patience_s = self._patience_s if self._began else max(self._patience_s, START_S)
+                patience_s = min(patience_s, CALLED_OFF_S) if off else patience_s
+                left = moved + patience_s - time.monotonic()
+                if left <= 0:
+                    raise self._stood_still(patience_s)
+                if selector.select(min(left, _TELL_S)):
+                    piece = os.read(fd, 1 << 16)
+                    if not piece:
+                        raise UploaderLost(f"the uploader process {self._ended()}")
+                    self._read += piece
+
+    def _ended(self) -> str:
+        code = self._process.wait()
+        return f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
+
+    def _stood_still(self, seconds: float) -> UploaderLost:
+        self.kill()
+        return UploaderLost(f"the uploader process stood still for {seconds:.0f} s")
 
     def kill(self) -> None:
         """End it, whatever it is doing; who waits for an answer gets one. From any thread."""
@@ -236,8 +320,9 @@ def main() -> None:
     die_with_parent(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the worker, which saves
     os.nice(5)
-    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    answers = _Answers(os.dup(1))
     os.dup2(2, 1)  # whatever a library prints is no answer
+    answers.write({"moved": 0})
     jobs: queue.SimpleQueue[tuple[UploadJob, int, Progress]] = queue.SimpleQueue()
     threading.Thread(target=_listen, args=(jobs,), daemon=True).start()
     storage: Storage | None = None
@@ -248,12 +333,44 @@ def main() -> None:
             storage = storage or Storage(url)
             if shared is None or len(shared) < size:
                 shared = mmap.mmap(memory, size)
-            answer = perform(storage, job, memoryview(shared), progress)
+            with answers.telling(progress):
+                answer = perform(storage, job, memoryview(shared), progress)
         except Cancelled:
             answer = {"error": "called off"}
         except Exception as error:  # whatever storage raises: the worker tells the run
-            answer = {"error": f"{job.name} could not be uploaded: {type(error).__name__}: {error}"}
-        answers.write(json.dumps(answer) + "\n")
+            what = f"{job.name} could not be uploaded: {type(error).__name__}: {error}"
+            answer = {"error": what, "no_room": is_no_room(error)}
+        answers.write(answer)
+
+
+class _Answers:
+    """Lines of JSON to the worker: an answer to each job, and before it every now and then that something moved."""
+
+    def __init__(self, fd: int):
+        self._file, self._lock = os.fdopen(fd, "w", buffering=1), threading.Lock()
+
+    def write(self, message: dict[str, Any]) -> None:
+        with self._lock:
+            self._file.write(json.dumps(message) + "\n")
+
+    @contextlib.contextmanager
+    def telling(self, progress: Progress) -> Iterator[None]:
+        ended = threading.Event()
+
+        def tell() -> None:
+            before = -1
+            while not ended.wait(_TELL_S):
+                if progress.moved != before:
+                    before = progress.moved
+                    self.write({"moved": before})
+
+        thread = threading.Thread(target=tell, name="tell-moves", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join()
 
 
 def _listen(jobs: queue.SimpleQueue[tuple[UploadJob, int, Progress]]) -> None:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from elastic.checkpoint.cadence import save_cost, save_interval
 from elastic.checkpoint.format import MANIFEST, attempt_folder
-from elastic.checkpoint.reader import Committed, mark, newest_first
+from elastic.checkpoint.reader import Committed, attempts, mark, newest_first, steps_with_attempts, with_manifest
 from elastic.checkpoint.retention import Policy, Retention, removals
-from elastic.checkpoint.transfer import patiently
+from elastic.checkpoint.transfer import is_no_room, patiently
 from elastic.checkpoint.writer import commit
 from elastic.errors import DamagedCheckpoint
 from elastic.membership.world import Generation
@@ -117,7 +117,7 @@ class Checkpoints:
         if what == "decided":
             self._tell(attempt)
         elif what == "failed":
-            self._decide(attempt, message["error"])
+            self._decide(attempt, message["error"], no_room=message["no_room"])
         elif what == "whole":
             self._commit(attempt, ranks)
 
@@ -135,11 +135,14 @@ class Checkpoints:
                 "checkpoint_committed", generation=name.rpartition("-")[0], step=step, detail={"attempt": name}
             )  # fmt: skip
 
-    def _decide(self, attempt: Attempt, error: str | None, *, anew: bool = False) -> None:
+    def _decide(
+        self, attempt: Attempt, error: str | None, *, anew: bool = False, no_room: bool = False
+    ) -> None:  # fmt: skip
         """Tell the ledger and the workers what became of an attempt; then there is time to tidy up.
 
         Args:
             anew: what it refers to is of no use: the next one is to have all its bytes.
+            no_room: the storage is full; room is made before the workers hear of it, as they may save again at once.
         """
         attempt.decide(error, anew=anew)
         self.due_at = self._next_due()
@@ -147,10 +150,32 @@ class Checkpoints:
         if error:
             self.failed = {"step": step, "error": error}
             note("checkpoint_failed", generation=str(attempt.generation), step=step, detail=error)
+        if no_room and not self._keeping.closed():
+            self._make_room(attempt)
         self._tell(attempt)
         if error or self._keeping.closed():
             return
         self._prune()
+
+    def _make_room(self, failed: Attempt) -> None:
+        """The storage is full: remove what unfinished attempts left, and what goes anyway when one more is committed,
+        but never the last that can be loaded."""
+        storage, removed = self._storage, []
+        try:
+            committed = set(with_manifest(storage))
+            for step in steps_with_attempts(storage):
+                for name in attempts(storage, step):
+                    known = self._attempts.get((step, name))
+                    if (known is None or known.over) and Committed(step, name) not in committed:
+                        folder = attempt_folder(step, name)
+                        removed += [folder] if storage.names(folder) else []
+                        storage.remove(folder)
+            policy = replace(self._policy, last=max(1, self._policy.last - 1))
+            removed += [c.folder for c in Retention(storage, policy, self._unloadable).prune()]
+        except Exception as problem:  # whatever storage raises: who saves again finds out whether there is room
+            self._keeping.note("checkpoint_failed", step=failed.step, detail=f"no room could be made: {problem}")
+        if removed:
+            self._keeping.note("room_made", step=failed.step, detail={"removed": removed})
 
     def _prune(self) -> None:
         try:
@@ -182,7 +207,8 @@ class Checkpoints:
             whole = commit(self._storage, attempt.name, manifest, attempt.ordered(ranks))
         except Exception as error:  # whatever storage raises: the checkpoint before stays the newest, the run goes on
             why = f"the checkpoint of step {step} could not be committed: {type(error).__name__}: {error}"
-            return self._decide(attempt, why, anew=isinstance(error, DamagedCheckpoint))
+            anew, no_room = isinstance(error, DamagedCheckpoint), is_no_room(error)
+            return self._decide(attempt, why, anew=anew, no_room=no_room)
         self.restore = {"rung": "checkpoint", "step": step, "attempt": attempt.name}
         record.saved(step, attempt.name, save_cost(attempt.stall_s, attempt.upload_s))
         self._keeping.note(

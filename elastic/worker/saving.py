@@ -18,6 +18,7 @@ from elastic.checkpoint.loader import check_objects, load
 from elastic.checkpoint.reader import Committed, newest_first, read_manifest, refuse_to_begin_anew
 from elastic.checkpoint.saver import Save, Saver
 from elastic.checkpoint.transfer import in_one_sentence
+from elastic.checkpoint.uploader import STILL_S
 from elastic.config import CheckpointOptions
 from elastic.errors import CheckpointError, DamagedCheckpoint, ElasticError
 from elastic.membership.client import RunOver, WorkerLink
@@ -30,6 +31,8 @@ from elastic.worker.state import TrainState, weights_alone
 
 WhenBusy = Literal["wait", "delay", "skip"]
 UPLOAD_TIMEOUT_S = 3600.0
+LAST_SAVE_S = 600.0  # for which a save is tried again that nobody tries again later
+_FIRST_AGAIN_S, _LONGEST_AGAIN_S = 0.1, 10.0
 
 
 @dataclass(frozen=True)
@@ -53,13 +56,14 @@ class Saving:
     def __init__(
         self, state: TrainState | None, storage: Storage, link: WorkerLink, device: torch.device, *, seed: int,
         config_digest: str, when_busy: WhenBusy, on_wait: Callable[[int], None] = lambda seconds: None,
-        made: Callable[[], dict[str, Any]] = dict,
+        made: Callable[[], dict[str, Any]] = dict, still_s: float = STILL_S,
     ):  # fmt: skip
         """`on_wait` is called about once a second while training waits for an upload, with the seconds so far.
 
         Args:
             state: None where `enter` will bring it.
             made: what the state was computed with, for the manifest.
+            still_s: an uploader that moves nothing for so long is replaced.
 
         Raises:
             ConfigError: the state holds what checkpoints cannot have.
@@ -69,7 +73,7 @@ class Saving:
         self._state, self._link, self._on_wait = state, link, on_wait
         self._header = {"seed": seed, "config_digest": config_digest}
         self._when_busy, self._made = when_busy, made
-        self._saver = Saver(storage, device=device)
+        self._saver = Saver(storage, device=device, still_s=still_s, on_restart=self._on_restart)
         self._generation: Generation | None = None
         self._rank, self._size, self._count = 0, 1, 0
         self._lock = threading.Lock()
@@ -148,15 +152,38 @@ class Saving:
     # ---- on the way out --------------------------------------------------------------------------------------------
 
     def finish(self, step: int) -> None:
-        """Save the state of `step`, whose row is posted, and wait until it is committed.
+        """Save the state of `step`, whose row is posted, and wait until it is committed; again where that failed.
 
         Raises:
-            CheckpointError: it could not be saved or committed.
+            CheckpointError: it could not be saved or committed for LAST_SAVE_S.
             WorldBroken: a member was lost meanwhile, so it never will be.
         """
-        self._begin(step)
-        self.row_posted(step)
-        self._await(UPLOAD_TIMEOUT_S)
+
+        def save() -> None:
+            self._begin(step)
+            self.row_posted(step)
+            self._await(UPLOAD_TIMEOUT_S)
+
+        self._again(save, LAST_SAVE_S)
+
+    def _again(self, save: Callable[[], None], timeout_s: float) -> None:
+        """Save until that succeeds. All members hear of each failure, so they all begin anew."""
+        began, pause = time.monotonic(), _FIRST_AGAIN_S
+        while True:
+            try:
+                return save()
+            except CheckpointError:
+                if time.monotonic() + pause > began + timeout_s:
+                    raise
+            self._rest(pause, began)
+            pause = min(2 * pause, _LONGEST_AGAIN_S)
+
+    def _rest(self, seconds: float, began: float) -> None:
+        deadline = time.monotonic() + seconds
+        while (left := deadline - time.monotonic()) > 0:
+            self._link.check()
+            self._on_wait(int(time.monotonic() - began))
+            time.sleep(min(left, 0.5))
 
     def make_safe(self, step: int, timeout_s: float) -> None:
         """Have the state of `step`, whose row is posted, committed before the world is left.
@@ -165,12 +192,17 @@ class Saving:
             CheckpointError: it could not be saved or committed.
             WorldBroken: a member was lost meanwhile, so it never will be.
         """
-        self._note_commits()
-        if self._committed is None or self._committed[0] != step:
-            if self._under_way is None or self._under_way[0] != step:
-                self._begin(step)
-                self.row_posted(step)
-            self._await(timeout_s)
+        deadline = time.monotonic() + timeout_s
+
+        def save() -> None:
+            self._note_commits()
+            if self._committed is None or self._committed[0] != step:
+                if self._under_way is None or self._under_way[0] != step:
+                    self._begin(step)
+                    self.row_posted(step)
+                self._await(deadline - time.monotonic())
+
+        self._again(save, timeout_s)
 
     def finish_under_way(self, timeout_s: float) -> None:
         """Give the save that is under way the time to be committed, before this worker ends with an error."""
@@ -184,9 +216,14 @@ class Saving:
         self._generation, self._rank, self._size = generation, 0, 1
         with self._lock:
             self._world = object()
-        self._begin(step, alone=True)
-        self.row_posted(step)
-        self._saver.wait(UPLOAD_TIMEOUT_S)
+
+        def save() -> None:
+            self._begin(step, alone=True)
+            self.row_posted(step)
+            self._await(UPLOAD_TIMEOUT_S)
+
+        with contextlib.suppress(CheckpointError):  # which is in the ledger: nobody can save this any more
+            self._again(save, LAST_SAVE_S)
 
     # ---- parts -----------------------------------------------------------------------------------------------------
 
@@ -222,6 +259,11 @@ class Saving:
             if seconds > UPLOAD_TIMEOUT_S:
                 raise CheckpointError(f"the upload before took more than {UPLOAD_TIMEOUT_S:.0f} s")
 
+    def _on_restart(self, save: Save, why: str) -> None:
+        """On the saver's thread."""
+        message = {"kind": "event", "event": "uploader_restarted", "step": save.step, "detail": why}
+        self._link.post(message, self._generation)
+
     def _on_end(self, save: Save, sender: _Sender) -> None:
         """On the saver's thread."""
         with self._lock:
@@ -237,7 +279,8 @@ class Saving:
                 return
         message = {
             "kind": "pack", "step": save.step, "attempt": save.attempt, "index": save.index, "shares": sender.size,
-            "header": sender.header, "error": save.error, "facts": save.facts,
+            "header": sender.header, "error": save.error, "no_room": save.no_room,
+            "facts": save.facts,
         }  # fmt: skip
         self._link.post(message, sender.generation)
 

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from elastic import fault
+from elastic.checkpoint.uploader import STILL_S
 from elastic.config import result_options
 from elastic.data.identity import identify
 from elastic.data.loader import Fetcher, Loader, Order
@@ -159,7 +160,7 @@ class Session:
             self._state, self._storage, self._link, self._device, seed=seed, config_digest=self._run.digest,
             when_busy=self._config.checkpoint.when_busy,
             on_wait=lambda n: self._link.progress(self._applied, APPLIED + 2, n, "checkpoint"),
-            made=self._provenance.header,
+            made=self._provenance.header, still_s=self._still_s(),
         )  # fmt: skip
         parts: dict[str, Any] = {
             "data_s": round(data_s, 3), "model_s": round(time.monotonic() - began - data_s, 3)
@@ -184,6 +185,11 @@ class Session:
         elif self._stepper.one_each and not self._bitwise:
             parts["passes"] = "of one microbatch each: random numbers are drawn for whole batches of samples"
         return {**parts, "built_whole": self._placing.eager} if self._placing.eager else parts
+
+    def _still_s(self) -> float:
+        """For how long a helper process may stand still: as a worker may, where that is given."""
+        given = self._config.recovery.hang_timeout
+        return STILL_S if given == "auto" else parse_amount("--recovery.hang-timeout", given, clock=True).seconds
 
     def _check_length(self, samples: int) -> None:
         if samples != self._plan.dataset_size:
