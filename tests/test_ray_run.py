@@ -90,16 +90,21 @@ def test_an_error_in_the_job_ends_the_run_with_its_traceback(cluster: LocalClust
     assert result(tmp_path / "bad")["status"] == "failed"
 
 
-def test_the_trainer_works_inside_a_program_of_ones_own(cluster: LocalCluster, tmp_path: Path) -> None:
-    program = tmp_path / "program.py"
-    program.write_text(
-        "import ray, elastic\nfrom jobs.digits import Digits\n"
+def test_the_trainer_works_inside_a_notebook(cluster: LocalCluster, tmp_path: Path) -> None:
+    """A program without a file, whose job, data and collate function no other process can import."""
+    cells = (
+        "import ray, elastic\nfrom dataclasses import dataclass\nfrom torch.utils.data import default_collate\n"
+        "from jobs.digits import Digits, Images\n"
+        "class Data(Images):\n    pass\n"
+        "@dataclass\nclass Mine(Digits):\n"
+        "    def train_data(self):\n        return Data(held_out=False)\n"
+        "    def collate_fn(self, samples):\n        return default_collate(samples)\n"
         f"ray.init(address={cluster.address!r})\n"
         f"config = elastic.TrainConfig(run=elastic.RunOptions(storage={str(tmp_path)!r}, duration='3st'), "
-        "scaling=elastic.ScalingOptions(max_workers=1))\n"
-        "result = elastic.ElasticTrainer(Digits(), config).fit()\n"
+        "scaling=elastic.ScalingOptions(max_workers=1), data=elastic.DataOptions(workers=1))\n"
+        "result = elastic.ElasticTrainer(Mine(), config).fit()\n"
         "assert ray.is_initialized()\nprint('ENDED', result.status, result.steps, sorted(result.metrics))\n"
     )
-    run = Command(str(program), environment={"PYTHONPATH": str(Path(__file__).parent.parent)})
+    run = Command("-c", cells, environment={"PYTHONPATH": str(Path(__file__).parent.parent)})
     assert run.wait() == 0, run.output
     assert "ENDED finished 3 ['eval/accuracy', 'eval/loss']" in run.output
