@@ -136,7 +136,8 @@ class Differing(elastic.Job):
         return Changing(int(os.environ.get("HELD_OUT", "10")), 0.7)
 
     def loss(self, model: nn.Module, batch: Any) -> Any:
-        return F.cross_entropy(model(batch["x"]), batch["y"], reduction="sum"), len(batch["y"]), {}
+        metrics = {os.environ.get("METRIC", "right"): 0.0}
+        return F.cross_entropy(model(batch["x"]), batch["y"], reduction="sum"), len(batch["y"]), metrics
 
 
 class Changing:

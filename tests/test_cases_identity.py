@@ -141,7 +141,7 @@ def test_data_that_are_random_under_one_seed_are_said_once(tmp_path):
 def test_a_newcomer_that_differs_is_left_out_and_named_and_the_run_goes_on(tmp_path):
     held = tmp_path / "held"
     held.touch()
-    config = configure(tmp_path, "run", run__duration="6st", run__exactness="fast", scaling__max_workers=7)
+    config = configure(tmp_path, "run", run__duration="6st", run__exactness="fast", scaling__max_workers=8)
     run, watch = prepare(Differing(), config), Watch()
     holding = plan(fault("step.forward", 3, 0, "hold", file=held))
     with local_run(run, 1, on_record=watch, environment=holding) as local:
@@ -154,6 +154,7 @@ def test_a_newcomer_that_differs_is_left_out_and_named_and_the_run_goes_on(tmp_p
             "RATE": ("0.2", "its optimizer has group 0 of 4 parameters, "),
             "CONTENT": ("0.377", "its train_data() has another sample 11 than the world's"),
             "HELD_OUT": ("12", "its eval_data() has 12 samples, the world's 10"),
+            "METRIC": ("seen", "its result of loss() has metric seen, the world's metric right"),
             "SAMPLES": ("120", "train_data() has 120 samples on node"),
         }
         for name, (value, _) in differing.items():

@@ -93,12 +93,12 @@ def test_an_error_in_the_job_ends_the_run_with_its_traceback(cluster: LocalClust
 def test_the_trainer_works_inside_a_notebook(cluster: LocalCluster, tmp_path: Path) -> None:
     """A program without a file, whose job, data and collate function no other process can import."""
     cells = (
-        "import ray, elastic\nfrom dataclasses import dataclass\nfrom torch.utils.data import default_collate\n"
+        "import ray, elastic\nfrom dataclasses import dataclass\n"
         "from jobs.digits import Digits, Images\n"
         "class Data(Images):\n    pass\n"
         "@dataclass\nclass Mine(Digits):\n"
         "    def train_data(self):\n        return Data(held_out=False)\n"
-        "    def collate_fn(self, samples):\n        return default_collate(samples)\n"
+        "    def collate_fn(self, samples):\n        return samples\n"
         f"ray.init(address={cluster.address!r})\n"
         f"config = elastic.TrainConfig(run=elastic.RunOptions(storage={str(tmp_path)!r}, duration='3st'), "
         "scaling=elastic.ScalingOptions(max_workers=1), data=elastic.DataOptions(workers=1))\n"

@@ -111,6 +111,8 @@ class Rehearsal:
         self._seed = config.run.seed
         #: Whether the weights of loss() count something in samples, rather than passes; None before `run`.
         self.weights_count: bool | None = None
+        #: A line for each metric, by what returned it, as far as that was tried.
+        self.metrics: dict[str, list[str]] = {}
 
     def run(self, model: nn.Module, microbatches: int, group: Group | None) -> None:
         """Try everything on a model in place. Nothing is left of it.
@@ -155,6 +157,7 @@ class Rehearsal:
             if error.failure.kind == ConfigError.__name__:
                 raise
             return True  # in evaluation mode it need not work; and if it fails in training, the first step says so
+        self.metrics["result of loss()"] = [f"metric {name}" for name in sorted(found[0].metrics)]
         if len(found) < 3:
             return True
         self._refuse("loss()", loss, batches, found, agreed)
@@ -179,6 +182,7 @@ class Rehearsal:
                 if key in keys:
                     raise ConfigError(f"two held-out figures would be {key}; rename a metric, or a set of eval_data()")
                 keys.add(key)
+        self.metrics["result of evaluate()"] = [f"figure {key}" for key in sorted(keys)]
 
     def _refuse(
         self, name: str, function: Function, batches: Batches, found: list[Sums], agreed: Callable[[bool], bool]

@@ -155,7 +155,6 @@ class Session:
         )  # fmt: skip
         self._stepper = Stepper(self._run, self._code, self._loader, self._link)
         lines["loader"] = [f"passes of {'one microbatch' if self._stepper.one_each else 'any number of microbatches'}"]
-        self._link.member = replace(self._link.member, says=describe_worker(described, **lines))
         self._saving = Saving(
             self._state, self._storage, self._link, self._device, seed=seed, config_digest=self._run.digest,
             when_busy=self._config.checkpoint.when_busy,
@@ -180,6 +179,8 @@ class Session:
                 self._state = self._with_memory(self._state)
                 self._rehearse(None)
             parts["rehearsal_s"] = round(time.monotonic() - began, 3)
+            lines |= self._rehearsal.metrics
+        self._link.member = replace(self._link.member, says=describe_worker(described, **lines))
         if self._rehearsal.weights_count is False:
             parts["passes"] = "of one microbatch each: the weights of loss() count passes, not samples"
         elif self._stepper.one_each and not self._bitwise:
