@@ -26,10 +26,13 @@ DEVICE = {"type": "device type", "name": "kernels or device name", "torch": "tor
 
 def packed(lines: Sequence[str]) -> dict[str, Any]:
     """Lines as a worker sends them."""
-    text = "\n".join(lines).encode()
-    found: dict[str, Any] = {"digest": hashlib.blake2b(text, digest_size=16).hexdigest(), "count": len(lines)}
-    small = base64.b85encode(zlib.compress(text, 9)).decode()
+    found: dict[str, Any] = {"digest": digest_of(lines), "count": len(lines)}
+    small = base64.b85encode(zlib.compress("\n".join(lines).encode(), 9)).decode()
     return {**found, "lines": small} if len(small) <= MAX_PACKED_BYTES else found
+
+
+def digest_of(lines: Sequence[str]) -> str:
+    return hashlib.blake2b("\n".join(lines).encode(), digest_size=16).hexdigest()
 
 
 def _unpacked(one: Mapping[str, Any]) -> list[str] | None:

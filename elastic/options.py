@@ -93,6 +93,9 @@ def parse(job_class: type[Job], defaults: TrainConfig, argv: Sequence[str]) -> t
             raise SystemExit(0)
     import tyro
 
+    from elastic.seeds import seed_job
+
+    seed_job()
     fields: list[Any] = [(f.name, type(getattr(defaults, f.name)), dataclasses.field(default=getattr(defaults, f.name)))
                          for f in dataclasses.fields(defaults)]  # fmt: skip
     if dataclasses.is_dataclass(job_class):

@@ -28,9 +28,9 @@ from torch.utils.data import Subset
 
 from elastic.config import TrainConfig
 from elastic.data.order import sample_ids
-from elastic.data.seeds import derive, seed_all
 from elastic.job import Job
 from elastic.run.plan import RunPlan
+from elastic.seeds import derive, seed_all
 from elastic.worker.placing import Placing
 
 Pass = tuple[int, int]  # (first microbatch, how many)

@@ -141,7 +141,7 @@ def test_data_that_are_random_under_one_seed_are_said_once(tmp_path):
 def test_a_newcomer_that_differs_is_left_out_and_named_and_the_run_goes_on(tmp_path):
     held = tmp_path / "held"
     held.touch()
-    config = configure(tmp_path, "run", run__duration="6st", run__exactness="fast", scaling__max_workers=8)
+    config = configure(tmp_path, "run", run__duration="6st", run__exactness="fast", scaling__max_workers=9)
     run, watch = prepare(Differing(), config), Watch()
     holding = plan(fault("step.forward", 3, 0, "hold", file=held))
     with local_run(run, 1, on_record=watch, environment=holding) as local:
@@ -154,6 +154,7 @@ def test_a_newcomer_that_differs_is_left_out_and_named_and_the_run_goes_on(tmp_p
             "RATE": ("0.2", "its optimizer has group 0 of 4 parameters, "),
             "CONTENT": ("0.377", "its train_data() has another sample 11 than the world's"),
             "HELD_OUT": ("12", "its eval_data() has 12 samples, the world's 10"),
+            "TAUGHT": ("1", "its models of the job has teacher[0].weight float32["),
             "METRIC": ("seen", "its result of loss() has metric seen, the world's metric right"),
             "SAMPLES": ("120", "train_data() has 120 samples on node"),
         }
@@ -183,13 +184,14 @@ DEFAULT = {"ATEN_CPU_CAPABILITY": "default"}
 def test_exactness_is_held_by_a_run_that_was_paused_and_not_where_other_kernels_or_options_came(tmp_path):
     part(tmp_path, {}, run__stop_after="2st")
     paused = part(tmp_path, {}, run__stop_after="2st").result
-    changed = part(tmp_path, DEFAULT, run__seed=5, run__allow_change=("run.seed",))
+    changed = part(tmp_path, {**DEFAULT, "TAUGHT": "1"}, run__seed=5, run__allow_change=("run.seed",))
 
     assert (paused["steps"], paused["exactness_held"]) == (4, True)
-    kernels, seed = found = [e["detail"] for e in changed.events("exactness_lost")]
+    kernels, seed, teacher = found = [e["detail"] for e in changed.events("exactness_lost")]
     assert kernels.startswith("kernels or device name was ")
     assert kernels.endswith(" and is 'DEFAULT' from step 4 on")
     assert seed == "--run.seed was 0 and is 5 from step 4 on"
+    assert teacher == "the models that the job holds beside the one it trains have other values from step 4 on"
     assert (changed.result["exactness_held"], changed.result["exactness_lost"]) == (False, found)
 
 

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from elastic.data.seeds import derive, seed_all
+from elastic.seeds import derive, seed_all
 
 part = st.integers(-(2**70), 2**70) | st.text(st.characters(exclude_characters="/"), max_size=8)
 

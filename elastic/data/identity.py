@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from elastic.data.samples import untouched
-from elastic.data.seeds import derive, seed_all
+from elastic.seeds import derive, seed_all
 
 SOME, POINTS = 4, 5
 MOST_NUMBERS = 1 << 20  # of one array that figures are made from

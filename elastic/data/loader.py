@@ -17,9 +17,9 @@ import xxhash
 from elastic.data.order import sample_ids
 from elastic.data.processes import LoaderProcesses
 from elastic.data.samples import draws, fetch_each, fetches_together, halves, untouched
-from elastic.data.seeds import derive, seed_all
 from elastic.errors import last_line
 from elastic.job import Job
+from elastic.seeds import derive, seed_all
 
 SHOWN = 16  # samples that are named
 TRIES = 3  # to have one span from loader processes

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, StackDataset, Subset
 
-from elastic.data.seeds import seed_all
+from elastic.seeds import seed_all
 
 _MOST_PARTS = 64  # datasets in a list that are looked at one by one
 

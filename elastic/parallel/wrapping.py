@@ -177,12 +177,12 @@ def place_whole(built: DeferredModel, device: torch.device) -> nn.Module:
     """Fill a model, whole, on a device; also what `model()` made beside it."""
     built.fill(device)
     for module in (built.model, *built.others):
-        _move(module, device)
+        move(module, device)
     return built.model
 
 
-def _move(module: nn.Module, device: torch.device) -> None:
-    """Bring what was made with values to a device. Buffers stay the objects that they are, as parameters do anyway."""
+def move(module: nn.Module, device: torch.device) -> None:
+    """Bring a module that has values to a device. Buffers stay the objects that they are, as parameters do anyway."""
     for buffer in module.buffers():
         if buffer.device != device:
             become(buffer, buffer.to(device))
@@ -239,7 +239,7 @@ def place_sharded(
             buffer.copy_(built.value(name))
     built.fill(device)
     for module in built.others:
-        _move(module, device)
+        move(module, device)
     return model
 
 

@@ -42,7 +42,7 @@ class Sameness:
     def load(self, make: Callable[[], Any]) -> Any:
         """Make the data as workers do: under the run's seed, if they are to be compared."""
         if self._before is not None:
-            from elastic.data.seeds import derive, seed_all
+            from elastic.seeds import derive, seed_all
 
             seed_all(derive("data", self._seed))
         return make()

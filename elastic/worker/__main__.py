@@ -18,9 +18,11 @@ from elastic.run.plan import RunPlan
 def _child() -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that started the workers, which saves
     specification: dict[str, Any] = json.loads(sys.stdin.buffer.read())
+    from elastic.seeds import seed_job
     from elastic.worker.run import Identity, WorkerRun
     from elastic.worker.session import Session
 
+    seed_job()
     job = with_options(_attribute(specification["module"], specification["class"]), specification["job_options"])
     run = WorkerRun(
         job, from_dict(specification["config"]), RunPlan(**specification["plan"]), specification["digest"],

@@ -81,6 +81,19 @@ def _is_open(one: Any) -> bool:
     return type(one).__module__.partition(".")[0] not in _CLOSED
 
 
+def models_of(job: object) -> dict[str, nn.Module]:
+    """The models that a job holds itself, such as a teacher that its `__init__` made, by the place where they are."""
+    found: dict[str, nn.Module] = {}
+    for name, value in vars(job).items():
+        if isinstance(value, (list, tuple)):
+            found.update((f"{name}[{i}]", one) for i, one in enumerate(value) if isinstance(one, nn.Module))
+        elif isinstance(value, Mapping):
+            found.update((f"{name}[{k!r}]", one) for k, one in value.items() if isinstance(one, nn.Module))
+        elif isinstance(value, nn.Module):
+            found[name] = value
+    return found
+
+
 def callable_only(one: Any) -> bool:
     return isinstance(one, (types.FunctionType, types.MethodType, types.BuiltinFunctionType))
 

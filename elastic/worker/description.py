@@ -7,13 +7,16 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+import xxhash
 from torch import nn
 from torch.nn.parameter import is_lazy
 
 from elastic.likeness import packed
+from elastic.parallel.wrapping import local
 from elastic.values import show
 
 _MOST_TEXT = 200
+_MOST_SIGNS = 256
 _PLAIN = (str, int, float, bool, type(None))
 
 
@@ -47,6 +50,23 @@ def describe_model(model: nn.Module) -> list[str]:
             if name not in module._non_persistent_buffers_set:
                 lines.append(f"buffer {prefix}{'.' if prefix else ''}{name} {_shape(buffer)}")
     return lines
+
+
+def describe_held(models: Mapping[str, nn.Module]) -> list[str]:
+    """A line for each tensor of models that are no part of the trained one, with a digest of the signs of some of its
+    elements: other kernels change an initial value in its last bits, another model has other signs."""
+    return [
+        f"{held}.{name} {_shape(tensor)} signs {_signs(tensor)}"
+        for held, model in models.items() for name, tensor in [*model.named_parameters(), *model.named_buffers()]
+    ]  # fmt: skip
+
+
+def _signs(tensor: torch.Tensor) -> str:
+    if tensor.is_meta or is_lazy(tensor) or tensor.layout is not torch.strided:
+        return "unknown"
+    flat = local(tensor).detach().reshape(-1)
+    some = flat[:: max(1, flat.numel() // _MOST_SIGNS)]
+    return xxhash.xxh3_64_hexdigest((some.real > 0).cpu().numpy().tobytes())
 
 
 def describe_optimizer(optimizer: torch.optim.Optimizer) -> list[str]:

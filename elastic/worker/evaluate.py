@@ -14,11 +14,11 @@ from torch import nn
 
 from elastic.data.deal import deal
 from elastic.data.samples import fetch_each, fetches_together
-from elastic.data.seeds import derive, seed_all
 from elastic.errors import ConfigError
 from elastic.job import Job, MapDataset
 from elastic.parallel import modes
 from elastic.parallel.records import Metrics, Records
+from elastic.seeds import derive, seed_all
 from elastic.worker.group import Group
 from elastic.worker.user_code import UserCode
 

@@ -7,7 +7,6 @@ import re
 import torch
 
 from elastic.config import TrainConfig
-from elastic.data.seeds import derive, seed_all
 from elastic.errors import ConfigError
 from elastic.job import Job
 from elastic.parallel import modes
@@ -26,6 +25,7 @@ from elastic.parallel.wrapping import (
     place_sharded,
     place_whole,
 )
+from elastic.seeds import derive, seed_all
 from elastic.worker.state import TrainState
 
 _DTYPES = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -20,15 +20,17 @@ class Provenance:
         device: as `parallel.device.describe` says.
         data: as `data.identity.identify` says.
         options: the result options.
+        held: the values of the models that the job holds beside the one it trains, in short.
         allowed: names of what may change.
     """
 
     def __init__(
         self, *, exact: bool, device: Mapping[str, Any], data: Mapping[str, Any], options: Mapping[str, Any],
-        allowed: tuple[str, ...],
+        held: str, allowed: tuple[str, ...],
     ):  # fmt: skip
         self._exact, self._device, self._data = exact, dict(device), dict(data)
         self._options, self._allowed = dict(options), allowed
+        self._held = held
         self.broken: list[str] = []  # why the bits are not those of one run, in words
         self._said: set[str] = set()
         self._remarks: list[str] = []
@@ -41,7 +43,8 @@ class Provenance:
     def header(self) -> dict[str, Any]:
         """For a checkpoint's manifest."""
         return {
-            "device": self._device, "data": self._data, "options": self._options, "exactness_broken": self.broken
+            "device": self._device, "data": self._data, "options": self._options, "held": self._held,
+            "exactness_broken": self.broken,
         }  # fmt: skip
 
     def goes_on_from(self, manifest: Manifest) -> None:
@@ -74,6 +77,10 @@ class Provenance:
                 earlier.append(
                     f"--{key} was {show(options[key])} and is {show(self._options[key])} from step {step} on"
                 )
+        if made.get("held", self._held) != self._held:
+            earlier.append(
+                f"the models that the job holds beside the one it trains have other values from step {step} on"
+            )
         change = data_change(self._data, made.get("data"), f"up to step {step}", exact=True)
         return [*earlier, change] if change else earlier
 

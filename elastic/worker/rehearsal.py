@@ -18,10 +18,10 @@ from torch import nn
 from elastic.config import TrainConfig
 from elastic.data.loader import Loader
 from elastic.data.samples import halves, untouched
-from elastic.data.seeds import derive, seed_all
 from elastic.errors import ConfigError
 from elastic.job import Job, MapDataset
 from elastic.parallel.wrapping import fsdp_modules
+from elastic.seeds import derive, seed_all
 from elastic.worker.evaluate import figures, held_out_batch
 from elastic.worker.group import Group
 from elastic.worker.returned import LossValue

@@ -22,7 +22,6 @@ from elastic.checkpoint.uploader import STILL_S
 from elastic.config import result_options
 from elastic.data.identity import identify
 from elastic.data.loader import Fetcher, Loader, Order
-from elastic.data.seeds import derive, seed_all
 from elastic.errors import (
     CheckpointError,
     ConfigError,
@@ -37,17 +36,27 @@ from elastic.errors import (
     WorldBroken,
 )
 from elastic.job import eval_sets, job_options
+from elastic.likeness import digest_of
 from elastic.membership.client import Assignment, RunOver, WorkerLink
 from elastic.membership.messages import Failure
 from elastic.membership.world import Generation, Member
 from elastic.parallel.device import describe, memory_share, pick_device, prepare_process
 from elastic.parallel.layout import Held
-from elastic.parallel.wrapping import call_gathered
+from elastic.parallel.wrapping import call_gathered, move
+from elastic.seeds import derive, seed_all
 from elastic.storage import Storage
 from elastic.units import parse_amount
+from elastic.worker.belongings import models_of
 from elastic.worker.comeback import check_comes_back
 from elastic.worker.copies import NEUTRAL
-from elastic.worker.description import comparable, describe_model, describe_optimizer, describe_options, describe_worker
+from elastic.worker.description import (
+    comparable,
+    describe_held,
+    describe_model,
+    describe_optimizer,
+    describe_options,
+    describe_worker,
+)
 from elastic.worker.evaluate import evaluate
 from elastic.worker.group import Group
 from elastic.worker.placing import Placing
@@ -132,17 +141,21 @@ class Session:
     def _warm_up(self) -> dict[str, Any]:
         job, plan, seed = self._job, self._plan, self._config.run.seed
         began = time.monotonic()
+        held = models_of(job)
+        for model in held.values():
+            move(model, self._device)
+        lines = {"configuration": describe_options(self._options), "models of the job": describe_held(held)}
         seed_all(derive("data", seed))  # a split at random is the same on every worker, and that of what is held out
         data = job.train_data()
         self._check_length(len(data))
         seed_all(derive("data", seed))
         self._eval_sets = eval_sets(job)
-        described = self._describe_data(data)
+        described = self._describe_data(data, digest_of(lines["models of the job"]))
         self._watch = Watch([data, *self._eval_sets.values()], self._warn_of_unsaved)
         data_s = time.monotonic() - began
         self._placing = Placing(job, self._config, self._device)
         self._placing.warm_up()
-        lines = {"configuration": describe_options(self._options), "model": describe_model(self._placing.model)}
+        lines["model"] = describe_model(self._placing.model)
         if not self._config.parallel.sharded:
             self._state = self._placing.whole()
             lines["optimizer"] = describe_optimizer(self._state.optimizer)
@@ -199,12 +212,12 @@ class Session:
                 "where the run was started; give every node the same data"
             )
 
-    def _describe_data(self, data: Any) -> dict[str, Any]:
+    def _describe_data(self, data: Any, held: str) -> dict[str, Any]:
         """For other workers, and for the parts of the run that come after this one."""
         trained = identify(data)
         self._provenance = Provenance(
             exact=self._bitwise, device=describe(self._device), data=trained, options=comparable(self._options),
-            allowed=self._config.run.allow_change,
+            held=held, allowed=self._config.run.allow_change,
         )  # fmt: skip
         held_out = {f"eval_data() {name}".rstrip(): identify(d, some=0) for name, d in self._eval_sets.items()}
         return {"train_data()": trained, **held_out}

@@ -20,7 +20,6 @@ import xxhash
 from elastic import fault
 from elastic.data.deal import deal
 from elastic.data.loader import Loader
-from elastic.data.seeds import derive, seed_all
 from elastic.errors import ConfigError, Reform
 from elastic.membership.client import WorkerLink
 from elastic.parallel.device import describe
@@ -28,6 +27,7 @@ from elastic.parallel.layout import Layout, lockstep
 from elastic.parallel.records import StepRecord
 from elastic.parallel.replicated import BitwiseReplica, FastReplica, NotReduced, Pass
 from elastic.parallel.sharded import BitwiseSharded, FastSharded
+from elastic.seeds import derive, seed_all
 from elastic.worker import copies, nonfinite
 from elastic.worker.group import Group
 from elastic.worker.run import WorkerRun

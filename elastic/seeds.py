@@ -22,3 +22,8 @@ def seed_all(seed: int) -> None:
     torch.default_generator.manual_seed(seed)  # torch.manual_seed takes 160 us to ask every kind of device
     if torch.cuda.is_initialized():
         torch.cuda.manual_seed_all(seed)
+
+
+def seed_job() -> None:
+    """Before a job is made: a model that its `__init__` makes is the same in every process and every part of a run."""
+    seed_all(derive("job"))
