@@ -109,7 +109,7 @@ class Branches(Quiet):
 
 @dataclass
 class Unfreezes(Quiet):
-    """A layer that is frozen at first, and trained from step 3 on."""
+    """A layer that is frozen at first, and trained from step 3 on, when another one is frozen."""
 
     once: bool = field(default=False, metadata={"help": "say so in that step alone"})
 
@@ -121,6 +121,7 @@ class Unfreezes(Quiet):
     def after_step(self, model, step):
         if not self.once or step == 3:
             model[0].requires_grad_(step >= 3)
+            model[4].requires_grad_(step < 3)
 
 
 @dataclass
@@ -199,7 +200,7 @@ def test_parameters_without_gradient_train_as_with_one_worker(job, tmp_path):
 
 
 @pytest.mark.parametrize("exactness", ["fast", "bitwise"])
-def test_a_layer_that_is_unfrozen_is_trained_from_then_on(exactness, tmp_path):
+def test_a_layer_is_trained_from_the_step_in_which_it_is_unfrozen_and_until_it_is_frozen(exactness, tmp_path):
     expected = plain_losses(Unfreezes())
     options = {"run__exactness": exactness}
 

@@ -235,8 +235,7 @@ class BitwiseReplica(_Replica):
 
     def run(self, passes: Iterable[Pass]) -> tuple[StepRecord, float]:
         """Run this rank's passes (one microbatch each); see `FastReplica.run`."""
-        for p in self._parameters:
-            p.grad = None
+        self.model.zero_grad(set_to_none=True)  # also what a parameter has that was frozen after the last step
         buffers = self._buffers
         records = Records(self._runs, self._rank, self._device, buffers.words, self._metrics)
         before = [p._version for p in self._all_parameters]

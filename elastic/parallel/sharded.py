@@ -57,8 +57,7 @@ class _Sharded:
         self.recomputes = False  # backward passes compute forward passes again
 
     def _begin(self) -> Records:
-        for p in self._parameters:
-            p.grad = None
+        self.model.zero_grad(set_to_none=True)  # also what a parameter has that was frozen after the last step
         self._used.seen.clear()
         self._alike.taken()
         self._buffers.begin()
