@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 import torch._inductor.config as inductor
@@ -135,3 +137,33 @@ def test_kernels_that_are_chosen_by_their_speed_are_refused_by_name(monkeypatch,
 
     with pytest.raises(ConfigError, match=rf"torch\._inductor\.config\.{setting} is on.*bitwise turn it off"):
         check_compiler()
+
+
+class Averaging(nn.Module):
+    """Reads the buffer that it has just written to."""
+
+    def __init__(self, size: int):
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.register_buffer("mean", torch.zeros(size, 4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.mean.lerp_(x.detach().mean(0), 0.2)
+        return torch.tanh(self.linear(x - self.mean[0]))
+
+
+@pytest.mark.parametrize("rows", [1, 8192])
+def test_a_block_that_is_called_twice_is_computed_again_with_the_buffers_of_each_call(rows: int) -> None:
+    torch.manual_seed(0)
+    plain = Averaging(rows)
+    again = copy.deepcopy(plain)
+    checkpoint_activations([again])
+    assert (plain.mean.numel() * 4 > blocks.SMALL_BUFFER_BYTES) == (rows > 1)
+    for step in range(3):
+        x = torch.randn(5, 4)
+        for block in (plain, again):
+            block.zero_grad()
+            block(block(x)).square().sum().backward(retain_graph=step == 2)
+
+        assert torch.equal(plain.linear.weight.grad, again.linear.weight.grad)
+        assert torch.equal(plain.mean, again.mean)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 from collections.abc import Sequence
 from functools import partial
@@ -16,6 +17,8 @@ from elastic.errors import ConfigError
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 #: Where nothing repeats, a module of at most this many bytes is not cut further.
 BLOCK_BYTES = 64 << 20
+#: Buffers of at most this size are kept for each call that is computed again, whether it writes to them or not.
+SMALL_BUFFER_BYTES = 64 << 10
 #: Variants of the code of one block: train and eval, with hooks and without, each shape of a batch.
 RECOMPILE_LIMIT = 64
 #: Settings of torch's compiler by which it measures what to generate.
@@ -119,15 +122,76 @@ def _shares(model: nn.Module, block: nn.Module) -> str | None:
 
 
 def checkpoint_activations(blocks: Sequence[nn.Module]) -> None:
-    """Make each block forget its activations in forward and compute them again in backward."""
+    """Make each block forget its activations in forward and compute them again in backward, with the buffers that the
+    call began with: a block may read what it has written, and be called several times in a pass."""
     for block in blocks:
-        block.forward = partial(_again, block.forward)
+        block.forward = partial(_again, _Written(block), block.forward)
 
 
-def _again(forward: Any, *args: Any, **kwargs: Any) -> Any:
+def _again(written: _Written, forward: Any, *args: Any, **kwargs: Any) -> Any:
     if not torch.is_grad_enabled():
         return forward(*args, **kwargs)
-    return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+    if torch.compiler.is_compiling():
+        return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+    began = written.begun()
+    result = checkpoint(
+        forward, *args, use_reentrant=False, context_fn=lambda: (contextlib.nullcontext(), began), **kwargs
+    )  # fmt: skip
+    written.look(began)
+    return result
+
+
+class _Written:
+    """The buffers of a block that its calls may write to: small ones, and of large ones those that a call has written
+    to, as their version counters say."""
+
+    def __init__(self, block: nn.Module):
+        self._block, self._looked = block, False
+        self._large: set[str] = set()  # names of large ones that were written to
+
+    def begun(self) -> _Begun:
+        """What they are now."""
+        found = _Begun()
+        for prefix, module in self._block.named_modules():
+            for key, buffer in module._buffers.items():
+                if buffer is not None and not _is_small(buffer):
+                    found.versions[module, key] = (f"{prefix}.{key}", buffer, buffer._version)
+                if buffer is not None and (_is_small(buffer) or not self._looked or f"{prefix}.{key}" in self._large):
+                    found.values[module, key] = buffer.detach().clone()
+        return found
+
+    def look(self, began: _Begun) -> None:
+        """A call that began so is over: forget the large ones that it left alone."""
+        for (module, key), (name, buffer, version) in began.versions.items():
+            if module._buffers.get(key) is not buffer or buffer._version != version:
+                self._large.add(name)
+            else:
+                began.values.pop((module, key), None)
+        began.versions, self._looked = {}, True
+
+
+class _Begun(contextlib.AbstractContextManager[None]):
+    """While a call is computed again its buffers are what it began with. They are other tensors, since autograd may
+    have kept those that it left."""
+
+    def __init__(self) -> None:
+        self.versions: dict[tuple[nn.Module, str], tuple[str, torch.Tensor, int]] = {}
+        self.values: dict[tuple[nn.Module, str], torch.Tensor] = {}
+        self._now: dict[tuple[nn.Module, str], torch.Tensor | None] = {}
+
+    def __enter__(self) -> None:
+        for (module, key), value in self.values.items():
+            self._now[module, key] = module._buffers[key]
+            module._buffers[key] = value.clone()
+
+    def __exit__(self, *error: object) -> None:
+        for (module, key), buffer in self._now.items():
+            module._buffers[key] = buffer
+        self._now = {}
+
+
+def _is_small(buffer: torch.Tensor) -> bool:
+    return buffer.numel() * buffer.element_size() <= SMALL_BUFFER_BYTES
 
 
 def compile_blocks(blocks: Sequence[nn.Module], *, exact: bool) -> None:
