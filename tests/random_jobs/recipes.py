@@ -100,6 +100,8 @@ def draw(seed: int) -> tuple[Recipe, Course]:
         recipe = _recipe(r)
         if course.recompute and "rrelu" in recipe.parts:
             continue  # torch computes it again with memory that nobody wrote to
+        if course.recompute and not recipe.blocks and len(recipe.parts) < 2:
+            continue  # no blocks to compute again, which is refused
         if not refusals(recipe, course) or r.random() < 0.1:
             return recipe, course
 
