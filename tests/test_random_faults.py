@@ -5,9 +5,6 @@ a run to which nothing happened. `RANDOM_FAULTS=0:500 python -m pytest tests/tes
 from __future__ import annotations
 
 import random
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +12,10 @@ import pytest
 
 from elastic.errors import RunFailed
 from elastic.run.prepare import prepare
-from elastic.worker.local import LocalRun
+from tests import mishaps
 from tests.forked import LONG, WAIT_S, Ran, Watch, configure, fault, local_run, plan, train
 from tests.fresh import seeds
+from tests.mishaps import Happening, Mishap
 from tests.test_bits import assert_same_training
 from tests.tiny_jobs import Everything
 
@@ -30,8 +28,8 @@ POINTS = [
 ]  # fmt: skip
 
 
-def draw(seed: int, folder: Path) -> tuple[int, dict[str, Any], list[dict[str, Any]], int]:
-    """Workers to start, options, what happens, and how many of those that are lost are replaced."""
+def draw(seed: int, folder: Path) -> tuple[int, dict[str, Any], list[dict[str, Any]], list[Mishap], int]:
+    """Workers to start, options, what happens inside and outside, and how many of those that are lost are replaced."""
     r = random.Random(seed)
     strategy = r.choice(["ddp", "ddp", "fsdp", "hsdp"])
     most = 4 if strategy == "hsdp" else r.choice([2, 3, 4])
@@ -46,34 +44,13 @@ def draw(seed: int, folder: Path) -> tuple[int, dict[str, Any], list[dict[str, A
         options["recovery__snapshot_every"] = r.choice([None, "1st", "3st", "4st"])
     faults = []
     for number in range(r.choice([1, 2, 3, 4])):
-        do = r.choice(["kill"] * 6 + ["sleep", "raise"])
+        do = r.choice(["kill"] * 6 + ["sleep", "lock", "raise"])
         point = "step.forward" if do == "raise" else r.choice(POINTS)
         step, rank = r.choice([None, *range(1, 13)]), r.choice([None, *range(most)])
-        more = {"seconds": r.choice([0.05, 0.3])} if do == "sleep" else {}
+        more = {"seconds": r.choice([0.05, 0.3])} if do in ("sleep", "lock") else {}
         faults.append(fault(point, step, rank, do, only=folder / f"fault-{number}", **more))
-    return most + spares, {k: v for k, v in options.items() if v is not None}, faults, r.choice([0, 0, 1, 2])
-
-
-@contextmanager
-def replaced(local: LocalRun, watch: Watch, most: int) -> Iterator[None]:
-    """Start a worker for each that is lost, up to so many."""
-    over = threading.Event()
-
-    def look() -> None:
-        started = 0
-        while not over.wait(0.02):
-            lost = sum(e.get("kind") == "member_lost" for e in list(watch.records))
-            for _ in range(started, min(lost, most)):
-                started += 1
-                local.add_worker(environment={})
-
-    thread = threading.Thread(target=look, name="replacing")
-    thread.start()
-    try:
-        yield
-    finally:
-        over.set()
-        thread.join()
+    outside = [mishaps.draw(r) for _ in range(r.choice([0, 1, 1, 2]))]
+    return most + spares, {k: v for k, v in options.items() if v is not None}, faults, outside, r.choice([0, 0, 1, 2])
 
 
 @pytest.fixture(scope="module")
@@ -82,23 +59,23 @@ def alone(fork_server: None, tmp_path_factory: pytest.TempPathFactory) -> Ran:
     return train(Everything(samples=LONG), configure(tmp_path_factory.mktemp("alone"), "run", eval__every="3st"), 1)
 
 
-@pytest.mark.parametrize("seed", seeds(range(40, 48), fresh=12, variable="RANDOM_FAULTS"))
+@pytest.mark.parametrize("seed", seeds(range(40, 52), fresh=12, variable="RANDOM_FAULTS"))
 def test_whatever_happens(seed: int, alone: Ran, tmp_path: Path) -> None:
     """A run that ends, because too few workers are left, is started again."""
-    workers, options, faults, more = draw(seed, tmp_path)
+    workers, options, faults, outside, more = draw(seed, tmp_path)
     ends: list[str] = []
     while True:
         watch = Watch()
         run = prepare(Everything(samples=LONG), configure(tmp_path, "run", eval__every="3st", **options))
-        with local_run(run, workers, on_record=watch, environment=plan(*faults)) as local:
+        with local_run(run, workers, on_record=watch, environment=plan(*faults), own_host={}) as local:
             try:
-                with replaced(local, watch, more):
+                with Happening(local, watch, tmp_path / "run", outside, more).going_on():
                     local.wait(WAIT_S)
                 break
             except RunFailed as error:
                 ends.append(str(error))
-        assert len(ends) <= len(faults), ends
-        faults = []
+        assert len(ends) <= len(faults) + len(outside), ends
+        faults, outside = [], []
 
     found = Ran(run, None)
     assert_same_training(found, alone)
