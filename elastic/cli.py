@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from elastic import __version__
 from elastic.cluster import node_watch
 from elastic.errors import ConfigError, ElasticError
+from elastic.observe.streams import sturdy_output
 from elastic.tools.control import add_control
 from elastic.tools.doctor import add_doctor
 from elastic.tools.sweeps import add_report
@@ -103,12 +104,15 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit code."""
-    arguments = parser().parse_args(argv)
-    try:
-        return run(arguments)
-    except ElasticError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+    with sturdy_output(patience_s=None) as out:
+        arguments = parser().parse_args(argv)
+        try:
+            code = run(arguments)
+        except ElasticError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return error.exit_code
+    lost = out.broken is not None and not isinstance(out.broken, BrokenPipeError)  # as with `| head`
+    return 1 if lost else code
 
 
 if __name__ == "__main__":

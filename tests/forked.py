@@ -6,7 +6,6 @@ them as forks of one process that has imported everything, through what looks li
 
 from __future__ import annotations
 
-import io
 import json
 import multiprocessing
 import os
@@ -21,7 +20,7 @@ from functools import partial
 from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pytest
 
@@ -91,6 +90,19 @@ def fork(target: Callable[..., Any], *arguments: Any) -> Any:
     return process
 
 
+def fork_driver(target: Callable[..., Any], *arguments: Any) -> Any:
+    """Like `fork`, of a function that drives a run: its workers, host and vaults are forked from the same server."""
+    return fork(_drive, forkserver._forkserver._forkserver_address, target, arguments)
+
+
+def _drive(server: str, target: Callable[..., Any], arguments: Sequence[Any]) -> None:
+    known: Any = forkserver._forkserver
+    known._forkserver_address, known.ensure_running = server, _nothing
+    for module in (elastic.worker.local, elastic.worker.hosting, elastic.worker.vaults):
+        module.subprocess = _Subprocess(())  # type: ignore[attr-defined]
+    target(*arguments)
+
+
 def _nothing() -> None:
     pass
 
@@ -101,7 +113,7 @@ def _take_environment(environment: dict[str, str]) -> None:
     faults_of_process.read_plan()
 
 
-def _work(specification: bytes, environment: dict[str, str], namespace: str | None) -> None:
+def _work(reading: Connection, environment: dict[str, str], namespace: str | None) -> None:
     from elastic.worker.__main__ import _child
 
     if namespace is not None:
@@ -109,7 +121,8 @@ def _work(specification: bytes, environment: dict[str, str], namespace: str | No
     if STDERR in environment:
         os.dup2(os.open(environment[STDERR], os.O_WRONLY | os.O_APPEND | os.O_CREAT), 2)
     _take_environment(environment)
-    sys.stdin = io.TextIOWrapper(io.BytesIO(specification))
+    sys.stdin = os.fdopen(os.dup(reading.fileno()))
+    reading.close()
     sys.exit(_child())
 
 
@@ -129,20 +142,26 @@ def _vault(reading: Connection, writing: Connection, environment: dict[str, str]
     sys.exit(main())
 
 
-class _Input(io.BytesIO):
-    def __init__(self, on_close: Callable[[bytes], None]):
-        super().__init__()
-        self._on_close = on_close
+class _Input:
+    """The standard input of a worker, which starts when its first line is there."""
+
+    def __init__(self, start: Callable[[bytes], IO[bytes]]):
+        self._start, self._line = start, b""
+        self._there: IO[bytes] | None = None
+
+    def write(self, data: bytes) -> None:
+        self._line += data
+
+    def flush(self) -> None:
+        self._there = self._there or self._start(self._line)
 
     def close(self) -> None:
-        if not self.closed:
-            self._on_close(self.getvalue())
-        super().close()
+        if self._there is not None:
+            self._there.close()
 
 
 class ForkedProcess:
-    """Looks like the `subprocess.Popen` of a worker, which starts when its standard input is closed, of a host, or of a
-    vault.
+    """Looks like the `subprocess.Popen` of a worker, of a host, or of a vault.
 
     Args:
         places: the hosts that workers are on, by their index; none is the same as all on this one.
@@ -173,14 +192,21 @@ class ForkedProcess:
             assert command[1:] == ["-m", "elastic.worker", "--child"]
             self.stdin = _Input(self._start_worker)
 
-    def _start_worker(self, specification: bytes) -> None:
+    def _start_worker(self, specification: bytes) -> IO[bytes]:
         namespace = None
         if self._places:
             values = json.loads(specification)
             host = self._places[values["identity"]["local_index"]]
             values["identity"] |= {"node": host.name, "host": host.address}
-            specification, namespace = json.dumps(values).encode(), host.name
-        self._start(_work, specification, self._environment, namespace)
+            specification, namespace = json.dumps(values).encode() + b"\n", host.name
+        reading, writing = _context.Pipe(duplex=False)
+        life = os.fdopen(os.dup(writing.fileno()), "wb")
+        self._start(_work, reading, self._environment, namespace)
+        reading.close()
+        writing.close()
+        life.write(specification)
+        life.flush()
+        return life
 
     def _start(self, target: Callable[..., None], *arguments: Any) -> None:
         self._process = _context.Process(target=target, args=arguments)

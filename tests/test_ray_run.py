@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 from pathlib import Path
 
@@ -29,10 +30,12 @@ def digits(cluster: LocalCluster, storage: Path, name: str, *options: str) -> Co
 def test_interrupted_and_resumed_at_another_size_a_run_has_the_bits_of_one_plain_process(
     cluster: LocalCluster, tmp_path: Path
 ) -> None:
-    # given a run in a world of three that is interrupted
+    # given a run in a world of three that is interrupted, after nobody reads its output any more
     run = digits(cluster, tmp_path, "run", "--scaling.min-workers", "3")
     run.wait_for_step(5)
-    run.signal(signal.SIGINT)
+    with open(os.devnull) as nothing:
+        os.dup2(nothing.fileno(), run.process.stdout.fileno())
+    run.signal(signal.SIGTERM)
     assert run.wait() == 130, run.output
     assert "3 workers -> 3 rounds" in run.output
     status = json.loads((tmp_path / "run" / "status.json").read_text())

@@ -25,6 +25,7 @@ from typing import Any
 from elastic import fault
 from elastic.checkpoint.blocks import crc_blocks, hash_blocks
 from elastic.checkpoint.transfer import Cancelled, Upload, discard_partial, is_no_room, open_upload, patiently
+from elastic.child import die_with_starter, ignore_terminal
 from elastic.storage import Storage
 
 PART_BYTES = 16 << 20
@@ -304,21 +305,13 @@ class Uploader:
         self._process.stdout.close()
 
 
-def die_with_parent(parent: int) -> None:
-    """Have the kernel end this process when the thread that started it ends. Linux."""
-    import ctypes
-
-    pr_set_pdeathsig = 1
-    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != parent:
-        sys.exit(1)  # it died before we asked
-
-
 def main() -> None:
     """The uploader's process: jobs on standard input, answers on standard output."""
     url, memory, parent = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
-    die_with_parent(parent)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the worker, which saves
+    die_with_starter()
+    if os.getppid() != parent:
+        sys.exit(1)  # it died before we asked
+    ignore_terminal()
     os.nice(5)
     answers = _Answers(os.dup(1))
     os.dup2(2, 1)  # whatever a library prints is no answer

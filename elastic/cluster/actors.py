@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
-import signal
 import threading
 import time
 import traceback
@@ -16,14 +14,13 @@ from typing import Any
 
 import ray
 
+from elastic.child import die_with_starter
 from elastic.cluster.capacity import visible_devices
 from elastic.cluster.vaults import vault_url
 from elastic.errors import ElasticError, FencedError, RunFailed, WarmUpError
 from elastic.run.host import HostSettings, RunHost, import_store
 from elastic.run.keeper import KeeperOptions
 from elastic.worker.run import Identity, WorkerRun
-
-_PR_SET_PDEATHSIG = 1  # prctl(2)
 
 
 class HostActor:
@@ -88,7 +85,7 @@ def _die_with_raylet() -> None:
     """
     parent = Path(f"/proc/{os.getppid()}/cmdline")
     if parent.exists() and b"raylet" in parent.read_bytes():
-        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        die_with_starter()
 
 
 def see_devices() -> int:

@@ -13,6 +13,7 @@ import ray
 
 from elastic.config import ClusterOptions, ScalingOptions
 from elastic.errors import ConfigError
+from elastic.run.signals import spared_from_hangups
 
 _OBJECT_STORE_BYTES = 100 * 1024 * 1024  # nothing large goes through Ray's object store
 
@@ -86,14 +87,16 @@ def connected(cluster: ClusterOptions, scaling: ScalingOptions, address: str | N
         if address is not None:
             ray.init(address=address, **options)
         elif cluster.local_nodes is not None:
-            nodes = _local_nodes(cluster.local_nodes, scaling)
+            with spared_from_hangups():
+                nodes = _local_nodes(cluster.local_nodes, scaling)
             ray.init(address=nodes.address, **options)
         else:
             cpus = max(os.cpu_count() or 1, scaling.min_workers * scaling.cpus_per_worker)
-            ray.init(
-                address="local", num_cpus=cpus, include_dashboard=False, object_store_memory=_OBJECT_STORE_BYTES,
-                **options,
-            )  # fmt: skip
+            with spared_from_hangups():
+                ray.init(
+                    address="local", num_cpus=cpus, include_dashboard=False, object_store_memory=_OBJECT_STORE_BYTES,
+                    **options,
+                )  # fmt: skip
         yield
     finally:
         ray.shutdown()

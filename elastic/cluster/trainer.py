@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import io
 import shutil
 import socket
@@ -18,7 +17,7 @@ from elastic.config import TrainConfig
 from elastic.data.deal import batch_line
 from elastic.errors import ConfigError, ElasticError, Interrupted, RunFailed
 from elastic.job import Job
-from elastic.membership.driver import DriverLink
+from elastic.membership.driver import DriverLink, outlived
 from elastic.observe.console import Console, result_text
 from elastic.run.forecast import refuse_what_does_not_fit_here
 from elastic.run.prepare import PreparedRun, open_run, prepare
@@ -330,11 +329,14 @@ class _Drive:
         elif not self._formed.is_set():
             self._close("stopped", f"interrupted by {self._signal_name} before the first step")
         else:
+            self._ask("/wish", {"wish": "stop", "detail": f"interrupted by {self._signal_name}"})
             self._console.say(f"{self._signal_name}: saving and ending; once more ends at once")
-            self._link.request("/wish", {"wish": "stop", "detail": f"interrupted by {self._signal_name}"})
 
     def _close(self, status: str, message: str) -> None:
-        self._link.request("/close", {"status": status, "message": message})
+        self._ask("/close", {"status": status, "message": message})
+
+    def _ask(self, path: str, body: dict[str, Any]) -> None:
+        self._link.request(path, body, patience_s=HOST_LOST_S)  # it may just be started again
 
     def _outcome(self) -> dict[str, Any]:
         assert self._end is not None
@@ -346,31 +348,23 @@ class _Drive:
         return self._end["result"]
 
     def _follow(self) -> None:
+        show = outlived(self._console.record)
+        tell = outlived(self._control.on_record) if self._control is not None else None
+
         def on_record(record: dict[str, Any]) -> None:
             kind = record.get("kind")
             if kind == "world_formed":
                 self._formed.set()
-            self._console.record(record)
-            if self._control is not None:
-                self._control.on_record(record)
+            show(record)
+            if tell is not None:
+                tell(record)
             if kind == "end":
                 self._end = record
                 self._ended.set()
 
-        lost_at: float | None = None
-        while not self._ended.is_set():
-            try:
-                asyncio.run(self._link.follow(on_record))
-                lost_at = None
-            except OSError:
-                pass  # it is restarted on the same address, or the run ends below
-            if self._ended.is_set():
-                return
-            lost_at = lost_at or time.monotonic()
-            if time.monotonic() - lost_at > HOST_LOST_S:
-                self._end = {"status": "failed", "message": "the host of the run is gone and did not come back"}
-                self._ended.set()
-            self._ended.wait(0.2)
+        if not self._link.follow_to_the_end(on_record, self._ended, HOST_LOST_S):
+            self._end = {"status": "failed", "message": "the host of the run is gone and did not come back"}
+            self._ended.set()
 
 
 def _why(error: BaseException, name: str) -> str:

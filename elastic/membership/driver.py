@@ -7,6 +7,7 @@ import contextlib
 import json
 import threading
 import time
+import traceback
 import urllib.request
 from collections.abc import AsyncIterator, Callable
 from typing import Any
@@ -23,6 +24,22 @@ async def _as_os_error(kind: type[Exception]) -> AsyncIterator[None]:
         yield
     except kind as error:
         raise OSError(f"{type(error).__name__}: {error}") from error
+
+
+def outlived(on_record: Callable[[dict[str, Any]], None]) -> Callable[[dict[str, Any]], None]:
+    """A listener whose error is told, once, and ends nothing but its listening: neither the run nor who follows it."""
+    failed = False
+
+    def tell(record: dict[str, Any]) -> None:
+        nonlocal failed
+        if not failed:
+            try:
+                on_record(record)
+            except Exception:
+                failed = True
+                traceback.print_exc()
+
+    return tell
 
 
 class DriverLink:

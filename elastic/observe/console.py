@@ -5,8 +5,9 @@ from __future__ import annotations
 import sys
 import time
 from collections import deque
-from typing import Any, TextIO
+from typing import Any, TextIO, cast
 
+from elastic.observe.streams import Sturdy
 from elastic.redact import redact
 
 _UNTOLD = ("end", "restored")  # in the ledger; on the console the world's line tells enough
@@ -83,13 +84,16 @@ def _number(value: Any) -> str:
 class Console:
     """Prints records of a run; on a terminal the newest line stays at the bottom and is redrawn.
 
+    Output that breaks turns it off, and nothing else.
+
     Args:
         every_s: least time between two progress lines.
     """
 
     def __init__(self, total_steps: int, every_s: float, out: TextIO | None = None):
         self._total, self._every_s = total_steps, every_s
-        self._out = out or sys.stdout
+        out = out or sys.stdout
+        self._out = out if isinstance(out, Sturdy) else Sturdy(out)
         self._recent: deque[tuple[float, int, float]] = deque(maxlen=50)
         self._last_line = 0.0
         self._live: Any = None
@@ -97,7 +101,7 @@ class Console:
             from rich.console import Console as RichConsole
             from rich.live import Live
 
-            self._live = Live(console=RichConsole(file=self._out), refresh_per_second=4, transient=True)
+            self._live = Live(console=RichConsole(file=cast(TextIO, self._out)), refresh_per_second=4, transient=True)
             self._live.start()
 
     def say(self, text: str) -> None:

@@ -11,12 +11,14 @@ import sys
 import threading
 
 from elastic.checkpoint.retention import Policy
+from elastic.child import ignore_terminal
 from elastic.membership.state import Limits
 from elastic.run.host import HostSettings, RunHost, import_store
 from elastic.run.keeper import KeeperOptions
 
 
 def main() -> int:
+    ignore_terminal()
     specification = json.loads(sys.stdin.readline())
     threading.Thread(target=import_store, name="import-torch", daemon=True).start()
     limits = Limits(**specification["settings"].pop("limits"))

@@ -7,14 +7,14 @@ input is closed: it ends with whoever started it.
 from __future__ import annotations
 
 import json
-import signal
 import sys
 
+from elastic.child import ignore_terminal
 from elastic.snapshot.vault import VaultServer
 
 
 def main() -> int:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for whoever started it
+    ignore_terminal()
     specification = json.loads(sys.stdin.readline())
     server = VaultServer(specification["token"], specification["host"], specification["port"])
     print(server.start(), flush=True)

@@ -11,6 +11,7 @@ from typing import Any
 from elastic.config import TrainConfig
 from elastic.errors import ConfigError, ElasticError
 from elastic.job import Job
+from elastic.observe.streams import sturdy_output
 from elastic.sweep.config import SCHEDULERS, SEARCHERS, SweepConfig
 from elastic.sweep.space import KINDS, parse_search
 
@@ -114,4 +115,6 @@ def run(argv: Sequence[str]) -> int:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Read the command line, sweep, and end the process with the sweep's exit code."""
-    raise SystemExit(run(sys.argv[1:] if argv is None else argv))
+    with sturdy_output():
+        code = run(sys.argv[1:] if argv is None else argv)
+    raise SystemExit(code)

@@ -167,9 +167,10 @@ class _Sweeping:
 
     def _interrupt(self, tuning: Any) -> None:
         """Save what runs, and end."""
-        self._say("saving the trials that run, and ending; once more ends at once")
         self._judge.closing = True
-        deadline, next_telling = time.monotonic() + REST_S, 0.0
+        tuning.rest_all()
+        self._say("saving the trials that run, and ending; once more ends at once")
+        deadline, next_telling = time.monotonic() + REST_S, time.monotonic() + 1.0
         while tuning.running and time.monotonic() < deadline and self._signals < 2:
             if time.monotonic() >= next_telling:  # one may just have been given a place
                 next_telling = time.monotonic() + 1.0

@@ -5,19 +5,21 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
-import signal
 import sys
 from typing import Any
 
+from elastic.child import end_with_input, ignore_terminal
 from elastic.config import TrainConfig, from_dict
 from elastic.errors import ElasticError
 from elastic.job import Job, with_options
+from elastic.observe.streams import sturdy_output
 from elastic.run.plan import RunPlan
 
 
 def _child() -> int:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that started the workers, which saves
-    specification: dict[str, Any] = json.loads(sys.stdin.buffer.read())
+    ignore_terminal()
+    specification: dict[str, Any] = json.loads(sys.stdin.buffer.readline())
+    end_with_input()
     from elastic.seeds import seed_job
     from elastic.worker.run import Identity, WorkerRun
     from elastic.worker.session import Session
@@ -59,6 +61,11 @@ def _job_class(module_name: str, class_name: str | None) -> tuple[type[Job], Tra
 def main() -> int:
     if "--child" in sys.argv:
         return _child()
+    with sturdy_output():
+        return _run()
+
+
+def _run() -> int:
     parser = argparse.ArgumentParser(prog="python -m elastic.worker", description=__doc__, add_help=False)
     parser.add_argument("--module", required=True, help="module of the job, for example jobs.digits")
     parser.add_argument("--class", dest="class_name", help="name of the job's class, where there are several")

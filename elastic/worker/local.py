@@ -22,7 +22,7 @@ from typing import Any
 from elastic.config import to_dict
 from elastic.errors import ConfigError, Interrupted, RunFailed
 from elastic.job import coded_options
-from elastic.membership.driver import DriverLink
+from elastic.membership.driver import DriverLink, outlived
 from elastic.run.forecast import refuse_what_does_not_fit_here
 from elastic.run.host import host_settings, keeper_options, new_token
 from elastic.run.prepare import PreparedRun, open_run
@@ -56,7 +56,7 @@ class LocalRun:
         self._in_vaults = in_vaults or {}
         self._run, self._workers, self._address, self._accelerator = run, workers, host, accelerator
         self._environment, self._own_host = environment or {}, own_host
-        self._on_record = on_record or (lambda record: None)
+        self._on_record = outlived(on_record or (lambda record: None))
         self._end: dict[str, Any] | None = None
         self._ended = threading.Event()
         self._wanted = 0  # processes to have, once the run was scaled
@@ -112,8 +112,8 @@ class LocalRun:
             self.add_worker()
 
     def add_worker(self, environment: dict[str, str] | None = None) -> subprocess.Popen[bytes]:
-        """Start one more worker process; its specification goes through standard input, so the token is in no
-        listing."""
+        """Start one more worker process; its specification goes through standard input, so the token is in no listing.
+        It ends when that is closed, as it is when this process ends in whatever way."""
         index = len(self.processes)
         run = self._run
         job_class, vault = type(run.job), self._vault_of(self.node_of(index))
@@ -132,8 +132,9 @@ class LocalRun:
             env={**os.environ, **own, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
         )  # fmt: skip
         assert process.stdin is not None
-        process.stdin.write(json.dumps(specification).encode())
-        process.stdin.close()
+        with contextlib.suppress(BrokenPipeError):  # it has ended already, and is found so
+            process.stdin.write(json.dumps(specification).encode() + b"\n")
+            process.stdin.flush()
         self.processes.append(process)
         return process
 
@@ -159,12 +160,13 @@ class LocalRun:
         def on_record(record: dict[str, Any]) -> None:
             if record.get("kind") == "end":
                 self._end = record
-                self._ended.set()
             elif record.get("kind") == "handed_over":
                 self._let_go.add(record["member"])
             elif record.get("kind") == "scaled":
                 self._wanted = record["detail"]["max_workers"]
             self._on_record(record)
+            if self._end is not None:
+                self._ended.set()
 
         if not self.link.follow_to_the_end(on_record, self._ended, HOST_LOST_S):
             self._end = {"status": "failed", "message": "the host of the run is gone and did not come back"}
@@ -234,6 +236,9 @@ class LocalRun:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
+            assert process.stdin is not None
+            with contextlib.suppress(BrokenPipeError):  # of what it did not read
+                process.stdin.close()
         self._ended.set()
         for vault in self.vaults.values():
             vault.stop()
