@@ -74,7 +74,10 @@ class Interrupted(ElasticError):
     exit_code = 130
 
 
-def last_line(error: BaseException) -> str:
-    """The last line of what Python prints of an exception: its type and what it says."""
+def one_line(error: BaseException) -> str:
+    """An exception's type and what it says: the first line, since torch goes on with hints and tables; but where it
+    quotes the traceback of another process, the last line, which is what was raised there."""
     said = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {said[-1]}" if said else type(error).__name__
+    if not said:
+        return type(error).__name__
+    return f"{type(error).__name__}: {said[-1 if any(line.startswith('Traceback (') for line in said) else 0]}"

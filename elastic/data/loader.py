@@ -17,7 +17,7 @@ import xxhash
 from elastic.data.order import sample_ids
 from elastic.data.processes import LoaderProcesses
 from elastic.data.samples import draws, fetch_each, fetches_together, halves, untouched
-from elastic.errors import last_line
+from elastic.errors import one_line
 from elastic.job import Job
 from elastic.seeds import derive, seed_all
 
@@ -101,7 +101,7 @@ class Fetcher:
             return replace(span, batch=self.collate_fn(samples))
         except Exception as error:
             text = "".join(traceback.format_exception(error)).rstrip()
-            raise ItemError(type(error).__name__, last_line(error), text, tuple(self.at)) from error
+            raise ItemError(type(error).__name__, one_line(error), text, tuple(self.at)) from error
         finally:
             self.at = ()
 
@@ -177,7 +177,7 @@ class _Served:
 
     def unsendable(self, span: Span, error: Exception) -> Span:
         """What is sent in place of a span that cannot be."""
-        line = f"what collate_fn() returns cannot be sent from a loader process: {last_line(error)}"
+        line = f"what collate_fn() returns cannot be sent from a loader process: {one_line(error)}"
         text = f"{line}; make it of tensors, arrays and plain values, or give --data.workers 0"
         return replace(span, batch=None, error=ItemError(type(error).__name__, line, text, tuple(span.ids.tolist())))
 
@@ -273,7 +273,7 @@ class Loader:
                 return _find(processes.answers(), step, first, count)
             except Exception as error:  # of torch's and the system's; fetching is pure, so it is done again
                 self._source = self._keys(step, self._spans)
-                line = last_line(error)
+                line = one_line(error)
                 how = f"a loader process is gone while samples of step {step + 1}, microbatch {first} were awaited: "
                 how += f"{processes.restart(self._source)} ({line})"
                 self._on_restart(how)

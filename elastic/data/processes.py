@@ -29,7 +29,7 @@ import cloudpickle
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from elastic.errors import ConfigError, last_line
+from elastic.errors import ConfigError, one_line
 
 END_S = 5.0
 DYING_S = GONE_S = 1.0
@@ -130,7 +130,7 @@ class _Sent(Dataset[Any]):
             return _There, (_by_value(self._dataset),)
         except Exception as error:
             found = [(name, why) for name, part in self._parts.items() if (why := _why_unsendable(part)) is not None]
-            name, why = found[0] if found else ("the training data", last_line(error))
+            name, why = found[0] if found else ("the training data", one_line(error))
             raise ConfigError(
                 f"{name} cannot be sent to loader processes ({why}): make what cannot be sent, such as open files and "
                 f"connections, at the first sample, or give --data.workers 0 instead of {self._count}"
@@ -185,7 +185,7 @@ def _why_unsendable(part: Any) -> str | None:
     try:
         cloudpickle.dumps(part)
     except Exception as error:  # whatever its own way of being pickled raises
-        return last_line(error)
+        return one_line(error)
     return None
 
 

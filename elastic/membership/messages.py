@@ -38,7 +38,7 @@ class Failure:
 
     @property
     def summary(self) -> str:
-        """Who, where, and the last line of the exception."""
+        """Who, where, and the exception in one line."""
         return self.message.partition("\n")[0]
 
 

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 import xxhash
 
-from elastic.errors import WorldBroken, last_line
+from elastic.errors import WorldBroken, one_line
 from elastic.membership.client import Assignment
 from elastic.parallel import gloo
 from elastic.parallel.device import all_gather_flat, host_wait
@@ -201,7 +201,7 @@ class Group:
         except (RuntimeError, ValueError) as error:  # torch raises no others for a peer, or for a group that is gone
             if not self.failed_by(error):
                 raise
-            raise WorldBroken(f"{what} failed: {last_line(error)}") from error
+            raise WorldBroken(f"{what} failed: {one_line(error)}") from error
 
     def failed_by(self, error: BaseException) -> bool:
         """Whether a peer or the network made this process raise, and not what it computed: the group knows.
@@ -360,4 +360,4 @@ def _connecting(what: str) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        raise WorldBroken(f"{what} failed: {last_line(error)}") from error
+        raise WorldBroken(f"{what} failed: {one_line(error)}") from error

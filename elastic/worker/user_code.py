@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from elastic.data.loader import ItemError
-from elastic.errors import ConfigError, RunFailed, WorldBroken, last_line
+from elastic.errors import ConfigError, RunFailed, WorldBroken, one_line
 from elastic.job import Job
 from elastic.membership.messages import Failure, named
 from elastic.parallel.wrapping import call_gathered, refused_where_cut
@@ -106,14 +106,14 @@ class UserCode:
             raise
         except Exception as error:
             if not alone and self.group is not None and self.group.failed_by(error):
-                raise WorldBroken(f"{self.where} failed: {last_line(error)}") from error
+                raise WorldBroken(f"{self.where} failed: {one_line(error)}") from error
             if (sentence := refused_where_cut(error)) is not None:
                 raise self.mistake(ConfigError(sentence)) from error
             raise self.error(error) from error
 
     def error(self, error: BaseException) -> UserCodeError:
         """The error to leave the world with, and in the end the run. Its first line says all but the traceback."""
-        kind, line, samples = type(error).__name__, last_line(error), [int(i) for i in self.samples]
+        kind, line, samples = type(error).__name__, one_line(error), [int(i) for i in self.samples]
         text = "".join(traceback.format_exception(error)).rstrip()
         if isinstance(error, ItemError):
             kind, line, text, samples = error.kind, error.line, error.text, list(error.samples)

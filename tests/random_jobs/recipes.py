@@ -100,6 +100,8 @@ def draw(seed: int) -> tuple[Recipe, Course]:
         recipe = _recipe(r)
         if course.recompute and "rrelu" in recipe.parts:
             continue  # torch computes it again with memory that nobody wrote to
+        if "sparse_embedding" in recipe.parts and recipe.optimizer not in ("sgd", "adagrad"):
+            continue  # most optimizers cannot do anything with sparse gradients
         if course.recompute and not recipe.blocks and len(recipe.parts) < 2:
             continue  # no blocks to compute again, which is refused
         if not refusals(recipe, course) or r.random() < 0.1:
