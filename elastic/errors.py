@@ -80,4 +80,4 @@ def one_line(error: BaseException) -> str:
     said = [line.strip() for line in str(error).splitlines() if line.strip()]
     if not said:
         return type(error).__name__
-    return f"{type(error).__name__}: {said[-1 if any(line.startswith('Traceback (') for line in said) else 0]}"
+    return f"{type(error).__name__}: {said[-1 if any('Traceback (' in line for line in said) else 0]}"

@@ -6,7 +6,7 @@ import pytest
 
 from elastic.errors import one_line
 
-CUDA = "CUDA error: device-side assert triggered\nCUDA kernel errors might be asynchronously reported\nCompile with DSA\n"
+CUDA = "CUDA error: device-side assert triggered\nCUDA kernel errors might be asynchronous\nCompile with DSA\n"
 LOADER = "Caught ValueError in worker 0.\nOriginal Traceback (most recent call last):\n  ...\nValueError: corrupt jpeg\n"
 
 
