@@ -7,14 +7,14 @@ import pytest
 from elastic.errors import one_line
 
 CUDA = "CUDA error: device-side assert triggered\nCUDA kernel errors might be asynchronous\nCompile with DSA\n"
-LOADER = "Caught ValueError in worker 0.\nOriginal Traceback (most recent call last):\n  ...\nValueError: corrupt jpeg\n"
+LOADER = "Caught ValueError in worker 0.\nOriginal Traceback (most recent call last):\n  ...\nValueError: torn jpeg\n"
 
 
 @pytest.mark.parametrize(
     ("error", "line"),
     [
         (RuntimeError(CUDA), "RuntimeError: CUDA error: device-side assert triggered"),
-        (OSError(LOADER), "OSError: ValueError: corrupt jpeg"),
+        (OSError(LOADER), "OSError: ValueError: torn jpeg"),
         (KeyError("a"), "KeyError: 'a'"),
         (TimeoutError(), "TimeoutError"),
         (ValueError("\n  first\n"), "ValueError: first"),
