@@ -132,6 +132,18 @@ def test_a_server_killed_at(point, step, undisturbed, tmp_path):
     assert_recorded_once(run.ran, undisturbed, worlds=1)
 
 
+def test_a_server_that_stands_still_is_ended_within_the_lease(undisturbed, tmp_path):
+    in_host = [fault("checkpoint.before_manifest", 4, do="stop", only=tmp_path / "mark")]
+    with hosted(small(tmp_path, 2, recovery__lease="15s"), 2, in_workers=[], in_host=in_host) as run:
+        run.local.wait(WAIT_S)
+        assert run.host.restarts == 1
+
+    assert_recorded_once(run.ran, undisturbed, worlds=1)
+    assert [e["detail"].get("why") for e in run.ran.events("run_started")] == [
+        None, "the host of the run did not answer for 5 s and was ended"
+    ]  # fmt: skip
+
+
 def test_rows_that_are_recorded_are_not_recorded_again_if_nobody_was_told(undisturbed, tmp_path, gate):
     held = gate("held")
     in_workers = [fault("step.forward", 6, 1, "hold", file=held)]

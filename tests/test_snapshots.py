@@ -3,8 +3,10 @@ on from memory with the same bits; where no copy is left, from a checkpoint, and
 
 from __future__ import annotations
 
+import os
 import re
 import resource
+import signal
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -15,6 +17,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import elastic.worker.local
 from elastic.errors import RunFailed
 from elastic.run.forecast import measure, snapshot_bytes
 from elastic.run.prepare import prepare
@@ -143,8 +146,12 @@ def test_a_vault_that_dies_in_a_snapshot_costs_that_one(undisturbed_epoch, tmp_p
     assert "failed" in Ran(run, None).events("snapshot_skipped")[0]["detail"]
 
 
-def test_a_vault_that_died_is_started_again_and_has_the_next_snapshots(undisturbed_epoch, tmp_path, gate):
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_vault_that_died_or_stands_still_is_started_again_and_has_the_next_snapshots(
+    number, undisturbed_epoch, tmp_path, gate, monkeypatch
+):
     """It held one copy of every part of the snapshot of step 4, and holds one of every part of step 8's."""
+    monkeypatch.setattr(elastic.worker.local, "STILL_S", 4.0)
     first, later = gate("first"), gate("later")
     faults = [fault("step.forward", 6, 1, "hold", file=first), fault("step.forward", 10, 1, "hold", file=later)]
     run, watch = prepare(Everything(samples=LONG), snapshots(tmp_path, scaling__max_workers=2)), Watch()
@@ -154,7 +161,7 @@ def test_a_vault_that_died_is_started_again_and_has_the_next_snapshots(undisturb
         vault, died = local.vaults[nodes.names[0]], local.vaults[nodes.names[0]].process
         with ThreadPoolExecutor(1) as pool:
             end = pool.submit(local.wait, WAIT_S)  # as the command does
-            died.kill()
+            os.kill(died.pid, number)
             wait_until(lambda: nodes.held().get(vault.url) == [], "an empty vault at the same address")
             first.unlink()
             nodes.wait_for_parts(8, 4)
@@ -164,6 +171,8 @@ def test_a_vault_that_died_is_started_again_and_has_the_next_snapshots(undisturb
             end.result(WAIT_S)
 
     assert_restored(run, undisturbed_epoch, 8, applied=9)
+    why = "it ended: killed by SIGKILL" if number == signal.SIGKILL else "it stood still for 4 s"
+    assert Ran(run, None).events("vault_restarted")[0]["detail"] == {"node": nodes.names[0], "why": why}
 
 
 # ---- what is lost, and where the state comes from then ---------------------------------------------------------------

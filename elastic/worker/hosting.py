@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from elastic.run.keeper import KeeperOptions
 START_S = 60.0
 POLL_S = 0.05
 MAX_RESTARTS = 20
+LOOKS = 5  # that must fail, one after the other, before a host that lives is said to stand still
 
 
 class HostHere:
@@ -39,7 +41,8 @@ class HostHere:
 
 
 class HostProcess:
-    """The host of a run in a process of its own. When that dies, another one serves at the same address.
+    """The host of a run in a process of its own. When that dies, another one serves at the same address; one that does
+    not answer for a third of the lease is ended, so that workers keep their part.
 
     Args:
         living: ids of the workers whose processes live; a restarted server forms nothing before it knows.
@@ -56,6 +59,7 @@ class HostProcess:
         self._living, self._environment = living, environment
         self.url = f"http://{settings.host}:{self._settings.port}"
         self._link = DriverLink(self.url, settings.token)
+        self._look_s = max(1.0, settings.limits.lease_s / 3 / LOOKS)
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._supervise, name="host-supervisor", daemon=True)
         self.restarts = 0
@@ -66,7 +70,7 @@ class HostProcess:
         Raises:
             RunFailed: the process ended, or did not answer in time.
         """
-        self.process = self._spawn(restarted=False)
+        self.process = self._spawn()
         deadline = time.monotonic() + START_S
         while True:
             try:
@@ -90,11 +94,12 @@ class HostProcess:
             self._thread.join(START_S)
         self._end()
 
-    def _spawn(self, *, restarted: bool) -> subprocess.Popen[bytes]:
+    def _spawn(self, why: str = "") -> subprocess.Popen[bytes]:
+        """`why` the one before was replaced."""
         environment = {**os.environ, **self._environment, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
         process = subprocess.Popen([sys.executable, "-m", "elastic.run"], stdin=subprocess.PIPE, env=environment)
-        settings = asdict(replace(self._settings, restarted=restarted))
-        detail = {**self._detail, **({"restarted": True} if restarted else {})}
+        settings = asdict(replace(self._settings, restarted=bool(why)))
+        detail = {**self._detail, **({"restarted": True, "why": why} if why else {})}
         assert process.stdin is not None
         process.stdin.write(
             json.dumps({**self._specification, "settings": settings, "detail": detail}).encode() + b"\n"
@@ -112,20 +117,49 @@ class HostProcess:
             self.process.wait()
 
     def _supervise(self) -> None:
-        rebuilding = False
+        rebuilding, why = False, ""
+        next_look, missed = time.monotonic() + self._look_s, 0
         while not self._stopping.wait(POLL_S):
-            if self.process.poll() is not None and self.restarts < MAX_RESTARTS:
+            code = self.process.poll()
+            if code is not None and self.restarts < MAX_RESTARTS:
                 assert self.process.stdin is not None
                 self.process.stdin.close()
                 self.restarts += 1
-                self.process, rebuilding = self._spawn(restarted=True), True
+                self.process, rebuilding = self._spawn(why or f"the host of the run ended: {ended_how(code)}"), True
+                why, missed, next_look = "", 0, time.monotonic() + START_S  # or once it has answered
+            elif code is None and time.monotonic() >= next_look:
+                missed = 0 if self._answers() else missed + 1
+                next_look = time.monotonic() + (0.0 if missed else self._look_s)
+                if missed == LOOKS:  # counted, not timed: this process may have been stopped itself
+                    why = f"the host of the run did not answer for {LOOKS * self._look_s:.0f} s and was ended"
+                    self.process.kill()
             if rebuilding:
                 try:
                     rebuilding = self._link.request("/group")["phase"] == "rebuilding"
                     if rebuilding:
                         self._link.request("/expected", {"ids": self._living()})
+                    next_look = min(next_look, time.monotonic() + self._look_s)
                 except OSError:
                     continue  # not there yet, or dead again
+
+    def _answers(self) -> bool:
+        began = time.monotonic()
+        try:
+            self._link.request("/group", timeout_s=self._look_s)
+        except OSError:
+            self._stopping.wait(began + self._look_s - time.monotonic())  # a refusal comes at once
+            return False
+        return True
+
+
+def ended_how(returncode: int) -> str:
+    """How a process ended, for people."""
+    if returncode >= 0:
+        return f"exit code {returncode}"
+    try:
+        return f"killed by {signal.Signals(-returncode).name}"
+    except ValueError:
+        return f"killed by signal {-returncode}"
 
 
 def _free_port(host: str) -> int:

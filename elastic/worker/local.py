@@ -9,7 +9,6 @@ import contextlib
 import json
 import os
 import platform
-import signal
 import subprocess
 import sys
 import threading
@@ -27,8 +26,9 @@ from elastic.run.forecast import refuse_what_does_not_fit_here
 from elastic.run.host import host_settings, keeper_options, new_token
 from elastic.run.prepare import PreparedRun, open_run
 from elastic.run.signals import heard_by
-from elastic.worker.hosting import HostHere, HostProcess
-from elastic.worker.vaults import VaultProcess
+from elastic.units import parse_amount
+from elastic.worker.hosting import HostHere, HostProcess, ended_how
+from elastic.worker.vaults import STILL_S, VaultProcess
 
 LOOPBACK = "127.0.0.1"
 HOST_LOST_S = 60.0
@@ -148,7 +148,9 @@ class LocalRun:
         if self._run.plan.snapshot_every is None:
             return None
         if node not in self.vaults:
-            self.vaults[node] = VaultProcess(self._token, self._address, self._in_vaults)
+            given = self._run.config.recovery.hang_timeout
+            still_s = STILL_S if given == "auto" else parse_amount("--recovery.hang-timeout", given, clock=True).seconds
+            self.vaults[node] = VaultProcess(self._token, self._address, self._in_vaults, still_s)
         return self.vaults[node]
 
     def node_of(self, index: int) -> str:
@@ -196,8 +198,7 @@ class LocalRun:
             self._tell_ended()
             if self._living() or known != len(self.processes):
                 known, idle_since = len(self.processes), time.monotonic()
-            for vault in self.vaults.values():
-                vault.keep()
+            self._keep_vaults()
             if time.monotonic() - idle_since > IDLE_S:
                 codes = [p.returncode for p in self.processes]
                 message = f"every worker of run {self._run.name} ended without a result; exit codes {codes}"
@@ -210,6 +211,14 @@ class LocalRun:
         if self._end["status"] not in ("finished", "stopped"):
             raise RunFailed(self._end["message"])
         return self._end["result"]
+
+    def _keep_vaults(self) -> None:
+        for node, vault in self.vaults.items():
+            why = vault.keep()
+            if why is not None:
+                with contextlib.suppress(OSError):  # the host is away
+                    detail = {"node": node, "why": why}
+                    self.link.request("/event", {"kind": "vault_restarted", "detail": detail})
 
     def _grow(self) -> None:
         """After the run was scaled up: start what is missing, once; nobody replaces lost ones here."""
@@ -248,16 +257,6 @@ class LocalRun:
             self._follower.join(10)
         if self._epoch:
             self._run.folder.release(self._epoch)
-
-
-def ended_how(returncode: int) -> str:
-    """How a process ended, for people."""
-    if returncode >= 0:
-        return f"exit code {returncode}"
-    try:
-        return f"killed by {signal.Signals(-returncode).name}"
-    except ValueError:
-        return f"killed by signal {-returncode}"
 
 
 @contextmanager
