@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from elastic.cluster.capacity import excluded_nodes
+import pytest
+
+from elastic.cluster.autoscaler import types_in
+from elastic.cluster.capacity import awaited, check_fits, choose_accelerator, excluded_nodes
+from elastic.errors import ConfigError
 
 
 def test_nodes_are_kept_out_by_host_name_address_or_the_beginning_of_their_id():
@@ -13,3 +17,44 @@ def test_nodes_are_kept_out_by_host_name_address_or_the_beginning_of_their_id():
     assert excluded_nodes((), nodes) == []
     assert excluded_nodes(("host-1", "10.0.0.2", "3ab", "host-4", "nobody"), nodes) == ["1abc", "2abc", "3abc"]
     assert excluded_nodes(("host", "10.0.0", "abc"), nodes) == [], "but for ids, names are whole"
+
+
+GPUS, CPUS, HEAD = {"GPU": 4.0, "CPU": 48.0}, {"CPU": 8.0}, {"object_store_memory": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("wish", "nodes", "chosen"),
+    [
+        ("auto", [HEAD], "cpu"), ("auto", [HEAD, CPUS], "cpu"), ("auto", [HEAD, CPUS, GPUS], "gpu"),
+        ("gpu", [HEAD], "gpu"), ("cpu", [GPUS], "cpu"),
+    ],
+)  # fmt: skip
+def test_gpus_are_taken_where_they_are_or_can_be_and_believed_in_where_they_are_asked_for(wish, nodes, chosen):
+    assert choose_accelerator(wish, nodes) == chosen
+
+
+def test_what_no_node_could_hold_is_refused_and_what_may_come_is_waited_for():
+    for wish in ("gpu", "cpu"):
+        check_fits(wish, wish, 8, 1000, [HEAD])
+        assert awaited(wish, [HEAD]) == f"the cluster's first node with a {wish.upper()}"
+    assert awaited("cpu", [HEAD, CPUS]) == ""
+    check_fits("auto", "gpu", 4, 12, [HEAD, CPUS, GPUS])
+    with pytest.raises(ConfigError, match="give gpu or cpu, and the first such node is waited for"):
+        check_fits("auto", "cpu", None, 1, [HEAD])
+    with pytest.raises(ConfigError, match="asks for 49 CPU for one worker, but no node has more than 48"):
+        check_fits("gpu", "gpu", None, 49, [CPUS, GPUS])
+    with pytest.raises(ConfigError, match="workers-per-node is 5, but no node has room for more than 4"):
+        check_fits("gpu", "gpu", 5, 1, [CPUS, GPUS])
+
+
+def test_node_types_are_those_that_may_be_started_and_whose_resources_are_known():
+    cluster = {
+        "max_workers": 4,
+        "available_node_types": {
+            "head": {"resources": {"CPU": 0}, "max_workers": 0},
+            "spot": {"resources": {"CPU": 8, "GPU": 1}, "node_config": {}},
+            "unknown": {"resources": {}, "max_workers": 2},
+        },
+    }
+    assert types_in(cluster) == [{"CPU": 8.0, "GPU": 1.0}]
+    assert types_in({}) == []

@@ -18,7 +18,8 @@ FAKE_NODES = "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNod
 
 
 def autoscaled(folder: Path, most: int) -> OwnCluster:
-    """A head with one CPU, whose autoscaler (version 2) starts up to `most` nodes of one CPU on this machine."""
+    """A head without work, whose autoscaler (version 2) starts up to `most` nodes of one CPU on this machine; and what
+    `ray up` would have left in the home folder there."""
     from ray.util import get_node_ip_address
 
     port = free_port()
@@ -29,7 +30,7 @@ def autoscaled(folder: Path, most: int) -> OwnCluster:
         "file_mounts": {}, "cluster_synced_files": [], "rsync_exclude": [], "rsync_filter": [],
         **{f"{part}_commands": [] for part in COMMANDS},
         "available_node_types": {
-            "ray.head.default": {"resources": {"CPU": 1}, "node_config": {}, "max_workers": 0},
+            "ray.head.default": {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0},
             "small": {"resources": small, "node_config": {}, "min_workers": 0, "max_workers": most},
         },
         "provider": {
@@ -39,27 +40,40 @@ def autoscaled(folder: Path, most: int) -> OwnCluster:
     }  # fmt: skip
     file = folder / "autoscaling.json"
     file.write_text(json.dumps(config))
+    (folder / "ray_bootstrap_config.yaml").write_text(json.dumps(config))
     environment = {
         "AUTOSCALER_UPDATE_INTERVAL_S": "1", "RAY_FAKE_CLUSTER": "1", "RAY_enable_autoscaler_v2": "1",
         "RAY_CLOUD_INSTANCE_ID": HEAD_ID, "RAY_OVERRIDE_NODE_ID_FOR_TESTING": HEAD_ID, "RAY_AUTH_MODE": "disabled",
     }  # fmt: skip
     return OwnCluster(
-        "--num-cpus=1", "--include-dashboard=false", f"--autoscaling-config={file}", environment=environment, port=port
+        "--num-cpus=0",
+        "--num-gpus=0",
+        "--include-dashboard=false",
+        f"--autoscaling-config={file}",
+        environment=environment,
+        port=port,
     )
 
 
-def test_a_run_starts_on_one_node_gets_two_more_from_the_autoscaler_and_gives_them_back(tmp_path: Path) -> None:
-    with autoscaled(tmp_path, most=2) as cluster:
+def test_a_run_begins_on_an_empty_cluster_whose_autoscaler_starts_nodes_and_takes_them_back(tmp_path: Path) -> None:
+    with autoscaled(tmp_path, most=3) as cluster:
         assert len(cluster.processes("raylet/raylet")) == 1
         options = ("--run.duration", "100000st", "--scaling.max-workers", "3")
-        run = Command("-m", "tests.slow_job", "--cluster.address", cluster.address, "--run.storage", str(tmp_path),
-                      "--run.name", "grows", "--run.exactness", "bitwise", "--observe.log-every", "0.05", *options,
-                      environment={"SLOW_JOB_PAUSE_S": "0.05", "RAY_AUTH_MODE": "disabled"})  # fmt: skip
+        command = ("-m", "tests.slow_job", "--cluster.address", cluster.address, "--run.storage", str(tmp_path),
+                   "--run.exactness", "bitwise", "--observe.log-every", "0.05")  # fmt: skip
+        environment = {"SLOW_JOB_PAUSE_S": "0.05", "RAY_AUTH_MODE": "disabled"}
+
+        unknown = Command(*command, *options, "--run.name", "unknown", environment=environment)
+        assert unknown.wait() == 2, unknown.output
+        assert "the cluster has no node for workers yet" in unknown.lines[-1]
+
+        run = Command(*command, *options, "--run.name", "grows", environment={**environment, "HOME": str(tmp_path)})
+        run.wait_for(lambda line: "waiting for the cluster's first node with a CPU" in line)
         story = Story(run)
-        first = story.next_world(1, 2, 3)  # the one node's worker alone, if nodes start slower than workers
-        assert len(first) == 3 or set(first) < set(story.next_world(3))
+        first = story.next_world(1, 2, 3)  # of those that came first alone, if nodes start slower than workers
+        assert len(first) == 3 or set(first) < set(story.next_world(2, 3))
         run.wait_for_step(5)
-        assert len(cluster.processes("raylet/raylet")) == 3
+        assert len(cluster.processes("raylet/raylet")) == 4
         stop(run, 5)
         wait_until(lambda: len(cluster.processes("raylet/raylet")) == 1, 60)
     check_bits_and_samples(tmp_path, "grows", *options)

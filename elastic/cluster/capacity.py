@@ -16,40 +16,55 @@ def worker_resources(accelerator: str, cpus: int) -> dict[str, float]:
 
 
 def choose_accelerator(wish: str, nodes: Sequence[Resources]) -> str:
-    """`gpu` or `cpu`; auto takes GPUs where any node has one.
+    """`gpu` or `cpu`; auto takes GPUs where any node has one, of those that are there or that the cluster can start."""
+    if wish != "auto":
+        return wish
+    return "gpu" if any(n.get("GPU", 0) >= 1 for n in nodes) else "cpu"
+
+
+def check_fits(
+    wish: str, accelerator: str, workers_per_node: int | None, cpus: int, nodes: Sequence[Resources]
+) -> None:
+    """Refuse what no node could ever hold. GPUs that are asked for are believed in, also where none is known of.
+
+    Args:
+        wish: --scaling.accelerator as it was given; `accelerator` is what was chosen.
+        nodes: those that are there and, one of each type, those that the cluster can start.
 
     Raises:
-        ConfigError: GPUs are wanted and no node has one.
+        ConfigError: more GPUs or CPUs on one node than any node has, or nothing says what kind of node will come.
     """
-    has_gpu = any(n.get("GPU", 0) >= 1 for n in nodes)
-    if wish == "gpu" and not has_gpu:
-        raise ConfigError(
-            "--scaling.accelerator is 'gpu', but no node of the cluster has a GPU; give cpu, or add GPU nodes"
-        )
-    return "gpu" if wish == "gpu" or (wish == "auto" and has_gpu) else "cpu"
-
-
-def check_fits(accelerator: str, workers_per_node: int | None, cpus: int, nodes: Sequence[Resources]) -> None:
-    """Refuse what no node could ever hold.
-
-    Raises:
-        ConfigError: more GPUs or CPUs on one node than any node has.
-    """
-    unit = worker_resources(accelerator, cpus)
-    for name, amount in unit.items():
-        most = max((n.get(name, 0) for n in nodes), default=0)
-        if most < amount:
-            option = "--scaling.cpus-per-worker" if name == "CPU" else "--scaling.accelerator"
+    unit, having = worker_resources(accelerator, cpus), _having(accelerator, nodes)
+    if not having:
+        if wish == "auto":
             raise ConfigError(
-                f"{option} asks for {amount:g} {name} for one worker, but no node has more than {most:g}; ask for less"
+                "--scaling.accelerator is 'auto', but the cluster has no node for workers yet, and does not say which "
+                "it can start; give gpu or cpu, and the first such node is waited for"
+            )
+        return
+    for name, amount in unit.items():
+        most = max(n.get(name, 0) for n in having)
+        if most < amount:
+            raise ConfigError(
+                f"--scaling.cpus-per-worker asks for {amount:g} {name} for one worker, but no node has more than "
+                f"{most:g}; ask for less"
             )
     if workers_per_node is not None:
-        most = max(int(min(n.get(name, 0) // amount for name, amount in unit.items())) for n in nodes)
+        most = max(int(min(n.get(name, 0) // amount for name, amount in unit.items())) for n in having)
         if workers_per_node > most:
             raise ConfigError(
                 f"--scaling.workers-per-node is {workers_per_node}, but no node has room for more than {most} "
                 f"({', '.join(f'{a:g} {n}' for n, a in unit.items())} each); give at most {most}"
             )
+
+
+def _having(accelerator: str, nodes: Sequence[Resources]) -> list[Resources]:
+    return [n for n in nodes if n.get(accelerator.upper(), 0) >= 1]
+
+
+def awaited(accelerator: str, there: Sequence[Resources]) -> str:
+    """What a run has to wait for, as no node that is there has any of it; empty where one has."""
+    return "" if _having(accelerator, there) else f"the cluster's first node with a {accelerator.upper()}"
 
 
 def fits(unit: Resources, free: Resources) -> bool:

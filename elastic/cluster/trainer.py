@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from elastic.config import TrainConfig
 from elastic.data.deal import batch_line
-from elastic.errors import ConfigError, ElasticError, Interrupted, RunFailed
+from elastic.errors import ConfigError, ElasticError, Interrupted, RunFailed, one_line
 from elastic.job import Job
 from elastic.membership.driver import DriverLink, outlived
 from elastic.observe.console import Console, result_text
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 END_TIMEOUT_S = 30.0
 START_TIMEOUT_S = 60.0
 HOST_LOST_S = 60.0
+AUTOSCALER_LOOK_S = 5.0  # between two looks at what the autoscaler could not do, while no world was formed
 
 
 @dataclass(frozen=True)
@@ -192,6 +193,8 @@ class _Drive:
         self._formed = threading.Event()
         self._signals = 0
         self._signal_name = ""
+        self._awaited = ""  # what no node of the cluster has yet
+        self._said: set[str] = set()  # what the autoscaler could not do, as far as it was said
         self._trainer_error: BaseException | None = None
         self._trainer_done = threading.Event()
 
@@ -200,14 +203,17 @@ class _Drive:
         import ray
 
         from elastic.cluster.actors import HostActor
-        from elastic.cluster.capacity import check_fits, choose_accelerator
+        from elastic.cluster.autoscaler import node_types
+        from elastic.cluster.capacity import awaited, check_fits, choose_accelerator
         from elastic.cluster.embedded import node_resources
         from elastic.run.host import RunHost, host_settings, keeper_options, new_token
 
         run, scaling = self._run, self._run.config.scaling
-        nodes = node_resources()
+        there = node_resources()
+        nodes = [*there, *node_types()]
         accelerator = choose_accelerator(scaling.accelerator, nodes)
-        check_fits(accelerator, scaling.workers_per_node, scaling.cpus_per_worker, nodes)
+        check_fits(scaling.accelerator, accelerator, scaling.workers_per_node, scaling.cpus_per_worker, nodes)
+        self._awaited = awaited(accelerator, there)
         token = new_token()
         node_id = ray.get_runtime_context().get_node_id()
         settings = replace(host_settings(run.config, token, ray.util.get_node_ip_address()), port=_free_port())
@@ -284,6 +290,8 @@ class _Drive:
         fewer = want < scaling.max_workers + scaling.spares
         why = "; more would not lower the rounds of a step" if fewer else ""
         self._console.say(f"starting {want} workers on {accelerator}{why}")
+        if self._awaited:
+            self._ask("/event", {"kind": "notice", "detail": f"waiting for {self._awaited}"})
         thread = threading.Thread(target=self._run_trainer, args=(trainer,), name="ray-trainer", daemon=True)
         thread.start()
         try:
@@ -305,7 +313,7 @@ class _Drive:
             self._trainer_done.set()
 
     def _await_end(self, trainer: Any) -> dict[str, Any]:
-        asked = 0
+        asked, looked = 0, time.monotonic()
         trainer_ended_at: float | None = None
         while not self._ended.wait(0.1):
             if self._signals > asked:
@@ -315,9 +323,27 @@ class _Drive:
                 trainer_ended_at = time.monotonic()
                 if self._trainer_error is not None:
                     self._close("failed", _why(self._trainer_error, self._run.name))
+            if not self._formed.is_set() and time.monotonic() - looked > AUTOSCALER_LOOK_S:
+                looked = time.monotonic()
+                self._tell_of_autoscaler()
             if trainer_ended_at is not None and time.monotonic() - trainer_ended_at > END_TIMEOUT_S:
                 raise RunFailed(f"the workers of run {self._run.name} ended, but no result came")
         return self._outcome()
+
+    def _tell_of_autoscaler(self) -> None:
+        """While workers are waited for: say why no node comes, once."""
+        import ray
+
+        from elastic.cluster.autoscaler import failures
+
+        try:
+            found = failures(ray.get_runtime_context().gcs_address)
+        except (ray.exceptions.RayError, RuntimeError) as error:
+            found = [f"the cluster's head does not say what its autoscaler does: {one_line(error)}"]
+        for line in found:
+            if line not in self._said:
+                self._said.add(line)
+                self._ask("/event", {"kind": "notice", "detail": f"the cluster's autoscaler: {line}"})
 
     def _hear(self, name: str) -> None:
         self._signals += 1

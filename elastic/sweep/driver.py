@@ -14,6 +14,7 @@ import ray
 from elastic import config as cfg
 from elastic.checkpoint.reader import newest_first
 from elastic.checkpoint.retention import pin, unpin
+from elastic.cluster.autoscaler import node_types
 from elastic.cluster.capacity import choose_accelerator, worker_resources
 from elastic.cluster.embedded import connected, node_resources, preflight
 from elastic.config import ClusterOptions, TrainConfig
@@ -83,7 +84,8 @@ def result_of(prepared: PreparedSweep, status: str) -> SweepResult:
 def slots(config: TrainConfig) -> int:
     """Trials that the cluster has room for at a time, each with all its workers."""
     nodes, scaling = node_resources(), config.scaling
-    unit = worker_resources(choose_accelerator(scaling.accelerator, nodes), scaling.cpus_per_worker)
+    accelerator = choose_accelerator(scaling.accelerator, [*nodes, *node_types()])
+    unit = worker_resources(accelerator, scaling.cpus_per_worker)
     room = sum(int(min(node.get(name, 0) // amount for name, amount in unit.items())) for node in nodes)
     return max(1, room // (scaling.max_workers + scaling.spares))
 
