@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from elastic.cluster.autoscaler import types_in
+from elastic.cluster.autoscaler import reasons_in, types_in
 from elastic.cluster.capacity import awaited, check_fits, choose_accelerator, excluded_nodes
 from elastic.errors import ConfigError
 
@@ -58,3 +58,15 @@ def test_node_types_are_those_that_may_be_started_and_whose_resources_are_known(
     }
     assert types_in(cluster) == [{"CPU": 8.0, "GPU": 1.0}]
     assert types_in({}) == []
+
+
+def test_why_nodes_could_not_be_started_is_read_from_the_autoscaler_s_log():
+    log = (
+        "INFO node_provider.py:491 -- Failed to launch 2 nodes of type spot: InsufficientInstanceCapacity: old\n"
+        "INFO reconciler.py:1 -- Failed to launch 2 nodes of type spot with request id 1-2: \n"
+        "INFO node_provider.py:491 -- Failed to launch 1 nodes of type other: UnauthorizedOperation: iam:PassRole\n"
+        "INFO node_provider.py:491 -- Failed to launch 2 nodes of type spot: InsufficientInstanceCapacity: new\n"
+    )
+    assert reasons_in(log) == {
+        "spot": "InsufficientInstanceCapacity: new", "other": "UnauthorizedOperation: iam:PassRole",
+    }  # fmt: skip

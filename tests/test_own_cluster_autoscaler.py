@@ -7,14 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from jobs.bench.nodes import OBJECT_STORE_BYTES, Command, free_port
+from jobs.bench.nodes import OBJECT_STORE_BYTES, REPOSITORY, Command, free_port
 from tests.own_cluster import OwnCluster
 from tests.ray_cluster import Story, check_bits_and_samples, stop, wait_until
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(480), pytest.mark.usefixtures("fork_server")]
 HEAD_ID = "f" * 51 + "00000"
 COMMANDS = ("initialization", "setup", "head_setup", "worker_setup", "head_start_ray", "worker_start_ray")
-FAKE_NODES = "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider"  # its own type lacks a file
 
 
 def autoscaled(folder: Path, most: int) -> OwnCluster:
@@ -34,7 +33,8 @@ def autoscaled(folder: Path, most: int) -> OwnCluster:
             "small": {"resources": small, "node_config": {}, "min_workers": 0, "max_workers": most},
         },
         "provider": {
-            "type": "external", "module": FAKE_NODES, "launch_multiple": True, "head_node_id": HEAD_ID,
+            "type": "external", "module": "tests.failing_nodes.Failing", "fails_while": str(folder / "no-nodes"),
+            "launch_multiple": True, "head_node_id": HEAD_ID,
             "gcs_address": f"{get_node_ip_address()}:{port}",
         },
     }  # fmt: skip
@@ -44,6 +44,7 @@ def autoscaled(folder: Path, most: int) -> OwnCluster:
     environment = {
         "AUTOSCALER_UPDATE_INTERVAL_S": "1", "RAY_FAKE_CLUSTER": "1", "RAY_enable_autoscaler_v2": "1",
         "RAY_CLOUD_INSTANCE_ID": HEAD_ID, "RAY_OVERRIDE_NODE_ID_FOR_TESTING": HEAD_ID, "RAY_AUTH_MODE": "disabled",
+        "PYTHONPATH": str(REPOSITORY),
     }  # fmt: skip
     return OwnCluster(
         "--num-cpus=0",
@@ -56,6 +57,7 @@ def autoscaled(folder: Path, most: int) -> OwnCluster:
 
 
 def test_a_run_begins_on_an_empty_cluster_whose_autoscaler_starts_nodes_and_takes_them_back(tmp_path: Path) -> None:
+    (tmp_path / "no-nodes").touch()
     with autoscaled(tmp_path, most=3) as cluster:
         assert len(cluster.processes("raylet/raylet")) == 1
         options = ("--run.duration", "100000st", "--scaling.max-workers", "3")
@@ -69,6 +71,12 @@ def test_a_run_begins_on_an_empty_cluster_whose_autoscaler_starts_nodes_and_take
 
         run = Command(*command, *options, "--run.name", "grows", environment={**environment, "HOME": str(tmp_path)})
         run.wait_for(lambda line: "waiting for the cluster's first node with a CPU" in line)
+        why = "nodes of type small could not be started: InsufficientInstanceCapacity: no spot capacity in zone a"
+        run.wait_for(lambda line: f"the cluster's autoscaler: {why}" in line)
+        doctor = Command("-m", "elastic.cli", "doctor", "--address", cluster.address, environment=environment)
+        doctor.wait_for(lambda line: why in line)
+        doctor.wait()
+        (tmp_path / "no-nodes").unlink()
         story = Story(run)
         first = story.next_world(1, 2, 3)  # of those that came first alone, if nodes start slower than workers
         assert len(first) == 3 or set(first) < set(story.next_world(2, 3))

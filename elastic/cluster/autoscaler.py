@@ -5,6 +5,7 @@ Touches private names of Ray, as `raytrain` does; `tests/test_ray_contract.py` h
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,9 @@ from ray._private.state import state
 from ray.autoscaler.v2.sdk import get_cluster_status
 
 REQUEST_TIMEOUT_S = 5
+MOST_TEXT = 300
+LOG_BYTES = 1 << 20
+_FAILED = re.compile(r"Failed to launch \d+ nodes? of type (?P<kind>\S+): (?P<why>\S[^\n]*)")
 BOOTSTRAP = Path("~/ray_bootstrap_config.yaml")  # `ray up` writes it to the head
 
 
@@ -47,22 +51,35 @@ def _on_head() -> bool:
     return ray.get_runtime_context().gcs_address.rpartition(":")[0] == ray.util.get_node_ip_address()
 
 
-def failures(address: str) -> list[str]:
-    """What the autoscaler could not start lately, each in a line; empty where there is no autoscaler of version 2.
+def failures(address: str, session_folder: str) -> list[str]:
+    """What the autoscaler could not start lately, a line each; empty where there is none of version 2.
+
+    Why it could not is lost between Ray's autoscaler and what it reports, and stands in its log on the head alone.
 
     Args:
         address: of the head's GCS, host:port.
+        session_folder: of Ray on this machine.
 
     Raises:
         ray.exceptions.RayError, RuntimeError: the head does not answer.
     """
     found = get_cluster_status(address, timeout=REQUEST_TIMEOUT_S)
-    lines = [
-        f"{launch.count} x {launch.ray_node_type_name} could not be started: {launch.details or 'no reason given'}"
-        for launch in found.failed_launches
-    ]
-    lines += [
-        f"a node of type {node.ray_node_type_name} failed: {node.failure_detail or node.details or 'no reason given'}"
-        for node in found.failed_nodes if node.failure_detail or node.details
-    ]  # fmt: skip
-    return list(dict.fromkeys(" ".join(line.split())[:500] for line in lines))
+    log = Path(session_folder) / "logs" / "monitor.log"
+    reasons = reasons_in(_end_of(log)) if _on_head() and log.is_file() else {}
+    told = [(n.ray_node_type_name, "could not be started", n.details) for n in found.failed_launches]
+    told += [(n.ray_node_type_name, "failed", n.failure_detail or n.details) for n in found.failed_nodes]
+    return list(dict.fromkeys(
+        f"nodes of type {kind} {what}: {(reasons.get(kind) or why or 'its log on the head says why')[:MOST_TEXT]}"
+        for kind, what, why in told
+    ))  # fmt: skip
+
+
+def reasons_in(log: str) -> dict[str, str]:
+    """The last reason that an autoscaler's log has for each type of node that could not be started."""
+    return {match["kind"]: match["why"].strip() for match in _FAILED.finditer(log)}
+
+
+def _end_of(log: Path) -> str:
+    with open(log, "rb") as file:
+        file.seek(max(0, log.stat().st_size - LOG_BYTES))
+        return file.read().decode(errors="replace")

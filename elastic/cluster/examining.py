@@ -12,6 +12,8 @@ from typing import Any
 
 import ray
 
+from elastic.cluster.autoscaler import failures
+from elastic.cluster.raytrain import session_folder
 from elastic.errors import ConfigError
 from elastic.tools.machine import (
     REDUCE_S,
@@ -124,6 +126,13 @@ def examine_cluster(address: str, storage: Sequence[str]) -> list[Finding]:
             ray.shutdown()
 
 
+def _autoscaler() -> list[Finding]:
+    """What the cluster's autoscaler could not start lately."""
+    address = ray.get_runtime_context().gcs_address
+    do = "see monitor.log in Ray's folder on the head; docs/clusters.md lists the permissions that it needs"
+    return [Finding("autoscaler", address, "fail", line, do) for line in failures(address, session_folder())]
+
+
 class _Examination:
     """The examiners of a cluster, by a name of their node for people, and what they found."""
 
@@ -133,6 +142,7 @@ class _Examination:
         self._home = ""
 
     def run(self, storage: Sequence[str]) -> list[Finding]:
+        self._found += _autoscaler()
         seen = self._start()
         self._found += judge_versions({where: s["versions"] for where, s in seen.items()})
         for where, s in seen.items():

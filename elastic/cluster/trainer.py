@@ -335,9 +335,10 @@ class _Drive:
         import ray
 
         from elastic.cluster.autoscaler import failures
+        from elastic.cluster.raytrain import session_folder
 
         try:
-            found = failures(ray.get_runtime_context().gcs_address)
+            found = failures(ray.get_runtime_context().gcs_address, session_folder())
         except (ray.exceptions.RayError, RuntimeError) as error:
             found = [f"the cluster's head does not say what its autoscaler does: {one_line(error)}"]
         for line in found:
