@@ -136,12 +136,22 @@ class Storage:
         os.replace(_write_temporary(path, data), path)
 
     def append(self, name: str, data: bytes) -> None:
-        """Append to a local file."""
+        """Append to a local file: all of it, or nothing where that fails."""
         assert self.local, "object storage cannot append"
-        path = self.path(name)
+        path, left = self.path(name), memoryview(data)
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "ab") as f:
-            f.write(data)
+        fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        try:
+            before = os.fstat(fd).st_size
+            try:
+                while left:
+                    left = left[os.write(fd, left) :]
+            except OSError:
+                with contextlib.suppress(OSError):  # then its end is torn, which readers tolerate
+                    os.ftruncate(fd, before)
+                raise
+        finally:
+            os.close(fd)
 
     def upload(self, name: str, file: str) -> None:
         """Copy a local file to `name`."""

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import threading
 from pathlib import Path
 
 import pytest
 import torch
 
+import elastic.run.keeper
+import elastic.run.writing
 from elastic import fault
 from elastic.checkpoint import writer
 from elastic.checkpoint.format import Manifest
@@ -285,9 +288,7 @@ def test_a_full_disk_fails_a_save_and_leaves_nothing_of_it(tmp_path):
         assert [c.step for c in newest_first(storage)] == [3, 1]
 
 
-def test_a_run_whose_disk_is_full_ends_with_one_sentence_and_goes_on_when_there_is_room(
-    tmp_path, undisturbed_every_3, gate
-):
+def test_a_disk_that_is_full_for_a_while_is_waited_for(tmp_path, undisturbed_every_3, gate):
     held, watch = gate("held"), Watch()
     with small_disk(tmp_path, 2 * MIB) as disk:
         run = prepare(Everything(), configure(disk.path, "run", checkpoint__every="3st", eval__every="3st"))
@@ -296,16 +297,63 @@ def test_a_run_whose_disk_is_full_ends_with_one_sentence_and_goes_on_when_there_
             watch.wait_for(lambda r: r.get("kind") == "checkpoint_committed")
             disk.fill()
             held.unlink()
+            watch.wait_for_step(6)
+            disk.free()
+            local.wait(forked.WAIT_S)
+        ran = Ran(run, None)
+        assert ran.sha == undisturbed_every_3.sha
+        assert [row["step"] for row in ran.rows if "sample_hash" in row] == list(range(1, 13))
+
+
+def test_a_run_whose_disk_stays_full_saves_what_it_holds_and_ends_with_one_sentence(
+    tmp_path, undisturbed_every_3, gate, monkeypatch
+):
+    held, later, watch = gate("held"), gate("later"), Watch()
+    monkeypatch.setattr(elastic.run.writing, "LEDGER_S", 1.0)
+    monkeypatch.setattr(elastic.run.keeper, "ENDING_PATIENCE_S", 0.1)
+    with small_disk(tmp_path, 2 * MIB) as disk:
+        run = prepare(Everything(), configure(disk.path, "run", checkpoint__every="3st", run__duration="1000st"))
+        faults = [{"point": "step.forward", "step": 5, "do": "hold", "file": str(held)},
+                  {"point": "step.forward", "step": 8, "do": "hold", "file": str(later)}]  # fmt: skip
+        with local_run(run, 1, environment={"ELASTIC_FAULTS": json.dumps(faults)}, on_record=watch) as local:
+            watch.wait_for(lambda r: r.get("kind") == "checkpoint_committed")
+            disk.fill()
+            held.unlink()
+            watch.wait_for(lambda r: r.get("kind") == "ledger_not_written")
+            later.unlink()
+            watch.wait_for(lambda r: r.get("kind") == "checkpoint_failed" and r["step"] == 8)  # that of its end
+            disk.free()
             with pytest.raises(RunFailed) as failed:
                 local.wait(forked.WAIT_S)
-            assert "\n" not in str(failed.value)
-            assert f"{disk.path}/run could not be written: OSError: [Errno 28] No space left" in str(failed.value)
-        disk.free()
-        again = {"checkpoint__every": "3st", "eval__every": "3st", "run__take_over": True}  # this process is alive
-        resumed = train(Everything(), configure(disk.path, "run", **again), 2)
+        assert "\n" not in str(failed.value)
+        assert f"{disk.path}/run could not be written: OSError: [Errno 28] No space left" in str(failed.value)
+        ran = Ran(run, None)
+        assert ran.result["status"] == "failed"
+        step = ran.rows[-1]["step"]
+        assert str(failed.value).endswith(f"; saved is step {step}")
+        assert next(newest_first(ran.storage)).step == step
+        assert [row["step"] for row in ran.rows if "sample_hash" in row] == list(range(1, step + 1))
 
-        assert next(e["step"] for e in resumed.events("restored")) == 3
-        assert resumed.sha == undisturbed_every_3.sha
+
+def test_a_run_whose_folder_is_removed_says_so_and_saves_all_anew(tmp_path, undisturbed_every_3, gate):
+    first, later, watch = gate("first"), gate("later"), Watch()
+    run = prepare(Everything(), configure(tmp_path, "run", checkpoint__every="3st", eval__every="3st"))
+    faults = [{"point": "step.forward", "step": s, "do": "hold", "file": str(f)} for s, f in ((8, first), (10, later))]
+    with local_run(run, 1, environment={"ELASTIC_FAULTS": json.dumps(faults)}, on_record=watch) as local:
+        watch.wait_for(lambda r: r.get("kind") == "checkpoint_committed" and r["step"] == 6)
+        watch.wait_for_step(7)
+        shutil.rmtree(run.folder.storage.root)
+        watch.wait_for(lambda r: r.get("kind") == "folder_removed")
+        first.unlink()
+        watch.wait_for(lambda r: r.get("kind") == "checkpoint_committed" and r["step"] in (8, 9))
+        later.unlink()
+        local.wait(forked.WAIT_S)
+    ran = Ran(run, None)
+    assert ran.sha == undisturbed_every_3.sha
+    assert ran.state() == undisturbed_every_3.state(), "frozen layers were written anew"
+    assert ran.storage.names("claims") == ["000001.json"]
+    again = train(Everything(), configure(tmp_path, "run", run__take_over=True, checkpoint__every="3st"), 1)
+    assert again.sha == ran.sha
 
 
 def test_a_save_and_a_prune_at_one_time_leave_each_other_alone(tmp_path, gate):

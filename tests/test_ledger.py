@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import os
 import uuid
 
 import fsspec
@@ -285,3 +287,45 @@ def test_samples_that_were_lost_or_taken_twice_are_found(changed, said):
     rows = [_row(1), {**_row(2), **changed}, _row(3)]
 
     assert gaps_and_doubles(rows, B) == [said]
+
+
+def test_a_file_that_cannot_be_appended_to_gets_segments_until_it_can(tmp_path, monkeypatch):
+    storage = Storage(str(tmp_path / "run"))
+    ledger = LedgerFile(storage, METRICS, 1)
+
+    def record(step: int) -> None:
+        ledger.add({"step": step})
+        ledger.flush()
+
+    def refuse(name: str, data: bytes) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    record(1)
+    with monkeypatch.context() as patch:
+        patch.setattr(storage, "append", refuse)
+        record(2)
+        assert [r["step"] for r in read_records(storage, METRICS)] == [1, 2]
+    record(3)
+    assert sorted(r["step"] for r in read_records(storage, METRICS)) == [1, 2, 3]
+    ledger.compact()
+    assert storage.names() == [METRICS]
+    assert sorted(r["step"] for r in read_records(storage, METRICS)) == [1, 2, 3]
+
+
+def test_what_was_appended_in_part_is_taken_back_so_that_it_can_be_tried_again(tmp_path, monkeypatch):
+    storage = Storage(str(tmp_path / "run"))
+    storage.append("file", b"first\n")
+    write = os.write
+
+    def fill(fd: int, data: bytes) -> int:
+        if len(data) > 2:
+            return write(fd, data[: len(data) - 2])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", fill)
+        with pytest.raises(OSError, match="No space left"):
+            storage.append("file", b"second\n")
+    assert storage.read("file") == b"first\n"
+    storage.append("file", b"second\n")
+    assert storage.read("file") == b"first\nsecond\n"

@@ -76,9 +76,9 @@ def is_transient(error: BaseException) -> bool:
 
 def patiently(
     call: Callable[..., T], *args: Any, retry_s: float = RETRY_S, cancelled: threading.Event | None = None,
-    on_retry: Callable[[], None] | None = None,
+    on_retry: Callable[[], None] | None = None, passes: Callable[[BaseException], bool] = is_transient,
 ) -> T:  # fmt: skip
-    """Call with `args`, and again after a growing, jittered wait while the error is one that passes.
+    """Call with `args`, and again after a growing, jittered wait while the error is one that `passes`.
 
     Raises:
         Cancelled: meanwhile it was called off.
@@ -91,7 +91,7 @@ def patiently(
         try:
             return call(*args)
         except Exception as error:
-            if not is_transient(error) or time.monotonic() + wait > deadline:
+            if not passes(error) or time.monotonic() + wait > deadline:
                 raise
         if on_retry is not None:
             on_retry()

@@ -37,6 +37,7 @@ from elastic.membership.messages import (
     Recorded,
     Registered,
     SavedAlone,
+    Stopped,
     Tick,
     Unable,
     Unfit,
@@ -110,6 +111,14 @@ class MembershipServer:
     def send_all(self, message: dict[str, Any]) -> None:
         """Send a message to all workers. From any thread."""
         self._loop.call_soon_threadsafe(self._connections.broadcast, message)
+
+    def ask_to_stop(self, why: str) -> None:
+        """Have the run saved and ended, as `elastic stop` does. From any thread."""
+        self._loop.call_soon_threadsafe(self._stop_run, why)
+
+    def _stop_run(self, why: str) -> None:
+        self._executor.wish({"wish": "stop", "detail": why})
+        self._handle(Stopped(why, time.monotonic()))
 
     def saved_alone(self, step: int) -> None:
         """A worker of a parked run saved; the newest committed checkpoint is of `step`. From any thread."""

@@ -1,8 +1,8 @@
 """The append-only record of a run: rows (`metrics.jsonl`) and events (`events.jsonl`).
 
 Local disk is appended to. Object storage cannot append: there, records go as segments
-`metrics.jsonl.d/<claim>-<start>-<first>.jsonl`, created if absent, and are compacted into the one file at the end. One
-reader hides the difference; it tolerates a torn tail.
+`metrics.jsonl.d/<claim>-<start>-<first>.jsonl`, created if absent, and are compacted into the one file at the end. So
+do those of a local file that cannot be appended to. One reader hides the difference; it tolerates a torn tail.
 """
 
 from __future__ import annotations
@@ -49,6 +49,7 @@ class LedgerFile:
         self._storage, self._name, self._epoch = storage, name, epoch
         self._pending: list[str] = []
         self._written = 0
+        self._whole = False  # the local file ends with a line that was written whole
         self._began_ms = int(time.time() * 1000)  # a restarted keeper of the same claim goes on after the first
 
     def add(self, record: dict[str, Any]) -> None:
@@ -61,14 +62,26 @@ class LedgerFile:
             return
         data = "".join(self._pending).encode()
         if self._storage.can_append:
-            torn = b"\n" if not self._written and _ends_torn(self._storage, self._name) else b""
-            self._storage.append(self._name, torn + data)
+            try:
+                self._append(data)
+            except OSError as error:
+                try:
+                    self._create_segment(data)
+                except OSError:
+                    raise error from None
         else:
-            self._storage.create(
-                f"{self._name}.d/{self._epoch:06d}-{self._began_ms:015d}-{self._written:012d}.jsonl", data
-            )
+            self._create_segment(data)
         self._written += len(self._pending)
         self._pending.clear()
+
+    def _append(self, data: bytes) -> None:
+        torn = b"\n" if not self._whole and _ends_torn(self._storage, self._name) else b""
+        self._whole = False
+        self._storage.append(self._name, torn + data)
+        self._whole = True
+
+    def _create_segment(self, data: bytes) -> None:
+        self._storage.create(f"{self._name}.d/{self._epoch:06d}-{self._began_ms:015d}-{self._written:012d}.jsonl", data)
 
     def compact(self) -> None:
         """Join segments into the one file; a crash in between leaves records twice at worst, never lost."""

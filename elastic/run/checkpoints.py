@@ -88,12 +88,12 @@ class Checkpoints:
         elapsed = time.time() - self._began
         return time.monotonic() + save_interval(self._every_s, self._record.save_costs, elapsed, self._record.faults)
 
-    def wish(self, in_world: bool) -> None:
+    def wish(self, in_world: bool, why: str = "it is time") -> None:
         """Ask for one, once; the next is due an interval after this one was decided on, or after the world changed
         meanwhile."""
         self.due_at = float("inf")
         if in_world and not self._keeping.closed():
-            self._keeping.tell({"kind": "wish", "wish": "save", "detail": "it is time"})
+            self._keeping.tell({"kind": "wish", "wish": "save", "detail": why})
 
     # ---- committing ------------------------------------------------------------------------------------------------
 
@@ -200,10 +200,12 @@ class Checkpoints:
         """Commit an attempt, and tell what became of it."""
         if not self._keeping.owns():
             return self._decide(attempt, "a newer claim owns the run")
+        if attempt.over:
+            return  # asking found that all was removed
         began, record, step = time.monotonic(), self._record, attempt.step
         manifest = attempt.manifest(record.last_eval if record.evaluated_step == step else {})
-        self._keeping.flush_rows()
         try:
+            self._keeping.flush_rows()
             whole = commit(self._storage, attempt.name, manifest, attempt.ordered(ranks))
         except Exception as error:  # whatever storage raises: the checkpoint before stays the newest, the run goes on
             why = f"the checkpoint of step {step} could not be committed: {type(error).__name__}: {error}"
@@ -218,7 +220,16 @@ class Checkpoints:
         )  # fmt: skip
         self._decide(attempt, None)
 
-    # ---- what cannot be loaded -------------------------------------------------------------------------------------
+    # ---- what is gone, and what cannot be loaded ---------------------------------------------------------------------
+
+    def removed(self) -> None:
+        """All that there was: save anew, and refer to nothing of it."""
+        self.restore = self._newest()
+        for attempt in self._attempts.values():
+            if not attempt.over:
+                self._decide(attempt, "what it wrote was removed", anew=True)
+        self._keeping.tell({"kind": "commit", "step": -1, "attempt": "", "error": "removed", "anew": True})
+        self.wish(True, "all that was saved was removed")
 
     def distrust(self, checkpoint: Committed) -> None:
         """A checkpoint cannot be loaded, so no world that is formed from now on goes back to it. From any thread."""

@@ -214,6 +214,21 @@ class RunFolder:
             ) from None
         return epoch + 1
 
+    def claimed_at(self, epoch: int) -> float | None:
+        """When this claim was made, as it says: two of one number differ in that. None where there is none."""
+        at = self._claim(epoch).get("time")
+        return at if isinstance(at, float) else None
+
+    def write_anew(self, epoch: int, config: dict[str, Any] | None, claim: dict[str, Any]) -> None:
+        """The folder of a live run was removed: say again what run it is, and whose.
+
+        Raises:
+            FileExistsError: another command claimed it meanwhile.
+        """
+        self.storage.create(claim_name(CLAIMS, epoch), _json(claim))
+        if config is not None:
+            self.write_config(config)
+
     def release(self, epoch: int) -> None:
         """Whoever made this claim is done with it, so the next driver need not wait until it is old."""
         name = claim_name(CLAIMS, epoch)

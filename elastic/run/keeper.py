@@ -19,7 +19,7 @@ from typing import Any
 from elastic import fault
 from elastic.checkpoint.reader import Committed
 from elastic.checkpoint.retention import Policy
-from elastic.checkpoint.transfer import is_from_storage, patiently
+from elastic.checkpoint.transfer import is_from_storage
 from elastic.errors import ElasticError, FencedError, StorageError
 from elastic.membership.outbox import RowKey
 from elastic.membership.server import MembershipServer
@@ -35,6 +35,8 @@ from elastic.run.writing import LedgerWriter
 HEARTBEAT_S = 5.0
 FLUSH_LOCAL_S = 1.0
 FLUSH_OBJECT_S = 10.0
+END_S = 900.0  # for a run that ends because its ledger could not be written: workers try to save meanwhile
+ENDING_PATIENCE_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -73,10 +75,13 @@ class RunKeeper:
             storage, options.epoch, options.retention, options.save_every_s, record, keeping
         )  # fmt: skip
         self._claim_step = self._checkpoints.step
+        self._claimed_at = folder.claimed_at(options.epoch)
+        self._config = folder.config()
         self._done: dict[str, dict[str, Any]] = {}
         self._state, self._message = "running", ""
         self._closed, self._new_config = False, options.new_config
         self._end: dict[str, Any] | None = None
+        self._ending: tuple[str, float] | None = None  # why the run is to end, and until when (monotonic)
         self._give_up_outcome: tuple[str, str] | None = None
 
     def attach(self, server: MembershipServer) -> None:
@@ -272,7 +277,7 @@ class RunKeeper:
             try:
                 work()
             except Exception as error:  # without its keeper a run must not go on
-                self._give_up(self._why(error))
+                self._trouble(error)
             now = time.monotonic()
             try:
                 if now >= next_flush:
@@ -284,7 +289,7 @@ class RunKeeper:
                 if now >= self._checkpoints.due_at:
                     self._checkpoints.wish(self._world is not None)
             except Exception as error:  # without its keeper a run must not go on
-                self._give_up(self._why(error))
+                self._trouble(error)
         self._flush()
         self._ledger.close()
 
@@ -307,11 +312,34 @@ class RunKeeper:
         """Whether the run is still this claim's; if not, everyone is told."""
         if self._closed:
             return False
-        newest = patiently(self._folder.newest_epoch)
-        if newest <= self._options.epoch:
-            return True
-        self._give_up(f"claim {newest} took the run over from claim {self._options.epoch}")
-        return False
+        newest, epoch = self._ledger.patiently(self._folder.newest_epoch), self._options.epoch
+        if newest > epoch:
+            self._give_up(f"claim {newest} took the run over from claim {epoch}")
+        elif self._claimed_at is not None:
+            at = self._ledger.patiently(self._folder.claimed_at, epoch)
+            if at is None and newest < epoch:
+                self._save_anew()
+            elif at is not None and at != self._claimed_at:
+                self._give_up_removed()
+        return not self._closed
+
+    def _give_up_removed(self) -> None:
+        self._give_up(f"{self._storage.url} was removed while this run was live, and claimed by another command")
+
+    def _save_anew(self) -> None:
+        """Somebody removed the folder of this run: say so, and write anew all that is still known."""
+        facts, at = self._options.facts, time.time()
+        claim = {"owner": facts.get("owner"), "process": facts.get("owner_process"), "time": at}
+        try:
+            self._ledger.patiently(self._folder.write_anew, self._options.epoch, self._config, claim)
+        except FileExistsError:
+            return self._give_up_removed()
+        self._claimed_at = at
+        self._note(
+            "folder_removed", step=self._last_step(),
+            detail=f"{self._storage.url} was removed; the state is saved anew, and rows before this one are lost",
+        )  # fmt: skip
+        self._checkpoints.removed()
 
     def _why(self, error: Exception) -> str:
         """What ends the run: one sentence where it is the storage, and all there is to know where it is us."""
@@ -319,6 +347,22 @@ class RunKeeper:
             reason = " ".join(f"{type(error).__name__}: {error}".split())
             return f"{self._storage.url} could not be written: {reason}"
         return "".join(traceback.format_exception(error)).rstrip()
+
+    def _trouble(self, error: Exception) -> None:
+        """Storage that could not be written for all the time that it was waited for: the workers save what they hold,
+        if that can be, and the run ends. Anything else is a fault of ours, and ends it at once."""
+        why = self._why(error)
+        if not is_from_storage(error) or self._server is None or self._closed:
+            self._give_up(why)
+        elif self._ending is None:
+            self._ending = why, time.monotonic() + END_S
+            self._ledger.patience_s = ENDING_PATIENCE_S
+            record = self._event("ledger_not_written", {"step": self._last_step(), "detail": why})
+            self._do(lambda: self._ledger.add_event(record))
+            self._server.publish(record, keep=True)
+            self._server.ask_to_stop(why)
+        elif time.monotonic() > self._ending[1]:
+            self._give_up(why)
 
     def _give_up(self, reason: str) -> None:
         """Write nothing more, and tell everyone who works for this claim to end, and why."""
@@ -335,7 +379,10 @@ class RunKeeper:
     def _record_event(self, record: dict[str, Any]) -> None:
         if self._closed:
             return
-        self._ledger.add_event(record)
+        try:
+            self._ledger.add_event(record)
+        except Exception as error:  # it is written with the next one; what it tells of is to be carried out
+            self._trouble(error)
         assert self._server is not None
         self._server.publish(record, keep=True)
 
@@ -344,8 +391,8 @@ class RunKeeper:
             return
         assert self._server is not None
         if self._new_config is not None and any("sample_hash" in row for row in rows):
-            patiently(self._folder.write_config, self._new_config)
-            self._new_config = None
+            self._ledger.patiently(self._folder.write_config, self._new_config)
+            self._config, self._new_config = self._new_config, None
         for row in self._ledger.add_rows(rows):
             self._server.publish(row, keep="sample_hash" not in row)
 
@@ -386,6 +433,8 @@ class RunKeeper:
         """The one end of a run: result, event, status, compacted ledger."""
         if self._closed:
             return
+        if self._ending is not None:
+            status, message = "failed", f"{self._ending[0]}; saved is step {self._checkpoints.step}"
         now, message = time.time(), redact(message)
         self._state, self._message = status, message
         record = self._record
@@ -398,9 +447,12 @@ class RunKeeper:
             kind = "run_failed" if status == "failed" else "run_finished"
             self._note(kind, step=values["steps"], seconds=values["seconds"], detail=message or status)
         fault.point("run.closing", -1, values["steps"])
-        patiently(self._folder.write_result, values)
-        self._ledger.compact()
-        self._write_status()
+        try:
+            self._ledger.patiently(self._folder.write_result, values)
+            self._ledger.compact()
+            self._write_status()
+        except Exception as error:  # whatever storage raises: nobody is left who could wait
+            return self._give_up(self._why(error))
         fault.point("run.closed", -1, values["steps"])
         self._closed = True
         self._end = {"status": status, "message": message}
@@ -426,4 +478,4 @@ class RunKeeper:
         )  # fmt: skip
 
     def _write_status(self) -> None:
-        patiently(self._folder.write_status, self._status_values())
+        self._ledger.patiently(self._folder.write_status, self._status_values())

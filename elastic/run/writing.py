@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from elastic import fault
-from elastic.checkpoint.transfer import RETRY_S, patiently
+from elastic.checkpoint.transfer import RETRY_S, is_from_storage, patiently
 from elastic.membership.outbox import RowKey, row_key
 from elastic.observe.ledger import EVENTS, METRICS, LedgerFile
 from elastic.observe.tensorboard import TensorBoard
 from elastic.run.record import Record
 from elastic.storage import Storage
 
+T = TypeVar("T")
 RECENT_ROWS = 100
+LEDGER_S = RETRY_S  # for which a ledger is waited for that cannot be written
 _CAN_WAIT = ("worker_warm", "restored")  # kinds of events that are written with the next rows
 
 
@@ -29,6 +31,7 @@ class LedgerWriter:
         self._storage, self._epoch, self._record = storage, epoch, record
         self._rows = LedgerFile(storage, METRICS, epoch)
         self._events = LedgerFile(storage, EVENTS, epoch)
+        self.patience_s = LEDGER_S
         self._wants_board = tensorboard
         self._board: TensorBoard | None = None
         self._to_confirm: list[RowKey] = []
@@ -58,16 +61,16 @@ class LedgerWriter:
         """Write an event, so that nobody hears of what the ledger does not know."""
         self._events.add(event)
         if event["kind"] not in _CAN_WAIT:
-            self._patiently(self._events.flush)
+            self.patiently(self._events.flush)
 
     def flush_rows(self) -> None:
         """Write the rows that are queued."""
-        self._patiently(self._rows.flush)
+        self.patiently(self._rows.flush)
 
     def flush(self, confirm: Callable[[list[RowKey]], None]) -> None:
         """Write what is queued; `confirm` is told of rows that are in storage now."""
         self.flush_rows()
-        self._patiently(self._events.flush)
+        self.patiently(self._events.flush)
         if self._board:
             self._board.flush()
         if self._to_confirm:
@@ -77,14 +80,14 @@ class LedgerWriter:
 
     def compact(self) -> None:
         """The end: all in one file each."""
-        self._patiently(self._rows.compact)
-        self._patiently(self._events.compact)
+        self.patiently(self._rows.compact)
+        self.patiently(self._events.compact)
         if self._board:
             self._board.flush()
 
-    def _patiently(self, write: Callable[[], None]) -> None:
-        """A segment is created whole, so it can be tried again; what was appended in part cannot."""
-        patiently(write, retry_s=0.0 if self._storage.can_append else RETRY_S)
+    def patiently(self, call: Callable[..., T], *args: Any) -> T:
+        """Whatever storage raises is waited for: a full disk gets room, and a permission comes back."""
+        return patiently(call, *args, retry_s=self.patience_s, passes=is_from_storage)
 
     def close(self) -> None:
         """Write out what others can read meanwhile, and no more."""

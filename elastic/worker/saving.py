@@ -290,7 +290,7 @@ class Saving:
             attempt = (commit["step"], commit["attempt"])
             if commit["anew"]:
                 self._saver.refer_to_nothing()
-            if commit["error"] and attempt == self._committed:
+            if commit["error"] and (attempt == self._committed or commit["step"] < 0):  # -1 is all that there was
                 self._committed = None
             if not commit["error"] and attempt != self._committed:  # who missed it makes the keeper say it again
                 self._committed = attempt
