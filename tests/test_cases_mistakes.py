@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 
 from elastic.data.samples import halves
 from elastic.errors import ConfigError
+from elastic.observe.ledger import COLUMNS
 from elastic.worker.rehearsal import Sums, counts, mistake
-from elastic.worker.returned import COLUMNS, check_returned
+from elastic.worker.returned import check_returned
 from elastic.worker.traces import without_trace
 from tests.forked import LONG, configure, sample_at, train
 from tests.mistaken_jobs import Averaged, Evaluated, Mistaken

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import sys
 import time
 from collections import deque
 from typing import Any, TextIO, cast
 
+from elastic.observe.ledger import COLUMNS
 from elastic.observe.streams import Sturdy
 from elastic.redact import redact
 
+LEAST_BAR, MOST_BAR = 10, 40  # columns
 _UNTOLD = ("end", "restored")  # in the ledger; on the console the world's line tells enough
 
 
@@ -24,16 +28,34 @@ def seconds_text(seconds: float) -> str:
     return f"{hours}h{minutes:02d}m"
 
 
-def row_text(row: dict[str, Any], total_steps: int, rate: float | None, samples_rate: float | None) -> str:
-    """A row as one line. `rate` is steps/s, `samples_rate` samples/s (or tokens/s where rows have tokens)."""
-    parts = [f"step {row['step']}/{total_steps}", f"loss {_number(row.get('loss'))}", f"lr {row.get('lr', 0):.3g}"]
+def row_text(
+    row: dict[str, Any], total_steps: int, rate: float | None, samples_rate: float | None, width: int | None = None
+) -> str:  # fmt: skip
+    """A row as one line, with the job's own metrics.
+
+    Args:
+        rate: steps/s.
+        samples_rate: samples/s, or tokens/s where rows have tokens.
+        width: columns that there are; what matters least is left out until the rest fits.
+    """
+    own = {k: v for k, v in row.items() if k not in COLUMNS and isinstance(v, (int, float))}
+    parts = [(0, f"step {row['step']}/{total_steps}"), (1, f"loss {_number(row.get('loss'))}")]
+    parts += [(5, f"{name} {_number(value)}") for name, value in own.items()]
+    parts.append((6, f"lr {row.get('lr', 0):.3g}"))
     if row.get("grad_norm") is not None:
-        parts.append(f"norm {row['grad_norm']:.3g}")
-    parts.append(f"workers {row['world_size']}")
+        parts.append((7, f"norm {row['grad_norm']:.3g}"))
+    parts.append((4, f"workers {row['world_size']}"))
     if rate:
         unit = "tok/s" if row.get("tokens") else "samples/s"
-        parts += [f"{samples_rate:,.0f} {unit}", f"ETA {seconds_text((total_steps - row['step']) / rate)}"]
-    return "  ".join(parts)
+        parts.append((3, f"{samples_rate:,.0f} {unit}"))
+        parts.append((2, f"ETA {seconds_text((total_steps - row['step']) / rate)}"))
+    while width is not None and len(parts) > 1 and len(_joined(parts)) > width:
+        parts.remove(max(reversed(parts), key=lambda part: part[0]))
+    return _joined(parts)
+
+
+def _joined(parts: list[tuple[int, str]]) -> str:
+    return "  ".join(text for _, text in parts)
 
 
 def eval_text(row: dict[str, Any]) -> str:
@@ -97,7 +119,7 @@ class Console:
         self._recent: deque[tuple[float, int, float]] = deque(maxlen=50)
         self._last_line = 0.0
         self._live: Any = None
-        if self._out.isatty():
+        if self._out.isatty() and os.environ.get("TERM", "dumb") not in ("dumb", "unknown"):
             from rich.console import Console as RichConsole
             from rich.live import Live
 
@@ -129,14 +151,16 @@ class Console:
         elapsed = last[0] - first[0]
         rate = (last[1] - first[1]) / elapsed if elapsed > 0 else None
         amount_rate = (last[2] - first[2]) / elapsed if elapsed > 0 else None
-        text = row_text(row, self._total, rate, amount_rate)
         if self._live is not None:
-            self._live.update(_bar(row["step"], self._total, text))
+            with contextlib.suppress(OSError, ValueError):  # rich asks the standard streams, which may be others
+                self._live.console.width = os.get_terminal_size(self._out.fileno()).columns
+            width = self._live.console.width
+            self._live.update(_bar(row, self._total, row_text(row, self._total, rate, amount_rate, width), width))
             return
         now = time.monotonic()
         if now - self._last_line >= self._every_s or row["step"] == self._total:
             self._last_line = now
-            self.say(text)
+            self.say(row_text(row, self._total, rate, amount_rate))
 
     def close(self) -> None:
         """Leave the terminal as it was."""
@@ -145,9 +169,14 @@ class Console:
             self._live = None
 
 
-def _bar(step: int, total: int, text: str) -> Any:
-    from rich.console import Group
+def _bar(row: dict[str, Any], total: int, text: str, width: int) -> Any:
+    """The text, and a bar where there is room beside it: one line."""
     from rich.progress_bar import ProgressBar
+    from rich.table import Table
     from rich.text import Text
 
-    return Group(ProgressBar(total=total, completed=step), Text(text))
+    line = Table.grid(padding=(0, 2, 0, 0))
+    room = width - len(text) - 3
+    bars = [ProgressBar(total=total, completed=row["step"], width=min(room, MOST_BAR))] if room >= LEAST_BAR else []
+    line.add_row(Text(text, no_wrap=True, overflow="crop"), *bars)
+    return line

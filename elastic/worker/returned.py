@@ -14,18 +14,11 @@ import numpy as np
 import torch
 
 from elastic.errors import ConfigError
+from elastic.observe.ledger import COLUMNS
 
 LossValue = tuple[Any, Any, Mapping[str, Any]]
 
 _RETURN = 'return (sum, weight, metrics), for example `return F.cross_entropy(x, y, reduction="sum"), len(y), {}`'
-#: What rows of a ledger have by themselves; `eval/...` are evaluations, and what has a kind is an event.
-COLUMNS = frozenset(
-    (
-        "format", "step", "time", "loss", "lr", "grad_norm", "world_size", "generation", "samples", "tokens",
-        "device_memory", "first_position", "count", "sample_hash", "skipped", "step_s", "data_s", "compute_s",
-        "sync_s", "checkpoint_s", "other_s", "connect_s", "restore_s", "snapshot", "kind", "eval",
-    )
-)  # fmt: skip
 
 
 def check_returned(
