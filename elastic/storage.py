@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import time
 import uuid
 from pathlib import Path
@@ -46,6 +47,9 @@ class Storage:
 
     def __init__(self, url: str, *, option: str = "--run.storage", read_only: bool = False):
         self._option = option
+        meant = _unmeant(url)
+        if meant:
+            raise ConfigError(f"{option} is {url!r}, {meant}")
         scheme, separator, rest = url.partition("://")
         self.local = not separator or scheme in ("file", "local")
         self.is_s3 = bool(separator) and scheme in ("s3", "s3a")
@@ -262,6 +266,31 @@ class Storage:
         """The one sentence for a storage that cannot do something which a run needs."""
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         return ConfigError(f"{self._option} is {self.url!r}, which cannot {doing}: {reason}; {fix}")
+
+
+def _unmeant(url: str) -> str:
+    """Why a place cannot be what its writer meant, and what to write; empty where it can."""
+    scheme, separator, rest = url.partition("://")
+    if not separator:
+        one_slash = re.match(r"([a-z][a-z0-9]+):/*", url)
+        if one_slash and one_slash[1] in {*_ATOMIC_CREATE, "file", "http", "https"}:
+            place = ("/" if one_slash[1] == "file" else "") + url[one_slash.end() :]
+            return f"which has no '://' and would be a local folder; write {one_slash[1]}://{place}"
+        if not url.strip():
+            return "which names no place; give a folder or a URL"
+        if url.startswith("~") and not os.path.isabs(os.path.expanduser(url)):
+            return f"but there is no user {url[1:].partition('/')[0]!r} on this machine; give a folder from / on"
+        return ""
+    if scheme in ("file", "local"):
+        if rest and not rest.startswith(("/", "~")):
+            return f"which names a host or a relative folder; write {scheme}:///folder with three slashes"
+        return "" if rest else "which names no folder; write file:///folder"
+    if scheme in _PACKAGE and not rest.strip("/"):
+        return f"which names no bucket; write {scheme}://bucket/folder"
+    if scheme in _PACKAGE and (rest.startswith("/") or "//" in rest.rstrip("/")):
+        place = re.sub("/+", "/", rest.strip("/"))
+        return f"which has an empty name between two slashes; write {scheme}://{place}"
+    return ""
 
 
 def _error_code(error: OSError) -> str | None:

@@ -295,3 +295,43 @@ def test_a_relative_folder_is_meant_from_where_the_command_was_given(tmp_path, m
     monkeypatch.chdir("/")
     storage.create("x", b"here")
     assert (Path(tmp_path) / "runs" / "x").read_bytes() == b"here"
+
+
+@pytest.mark.parametrize(
+    ("url", "words"),
+    [
+        ("s3:/bucket/runs", "has no '://' and would be a local folder; write s3://bucket/runs"),
+        ("gs:bucket", "write gs://bucket"),
+        ("file:/tmp/runs", "write file:///tmp/runs"),
+        ("s3://", "names no bucket; write s3://bucket/folder"),
+        ("s3:///runs", "empty name between two slashes; write s3://runs"),
+        ("s3://bucket//runs", "has an empty name between two slashes; write s3://bucket/runs"),
+        ("~nosuchuser/runs", "there is no user 'nosuchuser' on this machine"),
+        ("file://host/runs", "names a host or a relative folder; write file:///folder"),
+        ("file://", "names no folder"),
+        ("", "names no place"),
+        (" ", "names no place"),
+    ],
+)
+def test_a_place_that_cannot_be_meant_is_refused_with_what_to_write(url, words):
+    with pytest.raises(ConfigError, match=words) as caught:
+        Storage(url)
+    assert str(caught.value).startswith(f"--run.storage is {url!r}, ")
+
+
+def test_places_that_are_meant_are_taken(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert Storage("runs").root == str(tmp_path / "runs")
+    assert Storage(f"file://{tmp_path}/runs").root == f"{tmp_path}/runs"
+    assert Storage("C:runs").root == str(tmp_path / "C:runs")
+    assert Storage("s3://bucket/runs/").root == "bucket/runs"
+
+
+def test_a_relative_folder_inside_a_package_of_ray_s_is_refused(tmp_path, monkeypatch):
+    """Which would be another folder as soon as a line of the job has changed."""
+    package = tmp_path / "runtime_resources" / "working_dir_files" / "_ray_pkg_0b8f9500d23d1573"
+    package.mkdir(parents=True)
+    monkeypatch.chdir(package)
+    with pytest.raises(ConfigError, match=r"--run.storage is 'runs', a folder inside the package that Ray made"):
+        prepare(Plain(), configure("runs", "run"))
+    assert prepare(Plain(), configure(tmp_path / "runs", "run")).folder.storage.root == f"{tmp_path}/runs/run"

@@ -20,7 +20,7 @@ from elastic.job import Job
 from elastic.membership.driver import DriverLink, outlived
 from elastic.observe.console import Console, result_text
 from elastic.run.forecast import refuse_what_does_not_fit_here
-from elastic.run.prepare import PreparedRun, open_run, prepare
+from elastic.run.prepare import UNSAVED, PreparedRun, open_run, prepare
 from elastic.run.signals import heard_by
 from elastic.units import parse_amount
 
@@ -147,6 +147,8 @@ def run_prepared(run: PreparedRun, control: RunControl | None = None) -> dict[st
     console = Console(plan.total_steps, config.observe.log_every, None if control is None else _Silence())
     console.say(f"run {run.name} -> {run.folder.storage.url}")
     console.say(batch_line(plan.global_size, plan.microbatches, config.scaling.max_workers))
+    if config.checkpoint.every is None:
+        console.say(UNSAVED)
     from elastic.cluster.embedded import connected, is_embedded, preflight
 
     began = time.monotonic()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import secrets
 import subprocess
 import time
@@ -22,6 +23,9 @@ from elastic.run.resuming import CODED, changes, is_over, refuse_changes
 from elastic.run.sameness import Sameness
 from elastic.storage import Storage
 from elastic.values import TAG, describe, show
+
+RAY_PACKAGE = "/_ray_pkg_"  # in the path of each working directory that Ray has unpacked
+UNSAVED = "nothing is saved before the run ends or is stopped; --checkpoint.every auto saves while it trains"
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,21 @@ class PreparedRun:
         return self.config.run.name
 
 
+def refuse_packages(url: str, folder: str) -> None:
+    """Refuse a relative folder where the working directory is a package that Ray unpacked: it has another name as soon
+    as a file in it changes, so that the same run would begin anew, and goes away with the cluster.
+
+    Raises:
+        ConfigError: it is one.
+    """
+    if "://" not in url and not os.path.isabs(os.path.expanduser(url)) and RAY_PACKAGE in folder:
+        raise ConfigError(
+            f"--run.storage is {url!r}, a folder inside the package that Ray made of this job's working directory, "
+            "which is another one at the next submission; give a URL such as s3://bucket/runs, or a folder from / on "
+            "that all nodes mount"
+        )
+
+
 def prepare(job: Job, config: TrainConfig) -> PreparedRun:
     """Validate and resolve; writes nothing but a probe.
 
@@ -57,6 +76,7 @@ def prepare(job: Job, config: TrainConfig) -> PreparedRun:
     if not resumes:
         name = f"{job_name(job)}-{time.strftime('%Y%m%d')}-{secrets.token_hex(2)}"
         config = replace(config, run=replace(config.run, name=name))
+    refuse_packages(config.run.storage, os.getcwd())
     storage = Storage(config.run.storage)
     if storage.in_process:
         raise ConfigError(
