@@ -113,3 +113,59 @@ def test_what_storage_raises_comes_out_as_one_sentence(tmp_path):
     assert str(caught.value) == f"{tmp_path} could not be read: PermissionError: the keys have expired"
     with pytest.raises(ZeroDivisionError), in_one_sentence(storage, "read"):
         raise ZeroDivisionError
+
+
+def of_library(module: str, name: str, base: type[Exception] = Exception, **attributes: object) -> Exception:
+    """An error of a library that is not installed here: its module, name and attributes are all that is looked at."""
+    error = type(name, (base,), {"__module__": module})("as the store said it")
+    for attribute, value in attributes.items():
+        setattr(error, attribute, value)
+    return error
+
+
+def wrapped(error: Exception) -> Exception:
+    """As a file system passes it on."""
+    try:
+        raise RuntimeError("Failed to write") from error
+    except RuntimeError as found:
+        return found
+
+
+AZURE, GCS, GOOGLE = "azure.core.exceptions", "gcsfs.retry", "google.auth.exceptions"
+
+
+@pytest.mark.parametrize(
+    ("passes", "error"),
+    [
+        (True, of_library(GCS, "HttpError", code=503, message="backend error")),
+        (True, of_library(GCS, "HttpError", code="429", message="slow down")),
+        (True, of_library(GCS, "HttpError", code=None, message="")),
+        (True, of_library(GCS, "ChecksumError")),
+        (False, of_library(GCS, "HttpError", code=401, message="Invalid Credentials")),
+        (False, of_library(GCS, "HttpError", code=400, message="bad")),
+        (True, of_library(GOOGLE, "TransportError")),
+        (True, of_library(GOOGLE, "RefreshError", retryable=False)),
+        (False, of_library(GOOGLE, "DefaultCredentialsError", retryable=False)),
+        (True, of_library(AZURE, "ServiceRequestError", message="no route")),
+        (True, of_library(AZURE, "ServiceResponseError", message="cut off")),
+        (True, of_library(AZURE, "HttpResponseError", status_code=500, reason="oops")),
+        (True, wrapped(of_library(AZURE, "HttpResponseError", status_code=503, reason="busy"))),
+        (False, of_library(AZURE, "HttpResponseError", status_code=403, reason="no")),
+        (False, of_library(AZURE, "ClientAuthenticationError", status_code=None)),
+        (False, of_library("azure.identity", "CredentialUnavailableError")),
+        (False, wrapped(of_library(AZURE, "ResourceNotFoundError", status_code=404))),
+        (True, of_library("aiohttp.client_exceptions", "ClientResponseError", status=502)),
+        (False, of_library("aiohttp.client_exceptions", "ClientResponseError", status=404)),
+        (True, of_library("botocore.exceptions", "ClientError")),
+        (True, of_library("aiobotocore.httpsession", "ReadTimeoutError")),
+    ],
+)  # fmt: skip
+def test_errors_of_other_stores_are_of_storage_and_pass_by_their_status(passes, error):
+    assert transfer.is_from_storage(error)
+    assert is_transient(error) is passes
+
+
+def test_a_runtime_error_of_our_own_is_none_of_storage():
+    assert not transfer.is_from_storage(RuntimeError("ours"))
+    assert not is_transient(wrapped(ValueError("ours")))
+    assert not transfer.is_from_storage(wrapped(ValueError("ours")))

@@ -29,10 +29,36 @@ _NO_USE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EBADF, errno.EINVAL, e
 _HOPELESS = ("NoCredentials", "PartialCredentials", "ParamValidation", "InvalidRange", "ExpiredToken", "AccessDenied")
 
 
+#: Libraries that speak to stores, and those of them whose errors say by their HTTP status whether they pass. S3's do
+#: not: some of its 400 and 409 pass.
+_LIBRARIES = {"aiohttp", "aiobotocore", "botocore", "requests", "urllib3", "gcsfs", "google", "azure", "adlfs"}
+_BY_STATUS = {"aiohttp", "gcsfs", "google", "azure", "adlfs"}
+_PASSING_STATUS = {408, 425, 429}
+_PASSING_AUTH = ("TransportError", "RefreshError")  # of google.auth: the token server was not reached
+
+
+def _told_by_library(error: BaseException) -> BaseException:
+    """What a library raised, without what its file system put around it."""
+    cause = error.__cause__
+    return cause if type(error) is RuntimeError and cause is not None and is_from_storage(cause) else error
+
+
+def _library(error: BaseException) -> str:
+    return type(error).__module__.partition(".")[0]
+
+
+def _status(error: BaseException) -> int | None:
+    """The HTTP status that a library's error carries: each has another name for it."""
+    for name in ("status_code", "status", "code"):
+        value = getattr(error, name, None)
+        if isinstance(value, int) or (isinstance(value, str) and value.isdigit()):
+            return int(value)
+    return None
+
+
 def is_from_storage(error: BaseException) -> bool:
     """Whether it is a file system's error, or one of a library that speaks to a store."""
-    library = type(error).__module__.partition(".")[0]
-    return isinstance(error, OSError) or library in ("aiohttp", "botocore", "aiobotocore", "requests")
+    return isinstance(_told_by_library(error), OSError) or _library(_told_by_library(error)) in _LIBRARIES
 
 
 @contextlib.contextmanager
@@ -66,12 +92,19 @@ class ShortRead(Exception):
 
 def is_transient(error: BaseException) -> bool:
     """Whether the same request may succeed a little later: 5xx, SlowDown, cut and refused connections, time-outs."""
+    error = _told_by_library(error)
     if isinstance(error, _PERMANENT) or any(word in f"{type(error).__name__} {error}" for word in _HOPELESS):
         return False
     if isinstance(error, OSError):
         return error.errno not in _NO_USE
-    library = type(error).__module__.partition(".")[0]
-    return isinstance(error, TimeoutError) or library in ("aiohttp", "botocore", "requests")
+    library, name, status = _library(error), type(error).__name__, _status(error)
+    if library in _BY_STATUS and status is not None:
+        return status >= 500 or status in _PASSING_STATUS
+    if library == "google":
+        return bool(getattr(error, "retryable", False)) or name in _PASSING_AUTH
+    if library == "azure":
+        return not any(word in name for word in ("Authentication", "Credential", "Resource"))
+    return library in _LIBRARIES
 
 
 def patiently(
