@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from pathlib import Path
 
 import pytest
 import ray
+from ray._common.utils import get_ray_address_file
 from ray._private import services
 from ray._private.node import Node
 from ray._private.state import state as ray_state
 from ray._private.worker import Worker
 from ray._raylet import InnerGcsClient
+from ray.autoscaler.v2.schema import ClusterStatus, LaunchRequest
+from ray.autoscaler.v2.sdk import get_cluster_status
 from ray.core.generated.autoscaler_pb2 import DrainNodeReason
 from ray.core.generated.gcs_pb2 import GcsNodeInfo
 from ray.experimental import internal_kv
@@ -127,8 +131,16 @@ def test_the_head_keeps_values_by_key() -> None:
     assert callable(ray_state.available_resources_per_node)
 
 
-def test_running_clusters_are_found_by_their_processes() -> None:
+def test_clusters_of_this_machine_are_found_by_what_ray_start_left_and_by_their_processes() -> None:
     assert callable(services.find_gcs_addresses)
+    assert Path(get_ray_address_file(None)).name == "ray_current_cluster"
+
+
+def test_what_an_autoscaler_can_start_and_could_not_start_is_asked_for() -> None:
+    assert parameters(ray_state.get_cluster_config) == []
+    assert parameters(get_cluster_status) == ["gcs_address", "timeout"]
+    assert {"failed_launches", "failed_nodes"} <= {f.name for f in dataclasses.fields(ClusterStatus)}
+    assert {"ray_node_type_name", "details"} <= {f.name for f in dataclasses.fields(LaunchRequest)}
 
 
 def test_policies_have_the_methods_that_we_define() -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import ray
 
+from elastic.cluster.gcs import find_running_cluster, found_cluster_kept
 from elastic.config import ClusterOptions, ScalingOptions
 from elastic.errors import ConfigError
 from elastic.run.signals import spared_from_hangups
@@ -30,8 +31,6 @@ def running_cluster(address: str | None) -> str | None:
     """The address of the cluster to join, or None where there is none to be found."""
     if address or os.environ.get("RAY_ADDRESS"):
         return address or os.environ["RAY_ADDRESS"]
-    from elastic.cluster.raytrain import find_running_cluster
-
     return find_running_cluster()
 
 
@@ -66,6 +65,13 @@ def preflight(cluster: ClusterOptions, scaling: ScalingOptions) -> str | None:
     return address
 
 
+def where_text(address: str | None) -> str:
+    """Where a run goes, for people, by what `preflight` found."""
+    if is_embedded(address):
+        return "with a Ray of its own on this machine"
+    return f"in the Ray cluster at {address}" if address else "in the Ray cluster that this program has joined"
+
+
 def is_embedded(address: str | None) -> bool:
     """Whether all nodes will be on this machine, in a cluster of its own, by what `preflight` found."""
     return address is None and not ray.is_initialized()
@@ -88,7 +94,8 @@ def connected(cluster: ClusterOptions, scaling: ScalingOptions, address: str | N
             ray.init(address=address, **options)
         elif cluster.local_nodes is not None:
             with spared_from_hangups():
-                nodes = _local_nodes(cluster.local_nodes, scaling)
+                with found_cluster_kept():
+                    nodes = _local_nodes(cluster.local_nodes, scaling)
             ray.init(address=nodes.address, **options)
         else:
             cpus = max(os.cpu_count() or 1, scaling.min_workers * scaling.cpus_per_worker)
@@ -101,7 +108,8 @@ def connected(cluster: ClusterOptions, scaling: ScalingOptions, address: str | N
     finally:
         ray.shutdown()
         if nodes is not None:
-            nodes.shutdown()
+            with found_cluster_kept():
+                nodes.shutdown()
 
 
 def _local_nodes(count: int, scaling: ScalingOptions) -> Any:

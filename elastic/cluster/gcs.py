@@ -6,10 +6,15 @@ Touches private names of Ray, as `raytrain` does, but none of Ray Train, whose i
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Mapping
+import os
+import socket
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 
 import ray
+from ray._common.utils import get_ray_address_file
 from ray._private import services
 from ray._raylet import GcsClient  # type: ignore[attr-defined]
 from ray.core.generated.autoscaler_pb2 import DrainNodeReason  # type: ignore[attr-defined]
@@ -18,6 +23,7 @@ from ray.core.generated.gcs_pb2 import GcsNodeInfo  # type: ignore[attr-defined]
 from elastic.errors import ConfigError
 
 REQUEST_TIMEOUT_S = 5.0
+REACH_S = 1.0
 _PREEMPTION = DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
 
 
@@ -95,3 +101,35 @@ def own_node(alive: Mapping[str, str], ids_here: set[str], address: str) -> str 
     if len(here) > 1:
         raise ConfigError(f"{len(here)} nodes of the cluster run on this machine; say which with --node-id")
     return next(iter(here), None)
+
+
+def find_running_cluster() -> str | None:
+    """The address of the cluster that this user's `ray start` left running on this machine, if it still answers.
+
+    The processes of this machine are not looked through: what they show are also clusters that are a part of another
+    command, and end with it, and those of other users.
+    """
+    try:
+        file = Path(get_ray_address_file(None))
+        if file.stat().st_uid != os.getuid():
+            return None
+        address = file.read_text().strip()
+        host, port = address.rsplit(":", 1)
+        socket.create_connection((host, int(port)), REACH_S).close()
+    except (OSError, ValueError):
+        return None
+    return address
+
+
+@contextlib.contextmanager
+def found_cluster_kept() -> Iterator[None]:
+    """What is done inside changes nothing about which cluster `find_running_cluster` finds."""
+    file = Path(get_ray_address_file(None))
+    before = file.read_bytes() if file.is_file() else None
+    try:
+        yield
+    finally:
+        if before is not None:
+            file.write_bytes(before)
+        else:
+            file.unlink(missing_ok=True)

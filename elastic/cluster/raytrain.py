@@ -23,7 +23,6 @@ from enum import Enum
 from typing import Any
 
 import ray
-from ray._private import services
 from ray._private.state import state as ray_state
 from ray.train import BackendConfig
 from ray.train.backend import Backend
@@ -63,12 +62,6 @@ _CONTROLLER_ENVIRONMENT = {
     "RAY_WARN_BLOCKING_GET_INSIDE_ASYNC": "0",
 }
 _log = logging.getLogger(__name__)
-
-
-def find_running_cluster() -> str | None:
-    """The address of a cluster that `ray start` left running on this machine, if its GCS still answers."""
-    found = services.find_gcs_addresses()
-    return sorted(found)[0] if found else None
 
 
 def session_folder() -> str:

@@ -149,11 +149,12 @@ def run_prepared(run: PreparedRun, control: RunControl | None = None) -> dict[st
     console.say(batch_line(plan.global_size, plan.microbatches, config.scaling.max_workers))
     if config.checkpoint.every is None:
         console.say(UNSAVED)
-    from elastic.cluster.embedded import connected, is_embedded, preflight
+    from elastic.cluster.embedded import connected, is_embedded, preflight, where_text
 
     began = time.monotonic()
     try:
         address = preflight(config.cluster, config.scaling)
+        console.say(where_text(address))
         if is_embedded(address):
             refuse_what_does_not_fit_here(run)
         epoch = open_run(run)

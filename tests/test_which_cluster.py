@@ -1,0 +1,61 @@
+"""Which cluster a command joins."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from elastic.cluster import gcs
+from elastic.cluster.embedded import running_cluster, where_text
+
+
+@pytest.fixture
+def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where `ray start` leaves an address."""
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    path = tmp_path / "ray_current_cluster"
+    monkeypatch.setattr(gcs, "get_ray_address_file", lambda folder: str(path))
+    return path
+
+
+@pytest.fixture
+def answering() -> Iterator[str]:
+    """The address of something that answers."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield f"127.0.0.1:{server.getsockname()[1]}"
+
+
+def test_the_cluster_that_ray_start_left_is_joined_if_it_answers(file, answering):
+    assert running_cluster(None) is None
+    file.write_text(answering + "\n")
+    assert running_cluster(None) == answering
+    assert running_cluster("other:1") == "other:1"
+    with socket.create_server(("127.0.0.1", 0)) as gone:
+        file.write_text(f"127.0.0.1:{gone.getsockname()[1]}")
+    assert running_cluster(None) is None
+    file.write_text("no address")
+    assert running_cluster(None) is None
+
+
+def test_the_cluster_of_another_user_is_not_joined(file, answering, monkeypatch):
+    file.write_text(answering)
+    monkeypatch.setattr(os, "getuid", lambda: file.stat().st_uid + 1)
+    assert running_cluster(None) is None
+
+
+@pytest.mark.parametrize("before", [None, "10.0.0.1:6379"])
+def test_a_cluster_of_several_local_nodes_is_found_by_nobody_else(file, before):
+    if before:
+        file.write_text(before)
+    with gcs.found_cluster_kept():
+        file.write_text("own:1")
+    assert (file.read_text() if file.exists() else None) == before
+
+
+def test_the_first_lines_say_where_a_run_goes():
+    assert where_text("a:1") == "in the Ray cluster at a:1"
+    assert where_text(None) == "with a Ray of its own on this machine"
