@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 
 from elastic.cluster import gcs
-from elastic.cluster.embedded import running_cluster, where_text
+from elastic.cluster.embedded import check_answers, preflight, running_cluster, where_text
+from elastic.config import ClusterOptions, ScalingOptions
+from elastic.errors import ConfigError
 
 
 @pytest.fixture
@@ -59,3 +61,12 @@ def test_a_cluster_of_several_local_nodes_is_found_by_nobody_else(file, before):
 def test_the_first_lines_say_where_a_run_goes():
     assert where_text("a:1") == "in the Ray cluster at a:1"
     assert where_text(None) == "with a Ray of its own on this machine"
+
+
+def test_an_address_that_does_not_answer_is_refused_before_anything_starts(answering):
+    check_answers(answering)
+    check_answers("auto")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        gone = f"127.0.0.1:{server.getsockname()[1]}"
+    with pytest.raises(ConfigError, match=f"is '{gone}', where no Ray cluster answers .*; give the host and port"):
+        preflight(ClusterOptions(address=gone), ScalingOptions())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +17,7 @@ from elastic.config import ClusterOptions, ScalingOptions
 from elastic.errors import ConfigError
 from elastic.run.signals import spared_from_hangups
 
+ANSWER_S = 8.0
 _OBJECT_STORE_BYTES = 100 * 1024 * 1024  # nothing large goes through Ray's object store
 
 
@@ -62,7 +64,28 @@ def preflight(cluster: ClusterOptions, scaling: ScalingOptions) -> str | None:
     address = None if cluster.local_nodes is not None else running_cluster(cluster.address)
     if is_embedded(address):
         check_embedded(scaling)
+    elif address is not None and not ray.is_initialized():
+        check_answers(address)
     return address
+
+
+def check_answers(address: str, wait_s: float = ANSWER_S) -> None:
+    """Ray itself tries for two minutes, and says so in words of its own.
+
+    Raises:
+        ConfigError: nobody listens at host:port.
+    """
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal() or "://" in address:
+        return  # auto, local, or what Ray alone can read
+    try:
+        socket.create_connection((host, int(port)), wait_s).close()
+    except OSError as error:
+        option = "--cluster.address" if not os.environ.get("RAY_ADDRESS") else "--cluster.address or RAY_ADDRESS"
+        raise ConfigError(
+            f"{option} is {address!r}, where no Ray cluster answers ({error}); give the host and port of its head, or "
+            "leave it out for a Ray of this machine's own"
+        ) from error
 
 
 def where_text(address: str | None) -> str:
