@@ -200,8 +200,11 @@ class LocalRun:
                 known, idle_since = len(self.processes), time.monotonic()
             self._keep_vaults()
             if time.monotonic() - idle_since > IDLE_S:
-                codes = [p.returncode for p in self.processes]
-                message = f"every worker of run {self._run.name} ended without a result; exit codes {codes}"
+                how = (f"{self._worker_id(i)}: {ended_how(p.returncode)}" for i, p in enumerate(self.processes))
+                message = (
+                    f"every worker of run {self._run.name} ended without a result ({'; '.join(how)}); what they said "
+                    f"stands above; give --run.name {self._run.name} to go on from the newest checkpoint"
+                )
                 self.link.request("/close", {"status": "failed", "message": message}, patience_s=HOST_LOST_S)
                 if not self._ended.wait(10.0):
                     raise RunFailed(message)
