@@ -1,14 +1,16 @@
-"""What processes that a run starts beside itself have in common: they end with whoever started them, and only then."""
+"""What the processes of a run have in common: they end with whoever started them, and only then."""
 
 from __future__ import annotations
 
 import ctypes
 import os
+import resource
 import signal
 import sys
 import threading
 
 _PR_SET_PDEATHSIG = 1  # prctl(2)
+_MOST_DESCRIPTORS = 1 << 20
 
 
 def ignore_terminal() -> None:
@@ -35,3 +37,12 @@ def end_with_input() -> None:
 def die_with_starter() -> None:
     """Have the kernel end this process when the thread that started it ends. Linux."""
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+
+
+def raise_descriptor_limit() -> None:
+    """Let this process, and what it starts, have as many open files and connections as it may: most machines allow 1024
+    at first, and a run's server has one for each worker and for whoever else connects."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _MOST_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, _MOST_DESCRIPTORS)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))

@@ -8,6 +8,7 @@ import json
 import threading
 import time
 import traceback
+import urllib.error
 import urllib.request
 from collections.abc import AsyncIterator, Callable
 from typing import Any
@@ -15,7 +16,39 @@ from typing import Any
 from elastic.membership.protocol import MAX_MESSAGE_BYTES
 
 AGAIN_S = 0.1
-_DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+MAX_ANSWER_BYTES = 64 << 20
+_PIECE = 1 << 16
+
+
+def _opener() -> urllib.request.OpenerDirector:
+    """Opens http alone: no file, no proxy, and nowhere that an answer sends it to, with the token."""
+    opener = urllib.request.OpenerDirector()
+    for handler in (
+        urllib.request.HTTPHandler(), urllib.request.HTTPDefaultErrorHandler(), urllib.request.HTTPErrorProcessor(),
+        urllib.request.UnknownHandler(),
+    ):  # fmt: skip
+        opener.add_handler(handler)
+    return opener
+
+
+_DIRECT = _opener()
+
+
+def _read(answer: Any, timeout_s: float) -> bytes:
+    """All of an answer, from a server that may be anybody.
+
+    Raises:
+        OSError: it takes too long, or has no end.
+    """
+    deadline, pieces, size = time.monotonic() + timeout_s, [], 0
+    while piece := answer.read1(_PIECE):
+        pieces.append(piece)
+        size += len(piece)
+        if size > MAX_ANSWER_BYTES:
+            raise OSError(f"the answer is larger than {MAX_ANSWER_BYTES} bytes")
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"the answer was not whole within {timeout_s:g} s")
+    return b"".join(pieces)
 
 
 @contextlib.asynccontextmanager
@@ -63,7 +96,9 @@ class DriverLink:
         while True:
             try:
                 with _DIRECT.open(request, timeout=timeout_s) as answer:
-                    return json.loads(answer.read())
+                    return json.loads(_read(answer, timeout_s))
+            except urllib.error.HTTPError:
+                raise  # it is there, and will not say anything else
             except OSError:
                 if time.monotonic() > deadline:
                     raise

@@ -1,7 +1,7 @@
 """The membership server's HTTP routes for drivers, controllers and control commands.
 
 GET  /follow   WebSocket of a driver: rows and events as they are recorded
-POST /wish     {"kind": "stop"|"save", "detail": ...}: acted on at a step boundary
+POST /wish     {"wish": "stop"|"save", "detail": ...}: acted on at a step boundary
 POST /allow    {"step": ...}: a run that holds after its evaluations may go up to this step
 POST /close    {"status": ..., "message": ...}: the driver knows that no worker will go on
 GET  /status   the keeper's view of the run, as JSON
@@ -18,7 +18,7 @@ POST /scale    {"max_workers": ..., "by": ...}
 POST /drain    {"worker": a worker's id or its beginning, "seconds": ..., "by": ...}: it hands over and ends
 POST /prune    {"policy": {...}, "yes": bool}: checkpoints that the run's retention, changed so, does not keep
 
-What cannot be done is answered by 400 and one sentence.
+What cannot be done, and what is no such request (`requests`), is answered by 400 and one sentence.
 """
 
 from __future__ import annotations
@@ -26,17 +26,23 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
+from typing import TypeVar
 
 from aiohttp import web
 
 from elastic.errors import ElasticError
-from elastic.membership.access import GRANT_ID, Access
+from elastic.membership import requests as asked
+from elastic.membership.access import Access
 from elastic.membership.connections import Connections
 from elastic.membership.eviction import Watchman
 from elastic.membership.execution import Executor
 from elastic.membership.messages import Drained, Event, Expected, Lost, Notice, Scaled, Stopped, Yielded
 from elastic.membership.protocol import Keeper
 from elastic.membership.state import State, describe, people
+
+T = TypeVar("T")
+
+MAX_GRANT_BYTES = 4096
 
 
 class Routes:
@@ -83,32 +89,30 @@ class Routes:
         return socket
 
     async def _wish(self, request: web.Request) -> web.Response:
-        wish = await request.json()
-        self._executor.wish(wish)
-        if wish["wish"] == "stop":
-            self._handle(Stopped(wish.get("detail", ""), time.monotonic()))
+        wish = await _read(asked.Wish, request)
+        self._executor.wish({"wish": wish.wish, "detail": wish.detail})
+        if wish.wish == "stop":
+            self._handle(Stopped(wish.detail, time.monotonic()))
         return web.json_response({"ok": True})
 
     async def _allow(self, request: web.Request) -> web.Response:
-        self._executor.allow((await request.json())["step"])
+        self._executor.allow((await _read(asked.Allow, request)).step)
         return web.json_response({"ok": True})
 
     async def _close(self, request: web.Request) -> web.Response:
-        body = await request.json()
-        self._keeper.close_run(body["status"], body.get("message", ""))
+        close = await _read(asked.Close, request)
+        self._keeper.close_run(close.status, close.message)
         return web.json_response({"ok": True})
 
     async def _status(self, _: web.Request) -> web.Response:
         return web.json_response(self._keeper.status())
 
     async def _grant(self, request: web.Request) -> web.Response:
-        body = await request.json()
-        grant, secret = str(body["id"]), str(body["secret"])
+        grant = asked.read(asked.Grant, await _read_little(request))
         async with self._granting:  # anyone may ask: one at a time, so that nobody keeps storage busy
-            admits = self._keeper.admits
-            if not GRANT_ID.fullmatch(grant) or not await asyncio.to_thread(admits, grant, secret):
+            if not await asyncio.to_thread(self._keeper.admits, grant.id, grant.secret):
                 raise web.HTTPUnauthorized(text="the run's folder has no such grant")
-        self._access.grant(secret)
+        self._access.grant(grant.secret)
         return web.json_response({"ok": True})
 
     async def _run(self, _: web.Request) -> web.Response:
@@ -122,43 +126,42 @@ class Routes:
         )  # fmt: skip
 
     async def _scale(self, request: web.Request) -> web.Response:
-        body, limits = await request.json(), self._state().limits
-        wanted, most = body["max_workers"], limits.microbatches
+        scale, limits = await _read(asked.Scale, request), self._state().limits
+        wanted, most = scale.max_workers, limits.microbatches
         if wanted < limits.min_workers:
             raise _refusal(
                 f"--max-workers is {wanted}, fewer than the run's --scaling.min-workers {limits.min_workers}"
             )
         if most is not None and wanted > most:
             raise _refusal(f"--max-workers is {wanted}, more than the run's --batch.microbatches {most}")
-        self._keeper.event("scaled", detail={"max_workers": wanted, "was": limits.max_workers, "by": body["by"]})
+        self._keeper.event("scaled", detail={"max_workers": wanted, "was": limits.max_workers, "by": scale.by})
         self._handle(Scaled(wanted, time.monotonic()))
         return web.json_response({"was": limits.max_workers})
 
     async def _drain(self, request: web.Request) -> web.Response:
-        body, now = await request.json(), time.monotonic()
+        drain, now = await _read(asked.Drain, request), time.monotonic()
         there = people(self._state(), {})
-        found = [w for w in there if w["id"] == body["worker"]] or [
-            w for w in there if w["id"].startswith(body["worker"])
-        ]
+        found = [w for w in there if w["id"] == drain.worker] or [w for w in there if w["id"].startswith(drain.worker)]
         if len(found) != 1:
             names = ", ".join(w["id"] for w in found or there)
-            raise _refusal(f"WORKER is {body['worker']!r}, which is {'several' if found else 'none'} of {names}")
+            raise _refusal(f"WORKER is {drain.worker!r}, which is {'several' if found else 'none'} of {names}")
         (worker,) = found
-        self._keeper.event("notice", member=worker["id"], node=worker["node"], detail=f"drained by {body['by']}")
-        self._handle(Drained(worker["id"], now + body["seconds"], now))
+        self._keeper.event("notice", member=worker["id"], node=worker["node"], detail=f"drained by {drain.by}")
+        self._handle(Drained(worker["id"], now + drain.seconds, now))
         return web.json_response(worker)
 
     async def _prune(self, request: web.Request) -> web.Response:
-        body = await request.json()
+        prune = await _read(asked.Prune, request)
+        changes = prune.changes()
         try:
-            removals = await asyncio.wrap_future(self._keeper.prune(body["policy"], yes=body["yes"]))
+            removals = await asyncio.wrap_future(self._keeper.prune(changes, yes=prune.yes))
         except ElasticError as error:
             raise _refusal(str(error)) from None
         return web.json_response({"removals": removals})
 
     async def _damaged(self, request: web.Request) -> web.Response:
-        body = await request.json()
-        self._keeper.found_damaged(int(body["step"]), str(body["attempt"]), str(body["problem"]))
+        damaged = await _read(asked.Damaged, request)
+        self._keeper.found_damaged(damaged.step, damaged.attempt, damaged.problem)
         return web.json_response({"ok": True})
 
     async def _group(self, _: web.Request) -> web.Response:
@@ -166,37 +169,55 @@ class Routes:
         return web.json_response({**seen, "condemned": sorted(self._executor.given_up)})
 
     async def _lost(self, request: web.Request) -> web.Response:
-        body = await request.json()
-        reason, detail = "process died" if body["ended"] else "its node is gone, or it was given up", body.get("detail")
-        for member_id in body["ids"]:
-            if detail:
-                self._keeper.event("process_ended", member=member_id, detail=detail)
-            died = f"{reason}: {detail}" if detail else reason
-            self._handle(Lost(member_id, time.monotonic(), died, dead=body["ended"], died=body["ended"]))
+        gone = await _read(asked.Gone, request)
+        reason = "process died" if gone.ended else "its node is gone, or it was given up"
+        died = f"{reason}: {gone.detail}" if gone.detail else reason
+        for member_id in gone.ids:
+            if gone.detail:
+                self._keeper.event("process_ended", member=member_id, detail=gone.detail)
+            self._handle(Lost(member_id, time.monotonic(), died, dead=gone.ended, died=gone.ended))
         return web.json_response({"ok": True})
 
     async def _event(self, request: web.Request) -> web.Response:
-        body = await request.json()
-        self._keeper.event(body["kind"], detail=body["detail"])
+        note = await _read(asked.Note, request)
+        self._keeper.event(note.kind, detail=note.detail)
         return web.json_response({"ok": True})
 
     async def _notice(self, request: web.Request) -> web.Response:
-        body, now = await request.json(), time.monotonic()
-        if body["node"] not in self._state().notices:
-            self._keeper.event("notice", node=body["node"], seconds=round(body["remaining_s"], 1), detail="goes away")
-        self._handle(Notice(body["node"], now + body["remaining_s"], now))
+        leaving, now = await _read(asked.Leaving, request), time.monotonic()
+        if leaving.node not in self._state().notices:
+            self._keeper.event("notice", node=leaving.node, seconds=round(leaving.remaining_s, 1), detail="goes away")
+        self._handle(Notice(leaving.node, now + leaving.remaining_s, now))
         return web.json_response({"ok": True})
 
     async def _yield(self, request: web.Request) -> web.Response:
-        body = await request.json()
-        if body["max_workers"] != self._state().ceiling:
-            self._keeper.event("yielded", detail={"max_workers": body["max_workers"], "to": body["to"]})
-        self._handle(Yielded(body["max_workers"], time.monotonic()))
+        yields = await _read(asked.Yield, request)
+        if yields.max_workers != self._state().ceiling:
+            self._keeper.event("yielded", detail={"max_workers": yields.max_workers, "to": yields.to})
+        self._handle(Yielded(yields.max_workers, time.monotonic()))
         return web.json_response({"ok": True})
 
     async def _expected(self, request: web.Request) -> web.Response:
-        self._handle(Expected(frozenset((await request.json())["ids"]), time.monotonic()))
+        self._handle(Expected(frozenset((await _read(asked.Existing, request)).ids), time.monotonic()))
         return web.json_response({"ok": True})
+
+
+async def _read(kind: type[T], request: web.Request) -> T:
+    return asked.read(kind, await request.read())
+
+
+async def _read_little(request: web.Request) -> bytes:
+    """The body of a request from anybody.
+
+    Raises:
+        Refused: it is larger than any grant.
+    """
+    body = b""
+    while piece := await request.content.read(MAX_GRANT_BYTES + 1 - len(body)):
+        body += piece
+        if len(body) > MAX_GRANT_BYTES:
+            raise asked.Refused(f"the request is larger than {MAX_GRANT_BYTES} bytes; give an id and a secret")
+    return body
 
 
 def _refusal(sentence: str) -> web.HTTPException:

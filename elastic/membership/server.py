@@ -3,7 +3,8 @@
     GET  /worker   WebSocket of a worker: join, beat, done, and whatever the keeper understands
 
 and the routes of drivers, controllers and control commands (`routes`). Every request but for a grant carries the run's
-bearer token, or what was granted (`access`). The server runs on a thread of its own.
+bearer token, or what was granted (`access`); who does not is a stranger (`door`). The server runs on a thread of its
+own.
 """
 
 from __future__ import annotations
@@ -19,9 +20,11 @@ from typing import Any
 
 from aiohttp import WSMsgType, web
 
+from elastic.child import raise_descriptor_limit
 from elastic.membership.access import Access
 from elastic.membership.connections import Connections
 from elastic.membership.decisions import advance
+from elastic.membership.door import BACKLOG, Caller, Door
 from elastic.membership.eviction import Watchman
 from elastic.membership.execution import Executor
 from elastic.membership.messages import (
@@ -43,12 +46,14 @@ from elastic.membership.messages import (
     Unfit,
 )
 from elastic.membership.protocol import MAX_MESSAGE_BYTES, Keeper
+from elastic.membership.requests import Refused
 from elastic.membership.routes import Routes
 from elastic.membership.state import State
 from elastic.membership.watch import Progress
 from elastic.membership.world import Generation, Member
 
 TICK_S = 0.05
+MAX_REQUEST_BYTES = 4 << 20
 
 
 class MembershipServer:
@@ -66,7 +71,8 @@ class MembershipServer:
     ):  # fmt: skip
         self._keeper, self._state, self._host = keeper, state, host
         self._access = Access(token)
-        self._connections = Connections()
+        raise_descriptor_limit()
+        self._connections, self._door = Connections(), Door()
         self._executor = Executor(keeper, self._connections, host, new_store)
         self._watchman = Watchman(keeper, self._connections, hang_s, self._give_up)
         self._routes = Routes(
@@ -137,14 +143,17 @@ class MembershipServer:
             self._loop.close()
 
     async def _serve(self) -> None:
-        app = web.Application(middlewares=[self._authorise], client_max_size=MAX_MESSAGE_BYTES)
+        app = web.Application(middlewares=[self._authorise], client_max_size=MAX_REQUEST_BYTES)
         app.router.add_get("/worker", self._on_worker)
         self._routes.add_to(app.router)
-        runner = web.AppRunner(app, access_log=None, shutdown_timeout=1.0)
+        runner = web.AppRunner(app, shutdown_timeout=1.0)
         await runner.setup()
-        site = web.TCPSite(runner, self._host, self.port)
-        await site.start()
-        self.port = runner.addresses[0][1]
+        server = runner.server
+        assert server is not None
+        listening = await self._loop.create_server(
+            lambda: Caller(server, self._loop, self._door), self._host, self.port, backlog=BACKLOG
+        )
+        self.port = listening.sockets[0].getsockname()[1]
         self._ready.set()
         ticker = asyncio.create_task(self._tick())
         await self._stopping.wait()
@@ -152,15 +161,22 @@ class MembershipServer:
         await self._connections.close()
         with contextlib.suppress(asyncio.CancelledError):
             await ticker
+        listening.close()
         await runner.cleanup()
         self._executor.drop_store()
 
     @web.middleware
     async def _authorise(self, request: web.Request, handler: Any) -> web.StreamResponse:
-        known = self._access.allows(request.headers.get("Authorization", ""), request.path)
-        if not known and request.path != "/grant":
+        if "Origin" in request.headers:
+            raise web.HTTPForbidden(text="a web page may ask nothing of a run")
+        if self._access.allows(request.headers.get("Authorization", ""), request.path):
+            self._door.known(request.transport)
+        elif request.path != "/grant":
             raise web.HTTPUnauthorized(text="wrong or missing token")
-        return await handler(request)
+        try:
+            return await handler(request)
+        except Refused as error:
+            raise web.HTTPBadRequest(text=str(error)) from None
 
     async def _tick(self) -> None:
         while True:
@@ -168,6 +184,7 @@ class MembershipServer:
             now = time.monotonic()
             self._handle(Tick(now))
             self._watchman.look(self._state, now)
+            self._door.look(now)
 
     def _handle(self, event: Event) -> None:
         self._state, commands = advance(self._state, event)
@@ -183,9 +200,11 @@ class MembershipServer:
     # ---- workers -----------------------------------------------------------------------------------------------
 
     async def _on_worker(self, request: web.Request) -> web.StreamResponse:
+        member_id = request.query.get("id")
+        if not member_id:
+            raise Refused("the worker gives no id; connect to /worker?id=...")
         socket = web.WebSocketResponse(max_msg_size=MAX_MESSAGE_BYTES, heartbeat=None)
         await socket.prepare(request)
-        member_id = request.query["id"]
         self._connections.add(member_id, socket)
         self._executor.welcome(member_id)
         self._handle(Arrived(member_id))

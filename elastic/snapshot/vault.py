@@ -13,11 +13,14 @@ of a newer snapshot comes, and never that of the newest complete one, which the 
 
 from __future__ import annotations
 
+import contextlib
 import hmac
 import json
 import mmap
+import socket
 import sys
 import threading
+import time
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -26,11 +29,15 @@ from urllib.parse import parse_qs, urlsplit
 import xxhash
 
 from elastic import fault
+from elastic.child import raise_descriptor_limit
 from elastic.snapshot.holdings import SnapshotId, to_free
 from elastic.snapshot.memory import available_bytes
 
 READ_BYTES = 8 << 20
 STALLED_S = 60.0  # a sender or reader that moves nothing for so long is given up
+MOST_STRANGERS = 64  # connections that have shown no token yet
+STRANGER_S = 5.0  # from connecting to the token
+MAX_REQUEST_BYTES = 64 << 20  # but for parts
 
 
 @dataclass
@@ -135,6 +142,7 @@ class VaultServer:
 
     def start(self) -> str:
         """Returns the URL."""
+        raise_descriptor_limit()
         self._thread.start()
         return self.url
 
@@ -149,6 +157,40 @@ class _Server(ThreadingHTTPServer):
     daemon_threads = True
     block_on_close = False
     request_queue_size = 128
+
+    def __init__(self, *arguments: Any):
+        self._strangers: dict[socket.socket, float] = {}
+        self._lock = threading.Lock()
+        super().__init__(*arguments)
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Where too many have shown no token yet, who came first has to go."""
+        with self._lock:
+            self._strangers[request] = time.monotonic() + STRANGER_S
+            if len(self._strangers) > MOST_STRANGERS:
+                self._turn_away(next(iter(self._strangers)))
+        super().process_request(request, client_address)
+
+    def service_actions(self) -> None:
+        """Called again and again: turn away who has shown none for too long."""
+        with self._lock:
+            for stranger, until in list(self._strangers.items()):
+                if until < time.monotonic():
+                    self._turn_away(stranger)
+
+    def known(self, request: socket.socket) -> None:
+        """This one has shown a token: it may stay."""
+        with self._lock:
+            self._strangers.pop(request, None)
+
+    def shutdown_request(self, request: Any) -> None:
+        self.known(request)
+        super().shutdown_request(request)
+
+    def _turn_away(self, stranger: socket.socket) -> None:
+        del self._strangers[stranger]
+        with contextlib.suppress(OSError):  # it is gone
+            stranger.shutdown(socket.SHUT_RDWR)  # which ends its thread
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A connection that broke is a sender that is gone, whose part is dropped: not this node's trouble."""
@@ -176,11 +218,18 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer(self._post)
 
     def _answer(self, respond: Any) -> None:
-        if not hmac.compare_digest(self.headers.get("Authorization", ""), f"Bearer {self.token}"):
+        said = self.headers.get("Authorization", "").encode(errors="replace")
+        if "Origin" in self.headers or not hmac.compare_digest(said, f"Bearer {self.token}".encode()):
             self.close_connection = True  # a body may follow that nobody reads
-            self._send(401, {"error": "wrong or missing token"})
+            self._send(401, {"error": "wrong or missing token, or a web page"})
             return
-        respond()
+        assert isinstance(self.server, _Server)
+        self.server.known(self.connection)
+        try:
+            respond()
+        except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError) as error:
+            self.close_connection = True
+            self._send(400, {"error": f"no such request: {type(error).__name__}: {error}"})
 
     def _put(self) -> None:
         id, shard = self._place()
@@ -245,7 +294,10 @@ class _Handler(BaseHTTPRequestHandler):
             self.store.close(part)
 
     def _post(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        length = int(self.headers["Content-Length"])
+        if not 0 <= length <= MAX_REQUEST_BYTES:
+            raise ValueError(f"{length} bytes")
+        body = json.loads(self.rfile.read(length))
         if urlsplit(self.path).path == "/forget":
             self.store.forget(body["after"], SnapshotId.parse(body["before"]))
             self._send(200, {})

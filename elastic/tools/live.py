@@ -7,6 +7,7 @@ import secrets
 import time
 import urllib.error
 from collections.abc import Callable
+from ipaddress import ip_address
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -100,7 +101,9 @@ def connect(folder: RunFolder, doing: str, timeout_s: float = 10.0) -> LiveRun:
         raise NotLive(
             f"run {url} is driven by {driver}, which gives no address of its server; wait for its next status"
         )
-    host = urlsplit(address).hostname
+    host = _host(address)
+    if host is None:
+        raise NotLive(f"run {url} gives {address!r} as the address of its server, which is none; see its status.json")
     if host in _LOOPBACK and status["host"] != platform.node():
         raise NotLive(f"run {url} is served on {status['host']} for that machine alone; give the command there")
     live = LiveRun(folder, address)
@@ -114,6 +117,19 @@ def connect(folder: RunFolder, doing: str, timeout_s: float = 10.0) -> LiveRun:
     except Exception as error:  # whatever storage raises: one sentence
         raise NotLive(f"run {url} is steered by who may write into its folder: {_reason(error)}") from error
     return live
+
+
+def _host(address: Any) -> str | None:
+    """The host of a server's address, which whoever may write into the folder may have written."""
+    try:
+        parts = urlsplit(address)
+        if parts.scheme != "http" or not parts.port or parts.hostname is None:
+            return None
+        if parts.hostname not in _LOOPBACK:
+            ip_address(parts.hostname)
+        return parts.hostname
+    except (ValueError, TypeError, AttributeError):
+        return None
 
 
 def _ended(status: dict[str, Any]) -> str:

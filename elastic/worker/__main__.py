@@ -8,7 +8,7 @@ import json
 import sys
 from typing import Any
 
-from elastic.child import end_with_input, ignore_terminal
+from elastic.child import end_with_input, ignore_terminal, raise_descriptor_limit
 from elastic.config import TrainConfig, from_dict
 from elastic.errors import ElasticError
 from elastic.job import Job, with_options
@@ -20,6 +20,7 @@ def _child() -> int:
     ignore_terminal()
     specification: dict[str, Any] = json.loads(sys.stdin.buffer.readline())
     end_with_input()
+    raise_descriptor_limit()
     from elastic.seeds import seed_job
     from elastic.worker.run import Identity, WorkerRun
     from elastic.worker.session import Session
