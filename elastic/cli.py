@@ -12,6 +12,7 @@ from elastic import __version__
 from elastic.cluster import node_watch
 from elastic.errors import ConfigError, ElasticError
 from elastic.observe.streams import sturdy_output
+from elastic.redact import printable
 from elastic.tools.control import add_control
 from elastic.tools.doctor import add_doctor
 from elastic.tools.sweeps import add_report
@@ -109,7 +110,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             code = run(arguments)
         except ElasticError as error:
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {printable(str(error))}", file=sys.stderr)
             return error.exit_code
     lost = out.broken is not None and not isinstance(out.broken, BrokenPipeError)  # as with `| head`
     return 1 if lost else code

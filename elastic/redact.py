@@ -31,6 +31,14 @@ def redact(text: str) -> str:
     return text
 
 
+def printable(text: str) -> str:
+    """The text with its control characters spelled out: what is read from storage, or said by a job, may hold some that
+    a terminal would obey."""
+    if text.isprintable():
+        return text
+    return "".join(c if c in "\n\t" or c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 def clean(value: Any) -> Any:
     """Plain values, with dictionaries and lists in them, without secrets."""
     if isinstance(value, str):

@@ -368,6 +368,54 @@ def test_runs_are_listed_with_what_became_of_them_and_filtered(left, capsys):
     assert "which is a run; give the folder of runs" in capsys.readouterr().err
 
 
+HOSTILE = (
+    b"[]", b"null", b"5", b'"x"', b"", b"\xff\xfe", b"[" * 100_000, b"1" * 5000, b'{"format": 1}', b'{"format": {}}',
+    b'{"format": 1, "job": 5}', b'{"format": 1, "job": {"name": []}, "config": 7}',
+    b'{"format": 1, "status": "running", "heartbeat": 1e300, "owner_process": 5}',
+    b'{"format": 1, "status": "running", "heartbeat": 1e300, "world": 5, "step": {}, "owner": []}',
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["status.json", "config.json", "result.json", "claims/000001.json"])
+def test_a_run_that_cannot_be_read_hides_no_other(left, capsys, name):
+    runs = left("whole", status="finished").parent
+    for number, text in enumerate(HOSTILE):
+        path = left(f"bad{number}", status="finished") / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(text)
+    loop = left("loop") / name
+    loop.unlink(missing_ok=True)
+    loop.parent.mkdir(exist_ok=True)
+    loop.symlink_to(loop)
+    (runs / "folder").symlink_to(runs / "folder")
+    for verb in (("runs", runs), ("runs", runs, "--json"), ("prune", runs, "--older-than", "1d")):
+        elastic(*verb)
+        assert "whole" in capsys.readouterr().out
+    for number in range(len(HOSTILE)):
+        cli.main(["status", str(runs / f"bad{number}")])
+        assert "Traceback" not in capsys.readouterr().err
+
+
+def test_what_a_terminal_would_obey_is_spelled_out_and_json_is_json(left, capsys):
+    evil = "\x1b]0;pwned\x07\x1b[2J\u202e\r"
+    run = left("evil", owner=evil, message=evil, status="failed")
+    (run / "events.jsonl").write_text(
+        json.dumps({"time": 1.0, "kind": evil, "member": evil, "detail": evil}) + "\n5\n[]\nnull\n"
+    )
+    row = {"time": 1.0, "step": 7, "loss": float("nan"), "world_size": 1, "generation": "1-1", "sample_hash": "x"}
+    (run / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+    elastic("runs", run.parent)
+    elastic("status", run)
+    elastic("status", f"nowhere{evil}", code=2)
+    said = "".join(capsys.readouterr())
+    assert "pwned" in said
+    assert not {"\x1b", "\x07", "\u202e", "\r"} & set(said)
+
+    elastic("status", run, "--json")
+    out = capsys.readouterr().out
+    assert json.loads(out, parse_constant=pytest.fail)["rows"][0]["loss"] is None
+
+
 def test_a_run_whose_process_was_killed_is_lost_at_once(left, capsys):
     from elastic.run.process import identity
 

@@ -11,7 +11,7 @@ from typing import Any, TextIO, cast
 
 from elastic.observe.ledger import COLUMNS
 from elastic.observe.streams import Sturdy
-from elastic.redact import redact
+from elastic.redact import printable, redact
 
 LEAST_BAR, MOST_BAR = 10, 40  # columns
 _UNTOLD = ("end", "restored")  # in the ledger; on the console the world's line tells enough
@@ -96,7 +96,7 @@ def result_text(values: dict[str, Any], folder: str) -> str:
     if values.get("weights_sha256"):
         lines.append(f"weights sha256 {values['weights_sha256']}")
     lines.append(f"results in {redact(folder)}")
-    return "\n".join(lines)
+    return printable("\n".join(lines))
 
 
 def _number(value: Any) -> str:
@@ -128,7 +128,7 @@ class Console:
 
     def say(self, text: str) -> None:
         """Print a line, but for the secrets in it."""
-        text = redact(text)
+        text = printable(redact(text))
         if self._live is not None:
             self._live.console.print(text, highlight=False, markup=False, soft_wrap=True)
         else:

@@ -10,6 +10,7 @@ from dataclasses import asdict
 from typing import Any
 
 from elastic.errors import ConfigError
+from elastic.redact import printable
 
 
 def add_control(verbs: Any) -> None:
@@ -49,7 +50,9 @@ def _say(text: str) -> None:
 
 
 def _print(arguments: argparse.Namespace, values: Any, text: Callable[[], str]) -> None:
-    print(json.dumps(values, indent=1) if arguments.json else text())
+    from elastic.observe.ledger import finite
+
+    print(json.dumps(finite(values), indent=1) if arguments.json else printable(text()))
 
 
 def _runs(arguments: argparse.Namespace) -> int:

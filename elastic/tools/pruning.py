@@ -213,7 +213,14 @@ def look_at_runs(url: str) -> tuple[Storage, list[RunFacts]]:
     if _RUN & set(names):
         raise ConfigError(f"URL is {url!r}, which is a run; give the folder of runs, or use elastic checkpoints prune")
     children = [(name, RunFolder(storage.child(name))) for name in names]
-    return storage, [look_at(name, folder) for name, folder in children if _RUN & set(folder.storage.names())]
+    return storage, [look_at(name, folder) for name, folder in children if _may_be_run(folder)]
+
+
+def _may_be_run(folder: RunFolder) -> bool:
+    try:
+        return bool(_RUN & set(folder.storage.names()))
+    except Exception:  # whatever keeps it from being listed: `look_at` says so
+        return True
 
 
 def look_at(name: str, folder: RunFolder) -> RunFacts:
@@ -234,7 +241,7 @@ def look_at(name: str, folder: RunFolder) -> RunFacts:
         group = f"{job} by {metric} ({mode})"
         pinned = tuple(sorted(pins(folder.storage)))
         return RunFacts(name, status.get("status", "?"), last, folder.live_driver(), pinned, group, score)
-    except (ElasticError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except Exception as error:  # whatever is in it, or keeps it from being read: the others are looked at
         return RunFacts(name, "?", time.time(), problem=f"{type(error).__name__}: {error}")
 
 
@@ -259,6 +266,8 @@ def prune_runs(storage: Storage, decisions: Sequence[Decision], on_total: Total 
                     _remove_run(folder, held)
         except ElasticError as error:
             problems.append((decision.name, str(error)))
+        except Exception as error:  # whatever storage raises: the others are pruned
+            problems.append((decision.name, f"{type(error).__name__}: {error}"))
         on_run(1)
     return problems
 

@@ -10,7 +10,7 @@ from fnmatch import fnmatch
 from typing import Any
 
 from elastic.checkpoint.reader import newest_first
-from elastic.errors import ConfigError, ElasticError
+from elastic.errors import ConfigError
 from elastic.membership.outbox import row_key
 from elastic.observe.ledger import EVENTS, METRICS, read_tail
 from elastic.redact import redact
@@ -75,7 +75,7 @@ def _look(storage: Storage, name: str, now: float) -> Listed | None:
     folder = RunFolder(Storage(f"{storage.url}/{name}", read_only=True))
     try:
         status, config = folder.status(), folder.config()
-        job = config["job"]["name"] if config else ""
+        job = str(config["job"]["name"]) if config else ""
         if status is None:
             return Listed(name, "new", job) if config else None
         return Listed(
@@ -85,7 +85,7 @@ def _look(storage: Storage, name: str, now: float) -> Listed | None:
         )  # fmt: skip
     except NotADirectoryError:
         return None  # a file beside the runs
-    except (ElasticError, ValueError, KeyError, TypeError) as error:
+    except Exception as error:  # whatever is in it, or keeps it from being read: the others are listed
         return Listed(name, "unreadable", problem=redact(f"{type(error).__name__}: {error}"))
 
 

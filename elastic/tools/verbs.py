@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any
 
 from elastic.errors import ConfigError, ElasticError, Interrupted
+from elastic.redact import printable
 
 _DTYPES = ("float64", "float32", "float16", "bfloat16")
 
@@ -98,7 +99,9 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _print(arguments: argparse.Namespace, values: Any, text: Callable[[], str]) -> None:
-    print(json.dumps(values, indent=1) if arguments.json else text())
+    from elastic.observe.ledger import finite
+
+    print(json.dumps(finite(values), indent=1) if arguments.json else printable(text()))
 
 
 def _bar(doing: str, unit: str, stack: Any) -> Callable[[int], Callable[[int], None]]:
