@@ -298,7 +298,7 @@ class RecoveryOptions:
     snapshot_every: str = option(
         "off", "with fsdp and hsdp, keep copies of the state in two nodes' memory, every so much (ep, st, tok, or auto)"
     )
-    hang_timeout: str = option("auto", "longest wait for a worker that hangs (s, min, h; auto: by the steps seen)")
+    hang_timeout: str = option("auto", "longest wait for a worker or helper process that hangs (s, min, h; auto)")
     max_wait: str | None = option(None, "longest parking with too few workers before the run ends (s, min, h)")
     lease: str = option("30s", "workers stop applying when the membership server was silent for this long")
 

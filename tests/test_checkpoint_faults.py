@@ -291,13 +291,16 @@ def test_a_full_disk_fails_a_save_and_leaves_nothing_of_it(tmp_path):
 def test_a_disk_that_is_full_for_a_while_is_waited_for(tmp_path, undisturbed_every_3, gate):
     held, watch = gate("held"), Watch()
     with small_disk(tmp_path, 2 * MIB) as disk:
-        run = prepare(Everything(), configure(disk.path, "run", checkpoint__every="3st", eval__every="3st"))
-        faults = [{"point": "step.forward", "step": 5, "do": "hold", "file": str(held)}]
+        options = {"checkpoint__every": "3st", "eval__every": "3st", "checkpoint__keep_last": 2}
+        run = prepare(Everything(), configure(disk.path, "run", **options))
+        faults = [{"point": "step.forward", "step": 8, "do": "hold", "file": str(held)}]
         with local_run(run, 1, environment={"ELASTIC_FAULTS": json.dumps(faults)}, on_record=watch) as local:
-            watch.wait_for(lambda r: r.get("kind") == "checkpoint_committed")
+            watch.wait_for(lambda r: r.get("kind") == "checkpoint_committed" and r["step"] == 6)
             disk.fill()
             held.unlink()
-            watch.wait_for_step(6)
+            made = watch.wait_for(lambda r: r.get("kind") == "room_made")
+            assert made["detail"]["removed"] == ["checkpoints/step-00000003/1-1-1"]
+            watch.wait_for_step(9)
             disk.free()
             local.wait(forked.WAIT_S)
         ran = Ran(run, None)

@@ -109,7 +109,7 @@ def test_a_share_that_failed_fails_the_attempt_for_all_who_send_theirs_later(sto
 def test_shares_of_a_world_that_is_over_do_not_make_a_checkpoint_whole(storage):
     office = Office(storage)
     office.take("a", share(storage, 3, rank=0, shares=2))
-    office.checkpoints.world_formed()
+    office.checkpoints.world_formed(Generation(1, 2))
     office.take("b", share(storage, 3, rank=1, shares=2))
 
     assert steps(storage) == []
@@ -171,3 +171,22 @@ def test_auto_goes_by_costs_and_faults_and_a_time_by_the_clock():
     assert save_interval(None, [1.0], 100, 3) == math.inf
     assert save_interval(7.5, [1.0], 100, 3) == 7.5
     assert save_interval(0.0, [1.0], 100, 3) == auto_interval([1.0], 100, 3)
+
+
+def test_room_is_made_of_what_nobody_writes_to_any_more_and_of_what_the_policy_lets_go(storage):
+    office = Office(storage, last=2)
+    for step in (3, 6):
+        office.take("a", share(storage, step))
+    office.checkpoints.world_formed(Generation(1, 2))
+    for name in ("1-1-3", "1-2-1", "1-2-2"):  # of a world before, one that failed, and one that is under way
+        storage.replace(f"checkpoints/step-00000009/{name}/rank-0000.pack", b"bytes")
+    failed = {**share(storage, 6), "step": 9, "attempt": "1-2-1", "error": "full"}
+    office.checkpoints.take_share("a", Generation(1, 2), failed, RANKS)
+
+    office.checkpoints.make_room(9)
+
+    kind, made = office.noted[-1]
+    assert kind == "room_made"
+    assert [name.rpartition("/")[2] for name in made["detail"]["removed"]] == ["1-2-1", "1-1-3", "1-1-3"]
+    assert storage.names("checkpoints/step-00000009") == ["1-2-2"]
+    assert steps(storage) == [6]

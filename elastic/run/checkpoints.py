@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from elastic.checkpoint.cadence import save_cost, save_interval
-from elastic.checkpoint.format import MANIFEST, attempt_folder
+from elastic.checkpoint.format import ATTEMPT, MANIFEST, attempt_folder
 from elastic.checkpoint.reader import Committed, attempts, mark, newest_first, steps_with_attempts, with_manifest
 from elastic.checkpoint.retention import Policy, Retention, removals
 from elastic.checkpoint.transfer import is_no_room, patiently
@@ -55,6 +55,7 @@ class Checkpoints:
         self._unloadable: set[Committed] = set()  # for the workers of this claim, marked or not
         self._retention = Retention(storage, policy, self._unloadable)
         self._attempts: dict[tuple[int, str], Attempt] = {}
+        self._generation: Generation | None = None  # of the present world
         self._began = time.time()
         self.restarted = False  # an earlier keeper of this claim may have committed what it could not tell
         self.failed: dict[str, Any] | None = None  # the last save that failed: step and error
@@ -77,9 +78,10 @@ class Checkpoints:
         """An earlier keeper of this claim, which `began` then (unix seconds), was replaced by this one."""
         self.restarted, self._began = True, began or self._began
 
-    def world_formed(self) -> None:
+    def world_formed(self, generation: Generation) -> None:
         """What the world before was saving will not be whole."""
         self._attempts.clear()
+        self._generation = generation
         self.due_at = self._next_due()
 
     # ---- when ------------------------------------------------------------------------------------------------------
@@ -151,31 +153,38 @@ class Checkpoints:
             self.failed = {"step": step, "error": error}
             note("checkpoint_failed", generation=str(attempt.generation), step=step, detail=error)
         if no_room and not self._keeping.closed():
-            self._make_room(attempt)
+            self.make_room(step)
         self._tell(attempt)
         if error or self._keeping.closed():
             return
         self._prune()
 
-    def _make_room(self, failed: Attempt) -> None:
+    def make_room(self, step: int) -> None:
         """The storage is full: remove what unfinished attempts left, and what goes anyway when one more is committed,
         but never the last that can be loaded."""
         storage, removed = self._storage, []
         try:
             committed = set(with_manifest(storage))
-            for step in steps_with_attempts(storage):
-                for name in attempts(storage, step):
-                    known = self._attempts.get((step, name))
-                    if (known is None or known.over) and Committed(step, name) not in committed:
-                        folder = attempt_folder(step, name)
+            for there in steps_with_attempts(storage):
+                for name in attempts(storage, there):
+                    if self._is_over(there, name) and Committed(there, name) not in committed:
+                        folder = attempt_folder(there, name)
                         removed += [folder] if storage.names(folder) else []
                         storage.remove(folder)
             policy = replace(self._policy, last=max(1, self._policy.last - 1))
             removed += [c.folder for c in Retention(storage, policy, self._unloadable).prune()]
         except Exception as problem:  # whatever storage raises: who saves again finds out whether there is room
-            self._keeping.note("checkpoint_failed", step=failed.step, detail=f"no room could be made: {problem}")
+            self._keeping.note("checkpoint_failed", step=step, detail=f"no room could be made: {problem}")
         if removed:
-            self._keeping.note("room_made", step=failed.step, detail={"removed": removed})
+            self._keeping.note("room_made", step=step, detail={"removed": removed})
+
+    def _is_over(self, step: int, name: str) -> bool:
+        """Whether nobody writes to an attempt any more: of the present world, one may be under way of which no share
+        has come yet."""
+        known, match = self._attempts.get((step, name)), ATTEMPT.match(name)
+        if known is not None or match is None or self._generation is None:
+            return known is not None and known.over
+        return Generation(int(match[1]), int(match[2])) < self._generation
 
     def _prune(self) -> None:
         try:

@@ -69,7 +69,9 @@ class RunKeeper:
         self._thread = threading.Thread(target=self._work, name="run-keeper", daemon=True)
         self._world: World | None = None
         self._record = record = Record(options.epoch)
-        self._ledger = LedgerWriter(storage, options.epoch, record, tensorboard=options.tensorboard)
+        self._ledger = LedgerWriter(
+            storage, options.epoch, record, tensorboard=options.tensorboard, on_full=self._make_room
+        )
         keeping = Keeping(self._note, self._send_all, self._owns, lambda: self._closed, self._ledger.flush_rows)
         self._checkpoints = Checkpoints(
             storage, options.epoch, options.retention, options.save_every_s, record, keeping
@@ -153,7 +155,7 @@ class RunKeeper:
 
         def enter() -> None:
             self._record.world(world.size, now)
-            self._checkpoints.world_formed()
+            self._checkpoints.world_formed(world.generation)
 
         self._do(enter)
 
@@ -347,6 +349,9 @@ class RunKeeper:
             reason = " ".join(f"{type(error).__name__}: {error}".split())
             return f"{self._storage.url} could not be written: {reason}"
         return "".join(traceback.format_exception(error)).rstrip()
+
+    def _make_room(self) -> None:
+        self._checkpoints.make_room(self._last_step())
 
     def _trouble(self, error: Exception) -> None:
         """Storage that could not be written for all the time that it was waited for: the workers save what they hold,

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from elastic import fault
-from elastic.checkpoint.transfer import RETRY_S, is_from_storage, patiently
+from elastic.checkpoint.transfer import RETRY_S, is_from_storage, is_no_room, patiently
 from elastic.membership.outbox import RowKey, row_key
 from elastic.observe.ledger import EVENTS, METRICS, LedgerFile
 from elastic.observe.tensorboard import TensorBoard
@@ -25,9 +25,14 @@ class LedgerWriter:
 
     Args:
         tensorboard: write its event files too.
+        on_full: called once when the storage is full, to make room.
     """
 
-    def __init__(self, storage: Storage, epoch: int, record: Record, *, tensorboard: bool):
+    def __init__(
+        self, storage: Storage, epoch: int, record: Record, *, tensorboard: bool,
+        on_full: Callable[[], None] = lambda: None,
+    ):  # fmt: skip
+        self._on_full, self._is_full = on_full, False
         self._storage, self._epoch, self._record = storage, epoch, record
         self._rows = LedgerFile(storage, METRICS, epoch)
         self._events = LedgerFile(storage, EVENTS, epoch)
@@ -87,7 +92,19 @@ class LedgerWriter:
 
     def patiently(self, call: Callable[..., T], *args: Any) -> T:
         """Whatever storage raises is waited for: a full disk gets room, and a permission comes back."""
-        return patiently(call, *args, retry_s=self.patience_s, passes=is_from_storage)
+
+        def attempt() -> T:
+            try:
+                found = call(*args)
+            except OSError as error:
+                if is_no_room(error) and not self._is_full:
+                    self._is_full = True
+                    self._on_full()
+                raise
+            self._is_full = False
+            return found
+
+        return patiently(attempt, retry_s=self.patience_s, passes=is_from_storage)
 
     def close(self) -> None:
         """Write out what others can read meanwhile, and no more."""
