@@ -44,7 +44,10 @@ from elastic.membership.messages import (
     SavedAlone,
     SaveNow,
     Scaled,
+    Slept,
+    Stalled,
     Stopped,
+    Stuck,
     Tick,
     Unable,
     Unfit,
@@ -198,6 +201,30 @@ def test_answers_that_still_come_are_waited_for() -> None:
         machine.tell(Acknowledged(f"w{i}", machine.now))
         machine.join(f"w{i}", 5)
     assert formed(machine.wait(0.35)).size == 6
+
+
+def test_a_server_that_was_away_gives_those_time_who_have_answered_meanwhile() -> None:
+    machine = three()
+    machine.lose("b")
+    machine.join("a", 7)
+    machine.now += 20
+    machine.tell(Slept(machine.now))
+    assert machine.wait(0.2) == []
+    assert formed(machine.join("c", 7)).size == 2
+
+
+def test_a_world_that_stands_still_is_made_anew_and_the_second_time_it_is_saved_and_ends() -> None:
+    machine = three()
+    machine.tell(Recorded(7))
+    (broken,) = machine.tell(Stalled("nobody moves", machine.now))
+    assert isinstance(broken, Break)
+    assert formed(back(machine, 7, *"abc")).size == 3
+    machine.tell(Stalled("nobody moves", machine.now, final=True))
+    assert back(machine, 7, *"abc") == [Form(machine.state.world, "nobody moves")]
+
+    machine = three()
+    machine.tell(Stalled("nobody moves", machine.now))
+    assert machine.tell(Stuck("a does not come back", machine.now)) == [Fail("a does not come back")]
 
 
 def test_who_was_left_behind_and_dies_is_lost_but_breaks_nothing() -> None:
@@ -1153,6 +1180,15 @@ class Cluster(RuleBasedStateMachine):
         others = self.state.veterans - {w.member.id}
         self.tell(Unable(w.member.id, "boom", True, True, self.now))
         assert w.told_to_go or not others & there(self.state), "the run goes on without it"
+
+    @rule()
+    @precondition(lambda self: self.state.world is not None)
+    def stand_still(self) -> None:
+        self.tell(Stalled("nobody moves", self.now))
+
+    @rule()
+    def sleep(self) -> None:
+        self.tell(Slept(self.now))
 
     @rule(number=st.integers(0, 99))
     @precondition(lambda self: bool(self.connected()))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from elastic.membership.watch import DATA, PATIENCE, Progress, excuse, hung, silent, slow_data
+from elastic.membership.watch import DATA, HELD, PATIENCE, Progress, excuse, hung, overdue, silent, slow_data, still
 
 LIMIT_S, LEASE_S = 5.0, 30.0
 
@@ -11,7 +11,7 @@ class Watch:
     """A server's ticks: who is lost, given who was heard."""
 
     def __init__(self, *world: str, lease_s: float = LEASE_S):
-        self.world, self.lease_s = world, lease_s
+        self.world, self.lease_s, self.warming = world, lease_s, set()
         self.heard, self.now, self.excused_until = dict.fromkeys(world, 0.0), 0.0, 0.0
 
     def until(self, seconds: float, *speaking: str) -> list[str]:
@@ -22,7 +22,8 @@ class Watch:
             if self.now % 1 == 0:
                 self.heard |= dict.fromkeys(speaking, self.now)
             self.excused_until = excuse(self.excused_until, self.heard, self.now, LIMIT_S, self.world)
-            found = silent(self.heard, self.now, LIMIT_S, self.world, self.lease_s, self.excused_until)
+            ready = self.heard.keys() - self.warming
+            found = silent(self.heard, self.now, LIMIT_S, self.world, self.lease_s, self.excused_until, ready)
             self.heard = {m: at for m, at in self.heard.items() if m not in found}
             lost += found
         return lost
@@ -64,6 +65,38 @@ def test_who_waits_outside_the_world_is_lost_at_the_limit_whatever_the_world_doe
     watch = Watch("a", "b")
     watch.heard["waiting"] = 0.0
     assert watch.until(LIMIT_S + 0.5) == ["waiting"]
+
+
+def test_for_who_is_not_ready_yet_only_the_lease_counts() -> None:
+    watch = Watch("a", "b")
+    watch.heard["warming"] = 0.0
+    watch.warming.add("warming")
+    assert watch.until(LEASE_S, "a", "b") == []
+    assert watch.until(LEASE_S + 0.5, "a", "b") == ["warming"]
+
+
+def test_a_second_one_is_not_given_up_in_the_same_step() -> None:
+    places = {"a": Progress((2, 9, 0), "step", 0.0), "b": Progress((2, 0, 0), "step", 0.0)}
+    assert hung(places, 11.0, 0.0, None) == ["b"]
+    assert hung(places, 11.0, 0.0, None, steps_out={2}) == []
+    assert hung(places, 11.0, 0.0, None, steps_out={1}) == ["b"]
+
+
+def test_nobody_moves() -> None:
+    def times(now: float, *phases: str) -> float:
+        return still({str(i): Progress((2, i, 0), phase, i) for i, phase in enumerate(phases)}, now, 0.0, 4.0)
+
+    assert times(9.0, "step", "step") == 2.0
+    assert times(81.0, "step", "eval") == 2.0
+    assert times(401.0, "step", "load") == 1.0, "loading is not told step by step"
+    assert times(401.0, "step", HELD) == 0.0
+    assert still({}, 9.0, 0.0, 4.0) == 0.0
+
+
+def test_who_is_to_come_back_from_a_broken_world_is_waited_for_longer_where_that_costs_nothing() -> None:
+    places = {"a": Progress((2, 0, 0), "step", 7.0)}
+    assert overdue(places, {"a": 1.0, "b": 1.0}, 5.0, 11.5, 0.0, 4.0) == ["a"]
+    assert overdue(places, {"a": 3.0, "b": 1.0}, 5.0, 11.5, 0.0, 4.0) == []
 
 
 def test_who_waits_for_data_is_given_up_much_later_than_who_computes_and_not_twice_for_one_sample() -> None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import math
 from collections.abc import Coroutine
 from typing import Any
 
 from aiohttp import web
 
+from elastic.membership import kernel
 from elastic.membership.world import World
 
 
@@ -33,6 +35,12 @@ class Connections:
     def add(self, member_id: str, socket: web.WebSocketResponse) -> None:
         """The worker is reached by this socket from now on."""
         self._sockets[member_id] = socket
+
+    def silence_s(self, member_id: str) -> float:
+        """Seconds since the worker's machine answered anything, infinite if that is not known."""
+        socket = self._sockets.get(member_id)
+        connection = socket.get_extra_info("socket") if socket is not None else None
+        return kernel.silence_s(connection) if connection is not None else math.inf
 
     def remove(self, member_id: str, socket: web.WebSocketResponse) -> bool:
         """The socket is closed; returns whether it was the worker's newest."""

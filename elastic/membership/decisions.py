@@ -64,7 +64,10 @@ from elastic.membership.messages import (
     SavedAlone,
     SaveNow,
     Scaled,
+    Slept,
+    Stalled,
     Stopped,
+    Stuck,
     Unable,
     Unfit,
     Welcome,
@@ -94,6 +97,13 @@ def advance(state: State, event: Event) -> tuple[State, list[Command]]:
         inside = event.member_id in state.waiting or (state.world is not None and event.member_id in state.world.ids)
         known = inside or event.member_id in state.gone
         return state if known else replace(state, warming=state.warming | {event.member_id}), []
+    if isinstance(event, Stalled):
+        return _stalled(state, event)
+    if isinstance(event, Stuck):
+        ending = replace(state, phase=Phase.ENDED)
+        return (state, []) if state.phase is Phase.ENDED else (ending, [Fail(state.failing or event.reason)])
+    if isinstance(event, Slept):
+        return replace(state, answered_at=event.now), []
     if isinstance(event, Recorded):
         return replace(state, faults=state.faults.recorded(event.step)), []
     if isinstance(event, Unfit):
@@ -267,6 +277,24 @@ def _lost(state: State, event: Lost) -> tuple[State, list[Command]]:
         commands.append(Dropped(waited.member, event.reason))
     elif late is not None:
         commands.append(Dropped(late.member, event.reason))
+    state, settled = _settle(state, event.now)
+    return state, [*commands, *settled]
+
+
+def _stalled(state: State, event: Stalled) -> tuple[State, list[Command]]:
+    """Nobody is lost for it: who answers joins again."""
+    world = state.world
+    if world is None or state.phase not in (Phase.RUNNING, Phase.LEAVING, Phase.BROKEN):
+        return state, []
+    if event.final:
+        state = replace(state, failing=state.failing or event.reason)
+    commands: list[Command] = []
+    if state.phase is not Phase.BROKEN:
+        state = replace(
+            state, phase=Phase.BROKEN, broken_at=event.now, answered_at=event.now, acked=frozenset(state.waiting),
+            why=event.reason,
+        )  # fmt: skip
+        commands = [Break(world, None, event.reason)]
     state, settled = _settle(state, event.now)
     return state, [*commands, *settled]
 

@@ -8,13 +8,15 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 from elastic.membership.connections import Connections
-from elastic.membership.forming import awaited
-from elastic.membership.messages import named
-from elastic.membership.protocol import SILENT_S, STACKS_S, Keeper
+from elastic.membership.forming import awaited, holder_is_back
+from elastic.membership.messages import Event, Stalled, Stuck, named
+from elastic.membership.protocol import BEAT_S, SILENT_S, STACKS_S, Keeper
 from elastic.membership.state import Phase, State
 from elastic.membership.watch import (
     DATA,
     PATIENCE,
+    QUIET,
+    STILL,
     Progress,
     excuse,
     hang_limit_s,
@@ -23,8 +25,11 @@ from elastic.membership.watch import (
     p95,
     silent,
     slow_data,
+    still,
 )
 from elastic.membership.world import World
+
+_NOWHERE = Progress((-1, 0, 0), "load", 0.0)
 
 
 class Watchman:
@@ -34,19 +39,26 @@ class Watchman:
         hang_s: fixed hang time-out, or None for one that goes by the steps seen.
         give_up: called with (member id, what it is told, why it counts as lost, whether it applies nothing any more) of
             a worker to go on without.
+        decide: takes an event.
     """
 
     def __init__(
         self, keeper: Keeper, connections: Connections, hang_s: float | None,
-        give_up: Callable[[str, str, str, bool], None],
+        give_up: Callable[[str, str, str, bool], None], decide: Callable[[Event], None],
     ):  # fmt: skip
         self._keeper, self._connections, self._hang_s, self._give_up = keeper, connections, hang_s, give_up
+        self._decide = decide
         self._heard: dict[str, float] = {}
+        self._probed_s: dict[str, float] = {}  # between two probes of its machine
         self._excused_until = 0.0
         self._progress: dict[str, Progress] = {}
         self._stacks: dict[str, str] = {}
         self._condemned: set[str] = set()
         self._waited_out: set[int] = set()  # samples that somebody was given up for
+        self._steps_out: set[int] = set()  # steps that somebody was given up in
+        self._formed_at = 0.0
+        self._told_still: World | None = None
+        self._made_anew: set[int] = set()  # steps whose world was made anew because it stood still
         self._told_slow: set[tuple[int, ...]] = set()
         self._step_times: deque[float] = deque(maxlen=100)
         self._state: State
@@ -55,13 +67,25 @@ class Watchman:
         """The worker said something."""
         self._heard[member_id] = now
 
+    def connected(self, member_id: str, now: float, probed_s: float) -> None:
+        """The worker has connected; its machine is probed that often while it is silent."""
+        self._heard[member_id], self._probed_s[member_id] = now, probed_s
+
     def forget(self, member_id: str) -> None:
         """The worker is not connected any more."""
         self._heard.pop(member_id, None)
+        self._probed_s.pop(member_id, None)
 
-    def new_world(self) -> None:
-        """Progress counts within a world."""
-        self._progress = {}
+    def slept(self, seconds: float, now: float) -> None:
+        """This process was away for so long, or behind: what was said meanwhile is not heard yet, and nobody is late
+        for it."""
+        self._heard = {member_id: min(now, at + seconds) for member_id, at in self._heard.items()}
+        self._progress = {i: replace(p, since=min(now, p.since + seconds)) for i, p in self._progress.items()}
+
+    def new_world(self, late: Iterable[str], now: float) -> None:
+        """Progress counts within a world. Who is late is still where it was."""
+        self._progress = {i: self._progress[i] for i in late if i in self._progress}
+        self._formed_at, self._told_still = now, None
         self._condemned.clear()
 
     def progress(self, member_id: str, said: Progress) -> None:
@@ -89,30 +113,124 @@ class Watchman:
         if world is None:
             return
         self._tell_slow(world, now)
-        for member_id in self._hung(world, state, now):
+        decided, found = self._hung(world, state, now)
+        if decided is not None:
+            self._decide(decided)
+            return
+        for member_id in found:
             if member_id not in self._condemned:
                 self._condemned.add(member_id)
                 self._connections.start(self._evict(member_id, world))
+        inside = state.phase in (Phase.RUNNING, Phase.LEAVING) and world.ids.isdisjoint(state.waiting)
+        if inside and self._condemned.isdisjoint(world.ids):
+            self._watch_still(world, now)
 
     def _lose_silent(self, state: State, now: float) -> None:
         members, lease_s = state.world.ids if state.world else frozenset(), state.limits.lease_s
-        self._excused_until = excuse(self._excused_until, self._heard, now, SILENT_S, members)
-        for member_id in silent(self._heard, now, SILENT_S, members, lease_s, self._excused_until):
-            silent_s = now - self._heard.pop(member_id)
+        seen = self._seen(now)
+        self._excused_until = excuse(self._excused_until, seen, now, SILENT_S, members)
+        ready = members | state.waiting.keys() | state.late.keys() if state.world is not None else frozenset()
+        for member_id in silent(seen, now, SILENT_S, members, lease_s, self._excused_until, ready):
+            silent_s = now - seen[member_id]
+            self._heard.pop(member_id)
             told = "it was silent, and its world went on without it"
             self._give_up(member_id, told, f"silent for {silent_s:.0f} s", silent_s > lease_s)
 
-    def _hung(self, world: World, state: State, now: float) -> list[str]:
+    def _seen(self, now: float) -> dict[str, float]:
+        """When each worker last spoke, or its machine answered for it: its process lives, stopped or not."""
+        seen = dict(self._heard)
+        for member_id, at in self._heard.items():
+            probed_s = self._probed_s.get(member_id, BEAT_S)
+            if now - at > SILENT_S / 2:
+                answered = now - max(0.0, self._connections.silence_s(member_id) - probed_s)
+                seen[member_id] = max(at, answered)
+        return seen
+
+    def _hung(self, world: World, state: State, now: float) -> tuple[Event | None, list[str]]:
+        """What is to be decided, or whom to evict. Who only does not answer is left behind instead, where the others
+        can do without."""
         limits = p95(self._step_times), self._hang_s
-        here = {m.id: self._progress[m.id] for m in world.members if m.id in self._progress}
+        quiet = {i for i in world.ids if now - self._heard.get(i, now) > SILENT_S}
         back = [state.waiting[i].since for i in world.ids if i in state.waiting]
-        if state.phase is Phase.BROKEN or (state.phase is Phase.LEAVING and back):
-            since = state.broken_at if state.phase is Phase.BROKEN else min(back)
-            return overdue(here, awaited(state), since, now, *limits)
-        if state.phase in (Phase.RUNNING, Phase.LEAVING) and len(here) == world.size:
-            as_of = min(self._heard.get(m.id, 0.0) for m in world.members)  # silence is not standing still
-            return hung(here, as_of, *limits, self._waited_out)
-        return []
+        if state.phase is Phase.BROKEN:
+            return self._overdue_in_broken(state, quiet, now)
+        if state.phase is Phase.LEAVING and back:
+            here = {m.id: self._progress[m.id] for m in world.members if m.id in self._progress}
+            found = overdue(here, dict.fromkeys(awaited(state), 1.0), min(back), now, *limits)
+        elif state.phase in (Phase.RUNNING, Phase.LEAVING):
+            found = hung(self._places(world), self._as_of(world, now), *limits, self._waited_out, self._steps_out)
+        else:
+            return None, []
+        answering = [i for i in found if state.limits.cut or i not in quiet]
+        if found and not answering:
+            self._note_given_up(self._places(world)[found[0]])
+            reason = f"{' and '.join(found)} does not answer, and the others have waited for longer than is usual"
+            return Stalled(reason, now), []
+        late = dict.fromkeys(state.late, QUIET)
+        return None, answering + overdue(self._progress, late, self._formed_at, now, *limits)
+
+    def _overdue_in_broken(self, state: State, quiet: set[str], now: float) -> tuple[Event | None, list[str]]:
+        """Who does not come back from a broken world. The last who holds the state is waited for as long as it may
+        answer; where it does, but never comes, there is nothing left to wait for."""
+        limits = p95(self._step_times), self._hang_s
+        last = not (state.limits.cut or holder_is_back(state))
+        patience = {i: QUIET if i in quiet else STILL if last or state.limits.cut else 1.0 for i in awaited(state)}
+        found = overdue(self._progress, patience, state.broken_at, now, *limits)
+        if not found:
+            return None, []
+        where = self._progress.get(found[0], _NOWHERE)
+        told = f"worker {found[0]} {_told(where)}"
+        if last:
+            stuck = len(found) == len(patience) and quiet.isdisjoint(found)
+            return (Stuck(told, now) if stuck else None), []
+        if where.position[0] in self._steps_out and state.failing is None:
+            return Stalled(f"{told}; another did before, at the same step", now, final=True), []
+        return None, found
+
+    def _places(self, world: World) -> dict[str, Progress]:
+        """Where each member is, as far as it said."""
+        start = replace(_NOWHERE, since=self._formed_at)
+        return {m.id: self._progress.get(m.id, start) for m in world.members}
+
+    def _as_of(self, world: World, now: float) -> float:
+        """Until when it is known that nobody moved: who is cut off does not stand still."""
+        seen = self._seen(now)
+        return min(seen.get(m.id, 0.0) for m in world.members)
+
+    def _note_given_up(self, where: Progress) -> None:
+        if where.phase == DATA:
+            self._waited_out.update(where.samples)
+        elif where.position[0] >= 0:
+            self._steps_out.add(where.position[0])
+
+    def _watch_still(self, world: World, now: float) -> None:
+        """Nobody moves: say so, make the world anew once, and end the run if it comes to stand at that step again."""
+        places, limits = self._places(world), (p95(self._step_times), self._hang_s)
+        times = still(places, self._as_of(world, now), *limits)
+        if times <= 1.0:
+            return
+        where = min(places.values(), key=lambda p: p.position)
+        step = where.position[0]
+        if self._told_still is not world:
+            self._told_still = world
+            seconds = now - max(p.since for p in places.values())
+            told = f"nobody has moved for {seconds:.0f} s, in {_place(where)}"
+            self._connections.start(self._tell_still(world, step, told))
+        if times > STILL:
+            again = step in self._made_anew
+            self._made_anew.add(step)
+            self._decide(Stalled(f"all workers stand still: {_told(where)}", now, final=again))
+
+    async def _tell_still(self, world: World, step: int, told: str) -> None:
+        await self._save_stacks(world)
+        self._keeper.event("world_stalled", generation=str(world.generation), step=step + 1, detail=told)
+
+    async def _save_stacks(self, world: World) -> None:
+        self._connections.tell(world, {"kind": "dump"})
+        await asyncio.sleep(STACKS_S)
+        for member in world.members:
+            text = self._stacks.pop(member.id, "no answer: the process is stopped, or its watcher is")
+            self._keeper.save_stacks(member, text)
 
     def _tell_slow(self, world: World, now: float) -> None:
         """Say once of each sample that it takes long, and for how long it is waited for."""
@@ -131,30 +249,29 @@ class Watchman:
             )  # fmt: skip
 
     async def _evict(self, member_id: str, world: World) -> None:
-        where = known = self._progress.get(member_id)
-        if where is None:
-            where = Progress((-1, 0, 0), "load", 0.0)
-        self._connections.tell(world, {"kind": "dump"})
-        await asyncio.sleep(STACKS_S)
-        if self._state.world != world or member_id in self._state.waiting or self._progress.get(member_id) is not known:
+        known = self._progress.get(member_id)
+        where, late = known or _NOWHERE, self._state.late.get(member_id)
+        everyone = world if late is None else World(late.generation, (late.member,))
+        await self._save_stacks(everyone)
+        state = self._state
+        over = state.world != world or (late is not None and member_id not in state.late)
+        if over or member_id in state.waiting or self._progress.get(member_id) is not known:
             self._condemned.discard(member_id)  # it has come round
             return
-        for member in world.members:
-            text = self._stacks.pop(member.id, "no answer: the process is stopped, or its watcher is")
-            self._keeper.save_stacks(member, text)
-        lost = next(m for m in world.members if m.id == member_id)
+        lost = next(m for m in everyone.members if m.id == member_id)
         self._keeper.event(
-            "member_evicted", generation=str(world.generation), member=lost.id, node=lost.node, pid=lost.pid,
+            "member_evicted", generation=str(everyone.generation), member=lost.id, node=lost.node, pid=lost.pid,
             step=where.position[0] + 1, detail=_told(where),
         )  # fmt: skip
-        if where.phase == DATA:
-            self._waited_out.update(where.samples)
+        self._note_given_up(where)
         self._give_up(member_id, "it hung, and its world went on without it", f"hung in {where.phase}", False)
 
 
 def _told(where: Progress) -> str:
     """Where a worker hangs, and what to do if it does not."""
-    what = f"hung in {where.phase}" + (f": {where.where}" if where.where else "")
-    if where.samples:
-        what += f", {named(where.samples)}"
-    return what + "; if it only takes long, give a longer --recovery.hang-timeout"
+    return f"hung in {_place(where)}; if it only takes long, give a longer --recovery.hang-timeout"
+
+
+def _place(where: Progress) -> str:
+    text = where.phase + (f": {where.where}" if where.where else "")
+    return f"{text}, {named(where.samples)}" if where.samples else text

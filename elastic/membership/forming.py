@@ -164,6 +164,11 @@ def can_do_without_others(state: State, now: float) -> bool:
     return len(members) >= limits.min_workers and _any_holds(state, members, max(_newest(state), 0))
 
 
+def holder_is_back(state: State) -> bool:
+    """Whether somebody who waits holds what the world began with, so that no other is the last who does."""
+    return any(w.applied >= max(_newest(state), 0) for w in usable(state)[0])
+
+
 def has_newest(state: State, members: Iterable[Member]) -> bool:
     """Whether one of them holds what the world began with, or nobody who does is left that might still come."""
     return not state.late or _any_holds(state, members, _newest(state))

@@ -188,6 +188,31 @@ class Expected:
 
 
 @dataclass(frozen=True)
+class Stalled:
+    """The world stands still, all of it or for one that does not answer: another one is made. `final`: that was tried,
+    or would not help; the run is saved and ends for this reason."""
+
+    reason: str
+    now: float
+    final: bool = False
+
+
+@dataclass(frozen=True)
+class Stuck:
+    """The last who holds the state answers, but never comes back from its broken world."""
+
+    reason: str
+    now: float
+
+
+@dataclass(frozen=True)
+class Slept:
+    """The server itself was away, or behind: what was said to it meanwhile it has yet to read."""
+
+    now: float
+
+
+@dataclass(frozen=True)
 class Tick:
     now: float
 
@@ -209,6 +234,9 @@ Event = (
     | SavedAlone
     | Stopped
     | Expected
+    | Stalled
+    | Stuck
+    | Slept
     | Tick
 )
 

@@ -21,6 +21,7 @@ from typing import Any
 from aiohttp import WSMsgType, web
 
 from elastic.child import raise_descriptor_limit
+from elastic.membership import kernel
 from elastic.membership.access import Access
 from elastic.membership.connections import Connections
 from elastic.membership.decisions import advance
@@ -40,12 +41,13 @@ from elastic.membership.messages import (
     Recorded,
     Registered,
     SavedAlone,
+    Slept,
     Stopped,
     Tick,
     Unable,
     Unfit,
 )
-from elastic.membership.protocol import MAX_MESSAGE_BYTES, Keeper
+from elastic.membership.protocol import BEAT_S, MAX_MESSAGE_BYTES, Keeper
 from elastic.membership.requests import Refused
 from elastic.membership.routes import Routes
 from elastic.membership.state import State
@@ -54,6 +56,7 @@ from elastic.membership.world import Generation, Member
 
 TICK_S = 0.05
 MAX_REQUEST_BYTES = 4 << 20
+BEHIND_S = 0.1  # a turn that takes so much longer than it should says that there is more to read than time for it
 
 
 class MembershipServer:
@@ -74,7 +77,7 @@ class MembershipServer:
         raise_descriptor_limit()
         self._connections, self._door = Connections(), Door()
         self._executor = Executor(keeper, self._connections, host, new_store)
-        self._watchman = Watchman(keeper, self._connections, hang_s, self._give_up)
+        self._watchman = Watchman(keeper, self._connections, hang_s, self._give_up, self._handle)
         self._routes = Routes(
             keeper, self._connections, self._executor, self._watchman, self._access, self._handle, lambda: self._state
         )
@@ -179,9 +182,14 @@ class MembershipServer:
             raise web.HTTPBadRequest(text=str(error)) from None
 
     async def _tick(self) -> None:
+        last = time.monotonic()
         while True:
             await asyncio.sleep(TICK_S)
             now = time.monotonic()
+            last, late_s = now, now - last - TICK_S
+            if late_s > BEHIND_S:
+                self._watchman.slept(late_s, now)
+                self._handle(Slept(now))
             self._handle(Tick(now))
             self._watchman.look(self._state, now)
             self._door.look(now)
@@ -190,7 +198,7 @@ class MembershipServer:
         self._state, commands = advance(self._state, event)
         for command in commands:
             if isinstance(command, (Form, Rebuilt)):
-                self._watchman.new_world()
+                self._watchman.new_world(self._state.late, time.monotonic())
             self._executor.execute(command)
 
     def _give_up(self, member_id: str, told: str, reason: str, dead: bool) -> None:
@@ -208,7 +216,9 @@ class MembershipServer:
         self._connections.add(member_id, socket)
         self._executor.welcome(member_id)
         self._handle(Arrived(member_id))
-        self._watchman.heard(member_id, time.monotonic())
+        connection = socket.get_extra_info("socket")
+        probed_s = kernel.watch(connection, self._state.limits.lease_s) if connection is not None else BEAT_S
+        self._watchman.connected(member_id, time.monotonic(), probed_s)
         ended = self._keeper.ended()
         if ended is not None:
             self._connections.send(member_id, {"kind": "over", "status": ended})

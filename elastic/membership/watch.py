@@ -5,12 +5,17 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
-DATA = "data"
+DATA, HELD = "data", "held"  # the latter waits for leave to go on
 #: Phases that may take long without anything being wrong: their time-out is this many times longer. A sample may come
 #: from a cold object store, and whoever is given its microbatch instead has to fetch it as well.
 PATIENCE = {"load": 10.0, "first step": 10.0, "eval": 10.0, "checkpoint": 10.0, DATA: 60.0}
 LEAST_S = 10.0
 STEPS = 5.0
+#: Times the hang time-out: a world in which nobody moves is made anew, and who would be the last with the state is
+#: given up; who lives but says nothing, or whom nobody waits for, is.
+STILL, QUIET = 3.0, 10.0
+#: Phases that tell of everything they do: there, standing still is not slowness alone.
+_COUNTED = ("step", "first step", "eval", DATA)
 
 
 @dataclass(frozen=True)
@@ -35,13 +40,16 @@ def hang_limit_s(phase: str, step_p95_s: float, fixed_s: float | None) -> float:
 
 
 def silent(
-    heard: Mapping[str, float], now: float, limit_s: float, world: Collection[str], lease_s: float, excused_until: float
-) -> list[str]:
-    """Workers whose watcher said nothing for `limit_s`: stopped, or cut off.
+    heard: Mapping[str, float], now: float, limit_s: float, world: Collection[str], lease_s: float,
+    excused_until: float, ready: Collection[str],
+) -> list[str]:  # fmt: skip
+    """Workers of which neither the watcher nor the machine said anything for `limit_s`: cut off.
 
-    Members of the `world` that are excused are given until their lease is over.
+    Members of the `world` that are excused are given until their lease is over; so is who is not `ready` yet, for whom
+    nobody waits.
     """
-    most = {m: max(limit_s, lease_s) for m in world} if now < excused_until else {}
+    longer = set(world) if now < excused_until else set()
+    most = dict.fromkeys(longer | heard.keys() - set(ready), max(limit_s, lease_s))
     return [member for member, at in heard.items() if now - at > most.get(member, limit_s)]
 
 
@@ -60,15 +68,15 @@ def excuse(
 
 def hung(
     progress: Mapping[str, Progress], now: float, step_p95_s: float, fixed_s: float | None,
-    waited_out: Collection[int] = (),
+    waited_out: Collection[int] = (), steps_out: Collection[int] = (),
 ) -> list[str]:  # fmt: skip
     """Members furthest behind, for whom the others have waited longer than the limit of their phase.
 
     Nobody is behind where all are at one place: then there is no one to wait for. Nor is a second one given up for the
-    same sample: it is the sample that is slow.
+    same sample, or in the same step: it is the sample, or the job, that is slow.
 
     Args:
-        waited_out: samples for which members were given up before.
+        waited_out, steps_out: samples for which, and steps (from 0) in which, members were given up before.
     """
     if not progress:
         return []
@@ -82,8 +90,17 @@ def hung(
         for member, p in progress.items()
         if p.position == least
         and now - max(p.since, waited_since) > hang_limit_s(p.phase, step_p95_s, fixed_s)
-        and not (p.phase == DATA and set(waited_out) & set(p.samples))
+        and not (set(waited_out) & set(p.samples) if p.phase == DATA else p.position[0] in steps_out)
     ]
+
+
+def still(progress: Mapping[str, Progress], now: float, step_p95_s: float, fixed_s: float | None) -> float:
+    """For how many times the hang time-out nobody has moved. Beyond 1 it counts where all phases tell what they do."""
+    if not progress or any(p.phase == HELD for p in progress.values()):
+        return 0.0
+    limit_s = max(hang_limit_s(p.phase, step_p95_s, fixed_s) for p in progress.values())
+    times = (now - max(p.since for p in progress.values())) / limit_s
+    return times if all(p.phase in _COUNTED for p in progress.values()) else min(times, 1.0)
 
 
 def slow_data(progress: Mapping[str, Progress], now: float, step_p95_s: float, fixed_s: float | None) -> list[str]:
@@ -93,14 +110,20 @@ def slow_data(progress: Mapping[str, Progress], now: float, step_p95_s: float, f
 
 
 def overdue(
-    progress: Mapping[str, Progress], awaited: Iterable[str], since: float, now: float, step_p95_s: float,
+    progress: Mapping[str, Progress], awaited: Mapping[str, float], since: float, now: float, step_p95_s: float,
     fixed_s: float | None,
 ) -> list[str]:  # fmt: skip
-    """Members awaited since `since`, because their world is over, that were longer in one place than allowed."""
+    """Members awaited since `since`, because their world is over, that were longer in one place than allowed.
+
+    Args:
+        awaited: members, with the times that the limit is longer for them.
+    """
     start = Progress((-1, 0, 0), "load", since)
     places = {member: progress.get(member, start) for member in sorted(awaited)}
     return [
-        member for member, p in places.items() if now - max(p.since, since) > hang_limit_s(p.phase, step_p95_s, fixed_s)
+        member
+        for member, p in places.items()
+        if now - max(p.since, since) > awaited[member] * hang_limit_s(p.phase, step_p95_s, fixed_s)
     ]
 
 

@@ -25,13 +25,14 @@ from elastic.worker.user_code import UserCode
 
 def evaluate(
     job: Job, model: nn.Module, name: str, data: MapDataset, group: Group, code: UserCode, *, size: int, seed: int,
-    each: Callable[[], AbstractContextManager[None]],
+    each: Callable[[], AbstractContextManager[None]], on_pass: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:  # fmt: skip
     """Evaluate one held-out set.
 
     Args:
         size: samples of one forward pass; the cut does not depend on the world.
         each: entered around each pass.
+        on_pass: called after each.
 
     Returns:
         `eval/loss` and `eval/<metric>`, or `eval/<name>/...` for a named set: means over the set.
@@ -59,6 +60,7 @@ def evaluate(
                 seed_all(derive("eval", seed, name, index))
                 with each():
                     loss, weight, metrics = code.evaluate(model, batch)
+                on_pass()
                 if padding and len(records) == len(runs[rank]):
                     continue  # others of the row still gather parameters
                 digest = xxhash.xxh3_64_intdigest(np.asarray(ids, "<i8").tobytes()) >> 1

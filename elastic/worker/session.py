@@ -8,6 +8,7 @@ warm up -> join -> connect -> restore -> step, step, ... -> done
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import time
@@ -659,12 +660,14 @@ class Session:
         self._code.doing(f"the evaluation after step {self._applied}", self._applied - 1)
         fault.point("eval.begin", group.rank, self._applied)
         found: dict[str, float] = {}
+        passes = itertools.count(1)
         with self._stepper.unmoved():
             for name, data in self._eval_sets.items():
                 found |= evaluate(
                     self._job, self._the_state.model, name, data, group, self._code,
                     size=self._rehearsal.eval_size, seed=self._config.run.seed,
                     each=self._stepper.unmoved if self._bitwise else contextlib.nullcontext,
+                    on_pass=lambda: self._link.progress(self._applied, APPLIED + 1, next(passes), "eval"),
                 )  # fmt: skip
         self._stepper.reshard()
         self._evaluated = (self._applied, found)
