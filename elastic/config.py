@@ -300,7 +300,7 @@ class RecoveryOptions:
     )
     hang_timeout: str = option("auto", "longest wait for a worker or helper process that hangs (s, min, h; auto)")
     max_wait: str | None = option(None, "longest parking with too few workers before the run ends (s, min, h)")
-    lease: str = option("30s", "workers stop applying when the membership server was silent for this long")
+    lease: str = option("30s", "workers stop applying while the membership server is silent for longer than this")
 
     def __post_init__(self) -> None:
         if self.snapshot_every not in ("off", "auto"):

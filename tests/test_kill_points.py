@@ -37,4 +37,3 @@ def test_a_kill_at(point, step, rank, undisturbed, tmp_path):
     assert gaps_and_doubles(ran.rows, B) == []
     assert len(ran.history) == len([r for r in ran.rows if "sample_hash" in r]), "a step was done twice"
     assert len(ran.events("member_lost")) == 1
-    assert not ran.events("member_late")

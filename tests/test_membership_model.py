@@ -227,6 +227,25 @@ def test_a_world_that_stands_still_is_made_anew_and_the_second_time_it_is_saved_
     assert machine.tell(Stuck("a does not come back", machine.now)) == [Fail("a does not come back")]
 
 
+def test_who_was_lost_for_its_silence_alone_comes_back_unless_others_went_on() -> None:
+    machine = three(min_workers=2)
+    for name in "abc":
+        machine.lose(name, reason="silent", dead=True, silent=True)
+    machine.wait(60)
+    assert register(machine, "a", 0, n=1) == [Welcome("a", Generation(1, 1), broken=True)]
+    machine.tell(Acknowledged("b", machine.now))
+    machine.join("a", 7)
+    assert formed(machine.join("b", 7)).ids == {"a", "b"}
+    assert isinstance(machine.join("c", 7)[0], Refuse)
+
+    machine = three()
+    machine.lose("c", reason="silent", silent=True)
+    machine.join("a", 7)
+    *_, refused = machine.join("b", 7)
+    assert refused == Refuse("c", "it was silent, and its world went on without it")
+    assert isinstance(machine.join("c", 7)[0], Refuse)
+
+
 def test_who_was_left_behind_and_dies_is_lost_but_breaks_nothing() -> None:
     machine = three()
     machine.lose("b")
@@ -1144,8 +1163,10 @@ class Cluster(RuleBasedStateMachine):
     def cut_off(self, number: int) -> None:
         """Its connection is lost, but it goes on: a zombie."""
         w = self.choose(number, self.connected())
-        w.told_to_go = True
-        self.tell(Lost(w.member.id, self.now, "silent"))
+        known = w.member.id in self.state.unheard
+        self.tell(Lost(w.member.id, self.now, "silent", silent=True))
+        assert w.told_to_go or known or w.member.id in self.state.unheard or w.member.id in self.state.gone
+        w.told_to_go |= w.member.id not in self.state.unheard
 
     def must_leave(self, w: Worker) -> bool:
         """It was told so, or another member left, so that its collectives fail."""
@@ -1177,7 +1198,7 @@ class Cluster(RuleBasedStateMachine):
     @precondition(lambda self: self.state.phase in (Phase.RUNNING, Phase.LEAVING) and bool(self.newcomers()))
     def fail_as_newcomer(self, number: int) -> None:
         w = self.choose(number, self.newcomers())
-        others = self.state.veterans - {w.member.id}
+        others = self.state.veterans - {w.member.id} if self.state.failing is None else set()
         self.tell(Unable(w.member.id, "boom", True, True, self.now))
         assert w.told_to_go or not others & there(self.state), "the run goes on without it"
 
@@ -1238,7 +1259,8 @@ class Cluster(RuleBasedStateMachine):
             if w.away_since is not None and self.now - w.away_since >= self.limits.lease_s:
                 w.alive = False  # its own lease is over
         connected, rebuilding = self.connected(), self.state.phase is Phase.REBUILDING
-        staying = [w for w in connected if going(self.state, w.member) is None]
+        unheard = self.state.unheard
+        staying = [w for w in connected if going(self.state, w.member) is None and w.member.id not in unheard]
         self.tell(Tick(self.now))
         if not rebuilding and self.state.keep is None and self.state.ceiling is None:
             assert not any(w.told_to_go for w in staying), "given up for nothing but time"

@@ -80,4 +80,3 @@ def test_whatever_happens(seed: int, alone: Ran, tmp_path: Path) -> None:
     found = Ran(run, None)
     assert_same_training(found, alone)
     assert found.evaluations == alone.evaluations
-    assert not found.events("member_late")

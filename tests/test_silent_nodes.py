@@ -21,6 +21,7 @@ from elastic.membership.server import MembershipServer
 from elastic.membership.world import Generation, Member
 from elastic.observe.ledger import gaps_and_doubles
 from elastic.run.prepare import prepare
+from elastic.worker.hosting import HostProcess
 from elastic.worker.local import LocalRun
 from tests import hosts as namespaces
 from tests.forked import STDERR, WAIT_S, B, Ran, Watch, configure, local_run
@@ -224,7 +225,7 @@ def test_survivors_of_a_cut_link_go_on_and_the_zombie_is_fenced_when_it_is_back(
 
 
 def test_a_worker_that_is_cut_off_for_good_ends_with_its_lease(hosts: Hosts, undisturbed: Ran, tmp_path: Path) -> None:
-    cluster = Cluster(hosts, tmp_path, 2, gates="5", recovery__lease="3s")
+    cluster = Cluster(hosts, tmp_path, 2, gates="5", recovery__lease="2s")
     with cluster.started() as local:
         first = cluster.world(1)
         lost = list(first)[1]
@@ -237,12 +238,12 @@ def test_a_worker_that_is_cut_off_for_good_ends_with_its_lease(hosts: Hosts, und
         assert cluster.await_end(lost) == 1
         words = cluster.last_words(lost)
         assert words.startswith(f"the membership server at {local.url} was silent for ")
-        assert words.endswith("longer than --recovery.lease 3s: others may have gone on with the run")
+        assert words.endswith("longer than --recovery.lease 2s: others may have gone on with the run")
     assert Ran(cluster.run, None).sha == undisturbed.sha
 
 
 def test_a_world_cut_off_as_a_whole_stops_applying_after_its_lease(hosts: Hosts, tmp_path: Path) -> None:
-    lease_s = 4.0
+    lease_s = 3.0
     cluster = Cluster(hosts, tmp_path, 2, gates="3", recovery__lease=f"{lease_s:g}s", run__duration="1000000st")
     with cluster.started() as local:
         pids = cluster.world(1).values()
@@ -293,20 +294,59 @@ def test_a_server_whose_link_is_back_within_the_lease_costs_nothing(
     assert not ran.events("member_lost") + ran.events("member_evicted")
 
 
-def test_a_worker_that_was_stopped_past_its_lease_does_not_apply_the_step_whose_fence_it_passed(tmp_path: Path) -> None:
-    config = configure(tmp_path, "run", recovery__lease="2s", scaling__max_workers=1)
+def test_a_worker_that_was_stopped_past_its_lease_goes_on_where_nobody_else_did(
+    undisturbed: Ran, tmp_path: Path
+) -> None:
+    config = configure(tmp_path, "run", recovery__lease="1s", scaling__max_workers=1)
     run = prepare(Gated(folder=str(tmp_path)), config)
     fault = {"point": "step.after_fence", "step": 5, "do": "stop"}
     with local_run(run, 1, environment={"ELASTIC_FAULTS": json.dumps([fault])}) as local:
         (process,) = local.processes
         until("the stop", lambda: _state(process.pid) == "T")
         stopped_at = time.monotonic()
-        until("the end of the lease", lambda: time.monotonic() - stopped_at > 2.0)
+        until("the end of the lease, and of all patience", lambda: time.monotonic() - stopped_at > 5.0)
         os.kill(process.pid, signal.SIGCONT)
-        until("its end", lambda: process.poll() is not None)
-        assert process.poll() == 1
-    steps = [int(line.split()[0]) for line in (tmp_path / f"{process.pid}.applied").read_text().splitlines()]
-    assert steps == [1, 2, 3, 4]
+        local.wait(WAIT_S)
+    ran = Ran(run, None)
+    assert ran.sha == undisturbed.sha
+    assert ran.column("generation") == ["1-1"] * 12
+
+
+def test_a_host_that_was_away_for_longer_than_the_lease_costs_no_step(undisturbed: Ran, tmp_path: Path) -> None:
+    """First the host alone, while its workers wait; then all of them together."""
+    folder = tmp_path / "gates"
+    folder.mkdir()
+    run = prepare(
+        Gated(folder=str(folder), gates="3,9"), configure(tmp_path, "run", recovery__lease="1s", scaling__max_workers=2)
+    )
+    with local_run(run, 2, own_host={}) as local:
+        assert isinstance(local.hosting, HostProcess)
+        host, pids = local.hosting.process.pid, [p.pid for p in local.processes]
+
+        def all_wait(step: int) -> bool:
+            return all((folder / f"{step}.{pid}.waits").exists() for pid in pids)
+
+        def away(*stopped: int, seconds: float) -> None:
+            for pid in stopped:
+                os.kill(pid, signal.SIGSTOP)
+            since = time.monotonic()
+            until("the end of the lease", lambda: time.monotonic() - since > seconds)
+            for pid in stopped:
+                os.kill(pid, signal.SIGCONT)
+
+        until("gate 3", lambda: all_wait(3))
+        away(host, seconds=2.5)
+        assert all(p.poll() is None for p in local.processes)
+        (folder / "3").touch()
+        until("gate 9", lambda: all_wait(9))
+        away(host, *pids, seconds=5.0)
+        (folder / "9").touch()
+        local.wait(WAIT_S)
+        assert [p.wait(WAIT_S) for p in local.processes] == [0, 0]
+    ran = Ran(run, None)
+    assert ran.sha == undisturbed.sha
+    assert ran.column("generation") == ["1-1"] * 12
+    assert not ran.events("member_lost") + ran.events("member_late")
 
 
 def _state(pid: int) -> str:

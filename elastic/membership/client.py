@@ -1,10 +1,11 @@
 """A worker's link to the membership server.
 
 A watcher thread holds the WebSocket and keeps beating while the training thread computes; it acts when the training
-thread cannot: it acknowledges a broken world and frees whoever is blocked in it, shows the stacks, connects again when
-the server was restarted, and ends this worker's part when its lease is over. After a reconnection it says where the
-worker stands, and once the server knows, all that was not heard. Nothing the training thread calls here waits for the
-network, except `join`, `close`, and `next_commit` if it is to.
+thread cannot: it acknowledges a broken world and frees whoever is blocked in it, shows the stacks, and connects again
+when the server was restarted. While the lease is over nothing is applied; a server that is heard again says whether the
+run went on without this worker, and if it did not, it goes on. After a reconnection it says where the worker stands,
+and once the server knows, all that was not heard. Nothing the training thread calls here waits for the network, except
+`join`, `close`, `next_commit` if it is to, and `check_lease` while the lease is over.
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ from elastic.membership.world import Generation, Member
 RECONNECT_S = 0.2
 ROWS_S = 0.1  # rows are reported that often
 CLOSE_S = 1.0
+KEPT = 3.0  # leases for which a worker keeps its state, and applies nothing, once its own is over
+LEASE_POLL_S = 0.02
 _CLOSING = aiohttp.ClientWSTimeout(ws_close=CLOSE_S)
 
 
@@ -67,7 +70,7 @@ class WorkerLink:
 
     Args:
         url, token: of the membership server.
-        lease_s: longest silence of the server; then this worker's part is over, since the run may go on without it.
+        lease_s: longest silence of the server; then nothing is applied, since the run may go on without this worker.
     """
 
     def __init__(self, url: str, token: str, member: Member, *, lease_s: float):
@@ -233,13 +236,13 @@ class WorkerLink:
             raise WorldBroken(f"world {self._assignment.generation} was declared broken")
 
     def check_lease(self) -> None:
-        """Raise where nothing may be applied any more.
+        """Raise where nothing may be applied any more; while it is not known, wait.
 
         Raises:
-            FencedError: the server was silent for longer than the lease, or said that this worker is out.
+            FencedError: the server was silent for too long, or said that this worker is out.
         """
-        if self._fenced is None and self._over is None and self._lease_left() <= 0:
-            self._fence_by_lease()  # before the watcher did: this process may have been stopped
+        while self._fenced is None and self._over is None and self._lease_left() <= 0:
+            time.sleep(LEASE_POLL_S)  # the watcher ends it
         if self._fenced is not None:
             raise FencedError(self._fenced)
 
@@ -248,8 +251,8 @@ class WorkerLink:
 
     def _fence_by_lease(self) -> None:
         self._fenced = (
-            f"the membership server at {self._url} was silent for {time.monotonic() - self._leased:.0f} s, longer than "
-            f"--recovery.lease {self._lease_s:g}s: others may have gone on with the run"
+            f"the membership server at {self._url} was silent for {time.monotonic() - self._leased:.0f} s, much longer "
+            f"than --recovery.lease {self._lease_s:g}s: others may have gone on with the run"
         )
 
     def _check_over(self) -> None:
@@ -266,10 +269,10 @@ class WorkerLink:
             return None
 
     def close(self) -> None:
-        """End the connection and its thread when all that was to be said has been heard, or the lease is over."""
+        """End the connection and its thread when all that was to be said has been heard, or nobody is there to hear."""
         self._closing = True
         self._wake()
-        self._thread.join(self._lease_s + 10)
+        self._thread.join((1 + KEPT) * self._lease_s + 10)
 
     # ---- the watcher thread ------------------------------------------------------------------------------------
 
@@ -287,10 +290,17 @@ class WorkerLink:
             self._loop.close()
 
     async def _hold_while_leased(self) -> None:
-        """Be connected until the lease is over; then free a training thread that waits for others in vain."""
+        """Be connected until the lease is long over; then free a training thread that waits for others in vain.
+
+        How long is counted in turns of this loop: a process that was stopped has yet to hear what it missed.
+        """
         holding = asyncio.create_task(self._hold())
-        while not holding.done() and (left := self._lease_left()) > 0:
-            await asyncio.wait({holding}, timeout=left)
+        alone_s = 0.0
+        while not holding.done() and alone_s < KEPT * self._lease_s:
+            left = self._lease_left()
+            turn_s = left if left > 0 else min(BEAT_S, 0.1 * self._lease_s)
+            alone_s = 0.0 if left > 0 else alone_s + turn_s
+            await asyncio.wait({holding}, timeout=turn_s)
         if holding.done():
             return holding.result()
         if self._fenced is None:

@@ -79,10 +79,15 @@ from elastic.membership.world import Generation, Member, World
 LAST_WORLDS = 3  # formed to save what an error ends; then who holds the newest state saves it alone
 
 _LEFT = "its world broke"
+_SILENT = "it was silent, and its world went on without it"
 
 
 def advance(state: State, event: Event) -> tuple[State, list[Command]]:
     """One decision."""
+    if isinstance(event, (Joined, Registered, Acknowledged)) and (heard := _who(event)) in state.unheard:
+        state = replace(
+            state, gone=state.gone - {heard}, dead=state.dead - {heard}, unheard=state.unheard - {heard}
+        )  # fmt: skip
     if isinstance(event, Joined):
         return _joined(state, event)
     if isinstance(event, Registered):
@@ -125,6 +130,10 @@ def advance(state: State, event: Event) -> tuple[State, list[Command]]:
     if isinstance(event, Expected):
         return _settle(replace(state, expected=event.member_ids), event.now)
     return _settle(state, event.now)
+
+
+def _who(event: Joined | Registered | Acknowledged) -> str:
+    return event.member_id if isinstance(event, Acknowledged) else event.member.id
 
 
 def _resize(state: State, wished: int, ceiling: int | None) -> State:
@@ -241,6 +250,7 @@ def _lost(state: State, event: Lost) -> tuple[State, list[Command]]:
     known, waited = event.member_id in state.gone, state.waiting.get(event.member_id)
     world, late = state.world, state.late.get(event.member_id)
     rank = None if world is None or known else world.rank_of(event.member_id)
+    may_come_back = event.silent and rank is not None and waited is None
     had_part = known or rank is not None or waited is not None or late is not None
     if event.died and not had_part and state.phase is not Phase.REBUILDING:
         state, commands = _unfit(state, Unfit(event.member_id, f"worker {event.member_id} {event.reason}", event.now))
@@ -261,6 +271,7 @@ def _lost(state: State, event: Lost) -> tuple[State, list[Command]]:
         late={k: v for k, v in state.late.items() if k != event.member_id},
         gone=state.gone | {event.member_id},
         dead=state.dead | {event.member_id} if event.dead else state.dead,
+        unheard=state.unheard | {event.member_id} if may_come_back else state.unheard,
     )
     saver = state.giving_up.saver if state.giving_up is not None else None
     if state.giving_up is not None and saver is not None and saver.id == event.member_id:
@@ -277,6 +288,8 @@ def _lost(state: State, event: Lost) -> tuple[State, list[Command]]:
         commands.append(Dropped(waited.member, event.reason))
     elif late is not None:
         commands.append(Dropped(late.member, event.reason))
+    if event.silent and not known and not may_come_back:
+        commands.append(Refuse(event.member_id, _SILENT))
     state, settled = _settle(state, event.now)
     return state, [*commands, *settled]
 
@@ -412,6 +425,7 @@ def _form(state: State, now: float) -> tuple[State, list[Command]]:
     chosen = {m.id for m in members}
     old = state.world.ids if state.world else frozenset()
     behind = _left_behind(state)
+    lost: list[Command] = [Refuse(i, _SILENT) for i in sorted(state.unheard)]
     rest = {k: w for k, w in state.waiting.items() if k not in chosen}
     handed = [w.member for w in rest.values() if w.member.node in state.notices and w.member.id in old]
     state = replace(
@@ -422,10 +436,10 @@ def _form(state: State, now: float) -> tuple[State, list[Command]]:
         veterans=frozenset(w.member.id for w in state.waiting.values() if w.applied > 0),
         last_worlds=state.last_worlds + (state.failing is not None),
         newest=max(w.applied for w in state.waiting.values() if w.member.id in chosen),
-        late={**state.late, **{late.member.id: late for late in behind}},
+        late={**state.late, **{late.member.id: late for late in behind}}, unheard=frozenset(),
     )  # fmt: skip
     state, left = _report_left_out(state)
-    left += [LeftBehind(late.member) for late in behind]
+    left += [*(LeftBehind(late.member) for late in behind), *lost]
     state, dismissed = _dismiss(state)
     parting, out = state.parting, list[Command]()
     if parting is not None:

@@ -37,14 +37,14 @@ class Watchman:
 
     Args:
         hang_s: fixed hang time-out, or None for one that goes by the steps seen.
-        give_up: called with (member id, what it is told, why it counts as lost, whether it applies nothing any more) of
-            a worker to go on without.
+        give_up: called with (member id, what it is told, why it counts as lost, whether it applies nothing any more,
+            whether only silence speaks against it) of a worker to go on without.
         decide: takes an event.
     """
 
     def __init__(
         self, keeper: Keeper, connections: Connections, hang_s: float | None,
-        give_up: Callable[[str, str, str, bool], None], decide: Callable[[Event], None],
+        give_up: Callable[[str, str, str, bool, bool], None], decide: Callable[[Event], None],
     ):  # fmt: skip
         self._keeper, self._connections, self._hang_s, self._give_up = keeper, connections, hang_s, give_up
         self._decide = decide
@@ -133,8 +133,7 @@ class Watchman:
         for member_id in silent(seen, now, SILENT_S, members, lease_s, self._excused_until, ready):
             silent_s = now - seen[member_id]
             self._heard.pop(member_id)
-            told = "it was silent, and its world went on without it"
-            self._give_up(member_id, told, f"silent for {silent_s:.0f} s", silent_s > lease_s)
+            self._give_up(member_id, "", f"silent for {silent_s:.0f} s", silent_s > lease_s, True)
 
     def _seen(self, now: float) -> dict[str, float]:
         """When each worker last spoke, or its machine answered for it: its process lives, stopped or not."""
@@ -264,7 +263,7 @@ class Watchman:
             step=where.position[0] + 1, detail=_told(where),
         )  # fmt: skip
         self._note_given_up(where)
-        self._give_up(member_id, "it hung, and its world went on without it", f"hung in {where.phase}", False)
+        self._give_up(member_id, "it hung, and its world went on without it", f"hung in {where.phase}", False, False)
 
 
 def _told(where: Progress) -> str:

@@ -77,13 +77,15 @@ class Acknowledged:
 @dataclass(frozen=True)
 class Lost:
     """A worker is gone, or is to be treated so. `dead`: it applies nothing any more, since its process ended or its
-    lease did. `died`: nobody gave it up, its process or its connection ended."""
+    lease did. `died`: nobody gave it up, its process or its connection ended. `silent`: nothing was heard of it; if it
+    is heard again before others went on, it was not lost."""
 
     member_id: str
     now: float
     reason: str = "connection lost"
     dead: bool = False
     died: bool = False
+    silent: bool = False
 
 
 @dataclass(frozen=True)

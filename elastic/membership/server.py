@@ -201,9 +201,10 @@ class MembershipServer:
                 self._watchman.new_world(self._state.late, time.monotonic())
             self._executor.execute(command)
 
-    def _give_up(self, member_id: str, told: str, reason: str, dead: bool) -> None:
-        self._executor.refuse(member_id, told)
-        self._handle(Lost(member_id, time.monotonic(), reason, dead=dead))
+    def _give_up(self, member_id: str, told: str, reason: str, dead: bool, silent: bool) -> None:
+        if not silent:
+            self._executor.refuse(member_id, told)
+        self._handle(Lost(member_id, time.monotonic(), reason, dead=dead, silent=silent))
 
     # ---- workers -----------------------------------------------------------------------------------------------
 

@@ -79,7 +79,8 @@ class Late:
 class State:
     """Soft state. Mappings are never changed in place.
 
-    `gone` are workers that were lost or are done: never let in again. `acked` have acknowledged the broken world.
+    `gone` are workers that were lost or are done: never let in again, but for those `unheard`, which were lost for
+    their silence alone, from a world that no other one has followed yet. `acked` have acknowledged the broken world.
     `notices` and `drained` are the deadlines of nodes and of workers that are to go. `keep` is how many workers to
     have, in the world and outside of it, once that was changed. `wished` is the most that the run was given, `ceiling`
     the most while it yields to others; the limits have the lower. `saver` is who commits the state before a parked run
@@ -100,6 +101,7 @@ class State:
     waiting: dict[str, Waiting] = field(default_factory=dict)
     gone: frozenset[str] = frozenset()
     dead: frozenset[str] = frozenset()
+    unheard: frozenset[str] = frozenset()
     acked: frozenset[str] = frozenset()
     broken_at: float = 0.0
     answered_at: float = 0.0

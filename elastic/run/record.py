@@ -123,6 +123,7 @@ class Record:
         elif kind == "world_formed":
             self.worlds = max(self.worlds, generation.n)
             self.world(event["detail"]["size"], event["time"])
+            self.gone -= frozenset(event["detail"].get("ids", ()))  # who was only silent, and was heard again
         elif kind == "checkpoint_committed":
             self._take_commit(event["step"], event.get("seconds", 0.0), event["detail"])
         elif kind == "restored" and self.claim_step is not None:  # from below where it began: that was damaged
