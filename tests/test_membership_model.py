@@ -1344,7 +1344,7 @@ class Cluster(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         """When nothing more happens, every living worker that may stay is in the world, or would not help."""
-        if not hasattr(self, "workers") or self.state.phase is Phase.ENDED:
+        if not hasattr(self, "workers") or self.state.phase is Phase.ENDED or self.state.failing is not None:
             return
         for w in self.workers.values():
             if not w.alive or w.told_to_go:

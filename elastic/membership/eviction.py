@@ -50,6 +50,7 @@ class Watchman:
         self._decide = decide
         self._heard: dict[str, float] = {}
         self._probed_s: dict[str, float] = {}  # between two probes of its machine
+        self._delayed_until: dict[str, float] = {}  # by when it is here what was said while the line was cut
         self._excused_until = 0.0
         self._progress: dict[str, Progress] = {}
         self._stacks: dict[str, str] = {}
@@ -75,6 +76,7 @@ class Watchman:
         """The worker is not connected any more."""
         self._heard.pop(member_id, None)
         self._probed_s.pop(member_id, None)
+        self._delayed_until.pop(member_id, None)
 
     def slept(self, seconds: float, now: float) -> None:
         """This process was away for so long, or behind: what was said meanwhile is not heard yet, and nobody is late
@@ -141,8 +143,10 @@ class Watchman:
         for member_id, at in self._heard.items():
             probed_s = self._probed_s.get(member_id, BEAT_S)
             if now - at > SILENT_S / 2:
-                answered = now - max(0.0, self._connections.silence_s(member_id) - probed_s)
-                seen[member_id] = max(at, answered)
+                silence_s = max(0.0, self._connections.silence_s(member_id) - probed_s)
+                seen[member_id] = max(at, now - silence_s)
+                if silence_s > SILENT_S / 4:  # TCP repeats what was lost at intervals that grow with the silence
+                    self._delayed_until[member_id] = now + (now - at)
         return seen
 
     def _hung(self, world: World, state: State, now: float) -> tuple[Event | None, list[str]]:
@@ -157,12 +161,12 @@ class Watchman:
             here = {m.id: self._progress[m.id] for m in world.members if m.id in self._progress}
             found = overdue(here, dict.fromkeys(awaited(state), 1.0), min(back), now, *limits)
         elif state.phase in (Phase.RUNNING, Phase.LEAVING):
-            found = hung(self._places(world), self._as_of(world, now), *limits, self._waited_out, self._steps_out)
+            found = hung(self._places(world, now), self._as_of(world, now), *limits, self._waited_out, self._steps_out)
         else:
             return None, []
         answering = [i for i in found if state.limits.cut or i not in quiet]
         if found and not answering:
-            self._note_given_up(self._places(world)[found[0]])
+            self._note_given_up(self._places(world, now)[found[0]])
             reason = f"{' and '.join(found)} does not answer, and the others have waited for longer than is usual"
             return Stalled(reason, now), []
         late = dict.fromkeys(state.late, QUIET)
@@ -186,15 +190,19 @@ class Watchman:
             return Stalled(f"{told}; another did before, at the same step", now, final=True), []
         return None, found
 
-    def _places(self, world: World) -> dict[str, Progress]:
-        """Where each member is, as far as it said."""
+    def _places(self, world: World, now: float) -> dict[str, Progress]:
+        """Where each member is, as far as it said. Whether one that says nothing any more still waits for data is not
+        known."""
         start = replace(_NOWHERE, since=self._formed_at)
-        return {m.id: self._progress.get(m.id, start) for m in world.members}
+        places = {m.id: self._progress.get(m.id, start) for m in world.members}
+        quiet = [i for i, p in places.items() if p.phase == DATA and now - self._heard.get(i, now) > SILENT_S]
+        return places | {i: replace(places[i], phase="step") for i in quiet}
 
     def _as_of(self, world: World, now: float) -> float:
-        """Until when it is known that nobody moved: who is cut off does not stand still."""
+        """Until when it is known that nobody moved: who is cut off, or was just now, does not stand still."""
         seen = self._seen(now)
-        return min(seen.get(m.id, 0.0) for m in world.members)
+        known = {i: at if now >= self._delayed_until.get(i, 0.0) else self._heard[i] for i, at in seen.items()}
+        return min(known.get(m.id, 0.0) for m in world.members)
 
     def _note_given_up(self, where: Progress) -> None:
         if where.phase == DATA:
@@ -204,7 +212,7 @@ class Watchman:
 
     def _watch_still(self, world: World, now: float) -> None:
         """Nobody moves: say so, make the world anew once, and end the run if it comes to stand at that step again."""
-        places, limits = self._places(world), (p95(self._step_times), self._hang_s)
+        places, limits = self._places(world, now), (p95(self._step_times), self._hang_s)
         times = still(places, self._as_of(world, now), *limits)
         if times <= 1.0:
             return
