@@ -150,4 +150,4 @@ def test_the_only_worker_that_never_returns_ends_the_run_with_a_clear_error(tmp_
             local.wait(WAIT_S)
         held.unlink()
 
-    assert [e["step"] for e in Ran(run, None).events("world_stalled")] == [6]
+    assert len(Ran(run, None).events("world_stalled")) == 1
