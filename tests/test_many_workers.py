@@ -1,0 +1,118 @@
+"""A thousand workers that lose one of theirs, with real connections to a real server: all in one process, which is busy
+with that."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import Any
+
+import aiohttp
+import pytest
+
+from elastic.child import raise_descriptor_limit
+from elastic.membership.protocol import MAX_MESSAGE_BYTES
+from elastic.membership.server import MembershipServer
+from elastic.membership.state import Limits, State
+
+pytestmark = pytest.mark.timeout(240)
+
+WORKERS = 1024
+
+
+class Notes:
+    """A keeper that only notes what it is told."""
+
+    def __init__(self) -> None:
+        self.kinds: list[str] = []
+
+    def event(self, kind: str, **fields: Any) -> None:
+        self.kinds.append(kind)
+
+    def world_formed(self, world: Any) -> None:
+        self.kinds.append(f"world of {world.size}")
+
+    def restore_point(self) -> dict[str, Any]:
+        return {}
+
+    def claim_step(self) -> int:
+        return 0
+
+    def ended(self) -> None:
+        return None
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *_, **__: self.kinds.append(name)
+
+
+async def work(url: str, number: int, said: list[str], worlds: asyncio.Queue[int], leave: asyncio.Event) -> None:
+    """One worker: joins, and joins again when its world is broken, until it is told to leave or hears of a second."""
+    member = {
+        "id": f"w{number:04}",
+        "node": f"n{number % 64}",
+        "local_index": number,
+        "pid": 0,
+        "host": "",
+        "device": "",
+        "says": "",
+    }
+    join: dict[str, Any] = {
+        "kind": "join",
+        "member": member,
+        "applied": -1,
+        "failure": None,
+        "why": "",
+        "broke": "",
+        "warm_s": 0.0,
+        "warm_parts": {},
+    }
+    headers = {"Authorization": "Bearer token"}
+    async with (
+        aiohttp.ClientSession(headers=headers, connector=aiohttp.TCPConnector(limit=0)) as session,
+        session.ws_connect(f"{url}/worker?id={member['id']}", max_msg_size=MAX_MESSAGE_BYTES) as socket,
+    ):  # fmt: skip
+        await socket.send_str(json.dumps(join))
+        join["applied"] = 5
+        while not leave.is_set():
+            try:
+                message = json.loads((await socket.receive(0.2)).data)
+            except TimeoutError:
+                continue
+            said.append(message["kind"])
+            if message["kind"] == "world":
+                worlds.put_nowait(message["size"])
+            elif message["kind"] == "broken":
+                await socket.send_str(json.dumps({"kind": "ack", "generation": message["generation"]}))
+                await socket.send_str(json.dumps(join))
+
+
+async def lose_one(url: str) -> tuple[list[int], list[str]]:
+    """The sizes of the worlds that workers hear of, before and after the loss, and all kinds of messages."""
+    said: list[str] = []
+    worlds: asyncio.Queue[int] = asyncio.Queue()
+    one, all_leave = asyncio.Event(), asyncio.Event()
+    async with asyncio.TaskGroup() as group:
+        for number in range(WORKERS):
+            group.create_task(work(url, number, said, worlds, all_leave if number else one))
+        sizes = [await worlds.get() for _ in range(WORKERS)]
+        one.set()
+        sizes += [await worlds.get() for _ in range(WORKERS - 1)]
+        all_leave.set()
+    return sizes, said
+
+
+def test_of_a_thousand_workers_that_lose_one_nobody_is_refused() -> None:
+    raise_descriptor_limit()
+    keeper = Notes()
+    state = State(epoch=1, limits=Limits(min_workers=1, max_workers=WORKERS, settle_s=120.0))
+    server = MembershipServer(keeper, state, "token", host="127.0.0.1", new_store=lambda: (0, lambda: None))
+    server.start()
+    try:
+        sizes, said = asyncio.run(lose_one(server.url))
+    finally:
+        server.stop()
+        server._thread.join(60)  # on a busy machine it takes long to see so many go
+    assert sizes[:WORKERS] == [WORKERS] * WORKERS
+    assert sizes[WORKERS:] == [WORKERS - 1] * (WORKERS - 1)
+    assert "refused" not in said
+    assert "member_late" not in keeper.kinds
