@@ -6,7 +6,9 @@ import json
 from dataclasses import replace
 
 import pytest
+from safetensors.torch import load_file, save_file
 
+from elastic import cli
 from elastic.checkpoint.reader import newest_first
 from elastic.errors import ConfigError
 from elastic.run.prepare import prepare
@@ -41,6 +43,19 @@ def test_a_pause_at_another_size_loses_nothing_of_the_state(alone: Ran, tmp_path
     text = (tmp_path / "run" / "config.json").read_text()
     stored = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
     assert stored["result"]["job.most"] == {"$": "float", "of": "inf"}
+
+
+def test_parts_whose_names_end_in_module_keep_them_in_files_that_go_out_and_come_in(alone: Ran, tmp_path):
+    file, own = tmp_path / "out.safetensors", tmp_path / "own.safetensors"
+    assert cli.main(["checkpoints", "export", alone.storage.url, str(file)]) == 0
+    weights, model = load_file(file), OddState().model()
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    save_file({name: tensors[name].detach().clone() for name in weights}, own)
+
+    ran = train(OddState(), quick(tmp_path, "run", checkpoint__init_from=str(own), run__stop_after="1st"), 1)
+
+    assert ran.failure is None
+    assert {name.partition(".")[0] for name in weights} == {"submodule", "module", "norm"}
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])

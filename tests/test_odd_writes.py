@@ -228,6 +228,28 @@ def test_an_integer_buffer_that_depends_on_the_samples_ends_the_run_at_every_siz
     assert "it has no one value" in (found.failure or "")
 
 
+@dataclass
+class Collects(Writes):
+    """Its forward passes lengthen a saved buffer."""
+
+    def model(self):
+        import torch
+
+        def collect(net: Any, x: Any, ids: Any) -> Any:
+            net.seen = torch.cat([net.seen, ids.float()])
+            return x
+
+        return around(super().model(), collect, seen=torch.zeros(0))
+
+
+@pytest.mark.parametrize("exactness", ["fast", "bitwise"])
+def test_a_buffer_that_forward_passes_give_another_shape_is_refused_by_name(exactness, tmp_path):
+    found = train(Collects(), configure(tmp_path, "run", run__exactness=exactness), workers=2)
+
+    assert "a forward pass gave buffer seen the shape (" in (found.failure or "")
+    assert "which was (0,), so it would depend on who runs which microbatch" in (found.failure or "")
+
+
 @pytest.mark.parametrize(
     ("kind", "why"),
     [
