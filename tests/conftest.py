@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import tempfile
 from collections.abc import Callable, Iterator
 from multiprocessing.util import Finalize
@@ -37,6 +38,9 @@ settings.load_profile("reproducible")
 def pytest_configure(config: pytest.Config) -> None:
     """Have a temporary folder of our own: what other processes put into the common one is no leak of ours."""
     pytest.register_assert_rewrite("tests.forked", "tests.ray_cluster")  # an assertion in these says what it compared
+    for number, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+        if signal.getsignal(number) is signal.SIG_IGN:  # as where tests are begun in the background, or with nohup
+            signal.signal(number, usual)
     root = os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", tempfile.gettempdir())  # tmp_path stays where people look
     fresh.choose()
     if not hasattr(config, "workerinput"):

@@ -17,7 +17,7 @@ from elastic.checkpoint.loader import load, load_together
 from elastic.checkpoint.plan import Held, plan_load, plan_reads, plan_save, read_bytes, wanted_bytes
 from elastic.checkpoint.tensors import DTYPES, Shard, narrowed, tensor_bytes
 from elastic.checkpoint.tiling import Box, common, runs, tiles
-from elastic.errors import CheckpointError
+from elastic.errors import CheckpointError, DamagedCheckpoint
 from elastic.storage import Storage
 
 FOLDER = "checkpoints/step-00000001/1-1-a"
@@ -305,7 +305,7 @@ def test_damage_in_a_block_that_two_ranks_share_is_found_by_both(stored):
 
     outcomes = _in_lockstep(storage, manifest, [_halves(tensors, r) for r in range(2)])
 
-    assert [type(o) for o in outcomes] == [CheckpointError] * 2
+    assert [type(o) for o in outcomes] == [DamagedCheckpoint] * 2
     assert str(outcomes[0]) == str(outcomes[1])
     assert f"{name} has other bytes than were written, in the block at 48 (tensor 'w')" in str(outcomes[0])
 

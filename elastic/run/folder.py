@@ -30,6 +30,11 @@ _STATUS: dict[str, tuple[type, ...]] = {
     "status": (str,),
     "heartbeat": (int, float),
     "owner_process": (dict, type(None)),
+    "owner": (str, type(None)),
+    "message": (str, type(None)),
+    "step": (int, type(None)),
+    "world": (dict, type(None)),
+    "members": (list, type(None)),
 }
 _CLAIM = re.compile(r"(\d{6,12})\.json\Z")
 
