@@ -19,7 +19,7 @@ from tests.ray_cluster import Story, actor_pids, check_bits_and_samples, slow_jo
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(480)]
 OPTIONS = ("--run.duration", "100000st", "--scaling.max-workers", "3", "--scaling.workers-per-node", "1",
-           "--checkpoint.every", "50st", "--recovery.hang-timeout", "5s")  # fmt: skip
+           "--checkpoint.every", "50st")  # fmt: skip
 
 
 def watcher(cluster: LocalCluster, node: Any, *options: str) -> Command:
