@@ -41,6 +41,8 @@ def pytest_configure(config: pytest.Config) -> None:
     for number, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
         if signal.getsignal(number) is signal.SIG_IGN:  # as where tests are begun in the background, or with nohup
             signal.signal(number, usual)
+    # Test processes have more threads than this machine has CPUs: who waits must not spin. Read when torch is loaded.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     root = os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", tempfile.gettempdir())  # tmp_path stays where people look
     fresh.choose()
     if not hasattr(config, "workerinput"):

@@ -139,7 +139,7 @@ def test_clusters_of_this_machine_are_found_by_what_ray_start_left_and_by_their_
 def test_what_an_autoscaler_can_start_and_could_not_start_is_asked_for() -> None:
     assert parameters(ray_state.get_cluster_config) == []
     assert parameters(get_cluster_status) == ["gcs_address", "timeout"]
-    assert {"failed_launches", "failed_nodes"} <= {f.name for f in dataclasses.fields(ClusterStatus)}
+    assert "failed_launches" in {f.name for f in dataclasses.fields(ClusterStatus)}
     assert {"ray_node_type_name", "details"} <= {f.name for f in dataclasses.fields(LaunchRequest)}
 
 

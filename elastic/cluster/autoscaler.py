@@ -66,11 +66,12 @@ def failures(address: str, session_folder: str) -> list[str]:
     found = get_cluster_status(address, timeout=REQUEST_TIMEOUT_S)
     log = Path(session_folder) / "logs" / "monitor.log"
     reasons = reasons_in(_end_of(log)) if _on_head() and log.is_file() else {}
-    told = [(n.ray_node_type_name, "could not be started", n.details) for n in found.failed_launches]
-    told += [(n.ray_node_type_name, "failed", n.failure_detail or n.details) for n in found.failed_nodes]
+    # Its list of failed nodes has every node that ever went, also those that were let go for being idle: no news.
+    told = [(launch.ray_node_type_name, launch.details) for launch in found.failed_launches]
     return list(dict.fromkeys(
-        f"nodes of type {kind} {what}: {(reasons.get(kind) or why or 'its log on the head says why')[:MOST_TEXT]}"
-        for kind, what, why in told
+        f"nodes of type {kind} could not be started: "
+        + (reasons.get(kind) or why or "its log on the head says why")[:MOST_TEXT]
+        for kind, why in told
     ))  # fmt: skip
 
 
