@@ -13,9 +13,24 @@ from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
-from jobs.bench.nodes import OBJECT_STORE_BYTES, free_port
+from jobs.bench.nodes import OBJECT_STORE_BYTES, REPOSITORY, free_port
 
 RAY = str(Path(sys.executable).parent / "ray")
+
+
+def install_wheel(folder: Path) -> Path:
+    """Build the wheel, and unpack it below this folder; returns a folder with what it installs, and nothing else of
+    this project."""
+    source, built = folder / "source", folder / "built"
+    source.mkdir()
+    shutil.copytree(REPOSITORY / "elastic", source / "elastic", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(REPOSITORY / name, source)
+    build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(built), str(source)]
+    subprocess.run(build, check=True, timeout=60, stdout=subprocess.DEVNULL)
+    (file,) = built.glob("*.whl")
+    shutil.unpack_archive(file, folder / "installed", "zip")
+    return folder / "installed"
 
 
 class OwnCluster:

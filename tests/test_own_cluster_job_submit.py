@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,8 +14,8 @@ from elastic import cli
 from elastic.checkpoint.reader import newest_first
 from elastic.observe.ledger import EVENTS, METRICS, gaps_and_doubles, kept_history, read_records
 from elastic.storage import Storage
-from jobs.bench.nodes import REPOSITORY, Command, free_port
-from tests.own_cluster import RAY, OwnCluster
+from jobs.bench.nodes import Command, free_port
+from tests.own_cluster import RAY, OwnCluster, install_wheel
 from tests.ray_cluster import wait_until
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(480)]
@@ -28,8 +26,8 @@ FAST_STOP = json.dumps({"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "0"}})
 class JobApi:
     """The `ray job` commands against one cluster, run in one user's folder."""
 
-    def __init__(self, url: str, folder: Path):
-        self._url, self._folder = url, folder
+    def __init__(self, url: str, folder: Path, address: str):
+        self._url, self._folder, self.address = url, folder, address
 
     def start(self, *arguments: str, token: str = TOKEN) -> Command:
         """A command under way. The test's Python runs it: that of Ray's script is the same."""
@@ -46,22 +44,7 @@ class JobApi:
 
 
 @pytest.fixture
-def wheel(tmp_path: Path) -> Path:
-    """A folder with what the wheel installs, and nothing else of this project."""
-    source, built = tmp_path / "source", tmp_path / "built"
-    source.mkdir()
-    shutil.copytree(REPOSITORY / "elastic", source / "elastic", ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(REPOSITORY / name, source)
-    build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(built), str(source)]
-    subprocess.run(build, check=True, timeout=60, stdout=subprocess.DEVNULL)
-    (file,) = built.glob("*.whl")
-    shutil.unpack_archive(file, tmp_path / "installed", "zip")
-    return tmp_path / "installed"
-
-
-@pytest.fixture
-def api(wheel: Path, tmp_path: Path) -> Iterator[JobApi]:
+def api(tmp_path: Path) -> Iterator[JobApi]:
     """A cluster with dashboard and token, and a user's folder with one job in it."""
     parts = ("dashboard", "dashboard-agent-listen", "dashboard-agent-grpc", "metrics-export", "ray-client-server")
     ports = {part: free_port() for part in parts}
@@ -71,14 +54,15 @@ def api(wheel: Path, tmp_path: Path) -> Iterator[JobApi]:
     assert cli.main(["init", str(job)]) == 0
     job.write_text(job.read_text().replace("    elastic.main", "    print(elastic.__file__)\n    elastic.main"))
     environment = {
-        "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN, "RAY_JOB_STOP_WAIT_TIME_S": "60", "PYTHONPATH": str(wheel),
+        "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN, "RAY_JOB_STOP_WAIT_TIME_S": "60",
+        "PYTHONPATH": str(install_wheel(tmp_path)),
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
     }  # fmt: skip
     options = (
         "--num-cpus=2", "--dashboard-host=127.0.0.1", *(f"--{part}-port={port}" for part, port in ports.items())
     )  # fmt: skip
-    with OwnCluster(*options, environment=environment):
-        yield JobApi(f"http://127.0.0.1:{ports['dashboard']}", folder)
+    with OwnCluster(*options, environment=environment) as cluster:
+        yield JobApi(f"http://127.0.0.1:{ports['dashboard']}", folder, cluster.address)
         while Command.started:
             Command.started.pop().end()
 
@@ -132,3 +116,11 @@ def test_a_job_is_submitted_stopped_with_and_without_time_to_save_and_resumed(ap
     stranger = api.start("list", token="another")
     assert stranger.wait() != 0
     assert "second" not in stranger.output
+
+    # who joins as a driver is let in with the token alone, and told so in one sentence
+    check = f"from elastic.cluster.embedded import check_answers; check_answers({api.address!r})"
+    for token, code in ((TOKEN, 0), ("another", 1)):
+        joined = Command("-c", check, environment={"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token})
+        assert joined.wait() == code, joined.output
+    assert "ConfigError: --cluster.address is " in joined.lines[-1]
+    assert "the cluster wants a token, and this process has none or another one" in joined.lines[-1]

@@ -1,4 +1,4 @@
-"""Each private name of Ray that is used (raytrain, gcs, raytune), so that a new Ray fails here first."""
+"""Each private name of Ray that is used (raytrain, gcs, noise, raytune), so that a new Ray fails here first."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import pytest
 import ray
 from ray._common.utils import get_ray_address_file
 from ray._private import services
+from ray._private import worker as ray_worker
+from ray._private.authentication import authentication_token_setup as token_setup
 from ray._private.node import Node
 from ray._private.state import state as ray_state
 from ray._private.worker import Worker
@@ -98,11 +100,12 @@ def test_ray_tells_a_process_that_died_from_a_node_that_it_calls_dead() -> None:
 
 
 def test_ray_tells_how_a_process_ended() -> None:
-    text = (
-        "The actor is dead because its worker process has died. Worker exit type: SYSTEM_ERROR Worker exit detail: "
-        "Worker unexpectedly exits with a connection error code 2. End of file. There are some potential root causes."
-    )
-    assert raytrain.how_it_ended(text) == "Worker unexpectedly exits with a connection error code 2. End of file"
+    for hints in ("There are some potential root causes.", "Some common causes include: (1) the OOM killer"):
+        text = (
+            "The actor is dead because its worker process has died. Worker exit type: SYSTEM_ERROR Worker exit detail: "
+            f"Worker unexpectedly exits with a connection error code 2. End of file. {hints}"
+        )
+        assert raytrain.how_it_ended(text) == "Worker unexpectedly exits with a connection error code 2. End of file"
     assert raytrain.how_it_ended("The actor died.") == "ended without a word"
 
 
@@ -141,6 +144,15 @@ def test_what_an_autoscaler_can_start_and_could_not_start_is_asked_for() -> None
     assert parameters(get_cluster_status) == ["gcs_address", "timeout"]
     assert "failed_launches" in {f.name for f in dataclasses.fields(ClusterStatus)}
     assert {"ray_node_type_name", "details"} <= {f.name for f in dataclasses.fields(LaunchRequest)}
+
+
+def test_a_driver_shows_lines_through_one_function_and_tokens_are_looked_for_by_two() -> None:
+    assert parameters(ray_worker.print_worker_logs) == ["data", "print_file", "ignore_prefix"]
+    for prints in (ray_worker.print_to_stdstream, Worker.print_logs, ray_worker.listen_error_messages):
+        source = inspect.getsource(prints)
+        assert "print_worker_logs(" in source or "print_to_stdstream(" in source or "dispatcher.emit(" in source
+    assert "warn_if_disabled" in parameters(token_setup.maybe_enable_token_auth_if_token_available)
+    assert "create_token_if_missing" in parameters(token_setup.ensure_token_if_auth_enabled)
 
 
 def test_policies_have_the_methods_that_we_define() -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import socket
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -63,10 +65,38 @@ def test_the_first_lines_say_where_a_run_goes():
     assert where_text(None) == "with a Ray of its own on this machine"
 
 
-def test_an_address_that_does_not_answer_is_refused_before_anything_starts(answering):
-    check_answers(answering)
+def test_an_address_that_does_not_answer_is_refused_before_anything_starts():
     check_answers("auto")
     with socket.create_server(("127.0.0.1", 0)) as server:
         gone = f"127.0.0.1:{server.getsockname()[1]}"
     with pytest.raises(ConfigError, match=f"is '{gone}', where no Ray cluster answers .*; give the host and port"):
         preflight(ClusterOptions(address=gone), ScalingOptions())
+
+
+def test_of_a_cluster_that_was_found_the_own_token_is_used_and_what_is_none_is_refused_soon(answering, tmp_path):
+    """In a process of its own: Ray reads how to prove who one is once, and its client waits long after we do not."""
+    (tmp_path / "ray").mkdir()
+    (tmp_path / "ray" / "ray_current_cluster").write_text(answering)
+    (tmp_path / ".ray").mkdir()
+    (tmp_path / ".ray" / "auth_token").write_text("mine")
+    program = (
+        "import os, sys\nfrom elastic.cluster import embedded\n"
+        "from elastic.config import ClusterOptions, ScalingOptions\n"
+        "check, embedded.check_answers = embedded.check_answers, lambda address: None\n"
+        "for given in ('other:1', None):\n"
+        "    address = embedded.preflight(ClusterOptions(address=given), ScalingOptions())\n"
+        "    print(address, os.environ.get('RAY_AUTH_MODE'), flush=True)\n"
+        "check(address, 0.3)\n"
+    )
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+    ran = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60,
+        env={**environment, "HOME": str(tmp_path), "RAY_TMPDIR": str(tmp_path)},
+    )  # fmt: skip
+    assert ran.stdout.splitlines() == ["other:1 None", f"{answering} token"]
+    assert ran.stderr.splitlines()[-1] == (
+        f"elastic.errors.ConfigError: --cluster.address is '{answering}': what listens there does not answer as the "
+        "head of a Ray cluster does (TimeoutError: no answer within 0.3 s); give the host and port of its head, or "
+        "leave it out for a Ray of this machine's own"
+    )
+    assert "Token authentication" not in ran.stderr

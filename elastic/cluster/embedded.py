@@ -6,13 +6,20 @@ import logging
 import os
 import socket
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import ray
 
-from elastic.cluster.gcs import find_running_cluster, found_cluster_kept
+from elastic.cluster.gcs import (
+    ClusterUnreachable,
+    check_lets_in,
+    find_running_cluster,
+    found_cluster_kept,
+    take_own_token,
+)
+from elastic.cluster.noise import hidden
 from elastic.config import ClusterOptions, ScalingOptions
 from elastic.errors import ConfigError
 from elastic.run.signals import spared_from_hangups
@@ -65,23 +72,28 @@ def preflight(cluster: ClusterOptions, scaling: ScalingOptions) -> str | None:
     if is_embedded(address):
         check_embedded(scaling)
     elif address is not None and not ray.is_initialized():
+        if address not in (cluster.address, os.environ.get("RAY_ADDRESS")):
+            take_own_token()
         check_answers(address)
     return address
 
 
 def check_answers(address: str, wait_s: float = ANSWER_S) -> None:
-    """Ray itself tries for two minutes, and says so in words of its own.
+    """Ray itself tries for minutes, and says so in words of its own.
 
     Raises:
-        ConfigError: nobody listens at host:port.
+        ConfigError: nobody listens at host:port, or not the head of a Ray cluster that lets this process in.
     """
     host, _, port = address.rpartition(":")
     if not host or not port.isdecimal() or "://" in address:
         return  # auto, local, or what Ray alone can read
+    option = "--cluster.address" if not os.environ.get("RAY_ADDRESS") else "--cluster.address or RAY_ADDRESS"
     try:
         socket.create_connection((host, int(port)), wait_s).close()
+        check_lets_in(address, wait_s)
+    except ClusterUnreachable as error:
+        raise ConfigError(f"{option} is {address!r}: {error}") from error
     except OSError as error:
-        option = "--cluster.address" if not os.environ.get("RAY_ADDRESS") else "--cluster.address or RAY_ADDRESS"
         raise ConfigError(
             f"{option} is {address!r}, where no Ray cluster answers ({error}); give the host and port of its head, or "
             "leave it out for a Ray of this machine's own"
@@ -112,7 +124,9 @@ def connected(cluster: ClusterOptions, scaling: ScalingOptions, address: str | N
         return
     nodes: Any = None
     options: Mapping[str, Any] = {"log_to_driver": True, "logging_level": logging.WARNING, "configure_logging": True}
+    quiet = ExitStack()
     try:
+        quiet.enter_context(hidden())
         if address is not None:
             ray.init(address=address, **options)
         elif cluster.local_nodes is not None:
@@ -130,6 +144,7 @@ def connected(cluster: ClusterOptions, scaling: ScalingOptions, address: str | N
         yield
     finally:
         ray.shutdown()
+        quiet.close()
         if nodes is not None:
             with found_cluster_kept():
                 nodes.shutdown()

@@ -9,18 +9,22 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import queue
 import socket
+import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import ray
 from ray._common.utils import get_ray_address_file
 from ray._private import services
+from ray._private.authentication import authentication_token_setup as token_setup
 from ray._raylet import GcsClient  # type: ignore[attr-defined]
 from ray.core.generated.autoscaler_pb2 import DrainNodeReason  # type: ignore[attr-defined]
 from ray.core.generated.gcs_pb2 import GcsNodeInfo  # type: ignore[attr-defined]
 
-from elastic.errors import ConfigError
+from elastic.cluster.noise import hide_token_hint
+from elastic.errors import ConfigError, one_line
 
 REQUEST_TIMEOUT_S = 5.0
 REACH_S = 1.0
@@ -29,6 +33,47 @@ _PREEMPTION = DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
 
 class ClusterUnreachable(Exception):
     """The head does not answer."""
+
+
+def check_lets_in(address: str, wait_s: float) -> None:
+    """See whether a Ray cluster's head listens at `address` (host:port), and whether this process has its token.
+
+    Raises:
+        ClusterUnreachable: it does not, or not within `wait_s`.
+    """
+    found: queue.Queue[Exception | None] = queue.Queue()
+
+    def ask() -> None:
+        try:
+            token_setup.ensure_token_if_auth_enabled(create_token_if_missing=False)  # Ray's client would abort
+            GcsClient(address=address)
+        except (ray.exceptions.RayError, RuntimeError) as error:
+            found.put(error)
+        else:
+            found.put(None)
+
+    threading.Thread(target=ask, name="ask-head", daemon=True).start()  # who is no head may leave it waiting
+    try:
+        error = found.get(timeout=wait_s)
+    except queue.Empty:
+        error = TimeoutError(f"no answer within {wait_s:g} s")
+    if isinstance(error, ray.exceptions.AuthenticationError):
+        raise ClusterUnreachable(
+            "the cluster wants a token, and this process has none or another one; give RAY_AUTH_MODE=token, and its "
+            "token in RAY_AUTH_TOKEN or ~/.ray/auth_token"
+        ) from error
+    if error is not None:
+        raise ClusterUnreachable(
+            f"what listens there does not answer as the head of a Ray cluster does ({one_line(error)}); give the host "
+            "and port of its head, or leave it out for a Ray of this machine's own"
+        ) from error
+
+
+def take_own_token() -> None:
+    """For a cluster that this user started on this machine: use the user's token where nothing says whether to, as
+    `ray start` did. Not for one that was only named: it would be told the token."""
+    hide_token_hint()
+    token_setup.maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
 
 
 class Nodes:

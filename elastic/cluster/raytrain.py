@@ -53,7 +53,7 @@ START_TIMEOUT_S = 180.0
 REQUEST_TIMEOUT_S = 2.0
 MAX_RESTARTS = 3
 _PROCESS_DIED = "its worker process has died"  # Ray's words, where the raylet saw it
-_EXIT_DETAIL = re.compile(r"Worker exit detail: (.*?)(?:\. There are some potential|\n|$)", re.S)
+_EXIT_DETAIL = re.compile(r"Worker exit detail: (.*?)(?:\. (?:There are some potential|Some common causes)|\n|$)", re.S)
 _CONTROLLER_ENVIRONMENT = {
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # it answers a drain with a whole-group restart
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": str(POLL_S),

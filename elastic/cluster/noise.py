@@ -1,0 +1,79 @@
+"""What Ray itself writes to a driver's console, without what the run's own lines say already, or nobody can use.
+
+Touches private names of Ray, as `raytrain` does; `tests/test_ray_contract.py` has a test for each.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from ray._private import worker as ray_worker
+from ray._private.authentication import authentication_token_setup as token_setup
+
+#: A line of Ray's own C++ parts: debug, information, warning, error; not those with which a process ends (C).
+_CPP = re.compile(r"\[\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d+ [DIWE] \d+ \d+\] ")
+_ENDED = "A worker died or was killed while executing a task by an unexpected system error."  # an event of the run
+#: Where the useful part of a message ends.
+_TAIL = re.compile(r"\. (Last \d+ lines of the Raylet logs|This can happen when a|Possible reasons include)", re.S)
+
+
+def _no_hint(record: logging.LogRecord) -> bool:
+    return "Token authentication is enabled" not in record.getMessage()
+
+
+def hide_token_hint() -> None:
+    """Do without Ray's hint that a cluster asks for a token. That one asks for none is worth a warning, and stays."""
+    logging.getLogger(token_setup.__name__).addFilter(_no_hint)
+
+
+def worth_showing(source: str, lines: Sequence[str]) -> list[str]:
+    """What is left of lines that Ray would show.
+
+    Args:
+        source: a process id, or `raylet`, `gcs_server`, `autoscaler`.
+    """
+    if source == "autoscaler":  # it repeats itself by the hundred; the run says what it waits for, and what failed
+        return []
+    kept = [line for line in lines if not _CPP.match(line)]
+    if source != "raylet":
+        return kept
+    return [_first_sentence(line) for line in kept if not line.startswith(_ENDED)]
+
+
+def _first_sentence(message: str) -> str:
+    found = _TAIL.search(message)
+    return message[: found.start() + 1] if found else message
+
+
+@contextmanager
+def hidden() -> Iterator[None]:
+    """Inside, a connected driver shows of Ray's own lines what matters, and all that workers print; without colours
+    where nobody looks. With RAY_SCHEDULER_EVENTS in the environment, also what the autoscaler says."""
+    show = ray_worker.print_worker_logs
+
+    def filtered(data: dict[str, Any], *arguments: Any, **more: Any) -> None:
+        source = str(data.get("pid"))
+        if source == "autoscaler" and "RAY_SCHEDULER_EVENTS" in os.environ:
+            lines = data.get("lines", [])
+        else:
+            lines = worth_showing(source, data.get("lines", []))
+        if lines:
+            show({**data, "lines": lines}, *arguments, **more)
+
+    hide_token_hint()
+    coloured = os.environ.get("RAY_COLOR_PREFIX")
+    if coloured is None and not sys.stdout.isatty():
+        os.environ["RAY_COLOR_PREFIX"] = "0"
+    ray_worker.print_worker_logs = filtered
+    try:
+        yield
+    finally:
+        ray_worker.print_worker_logs = show
+        if coloured is None:
+            os.environ.pop("RAY_COLOR_PREFIX", None)
