@@ -36,6 +36,7 @@ from elastic.membership.messages import (
     Lost,
     Notice,
     Park,
+    Quiet,
     Rebuilt,
     Recorded,
     Refuse,
@@ -273,6 +274,78 @@ def test_a_spare_fills_a_loss_in_the_same_re_formation() -> None:
     machine.lose("b")
     machine.join("a", 7)
     assert {m.id for m in formed(machine.join("c", 7)).members} == {"a", "c", "spare"}
+
+
+def quiet(machine: Machine, *names: str) -> list[Command]:
+    return machine.tell(Quiet(frozenset(names), machine.now))
+
+
+def test_a_spare_that_says_nothing_is_passed_over_and_taken_in_when_it_is_heard() -> None:
+    machine = three(max_workers=3)
+    machine.join("first")
+    machine.join("second")
+    assert quiet(machine, "first") == []
+    machine.lose("b")
+    machine.join("a", 7)
+    assert formed(machine.join("c", 7)).ids == {"a", "c", "second"}
+    machine.lose("second")
+    machine.join("a", 8)
+    assert formed(machine.join("c", 8)).ids == {"a", "c"}, "smaller, but nobody waits in vain"
+    assert machine.wait(10) == []
+    (leave,) = quiet(machine)
+    assert isinstance(leave, Leave)
+    machine.join("a", 9)
+    assert formed(machine.join("c", 9)).ids == {"a", "c", "first"}
+
+
+def test_a_survivor_that_is_stopped_once_it_is_back_is_left_behind_unless_it_is_the_last_with_the_state() -> None:
+    machine = three()
+    machine.join("spare")
+    machine.lose("b")
+    machine.tell(Acknowledged("c", machine.now))
+    machine.join("a", 8)  # c has passed the fence, too, or has all in hand
+    quiet(machine, "a")
+    form, behind = machine.join("c", 7)
+    assert isinstance(form, Form)
+    assert machine.members == ["c", "spare"]
+    assert behind == LeftBehind(Member("a", "node-a"))
+    (leave,) = quiet(machine)
+    assert isinstance(leave, Leave), "it is taken in with what it holds"
+
+    machine = three()
+    machine.join("spare")
+    for name in "bc":
+        machine.lose(name)
+    machine.tell(Acknowledged("a", machine.now))
+    quiet(machine, "spare")
+    assert formed(machine.join("a", 7)).ids == {"a"}
+    machine = three()
+    for name in "bc":
+        machine.lose(name)
+    quiet(machine, "a")
+    assert formed(machine.join("a", 7)).ids == {"a"}, "who joins is not quiet"
+    machine.lose("a")
+    machine.join("spare")
+    machine.join("new")
+    quiet(machine, "spare")
+    assert formed(machine.wait(31)).ids == {"new"}
+
+
+def test_the_last_with_the_state_is_waited_for_and_too_few_that_answer_are_parked() -> None:
+    machine = three(min_workers=2)
+    for name in "bc":
+        machine.lose(name)
+    machine.join("a", 7)
+    quiet(machine, "a")
+    assert formed(machine.join("new")).ids == {"a", "new"}
+
+    machine = three(min_workers=3)
+    machine.lose("c")
+    machine.join("a", 7)
+    machine.join("b", 7)
+    quiet(machine, "a")
+    assert machine.join("new") == []
+    assert formed(quiet(machine)).ids == {"a", "b", "new"}
 
 
 def test_too_few_are_parked_with_their_state_and_resumed_or_given_up() -> None:
@@ -688,6 +761,17 @@ def test_a_restarted_server_breaks_a_world_that_lost_a_member_meanwhile() -> Non
     assert formed(machine.join("c", 7)).generation == Generation(1, 1005)
 
 
+def test_a_restarted_server_waits_for_the_last_who_holds_the_state() -> None:
+    machine = rebuilding()
+    for rank, name in enumerate("abc"):
+        register(machine, name, rank)
+    for name in "bc":
+        machine.lose(name, dead=True)
+    assert machine.join("new") == []
+    assert machine.wait(40) == [], "a is only slow to answer"
+    assert formed(machine.join("a", 7)).ids == {"a", "new"}
+
+
 def test_a_restarted_server_takes_in_who_had_left_its_broken_world_already() -> None:
     machine = rebuilding()
     machine.join("a", 7)
@@ -1052,9 +1136,11 @@ class Cluster(RuleBasedStateMachine):
     # -- what happens
 
     def tell(self, event: Event) -> None:
+        before = self.state.world
         self.state, commands = advance(self.state, event)
         for command in commands:
             if isinstance(command, Form):
+                self.check_quiet(command.world, before)
                 self.form(command.world)
             elif isinstance(command, Refuse):
                 self.workers[command.member_id].told_to_go = True
@@ -1087,6 +1173,14 @@ class Cluster(RuleBasedStateMachine):
             if w.applied != newest or not w.holds:
                 w.lineage, w.holds = list(giver.lineage), True
             w.world, w.entered, w.joining = world, False, False
+
+    def check_quiet(self, world: World, before: World | None) -> None:
+        """Nobody waits for who is quiet, but to get from it what no other one has."""
+        members = [self.workers[m.id] for m in world.members]
+        newest = max((w.applied for w in members if w.member.id not in self.state.quiet), default=-1)
+        for w in members:
+            part = self.limits.cut and before is not None and w.member.id in before.ids
+            assert w.member.id not in self.state.quiet or part or w.applied > newest
 
     def in_world(self, w: Worker) -> bool:
         return w.alive and not w.told_to_go and w.world is not None and not w.joining
@@ -1201,6 +1295,13 @@ class Cluster(RuleBasedStateMachine):
         others = self.state.veterans - {w.member.id} if self.state.failing is None else set()
         self.tell(Unable(w.member.id, "boom", True, True, self.now))
         assert w.told_to_go or not others & there(self.state), "the run goes on without it"
+
+    @rule(some=st.sets(st.integers(1, 14), max_size=6))
+    @precondition(lambda self: bool(self.state.waiting) or bool(self.state.quiet))
+    def hear(self, some: set[int]) -> None:
+        """Those were heard that are not among these."""
+        ids = {i for i, w in self.state.waiting.items() if w.member.local_index in some}
+        self.tell(Quiet(frozenset(ids), self.now))
 
     @rule()
     @precondition(lambda self: self.state.world is not None)
@@ -1354,6 +1455,7 @@ class Cluster(RuleBasedStateMachine):
                 self.say_hello(w)
         if self.state.phase is Phase.REBUILDING:
             self.controller_tells()
+        self.tell(Quiet(frozenset(), self.now))
         for _ in range(12):
             for w in self.living():
                 self.tell(Acknowledged(w.member.id, self.now))

@@ -114,6 +114,19 @@ def test_who_keeps_others_waiting_without_answering_is_left_behind_and_taken_in_
     assert_same_training(ran, undisturbed)
 
 
+def test_who_takes_long_to_copy_what_is_saved_is_not_ahead_of_those_that_wait_for_it(undisturbed, tmp_path):
+    """They are in the next step already; they were given up for it."""
+    slow = fault("checkpoint.before_stage", 6, 1, "sleep", seconds=2.5)
+    options = {"recovery__hang_timeout": "0.5s", "checkpoint__every": "6st"}
+    run = prepared(tmp_path, 2, **options)
+    with local_run(run, 2, environment=plan(slow)) as local:
+        local.wait(WAIT_S)
+
+    ran = Ran(run, None)
+    assert len(ran.events("world_formed")) == 1
+    assert_same_training(ran, undisturbed)
+
+
 # ---- all of them -----------------------------------------------------------------------------------------------
 
 
@@ -151,3 +164,34 @@ def test_the_only_worker_that_never_returns_ends_the_run_with_a_clear_error(tmp_
         held.unlink()
 
     assert len(Ran(run, None).events("world_stalled")) == 1
+
+
+# ---- those outside a world -------------------------------------------------------------------------------------
+
+
+def test_a_spare_that_is_stopped_is_passed_over(undisturbed, tmp_path, gate, monkeypatch):
+    monkeypatch.setattr(eviction, "LATELY_S", 1.0)
+    held = gate("held")
+    faults = [fault("step.forward", 6, 1, "hold", file=held), fault("step.forward", 6, 1, only=tmp_path / "mark")]
+    run, watch = prepared(tmp_path, 2, scaling__spares=2), Watch()
+    with local_run(run, 4, on_record=watch, environment=plan(*faults)) as local:
+        first = watch.wait_for(lambda r: r.get("kind") == "world_formed")["detail"]["ids"]
+        wait_until(lambda: len(local.link.request("/group")["waiting"]) == 2, "both spares")
+        stopped, well = local.link.request("/group")["waiting"]
+        process = local.processes[int(stopped.removeprefix("w1-"))]
+        os.kill(process.pid, signal.SIGSTOP)
+
+        def says(name: str) -> str:
+            return next(w["phase"] for w in local.link.request("/run")["workers"] if w["id"] == name)
+
+        wait_until(lambda: says(stopped) == "does not answer", "its silence")
+        held.unlink()
+        second = watch.wait_for(lambda r: r.get("kind") == "world_formed" and r["generation"] == "1-2")
+        assert second["detail"]["ids"] == sorted([first[0], well])
+        os.kill(process.pid, signal.SIGCONT)
+        local.wait(WAIT_S)
+        assert process.wait(WAIT_S) == 0
+
+    ran = Ran(run, None)
+    assert ran.column("world_size") == [2] * 12
+    assert_same_training(ran, undisturbed)

@@ -2,7 +2,19 @@
 
 from __future__ import annotations
 
-from elastic.membership.watch import DATA, HELD, PATIENCE, Progress, excuse, hung, overdue, silent, slow_data, still
+from elastic.membership.watch import (
+    DATA,
+    HELD,
+    PATIENCE,
+    Progress,
+    caught_up,
+    excuse,
+    hung,
+    overdue,
+    silent,
+    slow_data,
+    still,
+)
 
 LIMIT_S, LEASE_S = 5.0, 30.0
 
@@ -80,6 +92,19 @@ def test_a_second_one_is_not_given_up_in_the_same_step() -> None:
     assert hung(places, 11.0, 0.0, None) == ["b"]
     assert hung(places, 11.0, 0.0, None, steps_out={2}) == []
     assert hung(places, 11.0, 0.0, None, steps_out={1}) == ["b"]
+
+
+def test_what_takes_long_is_over_where_others_are_in_a_later_step() -> None:
+    ahead = Progress((3, 0, 0), "step", 0.0)
+
+    def known(step: int, phase: str) -> str:
+        return caught_up({"a": ahead, "b": Progress((step, 9, 0), phase, 0.0)})["b"].phase
+
+    assert [known(2, phase) for phase in ("first step", DATA, "load")] == ["step"] * 3
+    assert [known(2, phase) for phase in ("eval", "checkpoint")] == ["eval", "checkpoint"], "these come after the fence"
+    assert [known(1, phase) for phase in ("eval", "checkpoint")] == ["step"] * 2
+    assert [known(3, phase) for phase in ("first step", DATA)] == ["first step", DATA]
+    assert caught_up({}) == {}
 
 
 def test_nobody_moves() -> None:

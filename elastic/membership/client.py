@@ -93,6 +93,7 @@ class WorkerLink:
         self._leased = time.monotonic()  # when the newest beat that was answered was sent: the lease counts from there
         self._position: tuple[int, int, int] = (-1, 0, 0)
         self._phase = "load"
+        self._next_beat = 0.0
         self._place: Callable[[], tuple[str, list[int]]] = lambda: ("", [])
         self._loop = asyncio.new_event_loop()
         self._posted = asyncio.Event()
@@ -161,6 +162,8 @@ class WorkerLink:
             Generation.parse(answer["generation"]), answer["rank"], answer["size"], (host, port),
             answer["restore"], answer["claim_step"], answer["failing"], answer["parting"],
         )  # fmt: skip
+        self._next_beat = 0.0  # at once: of who says nothing in a world nobody knows whether it ever came there
+        self._wake()
         return self._assignment
 
     def free_with(self, free: Callable[[], None] | None) -> None:
@@ -336,9 +339,9 @@ class WorkerLink:
         reader = asyncio.create_task(self._read(socket))
         assignment = self._assignment
         if not self._known and assignment is not None and self._joining is None:
-            hello = {"generation": str(assignment.generation), "rank": assignment.rank, "size": assignment.size}
-            await socket.send_str(json.dumps({"kind": "hello", "member": asdict(self.member), **hello}))
-        next_beat = time.monotonic() + BEAT_S
+            hello = {"kind": "hello", "member": asdict(self.member), "rank": assignment.rank, "size": assignment.size}
+            await socket.send_str(json.dumps({**hello, **self._whereabouts(assignment)}))
+        self._next_beat = time.monotonic() + BEAT_S
         try:
             while not reader.done():
                 self._posted.clear()
@@ -351,25 +354,28 @@ class WorkerLink:
                 if self._is_over():
                     return
                 now = time.monotonic()
-                if now >= next_beat:
-                    next_beat = now + BEAT_S
+                if now >= self._next_beat:
+                    self._next_beat = now + BEAT_S
                     await socket.send_str(json.dumps(self._beat()))
                 with contextlib.suppress(asyncio.TimeoutError):
                     await asyncio.wait_for(
-                        self._posted.wait(), min(next_beat - now, ROWS_S if self._reporting else BEAT_S)
+                        self._posted.wait(), min(self._next_beat - now, ROWS_S if self._reporting else BEAT_S)
                     )
         finally:
             reader.cancel()
 
     def _beat(self) -> dict[str, Any]:
         beat: dict[str, Any] = {"kind": "beat", "sent": time.monotonic()}
-        if self._assignment is not None:
-            where, samples = self._place()
-            beat |= {
-                "position": self._position, "phase": self._phase, "generation": str(self._assignment.generation),
-                "where": where, "samples": samples if self._phase == "data" else [],
-            }  # fmt: skip
-        return beat
+        assignment = self._assignment
+        return beat if assignment is None else beat | self._whereabouts(assignment)
+
+    def _whereabouts(self, assignment: Assignment) -> dict[str, Any]:
+        """How far this worker is in its world."""
+        where, samples = self._place()
+        return {
+            "generation": str(assignment.generation), "position": self._position, "phase": self._phase,
+            "where": where, "samples": samples if self._phase == "data" else [],
+        }  # fmt: skip
 
     async def _read(self, socket: aiohttp.ClientWebSocketResponse) -> None:
         async for raw in socket:

@@ -56,6 +56,7 @@ from elastic.membership.messages import (
     Lost,
     Notice,
     Park,
+    Quiet,
     Rebuilt,
     Recorded,
     Refuse,
@@ -107,6 +108,8 @@ def advance(state: State, event: Event) -> tuple[State, list[Command]]:
     if isinstance(event, Stuck):
         ending = replace(state, phase=Phase.ENDED)
         return (state, []) if state.phase is Phase.ENDED else (ending, [Fail(state.failing or event.reason)])
+    if isinstance(event, Quiet):
+        return _settle(replace(state, quiet=event.member_ids), event.now)
     if isinstance(event, Slept):
         return replace(state, answered_at=event.now), []
     if isinstance(event, Recorded):
@@ -169,7 +172,7 @@ def _joined(state: State, event: Joined) -> tuple[State, list[Command]]:
     registered = {k: v for k, v in state.registered.items() if k != member.id}
     state = replace(
         state, waiting={**state.waiting, member.id: waiting}, last_join=event.now, registered=registered,
-        warming=state.warming - {member.id}, answered_at=event.now,
+        warming=state.warming - {member.id}, answered_at=event.now, quiet=state.quiet - {member.id},
         late={k: late for k, late in state.late.items() if k != member.id},
     )  # fmt: skip
     state, settled = _settle(state, event.now)
@@ -343,7 +346,7 @@ def _rebuild(state: State, now: float) -> tuple[State, list[Command]]:
         state, settled = _settle(replace(state, phase=Phase.GATHERING), now)
         return state, [*refused, *settled]
     world = World(newest, tuple(members))
-    state = replace(state, world=world)
+    state = replace(state, world=world, newest=0)  # they hold a state, it is not known which
     if len(members) == next(r.size for r in known if r.generation == newest):
         state, settled = _settle(replace(state, phase=Phase.RUNNING), now)
         return state, [*refused, Rebuilt(world), *settled]
@@ -440,6 +443,7 @@ def _form(state: State, now: float) -> tuple[State, list[Command]]:
     )  # fmt: skip
     state, left = _report_left_out(state)
     left += [*(LeftBehind(late.member) for late in behind), *lost]
+    left += [LeftBehind(w.member) for i, w in state.waiting.items() if i in old & state.quiet]
     state, dismissed = _dismiss(state)
     parting, out = state.parting, list[Command]()
     if parting is not None:
@@ -511,7 +515,7 @@ def _vacate(state: State) -> tuple[State, list[Command]]:
     and will be in none: that counts as its death. Where it cannot be saved they stay."""
     if state.ceiling != 0 or not state.waiting:
         return state, []
-    holder = max(state.waiting.values(), key=lambda w: w.applied)
+    holder = max(state.waiting.values(), key=lambda w: (w.applied, w.member.id not in state.quiet))
     if holder.applied > state.saved:
         if state.saver is not None and state.saver.id in state.waiting:
             return state, []
@@ -524,6 +528,7 @@ def _vacate(state: State) -> tuple[State, list[Command]]:
 
 def _give_up(state: State, message: str, status: str) -> tuple[State, list[Command]]:
     """End the run; whoever holds the newest state commits it first."""
-    holder = max(state.waiting.values(), key=lambda w: w.applied, default=None)
+    answers = {i: i not in state.quiet for i in state.waiting}
+    holder = max(state.waiting.values(), key=lambda w: (w.applied, answers[w.member.id]), default=None)
     command = GiveUp(holder.member if holder is not None and holder.applied >= 0 else None, message, status)
     return replace(state, phase=Phase.ENDED, giving_up=command), [command]

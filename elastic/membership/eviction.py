@@ -8,16 +8,18 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 from elastic.membership.connections import Connections
-from elastic.membership.forming import awaited, holder_is_back
-from elastic.membership.messages import Event, Stalled, Stuck, named
-from elastic.membership.protocol import BEAT_S, SILENT_S, STACKS_S, Keeper
+from elastic.membership.forming import awaited, holder_is_back, keepers
+from elastic.membership.messages import Event, Quiet, Stalled, Stuck, named
+from elastic.membership.protocol import BEAT_S, LATELY_S, SILENT_S, STACKS_S, Keeper
 from elastic.membership.state import Phase, State
 from elastic.membership.watch import (
     DATA,
+    NOWHERE,
     PATIENCE,
     QUIET,
     STILL,
     Progress,
+    caught_up,
     excuse,
     hang_limit_s,
     hung,
@@ -29,7 +31,7 @@ from elastic.membership.watch import (
 )
 from elastic.membership.world import World
 
-_NOWHERE = Progress((-1, 0, 0), "load", 0.0)
+_NOWHERE = Progress(NOWHERE, "load", 0.0)
 
 
 class Watchman:
@@ -84,9 +86,9 @@ class Watchman:
         self._heard = {member_id: min(now, at + seconds) for member_id, at in self._heard.items()}
         self._progress = {i: replace(p, since=min(now, p.since + seconds)) for i, p in self._progress.items()}
 
-    def new_world(self, late: Iterable[str], now: float) -> None:
-        """Progress counts within a world. Who is late is still where it was."""
-        self._progress = {i: self._progress[i] for i in late if i in self._progress}
+    def new_world(self, known: Iterable[str], now: float) -> None:
+        """Progress counts within a world. Of those who are `known` it is kept: they are where they said to be."""
+        self._progress = {i: self._progress[i] for i in known if i in self._progress}
         self._formed_at, self._told_still = now, None
         self._condemned.clear()
 
@@ -107,6 +109,12 @@ class Watchman:
     def stacks(self, member_id: str, text: str) -> None:
         """The stacks that were asked for."""
         self._stacks[member_id] = text
+
+    def listen(self, state: State, now: float) -> None:
+        """Say who of those that wait was not heard lately, and who was heard again."""
+        quiet = frozenset(i for i in state.waiting if now - self._heard.get(i, now) > LATELY_S)
+        if quiet != state.quiet:
+            self._decide(Quiet(quiet, now))
 
     def look(self, state: State, now: float) -> None:
         """Give up who is silent, and start to evict who hangs: in the running world, or on the way out of it."""
@@ -132,7 +140,10 @@ class Watchman:
         seen = self._seen(now)
         self._excused_until = excuse(self._excused_until, seen, now, SILENT_S, members)
         ready = members | state.waiting.keys() | state.late.keys() if state.world is not None else frozenset()
+        kept = keepers(state)
         for member_id in silent(seen, now, SILENT_S, members, lease_s, self._excused_until, ready):
+            if member_id in kept:
+                continue
             silent_s = now - seen[member_id]
             self._heard.pop(member_id)
             self._give_up(member_id, "", f"silent for {silent_s:.0f} s", silent_s > lease_s, True)
@@ -158,8 +169,7 @@ class Watchman:
         if state.phase is Phase.BROKEN:
             return self._overdue_in_broken(state, quiet, now)
         if state.phase is Phase.LEAVING and back:
-            here = {m.id: self._progress[m.id] for m in world.members if m.id in self._progress}
-            found = overdue(here, dict.fromkeys(awaited(state), 1.0), min(back), now, *limits)
+            found = overdue(self._places(world, now), dict.fromkeys(awaited(state), 1.0), min(back), now, *limits)
         elif state.phase in (Phase.RUNNING, Phase.LEAVING):
             found = hung(self._places(world, now), self._as_of(world, now), *limits, self._waited_out, self._steps_out)
         else:
@@ -169,8 +179,8 @@ class Watchman:
             self._note_given_up(self._places(world, now)[found[0]])
             reason = f"{' and '.join(found)} does not answer, and the others have waited for longer than is usual"
             return Stalled(reason, now), []
-        late = dict.fromkeys(state.late, QUIET)
-        return None, answering + overdue(self._progress, late, self._formed_at, now, *limits)
+        late = {i: self._place_of(i, now) for i in state.late}
+        return None, answering + overdue(late, dict.fromkeys(late, QUIET), self._formed_at, now, *limits)
 
     def _overdue_in_broken(self, state: State, quiet: set[str], now: float) -> tuple[Event | None, list[str]]:
         """Who does not come back from a broken world. The last who holds the state is waited for as long as it may
@@ -178,7 +188,7 @@ class Watchman:
         limits = p95(self._step_times), self._hang_s
         last = not (state.limits.cut or holder_is_back(state))
         patience = {i: QUIET if i in quiet else STILL if last or state.limits.cut else 1.0 for i in awaited(state)}
-        found = overdue(self._progress, patience, state.broken_at, now, *limits)
+        found = overdue({i: self._place_of(i, now) for i in patience}, patience, state.broken_at, now, *limits)
         if not found:
             return None, []
         where = self._progress.get(found[0], _NOWHERE)
@@ -191,12 +201,15 @@ class Watchman:
         return None, found
 
     def _places(self, world: World, now: float) -> dict[str, Progress]:
-        """Where each member is, as far as it said. Whether one that says nothing any more still waits for data is not
-        known."""
-        start = replace(_NOWHERE, since=self._formed_at)
-        places = {m.id: self._progress.get(m.id, start) for m in world.members}
-        quiet = [i for i, p in places.items() if p.phase == DATA and now - self._heard.get(i, now) > SILENT_S]
-        return places | {i: replace(places[i], phase="step") for i in quiet}
+        return caught_up({m.id: self._place_of(m.id, now) for m in world.members})
+
+    def _place_of(self, member_id: str, now: float) -> Progress:
+        """Where a member is, as far as it said. Whether one that says nothing any more still waits for data, or ever
+        came into this world, is not known: it is given no longer than others."""
+        place = self._progress.get(member_id) or replace(_NOWHERE, since=self._formed_at)
+        unsure = place.phase == DATA or place.position == NOWHERE
+        quiet = now - self._heard.get(member_id, now) > SILENT_S
+        return replace(place, phase="step") if unsure and quiet else place
 
     def _as_of(self, world: World, now: float) -> float:
         """Until when it is known that nobody moved: who is cut off, or was just now, does not stand still."""

@@ -80,7 +80,8 @@ def choose(state: State, candidates: Sequence[Waiting]) -> list[Member]:
     Survivors come before others, then those with the newest state; of survivors that are too many, whole nodes stay, as
     a node may hold one copy of a sharded state, and an empty one can be given back. Workers that are to go, or that
     fail where others do not, are taken only where the others are too few, or to give their state: one of them may come
-    along for that, even if there is no room for it, as long as every rank has a microbatch.
+    along for that, even if there is no room for it, as long as every rank has a microbatch. Who said nothing lately is
+    taken only for that, since the others might wait in vain.
     """
     limits = state.limits
     old = state.world.ids if state.world else frozenset()
@@ -89,18 +90,22 @@ def choose(state: State, candidates: Sequence[Waiting]) -> list[Member]:
     def order(w: Waiting) -> tuple[Any, ...]:
         survives = w.member.id in old
         place = (-nodes[w.member.node], w.member.node, w.member.local_index) if survives else (w.since,)
-        return not stays(w.member), not survives, -w.applied, *place, w.member.id
+        return not stays(w.member), w.member.id in quiet, not survives, -w.applied, *place, w.member.id
 
     def stays(member: Member) -> bool:
-        return going(state, member) is None and member.id not in sick
+        return going(state, member) is None and member.id not in sick and member.id not in quiet
 
     sick = state.faults.sick
+    quiet = state.quiet - old if limits.cut else state.quiet  # without its survivors' parts a cut model is not whole
     ranked = sorted(candidates, key=order)
     staying = [w for w in ranked if stays(w.member)]
-    pool = staying if len(staying) >= limits.min_workers else ranked
+    answering = [w for w in ranked if w.member.id not in quiet]
+    pool = staying if len(staying) >= limits.min_workers else answering
     size = world_size(limits, sum(w.member.id in old for w in pool), len(pool))
     chosen = pool[:size]
-    newest = max((w.applied for w in ranked), default=-1)
+    newest = max((w.applied for w in answering), default=-1)
+    if state.world is None or newest < max(_newest(state), 0):  # who answers has what came after that in hand
+        newest = max((w.applied for w in ranked), default=-1)
     if chosen and newest >= 0 and all(w.applied < newest for w in chosen):
         giver = next(w for w in ranked if w.applied == newest)
         chosen = [*chosen[: max(1, limits.max_workers - 1)], giver]
@@ -120,7 +125,7 @@ def surplus(state: State) -> list[Member]:
         return drained
     fits = {w.member.id for w in usable(state)[0]}
     others = [w for w in state.waiting.values() if going(state, w.member) is None]
-    fits -= state.faults.sick
+    fits -= state.faults.sick | state.quiet
     others.sort(key=lambda w: (w.member.id in fits, -w.since, w.member.id))
     staying = sum(going(state, m) is None for m in state.world.members)  # for the others, somebody is to come
     too_many = max(0, staying + len(others) - state.keep)
@@ -161,12 +166,17 @@ def can_do_without_others(state: State, now: float) -> bool:
     if limits.cut or state.failing is not None or state.parting is not None or awaited(state) & state.acked:
         return False
     members = choose(state, usable(state)[0])
-    return len(members) >= limits.min_workers and _any_holds(state, members, max(_newest(state), 0))
+    return len(members) >= limits.min_workers and _any_holds(state, members, _newest(state))
 
 
 def holder_is_back(state: State) -> bool:
     """Whether somebody who waits holds what the world began with, so that no other is the last who does."""
-    return any(w.applied >= max(_newest(state), 0) for w in usable(state)[0])
+    return any(w.applied >= _newest(state) for w in usable(state)[0])
+
+
+def keepers(state: State) -> frozenset[str]:
+    """Workers with state that is of use, and in no world that waits for them: these are not lost for being silent."""
+    return frozenset(i for i, w in state.waiting.items() if w.applied >= max(_newest(state), 0))
 
 
 def has_newest(state: State, members: Iterable[Member]) -> bool:

@@ -208,6 +208,14 @@ class Stuck:
 
 
 @dataclass(frozen=True)
+class Quiet:
+    """Of those who wait these said nothing lately: they live, as far as is known, but may be stopped or cut off."""
+
+    member_ids: frozenset[str]
+    now: float
+
+
+@dataclass(frozen=True)
 class Slept:
     """The server itself was away, or behind: what was said to it meanwhile it has yet to read."""
 
@@ -238,6 +246,7 @@ Event = (
     | Expected
     | Stalled
     | Stuck
+    | Quiet
     | Slept
     | Tick
 )

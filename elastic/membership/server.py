@@ -190,6 +190,7 @@ class MembershipServer:
             if late_s > BEHIND_S:
                 self._watchman.slept(late_s, now)
                 self._handle(Slept(now))
+            self._watchman.listen(self._state, now)
             self._handle(Tick(now))
             self._watchman.look(self._state, now)
             self._door.look(now)
@@ -198,7 +199,8 @@ class MembershipServer:
         self._state, commands = advance(self._state, event)
         for command in commands:
             if isinstance(command, (Form, Rebuilt)):
-                self._watchman.new_world(self._state.late, time.monotonic())
+                known = self._state.late.keys() | (command.world.ids if isinstance(command, Rebuilt) else set())
+                self._watchman.new_world(known, time.monotonic())
             self._executor.execute(command)
 
     def _give_up(self, member_id: str, told: str, reason: str, dead: bool, silent: bool) -> None:
@@ -251,6 +253,7 @@ class MembershipServer:
             self._members[member_id] = member = _member(message["member"])
             generation = Generation.parse(message["generation"])
             self._handle(Registered(member, generation, message["rank"], message["size"], now))
+            self._note_progress(member_id, message, now)
         elif kind == "unfit":
             self._keeper.event("member_lost", member=member_id, detail=message["message"])
             self._handle(Unfit(member_id, message["message"], now))
@@ -270,8 +273,9 @@ class MembershipServer:
         )  # fmt: skip
 
     def _note_progress(self, member_id: str, message: dict[str, Any], now: float) -> None:
-        world = self._state.world
-        if world is None or message.get("generation") != str(world.generation):
+        """Of who is in the newest world, or says that it is in one to a server that was restarted."""
+        inside = self._state.world or self._state.registered.get(member_id)
+        if inside is None or message.get("generation") != str(inside.generation):
             return
         step, stage, microbatch = message["position"]
         where, samples = message.get("where", ""), tuple(message.get("samples", ()))

@@ -80,12 +80,13 @@ class State:
     """Soft state. Mappings are never changed in place.
 
     `gone` are workers that were lost or are done: never let in again, but for those `unheard`, which were lost for
-    their silence alone, from a world that no other one has followed yet. `acked` have acknowledged the broken world.
-    `notices` and `drained` are the deadlines of nodes and of workers that are to go. `keep` is how many workers to
-    have, in the world and outside of it, once that was changed. `wished` is the most that the run was given, `ceiling`
-    the most while it yields to others; the limits have the lower. `saver` is who commits the state before a parked run
-    lets all go, `saved` the step of what was committed so. `stopping` says why the run is to end; `failing` is the
-    error that ends it, once what its workers hold is saved, for which `last_worlds` were formed.
+    their silence alone, from a world that no other one has followed yet. `quiet` wait, but said nothing lately. `acked`
+    have acknowledged the broken world. `notices` and `drained` are the deadlines of nodes and of workers that are to
+    go. `keep` is how many workers to have, in the world and outside of it, once that was changed. `wished` is the most
+    that the run was given, `ceiling` the most while it yields to others; the limits have the lower. `saver` is who
+    commits the state before a parked run lets all go, `saved` the step of what was committed so. `stopping` says why
+    the run is to end; `failing` is the error that ends it, once what its workers hold is saved, for which `last_worlds`
+    were formed.
     `parting` is to be left out, once a world was formed in which what it holds of the state is saved.
     `warming` are connected and get ready; `never_ready` were not able to, the first because of `unfit_why`.
     `veterans` held trained state when they entered the world. `why` the world broke, `erred`: by an error of a member.
@@ -102,6 +103,7 @@ class State:
     gone: frozenset[str] = frozenset()
     dead: frozenset[str] = frozenset()
     unheard: frozenset[str] = frozenset()
+    quiet: frozenset[str] = frozenset()
     acked: frozenset[str] = frozenset()
     broken_at: float = 0.0
     answered_at: float = 0.0
@@ -164,6 +166,10 @@ def holds_state(state: State) -> bool:
 
 def people(state: State, phases: Mapping[str, str]) -> list[dict[str, Any]]:
     """For people: every worker that is there, by rank, with node, state and phase."""
+
+    def waits(name: str) -> str:
+        return "does not answer" if name in state.quiet else "waiting"
+
     world = state.world
     found: list[tuple[Member, int | None, str, str]] = []
     for rank, member in enumerate(world.members if world else ()):
@@ -175,7 +181,7 @@ def people(state: State, phases: Mapping[str, str]) -> list[dict[str, Any]]:
     for name, waiting in sorted(state.waiting.items()):
         if name not in known:
             out = name in state.left_out or name in state.faults.sick
-            found.append((waiting.member, None, "left out" if out else "spare", "waiting"))
+            found.append((waiting.member, None, "left out" if out else "spare", waits(name)))
     found += [(late.member, None, "does not answer", "") for _, late in sorted(state.late.items())]
     return [
         {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 DATA, HELD = "data", "held"  # the latter waits for leave to go on
 #: Phases that may take long without anything being wrong: their time-out is this many times longer. A sample may come
@@ -16,6 +16,7 @@ STEPS = 5.0
 STILL, QUIET = 3.0, 10.0
 #: Phases that tell of everything they do: there, standing still is not slowness alone.
 _COUNTED = ("step", "first step", "eval", DATA)
+NOWHERE = (-1, -1, 0)  # where somebody is who has said nothing in this world yet
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,17 @@ def excuse(
     """
     quiet_s = now - max((heard[m] for m in world if m in heard), default=now)
     return now + max(limit_s, quiet_s) if quiet_s > limit_s / 2 else excused_until
+
+
+def caught_up(progress: Mapping[str, Progress]) -> dict[str, Progress]:
+    """Where members are at least. Where one is in a step, all have passed the fence of the one before: what somebody
+    said of an earlier place, which may take long, is over."""
+    furthest = max((p.position[0] for p in progress.values()), default=-1)
+
+    def is_over(p: Progress) -> bool:
+        return p.position[0] < furthest - (p.phase not in ("load", "first step", DATA))
+
+    return {i: replace(p, phase="step") if is_over(p) else p for i, p in progress.items()}
 
 
 def hung(
@@ -118,7 +130,7 @@ def overdue(
     Args:
         awaited: members, with the times that the limit is longer for them.
     """
-    start = Progress((-1, 0, 0), "load", since)
+    start = Progress(NOWHERE, "load", since)
     places = {member: progress.get(member, start) for member in sorted(awaited)}
     return [
         member

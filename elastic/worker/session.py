@@ -172,7 +172,7 @@ class Session:
         self._saving = Saving(
             self._state, self._storage, self._link, self._device, seed=seed, config_digest=self._run.digest,
             when_busy=self._config.checkpoint.when_busy,
-            on_wait=lambda n: self._link.progress(self._applied, APPLIED + 2, n, "checkpoint"),
+            on_wait=lambda n: self._link.progress(self._applied - 1, APPLIED + 2, n, "checkpoint"),
             made=self._provenance.header, still_s=self._still_s(),
         )  # fmt: skip
         parts: dict[str, Any] = {
@@ -275,7 +275,7 @@ class Session:
                     else:
                         self._saving.enter(group, self._the_state)
                         if self._config.parallel.sharded:
-                            self._stepper.progress(self._applied, APPLIED + 1, "eval")
+                            self._stepper.progress(self._applied - 1, APPLIED + 1, "eval")
                             self._rehearse(group)
                         self._stepper.enter(group, self._applied, self._the_state)
                         if self._took:
@@ -557,7 +557,7 @@ class Session:
         if group.leads:
             link.report_rows()  # somebody decides by them
         while True:
-            self._stepper.progress(step, APPLIED + 3, "held")
+            self._stepper.progress(step - 1, APPLIED + 3, "held")
             while link.allowed <= step and not any(link.wish(w) is not None for w in wishes):
                 link.check()
                 time.sleep(HOLD_POLL_S)
@@ -656,7 +656,7 @@ class Session:
     def _evaluate(self, group: Group) -> dict[str, float]:
         if self._evaluated[0] == self._applied:
             return self._evaluated[1]
-        self._stepper.progress(self._applied, APPLIED + 1, "eval")
+        self._stepper.progress(self._applied - 1, APPLIED + 1, "eval")
         self._code.doing(f"the evaluation after step {self._applied}", self._applied - 1)
         fault.point("eval.begin", group.rank, self._applied)
         found: dict[str, float] = {}
@@ -667,7 +667,7 @@ class Session:
                     self._job, self._the_state.model, name, data, group, self._code,
                     size=self._rehearsal.eval_size, seed=self._config.run.seed,
                     each=self._stepper.unmoved if self._bitwise else contextlib.nullcontext,
-                    on_pass=lambda: self._link.progress(self._applied, APPLIED + 1, next(passes), "eval"),
+                    on_pass=lambda: self._link.progress(self._applied - 1, APPLIED + 1, next(passes), "eval"),
                 )  # fmt: skip
         self._stepper.reshard()
         self._evaluated = (self._applied, found)
@@ -678,7 +678,7 @@ class Session:
 
     def _save(self, *, busy: bool) -> None:
         began = time.perf_counter()
-        self._stepper.progress(self._applied, APPLIED + 2, "checkpoint")
+        self._stepper.progress(self._applied - 1, APPLIED + 2, "checkpoint")
         self._link.granted("save")
         self._stepper.check_state(self._applied)
         self._saving.save(self._applied, busy=busy)
@@ -687,7 +687,7 @@ class Session:
     def _make_safe(self, group: Group) -> None:
         """Before a world is left: of a single sharded copy, a worker that is let go takes its part along."""
         if group.layout.shards > 1 and group.layout.replicas == 1:
-            self._stepper.progress(self._applied, APPLIED + 2, "checkpoint")
+            self._stepper.progress(self._applied - 1, APPLIED + 2, "checkpoint")
             self._stepper.check_state(self._applied)
             with contextlib.suppress(CheckpointError):  # which is in the ledger; then the one before has to do
                 self._saving.make_safe(self._applied, LAST_COMMIT_S)
@@ -699,7 +699,7 @@ class Session:
             compare: the copies first. Where updates differ, so do the rates that were set for them.
         """
         if self._applied > max(self._saved_step(group), 0):
-            self._stepper.progress(self._applied, APPLIED + 2, "checkpoint")
+            self._stepper.progress(self._applied - 1, APPLIED + 2, "checkpoint")
             with contextlib.suppress(ElasticError, RunOver):  # the error that ends the run is the one to be told
                 if compare:
                     self._stepper.check_state(self._applied, group, self._the_state)
@@ -763,7 +763,7 @@ class Session:
         stopped = stop > 0
         if stop != AT_ONCE or self._applied == self._plan.total_steps:
             self._evaluate(group)
-        self._stepper.progress(self._applied, APPLIED + 2, "checkpoint")
+        self._stepper.progress(self._applied - 1, APPLIED + 2, "checkpoint")
         self._stepper.check_state(self._applied)
         self._saving.finish(self._applied)
         status = "stopped" if stopped and self._applied < self._plan.total_steps else "finished"

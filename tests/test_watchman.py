@@ -1,0 +1,135 @@
+"""A server that watches over workers which are stopped or cut off, at times of the test's own and without a network."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from elastic.membership import server as served
+from elastic.membership.messages import Expected
+from elastic.membership.server import MembershipServer
+from elastic.membership.state import Limits, Phase, State
+from tests.test_many_workers import Notes
+
+HANG_S, TICK_S = 6.0, 0.25
+FENCE = [5, 1000, 0]
+
+
+class Watched:
+    """`beating` say once a second where they are; whoever is `cut` has a machine that does not answer either."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *, phase: Phase = Phase.GATHERING, **limits: Any):
+        self.now, self.keeper, self.cut = 100.0, Notes(), set[str]()
+        self.beating: dict[str, list[int]] = {}
+        monkeypatch.setattr(served, "time", SimpleNamespace(monotonic=lambda: self.now))
+        state = State(1, Limits(**{"min_workers": 1, "max_workers": 3, **limits}), phase=phase, broken_at=self.now)
+        self.server = MembershipServer(
+            self.keeper, state, "token", host="127.0.0.1", hang_s=HANG_S, new_store=lambda: (0, lambda: None)
+        )
+        monkeypatch.setattr(self.server._connections, "silence_s", lambda i: 1e9 if i in self.cut else 0.0)
+
+    def says(self, name: str, kind: str, **more: Any) -> None:
+        member = {"id": name, "node": name, "local_index": 0, "pid": 0, "host": "", "device": "", "says": ""}
+        self.server._watchman.heard(name, self.now)
+        self.server._from_worker(name, {"kind": kind, "member": member, "sent": self.now, **more})
+
+    def join(self, name: str, applied: int = -1) -> None:
+        more = {"failure": None, "why": "", "broke": "", "warm_s": 0.0, "warm_parts": {}}
+        self.server._watchman.connected(name, self.now, 1.0)
+        self.says(name, "join", applied=applied, **more)
+
+    def hello(self, name: str, rank: int, size: int, position: Sequence[int]) -> None:
+        self.server._watchman.connected(name, self.now, 1.0)
+        self.says(name, "hello", rank=rank, size=size, generation="1-1", position=position, phase="step")
+
+    def wait(self, seconds: float) -> None:
+        until = self.now + seconds
+        while self.now < until:
+            self.now += TICK_S
+            for name, position in self.beating.items() if self.now % 1 == 0 else ():
+                phase, world = "step" if position[0] >= 0 else "load", self.server._state.world
+                generation = str(world.generation) if world is not None else None
+                self.says(name, "beat", generation=generation, position=position, phase=phase)
+            self.server._watchman.listen(self.server._state, self.now)
+            self.server._handle(served.Tick(self.now))
+            self.server._watchman.look(self.server._state, self.now)
+
+    @property
+    def members(self) -> list[str]:
+        world = self.server._state.world
+        return [m.id for m in world.members] if world is not None else []
+
+
+def test_a_restarted_server_knows_where_somebody_is_that_is_stopped_before_it_speaks_again(monkeypatch):
+    watched = Watched(monkeypatch, phase=Phase.REBUILDING)
+    watched.server._handle(Expected(frozenset("ab"), watched.now))
+    watched.hello("b", 1, 2, [5, 2, 3])
+    watched.wait(2)
+    watched.hello("a", 0, 2, FENCE)
+    assert watched.server._state.phase is Phase.RUNNING
+    assert watched.server._watchman.phases() == {"a": "step", "b": "step"}
+    watched.beating["a"] = FENCE
+    watched.wait(HANG_S - 1)
+    assert watched.server._state.phase is Phase.RUNNING
+    watched.wait(2)
+    assert watched.server._state.phase is Phase.BROKEN
+    watched.join("a", 5)
+    watched.wait(1)
+    assert (watched.members, list(watched.server._state.late)) == (["a"], ["b"])
+    assert "member_late" in watched.keeper.kinds
+
+
+def test_who_is_stopped_before_it_came_into_its_world_costs_the_others_no_more_than_who_hangs(monkeypatch):
+    watched = Watched(monkeypatch, max_workers=2)
+    for name in "ab":
+        watched.join(name)
+    assert len(watched.members) == 2
+    watched.beating["a"] = [-1, 0, 0]  # it waits for the other one to connect
+    watched.wait(HANG_S)
+    assert watched.server._state.phase is Phase.RUNNING
+    watched.wait(2)
+    assert watched.server._state.phase is Phase.BROKEN
+    watched.join("a")
+    watched.wait(1)
+    assert (watched.members, list(watched.server._state.late)) == (["a"], ["b"])
+
+
+def test_a_spare_that_is_stopped_is_not_taken_instead_of_one_that_answers(monkeypatch):
+    watched = Watched(monkeypatch, max_workers=2)
+    for name in ("a", "b", "stopped", "well"):
+        watched.join(name)
+    watched.beating = {"a": FENCE, "b": FENCE, "well": [-1, 0, 0]}
+    watched.wait(4)
+    del watched.beating["b"]
+    watched.server._handle(served.Lost("b", watched.now, died=True))
+    watched.join("a", 5)
+    assert watched.members == ["a", "well"]
+
+
+def test_a_parked_survivor_that_was_cut_off_goes_on_with_what_it_holds(monkeypatch):
+    watched = Watched(monkeypatch, min_workers=2, max_workers=2)
+    for name in "ab":
+        watched.join(name)
+    watched.server._handle(served.Lost("b", watched.now, died=True))
+    watched.join("a", 5)
+    assert "set_status" in watched.keeper.kinds, "it is parked"
+
+    watched.cut = {"a"}
+    watched.wait(60)
+    watched.cut, watched.beating = set(), {"a": FENCE}
+    watched.wait(1)
+    watched.join("new")
+    assert watched.members == ["a", "new"]
+    assert watched.server._state.newest == 5
+
+
+def test_a_spare_without_state_that_is_cut_off_is_lost(monkeypatch):
+    watched = Watched(monkeypatch, max_workers=1)
+    for name in ("a", "spare"):
+        watched.join(name)
+    watched.beating, watched.cut = {"a": FENCE}, {"spare"}
+    watched.wait(6)
+    assert watched.server._state.gone == {"spare"}
