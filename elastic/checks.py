@@ -8,9 +8,13 @@ from typing import Any
 from elastic.errors import ConfigError
 
 
-def option(default: Any, help: str, *, common: bool = False, result: bool = False) -> Any:
-    """A dataclass field with the metadata that help pages and the config digest read."""
-    return field(default=default, metadata={"help": help, "common": common, "result": result})
+def option(default: Any, help: str, *, common: bool = False, result: bool = False, once: bool = False) -> Any:
+    """A dataclass field with the metadata that help pages and the config digest read.
+
+    Args:
+        once: of one command: who resumes the run and does not give it has the default again, not what the run had.
+    """
+    return field(default=default, metadata={"help": help, "common": common, "result": result, "once": once})
 
 
 def require(ok: bool, name: str, value: object, fix: str) -> None:

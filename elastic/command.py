@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from elastic.config import TrainConfig
-from elastic.errors import ElasticError
+from elastic.errors import ElasticError, told
 from elastic.job import Job
 from elastic.observe.streams import sturdy_output
 
@@ -25,19 +25,18 @@ def main(job_class: type[Job], config: TrainConfig | None = None, argv: Sequence
 
 def run(job_class: type[Job], config: TrainConfig, argv: Sequence[str]) -> int:
     """Like `main`, but returns the exit code: 0 finished or paused, 1 failed, 2 bad input, 130 interrupted."""
-    from elastic.options import parse
+    from elastic.run.line import prepare_line
 
     try:
-        job, parsed = parse(job_class, config, argv)
-        from elastic.run.prepare import prepare, report
+        prepared = prepare_line(job_class, config, argv)
+        if prepared.config.dry_run:
+            from elastic.run.prepare import report
 
-        prepared = prepare(job, parsed)
-        if parsed.dry_run:
             print(report(prepared))
             return 0
         from elastic.cluster.trainer import drive
 
         return drive(prepared)
     except ElasticError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(told(error), file=sys.stderr)
         return error.exit_code

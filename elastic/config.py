@@ -32,12 +32,14 @@ class RunOptions:
     """What the run is called, where it writes, how long it lasts, how exact it is."""
 
     name: str | None = option(
-        None, "name of the run; an explicit name resumes (default: <job>-<date>-<4 hex>)", common=True
+        None, "name of the run; an explicit name resumes (default: <job>-<date>-<4 hex>)", common=True, once=True
     )
-    storage: str = option("runs", "folder or URL (file://, s3://, ...) under which the run's folder lies", common=True)
+    storage: str = option(
+        "runs", "folder or URL (file://, s3://, ...) under which the run's folder lies", common=True, once=True
+    )
     duration: str = option("10ep", "whole length of training: ep, st or tok", common=True, result=True)
     stop_after: str | None = option(
-        None, "pause with a checkpoint after this much (ep, st, tok, s, min, h)", common=True
+        None, "pause with a checkpoint after this much (ep, st, tok, s, min, h)", common=True, once=True
     )
     seed: int = option(0, "seed of order, initial weights, dropout and data", common=True, result=True)
     exactness: Literal["fast", "bitwise"] = option(
@@ -47,8 +49,8 @@ class RunOptions:
         "stop", "on a NaN or infinite loss or norm: stop the run, or skip that update", result=True
     )
     check_every: str = option("1000st", "compare the workers' copies of the state every so much (ep, st, tok)")
-    allow_change: tuple[str, ...] = option((), "result options that a resumed run may change, by name")
-    take_over: bool = option(False, "take the run over although another driver seems alive")
+    allow_change: tuple[str, ...] = option((), "result options that a resumed run may change, by name", once=True)
+    take_over: bool = option(False, "take the run over although another driver seems alive", once=True)
     max_failures: int = option(3, "times that one error at one step and microbatch is replayed")
 
     def __post_init__(self) -> None:
@@ -237,7 +239,7 @@ class EvalOptions:
     """Evaluation on held-out data."""
 
     every: str | None = option(None, "evaluate every so much (ep, st, tok), and always at the end", common=True)
-    hold: bool = option(False, "after an evaluation wait for leave to go on, as the trials of a sweep do")
+    hold: bool = option(False, "after an evaluation wait for leave to go on, as the trials of a sweep do", once=True)
 
     def __post_init__(self) -> None:
         if self.every is not None:
@@ -266,7 +268,9 @@ class CheckpointOptions:
         None, "safetensors to start from, at step 0 only: a file, a folder or a URL", result=True
     )
     init_partial: bool = option(False, "allow init-from to lack weights of the model")
-    convert: bool = option(False, "resume although tensors of the checkpoint have other dtypes than the model's")
+    convert: bool = option(
+        False, "resume although tensors of the checkpoint have other dtypes than the model's", once=True
+    )
 
     def __post_init__(self) -> None:
         if self.every is not None and self.every != "auto":
@@ -330,9 +334,9 @@ class ClusterOptions:
     """Which Ray cluster."""
 
     address: str | None = option(
-        None, "address of a running Ray cluster (default: RAY_ADDRESS, a running one, or embedded)"
+        None, "address of a running Ray cluster (default: RAY_ADDRESS, a running one, or embedded)", once=True
     )
-    local_nodes: int | None = option(None, "start an embedded cluster of this many separate Ray nodes")
+    local_nodes: int | None = option(None, "start an embedded cluster of this many separate Ray nodes", once=True)
 
     def __post_init__(self) -> None:
         if self.local_nodes is not None:
@@ -364,6 +368,7 @@ class TrainConfig:
     observe: ObserveOptions = field(default_factory=ObserveOptions)
     cluster: ClusterOptions = field(default_factory=ClusterOptions)
     dry_run: bool = option(False, "print the resolved configuration and the batch table, start nothing", common=True)
+    debug: bool = option(False, "train in this process alone, without Ray: breakpoints and prints work")
 
     def __post_init__(self) -> None:
         check_together(self)

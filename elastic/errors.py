@@ -74,6 +74,11 @@ class Interrupted(ElasticError):
     exit_code = 130
 
 
+def told(error: ElasticError) -> str:
+    """What a command prints of the error that it ends with; to be interrupted is none."""
+    return str(error) if isinstance(error, Interrupted) else f"error: {error}"
+
+
 def one_line(error: BaseException) -> str:
     """An exception's type and what it says: the first line, since torch goes on with hints and tables; but where it
     quotes the traceback of another process, the last line, which is what was raised there."""

@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import sys
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from elastic.config import TrainConfig
 from elastic.errors import ConfigError
 from elastic.job import Job
+from elastic.usage import FILE, check_line, is_plain
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,7 @@ class Option:
 
     name: str
     kind: str
+    hint: Any
     default: Any
     help: str
     common: bool
@@ -32,19 +34,20 @@ def list_options(job_class: type[Job], defaults: TrainConfig) -> Iterator[Option
         for f in dataclasses.fields(job_class):
             if f.init:
                 default = f.default if f.default is not dataclasses.MISSING else None
-                yield Option(
-                    f"--job.{_dashed(f.name)}", _kind(hints[f.name]), default, f.metadata.get("help", ""), True
-                )
+                hint = hints[f.name]
+                yield Option(f"--job.{_dashed(f.name)}", _kind(hint), hint, default, f.metadata.get("help", ""), True)
     for part in dataclasses.fields(defaults):
         section = getattr(defaults, part.name)
         if not dataclasses.is_dataclass(section):
-            yield Option(f"--{_dashed(part.name)}", "flag", section, part.metadata["help"], part.metadata["common"])
+            told = part.metadata
+            yield Option(f"--{_dashed(part.name)}", "flag", bool, section, told["help"], told["common"])
             continue
         hints = typing.get_type_hints(type(section))
         for f in dataclasses.fields(section):
             value = getattr(section, f.name)
             name = f"--{_dashed(part.name)}.{_dashed(f.name)}"
-            yield Option(name, _kind(hints[f.name]), value, f.metadata["help"], f.metadata["common"])
+            hint = hints[f.name]
+            yield Option(name, _kind(hint), hint, value, f.metadata["help"], f.metadata["common"])
 
 
 def _dashed(name: str) -> str:
@@ -76,21 +79,30 @@ def help_text(job_class: type[Job], defaults: TrainConfig, *, everything: bool) 
             section, _, leaf = o.name.rpartition(".")
             default = f" [on; {section}.no-{leaf} turns it off]"
         lines.append(f"  {left:<{width}}{o.help}{default}")
-    lines += ["", "  --help-all" + " " * (width - 10) + "all options" if not everything else ""]
+    lines += ["", f"  {FILE + ' FILE':<{width}}options from a YAML or TOML file; the line goes before it"]
+    if not everything:
+        lines.append(f"  {'--help-all':<{width}}all options")
     return "\n".join(lines).rstrip() + "\n"
 
 
-def parse(job_class: type[Job], defaults: TrainConfig, argv: Sequence[str]) -> tuple[Job, TrainConfig]:
+def parse(
+    job_class: type[Job], defaults: TrainConfig, argv: Sequence[str], job_values: Mapping[str, Any] | None = None
+) -> tuple[Job, TrainConfig]:
     """Read a command line.
 
+    Args:
+        job_values: options of the job where the line does not give them; the default is that of its class.
+
     Raises:
-        ConfigError: a value that cannot be.
-        SystemExit: help was asked for (0), or the line cannot be read (2, after a message with the nearest option).
+        ConfigError: an option or a value that cannot be, with what is near to it.
+        SystemExit: help was asked for (0), or a value of a type of the job's own cannot be read (2, after a message).
     """
     for flag, everything in (("--help", False), ("-h", False), ("--help-all", True)):
         if flag in argv:
             sys.stdout.write(help_text(job_class, defaults, everything=everything))
             raise SystemExit(0)
+    options = list(list_options(job_class, defaults))
+    check_line(options, argv, [o.name for o in options if not is_plain(o.hint)])
     import tyro
 
     from elastic.seeds import seed_job
@@ -99,18 +111,18 @@ def parse(job_class: type[Job], defaults: TrainConfig, argv: Sequence[str]) -> t
     fields: list[Any] = [(f.name, type(getattr(defaults, f.name)), dataclasses.field(default=getattr(defaults, f.name)))
                          for f in dataclasses.fields(defaults)]  # fmt: skip
     if dataclasses.is_dataclass(job_class):
-        fields.insert(0, ("job", job_class, dataclasses.field(default_factory=_make(job_class))))
+        fields.insert(0, ("job", job_class, dataclasses.field(default_factory=_make(job_class, job_values or {}))))
     line = dataclasses.make_dataclass("Options", fields, frozen=True)
     found: Any = tyro.cli(line, args=list(argv), description="", prog=_prog())
     parts = {f.name: getattr(found, f.name) for f in dataclasses.fields(defaults)}
-    job = found.job if dataclasses.is_dataclass(job_class) else job_class()
+    job = found.job if dataclasses.is_dataclass(job_class) else _make(job_class, {})()
     return job, TrainConfig(**parts)
 
 
-def _make(job_class: type[Job]) -> Any:
+def _make(job_class: type[Job], values: Mapping[str, Any]) -> Any:
     def make() -> Job:
         try:
-            return job_class()
+            return job_class(**values)
         except TypeError as error:
             raise ConfigError(f"{job_class.__name__} needs a default for every option: {error}") from error
 

@@ -35,7 +35,7 @@ def test_the_short_help_has_the_job_s_own_options_and_sixteen_of_every_job():
     shown = _options_shown(help_text(Plain, CONFIG, everything=False))
 
     assert len(COMMON) == 16
-    assert shown == [*own, *COMMON, "--help-all"]
+    assert shown == [*own, *COMMON, "--config", "--help-all"]
 
 
 def test_the_long_help_has_every_option_of_every_part():
@@ -46,8 +46,8 @@ def test_the_long_help_has_every_option_of_every_part():
         if dataclasses.is_dataclass(section):
             for field in dataclasses.fields(section):
                 assert f"--{part.name}.{field.name}".replace("_", "-") in shown
-    assert "--dry-run" in shown
-    assert len(shown) == len(set(shown)) == len(list(list_options(Plain, CONFIG)))
+    assert {"--dry-run", "--config"} <= set(shown)
+    assert len(shown) == len(set(shown)) == len(list(list_options(Plain, CONFIG))) + 1
 
 
 def test_help_says_what_an_option_does_what_it_takes_and_the_job_s_own_default():
@@ -132,25 +132,120 @@ def test_a_job_that_is_no_dataclass_has_no_options_of_its_own():
         (["--checkpoint.evry", "3st"], "--checkpoint.every"), (["--scaling.max-worker", "3"], "--scaling.max-workers"),
     ],
 )  # fmt: skip
-def test_an_unknown_option_ends_with_2_and_the_nearest_that_there_is(capsys, argv, nearest):
-    with pytest.raises(SystemExit) as ended:
+def test_an_unknown_option_is_refused_with_the_nearest_that_there_is(argv, nearest):
+    with pytest.raises(ConfigError, match=f"^{argv[0]} is no option; did you mean {nearest}( or |\\?)"):
         parse(Plain, CONFIG, argv)
-
-    shown = "".join(capsys.readouterr())
-    assert ended.value.code == 2
-    assert argv[0] in shown
-    assert nearest in shown.split(argv[0], 1)[1]
 
 
 @pytest.mark.parametrize(
-    "argv", [["--run.seed", "x"], ["--job.lr", "fast"], ["--run.exactness", "exact"], ["--run.name"], ["junk"]]
-)
-def test_a_line_that_cannot_be_read_ends_with_2(capsys, argv):
-    with pytest.raises(SystemExit) as ended:
-        parse(Plain, CONFIG, argv)
+    ("argv", "said"),
+    [
+        (["--run.seed", "x"], "--run.seed is 'x'; give a whole number"),
+        (["--batch.microbatches=1.5"], "--batch.microbatches is '1.5'; give a whole number or None"),
+        (["--job.lr", "fast"], "--job.lr is 'fast'; give a number"),
+        (["--run.exactness", "exact"], "--run.exactness is 'exact'; give one of fast, bitwise"),
+        (["--run.name"], "--run.name has no value; give a text or None"),
+        (["--run.name", "--dry-run"], "--run.name has no value; give a text or None"),
+        (["junk"], "'junk' belongs to no option; options begin with --"),
+        (["--run.seed", "3", "4"], "'4' belongs to no option; --run.seed takes one value; options begin with --"),
+        (
+            ["--parallel.compile", "true"],
+            "--parallel.compile takes no value, and was given 'true'; --parallel.no-compile turns it off",
+        ),
+        (["--dry-run=1"], "--dry-run takes no value, and was given '1'; --no-dry-run turns it off"),
+        (["--epochs", "5"], "--epochs is no option; give --run.duration 5ep"),
+        (["--batch_size=8"], "--batch-size is no option; give --batch.global-size 8, that of all workers"),
+        (["--resume"], "--resume is no option; give --run.name NAME, which resumes the run of that name"),
+        (["--lr", "0.1"], "--lr is no option; did you mean --job.lr?"),
+        (["--weight-decay", "0.1"], "--weight-decay is no option; it is the job's own: a field of its class, such as"),
+        (["--nothing.like-it", "1"], "--nothing.like-it is no option; --help-all shows all options"),
+        (["--config"], "--config has no value; give a file of options, .yaml or .toml"),
+        (["--config", "nowhere.yaml"], "--config is 'nowhere.yaml', which cannot be read"),
+    ],
+)  # fmt: skip
+def test_a_line_that_cannot_be_read_is_one_sentence_on_standard_error_and_exit_code_2(capsys, argv, said):
+    code = run(Plain, CONFIG, argv)
 
-    assert ended.value.code == 2
-    assert argv[0].removeprefix("--") in "".join(capsys.readouterr())
+    shown = capsys.readouterr()
+    assert (code, shown.out) == (2, "")
+    assert shown.err.startswith(f"error: {said}")
+    assert shown.err.count("\n") == 1
+
+
+@dataclasses.dataclass
+class Sizes:
+    """Options inside an option."""
+
+    wide: int = 3
+    deep: int = 2
+
+
+@dataclasses.dataclass
+class Nested(Plain):
+    """A job whose options are of other types than most."""
+
+    sizes: Sizes = dataclasses.field(default_factory=Sizes)
+    pair: tuple[int, int] = (1, 2)
+    names: list[str] = dataclasses.field(default_factory=list)
+
+
+def test_options_inside_options_and_of_several_values_are_read():
+    line = ["--job.sizes.wide", "9", "--job.pair", "4", "5", "--job.names", "a", "b", "--run.seed", "3"]
+
+    job, config = parse(Nested, CONFIG, line)
+
+    assert (job.sizes, job.pair, job.names, config.run.seed) == (Sizes(9, 2), (4, 5), ["a", "b"], 3)
+    with pytest.raises(ConfigError, match=r"^--run\.sed is no option"):
+        parse(Nested, CONFIG, [*line, "--run.sed", "3"])
+
+
+# ---- files of options --------------------------------------------------------------------------------------------
+
+FILES = {
+    "a.yaml": "run: {duration: 7st, take_over: true}\nbatch.global-size: 60\njob:\n  lr: 1.0e-3\n"
+    "scaling: {exclude: [a, b]}\nobserve: {tensorboard: false}\n",
+    "a.toml": "batch.global-size = 60\nrun = {duration = '7st', take-over = true}\nscaling.exclude = ['a', 'b']\n"
+    "[job]\nlr = 1e-3\n[observe]\ntensorboard = false\n",
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_of_options_is_read_before_the_line(name, tmp_path, capsys):
+    file = tmp_path / name
+    file.write_text(FILES[name])
+    argv = ["--run.storage", str(tmp_path / "runs"), "--batch.global-size", "90", "--config", str(file), "--dry-run"]
+
+    assert run(Plain, CONFIG, argv) == 0
+
+    shown = capsys.readouterr().out
+    assert f"options of {file}" in shown
+    for line in (
+        "--run.duration 7st", "--run.take-over", "--job.lr 0.001", "--batch.global-size 90", "--observe.no-tensorboard",
+        "--scaling.exclude ['a', 'b']",
+    ):  # fmt: skip
+        assert f"  {line}\n" in shown
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("a.yaml", "epochs: 5", "--epochs is no option; give --run.duration 5ep"),
+        ("a.yaml", "run: {seed: x}", "--run.seed is 'x'; give a whole number"),
+        ("a.yaml", "run: {seed: [[1]]}", "run.seed in --config"),
+        ("a.yaml", "- 1", "which holds a list; write options by name in it"),
+        ("a.yaml", "run: {", "which is no YAML"),
+        ("a.toml", "run: 1", "which is no TOML"),
+        ("a.txt", "", "give a file that ends in .yaml or .toml"),
+    ],
+)
+def test_a_file_that_cannot_be_meant_is_refused(name, text, said, tmp_path, capsys):
+    (tmp_path / name).write_text(text)
+
+    assert run(Plain, CONFIG, ["--config", str(tmp_path / name), "--dry-run"]) == 2
+
+    shown = capsys.readouterr().err
+    assert said in shown
+    assert shown.count("\n") == 1
 
 
 def test_a_value_that_cannot_be_is_our_own_error():

@@ -402,7 +402,7 @@ def test_an_interrupted_export_leaves_nothing_that_looks_like_one(stored, tmp_pa
         assert same(load_file(out / "model.safetensors"), WEIGHTS)
         return
     assert code == 130
-    assert said.read_text() == "error: interrupted; nothing of it is left\n"
+    assert said.read_text() == "interrupted; nothing of it is left\n"
     assert list(out.parent.iterdir()) == []
 
 

@@ -206,7 +206,7 @@ def test_an_interrupted_prune_lists_nothing_torn_and_the_next_does_the_rest(make
     assert len(unfinished(storage)) == 3
     assert verify(storage, list(newest_first(storage))).damages == ()
     if number == signal.SIGINT:
-        assert (tmp_path / "said").read_text() == "error: interrupted; the next prune does the rest\n"
+        assert (tmp_path / "said").read_text() == "interrupted; the next prune does the rest\n"
     elastic("checkpoints", *arguments)
     assert steps(run) == [6]
     assert {p.name for p in (run / "checkpoints").iterdir()} == {"step-00000006"}

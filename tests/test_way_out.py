@@ -56,7 +56,10 @@ def test_a_signal_saves_and_ends(number, undisturbed_epoch, tmp_path, gate):
         with pytest.raises(Interrupted) as ended:
             signalled(local, [number], held.unlink)
 
-    assert str(ended.value) == f"run run was interrupted by {number.name}; give --run.name run to go on"
+    assert (
+        str(ended.value)
+        == f"run run was interrupted by {number.name}; give --run.storage {tmp_path} --run.name run to go on"
+    )
     assert ended.value.exit_code == 130
     before = Ran(run, None)
     assert before.result["status"] == "stopped"

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from elastic.config import TrainConfig
 from elastic.data.deal import batch_line
-from elastic.errors import ConfigError, ElasticError, Interrupted, RunFailed, one_line
+from elastic.errors import ConfigError, ElasticError, Interrupted, RunFailed, one_line, told
 from elastic.job import Job
 from elastic.membership.driver import DriverLink, outlived
 from elastic.observe.console import Console, result_text
@@ -84,7 +84,7 @@ def drive(run: PreparedRun) -> int:
     try:
         values = run_prepared(run)
     except ElasticError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(told(error), file=sys.stderr)
         return error.exit_code
     print(result_text(values, run.folder.storage.url))
     return 0
@@ -146,6 +146,8 @@ def run_prepared(run: PreparedRun, control: RunControl | None = None) -> dict[st
     plan, config = run.plan, run.config
     console = Console(plan.total_steps, config.observe.log_every, None if control is None else _Silence())
     console.say(f"run {run.name} -> {run.folder.storage.url}")
+    for note in run.notes:
+        console.say(note)
     console.say(batch_line(plan.global_size, plan.microbatches, config.scaling.max_workers))
     if config.checkpoint.every is None:
         console.say(UNSAVED)
@@ -325,7 +327,7 @@ class _Drive:
             if self._trainer_done.is_set() and trainer_ended_at is None:
                 trainer_ended_at = time.monotonic()
                 if self._trainer_error is not None:
-                    self._close("failed", _why(self._trainer_error, self._run.name))
+                    self._close("failed", _why(self._trainer_error, self._run.again))
             if not self._formed.is_set() and time.monotonic() - looked > AUTOSCALER_LOOK_S:
                 looked = time.monotonic()
                 self._tell_of_autoscaler()
@@ -374,7 +376,7 @@ class _Drive:
         if status in ("failed", "fenced"):
             raise RunFailed(f"run {self._run.name} {status}: {message}")
         if self._signals and status == "stopped":
-            raise Interrupted(f"run {self._run.name} was {message}; give --run.name {self._run.name} to go on")
+            raise Interrupted(f"run {self._run.name} was {message}; give {self._run.again} to go on")
         return self._end["result"]
 
     def _follow(self) -> None:
@@ -397,15 +399,12 @@ class _Drive:
             self._ended.set()
 
 
-def _why(error: BaseException, name: str) -> str:
+def _why(error: BaseException, again: str) -> str:
     """What a tired person needs to know of the error that ended the workers."""
     import ray
 
     if isinstance(error, ray.exceptions.RayActorError):
-        return (
-            "the controller of its workers died, and they with it; "
-            f"give --run.name {name} to go on from the newest checkpoint"
-        )
+        return f"the controller of its workers died, and they with it; give {again} to go on from the newest checkpoint"
     return f"the workers failed: {error}"
 
 

@@ -19,7 +19,7 @@ from elastic.redact import clean, redact
 from elastic.run import forecast
 from elastic.run.folder import RunFolder
 from elastic.run.plan import RunPlan, resolve
-from elastic.run.resuming import CODED, changes, is_over, refuse_changes
+from elastic.run.resuming import CODED, changes, described_defaults, is_over, refuse_changes
 from elastic.run.sameness import Sameness
 from elastic.storage import Storage
 from elastic.values import TAG, describe, show
@@ -32,7 +32,8 @@ UNSAVED = "nothing is saved before the run ends or is stopped; --checkpoint.ever
 class PreparedRun:
     """A validated run. `config` has its name and V filled in; `finished` is the result of a run that is over.
 
-    `changed` says that it goes on with other result options than its stored configuration has.
+    `changed` says that it goes on with other result options than its stored configuration has. `defaults` are those of
+    the job's file, of a run that was started by a command line; `notes` say where else options came from.
     """
 
     job: Job
@@ -44,21 +45,30 @@ class PreparedRun:
     finished: dict[str, Any] | None = None
     changed_code: bool = False
     changed: bool = False
+    defaults: TrainConfig | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
         assert self.config.run.name is not None
         return self.config.run.name
 
+    @property
+    def again(self) -> str:
+        """What to give the same command, for this run to go on."""
+        usual = (self.defaults or TrainConfig()).run.storage
+        where = "" if self.config.run.storage == usual else f"--run.storage {self.config.run.storage} "
+        return f"{where}--run.name {self.name}"
 
-def refuse_packages(url: str, folder: str) -> None:
+
+def refuse_packages(url: str) -> None:
     """Refuse a relative folder where the working directory is a package that Ray unpacked: it has another name as soon
     as a file in it changes, so that the same run would begin anew, and goes away with the cluster.
 
     Raises:
         ConfigError: it is one.
     """
-    if "://" not in url and not os.path.isabs(os.path.expanduser(url)) and RAY_PACKAGE in folder:
+    if "://" not in url and not os.path.isabs(os.path.expanduser(url)) and RAY_PACKAGE in os.getcwd():
         raise ConfigError(
             f"--run.storage is {url!r}, a folder inside the package that Ray made of this job's working directory, "
             "which is another one at the next submission; give a URL such as s3://bucket/runs, or a folder from / on "
@@ -76,7 +86,7 @@ def prepare(job: Job, config: TrainConfig) -> PreparedRun:
     if not resumes:
         name = f"{job_name(job)}-{time.strftime('%Y%m%d')}-{secrets.token_hex(2)}"
         config = replace(config, run=replace(config.run, name=name))
-    refuse_packages(config.run.storage, os.getcwd())
+    refuse_packages(config.run.storage)
     storage = Storage(config.run.storage)
     if storage.in_process:
         raise ConfigError(
@@ -84,7 +94,7 @@ def prepare(job: Job, config: TrainConfig) -> PreparedRun:
             "folder or a URL that all of them reach"
         )
     folder = RunFolder(storage.child(str(config.run.name)))
-    stored = _stored(folder) if resumes else None
+    stored = stored_config(folder) if resumes else None
     sameness = Sameness(folder if stored is not None else None, config)
     data = check_dataset("train_data()", sameness.load(job.train_data))
     for name, held_out in eval_sets(job).items():
@@ -115,7 +125,12 @@ def prepare(job: Job, config: TrainConfig) -> PreparedRun:
     return PreparedRun(job, config, plan, folder, cfg.digest(wanted), source, finished, changed_code, changed)
 
 
-def _stored(folder: RunFolder) -> dict[str, Any] | None:
+def stored_config(folder: RunFolder) -> dict[str, Any] | None:
+    """What the run was started with, None where it was not.
+
+    Raises:
+        ConfigError: it cannot be read.
+    """
     try:
         return folder.config()
     except ConfigError:
@@ -159,6 +174,7 @@ def _config_values(run: PreparedRun) -> dict[str, Any]:
         "digest": run.digest,
         "data": {"samples": run.plan.dataset_size},
         "source": run.source,
+        **({} if run.defaults is None else {"defaults": described_defaults(type(run.job), run.defaults)}),
     }
 
 
@@ -175,8 +191,8 @@ def git_commit() -> str | None:
 def report(run: PreparedRun) -> str:
     """What `--dry-run` prints: the resolved options, what each world size would do, and what snapshots would take."""
     values = {**cfg.result_options(run.config, job_options(run.job)), **_operational(run.config)}
-    lines = [f"run {run.name} in {redact(run.folder.storage.url)}", ""]
-    lines += [_typed(name, value) for name, value in sorted(values.items()) if value is not None and value != []]
+    lines = [f"run {run.name} in {redact(run.folder.storage.url)}", *run.notes, ""]
+    lines += [f"  {typed(name, value)}" for name, value in sorted(values.items()) if value is not None and value != []]
     plan, most = run.plan, run.config.scaling.max_workers
     lines += [
         "",
@@ -189,12 +205,12 @@ def report(run: PreparedRun) -> str:
     return "\n".join(lines)
 
 
-def _typed(name: str, value: Any) -> str:
-    """An option as one would type it."""
+def typed(name: str, value: Any) -> str:
+    """An option, coded, as one would type it."""
     if isinstance(value, bool):
         section, _, leaf = name.rpartition(".")
-        return f"  --{section}.{leaf if value else 'no-' + leaf}"
-    return f"  --{name} {show(value) if isinstance(value, dict) and TAG in value else value}"
+        return f"--{section}.{leaf if value else 'no-' + leaf}"
+    return f"--{name} {show(value) if isinstance(value, dict) and TAG in value else value}"
 
 
 def _operational(config: TrainConfig) -> dict[str, Any]:

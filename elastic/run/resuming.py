@@ -2,19 +2,94 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from elastic import config as cfg
 from elastic.config import TrainConfig
 from elastic.errors import ConfigError
-from elastic.job import Job, job_options, option_defaults
+from elastic.job import Job, job_classes, job_options, option_defaults
 from elastic.observe.ledger import finite
-from elastic.redact import clean
-from elastic.values import same, show
+from elastic.redact import HIDDEN, clean
+from elastic.values import ValueRefused, decode, describe, same, show
 
 CODED = "values"  # of a stored configuration whose options are coded: 1; earlier ones were plain JSON
+
+
+@dataclass(frozen=True)
+class Taken:
+    """Options of a run for a command that goes on with it and does not give them.
+
+    Args:
+        config: what stands where the command line says nothing.
+        job_values: the same, of the job's own options, by name.
+        shown: those that are not what the job's file says, coded, by the name one would type without dashes.
+    """
+
+    config: TrainConfig
+    job_values: Mapping[str, Any] = field(default_factory=dict)
+    shown: Mapping[str, Any] = field(default_factory=dict)
+
+
+def described_defaults(job_class: type[Job], defaults: TrainConfig) -> dict[str, Any]:
+    """What options are where nobody gives them, by the job's file, coded; it is stored with the run."""
+    own = {k: describe(v, f"--job.{k}") for k, v in option_defaults(job_class).items()}
+    return clean({"config": cfg.to_dict(defaults), "job": own})
+
+
+def take(stored: Mapping[str, Any], defaults: TrainConfig, job_class: type[Job]) -> Taken:
+    """What a run was started with, for whoever resumes it by its name alone.
+
+    What the job's file says otherwise than when the run was started counts as given: it was edited since. Options that
+    are meant once are not taken, nor values that hold a secret, which are not stored.
+
+    Args:
+        stored: the run's configuration, as it was written.
+        defaults: what the job's file says now.
+
+    Raises:
+        ConfigError: what was stored and what the file says now cannot be together.
+    """
+    if CODED not in stored:  # older versions wrote plain JSON
+        return Taken(defaults)
+    before = stored.get("defaults") or {}
+    then = before.get("config") or cfg.to_dict(TrainConfig())
+    now, was = cfg.to_dict(defaults), stored["config"]
+    sections: dict[str, Any] = {}
+    shown: dict[str, Any] = {}
+    for part in dataclasses.fields(TrainConfig):
+        section: Any = getattr(defaults, part.name)
+        if not isinstance(now[part.name], dict):
+            continue
+        found = {}
+        for f in dataclasses.fields(section):
+            theirs, ours = was.get(part.name, {}), now[part.name][f.name]
+            if f.metadata["once"] or f.name not in theirs:
+                continue
+            if _may_take(theirs[f.name], ours, then.get(part.name, {}).get(f.name, ours)):
+                value = decode(theirs[f.name])
+                found[f.name] = tuple(value) if isinstance(value, list) else value
+                shown[f"{part.name}.{f.name}".replace("_", "-")] = theirs[f.name]
+        if found:
+            sections[part.name] = replace(section, **found)
+    values: dict[str, Any] = {}
+    own = {k: describe(v, k) for k, v in option_defaults(job_class).items()}
+    for name, value in stored["job"]["options"].items():
+        if name not in own or not _may_take(value, own[name], before.get("job", own).get(name, own[name])):
+            continue
+        try:
+            values[name] = decode(value, known=job_classes(job_class))
+        except ValueRefused:  # it was only described; where it is another one now, that is refused by name
+            continue
+        shown[f"job.{name}".replace("_", "-")] = value
+    return Taken(replace(defaults, **sections), values, shown)
+
+
+def _may_take(theirs: Any, ours: Any, then: Any) -> bool:
+    return same(ours, then) and not same(theirs, ours) and HIDDEN not in json.dumps(theirs)
 
 
 def changes(stored: Mapping[str, Any], config: TrainConfig, job: Job) -> dict[str, tuple[Any, Any]]:

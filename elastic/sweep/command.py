@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from elastic.config import TrainConfig
-from elastic.errors import ConfigError, ElasticError
+from elastic.errors import ConfigError, ElasticError, told
 from elastic.job import Job
 from elastic.observe.streams import sturdy_output
 from elastic.sweep.config import SCHEDULERS, SEARCHERS, SweepConfig
@@ -109,7 +109,7 @@ def run(argv: Sequence[str]) -> int:
 
         return drive(prepared)
     except ElasticError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(told(error), file=sys.stderr)
         return error.exit_code
 
 

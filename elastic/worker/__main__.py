@@ -10,7 +10,7 @@ from typing import Any
 
 from elastic.child import end_with_input, ignore_terminal, raise_descriptor_limit
 from elastic.config import TrainConfig, from_dict
-from elastic.errors import ElasticError
+from elastic.errors import ElasticError, told
 from elastic.job import Job, with_options
 from elastic.observe.streams import sturdy_output
 from elastic.run.plan import RunPlan
@@ -73,13 +73,13 @@ def _run() -> int:
     parser.add_argument("--workers", type=int, default=2, help="worker processes")
     known, rest = parser.parse_known_args()
     from elastic.observe.console import Console, result_text
-    from elastic.options import parse
     from elastic.run.forecast import refuse_what_does_not_fit_here
-    from elastic.run.prepare import prepare, report
+    from elastic.run.line import prepare_line
+    from elastic.run.prepare import report
     from elastic.worker.local import run_local
 
     try:
-        run = prepare(*parse(*_job_class(known.module, known.class_name), rest))
+        run = prepare_line(*_job_class(known.module, known.class_name), rest)
         if run.config.dry_run:
             print(report(run))
             refuse_what_does_not_fit_here(run)
@@ -93,7 +93,7 @@ def _run() -> int:
             finally:
                 console.close()
     except ElasticError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(told(error), file=sys.stderr)
         return error.exit_code
     print(result_text(result, run.folder.storage.url))
     return 0

@@ -74,6 +74,11 @@ class LocalRun:
         return self._run.name
 
     @property
+    def again(self) -> str:
+        """What to give the same command, for the run to go on."""
+        return self._run.again
+
+    @property
     def ended_as(self) -> str | None:
         """The run's last status, once it has ended."""
         return self._end["status"] if self._end is not None else None
@@ -203,7 +208,7 @@ class LocalRun:
                 how = (f"{self._worker_id(i)}: {ended_how(p.returncode)}" for i, p in enumerate(self.processes))
                 message = (
                     f"every worker of run {self._run.name} ended without a result ({'; '.join(how)}); what they said "
-                    f"stands above; give --run.name {self._run.name} to go on from the newest checkpoint"
+                    f"stands above; give {self._run.again} to go on from the newest checkpoint"
                 )
                 self.link.request("/close", {"status": "failed", "message": message}, patience_s=HOST_LOST_S)
                 if not self._ended.wait(10.0):
@@ -283,7 +288,7 @@ def heeding_signals(local: LocalRun) -> Iterator[None]:
         with heard_by(handle):
             yield
         if came and local.ended_as == "stopped":
-            raise Interrupted(f"run {local.name} was {came[0]}; give --run.name {local.name} to go on")
+            raise Interrupted(f"run {local.name} was {came[0]}; give {local.again} to go on")
     finally:
         for thread in asking:
             thread.join(HOST_LOST_S)

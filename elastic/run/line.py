@@ -1,0 +1,65 @@
+"""A job's command line, read into a prepared run: files of options, and what a run that is resumed was started with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from elastic.config import RUN_NAME, TrainConfig
+from elastic.errors import ConfigError
+from elastic.job import Job
+from elastic.option_file import expand
+from elastic.options import parse
+from elastic.run.folder import RunFolder
+from elastic.run.prepare import PreparedRun, prepare, refuse_packages, stored_config, typed
+from elastic.run.resuming import Taken, take
+from elastic.storage import Storage
+from elastic.usage import last_value
+
+
+def prepare_line(job_class: type[Job], defaults: TrainConfig, argv: Sequence[str]) -> PreparedRun:
+    """Read a command line and prepare its run. What stands on the line goes before files of options, these before what
+    the run of that name was started with, and that before the job's own defaults.
+
+    Raises:
+        ConfigError: with one sentence that names the option, its value and the fix.
+        SystemExit: help was asked for (0), or the line cannot be read (2).
+    """
+    line, files = expand(argv)
+    taken = _taken(job_class, defaults, line)
+    job, config = parse(job_class, taken.config, line, taken.job_values)
+    notes = [f"options of {file}" for file in files]
+    shown = _not_given(taken.shown, line)
+    if shown:
+        notes.append(f"as it was started: {' '.join(typed(name, value) for name, value in shown.items())}")
+    return replace(prepare(job, config), defaults=defaults, notes=tuple(notes))
+
+
+def _taken(job_class: type[Job], defaults: TrainConfig, line: Sequence[str]) -> Taken:
+    name, storage = last_value(line, "--run.name"), last_value(line, "--run.storage")
+    name = defaults.run.name if name is None else name
+    if name is None or not RUN_NAME.match(name):  # a new run, or it is refused with the rest of the line
+        return Taken(defaults)
+    url = defaults.run.storage if storage is None else storage
+    refuse_packages(url)
+    stored = stored_config(RunFolder(Storage(url).child(name)))
+    if stored is None:
+        return Taken(defaults)
+    try:
+        return take(stored, defaults, job_class)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(
+            f"the configuration of run {name} in {url} is damaged ({type(error).__name__}: {error}); put back a copy "
+            "of it, or give another --run.name"
+        ) from error
+
+
+def _not_given(shown: Mapping[str, Any], line: Sequence[str]) -> dict[str, Any]:
+    given = {word.partition("=")[0].replace("_", "-") for word in line if word.startswith("--")}
+    found = {}
+    for name, value in shown.items():
+        section, dot, leaf = name.rpartition(".")
+        if not given & {f"--{name}", f"--{section}{dot}no-{leaf}"}:
+            found[name] = value
+    return found
