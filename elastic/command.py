@@ -34,6 +34,10 @@ def run(job_class: type[Job], config: TrainConfig, argv: Sequence[str]) -> int:
 
             print(report(prepared))
             return 0
+        if prepared.config.debug:
+            from elastic.worker.debugging import drive_here
+
+            return drive_here(prepared)
         from elastic.cluster.trainer import drive
 
         return drive(prepared)

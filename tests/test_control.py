@@ -282,7 +282,7 @@ def test_only_who_may_write_into_the_folder_is_obeyed_and_only_in_what_control_i
             assert answer(path, body=body) == 401, path
         for key in (json.loads(held)["sha256"], grant, "", "é"):
             assert answer("/run", key=key) == 401
-        token = local._token
+        token = local.token
         local.stop()
         local.wait(WAIT_S)
 

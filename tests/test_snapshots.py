@@ -56,7 +56,7 @@ class Nodes:
     def held(self) -> dict[str, list[Holding]]:
         """What the vaults hold, by URL, of those that answer."""
         living = [v.url for v in self.local.vaults.values() if v.process.poll() is None]
-        return survey(living, self.local._token)
+        return survey(living, self.local.token)
 
     def wait_for_parts(self, step: int, count: int) -> None:
         wait_until(lambda: self.parts(step) >= count, f"{count} parts of the snapshot of step {step}")
@@ -336,7 +336,7 @@ def test_memory_is_stated_before_the_first_step_and_is_what_is_used(tmp_path, ga
         nodes.wait_for_parts(4, 6)
         taken = 0
         for vault in local.vaults.values():
-            client = VaultClient(vault.url, local._token, 10)
+            client = VaultClient(vault.url, local.token, 10)
             taken += client.memory()["held"]
             client.close()
         held.unlink()

@@ -164,7 +164,7 @@ def test_a_run_goes_on_in_a_flood_of_strangers(tmp_path, capsys):
     run = prepare(Everything(), configure(tmp_path, "run", run__duration="100000st", scaling__max_workers=2))
     with local_run(run, 2, on_record=watch, own_host={}) as local:
         watch.wait_for_step(1)
-        host, token = local.hosting.process.pid, {"Authorization": f"Bearer {local._token}"}
+        host, token = local.hosting.process.pid, {"Authorization": f"Bearer {local.token}"}
         quiet = len(os.listdir(f"/proc/{host}/fd"))
         with Flood(local.url, 1500) as flood:
             wait_until(lambda: flood.made > 1500, "so many connections")

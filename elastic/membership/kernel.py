@@ -12,6 +12,7 @@ import socket
 import struct
 
 PROBES = 127  # the most that Linux lets go unanswered before it ends the connection
+MOST_S = 32767  # between two probes, of Linux too
 _LAST_ANSWER = struct.Struct("=I")
 _LAST_ANSWER_AT = 56  # tcpi_last_ack_recv in struct tcp_info, milliseconds
 
@@ -22,7 +23,7 @@ def watch(connection: socket.socket, lease_s: float) -> float:
     Returns:
         seconds between two probes.
     """
-    every_s = max(1, math.ceil(2 * lease_s / PROBES))
+    every_s = min(MOST_S, max(1, math.ceil(2 * lease_s / PROBES)))
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, every_s)
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, every_s)

@@ -110,16 +110,17 @@ class Console:
 
     Args:
         every_s: least time between two progress lines.
+        live: whether the newest line may be redrawn where `out` is a terminal; not where others write to it too.
     """
 
-    def __init__(self, total_steps: int, every_s: float, out: TextIO | None = None):
+    def __init__(self, total_steps: int, every_s: float, out: TextIO | None = None, *, live: bool = True):
         self._total, self._every_s = total_steps, every_s
         out = out or sys.stdout
         self._out = out if isinstance(out, Sturdy) else Sturdy(out)
         self._recent: deque[tuple[float, int, float]] = deque(maxlen=50)
         self._last_line = 0.0
         self._live: Any = None
-        if self._out.isatty() and os.environ.get("TERM", "dumb") not in ("dumb", "unknown"):
+        if live and self._out.isatty() and os.environ.get("TERM", "dumb") not in ("dumb", "unknown"):
             from rich.console import Console as RichConsole
             from rich.live import Live
 

@@ -44,7 +44,7 @@ def take(stored: Mapping[str, Any], defaults: TrainConfig, job_class: type[Job])
     """What a run was started with, for whoever resumes it by its name alone.
 
     What the job's file says otherwise than when the run was started counts as given: it was edited since. Options that
-    are meant once are not taken, nor values that hold a secret, which are not stored.
+    are meant once are not taken, nor values that hold a secret, which are not stored, nor how a run was debugged.
 
     Args:
         stored: the run's configuration, as it was written.
@@ -67,7 +67,7 @@ def take(stored: Mapping[str, Any], defaults: TrainConfig, job_class: type[Job])
         found = {}
         for f in dataclasses.fields(section):
             theirs, ours = was.get(part.name, {}), now[part.name][f.name]
-            if f.metadata["once"] or f.name not in theirs:
+            if f.metadata["once"] or f.name not in theirs or (was.get("debug") and not f.metadata["result"]):
                 continue
             if _may_take(theirs[f.name], ours, then.get(part.name, {}).get(f.name, ours)):
                 value = decode(theirs[f.name])

@@ -84,6 +84,10 @@ def _run() -> int:
             print(report(run))
             refuse_what_does_not_fit_here(run)
             return 0
+        if run.config.debug:
+            from elastic.worker.debugging import drive_here
+
+            return drive_here(run)
         result = run.finished
         if result is None:
             console = Console(run.plan.total_steps, run.config.observe.log_every)

@@ -46,13 +46,15 @@ class LocalRun:
         own_host: host the run in a process of its own, which is started again when it dies; with these further
             environment variables.
         in_vaults: further environment variables of the vaults, where snapshots are taken.
+        expects: workers that come; the default is those that are started.
     """
 
     def __init__(
         self, run: PreparedRun, workers: int, *, host: str = LOOPBACK, accelerator: str = "cpu",
         on_record: Callable[[dict[str, Any]], None] | None = None, environment: dict[str, str] | None = None,
-        own_host: dict[str, str] | None = None, in_vaults: dict[str, str] | None = None,
+        own_host: dict[str, str] | None = None, in_vaults: dict[str, str] | None = None, expects: int | None = None,
     ):  # fmt: skip
+        self._expects = workers if expects is None else expects
         self._in_vaults = in_vaults or {}
         self._run, self._workers, self._address, self._accelerator = run, workers, host, accelerator
         self._environment, self._own_host = environment or {}, own_host
@@ -94,9 +96,9 @@ class LocalRun:
     def _start(self) -> None:
         run = self._run
         refuse_what_does_not_fit_here(run)
-        self._epoch, self._token = open_run(run), new_token()
-        settings = host_settings(run.config, self._token, self._address)
-        settings = replace(settings, limits=replace(settings.limits, expects=self._workers))
+        self._epoch, self.token = open_run(run), new_token()
+        settings = host_settings(run.config, self.token, self._address)
+        settings = replace(settings, limits=replace(settings.limits, expects=self._expects))
         arguments = (
             run.folder.storage.url, keeper_options(run, self._epoch), settings,
             {"changed_code": run.changed_code or None},
@@ -106,7 +108,7 @@ class LocalRun:
         else:
             self.hosting = HostProcess(*arguments, living=self._living, environment=self._own_host)
         self.url = self.hosting.start()
-        self.link = DriverLink(self.url, self._token)
+        self.link = DriverLink(self.url, self.token)
         self._follower = threading.Thread(target=self._follow, name="local-run-follower", daemon=True)
         self._follower.start()
         vaults = [self._vault_of(self.node_of(index)) for index in range(self._workers)]  # they start side by side
@@ -125,9 +127,9 @@ class LocalRun:
         specification = {
             "module": _importable(job_class), "class": job_class.__qualname__, "job_options": coded_options(run.job),
             "config": to_dict(run.config), "plan": run.plan.__dict__, "digest": run.digest,
-            "folder_url": run.folder.storage.url, "server_url": self.url, "token": self._token,
+            "folder_url": run.folder.storage.url, "server_url": self.url, "token": self.token,
             "identity": {
-                "id": self._worker_id(index), "node": self.node_of(index), "local_index": index, "host": self._address,
+                "id": self.worker_id(index), "node": self.node_of(index), "local_index": index, "host": self._address,
                 "accelerator": self._accelerator, "vault": vault.wait() if vault else "",
             },
         }  # fmt: skip
@@ -143,11 +145,12 @@ class LocalRun:
         self.processes.append(process)
         return process
 
-    def _worker_id(self, index: int) -> str:
+    def worker_id(self, index: int) -> str:
+        """Of the worker that was started as this one, from 0."""
         return f"w{self._epoch}-{index}"
 
     def _living(self) -> list[str]:
-        return [self._worker_id(index) for index, process in enumerate(self.processes) if process.poll() is None]
+        return [self.worker_id(index) for index, process in enumerate(self.processes) if process.poll() is None]
 
     def _vault_of(self, node: str) -> VaultProcess | None:
         if self._run.plan.snapshot_every is None:
@@ -155,7 +158,7 @@ class LocalRun:
         if node not in self.vaults:
             given = self._run.config.recovery.hang_timeout
             still_s = STILL_S if given == "auto" else parse_amount("--recovery.hang-timeout", given, clock=True).seconds
-            self.vaults[node] = VaultProcess(self._token, self._address, self._in_vaults, still_s)
+            self.vaults[node] = VaultProcess(self.token, self._address, self._in_vaults, still_s)
         return self.vaults[node]
 
     def node_of(self, index: int) -> str:
@@ -205,7 +208,7 @@ class LocalRun:
                 known, idle_since = len(self.processes), time.monotonic()
             self._keep_vaults()
             if time.monotonic() - idle_since > IDLE_S:
-                how = (f"{self._worker_id(i)}: {ended_how(p.returncode)}" for i, p in enumerate(self.processes))
+                how = (f"{self.worker_id(i)}: {ended_how(p.returncode)}" for i, p in enumerate(self.processes))
                 message = (
                     f"every worker of run {self._run.name} ended without a result ({'; '.join(how)}); what they said "
                     f"stands above; give {self._run.again} to go on from the newest checkpoint"
@@ -215,6 +218,16 @@ class LocalRun:
                     raise RunFailed(message)
             if time.monotonic() > deadline:
                 raise RunFailed(f"run {self._run.name} did not end within {timeout_s:.0f} s")
+        return self.ended(0.0)
+
+    def ended(self, timeout_s: float) -> dict[str, Any]:
+        """The contents of result.json, once the run has ended; its processes are not looked after meanwhile.
+
+        Raises:
+            RunFailed: it failed, or did not end within `timeout_s`.
+        """
+        if not self._ended.wait(timeout_s):
+            raise RunFailed(f"run {self._run.name} did not end within {timeout_s:.0f} s")
         assert self._end is not None
         if self._end["status"] not in ("finished", "stopped"):
             raise RunFailed(self._end["message"])
@@ -241,7 +254,7 @@ class LocalRun:
                 continue
             with contextlib.suppress(OSError):  # the host is away: it is told when it is back
                 if process.returncode:
-                    body = {"ids": [self._worker_id(index)], "ended": True, "detail": ended_how(process.returncode)}
+                    body = {"ids": [self.worker_id(index)], "ended": True, "detail": ended_how(process.returncode)}
                     self.link.request("/lost", body)
                 self._told.add(index)
 
