@@ -15,6 +15,7 @@ if TYPE_CHECKING:  # for type checkers and editors
     from elastic.command import main as main
     from elastic.config import TrainConfig as TrainConfig
     from elastic.job import Job as Job
+    from elastic.loading import load_model as load_model
     from elastic.sweep.config import SweepConfig as SweepConfig
     from elastic.sweep.driver import SweepResult as SweepResult
     from elastic.sweep.driver import run_sweep as run_sweep
@@ -36,6 +37,7 @@ _HOMES = {
     "ObserveOptions": "elastic.config",
     "ClusterOptions": "elastic.config",
     "Job": "elastic.job",
+    "load_model": "elastic.loading",
     "SweepConfig": "elastic.sweep.config",
     "SweepResult": "elastic.sweep.driver",
     "main": "elastic.command",

@@ -15,6 +15,7 @@ from elastic.observe.streams import sturdy_output
 from elastic.redact import printable
 from elastic.tools.control import add_control
 from elastic.tools.doctor import add_doctor
+from elastic.tools.places import USUAL, find_run
 from elastic.tools.sweeps import add_report
 from elastic.tools.verbs import add_verbs, run
 
@@ -81,6 +82,12 @@ def _init(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _evaluate(arguments: argparse.Namespace) -> int:
+    from elastic.evaluation import run
+
+    return run(arguments)
+
+
 def _examine_cluster(address: str, storage: Sequence[str]) -> list[Finding]:
     from elastic.cluster.examining import examine_cluster
 
@@ -95,7 +102,16 @@ def parser() -> argparse.ArgumentParser:
     verb = verbs.add_parser("init", help="write a small job that runs as it is")
     verb.add_argument("file", help="for example job.py")
     verb.set_defaults(run=_init)
+    verbs.add_parser("sweep", help="search for the options of a job: elastic sweep job.py --help", add_help=False)
     add_control(verbs)
+    verb = verbs.add_parser("evaluate", help="evaluate a checkpoint of a run on the data that its job holds out")
+    verb.add_argument("url", metavar="RUN", type=find_run, help=f"folder or URL of a run, or its name in {USUAL}")
+    verb.add_argument("--job", required=True, metavar="FILE", help="the job's file, such as job.py, or its module")
+    verb.add_argument("--step", type=int, help="of this checkpoint (default the newest)")
+    verb.add_argument("--accelerator", choices=("cpu", "gpu"), default="cpu", help="where to compute (default cpu)")
+    verb.add_argument("--json", action="store_true", help="print JSON")
+    verb.epilog = "Options of the job (--job.NAME VALUE) are those of the run unless they are given too."
+    verb.set_defaults(run=_evaluate, rest=[])
     add_verbs(verbs)
     add_report(verbs)
     add_doctor(verbs, _examine_cluster)
@@ -103,10 +119,25 @@ def parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _read(line: Sequence[str]) -> argparse.Namespace:
+    """Only a verb that has `rest` takes options of a job beside its own."""
+    reader = parser()
+    arguments, rest = reader.parse_known_args(line)
+    if rest and not hasattr(arguments, "rest"):
+        reader.error(f"unrecognized arguments: {' '.join(rest)}")
+    arguments.rest = rest
+    return arguments
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit code."""
+    line = sys.argv[1:] if argv is None else list(argv)
+    if line[:1] == ["sweep"]:
+        from elastic.sweep.command import main as sweep
+
+        sweep(line[1:], program="elastic sweep")
     with sturdy_output(patience_s=None) as out:
-        arguments = parser().parse_args(argv)
+        arguments = _read(line)
         try:
             code = run(arguments)
         except ElasticError as error:

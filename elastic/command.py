@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from elastic.config import TrainConfig
 from elastic.errors import ElasticError, told
 from elastic.job import Job
+from elastic.job_file import answer
 from elastic.observe.streams import sturdy_output
 
 
@@ -18,6 +19,7 @@ def main(job_class: type[Job], config: TrainConfig | None = None, argv: Sequence
         config: defaults of this job, which the command line overrides.
         argv: the command line without the program's name; the default is that of the process.
     """
+    answer(job_class, config or TrainConfig())
     with sturdy_output():
         code = run(job_class, config or TrainConfig(), sys.argv[1:] if argv is None else argv)
     raise SystemExit(code)

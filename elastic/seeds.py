@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -27,3 +29,15 @@ def seed_all(seed: int) -> None:
 def seed_job() -> None:
     """Before a job is made: a model that its `__init__` makes is the same in every process and every part of a run."""
     seed_all(derive("job"))
+
+
+@contextmanager
+def unseeded() -> Iterator[None]:
+    """Inside, generators may be seeded; behind it Python's, numpy's and torch's go on from where they were."""
+    python, numpy = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(range(torch.cuda.device_count() if torch.cuda.is_initialized() else 0)):
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)

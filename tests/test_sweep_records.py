@@ -14,9 +14,10 @@ from elastic import cli
 from elastic.config import BatchOptions, EvalOptions, RunOptions, TrainConfig, result_options
 from elastic.errors import ConfigError
 from elastic.job import job_options
+from elastic.job_file import load_job
 from elastic.run.process import identity
 from elastic.storage import Storage
-from elastic.sweep.command import load_job, parse, run
+from elastic.sweep.command import parse, run
 from elastic.sweep.config import SweepConfig
 from elastic.sweep.folder import SweepFolder
 from elastic.sweep.judge import Judge

@@ -17,6 +17,7 @@ from elastic.config import TrainConfig
 from elastic.data.deal import batch_line
 from elastic.errors import ConfigError, ElasticError, Interrupted, RunFailed, one_line, told
 from elastic.job import Job
+from elastic.job_file import answer
 from elastic.membership.driver import DriverLink, outlived
 from elastic.observe.console import Console, result_text
 from elastic.run.forecast import refuse_what_does_not_fit_here
@@ -58,6 +59,7 @@ class ElasticTrainer:
     """
 
     def __init__(self, job: Job, config: TrainConfig | None = None):
+        answer(type(job), config or TrainConfig())
         self._prepared = prepare(job, config or TrainConfig())
 
     def fit(self) -> Result:

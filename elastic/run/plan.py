@@ -33,6 +33,16 @@ class RunPlan:
     snapshot_every: int | None = None
     check_every: int | None = None
 
+    @property
+    def eval_size(self) -> int:
+        """Samples of one pass of an evaluation, the same in every world."""
+        return evaluation_size(self.global_size, self.microbatches)
+
+
+def evaluation_size(global_size: int, microbatches: int) -> int:
+    """Samples of one pass of an evaluation."""
+    return min(4 * (global_size // microbatches), global_size)
+
 
 def resolve(
     config: TrainConfig, *, dataset_size: int, tokens_per_sample: int | None, stored_microbatches: int | None = None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -11,44 +10,22 @@ from typing import Any
 from elastic.config import TrainConfig
 from elastic.errors import ConfigError, ElasticError, told
 from elastic.job import Job
+from elastic.job_file import load_job
 from elastic.observe.streams import sturdy_output
+from elastic.option_file import expand
 from elastic.sweep.config import SCHEDULERS, SEARCHERS, SweepConfig
 from elastic.sweep.space import KINDS, parse_search
 
 
-def load_job(text: str) -> tuple[type[Job], TrainConfig]:
-    """The job of a module, and its defaults (`CONFIG`).
-
-    Args:
-        text: `MODULE`, or `MODULE:CLASS` where there are several.
-
-    Raises:
-        ConfigError: there is no such module or class, or there are several.
-    """
-    name, _, wanted = text.partition(":")
-    try:
-        module = importlib.import_module(name)
-    except ImportError as error:
-        raise ConfigError(f"--job is {text!r}, which cannot be imported ({error}); give a module") from error
-    classes = [
-        c for c in vars(module).values()
-        if isinstance(c, type) and issubclass(c, Job) and c.__module__ == module.__name__
-    ]  # fmt: skip
-    found = [c for c in classes if not wanted or c.__name__ == wanted]
-    if len(found) != 1:
-        names = ", ".join(f"{name}:{c.__name__}" for c in classes) or "none"
-        raise ConfigError(f"--job is {text!r}, where there are {len(found)} jobs; give one of: {names}")
-    return found[0], getattr(module, "CONFIG", TrainConfig())
-
-
-def parser() -> argparse.ArgumentParser:
+def parser(program: str | None = None) -> argparse.ArgumentParser:
     """The options of the sweep itself."""
     own = argparse.ArgumentParser(
-        allow_abbrev=False, usage="%(prog)s --job MODULE --search NAME=KIND(values) ... [options of the job]",
+        prog=program, allow_abbrev=False,
+        usage="%(prog)s JOB --search NAME=KIND(values) ... [options of the job]",
         description="Search for the options of a job. All options of the job may be given too, for every trial.",
     )  # fmt: skip
     add = own.add_argument
-    add("--job", required=True, metavar="MODULE", help="such as jobs.codegpt, or jobs.mine:MyJob")
+    add("--job", metavar="JOB", help="its file or module: job.py, jobs.codegpt, or job.py:MyJob; also without --job")
     kinds = f"{', '.join(KINDS)}; NAME without dashes in front"
     add("--search", action="append", default=[], metavar="NAME=KIND(values)", help=f"an option to search: {kinds}")
     add("--metric", default="eval/loss", help="what is compared (default eval/loss)")
@@ -73,19 +50,22 @@ def parser() -> argparse.ArgumentParser:
     return own
 
 
-def parse(argv: Sequence[str]) -> tuple[Job, TrainConfig, SweepConfig]:
+def parse(argv: Sequence[str], program: str | None = None) -> tuple[Job, TrainConfig, SweepConfig]:
     """Read a command line.
 
     Raises:
         ConfigError: a value that cannot be.
         SystemExit: help was asked for (0), or the line cannot be read (2).
     """
-    own = parser()
+    own = parser(program)
     if "--help-all" not in argv and {"--help", "-h"} & set(argv):
         own.print_help()
-        print("\noptions of the job: with --job MODULE --help-all")
+        print("\noptions of the job: with JOB --help-all")
         raise SystemExit(0)
-    found, rest = own.parse_known_args(list(argv))
+    line = ["--job", *argv] if argv and not argv[0].startswith("-") else list(argv)
+    found, rest = own.parse_known_args(expand(line)[0])
+    if found.job is None:
+        raise ConfigError("no job is given; give its file or module, such as job.py or jobs.codegpt")
     job_class, defaults = load_job(found.job)
     from elastic.options import parse as parse_job
 
@@ -95,10 +75,10 @@ def parse(argv: Sequence[str]) -> tuple[Job, TrainConfig, SweepConfig]:
     return job, config, sweep
 
 
-def run(argv: Sequence[str]) -> int:
+def run(argv: Sequence[str], program: str | None = None) -> int:
     """Like `main`, but returns the exit code: 0 done, 1 no trial came to an end, 2 bad input, 130 interrupted."""
     try:
-        job, config, sweep = parse(argv)
+        job, config, sweep = parse(argv, program)
         from elastic.sweep.prepare import prepare_sweep, trial_table
 
         prepared = prepare_sweep(job, config, sweep)
@@ -113,8 +93,8 @@ def run(argv: Sequence[str]) -> int:
         return error.exit_code
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None, program: str | None = None) -> None:
     """Read the command line, sweep, and end the process with the sweep's exit code."""
     with sturdy_output():
-        code = run(sys.argv[1:] if argv is None else argv)
+        code = run(sys.argv[1:] if argv is None else argv, program)
     raise SystemExit(code)

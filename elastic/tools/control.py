@@ -11,6 +11,7 @@ from typing import Any
 
 from elastic.errors import ConfigError
 from elastic.redact import printable
+from elastic.tools.places import USUAL, find_run
 
 
 def add_control(verbs: Any) -> None:
@@ -21,7 +22,10 @@ def add_control(verbs: Any) -> None:
     ) -> argparse.ArgumentParser:
         parser = verbs.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
         what = "folder or URL of runs" if run is _runs else "folder or URL of a run, such as runs/mine or s3://bucket/m"
-        parser.add_argument("url", metavar="URL" if run is _runs else "RUN", help=what)
+        if run is _runs:
+            parser.add_argument("url", metavar="URL", nargs="?", default=USUAL, help=f"{what} (default {USUAL})")
+        else:
+            parser.add_argument("url", metavar="RUN", type=find_run, help=f"{what}, or its name in {USUAL}")
         parser.add_argument("--json", action="store_true", help="print JSON")
         if waits:
             parser.add_argument("--timeout", default="10min", metavar="TIME", help="wait this long (default 10min)")

@@ -21,6 +21,7 @@ from elastic.observe.ledger import read_records
 from elastic.run.folder import ALIVE_S
 from elastic.run.process import has_ended
 from elastic.storage import Storage
+from elastic.tools.places import USUAL, find_run
 
 FORMAT = 1
 SWEEP, TRIALS, DRIVERS = "sweep.json", "trials.jsonl", "drivers"
@@ -168,7 +169,8 @@ def add_report(verbs: Any) -> None:
     """Add `report`."""
     text = "show the ranking of a sweep's trials"
     parser = verbs.add_parser("report", help=text, description=text[0].upper() + text[1:] + ".")
-    parser.add_argument("url", metavar="SWEEP", help="folder or URL of a sweep, such as runs/mine")
+    what = f"folder or URL of a sweep, such as runs/mine, or its name in {USUAL}"
+    parser.add_argument("url", metavar="SWEEP", type=find_run, help=what)
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.set_defaults(run=_report)
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from elastic.errors import ConfigError, ElasticError, Interrupted
 from elastic.redact import printable
+from elastic.tools.places import USUAL, find_run
 
 _DTYPES = ("float64", "float32", "float16", "bfloat16")
 
@@ -23,7 +24,8 @@ def add_verbs(verbs: Any) -> None:
 
     def add(name: str, run: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
         parser = inner.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
-        parser.add_argument("url", metavar="URL", help="folder or URL of a run, such as runs/mine or s3://bucket/mine")
+        what = f"folder or URL of a run, such as runs/mine or s3://bucket/mine, or its name in {USUAL}"
+        parser.add_argument("url", metavar="URL", type=find_run, help=what)
         parser.add_argument("--json", action="store_true", help="print JSON")
         parser.set_defaults(run=run)
         return parser
@@ -57,7 +59,7 @@ def add_verbs(verbs: Any) -> None:
 
     text = "remove whole runs, never a live, pinned or best one"
     parser = verbs.add_parser("prune", help=text, description=text[0].upper() + text[1:] + ".")
-    parser.add_argument("url", metavar="URL", help="folder or URL of runs")
+    parser.add_argument("url", metavar="URL", nargs="?", default=USUAL, help=f"folder or URL of runs (default {USUAL})")
     parser.add_argument("--older-than", required=True, metavar="AGE", help="not driven for so long, for example 30d")
     parser.add_argument("--keep-final", action="store_true", help="keep the records and the newest checkpoint of each")
     parser.add_argument("--yes", action="store_true", help="do it; else it is only shown")

@@ -9,9 +9,10 @@ import sys
 from typing import Any
 
 from elastic.child import end_with_input, ignore_terminal, raise_descriptor_limit
-from elastic.config import TrainConfig, from_dict
+from elastic.config import from_dict
 from elastic.errors import ElasticError, told
-from elastic.job import Job, with_options
+from elastic.job import with_options
+from elastic.job_file import load_job
 from elastic.observe.streams import sturdy_output
 from elastic.run.plan import RunPlan
 
@@ -46,19 +47,6 @@ def _attribute(module: str, path: str) -> Any:
     return found
 
 
-def _job_class(module_name: str, class_name: str | None) -> tuple[type[Job], TrainConfig]:
-    module = importlib.import_module(module_name)
-    classes = [
-        c for c in vars(module).values()
-        if isinstance(c, type) and issubclass(c, Job) and c.__module__ == module.__name__
-    ]  # fmt: skip
-    if class_name is not None:
-        classes = [c for c in classes if c.__name__ == class_name]
-    if len(classes) != 1:
-        raise SystemExit(f"{module_name} has {len(classes)} jobs; name one with --class")
-    return classes[0], getattr(module, "CONFIG", TrainConfig())
-
-
 def main() -> int:
     if "--child" in sys.argv:
         return _child()
@@ -79,7 +67,8 @@ def _run() -> int:
     from elastic.worker.local import run_local
 
     try:
-        run = prepare_line(*_job_class(known.module, known.class_name), rest)
+        name = known.module if known.class_name is None else f"{known.module}:{known.class_name}"
+        run = prepare_line(*load_job(name, "--module"), rest)
         if run.config.dry_run:
             print(report(run))
             refuse_what_does_not_fit_here(run)

@@ -24,12 +24,14 @@ from elastic.worker.user_code import UserCode
 
 
 def evaluate(
-    job: Job, model: nn.Module, name: str, data: MapDataset, group: Group, code: UserCode, *, size: int, seed: int,
-    each: Callable[[], AbstractContextManager[None]], on_pass: Callable[[], None] = lambda: None,
+    job: Job, model: nn.Module, name: str, data: MapDataset, group: Group | None, code: UserCode, *, size: int,
+    seed: int, device: torch.device, each: Callable[[], AbstractContextManager[None]],
+    on_pass: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:  # fmt: skip
     """Evaluate one held-out set.
 
     Args:
+        group: that of the world, None where this process is alone.
         size: samples of one forward pass; the cut does not depend on the world.
         each: entered around each pass.
         on_pass: called after each.
@@ -42,14 +44,15 @@ def evaluate(
         UserCodeError: the job's code raised, or returned what it should not.
     """
     parts = [range(i, min(i + size, len(data))) for i in range(0, len(data), size)]
-    places = group.layout.size
-    if len(parts) < places:  # too few to give everyone one: everyone does all, nothing is gathered
+    places = 1 if group is None else group.layout.size
+    if group is None or len(parts) < places:  # too few to give everyone one: everyone does all, nothing is gathered
         runs, rank = [range(len(parts))], 0
     else:
         assert group.place is not None, "a spare evaluates nothing"
         runs, rank = deal(len(parts), places), group.place
-    padding = max(map(len, runs)) - len(runs[rank]) if group.layout.shards > 1 else 0
-    records = Records(runs, rank, group.device, metrics=Metrics("evaluate()"))
+    cut = group is not None and group.layout.shards > 1
+    padding = max(map(len, runs)) - len(runs[rank]) if cut else 0
+    records = Records(runs, rank, device, metrics=Metrics("evaluate()"))
     kept = modes.of(model)
     model.eval()
     try:
@@ -67,9 +70,12 @@ def evaluate(
                 records.add(loss, weight, metrics, (digest,))
     finally:
         modes.restore(model, kept)
-    with group.collective("gathering the evaluation"):
-        record = records.gather(group.mesh.everyone).result()
-    group.check()
+    if group is None:
+        record = records.gather(None).result()
+    else:
+        with group.collective("gathering the evaluation"):
+            record = records.gather(group.mesh.everyone).result()
+        group.check()
     if record.weight == 0:
         which = f"eval_data()[{name!r}]" if name else "eval_data()"
         raise ConfigError(

@@ -178,11 +178,9 @@ class Session:
         parts: dict[str, Any] = {
             "data_s": round(data_s, 3), "model_s": round(time.monotonic() - began - data_s, 3)
         }  # fmt: skip
-        microbatch = plan.global_size // plan.microbatches
         self._rehearsal = Rehearsal(
-            job, self._config, self._code, self._loader, self._eval_sets,
-            eval_size=min(4 * microbatch, plan.global_size),
-        )  # fmt: skip
+            job, self._config, self._code, self._loader, self._eval_sets, eval_size=plan.eval_size
+        )
         if self._state is not None:
             began = time.monotonic()
             try:
@@ -665,7 +663,7 @@ class Session:
             for name, data in self._eval_sets.items():
                 found |= evaluate(
                     self._job, self._the_state.model, name, data, group, self._code,
-                    size=self._rehearsal.eval_size, seed=self._config.run.seed,
+                    size=self._plan.eval_size, seed=self._config.run.seed, device=self._device,
                     each=self._stepper.unmoved if self._bitwise else contextlib.nullcontext,
                     on_pass=lambda: self._link.progress(self._applied - 1, APPLIED + 1, next(passes), "eval"),
                 )  # fmt: skip

@@ -1,0 +1,96 @@
+"""A trained model back in Python: `elastic.load_model(job, "runs/mine")`."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from elastic.checkpoint.loader import check_objects, load
+from elastic.checkpoint.reader import read_manifest
+from elastic.config import ParallelOptions, TrainConfig, from_dict
+from elastic.errors import ConfigError
+from elastic.job import Job
+from elastic.run.folder import RunFolder
+from elastic.run.prepare import stored_config
+from elastic.run.resuming import take
+from elastic.seeds import seed_job, unseeded
+from elastic.tools.places import find_run
+from elastic.tools.target import choose, open_run
+from elastic.worker.placing import Placing
+from elastic.worker.state import TrainState
+
+WEIGHTS = "model/"
+
+
+def load_model(
+    job: Job | type[Job], run: str, *, step: int | None = None, device: str | torch.device = "cpu"
+) -> nn.Module:
+    """The job's model with the weights of a run, in eval mode.
+
+    Weights are the persistent parameters and buffers, the same that `elastic checkpoints export` writes. Random
+    generators are left as they were.
+
+    Args:
+        job: an instance, or the class: then its options are those of the run.
+        run: folder or URL of the run, or the name of one in ./runs.
+        step: of the checkpoint; the newest by default.
+
+    Raises:
+        ConfigError: there is no such run or checkpoint.
+        CheckpointError: it is damaged, or the model of this job has other tensors.
+    """
+    folder = open_run(find_run(run), read_only=True)
+    stored = stored_run(folder)
+    with unseeded():
+        if isinstance(job, type):
+            seed_job()
+            job = job(**take(stored, TrainConfig(), job).job_values)
+        state = _new_state(job, from_dict(stored["config"]), torch.device(device))
+        checkpoint = choose(folder.storage, step)
+        manifest = read_manifest(folder.storage, checkpoint)
+        weights = {name: entry for name, entry in manifest.tensors.items() if name.startswith(WEIGHTS)}
+        check_objects(folder.storage, checkpoint.folder, weights)
+        shards = state.destinations(weights, {"weights_only": True})
+        load(folder.storage, checkpoint.folder, replace(manifest, tensors=weights), shards)
+    return state.model.eval()
+
+
+def load_state(
+    job: Job, config: TrainConfig, folder: RunFolder, step: int | None, device: torch.device
+) -> tuple[TrainState, int]:
+    """The whole training state of a run in this process, with what the job itself keeps, and its step.
+
+    Raises:
+        ConfigError: there is no such checkpoint.
+        CheckpointError: it is damaged, or the job has another state.
+    """
+    state = _new_state(job, config, device)
+    checkpoint = choose(folder.storage, step)
+    manifest = read_manifest(folder.storage, checkpoint)
+    check_objects(folder.storage, checkpoint.folder, manifest.tensors)
+    shards = state.destinations(manifest.tensors, manifest.values)
+    load(folder.storage, checkpoint.folder, manifest, shards)
+    state.load_values(manifest.values)
+    return state, manifest.step
+
+
+def stored_run(folder: RunFolder) -> dict[str, Any]:
+    """The configuration of a run.
+
+    Raises:
+        ConfigError: there is none, or it cannot be read.
+    """
+    stored = stored_config(folder)
+    if stored is None:
+        raise ConfigError(f"RUN is {folder.storage.url!r}, where there is no run; give the folder of one")
+    return stored
+
+
+def _new_state(job: Job, config: TrainConfig, device: torch.device) -> TrainState:
+    plain = replace(config, parallel=ParallelOptions(blocks=config.parallel.blocks), recovery=TrainConfig().recovery)
+    placing = Placing(job, plain, device)
+    placing.warm_up()
+    return placing.whole()
