@@ -21,6 +21,7 @@ import elastic
 from elastic import TrainConfig, cli, errors
 from elastic.command import run
 from elastic.errors import ElasticError
+from elastic.job_file import load_job
 from elastic.options import list_options
 from elastic.sweep.command import run as sweep
 
@@ -218,6 +219,12 @@ def check_elastic(words: list[str]) -> None:
             cli.main([*words[1:], "--help"])
         assert left.value.code == 0
         return
+    if words[1] == "sweep":  # runs whole in tests.test_ray_sweep
+        assert sweep([*words[2:], "--dry-run"]) == 0
+        return
+    if words[1] == "evaluate":  # runs whole in tests.test_job_files
+        assert load_job(words[words.index("--job") + 1])[0].__name__ == "Digits"
+        return
     if words[1] != "init":
         run_mine()
     if "runs/lr" in words:
@@ -259,8 +266,6 @@ def check_python(words: list[str]) -> None:
         at = words.index("--module")
         assert words[3:5] == words[at : at + 2]
         dry_run(module_file(words[at + 1]), words[words.index("--workers") + 2 :])
-    elif words[1] == "-m" and words[2] == "jobs.sweep":  # runs whole in tests.test_ray_sweep
-        assert sweep([*words[3:], "--dry-run"]) == 0
     elif words[1] == "-m":
         dry_run(module_file(words[2]), words[3:])
     elif words[1] == "docs/port/plain.py":  # runs whole in its own test
