@@ -155,6 +155,10 @@ def test_a_driver_shows_lines_through_one_function_and_tokens_are_looked_for_by_
     assert "create_token_if_missing" in parameters(token_setup.ensure_token_if_auth_enabled)
 
 
+def test_every_actor_answers_when_it_is_asked_whether_it_is_ready() -> None:
+    assert "__ray_ready__" in inspect.getsource(ray.actor)
+
+
 def test_policies_have_the_methods_that_we_define() -> None:
     assert ScalingPolicy.__abstractmethods__ == {
         "make_decision_for_non_running_worker_group", "make_decision_for_running_worker_group",

@@ -1,4 +1,4 @@
-"""The processes that hold a run together are killed: its controller, its driver; and two drivers meet."""
+"""The processes that hold a run together are killed or stand still: controller, driver, host; and two drivers meet."""
 
 from __future__ import annotations
 
@@ -9,18 +9,21 @@ from pathlib import Path
 import pytest
 
 from jobs.bench.nodes import LocalCluster
-from tests.ray_cluster import Story, actor_pids, check_bits_and_samples, slow_job, stop, wait_until
+from tests.ray_cluster import Story, actor_pids, check_bits_and_samples, slow_job, step_of, wait_until
 from tests.ray_held import Held
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(480)]
-OPTIONS = ("--run.duration", "100000st", "--checkpoint.every", "20st", "--scaling.max-workers", "2")
+OPTIONS = ("--run.duration", "100000st", "--checkpoint.every", "20st", "--scaling.max-workers", "2",
+           "--recovery.lease", "15s", "--recovery.hang-timeout", "10s")  # fmt: skip
 
 
 def living(pids: list[int]) -> list[int]:
     return [pid for pid in pids if Path(f"/proc/{pid}").exists()]
 
 
-def test_controller_and_driver_are_killed_and_two_drivers_meet(cluster: LocalCluster, tmp_path: Path) -> None:
+def test_controller_driver_and_host_are_killed_or_stand_still_and_two_drivers_meet(
+    cluster: LocalCluster, tmp_path: Path
+) -> None:
     # the controller is killed: no worker trains on, and the command fails and says why
     run = slow_job(cluster, tmp_path, "run", *OPTIONS)
     workers = Story(run).next_world(2)
@@ -48,12 +51,33 @@ def test_controller_and_driver_are_killed_and_two_drivers_meet(cluster: LocalClu
 
     # the third goes on at once from the newest checkpoint
     run = slow_job(cluster, tmp_path, "run", *OPTIONS)
-    Story(run, epoch=3).next_world(2)
+    story = Story(run, epoch=3)
+    workers = story.next_world(2)
+
+    # its host stands still: another one takes its place, and the workers train on as they are
+    (host,) = actor_pids("HostActor")
+    run.wait_for_step(1)
+    before = step_of(run)
+    os.kill(host, signal.SIGSTOP)
+    run.wait_for(lambda line: "the host of the run did not answer for 5 s and was ended" in line)
+    run.wait_for_step(before + 40)
+    assert not living([host])
+    assert living(workers) == workers
+    assert story.generation in [line for line in run.lines if "world formed" in line][-1]
 
     # a driver that takes over: the one before it ends, and says why
     usurper = slow_job(cluster, tmp_path, "run", *OPTIONS, "--run.take-over")
     assert run.wait(60) == 1, run.output
     assert "claim" in run.lines[-1], run.lines[-1]
     Story(usurper, epoch=4).next_world(2)
-    stop(usurper, 5)
+    usurper.wait_for_step(5)
+
+    # its controller stands still: nobody can take its place without its workers, which save what they have
+    (controller,) = actor_pids("Controller")
+    os.kill(controller, signal.SIGSTOP)
+    assert usurper.wait(90) == 1, usurper.output
+    assert usurper.lines[-1] == (
+        "error: run run was saved and ended: the controller of its workers did not answer for 10 s; "
+        "give --run.name run to go on"
+    )
     check_bits_and_samples(tmp_path, "run", *OPTIONS, redone=True)

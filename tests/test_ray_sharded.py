@@ -22,15 +22,17 @@ def test_a_lost_worker_of_fsdp_comes_from_a_snapshot(cluster: LocalCluster, tmp_
     killed = {"point": "step.forward", "rank": 1, "step": 23, "do": "kill", "only": str(tmp_path / "killed")}
     run = slow_job(
         cluster, tmp_path, "fsdp", *DURATION, "--parallel.strategy", "fsdp", "--recovery.snapshot-every", f"{EVERY}st",
-        "--scaling.max-workers", "3", "--scaling.workers-per-node", "1", faults=[killed],
+        "--scaling.max-workers", "3", "--scaling.workers-per-node", "1", "--recovery.hang-timeout", "10s",
+        faults=[killed],
     )  # fmt: skip
     story = Story(run)
     first = story.next_world(3)
     assert story.next_world(2) == [first[0], first[2]]
     assert {first[0], first[2]} < set(story.next_world(3))
-    vault, *others = actor_pids("VaultActor")
-    os.kill(vault, signal.SIGKILL)
-    wait_until(lambda: len(set(actor_pids("VaultActor")) - {vault}) == len(others) + 1 == 3)
+    killed_one, stopped_one, _ = actor_pids("VaultActor")
+    os.kill(killed_one, signal.SIGKILL)
+    os.kill(stopped_one, signal.SIGSTOP)
+    wait_until(lambda: len(set(actor_pids("VaultActor")) - {killed_one, stopped_one}) == 3)
     again = step_of(run)
     stop(run, again + 10 * EVERY)
 
@@ -41,7 +43,10 @@ def test_a_lost_worker_of_fsdp_comes_from_a_snapshot(cluster: LocalCluster, tmp_
     assert restored["detail"]["reason"].startswith("of the state of step 22, shard 1 of 3 was lost")
     assert restored["step"] >= 22 - 2 * EVERY, "one that was on its way when the worker died does not count"
     rows = [r for r in read_records(Storage(str(tmp_path / "fsdp")), METRICS) if "sample_hash" in r]
-    assert rows[-1]["snapshot"] > again, "the vault that died alone takes part again"
+    assert rows[-1]["snapshot"] > again, "the vaults that died alone or stood still take part again"
+    (ended, still) = [e["detail"]["why"] for e in events if e["kind"] == "vault_restarted"]
+    assert ended.startswith("it ended: Worker unexpectedly exits")
+    assert still == "it stood still for 10 s"
     wait_until(lambda: not actor_pids("VaultActor"))
 
 

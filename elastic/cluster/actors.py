@@ -24,13 +24,18 @@ from elastic.worker.run import Identity, WorkerRun
 
 
 class HostActor:
-    """Hosts the membership server and the keeper of a run, on the driver's node. Ray restarts it where it dies."""
+    """Hosts the membership server and the keeper of a run, on the driver's node. Ray restarts it where it dies.
+
+    Args:
+        settings: with `restarted`, it takes the place of one that stood still.
+    """
 
     def __init__(self, folder_url: str, options: KeeperOptions, settings: HostSettings, detail: dict[str, Any]):
         threading.Thread(target=import_store, name="import-torch", daemon=True).start()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Ray's own deprecated call inside this property
-            restarted = ray.get_runtime_context().was_current_actor_reconstructed
+            again = ray.get_runtime_context().was_current_actor_reconstructed
+        restarted = settings.restarted or again
         self._host = RunHost(folder_url, options, replace(settings, restarted=restarted))
         self._url = self._host.start({**detail, "restarted": True} if restarted else detail)
 

@@ -203,7 +203,9 @@ class Group(WorkerGroup):
         self._want = self._plan.want(self._plan.max_workers)
         self._units: list[_Unit] = []
         self._numbers = itertools.count()
-        self._vaults = Vaults(self._plan.name, self._plan.token) if self._plan.vaults else None
+        self._vaults: Vaults | None = None
+        if self._plan.vaults:
+            self._vaults = Vaults(self._plan.name, self._plan.token, self._plan.still_s, how_it_ended)
         self._draining: dict[str, int] = {}
         self._drained: set[str] = set()
         self._excluded: list[str] = []
@@ -365,7 +367,8 @@ class Group(WorkerGroup):
             return
         self._next_nodes = now + NODES_S
         if self._vaults is not None:
-            self._vaults.keep(u.node for u in self._units if u.stage is _Stage.RUNNING)
+            for node, why in self._vaults.keep(u.node for u in self._units if u.stage is _Stage.RUNNING):
+                self._tell("/event", {"kind": "vault_restarted", "detail": {"node": node, "why": why}})
         if self._plan.exclude:
             self._excluded = excluded_nodes(self._plan.exclude, ray.nodes())
         draining = ray_state.get_draining_nodes() or {}
@@ -501,6 +504,8 @@ class RayTrainer(DataParallelTrainer):
         self._policies = (StartPolicy(scaling_config, plan), FallbackPolicy(FailureConfig()))
         self._here: _Here | None = _Here() if here else None
         self._controller: Any = None
+        self._ping: Any = None
+        self._answered = False
         self._started = threading.Event()
 
     def _create_default_callbacks(self) -> list[Any]:
@@ -530,6 +535,16 @@ class RayTrainer(DataParallelTrainer):
         self._started.set()
         ray.get(self._controller.run.remote())
         return ray.get(self._controller.get_result.remote())
+
+    def answers(self, timeout_s: float) -> bool:
+        """Whether the controller answers within that time: False where it once did, and stands still now."""
+        if self._here is not None or not self._started.is_set():
+            return True
+        self._ping = self._ping or self._controller.__ray_ready__.remote()
+        ready, _ = ray.wait([self._ping], timeout=timeout_s)
+        if ready:  # or it is dead, which `run` sees
+            self._ping, self._answered = None, True
+        return bool(ready) or not self._answered
 
     def abort(self, timeout_s: float) -> None:
         """End the controller and all workers at once, from another thread."""

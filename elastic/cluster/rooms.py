@@ -8,6 +8,7 @@ from ray.util.placement_group import placement_group, remove_placement_group
 
 from elastic.cluster.sharing import Terms
 from elastic.membership.forming import helpful_size
+from elastic.worker.vaults import STILL_S
 
 
 @dataclass(frozen=True)
@@ -16,7 +17,8 @@ class GroupPlan:
 
     `max_workers` is that of the start, of `microbatches` in a step. `name` begins the names of its placement groups,
     and of vaults where the run has them. `terms` are those of sharing the cluster with other runs; `exclude` are nodes
-    to keep out. `per_node` is the most workers on one node; with `packed`, so many are placed together.
+    to keep out. `per_node` is the most workers on one node; with `packed`, so many are placed together. A vault that
+    does not answer for `still_s` is replaced.
     """
 
     url: str
@@ -31,6 +33,7 @@ class GroupPlan:
     exclude: tuple[str, ...] = ()
     packed: bool = False
     vaults: bool = False
+    still_s: float = STILL_S
 
     def want(self, max_workers: int) -> int:
         """How many workers to have where a world has at most so many: all that help or are needed, and spares."""

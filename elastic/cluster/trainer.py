@@ -11,8 +11,10 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from elastic.cluster.lookout import Lookout, host_answers
 from elastic.config import TrainConfig
 from elastic.data.deal import batch_line
 from elastic.errors import ConfigError, ElasticError, Interrupted, RunFailed, one_line, told
@@ -24,6 +26,8 @@ from elastic.run.forecast import refuse_what_does_not_fit_here
 from elastic.run.prepare import UNSAVED, PreparedRun, open_run, prepare
 from elastic.run.signals import heard_by
 from elastic.units import parse_amount
+from elastic.worker.hosting import LOOKS
+from elastic.worker.vaults import STILL_S
 
 if TYPE_CHECKING:
     from elastic.run.host import RunHost
@@ -31,6 +35,7 @@ if TYPE_CHECKING:
 END_TIMEOUT_S = 30.0
 START_TIMEOUT_S = 60.0
 HOST_LOST_S = 60.0
+AGAIN_S = 0.5  # between two starts of a host
 AUTOSCALER_LOOK_S = 5.0  # between two looks at what the autoscaler could not do, while no world was formed
 
 
@@ -202,6 +207,9 @@ class _Drive:
         self._signal_name = ""
         self._awaited = ""  # what no node of the cluster has yet
         self._said: set[str] = set()  # what the autoscaler could not do, as far as it was said
+        self._host: Any = None
+        self._still_s = STILL_S
+        self._controller_still = ""  # in words, if it does
         self._trainer_error: BaseException | None = None
         self._trainer_done = threading.Event()
 
@@ -224,6 +232,7 @@ class _Drive:
         token = new_token()
         node_id = ray.get_runtime_context().get_node_id()
         settings = replace(host_settings(run.config, token, ray.util.get_node_ip_address()), port=_free_port())
+        self._still_s = settings.hang_s or STILL_S
         options = keeper_options(run, self._epoch, ray_job_id=ray.get_runtime_context().get_job_id())
         detail = {
             "name": run.name, "accelerator": accelerator, "cluster_s": round(connect_s, 3),
@@ -231,14 +240,48 @@ class _Drive:
         }  # fmt: skip
         if self._control is not None:
             return self._host_here(RunHost(run.folder.storage.url, options, settings), detail, token, accelerator)
-        host: Any = (
-            ray.remote(num_cpus=0, max_restarts=-1, label_selector={"ray.io/node-id": node_id})(HostActor)
-        ).remote(run.folder.storage.url, options, settings, detail)
+        host_class: Any = ray.remote(num_cpus=0, max_restarts=-1, label_selector={"ray.io/node-id": node_id})(HostActor)
+        self._new_host = partial(host_class.remote, run.folder.storage.url, options)
+        self._host_settings, self._host_detail = settings, detail
+        self._host = self._new_host(settings, detail)
         try:
-            url = ray.get(host.url.remote(), timeout=START_TIMEOUT_S)
-            return self._serve(url, token, accelerator, lambda: ray.get(host.stop.remote(), timeout=END_TIMEOUT_S))
+            url = ray.get(self._host.url.remote(), timeout=START_TIMEOUT_S)
+            link, look_s = DriverLink(url, token), max(1.0, settings.limits.lease_s / 3 / LOOKS)
+            with Lookout("host-lookout", look_s, partial(host_answers, link), self._replace_host):
+                return self._serve(url, token, accelerator, self._stop_host)
         finally:
-            ray.kill(host)
+            ray.kill(self._host)
+
+    def _stop_host(self) -> None:
+        import ray
+
+        ray.get(self._host.stop.remote(), timeout=END_TIMEOUT_S)
+
+    def _replace_host(self, still_s: float) -> None:
+        """End the host, which stands still, and start another one at the same address."""
+        import ray
+
+        if self._ended.is_set():
+            return
+        ray.kill(self._host)
+        settings = replace(self._host_settings, restarted=True)
+        detail = {**self._host_detail, "why": f"the host of the run did not answer for {still_s:.0f} s and was ended"}
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while True:
+            self._host = self._new_host(settings, detail)
+            try:
+                ray.get(self._host.url.remote(), timeout=START_TIMEOUT_S)
+                return
+            except ray.exceptions.RayError as error:  # its address may not be free yet
+                ray.kill(self._host)
+                if time.monotonic() > deadline:
+                    self._fail(f"{detail['why']}, and another one did not start: {one_line(error)}")
+                    return
+                time.sleep(AGAIN_S)
+
+    def _fail(self, message: str) -> None:
+        self._end = {"status": "failed", "message": message}
+        self._ended.set()
 
     def _host_here(self, host: RunHost, detail: dict[str, Any], token: str, accelerator: str) -> dict[str, Any]:
         assert self._control is not None
@@ -287,6 +330,7 @@ class _Drive:
         plan = GroupPlan(
             url, token, scaling.max_workers, scaling.spares, run.plan.microbatches, unit, prefix, terms,
             scaling.workers_per_node, scaling.exclude, packed=run.config.parallel.strategy == "hsdp", vaults=vaults,
+            still_s=self._still_s,
         )  # fmt: skip
         want = plan.want(scaling.max_workers)
         markers = tempfile.mkdtemp(prefix="elastic-", dir=session_folder())
@@ -302,14 +346,26 @@ class _Drive:
         thread = threading.Thread(target=self._run_trainer, args=(trainer,), name="ray-trainer", daemon=True)
         thread.start()
         try:
-            return self._await_end(trainer)
+            with Lookout("controller-lookout", self._still_s / LOOKS, trainer.answers, self._end_without_controller):
+                return self._await_end(trainer)
         finally:
             if thread.is_alive():
-                trainer.abort(END_TIMEOUT_S)
+                trainer.abort(0.0 if self._controller_still else END_TIMEOUT_S)
             thread.join(END_TIMEOUT_S)
             remove_placement_groups(prefix)
             leave_board(run.name)
             shutil.rmtree(markers, ignore_errors=True)
+
+    def _end_without_controller(self, still_s: float) -> None:
+        """The controller stands still. Its workers, and their places, are its own: Ray would end them with it, so it is
+        not replaced. They train on without it, and can save what they have."""
+        if self._controller_still:
+            return
+        self._controller_still = f"the controller of its workers did not answer for {still_s:.0f} s"
+        if self._formed.is_set():
+            self._ask("/wish", {"wish": "stop", "detail": self._controller_still})
+        else:
+            self._close("stopped", self._controller_still)
 
     def _run_trainer(self, trainer: Any) -> None:
         try:
@@ -377,6 +433,10 @@ class _Drive:
         status, message = self._end["status"], self._end["message"]
         if status in ("failed", "fenced"):
             raise RunFailed(f"run {self._run.name} {status}: {message}")
+        if self._controller_still and status == "stopped":
+            saved = "was saved and ended" if self._formed.is_set() else "ended before its first step"
+            name = self._run.name
+            raise RunFailed(f"run {name} {saved}: {self._controller_still}; give --run.name {name} to go on")
         if self._signals and status == "stopped":
             raise Interrupted(f"run {self._run.name} was {message}; give {self._run.again} to go on")
         return self._end["result"]
@@ -397,8 +457,7 @@ class _Drive:
                 self._ended.set()
 
         if not self._link.follow_to_the_end(on_record, self._ended, HOST_LOST_S):
-            self._end = {"status": "failed", "message": "the host of the run is gone and did not come back"}
-            self._ended.set()
+            self._fail("the host of the run is gone and did not come back")
 
 
 def _why(error: BaseException, again: str) -> str:

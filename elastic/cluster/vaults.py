@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import threading
-from collections.abc import Iterable
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -13,17 +15,30 @@ import ray
 from elastic.snapshot.vault import VaultServer
 
 START_S = 60.0
+FREE_S = 20.0  # Ray gives a process that it ends some seconds, in which one that stands still keeps its address
+_LOOK_S = 2.0  # the most that one look counts: this process may have been stopped itself
 
 
 class VaultActor:
     """Hosts a vault. Owned by the controller of the workers, so that it outlives them, and ends with the run."""
 
     def __init__(self, token: str, port: int):
-        self._server = VaultServer(token, ray.util.get_node_ip_address(), port)
+        deadline = time.monotonic() + FREE_S
+        while True:
+            try:
+                self._server = VaultServer(token, ray.util.get_node_ip_address(), port)
+                break
+            except OSError as error:
+                if error.errno != errno.EADDRINUSE or time.monotonic() > deadline:
+                    raise
+                time.sleep(0.1)
         self._url = self._server.start()
 
     def url(self) -> str:
         return self._url
+
+    def alive(self) -> None:
+        """Answers."""
 
     def held(self) -> None:
         """Never returns: the call fails when this process has ended."""
@@ -33,9 +48,29 @@ class VaultActor:
 @dataclass
 class _Vault:
     actor: Any
+    port: int  # that it was to listen on
     url: Any  # refs
     held: Any
+    alive: Any = None
     missed: bool = False
+    silent_s: float = 0.0
+    looked: float = field(default_factory=time.monotonic)
+
+    def listen(self) -> None:
+        """Count for how long it has not answered; once it serves."""
+        now = time.monotonic()
+        if not _is_ready(self.url):
+            self.looked = now
+            return
+        self.silent_s += min(now - self.looked, _LOOK_S)
+        self.looked = now
+        if self.alive is None or _is_ready(self.alive):
+            self.alive, self.silent_s = self.actor.alive.remote(), 0.0
+
+
+def _is_ready(reference: Any) -> bool:
+    ready, _ = ray.wait([reference], timeout=0)
+    return bool(ready)
 
 
 class Vaults:
@@ -43,10 +78,12 @@ class Vaults:
 
     Args:
         prefix: of the actors' names; workers of the same run look for them there.
+        still_s: one that does not answer for so long is ended and started again.
+        how: makes of Ray's text how a process ended.
     """
 
-    def __init__(self, prefix: str, token: str):
-        self._prefix, self._token = prefix, token
+    def __init__(self, prefix: str, token: str, still_s: float, how: Callable[[str], str]):
+        self._prefix, self._token, self._still_s, self._how = prefix, token, still_s, how
         self._vaults: dict[str, _Vault] = {}  # by node
 
     def have(self, node: str) -> None:
@@ -54,18 +91,30 @@ class Vaults:
         if node not in self._vaults:
             self._start(node, 0)
 
-    def keep(self, nodes: Iterable[str]) -> None:
-        """Start those of these nodes again that died alone, empty and at the same address. To be called again and
-        again: one that ended since the last call may have ended with its node, so it is left until the next."""
-        ended = [node for node in set(nodes) & set(self._vaults) if self._ended(node)]
-        again = [node for node in ended if self._vaults[node].missed]
+    def keep(self, nodes: Iterable[str]) -> list[tuple[str, str]]:
+        """Start those of these nodes again that died alone or stand still, empty and at the same address. To be called
+        again and again: one that ended since the last call may have ended with its node, so it is left until the next.
+
+        Returns:
+            of each that was started again, its node, and why.
+        """
+        again = {}
+        for node in set(nodes) & set(self._vaults):
+            vault = self._vaults[node]
+            vault.listen()
+            ended = self._ended(node)
+            if ended is not None and vault.missed:
+                again[node] = f"it ended: {ended}"
+            elif ended is None and vault.silent_s > self._still_s:
+                again[node] = f"it stood still for {self._still_s:.0f} s"
+            vault.missed = ended is not None
         living = {n["NodeID"] for n in ray.nodes() if n["Alive"]} if again else set()
-        for node in ended:
-            self._vaults[node].missed = True
-            if node in living:
-                port = self._port(node)
-                ray.kill(self._vaults[node].actor)  # who made an actor takes its name for taken until then
-                self._start(node, port)
+        again = {node: why for node, why in again.items() if node in living}
+        for node in again:
+            port = self._port(node)
+            ray.kill(self._vaults[node].actor)  # who made an actor takes its name for taken until then
+            self._start(node, port)
+        return list(again.items())
 
     def close(self) -> None:
         """End them all."""
@@ -77,18 +126,26 @@ class Vaults:
         actor: Any = ray.remote(VaultActor).options(
             num_cpus=0, label_selector={"ray.io/node-id": node}, name=_name(self._prefix, node), max_concurrency=2
         ).remote(self._token, port)  # fmt: skip
-        self._vaults[node] = _Vault(actor, actor.url.remote(), actor.held.remote())
+        self._vaults[node] = _Vault(actor, port, actor.url.remote(), actor.held.remote())
 
-    def _ended(self, node: str) -> bool:
-        ready, _ = ray.wait([self._vaults[node].held], timeout=0)
-        return bool(ready)
+    def _ended(self, node: str) -> str | None:
+        """How its process ended, if it did."""
+        held = self._vaults[node].held
+        if not _is_ready(held):
+            return None
+        try:
+            ray.get(held)
+        except ray.exceptions.RayError as error:
+            return self._how(str(error))
+        raise AssertionError("a vault let go of what it holds")
 
     def _port(self, node: str) -> int:
-        """Where it listened: workers know it by that."""
+        """Where it listened, or was to: workers know it by that."""
+        vault = self._vaults[node]
         try:
-            return urlsplit(ray.get(self._vaults[node].url, timeout=0)).port or 0
+            return urlsplit(ray.get(vault.url, timeout=0)).port or 0
         except ray.exceptions.RayError:  # it died before it could say
-            return 0
+            return vault.port
 
 
 def vault_url(prefix: str, node: str) -> str:
