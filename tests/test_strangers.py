@@ -25,6 +25,8 @@ from elastic.child import raise_descriptor_limit
 from elastic.membership import door, requests
 from elastic.membership.driver import DriverLink
 from elastic.membership.requests import Refused, parse, read
+from elastic.membership.server import MembershipServer
+from elastic.membership.state import Limits, State
 from elastic.observe.ledger import gaps_and_doubles
 from elastic.run.folder import RunFolder
 from elastic.run.prepare import prepare
@@ -33,6 +35,7 @@ from elastic.snapshot.client import VaultClient
 from elastic.snapshot.vault import VaultServer
 from elastic.storage import Storage
 from tests.forked import WAIT_S, B, Ran, Watch, configure, local_run, wait_until
+from tests.test_many_workers import Notes
 from tests.tiny_jobs import Everything
 
 KINDS = [requests.Wish, requests.Allow, requests.Close, requests.Damaged, requests.Gone, requests.Note,
@@ -220,6 +223,41 @@ def test_who_shows_no_token_is_turned_away_after_a_while(monkeypatch):
     assert turned == ["second"]
     there.look(time.monotonic() + door.STRANGER_S + 1)
     assert turned == ["second", "third", "fourth"]
+
+
+def test_who_calls_while_the_server_is_busy_waits_in_a_queue_and_is_not_sent_away(many_descriptors):
+    """Where it is full, the kernel of who calls tries again after 1 s, 3 s, 7 s: so long took control commands."""
+    state = State(epoch=1, limits=Limits(1, 2))
+    server = MembershipServer(Notes(), state, "token", host="127.0.0.1", new_store=lambda: (0, lambda: None))
+    server.start()
+    busy, free = threading.Event(), threading.Event()
+
+    def be_busy() -> None:
+        busy.set()
+        free.wait(WAIT_S)
+
+    callers = [socket.socket() for _ in range(500)]
+    try:
+        server._loop.call_soon_threadsafe(be_busy)
+        busy.wait(WAIT_S)
+        for one in callers:
+            one.settimeout(0.9)
+            one.connect(("127.0.0.1", server.port))
+    finally:
+        free.set()
+        for one in callers:
+            one.close()
+        server.stop()
+
+
+def test_connections_come_at_a_pace_and_those_that_show_a_token_do_not_count() -> None:
+    pace = door.Pace(10.0, now=0.0)
+    assert [pace.take(0.0) for _ in range(10)] == [0.0] * 10
+    assert [round(pace.take(0.0), 3) for _ in range(3)] == [0.1, 0.2, 0.3]
+    assert round(pace.take(1.0), 3) == 0.0
+    for _ in range(30):
+        assert pace.take(1.0) <= 0.1
+        pace.give_back()
 
 
 # ---- vaults --------------------------------------------------------------------------------------------------------

@@ -1,18 +1,27 @@
-"""Who stands at a server's door: connections that have shown no token yet are few, and do not stay."""
+"""Who stands at a server's door: connections that have shown no token yet are few, do not stay, and come at a pace."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import errno
 import logging
 import resource
+import socket
 import time
 from collections import OrderedDict
+from collections.abc import Callable
 
 from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
 
 MOST_STRANGERS = 1024
-BACKLOG = 100  # connections accepted at a time: far fewer, or who comes in a flood would have to go before it was heard
+#: Connections without a token that are accepted a second: a flood of them is to leave time for the run.
+PACE = 1000.0
+#: Connections that wait to be accepted, no longer than a second. The kernel refuses to hear more, and who calls tries
+#: again 1 s, 3 s, 7 s later.
+QUEUE = 1024
+NO_ROOM_S = 0.1  # where no descriptor is left
 STRANGER_S = 10.0  # from connecting to the token; a grant is looked up in storage meanwhile
 LINGER_S = 1.0  # what a refused request still sends is read for so long, so that its sender comes to read the answer
 
@@ -27,6 +36,23 @@ _LOG = logging.getLogger("elastic.membership")
 _LOG.addFilter(_is_ours)
 
 
+class Pace:
+    """So many a second, and so many at once after a pause. Pure."""
+
+    def __init__(self, most: float, now: float):
+        self._most, self._left, self._at = most, most, now
+
+    def take(self, now: float) -> float:
+        """One more came; returns for how many seconds the next is to wait."""
+        self._left = min(self._most, self._left + (now - self._at) * self._most) - 1
+        self._at = now
+        return max(0.0, -self._left / self._most)
+
+    def give_back(self) -> None:
+        """That one does not count."""
+        self._left += 1
+
+
 class Door:
     """The connections of which nobody knows yet whose they are. To be used on the server's loop only."""
 
@@ -35,7 +61,23 @@ class Door:
         self._most = MOST_STRANGERS
         if descriptors != resource.RLIM_INFINITY:
             self._most = min(MOST_STRANGERS, descriptors // 2)
+        self._pace = Pace(PACE, time.monotonic())
         self._strangers: OrderedDict[asyncio.BaseTransport, float] = OrderedDict()
+
+    async def let_in(self, listening: socket.socket, caller: Callable[[], asyncio.Protocol]) -> None:
+        """Accept connections, one after another, until cancelled."""
+        loop = asyncio.get_running_loop()
+        while True:
+            try:
+                connection, _ = await loop.sock_accept(listening)
+            except OSError as error:
+                if error.errno not in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.ECONNABORTED):
+                    raise
+                await asyncio.sleep(NO_ROOM_S)
+                continue
+            with contextlib.suppress(OSError):  # it is gone already
+                await loop.connect_accepted_socket(caller, connection)
+            await asyncio.sleep(self._pace.take(time.monotonic()))
 
     def came(self, transport: asyncio.BaseTransport) -> None:
         """Somebody connected; where there are too many, who stood there longest has to go."""
@@ -45,6 +87,11 @@ class Door:
 
     def known(self, transport: asyncio.BaseTransport | None) -> None:
         """This one has shown a token: it may stay."""
+        if transport is not None and self._strangers.pop(transport, None) is not None:
+            self._pace.give_back()
+
+    def left(self, transport: asyncio.BaseTransport | None) -> None:
+        """This one has gone."""
         if transport is not None:
             self._strangers.pop(transport, None)
 
@@ -73,5 +120,5 @@ class Caller(web.RequestHandler):
         self._door.came(transport)
 
     def connection_lost(self, error: BaseException | None) -> None:
-        self._door.known(self.transport)
+        self._door.left(self.transport)
         super().connection_lost(error)

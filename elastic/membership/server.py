@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import socket
 import sys
 import threading
 import time
@@ -25,7 +26,7 @@ from elastic.membership import kernel
 from elastic.membership.access import Access
 from elastic.membership.connections import Connections
 from elastic.membership.decisions import advance
-from elastic.membership.door import BACKLOG, Caller, Door
+from elastic.membership.door import QUEUE, Caller, Door
 from elastic.membership.eviction import Watchman
 from elastic.membership.execution import Executor
 from elastic.membership.messages import (
@@ -153,17 +154,19 @@ class MembershipServer:
         await runner.setup()
         server = runner.server
         assert server is not None
-        listening = await self._loop.create_server(
-            lambda: Caller(server, self._loop, self._door), self._host, self.port, backlog=BACKLOG
-        )
-        self.port = listening.sockets[0].getsockname()[1]
+        listening = socket.create_server((self._host, self.port), backlog=QUEUE)
+        listening.setblocking(False)
+        self.port = listening.getsockname()[1]
         self._ready.set()
-        ticker = asyncio.create_task(self._tick())
+        letting_in = self._door.let_in(listening, lambda: Caller(server, self._loop, self._door))
+        tasks = [asyncio.create_task(letting_in), asyncio.create_task(self._tick())]
         await self._stopping.wait()
-        ticker.cancel()
+        for task in tasks:
+            task.cancel()
         await self._connections.close()
-        with contextlib.suppress(asyncio.CancelledError):
-            await ticker
+        for task in tasks:
+            with contextlib.suppress(asyncio.CancelledError):
+                await task
         listening.close()
         await runner.cleanup()
         self._executor.drop_store()
