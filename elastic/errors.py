@@ -24,6 +24,10 @@ class StorageError(ElasticError):
     """Storage answered in a way that a run cannot go on with."""
 
 
+class StorageHung(TimeoutError):
+    """Storage did not answer in time. What was asked of it may still be done, at any later time."""
+
+
 class CheckpointError(ElasticError):
     """A checkpoint is damaged or does not fit what is asked of it."""
 

@@ -2,7 +2,8 @@
 
 Local disk is appended to. Object storage cannot append: there, records go as segments
 `metrics.jsonl.d/<claim>-<start>-<first>.jsonl`, created if absent, and are compacted into the one file at the end. So
-do those of a local file that cannot be appended to. One reader hides the difference; it tolerates a torn tail.
+do those of a local file that cannot be appended to, and those after an append that hung: where it is done later, lines
+are there twice. One reader hides the difference; it tolerates a torn tail.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from elastic.errors import StorageHung
 from elastic.storage import Storage
 
 METRICS = "metrics.jsonl"
@@ -57,6 +59,7 @@ class LedgerFile:
         self._storage, self._name, self._epoch = storage, name, epoch
         self._pending: list[str] = []
         self._written = 0
+        self._appends = storage.can_append
         self._whole = False  # the local file ends with a line that was written whole
         self._began_ms = int(time.time() * 1000)  # a restarted keeper of the same claim goes on after the first
 
@@ -69,10 +72,11 @@ class LedgerFile:
         if not self._pending:
             return
         data = "".join(self._pending).encode()
-        if self._storage.can_append:
+        if self._appends:
             try:
                 self._append(data)
             except OSError as error:
+                self._appends = not isinstance(error, StorageHung)
                 try:
                     self._create_segment(data)
                 except OSError:
@@ -89,7 +93,12 @@ class LedgerFile:
         self._whole = True
 
     def _create_segment(self, data: bytes) -> None:
-        self._storage.create(f"{self._name}.d/{self._epoch:06d}-{self._began_ms:015d}-{self._written:012d}.jsonl", data)
+        name = f"{self._epoch:06d}-{self._began_ms:015d}-{self._written:012d}.jsonl"
+        try:
+            self._storage.create(f"{self._name}.d/{name}", data)
+        except StorageHung:
+            self._began_ms += 1  # the next has another name, as it may have more lines
+            raise
 
     def compact(self) -> None:
         """Join segments into the one file; a crash in between leaves records twice at worst, never lost."""

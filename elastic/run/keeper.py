@@ -26,6 +26,7 @@ from elastic.membership.server import MembershipServer
 from elastic.membership.world import Generation, Member, World
 from elastic.observe.ledger import EVENTS, METRICS, read_records
 from elastic.redact import clean, redact
+from elastic.run.answering import AnsweringStorage
 from elastic.run.checkpoints import Checkpoints, Keeping
 from elastic.run.folder import LIVE_STATES, RunFolder
 from elastic.run.record import STARTED, Record
@@ -61,11 +62,12 @@ class RunKeeper:
     """Implements `membership.server.Keeper` for a run's folder. Call `attach`, then `start`."""
 
     def __init__(self, folder: RunFolder, options: KeeperOptions):
-        self._folder, self._options = folder, options
-        self._storage = storage = folder.storage
+        self._options = options
         self._started = time.time()
         self._server: MembershipServer | None = None
         self._queue: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._storage = storage = AnsweringStorage(folder.storage, self._tell_hung)
+        self._folder = folder = RunFolder(storage)
         self._thread = threading.Thread(target=self._work, name="run-keeper", daemon=True)
         self._world: World | None = None
         self._record = record = Record(options.epoch)
@@ -121,6 +123,7 @@ class RunKeeper:
         if self._thread.is_alive():
             self._queue.put(None)
             self._thread.join(60)
+        self._storage.close()
 
     # ---- called on the server's thread -------------------------------------------------------------------------
 
@@ -349,6 +352,19 @@ class RunKeeper:
             reason = " ".join(f"{type(error).__name__}: {error}".split())
             return f"{self._storage.url} could not be written: {reason}"
         return "".join(traceback.format_exception(error)).rstrip()
+
+    def _tell_hung(self, what: str) -> None:
+        """The storage does not answer: say so at once. It is in the ledger when that can be written. From any
+        thread."""
+        record = self._event("storage_hung", {"detail": what})
+
+        def write() -> None:
+            if not self._closed:
+                self._ledger.add_event(record)
+
+        self._do(write)
+        if self._server is not None and not self._closed:
+            self._server.publish(record, keep=True)
 
     def _make_room(self) -> None:
         self._checkpoints.make_room(self._last_step())
