@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from elastic.cluster.autoscaler import reasons_in, types_in
-from elastic.cluster.capacity import awaited, check_fits, choose_accelerator, excluded_nodes
+from elastic.cluster.capacity import awaited, check_fits, choose_accelerator, excluded_nodes, may_share
 from elastic.errors import ConfigError
 
 
@@ -70,3 +70,9 @@ def test_why_nodes_could_not_be_started_is_read_from_the_autoscaler_s_log():
     assert reasons_in(log) == {
         "spot": "InsufficientInstanceCapacity: new", "other": "UnauthorizedOperation: iam:PassRole",
     }  # fmt: skip
+
+
+def test_a_node_has_no_more_workers_than_it_may():
+    assert may_share(5, 1, None)
+    assert [may_share(there, 1, 2) for there in (0, 1, 2)] == [True, True, False]
+    assert [may_share(there, 2, 2) for there in (0, 1, 2)] == [True, False, False], "who is placed together is alone"

@@ -21,6 +21,14 @@ pytestmark = [pytest.mark.ray, pytest.mark.timeout(480), pytest.mark.usefixtures
 HEAD_ID = "f" * 51 + "00000"
 PORTS = ("dashboard", "dashboard-agent-listen", "dashboard-agent-grpc", "metrics-export", "ray-client-server")
 COMMANDS = ("initialization", "setup", "head_setup", "worker_setup", "head_start_ray", "worker_start_ray")
+#: The states of the placement groups that the autoscaler is to find nodes for.
+DEMAND = """
+import sys
+from ray.autoscaler.v2.sdk import get_cluster_status
+for group in get_cluster_status(sys.argv[1], timeout=10).resource_demands.placement_group_demand:
+    for same in group.bundles_by_count:
+        print(*[group.state] * same.count, sep="\\n")
+"""
 
 
 def autoscaled(
@@ -70,9 +78,11 @@ def autoscaled(
 
 def test_a_run_begins_on_an_empty_cluster_whose_autoscaler_starts_nodes_and_takes_them_back(tmp_path: Path) -> None:
     (tmp_path / "no-nodes").touch()
+    """Its workers, of hsdp, are to have a node each, where two would fit: so rooms that are asked for together may come
+    together, and one is given back."""
     without_token = {"RAY_AUTH_MODE": "disabled", "PYTHONPATH": str(REPOSITORY)}
     with autoscaled(
-        tmp_path, {"small": {"CPU": 1}}, 3, "--include-dashboard=false", environment=without_token
+        tmp_path, {"small": {"CPU": 2}}, 3, "--include-dashboard=false", environment=without_token
     ) as cluster:
         assert len(cluster.processes("raylet/raylet")) == 1
         options = ("--run.duration", "100000st", "--scaling.max-workers", "3")
@@ -84,13 +94,19 @@ def test_a_run_begins_on_an_empty_cluster_whose_autoscaler_starts_nodes_and_take
         assert unknown.wait() == 2, unknown.output
         assert "the cluster has no node for workers yet" in unknown.lines[-1]
 
-        run = Command(*command, *options, "--run.name", "grows", environment={**environment, "HOME": str(tmp_path)})
+        hsdp = ("--parallel.strategy", "hsdp", "--scaling.workers-per-node", "1")
+        run = Command(
+            *command, *options, *hsdp, "--run.name", "grows", environment={**environment, "HOME": str(tmp_path)}
+        )
         run.wait_for(lambda line: "waiting for the cluster's first node with a CPU" in line)
         why = "nodes of type small could not be started: InsufficientInstanceCapacity: no spot capacity in zone a"
         run.wait_for(lambda line: f"the cluster's autoscaler: {why}" in line)
         doctor = Command("-m", "elastic.cli", "doctor", "--address", cluster.address, environment=environment)
         doctor.wait_for(lambda line: why in line)
         doctor.wait()
+        demand = Command("-c", DEMAND, cluster.address, environment=environment)
+        assert demand.wait() == 0, demand.output
+        assert demand.lines == ["PENDING"] * 3, "all rooms are asked for at once"
         (tmp_path / "no-nodes").unlink()
         story = Story(run)
         first = story.next_world(1, 2, 3)  # of those that came first alone, if nodes start slower than workers

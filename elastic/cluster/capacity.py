@@ -77,6 +77,11 @@ def full_nodes(placed: Sequence[str], per_node: int | None) -> list[str]:
     return sorted({n for n in placed if placed.count(n) >= per_node}) if per_node else []
 
 
+def may_share(there: int, more: int, per_node: int | None) -> bool:
+    """Whether a node with so many workers may have so many more."""
+    return per_node is None or there + more <= per_node
+
+
 def excluded_nodes(names: Sequence[str], nodes: Sequence[Mapping[str, Any]]) -> list[str]:
     """Ids of the nodes, as `ray.nodes()` lists them, that are named: by host name, address, or the id's beginning."""
 

@@ -40,7 +40,7 @@ from ray.util.placement_group import remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from elastic.cluster.board import Board
-from elastic.cluster.capacity import excluded_nodes, fits, full_nodes
+from elastic.cluster.capacity import excluded_nodes, fits, full_nodes, may_share
 from elastic.cluster.rooms import GroupPlan, Room
 from elastic.cluster.sharing import Patience, Share, Standing, share
 from elastic.cluster.vaults import Vaults
@@ -171,6 +171,10 @@ class _Unit:
         self._group = room.group
         self.pending: Any = self._group.ready()
 
+    def place(self) -> str:
+        """The node that it was given."""
+        return ray.util.placement_group_table(self._group)["bundles_to_node_id"].get(self._bundle, "")
+
     def create(self, worker_class: Any, unit: dict[str, float]) -> None:
         """The resources are there: make the actor. Does not wait."""
         strategy = PlacementGroupSchedulingStrategy(
@@ -180,8 +184,6 @@ class _Unit:
         self.actor = actor_class.options(scheduling_strategy=strategy).remote()
         self.id = self.actor._actor_id.hex()[:12]
         self.stage, self.since = _Stage.STARTING, time.monotonic()
-        placed = ray.util.placement_group_table(self._group)["bundles_to_node_id"]
-        self.node = placed.get(self._bundle, "")
         self.pending = self.actor.get_metadata.remote()
 
     def drop(self, *, node_lost: bool = False) -> None:
@@ -267,7 +269,8 @@ class Group(WorkerGroup):
             return  # the last ones could not get ready
         for _ in range(want - len(staying)):
             last = next((u.room for u in self._units if u.stage is _Stage.ASKED), None)
-            if self._plan.per_node and last is not None and not last.free:
+            one_by_one = self._plan.per_node and not self._plan.packed
+            if one_by_one and last is not None and not last.free:
                 return  # where the last one comes decides which nodes are full
             self._units.append(_Unit(self._room()))
 
@@ -276,7 +279,8 @@ class Group(WorkerGroup):
         for unit in self._units:
             if unit.room.free and unit.room.usable and unit.node not in self._draining:
                 return unit.room
-        full = full_nodes([u.node for u in self._units if u.node], self._plan.per_node)
+        alone = 1 if self._plan.packed else self._plan.per_node  # who is placed together has the node alone
+        full = full_nodes([u.node for u in self._units if u.node], self._plan.per_node and alone)
         return Room(self._plan, next(self._numbers), full + self._excluded)
 
     def _staying(self) -> list[_Unit]:
@@ -316,14 +320,26 @@ class Group(WorkerGroup):
 
     def _advance(self, unit: _Unit, answer: Any) -> None:
         if unit.stage is _Stage.ASKED:
-            unit.create(self._worker_cls, self._plan.unit)
-            if unit.node in self._excluded:  # one that joined the cluster after it was asked for
-                self._absorb(unit, RuntimeError("its node is excluded"))
+            if self._may_be_there(unit):
+                unit.create(self._worker_cls, self._plan.unit)
+            else:  # it is asked for again, elsewhere
+                self._units.remove(unit)
+                unit.drop(node_lost=True)
         elif unit.stage is _Stage.STARTING:
             unit.node, unit.stage = answer.node_id, _Stage.RUNNING
             unit.pending = self._launch(unit)
         elif isinstance(answer, WorkerStatus):
             self._on_status(unit, answer)
+
+    def _may_be_there(self, unit: _Unit) -> bool:
+        """Whether the node that it was given is one for it: one that joined after it was asked for may be excluded, and
+        rooms that were asked for together may have come together."""
+        node = unit.place()
+        others = sum(u.node == node and u.room is not unit.room for u in self._units)
+        if node in self._excluded or not may_share(others, self._plan.group_size, self._plan.per_node):
+            return False
+        unit.node = node
+        return True
 
     def _launch(self, unit: _Unit) -> Any:
         """Start the training function; nobody waits for it."""
