@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import field
 from typing import Any
 
@@ -17,7 +18,7 @@ def option(default: Any, help: str, *, common: bool = False, result: bool = Fals
     return field(default=default, metadata={"help": help, "common": common, "result": result, "once": once})
 
 
-def require(ok: bool, name: str, value: object, fix: str) -> None:
+def require(ok: Any, name: str, value: object, fix: str) -> None:
     """Refuse a value that is not `ok`.
 
     Raises:
@@ -27,12 +28,18 @@ def require(ok: bool, name: str, value: object, fix: str) -> None:
         raise ConfigError(f"{name} is {value!r}; {fix}")
 
 
-def whole(name: str, value: object, least: int) -> None:
-    """Refuse what is no whole number of at least `least`."""
-    require(
-        isinstance(value, int) and not isinstance(value, bool) and value >= least,
-        name, value, f"give a whole number of at least {least}",
-    )  # fmt: skip
+def whole(name: str, value: Any, least: int, most: int = 10**9) -> None:
+    """Refuse what is no whole number from `least` to `most`."""
+    number = isinstance(value, int) and not isinstance(value, bool)
+    require(number and value >= least, name, value, f"give a whole number of at least {least}")
+    require(value <= most, name, value, f"give at most {most}")
+
+
+def finite(name: str, value: Any, least: float, *, above: bool = False) -> None:
+    """Refuse what is no finite number of at least `least`, or `above` it."""
+    good = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    ok = good and (value > least if above else value >= least)
+    require(ok, name, value, f"give a finite number {'above' if above else 'of at least'} {least:g}")
 
 
 def one_of(name: str, value: object, choices: tuple[str, ...]) -> None:

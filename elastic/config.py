@@ -14,17 +14,31 @@ import re
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from elastic.checks import finite as _finite
 from elastic.checks import one_of as _one_of
 from elastic.checks import option
 from elastic.checks import require as _require
 from elastic.checks import whole as _whole
 from elastic.combinations import check_together
 from elastic.errors import ConfigError
+from elastic.likeness import DATA
 from elastic.redact import clean
 from elastic.units import parse_amount
 from elastic.values import decode, describe, encode
 
+MOST_PATIENCE_S = 168 * 3600.0  # a week: what waits for a worker counts in milliseconds of 31 bits
 RUN_NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}\Z")
+
+
+def _changeable() -> set[str]:
+    """What --run.allow-change may name, but for the job's own options."""
+    found = {DATA}
+    for part in dataclasses.fields(TrainConfig):
+        section = part.default_factory
+        if dataclasses.is_dataclass(section):
+            names = (f.name for f in dataclasses.fields(section) if f.metadata["result"])
+            found |= {f"{part.name}.{name}".replace("_", "-") for name in names}
+    return found
 
 
 @dataclass(frozen=True)
@@ -71,6 +85,11 @@ class RunOptions:
         _one_of("--run.exactness", self.exactness, ("fast", "bitwise"))
         _one_of("--run.on-nonfinite", self.on_nonfinite, ("stop", "skip"))
         _whole("--run.max-failures", self.max_failures, 0)
+        for name in self.allow_change:
+            _require(
+                name in _changeable() or (name.startswith("job.") and len(name) > 4), "--run.allow-change", name,
+                f"give names of result options without dashes, such as run.duration or job.lr, or {DATA}",
+            )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -115,7 +134,7 @@ class OptimOptions:
             parse_amount("--optim.warmup", self.warmup, clock=False)
         _require(0 <= self.final_lr <= 1, "--optim.final-lr", self.final_lr, "give a share from 0 to 1")
         if self.clip_norm is not None:
-            _require(self.clip_norm > 0, "--optim.clip-norm", self.clip_norm, "give a norm above 0, or leave it out")
+            _finite("--optim.clip-norm", self.clip_norm, 0, above=True)
 
 
 @dataclass(frozen=True)
@@ -153,8 +172,8 @@ class DataOptions:
     prefetch: int = option(2, "microbatches that each loader process prepares ahead")
 
     def __post_init__(self) -> None:
-        _whole("--data.workers", self.workers, 0)
-        _whole("--data.prefetch", self.prefetch, 1)
+        _whole("--data.workers", self.workers, 0, 1024)
+        _whole("--data.prefetch", self.prefetch, 1, 65536)
 
 
 @dataclass(frozen=True)
@@ -184,7 +203,7 @@ class ScalingOptions:
         )  # fmt: skip
         _whole("--scaling.spares", self.spares, 0)
         _one_of("--scaling.accelerator", self.accelerator, ("auto", "cpu", "gpu"))
-        _whole("--scaling.cpus-per-worker", self.cpus_per_worker, 1)
+        _whole("--scaling.cpus-per-worker", self.cpus_per_worker, 1, 4096)
         if self.workers_per_node is not None:
             _whole("--scaling.workers-per-node", self.workers_per_node, 1)
         for name in self.exclude:
@@ -193,6 +212,7 @@ class ScalingOptions:
             isinstance(self.priority, int) and not isinstance(self.priority, bool), "--scaling.priority",
             self.priority, "give a whole number",
         )  # fmt: skip
+        _require(abs(self.priority) <= 10**9, "--scaling.priority", self.priority, "give a number up to 1000000000")
         name, text = "--scaling.request-timeout", self.request_timeout
         _require(parse_amount(name, text, clock=True).is_clock, name, text, "give a time in s, min or h")
 
@@ -218,7 +238,9 @@ class ParallelOptions:
     def __post_init__(self) -> None:
         _one_of("--parallel.strategy", self.strategy, ("ddp", "fsdp", "hsdp"))
         _whole("--parallel.prefetch", self.prefetch, 0)
-        _whole("--parallel.bucket-mb", self.bucket_mb, 1)
+        _whole("--parallel.bucket-mb", self.bucket_mb, 1, 1 << 20)
+        for name in self.blocks:
+            _require(name.isidentifier(), "--parallel.blocks", name, "give names of classes, such as Block")
         for name, value, default in (
             ("offload", self.offload, False), ("prefetch", self.prefetch, 0),
             ("reshard-after-forward", self.reshard_after_forward, True),
@@ -313,7 +335,12 @@ class RecoveryOptions:
         for name, text in ((f"--recovery.{key}", text) for key, text in times.items()):
             if text is None or (text == "auto" and name.endswith("hang-timeout")):
                 continue
-            _require(parse_amount(name, text, clock=True).is_clock, name, text, "give a time in s, min or h")
+            time = parse_amount(name, text, clock=True)
+            _require(time.is_clock, name, text, "give a time in s, min or h")
+            least_s = {"--recovery.hang-timeout": 0.1, "--recovery.lease": 1.0}.get(name)
+            if least_s is not None:
+                ok = least_s <= time.seconds <= MOST_PATIENCE_S
+                _require(ok, name, text, f"give a time from {least_s:g}s to {MOST_PATIENCE_S / 3600:g}h")
 
 
 @dataclass(frozen=True)
@@ -325,8 +352,9 @@ class ObserveOptions:
     price: float | None = option(None, "price of one worker for one hour, for the ledger")
 
     def __post_init__(self) -> None:
-        _require(self.log_every > 0, "--observe.log-every", self.log_every, "give seconds above 0")
-        _require(self.price is None or self.price >= 0, "--observe.price", self.price, "give a price of at least 0")
+        _finite("--observe.log-every", self.log_every, 0, above=True)
+        if self.price is not None:
+            _finite("--observe.price", self.price, 0)
 
 
 @dataclass(frozen=True)

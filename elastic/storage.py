@@ -278,6 +278,8 @@ def _unmeant(url: str) -> str:
             return f"which has no '://' and would be a local folder; write {one_slash[1]}://{place}"
         if not url.strip():
             return "which names no place; give a folder or a URL"
+        if url in ("None", "null", "undefined"):
+            return f"which looks like a variable that is not set; give a folder or a URL, or write ./{url}"
         if url.startswith("~") and not os.path.isabs(os.path.expanduser(url)):
             return f"but there is no user {url[1:].partition('/')[0]!r} on this machine; give a folder from / on"
         return ""

@@ -9,6 +9,8 @@ from elastic.errors import ConfigError
 
 PROGRESS_UNITS = ("ep", "st", "tok")
 CLOCK_UNITS = {"s": 1.0, "min": 60.0, "h": 3600.0}
+MOST = 10**15  # of epochs, steps and tokens; more is a slip, and floats no longer count it
+MOST_S = 10 * 365 * 24 * 3600.0  # ten years
 _PATTERN = re.compile(r"^\s*([0-9][0-9_]*(?:\.[0-9]+)?(?:e[0-9]+)?)\s*([a-z]+)\s*$")
 
 
@@ -28,8 +30,11 @@ class Amount:
         """Seconds of a wall-clock amount."""
         return self.value * CLOCK_UNITS[self.unit]
 
-    def steps(self, global_size: int, dataset_size: int, tokens_per_sample: int | None) -> int:
+    def steps(self, name: str, global_size: int, dataset_size: int, tokens_per_sample: int | None) -> int:
         """Steps of an amount of progress, rounded up so that it is covered.
+
+        Args:
+            name: the option it came from, for messages.
 
         Raises:
             ConfigError: the amount is in tokens and the job does not say how many a sample has.
@@ -40,7 +45,7 @@ class Amount:
             return max(1, _ceil(self.value * dataset_size / global_size))
         if tokens_per_sample is None:
             raise ConfigError(
-                f"{self} counts tokens, but the job does not set tokens_per_sample; "
+                f"{name} is '{self}', which counts tokens, but the job does not set tokens_per_sample; "
                 "set it, or give steps (st) or epochs (ep)"
             )
         return max(1, _ceil(self.value / (global_size * tokens_per_sample)))
@@ -71,4 +76,9 @@ def parse_amount(name: str, text: str, *, clock: bool) -> Amount:
         raise ConfigError(f"{name} is {text!r}; give a finite amount above 0")
     if match[2] == "st" and value != int(value):
         raise ConfigError(f"{name} is {text!r}; a number of steps is whole")
-    return Amount(value, match[2])
+    amount = Amount(value, match[2])
+    if amount.is_clock and amount.seconds > MOST_S:
+        raise ConfigError(f"{name} is {text!r}; give at most {MOST_S / 3600:g}h")
+    if value > MOST:
+        raise ConfigError(f"{name} is {text!r}; give at most {MOST:g}{match[2]}")
+    return amount

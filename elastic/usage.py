@@ -138,6 +138,9 @@ def _valued(flag: Option, value: str) -> str:
 
 
 def _check_value(option: Option, text: str) -> None:
+    if not text.strip() or any(ord(letter) < 32 for letter in text):
+        what = "holds a control character" if text.strip() else "is empty"
+        raise ConfigError(f"{option.name} is {text!r}, which {what}; give {_wanted(option)}")
     kinds = _kinds(option.hint)
     if kinds and not any(_reads(kind, text) for kind in kinds):
         raise ConfigError(f"{option.name} is {text!r}; give {_wanted(option)}")

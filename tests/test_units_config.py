@@ -62,7 +62,7 @@ def test_wall_clock_units_are_refused_where_only_progress_counts():
 
 @given(st.integers(1, 10**6), st.integers(1, 4096), st.integers(1, 10**6))
 def test_epochs_in_steps_cover_every_sample_and_no_step_is_needless(epochs, batch, samples):
-    steps = Amount(epochs, "ep").steps(batch, samples, None)
+    steps = Amount(epochs, "ep").steps("--run.duration", batch, samples, None)
 
     assert steps * batch >= epochs * samples
     assert steps == 1 or (steps - 1) * batch < epochs * samples
@@ -70,7 +70,7 @@ def test_epochs_in_steps_cover_every_sample_and_no_step_is_needless(epochs, batc
 
 @given(st.integers(1, 10**12), st.integers(1, 4096), st.integers(1, 4096))
 def test_tokens_in_steps_cover_every_token_and_no_step_is_needless(tokens, batch, per_sample):
-    steps = Amount(tokens, "tok").steps(batch, 10**6, per_sample)
+    steps = Amount(tokens, "tok").steps("--run.duration", batch, 10**6, per_sample)
 
     assert steps * batch * per_sample >= tokens
     assert steps == 1 or (steps - 1) * batch * per_sample < tokens
@@ -78,7 +78,7 @@ def test_tokens_in_steps_cover_every_token_and_no_step_is_needless(tokens, batch
 
 def test_tokens_need_a_job_that_says_how_many_a_sample_has():
     with pytest.raises(ConfigError, match="tokens_per_sample"):
-        Amount(1000, "tok").steps(8, 100, None)
+        Amount(1000, "tok").steps("--run.duration", 8, 100, None)
 
 
 def test_wall_clock_amounts_are_seconds():
@@ -256,13 +256,14 @@ def _all_options(config: TrainConfig | None = None):
 
 whole = st.integers(1, 10**6)
 progress = st.builds(lambda n, u: f"{n}{u}", whole, st.sampled_from(["ep", "st", "tok"]))
-clock = st.builds(lambda n, u: f"{n}{u}", whole, st.sampled_from(["s", "min", "h"]))
+clock = st.builds(lambda n, u: f"{n}{u}", st.integers(1, 10**4), st.sampled_from(["s", "min", "h"]))
 
 
 def _maybe(strategy):
     return st.none() | strategy
 
 
+patience = st.builds(lambda n, u: f"{n}{u}", st.integers(1, 168), st.sampled_from(["s", "min", "h"]))
 configs = st.builds(
     TrainConfig,
     run=st.builds(
@@ -287,11 +288,11 @@ configs = st.builds(
         st.integers(0, 9), accelerator=st.sampled_from(["auto", "cpu", "gpu"]), cpus_per_worker=st.integers(1, 9),
         workers_per_node=_maybe(st.integers(1, 9)), spares=st.integers(0, 3),
     ),
-    parallel=st.builds(ParallelOptions, bucket_mb=whole, find_unused=st.booleans()),
+    parallel=st.builds(ParallelOptions, bucket_mb=st.integers(1, 1 << 20), find_unused=st.booleans()),
     eval=st.builds(EvalOptions, every=_maybe(progress)),
     checkpoint=st.builds(CheckpointOptions, every=_maybe(progress), keep_last=whole),
     recovery=st.builds(
-        RecoveryOptions, hang_timeout=clock | st.just("auto"), lease=clock, max_wait=_maybe(clock)
+        RecoveryOptions, hang_timeout=patience | st.just("auto"), lease=patience, max_wait=_maybe(clock)
     ),
     observe=st.builds(
         ObserveOptions, log_every=st.floats(0.01, 100), tensorboard=st.booleans(), price=_maybe(st.floats(0, 100))

@@ -69,10 +69,16 @@ def resolve(
     def steps(name: str, text: str | None) -> int | None:
         if text is None:
             return None
-        return parse_amount(name, text, clock=False).steps(batch.global_size, dataset_size, tokens_per_sample)
+        return parse_amount(name, text, clock=False).steps(name, batch.global_size, dataset_size, tokens_per_sample)
 
     total = steps("--run.duration", config.run.duration)
     assert total is not None
+    warmup = steps("--optim.warmup", config.optim.warmup) or 0
+    if warmup > total:
+        raise ConfigError(
+            f"--optim.warmup is {config.optim.warmup!r}, {warmup} steps, more than the {total} of --run.duration "
+            f"{config.run.duration}; give a part of it"
+        )
     every, every_s = config.checkpoint.every, None
     if every == "auto":
         every, every_s = None, 0.0
@@ -90,11 +96,13 @@ def resolve(
         dataset_size=dataset_size,
         global_size=batch.global_size,
         microbatches=microbatches,
-        warmup_steps=steps("--optim.warmup", config.optim.warmup) or 0,
+        warmup_steps=warmup,
         eval_every=steps("--eval.every", config.eval.every),
         checkpoint_every=steps("--checkpoint.every", every),
         stop_after_steps=(
-            stop.steps(batch.global_size, dataset_size, tokens_per_sample) if stop and not stop.is_clock else None
+            stop.steps("--run.stop-after", batch.global_size, dataset_size, tokens_per_sample)
+            if stop and not stop.is_clock
+            else None
         ),
         stop_after_s=stop.seconds if stop and stop.is_clock else None,
         tokens_per_sample=tokens_per_sample,

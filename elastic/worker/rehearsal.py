@@ -123,7 +123,7 @@ class Rehearsal:
 
         Raises:
             UserCodeError: evaluate() raised, or what it or loss() returned is not what it should be.
-            ConfigError: two figures of an evaluation would have one name.
+            ConfigError: two figures of an evaluation would have one name, or none has that of --checkpoint.best-metric.
         """
         agreed: Callable[[bool], bool] = bool
         if group is not None:
@@ -182,7 +182,16 @@ class Rehearsal:
                 if key in keys:
                     raise ConfigError(f"two held-out figures would be {key}; rename a metric, or a set of eval_data()")
                 keys.add(key)
+        self._check_best(keys)
         self.metrics["result of evaluate()"] = [f"figure {key}" for key in sorted(keys)]
+
+    def _check_best(self, keys: set[str]) -> None:
+        keep, best = self._config.checkpoint.keep_best, self._config.checkpoint.best_metric
+        if keep and best not in keys:
+            raise ConfigError(
+                f"--checkpoint.keep-best is {keep}, by --checkpoint.best-metric {best}, but evaluations have "
+                f"{', '.join(sorted(keys)) or 'no figures, since nothing is held out'}; give one of them"
+            )
 
     def _refuse(
         self, name: str, function: Function, batches: Batches, found: list[Sums], agreed: Callable[[bool], bool]
