@@ -32,9 +32,9 @@ def run(job_class: type[Job], config: TrainConfig, argv: Sequence[str]) -> int:
     try:
         prepared = prepare_line(job_class, config, argv)
         if prepared.config.dry_run:
-            from elastic.run.prepare import report
+            from elastic.run.prepare import dry_run
 
-            print(report(prepared))
+            print(dry_run(prepared))
             return 0
         if prepared.config.debug:
             from elastic.worker.debugging import drive_here

@@ -77,15 +77,12 @@ def evaluate_run(
 
 def run(arguments: argparse.Namespace) -> int:
     """Carry out the verb; returns the exit code."""
-    import json
-
     from elastic.job_file import load_job
     from elastic.observe.console import eval_text
-    from elastic.observe.ledger import finite
-    from elastic.redact import printable
+    from elastic.tools.text import show
 
     found = evaluate_run(
         *load_job(arguments.job), arguments.url, arguments.rest, step=arguments.step, accelerator=arguments.accelerator
     )
-    print(json.dumps(finite(found), indent=1) if arguments.json else printable(eval_text(found)))
+    show(arguments, found, lambda: eval_text(found))
     return 0

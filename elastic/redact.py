@@ -1,6 +1,6 @@
 """Keeping secrets out of what is written and said: configuration, ledger, status, results, errors, console.
 
-Three things are replaced by `***`: what stands before the host or after the `?` of a URL (passwords, signatures),
+Replaced by `***` are what stands before the host or after the `?` of a URL (passwords, signatures), bearer tokens,
 values whose name says that they are secret, and wherever they occur, the secrets that this process was given in its
 environment or in fsspec's configuration.
 """
@@ -14,9 +14,14 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 HIDDEN = "***"
-_NAME = re.compile(r"secret|passw|credential|api[_-]?key|access[_-]?key$|account[_-]?key|conn\w*[_-]?string|"
-                   r"(^|[_-])(token|sas|signature)$", re.IGNORECASE)  # fmt: skip
-_USER = re.compile(r"(?<=://)(?:[^/\s:@'\"]*:[^\s@'\"]*|[^/\s?#@'\"]*)@")  # many write the slashes of a key as they are
+_NAME = re.compile(
+    r"secret|passw|passphrase|credential|authorization|cookie|connection[_-]?string|conn\w*[_-]?string|webhook|"
+    r"(api|private|encryption|signing|storage|account|openai|shared|master|ssh)[_-]?key|access[_-]?key$|"
+    r"(^|[_-])(token|sas|signature|jwt|dsn)$|[a-z0-9][_-](pwd|pat)$", re.IGNORECASE,
+)  # fmt: skip
+_BEARER = re.compile(r"\b(Bearer\s+)[\w.~+/=-]{8,}", re.IGNORECASE)
+# Many write the slashes of a key as they are, and an @ of a password too.
+_USER = re.compile(r"(?<=://)(?:[^/\s:@'\"]*:[^\s'\"]*?|[^/\s?#@'\"]*)@(?![^/\s?#'\"]*@)")
 _QUERY = re.compile(r"([a-z][a-z0-9+.-]*://[^\s?'\"]+)\?[^\s'\"]+", re.IGNORECASE)
 _PASSWORD = re.compile(r"://[^/\s:@]*:([^\s@]+)@")
 _LEAST = 8  # what is shorter would be found in innocent words
@@ -26,6 +31,8 @@ def redact(text: str) -> str:
     """The text without secrets."""
     if "://" in text:
         text = _QUERY.sub(rf"\1?{HIDDEN}", _USER.sub(f"{HIDDEN}@", text))
+    if "earer" in text or "EARER" in text:
+        text = _BEARER.sub(rf"\1{HIDDEN}", text)
     for secret in _known():
         text = text.replace(secret, HIDDEN)
     return text

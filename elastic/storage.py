@@ -262,6 +262,22 @@ class Storage:
                     self.remove(name)
             raise self.refusal(doing, error, fix) from error
 
+    def try_out(self) -> None:
+        """The same as `probe`, but folders that were not there are not there afterwards either.
+
+        Raises:
+            ConfigError: it cannot; the message names what failed.
+        """
+        missing = []
+        if self.local:
+            missing = [f for f in (Path(self.root), *Path(self.root).parents) if not f.exists()]
+        try:
+            self.probe()
+        finally:
+            for folder in missing:
+                with contextlib.suppress(OSError):  # somebody put something there, or it was never made
+                    folder.rmdir()
+
     def refusal(self, doing: str, error: Exception, fix: str = _PERMIT) -> ConfigError:
         """The one sentence for a storage that cannot do something which a run needs."""
         reason = " ".join(f"{type(error).__name__}: {error}".split())

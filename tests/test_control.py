@@ -139,7 +139,7 @@ def test_a_run_in_object_storage_is_steered_as_well(front, bucket, tmp_path, cap
     with local_run(run, 2, on_record=watch) as local:
         watch.wait_for_step(3)
         elastic("runs", f"{bucket}/runs", "--status", "running", "--json")
-        (listed,) = json.loads(capsys.readouterr().out)
+        (listed,) = json.loads(capsys.readouterr().out)["runs"]
         elastic("status", url, "--last", 2, "--json")
         seen = json.loads(capsys.readouterr().out)
         elastic("checkpoint", url)
@@ -351,7 +351,7 @@ def test_runs_are_listed_with_what_became_of_them_and_filtered(left, capsys):
 
     def told(*options: object) -> dict[str, str]:
         elastic("runs", runs, "--json", *options)
-        return {r["name"]: r["status"] for r in json.loads(capsys.readouterr().out)}
+        return {r["name"]: r["status"] for r in json.loads(capsys.readouterr().out)["runs"]}
 
     everything = {"a": "finished", "b": "running", "c": "lost", "d": "running", "e": "unreadable", "f": "new"}
     assert told() == everything
@@ -366,6 +366,8 @@ def test_runs_are_listed_with_what_became_of_them_and_filtered(left, capsys):
     assert "--status is 'dead'; give some of running, parked, lost" in capsys.readouterr().err
     elastic("runs", runs / "a", code=2)
     assert "which is a run; give the folder of runs" in capsys.readouterr().err
+    elastic("runs", runs / "nowhere", code=2)
+    assert "which is no folder; give that of --run.storage" in capsys.readouterr().err
 
 
 HOSTILE = (
@@ -373,6 +375,8 @@ HOSTILE = (
     b'{"format": 1, "job": 5}', b'{"format": 1, "job": {"name": []}, "config": 7}',
     b'{"format": 1, "status": "running", "heartbeat": 1e300, "owner_process": 5}',
     b'{"format": 1, "status": "running", "heartbeat": 1e300, "world": 5, "step": {}, "owner": []}',
+    b'{"format": 1, "status": "running", "heartbeat": 1e300, "owner_process": null, "owner": "x", "message": null, '
+    b'"step": 1, "world": null, "members": null, "server": "http://[::1"}',
 )  # fmt: skip
 
 
@@ -413,7 +417,8 @@ def test_what_a_terminal_would_obey_is_spelled_out_and_json_is_json(left, capsys
 
     elastic("status", run, "--json")
     out = capsys.readouterr().out
-    assert json.loads(out, parse_constant=pytest.fail)["rows"][0]["loss"] is None
+    seen = json.loads(out, parse_constant=pytest.fail)
+    assert (seen["format"], seen["rows"][0]["loss"]) == (1, None)
 
 
 def test_a_run_whose_process_was_killed_is_lost_at_once(left, capsys):
@@ -423,4 +428,4 @@ def test_a_run_whose_process_was_killed_is_lost_at_once(left, capsys):
 
     elastic("runs", left("other").parent, "--json")
 
-    assert {r["name"]: r["status"] for r in json.loads(capsys.readouterr().out)}["killed"] == "lost"
+    assert {r["name"]: r["status"] for r in json.loads(capsys.readouterr().out)["runs"]}["killed"] == "lost"

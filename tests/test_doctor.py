@@ -116,7 +116,7 @@ def test_the_exit_code_is_one_if_a_run_would_fail(states_found, code, capsys):
 @pytest.mark.processes
 def test_a_machine_and_a_folder_that_will_do(tmp_path, capsys):
     assert cli.main(["doctor", "--storage", str(tmp_path / "runs"), "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
+    found = json.loads(capsys.readouterr().out)["findings"]
     assert {f["check"] for f in found} >= {"versions", "disk", "ports", "device", "matmul", "all-reduce", "storage"}
     assert not [f for f in found if f["state"] == "fail"]
     assert list((tmp_path / "runs").iterdir()) == [], "nothing is left behind"

@@ -143,7 +143,7 @@ def test_a_run_is_evaluated_as_it_did_it_itself(undisturbed_epoch, tmp_path):
         "same": 0, "other": 1, "option": 2, "nothing": 2
     }, said  # fmt: skip
     metrics = undisturbed_epoch.result["metrics"]
-    assert json.loads(said["same"]) == {"step": undisturbed_epoch.result["steps"], **metrics}
+    assert json.loads(said["same"]) == {"format": 1, "step": undisturbed_epoch.result["steps"], **metrics}
     assert said["other"].startswith("error: ")
     assert "--run.seed is no option of the job" in said["option"]
     assert "URL is 'mine2', which is no run" in said["nothing"]

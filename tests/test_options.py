@@ -284,3 +284,17 @@ def test_a_dry_run_prints_every_option_and_the_table_of_world_sizes_and_starts_n
     assert "  --run.seed 0" in shown
     assert "      3       4        83%" in shown
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_dry_run_tries_out_the_storage_and_leaves_nothing_there(capsys, tmp_path):
+    (tmp_path / "file").write_text("")
+    for storage in ("/proc/runs", "/dev/null", str(tmp_path / "file" / "runs")):
+        assert run(Plain, CONFIG, ["--run.storage", storage, "--dry-run"]) == 2
+
+        shown = capsys.readouterr()
+        assert shown.out == ""
+        assert shown.err.startswith(f"error: --run.storage is '{storage}/tiny-jobs-")
+        assert "which cannot write" in shown.err
+        assert shown.err.count("\n") == 1
+    assert run(Plain, CONFIG, ["--run.storage", str(tmp_path / "a" / "b"), "--dry-run"]) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]

@@ -17,7 +17,7 @@ def test_every_node_of_a_cluster_and_every_pair_is_examined(cluster: LocalCluste
         "-m", "elastic.cli", "doctor", "--address", cluster.address, "--storage", str(tmp_path / "runs"), "--json"
     )
     assert doctor.wait() == 0, doctor.output
-    found = json.loads(doctor.output[doctor.output.index("[\n") :])
+    found = json.loads(doctor.output[doctor.output.index("{\n") :])["findings"]
     nodes = {f["where"] for f in found if f["check"] == "clock"}
     assert len(nodes) == len(cluster.nodes) + 1, "and the head"
     for check in ("disk", "device", "matmul", "ports"):

@@ -25,6 +25,8 @@ CANARY = "kanarie/Vogel+17=="
         ("https://h/w.safetensors?X-Amz-Signature=kanarie&a=b: 403", "https://h/w.safetensors?*** 403"),
         ("https://h/a, https://b:kanarie@c/d", "https://h/a, https://***@c/d"),
         ("s3://bucket/a@b/c", "s3://bucket/a@b/c"),
+        ("https://ann:kana@rie@host/a@b", "https://***@host/a@b"),
+        ("{'Authorization': 'Bearer kanarie.Vogel-17'}", "{'Authorization': 'Bearer ***'}"),
         ("ann@host-7 (process 41) at http://10.0.0.7:8123", "ann@host-7 (process 41) at http://10.0.0.7:8123"),
         ("is it there? yes", "is it there? yes"),
         ("", ""),
@@ -58,6 +60,11 @@ def test_another_thread_may_be_in_the_midst_of_importing_fsspec(monkeypatch):
     [
         ("AWS_SECRET_ACCESS_KEY", True), ("aws_session_token", True), ("password", True), ("api-key", True),
         ("AZURE_STORAGE_CONNECTION_STRING", True), ("account_key", True), ("GOOGLE_APPLICATION_CREDENTIALS", True),
+        *((name, True) for name in (
+            "PRIVATE_KEY", "ENCRYPTION_KEY", "SSH_PASSPHRASE", "AUTHORIZATION", "GITHUB_PAT", "SENTRY_DSN",
+            "SESSION_JWT", "SLACK_WEBHOOK_URL", "AZURE_STORAGE_KEY", "OPENAI_KEY", "COOKIE", "MYSQL_PWD",
+        )),
+        *((name, False) for name in ("PWD", "OLDPWD", "sort_key", "pat", "path", "format", "spat", "designs")),
         ("AWS_ACCESS_KEY_ID", False), ("tokens", False), ("tokens_per_sample", False), ("max_tokens", False),
         ("tokenizer", False), ("key", False), ("passes", False), ("pass_size", False), ("sample_hash", False),
     ],

@@ -229,10 +229,10 @@ def test_progress_is_drawn_on_a_terminal_and_nowhere_else(run, monkeypatch, caps
 
 
 def test_pins_are_set_and_taken_away(run, capsys):
-    assert told(capsys, "pin", run) == {"step": 6, "pinned": True}
+    assert told(capsys, "pin", run) == {"format": 1, "step": 6, "pinned": True}
     assert told(capsys, "pin", run, "--step", 6)["pinned"], "twice is once"
     assert [c["pinned"] for c in told(capsys, "ls", run)["checkpoints"]] == [True, False]
-    assert told(capsys, "pin", run, "--step", 6, "--unpin") == {"step": 6, "pinned": False}
+    assert told(capsys, "pin", run, "--step", 6, "--unpin") == {"format": 1, "step": 6, "pinned": False}
     assert not any(c["pinned"] for c in told(capsys, "ls", run)["checkpoints"])
 
 

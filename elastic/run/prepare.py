@@ -188,8 +188,18 @@ def git_commit() -> str | None:
     return head.stdout.strip() + ("+" if dirty.stdout.strip() else "")
 
 
+def dry_run(run: PreparedRun) -> str:
+    """Try out the storage, and leave nothing there; what `--dry-run` prints.
+
+    Raises:
+        ConfigError: the storage cannot be used.
+    """
+    run.folder.storage.try_out()
+    return report(run)
+
+
 def report(run: PreparedRun) -> str:
-    """What `--dry-run` prints: the resolved options, what each world size would do, and what snapshots would take."""
+    """The resolved options, what each world size would do, and what snapshots would take."""
     values = {**cfg.result_options(run.config, job_options(run.job)), **_operational(run.config)}
     lines = [f"run {run.name} in {redact(run.folder.storage.url)}", *run.notes, ""]
     lines += [f"  {typed(name, value)}" for name, value in sorted(values.items()) if value is not None and value != []]

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
-from elastic.errors import ConfigError
-from elastic.redact import printable
+from elastic.errors import ConfigError, one_line
 from elastic.tools.places import USUAL, find_run
+from elastic.tools.text import show
 
 
 def add_control(verbs: Any) -> None:
@@ -53,12 +52,6 @@ def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def _print(arguments: argparse.Namespace, values: Any, text: Callable[[], str]) -> None:
-    from elastic.observe.ledger import finite
-
-    print(json.dumps(finite(values), indent=1) if arguments.json else printable(text()))
-
-
 def _runs(arguments: argparse.Namespace) -> int:
     from elastic.tools.registry import list_runs
     from elastic.tools.text import age_text, table
@@ -77,7 +70,7 @@ def _runs(arguments: argparse.Namespace) -> int:
         ]  # fmt: skip
         return table(("run", "status", "job", "step", "workers", "heartbeat", "owner"), rows, "step,workers,heartbeat")
 
-    _print(arguments, [asdict(r) for r in found], text)
+    show(arguments, {"runs": [asdict(r) for r in found]}, text)
     return 0
 
 
@@ -87,8 +80,15 @@ def _status(arguments: argparse.Namespace) -> int:
 
     if arguments.last < 0:
         raise ConfigError(f"--last is {arguments.last}; give 0 or more")
-    found = look_at_run(open_run(arguments.url, read_only=True), last=arguments.last)
-    _print(arguments, found, lambda: text_of(found))
+    folder = open_run(arguments.url, read_only=True)
+    try:
+        found = look_at_run(folder, last=arguments.last)
+        show(arguments, found, lambda: text_of(found))
+    except (LookupError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
+        raise ConfigError(
+            f"URL is {arguments.url!r}, which holds what no run wrote ({one_line(error)}); give the folder of a run, "
+            "or remove what is damaged in it"
+        ) from error
     return 0
 
 
@@ -111,7 +111,7 @@ def _stop(arguments: argparse.Namespace) -> int:
         saved = "" if found["checkpoint"] is None else f"; newest checkpoint: step {found['checkpoint']}"
         return f"{found['status']} after step {found['step']} of {found['total_steps']}{saved}"
 
-    _print(arguments, found, text)
+    show(arguments, found, text)
     return 0 if found["status"] in ("stopped", "finished") else 1
 
 
@@ -128,7 +128,7 @@ def _scale(arguments: argparse.Namespace) -> int:
             return f"{found['status']} after step {found['step']}, before its world could change"
         return f"a world of {found['world_size']} at step {found['step']}"
 
-    _print(arguments, found, text)
+    show(arguments, found, text)
     return 0
 
 
@@ -139,7 +139,7 @@ def _drain(arguments: argparse.Namespace) -> int:
     seconds = parse_age("--deadline", arguments.deadline)
     live, timeout_s = _connect(arguments, "drain")
     found = drain(live, arguments.worker, seconds, _say, timeout_s)
-    _print(arguments, found, lambda: f"worker {found['worker']} has handed over after step {found['step']}")
+    show(arguments, found, lambda: f"worker {found['worker']} has handed over after step {found['step']}")
     return 0
 
 
@@ -148,5 +148,5 @@ def _checkpoint(arguments: argparse.Namespace) -> int:
 
     live, timeout_s = _connect(arguments, "save")
     found = checkpoint(live, _say, timeout_s)
-    _print(arguments, found, lambda: f"checkpoint of step {found['step']} committed")
+    show(arguments, found, lambda: f"checkpoint of step {found['step']} committed")
     return 0

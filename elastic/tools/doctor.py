@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING, Any
+
+from elastic.tools.text import show
 
 if TYPE_CHECKING:
     from elastic.tools.machine import Finding
@@ -34,7 +35,7 @@ def run_doctor(examine_cluster: Callable[[str, Sequence[str]], list[Finding]], a
         found = examine_machine()
         for url in arguments.storage:
             found += examine_storage(url)
-    print(json.dumps([asdict(f) for f in found], indent=1) if arguments.json else text_of(found))
+    show(arguments, {"findings": [asdict(f) for f in found]}, lambda: text_of(found))
     return int(any(f.state == "fail" for f in found))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -61,6 +62,8 @@ def list_runs(url: str, *, states: Sequence[str] = (), job: str = "*", name: str
     if unknown:
         raise ConfigError(f"--status is {unknown[0]!r}; give some of {', '.join(STATES)}")
     storage = Storage(url, option="URL", read_only=True)
+    if storage.local and not os.path.isdir(storage.root):
+        raise ConfigError(f"URL is {url!r}, which is no folder; give that of --run.storage")
     names = list_names(storage)
     if {CONFIG, STATUS, CLAIMS} & set(names):
         raise ConfigError(f"URL is {url!r}, which is a run; give the folder of runs, or use elastic status")

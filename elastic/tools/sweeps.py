@@ -22,6 +22,7 @@ from elastic.run.folder import ALIVE_S
 from elastic.run.process import has_ended
 from elastic.storage import Storage
 from elastic.tools.places import USUAL, find_run
+from elastic.tools.text import show
 
 FORMAT = 1
 SWEEP, TRIALS, DRIVERS = "sweep.json", "trials.jsonl", "drivers"
@@ -178,11 +179,8 @@ def add_report(verbs: Any) -> None:
 def _report(arguments: argparse.Namespace) -> int:
     storage, sweep = open_sweep(arguments.url)
     trials = ranking(read_trials(storage, sweep["metric"], sweep["mode"]), sweep["mode"])
-    if arguments.json:
-        state = state_of(sweep, time.time())
-        print(json.dumps({"sweep": {**sweep, "status": state}, "trials": [asdict(t) for t in trials]}, indent=1))
-    else:
-        print(report_text(storage.url, sweep, trials))
+    values = {"sweep": {**sweep, "status": state_of(sweep, time.time())}, "trials": [asdict(t) for t in trials]}
+    show(arguments, values, lambda: report_text(storage.url, sweep, trials))
     return 0
 
 

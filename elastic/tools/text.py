@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import argparse
+import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from elastic.errors import ConfigError
+from elastic.redact import printable
+
+FORMAT = 1  # of what --json prints
 
 _SIZES = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30,
           "TIB": 2**40}  # fmt: skip
@@ -64,3 +70,10 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]], right: str = 
         "  ".join(c.rjust(w) if r else c.ljust(w) for c, w, r in zip(row, widths, to_right)).rstrip() for row in cells
     ]
     return "\n".join(lines)
+
+
+def show(arguments: argparse.Namespace, values: Mapping[str, Any], text: Callable[[], str]) -> None:
+    """Print what a verb found: as JSON, with the number of its format, where `--json` was given."""
+    from elastic.observe.ledger import finite
+
+    print(json.dumps({"format": FORMAT, **finite(values)}, indent=1) if arguments.json else printable(text()))

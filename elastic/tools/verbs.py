@@ -11,8 +11,8 @@ from functools import partial
 from typing import Any
 
 from elastic.errors import ConfigError, ElasticError, Interrupted
-from elastic.redact import printable
 from elastic.tools.places import USUAL, find_run
+from elastic.tools.text import show
 
 _DTYPES = ("float64", "float32", "float16", "bfloat16")
 
@@ -100,12 +100,6 @@ def run(arguments: argparse.Namespace) -> int:
         raise ElasticError(f"storage failed while working on {arguments.url}: {reason}") from error
 
 
-def _print(arguments: argparse.Namespace, values: Any, text: Callable[[], str]) -> None:
-    from elastic.observe.ledger import finite
-
-    print(json.dumps(finite(values), indent=1) if arguments.json else printable(text()))
-
-
 def _bar(doing: str, unit: str, stack: Any) -> Callable[[int], Callable[[int], None]]:
     from elastic.tools.progress import progress
 
@@ -143,7 +137,7 @@ def _ls(arguments: argparse.Namespace) -> int:
         shown = table(head, rows, "step,size,age") if rows else "no committed checkpoint"
         return shown + (f"\n{len(left)} unfinished: {', '.join(left[:3])}" if left else "")
 
-    _print(arguments, {"checkpoints": found, "unfinished": left}, text)
+    show(arguments, {"checkpoints": found, "unfinished": left}, text)
     return 0
 
 
@@ -153,7 +147,7 @@ def _show(arguments: argparse.Namespace) -> int:
 
     storage = open_run(arguments.url, read_only=True).storage
     found = describe(storage, choose(storage, arguments.step))
-    _print(arguments, found, partial(_shown, found))
+    show(arguments, found, partial(_shown, found))
     return 0
 
 
@@ -202,7 +196,7 @@ def _verify(arguments: argparse.Namespace) -> int:
         last = f"{what}: {len(found.damages)} damaged" if found.damages else f"{what}: all as written"
         return "\n".join([*map(str, found.damages), *_marks_text(marks), last])
 
-    _print(arguments, {**asdict(found), "marks": asdict(marks)}, text)
+    show(arguments, {**asdict(found), "marks": asdict(marks)}, text)
     return 1 if found.damages else 0
 
 
@@ -242,7 +236,7 @@ def _export(arguments: argparse.Namespace) -> int:
     def text() -> str:
         return f"step {found.step}: {found.tensors} tensors, {size_text(found.bytes)}, in {arguments.out}"
 
-    _print(arguments, asdict(found), text)
+    show(arguments, asdict(found), text)
     return 0
 
 
@@ -267,7 +261,7 @@ def _import(arguments: argparse.Namespace) -> int:
             lines.append(f"the run has a checkpoint of step {found.newest}, from which it will resume")
         return "\n".join(lines)
 
-    _print(arguments, asdict(found), text)
+    show(arguments, asdict(found), text)
     return 0
 
 
@@ -294,7 +288,7 @@ def _pin(arguments: argparse.Namespace) -> int:
             unpin(storage, step)
             raise CheckpointError(f"the checkpoint of step {step} was removed by its run at this moment; pin another")
     values = {"step": step, "pinned": not arguments.unpin}
-    _print(arguments, values, lambda: f"step {step} is {'not pinned any more' if arguments.unpin else 'pinned'}")
+    show(arguments, values, lambda: f"step {step} is {'not pinned any more' if arguments.unpin else 'pinned'}")
     return 0
 
 
@@ -323,7 +317,7 @@ def _prune(arguments: argparse.Namespace) -> int:
         shown = table(("step", "attempt", "what", "size"), rows, "step,size")
         return f"{shown}\n{_outcome(arguments.yes, size_text(sum(r.bytes for r in found)))}"
 
-    _print(arguments, {"removed" if arguments.yes else "would_remove": [asdict(r) for r in found]}, text)
+    show(arguments, {"removed" if arguments.yes else "would_remove": [asdict(r) for r in found]}, text)
     return 0
 
 
@@ -357,5 +351,5 @@ def _prune_runs(arguments: argparse.Namespace) -> int:
         return f"{table(('run', 'status', 'age', 'do', 'why'), rows, 'age')}\n{_outcome(arguments.yes, what)}"
 
     values = {"done": arguments.yes, "runs": [asdict(d) for d in decisions], "problems": dict(problems)}
-    _print(arguments, values, text)
+    show(arguments, values, text)
     return 1 if problems else 0

@@ -63,14 +63,14 @@ def _run() -> int:
     from elastic.observe.console import Console, result_text
     from elastic.run.forecast import refuse_what_does_not_fit_here
     from elastic.run.line import prepare_line
-    from elastic.run.prepare import report
+    from elastic.run.prepare import dry_run
     from elastic.worker.local import run_local
 
     try:
         name = known.module if known.class_name is None else f"{known.module}:{known.class_name}"
         run = prepare_line(*load_job(name, "--module"), rest)
         if run.config.dry_run:
-            print(report(run))
+            print(dry_run(run))
             refuse_what_does_not_fit_here(run)
             return 0
         if run.config.debug:
