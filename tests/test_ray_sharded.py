@@ -19,15 +19,17 @@ EVERY = 5
 
 
 def test_a_lost_worker_of_fsdp_comes_from_a_snapshot(cluster: LocalCluster, tmp_path: Path) -> None:
-    killed = {"point": "step.forward", "rank": 1, "step": 23, "do": "kill", "only": str(tmp_path / "killed")}
+    """It is stopped, so that Ray and its peers see no end of it."""
+    stopped = {"point": "step.forward", "rank": 1, "step": 23, "do": "stop", "only": str(tmp_path / "stopped")}
     run = slow_job(
         cluster, tmp_path, "fsdp", *DURATION, "--parallel.strategy", "fsdp", "--recovery.snapshot-every", f"{EVERY}st",
         "--scaling.max-workers", "3", "--scaling.workers-per-node", "1", "--recovery.hang-timeout", "10s",
-        faults=[killed],
+        faults=[stopped],
     )  # fmt: skip
     story = Story(run)
     first = story.next_world(3)
     assert story.next_world(2) == [first[0], first[2]]
+    wait_until(lambda: not Path(f"/proc/{first[1]}").exists())
     assert {first[0], first[2]} < set(story.next_world(3))
     killed_one, stopped_one, _ = actor_pids("VaultActor")
     os.kill(killed_one, signal.SIGKILL)

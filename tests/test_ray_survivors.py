@@ -48,15 +48,16 @@ def test_a_killed_host_a_stopped_worker_killed_nodes_new_ones_and_noticed_ones_c
     before = max(row["step"] for row in rows if "sample_hash" in row)
     worlds = [line for line in run.lines if "world formed" in line]
     run.wait_for(lambda line: "restarted" in line)
-    run.wait_for_step(before + 80)  # far beyond what was done while it was away: every worker has told it its place
+    run.wait_for_step(before + 20)
     assert [line for line in run.lines if "world formed" in line] == worlds
 
-    # a worker is stopped, so that nothing of it breaks: the two others go on as they are, and a new one is taken in
+    # a worker is stopped, so that nothing of it breaks: the two others go on, and take it in when it answers
+    # (one that never does: tests.test_ray_sharded)
     os.kill(first[0], signal.SIGSTOP)
     assert story.next_world(2) == first[1:]
+    os.kill(first[0], signal.SIGCONT)
     second = story.next_world(3)
-    assert set(first[1:]) < set(second)
-    assert not Path(f"/proc/{first[0]}").exists(), "the stopped worker was left behind"
+    assert set(second) == set(first)
 
     # two nodes are killed at one moment, rank 0 is on one of them: their places stay empty until nodes join
     cluster.kill_nodes([n for n in cluster.nodes if {second[0], second[2]} & set(cluster.workers_of(n))])
@@ -91,9 +92,10 @@ def test_a_killed_host_a_stopped_worker_killed_nodes_new_ones_and_noticed_ones_c
     events = check_bits_and_samples(tmp_path, "faults", *OPTIONS)
     worlds = [e["detail"] for e in events if e["kind"] == "world_formed"]
     ids = {pid: member for world in worlds for pid, member in zip(world["pids"], world["ids"])}
-    # who is stopped is late at first, and lost when it never comes
-    gone = {e["member"] for e in events if e["kind"] in ("member_lost", "member_late")}
-    assert sorted(gone) == sorted(ids[pid] for pid in (first[0], second[0], second[2])), "handing over is no loss"
+    late, lost = ({e["member"] for e in events if e["kind"] == kind} for kind in ("member_late", "member_lost"))
+    assert ids[first[0]] in late, "it is no loss"
+    # of two that go at one moment, one may be late for the world that the other's loss makes
+    assert lost <= {ids[second[0]], ids[second[2]]} <= late | lost, "handing over is no loss"
     noticed = [e["node"] for e in events if e["kind"] == "notice" and "node" in e]
     assert noticed == [going.node_id, doomed.node_id]
     assert [e["node"] for e in events if e["kind"] == "handed_over"] == noticed
