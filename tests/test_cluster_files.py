@@ -10,6 +10,9 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
+import botocore
+import botocore.session
+import botocore.validate
 import click
 import pytest
 import ray
@@ -147,8 +150,82 @@ def test_documented_commands_are_commands(page: str) -> None:
             check_ray(words[1:])
         elif words[0] == "docker":
             assert "-f" not in words or (ROOT / words[words.index("-f") + 1]).is_file()
+        elif words[0] == "aws":
+            check_aws(*words[1:])
         else:
             assert words[0] in ("pip", "export", "kubectl")
+
+
+SHAPES = {"--protocol": "IpProtocol", "--port": "FromPort", "--cidr": "CidrIp", "--source-group": "UserIdGroupPairs"}
+
+
+def aws_service(name: str) -> Any:
+    """What AWS's own description says of a service."""
+    return botocore.session.get_session().get_service_model(name)
+
+
+def names_in(shape: Any, depth: int = 3) -> set[str]:
+    """The members of a structure, also of those inside it."""
+    found: set[str] = set()
+    if depth and shape.type_name == "structure":
+        for name, member in shape.members.items():
+            found |= {name} | names_in(member, depth - 1)
+    elif depth and shape.type_name == "list":
+        found = names_in(shape.member, depth - 1)
+    return found
+
+
+def check_aws(service: str, operation: str, *options: str) -> None:
+    """AWS has the operation with these parameters, and files that are named exist (`storage.json` is the reader's)."""
+    model = aws_service(service)
+    known = {botocore.xform_name(name, "-"): name for name in model.operation_names}
+    shape = model.operation_model(known[operation]).input_shape
+    given = dict(zip(options[::2], options[1::2]))
+    names = {f"--{botocore.xform_name(name, '-')}" for name in shape.members}
+    for option, value in given.items():
+        assert option in names or SHAPES[option] in names_in(shape), option
+        if value.startswith("file://docs/"):
+            assert json.loads((ROOT / value.removeprefix("file://")).read_text())["Version"] == "2012-10-17"
+    required = {f"--{botocore.xform_name(name, '-')}" for name in shape.required_members}
+    assert required <= given.keys()
+
+
+def check_instance(node_config: dict[str, Any]) -> None:
+    """AWS starts instances with such parameters. (Ray takes the subnets itself, from the zone.)"""
+    shape = aws_service("ec2").operation_model("RunInstances").input_shape
+    report = botocore.validate.ParamValidator().validate({**node_config, "MinCount": 1, "MaxCount": 1}, shape)
+    assert not report.has_errors(), report.generate_report()
+
+
+def test_aws_would_take_every_node_type_and_the_interfaces_for_efa() -> None:
+    config = prepared(AWS)
+    for node_type in config["available_node_types"].values():
+        check_instance(node_type["node_config"])
+    (efa,) = re.findall(r"^```yaml\n(.*?)^```$", (ROOT / "docs" / "clusters.md").read_text(), re.MULTILINE | re.DOTALL)
+    spot = dict(config["available_node_types"]["gpu_spot"]["node_config"])
+    check_instance({**spot, **yaml.safe_load(efa)})
+    with pytest.raises(AssertionError, match="Unknown parameter"):
+        check_instance({**spot, "SecurityGroup": []})
+
+
+def test_roles_zones_and_logs_are_as_documented() -> None:
+    config, page = prepared(AWS), (ROOT / "docs" / "clusters.md").read_text()
+    types = config["available_node_types"]
+    profiles = {name: t["node_config"]["IamInstanceProfile"]["Name"] for name, t in types.items()}
+    assert profiles == {"head": "elastic-head", "gpu_spot": "elastic-worker", "gpu_on_demand": "elastic-worker"}
+    for name in set(profiles.values()):
+        assert f"--instance-profile-name {name} --role-name {name}" in page
+    assert all(t["node_config"]["SecurityGroupIds"] for t in types.values()), "else Ray makes one that is open to SSH"
+    assert "," not in config["provider"]["availability_zone"]
+    assert "/tmp" not in start_command(config, "worker"), "a name that anybody on the machine may take before"
+    policy = json.loads((ROOT / "docs" / "aws" / "head.json").read_text())["Statement"]
+    operations = set(aws_service("ec2").operation_names)
+    assert {a.partition(":")[2] for a in policy[0]["Action"]} <= operations
+    assert {"RunInstances", "TerminateInstances"} <= {a.partition(":")[2] for a in policy[0]["Action"]}
+    assert (policy[1]["Action"], policy[1]["Resource"]) == ("iam:PassRole", "arn:aws:iam::*:role/elastic-worker")
+    submit = next(words for words in documented("clusters.md") if words[:3] == ["ray", "job", "submit"])
+    timeout = submit[submit.index("--scaling.request-timeout") + 1]
+    assert parse_amount("--scaling.request-timeout", timeout, clock=True).seconds > 2 * 7 * 60, "two set-ups of a node"
 
 
 def check_ray(words: list[str]) -> None:
@@ -183,6 +260,7 @@ def test_the_manifest_for_kubernetes_leaves_pods_in_time_and_runs_what_was_teste
     leave = parser().parse_args(worker["lifecycle"]["preStop"]["exec"]["command"][1:])
     assert leave.leave
     assert parse_amount("--grace", leave.grace, clock=True).seconds < pod["terminationGracePeriodSeconds"]
+    assert cluster["headGroupSpec"]["template"]["spec"]["terminationGracePeriodSeconds"] > 120
     words = shlex.split(spec["entrypoint"])
     gpus = int(worker["resources"]["limits"]["nvidia.com/gpu"]) * group["maxReplicas"]
     assert int(words[words.index("--scaling.max-workers") + 1]) == gpus

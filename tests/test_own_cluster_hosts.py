@@ -117,7 +117,7 @@ class AwsLike:
             changes.append(("--autoscaling-config=~/ray_bootstrap_config.yaml", ""))
         else:
             changes.append(("--disable-usage-stats", "--disable-usage-stats --num-cpus=1"))
-            changes.append(("/tmp/elastic-node-watch.log", str(self._log(host))))
+            changes.append(("~/elastic-node-watch.log", str(self._log(host))))
         for shown, instead in changes:
             assert command.count(shown) == 1
             command = command.replace(shown, instead)
