@@ -204,11 +204,12 @@ class LocalRun:
         while not self._ended.wait(0.05):
             self._grow()
             self._tell_ended()
-            if self._living() or known != len(self.processes):
-                known, idle_since = len(self.processes), time.monotonic()
+            codes = [process.poll() for process in self.processes]
+            if None in codes or known != len(codes):
+                known, idle_since = len(codes), time.monotonic()
             self._keep_vaults()
             if time.monotonic() - idle_since > IDLE_S:
-                how = (f"{self.worker_id(i)}: {ended_how(p.returncode)}" for i, p in enumerate(self.processes))
+                how = (f"{self.worker_id(i)}: {ended_how(c)}" for i, c in enumerate(codes) if c is not None)
                 message = (
                     f"every worker of run {self._run.name} ended without a result ({'; '.join(how)}); what they said "
                     f"stands above; give {self._run.again} to go on from the newest checkpoint"
