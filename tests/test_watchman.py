@@ -133,3 +133,32 @@ def test_a_spare_without_state_that_is_cut_off_is_lost(monkeypatch):
     watched.beating, watched.cut = {"a": FENCE}, {"spare"}
     watched.wait(6)
     assert watched.server._state.gone == {"spare"}
+
+
+def test_the_only_worker_is_told_of_tried_again_and_ended_also_where_it_is_stopped(monkeypatch):
+    watched = Watched(monkeypatch, max_workers=1)
+    watched.join("a")
+    watched.beating = {"a": FENCE}
+    watched.wait(2)
+    watched.beating = {}
+    watched.wait(3 * HANG_S - 3)
+    assert watched.server._state.phase is Phase.RUNNING
+    watched.wait(4)
+    assert watched.server._state.phase is Phase.BROKEN
+    watched.wait(3 * HANG_S - 3)
+    assert watched.server._state.phase is Phase.BROKEN, "it may be continued"
+    watched.wait(5)
+    assert watched.server._state.phase is Phase.ENDED
+
+
+def test_of_a_world_that_a_loss_broke_the_last_with_the_state_is_waited_for_also_where_it_is_stopped(monkeypatch):
+    watched = Watched(monkeypatch, max_workers=2)
+    for name in "ab":
+        watched.join(name)
+    watched.beating = {"a": FENCE, "b": FENCE}
+    watched.wait(2)
+    watched.beating = {"b": [-1, 0, 0]}
+    watched.server._handle(served.Lost("b", watched.now, died=True))
+    watched.join("c")
+    watched.wait(20 * HANG_S)
+    assert watched.server._state.phase is Phase.BROKEN

@@ -184,17 +184,26 @@ class Watchman:
 
     def _overdue_in_broken(self, state: State, quiet: set[str], now: float) -> tuple[Event | None, list[str]]:
         """Who does not come back from a broken world. The last who holds the state is waited for as long as it may
-        answer; where it does, but never comes, there is nothing left to wait for."""
+        answer; where it does, but never comes, there is nothing left to wait for. Nor is there where all stand still,
+        stopped or not."""
         limits = p95(self._step_times), self._hang_s
         last = not (state.limits.cut or holder_is_back(state))
-        patience = {i: QUIET if i in quiet else STILL if last or state.limits.cut else 1.0 for i in awaited(state)}
+        missing = awaited(state)
+        all_still = state.world is not None and missing == state.world.ids
+        waited = STILL if last or state.limits.cut else 1.0
+        patience = {i: QUIET if i in quiet and not all_still else waited for i in missing}
         found = overdue({i: self._place_of(i, now) for i in patience}, patience, state.broken_at, now, *limits)
         if not found:
             return None, []
         where = self._progress.get(found[0], _NOWHERE)
         told = f"worker {found[0]} {_told(where)}"
         if last:
-            stuck = len(found) == len(patience) and quiet.isdisjoint(found)
+            if quiet.intersection(found):
+                told = (
+                    f"worker {found[0]} does not answer, and nobody else has the state; last seen in {_place(where)}; "
+                    "start the run again to go on from the newest checkpoint"
+                )
+            stuck = len(found) == len(patience) and (all_still or quiet.isdisjoint(found))
             return (Stuck(told, now) if stuck else None), []
         if where.position[0] in self._steps_out and state.failing is None:
             return Stalled(f"{told}; another did before, at the same step", now, final=True), []

@@ -201,7 +201,7 @@ class Stalled:
 
 @dataclass(frozen=True)
 class Stuck:
-    """The last who holds the state answers, but never comes back from its broken world."""
+    """The last who holds the state never comes back from its broken world, though its process lives."""
 
     reason: str
     now: float
