@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -41,6 +43,13 @@ def parameters(function: object) -> list[str]:
 
 def test_this_is_the_ray_that_was_tested() -> None:
     assert ray.__version__.startswith(raytrain.TESTED_RAY)
+
+
+def test_the_controller_is_up_without_what_only_workers_need() -> None:
+    """The import of torch takes seconds, at the beginning of every run."""
+    program = "import sys, elastic.cluster.raytrain; print('torch' in sys.modules)"
+    ran = subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, timeout=60, check=True)
+    assert ran.stdout == "False\n"
 
 
 def test_the_controller_takes_its_worker_group_class_from_an_attribute() -> None:

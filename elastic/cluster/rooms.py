@@ -8,7 +8,6 @@ from ray.util.placement_group import placement_group, remove_placement_group
 
 from elastic.cluster.sharing import Terms
 from elastic.membership.forming import helpful_size
-from elastic.worker.vaults import STILL_S
 
 
 @dataclass(frozen=True)
@@ -33,7 +32,7 @@ class GroupPlan:
     exclude: tuple[str, ...] = ()
     packed: bool = False
     vaults: bool = False
-    still_s: float = STILL_S
+    still_s: float = 30.0
 
     def want(self, max_workers: int) -> int:
         """How many workers to have where a world has at most so many: all that help or are needed, and spares."""
