@@ -169,7 +169,7 @@ def test_the_documented_commands_bring_nodes_and_finish_and_the_nodes_go_again(t
         wait_until(lambda: count() == 1, 60)
 
         (submit,) = commands_of("kubernetes.md")
-        run = documented(submit, "--run.duration", "30st", accelerator="cpu")
+        run = documented(submit, "--run.duration", "30st", "--optim.warmup", "5st", accelerator="cpu")
         run.wait_for(lambda line: "world formed" in line)
         assert count() > 1
         assert run.wait() == 0, run.output
