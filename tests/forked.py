@@ -45,6 +45,7 @@ from tests.tiny_jobs import CONFIG
 WAIT_S = 60.0
 B = CONFIG.batch.global_size
 STDERR = "FORKED_STDERR"  # environment variable of a worker: a file for its standard error
+STDOUT = "FORKED_STDOUT"  # and for its standard output
 LONG = 400  # samples of jobs whose runs see none of them twice
 _context = multiprocessing.get_context("forkserver")
 _OF_WORKERS = [
@@ -118,8 +119,9 @@ def _work(reading: Connection, environment: dict[str, str], namespace: str | Non
 
     if namespace is not None:
         enter(namespace)
-    if STDERR in environment:
-        os.dup2(os.open(environment[STDERR], os.O_WRONLY | os.O_APPEND | os.O_CREAT), 2)
+    for name, number in ((STDOUT, 1), (STDERR, 2)):
+        if name in environment:
+            os.dup2(os.open(environment[name], os.O_WRONLY | os.O_APPEND | os.O_CREAT), number)
     _take_environment(environment)
     sys.stdin = os.fdopen(os.dup(reading.fileno()))
     reading.close()

@@ -1,4 +1,5 @@
-"""What happens to a run from outside: processes stand still or are killed, files are damaged, strangers come."""
+"""What happens to a run from outside: processes stand still or are killed, files are damaged, strangers come, and
+nobody reads what it prints."""
 
 from __future__ import annotations
 
@@ -11,9 +12,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 from elastic.checkpoint.reader import newest_first
+from elastic.observe.console import Console
+from elastic.observe.streams import Sturdy
 from elastic.storage import Storage
 from elastic.worker.local import LocalRun
 from tests import leaks
@@ -41,11 +45,47 @@ def draw(r: random.Random) -> Mishap:
     return Mishap(r.choice(list(_MISHAPS)), r.randint(1, 11), r.randrange(8), r.choice([0.1, 0.6, 1.5]))
 
 
+class Output:
+    """What a command prints, into a pipe; whoever else follows the run hears of each record after it was printed."""
+
+    def __init__(self, then: Callable[[dict[str, Any]], None]):
+        self._then = then
+        self._reading, writing = os.pipe()
+        self._stream = os.fdopen(writing, "w")
+        self._console = Console(10**6, 0.0, Sturdy(self._stream, patience_s=0.1))
+
+    def __call__(self, record: dict[str, Any]) -> None:
+        self._console.record(record)
+        self._then(record)
+
+    def breaks(self, how: int) -> None:
+        """Its reader is gone, it is on a full disk, or the reader takes nothing more."""
+        if how == 0:
+            os.dup2(nowhere := os.open(os.devnull, os.O_RDONLY), self._reading)
+            os.close(nowhere)
+        elif how == 1:
+            os.dup2(full := os.open("/dev/full", os.O_WRONLY), self._stream.fileno())
+            os.close(full)
+        else:
+            os.set_blocking(self._stream.fileno(), False)
+            with suppress(BlockingIOError):
+                while True:
+                    os.write(self._stream.fileno(), b"x" * 4096)
+            os.set_blocking(self._stream.fileno(), True)
+
+    def close(self) -> None:
+        self._console.close()
+        os.close(self._reading)
+        self._stream.close()
+
+
 class Happening:
     """Lets mishaps happen to a run, and replaces workers that are lost, as long as `replacements` last."""
 
-    def __init__(self, local: LocalRun, watch: Watch, folder: Path, mishaps: list[Mishap], replacements: int):
-        self.local, self.folder = local, folder
+    def __init__(
+        self, local: LocalRun, watch: Watch, output: Output, folder: Path, mishaps: list[Mishap], replacements: int
+    ):  # fmt: skip
+        self.local, self.output, self.folder = local, output, folder
         self._watch, self._mishaps, self._replacements = watch, sorted(mishaps, key=lambda m: m.step), replacements
         self._over = threading.Event()
         self.failed: BaseException | None = None
@@ -130,6 +170,14 @@ def _uploader_dies(happening: Happening, mishap: Mishap) -> None:
     _kill(_helpers(happening, "elastic.checkpoint.uploader"), mishap.number)
 
 
+def _loader_dies(happening: Happening, mishap: Mishap) -> None:
+    _kill(_helpers(happening, "multiprocessing.forkserver"), mishap.number)
+
+
+def _output_breaks(happening: Happening, mishap: Mishap) -> None:
+    happening.output.breaks(mishap.number % 3)
+
+
 def _vault_dies(happening: Happening, mishap: Mishap) -> None:
     _kill([v.process.pid for v in happening.local.vaults.values()], mishap.number)
 
@@ -180,7 +228,8 @@ def _sick_one_comes(happening: Happening, mishap: Mishap) -> None:
 _MISHAPS: dict[str, Callable[[Happening, Mishap], None]] = {
     "a worker stands still": _one_stands_still, "everything stands still": _all_stand_still,
     "the host stands still": _host_stands_still, "the host dies": _host_dies, "an uploader dies": _uploader_dies,
-    "a vault dies": _vault_dies, "the newest checkpoint is damaged": _newest_is_damaged,
+    "a vault dies": _vault_dies, "a loader process dies": _loader_dies, "the output breaks": _output_breaks,
+    "the newest checkpoint is damaged": _newest_is_damaged,
     "foreign files come": _foreign_files_come, "strangers come": _strangers_come,
     "a sick worker comes": _sick_one_comes,
 }  # fmt: skip

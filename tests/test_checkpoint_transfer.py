@@ -143,6 +143,8 @@ AZURE, GCS, GOOGLE = "azure.core.exceptions", "gcsfs.retry", "google.auth.except
         (True, of_library(GCS, "ChecksumError")),
         (False, of_library(GCS, "HttpError", code=401, message="Invalid Credentials")),
         (False, of_library(GCS, "HttpError", code=400, message="bad")),
+        (False, OSError("Forbidden: https://storage.googleapis.com/b/o\nno storage.objects.create access")),
+        (True, OSError("the connection to Forbidden: was cut")),
         (True, of_library(GOOGLE, "TransportError")),
         (True, of_library(GOOGLE, "RefreshError", retryable=False)),
         (False, of_library(GOOGLE, "DefaultCredentialsError", retryable=False)),

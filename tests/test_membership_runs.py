@@ -96,6 +96,20 @@ def test_parked_for_too_long_a_run_ends_with_its_newest_step_saved_and_goes_on_w
     assert_same_training(ran, undisturbed, [3] * saved + [2] * (12 - saved))
 
 
+def test_a_run_that_is_given_up_after_its_last_step_has_all_its_figures_when_it_is_started_again(undisturbed, tmp_path):
+    options = {"most": 2, "least": 2, "recovery__max_wait": "0.3s"}
+    with local_run(prepared(tmp_path, **options), 2, environment=plan(fault("step.after_fence", 12, 1))) as local:
+        with pytest.raises(RunFailed, match=r"parked for 0.3 s"):
+            local.wait(WAIT_S)
+    again = prepared(tmp_path, **options)
+    with local_run(again, 2) as local:
+        local.wait(WAIT_S)
+    ran = Ran(again, None)
+    assert {row["generation"] for row in ran.history} == {"1-1"}
+    for name in ("loss", "samples_seen", "steps", "metrics", "weights_sha256"):
+        assert ran.result[name] == undisturbed.result[name], name
+
+
 def test_who_waits_with_an_old_state_does_not_take_the_run_back_behind_its_newest_checkpoint(
     undisturbed, tmp_path, gate
 ):

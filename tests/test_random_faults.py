@@ -5,6 +5,7 @@ a run to which nothing happened. `RANDOM_FAULTS=0:500 python -m pytest tests/tes
 from __future__ import annotations
 
 import random
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,11 @@ import pytest
 from elastic.errors import RunFailed
 from elastic.run.prepare import prepare
 from tests import mishaps
-from tests.forked import LONG, WAIT_S, Ran, Watch, configure, fault, local_run, plan, train
+from tests.forked import LONG, STDOUT, WAIT_S, Ran, Watch, configure, fault, local_run, plan, train
 from tests.fresh import seeds
-from tests.mishaps import Happening, Mishap
+from tests.mishaps import Happening, Mishap, Output
 from tests.test_bits import assert_same_training
-from tests.tiny_jobs import Everything
+from tests.tiny_jobs import Everything, Talking
 
 pytestmark = [pytest.mark.processes, pytest.mark.usefixtures("fork_server"), pytest.mark.timeout(240)]
 
@@ -50,6 +51,7 @@ def draw(seed: int, folder: Path) -> tuple[int, dict[str, Any], list[dict[str, A
         more = {"seconds": r.choice([0.05, 0.3])} if do in ("sleep", "lock") else {}
         faults.append(fault(point, step, rank, do, only=folder / f"fault-{number}", **more))
     outside = [mishaps.draw(r) for _ in range(r.choice([0, 1, 1, 2]))]
+    options["data__workers"] = int(any(m.what == "a loader process dies" for m in outside))  # they start slowly
     return most + spares, {k: v for k, v in options.items() if v is not None}, faults, outside, r.choice([0, 0, 1, 2])
 
 
@@ -66,10 +68,14 @@ def test_whatever_happens(seed: int, alone: Ran, tmp_path: Path) -> None:
     ends: list[str] = []
     while True:
         watch = Watch()
-        run = prepare(Everything(samples=LONG), configure(tmp_path, "run", eval__every="3st", **options))
-        with local_run(run, workers, on_record=watch, environment=plan(*faults), own_host={}) as local:
+        run = prepare(Talking(samples=LONG), configure(tmp_path, "run", eval__every="3st", **options))
+        environment = {**plan(*faults), STDOUT: ["/dev/null", "/dev/full"][seed % 2]}
+        with (
+            closing(Output(watch)) as output,
+            local_run(run, workers, on_record=output, environment=environment, own_host={}) as local,
+        ):
             try:
-                with Happening(local, watch, tmp_path / "run", outside, more).going_on():
+                with Happening(local, watch, output, tmp_path / "run", outside, more).going_on():
                     local.wait(WAIT_S)
                 break
             except RunFailed as error:

@@ -27,7 +27,7 @@ from elastic.storage import Storage
 from elastic.worker.__main__ import main
 from elastic.worker.local import LocalRun
 from tests import leaks
-from tests.forked import LONG, WAIT_S, configure, fault, fork_driver, plan, wait_until
+from tests.forked import LONG, STDOUT, WAIT_S, configure, fault, fork_driver, plan, wait_until
 from tests.tiny_jobs import Everything
 
 AT_ONCE_S = 5.0
@@ -189,7 +189,7 @@ def _arguments(storage: Path, name: str, **options: object) -> list[str]:
         "--module",
         "tests.tiny_jobs",
         "--class",
-        "Everything",
+        "Talking",
         "--workers",
         "1",
         "--observe.no-tensorboard",
@@ -209,7 +209,11 @@ def processes(fork_server):
 @pytest.mark.processes
 def test_a_run_whose_output_breaks_ends_as_it_would(processes, tmp_path, undisturbed_epoch):
     outputs = ("full", "closed", "stuck")
-    commands = [fork_driver(_command, output, _arguments(tmp_path, output), {}) for output in outputs]
+    options = {"data.workers": 1}
+    commands = [
+        fork_driver(_command, output, _arguments(tmp_path, output, **options), {STDOUT: "/dev/full"})
+        for output in outputs
+    ]
     for command in commands:
         command.join(WAIT_S)
 

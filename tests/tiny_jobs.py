@@ -195,6 +195,26 @@ class Everything(Plain):
             return f"class {int(model(torch.ones(1, FEATURES), sometimes=True).argmax())}"
 
 
+class TalkingSamples(Samples):
+    """They say which of them is asked for."""
+
+    def __getitem__(self, index: int):
+        print("sample", index, flush=True)
+        return super().__getitem__(index)
+
+
+@dataclass
+class Talking(Everything):
+    """Prints in the worker and in its loader processes."""
+
+    def train_data(self):
+        return TalkingSamples(self.samples)
+
+    def after_step(self, model, step):
+        print("step", step, flush=True)
+        super().after_step(model, step)
+
+
 @dataclass
 class Deep(Plain):
     """Blocks that are gathered one by one: normalisation and dropout in each, embeddings tied around them, a frozen

@@ -33,6 +33,7 @@ _HOPELESS = ("NoCredentials", "PartialCredentials", "ParamValidation", "InvalidR
 #: not: some of its 400 and 409 pass.
 _LIBRARIES = {"aiohttp", "aiobotocore", "botocore", "requests", "urllib3", "gcsfs", "google", "azure", "adlfs"}
 _BY_STATUS = {"aiohttp", "gcsfs", "google", "azure", "adlfs"}
+_FORBIDDEN = "Forbidden: "  # how gcsfs raises a 403: as an OSError that has neither a status nor a number
 _PASSING_STATUS = {408, 425, 429}
 _PASSING_AUTH = ("TransportError", "RefreshError")  # of google.auth: the token server was not reached
 
@@ -96,7 +97,7 @@ def is_transient(error: BaseException) -> bool:
     if isinstance(error, _PERMANENT) or any(word in f"{type(error).__name__} {error}" for word in _HOPELESS):
         return False
     if isinstance(error, OSError):
-        return error.errno not in _NO_USE
+        return error.errno not in _NO_USE and not (error.errno is None and str(error).startswith(_FORBIDDEN))
     library, name, status = _library(error), type(error).__name__, _status(error)
     if library in _BY_STATUS and status is not None:
         return status >= 500 or status in _PASSING_STATUS

@@ -182,6 +182,10 @@ class _Served:
         return replace(span, batch=None, error=ItemError(type(error).__name__, line, text, tuple(span.ids.tolist())))
 
 
+def nothing() -> None:
+    """What there is to do before."""
+
+
 class Loader:
     """Serves one rank's microbatches step after step.
 
@@ -189,11 +193,12 @@ class Loader:
         workers: loader processes; 0 fetches on the calling thread.
         prefetch: microbatches that each process prepares ahead.
         on_restart: called with what happened when loader processes had to be started again.
+        begin: what each loader process calls first; to be found by its name.
     """
 
     def __init__(
         self, fetcher: Fetcher, order: Order, *, workers: int, prefetch: int, total_steps: int,
-        on_restart: Callable[[str], None] = lambda what: None,
+        on_restart: Callable[[str], None] = lambda what: None, begin: Callable[[], None] = nothing,
     ):  # fmt: skip
         self.order, self._fetcher, self._total_steps = order, fetcher, total_steps
         self._on_restart = on_restart
@@ -207,7 +212,7 @@ class Loader:
                 f"train_data(), a {type(fetcher.data).__qualname__},": fetcher.data,
                 "collate_fn(), with the job whose method it is,": fetcher.collate_fn,
             }
-            self._processes = LoaderProcesses(_Served(fetcher), parts, count=workers, prefetch=prefetch)
+            self._processes = LoaderProcesses(_Served(fetcher), parts, count=workers, prefetch=prefetch, begin=begin)
 
     def draws_together(self) -> bool:
         """Whether what a sample becomes depends on which others are fetched beside it; see `Fetcher`."""

@@ -42,10 +42,15 @@ class LoaderProcesses:
         dataset: answers a key, in each of the processes; it raises nothing.
         parts: what may keep it from being sent, by name, for people.
         prefetch: keys that each process works off ahead.
+        begin: what each calls first.
     """
 
-    def __init__(self, dataset: Any, parts: dict[str, Any], *, count: int, prefetch: int):
+    def __init__(
+        self, dataset: Any, parts: dict[str, Any], *, count: int, prefetch: int,
+        begin: Callable[[], None],
+    ):  # fmt: skip
         self._dataset, self._parts, self._count, self._prefetch = dataset, parts, count, prefetch
+        self._begin = begin
         self._keys = _Keys()
         self._answers: Iterator[Any] | None = None
         self._processes: list[BaseProcess] = []
@@ -62,10 +67,11 @@ class LoaderProcesses:
     def _start(self) -> None:
         assert self._life is not None, "they were closed"
         before = set(multiprocessing.active_children())
+        begin = partial(_begin, self._begin, self._life[0], os.getpid(), self._folder)
         loader: DataLoader[Any] = DataLoader(
             _Sent(self._dataset, self._parts, self._count), batch_size=None, sampler=self._keys,
             num_workers=self._count, prefetch_factor=self._prefetch, multiprocessing_context="forkserver",
-            persistent_workers=True, worker_init_fn=partial(_begin, self._life[0], os.getpid(), self._folder),
+            persistent_workers=True, worker_init_fn=begin,
         )  # fmt: skip
         self._answers = iter(loader)
         self._processes = [p for p in multiprocessing.active_children() if p not in before]
@@ -197,12 +203,13 @@ def _told(exit_code: int) -> str:
     return f"killed by signal {-exit_code}"
 
 
-def _begin(life: Connection, worker: int, folder: str, _: int) -> None:
+def _begin(begin: Callable[[], None], life: Connection, worker: int, folder: str, _: int) -> None:
     """The beginning of a loader process. The other end of `life` is the worker's alone, so it closes when that dies.
 
     torch's own watch does not help: it looks at the parent, which is the fork server, which lives as long as we do.
     """
     torch.set_num_threads(1)
+    begin()
     threading.Thread(target=_end_with, args=(life, worker, folder), name="end-with-worker", daemon=True).start()
 
 

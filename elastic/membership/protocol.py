@@ -9,7 +9,7 @@ from elastic.membership.world import Generation, Member, World
 
 BEAT_S = 1.0
 SILENT_S = 5.0
-LATELY_S = 2.5  # who said nothing for so long is not taken into a world where others can be
+LATELY_S = 3.0  # who said nothing for so long is not taken into a world where others can be
 STACKS_S = 1.0
 MAX_MESSAGE_BYTES = 256 << 20
 

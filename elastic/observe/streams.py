@@ -5,6 +5,7 @@ A run outlives who watches it, so what cannot be written is dropped, and neither
 
 from __future__ import annotations
 
+import atexit
 import errno
 import io
 import os
@@ -154,9 +155,8 @@ def _to_nowhere(descriptor: int) -> None:
     os.close(nowhere)
 
 
-@contextmanager
-def sturdy_output(patience_s: float | None = PATIENCE_S) -> Iterator[Sturdy]:
-    """Inside, standard output and error cannot break the command, which is this whole process; yields the output."""
+def _sturdy(patience_s: float | None) -> tuple[Sturdy, Sturdy]:
+    """Standard output and error of this whole process."""
 
     def sturdy(stream: TextIO | None, name: str) -> Sturdy:
         def tell(error: OSError) -> None:
@@ -167,11 +167,24 @@ def sturdy_output(patience_s: float | None = PATIENCE_S) -> Iterator[Sturdy]:
 
         return Sturdy(stream, patience_s, tell)
 
-    before = sys.stdout, sys.stderr
-    for stream in before:
+    for stream in (sys.stdout, sys.stderr):
         with suppress(AttributeError, OSError, ValueError):  # it is broken: that comes out at the first line
             stream.flush()
-    sys.stdout, sys.stderr = out, err = sturdy(sys.stdout, "output"), sturdy(sys.stderr, "error")
+    return sturdy(sys.stdout, "output"), sturdy(sys.stderr, "error")
+
+
+def keep_output_sturdy() -> None:
+    """From here to the end of this process what the job prints cannot fail, as it goes where its driver's goes."""
+    sys.stdout, sys.stderr = both = _sturdy(PATIENCE_S)
+    for stream in both:
+        atexit.register(stream.flush)  # a line that has no end yet
+
+
+@contextmanager
+def sturdy_output(patience_s: float | None = PATIENCE_S) -> Iterator[Sturdy]:
+    """Inside, standard output and error cannot break the command, which is this whole process; yields the output."""
+    before = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = out, err = _sturdy(patience_s)
     try:
         yield out
     finally:

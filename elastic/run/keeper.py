@@ -24,14 +24,14 @@ from elastic.errors import ElasticError, FencedError, StorageError
 from elastic.membership.outbox import RowKey
 from elastic.membership.server import MembershipServer
 from elastic.membership.world import Generation, Member, World
-from elastic.observe.ledger import EVENTS, METRICS, read_records
+from elastic.observe.ledger import EVENTS, METRICS, read_records, read_tail
 from elastic.redact import clean, redact
 from elastic.run.answering import AnsweringStorage
 from elastic.run.checkpoints import Checkpoints, Keeping
 from elastic.run.folder import LIVE_STATES, RunFolder
 from elastic.run.record import STARTED, Record
 from elastic.run.summary import result_values, status_values
-from elastic.run.writing import LedgerWriter
+from elastic.run.writing import RECENT_ROWS, LedgerWriter
 
 HEARTBEAT_S = 5.0
 FLUSH_LOCAL_S = 1.0
@@ -461,8 +461,8 @@ class RunKeeper:
         record = self._record
         record.world(0, now)
         values = result_values(
-            status, message, record, now, step=self._last_step(), started=self._started, price=self._options.price,
-            result=result, facts=self._options.facts,
+            status, message, record, now, step=self._last_step(), last=self._last_row(), started=self._started,
+            price=self._options.price, result=result, facts=self._options.facts,
         )  # fmt: skip
         if not record.ended:  # else an earlier keeper died after it had said so
             kind = "run_failed" if status == "failed" else "run_finished"
@@ -484,6 +484,18 @@ class RunKeeper:
         assert self._end is not None
         self._send_all({"kind": "over", "status": self._end["status"]})
         self._server.publish({"kind": "end", **self._end, "result": result}, keep=True)
+
+    def _last_row(self) -> dict[str, Any]:
+        """Of the newest step: where this claim did none, all were done before it."""
+        if self._record.last_row is not None:
+            return self._record.last_row
+        try:
+            rows = self._ledger.patiently(read_tail, self._storage, METRICS, RECENT_ROWS)
+        except Exception as error:
+            if not is_from_storage(error):
+                raise
+            return {}  # what is written next says that it does not answer
+        return next((r for r in reversed(rows) if "sample_hash" in r and r["step"] == self._last_step()), {})
 
     def _last_step(self) -> int:
         row = self._record.last_row

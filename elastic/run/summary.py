@@ -24,17 +24,18 @@ def status_values(
 
 
 def result_values(
-    status: str, message: str, record: Record, now: float, *, step: int, started: float, price: float | None,
-    result: Mapping[str, Any], facts: Mapping[str, Any],
+    status: str, message: str, record: Record, now: float, *, step: int, last: Mapping[str, Any], started: float,
+    price: float | None, result: Mapping[str, Any], facts: Mapping[str, Any],
 ) -> dict[str, Any]:  # fmt: skip
     """result.json.
 
     Args:
         now, started: unix seconds.
+        last: the row of the newest step, of whichever claim.
         price: of one worker for one hour.
         result: what the workers said at the end; nothing where they did not come to that.
     """
-    last, seconds = record.last_row or {}, record.worker_seconds(now)
+    seconds = record.worker_seconds(now)
     return {
         "status": status, "message": message, "steps": step,
         "samples_seen": last.get("samples"), "loss": last.get("loss"), "metrics": record.last_eval,

@@ -13,7 +13,7 @@ from elastic.config import from_dict
 from elastic.errors import ElasticError, told
 from elastic.job import with_options
 from elastic.job_file import load_job
-from elastic.observe.streams import sturdy_output
+from elastic.observe.streams import keep_output_sturdy, sturdy_output
 from elastic.run.plan import RunPlan
 
 
@@ -22,6 +22,7 @@ def _child() -> int:
     specification: dict[str, Any] = json.loads(sys.stdin.buffer.readline())
     end_with_input()
     raise_descriptor_limit()
+    keep_output_sturdy()
     from elastic.seeds import seed_job
     from elastic.worker.run import Identity, WorkerRun
     from elastic.worker.session import Session

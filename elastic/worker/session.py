@@ -41,6 +41,7 @@ from elastic.likeness import digest_of
 from elastic.membership.client import Assignment, RunOver, WorkerLink
 from elastic.membership.messages import Failure
 from elastic.membership.world import Generation, Member
+from elastic.observe.streams import keep_output_sturdy
 from elastic.parallel.device import describe, memory_share, pick_device, prepare_process
 from elastic.parallel.layout import Held
 from elastic.parallel.wrapping import call_gathered, move
@@ -166,6 +167,7 @@ class Session:
         self._loader = Loader(
             Fetcher(data, job.collate_fn, seed, plan.dataset_size), order, workers=self._config.data.workers,
             prefetch=self._config.data.prefetch, total_steps=plan.total_steps, on_restart=self._tell_restart,
+            begin=keep_output_sturdy,
         )  # fmt: skip
         self._stepper = Stepper(self._run, self._code, self._loader, self._link)
         lines["loader"] = [f"passes of {'one microbatch' if self._stepper.one_each else 'any number of microbatches'}"]
