@@ -227,7 +227,7 @@ def _is_gone(process: int) -> bool:
     while time.monotonic() < deadline:
         try:
             state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
-        except FileNotFoundError:
+        except (FileNotFoundError, ProcessLookupError):  # the latter: it ended while this was read
             return Path("/proc/self").exists()
         if state in "ZX":
             return True
