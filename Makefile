@@ -22,9 +22,9 @@ test: .venv/ready
 test-fast: .venv/ready
 	$(BIN)/python -m pytest tests -n 2 -m "not processes and not ray and not long"
 
-# What of that does not draw seeds of its own, and so is the same in every run.
+# What of `test-long` does not draw seeds of its own, and so is the same in every run, and takes a minute at most.
 test-slow: .venv/ready
-	$(BIN)/python -m pytest tests -n 2 -m "long and not random"
+	$(BIN)/python -m pytest tests -n 2 -m "long and not random and not newcomer"
 
 test-long: .venv/ready
 	$(BIN)/python -m pytest tests -n 2 -m "long or random" --hypothesis-profile=fresh

@@ -36,22 +36,26 @@ def row_text(
     Args:
         rate: steps/s.
         samples_rate: samples/s, or tokens/s where rows have tokens.
-        width: columns that there are; what matters least is left out until the rest fits.
+        width: columns that there are; what matters more goes before what matters less, as far as it fits.
     """
     own = {k: v for k, v in row.items() if k not in COLUMNS and isinstance(v, (int, float))}
     parts = [(0, f"step {row['step']}/{total_steps}"), (1, f"loss {_number(row.get('loss'))}")]
-    parts += [(5, f"{name} {_number(value)}") for name, value in own.items()]
-    parts.append((6, f"lr {row.get('lr', 0):.3g}"))
+    parts += [(6 if n else 4, f"{name} {_number(value)}") for n, (name, value) in enumerate(own.items())]
+    parts.append((7, f"lr {row.get('lr', 0):.3g}"))
     if row.get("grad_norm") is not None:
-        parts.append((7, f"norm {row['grad_norm']:.3g}"))
-    parts.append((4, f"workers {row['world_size']}"))
+        parts.append((8, f"norm {row['grad_norm']:.3g}"))
+    parts.append((5, f"workers {row['world_size']}"))
     if rate:
         unit = "tok/s" if row.get("tokens") else "samples/s"
         parts.append((3, f"{samples_rate:,.0f} {unit}"))
         parts.append((2, f"ETA {seconds_text((total_steps - row['step']) / rate)}"))
-    while width is not None and len(parts) > 1 and len(_joined(parts)) > width:
-        parts.remove(max(reversed(parts), key=lambda part: part[0]))
-    return _joined(parts)
+    if width is None:
+        return _joined(parts)
+    shown = parts[:1]
+    for part in sorted(parts[1:], key=lambda part: part[0]):
+        wider = [p for p in parts if p in shown or p is part]
+        shown = wider if len(_joined(wider)) <= width else shown
+    return _joined(shown)
 
 
 def _joined(parts: list[tuple[int, str]]) -> str:
