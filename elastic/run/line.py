@@ -33,7 +33,10 @@ def prepare_line(job_class: type[Job], defaults: TrainConfig, argv: Sequence[str
     shown = _not_given(taken.shown, line)
     if shown:
         notes.append(f"as it was started: {' '.join(typed(name, value) for name, value in shown.items())}")
-    return replace(prepare(job, config), defaults=defaults, notes=tuple(notes))
+    run = prepare(job, config)
+    if run.plan.warmup_steps > run.plan.total_steps and last_value(line, "--optim.warmup") is not None:
+        raise ConfigError(f"{run.notes[-1]}; give a part of it")
+    return replace(run, defaults=defaults, notes=(*notes, *run.notes))
 
 
 def _taken(job_class: type[Job], defaults: TrainConfig, line: Sequence[str]) -> Taken:

@@ -73,12 +73,6 @@ def resolve(
 
     total = steps("--run.duration", config.run.duration)
     assert total is not None
-    warmup = steps("--optim.warmup", config.optim.warmup) or 0
-    if warmup > total:
-        raise ConfigError(
-            f"--optim.warmup is {config.optim.warmup!r}, {warmup} steps, more than the {total} of --run.duration "
-            f"{config.run.duration}; give a part of it"
-        )
     every, every_s = config.checkpoint.every, None
     if every == "auto":
         every, every_s = None, 0.0
@@ -96,7 +90,7 @@ def resolve(
         dataset_size=dataset_size,
         global_size=batch.global_size,
         microbatches=microbatches,
-        warmup_steps=warmup,
+        warmup_steps=steps("--optim.warmup", config.optim.warmup) or 0,
         eval_every=steps("--eval.every", config.eval.every),
         checkpoint_every=steps("--checkpoint.every", every),
         stop_after_steps=(

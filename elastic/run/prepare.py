@@ -33,7 +33,7 @@ class PreparedRun:
     """A validated run. `config` has its name and V filled in; `finished` is the result of a run that is over.
 
     `changed` says that it goes on with other result options than its stored configuration has. `defaults` are those of
-    the job's file, of a run that was started by a command line; `notes` say where else options came from.
+    the job's file, of a run that was started by a command line; `notes` say what else one should know of its options.
     """
 
     job: Job
@@ -122,7 +122,16 @@ def prepare(job: Job, config: TrainConfig) -> PreparedRun:
         finished = result if is_over(folder.status_if_whole(), result, plan.total_steps) else None
         if finished is None:
             sameness.check(data)
-    return PreparedRun(job, config, plan, folder, cfg.digest(wanted), source, finished, changed_code, changed)
+    notes = () if plan.warmup_steps <= plan.total_steps else (_long_warmup(config, plan),)
+    digest = cfg.digest(wanted)
+    return PreparedRun(job, config, plan, folder, digest, source, finished, changed_code, changed, notes=notes)
+
+
+def _long_warmup(config: TrainConfig, plan: RunPlan) -> str:
+    return (
+        f"--optim.warmup is {config.optim.warmup!r}, {plan.warmup_steps} steps, more than the {plan.total_steps} of "
+        f"--run.duration {config.run.duration}: the full learning rate is never reached"
+    )
 
 
 def stored_config(folder: RunFolder) -> dict[str, Any] | None:
