@@ -138,7 +138,8 @@ def test_the_command_goes_on_by_name_alone(tmp_path, capsys, monkeypatch):
 
 def test_a_warm_up_of_the_job_that_is_longer_than_a_short_run_is_told_and_one_that_is_given_is_refused(tmp_path):
     assert prepared(tmp_path, "--run.duration", "2st").notes == (
-        "--optim.warmup is '3st', 3 steps, more than the 2 of --run.duration 2st: the full learning rate is never reached",
+        "--optim.warmup is '3st', 3 steps, more than the 2 of --run.duration 2st: the full learning rate is never "
+        "reached",
     )
     with pytest.raises(ConfigError, match=r"more than the 2 of --run\.duration 2st.*; give a part of it"):
         prepared(tmp_path, "--run.duration", "2st", "--optim.warmup", "4st")
