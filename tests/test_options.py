@@ -12,6 +12,7 @@ from elastic.command import run
 from elastic.config import BatchOptions, RunOptions, TrainConfig
 from elastic.errors import ConfigError
 from elastic.options import help_text, list_options, parse
+from elastic.worker.__main__ import main as worker
 from tests.tiny_jobs import CONFIG, Plain
 
 COMMON = [
@@ -298,3 +299,29 @@ def test_a_dry_run_tries_out_the_storage_and_leaves_nothing_there(capsys, tmp_pa
         assert shown.err.count("\n") == 1
     assert run(Plain, CONFIG, ["--run.storage", str(tmp_path / "a" / "b"), "--dry-run"]) == 0
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--workers 0", "--workers is 0; give a number of processes from 1 to 1024"),
+        ("--workers -1", "--workers is -1; give a number"),
+        ("--cluster.address auto", "--cluster.address and --cluster.local-nodes are for runs on Ray; leave them out"),
+        (
+            "--scaling.accelerator gpu",
+            "--scaling.accelerator is 'gpu', but torch finds no GPU on this machine",
+        ),
+    ],
+)
+def test_plain_processes_refuse_what_has_no_meaning_there(words, said, tmp_path, monkeypatch, capsys):
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    place = ["--run.storage", str(tmp_path)]
+    argv = ["elastic.worker", "--module", "tests.tiny_jobs", "--class", "Plain", *place, *words.split()]
+    monkeypatch.setattr("sys.argv", argv)
+
+    assert worker() == 2
+
+    assert capsys.readouterr().err.startswith(f"error: {said}")
+    assert list(tmp_path.iterdir()) == []

@@ -9,8 +9,8 @@ import sys
 from typing import Any
 
 from elastic.child import end_with_input, ignore_terminal, raise_descriptor_limit
-from elastic.config import from_dict
-from elastic.errors import ElasticError, told
+from elastic.config import ClusterOptions, TrainConfig, from_dict
+from elastic.errors import ConfigError, ElasticError, told
 from elastic.job import with_options
 from elastic.job_file import load_job
 from elastic.observe.streams import keep_output_sturdy, sturdy_output
@@ -68,8 +68,10 @@ def _run() -> int:
     from elastic.worker.local import run_local
 
     try:
+        _check_workers(known.workers)
         name = known.module if known.class_name is None else f"{known.module}:{known.class_name}"
         run = prepare_line(*load_job(name, "--module"), rest)
+        _refuse_what_has_no_meaning(run.config)
         if run.config.dry_run:
             print(dry_run(run))
             refuse_what_does_not_fit_here(run)
@@ -81,6 +83,11 @@ def _run() -> int:
         result = run.finished
         if result is None:
             console = Console(run.plan.total_steps, run.config.observe.log_every)
+            for note in run.notes:
+                console.say(note)
+            if known.workers > run.config.scaling.max_workers:
+                most = run.config.scaling.max_workers
+                console.say(f"{most} of {known.workers} workers train, as --scaling.max-workers says; the others wait")
             accelerator = "gpu" if run.config.scaling.accelerator == "gpu" else "cpu"
             try:
                 result = run_local(run, known.workers, on_record=console.record, timeout_s=1e9, accelerator=accelerator)
@@ -91,6 +98,22 @@ def _run() -> int:
         return error.exit_code
     print(result_text(result, run.folder.storage.url))
     return 0
+
+
+def _check_workers(workers: int) -> None:
+    if not 1 <= workers <= 1024:
+        raise ConfigError(f"--workers is {workers}; give a number of processes from 1 to 1024")
+
+
+def _refuse_what_has_no_meaning(config: TrainConfig) -> None:
+    """In plain processes there is no cluster, and a GPU is there or not."""
+    if config.cluster != ClusterOptions():
+        raise ConfigError("--cluster.address and --cluster.local-nodes are for runs on Ray; leave them out here")
+    if config.scaling.accelerator == "gpu":
+        import torch
+
+        if not torch.cuda.is_available():
+            raise ConfigError("--scaling.accelerator is 'gpu', but torch finds no GPU on this machine; give cpu")
 
 
 if __name__ == "__main__":
