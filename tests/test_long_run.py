@@ -70,7 +70,7 @@ def check(runs: str, capsys: pytest.CaptureFixture[str]) -> None:
 
     listed = [asked("runs", runs) for _ in range(4)]
     looked = [asked("status", f"{runs}/long") for _ in range(4)]
-    assert [run["step"] for run in listed[0][1]] == [STEPS]
+    assert [run["step"] for run in listed[0][1]["runs"]] == [STEPS]
     assert [row["step"] for row in looked[0][1]["rows"]] == list(range(STEPS - 4, STEPS + 1))
     assert [(w["id"], w["rank"]) for w in looked[0][1]["workers"]] == [("w1-0", 0), ("w1-1", 1)]
     for verb, answers in (("runs", listed), ("status", looked)):

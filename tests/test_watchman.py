@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import asyncio
+from collections.abc import Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,6 +17,19 @@ from tests.test_many_workers import Notes
 
 HANG_S, TICK_S = 6.0, 0.25
 FENCE = [5, 1000, 0]
+
+
+@pytest.fixture(autouse=True)
+def loop() -> Iterator[None]:
+    """What the server does on the side is begun in this loop, and never goes on: times are the test's own."""
+    own = asyncio.new_event_loop()
+    asyncio.set_event_loop(own)
+    yield
+    for task in asyncio.all_tasks(own):
+        task.cancel()
+    own.run_until_complete(asyncio.sleep(0))
+    own.close()
+    asyncio.set_event_loop(None)
 
 
 class Watched:

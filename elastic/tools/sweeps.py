@@ -21,7 +21,6 @@ from elastic.observe.ledger import read_records
 from elastic.run.folder import ALIVE_S
 from elastic.run.process import has_ended
 from elastic.storage import Storage
-from elastic.tools.places import USUAL, find_run
 from elastic.tools.text import show
 
 FORMAT = 1
@@ -166,17 +165,8 @@ def best_run(url: str) -> tuple[str, int] | None:
 # ---- elastic report ------------------------------------------------------------------------------------------------
 
 
-def add_report(verbs: Any) -> None:
-    """Add `report`."""
-    text = "show the ranking of a sweep's trials"
-    parser = verbs.add_parser("report", help=text, description=text[0].upper() + text[1:] + ".")
-    what = f"folder or URL of a sweep, such as runs/mine, or its name in {USUAL}"
-    parser.add_argument("url", metavar="SWEEP", type=find_run, help=what)
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.set_defaults(run=_report)
-
-
-def _report(arguments: argparse.Namespace) -> int:
+def report(arguments: argparse.Namespace) -> int:
+    """Carry out the verb; returns the exit code."""
     storage, sweep = open_sweep(arguments.url)
     trials = ranking(read_trials(storage, sweep["metric"], sweep["mode"]), sweep["mode"])
     values = {"sweep": {**sweep, "status": state_of(sweep, time.time())}, "trials": [asdict(t) for t in trials]}
