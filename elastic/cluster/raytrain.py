@@ -562,6 +562,10 @@ class RayTrainer(DataParallelTrainer):
             self._ping, self._answered = None, True
         return bool(ready) or not self._answered
 
+    def kill(self) -> None:
+        """End a controller that stands still, and the workers with it."""
+        ray.kill(self._controller)
+
     def abort(self, timeout_s: float) -> None:
         """End the controller and all workers at once, from another thread."""
         if self._here is not None:

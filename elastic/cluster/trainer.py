@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import shutil
 import socket
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
 END_TIMEOUT_S = 30.0
 START_TIMEOUT_S = 60.0
 HOST_LOST_S = 60.0
+MOST_CONTROLLERS = 3
+SAVE_S = 60.0  # for a save before workers are ended
 AGAIN_S = 0.5  # between two starts of a host
 AUTOSCALER_LOOK_S = 5.0  # between two looks at what the autoscaler could not do, while no world was formed
 
@@ -202,14 +205,15 @@ class _Drive:
         self._run, self._epoch, self._console, self._control = run, epoch, console, control
         self._end: dict[str, Any] | None = None
         self._ended = threading.Event()
-        self._formed = threading.Event()
+        self._formed, self._saved = threading.Event(), threading.Event()
+        self._formed_since = threading.Event()  # the present controller was started
         self._signals = 0
         self._signal_name = ""
         self._awaited = ""  # what no node of the cluster has yet
         self._said: set[str] = set()  # what the autoscaler could not do, as far as it was said
         self._host: Any = None
         self._still_s = STILL_S
-        self._controller_still = ""  # in words, if it does
+        self._controller_lost = ""  # why, if it is
         self._trainer_error: BaseException | None = None
         self._trainer_done = threading.Event()
 
@@ -333,39 +337,66 @@ class _Drive:
             still_s=self._still_s,
         )  # fmt: skip
         want = plan.want(scaling.max_workers)
-        markers = tempfile.mkdtemp(prefix="elastic-", dir=session_folder())
-        trainer = RayTrainer(
-            training_function(worker_run, accelerator, prefix if vaults else None), name=run.name,
-            storage_path=markers, plan=plan, accelerator=accelerator, here=self._control is not None,
-        )  # fmt: skip
+        function = training_function(worker_run, accelerator, prefix if vaults else None)
         fewer = want < scaling.max_workers + scaling.spares
         why = "; more would not lower the rounds of a step" if fewer else ""
         self._console.say(f"starting {want} workers on {accelerator}{why}")
         if self._awaited:
             self._ask("/event", {"kind": "notice", "detail": f"waiting for {self._awaited}"})
+        try:
+            tries = 0  # one after the other whose workers formed no world
+            while tries < MOST_CONTROLLERS:
+                self._formed_since.clear()
+                markers = tempfile.mkdtemp(prefix="elastic-", dir=session_folder())
+                trainer = RayTrainer(
+                    function, name=run.name, storage_path=markers, plan=plan, accelerator=accelerator,
+                    here=self._control is not None,
+                )  # fmt: skip
+                try:
+                    if self._train_with(trainer):
+                        return self._outcome()
+                finally:
+                    remove_placement_groups(prefix)
+                    shutil.rmtree(markers, ignore_errors=True)
+                tries = 0 if self._formed_since.is_set() else tries + 1
+                with contextlib.suppress(OSError):  # the host is gone too, and the follower says so
+                    self._ask("/event", {"kind": "controller_restarted", "detail": {"why": self._controller_lost}})
+            self._close(
+                "failed", f"{self._controller_lost}, {tries} times before a first step; give {run.again} to go on from "
+                "the newest checkpoint"
+            )  # fmt: skip
+            self._ended.wait(END_TIMEOUT_S)
+            return self._outcome()
+        finally:
+            leave_board(run.name)
+
+    def _train_with(self, trainer: Any) -> bool:
+        """Returns whether the run ended; else its controller did, and the workers with it."""
+        self._trainer_error, self._trainer_done, self._controller_lost = None, threading.Event(), ""
+        give_up = partial(self._give_up_controller, trainer)
         thread = threading.Thread(target=self._run_trainer, args=(trainer,), name="ray-trainer", daemon=True)
         thread.start()
         try:
-            with Lookout("controller-lookout", self._still_s / LOOKS, trainer.answers, self._end_without_controller):
+            with Lookout("controller-lookout", self._still_s / LOOKS, trainer.answers, give_up):
                 return self._await_end(trainer)
         finally:
             if thread.is_alive():
-                trainer.abort(0.0 if self._controller_still else END_TIMEOUT_S)
+                trainer.abort(0.0 if self._controller_lost else END_TIMEOUT_S)
             thread.join(END_TIMEOUT_S)
-            remove_placement_groups(prefix)
-            leave_board(run.name)
-            shutil.rmtree(markers, ignore_errors=True)
 
-    def _end_without_controller(self, still_s: float) -> None:
-        """The controller stands still. Its workers, and their places, are its own: Ray would end them with it, so it is
-        not replaced. They train on without it, and can save what they have."""
-        if self._controller_still:
+    def _give_up_controller(self, trainer: Any, still_s: float) -> None:
+        """The controller stands still. Its workers, and their places, are its own: Ray ends them with it, whoever takes
+        its place. They train on without it, so first they save what they have."""
+        if self._controller_lost or self._ended.is_set():
             return
-        self._controller_still = f"the controller of its workers did not answer for {still_s:.0f} s"
+        self._controller_lost = f"the controller of its workers did not answer for {still_s:.0f} s and was ended"
         if self._formed.is_set():
-            self._ask("/wish", {"wish": "stop", "detail": self._controller_still})
-        else:
-            self._close("stopped", self._controller_still)
+            self._saved.clear()
+            self._ask("/wish", {"wish": "save", "detail": self._controller_lost})
+            deadline = time.monotonic() + SAVE_S
+            while not self._ended.is_set() and not self._saved.wait(0.1) and time.monotonic() < deadline:
+                pass
+        trainer.kill()
 
     def _run_trainer(self, trainer: Any) -> None:
         try:
@@ -375,7 +406,8 @@ class _Drive:
         finally:
             self._trainer_done.set()
 
-    def _await_end(self, trainer: Any) -> dict[str, Any]:
+    def _await_end(self, trainer: Any) -> bool:
+        """Returns whether the run ended; False where its controller did."""
         asked, looked = 0, time.monotonic()
         trainer_ended_at: float | None = None
         while not self._ended.wait(0.1):
@@ -384,14 +416,19 @@ class _Drive:
                 self._on_signal(asked)
             if self._trainer_done.is_set() and trainer_ended_at is None:
                 trainer_ended_at = time.monotonic()
+                if self._trainer_error is not None and _controller_died(self._trainer_error):
+                    self._controller_lost = (
+                        self._controller_lost or "the controller of its workers died, and they with it"
+                    )
+                    return False
                 if self._trainer_error is not None:
-                    self._close("failed", _why(self._trainer_error, self._run.again))
+                    self._close("failed", f"the workers failed: {self._trainer_error}")
             if not self._formed.is_set() and time.monotonic() - looked > AUTOSCALER_LOOK_S:
                 looked = time.monotonic()
                 self._tell_of_autoscaler()
             if trainer_ended_at is not None and time.monotonic() - trainer_ended_at > END_TIMEOUT_S:
                 raise RunFailed(f"the workers of run {self._run.name} ended, but no result came")
-        return self._outcome()
+        return True
 
     def _tell_of_autoscaler(self) -> None:
         """While workers are waited for: say why no node comes, once."""
@@ -433,10 +470,6 @@ class _Drive:
         status, message = self._end["status"], self._end["message"]
         if status in ("failed", "fenced"):
             raise RunFailed(f"run {self._run.name} {status}: {message}")
-        if self._controller_still and status == "stopped":
-            saved = "was saved and ended" if self._formed.is_set() else "ended before its first step"
-            name = self._run.name
-            raise RunFailed(f"run {name} {saved}: {self._controller_still}; give --run.name {name} to go on")
         if self._signals and status == "stopped":
             raise Interrupted(f"run {self._run.name} was {message}; give {self._run.again} to go on")
         return self._end["result"]
@@ -449,6 +482,9 @@ class _Drive:
             kind = record.get("kind")
             if kind == "world_formed":
                 self._formed.set()
+                self._formed_since.set()
+            elif kind == "checkpoint_committed":
+                self._saved.set()
             show(record)
             if tell is not None:
                 tell(record)
@@ -460,13 +496,10 @@ class _Drive:
             self._fail("the host of the run is gone and did not come back")
 
 
-def _why(error: BaseException, again: str) -> str:
-    """What a tired person needs to know of the error that ended the workers."""
+def _controller_died(error: BaseException) -> bool:
     import ray
 
-    if isinstance(error, ray.exceptions.RayActorError):
-        return f"the controller of its workers died, and they with it; give {again} to go on from the newest checkpoint"
-    return f"the workers failed: {error}"
+    return isinstance(error, ray.exceptions.RayActorError)
 
 
 def _free_port() -> int:
