@@ -344,6 +344,17 @@ def test_what_would_go_wrong_after_hours_is_found_before_the_first_step(job, str
 
 @pytest.mark.usefixtures("fork_server")
 @in_processes
+def test_the_best_by_a_figure_that_no_evaluation_has_is_refused_before_the_first_step(tmp_path):
+    options = {"checkpoint__keep_best": 1, "checkpoint__best_metric": "eval/nosuch"}
+    found = train(Plain(), configure(tmp_path, "run", run__max_failures=0, **options), workers=1)
+
+    assert found.failure is not None
+    assert "by --checkpoint.best-metric eval/nosuch, but evaluations have eval/" in found.failure
+    assert found.rows == []
+
+
+@pytest.mark.usefixtures("fork_server")
+@in_processes
 def test_means_with_the_weight_1_are_the_same_at_every_world_size_in_fast(tmp_path):
     one, three, plain = (
         train(job, configure(tmp_path, name, run__exactness="fast"), workers)
