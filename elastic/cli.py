@@ -73,6 +73,9 @@ def init(file: str) -> str:
             f.write(TEMPLATE.format(file=path.name))
     except FileExistsError:
         raise ConfigError(f"{file} exists and is left as it is; give another name") from None
+    except OSError as error:
+        why = error.strerror
+        raise ConfigError(f"{file} cannot be written ({why}); give a folder that you may write to") from error
     return f"wrote {file}; run it with: python {file}"
 
 
