@@ -143,3 +143,15 @@ def test_a_warm_up_of_the_job_that_is_longer_than_a_short_run_is_told_and_one_th
     )
     with pytest.raises(ConfigError, match=r"more than the 2 of --run\.duration 2st.*; give a part of it"):
         prepared(tmp_path, "--run.duration", "2st", "--optim.warmup", "4st")
+
+
+def test_another_batch_is_cut_anew(tmp_path):
+    plain = TrainConfig(run=CONFIG.run, optim=CONFIG.optim)
+    place = ["--run.storage", str(tmp_path), "--run.name", "cut"]
+    first = prepare_line(Plain, plain, [*place, "--batch.global-size", "32"])
+    first.folder.release(open_run(first))
+
+    change = ["--batch.global-size", "30", "--run.allow-change", "batch.global-size", "batch.microbatches"]
+    again = prepare_line(Plain, plain, [*place, *change])
+
+    assert 30 % again.plan.microbatches == 0 != 30 % first.plan.microbatches

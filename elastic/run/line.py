@@ -28,6 +28,10 @@ def prepare_line(job_class: type[Job], defaults: TrainConfig, argv: Sequence[str
     """
     line, files = expand(argv)
     taken = _taken(job_class, defaults, line)
+    if last_value(line, "--batch.global-size") is not None:  # the cut of another batch is another one
+        batch = replace(taken.config.batch, microbatches=defaults.batch.microbatches)
+        shown = {name: value for name, value in taken.shown.items() if name != "batch.microbatches"}
+        taken = replace(taken, config=replace(taken.config, batch=batch), shown=shown)
     job, config = parse(job_class, taken.config, line, taken.job_values)
     notes = [f"options of {file}" for file in files]
     shown = _not_given(taken.shown, line)
