@@ -15,7 +15,7 @@ from elastic.run.folder import RunFolder
 from elastic.run.prepare import PreparedRun, prepare, refuse_packages, stored_config, typed
 from elastic.run.resuming import Taken, take
 from elastic.storage import Storage
-from elastic.usage import last_value
+from elastic.usage import OTHERS, last_value
 
 
 def prepare_line(job_class: type[Job], defaults: TrainConfig, argv: Sequence[str]) -> PreparedRun:
@@ -46,7 +46,8 @@ def prepare_line(job_class: type[Job], defaults: TrainConfig, argv: Sequence[str
 def _taken(job_class: type[Job], defaults: TrainConfig, line: Sequence[str]) -> Taken:
     name, storage = last_value(line, "--run.name"), last_value(line, "--run.storage")
     name = defaults.run.name if name is None else name
-    if name is None or not RUN_NAME.match(name):  # a new run, or it is refused with the rest of the line
+    # a new run, or it is refused with the rest of the line, or only help is asked for
+    if name is None or not RUN_NAME.match(name) or set(OTHERS) & set(line):
         return Taken(defaults)
     url = defaults.run.storage if storage is None else storage
     refuse_packages(url)
