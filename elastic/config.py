@@ -70,26 +70,32 @@ class RunOptions:
     def __post_init__(self) -> None:
         if self.name is not None:
             _require(
-                bool(RUN_NAME.match(self.name)) and ".." not in self.name, "--run.name", self.name,
+                bool(RUN_NAME.match(self.name)) and ".." not in self.name,
+                "--run.name",
+                self.name,
                 "use 1 to 100 letters, digits, dots, dashes and underscores, starting with a letter or digit",
-            )  # fmt: skip
+            )
         _require(bool(self.storage.strip()), "--run.storage", self.storage, "give a folder or a URL")
         parse_amount("--run.duration", self.duration, clock=False)
         if self.stop_after is not None:
             parse_amount("--run.stop-after", self.stop_after, clock=True)
         _require(
-            isinstance(self.seed, int) and 0 <= self.seed < 2**63, "--run.seed", self.seed,
+            isinstance(self.seed, int) and 0 <= self.seed < 2**63,
+            "--run.seed",
+            self.seed,
             "give a whole number from 0 to 2**63-1",
-        )  # fmt: skip
+        )
         parse_amount("--run.check-every", self.check_every, clock=False)
         _one_of("--run.exactness", self.exactness, ("fast", "bitwise"))
         _one_of("--run.on-nonfinite", self.on_nonfinite, ("stop", "skip"))
         _whole("--run.max-failures", self.max_failures, 0)
         for name in self.allow_change:
             _require(
-                name in _changeable() or (name.startswith("job.") and len(name) > 4), "--run.allow-change", name,
+                name in _changeable() or (name.startswith("job.") and len(name) > 4),
+                "--run.allow-change",
+                name,
                 f"give names of result options without dashes, such as run.duration or job.lr, or {DATA}",
-            )  # fmt: skip
+            )
 
 
 @dataclass(frozen=True)
@@ -98,9 +104,11 @@ class BatchOptions:
 
     global_size: int = option(64, "samples of one step over all workers (B)", common=True, result=True)
     microbatches: int | None = option(
-        None, "equal parts of a global batch (V), fixed for the run (default: from B and max workers)",
-        common=True, result=True,
-    )  # fmt: skip
+        None,
+        "equal parts of a global batch (V), fixed for the run (default: from B and max workers)",
+        common=True,
+        result=True,
+    )
     pass_size: int | None = option(
         None, "most samples of one forward/backward in fast (default: a worker's share at max workers)"
     )
@@ -110,9 +118,11 @@ class BatchOptions:
         if self.microbatches is not None:
             _whole("--batch.microbatches", self.microbatches, 1)
             _require(
-                self.global_size % self.microbatches == 0, "--batch.microbatches", self.microbatches,
+                self.global_size % self.microbatches == 0,
+                "--batch.microbatches",
+                self.microbatches,
                 f"give a divisor of --batch.global-size {self.global_size}",
-            )  # fmt: skip
+            )
         if self.pass_size is not None:
             _whole("--batch.pass-size", self.pass_size, 1)
 
@@ -159,9 +169,11 @@ class PrecisionOptions:
         power = self.loss_scale >= 1 and math.frexp(self.loss_scale)[0] == 0.5
         _require(power, "--precision.loss-scale", self.loss_scale, "give a power of two of at least 1")
         _require(
-            self.autocast == "off" or self.param_dtype == "off", "--precision.param-dtype", self.param_dtype,
+            self.autocast == "off" or self.param_dtype == "off",
+            "--precision.param-dtype",
+            self.param_dtype,
             f"leave it off with --precision.autocast {self.autocast}, or that with this",
-        )  # fmt: skip
+        )
 
 
 @dataclass(frozen=True)
@@ -198,9 +210,11 @@ class ScalingOptions:
         _whole("--scaling.min-workers", self.min_workers, 1)
         _whole("--scaling.max-workers", self.max_workers, 1)
         _require(
-            self.min_workers <= self.max_workers, "--scaling.min-workers", self.min_workers,
+            self.min_workers <= self.max_workers,
+            "--scaling.min-workers",
+            self.min_workers,
             f"give at most --scaling.max-workers {self.max_workers}",
-        )  # fmt: skip
+        )
         _whole("--scaling.spares", self.spares, 0)
         _one_of("--scaling.accelerator", self.accelerator, ("auto", "cpu", "gpu"))
         _whole("--scaling.cpus-per-worker", self.cpus_per_worker, 1, 4096)
@@ -209,9 +223,11 @@ class ScalingOptions:
         for name in self.exclude:
             _require(bool(name.strip()), "--scaling.exclude", name, "give host names, addresses, or beginnings of ids")
         _require(
-            isinstance(self.priority, int) and not isinstance(self.priority, bool), "--scaling.priority",
-            self.priority, "give a whole number",
-        )  # fmt: skip
+            isinstance(self.priority, int) and not isinstance(self.priority, bool),
+            "--scaling.priority",
+            self.priority,
+            "give a whole number",
+        )
         _require(abs(self.priority) <= 10**9, "--scaling.priority", self.priority, "give a number up to 1000000000")
         name, text = "--scaling.request-timeout", self.request_timeout
         _require(parse_amount(name, text, clock=True).is_clock, name, text, "give a time in s, min or h")
@@ -242,13 +258,16 @@ class ParallelOptions:
         for name in self.blocks:
             _require(name.isidentifier(), "--parallel.blocks", name, "give names of classes, such as Block")
         for name, value, default in (
-            ("offload", self.offload, False), ("prefetch", self.prefetch, 0),
+            ("offload", self.offload, False),
+            ("prefetch", self.prefetch, 0),
             ("reshard-after-forward", self.reshard_after_forward, True),
-        ):  # fmt: skip
+        ):
             _require(
-                self.sharded or value == default, f"--parallel.{name}", value,
+                self.sharded or value == default,
+                f"--parallel.{name}",
+                value,
                 "leave it out: with --parallel.strategy ddp nothing is gathered",
-            )  # fmt: skip
+            )
 
     @property
     def sharded(self) -> bool:
@@ -303,18 +322,24 @@ class CheckpointOptions:
             parse_amount("--checkpoint.keep-every", self.keep_every, clock=False)
         _whole("--checkpoint.keep-best", self.keep_best, 0)
         _require(
-            self.init_from is None or bool(self.init_from.strip()), "--checkpoint.init-from", self.init_from,
+            self.init_from is None or bool(self.init_from.strip()),
+            "--checkpoint.init-from",
+            self.init_from,
             "give a file, a folder or a URL, or leave it out",
-        )  # fmt: skip
+        )
         _require(
-            not self.init_partial or self.init_from is not None, "--checkpoint.init-partial", self.init_partial,
+            not self.init_partial or self.init_from is not None,
+            "--checkpoint.init-partial",
+            self.init_partial,
             "give --checkpoint.init-from too",
-        )  # fmt: skip
+        )
         _one_of("--checkpoint.best-mode", self.best_mode, ("min", "max"))
         _require(
-            self.best_metric.startswith("eval/"), "--checkpoint.best-metric", self.best_metric,
+            self.best_metric.startswith("eval/"),
+            "--checkpoint.best-metric",
+            self.best_metric,
             "give one of the evaluation's, such as eval/loss",
-        )  # fmt: skip
+        )
 
 
 @dataclass(frozen=True)
@@ -370,9 +395,11 @@ class ClusterOptions:
         if self.local_nodes is not None:
             _whole("--cluster.local-nodes", self.local_nodes, 1)
             _require(
-                self.address is None, "--cluster.local-nodes", self.local_nodes,
+                self.address is None,
+                "--cluster.local-nodes",
+                self.local_nodes,
                 f"leave it out to use the cluster at --cluster.address {self.address}",
-            )  # fmt: skip
+            )
 
 
 @dataclass(frozen=True)

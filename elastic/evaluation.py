@@ -24,9 +24,14 @@ from elastic.worker.user_code import UserCode, UserCodeError
 
 
 def evaluate_run(
-    job_class: type[Job], defaults: TrainConfig, url: str, argv: Sequence[str] = (), *, step: int | None = None,
+    job_class: type[Job],
+    defaults: TrainConfig,
+    url: str,
+    argv: Sequence[str] = (),
+    *,
+    step: int | None = None,
     accelerator: str = "cpu",
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """Evaluate a checkpoint of a run as the run itself would: the same passes, seeds and number formats.
 
     Args:

@@ -50,9 +50,10 @@ def load_job(text: str, option: str = "--job") -> tuple[type[Job], TrainConfig]:
     if found is not None and wanted in ("", found.job_class.__name__):
         return found.job_class, found.config
     classes = [
-        c for c in vars(module).values()
+        c
+        for c in vars(module).values()
         if isinstance(c, type) and issubclass(c, Job) and c.__module__ == module.__name__
-    ]  # fmt: skip
+    ]
     chosen = [c for c in classes if not wanted or c.__name__ == wanted]
     if len(chosen) != 1:
         names = ", ".join(f"{name}:{c.__name__}" for c in classes) or "none"

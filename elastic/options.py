@@ -108,8 +108,10 @@ def parse(
     from elastic.seeds import seed_job
 
     seed_job()
-    fields: list[Any] = [(f.name, type(getattr(defaults, f.name)), dataclasses.field(default=getattr(defaults, f.name)))
-                         for f in dataclasses.fields(defaults)]  # fmt: skip
+    fields: list[Any] = [
+        (f.name, type(getattr(defaults, f.name)), dataclasses.field(default=getattr(defaults, f.name)))
+        for f in dataclasses.fields(defaults)
+    ]
     if dataclasses.is_dataclass(job_class):
         fields.insert(0, ("job", job_class, dataclasses.field(default_factory=_make(job_class, job_values or {}))))
     line = dataclasses.make_dataclass("Options", fields, frozen=True)

@@ -332,10 +332,13 @@ def _options(scheme: str) -> dict[str, Any]:
 
         given = conf.get("s3", {}).get("config_kwargs", {})
         options["config_kwargs"] = {
-            "max_pool_connections": 64, "signature_version": "s3v4", "request_checksum_calculation": "when_required",
-            "response_checksum_validation": "when_required", **given,
+            "max_pool_connections": 64,
+            "signature_version": "s3v4",
+            "request_checksum_calculation": "when_required",
+            "response_checksum_validation": "when_required",
+            **given,
             "s3": {"payload_signing_enabled": False, **given.get("s3", {})},
-        }  # fmt: skip
+        }
     return options
 
 

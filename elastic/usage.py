@@ -18,39 +18,49 @@ if TYPE_CHECKING:
 
 FILE = "--config"  # an option of the line itself: a file of options
 OTHERS = ("--help", "-h", "--help-all")
-_WORDS: dict[str, str] = {  # words of other trainers, `{}` for the value given, and what to give here
-    "epochs epoch num-epochs n-epochs max-epochs num-train-epochs": "--run.duration {}ep",
-    "steps max-steps num-steps max-iters iterations iters train-steps total-steps": "--run.duration {}st",
-    "batch-size bs train-batch-size batch per-device-train-batch-size": "--batch.global-size {}, that of all workers",
-    "gradient-accumulation-steps accumulate-grad-batches grad-accum accumulation-steps accum":
+_WORDS = [  # words of other trainers, `{}` for the value given, and what to give here
+    ("epochs epoch num-epochs n-epochs max-epochs num-train-epochs", "--run.duration {}ep"),
+    ("steps max-steps num-steps max-iters iterations iters train-steps total-steps", "--run.duration {}st"),
+    ("batch-size bs train-batch-size batch per-device-train-batch-size", "--batch.global-size {}, that of all workers"),
+    (
+        "gradient-accumulation-steps accumulate-grad-batches grad-accum accumulation-steps accum",
         "--batch.pass-size, the samples of one pass; a worker's share of --batch.global-size is cut into such passes",
-    "resume resume-from resume-from-checkpoint restore ckpt ckpt-path continue":
+    ),
+    (
+        "resume resume-from resume-from-checkpoint restore ckpt ckpt-path continue",
         "--run.name NAME, which resumes the run of that name",
-    "name run-name experiment experiment-name": "--run.name {}",
-    "output-dir out-dir out output save-dir log-dir logdir save-path checkpoint-dir root-dir":
-        "--run.storage {}",
-    "workers nproc-per-node nproc world-size num-processes ngpus num-gpus gpus devices n-gpu nnodes":
+    ),
+    ("name run-name experiment experiment-name", "--run.name {}"),
+    ("output-dir out-dir out output save-dir log-dir logdir save-path checkpoint-dir root-dir", "--run.storage {}"),
+    (
+        "workers nproc-per-node nproc world-size num-processes ngpus num-gpus gpus devices n-gpu nnodes",
         "--scaling.max-workers {}",
-    "num-workers dataloader-num-workers": "--data.workers {} for loader processes, or --scaling.max-workers {}",
-    "device accelerator no-cuda cuda cpu gpu use-cpu": "--scaling.accelerator cpu or gpu",
-    "amp fp16 bf16 mixed-precision precision dtype half": "--precision.autocast bf16 or fp16",
-    "grad-clip max-grad-norm clip clip-grad clip-grad-norm gradient-clip-val max-norm": "--optim.clip-norm {}",
-    "warmup warmup-steps num-warmup-steps warmup-iters": "--optim.warmup {}st",
-    "warmup-epochs": "--optim.warmup {}ep",
-    "lr-scheduler lr-scheduler-type scheduler": "--optim.schedule constant or cosine",
-    "save-steps save-every save-interval checkpoint-interval save-freq ckpt-interval":
+    ),
+    ("num-workers dataloader-num-workers", "--data.workers {} for loader processes, or --scaling.max-workers {}"),
+    ("device accelerator no-cuda cuda cpu gpu use-cpu", "--scaling.accelerator cpu or gpu"),
+    ("amp fp16 bf16 mixed-precision precision dtype half", "--precision.autocast bf16 or fp16"),
+    ("grad-clip max-grad-norm clip clip-grad clip-grad-norm gradient-clip-val max-norm", "--optim.clip-norm {}"),
+    ("warmup warmup-steps num-warmup-steps warmup-iters", "--optim.warmup {}st"),
+    ("warmup-epochs", "--optim.warmup {}ep"),
+    ("lr-scheduler lr-scheduler-type scheduler", "--optim.schedule constant or cosine"),
+    (
+        "save-steps save-every save-interval checkpoint-interval save-freq ckpt-interval",
         "--checkpoint.every, such as 500st, 1ep or auto",
-    "save-total-limit": "--checkpoint.keep-last {}",
-    "eval-steps eval-every eval-interval val-check-interval": "--eval.every, such as 500st or 1ep",
-    "log-interval log-every logging-steps print-freq log-freq": "--observe.log-every SECONDS",
-    "pretrained init-from weights from-pretrained": "--checkpoint.init-from {}",
-    "fsdp": "--parallel.strategy fsdp", "ddp": "--parallel.strategy ddp",
-    "config-file cfg yaml conf options": f"{FILE} {{}}",
-    "local-rank rank local_rank master-addr master-port rdzv-endpoint":
+    ),
+    ("save-total-limit", "--checkpoint.keep-last {}"),
+    ("eval-steps eval-every eval-interval val-check-interval", "--eval.every, such as 500st or 1ep"),
+    ("log-interval log-every logging-steps print-freq log-freq", "--observe.log-every SECONDS"),
+    ("pretrained init-from weights from-pretrained", "--checkpoint.init-from {}"),
+    ("fsdp", "--parallel.strategy fsdp"),
+    ("ddp", "--parallel.strategy ddp"),
+    ("config-file cfg yaml conf options", f"{FILE} {{}}"),
+    (
+        "local-rank rank local_rank master-addr master-port rdzv-endpoint",
         "nothing: workers find each other by themselves",
-    "ray-address": "--cluster.address {}",
-}  # fmt: skip
-WORDS = {word: meant for words, meant in _WORDS.items() for word in words.split()}
+    ),
+    ("ray-address", "--cluster.address {}"),
+]
+WORDS = {word: meant for words, meant in _WORDS for word in words.split()}
 _OF_THE_JOB = {"lr", "learning-rate", "weight-decay", "wd", "momentum", "betas", "dropout", "optimizer", "model"}
 
 

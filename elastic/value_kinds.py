@@ -22,8 +22,10 @@ TAG = "$"
 MAX_BYTES = 1 << 20  # of one array or bytes: what is larger is to be a tensor
 FACTORIES = {"int": int, "float": float, "str": str, "bool": bool, "list": list, "dict": dict, "set": set}
 PATHS: dict[str, type[pathlib.PurePath]] = {
-    "path": type(pathlib.Path()), "posix path": pathlib.PurePosixPath, "windows path": pathlib.PureWindowsPath
-}  # fmt: skip
+    "path": type(pathlib.Path()),
+    "posix path": pathlib.PurePosixPath,
+    "windows path": pathlib.PureWindowsPath,
+}
 #: Kinds that a text holds whole: how it is read, and how it is written.
 TEXTS: dict[str, tuple[type, Callable[[Any], str], Callable[[str], Any]]] = {
     "decimal": (decimal.Decimal, str, decimal.Decimal),

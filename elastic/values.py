@@ -111,9 +111,14 @@ class _Encoder:
         return self._other(value, kind, where, place, inside, items)
 
     def _other(
-        self, value: Any, kind: type, where: str, place: str, inside: Callable[[Any, Any, str], Any],
+        self,
+        value: Any,
+        kind: type,
+        where: str,
+        place: str,
+        inside: Callable[[Any, Any, str], Any],
         items: Callable[[Iterable[Any]], list[Any]],
-    ) -> Any:  # fmt: skip
+    ) -> Any:
         if kind in (bytes, bytearray):
             return tagged(kind.__name__, as_base64(bytes(value), where))
         if kind is complex:
@@ -216,9 +221,7 @@ def decode(coded: Any, *, tensor: Callable[[Any], Any] | None = None, known: Cla
         return _Decoder(tensor, known or {}).decode(coded)
     except ValueRefused:
         raise
-    except (
-        KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError, ArithmeticError
-    ) as error:  # fmt: skip
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError, ArithmeticError) as error:
         raise ValueRefused(f"what should be a value is none: {error!r}"[:300]) from error
 
 

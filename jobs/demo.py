@@ -16,10 +16,24 @@ from pathlib import Path
 
 from jobs.bench.nodes import Command, LocalCluster, result
 
-OPTIONS = ("--run.name", "demo", "--run.exactness", "bitwise", "--batch.microbatches", "8",
-           "--scaling.max-workers", "3",
-           "--eval.every", "100000st", "--checkpoint.every", "100st", "--job.eval-blocks", "64",
-           "--recovery.lease", "60s")  # fmt: skip
+OPTIONS = (
+    "--run.name",
+    "demo",
+    "--run.exactness",
+    "bitwise",
+    "--batch.microbatches",
+    "8",
+    "--scaling.max-workers",
+    "3",
+    "--eval.every",
+    "100000st",
+    "--checkpoint.every",
+    "100st",
+    "--job.eval-blocks",
+    "64",
+    "--recovery.lease",
+    "60s",
+)
 
 
 def say(text: str) -> None:
@@ -48,9 +62,15 @@ def main() -> int:
         cluster = LocalCluster(nodes=3, cpus=1)
         try:
             run = Command(
-                "-m", "jobs.codegpt", "--cluster.address", cluster.address, "--run.storage", str(folder), *options,
+                "-m",
+                "jobs.codegpt",
+                "--cluster.address",
+                cluster.address,
+                "--run.storage",
+                str(folder),
+                *options,
                 show=True,
-            )  # fmt: skip
+            )
             world = world_of(run, 3, 0)
             run.wait_for_step(10)
             say("a node is killed")
@@ -71,8 +91,18 @@ def main() -> int:
         found = result(folder / "demo")
         stalls = ", ".join(f"{s['seconds']:.2f} s before step {s['step']}" for s in found["stalls"])
         say(f"stalls: {stalls or 'none'}\n>>> now the twin: one process, nothing happens to it")
-        twin = Command("-m", "elastic.worker", "--module", "jobs.codegpt", "--workers", "1", "--run.storage",
-                       str(folder / "twin"), *options, show=True)  # fmt: skip
+        twin = Command(
+            "-m",
+            "elastic.worker",
+            "--module",
+            "jobs.codegpt",
+            "--workers",
+            "1",
+            "--run.storage",
+            str(folder / "twin"),
+            *options,
+            show=True,
+        )
         if twin.wait(900) != 0:
             return 1
         hashes = found["weights_sha256"], result(folder / "twin" / "demo")["weights_sha256"]

@@ -29,10 +29,17 @@ class Digits(elastic.Job):
 
         w = self.width
         return nn.Sequential(
-            nn.Conv2d(1, w, 3, padding=1, bias=False), nn.BatchNorm2d(w), nn.ReLU(),
-            nn.Conv2d(w, 2 * w, 3, padding=1, bias=False), nn.BatchNorm2d(2 * w), nn.ReLU(), nn.MaxPool2d(2),
-            nn.Flatten(), nn.Dropout(self.dropout), nn.Linear(2 * w * 16, 10),
-        )  # fmt: skip
+            nn.Conv2d(1, w, 3, padding=1, bias=False),
+            nn.BatchNorm2d(w),
+            nn.ReLU(),
+            nn.Conv2d(w, 2 * w, 3, padding=1, bias=False),
+            nn.BatchNorm2d(2 * w),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Flatten(),
+            nn.Dropout(self.dropout),
+            nn.Linear(2 * w * 16, 10),
+        )
 
     def optimizer(self, model):
         import torch

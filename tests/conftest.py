@@ -27,9 +27,13 @@ NODES = 3
 
 # The same examples on every machine: what is red in CI is red at home.
 settings.register_profile(
-    "reproducible", deadline=None, derandomize=True, database=None, max_examples=60,
+    "reproducible",
+    deadline=None,
+    derandomize=True,
+    database=None,
+    max_examples=60,
     suppress_health_check=[HealthCheck.too_slow],
-)  # fmt: skip
+)
 # Others than ever, in `make test-long`; what fails is shown with the line that repeats it.
 settings.register_profile("fresh", settings.get_profile("reproducible"), derandomize=False, print_blob=True)
 settings.load_profile("reproducible")

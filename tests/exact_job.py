@@ -19,9 +19,18 @@ class Constants(nn.Module):
         super().__init__()
         values = torch.tensor([[1.5, -2.0, 0.0], [3.0, -0.0, 64.0]])
         for dtype in (
-            torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16,
-            torch.int8, torch.bool, torch.complex64, torch.complex128,
-        ):  # fmt: skip
+            torch.float32,
+            torch.float64,
+            torch.float16,
+            torch.bfloat16,
+            torch.int64,
+            torch.int32,
+            torch.int16,
+            torch.int8,
+            torch.bool,
+            torch.complex64,
+            torch.complex128,
+        ):
             self.register_buffer(f"as_{dtype}".replace("torch.", ""), values.to(dtype))
         self.register_buffer("as_uint8", torch.arange(6, dtype=torch.uint8).reshape(1, 6))
         self.register_buffer("scalar", torch.tensor(7))

@@ -170,9 +170,14 @@ class ForkedProcess:
     """
 
     def __init__(
-        self, command: list[str], *, stdin: int, env: dict[str, str], stdout: int | None = None,
+        self,
+        command: list[str],
+        *,
+        stdin: int,
+        env: dict[str, str],
+        stdout: int | None = None,
         places: Sequence[Host] = (),
-    ):  # fmt: skip
+    ):
         assert stdin == subprocess.PIPE
         assert stdout in (None, subprocess.PIPE)
         self._environment, self._places = env, places
@@ -355,7 +360,7 @@ def sample_at(step: int, microbatch: int = 4, place: int = 0) -> int:
 @contextmanager
 def local_run(
     run: PreparedRun, workers: int, *, places: Sequence[Host] = (), beside_ray: bool = False, **options: Any
-) -> Iterator[LocalRun]:  # fmt: skip
+) -> Iterator[LocalRun]:
     """A `LocalRun` with forked workers, on these hosts if any are given, which must leave nothing behind; beside a
     cluster, whose processes come and go, no process is looked for."""
     before = leaks.take()
@@ -371,7 +376,7 @@ def local_run(
 
 def train(
     job: Job, config: TrainConfig, workers: int, wait_s: float = WAIT_S, faults: Any = (), *, beside_ray: bool = False
-) -> Ran:  # fmt: skip
+) -> Ran:
     """Train to the end, or to the pause or failure. No more workers are waited for than are started."""
     run = prepare(job, replace(config, scaling=replace(config.scaling, max_workers=workers)))
     failure = None

@@ -18,9 +18,12 @@ from pathlib import Path
 OUR_THREADS = ("membership-server", "membership-link", "run-keeper", "local-run-follower", "host-supervisor", "vault")
 FOLDER_PREFIX = "elastic-"
 _CHANGED_BY_OTHERS = (
-    "PYTEST_CURRENT_TEST", "PYTEST_VERSION",
-    "TORCHINDUCTOR_CACHE_DIR", "KMP_DUPLICATE_LIB_OK", "KMP_INIT_AT_FORK",  # by imports of torch and scikit-learn
-)  # fmt: skip
+    "PYTEST_CURRENT_TEST",
+    "PYTEST_VERSION",
+    "TORCHINDUCTOR_CACHE_DIR",
+    "KMP_DUPLICATE_LIB_OK",
+    "KMP_INIT_AT_FORK",  # by imports of torch and scikit-learn
+)
 
 
 @dataclass(frozen=True)

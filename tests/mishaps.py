@@ -26,9 +26,13 @@ from tests.forked import Watch, fault, plan
 LOOK_S = 0.01
 STRANGERS = 60
 FOREIGN = (
-    "claims/notes.txt", "claims/.000001.json.swp", "drivers/.DS_Store", "checkpoints/.nfs000000000001",
-    "checkpoints/step-old/readme", ".DS_Store",
-)  # fmt: skip
+    "claims/notes.txt",
+    "claims/.000001.json.swp",
+    "drivers/.DS_Store",
+    "checkpoints/.nfs000000000001",
+    "checkpoints/step-old/readme",
+    ".DS_Store",
+)
 
 
 @dataclass(frozen=True)
@@ -84,7 +88,7 @@ class Happening:
 
     def __init__(
         self, local: LocalRun, watch: Watch, output: Output, folder: Path, mishaps: list[Mishap], replacements: int
-    ):  # fmt: skip
+    ):
         self.local, self.output, self.folder = local, output, folder
         self._watch, self._mishaps, self._replacements = watch, sorted(mishaps, key=lambda m: m.step), replacements
         self._over = threading.Event()
@@ -226,10 +230,16 @@ def _sick_one_comes(happening: Happening, mishap: Mishap) -> None:
 
 
 _MISHAPS: dict[str, Callable[[Happening, Mishap], None]] = {
-    "a worker stands still": _one_stands_still, "everything stands still": _all_stand_still,
-    "the host stands still": _host_stands_still, "the host dies": _host_dies, "an uploader dies": _uploader_dies,
-    "a vault dies": _vault_dies, "a loader process dies": _loader_dies, "the output breaks": _output_breaks,
+    "a worker stands still": _one_stands_still,
+    "everything stands still": _all_stand_still,
+    "the host stands still": _host_stands_still,
+    "the host dies": _host_dies,
+    "an uploader dies": _uploader_dies,
+    "a vault dies": _vault_dies,
+    "a loader process dies": _loader_dies,
+    "the output breaks": _output_breaks,
     "the newest checkpoint is damaged": _newest_is_damaged,
-    "foreign files come": _foreign_files_come, "strangers come": _strangers_come,
+    "foreign files come": _foreign_files_come,
+    "strangers come": _strangers_come,
     "a sick worker comes": _sick_one_comes,
-}  # fmt: skip
+}

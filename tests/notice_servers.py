@@ -109,7 +109,7 @@ def notice_server(flavor: str, address: tuple[str, int] = ("127.0.0.1", 0)) -> I
             "/metadata/instance/compute/name": (200, "machine_3"),
             "/metadata/scheduledevents": (200, json.dumps({"DocumentIncarnation": 1, "Events": []})),
         },
-    }[flavor].copy()  # fmt: skip
+    }[flavor].copy()
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
     thread.start()
     try:

@@ -51,9 +51,13 @@ class Trained:
 
 
 def train(
-    make: Callable[[], Job], config: TrainConfig, plan: RunPlan, passes_of: Callable[[int], Sequence[Pass]], *,
+    make: Callable[[], Job],
+    config: TrainConfig,
+    plan: RunPlan,
+    passes_of: Callable[[int], Sequence[Pass]],
+    *,
     nudge: float = 0.0,
-) -> Trained:  # fmt: skip
+) -> Trained:
     """Train a job from its first step to its last.
 
     Args:

@@ -52,17 +52,27 @@ class OwnCluster:
         self.address = f"{get_node_ip_address()}:{port}"
         self._temporary = tempfile.mkdtemp(prefix="r-", dir="/tmp")  # paths of sockets may not be long
         self._command = [
-            RAY, "start", "--head", f"--port={port}", f"--object-store-memory={OBJECT_STORE_BYTES}",
-            "--disable-usage-stats", f"--temp-dir={self._temporary}", *options,
-        ]  # fmt: skip
+            RAY,
+            "start",
+            "--head",
+            f"--port={port}",
+            f"--object-store-memory={OBJECT_STORE_BYTES}",
+            "--disable-usage-stats",
+            f"--temp-dir={self._temporary}",
+            *options,
+        ]
         self._environment = {**os.environ, **environment, mark[0]: mark[1]}
 
     def __enter__(self) -> OwnCluster:
         try:
             started = subprocess.run(
-                self._command, env=self._environment, timeout=60, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                self._command,
+                env=self._environment,
+                timeout=60,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
                 text=True,
-            )  # fmt: skip
+            )
             if started.returncode:
                 raise OSError(f"ray start ended with {started.returncode}:\n{started.stdout}")
         except BaseException:

@@ -27,16 +27,32 @@ SLOW_BATCH = 32  # of tests.slow_job
 
 
 def slow_job(
-    cluster: LocalCluster, storage: Path, name: str, *options: str, pause_s: float = 0.04, faults: Any = (),
-) -> Command:  # fmt: skip
+    cluster: LocalCluster,
+    storage: Path,
+    name: str,
+    *options: str,
+    pause_s: float = 0.04,
+    faults: Any = (),
+) -> Command:
     """A run of tests.slow_job in `bitwise`, whose workers have these faults planned."""
     # its workers get them from Ray's runtime environment, as those of a submitted job do
     variables = {"SLOW_JOB_PAUSE_S": str(pause_s), "ELASTIC_FAULTS": json.dumps(list(faults))}
     return ForkedCommand(
-        "-m", "tests.slow_job", "--cluster.address", cluster.address, "--run.storage", str(storage),
-        "--run.name", name, "--run.exactness", "bitwise", "--observe.log-every", "0.05", *options,
+        "-m",
+        "tests.slow_job",
+        "--cluster.address",
+        cluster.address,
+        "--run.storage",
+        str(storage),
+        "--run.name",
+        name,
+        "--run.exactness",
+        "bitwise",
+        "--observe.log-every",
+        "0.05",
+        *options,
         environment={**variables, "RAY_JOB_CONFIG_JSON_ENV_VAR": json.dumps({"runtime_env": {"env_vars": variables}})},
-    )  # fmt: skip
+    )
 
 
 class Story:
@@ -90,13 +106,15 @@ def wait_until(condition: Callable[[], bool], timeout_s: float = 40.0) -> None:
 
 def undisturbed(
     job_class: type[Job], defaults: TrainConfig, storage: Path, name: str, *options: str, steps: int
-) -> str:  # fmt: skip
+) -> str:
     """The hash of the same run in one plain process that nothing happens to, after so many steps."""
     job, config = parse(job_class, defaults, (*options, "--run.exactness", "bitwise", "--run.stop-after", f"{steps}st"))
     config = replace(
-        config, run=replace(config.run, storage=str(storage), name=name),
-        scaling=replace(config.scaling, min_workers=1), observe=replace(config.observe, tensorboard=False),
-    )  # fmt: skip
+        config,
+        run=replace(config.run, storage=str(storage), name=name),
+        scaling=replace(config.scaling, min_workers=1),
+        observe=replace(config.observe, tensorboard=False),
+    )
     ran = train(job, config, workers=1, wait_s=120, beside_ray=True)
     assert ran.failure is None
     return ran.sha

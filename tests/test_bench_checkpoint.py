@@ -23,8 +23,11 @@ def test_the_quick_mode_measures_this_engine_beside_torch_s(tmp_path):
 
     ended = subprocess.run(
         [sys.executable, "-m", "jobs.bench.checkpoint", "--quick", "--json", str(file)],
-        capture_output=True, text=True, timeout=110, cwd=ROOT,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        timeout=110,
+        cwd=ROOT,
+    )
 
     assert ended.returncode == 0, ended.stderr[-3000:]
     rows = {row["engine"]: row for row in json.loads(file.read_text())["rows"]}

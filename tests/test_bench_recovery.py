@@ -71,14 +71,23 @@ def storage(tmp_path: Path) -> Storage:
     connected = {"connect_s": 0.01, "restore_s": 0.02}
     events, rows = LedgerFile(storage, EVENTS, 1), LedgerFile(storage, METRICS, 1)
     for event in (
-        world(1, 0.0, 0, 1, 2), {"time": 3.2, "kind": "member_lost", "generation": "1-1"}, world(2, 3.3, 1, 2),
-        {"time": 3.25, "kind": "member_late", "member": "w0"}, world(3, 7.8, 1, 2, 3),
-    ):  # fmt: skip
+        world(1, 0.0, 0, 1, 2),
+        {"time": 3.2, "kind": "member_lost", "generation": "1-1"},
+        world(2, 3.3, 1, 2),
+        {"time": 3.25, "kind": "member_late", "member": "w0"},
+        world(3, 7.8, 1, 2, 3),
+    ):
         events.add(event)
     for one in (
-        row(1, 1.0, 1, 3), row(2, 2.0, 1, 3), row(3, 3.0, 1, 3), row(4, 4.8, 2, 2, **connected), row(5, 6.0, 2, 2),
-        row(6, 7.2, 2, 2), row(7, 9.0, 3, 3, **connected), row(8, 10.0, 3, 3),
-    ):  # fmt: skip
+        row(1, 1.0, 1, 3),
+        row(2, 2.0, 1, 3),
+        row(3, 3.0, 1, 3),
+        row(4, 4.8, 2, 2, **connected),
+        row(5, 6.0, 2, 2),
+        row(6, 7.2, 2, 2),
+        row(7, 9.0, 3, 3, **connected),
+        row(8, 10.0, 3, 3),
+    ):
         rows.add(one)
     events.flush()
     rows.flush()

@@ -63,8 +63,12 @@ def test_named_classes_are_blocks_the_outermost_of_them():
 
     assert names(model, find_blocks(model, ["Other"])) == ["layers.1"]
     assert names(model, find_blocks(model, ["Linear", "Layer"])) == [
-        "embed", "head", "layers.0", "layers.1.inner.0", "layers.2",
-    ]  # fmt: skip
+        "embed",
+        "head",
+        "layers.0",
+        "layers.1.inner.0",
+        "layers.2",
+    ]
 
 
 def test_where_nothing_repeats_modules_of_a_fitting_size_are(monkeypatch):

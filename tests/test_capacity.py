@@ -25,10 +25,13 @@ GPUS, CPUS, HEAD = {"GPU": 4.0, "CPU": 48.0}, {"CPU": 8.0}, {"object_store_memor
 @pytest.mark.parametrize(
     ("wish", "nodes", "chosen"),
     [
-        ("auto", [HEAD], "cpu"), ("auto", [HEAD, CPUS], "cpu"), ("auto", [HEAD, CPUS, GPUS], "gpu"),
-        ("gpu", [HEAD], "gpu"), ("cpu", [GPUS], "cpu"),
+        ("auto", [HEAD], "cpu"),
+        ("auto", [HEAD, CPUS], "cpu"),
+        ("auto", [HEAD, CPUS, GPUS], "gpu"),
+        ("gpu", [HEAD], "gpu"),
+        ("cpu", [GPUS], "cpu"),
     ],
-)  # fmt: skip
+)
 def test_gpus_are_taken_where_they_are_or_can_be_and_believed_in_where_they_are_asked_for(wish, nodes, chosen):
     assert choose_accelerator(wish, nodes) == chosen
 
@@ -68,8 +71,9 @@ def test_why_nodes_could_not_be_started_is_read_from_the_autoscaler_s_log():
         "INFO node_provider.py:491 -- Failed to launch 2 nodes of type spot: InsufficientInstanceCapacity: new\n"
     )
     assert reasons_in(log) == {
-        "spot": "InsufficientInstanceCapacity: new", "other": "UnauthorizedOperation: iam:PassRole",
-    }  # fmt: skip
+        "spot": "InsufficientInstanceCapacity: new",
+        "other": "UnauthorizedOperation: iam:PassRole",
+    }
 
 
 def test_a_node_has_no_more_workers_than_it_may():

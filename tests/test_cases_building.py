@@ -281,9 +281,14 @@ def test_recurrent_tied_and_parametrised_layers_keep_no_parameter_that_fsdp_woul
 # ---- runs ------------------------------------------------------------------------------------------------------------
 
 RUN = {
-    "run__duration": "6st", "batch__global_size": 8, "batch__microbatches": 4, "optim__schedule": "constant",
-    "optim__warmup": None, "optim__clip_norm": None, "eval__every": "2st",
-}  # fmt: skip
+    "run__duration": "6st",
+    "batch__global_size": 8,
+    "batch__microbatches": 4,
+    "optim__schedule": "constant",
+    "optim__warmup": None,
+    "optim__clip_norm": None,
+    "eval__every": "2st",
+}
 RIGHT = "seen 0, mean 0.0"
 
 

@@ -101,10 +101,16 @@ def test_what_evaluate_returns_needs_no_graph_but_the_rest():
 
 
 numbers = st.one_of(
-    st.integers(0, 2**40), st.floats(0, 1e30), st.booleans(), st.fractions(0, 10),
-    st.integers(0, 99).map(np.int32), st.floats(0, 9, width=32).map(np.float32), st.integers(0, 9).map(np.array),
-    st.floats(0, 9).map(torch.tensor), st.integers(0, 9).map(lambda n: torch.tensor([n])),
-)  # fmt: skip
+    st.integers(0, 2**40),
+    st.floats(0, 1e30),
+    st.booleans(),
+    st.fractions(0, 10),
+    st.integers(0, 99).map(np.int32),
+    st.floats(0, 9, width=32).map(np.float32),
+    st.integers(0, 9).map(np.array),
+    st.floats(0, 9).map(torch.tensor),
+    st.integers(0, 9).map(lambda n: torch.tensor([n])),
+)
 
 
 @settings(max_examples=40)
@@ -163,18 +169,20 @@ def test_a_mean_with_a_count_is_found_and_a_sum_with_a_one(losses):
 
 @given(
     several,
-    st.sampled_from([
-        max,
-        lambda c: math.sqrt(sum(v * v for v in c)),
-        lambda c: math.fsum(c) + 7e4,  # a penalty of the weights beside it
-        lambda c: 3.5,
-        lambda c: 0.0,
-        lambda c: len(c) * math.log(sum(map(math.exp, (v / 20 for v in c)))),  # as contrastive ones grow
-        lambda c: sum(c) * len(c),
-        lambda c: sum(sorted(c)[-2:]),
-        lambda c: math.nan,
-    ]),
-)  # fmt: skip
+    st.sampled_from(
+        [
+            max,
+            lambda c: math.sqrt(sum(v * v for v in c)),
+            lambda c: math.fsum(c) + 7e4,  # a penalty of the weights beside it
+            lambda c: 3.5,
+            lambda c: 0.0,
+            lambda c: len(c) * math.log(sum(map(math.exp, (v / 20 for v in c)))),  # as contrastive ones grow
+            lambda c: sum(c) * len(c),
+            lambda c: sum(sorted(c)[-2:]),
+            lambda c: math.nan,
+        ]
+    ),
+)
 def test_losses_that_are_neither_pass(losses, of):
     assert mistake("loss()", triple(losses, of, len, {"m": of})) is None
 

@@ -195,8 +195,9 @@ def test_parameters_without_gradient_train_as_with_one_worker(job, tmp_path):
         assert ran.column("loss") == pytest.approx(expected, rel=1e-5)
     said = [[e["detail"] for e in ran.events("unused_parameters")] for ran in found]
     assert not said[0]
-    assert all(any(name in details[0] for name in ("spare.weight", "sometimes.weight", "late.weight"))
-               for details in said[1:])  # fmt: skip
+    assert all(
+        any(name in details[0] for name in ("spare.weight", "sometimes.weight", "late.weight")) for details in said[1:]
+    )
 
 
 @pytest.mark.parametrize("exactness", ["fast", "bitwise"])

@@ -316,8 +316,10 @@ def test_a_run_whose_disk_stays_full_saves_what_it_holds_and_ends_with_one_sente
     monkeypatch.setattr(elastic.run.keeper, "ENDING_PATIENCE_S", 0.1)
     with small_disk(tmp_path, 2 * MIB) as disk:
         run = prepare(Everything(), configure(disk.path, "run", checkpoint__every="3st", run__duration="1000st"))
-        faults = [{"point": "step.forward", "step": 5, "do": "hold", "file": str(held)},
-                  {"point": "step.forward", "step": 8, "do": "hold", "file": str(later)}]  # fmt: skip
+        faults = [
+            {"point": "step.forward", "step": 5, "do": "hold", "file": str(held)},
+            {"point": "step.forward", "step": 8, "do": "hold", "file": str(later)},
+        ]
         with local_run(run, 1, environment={"ELASTIC_FAULTS": json.dumps(faults)}, on_record=watch) as local:
             watch.wait_for(lambda r: r.get("kind") == "checkpoint_committed")
             disk.fill()

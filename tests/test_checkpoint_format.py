@@ -188,9 +188,14 @@ committed_steps = st.lists(st.tuples(st.integers(0, 40), st.integers(1, 3)), uni
 
 
 @given(
-    committed_steps, st.sets(st.integers(0, 40)), st.integers(1, 4), st.sampled_from([None, 5]), st.integers(0, 3),
-    st.sampled_from(["min", "max"]), st.data(),
-)  # fmt: skip
+    committed_steps,
+    st.sets(st.integers(0, 40)),
+    st.integers(1, 4),
+    st.sampled_from([None, 5]),
+    st.integers(0, 3),
+    st.sampled_from(["min", "max"]),
+    st.data(),
+)
 def test_retention_keeps_what_it_says_and_never_less_than_the_newest(committed, pins, last, every, best, mode, data):
     scores = st.sampled_from([0.0, 1.0, 2.0, math.nan])
     metrics = {c: {"eval/loss": data.draw(scores)} for c in committed if data.draw(st.booleans())}
@@ -282,9 +287,10 @@ def _save(saver, storage, step, shards):
 def test_frozen_tensors_are_written_once_and_outlive_the_checkpoint_that_wrote_them(storage):
     frozen, odd, moving = torch.randn(1000), torch.ones(3, dtype=torch.uint8), torch.zeros(10)
     shards = [
-        Shard.whole("frozen", frozen, frozen=True, stable=True), Shard.whole("odd", odd, frozen=True),
+        Shard.whole("frozen", frozen, frozen=True, stable=True),
+        Shard.whole("odd", odd, frozen=True),
         Shard.whole("moving", moving),
-    ]  # fmt: skip
+    ]
     saver = Saver(storage)
     try:
         _, written = _save(saver, storage, 1, shards)
@@ -428,23 +434,30 @@ def _proof(n):
 def _valid():
     index = {
         "layer.weight": {
-            "dtype": "float32", "shape": [4, 3],
+            "dtype": "float32",
+            "shape": [4, 3],
             "chunks": [
                 {"offsets": [0, 0], "sizes": [2, 3], "pack": "rank-0000.pack", "start": 0, "end": 24, **_proof(1)},
                 {"offsets": [2, 0], "sizes": [2, 3], "pack": "rank-0001.pack", "start": 64, "end": 88, **_proof(2)},
             ],
         },
         "step": {
-            "dtype": "int64", "shape": [],
-            "chunks": [
-                {"offsets": [], "sizes": [], "pack": "rank-0000.pack", "start": 64, "end": 72, **_proof(3)}
-            ],
+            "dtype": "int64",
+            "shape": [],
+            "chunks": [{"offsets": [], "sizes": [], "pack": "rank-0000.pack", "start": 64, "end": 72, **_proof(3)}],
         },
-    }  # fmt: skip
+    }
     return {
-        "format": 2, "step": 3, "seed": 0, "config_digest": "d", "world": {"size": 2}, "values": {"x": 1},
-        "tensors": index, "metrics": {"eval/loss": 0.5}, "nonce": "n",
-    }  # fmt: skip
+        "format": 2,
+        "step": 3,
+        "seed": 0,
+        "config_digest": "d",
+        "world": {"size": 2},
+        "values": {"x": 1},
+        "tensors": index,
+        "metrics": {"eval/loss": 0.5},
+        "nonce": "n",
+    }
 
 
 def test_the_manifest_that_is_mutated_below_is_valid():
@@ -464,7 +477,7 @@ def _places(value, path=()):
 PLACES = list(_places(_valid()))
 hostile = st.sampled_from(
     [None, True, -1, 0, 1, 2, 10**30, 1.5, math.inf, math.nan, "", "1", "../x", "rank-0000.pack\n", "float64", [], {}]
-)  # fmt: skip
+)
 anything = st.recursive(
     hostile | st.integers() | st.floats() | st.text(max_size=6),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),

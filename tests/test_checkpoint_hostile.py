@@ -217,8 +217,15 @@ def test_tensors_that_lie_in_the_same_bytes_are_refused(run):
     storage, raw, sha = run
     places = raw["tensors"]["model/first.weight"]["chunks"][0]
 
-    said = refused(storage, put(raw, ("tensors", "optimizer/first.weight/more"),
-                                {**raw["tensors"]["model/first.weight"], "chunks": [places]}), sha)  # fmt: skip
+    said = refused(
+        storage,
+        put(
+            raw,
+            ("tensors", "optimizer/first.weight/more"),
+            {**raw["tensors"]["model/first.weight"], "chunks": [places]},
+        ),
+        sha,
+    )
 
     assert "lie in the same bytes of rank-0000.pack" in said
 

@@ -150,11 +150,13 @@ def test_a_tied_tensor_is_found_under_any_of_its_names(tmp_path):
 @pytest.mark.parametrize(
     ("data", "said"),
     [
-        (b"", "header cannot have"), (b"\xff" * 8, "header cannot have"), ((9).to_bytes(8, "little") + b"{", "cannot"),
+        (b"", "header cannot have"),
+        (b"\xff" * 8, "header cannot have"),
+        ((9).to_bytes(8, "little") + b"{", "cannot"),
         ((2).to_bytes(8, "little") + b"[]", "header does not say"),
         ((1).to_bytes(8, "little") + b"{", "header does not say"),
     ],
-)  # fmt: skip
+)
 def test_what_is_no_safetensors_file_is_refused_in_one_sentence(tmp_path, data, said):
     (tmp_path / "w.safetensors").write_bytes(data)
 

@@ -94,9 +94,14 @@ def saved(tensors, ranks):
             assert (write.start, write.end) == (len(pack), len(pack) + len(data)), "no gaps"
             pack += data
             chunk = Chunk(
-                write.box.offsets, write.box.sizes, f"rank-{rank:04d}.pack", write.start, write.end,
-                hash_blocks(data), crc_blocks(data),
-            )  # fmt: skip
+                write.box.offsets,
+                write.box.sizes,
+                f"rank-{rank:04d}.pack",
+                write.start,
+                write.end,
+                hash_blocks(data),
+                crc_blocks(data),
+            )
             entries[h.name] = TensorEntry(h.dtype, h.shape, (*entries[h.name].chunks, chunk))
         packs[f"rank-{rank:04d}.pack"] = bytes(pack)
     return packs, entries
@@ -142,10 +147,16 @@ def test_every_byte_is_saved_once_and_read_once_whatever_the_layouts(case, data)
             if not part.whole:
                 pack = packs[part.object.rpartition("/")[2]]
                 partials += [
-                    Partial(part.object, (part.start, part.end), part.crc, s.start, s.start + s.length,
-                            blocks.crc_blocks(pack[s.start : s.start + s.length])[0])
+                    Partial(
+                        part.object,
+                        (part.start, part.end),
+                        part.crc,
+                        s.start,
+                        s.start + s.length,
+                        blocks.crc_blocks(pack[s.start : s.start + s.length])[0],
+                    )
                     for s in part.segments
-                ]  # fmt: skip
+                ]
     if all(h.replicas == len(after) for held in after for h in held) or not _irregular(partials):
         assert unproven(partials) == set(), "all readers together prove every block that they share"
 
@@ -187,11 +198,11 @@ def test_replicas_share_the_writing_evenly(shapes, replicas):
 boxes_3d = st.lists(st.integers(1, 5), min_size=0, max_size=3).flatmap(
     lambda shape: st.tuples(
         st.just(tuple(shape)),
-        st.tuples(*[
-            st.integers(0, n - 1).flatmap(lambda o, n=n: st.tuples(st.just(o), st.integers(1, n - o))) for n in shape
-        ]),
+        st.tuples(
+            *[st.integers(0, n - 1).flatmap(lambda o, n=n: st.tuples(st.just(o), st.integers(1, n - o))) for n in shape]
+        ),
     )
-)  # fmt: skip
+)
 
 
 @given(boxes_3d)
@@ -233,9 +244,8 @@ def stored(tmp_path, small_units):
     shapes = {"w": ((12, 8), "float32"), "b": ((7,), "float16"), "n": ((), "int64")}
     tensors = content(shapes)
     ranks = [
-        [Held(n, d, s, cut(s, 0, 3)[r], 0 if s else r, 1 if s else 3) for n, (s, d) in shapes.items()]
-        for r in range(3)
-    ]  # fmt: skip
+        [Held(n, d, s, cut(s, 0, 3)[r], 0 if s else r, 1 if s else 3) for n, (s, d) in shapes.items()] for r in range(3)
+    ]
     packs, entries = saved(tensors, ranks)
     storage = Storage(str(tmp_path))
     for name, data in packs.items():

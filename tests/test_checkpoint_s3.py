@@ -176,9 +176,10 @@ def test_what_a_killed_uploader_left_is_swept_once_a_newer_checkpoint_is_committ
     bucket, _, base = rig.storage.root.partition("/")
     for step in (2, 4):
         rig.storage.fs.call_s3(
-            "create_multipart_upload", Bucket=bucket,
+            "create_multipart_upload",
+            Bucket=bucket,
             Key=f"{base}/checkpoints/step-{step:08d}/1-1-1/rank-0000.pack",
-        )  # fmt: skip
+        )
     assert len(rig.unfinished()) == 2
 
     rig.commit(rig.save(3))

@@ -53,8 +53,10 @@ def test_what_passes_is_tried_again_with_growing_pauses(clock):
 
     assert len(calls) == 9
     assert len(retries) == 8
-    assert all(0.5 * expected <= wait <= 1.5 * expected for wait, expected in zip(
-        clock.waits, [0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 5.0, 5.0], strict=True))  # fmt: skip
+    assert all(
+        0.5 * expected <= wait <= 1.5 * expected
+        for wait, expected in zip(clock.waits, [0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 5.0, 5.0], strict=True)
+    )
     assert len(set(clock.waits)) == 8, "workers do not come back all at one moment"
 
 
@@ -70,11 +72,15 @@ def test_patience_has_an_end(clock):
 @pytest.mark.parametrize(
     "error",
     [
-        FileNotFoundError("gone"), PermissionError("no"), OSError(errno.ENOSPC, "full"), OSError(errno.EROFS, "fixed"),
-        OSError("ExpiredToken: renew it"), ValueError("a mistake of ours"),
+        FileNotFoundError("gone"),
+        PermissionError("no"),
+        OSError(errno.ENOSPC, "full"),
+        OSError(errno.EROFS, "fixed"),
+        OSError("ExpiredToken: renew it"),
+        ValueError("a mistake of ours"),
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_what_does_not_pass_is_told_at_once(clock, error):
     call, calls = failing(1, error)
 
@@ -161,7 +167,7 @@ AZURE, GCS, GOOGLE = "azure.core.exceptions", "gcsfs.retry", "google.auth.except
         (True, of_library("botocore.exceptions", "ClientError")),
         (True, of_library("aiobotocore.httpsession", "ReadTimeoutError")),
     ],
-)  # fmt: skip
+)
 def test_errors_of_other_stores_are_of_storage_and_pass_by_their_status(passes, error):
     assert transfer.is_from_storage(error)
     assert is_transient(error) is passes

@@ -146,10 +146,18 @@ def test_the_clock_of_an_object_store_is_read_from_what_it_stores(monkeypatch):
 
 
 DAMAGED = (
-    b"", b"{", b"[]", b"null", b"5", b"\xff\x00", b"[" * 100_000, b'{"format": 1}',
-    b'{"format": 1, "status": 5, "heartbeat": 1}', b'{"format": 1, "status": "running", "heartbeat": "x"}',
+    b"",
+    b"{",
+    b"[]",
+    b"null",
+    b"5",
+    b"\xff\x00",
+    b"[" * 100_000,
+    b'{"format": 1}',
+    b'{"format": 1, "status": 5, "heartbeat": 1}',
+    b'{"format": 1, "status": "running", "heartbeat": "x"}',
     b'{"format": 1, "status": "running", "heartbeat": 1, "owner_process": "me"}',
-)  # fmt: skip
+)
 
 
 @pytest.mark.parametrize("text", DAMAGED, ids=range(len(DAMAGED)))
@@ -340,10 +348,26 @@ def test_a_run_that_is_taken_over_ends_for_the_older_driver_and_is_whole_for_the
 @pytest.mark.processes
 def test_the_command_trains_in_two_processes_and_ends_with_0(undisturbed, tmp_path):
     command = [
-        sys.executable, "-m", "elastic.worker", "--module", "tests.tiny_jobs", "--class", "Everything",
-        "--workers", "2", "--run.storage", str(tmp_path), "--run.name", "run", "--run.exactness", "bitwise",
-        "--eval.every", "3st", "--scaling.max-workers", "2",
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "elastic.worker",
+        "--module",
+        "tests.tiny_jobs",
+        "--class",
+        "Everything",
+        "--workers",
+        "2",
+        "--run.storage",
+        str(tmp_path),
+        "--run.name",
+        "run",
+        "--run.exactness",
+        "bitwise",
+        "--eval.every",
+        "3st",
+        "--scaling.max-workers",
+        "2",
+    ]
     environment = {**os.environ, "PYTHONPATH": os.getcwd()}
 
     done = subprocess.run(command, capture_output=True, text=True, timeout=100, env=environment)

@@ -15,10 +15,19 @@ import pytest
 from elastic.observe.console import Console, row_text
 
 ROWS = [
-    {"step": s, "loss": 2.0 / s, "accuracy": 0.125 * s, "lr": 0.1, "grad_norm": 0.5, "world_size": 3,
-     "time": 100.0 + s, "samples": 64 * s, "sample_hash": "x"}
+    {
+        "step": s,
+        "loss": 2.0 / s,
+        "accuracy": 0.125 * s,
+        "lr": 0.1,
+        "grad_norm": 0.5,
+        "world_size": 3,
+        "time": 100.0 + s,
+        "samples": 64 * s,
+        "sample_hash": "x",
+    }
     for s in range(1, 5)
-]  # fmt: skip
+]
 EVENT = {"kind": "world_formed", "time": 0.0, "step": 2, "generation": "1-1", "detail": {"size": 3}}
 
 

@@ -101,9 +101,10 @@ def test_a_run_is_looked_at_saved_scaled_both_ways_drained_and_stopped_without_a
     assert gaps_and_doubles(ran.rows, B) == []
     assert len([r for r in ran.rows if "sample_hash" in r]) == steps, "a step was done twice"
     twin = train(
-        Everything(), configure(tmp_path, "twin", run__duration=ENDLESS, run__stop_after=f"{steps}st",
-                                batch__microbatches=10), workers=1,
-    )  # fmt: skip
+        Everything(),
+        configure(tmp_path, "twin", run__duration=ENDLESS, run__stop_after=f"{steps}st", batch__microbatches=10),
+        workers=1,
+    )
     assert ran.sha == twin.sha
     assert os.listdir(url / GRANTS) == [], "grants count once"
 
@@ -276,9 +277,16 @@ def test_only_who_may_write_into_the_folder_is_obeyed_and_only_in_what_control_i
         assert answer("/run") == 200
         assert answer("/grant", body={**ask, "secret": secret}) == 401, "a grant counts once"
         for path, body in (
-            ("/group", None), ("/status", None), ("/follow", None), ("/worker?id=x", None), ("/lost", {"ids": []}),
-            ("/close", {"status": "failed"}), ("/event", {}), ("/notice", {}), ("/expected", {"ids": []}),
-        ):  # fmt: skip
+            ("/group", None),
+            ("/status", None),
+            ("/follow", None),
+            ("/worker?id=x", None),
+            ("/lost", {"ids": []}),
+            ("/close", {"status": "failed"}),
+            ("/event", {}),
+            ("/notice", {}),
+            ("/expected", {"ids": []}),
+        ):
             assert answer(path, body=body) == 401, path
         for key in (json.loads(held)["sha256"], grant, "", "é"):
             assert answer("/run", key=key) == 401
@@ -302,9 +310,17 @@ def left(tmp_path: Path) -> Callable[..., Path]:
     def make(name: str = "run", job: str = "digits", **status: object) -> Path:
         folder = RunFolder(Storage(str(tmp_path / "runs" / name)))
         values = {
-            "status": "running", "heartbeat": time.time(), "epoch": 1, "step": 7, "total_steps": 9, "message": "",
-            "world": {"generation": "1-1", "size": 2}, "owner": "ann@host-7 (process 41)", "host": "host-7", **status,
-        }  # fmt: skip
+            "status": "running",
+            "heartbeat": time.time(),
+            "epoch": 1,
+            "step": 7,
+            "total_steps": 9,
+            "message": "",
+            "world": {"generation": "1-1", "size": 2},
+            "owner": "ann@host-7 (process 41)",
+            "host": "host-7",
+            **status,
+        }
         folder.write_status(values)
         folder.write_config({"job": {"name": job}, "config": {}})
         return tmp_path / "runs" / name
@@ -371,13 +387,23 @@ def test_runs_are_listed_with_what_became_of_them_and_filtered(left, capsys):
 
 
 HOSTILE = (
-    b"[]", b"null", b"5", b'"x"', b"", b"\xff\xfe", b"[" * 100_000, b"1" * 5000, b'{"format": 1}', b'{"format": {}}',
-    b'{"format": 1, "job": 5}', b'{"format": 1, "job": {"name": []}, "config": 7}',
+    b"[]",
+    b"null",
+    b"5",
+    b'"x"',
+    b"",
+    b"\xff\xfe",
+    b"[" * 100_000,
+    b"1" * 5000,
+    b'{"format": 1}',
+    b'{"format": {}}',
+    b'{"format": 1, "job": 5}',
+    b'{"format": 1, "job": {"name": []}, "config": 7}',
     b'{"format": 1, "status": "running", "heartbeat": 1e300, "owner_process": 5}',
     b'{"format": 1, "status": "running", "heartbeat": 1e300, "world": 5, "step": {}, "owner": []}',
     b'{"format": 1, "status": "running", "heartbeat": 1e300, "owner_process": null, "owner": "x", "message": null, '
     b'"step": 1, "world": null, "members": null, "server": "http://[::1"}',
-)  # fmt: skip
+)
 
 
 @pytest.mark.parametrize("name", ["status.json", "config.json", "result.json", "claims/000001.json"])

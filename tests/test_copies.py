@@ -80,6 +80,7 @@ def test_the_first_difference_is_named_with_those_who_differ_from_most():
     assert copies.first_difference([("w0", same), ("w1", same), ("w2", same)]) is None
     assert copies.first_difference([("w0", same), ("w1", [("a", "", "1"), ("b", "1", "3")])]) is None  # other shards
     assert copies.first_difference([("w0", same), ("w1", same), ("w2", [("a", "", "9"), ("b", "0", "8")])]) == (
-        "a", ["w2"],
-    )  # fmt: skip
+        "a",
+        ["w2"],
+    )
     assert copies.first_difference([("w0", same), ("w1", [("b", "0", "2")]), ("w2", same)]) == ("a", ["w1"])

@@ -113,12 +113,19 @@ def test_the_keeper_goes_back_to_what_can_be_loaded_at_once_and_prunes_by_that(s
     assert after.checkpoints.restore == {"rung": "fresh"}, "before storage was asked"
     after.checkpoints.unloadable(bad, "rank-0000.pack is missing", damaged=True, found_by="w1-0", generation="1-1")
     assert after.checkpoints.restore == {"rung": "checkpoint", "step": 3, "attempt": "1-1-3"}
-    assert after.told == [{"kind": "commit", "step": 9, "attempt": "1-1-9", "error": "rank-0000.pack is missing",
-                           "anew": True}]  # fmt: skip
+    assert after.told == [
+        {"kind": "commit", "step": 9, "attempt": "1-1-9", "error": "rank-0000.pack is missing", "anew": True}
+    ]
     assert after.noted == [
-        ("checkpoint_damaged", {"generation": "1-1", "step": 9, "detail": {
-            "attempt": "1-1-9", "problem": "rank-0000.pack is missing", "found_by": "w1-0"}}),
-    ]  # fmt: skip
+        (
+            "checkpoint_damaged",
+            {
+                "generation": "1-1",
+                "step": 9,
+                "detail": {"attempt": "1-1-9", "problem": "rank-0000.pack is missing", "found_by": "w1-0"},
+            },
+        ),
+    ]
     after.take("a", share(storage, 5))
     assert [c.step for c in newest_first(storage)] == [5], "a new one is not pruned as older than the damaged one"
 

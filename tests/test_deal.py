@@ -62,6 +62,10 @@ def test_fewer_microbatches_than_workers_are_refused_by_name():
 
 def test_the_table_says_what_each_world_size_would_do():
     assert batch_table(12, 5) == [
-        (1, 12, 1.0), (2, 6, 1.0), (3, 4, 1.0), (4, 3, 1.0), (5, 3, pytest.approx(0.8)),
-    ]  # fmt: skip
+        (1, 12, 1.0),
+        (2, 6, 1.0),
+        (3, 4, 1.0),
+        (4, 3, 1.0),
+        (5, 3, pytest.approx(0.8)),
+    ]
     assert batch_line(512, 64, 16) == "global 512 = 64 microbatches x 8; 16 workers -> 4 rounds"

@@ -46,9 +46,21 @@ def _debug(terminal: str, arguments: list[str]) -> None:
 def test_a_breakpoint_stops_the_run_and_nothing_else(undisturbed_epoch, tmp_path):
     ours, theirs = pty.openpty()
     line = [
-        "--run.storage", str(tmp_path), "--run.name", "run", "--job.samples", str(LONG), "--run.exactness", "bitwise",
-        "--parallel.strategy", "fsdp", "--recovery.snapshot-every", "1st", "--data.workers", "2",
-    ]  # fmt: skip
+        "--run.storage",
+        str(tmp_path),
+        "--run.name",
+        "run",
+        "--job.samples",
+        str(LONG),
+        "--run.exactness",
+        "bitwise",
+        "--parallel.strategy",
+        "fsdp",
+        "--recovery.snapshot-every",
+        "1st",
+        "--data.workers",
+        "2",
+    ]
 
     command = fork_driver(_debug, os.ttyname(theirs), [*line, "--debug"])
     shown = _until(ours, "(Pdb) ")

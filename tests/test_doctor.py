@@ -96,9 +96,12 @@ def test_every_pair_of_nodes_is_tried_once_and_nobody_twice_at_a_time(count):
 def test_the_table_says_what_to_do_below_what_is_wrong():
     found = [Finding("disk", "a", "ok", "much"), Finding("clock", "b", "warn", "+2 s", "set it")]
     assert text_of(found).splitlines()[1:] == [
-        "ok     disk   a      much", "look   clock  b      +2 s", "      -> set it", "",
+        "ok     disk   a      much",
+        "look   clock  b      +2 s",
+        "      -> set it",
+        "",
         "2 checks: a run would work; look at 1",
-    ]  # fmt: skip
+    ]
     assert "1 would make a run fail" in text_of([*found, Finding("x", "a", "fail", "y", "z")])
 
 
@@ -149,12 +152,13 @@ def test_a_folder_that_cannot_be_written_fails(tmp_path):
 
 
 DENIED = [
-    ({"method": "PUT", "key": r"/one"}, "s3:PutObject"), ({"method": "GET", "key": r"/one$"}, "s3:GetObject"),
+    ({"method": "PUT", "key": r"/one"}, "s3:PutObject"),
+    ({"method": "GET", "key": r"/one$"}, "s3:GetObject"),
     ({"method": "GET", "key": r"list-type=2"}, "s3:ListBucket"),
     ({"method": "POST", "key": r"/large\?uploads"}, "s3:PutObject and s3:AbortMultipartUpload"),
     ({"method": "GET", "key": r"\?uploads|&uploads"}, "s3:ListBucketMultipartUploads"),
     ({"method": "POST|DELETE", "key": r"delete|/one$"}, "s3:DeleteObject"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.processes

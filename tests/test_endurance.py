@@ -17,9 +17,11 @@ from tests.tiny_jobs import Plain
 
 STEPS, LOSSES = map(int, os.environ.get("ENDURANCE", "1500:12").split(":"))
 pytestmark = [
-    pytest.mark.processes, pytest.mark.long, pytest.mark.usefixtures("fork_server"),
+    pytest.mark.processes,
+    pytest.mark.long,
+    pytest.mark.usefixtures("fork_server"),
     pytest.mark.timeout(120 + STEPS // 5),
-]  # fmt: skip
+]
 MORE_BYTES = 24 << 20
 
 
@@ -32,9 +34,15 @@ def needs(pid: int) -> dict[str, int]:
 
 def test_nothing_grows_with_steps_and_losses(tmp_path: Path) -> None:
     config = configure(
-        tmp_path, "run", run__duration=f"{STEPS}st", run__exactness="fast", scaling__max_workers=3,
-        checkpoint__every=f"{STEPS // 10}st", checkpoint__keep_last=2, eval__every=f"{STEPS // 3}st",
-    )  # fmt: skip
+        tmp_path,
+        "run",
+        run__duration=f"{STEPS}st",
+        run__exactness="fast",
+        scaling__max_workers=3,
+        checkpoint__every=f"{STEPS // 10}st",
+        checkpoint__keep_last=2,
+        eval__every=f"{STEPS // 3}st",
+    )
     run, watch = prepare(Plain(), config), Watch()
     seen: list[dict[str, dict[str, int]]] = []
     with local_run(run, 3, on_record=watch, own_host={}) as local:

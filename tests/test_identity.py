@@ -188,12 +188,15 @@ def says(width=4, samples=100, number=0.5, lr=0.1, groups=1, options=(), freeze=
     model[0].weight.requires_grad_(not freeze)
     parameters = [{"params": [p]} for p in model.parameters()] if groups > 1 else model.parameters()
     data = {
-        "train_data()": identify(Changing(samples, number)), "eval_data()": identify(Changing(held_out, 0.1), some=0)
-    }  # fmt: skip
+        "train_data()": identify(Changing(samples, number)),
+        "eval_data()": identify(Changing(held_out, 0.1), some=0),
+    }
     return describe_worker(
-        data, configuration=describe_options({"job.lr": lr, "job.thing": object(), **dict(options)}),
-        model=describe_model(model), optimizer=describe_optimizer(torch.optim.SGD(parameters, lr=lr)),
-    )  # fmt: skip
+        data,
+        configuration=describe_options({"job.lr": lr, "job.thing": object(), **dict(options)}),
+        model=describe_model(model),
+        optimizer=describe_optimizer(torch.optim.SGD(parameters, lr=lr)),
+    )
 
 
 @pytest.mark.parametrize(

@@ -140,8 +140,11 @@ def test_a_run_is_evaluated_as_it_did_it_itself(undisturbed_epoch, tmp_path):
     said = {name: (tmp_path / name).read_text() for name in cases}
 
     assert {name: process.exitcode for name, process in processes.items()} == {
-        "same": 0, "other": 1, "option": 2, "nothing": 2
-    }, said  # fmt: skip
+        "same": 0,
+        "other": 1,
+        "option": 2,
+        "nothing": 2,
+    }, said
     metrics = undisturbed_epoch.result["metrics"]
     assert json.loads(said["same"]) == {"format": 1, "step": undisturbed_epoch.result["steps"], **metrics}
     assert said["other"].startswith("error: ")

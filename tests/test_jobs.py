@@ -58,10 +58,16 @@ def corpus() -> Corpus:
 def sources(tmp_path: Path) -> Path:
     """A small standard library with everything in it that is to be left out."""
     for name in [
-        *(f"package/module_{i}.py" for i in range(60)), "top.py", "package/notes.txt", "test/test_top.py",
-        "package/tests/test_it.py", "package/__pycache__/module_0.py", "site-packages/other.py",
-        "dist-packages/other.py", "_sysconfigdata__linux_.py",
-    ]:  # fmt: skip
+        *(f"package/module_{i}.py" for i in range(60)),
+        "top.py",
+        "package/notes.txt",
+        "test/test_top.py",
+        "package/tests/test_it.py",
+        "package/__pycache__/module_0.py",
+        "site-packages/other.py",
+        "dist-packages/other.py",
+        "_sysconfigdata__linux_.py",
+    ]:
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(f"# {name}\n" + "x = 1\n" * len(name))

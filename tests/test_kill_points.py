@@ -14,10 +14,18 @@ from tests.tiny_jobs import Everything
 pytestmark = [pytest.mark.processes, pytest.mark.usefixtures("fork_server")]
 
 POINTS = [
-    ("step.forward", 2), ("step.reduce", 4), ("step.before_fence", 5), ("step.after_fence", 5), ("eval.begin", 3),
-    ("checkpoint.before_stage", 4), ("checkpoint.staged", 4), ("world.assigned", -1), ("world.connected", -1),
-    ("step.after_fence", 1), ("step.before_fence", 12),
-]  # fmt: skip
+    ("step.forward", 2),
+    ("step.reduce", 4),
+    ("step.before_fence", 5),
+    ("step.after_fence", 5),
+    ("eval.begin", 3),
+    ("checkpoint.before_stage", 4),
+    ("checkpoint.staged", 4),
+    ("world.assigned", -1),
+    ("world.connected", -1),
+    ("step.after_fence", 1),
+    ("step.before_fence", 12),
+]
 
 
 def kill_once(point: str, step: int, rank: int, mark: Path) -> dict[str, Any]:

@@ -49,9 +49,14 @@ def storage(request):
 
 def _row(step, generation="1-1", **more):
     return {
-        "step": step, "generation": generation, "first_position": (step - 1) * B, "count": B,
-        "sample_hash": f"{step:016x}", "loss": 1 / step, **more,
-    }  # fmt: skip
+        "step": step,
+        "generation": generation,
+        "first_position": (step - 1) * B,
+        "count": B,
+        "sample_hash": f"{step:016x}",
+        "loss": 1 / step,
+        **more,
+    }
 
 
 def _read(storage, name=METRICS):
@@ -220,9 +225,7 @@ def test_a_line_is_strict_json_whatever_the_numbers(record):
     found = json.loads(line, parse_constant=refuse)
     assert line.endswith("\n")
     assert line.count("\n") == 1
-    assert found == {
-        k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()
-    }  # fmt: skip
+    assert found == {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
 
 
 def test_a_number_that_is_not_finite_becomes_null_however_deep_it_lies():

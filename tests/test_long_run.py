@@ -23,13 +23,28 @@ def rows_of(part: int) -> list[dict[str, Any]]:
     steps = range(part * PART + 1, (part + 1) * PART + 1)
     return [
         {
-            "step": step, "time": 1.0, "loss": 1 / step, "lr": 1e-3, "grad_norm": 1.0, "world_size": 2,
-            "generation": "1-1", "samples": 64 * step, "tokens": None, "device_memory": None,
-            "first_position": 64 * (step - 1), "count": 64, "sample_hash": f"{step:032x}", "step_s": 0.025,
-            "data_s": 0.0, "compute_s": 0.02, "sync_s": 0.005, "checkpoint_s": 0.0, "other_s": 0.0,
+            "step": step,
+            "time": 1.0,
+            "loss": 1 / step,
+            "lr": 1e-3,
+            "grad_norm": 1.0,
+            "world_size": 2,
+            "generation": "1-1",
+            "samples": 64 * step,
+            "tokens": None,
+            "device_memory": None,
+            "first_position": 64 * (step - 1),
+            "count": 64,
+            "sample_hash": f"{step:032x}",
+            "step_s": 0.025,
+            "data_s": 0.0,
+            "compute_s": 0.02,
+            "sync_s": 0.005,
+            "checkpoint_s": 0.0,
+            "other_s": 0.0,
         }
         for step in steps
-    ]  # fmt: skip
+    ]
 
 
 def event_of(part: int) -> dict[str, Any]:
@@ -54,10 +69,19 @@ def write(storage: Storage) -> None:
     folder = RunFolder(storage)
     folder.write_config({"job": {"name": "digits"}, "config": {}})
     folder.write_status(
-        {"status": "running", "heartbeat": time.time(), "epoch": 1, "step": STEPS, "total_steps": 2 * STEPS,
-         "message": "", "world": {"generation": "1-1", "size": 2}, "owner": "ann@host-7", "host": "host-7",
-         "members": [{"id": f"w1-{i}", "node": "host-7", "pid": 40 + i} for i in range(2)]}
-    )  # fmt: skip
+        {
+            "status": "running",
+            "heartbeat": time.time(),
+            "epoch": 1,
+            "step": STEPS,
+            "total_steps": 2 * STEPS,
+            "message": "",
+            "world": {"generation": "1-1", "size": 2},
+            "owner": "ann@host-7",
+            "host": "host-7",
+            "members": [{"id": f"w1-{i}", "node": "host-7", "pid": 40 + i} for i in range(2)],
+        }
+    )
 
 
 def check(runs: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -70,7 +70,7 @@ async def work(url: str, number: int, said: list[str], worlds: asyncio.Queue[int
     async with (
         aiohttp.ClientSession(headers=headers, connector=aiohttp.TCPConnector(limit=0)) as session,
         session.ws_connect(f"{url}/worker?id={member['id']}", max_msg_size=MAX_MESSAGE_BYTES) as socket,
-    ):  # fmt: skip
+    ):
         await socket.send_str(json.dumps(join))
         join["applied"] = 5
         while not leave.is_set():

@@ -1119,7 +1119,7 @@ class Cluster(RuleBasedStateMachine):
         least = min(least, most)
         self.limits = Limits(
             min_workers=least, max_workers=most, microbatches=most + more, max_failures=10**6, cut=more % 2 == 1
-        )  # fmt: skip
+        )
         self.wished, self.ceiling = most, None
         self.state, self.now = State(epoch=1, limits=self.limits), 0.0
         self.workers: dict[str, Worker] = {}
@@ -1211,9 +1211,10 @@ class Cluster(RuleBasedStateMachine):
         """Worlds whose members all take part, whether or not the server still counts on them."""
         found = {w.world.generation: w.world for w in self.workers.values() if w.world is not None}
         return [
-            world for world in found.values()
+            world
+            for world in found.values()
             if all(w.alive and not w.joining and w.world == world for w in self.members_of(world))
-        ]  # fmt: skip
+        ]
 
     def members_of(self, world: World) -> list[Worker]:
         return [self.workers[m.id] for m in world.members]
@@ -1375,9 +1376,13 @@ class Cluster(RuleBasedStateMachine):
         self.ceiling = None  # the controller says it again
         self.limits = replace(self.limits, max_workers=self.wished)
         self.state = State(
-            epoch=self.state.epoch, limits=self.limits, phase=Phase.REBUILDING, n=newest + 1000,
-            gone=frozenset(self.recorded_gone), broken_at=self.now,
-        )  # fmt: skip
+            epoch=self.state.epoch,
+            limits=self.limits,
+            phase=Phase.REBUILDING,
+            n=newest + 1000,
+            gone=frozenset(self.recorded_gone),
+            broken_at=self.now,
+        )
         for w in self.living():
             w.away_since = self.now if w.away_since is None else w.away_since
         for w in self.living():

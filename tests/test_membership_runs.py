@@ -316,8 +316,9 @@ def test_a_worker_that_hangs_on_its_way_out_of_a_broken_world_is_evicted(undistu
     run, watch = prepared(tmp_path, most=3, recovery__hang_timeout="0.5s"), Watch()
     faults = [
         fault("step.forward", 1, 1, "sleep", seconds=0),
-        fault("step.forward", 6, 2, only=tmp_path / "mark"), fault("step.forward", 6, 1, "hold", file=held),
-    ]  # fmt: skip
+        fault("step.forward", 6, 2, only=tmp_path / "mark"),
+        fault("step.forward", 6, 1, "hold", file=held),
+    ]
     with local_run(run, 3, on_record=watch, environment=plan(*faults)) as local:
         evicted = watch.wait_for(event("member_evicted"))
         local.wait(WAIT_S)

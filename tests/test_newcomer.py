@@ -21,9 +21,13 @@ def follow(part: str, site: Path, folder: Path, *more: str) -> None:
     """Do one part of the day."""
     variables = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     done = subprocess.run(
-        [str(SCRIPT), part, sys.executable, str(site), str(folder), *more], env=variables, text=True, timeout=600,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    )  # fmt: skip
+        [str(SCRIPT), part, sys.executable, str(site), str(folder), *more],
+        env=variables,
+        text=True,
+        timeout=600,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
     print(done.stdout)
     assert done.returncode == 0, done.stdout
 

@@ -21,11 +21,14 @@ def test_the_node_of_this_machine_is_the_one_whose_process_is_here_or_whose_addr
         own_node(alive, {"b", "c"}, "10.0.0.2")
 
 
-@pytest.mark.parametrize(("option", "value", "text"), [
-    ("--poll", "5st", "--poll is '5st'; give a time in s, min or h"),
-    ("--grace", "soon", "--grace is 'soon'"),
-    ("--rebalance", "0s", "--rebalance is '0s'"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("option", "value", "text"),
+    [
+        ("--poll", "5st", "--poll is '5st'; give a time in s, min or h"),
+        ("--grace", "soon", "--grace is 'soon'"),
+        ("--rebalance", "0s", "--rebalance is '0s'"),
+    ],
+)
 def test_bad_input_is_one_sentence(option: str, value: str, text: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["node-watch", option, value]) == 2
 

@@ -29,8 +29,14 @@ def client(flavor: str, url: str) -> Cloud:
 
 
 def azure_event(kind: str = "Preempt", machine: str = "machine_3", when: str = "Mon, 19 Sep 2016 18:29:47 GMT") -> str:
-    event = {"EventId": "1", "EventType": kind, "ResourceType": "VirtualMachine", "Resources": ["machine_0", machine],
-             "EventStatus": "Scheduled" if when else "Started", "NotBefore": when}  # fmt: skip
+    event = {
+        "EventId": "1",
+        "EventType": kind,
+        "ResourceType": "VirtualMachine",
+        "Resources": ["machine_0", machine],
+        "EventStatus": "Scheduled" if when else "Started",
+        "NotBefore": when,
+    }
     return json.dumps({"DocumentIncarnation": 2, "Events": [event]})
 
 
@@ -51,9 +57,14 @@ def test_a_rebalance_recommendation_has_no_deadline_so_it_counts_from_when_it_wa
     assert meaning.rebalance(Answer(404, ""), 600.0) is None
 
 
-@pytest.mark.parametrize(("event", "remaining_s"), [
-    ("NONE", None), ("MIGRATE_ON_HOST_MAINTENANCE", None), ("TERMINATE_ON_HOST_MAINTENANCE", 60.0),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("event", "remaining_s"),
+    [
+        ("NONE", None),
+        ("MIGRATE_ON_HOST_MAINTENANCE", None),
+        ("TERMINATE_ON_HOST_MAINTENANCE", 60.0),
+    ],
+)
 def test_google_maintenance_that_ends_a_machine_counts_and_a_migration_does_not(
     event: str, remaining_s: float | None
 ) -> None:
@@ -67,14 +78,17 @@ def test_google_gives_a_preempted_machine_30_seconds() -> None:
     assert meaning.gcp_preempted(Answer(200, "FALSE"), now=1000.0) is None
 
 
-@pytest.mark.parametrize(("body", "deadline"), [
-    (azure_event(), 1474309787.0),
-    (azure_event("Terminate"), 1474309787.0),
-    (azure_event(when=""), 1000.0),  # it has started
-    (azure_event("Freeze"), None),  # a pause of seconds
-    (azure_event(machine="machine_33"), None),
-    ('{"DocumentIncarnation": 1, "Events": []}', None),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("body", "deadline"),
+    [
+        (azure_event(), 1474309787.0),
+        (azure_event("Terminate"), 1474309787.0),
+        (azure_event(when=""), 1000.0),  # it has started
+        (azure_event("Freeze"), None),  # a pause of seconds
+        (azure_event(machine="machine_33"), None),
+        ('{"DocumentIncarnation": 1, "Events": []}', None),
+    ],
+)
 def test_an_azure_event_counts_if_it_takes_this_machine(body: str, deadline: float | None) -> None:
     notice = meaning.azure_events(Answer(200, body), "machine_3", now=1000.0)
 
@@ -83,10 +97,25 @@ def test_an_azure_event_counts_if_it_takes_this_machine(body: str, deadline: flo
 
 GARBAGE = st.one_of(
     st.text(),
-    st.sampled_from(["", "null", "[]", "{}", "<html>login</html>", '{"time": 5}', '{"action": "stop", "time": "soon"}',
-                     '{"Events": [1]}', '{"Events": {"a": 1}}', '{"noticeTime": null}', "TRUE FALSE", '{"Events": 7}',
-                     '{"Events": [{"EventType": "Reboot", "Resources": 7}]}', "[" * 9999]),
-)  # fmt: skip
+    st.sampled_from(
+        [
+            "",
+            "null",
+            "[]",
+            "{}",
+            "<html>login</html>",
+            '{"time": 5}',
+            '{"action": "stop", "time": "soon"}',
+            '{"Events": [1]}',
+            '{"Events": {"a": 1}}',
+            '{"noticeTime": null}',
+            "TRUE FALSE",
+            '{"Events": 7}',
+            '{"Events": [{"EventType": "Reboot", "Resources": 7}]}',
+            "[" * 9999,
+        ]
+    ),
+)
 
 
 @given(GARBAGE, st.sampled_from([200, 200, 400, 500, 503]))
@@ -125,13 +154,16 @@ def test_without_a_notice_nothing_is_seen_and_nothing_is_unclear(flavor: str) ->
         assert client(flavor, server.url).look(time.time()) == ([], [])
 
 
-@pytest.mark.parametrize(("flavor", "path", "body", "remaining_s"), [
-    ("aws", SPOT, lambda: json.dumps({"action": "terminate", "time": iso_in(3600)}), 3600),
-    ("aws", REBALANCE, lambda: json.dumps({"noticeTime": iso_in(3000)}), 3600),
-    ("gcp", PREEMPTED, lambda: "TRUE", 30),
-    ("gcp", MAINTENANCE, lambda: "TERMINATE_ON_HOST_MAINTENANCE", 60),
-    ("azure", EVENTS, lambda: azure_event(when=""), 0),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("flavor", "path", "body", "remaining_s"),
+    [
+        ("aws", SPOT, lambda: json.dumps({"action": "terminate", "time": iso_in(3600)}), 3600),
+        ("aws", REBALANCE, lambda: json.dumps({"noticeTime": iso_in(3000)}), 3600),
+        ("gcp", PREEMPTED, lambda: "TRUE", 30),
+        ("gcp", MAINTENANCE, lambda: "TERMINATE_ON_HOST_MAINTENANCE", 60),
+        ("azure", EVENTS, lambda: azure_event(when=""), 0),
+    ],
+)
 def test_a_notice_is_seen_when_it_comes(flavor: str, path: str, body: Callable[[], str], remaining_s: float) -> None:
     with notice_server(flavor) as server:
         cloud = client(flavor, server.url)

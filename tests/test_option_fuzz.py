@@ -20,9 +20,31 @@ from tests.tiny_jobs import CONFIG, Plain
 
 HUGE = "99999999999999999999"
 VALUES = [
-    "", " ", "x", "-1", "0", "1.5", "1e400", "nan", "inf", "-inf", HUGE, "None", "true", "\x00", "\x1b[2J", "é/ü",
-    "../x", "0st", "1e99st", "5tok", "0s", "0.001s", "1e9h", "-5s",
-]  # fmt: skip
+    "",
+    " ",
+    "x",
+    "-1",
+    "0",
+    "1.5",
+    "1e400",
+    "nan",
+    "inf",
+    "-inf",
+    HUGE,
+    "None",
+    "true",
+    "\x00",
+    "\x1b[2J",
+    "é/ü",
+    "../x",
+    "0st",
+    "1e99st",
+    "5tok",
+    "0s",
+    "0.001s",
+    "1e9h",
+    "-5s",
+]
 NAMES = {"x", "nan", "inf", "None", "true"}
 WORDS = {*VALUES} - {"", " ", "\x00", "\x1b[2J"}
 #: What each option takes of them, each of which can be meant; an option that is not here takes none.
@@ -32,18 +54,30 @@ MEANT: dict[str, set[str]] = {
     "--scaling.exclude": WORDS,  # hosts, which are looked for in the cluster
     "--cluster.address": WORDS,  # is tried within 10 s
     "--parallel.blocks": NAMES,
-    "--run.stop-after": {"None", "0.001s"}, "--run.seed": {"0"}, "--run.max-failures": {"0"},
+    "--run.stop-after": {"None", "0.001s"},
+    "--run.seed": {"0"},
+    "--run.max-failures": {"0"},
     "--batch.microbatches": {"None"},
-    "--batch.pass-size": {"None"}, "--optim.warmup": {"None"}, "--optim.final-lr": {"0"},
-    "--optim.clip-norm": {HUGE, "None", "1.5"}, "--data.workers": {"0"}, "--scaling.spares": {"0"},
-    "--scaling.workers-per-node": {"None"}, "--scaling.priority": {"-1", "0"}, "--parallel.prefetch": {"0"},
-    "--eval.every": {"None"}, "--checkpoint.every": {"None", "0.001s"}, "--checkpoint.keep-every": {"None"},
-    "--checkpoint.keep-best": {"0"}, "--checkpoint.init-from": {"None"}, "--recovery.max-wait": {"None", "0.001s"},
+    "--batch.pass-size": {"None"},
+    "--optim.warmup": {"None"},
+    "--optim.final-lr": {"0"},
+    "--optim.clip-norm": {HUGE, "None", "1.5"},
+    "--data.workers": {"0"},
+    "--scaling.spares": {"0"},
+    "--scaling.workers-per-node": {"None"},
+    "--scaling.priority": {"-1", "0"},
+    "--parallel.prefetch": {"0"},
+    "--eval.every": {"None"},
+    "--checkpoint.every": {"None", "0.001s"},
+    "--checkpoint.keep-every": {"None"},
+    "--checkpoint.keep-best": {"0"},
+    "--checkpoint.init-from": {"None"},
+    "--recovery.max-wait": {"None", "0.001s"},
     "--scaling.request-timeout": {"0.001s"},
     "--observe.log-every": {HUGE, "1.5"},
     "--observe.price": {HUGE, "0", "None", "1.5"},
     "--cluster.local-nodes": {"None"},
-}  # fmt: skip
+}
 OPTIONS = [o for o in list_options(Plain, CONFIG) if not o.name.startswith("--job.")]
 
 
@@ -85,9 +119,17 @@ def test_absurd_values_are_refused_by_name_or_meant(option, tmp_path, monkeypatc
 
 @pytest.mark.parametrize(
     "line",
-    ["--run.duration 1e99st", "--recovery.lease 0.001s", "--observe.price inf", "--run.allow-change bogus",
-     "--optim.warmup 13st", "--data.prefetch 99999999999999999999", "--parallel.blocks -1", "--run.storage None"],
-)  # fmt: skip
+    [
+        "--run.duration 1e99st",
+        "--recovery.lease 0.001s",
+        "--observe.price inf",
+        "--run.allow-change bogus",
+        "--optim.warmup 13st",
+        "--data.prefetch 99999999999999999999",
+        "--parallel.blocks -1",
+        "--run.storage None",
+    ],
+)
 def test_the_command_ends_with_2_and_one_sentence(line, capsys):
     assert run(Plain, CONFIG, [*line.split(), "--dry-run"]) == 2
 

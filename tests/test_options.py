@@ -16,11 +16,23 @@ from elastic.worker.__main__ import main as worker
 from tests.tiny_jobs import CONFIG, Plain
 
 COMMON = [
-    "--run.name", "--run.storage", "--run.duration", "--run.stop-after", "--run.seed", "--run.exactness",
-    "--batch.global-size", "--batch.microbatches", "--precision.autocast", "--scaling.min-workers",
-    "--scaling.max-workers", "--scaling.accelerator", "--parallel.strategy", "--eval.every", "--checkpoint.every",
+    "--run.name",
+    "--run.storage",
+    "--run.duration",
+    "--run.stop-after",
+    "--run.seed",
+    "--run.exactness",
+    "--batch.global-size",
+    "--batch.microbatches",
+    "--precision.autocast",
+    "--scaling.min-workers",
+    "--scaling.max-workers",
+    "--scaling.accelerator",
+    "--parallel.strategy",
+    "--eval.every",
+    "--checkpoint.every",
     "--dry-run",
-]  # fmt: skip
+]
 
 
 def _options_shown(page: str) -> list[str]:
@@ -129,10 +141,13 @@ def test_a_job_that_is_no_dataclass_has_no_options_of_its_own():
 @pytest.mark.parametrize(
     ("argv", "nearest"),
     [
-        (["--run.sed", "3"], "--run.seed"), (["--seed", "3"], "--run.seed"), (["--job.widht", "3"], "--job.width"),
-        (["--checkpoint.evry", "3st"], "--checkpoint.every"), (["--scaling.max-worker", "3"], "--scaling.max-workers"),
+        (["--run.sed", "3"], "--run.seed"),
+        (["--seed", "3"], "--run.seed"),
+        (["--job.widht", "3"], "--job.width"),
+        (["--checkpoint.evry", "3st"], "--checkpoint.every"),
+        (["--scaling.max-worker", "3"], "--scaling.max-workers"),
     ],
-)  # fmt: skip
+)
 def test_an_unknown_option_is_refused_with_the_nearest_that_there_is(argv, nearest):
     with pytest.raises(ConfigError, match=f"^{argv[0]} is no option; did you mean {nearest}( or |\\?)"):
         parse(Plain, CONFIG, argv)
@@ -163,7 +178,7 @@ def test_an_unknown_option_is_refused_with_the_nearest_that_there_is(argv, neare
         (["--config"], "--config has no value; give a file of options, .yaml or .toml"),
         (["--config", "nowhere.yaml"], "--config is 'nowhere.yaml', which cannot be read"),
     ],
-)  # fmt: skip
+)
 def test_a_line_that_cannot_be_read_is_one_sentence_on_standard_error_and_exit_code_2(capsys, argv, said):
     code = run(Plain, CONFIG, argv)
 
@@ -221,9 +236,13 @@ def test_a_file_of_options_is_read_before_the_line(name, tmp_path, capsys):
     shown = capsys.readouterr().out
     assert f"options of {file}" in shown
     for line in (
-        "--run.duration 7st", "--run.take-over", "--job.lr 0.001", "--batch.global-size 90", "--observe.no-tensorboard",
+        "--run.duration 7st",
+        "--run.take-over",
+        "--job.lr 0.001",
+        "--batch.global-size 90",
+        "--observe.no-tensorboard",
         "--scaling.exclude ['a', 'b']",
-    ):  # fmt: skip
+    ):
         assert f"  {line}\n" in shown
 
 

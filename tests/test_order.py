@@ -118,9 +118,7 @@ def test_the_order_is_the_one_of_every_version():
 
 @given(seeds, st.integers(1, 6), st.integers(1, 5), st.integers(0, 50), st.data())
 def test_a_span_is_the_same_samples_however_a_step_is_cut_into_spans(seed, size, microbatches, step, data):
-    run_order = Order(
-        seed=seed, dataset_size=37, global_size=size * microbatches, microbatches=microbatches
-    )  # fmt: skip
+    run_order = Order(seed=seed, dataset_size=37, global_size=size * microbatches, microbatches=microbatches)
     cut = data.draw(st.integers(0, microbatches))
     whole = run_order.span(step, 0, microbatches)
 

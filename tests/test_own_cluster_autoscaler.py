@@ -40,26 +40,39 @@ def autoscaled(
 
     port = free_port()
     config = {
-        "cluster_name": "elastic-test", "max_workers": most * len(types), "upscaling_speed": 10.0,
-        "idle_timeout_minutes": 0.1, "head_node_type": "ray.head.default", "auth": {}, "docker": {},
-        "file_mounts": {}, "cluster_synced_files": [], "rsync_exclude": [], "rsync_filter": [],
+        "cluster_name": "elastic-test",
+        "max_workers": most * len(types),
+        "upscaling_speed": 10.0,
+        "idle_timeout_minutes": 0.1,
+        "head_node_type": "ray.head.default",
+        "auth": {},
+        "docker": {},
+        "file_mounts": {},
+        "cluster_synced_files": [],
+        "rsync_exclude": [],
+        "rsync_filter": [],
         **{f"{part}_commands": [] for part in COMMANDS},
         "available_node_types": {
             "ray.head.default": {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0},
             **{
                 name: {
-                    "resources": {**has, "object_store_memory": OBJECT_STORE_BYTES}, "node_config": {},
-                    "min_workers": 0, "max_workers": most,
+                    "resources": {**has, "object_store_memory": OBJECT_STORE_BYTES},
+                    "node_config": {},
+                    "min_workers": 0,
+                    "max_workers": most,
                 }
                 for name, has in types.items()
             },
         },
         "provider": {
-            "type": "external", "module": "failing_nodes.Failing", "fails_while": str(folder / "no-nodes"),
-            "launch_multiple": True, "head_node_id": HEAD_ID,
+            "type": "external",
+            "module": "failing_nodes.Failing",
+            "fails_while": str(folder / "no-nodes"),
+            "launch_multiple": True,
+            "head_node_id": HEAD_ID,
             "gcs_address": f"{get_node_ip_address()}:{port}",
         },
-    }  # fmt: skip
+    }
     provider = folder / "provider"
     provider.mkdir()
     shutil.copy(REPOSITORY / "tests" / "failing_nodes.py", provider)
@@ -67,13 +80,22 @@ def autoscaled(
     file.write_text(json.dumps(config))
     (folder / "ray_bootstrap_config.yaml").write_text(json.dumps(config))
     return OwnCluster(
-        "--num-cpus=0", "--num-gpus=0", f"--autoscaling-config={file}", *options, port=port,
+        "--num-cpus=0",
+        "--num-gpus=0",
+        f"--autoscaling-config={file}",
+        *options,
+        port=port,
         environment={
-            "AUTOSCALER_UPDATE_INTERVAL_S": "1", "RAY_FAKE_CLUSTER": "1", "RAY_enable_autoscaler_v2": "1",
-            "RAY_CLOUD_INSTANCE_ID": HEAD_ID, "RAY_OVERRIDE_NODE_ID_FOR_TESTING": HEAD_ID, "HOME": str(folder),
-            **environment, "PYTHONPATH": f"{provider}:{environment['PYTHONPATH']}",
+            "AUTOSCALER_UPDATE_INTERVAL_S": "1",
+            "RAY_FAKE_CLUSTER": "1",
+            "RAY_enable_autoscaler_v2": "1",
+            "RAY_CLOUD_INSTANCE_ID": HEAD_ID,
+            "RAY_OVERRIDE_NODE_ID_FOR_TESTING": HEAD_ID,
+            "HOME": str(folder),
+            **environment,
+            "PYTHONPATH": f"{provider}:{environment['PYTHONPATH']}",
         },
-    )  # fmt: skip
+    )
 
 
 def test_a_run_begins_on_an_empty_cluster_whose_autoscaler_starts_nodes_and_takes_them_back(tmp_path: Path) -> None:
@@ -86,8 +108,18 @@ def test_a_run_begins_on_an_empty_cluster_whose_autoscaler_starts_nodes_and_take
     ) as cluster:
         assert len(cluster.processes("raylet/raylet")) == 1
         options = ("--run.duration", "100000st", "--scaling.max-workers", "3")
-        command = ("-m", "tests.slow_job", "--cluster.address", cluster.address, "--run.storage", str(tmp_path),
-                   "--run.exactness", "bitwise", "--observe.log-every", "0.05")  # fmt: skip
+        command = (
+            "-m",
+            "tests.slow_job",
+            "--cluster.address",
+            cluster.address,
+            "--run.storage",
+            str(tmp_path),
+            "--run.exactness",
+            "bitwise",
+            "--observe.log-every",
+            "0.05",
+        )
         environment = {"SLOW_JOB_PAUSE_S": "0.05", "RAY_AUTH_MODE": "disabled"}
 
         unknown = Command(*command, *options, "--run.name", "unknown", environment=environment)
@@ -138,9 +170,11 @@ def test_the_documented_commands_bring_nodes_and_finish_and_the_nodes_go_again(t
         shutil.copytree(REPOSITORY / "jobs", folder / "jobs", ignore=shutil.ignore_patterns("__pycache__", "bench"))
     client = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "the-token-of-this-cluster"}
     environment = {
-        **client, "RAY_JOB_STOP_WAIT_TIME_S": "120", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        **client,
+        "RAY_JOB_STOP_WAIT_TIME_S": "120",
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         "PYTHONPATH": f"{install_wheel(tmp_path)}:{app}",
-    }  # fmt: skip
+    }
     nodes = {"cpu": {"CPU": 1}, "gpu": {"CPU": 1, "GPU": 1}}
 
     def documented(words: list[str], *more: str, accelerator: str) -> Command:

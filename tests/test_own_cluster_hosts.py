@@ -34,9 +34,10 @@ BUCKET = "training"
 START_TIMEOUT_S = 90.0
 #: Ray calls a node dead after so many checks; by default that takes 15 s and more.
 HEALTH = {
-    "RAY_health_check_period_ms": "1000", "RAY_health_check_timeout_ms": "1000",
+    "RAY_health_check_period_ms": "1000",
+    "RAY_health_check_timeout_ms": "1000",
     "RAY_health_check_failure_threshold": "8",
-}  # fmt: skip
+}
 JOB = ("--run.duration", "100000st", "--scaling.max-workers", "2", "--checkpoint.every", "20st")
 
 
@@ -57,10 +58,16 @@ class AwsLike:
         with self._storage.entered():
             server = stack.enter_context(SeaweedFS(address=self._storage.address))
         self._environment = {
-            **os.environ, **credentials(), "AWS_ENDPOINT_URL": server.url, "HOME": str(folder),
-            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONPATH": str(REPOSITORY),
-            "RAY_USAGE_STATS_ENABLED": "0", "SLOW_JOB_PAUSE_S": "0.04", **HEALTH,
-        }  # fmt: skip
+            **os.environ,
+            **credentials(),
+            "AWS_ENDPOINT_URL": server.url,
+            "HOME": str(folder),
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+            "PYTHONPATH": str(REPOSITORY),
+            "RAY_USAGE_STATS_ENABLED": "0",
+            "SLOW_JOB_PAUSE_S": "0.04",
+            **HEALTH,
+        }
         self._s3("mkdir", BUCKET)
         self.head = hosts.add()
         self._await(self._start(self.head, "head"))
@@ -87,18 +94,40 @@ class AwsLike:
     def submit(self, name: str, *options: str) -> Command:
         """Submit a run of tests.slow_job, from the head as through the tunnel of `ray dashboard`."""
         return Command(
-            RAY, "job", "submit", "--address", "http://127.0.0.1:8265", "--submission-id", name, "--",
-            "python", "-m", "tests.slow_job", "--run.name", name, "--run.storage", f"s3://{BUCKET}/runs",
-            "--run.exactness", "bitwise", "--observe.log-every", "0.05", *options,
-            environment={**self._environment, "RAY_AUTH_MODE": "token"}, under=self.head.command(),
-        )  # fmt: skip
+            RAY,
+            "job",
+            "submit",
+            "--address",
+            "http://127.0.0.1:8265",
+            "--submission-id",
+            name,
+            "--",
+            "python",
+            "-m",
+            "tests.slow_job",
+            "--run.name",
+            name,
+            "--run.storage",
+            f"s3://{BUCKET}/runs",
+            "--run.exactness",
+            "bitwise",
+            "--observe.log-every",
+            "0.05",
+            *options,
+            environment={**self._environment, "RAY_AUTH_MODE": "token"},
+            under=self.head.command(),
+        )
 
     def elastic(self, host: Host, verb: str, run: str, *options: str) -> Any:
         """What a control command says of a run, given on this host."""
         done = subprocess.run(
             host.command(sys.executable, "-m", "elastic.cli", verb, f"s3://{BUCKET}/runs/{run}", *options),
-            env=self._environment, stdout=subprocess.PIPE, text=True, timeout=60, check=True,
-        )  # fmt: skip
+            env=self._environment,
+            stdout=subprocess.PIPE,
+            text=True,
+            timeout=60,
+            check=True,
+        )
         return json.loads(done.stdout)
 
     def runs(self) -> Path:
@@ -122,9 +151,12 @@ class AwsLike:
             assert command.count(shown) == 1
             command = command.replace(shown, instead)
         return subprocess.Popen(
-            host.command("bash", "-c", command), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            host.command("bash", "-c", command),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
             env=self._environment if which == "head" else {**self._environment, "RAY_HEAD_IP": self.head.address},
-        )  # fmt: skip
+        )
 
     @staticmethod
     def _await(started: subprocess.Popen[str]) -> None:
@@ -136,9 +168,11 @@ class AwsLike:
         program = "import sys, fsspec; getattr(fsspec.filesystem('s3'), sys.argv[1])(*sys.argv[2:], recursive=True)"
         program = program if verb == "get" else program.replace(", recursive=True", "")
         subprocess.run(
-            self._storage.command(sys.executable, "-c", program, verb, *arguments), env=self._environment, check=True,
+            self._storage.command(sys.executable, "-c", program, verb, *arguments),
+            env=self._environment,
+            check=True,
             timeout=60,
-        )  # fmt: skip
+        )
 
 
 @pytest.fixture

@@ -32,9 +32,15 @@ class JobApi:
     def start(self, *arguments: str, token: str = TOKEN) -> Command:
         """A command under way. The test's Python runs it: that of Ray's script is the same."""
         return Command(
-            RAY, "job", arguments[0], "--address", self._url, *arguments[1:], cwd=self._folder,
+            RAY,
+            "job",
+            arguments[0],
+            "--address",
+            self._url,
+            *arguments[1:],
+            cwd=self._folder,
             environment={"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token, "PYTHONPATH": ""},
-        )  # fmt: skip
+        )
 
     def submit(self, name: str, *arguments: str, options: tuple[str, ...] = ()) -> Command:
         """Submit the job of the folder as the user would, under this submission id."""
@@ -54,13 +60,13 @@ def api(tmp_path: Path) -> Iterator[JobApi]:
     assert cli.main(["init", str(job)]) == 0
     job.write_text(job.read_text().replace("    elastic.main", "    print(elastic.__file__)\n    elastic.main"))
     environment = {
-        "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN, "RAY_JOB_STOP_WAIT_TIME_S": "60",
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": TOKEN,
+        "RAY_JOB_STOP_WAIT_TIME_S": "60",
         "PYTHONPATH": str(install_wheel(tmp_path)),
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-    }  # fmt: skip
-    options = (
-        "--num-cpus=2", "--dashboard-host=127.0.0.1", *(f"--{part}-port={port}" for part, port in ports.items())
-    )  # fmt: skip
+    }
+    options = ("--num-cpus=2", "--dashboard-host=127.0.0.1", *(f"--{part}-port={port}" for part, port in ports.items()))
     with OwnCluster(*options, environment=environment) as cluster:
         yield JobApi(f"http://127.0.0.1:{ports['dashboard']}", folder, cluster.address)
         while Command.started:
@@ -75,8 +81,18 @@ def newest_step(run: Path) -> int:
 
 def test_a_job_is_submitted_stopped_with_and_without_time_to_save_and_resumed(api: JobApi, tmp_path: Path) -> None:
     storage, run = tmp_path / "runs", tmp_path / "runs" / "mine"
-    options = ("--run.storage", str(storage), "--run.name", "mine", "--run.duration", "100000st",
-               "--checkpoint.every", "25st", "--observe.log-every", "0.2")  # fmt: skip
+    options = (
+        "--run.storage",
+        str(storage),
+        "--run.name",
+        "mine",
+        "--run.duration",
+        "100000st",
+        "--checkpoint.every",
+        "25st",
+        "--observe.log-every",
+        "0.2",
+    )
 
     # it is submitted, and killed at once when something is committed: that is there, and nothing else is said
     first = api.submit("first", *options, options=("--no-wait", "--runtime-env-json", FAST_STOP))

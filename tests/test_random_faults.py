@@ -23,10 +23,24 @@ from tests.tiny_jobs import Everything, Talking
 pytestmark = [pytest.mark.processes, pytest.mark.usefixtures("fork_server"), pytest.mark.timeout(240)]
 
 POINTS = [
-    "step.forward", "step.reduce", "step.before_fence", "step.after_fence", "eval.begin", "checkpoint.before_stage",
-    "checkpoint.staged", "checkpoint.before_report", "world.assigned", "world.connected", "state.moving",
-    "snapshot.begin", "snapshot.staged", "snapshot.kept", "snapshot.sent", "snapshot.complete", "snapshot.reading",
-]  # fmt: skip
+    "step.forward",
+    "step.reduce",
+    "step.before_fence",
+    "step.after_fence",
+    "eval.begin",
+    "checkpoint.before_stage",
+    "checkpoint.staged",
+    "checkpoint.before_report",
+    "world.assigned",
+    "world.connected",
+    "state.moving",
+    "snapshot.begin",
+    "snapshot.staged",
+    "snapshot.kept",
+    "snapshot.sent",
+    "snapshot.complete",
+    "snapshot.reading",
+]
 
 
 def draw(seed: int, folder: Path) -> tuple[int, dict[str, Any], list[dict[str, Any]], list[Mishap], int]:
@@ -36,11 +50,14 @@ def draw(seed: int, folder: Path) -> tuple[int, dict[str, Any], list[dict[str, A
     most = 4 if strategy == "hsdp" else r.choice([2, 3, 4])
     spares = r.choice([0, 0, 1])
     options = {
-        "parallel__strategy": strategy, "scaling__max_workers": most, "scaling__spares": spares,
-        "scaling__min_workers": r.choice([1, 1, 2, most]), "scaling__workers_per_node": 2 if strategy == "hsdp" else 1,
+        "parallel__strategy": strategy,
+        "scaling__max_workers": most,
+        "scaling__spares": spares,
+        "scaling__min_workers": r.choice([1, 1, 2, most]),
+        "scaling__workers_per_node": 2 if strategy == "hsdp" else 1,
         "recovery__max_wait": r.choice(["0.3s", "2s"]),
         "checkpoint__every": r.choice([None, "2st", "3st", "5st"]),
-    }  # fmt: skip
+    }
     if strategy != "ddp":
         options["recovery__snapshot_every"] = r.choice([None, "1st", "3st", "4st"])
     faults = []

@@ -59,8 +59,13 @@ def test_the_controller_takes_its_worker_group_class_from_an_attribute() -> None
 
 def test_the_controller_is_made_with_these_arguments() -> None:
     assert parameters(TrainController.__init__)[1:] == [
-        "train_fn_ref", "train_run_context", "scaling_policy", "failure_policy", "callbacks", "validation_config"
-    ]  # fmt: skip
+        "train_fn_ref",
+        "train_run_context",
+        "scaling_policy",
+        "failure_policy",
+        "callbacks",
+        "validation_config",
+    ]
 
 
 def test_the_controller_reads_its_switches_when_it_is_made() -> None:
@@ -85,9 +90,13 @@ def test_the_worker_group_has_the_methods_that_we_replace() -> None:
 
 def test_a_worker_actor_takes_what_we_give_it() -> None:
     wanted = {
-        "train_run_context", "distributed_context", "synchronization_actor", "storage_context", "worker_callbacks",
+        "train_run_context",
+        "distributed_context",
+        "synchronization_actor",
+        "storage_context",
+        "worker_callbacks",
         "controller_actor",
-    }  # fmt: skip
+    }
     assert wanted <= set(parameters(RayTrainWorker.init_train_context))
     assert parameters(RayTrainWorker.run_train_fn) == ["self", "train_fn_ref"]
     assert parameters(RayTrainWorker.poll_status) == ["self"]
@@ -95,11 +104,16 @@ def test_a_worker_actor_takes_what_we_give_it() -> None:
     fields = set(WorkerStatus.__dataclass_fields__)
     assert {"running", "error", "training_report", "return_value"} <= fields
     assert list(WorkerGroupPollStatus.__dataclass_fields__)[:2] == [
-        "worker_statuses", "worker_rank_to_replica_group_rank"
-    ]  # fmt: skip
+        "worker_statuses",
+        "worker_rank_to_replica_group_rank",
+    ]
     assert set(DistributedContext.__dataclass_fields__) == {
-        "world_rank", "world_size", "local_rank", "local_world_size", "node_rank"
-    }  # fmt: skip
+        "world_rank",
+        "world_size",
+        "local_rank",
+        "local_world_size",
+        "node_rank",
+    }
 
 
 def test_ray_tells_a_process_that_died_from_a_node_that_it_calls_dead() -> None:
@@ -170,9 +184,10 @@ def test_every_actor_answers_when_it_is_asked_whether_it_is_ready() -> None:
 
 def test_policies_have_the_methods_that_we_define() -> None:
     assert ScalingPolicy.__abstractmethods__ == {
-        "make_decision_for_non_running_worker_group", "make_decision_for_running_worker_group",
+        "make_decision_for_non_running_worker_group",
+        "make_decision_for_running_worker_group",
         "_get_num_workers_for_resource_request",
-    }  # fmt: skip
+    }
     assert FailurePolicy.__abstractmethods__ == {"make_decision"}
     assert parameters(ResizeDecision) == ["num_workers", "resources_per_worker"]
     assert parameters(NoopDecision) == []
@@ -186,8 +201,15 @@ def test_the_trainer_has_the_hooks_that_we_override() -> None:
 
 
 def test_tunes_controller_has_what_sweeps_use_of_it() -> None:
-    assert {"search_alg", "scheduler", "storage", "callbacks", "reuse_actors", "resource_manager_factory",
-            "checkpoint_period"} <= set(parameters(TuneController.__init__))  # fmt: skip
+    assert {
+        "search_alg",
+        "scheduler",
+        "storage",
+        "callbacks",
+        "reuse_actors",
+        "resource_manager_factory",
+        "checkpoint_period",
+    } <= set(parameters(TuneController.__init__))
     source = inspect.getsource(TuneController)
     assert "self._class_cache.get(trainable_cls)" in source
     assert "if self._print_trial_errors:" in source

@@ -13,8 +13,18 @@ from tests.ray_cluster import Story, actor_pids, check_bits_and_samples, slow_jo
 from tests.ray_held import Held
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(480)]
-OPTIONS = ("--run.duration", "100000st", "--checkpoint.every", "20st", "--scaling.max-workers", "2",
-           "--recovery.lease", "15s", "--recovery.hang-timeout", "10s")  # fmt: skip
+OPTIONS = (
+    "--run.duration",
+    "100000st",
+    "--checkpoint.every",
+    "20st",
+    "--scaling.max-workers",
+    "2",
+    "--recovery.lease",
+    "15s",
+    "--recovery.hang-timeout",
+    "10s",
+)
 
 
 def living(pids: list[int]) -> list[int]:

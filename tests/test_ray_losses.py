@@ -12,8 +12,15 @@ from tests.ray_cluster import Story, check_bits_and_samples, slow_job, stop
 pytestmark = [pytest.mark.ray, pytest.mark.long, pytest.mark.timeout(480)]
 #: Of 8 microbatches a fifth worker would take none off another: it would not be asked for.
 FOREVER = (
-    "--run.duration", "100000st", "--checkpoint.every", "10st", "--eval.every", "25st", "--batch.microbatches", "32",
-)  # fmt: skip
+    "--run.duration",
+    "100000st",
+    "--checkpoint.every",
+    "10st",
+    "--eval.every",
+    "25st",
+    "--batch.microbatches",
+    "32",
+)
 
 
 def test_a_kill_at_each_point_of_a_step_and_one_while_a_world_forms(cluster: LocalCluster, tmp_path: Path) -> None:
@@ -22,11 +29,16 @@ def test_a_kill_at_each_point_of_a_step_and_one_while_a_world_forms(cluster: Loc
         return planned if rank is None else {**planned, "rank": rank}
 
     plan = [
-        kill(0, "step.forward", 12), kill(1, "step.reduce", 24), kill(2, "step.after_fence", 36, rank=0),
+        kill(0, "step.forward", 12),
+        kill(1, "step.reduce", 24),
+        kill(2, "step.after_fence", 36, rank=0),
         # two are left, and replacements come; one of them may be rank 1 of the world after step 114
-        kill(3, "checkpoint.before_stage", 90), kill(4, "eval.begin", 100), kill(5, "step.before_fence", 115),
-        kill(6, "world.assigned", 114, rank=None), kill(7, "checkpoint.staged", 130, rank=0),
-    ]  # fmt: skip
+        kill(3, "checkpoint.before_stage", 90),
+        kill(4, "eval.begin", 100),
+        kill(5, "step.before_fence", 115),
+        kill(6, "world.assigned", 114, rank=None),
+        kill(7, "checkpoint.staged", 130, rank=0),
+    ]
     run = slow_job(cluster, tmp_path, "points", *FOREVER, "--scaling.max-workers", "5", pause_s=0.015, faults=plan)
     Story(run).next_world(5)
     stop(run, 132)

@@ -17,8 +17,19 @@ from tests.ray_cluster import Story, check_bits_and_samples, slow_job, stop
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(480)]
 FOREVER = ("--run.duration", "100000st")
-OPTIONS = (*FOREVER, "--scaling.min-workers", "2", "--scaling.max-workers", "2",
-           "--scaling.spares", "1", "--scaling.workers-per-node", "1", "--recovery.max-wait", "4s")  # fmt: skip
+OPTIONS = (
+    *FOREVER,
+    "--scaling.min-workers",
+    "2",
+    "--scaling.max-workers",
+    "2",
+    "--scaling.spares",
+    "1",
+    "--scaling.workers-per-node",
+    "1",
+    "--recovery.max-wait",
+    "4s",
+)
 
 
 def test_a_spare_then_too_few_workers_and_a_rerun(cluster: LocalCluster, tmp_path: Path) -> None:

@@ -18,13 +18,33 @@ from tests.ray_cluster import slow_job, undisturbed
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(400)]
 STEPS = 40
-JOB = ("--run.duration", f"{STEPS}st", "--run.exactness", "bitwise", "--batch.microbatches", "8",
-       "--scaling.max-workers", "3", "--observe.log-every", "0.05")  # fmt: skip
+JOB = (
+    "--run.duration",
+    f"{STEPS}st",
+    "--run.exactness",
+    "bitwise",
+    "--batch.microbatches",
+    "8",
+    "--scaling.max-workers",
+    "3",
+    "--observe.log-every",
+    "0.05",
+)
 
 
 def digits(cluster: LocalCluster, storage: Path, name: str, *options: str) -> Command:
-    return ForkedCommand("-m", "jobs.digits", "--cluster.address", cluster.address, "--run.storage", str(storage),
-                   "--run.name", name, *JOB, *options)  # fmt: skip
+    return ForkedCommand(
+        "-m",
+        "jobs.digits",
+        "--cluster.address",
+        cluster.address,
+        "--run.storage",
+        str(storage),
+        "--run.name",
+        name,
+        *JOB,
+        *options,
+    )
 
 
 def test_interrupted_and_resumed_at_another_size_a_run_has_the_bits_of_one_plain_process(
@@ -84,9 +104,20 @@ def test_an_error_in_the_job_ends_the_run_with_its_traceback(cluster: LocalClust
         "    def after_step(self, model, step):\n        raise ZeroDivisionError('on purpose')\n\n\n"
         "if __name__ == '__main__':\n    elastic.main(Bad)\n"
     )
-    run = Command(str(job), "--cluster.address", cluster.address, "--run.storage", str(tmp_path), "--run.name", "bad",
-                  "--scaling.max-workers", "1", "--data.workers", "1",
-                  environment={"PYTHONPATH": str(Path(__file__).parent.parent)})  # fmt: skip
+    run = Command(
+        str(job),
+        "--cluster.address",
+        cluster.address,
+        "--run.storage",
+        str(tmp_path),
+        "--run.name",
+        "bad",
+        "--scaling.max-workers",
+        "1",
+        "--data.workers",
+        "1",
+        environment={"PYTHONPATH": str(Path(__file__).parent.parent)},
+    )
     assert run.wait() == 1, run.output
     assert "ZeroDivisionError: on purpose" in run.output
     assert "failed at the update of step 1: ZeroDivisionError: on purpose" in run.output

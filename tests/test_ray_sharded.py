@@ -22,10 +22,22 @@ def test_a_lost_worker_of_fsdp_comes_from_a_snapshot(cluster: LocalCluster, tmp_
     """It is stopped, so that Ray and its peers see no end of it."""
     stopped = {"point": "step.forward", "rank": 1, "step": 23, "do": "stop", "only": str(tmp_path / "stopped")}
     run = slow_job(
-        cluster, tmp_path, "fsdp", *DURATION, "--parallel.strategy", "fsdp", "--recovery.snapshot-every", f"{EVERY}st",
-        "--scaling.max-workers", "3", "--scaling.workers-per-node", "1", "--recovery.hang-timeout", "10s",
+        cluster,
+        tmp_path,
+        "fsdp",
+        *DURATION,
+        "--parallel.strategy",
+        "fsdp",
+        "--recovery.snapshot-every",
+        f"{EVERY}st",
+        "--scaling.max-workers",
+        "3",
+        "--scaling.workers-per-node",
+        "1",
+        "--recovery.hang-timeout",
+        "10s",
         faults=[stopped],
-    )  # fmt: skip
+    )
     story = Story(run)
     first = story.next_world(3)
     assert story.next_world(2) == [first[0], first[2]]
@@ -54,9 +66,17 @@ def test_a_lost_worker_of_fsdp_comes_from_a_snapshot(cluster: LocalCluster, tmp_
 
 def test_a_lost_node_of_hsdp_costs_no_step(cluster: LocalCluster, tmp_path: Path) -> None:
     run = slow_job(
-        cluster, tmp_path, "hsdp", *DURATION, "--parallel.strategy", "hsdp", "--scaling.max-workers", "4",
-        "--scaling.workers-per-node", "2",
-    )  # fmt: skip
+        cluster,
+        tmp_path,
+        "hsdp",
+        *DURATION,
+        "--parallel.strategy",
+        "hsdp",
+        "--scaling.max-workers",
+        "4",
+        "--scaling.workers-per-node",
+        "2",
+    )
     story = Story(run)
     first = story.next_world(4)
     on_nodes = [set(first) & set(cluster.workers_of(n)) for n in cluster.nodes]

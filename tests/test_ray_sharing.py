@@ -19,8 +19,16 @@ def test_a_run_of_higher_priority_gets_its_least_and_gives_it_back_and_both_have
     cluster: LocalCluster, tmp_path: Path
 ) -> None:
     held = Held(cluster)
-    low_options = (*FOREVER, *WHOLE_NODES, "--scaling.min-workers", "1", "--scaling.max-workers", "3",
-                   "--scaling.request-timeout", "2s")  # fmt: skip
+    low_options = (
+        *FOREVER,
+        *WHOLE_NODES,
+        "--scaling.min-workers",
+        "1",
+        "--scaling.max-workers",
+        "3",
+        "--scaling.request-timeout",
+        "2s",
+    )
     low = slow_job(cluster, tmp_path, "low", *low_options)
     story = Story(low)
     first = story.next_world(3)

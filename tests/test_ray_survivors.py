@@ -18,17 +18,33 @@ from tests.notice_servers import iso_in, notice_server
 from tests.ray_cluster import Story, actor_pids, check_bits_and_samples, slow_job, stop
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(480)]
-OPTIONS = ("--run.duration", "100000st", "--scaling.max-workers", "3", "--scaling.workers-per-node", "1",
-           "--checkpoint.every", "50st")  # fmt: skip
+OPTIONS = (
+    "--run.duration",
+    "100000st",
+    "--scaling.max-workers",
+    "3",
+    "--scaling.workers-per-node",
+    "1",
+    "--checkpoint.every",
+    "50st",
+)
 
 
 def watcher(cluster: LocalCluster, node: Any, *options: str) -> Command:
     """`elastic node-watch` of a node that will not be there any more at the end."""
     cluster.nodes.remove(node)
     watch = ForkedCommand(
-        "-m", "elastic.cli", "node-watch", "--address", cluster.address, "--node-id", node.node_id, "--poll", "0.2s",
+        "-m",
+        "elastic.cli",
+        "node-watch",
+        "--address",
+        cluster.address,
+        "--node-id",
+        node.node_id,
+        "--poll",
+        "0.2s",
         *options,
-    )  # fmt: skip
+    )
     watch.wait_for(lambda line: "watching node" in line)
     return watch
 

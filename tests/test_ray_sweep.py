@@ -22,16 +22,45 @@ from tests.ray_cluster import wait_until
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(480)]
 STEPS, TRIAL_COUNT = 36, 4
 DIGITS = (
-    "--job", "jobs.digits", "--search", "job.lr=loguniform(3e-4,3e-2)", "--search", "job.width=choice(4,16,32)",
-    "--trials", str(TRIAL_COUNT), "--scheduler", "asha", "--grace-period", "3", "--metric", "eval/loss",
-    "--run.exactness", "bitwise", "--run.duration", f"{STEPS}st", "--eval.every", "4st", "--optim.warmup", "4st",
-)  # fmt: skip
+    "--job",
+    "jobs.digits",
+    "--search",
+    "job.lr=loguniform(3e-4,3e-2)",
+    "--search",
+    "job.width=choice(4,16,32)",
+    "--trials",
+    str(TRIAL_COUNT),
+    "--scheduler",
+    "asha",
+    "--grace-period",
+    "3",
+    "--metric",
+    "eval/loss",
+    "--run.exactness",
+    "bitwise",
+    "--run.duration",
+    f"{STEPS}st",
+    "--eval.every",
+    "4st",
+    "--optim.warmup",
+    "4st",
+)
 SMALL = ("--scaling.max-workers", "1", "--max-concurrent", "2", "--observe.no-tensorboard")
 
 
 def sweep(cluster: LocalCluster, storage: Path, name: str, *options: str) -> Command:
-    return ForkedCommand("-m", "jobs.sweep", "--cluster.address", cluster.address, "--run.storage", str(storage),
-                   "--sweep.name", name, *SMALL, *options)  # fmt: skip
+    return ForkedCommand(
+        "-m",
+        "jobs.sweep",
+        "--cluster.address",
+        cluster.address,
+        "--run.storage",
+        str(storage),
+        "--sweep.name",
+        name,
+        *SMALL,
+        *options,
+    )
 
 
 def lines_of(folder: Path) -> list[dict[str, Any]]:
@@ -43,12 +72,16 @@ def story(folder: Path) -> dict[int, Any]:
     _, values = open_sweep(str(folder))
     return {
         t.number: (
-            t.started_with, t.options, [(r["evaluation"], r["step"], r["metrics"]) for r in t.reports],
-            [(v["evaluation"], v["do"], v["until"], v["source"]) for v in t.verdicts], t.status, t.step,
+            t.started_with,
+            t.options,
+            [(r["evaluation"], r["step"], r["metrics"]) for r in t.reports],
+            [(v["evaluation"], v["do"], v["until"], v["source"]) for v in t.verdicts],
+            t.status,
+            t.step,
             t.weights_sha256,
         )
         for t in read_trials(Storage(str(folder)), values["metric"], values["mode"])
-    }  # fmt: skip
+    }
 
 
 def kill_node_of(cluster: LocalCluster, run: Path) -> None:
@@ -146,11 +179,35 @@ def test_what_a_sweep_leaves_behind_is_reported_and_exported(
 @pytest.mark.long
 def test_a_population_survives_a_node_and_counts_every_sample_once(cluster: LocalCluster, tmp_path: Path) -> None:
     options = (
-        "--job", "jobs.codegpt", "--search", "job.lr=loguniform(1e-4,3e-2)", "--trials", "4", "--scheduler", "pbt",
-        "--metric", "eval/bits_per_byte", "--job.block", "32", "--job.eval-blocks", "16", "--batch.global-size", "8",
-        "--batch.microbatches", "4", "--run.duration", "12st", "--eval.every", "4st", "--optim.warmup", "2st",
-        "--run.exactness", "bitwise", "--max-concurrent", "4",
-    )  # fmt: skip
+        "--job",
+        "jobs.codegpt",
+        "--search",
+        "job.lr=loguniform(1e-4,3e-2)",
+        "--trials",
+        "4",
+        "--scheduler",
+        "pbt",
+        "--metric",
+        "eval/bits_per_byte",
+        "--job.block",
+        "32",
+        "--job.eval-blocks",
+        "16",
+        "--batch.global-size",
+        "8",
+        "--batch.microbatches",
+        "4",
+        "--run.duration",
+        "12st",
+        "--eval.every",
+        "4st",
+        "--optim.warmup",
+        "2st",
+        "--run.exactness",
+        "bitwise",
+        "--max-concurrent",
+        "4",
+    )
     run = sweep(cluster, tmp_path, "people", *options)
     folder = tmp_path / "people"
     wait_until(lambda: any(line["kind"] == "report" for line in lines_of(folder)), 120)
@@ -176,9 +233,23 @@ def test_a_bracket_on_one_place_is_interrupted_and_goes_on_until_one_trial_is_le
     cluster: LocalCluster, tmp_path: Path
 ) -> None:
     options = (
-        "--job", "jobs.digits", "--search", "job.lr=grid(0.0001,0.01,0.0002)", "--scheduler", "hyperband", "--metric",
-        "eval/loss", "--run.duration", "12st", "--eval.every", "4st", "--optim.warmup", "2st", "--max-concurrent", "1",
-    )  # fmt: skip
+        "--job",
+        "jobs.digits",
+        "--search",
+        "job.lr=grid(0.0001,0.01,0.0002)",
+        "--scheduler",
+        "hyperband",
+        "--metric",
+        "eval/loss",
+        "--run.duration",
+        "12st",
+        "--eval.every",
+        "4st",
+        "--optim.warmup",
+        "2st",
+        "--max-concurrent",
+        "1",
+    )
     folder = tmp_path / "bracket"
     first = sweep(cluster, tmp_path, "bracket", *options)
     wait_until(lambda: any(line["kind"] == "report" for line in lines_of(folder)), 60)
@@ -191,8 +262,10 @@ def test_a_bracket_on_one_place_is_interrupted_and_goes_on_until_one_trial_is_le
     assert second.wait(120) == 0, second.output
     found = story(folder)
     assert [(status, step) for *_, status, step, _ in found.values()] == [
-        ("stopped", 4), ("finished", 12), ("stopped", 4),
-    ]  # fmt: skip
+        ("stopped", 4),
+        ("finished", 12),
+        ("stopped", 4),
+    ]
     for number in range(3):
         rows = read_records(Storage(str(folder / f"bracket-{number:04d}")), METRICS)
         assert gaps_and_doubles(rows, 64) == []

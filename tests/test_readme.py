@@ -57,8 +57,9 @@ def table(header: str) -> list[list[str]]:
 def python(*arguments: str, cwd: Path) -> str:
     """Run Python in `cwd` with the repository on its path; its standard output."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, *arguments], cwd=cwd, env=environment, capture_output=True, text=True,
-                          timeout=100)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, *arguments], cwd=cwd, env=environment, capture_output=True, text=True, timeout=100
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -141,8 +142,13 @@ def test_the_ported_script_learns_as_well(ported: Path):
 
 
 def test_the_shown_diff_is_that_of_the_two_scripts():
-    done = subprocess.run(["diff", "-u", "docs/port/plain.py", "docs/port/ported.py"], cwd=ROOT, capture_output=True,
-                          text=True, timeout=60)  # fmt: skip
+    done = subprocess.run(
+        ["diff", "-u", "docs/port/plain.py", "docs/port/ported.py"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
     real = [line.rstrip() for line in done.stdout.splitlines()[2:]]
 
     [shown] = blocks("diff")
@@ -252,10 +258,14 @@ def sweep_lr() -> None:
         Path("runs/lr").mkdir(parents=True)
         shutil.copytree("runs/mine", "runs/lr/lr-0000")
         sweep = {
-            "format": 1, "status": "finished", "heartbeat": time.time(), "metric": "eval/accuracy", "mode": "max",
+            "format": 1,
+            "status": "finished",
+            "heartbeat": time.time(),
+            "metric": "eval/accuracy",
+            "mode": "max",
             "fixed": {"search": {"job.lr": "uniform(0, 1)"}, "trials": 1, "scheduler": "asha", "searcher": "random"},
             "best": {"run": "lr-0000", "step": 200},
-        }  # fmt: skip
+        }
         Path("runs/lr/sweep.json").write_text(json.dumps(sweep))
         line = {"trial": 0, "kind": "started", "run": "lr-0000", "options": {"job.lr": 0.1}, "until": 1}
         Path("runs/lr/trials.jsonl").write_text(json.dumps(line) + "\n")

@@ -58,17 +58,42 @@ def test_another_thread_may_be_in_the_midst_of_importing_fsspec(monkeypatch):
 @pytest.mark.parametrize(
     ("name", "secret"),
     [
-        ("AWS_SECRET_ACCESS_KEY", True), ("aws_session_token", True), ("password", True), ("api-key", True),
-        ("AZURE_STORAGE_CONNECTION_STRING", True), ("account_key", True), ("GOOGLE_APPLICATION_CREDENTIALS", True),
-        *((name, True) for name in (
-            "PRIVATE_KEY", "ENCRYPTION_KEY", "SSH_PASSPHRASE", "AUTHORIZATION", "GITHUB_PAT", "SENTRY_DSN",
-            "SESSION_JWT", "SLACK_WEBHOOK_URL", "AZURE_STORAGE_KEY", "OPENAI_KEY", "COOKIE", "MYSQL_PWD",
-        )),
+        ("AWS_SECRET_ACCESS_KEY", True),
+        ("aws_session_token", True),
+        ("password", True),
+        ("api-key", True),
+        ("AZURE_STORAGE_CONNECTION_STRING", True),
+        ("account_key", True),
+        ("GOOGLE_APPLICATION_CREDENTIALS", True),
+        *(
+            (name, True)
+            for name in (
+                "PRIVATE_KEY",
+                "ENCRYPTION_KEY",
+                "SSH_PASSPHRASE",
+                "AUTHORIZATION",
+                "GITHUB_PAT",
+                "SENTRY_DSN",
+                "SESSION_JWT",
+                "SLACK_WEBHOOK_URL",
+                "AZURE_STORAGE_KEY",
+                "OPENAI_KEY",
+                "COOKIE",
+                "MYSQL_PWD",
+            )
+        ),
         *((name, False) for name in ("PWD", "OLDPWD", "sort_key", "pat", "path", "format", "spat", "designs")),
-        ("AWS_ACCESS_KEY_ID", False), ("tokens", False), ("tokens_per_sample", False), ("max_tokens", False),
-        ("tokenizer", False), ("key", False), ("passes", False), ("pass_size", False), ("sample_hash", False),
+        ("AWS_ACCESS_KEY_ID", False),
+        ("tokens", False),
+        ("tokens_per_sample", False),
+        ("max_tokens", False),
+        ("tokenizer", False),
+        ("key", False),
+        ("passes", False),
+        ("pass_size", False),
+        ("sample_hash", False),
     ],
-)  # fmt: skip
+)
 def test_names_tell_what_is_secret(name, secret):
     assert is_secret(name) == secret
 

@@ -58,8 +58,9 @@ def stored_long_ago(job: Job) -> dict[str, Any]:
 def test_options_that_json_does_not_have_are_equal_to_themselves(written: Any):
     assert changes(written(Mine()), TrainConfig(), Mine()) == {}
     assert list(changes(written(Mine()), TrainConfig(), Mine(color=Color.BLUE, sizes=(1, 3)))) == [
-        "job.color", "job.sizes"
-    ]  # fmt: skip
+        "job.color",
+        "job.sizes",
+    ]
 
 
 def test_what_changed_is_told_as_one_would_write_it():

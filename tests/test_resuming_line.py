@@ -20,14 +20,32 @@ from elastic.run.resuming import described_defaults, take
 from elastic.worker.__main__ import main
 from tests.tiny_jobs import CONFIG, Plain
 
-ONCE = {"run.name", "run.storage", "run.stop_after", "run.allow_change", "run.take_over", "eval.hold",
-        "checkpoint.convert", "cluster.address", "cluster.local_nodes"}  # fmt: skip
+ONCE = {
+    "run.name",
+    "run.storage",
+    "run.stop_after",
+    "run.allow_change",
+    "run.take_over",
+    "eval.hold",
+    "checkpoint.convert",
+    "cluster.address",
+    "cluster.local_nodes",
+}
 GIVEN = {
-    "--run.duration": ["7st", "2ep"], "--run.seed": ["3"], "--run.stop-after": ["5st"], "--run.take-over": [None],
-    "--batch.global-size": ["60"], "--optim.clip-norm": ["None", "2.5"], "--scaling.max-workers": ["3"],
-    "--scaling.exclude": ["a"], "--parallel.find-unused": [None], "--observe.no-tensorboard": [None],
-    "--recovery.hang-timeout": ["20s"], "--job.lr": ["0.5"], "--job.width": ["12"],
-}  # fmt: skip
+    "--run.duration": ["7st", "2ep"],
+    "--run.seed": ["3"],
+    "--run.stop-after": ["5st"],
+    "--run.take-over": [None],
+    "--batch.global-size": ["60"],
+    "--optim.clip-norm": ["None", "2.5"],
+    "--scaling.max-workers": ["3"],
+    "--scaling.exclude": ["a"],
+    "--parallel.find-unused": [None],
+    "--observe.no-tensorboard": [None],
+    "--recovery.hang-timeout": ["20s"],
+    "--job.lr": ["0.5"],
+    "--job.width": ["12"],
+}
 
 
 def line(options: dict[str, str | None]) -> list[str]:
@@ -37,18 +55,21 @@ def line(options: dict[str, str | None]) -> list[str]:
 def stored(job: Plain, config: TrainConfig, defaults: TrainConfig = CONFIG) -> dict:
     """As config.json has what this needs."""
     values = {
-        "values": 1, "config": to_dict(config), "job": {"options": dataclasses.asdict(job)},
+        "values": 1,
+        "config": to_dict(config),
+        "job": {"options": dataclasses.asdict(job)},
         "defaults": described_defaults(Plain, defaults),
-    }  # fmt: skip
+    }
     return json.loads(json.dumps(values))
 
 
 def fields(config: TrainConfig) -> dict:
     return {
         f"{part}.{name}": value
-        for part, section in dataclasses.asdict(config).items() if isinstance(section, dict)
+        for part, section in dataclasses.asdict(config).items()
+        if isinstance(section, dict)
         for name, value in section.items()
-    }  # fmt: skip
+    }
 
 
 options = st.lists(st.sampled_from(sorted(GIVEN)), unique=True).flatmap(

@@ -31,9 +31,12 @@ class Office:
         self.owned, self.flushed = True, 0
         self.record = Record(1)
         keeping = Keeping(
-            lambda kind, **fields: self.noted.append((kind, fields)), self.told.append, lambda: self.owned,
-            lambda: not self.owned, self._flush,
-        )  # fmt: skip
+            lambda kind, **fields: self.noted.append((kind, fields)),
+            self.told.append,
+            lambda: self.owned,
+            lambda: not self.owned,
+            self._flush,
+        )
         self.checkpoints = Checkpoints(storage, 1, Policy(**policy), every_s, self.record, keeping)
 
     def _flush(self) -> None:
@@ -63,8 +66,16 @@ def share(storage: Storage, step: int, rank: int = 0, shares: int = 1, **changed
     finally:
         saver.close()
     header = HEADER if rank == 0 else None
-    message = {"step": step, "attempt": name, "index": save.index, "facts": save.facts, "shares": shares,
-               "header": header, "error": None, "no_room": False}  # fmt: skip
+    message = {
+        "step": step,
+        "attempt": name,
+        "index": save.index,
+        "facts": save.facts,
+        "shares": shares,
+        "header": header,
+        "error": None,
+        "no_room": False,
+    }
     return {**message, **changed}
 
 

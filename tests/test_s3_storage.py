@@ -228,10 +228,23 @@ def test_a_command_with_wrong_keys_exits_2_with_that_sentence(bucket, monkeypatc
     as_user(monkeypatch, "admin", secret="not the secret")
 
     ended = subprocess.run(
-        [sys.executable, "-m", "elastic.worker", "--module", "jobs.bench.steady", "--workers", "1", "--run.storage",
-         f"{bucket}/runs", *named],
-        capture_output=True, text=True, timeout=100, cwd=ROOT,
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-m",
+            "elastic.worker",
+            "--module",
+            "jobs.bench.steady",
+            "--workers",
+            "1",
+            "--run.storage",
+            f"{bucket}/runs",
+            *named,
+        ],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        cwd=ROOT,
+    )
 
     assert ended.returncode == 2, ended.stderr[-2000:]
     assert len(ended.stderr.splitlines()) == 1, ended.stderr

@@ -55,9 +55,10 @@ def test_nothing_listens_on_another_address_than_the_run_was_given(tmp_path):
 
 
 CANARIES = {
-    "AWS_SECRET_ACCESS_KEY": "canary/in+the/Environment", "AWS_SESSION_TOKEN": "canary=in=the=session",
+    "AWS_SECRET_ACCESS_KEY": "canary/in+the/Environment",
+    "AWS_SESSION_TOKEN": "canary=in=the=session",
     "MODEL_HUB_TOKEN": "canary_in_another_token",
-}  # fmt: skip
+}
 SIGNED = "https://ann:canary-in-a-url@host/data?X-Amz-Signature=canary-in-a-signature"
 
 

@@ -93,7 +93,7 @@ def test_training_goes_on_while_the_server_is_away_and_it_rebuilds_itself(undist
         fault("step.forward", 5, 0, "hold", file=first),
         fault("step.after_fence", 9, 0, "sleep", seconds=0, only=reached),
         fault("step.forward", 10, 1, "hold", file=later),
-    ]  # fmt: skip
+    ]
     in_host = [fault("host.recovering", do="hold", file=away)]
     with hosted(small(tmp_path), 3, in_workers=in_workers, in_host=in_host) as run:
         run.watch.wait_for_step(4)  # these rows are lost with the server: they are written once a second
@@ -115,9 +115,14 @@ def test_training_goes_on_while_the_server_is_away_and_it_rebuilds_itself(undist
 
 
 POINTS = [
-    ("ledger.rows", 6), ("checkpoint.before_manifest", 4), ("checkpoint.after_manifest", 8),
-    ("checkpoint.before_manifest", 12), ("checkpoint.after_manifest", 12), ("run.closing", 12), ("run.closed", 12),
-]  # fmt: skip
+    ("ledger.rows", 6),
+    ("checkpoint.before_manifest", 4),
+    ("checkpoint.after_manifest", 8),
+    ("checkpoint.before_manifest", 12),
+    ("checkpoint.after_manifest", 12),
+    ("run.closing", 12),
+    ("run.closed", 12),
+]
 
 
 @pytest.mark.parametrize(("point", "step"), POINTS)
@@ -140,8 +145,9 @@ def test_a_server_that_stands_still_is_ended_within_the_lease(undisturbed, tmp_p
 
     assert_recorded_once(run.ran, undisturbed, worlds=1)
     assert [e["detail"].get("why") for e in run.ran.events("run_started")] == [
-        None, "the host of the run did not answer for 5 s and was ended"
-    ]  # fmt: skip
+        None,
+        "the host of the run did not answer for 5 s and was ended",
+    ]
 
 
 def test_rows_that_are_recorded_are_not_recorded_again_if_nobody_was_told(undisturbed, tmp_path, gate):

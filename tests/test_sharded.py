@@ -61,9 +61,11 @@ def test_half_of_the_nodes_of_hsdp_train_the_same_bits(deep, tmp_path):
 
 def test_what_saves_memory_changes_no_bit(deep, tmp_path):
     options = {
-        "parallel__activation_checkpointing": True, "parallel__reshard_after_forward": False, "parallel__prefetch": 1,
+        "parallel__activation_checkpointing": True,
+        "parallel__reshard_after_forward": False,
+        "parallel__prefetch": 1,
         "parallel__blocks": ("Block",),
-    }  # fmt: skip
+    }
 
     assert_same_training(train(Deep(), sharded(tmp_path, "fsdp", **options), 2), deep)
 
@@ -319,16 +321,18 @@ class Factored(Plain):
         (Sparse(), {}, "1 (Embedding) is made with sparse=True, and sparse gradients are only summed with"),
         (Factored(), {}, "the optimizer Adafactor gives other bits when a parameter is cut"),
         (
-            Deep(), {"run__exactness": "fast", "precision__param_dtype": "bf16"},
+            Deep(),
+            {"run__exactness": "fast", "precision__param_dtype": "bf16"},
             "--precision.param-dtype would give layers.0.norm (BatchNorm1d) parameters in another number format",
         ),
         (
-            Plain(), {"run__exactness": "fast", "parallel__offload": True, "scaling__accelerator": "auto"},
+            Plain(),
+            {"run__exactness": "fast", "parallel__offload": True, "scaling__accelerator": "auto"},
             "--parallel.offload is True, which moves state from GPUs, but workers run on CPUs",
         ),
     ],
     ids=["blocks", "scalar", "dtypes", "sparse", "optimizer", "param-dtype", "offload"],
-)  # fmt: skip
+)
 def test_what_cannot_be_cut_is_refused_by_name_before_the_first_step(tmp_path, job, options, message):
     found = train(job, sharded(tmp_path, "fsdp", **options), workers=1)
 

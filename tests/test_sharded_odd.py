@@ -38,8 +38,11 @@ def test_the_odd_model_has_what_is_odd(odd):
 
     assert state["model/empty"] == (torch.float32, (0, 3), b"")
     assert {state[f"model/{n}"][0] for n in ("mask", "passes", "total", "rough")} == {
-        torch.bool, torch.int64, torch.float64, torch.bfloat16,
-    }  # fmt: skip
+        torch.bool,
+        torch.int64,
+        torch.float64,
+        torch.bfloat16,
+    }
     assert any(state["model/total"][2]), "it was replaced in every forward pass"
     assert "model/offsets" not in state
     assert odd.column("loss")[-1] < 0.9 * odd.column("loss")[0]

@@ -12,8 +12,18 @@ from elastic.cluster.capacity import fits
 from elastic.cluster.sharing import GIVE_UP_AFTER_S, YIELD_AFTER_S, Patience, Share, Standing, Terms, share
 
 
-def run(name: str, have: int, least: int = 2, *, asks: int = 0, priority: int = 0, since: float = 0.0,
-        accelerator: str = "gpu", short_s: float = 60.0, steady_s: float = 60.0) -> Standing:  # fmt: skip
+def run(
+    name: str,
+    have: int,
+    least: int = 2,
+    *,
+    asks: int = 0,
+    priority: int = 0,
+    since: float = 0.0,
+    accelerator: str = "gpu",
+    short_s: float = 60.0,
+    steady_s: float = 60.0,
+) -> Standing:
     terms = Terms(name, priority, since, accelerator, least, 600.0)
     return Standing(terms, have, asks, short_s if have < least else 0, steady_s)
 

@@ -84,17 +84,19 @@ class Cluster:
         with (
             self.server.entered(),
             local_run(
-                self.run, self.workers, places=self.places, host=self.server.address, on_record=self.watch,
+                self.run,
+                self.workers,
+                places=self.places,
+                host=self.server.address,
+                on_record=self.watch,
                 environment={STDERR: str(self.stderr)},
             ) as self.local,
-        ):  # fmt: skip
+        ):
             yield self.local
 
     def world(self, number: int) -> dict[str, int]:
         """Process ids of a world, by member."""
-        record = self.watch.wait_for(
-            lambda r: r.get("kind") == "world_formed" and r["generation"] == f"1-{number}"
-        )  # fmt: skip
+        record = self.watch.wait_for(lambda r: r.get("kind") == "world_formed" and r["generation"] == f"1-{number}")
         return dict(zip(record["detail"]["ids"], record["detail"]["pids"], strict=True))
 
     def host_of(self, member: str) -> Host:

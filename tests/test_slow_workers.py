@@ -34,10 +34,12 @@ def test_survivors_that_do_not_answer_are_taken_in_when_they_do(undisturbed, tmp
     """One of four is killed while one holds the interpreter's lock and one is stopped: the last goes on at once."""
     held = gate("held")
     faults = [
-        fault("step.forward", 6, 1, "lock", seconds=2), fault("step.forward", 6, 2, "stop"),
-        fault("step.forward", 6, 3, "sleep", seconds=0.3), fault("step.forward", 6, 3),
+        fault("step.forward", 6, 1, "lock", seconds=2),
+        fault("step.forward", 6, 2, "stop"),
+        fault("step.forward", 6, 3, "sleep", seconds=0.3),
+        fault("step.forward", 6, 3),
         fault("step.forward", 8, 0, "hold", file=held),
-    ]  # fmt: skip
+    ]
     run, watch = prepared(tmp_path, 4, recovery__hang_timeout="60s"), Watch()
     with local_run(run, 4, on_record=watch, environment=plan(*faults)) as local:
         stopped = local.processes[2].pid
@@ -132,9 +134,7 @@ def test_who_takes_long_to_copy_what_is_saved_is_not_ahead_of_those_that_wait_fo
 
 def test_where_all_stand_still_the_world_is_made_anew_once_and_then_the_run_is_saved_and_ends(tmp_path, gate):
     first, second = gate("first"), gate("second")
-    faults = [
-        fault("step.forward", 6, do="hold", file=first), fault("step.before_fence", 6, do="hold", file=second)
-    ]  # fmt: skip
+    faults = [fault("step.forward", 6, do="hold", file=first), fault("step.before_fence", 6, do="hold", file=second)]
     run, watch = prepared(tmp_path, 2, recovery__hang_timeout="0.5s"), Watch()
     with local_run(run, 2, on_record=watch, environment=plan(*faults)) as local:
         for number, held in ((1, first), (2, second)):

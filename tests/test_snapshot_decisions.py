@@ -165,13 +165,16 @@ def test_there_is_always_a_complete_snapshot_once_there_was_one(turns):
 @given(
     st.lists(
         st.tuples(
-            st.sampled_from(["float32", "int64", "bfloat16", "uint8"]), st.lists(st.integers(0, 7), max_size=3),
+            st.sampled_from(["float32", "int64", "bfloat16", "uint8"]),
+            st.lists(st.integers(0, 7), max_size=3),
             st.booleans(),
         ),
-        min_size=1, max_size=6,
+        min_size=1,
+        max_size=6,
     ),
-    st.integers(1, 5), st.integers(1, 5),
-)  # fmt: skip
+    st.integers(1, 5),
+    st.integers(1, 5),
+)
 def test_old_parts_make_the_new_ones(tensors, shards, new_shards):
     heads, whole = [], []
     for i, (dtype, shape, cut) in enumerate(tensors):

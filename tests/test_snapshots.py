@@ -99,9 +99,14 @@ def assert_restored(run: Any, undisturbed: Ran, step: int, *, applied: int, rung
 # ---- a node is lost at any moment of a snapshot ----------------------------------------------------------------------
 
 MOMENTS = [  # of which rank; parts that are there when its node is lost, of six
-    ("snapshot.begin", 0, 4, 4), ("snapshot.staged", 2, 4, 4), ("snapshot.kept", 0, 5, 4), ("snapshot.kept", 2, 5, 4),
-    ("snapshot.sent", 0, 6, 8), ("snapshot.complete", 0, 6, 8), ("snapshot.complete", 2, 6, 8),
-]  # fmt: skip
+    ("snapshot.begin", 0, 4, 4),
+    ("snapshot.staged", 2, 4, 4),
+    ("snapshot.kept", 0, 5, 4),
+    ("snapshot.kept", 2, 5, 4),
+    ("snapshot.sent", 0, 6, 8),
+    ("snapshot.complete", 0, 6, 8),
+    ("snapshot.complete", 2, 6, 8),
+]
 
 
 @pytest.mark.parametrize(("point", "rank", "parts", "restored"), MOMENTS)
@@ -112,9 +117,10 @@ def test_a_node_that_is_lost_in_a_snapshot_leaves_a_complete_one(
     first, later, there = gate("first"), gate("later"), tmp_path / "there"
     next_step = 10 if point == "snapshot.complete" else 9
     faults = [
-        fault("step.forward", 6, 1, "hold", file=first), fault("step.forward", next_step, 1, "hold", file=later),
+        fault("step.forward", 6, 1, "hold", file=first),
+        fault("step.forward", next_step, 1, "hold", file=later),
         fault(point, 8, rank, "hold", file=later, only=there),
-    ]  # fmt: skip
+    ]
     with running(snapshots(tmp_path), *faults) as (run, nodes):
         nodes.wait_for_parts(4, 6)
         first.unlink()

@@ -237,17 +237,21 @@ def test_a_state_that_does_not_fit_is_refused():
 @pytest.mark.parametrize(
     ("where", "said"),
     [
-        (lambda s: s.optimizer.state[s.model.submodule.weight].update(f=[print]),
-         r"optimizer\.state\['submodule\.weight'\]\['f'\]\[0\] is a function"),
+        (
+            lambda s: s.optimizer.state[s.model.submodule.weight].update(f=[print]),
+            r"optimizer\.state\['submodule\.weight'\]\['f'\]\[0\] is a function",
+        ),
         (lambda s: s.optimizer.param_groups[0].update(f=abs), r"optimizer\.param_groups\[0\]\['f'\] is a function"),
         (lambda s: s.job.kept.update(o=object()), r"extra_state\(\)\['kept'\]\['o'\] is an object"),
         (lambda s: s.model.submodule.scales.update(o=nn.ReLU()), r"extra_state\(\) of submodule\['scales'\]\['o'\] is"),
         (lambda s: s.optimizer.state.update({torch.ones(3): {}}), r"of shape \(3,\) that is no parameter"),
-        (lambda s: setattr(s.model.submodule, "weight", nn.Parameter(torch.ones(2, 4))),
-         r"group 0 of the optimizer holds a parameter of shape \(2, 4\) that is not one of the model's"),
+        (
+            lambda s: setattr(s.model.submodule, "weight", nn.Parameter(torch.ones(2, 4))),
+            r"group 0 of the optimizer holds a parameter of shape \(2, 4\) that is not one of the model's",
+        ),
     ],
     ids=["state", "group", "extra", "module", "other tensor", "replaced"],
-)  # fmt: skip
+)
 def test_what_cannot_be_saved_is_refused_by_its_place(where: Any, said: str):
     state = made()
     step(state)

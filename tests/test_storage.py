@@ -171,11 +171,13 @@ def test_of_processes_that_race_to_create_a_file_exactly_one_wins(folder):
     rounds, racers = 50, 4
     children = [
         subprocess.Popen(
-            [sys.executable, "-c", _RACER, folder.url, str(rounds), str(racer)], stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE, text=True,
+            [sys.executable, "-c", _RACER, folder.url, str(rounds), str(racer)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
         )
         for racer in range(racers)
-    ]  # fmt: skip
+    ]
     for child in children:
         assert child.stdout.readline() == "ready\n"
 

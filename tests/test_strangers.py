@@ -38,17 +38,38 @@ from tests.forked import WAIT_S, B, Ran, Watch, configure, local_run, wait_until
 from tests.test_many_workers import Notes
 from tests.tiny_jobs import Everything
 
-KINDS = [requests.Wish, requests.Allow, requests.Close, requests.Damaged, requests.Gone, requests.Note,
-         requests.Leaving, requests.Yield, requests.Existing, requests.Grant, requests.Scale, requests.Drain,
-         requests.Prune, requests.Kept]  # fmt: skip
+KINDS = [
+    requests.Wish,
+    requests.Allow,
+    requests.Close,
+    requests.Damaged,
+    requests.Gone,
+    requests.Note,
+    requests.Leaving,
+    requests.Yield,
+    requests.Existing,
+    requests.Grant,
+    requests.Scale,
+    requests.Drain,
+    requests.Prune,
+    requests.Kept,
+]
 GARBAGE = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.sampled_from(["stop", "save"]),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3), max_leaves=5,
-)  # fmt: skip
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    max_leaves=5,
+)
 HINTS: dict[str, Any] = {
-    "int": int, "float": (int, float), "str": str, "bool": bool, "list[str]": list, "dict[str, Any]": dict,
-    "int | None": (int, type(None)), "str | None": (str, type(None)), "Any": object,
-}  # fmt: skip
+    "int": int,
+    "float": (int, float),
+    "str": str,
+    "bool": bool,
+    "list[str]": list,
+    "dict[str, Any]": dict,
+    "int | None": (int, type(None)),
+    "str | None": (str, type(None)),
+    "Any": object,
+}
 
 
 # ---- requests ------------------------------------------------------------------------------------------------------
@@ -281,9 +302,13 @@ def test_a_vault_serves_in_a_flood_of_strangers(monkeypatch, many_descriptors):
                 assert ask(url, "GET", "/parts", None, {"Authorization": header})[0] == 401
             assert ask(url, "GET", "/parts", None, {**token, "Origin": "http://evil.example"})[0] == 401
             for method, path, body in (
-                ("PUT", "/parts/x/y", b""), ("PUT", "/parts", b""), ("GET", "/parts/../..", None),
-                ("POST", "/forget", b"[]"), ("POST", "/forget", b"{"), ("POST", "/parts/1-1-1/0", b'{"ranges": 5}'),
-            ):  # fmt: skip
+                ("PUT", "/parts/x/y", b""),
+                ("PUT", "/parts", b""),
+                ("GET", "/parts/../..", None),
+                ("POST", "/forget", b"[]"),
+                ("POST", "/forget", b"{"),
+                ("POST", "/parts/1-1-1/0", b'{"ranges": 5}'),
+            ):
                 assert ask(url, method, path, body, token)[0] in (400, 404), path
         wait_until(lambda: threading.active_count() <= before + 3, "strangers to be gone")
     finally:
@@ -299,8 +324,17 @@ def test_a_vault_serves_in_a_flood_of_strangers(monkeypatch, many_descriptors):
 )
 def test_no_command_follows_an_address_that_is_none(address, tmp_path, capsys):
     folder = RunFolder(Storage(str(tmp_path / "run")))
-    folder.write_status({"status": "running", "heartbeat": time.time(), "owner": "ann", "host": os.uname().nodename,
-                         "server": address, "step": 1, "total_steps": 2})  # fmt: skip
+    folder.write_status(
+        {
+            "status": "running",
+            "heartbeat": time.time(),
+            "owner": "ann",
+            "host": os.uname().nodename,
+            "server": address,
+            "step": 1,
+            "total_steps": 2,
+        }
+    )
     folder.write_config({"job": {"name": "digits"}, "config": {}})
     assert cli.main(["stop", str(tmp_path / "run")]) == 1
     said = capsys.readouterr().err

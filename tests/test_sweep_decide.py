@@ -22,9 +22,13 @@ TOTAL = 9
 
 
 def simulate(
-    rule: Rule, trials: int, value: Callable[[int, int], float], choose: random.Random, slots: int,
+    rule: Rule,
+    trials: int,
+    value: Callable[[int, int], float],
+    choose: random.Random,
+    slots: int,
     kill_share: float = 0.0,
-) -> dict[int, list[object]]:  # fmt: skip
+) -> dict[int, list[object]]:
     """Run trials with so many at a time, in an order of events that is chosen at random; a killed one reports again.
 
     Returns:
@@ -76,9 +80,12 @@ def value_of(seed: int) -> Callable[[int, int], float]:
 
 def rules(trials: int) -> list[Rule]:
     return [
-        NoRule(TOTAL), OrderedAsha(1, 3, TOTAL), OrderedAsha(2, 2, TOTAL), Hyperband(1, 3, TOTAL, trials),
+        NoRule(TOTAL),
+        OrderedAsha(1, 3, TOTAL),
+        OrderedAsha(2, 2, TOTAL),
+        Hyperband(1, 3, TOTAL, trials),
         Population(SPACE, 2, TOTAL, trials, quantile=0.25, resample=0.25, seed=3),
-    ]  # fmt: skip
+    ]
 
 
 @settings(max_examples=40)

@@ -39,26 +39,44 @@ def libraries() -> None:
     torch.optim.AdamW([torch.zeros(1, requires_grad=True)])
 
 
-SWEEP = SweepConfig({"job.lr": "loguniform(1e-4,1e-1)", "job.width": "choice(8,16)"}, metric="eval/near/loss", trials=4,
-                    name="mine")  # fmt: skip
+SWEEP = SweepConfig(
+    {"job.lr": "loguniform(1e-4,1e-1)", "job.width": "choice(8,16)"}, metric="eval/near/loss", trials=4, name="mine"
+)
 
 
 def config(tmp_path, **options: object) -> TrainConfig:
-    return TrainConfig(run=RunOptions(storage=str(tmp_path), duration="12st"), batch=BatchOptions(global_size=20),
-                       eval=EvalOptions(every="3st"), **options)  # fmt: skip
+    return TrainConfig(
+        run=RunOptions(storage=str(tmp_path), duration="12st"),
+        batch=BatchOptions(global_size=20),
+        eval=EvalOptions(every="3st"),
+        **options,
+    )
 
 
 def claimed(tmp_path, **more: object) -> SweepFolder:
     folder = SweepFolder(Storage(str(tmp_path / "mine")))
-    folder.claim({"name": "mine", "metric": SWEEP.metric, "mode": "min", "fixed": SWEEP.fixed(), "result": {}, **more},
-                 take_over=False)  # fmt: skip
+    folder.claim(
+        {"name": "mine", "metric": SWEEP.metric, "mode": "min", "fixed": SWEEP.fixed(), "result": {}, **more},
+        take_over=False,
+    )
     return folder
 
 
 def end(judge: Judge, number: int, value: float | None, status: str = "finished", step: int = 12) -> None:
     metrics = {} if value is None else {SWEEP.metric: value}
-    judge.ended(number, {"what": "ended", "status": status, "message": "", "step": step, "metrics": metrics,
-                         "weights_sha256": None, "seconds": 1.5, "cost": None})  # fmt: skip
+    judge.ended(
+        number,
+        {
+            "what": "ended",
+            "status": status,
+            "message": "",
+            "step": step,
+            "metrics": metrics,
+            "weights_sha256": None,
+            "seconds": 1.5,
+            "cost": None,
+        },
+    )
 
 
 def report(judge: Judge, number: int, evaluation: int, value: float | None, *, waits: bool = False) -> str:
@@ -70,8 +88,10 @@ def report(judge: Judge, number: int, evaluation: int, value: float | None, *, w
 
 
 def test_a_judge_that_is_made_anew_knows_what_the_one_before_knew(tmp_path):
-    folder, asha = claimed(tmp_path), SweepConfig({"job.lr": "uniform(0,1)"}, metric=SWEEP.metric, trials=4,
-                                                  scheduler="asha", name="mine")  # fmt: skip
+    folder, asha = (
+        claimed(tmp_path),
+        SweepConfig({"job.lr": "uniform(0,1)"}, metric=SWEEP.metric, trials=4, scheduler="asha", name="mine"),
+    )
     judge = Judge(asha, folder, 9, lambda text: None)
     assert [judge.start_next() for _ in range(3)] == [0, 1, 2]
     assert report(judge, 1, 1, 0.5, waits=True) == "hold"  # for trial 0, which runs
@@ -94,8 +114,11 @@ def test_a_judge_that_is_made_anew_knows_what_the_one_before_knew(tmp_path):
     assert [(n, v.do, v.until) for n, v in again.verdicts()] == [(0, "go", 3)]
     trials = folder.trials(asha.metric, "min")
     assert [(t.status, t.evaluations, t.value) for t in trials] == [
-        ("running", 1, 0.1), ("stopped", 1, 0.5), ("running", 1, None), ("running", 0, None),
-    ]  # fmt: skip
+        ("running", 1, 0.1),
+        ("stopped", 1, 0.5),
+        ("running", 1, None),
+        ("running", 0, None),
+    ]
     assert [len(t.verdicts) for t in trials] == [1, 1, 1, 0]
 
 
@@ -235,11 +258,14 @@ def test_table_plots_and_tensorboard_are_written(tmp_path):
         ({"search": {"job.high": "uniform(0,1)"}}, {}, "no option of this job"),
         ({"scheduler": "asha", "grace_period": 4}, {}, "none would be compared"),
         ({"search": {"batch.global-size": "choice(20,1000)"}, "trials": 20}, {}, "a trial would have --batch"),
-        ({"search": {"batch.global-size": "choice(10,20)"}, "trials": 20, "scheduler": "asha"},
-         {"run": RunOptions(duration="100st"), "eval": EvalOptions(every="3ep")}, "compares trials by"),
+        (
+            {"search": {"batch.global-size": "choice(10,20)"}, "trials": 20, "scheduler": "asha"},
+            {"run": RunOptions(duration="100st"), "eval": EvalOptions(every="3ep")},
+            "compares trials by",
+        ),
         ({"name": "x" * 95}, {}, "at most 90"),
     ],
-)  # fmt: skip
+)
 def test_a_sweep_that_cannot_be_is_refused_in_one_sentence(tmp_path, sweep, options, says):
     known = {"search": SWEEP.search, "metric": SWEEP.metric, "trials": 4, "name": "mine"}
 
@@ -271,9 +297,24 @@ def test_a_changed_sweep_is_refused_and_a_finished_one_known(tmp_path):
 
 def test_the_command_line_is_that_of_the_sweep_and_of_the_job(capsys):
     job, options, sweep = parse(
-        ["--job", "jobs.digits", "--search", "job.lr=uniform(0,1)", "--trials", "3", "--job.width", "4",
-         "--eval.every=1ep", "--stop", "eval/accuracy>=0.9", "--sweep.name", "x", "--tpe-batch", "2"]
-    )  # fmt: skip
+        [
+            "--job",
+            "jobs.digits",
+            "--search",
+            "job.lr=uniform(0,1)",
+            "--trials",
+            "3",
+            "--job.width",
+            "4",
+            "--eval.every=1ep",
+            "--stop",
+            "eval/accuracy>=0.9",
+            "--sweep.name",
+            "x",
+            "--tpe-batch",
+            "2",
+        ]
+    )
 
     assert (job.width, options.eval.every, sweep.trials, sweep.name, sweep.batch) == (4, "1ep", 3, "x", 2)
     assert sweep.stop == ("eval/accuracy>=0.9",)
@@ -292,8 +333,12 @@ def test_the_command_line_is_that_of_the_sweep_and_of_the_job(capsys):
 
 
 def test_tpe_suggests_from_batches_alone_and_learns():
-    space = {"job.lr": "loguniform(1e-4,1)", "job.width": "randint(1,9)", "job.kind": "choice(a,b)",
-             "optim.final-lr": "quniform(0,1,0.25)"}  # fmt: skip
+    space = {
+        "job.lr": "loguniform(1e-4,1)",
+        "job.width": "randint(1,9)",
+        "job.kind": "choice(a,b)",
+        "optim.final-lr": "quniform(0,1,0.25)",
+    }
     sweep = SweepConfig(space, searcher="tpe", trials=40, batch=4, seed=3)
 
     def values(options: dict) -> float:

@@ -31,35 +31,52 @@ numbers = st.floats(-1e6, 1e6).map(lambda x: float(f"{x:.4g}"))
 def test_every_kind_is_read_and_nothing_is_evaluated():
     found = parse_search(
         [
-            "job.lr=loguniform(1e-4, 1e-2)", "--batch.global_size = choice(32,64)", "job.kind=grid(plain, 'two words')",
-            "job.width=randint(4, 1_000)", "optim.final-lr=quniform(0,1,0.25)", "job.deep=choice(True, False)",
+            "job.lr=loguniform(1e-4, 1e-2)",
+            "--batch.global_size = choice(32,64)",
+            "job.kind=grid(plain, 'two words')",
+            "job.width=randint(4, 1_000)",
+            "optim.final-lr=quniform(0,1,0.25)",
+            "job.deep=choice(True, False)",
             "job.block=choice(None, -3)",
         ]
-    )  # fmt: skip
+    )
 
     assert found == {
-        "job.lr": Domain("loguniform", (1e-4, 1e-2)), "batch.global-size": Domain("choice", (32, 64)),
-        "job.kind": Domain("grid", ("plain", "two words")), "job.width": Domain("randint", (4, 1000)),
-        "optim.final-lr": Domain("quniform", (0, 1, 0.25)), "job.deep": Domain("choice", (True, False)),
+        "job.lr": Domain("loguniform", (1e-4, 1e-2)),
+        "batch.global-size": Domain("choice", (32, 64)),
+        "job.kind": Domain("grid", ("plain", "two words")),
+        "job.width": Domain("randint", (4, 1000)),
+        "optim.final-lr": Domain("quniform", (0, 1, 0.25)),
+        "job.deep": Domain("choice", (True, False)),
         "job.block": Domain("choice", (None, -3)),
-    }  # fmt: skip
+    }
 
 
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("job.lr", "give NAME=KIND"), ("=uniform(0,1)", "give NAME=KIND"), ("job.lr=1e-3", "is no KIND"),
-        ("job.lr=gauss(0,1)", "give a kind of"), ("job.lr=uniform(0,1", "cannot be read"),
-        ("job.lr=uniform(0)", "has 1 values"), ("job.lr=uniform(1,0)", "low below high"),
-        ("job.lr=uniform(1,1)", "low below high"), ("job.lr=loguniform(0,1)", "above 0"),
-        ("job.lr=uniform(0,1e999)", "finite"), ("job.lr=uniform(a,b)", "finite number"),
-        ("job.lr=randint(1,2.5)", "whole number"), ("job.lr=quniform(0,1,0)", "step above 0"),
-        ("job.lr=quniform(0,1,2)", "step above 0"), ("job.lr=choice()", "no values"), ("job.lr=choice(1,1)", "twice"),
-        ("job.lr=choice(__import__('os'))", "give numbers, words"), ("job.lr=uniform(low=0,high=1)", "is no KIND"),
+        ("job.lr", "give NAME=KIND"),
+        ("=uniform(0,1)", "give NAME=KIND"),
+        ("job.lr=1e-3", "is no KIND"),
+        ("job.lr=gauss(0,1)", "give a kind of"),
+        ("job.lr=uniform(0,1", "cannot be read"),
+        ("job.lr=uniform(0)", "has 1 values"),
+        ("job.lr=uniform(1,0)", "low below high"),
+        ("job.lr=uniform(1,1)", "low below high"),
+        ("job.lr=loguniform(0,1)", "above 0"),
+        ("job.lr=uniform(0,1e999)", "finite"),
+        ("job.lr=uniform(a,b)", "finite number"),
+        ("job.lr=randint(1,2.5)", "whole number"),
+        ("job.lr=quniform(0,1,0)", "step above 0"),
+        ("job.lr=quniform(0,1,2)", "step above 0"),
+        ("job.lr=choice()", "no values"),
+        ("job.lr=choice(1,1)", "twice"),
+        ("job.lr=choice(__import__('os'))", "give numbers, words"),
+        ("job.lr=uniform(low=0,high=1)", "is no KIND"),
         ("job.lr=choice([1,2])", "give numbers, words"),
         ("job.lr=uniform(0,1)+uniform(0,1)", "is no KIND"),
     ],
-)  # fmt: skip
+)
 def test_what_has_no_values_is_refused_in_one_sentence(text, says):
     with pytest.raises(ConfigError, match=says) as caught:
         parse_search([text])
@@ -114,8 +131,9 @@ def test_a_trial_is_a_function_of_seed_and_number_and_other_options_change_nothi
 
 
 def test_grids_are_gone_through_and_the_rest_is_drawn_for_each_combination():
-    config = SweepConfig(search={"job.width": "grid(4,8,16)", "job.deep": "grid(True,False)", "job.lr": "uniform(0,1)"},
-                         trials=2)  # fmt: skip
+    config = SweepConfig(
+        search={"job.width": "grid(4,8,16)", "job.deep": "grid(True,False)", "job.lr": "uniform(0,1)"}, trials=2
+    )
 
     trials = [draw(config.space, 0, n) for n in range(config.total)]
 
@@ -129,15 +147,19 @@ def test_grids_are_gone_through_and_the_rest_is_drawn_for_each_combination():
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("job.rl=uniform(0,1)", "did you mean 'job.lr'"), ("lr=uniform(0,1)", "no option of this job"),
+        ("job.rl=uniform(0,1)", "did you mean 'job.lr'"),
+        ("lr=uniform(0,1)", "no option of this job"),
         ("scaling.max-workers=choice(1,2)", "does not change what a run computes"),
-        ("run.duration=choice('1ep','2ep')", "cut short themselves"), ("job.width=uniform(1,9)", "a whole number"),
-        ("job.width=choice(1, wide)", "'wide', but --job.width is a whole number"), ("job.lr=choice(high)", "a number"),
-        ("job.deep=choice(1,0)", "True or False"), ("job.kind=choice(1)", "a text"),
+        ("run.duration=choice('1ep','2ep')", "cut short themselves"),
+        ("job.width=uniform(1,9)", "a whole number"),
+        ("job.width=choice(1, wide)", "'wide', but --job.width is a whole number"),
+        ("job.lr=choice(high)", "a number"),
+        ("job.deep=choice(1,0)", "True or False"),
+        ("job.kind=choice(1)", "a text"),
         ("optim.schedule=choice(cosine,linear)", "one of constant, cosine"),
         ("batch.global-size=choice(True)", "whole"),
     ],
-)  # fmt: skip
+)
 def test_unknown_and_wrongly_typed_options_are_refused(text, says):
     with pytest.raises(ConfigError, match=says) as caught:
         check_names(parse_search([text]), Toy(), TrainConfig())
@@ -146,8 +168,15 @@ def test_unknown_and_wrongly_typed_options_are_refused(text, says):
 
 
 def test_options_are_applied_to_job_and_configuration():
-    space = parse_search(["job.lr=choice(1)", "job.block=choice(None,3)", "batch.global-size=choice(32)",
-                          "optim.clip-norm=choice(2)", "job.deep=choice(True)"])  # fmt: skip
+    space = parse_search(
+        [
+            "job.lr=choice(1)",
+            "job.block=choice(None,3)",
+            "batch.global-size=choice(32)",
+            "optim.clip-norm=choice(2)",
+            "job.deep=choice(True)",
+        ]
+    )
     check_names(space, Toy(), TrainConfig())
 
     job, config = apply(draw(space, 0, 0), Toy(), TrainConfig())
@@ -177,19 +206,29 @@ def test_stop_rules_are_met_by_what_is_good_enough():
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"mode": "most"}, "--mode"), ({"scheduler": "bohb"}, "--scheduler"), ({"searcher": "grid"}, "--searcher"),
-        ({"metric": "loss"}, "--metric"), ({"trials": 0}, "--trials"), ({"grace_period": 0}, "--grace-period"),
-        ({"reduction_factor": 1}, "--reduction-factor"), ({"max_concurrent": 0}, "--max-concurrent"),
-        ({"quantile": 0.6}, "--quantile"), ({"resample": -0.1}, "--resample"), ({"cost_budget": 0}, "--cost-budget"),
-        ({"time_budget": "10st"}, "--time-budget"), ({"time_budget": "soon"}, "--time-budget"),
+        ({"mode": "most"}, "--mode"),
+        ({"scheduler": "bohb"}, "--scheduler"),
+        ({"searcher": "grid"}, "--searcher"),
+        ({"metric": "loss"}, "--metric"),
+        ({"trials": 0}, "--trials"),
+        ({"grace_period": 0}, "--grace-period"),
+        ({"reduction_factor": 1}, "--reduction-factor"),
+        ({"max_concurrent": 0}, "--max-concurrent"),
+        ({"quantile": 0.6}, "--quantile"),
+        ({"resample": -0.1}, "--resample"),
+        ({"cost_budget": 0}, "--cost-budget"),
+        ({"time_budget": "10st"}, "--time-budget"),
+        ({"time_budget": "soon"}, "--time-budget"),
         ({"name": "a/b"}, "--sweep"),
-        ({"seed": -1}, "--sweep.seed"), ({"stop": ("eval/loss",)}, "--stop"), ({"search": {}}, "something to search"),
+        ({"seed": -1}, "--sweep.seed"),
+        ({"stop": ("eval/loss",)}, "--stop"),
+        ({"search": {}}, "something to search"),
         ({"search": {"job.lr": "grid(1,2)"}, "searcher": "tpe"}, "cannot go through"),
         ({"scheduler": "pbt", "searcher": "tpe"}, "changes options itself"),
         ({"scheduler": "pbt", "trials": 1}, "population"),
         ({"scheduler": "pbt", "search": {"batch.global-size": "choice(1,2)"}}, "in the midst of a run"),
     ],
-)  # fmt: skip
+)
 def test_what_cannot_work_together_is_refused_in_one_sentence(options, says):
     with pytest.raises(ConfigError, match=says) as caught:
         SweepConfig(**{"search": {"job.lr": "uniform(0,1)"}, **options})

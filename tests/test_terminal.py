@@ -251,8 +251,15 @@ def test_a_terminal_that_closes_saves_and_ends_the_run(processes, tmp_path, gate
 
 
 def _own_host(storage: str, environment: dict[str, str]) -> None:
-    config = configure(storage, "run", checkpoint__every="2st", data__workers=1, parallel__strategy="fsdp",
-                       recovery__snapshot_every="2st", scaling__max_workers=1)  # fmt: skip
+    config = configure(
+        storage,
+        "run",
+        checkpoint__every="2st",
+        data__workers=1,
+        parallel__strategy="fsdp",
+        recovery__snapshot_every="2st",
+        scaling__max_workers=1,
+    )
     run = prepare(Everything(samples=LONG), config)
     with LocalRun(run, 1, own_host={}, environment=environment) as local:
         local.wait(WAIT_S)

@@ -32,13 +32,18 @@ from tests import forked
 from tests.tiny_jobs import Everything, Plain
 
 WEIGHTS = {
-    "a.weight": torch.randn(30, 7), "a.bias": torch.randn(7, dtype=torch.float64), "half": torch.randn(5).bfloat16(),
-    "scalar": torch.tensor(3), "empty": torch.empty(0, 4), "mask": torch.tensor([True, False, True]),
-}  # fmt: skip
+    "a.weight": torch.randn(30, 7),
+    "a.bias": torch.randn(7, dtype=torch.float64),
+    "half": torch.randn(5).bfloat16(),
+    "scalar": torch.tensor(3),
+    "empty": torch.empty(0, 4),
+    "mask": torch.tensor([True, False, True]),
+}
 STATE = {
     **{f"model/{name}": tensor for name, tensor in WEIGHTS.items()},
-    "optimizer/a.weight/exp_avg": torch.randn(30, 7), "extra/average": torch.randn(2, 2).to(torch.complex128),
-}  # fmt: skip
+    "optimizer/a.weight/exp_avg": torch.randn(30, 7),
+    "extra/average": torch.randn(2, 2).to(torch.complex128),
+}
 VALUES = {"optimizer": "AdamW", "groups": [{"betas": [0.9, 0.95]}], "states": {}, "extra": {"updates": 4}}
 
 

@@ -102,10 +102,12 @@ def test_it_is_only_shown_until_yes_is_given(make, capsys):
 @pytest.mark.parametrize(
     ("options", "kept"),
     [
-        ([], [6, 5, 4]), (["--keep-last", "1"], [6]), (["--keep-last", "1", "--keep-every", "2"], [6, 4, 2]),
+        ([], [6, 5, 4]),
+        (["--keep-last", "1"], [6]),
+        (["--keep-last", "1", "--keep-every", "2"], [6, 4, 2]),
         (["--keep-last", "9"], [6, 5, 4, 3, 2, 1]),
     ],
-)  # fmt: skip
+)
 def test_pins_and_what_is_to_be_kept_stay(make, options, kept):
     run = make()
     elastic("checkpoints", "pin", run, "--step", 1)
@@ -216,11 +218,15 @@ def test_an_interrupted_prune_lists_nothing_torn_and_the_next_does_the_rest(make
 
 FACTS = st.builds(
     RunFacts,
-    name=st.uuids().map(str), status=st.sampled_from(["finished", "failed", "stopped", "running"]),
-    last=st.floats(0, 100 * DAY), live=st.none() | st.just("ann (heartbeat 3 s ago)"),
-    pinned=st.lists(st.integers(0, 9), max_size=1).map(tuple), group=st.sampled_from(["a", "b"]),
-    score=st.none() | st.integers(-3, 3).map(float), problem=st.none() | st.just("torn"),
-)  # fmt: skip
+    name=st.uuids().map(str),
+    status=st.sampled_from(["finished", "failed", "stopped", "running"]),
+    last=st.floats(0, 100 * DAY),
+    live=st.none() | st.just("ann (heartbeat 3 s ago)"),
+    pinned=st.lists(st.integers(0, 9), max_size=1).map(tuple),
+    group=st.sampled_from(["a", "b"]),
+    score=st.none() | st.integers(-3, 3).map(float),
+    problem=st.none() | st.just("torn"),
+)
 
 
 @given(st.lists(FACTS, unique_by=lambda r: r.name), st.floats(0, 100 * DAY), st.booleans(), st.randoms())

@@ -36,10 +36,16 @@ from elastic.units import Amount, parse_amount
 @pytest.mark.parametrize(
     ("text", "value", "unit"),
     [
-        ("10ep", 10, "ep"), ("0.5ep", 0.5, "ep"), ("500st", 500, "st"), ("2_000_000tok", 2e6, "tok"),
-        ("1e9tok", 1e9, "tok"), (" 30 min ", 30, "min"), ("2h", 2, "h"), ("1.5s", 1.5, "s"),
+        ("10ep", 10, "ep"),
+        ("0.5ep", 0.5, "ep"),
+        ("500st", 500, "st"),
+        ("2_000_000tok", 2e6, "tok"),
+        ("1e9tok", 1e9, "tok"),
+        (" 30 min ", 30, "min"),
+        ("2h", 2, "h"),
+        ("1.5s", 1.5, "s"),
     ],
-)  # fmt: skip
+)
 def test_an_amount_is_a_number_and_a_unit(text, value, unit):
     assert parse_amount("--x", text, clock=True) == Amount(value, unit)
 
@@ -153,22 +159,29 @@ REFUSED = [
     (lambda: _hsdp(5, 2), "--parallel.strategy", "'hsdp'", "multiple of 2"),
     (
         lambda: TrainConfig(
-            run=RunOptions(exactness="bitwise"), precision=PrecisionOptions(param_dtype="bf16"),
+            run=RunOptions(exactness="bitwise"),
+            precision=PrecisionOptions(param_dtype="bf16"),
             parallel=ParallelOptions(strategy="fsdp"),
         ),
-        "--precision.param-dtype", "'bf16'", "--run.exactness fast",
+        "--precision.param-dtype",
+        "'bf16'",
+        "--run.exactness fast",
     ),
     (
         lambda: TrainConfig(
             parallel=ParallelOptions(strategy="fsdp", offload=True), scaling=ScalingOptions(accelerator="cpu")
         ),
-        "--parallel.offload", "'cpu'", "leave it out",
+        "--parallel.offload",
+        "'cpu'",
+        "leave it out",
     ),
     (
         lambda: TrainConfig(
             parallel=ParallelOptions(strategy="fsdp", offload=True), run=RunOptions(exactness="bitwise")
         ),
-        "--parallel.offload", "bitwise", "--run.exactness fast",
+        "--parallel.offload",
+        "bitwise",
+        "--run.exactness fast",
     ),
     (lambda: ScalingOptions(priority=1.5), "--scaling.priority", "1.5", "whole number"),
     (lambda: ScalingOptions(request_timeout="9st"), "--scaling.request-timeout", "'9st'", "s, min or h"),
@@ -187,7 +200,9 @@ REFUSED = [
     (lambda: RecoveryOptions(snapshot_every="5min"), "--recovery.snapshot-every", "'5min'", "unit of ep, st, tok"),
     (
         lambda: TrainConfig(recovery=RecoveryOptions(snapshot_every="5st")),
-        "--recovery.snapshot-every", "'5st'", "leave it off, or use fsdp or hsdp",
+        "--recovery.snapshot-every",
+        "'5st'",
+        "leave it off, or use fsdp or hsdp",
     ),
     (lambda: RecoveryOptions(hang_timeout="5ep"), "--recovery.hang-timeout", "'5ep'", "s, min or h"),
     (lambda: RecoveryOptions(lease="auto"), "--recovery.lease", "'auto'", "unit"),
@@ -198,9 +213,11 @@ REFUSED = [
     (lambda: ClusterOptions(address="a:1", local_nodes=2), "--cluster.local-nodes", "2", "--cluster.address a:1"),
     (
         lambda: TrainConfig(run=RunOptions(exactness="bitwise"), precision=PrecisionOptions(grad_compression="bf16")),
-        "--precision.grad-compression", "'bf16'", "--run.exactness fast",
+        "--precision.grad-compression",
+        "'bf16'",
+        "--run.exactness fast",
     ),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("make", "option", "value", "fix"), REFUSED, ids=[f"{r[1][2:]}={r[2]}" for r in REFUSED])
@@ -217,11 +234,16 @@ def test_a_refusal_names_the_option_its_value_and_the_fix(make, option, value, f
 
 def test_every_option_that_can_be_wrong_has_a_refusal_above():
     free = {
-        "run.take-over", "run.allow-change", "parallel.find-unused", "observe.tensorboard", "cluster.address",
-        "parallel.compile", "parallel.activation-checkpointing",
+        "run.take-over",
+        "run.allow-change",
+        "parallel.find-unused",
+        "observe.tensorboard",
+        "cluster.address",
+        "parallel.compile",
+        "parallel.activation-checkpointing",
         "parallel.blocks",  # refused when the model is known
         "checkpoint.convert",
-    }  # fmt: skip
+    }
     refused = {option.removeprefix("--") for _, option, _, _ in REFUSED}
 
     missing = {name for name, _ in _all_options()} - refused - free
@@ -267,26 +289,41 @@ patience = st.builds(lambda n, u: f"{n}{u}", st.integers(1, 168), st.sampled_fro
 configs = st.builds(
     TrainConfig,
     run=st.builds(
-        RunOptions, name=_maybe(st.from_regex(r"[A-Za-z0-9][A-Za-z0-9_-]{0,20}", fullmatch=True)),
-        storage=st.sampled_from(["runs", "s3://bucket/runs"]), duration=progress, stop_after=_maybe(progress | clock),
-        seed=st.integers(0, 2**63 - 1), exactness=st.sampled_from(["fast", "bitwise"]),
-        on_nonfinite=st.sampled_from(["stop", "skip"]), take_over=st.booleans(), max_failures=st.integers(0, 9),
+        RunOptions,
+        name=_maybe(st.from_regex(r"[A-Za-z0-9][A-Za-z0-9_-]{0,20}", fullmatch=True)),
+        storage=st.sampled_from(["runs", "s3://bucket/runs"]),
+        duration=progress,
+        stop_after=_maybe(progress | clock),
+        seed=st.integers(0, 2**63 - 1),
+        exactness=st.sampled_from(["fast", "bitwise"]),
+        on_nonfinite=st.sampled_from(["stop", "skip"]),
+        take_over=st.booleans(),
+        max_failures=st.integers(0, 9),
         allow_change=st.lists(st.sampled_from(["run.seed", "job.lr"]), max_size=2).map(tuple),
     ),
     batch=st.builds(
-        lambda v, size, p: BatchOptions(global_size=v * size, microbatches=v, pass_size=p), st.integers(1, 64),
-        st.integers(1, 64), _maybe(whole),
+        lambda v, size, p: BatchOptions(global_size=v * size, microbatches=v, pass_size=p),
+        st.integers(1, 64),
+        st.integers(1, 64),
+        _maybe(whole),
     ),
     optim=st.builds(
-        OptimOptions, schedule=st.sampled_from(["constant", "cosine"]), warmup=_maybe(progress),
-        final_lr=st.floats(0, 1), clip_norm=_maybe(st.floats(1e-6, 1e6)),
+        OptimOptions,
+        schedule=st.sampled_from(["constant", "cosine"]),
+        warmup=_maybe(progress),
+        final_lr=st.floats(0, 1),
+        clip_norm=_maybe(st.floats(1e-6, 1e6)),
     ),
     precision=st.builds(PrecisionOptions, autocast=st.sampled_from(["off", "bf16"])),
     data=st.builds(DataOptions, workers=st.integers(0, 9), prefetch=st.integers(1, 9)),
     scaling=st.builds(
-        lambda low, more, **rest: ScalingOptions(min_workers=low, max_workers=low + more, **rest), st.integers(1, 9),
-        st.integers(0, 9), accelerator=st.sampled_from(["auto", "cpu", "gpu"]), cpus_per_worker=st.integers(1, 9),
-        workers_per_node=_maybe(st.integers(1, 9)), spares=st.integers(0, 3),
+        lambda low, more, **rest: ScalingOptions(min_workers=low, max_workers=low + more, **rest),
+        st.integers(1, 9),
+        st.integers(0, 9),
+        accelerator=st.sampled_from(["auto", "cpu", "gpu"]),
+        cpus_per_worker=st.integers(1, 9),
+        workers_per_node=_maybe(st.integers(1, 9)),
+        spares=st.integers(0, 3),
     ),
     parallel=st.builds(ParallelOptions, bucket_mb=st.integers(1, 1 << 20), find_unused=st.booleans()),
     eval=st.builds(EvalOptions, every=_maybe(progress)),
@@ -299,7 +336,7 @@ configs = st.builds(
     ),
     cluster=st.builds(ClusterOptions, local_nodes=_maybe(st.integers(1, 9))),
     dry_run=st.booleans(),
-)  # fmt: skip
+)
 
 
 @given(configs)
@@ -319,37 +356,93 @@ def test_a_stored_option_of_a_newer_version_is_refused_by_name():
 
 # Another valid value for every option, to change one at a time.
 OTHER_VALUES = {
-    "run.name": "other", "run.storage": "elsewhere", "run.duration": "11ep", "run.stop-after": "3st", "run.seed": 1,
-    "run.exactness": "bitwise", "run.on-nonfinite": "skip", "run.allow-change": ("run.seed",), "run.take-over": True,
-    "run.check-every": "7st", "run.max-failures": 4, "batch.global-size": 128, "batch.microbatches": 32,
+    "run.name": "other",
+    "run.storage": "elsewhere",
+    "run.duration": "11ep",
+    "run.stop-after": "3st",
+    "run.seed": 1,
+    "run.exactness": "bitwise",
+    "run.on-nonfinite": "skip",
+    "run.allow-change": ("run.seed",),
+    "run.take-over": True,
+    "run.check-every": "7st",
+    "run.max-failures": 4,
+    "batch.global-size": 128,
+    "batch.microbatches": 32,
     "batch.pass-size": 2,
-    "optim.schedule": "cosine", "optim.warmup": "5st", "optim.final-lr": 0.2, "optim.clip-norm": 1.0,
-    "precision.autocast": "bf16", "precision.grad-compression": "bf16", "data.workers": 1, "data.prefetch": 3,
-    "scaling.min-workers": 2, "scaling.max-workers": 3, "scaling.accelerator": "cpu", "scaling.cpus-per-worker": 2,
-    "scaling.workers-per-node": 1, "scaling.spares": 1, "scaling.priority": -2, "scaling.request-timeout": "5min",
-     "parallel.strategy": "fsdp", "parallel.bucket-mb": 1,
-    "parallel.find-unused": True, "parallel.blocks": ("Block",), "parallel.prefetch": 1, "parallel.offload": True,
-    "parallel.reshard-after-forward": False, "parallel.activation-checkpointing": True, "parallel.compile": True,
-    "precision.param-dtype": "bf16", "precision.loss-scale": 2.0, "eval.every": "1ep", "checkpoint.every": "1ep",
-    "checkpoint.keep-last": 1, "checkpoint.when-busy": "skip", "checkpoint.keep-every": "1ep",
-    "checkpoint.keep-best": 1, "checkpoint.best-metric": "eval/accuracy", "checkpoint.best-mode": "max",
+    "optim.schedule": "cosine",
+    "optim.warmup": "5st",
+    "optim.final-lr": 0.2,
+    "optim.clip-norm": 1.0,
+    "precision.autocast": "bf16",
+    "precision.grad-compression": "bf16",
+    "data.workers": 1,
+    "data.prefetch": 3,
+    "scaling.min-workers": 2,
+    "scaling.max-workers": 3,
+    "scaling.accelerator": "cpu",
+    "scaling.cpus-per-worker": 2,
+    "scaling.workers-per-node": 1,
+    "scaling.spares": 1,
+    "scaling.priority": -2,
+    "scaling.request-timeout": "5min",
+    "parallel.strategy": "fsdp",
+    "parallel.bucket-mb": 1,
+    "parallel.find-unused": True,
+    "parallel.blocks": ("Block",),
+    "parallel.prefetch": 1,
+    "parallel.offload": True,
+    "parallel.reshard-after-forward": False,
+    "parallel.activation-checkpointing": True,
+    "parallel.compile": True,
+    "precision.param-dtype": "bf16",
+    "precision.loss-scale": 2.0,
+    "eval.every": "1ep",
+    "checkpoint.every": "1ep",
+    "checkpoint.keep-last": 1,
+    "checkpoint.when-busy": "skip",
+    "checkpoint.keep-every": "1ep",
+    "checkpoint.keep-best": 1,
+    "checkpoint.best-metric": "eval/accuracy",
+    "checkpoint.best-mode": "max",
     "checkpoint.convert": True,
-    "checkpoint.init-from": "w.safetensors", "recovery.hang-timeout": "1min", "recovery.lease": "1min",
-    "recovery.max-wait": "1h", "recovery.snapshot-every": "5st",
-    "observe.log-every": 1.0, "observe.tensorboard": False, "observe.price": 1.0,
-    "cluster.address": "auto", "cluster.local-nodes": 2, "scaling.exclude": ("broken",),
-}  # fmt: skip
+    "checkpoint.init-from": "w.safetensors",
+    "recovery.hang-timeout": "1min",
+    "recovery.lease": "1min",
+    "recovery.max-wait": "1h",
+    "recovery.snapshot-every": "5st",
+    "observe.log-every": 1.0,
+    "observe.tensorboard": False,
+    "observe.price": 1.0,
+    "cluster.address": "auto",
+    "cluster.local-nodes": 2,
+    "scaling.exclude": ("broken",),
+}
 ONE_VALUE = {"checkpoint.init-partial", "eval.hold"}  # valid only beside another option
 SHARDED_ONLY = {
-    "parallel.offload", "parallel.prefetch", "parallel.reshard-after-forward",
+    "parallel.offload",
+    "parallel.prefetch",
+    "parallel.reshard-after-forward",
     "recovery.snapshot-every",
-}  # fmt: skip
+}
 RESULT = {
-    "run.duration", "run.seed", "run.exactness", "run.on-nonfinite", "batch.global-size", "batch.microbatches",
-    "optim.schedule", "optim.warmup", "optim.final-lr", "optim.clip-norm", "precision.autocast",
-    "precision.grad-compression", "precision.param-dtype", "precision.loss-scale", "parallel.compile",
+    "run.duration",
+    "run.seed",
+    "run.exactness",
+    "run.on-nonfinite",
+    "batch.global-size",
+    "batch.microbatches",
+    "optim.schedule",
+    "optim.warmup",
+    "optim.final-lr",
+    "optim.clip-norm",
+    "precision.autocast",
+    "precision.grad-compression",
+    "precision.param-dtype",
+    "precision.loss-scale",
+    "parallel.compile",
     "checkpoint.init-from",
-}  # fmt: skip
+}
 
 
 def _changed(name: str, value: object) -> TrainConfig:

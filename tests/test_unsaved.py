@@ -292,14 +292,16 @@ class Large(Base):
 
 @pytest.mark.parametrize(
     ("job", "said"),
-    [(Sparse(), r"model/table is torch\.sparse_coo, and only dense tensors are saved"),
-     (Odd(), r"'model/table' has the dtype torch\.float8_e8m0fnu; use one of"),
-     (Large(), "take [0-9]* bytes, and at most 3000 are kept")],
+    [
+        (Sparse(), r"model/table is torch\.sparse_coo, and only dense tensors are saved"),
+        (Odd(), r"'model/table' has the dtype torch\.float8_e8m0fnu; use one of"),
+        (Large(), "take [0-9]* bytes, and at most 3000 are kept"),
+    ],
     ids=["sparse", "odd", "large"],
-)  # fmt: skip
+)
 def test_what_a_checkpoint_cannot_have_is_refused_before_there_is_one(
     job: elastic.Job, said: str, monkeypatch: pytest.MonkeyPatch
-):  # fmt: skip
+):
     monkeypatch.setattr(comeback, "MAX_VALUES_BYTES", 3000)
     model = job.model()
     with pytest.raises(ConfigError, match=said):

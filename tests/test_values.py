@@ -92,29 +92,46 @@ def alike(one: Any, other: Any) -> bool:
 
 keys = st.one_of(st.text(), st.integers(), st.booleans(), st.none(), st.sampled_from(Color), st.tuples(st.integers()))
 leaves = st.one_of(
-    st.none(), st.booleans(), st.integers(), st.floats(), st.text(), st.binary(), st.complex_numbers(),
+    st.none(),
+    st.booleans(),
+    st.integers(),
+    st.floats(),
+    st.text(),
+    st.binary(),
+    st.complex_numbers(),
     st.sampled_from([Color.RED, Color.BLUE, Level.LOW, Mode.A, Mode.A | Mode.B, Mode(0)]),
-    st.builds(pathlib.PurePosixPath, st.text("ab/.", min_size=1)), st.fractions(), st.uuids(), st.timedeltas(),
+    st.builds(pathlib.PurePosixPath, st.text("ab/.", min_size=1)),
+    st.fractions(),
+    st.uuids(),
+    st.timedeltas(),
     st.decimals(allow_nan=False),
     st.datetimes(timezones=st.sampled_from([None, datetime.UTC])).filter(lambda d: not d.fold),
     st.dates(),
-    st.builds(np.float32, st.floats(width=32, allow_nan=False)), st.builds(np.int64, st.integers(0, 9)),
+    st.builds(np.float32, st.floats(width=32, allow_nan=False)),
+    st.builds(np.int64, st.integers(0, 9)),
     st.builds(bytearray, st.binary()),
     st.sampled_from([torch.float32, torch.device("cpu"), torch.Size([2, 3]), torch.channels_last, torch.strided]),
     st.builds(lambda v: np.asarray(v, "<f4"), st.lists(st.floats(width=32, allow_nan=False))),
-    st.builds(range, st.integers(0, 5)), st.frozensets(st.integers()), st.sets(st.text()),
-)  # fmt: skip
+    st.builds(range, st.integers(0, 5)),
+    st.frozensets(st.integers()),
+    st.sets(st.text()),
+)
 values = st.recursive(
     leaves,
     lambda inner: st.one_of(
-        st.lists(inner), st.lists(inner).map(tuple), st.dictionaries(keys, inner), st.dictionaries(st.text(), inner),
-        st.dictionaries(keys, inner).map(collections.OrderedDict), st.builds(collections.deque, st.lists(inner)),
+        st.lists(inner),
+        st.lists(inner).map(tuple),
+        st.dictionaries(keys, inner),
+        st.dictionaries(st.text(), inner),
+        st.dictionaries(keys, inner).map(collections.OrderedDict),
+        st.builds(collections.deque, st.lists(inner)),
         st.builds(lambda d: collections.defaultdict(list, d), st.dictionaries(keys, inner)),
-        st.builds(Point, st.floats(), inner), st.builds(Inner, st.integers(), inner),
+        st.builds(Point, st.floats(), inner),
+        st.builds(Inner, st.integers(), inner),
         st.builds(Outer, st.builds(Inner, st.integers(), inner), st.lists(st.sampled_from(Color))),
     ),
     max_leaves=8,
-)  # fmt: skip
+)
 
 
 @given(values)
@@ -126,11 +143,14 @@ def test_whatever_is_taken_comes_back_equal_and_of_its_type(value: Any):
 
 plain = st.recursive(
     st.one_of(
-        st.none(), st.booleans(), st.integers(-(2**70), 2**70), st.floats(allow_nan=False, allow_infinity=False),
+        st.none(),
+        st.booleans(),
+        st.integers(-(2**70), 2**70),
+        st.floats(allow_nan=False, allow_infinity=False),
         st.text(),
     ),
     lambda inner: st.one_of(st.lists(inner), st.dictionaries(st.text().filter(lambda k: k != "$"), inner)),
-)  # fmt: skip
+)
 
 
 @given(plain)
@@ -142,14 +162,28 @@ def test_plain_json_stands_for_itself(value: Any):
 @pytest.mark.parametrize(
     "value",
     [
-        float("inf"), float("nan"), -0.0, 10**600, collections.Counter("aab"), {1: 2}, {"$": 1}, random.getstate(),
-        np.random.RandomState(1).get_state(), types.SimpleNamespace(a=(1,)), np.bool_(True),
-        np.datetime64("2020-01-01"), pathlib.Path("a"),
-        uuid.UUID(int=1), decimal.Decimal("NaN"), Fraction(1, 3), np.zeros((0, 2)), slice(1, None),
+        float("inf"),
+        float("nan"),
+        -0.0,
+        10**600,
+        collections.Counter("aab"),
+        {1: 2},
+        {"$": 1},
+        random.getstate(),
+        np.random.RandomState(1).get_state(),
+        types.SimpleNamespace(a=(1,)),
+        np.bool_(True),
+        np.datetime64("2020-01-01"),
+        pathlib.Path("a"),
+        uuid.UUID(int=1),
+        decimal.Decimal("NaN"),
+        Fraction(1, 3),
+        np.zeros((0, 2)),
+        slice(1, None),
         datetime.time(1, 2),
     ],
     ids=lambda v: type(v).__name__,
-)  # fmt: skip
+)
 def test_what_jobs_keep_comes_back(value: Any):
     found = back(value)
 
@@ -209,12 +243,23 @@ def test_a_class_of_a_script_is_known_under_either_name_of_it():
 
 @pytest.mark.parametrize(
     "coded",
-    [{"$": "no such kind", "of": 1}, {"$": "tuple"}, {"$": ["x"], "of": 1}, {"$": "float", "of": "1"},
-     {"$": "torch.dtype", "of": "load"}, {"$": "torch.load", "of": "x"}, {"$": "numpy", "of": "", "dtype": "O"},
-     {"$": "int", "of": "-"}, {"$": "dict", "of": [[[], 1]]}, {"$": "enum", "class": "os.system", "of": "x"},
-     {"$": "tensor", "of": "x"}, {"$": "bytes", "of": 3}, {"$": None, "of": None}],
+    [
+        {"$": "no such kind", "of": 1},
+        {"$": "tuple"},
+        {"$": ["x"], "of": 1},
+        {"$": "float", "of": "1"},
+        {"$": "torch.dtype", "of": "load"},
+        {"$": "torch.load", "of": "x"},
+        {"$": "numpy", "of": "", "dtype": "O"},
+        {"$": "int", "of": "-"},
+        {"$": "dict", "of": [[[], 1]]},
+        {"$": "enum", "class": "os.system", "of": "x"},
+        {"$": "tensor", "of": "x"},
+        {"$": "bytes", "of": 3},
+        {"$": None, "of": None},
+    ],
     ids=str,
-)  # fmt: skip
+)
 def test_whatever_is_no_value_is_refused_in_one_way(coded: Any):
     with pytest.raises(ValueRefused):
         decode([coded])

@@ -103,9 +103,10 @@ def test_who_stops_or_leaves_saves_first_and_the_evaluation_is_done_by_who_goes_
     drained, stopped, watch = gate("drained"), gate("stopped"), Watch()
     run = prepare(Everything(), configure(tmp_path, "run", eval__every="3st", scaling__max_workers=2))
     faults = plan(
-        fault("step.forward", 3, 0, "hold", file=drained), fault("step.forward", 6, 0, "hold", file=stopped),
+        fault("step.forward", 3, 0, "hold", file=drained),
+        fault("step.forward", 6, 0, "hold", file=stopped),
         fault("eval.begin", 6, 0, "raise"),
-    )  # fmt: skip
+    )
     with local_run(run, 2, on_record=watch, environment=faults) as local:
         watch.wait_for_step(2)
         local.link.request("/drain", {"worker": "w1-1", "seconds": 0.0, "by": "a test"})

@@ -90,9 +90,12 @@ def test_of_a_cluster_that_was_found_the_own_token_is_used_and_what_is_none_is_r
     )
     environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
     ran = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60,
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        timeout=60,
         env={**environment, "HOME": str(tmp_path), "RAY_TMPDIR": str(tmp_path)},
-    )  # fmt: skip
+    )
     assert ran.stdout.splitlines() == ["other:1 None", f"{answering} token"]
     assert ran.stderr.splitlines()[-1] == (
         f"elastic.errors.ConfigError: --cluster.address is '{answering}': what listens there does not answer as the "

@@ -136,7 +136,7 @@ class Last(nn.Module):
         ),
     ],
     ids=["scalar", "empty", "strides", "dtypes"],
-)  # fmt: skip
+)
 def test_what_cannot_be_cut_is_refused_by_name(model, message):
     with pytest.raises(ConfigError, match=message):
         check_shardable(model)

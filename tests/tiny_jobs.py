@@ -351,9 +351,11 @@ class Odd(Plain):
         matrices = [p for p in trained if p.dim() > 1]
         rest = [p for p in trained if p.dim() <= 1 and not any(p is m for m in marked)]
         groups = [
-            {"params": matrices, "weight_decay": 0.1}, {"params": rest, "lr": 2 * self.lr},
-            {"params": marked, "lr": 3 * self.lr}, {"params": [layer.base for layer in model.layers]},
-        ]  # fmt: skip
+            {"params": matrices, "weight_decay": 0.1},
+            {"params": rest, "lr": 2 * self.lr},
+            {"params": marked, "lr": 3 * self.lr},
+            {"params": [layer.base for layer in model.layers]},
+        ]
         return torch.optim.SGD(groups, lr=self.lr)
 
     def logits(self, model, features, ids):

@@ -39,9 +39,21 @@ _XXH3 = re.compile(r"^[0-9a-f]{32}\Z")
 
 #: Bytes of an element, by the name of its dtype.
 ITEM_BYTES = {
-    "float32": 4, "float64": 8, "float16": 2, "bfloat16": 2, "int64": 8, "int32": 4, "int16": 2, "int8": 1, "uint8": 1,
-    "bool": 1, "complex64": 8, "complex128": 16, "float8_e4m3fn": 1, "float8_e5m2": 1,
-}  # fmt: skip
+    "float32": 4,
+    "float64": 8,
+    "float16": 2,
+    "bfloat16": 2,
+    "int64": 8,
+    "int32": 4,
+    "int16": 2,
+    "int8": 1,
+    "uint8": 1,
+    "bool": 1,
+    "complex64": 8,
+    "complex128": 16,
+    "float8_e4m3fn": 1,
+    "float8_e5m2": 1,
+}
 
 
 @dataclass(frozen=True)
@@ -217,9 +229,16 @@ def _manifest(raw: Any, where: str) -> Manifest:
         if not isinstance(raw[part], dict):
             raise CheckpointError(f"its {part} is a {type(raw[part]).__name__}, not an object")
     return Manifest(
-        step, _int(raw["seed"]), _text(raw["config_digest"]), raw["world"], raw["values"], tensors, metrics,
-        _text(raw.get("nonce", "")), version,
-    )  # fmt: skip
+        step,
+        _int(raw["seed"]),
+        _text(raw["config_digest"]),
+        raw["world"],
+        raw["values"],
+        tensors,
+        metrics,
+        _text(raw.get("nonce", "")),
+        version,
+    )
 
 
 def _tensor(name: str, raw: Any, version: int) -> TensorEntry:

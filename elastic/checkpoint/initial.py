@@ -25,10 +25,20 @@ SUFFIX = ".safetensors"
 MAX_HEADER_BYTES = 100_000_000
 OPTION = "--checkpoint.init-from"
 _DTYPES = {
-    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32",
-    "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool", "C64": "complex64", "F8_E4M3": "float8_e4m3fn",
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "I64": "int64",
+    "I32": "int32",
+    "I16": "int16",
+    "I8": "int8",
+    "U8": "uint8",
+    "BOOL": "bool",
+    "C64": "complex64",
+    "F8_E4M3": "float8_e4m3fn",
     "F8_E5M2": "float8_e5m2",
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True)
@@ -144,9 +154,13 @@ def load_initial(
     if not found or (missing and not partial):
         raise CheckpointError(
             f"{OPTION} is {source.url!r}, which lacks {len(missing)} of the model's tensors, such as {missing[:3]} (it "
-            f"has {sorted(source.entries)[:3]}); " + ("give other weights" if not found else "give "
-            "--checkpoint.init-partial to leave those as the job made them")
-        )  # fmt: skip
+            f"has {sorted(source.entries)[:3]}); "
+            + (
+                "give other weights"
+                if not found
+                else "give --checkpoint.init-partial to leave those as the job made them"
+            )
+        )
     entries = {name: source.entries[known][1] for name, known in found.items()}
     fill(source.storage, entries, [s for s in shards if s.name in found])
     return Initialised(source.url, hashes(source), missing, unexpected)

@@ -35,9 +35,15 @@ class LoadReport:
 
 
 def load(
-    storage: Storage, folder: str, manifest: Manifest, shards: Sequence[Shard], *, convert: bool = False,
-    alone: bool = True, in_flight: int = IN_FLIGHT,
-) -> LoadReport:  # fmt: skip
+    storage: Storage,
+    folder: str,
+    manifest: Manifest,
+    shards: Sequence[Shard],
+    *,
+    convert: bool = False,
+    alone: bool = True,
+    in_flight: int = IN_FLIGHT,
+) -> LoadReport:
     """Fill the shards' tensors from the checkpoint in `folder`.
 
     A block of which only a part is wanted cannot be verified by itself. `alone`, it is read whole; else only the part
@@ -82,9 +88,15 @@ def fill(storage: Storage, entries: Mapping[str, TensorEntry], shards: Sequence[
 
 
 def load_together(
-    storage: Storage, folder: str, manifest: Manifest, shards: Sequence[Shard],
-    gather: Callable[[Any], list[Any]], *, convert: bool = False, in_flight: int = IN_FLIGHT,
-) -> LoadReport:  # fmt: skip
+    storage: Storage,
+    folder: str,
+    manifest: Manifest,
+    shards: Sequence[Shard],
+    gather: Callable[[Any], list[Any]],
+    *,
+    convert: bool = False,
+    in_flight: int = IN_FLIGHT,
+) -> LoadReport:
     """Like `load`, for all ranks of a world that read different boxes: no byte is read twice, every block verified.
 
     Args:
@@ -214,19 +226,28 @@ class _Batch:
     """Reads that run at the same time, and the verification of each block when its last byte is there."""
 
     def __init__(
-        self, reader: RangeReader, pool: ThreadPoolExecutor, in_flight: int, folder: str,
-        tensors: Mapping[str, TensorEntry], shards: Sequence[Shard], alone: bool, report: LoadReport, *,
+        self,
+        reader: RangeReader,
+        pool: ThreadPoolExecutor,
+        in_flight: int,
+        folder: str,
+        tensors: Mapping[str, TensorEntry],
+        shards: Sequence[Shard],
+        alone: bool,
+        report: LoadReport,
+        *,
         proven: bool = True,
-    ):  # fmt: skip
+    ):
         self._reader, self._pool, self._report, self._proven = reader, pool, report, proven
         self._in_flight = in_flight
         wanted = [s.wanted for s in shards]
         self._shards = shards
         self._homes: list[torch.Tensor] = [  # each box, contiguous, on the CPU, in the dtype that was saved
-            s.tensor.detach() if _direct(tensors[s.name], s.tensor)
+            s.tensor.detach()
+            if _direct(tensors[s.name], s.tensor)
             else torch.empty(s.tensor.shape, dtype=DTYPES[tensors[s.name].dtype])
             for s in shards
-        ]  # fmt: skip
+        ]
         self._views = [_memory(home) for home in self._homes]
         self._parts = plan_load(tensors, folder, wanted)
         # Without crc32 (format 1) or without others, a part of a block is proven by reading the whole block.

@@ -48,9 +48,11 @@ class Known:
 
 
 def to_keep(
-    committed: Sequence[Committed], metrics: Mapping[Committed, Mapping[str, float]], pins: Collection[int],
+    committed: Sequence[Committed],
+    metrics: Mapping[Committed, Mapping[str, float]],
+    pins: Collection[int],
     policy: Policy,
-) -> set[Committed]:  # fmt: skip
+) -> set[Committed]:
     """Which of the committed checkpoints, given newest first, are kept. Of a step, only its newest attempt can be."""
     newest: dict[int, Committed] = {}
     for checkpoint in committed:

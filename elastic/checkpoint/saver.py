@@ -86,10 +86,15 @@ class Saver:
     """
 
     def __init__(
-        self, storage: Storage, *, device: torch.device | None = None, in_flight: int = IN_FLIGHT,
-        part_bytes: int = PART_BYTES, still_s: float = STILL_S,
+        self,
+        storage: Storage,
+        *,
+        device: torch.device | None = None,
+        in_flight: int = IN_FLIGHT,
+        part_bytes: int = PART_BYTES,
+        still_s: float = STILL_S,
         on_restart: Callable[[Save, str], None] = lambda save, why: None,
-    ):  # fmt: skip
+    ):
         self._still_s, self._on_restart = still_s, on_restart
         self._storage, self._in_flight, self._part_bytes = storage, in_flight, part_bytes
         self._cuda = device if device is not None and device.type == "cuda" else None
@@ -111,9 +116,15 @@ class Saver:
         return self._save is not None and not self._save.ended.is_set()
 
     def start(
-        self, step: int, attempt: str, shards: Sequence[Shard], *, rank: int = 0, refer: bool = True,
+        self,
+        step: int,
+        attempt: str,
+        shards: Sequence[Shard],
+        *,
+        rank: int = 0,
+        refer: bool = True,
         on_end: Callable[[Save], None] | None = None,
-    ) -> Save:  # fmt: skip
+    ) -> Save:
         """Begin to save the state as it is now. What is not stable is copied before this returns.
 
         Args:
@@ -235,9 +246,16 @@ class Saver:
         chunks = [(w.start, w.end) for w in save.writes]
         known = [list(self._frozen[save.key(w)].hashes) for w in save.writes if w.start >= save.tail]
         job = UploadJob(
-            f"{attempt_folder(save.step, save.attempt)}/{save.pack}", save.size, chunks, save.tail, known, save.rank,
-            save.step, self._in_flight, self._part_bytes,
-        )  # fmt: skip
+            f"{attempt_folder(save.step, save.attempt)}/{save.pack}",
+            save.size,
+            chunks,
+            save.tail,
+            known,
+            save.rank,
+            save.step,
+            self._in_flight,
+            self._part_bytes,
+        )
         if self._storage.in_process:
             self._stage(save, later, lambda ready, tail: None)
             self._progress.advance(save.tail, True)

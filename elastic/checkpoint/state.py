@@ -24,9 +24,13 @@ SAVE_S = 3600.0
 
 
 def save_state(
-    url: str, step: int, tensors: Mapping[str, torch.Tensor], values: dict[str, Any] | None = None, *,
+    url: str,
+    step: int,
+    tensors: Mapping[str, torch.Tensor],
+    values: dict[str, Any] | None = None,
+    *,
     attempt: str = "0-0-0",
-) -> Manifest:  # fmt: skip
+) -> Manifest:
     """Save tensors and JSON values as the checkpoint of `step` in the folder at `url`, and wait until it is committed.
 
     Raises:

@@ -44,9 +44,14 @@ class Shard:
 
     @staticmethod
     def whole(
-        name: str, tensor: torch.Tensor, *, replica: int = 0, replicas: int = 1, stable: bool = False,
+        name: str,
+        tensor: torch.Tensor,
+        *,
+        replica: int = 0,
+        replicas: int = 1,
+        stable: bool = False,
         frozen: bool = False,
-    ) -> Shard:  # fmt: skip
+    ) -> Shard:
         """A tensor that this rank holds whole."""
         shape = tuple(tensor.shape)
         return Shard(name, tensor, shape, (0,) * len(shape), replica, replicas, stable, frozen)

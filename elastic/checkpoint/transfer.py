@@ -109,9 +109,13 @@ def is_transient(error: BaseException) -> bool:
 
 
 def patiently(
-    call: Callable[..., T], *args: Any, retry_s: float = RETRY_S, cancelled: threading.Event | None = None,
-    on_retry: Callable[[], None] | None = None, passes: Callable[[BaseException], bool] = is_transient,
-) -> T:  # fmt: skip
+    call: Callable[..., T],
+    *args: Any,
+    retry_s: float = RETRY_S,
+    cancelled: threading.Event | None = None,
+    on_retry: Callable[[], None] | None = None,
+    passes: Callable[[BaseException], bool] = is_transient,
+) -> T:
     """Call with `args`, and again after a growing, jittered wait while the error is one that `passes`.
 
     Raises:

@@ -139,10 +139,14 @@ def perform(storage: Storage, job: UploadJob, data: memoryview, progress: Progre
         prove()
     fault.point("upload.end", job.rank, job.step)
     return {
-        "hashes": [hashes[i] for i in range(len(job.chunks))], "crcs": [crcs[i] for i in range(len(job.chunks))],
-        "uploaded": uploaded, "bytes": size, "seconds": round(time.monotonic() - began, 4),
-        "cpu_s": round(time.process_time() - cpu, 4), **counts,
-    }  # fmt: skip
+        "hashes": [hashes[i] for i in range(len(job.chunks))],
+        "crcs": [crcs[i] for i in range(len(job.chunks))],
+        "uploaded": uploaded,
+        "bytes": size,
+        "seconds": round(time.monotonic() - began, 4),
+        "cpu_s": round(time.process_time() - cpu, 4),
+        **counts,
+    }
 
 
 def _upload(
@@ -165,9 +169,14 @@ def _upload(
         progress.await_ready(min(start + len(piece), job.tail))
         fault.point("upload.part", job.rank, job.step)
         patiently(
-            upload.put, number, start, piece, cancelled=progress.cancelled,
-            on_retry=retried, retry_s=120.0 if upload.parallel else 0.0,
-        )  # fmt: skip
+            upload.put,
+            number,
+            start,
+            piece,
+            cancelled=progress.cancelled,
+            on_retry=retried,
+            retry_s=120.0 if upload.parallel else 0.0,
+        )
         counts["requests"] += 1
         progress.move()
 

@@ -64,10 +64,13 @@ def training_function(run: WorkerRun, accelerator: str, vaults: str | None) -> C
         runtime = ray.get_runtime_context()
         node = runtime.get_node_id()
         identity = Identity(
-            id=str(runtime.get_actor_id())[:12], node=node, local_index=index,
-            host=ray.util.get_node_ip_address(), accelerator=accelerator,
+            id=str(runtime.get_actor_id())[:12],
+            node=node,
+            local_index=index,
+            host=ray.util.get_node_ip_address(),
+            accelerator=accelerator,
             vault="" if vaults is None else vault_url(vaults, node),
-        )  # fmt: skip
+        )
         try:
             return Session(run, identity, import_s=import_s).run()
         except FencedError:

@@ -43,8 +43,9 @@ def types_in(cluster: Mapping[str, Any]) -> list[dict[str, float]]:
     types = cluster.get("available_node_types") or {}
     return [
         {name: float(amount) for name, amount in of["resources"].items() if isinstance(amount, (int, float))}
-        for of in types.values() if of.get("resources") and of.get("max_workers", cluster.get("max_workers", 0))
-    ]  # fmt: skip
+        for of in types.values()
+        if of.get("resources") and of.get("max_workers", cluster.get("max_workers", 0))
+    ]
 
 
 def _on_head() -> bool:
@@ -68,11 +69,13 @@ def failures(address: str, session_folder: str) -> list[str]:
     reasons = reasons_in(_end_of(log)) if _on_head() and log.is_file() else {}
     # Its list of failed nodes has every node that ever went, also those that were let go for being idle: no news.
     told = [(launch.ray_node_type_name, launch.details) for launch in found.failed_launches]
-    return list(dict.fromkeys(
-        f"nodes of type {kind} could not be started: "
-        + (reasons.get(kind) or why or "its log on the head says why")[:MOST_TEXT]
-        for kind, why in told
-    ))  # fmt: skip
+    return list(
+        dict.fromkeys(
+            f"nodes of type {kind} could not be started: "
+            + (reasons.get(kind) or why or "its log on the head says why")[:MOST_TEXT]
+            for kind, why in told
+        )
+    )
 
 
 def reasons_in(log: str) -> dict[str, str]:

@@ -138,9 +138,12 @@ def connected(cluster: ClusterOptions, scaling: ScalingOptions, address: str | N
             cpus = max(os.cpu_count() or 1, scaling.min_workers * scaling.cpus_per_worker)
             with spared_from_hangups():
                 ray.init(
-                    address="local", num_cpus=cpus, include_dashboard=False, object_store_memory=_OBJECT_STORE_BYTES,
+                    address="local",
+                    num_cpus=cpus,
+                    include_dashboard=False,
+                    object_store_memory=_OBJECT_STORE_BYTES,
                     **options,
-                )  # fmt: skip
+                )
         yield
     finally:
         ray.shutdown()

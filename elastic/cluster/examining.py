@@ -79,9 +79,14 @@ class Examiner:
         interface = interface_of(self._address)
         try:
             return self._prober.ask(
-                START_S + REDUCE_S, do="reduce", rank=rank, size=size, store=store, interface=interface or "",
+                START_S + REDUCE_S,
+                do="reduce",
+                rank=rank,
+                size=size,
+                store=store,
+                interface=interface or "",
                 timeout_s=REDUCE_S,
-            )  # fmt: skip
+            )
         except Unanswered as why:
             return {"error": str(why)}
 

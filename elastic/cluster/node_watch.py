@@ -61,9 +61,11 @@ def add_verb(verbs: Any) -> None:
     parser.add_argument("--node-id", metavar="HEX", help="node to watch (default that of this machine)")
     parser.add_argument("--poll", default="2s", metavar="TIME", help="between two questions (default 2s)")
     parser.add_argument(
-        "--rebalance", default="10min", metavar="TIME",
+        "--rebalance",
+        default="10min",
+        metavar="TIME",
         help="leave so long after EC2 recommends it, or off (default 10min)",
-    )  # fmt: skip
+    )
     parser.add_argument(
         "--grace", default="25s", metavar="TIME", help="time to leave after SIGTERM, less than until SIGKILL (25s)"
     )
@@ -74,12 +76,16 @@ def add_verb(verbs: Any) -> None:
 def _run(arguments: argparse.Namespace) -> int:
     return watch(
         WatchOptions(
-            cloud=arguments.cloud, endpoint=arguments.endpoint, address=arguments.address, node_id=arguments.node_id,
-            poll_s=_seconds("--poll", arguments.poll), grace_s=_seconds("--grace", arguments.grace),
+            cloud=arguments.cloud,
+            endpoint=arguments.endpoint,
+            address=arguments.address,
+            node_id=arguments.node_id,
+            poll_s=_seconds("--poll", arguments.poll),
+            grace_s=_seconds("--grace", arguments.grace),
             rebalance_s=None if arguments.rebalance == "off" else _seconds("--rebalance", arguments.rebalance),
             leave=arguments.leave,
         )
-    )  # fmt: skip
+    )
 
 
 def _seconds(name: str, text: str) -> float:
@@ -119,8 +125,10 @@ def _clouds(options: WatchOptions) -> list[Cloud]:
 
     endpoint = (options.endpoint or ENDPOINT).rstrip("/")
     known: dict[str, Cloud] = {
-        "aws": Aws(endpoint, options.rebalance_s), "gcp": Gcp(endpoint), "azure": Azure(endpoint)
-    }  # fmt: skip
+        "aws": Aws(endpoint, options.rebalance_s),
+        "gcp": Gcp(endpoint),
+        "azure": Azure(endpoint),
+    }
     if options.cloud == "none":
         return []
     return [find_cloud(list(known.values())) if options.cloud == "auto" else known[options.cloud]]

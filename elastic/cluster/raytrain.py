@@ -350,9 +350,11 @@ class Group(WorkerGroup):
             distributed_context=DistributedContext(
                 world_rank=0, world_size=self._want, local_rank=0, local_world_size=1, node_rank=0
             ),
-            synchronization_actor=None, storage_context=self._storage_context, worker_callbacks=[],
+            synchronization_actor=None,
+            storage_context=self._storage_context,
+            worker_callbacks=[],
             controller_actor=ray.get_runtime_context().current_actor,
-        )  # fmt: skip
+        )
         return unit.actor.run_train_fn.remote(self._worker_group_context.train_fn_ref)
 
     def _on_status(self, unit: _Unit, status: WorkerStatus) -> None:
@@ -425,9 +427,11 @@ class Group(WorkerGroup):
         if self._share.most != seen["ceiling"]:
             self._tell("/yield", {"max_workers": self._share.most, "to": self._share.to})
         self._patience = self._patience.after(
-            now, waited_s=max((now - u.since for u in asked), default=0.0),
-            served=have > self._had or mine.short, room=self._patience.pausing(now) and self._has_room(),
-        )  # fmt: skip
+            now,
+            waited_s=max((now - u.since for u in asked), default=0.0),
+            served=have > self._had or mine.short,
+            room=self._patience.pausing(now) and self._has_room(),
+        )
         self._had = have
         if self._share.ask == 0:
             for unit in [u for u in self._units if u.stage is not _Stage.ASKED]:
@@ -506,17 +510,26 @@ class RayTrainer(DataParallelTrainer):
     """
 
     def __init__(
-        self, train_function: Callable[[dict[str, Any]], Any], *, name: str, storage_path: str, plan: GroupPlan,
-        accelerator: str, here: bool = False,
-    ):  # fmt: skip
+        self,
+        train_function: Callable[[dict[str, Any]], Any],
+        *,
+        name: str,
+        storage_path: str,
+        plan: GroupPlan,
+        accelerator: str,
+        here: bool = False,
+    ):
         scaling_config: Any = ScalingConfig(
             num_workers=plan.want(plan.max_workers), use_gpu=accelerator == "gpu", resources_per_worker=plan.unit
         )
         run_config: Any = RunConfig(name=name, storage_path=storage_path)
         super().__init__(
-            train_function, train_loop_config={"group": plan}, backend_config=_NoBackendConfig(),
-            scaling_config=scaling_config, run_config=run_config,
-        )  # fmt: skip
+            train_function,
+            train_loop_config={"group": plan},
+            backend_config=_NoBackendConfig(),
+            scaling_config=scaling_config,
+            run_config=run_config,
+        )
         self._policies = (StartPolicy(scaling_config, plan), FallbackPolicy(FailureConfig()))
         self._here: _Here | None = _Here() if here else None
         self._controller: Any = None
@@ -535,10 +548,13 @@ class RayTrainer(DataParallelTrainer):
         """
         scaling_policy, failure_policy = self._policies
         result = self._initialize_and_run_controller(
-            train_fn_ref=ObjectRefWrapper(self._get_train_func()), scaling_policy=scaling_policy,
-            failure_policy=failure_policy, train_run_context=self.train_run_context,
-            callbacks=self._create_default_callbacks(), validation_config=None,
-        )  # fmt: skip
+            train_fn_ref=ObjectRefWrapper(self._get_train_func()),
+            scaling_policy=scaling_policy,
+            failure_policy=failure_policy,
+            train_run_context=self.train_run_context,
+            callbacks=self._create_default_callbacks(),
+            validation_config=None,
+        )
         if result.error:
             raise result.error
 

@@ -51,9 +51,11 @@ class Room:
         size = plan.group_size
         elsewhere = [{"ray.io/node-id": f"!in({','.join(full_nodes)})"}] * size if full_nodes else None
         self.group = placement_group(
-            [plan.unit] * size, strategy="STRICT_PACK" if size > 1 else "PACK", name=f"{plan.name}{number}",
+            [plan.unit] * size,
+            strategy="STRICT_PACK" if size > 1 else "PACK",
+            name=f"{plan.name}{number}",
             bundle_label_selector=elsewhere,
-        )  # fmt: skip
+        )
         self.free = list(range(size))
         self.usable = True  # its node is not known to go away
         self._size = size

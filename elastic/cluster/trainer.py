@@ -84,9 +84,14 @@ class ElasticTrainer:
 
 def _result(run: PreparedRun, values: dict[str, Any]) -> Result:
     return Result(
-        values["status"], values["steps"], values.get("loss"), values.get("metrics", {}),
-        values.get("weights_sha256"), run.folder.storage.url, values,
-    )  # fmt: skip
+        values["status"],
+        values["steps"],
+        values.get("loss"),
+        values.get("metrics", {}),
+        values.get("weights_sha256"),
+        run.folder.storage.url,
+        values,
+    )
 
 
 def drive(run: PreparedRun) -> int:
@@ -239,9 +244,11 @@ class _Drive:
         self._still_s = settings.hang_s or STILL_S
         options = keeper_options(run, self._epoch, ray_job_id=ray.get_runtime_context().get_job_id())
         detail = {
-            "name": run.name, "accelerator": accelerator, "cluster_s": round(connect_s, 3),
+            "name": run.name,
+            "accelerator": accelerator,
+            "cluster_s": round(connect_s, 3),
             "changed_code": run.changed_code or None,
-        }  # fmt: skip
+        }
         if self._control is not None:
             return self._host_here(RunHost(run.folder.storage.url, options, settings), detail, token, accelerator)
         host_class: Any = ray.remote(num_cpus=0, max_restarts=-1, label_selector={"ray.io/node-id": node_id})(HostActor)
@@ -332,10 +339,20 @@ class _Drive:
         terms = Terms(run.name, scaling.priority, time.time(), accelerator, scaling.min_workers, patience_s)
         vaults = run.plan.snapshot_every is not None
         plan = GroupPlan(
-            url, token, scaling.max_workers, scaling.spares, run.plan.microbatches, unit, prefix, terms,
-            scaling.workers_per_node, scaling.exclude, packed=run.config.parallel.strategy == "hsdp", vaults=vaults,
+            url,
+            token,
+            scaling.max_workers,
+            scaling.spares,
+            run.plan.microbatches,
+            unit,
+            prefix,
+            terms,
+            scaling.workers_per_node,
+            scaling.exclude,
+            packed=run.config.parallel.strategy == "hsdp",
+            vaults=vaults,
             still_s=self._still_s,
-        )  # fmt: skip
+        )
         want = plan.want(scaling.max_workers)
         function = training_function(worker_run, accelerator, prefix if vaults else None)
         fewer = want < scaling.max_workers + scaling.spares
@@ -349,9 +366,13 @@ class _Drive:
                 self._formed_since.clear()
                 markers = tempfile.mkdtemp(prefix="elastic-", dir=session_folder())
                 trainer = RayTrainer(
-                    function, name=run.name, storage_path=markers, plan=plan, accelerator=accelerator,
+                    function,
+                    name=run.name,
+                    storage_path=markers,
+                    plan=plan,
+                    accelerator=accelerator,
                     here=self._control is not None,
-                )  # fmt: skip
+                )
                 try:
                     if self._train_with(trainer):
                         return self._outcome()
@@ -362,9 +383,10 @@ class _Drive:
                 with contextlib.suppress(OSError):  # the host is gone too, and the follower says so
                     self._ask("/event", {"kind": "controller_restarted", "detail": {"why": self._controller_lost}})
             self._close(
-                "failed", f"{self._controller_lost}, {tries} times before a first step; give {run.again} to go on from "
-                "the newest checkpoint"
-            )  # fmt: skip
+                "failed",
+                f"{self._controller_lost}, {tries} times before a first step; give {run.again} to go on from "
+                "the newest checkpoint",
+            )
             self._ended.wait(END_TIMEOUT_S)
             return self._outcome()
         finally:

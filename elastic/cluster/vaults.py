@@ -123,9 +123,13 @@ class Vaults:
         self._vaults = {}
 
     def _start(self, node: str, port: int) -> None:
-        actor: Any = ray.remote(VaultActor).options(
-            num_cpus=0, label_selector={"ray.io/node-id": node}, name=_name(self._prefix, node), max_concurrency=2
-        ).remote(self._token, port)  # fmt: skip
+        actor: Any = (
+            ray.remote(VaultActor)
+            .options(
+                num_cpus=0, label_selector={"ray.io/node-id": node}, name=_name(self._prefix, node), max_concurrency=2
+            )
+            .remote(self._token, port)
+        )
         self._vaults[node] = _Vault(actor, port, actor.url.remote(), actor.held.remote())
 
     def _ended(self, node: str) -> str | None:

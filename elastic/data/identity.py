@@ -31,9 +31,18 @@ MOST_NUMBERS = 1 << 20  # of one array that figures are made from
 MAX_DEPTH = 20
 BUDGET_S = 5.0  # no further sample is fetched after it
 _BY_TEXT = (
-    datetime.date, datetime.time, datetime.timedelta, decimal.Decimal, fractions.Fraction, uuid.UUID, range, slice,
-    torch.dtype, torch.device, np.dtype,
-)  # fmt: skip
+    datetime.date,
+    datetime.time,
+    datetime.timedelta,
+    decimal.Decimal,
+    fractions.Fraction,
+    uuid.UUID,
+    range,
+    slice,
+    torch.dtype,
+    torch.device,
+    np.dtype,
+)
 
 
 class _CannotTellError(Exception):

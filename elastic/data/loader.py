@@ -197,9 +197,16 @@ class Loader:
     """
 
     def __init__(
-        self, fetcher: Fetcher, order: Order, *, workers: int, prefetch: int, total_steps: int,
-        on_restart: Callable[[str], None] = lambda what: None, begin: Callable[[], None] = nothing,
-    ):  # fmt: skip
+        self,
+        fetcher: Fetcher,
+        order: Order,
+        *,
+        workers: int,
+        prefetch: int,
+        total_steps: int,
+        on_restart: Callable[[str], None] = lambda what: None,
+        begin: Callable[[], None] = nothing,
+    ):
         self.order, self._fetcher, self._total_steps = order, fetcher, total_steps
         self._on_restart = on_restart
         self._source: Iterator[Span] = iter(())

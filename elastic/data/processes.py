@@ -46,9 +46,14 @@ class LoaderProcesses:
     """
 
     def __init__(
-        self, dataset: Any, parts: dict[str, Any], *, count: int, prefetch: int,
+        self,
+        dataset: Any,
+        parts: dict[str, Any],
+        *,
+        count: int,
+        prefetch: int,
         begin: Callable[[], None],
-    ):  # fmt: skip
+    ):
         self._dataset, self._parts, self._count, self._prefetch = dataset, parts, count, prefetch
         self._begin = begin
         self._keys = _Keys()
@@ -69,10 +74,15 @@ class LoaderProcesses:
         before = set(multiprocessing.active_children())
         begin = partial(_begin, self._begin, self._life[0], os.getpid(), self._folder)
         loader: DataLoader[Any] = DataLoader(
-            _Sent(self._dataset, self._parts, self._count), batch_size=None, sampler=self._keys,
-            num_workers=self._count, prefetch_factor=self._prefetch, multiprocessing_context="forkserver",
-            persistent_workers=True, worker_init_fn=begin,
-        )  # fmt: skip
+            _Sent(self._dataset, self._parts, self._count),
+            batch_size=None,
+            sampler=self._keys,
+            num_workers=self._count,
+            prefetch_factor=self._prefetch,
+            multiprocessing_context="forkserver",
+            persistent_workers=True,
+            worker_init_fn=begin,
+        )
         self._answers = iter(loader)
         self._processes = [p for p in multiprocessing.active_children() if p not in before]
 

@@ -104,9 +104,15 @@ class WorkerLink:
     # ---- the training thread -----------------------------------------------------------------------------------
 
     def join(
-        self, facts: dict[str, Any], applied: int, failure: Failure | None, save_alone: Callable[[], None], *,
-        why: str = "", broke: str = "",
-    ) -> Assignment:  # fmt: skip
+        self,
+        facts: dict[str, Any],
+        applied: int,
+        failure: Failure | None,
+        save_alone: Callable[[], None],
+        *,
+        why: str = "",
+        broke: str = "",
+    ) -> Assignment:
         """Ask for a world and wait for it.
 
         Args:
@@ -129,9 +135,14 @@ class WorkerLink:
             return self._enter(newer)
         self._assignment = None
         self._joining = {
-            "kind": "join", "member": asdict(self.member), "applied": applied,
-            "failure": asdict(failure) if failure else None, "why": why, "broke": broke, **facts,
-        }  # fmt: skip
+            "kind": "join",
+            "member": asdict(self.member),
+            "applied": applied,
+            "failure": asdict(failure) if failure else None,
+            "why": why,
+            "broke": broke,
+            **facts,
+        }
         self._wake()
         while True:
             self._check_over()
@@ -159,9 +170,15 @@ class WorkerLink:
         self._joining = None
         self._position, self._phase = (-1, 0, 0), "load"
         self._assignment = Assignment(
-            Generation.parse(answer["generation"]), answer["rank"], answer["size"], (host, port),
-            answer["restore"], answer["claim_step"], answer["failing"], answer["parting"],
-        )  # fmt: skip
+            Generation.parse(answer["generation"]),
+            answer["rank"],
+            answer["size"],
+            (host, port),
+            answer["restore"],
+            answer["claim_step"],
+            answer["failing"],
+            answer["parting"],
+        )
         self._next_beat = 0.0  # at once: of who says nothing in a world nobody knows whether it ever came there
         self._wake()
         return self._assignment
@@ -373,9 +390,12 @@ class WorkerLink:
         """How far this worker is in its world."""
         where, samples = self._place()
         return {
-            "generation": str(assignment.generation), "position": self._position, "phase": self._phase,
-            "where": where, "samples": samples if self._phase == "data" else [],
-        }  # fmt: skip
+            "generation": str(assignment.generation),
+            "position": self._position,
+            "phase": self._phase,
+            "where": where,
+            "samples": samples if self._phase == "data" else [],
+        }
 
     async def _read(self, socket: aiohttp.ClientWebSocketResponse) -> None:
         async for raw in socket:

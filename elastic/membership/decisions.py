@@ -86,9 +86,7 @@ _SILENT = "it was silent, and its world went on without it"
 def advance(state: State, event: Event) -> tuple[State, list[Command]]:
     """One decision."""
     if isinstance(event, (Joined, Registered, Acknowledged)) and (heard := _who(event)) in state.unheard:
-        state = replace(
-            state, gone=state.gone - {heard}, dead=state.dead - {heard}, unheard=state.unheard - {heard}
-        )  # fmt: skip
+        state = replace(state, gone=state.gone - {heard}, dead=state.dead - {heard}, unheard=state.unheard - {heard})
     if isinstance(event, Joined):
         return _joined(state, event)
     if isinstance(event, Registered):
@@ -171,17 +169,20 @@ def _joined(state: State, event: Joined) -> tuple[State, list[Command]]:
     waiting = Waiting(member, event.applied, event.now)
     registered = {k: v for k, v in state.registered.items() if k != member.id}
     state = replace(
-        state, waiting={**state.waiting, member.id: waiting}, last_join=event.now, registered=registered,
-        warming=state.warming - {member.id}, answered_at=event.now, quiet=state.quiet - {member.id},
+        state,
+        waiting={**state.waiting, member.id: waiting},
+        last_join=event.now,
+        registered=registered,
+        warming=state.warming - {member.id},
+        answered_at=event.now,
+        quiet=state.quiet - {member.id},
         late={k: late for k, late in state.late.items() if k != member.id},
-    )  # fmt: skip
+    )
     state, settled = _settle(state, event.now)
     return state, [*commands, *settled]
 
 
-def _failed(
-    state: State, member: Member, failure: Failure, *, nothing_to_save: bool
-) -> tuple[State, list[Command]]:  # fmt: skip
+def _failed(state: State, member: Member, failure: Failure, *, nothing_to_save: bool) -> tuple[State, list[Command]]:
     """An error of a member: it is replayed, or the worker is left out, or the run ends with it."""
     limits = state.limits
     state = replace(state, faults=state.faults.failed(member.id, failure), why=failure.summary, erred=True)
@@ -212,9 +213,13 @@ def _unfit(state: State, event: Unfit) -> tuple[State, list[Command]]:
     if state.phase is Phase.ENDED:
         return state, []
     state = replace(
-        state, unfit=state.unfit + 1, unfit_at=event.now, never_ready=state.never_ready + 1,
-        unfit_why=state.unfit_why or event.message, warming=state.warming - {event.member_id},
-    )  # fmt: skip
+        state,
+        unfit=state.unfit + 1,
+        unfit_at=event.now,
+        never_ready=state.never_ready + 1,
+        unfit_why=state.unfit_why or event.message,
+        warming=state.warming - {event.member_id},
+    )
     trained = bool(state.veterans or state.faults.step)  # then it waits for others, parked if it has to
     if not trained and state.phase is not Phase.REBUILDING and too_few_to_come(state):
         return replace(state, phase=Phase.ENDED), [Fail(state.unfit_why)]
@@ -243,9 +248,11 @@ def _registered(state: State, event: Registered) -> tuple[State, list[Command]]:
     if state.phase is not Phase.REBUILDING or not known:
         return state, [Refuse(event.member.id, f"world {event.generation} is over")]
     state = replace(
-        state, registered={**state.registered, event.member.id: event}, n=max(state.n, event.generation.n),
+        state,
+        registered={**state.registered, event.member.id: event},
+        n=max(state.n, event.generation.n),
         waiting={k: w for k, w in state.waiting.items() if k != event.member.id},
-    )  # fmt: skip
+    )
     return _settle(state, event.now)
 
 
@@ -307,9 +314,13 @@ def _stalled(state: State, event: Stalled) -> tuple[State, list[Command]]:
     commands: list[Command] = []
     if state.phase is not Phase.BROKEN:
         state = replace(
-            state, phase=Phase.BROKEN, broken_at=event.now, answered_at=event.now, acked=frozenset(state.waiting),
+            state,
+            phase=Phase.BROKEN,
+            broken_at=event.now,
+            answered_at=event.now,
+            acked=frozenset(state.waiting),
             why=event.reason,
-        )  # fmt: skip
+        )
         commands = [Break(world, None, event.reason)]
     state, settled = _settle(state, event.now)
     return state, [*commands, *settled]
@@ -432,15 +443,25 @@ def _form(state: State, now: float) -> tuple[State, list[Command]]:
     rest = {k: w for k, w in state.waiting.items() if k not in chosen}
     handed = [w.member for w in rest.values() if w.member.node in state.notices and w.member.id in old]
     state = replace(
-        state, phase=Phase.RUNNING, n=state.n + 1, world=world, parked_at=None, acked=frozenset(),
-        saver=None, saved=-1, unfit=state.unfit if chosen <= old else 0,
+        state,
+        phase=Phase.RUNNING,
+        n=state.n + 1,
+        world=world,
+        parked_at=None,
+        acked=frozenset(),
+        saver=None,
+        saved=-1,
+        unfit=state.unfit if chosen <= old else 0,
         waiting={k: w for k, w in rest.items() if w.member not in handed},
-        gone=state.gone | {m.id for m in handed}, why="", erred=False,
+        gone=state.gone | {m.id for m in handed},
+        why="",
+        erred=False,
         veterans=frozenset(w.member.id for w in state.waiting.values() if w.applied > 0),
         last_worlds=state.last_worlds + (state.failing is not None),
         newest=max(w.applied for w in state.waiting.values() if w.member.id in chosen),
-        late={**state.late, **{late.member.id: late for late in behind}}, unheard=frozenset(),
-    )  # fmt: skip
+        late={**state.late, **{late.member.id: late for late in behind}},
+        unheard=frozenset(),
+    )
     state, left = _report_left_out(state)
     left += [*(LeftBehind(late.member) for late in behind), *lost]
     left += [LeftBehind(w.member) for i, w in state.waiting.items() if i in old & state.quiet]

@@ -24,9 +24,11 @@ def _opener() -> urllib.request.OpenerDirector:
     """Opens http alone: no file, no proxy, and nowhere that an answer sends it to, with the token."""
     opener = urllib.request.OpenerDirector()
     for handler in (
-        urllib.request.HTTPHandler(), urllib.request.HTTPDefaultErrorHandler(), urllib.request.HTTPErrorProcessor(),
+        urllib.request.HTTPHandler(),
+        urllib.request.HTTPDefaultErrorHandler(),
+        urllib.request.HTTPErrorProcessor(),
         urllib.request.UnknownHandler(),
-    ):  # fmt: skip
+    ):
         opener.add_handler(handler)
     return opener
 

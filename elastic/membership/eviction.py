@@ -45,9 +45,13 @@ class Watchman:
     """
 
     def __init__(
-        self, keeper: Keeper, connections: Connections, hang_s: float | None,
-        give_up: Callable[[str, str, str, bool, bool], None], decide: Callable[[Event], None],
-    ):  # fmt: skip
+        self,
+        keeper: Keeper,
+        connections: Connections,
+        hang_s: float | None,
+        give_up: Callable[[str, str, str, bool, bool], None],
+        decide: Callable[[Event], None],
+    ):
         self._keeper, self._connections, self._hang_s, self._give_up = keeper, connections, hang_s, give_up
         self._decide = decide
         self._heard: dict[str, float] = {}
@@ -272,10 +276,13 @@ class Watchman:
             self._told_slow.add(where.samples)
             usual_s, longest_s = hang_limit_s("step", *limits), hang_limit_s(DATA, *limits)
             self._keeper.event(
-                "slow_data", generation=str(world.generation), member=member_id, step=where.position[0] + 1,
+                "slow_data",
+                generation=str(world.generation),
+                member=member_id,
+                step=where.position[0] + 1,
                 detail=f"the training data takes more than {usual_s:g} s for {where.where}, {named(where.samples)}; "
                 f"it is waited for up to {longest_s:g} s, which is {PATIENCE[DATA]:g} times --recovery.hang-timeout",
-            )  # fmt: skip
+            )
 
     async def _evict(self, member_id: str, world: World) -> None:
         known = self._progress.get(member_id)
@@ -289,9 +296,14 @@ class Watchman:
             return
         lost = next(m for m in everyone.members if m.id == member_id)
         self._keeper.event(
-            "member_evicted", generation=str(everyone.generation), member=lost.id, node=lost.node, pid=lost.pid,
-            step=where.position[0] + 1, detail=_told(where),
-        )  # fmt: skip
+            "member_evicted",
+            generation=str(everyone.generation),
+            member=lost.id,
+            node=lost.node,
+            pid=lost.pid,
+            step=where.position[0] + 1,
+            detail=_told(where),
+        )
         self._note_given_up(where)
         self._give_up(member_id, "it hung, and its world went on without it", f"hung in {where.phase}", False, False)
 

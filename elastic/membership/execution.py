@@ -77,9 +77,14 @@ class Executor:
             member, failure = command.member, command.failure
             left = {"generation": str(command.world.generation)} if command.world is not None else {}
             keeper.event(
-                "worker_failed", **left, member=member.id, node=member.node, pid=member.pid,
-                step=failure.step + 1, detail=failure.message,
-            )  # fmt: skip
+                "worker_failed",
+                **left,
+                member=member.id,
+                node=member.node,
+                pid=member.pid,
+                step=failure.step + 1,
+                detail=failure.message,
+            )
         elif isinstance(command, Leave):
             keeper.event("notice", generation=str(command.world.generation), detail=f"re-forming: {command.why}")
             connections.tell(command.world, {"kind": "wish", "wish": "leave", "detail": command.why})
@@ -154,10 +159,16 @@ class Executor:
             keeper.event("resumed", generation=str(world.generation))
         keeper.world_formed(world)
         message = {
-            "kind": "world", "generation": str(world.generation), "size": world.size, "store": [self._host, port],
-            "restore": keeper.restore_point(), "claim_step": keeper.claim_step(), "failing": command.failing,
-            "parting": command.parting, "allowed": self._allowed,
-        }  # fmt: skip
+            "kind": "world",
+            "generation": str(world.generation),
+            "size": world.size,
+            "store": [self._host, port],
+            "restore": keeper.restore_point(),
+            "claim_step": keeper.claim_step(),
+            "failing": command.failing,
+            "parting": command.parting,
+            "allowed": self._allowed,
+        }
         fault.point("world.forming", -1, world.generation.n)
         for rank, member in enumerate(world.members):
             self._connections.send(member.id, {**message, "rank": rank})

@@ -54,9 +54,15 @@ class Routes:
     """
 
     def __init__(
-        self, keeper: Keeper, connections: Connections, executor: Executor, watchman: Watchman, access: Access,
-        handle: Callable[[Event], None], state: Callable[[], State],
-    ):  # fmt: skip
+        self,
+        keeper: Keeper,
+        connections: Connections,
+        executor: Executor,
+        watchman: Watchman,
+        access: Access,
+        handle: Callable[[Event], None],
+        state: Callable[[], State],
+    ):
         self._keeper, self._connections, self._executor = keeper, connections, executor
         self._watchman, self._access = watchman, access
         self._handle, self._state = handle, state
@@ -119,11 +125,12 @@ class Routes:
         state = self._state()
         return web.json_response(
             {
-                "status": self._keeper.status(), "rows": self._keeper.recent_rows(),
+                "status": self._keeper.status(),
+                "rows": self._keeper.recent_rows(),
                 "group": describe(state, time.monotonic()),
                 "workers": people(state, self._watchman.phases()),
             }
-        )  # fmt: skip
+        )
 
     async def _scale(self, request: web.Request) -> web.Response:
         scale, limits = await _read(asked.Scale, request), self._state().limits

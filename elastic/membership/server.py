@@ -70,9 +70,16 @@ class MembershipServer:
     """
 
     def __init__(
-        self, keeper: Keeper, state: State, token: str, *, host: str, port: int = 0, hang_s: float | None = None,
+        self,
+        keeper: Keeper,
+        state: State,
+        token: str,
+        *,
+        host: str,
+        port: int = 0,
+        hang_s: float | None = None,
         new_store: Callable[[], tuple[int, Callable[[], None]]],
-    ):  # fmt: skip
+    ):
         self._keeper, self._state, self._host = keeper, state, host
         self._access = Access(token)
         raise_descriptor_limit()
@@ -271,9 +278,13 @@ class MembershipServer:
     def _announce(self, message: dict[str, Any]) -> None:
         member = message["member"]
         self._keeper.event(
-            "worker_warm", member=member["id"], node=member["node"], pid=member["pid"],
-            seconds=message["warm_s"], detail={"device": member["device"], **message["warm_parts"]},
-        )  # fmt: skip
+            "worker_warm",
+            member=member["id"],
+            node=member["node"],
+            pid=member["pid"],
+            seconds=message["warm_s"],
+            detail={"device": member["device"], **message["warm_parts"]},
+        )
 
     def _note_progress(self, member_id: str, message: dict[str, Any], now: float) -> None:
         """Of who is in the newest world, or says that it is in one to a server that was restarted."""

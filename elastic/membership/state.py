@@ -185,11 +185,16 @@ def people(state: State, phases: Mapping[str, str]) -> list[dict[str, Any]]:
     found += [(late.member, None, "does not answer", "") for _, late in sorted(state.late.items())]
     return [
         {
-            "id": m.id, "node": m.node, "host": m.host, "pid": m.pid, "rank": rank,
-            "state": where if going(state, m) is None else f"{where}, to go", "phase": phase,
+            "id": m.id,
+            "node": m.node,
+            "host": m.host,
+            "pid": m.pid,
+            "rank": rank,
+            "state": where if going(state, m) is None else f"{where}, to go",
+            "phase": phase,
         }
         for m, rank, where, phase in found
-    ]  # fmt: skip
+    ]
 
 
 def describe(state: State, now: float) -> dict[str, Any]:

@@ -41,9 +41,14 @@ def hang_limit_s(phase: str, step_p95_s: float, fixed_s: float | None) -> float:
 
 
 def silent(
-    heard: Mapping[str, float], now: float, limit_s: float, world: Collection[str], lease_s: float,
-    excused_until: float, ready: Collection[str],
-) -> list[str]:  # fmt: skip
+    heard: Mapping[str, float],
+    now: float,
+    limit_s: float,
+    world: Collection[str],
+    lease_s: float,
+    excused_until: float,
+    ready: Collection[str],
+) -> list[str]:
     """Workers of which neither the watcher nor the machine said anything for `limit_s`: cut off.
 
     Members of the `world` that are excused are given until their lease is over; so is who is not `ready` yet, for whom
@@ -79,9 +84,13 @@ def caught_up(progress: Mapping[str, Progress]) -> dict[str, Progress]:
 
 
 def hung(
-    progress: Mapping[str, Progress], now: float, step_p95_s: float, fixed_s: float | None,
-    waited_out: Collection[int] = (), steps_out: Collection[int] = (),
-) -> list[str]:  # fmt: skip
+    progress: Mapping[str, Progress],
+    now: float,
+    step_p95_s: float,
+    fixed_s: float | None,
+    waited_out: Collection[int] = (),
+    steps_out: Collection[int] = (),
+) -> list[str]:
     """Members furthest behind, for whom the others have waited longer than the limit of their phase.
 
     Nobody is behind where all are at one place: then there is no one to wait for. Nor is a second one given up for the
@@ -122,9 +131,13 @@ def slow_data(progress: Mapping[str, Progress], now: float, step_p95_s: float, f
 
 
 def overdue(
-    progress: Mapping[str, Progress], awaited: Mapping[str, float], since: float, now: float, step_p95_s: float,
+    progress: Mapping[str, Progress],
+    awaited: Mapping[str, float],
+    since: float,
+    now: float,
+    step_p95_s: float,
     fixed_s: float | None,
-) -> list[str]:  # fmt: skip
+) -> list[str]:
     """Members awaited since `since`, because their world is over, that were longer in one place than allowed.
 
     Args:

@@ -123,10 +123,12 @@ class Gcp:
         return _answers(lambda: self._ask("id"))
 
     def look(self, now: float) -> tuple[list[Notice], list[str]]:
-        return _collect([
-            lambda: gcp_preempted(self._ask("preempted"), now),
-            lambda: gcp_maintenance(self._ask("maintenance-event"), now),
-        ])  # fmt: skip
+        return _collect(
+            [
+                lambda: gcp_preempted(self._ask("preempted"), now),
+                lambda: gcp_maintenance(self._ask("maintenance-event"), now),
+            ]
+        )
 
     def _ask(self, path: str) -> Answer:
         flavor = {"Metadata-Flavor": "Google"}

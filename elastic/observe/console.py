@@ -30,7 +30,7 @@ def seconds_text(seconds: float) -> str:
 
 def row_text(
     row: dict[str, Any], total_steps: int, rate: float | None, samples_rate: float | None, width: int | None = None
-) -> str:  # fmt: skip
+) -> str:
     """A row as one line, with the job's own metrics.
 
     Args:

@@ -26,11 +26,34 @@ FORMAT = 1
 #: What rows of a ledger have by themselves; `eval/...` are evaluations, and what has a kind is an event.
 COLUMNS = frozenset(
     (
-        "format", "step", "time", "loss", "lr", "grad_norm", "world_size", "generation", "samples", "tokens",
-        "device_memory", "first_position", "count", "sample_hash", "skipped", "step_s", "data_s", "compute_s",
-        "sync_s", "checkpoint_s", "other_s", "connect_s", "restore_s", "snapshot", "kind", "eval",
+        "format",
+        "step",
+        "time",
+        "loss",
+        "lr",
+        "grad_norm",
+        "world_size",
+        "generation",
+        "samples",
+        "tokens",
+        "device_memory",
+        "first_position",
+        "count",
+        "sample_hash",
+        "skipped",
+        "step_s",
+        "data_s",
+        "compute_s",
+        "sync_s",
+        "checkpoint_s",
+        "other_s",
+        "connect_s",
+        "restore_s",
+        "snapshot",
+        "kind",
+        "eval",
     )
-)  # fmt: skip
+)
 _TAIL_BYTES = 64 << 10
 _AT_ONCE = 32
 _SEGMENT = re.compile(r"\d+-\d+-\d+\.jsonl\Z")

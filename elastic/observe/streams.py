@@ -37,9 +37,11 @@ class Sturdy(io.TextIOBase):
     """
 
     def __init__(
-        self, stream: TextIO | None, patience_s: float | None = PATIENCE_S,
+        self,
+        stream: TextIO | None,
+        patience_s: float | None = PATIENCE_S,
         on_break: Callable[[OSError], None] | None = None,
-    ):  # fmt: skip
+    ):
         self._on_break = on_break
         self._stream = stream = stream or open(os.devnull, "w")  # noqa: SIM115  # None: the process was started without it
         self._lock = threading.RLock()  # a signal handler may print while its own thread does

@@ -136,7 +136,7 @@ def _again(written: _Written, forward: Any, *args: Any, **kwargs: Any) -> Any:
     began = written.begun()
     result = checkpoint(
         forward, *args, use_reentrant=False, context_fn=lambda: (contextlib.nullcontext(), began), **kwargs
-    )  # fmt: skip
+    )
     written.look(began)
     return result
 

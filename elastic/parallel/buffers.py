@@ -72,10 +72,13 @@ class StepBuffers:
     def changed_since(self, versions: dict[str, tuple[torch.Tensor, int]]) -> list[str]:
         """Names of buffers that something wrote to or replaced, in the model's order."""
         return [
-            name for name, buffer in self.named.items()
-            if self._counts_nothing(name) or buffer is not versions[name][0] or buffer._version != versions[name][1]
+            name
+            for name, buffer in self.named.items()
+            if self._counts_nothing(name)
+            or buffer is not versions[name][0]
+            or buffer._version != versions[name][1]
             or (self._is_compared(name) and not torch.equal(buffer, self._kept[name][2]) and self._hides(name))
-        ]  # fmt: skip
+        ]
 
     def _is_compared(self, name: str) -> bool:
         return self._looks or name in self._hidden or (self._exact and name in self._owners)

@@ -77,9 +77,12 @@ class CanonicalSum:
                     send[full, i, : length - full * width] = flat[full * width :]
         received = like[0].new_empty(sum(counts) * width)
         dist.all_to_all_single(
-            received, send.reshape(-1), [c * width for c in counts], [len(parts) * width] * world_size,
+            received,
+            send.reshape(-1),
+            [c * width for c in counts],
+            [len(parts) * width] * world_size,
             group=self._group,
-        )  # fmt: skip
+        )
         total: TreeSum[torch.Tensor] = TreeSum(lambda a, b: a.add_(b))
         pieces = zip((b for bs in block_lists for b in bs), received.view(-1, width))
         for block, piece in sorted(pieces, key=lambda found: found[0]):

@@ -200,12 +200,31 @@ def _forward(operation: str) -> Callable[..., _Wait]:
 
 #: Those that gloo has; the last five are older names, which torch 2.13 has beside its own.
 _OPERATIONS = (
-    "all_gather_single", "all_gather_single_coalesced", "all_to_all_single", "allgather", "allgather_coalesced",
-    "allreduce", "allreduce_coalesced", "alltoall", "barrier", "broadcast", "gather", "recv", "recv_anysource",
-    "reduce", "reduce_scatter", "reduce_scatter_single", "reduce_scatter_single_coalesced", "scatter", "send",
-    "_allgather_base", "_reduce_scatter_base", "allgather_into_tensor_coalesced", "alltoall_base",
+    "all_gather_single",
+    "all_gather_single_coalesced",
+    "all_to_all_single",
+    "allgather",
+    "allgather_coalesced",
+    "allreduce",
+    "allreduce_coalesced",
+    "alltoall",
+    "barrier",
+    "broadcast",
+    "gather",
+    "recv",
+    "recv_anysource",
+    "reduce",
+    "reduce_scatter",
+    "reduce_scatter_single",
+    "reduce_scatter_single_coalesced",
+    "scatter",
+    "send",
+    "_allgather_base",
+    "_reduce_scatter_base",
+    "allgather_into_tensor_coalesced",
+    "alltoall_base",
     "reduce_scatter_tensor_coalesced",
-)  # fmt: skip
+)
 for _operation in _OPERATIONS:
     if hasattr(dist.ProcessGroup, _operation):
         setattr(FreeableGloo, _operation, _forward(_operation))

@@ -33,9 +33,15 @@ def fingerprint(buffers: StepBuffers, after: After) -> torch.Tensor | float:
 
 
 def reduce_moves(
-    buffers: StepBuffers, touched: list[str], after: After, indices: list[int], sums: CanonicalSum, count: int,
-    told: Sequence[float], group: dist.ProcessGroup | None = None,
-) -> None:  # fmt: skip
+    buffers: StepBuffers,
+    touched: list[str],
+    after: After,
+    indices: list[int],
+    sums: CanonicalSum,
+    count: int,
+    told: Sequence[float],
+    group: dist.ProcessGroup | None = None,
+) -> None:
     """Put the moves of all microbatches together, floating ones summed in the canonical tree.
 
     Args:
@@ -56,9 +62,14 @@ def reduce_moves(
 
 
 def average_moves(
-    buffers: StepBuffers, touched: list[str], after: After, counts: list[int], count: int, told: Sequence[float],
+    buffers: StepBuffers,
+    touched: list[str],
+    after: After,
+    counts: list[int],
+    count: int,
+    told: Sequence[float],
     group: dist.ProcessGroup | None = None,
-) -> None:  # fmt: skip
+) -> None:
     """The same for passes over several microbatches: a pass counts as often as it has microbatches, so that the result
     depends on neither the number of passes nor that of workers, but for last digits.
 

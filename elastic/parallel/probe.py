@@ -73,7 +73,7 @@ def _train(optimizer: torch.optim.Optimizer, parts: int) -> list[torch.Tensor]:
 
 def _build(
     optimizer: torch.optim.Optimizer, parts: int
-) -> tuple[torch.optim.Optimizer, list[list[list[torch.Tensor]]]]:  # fmt: skip
+) -> tuple[torch.optim.Optimizer, list[list[list[torch.Tensor]]]]:
     """One of the same class and settings for made-up parameters, and those: by group, parameter and part."""
     generator = torch.Generator().manual_seed(0)
     known = set(inspect.signature(type(optimizer).__init__).parameters)

@@ -25,13 +25,22 @@ _IS_META = torch.Tensor.is_meta.__get__  # type: ignore[attr-defined]
 _ATEN = torch.ops.aten
 #: Operations that leave nothing of what was in their first argument (where that is all of its storage).
 _OVERWRITE = (
-    _ATEN.normal_.default, _ATEN.uniform_.default, _ATEN.zero_.default, _ATEN.fill_.Scalar, _ATEN.copy_.default,
-    _ATEN.random_.default, _ATEN.bernoulli_.float, _ATEN.exponential_.default,
-)  # fmt: skip
+    _ATEN.normal_.default,
+    _ATEN.uniform_.default,
+    _ATEN.zero_.default,
+    _ATEN.fill_.Scalar,
+    _ATEN.copy_.default,
+    _ATEN.random_.default,
+    _ATEN.bernoulli_.float,
+    _ATEN.exponential_.default,
+)
 _UNSET = (
-    _ATEN.empty.memory_format, _ATEN.empty_strided.default, _ATEN.empty_like.default, _ATEN.new_empty.default,
+    _ATEN.empty.memory_format,
+    _ATEN.empty_strided.default,
+    _ATEN.empty_like.default,
+    _ATEN.new_empty.default,
     _ATEN.new_empty_strided.default,
-)  # fmt: skip
+)
 
 
 class CannotDefer(Exception):
@@ -145,12 +154,14 @@ class Recorder(TorchDispatchMode):
         written = [t for t in made if t.device == META and storage_of(t) not in self._known]
         if function._schema.is_mutable:
             targets = [
-                value for argument, value in zip(function._schema.arguments, args)
+                value
+                for argument, value in zip(function._schema.arguments, args)
                 if argument.alias_info is not None and argument.alias_info.is_write
             ] + [
-                kwargs[argument.name] for argument in function._schema.arguments
+                kwargs[argument.name]
+                for argument in function._schema.arguments
                 if argument.name in kwargs and argument.alias_info is not None and argument.alias_info.is_write
-            ]  # fmt: skip
+            ]
             if any(t.device != META for t in tensors_in(targets)):
                 raise CannotDefer(f"{function} writes into a tensor that is not the model's")
             written += tensors_in(targets)

@@ -122,9 +122,17 @@ class FastReplica(_Replica):
     """
 
     def __init__(
-        self, model: nn.Module, loss: LossFunction, *, runs: list[range], rank: int, device: torch.device,
-        bucket_mb: int, find_unused: bool, compression: str,
-    ):  # fmt: skip
+        self,
+        model: nn.Module,
+        loss: LossFunction,
+        *,
+        runs: list[range],
+        rank: int,
+        device: torch.device,
+        bucket_mb: int,
+        find_unused: bool,
+        compression: str,
+    ):
         self.model, self._loss, self._runs, self._rank, self._device = model, loss, runs, rank, device
         self._world_size, self._count, self._metrics = len(runs), sum(map(len, runs)), Metrics()
         self._buffers = StepBuffers(model, exact=False)
@@ -132,10 +140,13 @@ class FastReplica(_Replica):
         self._ddp: nn.parallel.DistributedDataParallel | None = None
         if self._world_size > 1 and any(p.requires_grad for p in model.parameters()):
             self._ddp = nn.parallel.DistributedDataParallel(
-                _LossOf(model, loss), bucket_cap_mb=bucket_mb,
-                gradient_as_bucket_view=True, **_NO_BUFFER_SYNC, find_unused_parameters=find_unused,
+                _LossOf(model, loss),
+                bucket_cap_mb=bucket_mb,
+                gradient_as_bucket_view=True,
+                **_NO_BUFFER_SYNC,
+                find_unused_parameters=find_unused,
                 init_sync=False,  # every member has the state already
-            )  # fmt: skip
+            )
             if compression == "bf16":
                 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 
@@ -220,9 +231,15 @@ class BitwiseReplica(_Replica):
     """One pass a microbatch, canonical sums of gradients and of what forward passes did to buffers."""
 
     def __init__(
-        self, model: nn.Module, loss: LossFunction, *, runs: list[range], rank: int, device: torch.device,
+        self,
+        model: nn.Module,
+        loss: LossFunction,
+        *,
+        runs: list[range],
+        rank: int,
+        device: torch.device,
         bucket_mb: int,
-    ):  # fmt: skip
+    ):
         self.model = model
         self._loss, self._runs, self._rank, self._device = loss, runs, rank, device
         self._bucket_bytes = bucket_mb << 20

@@ -181,9 +181,16 @@ class BitwiseSharded(_Sharded):
     _exact = True
 
     def __init__(
-        self, model: nn.Module, loss: LossFunction, *, runs: list[range], rows: list[range], mesh: Mesh,
-        device: torch.device, bucket_mb: int,
-    ):  # fmt: skip
+        self,
+        model: nn.Module,
+        loss: LossFunction,
+        *,
+        runs: list[range],
+        rows: list[range],
+        mesh: Mesh,
+        device: torch.device,
+        bucket_mb: int,
+    ):
         """`rows` are the microbatches of each row of the mesh; `runs` deals them in rounds, as `lockstep` does."""
         super().__init__(model, loss, runs=runs, mesh=mesh, device=device)
         self._rows, self._bucket_bytes = rows, bucket_mb << 20
@@ -270,9 +277,13 @@ class _Leaves:
         return made
 
     def __call__(
-        self, output_tensor: torch.Tensor, input_tensor: torch.Tensor, group: dist.ProcessGroup, op: Any,
+        self,
+        output_tensor: torch.Tensor,
+        input_tensor: torch.Tensor,
+        group: dist.ProcessGroup,
+        op: Any,
         async_op: bool = False,
-    ) -> None:  # fmt: skip
+    ) -> None:
         leaves = torch.empty_like(input_tensor)
         dist.all_to_all_single(leaves, input_tensor, group=group)
         self._received = leaves if self._received is None else self._received.add_(leaves)

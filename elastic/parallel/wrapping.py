@@ -209,9 +209,7 @@ def place_sharded(
     for module in [*blocks, model]:
         root = module is model
         reshard = None if root and how.reshard_after_forward else how.reshard_after_forward
-        fully_shard(
-            module, mesh=devices, reshard_after_forward=reshard, mp_policy=policy, offload_policy=offload
-        )  # fmt: skip
+        fully_shard(module, mesh=devices, reshard_after_forward=reshard, mp_policy=policy, offload_policy=offload)
     if how.prefetch:
         for i, block in enumerate(blocks):
             _fsdp(block).set_modules_to_forward_prefetch([_fsdp(b) for b in blocks[i + 1 : i + 1 + how.prefetch]])

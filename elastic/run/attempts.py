@@ -44,11 +44,13 @@ class Attempt:
         """All of the manifest but the tensors."""
         assert self.header is not None
         return Manifest(
-            self.step, self.header["seed"], self.header["config_digest"],
+            self.step,
+            self.header["seed"],
+            self.header["config_digest"],
             {**self.header.get("made", {}), "size": self.shares, "generation": str(self.generation)},
             self.header["values"],
             metrics={k: float(v) for k, v in metrics.items()},
-        )  # fmt: skip
+        )
 
     def ordered(self, ranks: Mapping[str, int]) -> list[dict[str, Any]]:
         """The indexes by rank; members that are in no world any more come first, by id."""

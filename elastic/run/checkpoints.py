@@ -47,9 +47,14 @@ class Checkpoints:
     """
 
     def __init__(
-        self, storage: Storage, epoch: int, policy: Policy, save_every_s: float | None, record: Record,
+        self,
+        storage: Storage,
+        epoch: int,
+        policy: Policy,
+        save_every_s: float | None,
+        record: Record,
         keeping: Keeping,
-    ):  # fmt: skip
+    ):
         self._storage, self._epoch, self._policy, self._every_s = storage, epoch, policy, save_every_s
         self._record, self._keeping = record, keeping
         self._unloadable: set[Committed] = set()  # for the workers of this claim, marked or not
@@ -135,11 +140,9 @@ class Checkpoints:
             self._record.committed.add((step, name))
             self._keeping.note(
                 "checkpoint_committed", generation=name.rpartition("-")[0], step=step, detail={"attempt": name}
-            )  # fmt: skip
+            )
 
-    def _decide(
-        self, attempt: Attempt, error: str | None, *, anew: bool = False, no_room: bool = False
-    ) -> None:  # fmt: skip
+    def _decide(self, attempt: Attempt, error: str | None, *, anew: bool = False, no_room: bool = False) -> None:
         """Tell the ledger and the workers what became of an attempt; then there is time to tidy up.
 
         Args:
@@ -192,7 +195,7 @@ class Checkpoints:
         except Exception as problem:  # whatever storage raises: the run does not depend on it, and the next tries again
             self._keeping.note(
                 "checkpoint_failed", step=self.step, detail=f"old checkpoints could not be removed: {problem}"
-            )  # fmt: skip
+            )
         self._tell_damaged(self._retention)
 
     def _tell_damaged(self, retention: Retention) -> None:
@@ -201,9 +204,14 @@ class Checkpoints:
 
     def _tell(self, attempt: Attempt) -> None:
         self._keeping.tell(
-            {"kind": "commit", "step": attempt.step, "attempt": attempt.name, "error": attempt.error,
-             "anew": attempt.anew}
-        )  # fmt: skip
+            {
+                "kind": "commit",
+                "step": attempt.step,
+                "attempt": attempt.name,
+                "error": attempt.error,
+                "anew": attempt.anew,
+            }
+        )
 
     def _commit(self, attempt: Attempt, ranks: Mapping[str, int]) -> None:
         """Commit an attempt, and tell what became of it."""
@@ -223,10 +231,12 @@ class Checkpoints:
         self.restore = {"rung": "checkpoint", "step": step, "attempt": attempt.name}
         record.saved(step, attempt.name, save_cost(attempt.stall_s, attempt.upload_s))
         self._keeping.note(
-            "checkpoint_committed", generation=str(attempt.generation), step=step,
+            "checkpoint_committed",
+            generation=str(attempt.generation),
+            step=step,
             seconds=round(attempt.upload_s + time.monotonic() - began, 4),
             detail={"attempt": attempt.name, "bytes": whole.nbytes, **attempt.summary()},
-        )  # fmt: skip
+        )
         self._decide(attempt, None)
 
     # ---- what is gone, and what cannot be loaded ---------------------------------------------------------------------
@@ -266,7 +276,7 @@ class Checkpoints:
         self.restore = self._newest()
         self._keeping.tell(
             {"kind": "commit", "step": checkpoint.step, "attempt": checkpoint.attempt, "error": problem, "anew": True}
-        )  # fmt: skip
+        )
 
     # ---- removing --------------------------------------------------------------------------------------------------
 

@@ -57,13 +57,21 @@ class RunHost:
             if record.max_workers is not None:
                 state, _ = advance(state, Scaled(record.max_workers, time.monotonic()))
             state = replace(
-                state, phase=Phase.ENDED if self.keeper.ended() else Phase.REBUILDING,
-                n=record.worlds + UNKNOWN_WORLDS, gone=record.gone, broken_at=time.monotonic(),
-            )  # fmt: skip
+                state,
+                phase=Phase.ENDED if self.keeper.ended() else Phase.REBUILDING,
+                n=record.worlds + UNKNOWN_WORLDS,
+                gone=record.gone,
+                broken_at=time.monotonic(),
+            )
         self.server = MembershipServer(
-            self.keeper, state, settings.token, host=settings.host,
-            port=settings.port, hang_s=settings.hang_s, new_store=lambda: _new_store(settings.host),
-        )  # fmt: skip
+            self.keeper,
+            state,
+            settings.token,
+            host=settings.host,
+            port=settings.port,
+            hang_s=settings.hang_s,
+            new_store=lambda: _new_store(settings.host),
+        )
         self.keeper.attach(self.server)
 
     def start(self, detail: dict[str, Any]) -> str:
@@ -106,11 +114,16 @@ def host_settings(config: TrainConfig, token: str, host: str) -> HostSettings:
         return parse_amount(f"--recovery.{name}", text, clock=True).seconds
 
     limits = Limits(
-        min_workers=scaling.min_workers, max_workers=scaling.max_workers, spares=scaling.spares,
-        microbatches=config.batch.microbatches, lease_s=seconds("lease", recovery.lease),
+        min_workers=scaling.min_workers,
+        max_workers=scaling.max_workers,
+        spares=scaling.spares,
+        microbatches=config.batch.microbatches,
+        lease_s=seconds("lease", recovery.lease),
         max_wait_s=None if recovery.max_wait is None else seconds("max-wait", recovery.max_wait),
-        max_failures=config.run.max_failures, exact=config.run.exactness == "bitwise", cut=config.parallel.sharded,
-    )  # fmt: skip
+        max_failures=config.run.max_failures,
+        exact=config.run.exactness == "bitwise",
+        cut=config.parallel.sharded,
+    )
     hang_s = None if recovery.hang_timeout == "auto" else seconds("hang-timeout", recovery.hang_timeout)
     return HostSettings(limits, token, host, hang_s=hang_s)
 
@@ -127,8 +140,13 @@ def keeper_options(run: PreparedRun, epoch: int, **facts: Any) -> KeeperOptions:
         price=run.config.observe.price,
         new_config=new_config(run),
         facts={
-            "run": run.name, "owner": owner(), "owner_process": identity(), "host": platform.node(),
+            "run": run.name,
+            "owner": owner(),
+            "owner_process": identity(),
+            "host": platform.node(),
             "git_commit": git_commit(),
-            "source_sha256": run.source, "versions": versions(), **facts,
+            "source_sha256": run.source,
+            "versions": versions(),
+            **facts,
         },
-    )  # fmt: skip
+    )

@@ -77,7 +77,7 @@ class RunKeeper:
         keeping = Keeping(self._note, self._send_all, self._owns, lambda: self._closed, self._ledger.flush_rows)
         self._checkpoints = Checkpoints(
             storage, options.epoch, options.retention, options.save_every_s, record, keeping
-        )  # fmt: skip
+        )
         self._claim_step = self._checkpoints.step
         self._claimed_at = folder.claimed_at(options.epoch)
         self._config = folder.config()
@@ -141,17 +141,19 @@ class RunKeeper:
     def world_formed(self, world: World) -> None:
         self._enter(world)
         self.event(
-            "world_formed", generation=str(world.generation),
+            "world_formed",
+            generation=str(world.generation),
             detail={"size": world.size, "pids": [m.pid for m in world.members], "ids": [m.id for m in world.members]},
-        )  # fmt: skip
+        )
 
     def world_resumed(self, world: World) -> None:
         """A restarted server found this world in the midst of training."""
         self._enter(world)
         self.event(
-            "resumed", generation=str(world.generation),
+            "resumed",
+            generation=str(world.generation),
             detail={"size": world.size, "ids": [m.id for m in world.members], "why": "the membership server was away"},
-        )  # fmt: skip
+        )
 
     def _enter(self, world: World) -> None:
         self._world, now = world, time.time()
@@ -167,9 +169,12 @@ class RunKeeper:
         self._do(lambda: self._record.broken(now, lost=lost is not None))
         who = {"member": lost.id, "node": lost.node, "pid": lost.pid} if lost is not None else {}
         self.event(
-            "world_broken" if lost is None else "member_lost", generation=str(world.generation),
-            step=self._last_step(), detail=reason, **who,
-        )  # fmt: skip
+            "world_broken" if lost is None else "member_lost",
+            generation=str(world.generation),
+            step=self._last_step(),
+            detail=reason,
+            **who,
+        )
         self._do(self._finish_if_done)
 
     def claim_step(self) -> int:
@@ -197,16 +202,21 @@ class RunKeeper:
             self._do(lambda: self._take_rows(message["rows"]))
         elif kind == "event":
             self.event(
-                message["event"], generation=str(generation), member=member.id,
+                message["event"],
+                generation=str(generation),
+                member=member.id,
                 **{k: message[k] for k in ("step", "seconds", "detail") if k in message},
-            )  # fmt: skip
+            )
             if message["event"] == "restored":
                 self._claim_step = min(self._claim_step, message["step"])
         elif kind == "unloadable":
             self._distrust(
-                Committed(message["step"], message["attempt"]), message["problem"], damaged=message["damaged"],
-                found_by=member.id, generation=str(generation),
-            )  # fmt: skip
+                Committed(message["step"], message["attempt"]),
+                message["problem"],
+                damaged=message["damaged"],
+                found_by=member.id,
+                generation=str(generation),
+            )
         elif kind == "pack":
             self._do(lambda: self._take_share(member, generation, message))
         elif kind == "saved alone":
@@ -341,9 +351,10 @@ class RunKeeper:
             return self._give_up_removed()
         self._claimed_at = at
         self._note(
-            "folder_removed", step=self._last_step(),
+            "folder_removed",
+            step=self._last_step(),
             detail=f"{self._storage.url} was removed; the state is saved anew, and rows before this one are lost",
-        )  # fmt: skip
+        )
         self._checkpoints.removed()
 
     def _why(self, error: Exception) -> str:
@@ -461,9 +472,17 @@ class RunKeeper:
         record = self._record
         record.world(0, now)
         values = result_values(
-            status, message, record, now, step=self._last_step(), last=self._last_row(), started=self._started,
-            price=self._options.price, result=result, facts=self._options.facts,
-        )  # fmt: skip
+            status,
+            message,
+            record,
+            now,
+            step=self._last_step(),
+            last=self._last_row(),
+            started=self._started,
+            price=self._options.price,
+            result=result,
+            facts=self._options.facts,
+        )
         if not record.ended:  # else an earlier keeper died after it had said so
             kind = "run_failed" if status == "failed" else "run_finished"
             self._note(kind, step=values["steps"], seconds=values["seconds"], detail=message or status)
@@ -504,11 +523,18 @@ class RunKeeper:
     def _status_values(self) -> dict[str, Any]:
         live, kept = self._state in LIVE_STATES, self._checkpoints
         return status_values(
-            self._state, self._message, time.time(), epoch=self._options.epoch, step=self._last_step(),
-            total_steps=self._options.total_steps, world=self._world,
+            self._state,
+            self._message,
+            time.time(),
+            epoch=self._options.epoch,
+            step=self._last_step(),
+            total_steps=self._options.total_steps,
+            world=self._world,
             server=self._server.url if self._server is not None and live else None,
-            checkpoint=kept.restore.get("step"), checkpoint_failed=kept.failed, facts=self._options.facts,
-        )  # fmt: skip
+            checkpoint=kept.restore.get("step"),
+            checkpoint_failed=kept.failed,
+            facts=self._options.facts,
+        )
 
     def _write_status(self) -> None:
         self._ledger.patiently(self._folder.write_status, self._status_values())

@@ -10,23 +10,49 @@ from elastic.run.record import Record
 
 
 def status_values(
-    status: str, message: str, now: float, *, epoch: int, step: int, total_steps: int, world: World | None,
-    server: str | None, checkpoint: int | None, checkpoint_failed: Mapping[str, Any] | None, facts: Mapping[str, Any],
-) -> dict[str, Any]:  # fmt: skip
+    status: str,
+    message: str,
+    now: float,
+    *,
+    epoch: int,
+    step: int,
+    total_steps: int,
+    world: World | None,
+    server: str | None,
+    checkpoint: int | None,
+    checkpoint_failed: Mapping[str, Any] | None,
+    facts: Mapping[str, Any],
+) -> dict[str, Any]:
     """status.json. `now` is its heartbeat, unix seconds; `server` is there while the run is live."""
     return {
-        "status": status, "message": message, "heartbeat": now, "epoch": epoch, "step": step,
+        "status": status,
+        "message": message,
+        "heartbeat": now,
+        "epoch": epoch,
+        "step": step,
         "total_steps": total_steps,
         "world": None if world is None else {"generation": str(world.generation), "size": world.size},
         "members": [{"id": m.id, "node": m.node, "pid": m.pid} for m in (world.members if world else ())],
-        "server": server, "checkpoint": checkpoint, "checkpoint_failed": checkpoint_failed, **facts,
-    }  # fmt: skip
+        "server": server,
+        "checkpoint": checkpoint,
+        "checkpoint_failed": checkpoint_failed,
+        **facts,
+    }
 
 
 def result_values(
-    status: str, message: str, record: Record, now: float, *, step: int, last: Mapping[str, Any], started: float,
-    price: float | None, result: Mapping[str, Any], facts: Mapping[str, Any],
-) -> dict[str, Any]:  # fmt: skip
+    status: str,
+    message: str,
+    record: Record,
+    now: float,
+    *,
+    step: int,
+    last: Mapping[str, Any],
+    started: float,
+    price: float | None,
+    result: Mapping[str, Any],
+    facts: Mapping[str, Any],
+) -> dict[str, Any]:
     """result.json.
 
     Args:
@@ -37,9 +63,16 @@ def result_values(
     """
     seconds = record.worker_seconds(now)
     return {
-        "status": status, "message": message, "steps": step,
-        "samples_seen": last.get("samples"), "loss": last.get("loss"), "metrics": record.last_eval,
-        **result, "stalls": record.stalls, "worker_hours": round(seconds / 3600, 6),
+        "status": status,
+        "message": message,
+        "steps": step,
+        "samples_seen": last.get("samples"),
+        "loss": last.get("loss"),
+        "metrics": record.last_eval,
+        **result,
+        "stalls": record.stalls,
+        "worker_hours": round(seconds / 3600, 6),
         "cost": None if price is None else round(price * seconds / 3600, 6),
-        "seconds": round(now - started, 3), **facts,
-    }  # fmt: skip
+        "seconds": round(now - started, 3),
+        **facts,
+    }

@@ -29,9 +29,14 @@ class LedgerWriter:
     """
 
     def __init__(
-        self, storage: Storage, epoch: int, record: Record, *, tensorboard: bool,
+        self,
+        storage: Storage,
+        epoch: int,
+        record: Record,
+        *,
+        tensorboard: bool,
         on_full: Callable[[], None] = lambda: None,
-    ):  # fmt: skip
+    ):
         self._on_full, self._is_full = on_full, False
         self._storage, self._epoch, self._record = storage, epoch, record
         self._rows = LedgerFile(storage, METRICS, epoch)

@@ -41,9 +41,15 @@ class VaultClient:
                 sock.shutdown(socket.SHUT_RDWR)
 
     def put(
-        self, id: SnapshotId, shard: int, shards: int, head: bytes, body: memoryview, xxh3: str,
+        self,
+        id: SnapshotId,
+        shard: int,
+        shards: int,
+        head: bytes,
+        body: memoryview,
+        xxh3: str,
         keep: SnapshotId | None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """Have a part kept. Returns when the vault has it whole.
 
         Args:

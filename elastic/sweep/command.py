@@ -20,10 +20,11 @@ from elastic.sweep.space import KINDS, parse_search
 def parser(program: str | None = None) -> argparse.ArgumentParser:
     """The options of the sweep itself."""
     own = argparse.ArgumentParser(
-        prog=program, allow_abbrev=False,
+        prog=program,
+        allow_abbrev=False,
         usage="%(prog)s JOB --search NAME=KIND(values) ... [options of the job]",
         description="Search for the options of a job. All options of the job may be given too, for every trial.",
-    )  # fmt: skip
+    )
     add = own.add_argument
     add("--job", metavar="JOB", help="its file or module: job.py, jobs.codegpt, or job.py:MyJob; also without --job")
     kinds = f"{', '.join(KINDS)}; NAME without dashes in front"

@@ -114,9 +114,10 @@ class SweepConfig:
 
     def _check_choices(self) -> None:
         for name, value, choices in (
-            ("--mode", self.mode, ("min", "max")), ("--scheduler", self.scheduler, SCHEDULERS),
+            ("--mode", self.mode, ("min", "max")),
+            ("--scheduler", self.scheduler, SCHEDULERS),
             ("--searcher", self.searcher, SEARCHERS),
-        ):  # fmt: skip
+        ):
             if value not in choices:
                 raise ConfigError(f"{name} is {value!r}; choose one of {', '.join(choices)}")
         if not self.metric.startswith("eval/"):
@@ -129,11 +130,14 @@ class SweepConfig:
 
     def _check_numbers(self) -> None:
         for name, whole, least in (
-            ("--trials", self.trials, 1), ("--grace-period", self.grace_period, 1),
-            ("--reduction-factor", self.reduction_factor, 2), ("--max-concurrent", self.max_concurrent, 1),
-            ("--perturbation-interval", self.perturbation_interval, 1), ("--tpe-batch", self.batch, 1),
+            ("--trials", self.trials, 1),
+            ("--grace-period", self.grace_period, 1),
+            ("--reduction-factor", self.reduction_factor, 2),
+            ("--max-concurrent", self.max_concurrent, 1),
+            ("--perturbation-interval", self.perturbation_interval, 1),
+            ("--tpe-batch", self.batch, 1),
             ("--sweep.seed", self.seed, 0),
-        ):  # fmt: skip
+        ):
             if whole is not None and (not isinstance(whole, int) or isinstance(whole, bool) or whole < least):
                 raise ConfigError(f"{name} is {whole!r}; give a whole number of at least {least}")
         for name, share, most in (("--quantile", self.quantile, 0.5), ("--resample", self.resample, 1.0)):
@@ -182,12 +186,21 @@ class SweepConfig:
     def fixed(self) -> dict[str, Any]:
         """What decides which trials there are and how far they go: JSON values that stay for the sweep's life."""
         return {
-            "search": {name: str(domain) for name, domain in self.space.items()}, "metric": self.metric,
-            "mode": self.mode, "trials": self.total, "scheduler": self.scheduler, "searcher": self.searcher,
-            "grace-period": self.grace_period, "reduction-factor": self.reduction_factor,
-            "perturbation-interval": self.perturbation_interval, "quantile": self.quantile, "resample": self.resample,
-            "tpe-batch": self.batch, "stop": list(map(str, self.stop_rules)), "seed": self.seed,
-        }  # fmt: skip
+            "search": {name: str(domain) for name, domain in self.space.items()},
+            "metric": self.metric,
+            "mode": self.mode,
+            "trials": self.total,
+            "scheduler": self.scheduler,
+            "searcher": self.searcher,
+            "grace-period": self.grace_period,
+            "reduction-factor": self.reduction_factor,
+            "perturbation-interval": self.perturbation_interval,
+            "quantile": self.quantile,
+            "resample": self.resample,
+            "tpe-batch": self.batch,
+            "stop": list(map(str, self.stop_rules)),
+            "seed": self.seed,
+        }
 
 
 def _plain(name: str) -> str:

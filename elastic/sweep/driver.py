@@ -63,13 +63,17 @@ def drive_sweep(prepared: PreparedSweep) -> SweepResult:
     folder, sweep = prepared.folder, prepared.sweep
     folder.claim(
         {
-            "name": sweep.name, "metric": sweep.metric, "mode": sweep.mode, "fixed": sweep.fixed(),
+            "name": sweep.name,
+            "metric": sweep.metric,
+            "mode": sweep.mode,
+            "fixed": sweep.fixed(),
             CODED: 1,
             "result": cfg.result_options(prepared.config, job_options(prepared.job)),
-            "job": job_name(prepared.job), "total_evaluations": prepared.total,
+            "job": job_name(prepared.job),
+            "total_evaluations": prepared.total,
         },
         take_over=sweep.take_over,
-    )  # fmt: skip
+    )
     with connected(prepared.config.cluster, prepared.config.scaling, address):
         return _Sweeping(prepared).run()
 
@@ -114,8 +118,9 @@ class _Sweeping:
         places = min(places, self._sweep.total)
         print(
             f"sweep {self._prepared.name} -> {self._folder.storage.url}\n{self._judge.left} of {self._sweep.total} "
-            f"trials of {self._prepared.total} evaluations to do, {places} at a time", flush=True,
-        )  # fmt: skip
+            f"trials of {self._prepared.total} evaluations to do, {places} at a time",
+            flush=True,
+        )
         scratch = tempfile.mkdtemp(prefix="elastic-sweep-", dir=session_folder())
         try:
             with heard_by(self._hear):
@@ -189,8 +194,13 @@ class _Sweeping:
         newest = next(newest_first(storage.child(found.run)), None) if found is not None else None
         if found is None or newest is None:
             return
-        best = {"trial": found.number, "run": found.run, "step": newest.step, "value": found.value,
-                "options": found.options}  # fmt: skip
+        best = {
+            "trial": found.number,
+            "run": found.run,
+            "step": newest.step,
+            "value": found.value,
+            "options": found.options,
+        }
         if best == self._best:
             return
         pin(storage.child(found.run), newest.step)

@@ -26,9 +26,14 @@ def rule_of(config: SweepConfig, total: int) -> Rule:
         return Hyperband(config.grace_period, config.reduction_factor, total, config.total)
     if config.scheduler == "pbt":
         return Population(
-            config.space, config.perturbation_interval, total, config.total, quantile=config.quantile,
-            resample=config.resample, seed=config.seed,
-        )  # fmt: skip
+            config.space,
+            config.perturbation_interval,
+            total,
+            config.total,
+            quantile=config.quantile,
+            resample=config.resample,
+            seed=config.seed,
+        )
     return NoRule(total)
 
 
@@ -184,8 +189,10 @@ class Judge:
                 if verdict.do == "stop":
                     self._results.end(number)
                 if verdict.do == "exploit":
-                    self._say(f"{self._names[number]} takes over {self._names[verdict.source]}, with "
-                              f"{options_text(verdict.options)}")  # fmt: skip
+                    self._say(
+                        f"{self._names[number]} takes over {self._names[verdict.source]}, with "
+                        f"{options_text(verdict.options)}"
+                    )
                 self._made.append((number, verdict))
 
     def verdicts(self) -> list[tuple[int, Verdict]]:

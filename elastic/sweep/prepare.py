@@ -141,8 +141,11 @@ def trial_table(prepared: PreparedSweep) -> str:
     sweep = prepared.sweep
     names = list(sweep.space)
     rows = [(f"{n:04d}", *(options[name] for name in names)) for n, options in enumerate(prepared.examples)]
-    lines = [f"sweep {prepared.name}: {sweep.total} trials of {prepared.total} evaluations; {sweep.searcher}, "
-             f"{sweep.scheduler}", ""]  # fmt: skip
+    lines = [
+        f"sweep {prepared.name}: {sweep.total} trials of {prepared.total} evaluations; {sweep.searcher}, "
+        f"{sweep.scheduler}",
+        "",
+    ]
     lines += [f"  --search {name}={domain}" for name, domain in sweep.space.items()]
     lines += ["", table(("trial", *names), rows, ",".join(names))] if rows else ["", "trials are suggested one by one"]
     return "\n".join(lines)

@@ -209,17 +209,25 @@ class Tuning:
         self._judge = judge
         actor = type("TrialActor", (TrialActor,), {"plan": plan, "__module__": "__main__"})
         experiment = Experiment(
-            "sweep", actor, num_samples=_NEVER, storage_path=scratch, max_failures=MAX_FAILURES,
+            "sweep",
+            actor,
+            num_samples=_NEVER,
+            storage_path=scratch,
+            max_failures=MAX_FAILURES,
             trial_name_creator=lambda trial: f"trial-{trial.config['trial']:04d}",
             trial_dirname_creator=lambda trial: f"trial-{trial.config['trial']:04d}",
-        )  # fmt: skip
+        )
         self._gates = Gates(judge, places)
         search = SearchGenerator(Numbers(judge, self._gates))
         self._controller = TuneController(
-            search_alg=search, scheduler=self._gates, storage=experiment.storage, callbacks=[], reuse_actors=True,
+            search_alg=search,
+            scheduler=self._gates,
+            storage=experiment.storage,
+            callbacks=[],
+            reuse_actors=True,
             resource_manager_factory=lambda: FixedResourceManager({HEAD: SLOT * (places + 0.5)}),
             checkpoint_period=_NEVER,
-        )  # fmt: skip
+        )
         self._controller._class_cache = LeanClasses()  # type: ignore[assignment]
         self._controller._print_trial_errors = False
         search.add_configurations([experiment])

@@ -23,12 +23,38 @@ def write_table(storage: Storage, trials: Sequence[TrialRecord], names: Sequence
     """`trials.csv`: a line a trial, the best first."""
     out = io.StringIO()
     writer = csv.writer(out)
-    writer.writerow(["rank", "trial", "status", "step", "evaluations", metric, f"best {metric}", *names, "seconds",
-                     "cost", "weights_sha256"])  # fmt: skip
+    writer.writerow(
+        [
+            "rank",
+            "trial",
+            "status",
+            "step",
+            "evaluations",
+            metric,
+            f"best {metric}",
+            *names,
+            "seconds",
+            "cost",
+            "weights_sha256",
+        ]
+    )
     for rank, t in enumerate(trials, start=1):
         options = [t.options.get(name) for name in names]
-        writer.writerow([rank, t.run, t.status, t.step, t.evaluations, t.value, t.best, *options, t.seconds, t.cost,
-                         t.weights_sha256])  # fmt: skip
+        writer.writerow(
+            [
+                rank,
+                t.run,
+                t.status,
+                t.step,
+                t.evaluations,
+                t.value,
+                t.best,
+                *options,
+                t.seconds,
+                t.cost,
+                t.weights_sha256,
+            ]
+        )
     storage.replace(TABLE, out.getvalue().encode())
 
 
@@ -54,9 +80,7 @@ def _plain(value: Any) -> Any:
     return str(value) if value is None else value
 
 
-def write_plots(
-    storage: Storage, trials: Sequence[TrialRecord], space: Space, metric: str, mode: str
-) -> str | None:  # fmt: skip
+def write_plots(storage: Storage, trials: Sequence[TrialRecord], space: Space, metric: str, mode: str) -> str | None:
     """`objective.png`, `curves.png` and `slices.png`; returns why there are none, where matplotlib is not installed."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg

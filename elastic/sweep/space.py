@@ -25,9 +25,13 @@ Options = dict[str, Value]
 
 #: Arguments of each kind of domain.
 KINDS = {
-    "uniform": ("low", "high"), "loguniform": ("low", "high"), "quniform": ("low", "high", "step"),
-    "randint": ("low", "high"), "choice": (), "grid": (),
-}  # fmt: skip
+    "uniform": ("low", "high"),
+    "loguniform": ("low", "high"),
+    "quniform": ("low", "high", "step"),
+    "randint": ("low", "high"),
+    "choice": (),
+    "grid": (),
+}
 _DIGITS = 6  # of a drawn number: enough to tell trials apart, few enough to be typed again
 
 

@@ -81,8 +81,10 @@ class Tpe:
             self._asked.append(self._study.ask(self._distributions))
         found: dict[str, Any] = self._asked[number].params
         space = self._config.space
-        return {name: d.values[d.values.index(found[name])] if d.listed else d.clip(found[name])
-                for name, d in space.items()}  # fmt: skip
+        return {
+            name: d.values[d.values.index(found[name])] if d.listed else d.clip(found[name])
+            for name, d in space.items()
+        }
 
     def _tell(self, trial: int, value: float | None) -> None:
         states = self._optuna.trial.TrialState

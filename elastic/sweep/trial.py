@@ -205,10 +205,12 @@ class TrialRun:
         ends = [e for e in self._ledger() if e["kind"] in ("run_finished", "run_failed")]
         metrics = {k: v for k, v in result.get("metrics", {}).items() if k.startswith("eval/")}
         return {
-            "step": result.get("steps", self._steps.get(self._at, 0)), "metrics": metrics,
+            "step": result.get("steps", self._steps.get(self._at, 0)),
+            "metrics": metrics,
             "weights_sha256": result.get("weights_sha256"),
-            "seconds": round(sum(e.get("seconds") or 0.0 for e in ends), 3), "cost": self._cost(),
-        }  # fmt: skip
+            "seconds": round(sum(e.get("seconds") or 0.0 for e in ends), 3),
+            "cost": self._cost(),
+        }
 
     def _cost(self) -> float | None:
         """What it cost so far, by --observe.price."""

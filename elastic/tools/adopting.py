@@ -58,9 +58,13 @@ def adopt(folder: RunFolder, source: RunFolder, step: int, *, timeout_s: float) 
     with claimed(folder, take_over=True) as held:
         attempt = f"{held.epoch}-0-{_tag(source.storage.url)}"
         whole = Manifest(
-            step, manifest.seed, manifest.config_digest, {"size": 1, "generation": f"{held.epoch}-0"}, values,
+            step,
+            manifest.seed,
+            manifest.config_digest,
+            {"size": 1, "generation": f"{held.epoch}-0"},
+            values,
             metrics=manifest.metrics,
-        )  # fmt: skip
+        )
         write_checkpoint(
             folder.storage, attempt, whole, Source(tensors, read, None), names, held, lambda total: _nothing
         )

@@ -63,11 +63,17 @@ def _runs(arguments: argparse.Namespace) -> int:
         if not found:
             return f"no such run in {arguments.url}"
         rows = [
-            (r.name, r.status, r.job, f"{r.step}/{r.total_steps}" if r.total_steps else "",
-             r.workers if r.workers and r.status in ("running", "parked") else "",
-             "" if r.age_s is None else age_text(r.age_s), r.owner or r.problem)
+            (
+                r.name,
+                r.status,
+                r.job,
+                f"{r.step}/{r.total_steps}" if r.total_steps else "",
+                r.workers if r.workers and r.status in ("running", "parked") else "",
+                "" if r.age_s is None else age_text(r.age_s),
+                r.owner or r.problem,
+            )
             for r in found
-        ]  # fmt: skip
+        ]
         return table(("run", "status", "job", "step", "workers", "heartbeat", "owner"), rows, "step,workers,heartbeat")
 
     show(arguments, {"runs": [asdict(r) for r in found]}, text)

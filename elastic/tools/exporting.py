@@ -25,10 +25,20 @@ NOTE = "elastic"  # where the values of a checkpoint lie in an export of all of 
 INDEX = "model.safetensors.index.json"
 BATCH_BYTES = 256 << 20
 CODES = {
-    "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "int64": "I64", "int32": "I32",
-    "int16": "I16", "int8": "I8", "uint8": "U8", "bool": "BOOL", "complex64": "C64", "float8_e4m3fn": "F8_E4M3",
+    "float64": "F64",
+    "float32": "F32",
+    "float16": "F16",
+    "bfloat16": "BF16",
+    "int64": "I64",
+    "int32": "I32",
+    "int16": "I16",
+    "int8": "I8",
+    "uint8": "U8",
+    "bool": "BOOL",
+    "complex64": "C64",
+    "float8_e4m3fn": "F8_E4M3",
     "float8_e5m2": "F8_E5M2",
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True)
@@ -56,10 +66,16 @@ class Exported:
 
 
 def export(
-    storage: Storage, checkpoint: Committed, out: str, *, kind: str = "safetensors", full: bool = False,
-    dtype: str | None = None, max_shard_bytes: int | None = None,
+    storage: Storage,
+    checkpoint: Committed,
+    out: str,
+    *,
+    kind: str = "safetensors",
+    full: bool = False,
+    dtype: str | None = None,
+    max_shard_bytes: int | None = None,
     on_total: Callable[[int], Callable[[int], None]] = lambda total: lambda done: None,
-) -> Exported:  # fmt: skip
+) -> Exported:
     """Write a checkpoint to `out`: a file *.safetensors, or else a folder that is not there yet.
 
     Every byte is verified on the way. Memory is bounded by the largest tensor plus BATCH_BYTES and some parts.
@@ -117,9 +133,14 @@ def _items(manifest: Manifest, full: bool, dtype: str | None, named: Callable[[s
 def _note(manifest: Manifest, items: Sequence[Item]) -> dict[str, Any]:
     """What a full export has beside tensors; `names` leads back to those of the checkpoint."""
     return {
-        "format": 1, "step": manifest.step, "seed": manifest.seed, "config_digest": manifest.config_digest,
-        "values": manifest.values, "metrics": manifest.metrics, "names": {i.name: i.saved for i in items},
-    }  # fmt: skip
+        "format": 1,
+        "step": manifest.step,
+        "seed": manifest.seed,
+        "config_digest": manifest.config_digest,
+        "values": manifest.values,
+        "metrics": manifest.metrics,
+        "names": {i.name: i.saved for i in items},
+    }
 
 
 class _Source:

@@ -64,9 +64,13 @@ class Imported:
 
 
 def import_checkpoint(
-    url: str, source_url: str, *, step: int | None = None, prefix: str = "",
+    url: str,
+    source_url: str,
+    *,
+    step: int | None = None,
+    prefix: str = "",
     on_total: Callable[[int], Callable[[int], None]] = lambda total: lambda done: None,
-) -> Imported:  # fmt: skip
+) -> Imported:
     """Commit what lies at `source_url` as a checkpoint of the run at `url`, which may be a new one.
 
     A full export gives a full checkpoint, of its own step. All else is weights: a run that resumes from them makes its
@@ -95,18 +99,27 @@ def import_checkpoint(
     with hold(RunFolder(storage), "change") as held:
         attempt = f"{held.epoch}-0-import"
         manifest = Manifest(
-            step, note.get("seed", 0), note.get("config_digest", ""), {"size": 1, "generation": f"{held.epoch}-0"},
-            note.get("values", WEIGHTS_ONLY), metrics=note.get("metrics", {}),
-        )  # fmt: skip
+            step,
+            note.get("seed", 0),
+            note.get("config_digest", ""),
+            {"size": 1, "generation": f"{held.epoch}-0"},
+            note.get("values", WEIGHTS_ONLY),
+            metrics=note.get("metrics", {}),
+        )
         whole = write_checkpoint(storage, attempt, manifest, source, names, held, on_total)
     newest = max([step, *(c.step for c in committed)])
     return Imported(step, attempt, len(names), whole.nbytes, source.note is not None, newest)
 
 
 def write_checkpoint(
-    storage: Storage, attempt: str, manifest: Manifest, source: Source, names: dict[str, str], held: Hold,
+    storage: Storage,
+    attempt: str,
+    manifest: Manifest,
+    source: Source,
+    names: dict[str, str],
+    held: Hold,
     on_total: Callable[[int], Callable[[int], None]],
-) -> Manifest:  # fmt: skip
+) -> Manifest:
     """Write tensors as one pack and commit it, unless somebody claimed the run meanwhile; what fails leaves nothing.
 
     Args:
@@ -128,9 +141,12 @@ def write_checkpoint(
 
 
 def _write_pack(
-    storage: Storage, path: str, source: Source, names: dict[str, str],
+    storage: Storage,
+    path: str,
+    source: Source,
+    names: dict[str, str],
     on_total: Callable[[int], Callable[[int], None]],
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """Stream the tensors into one pack; returns its index."""
     held = []
     for name, theirs in names.items():
@@ -148,9 +164,14 @@ def _write_pack(
             for write, tensor in zip(some, tensors, strict=True):
                 data = tensor_bytes(tensor)
                 chunk = Chunk(
-                    write.box.offsets, write.box.sizes, PACK, write.start, write.end, hash_blocks(data),
+                    write.box.offsets,
+                    write.box.sizes,
+                    PACK,
+                    write.start,
+                    write.end,
+                    hash_blocks(data),
                     crc_blocks(data),
-                )  # fmt: skip
+                )
                 entry = index[held[write.source].name]
                 index[held[write.source].name] = replace(entry, chunks=(chunk,))
                 stream.write(data)

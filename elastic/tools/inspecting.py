@@ -109,10 +109,15 @@ def list_checkpoints(storage: Storage) -> list[Listed]:
         except FileNotFoundError:
             return None
         return Listed(
-            checkpoint.step, generation_of(checkpoint.attempt), checkpoint.attempt,
-            manifest.nbytes if manifest else 0, round(now - modified, 1), checkpoint.step in pinned,
-            "damaged" if problem else "complete", problem,
-        )  # fmt: skip
+            checkpoint.step,
+            generation_of(checkpoint.attempt),
+            checkpoint.attempt,
+            manifest.nbytes if manifest else 0,
+            round(now - modified, 1),
+            checkpoint.step in pinned,
+            "damaged" if problem else "complete",
+            problem,
+        )
 
     with ThreadPoolExecutor(IN_FLIGHT, "list") as pool:
         return [found for found in pool.map(look, with_manifest(storage)) if found is not None]
@@ -134,17 +139,22 @@ def describe(storage: Storage, checkpoint: Committed) -> dict[str, Any]:
     manifest = read_manifest(storage, checkpoint)
     tensors = {
         name: {
-            "dtype": entry.dtype, "shape": list(entry.shape), "bytes": entry.nbytes,
+            "dtype": entry.dtype,
+            "shape": list(entry.shape),
+            "bytes": entry.nbytes,
             "chunks": [
                 {
-                    "offsets": list(c.offsets), "sizes": list(c.sizes), "object": pack_path(checkpoint.folder, c.pack),
-                    "start": c.start, "end": c.end,
+                    "offsets": list(c.offsets),
+                    "sizes": list(c.sizes),
+                    "object": pack_path(checkpoint.folder, c.pack),
+                    "start": c.start,
+                    "end": c.end,
                 }
                 for c in entry.chunks
             ],
         }
         for name, entry in sorted(manifest.tensors.items())
-    }  # fmt: skip
+    }
     whole = {k: v for k, v in asdict(manifest).items() if k != "tensors"}
     head = {"attempt": checkpoint.attempt, "folder": checkpoint.folder, "bytes": manifest.nbytes}
     return {**head, **whole, "tensors": tensors}
@@ -154,9 +164,10 @@ def describe(storage: Storage, checkpoint: Committed) -> dict[str, Any]:
 
 
 def verify(
-    storage: Storage, checkpoints: Sequence[Committed],
+    storage: Storage,
+    checkpoints: Sequence[Committed],
     on_total: Callable[[int], Callable[[int], None]] = lambda total: lambda done: None,
-) -> Verified:  # fmt: skip
+) -> Verified:
     """Read every block that the checkpoints refer to, once each, and compare it with its checksums.
 
     A block that is not what was written is read a second time before it is called damaged. A checkpoint that a live run

@@ -53,9 +53,12 @@ class Prober:
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115
         paths = os.pathsep.join(p for p in sys.path if p)
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "elastic.tools.prober"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            stderr=self._errors, env={**os.environ, "PYTHONPATH": paths, **(environment or {})},
-        )  # fmt: skip
+            [sys.executable, "-m", "elastic.tools.prober"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            env={**os.environ, "PYTHONPATH": paths, **(environment or {})},
+        )
         self._answers: queue.SimpleQueue[bytes] = queue.SimpleQueue()
         self._reader = threading.Thread(target=self._read, name="prober-reader", daemon=True)
         self._reader.start()
@@ -123,10 +126,15 @@ def facts() -> dict[str, Any]:
     folder = tempfile.gettempdir()
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return {
-        "name": socket.gethostname(), "versions": versions(), "time": time.time(), "folder": folder,
-        "disk_free": shutil.disk_usage(folder).free, "cpus": os.cpu_count(), "memory": memory,
+        "name": socket.gethostname(),
+        "versions": versions(),
+        "time": time.time(),
+        "folder": folder,
+        "disk_free": shutil.disk_usage(folder).free,
+        "cpus": os.cpu_count(),
+        "memory": memory,
         "files": resource.getrlimit(resource.RLIMIT_NOFILE)[0],
-    }  # fmt: skip
+    }
 
 
 def judge_machine(where: str, seen: Mapping[str, Any]) -> list[Finding]:
@@ -138,9 +146,14 @@ def judge_machine(where: str, seen: Mapping[str, Any]) -> list[Finding]:
     low = files != resource.RLIM_INFINITY and files < 4096
     return [
         Finding("disk", where, state, text, do),
-        Finding("open files", where, "warn" if low else "ok", "no limit" if files < 0 else f"limit {files}",
-                "raise ulimit -n to 65536: large worlds and object storage need many sockets" if low else ""),
-    ]  # fmt: skip
+        Finding(
+            "open files",
+            where,
+            "warn" if low else "ok",
+            "no limit" if files < 0 else f"limit {files}",
+            "raise ulimit -n to 65536: large worlds and object storage need many sockets" if low else "",
+        ),
+    ]
 
 
 def judge_versions(seen: Mapping[str, Mapping[str, str | None]]) -> list[Finding]:
@@ -210,10 +223,15 @@ def examine_reduce(where: str, probers: Sequence[Prober], store: tuple[str, int]
         try:
             answers.append(
                 probers[rank].ask(
-                    START_S + REDUCE_S, do="reduce", rank=rank, size=len(probers), store=store,
-                    interface=interfaces[rank], timeout_s=REDUCE_S,
+                    START_S + REDUCE_S,
+                    do="reduce",
+                    rank=rank,
+                    size=len(probers),
+                    store=store,
+                    interface=interfaces[rank],
+                    timeout_s=REDUCE_S,
                 )
-            )  # fmt: skip
+            )
         except Unanswered as why:
             failed.append(str(why))
 

@@ -41,9 +41,14 @@ def silent(total: int) -> Callable[[int], None]:
 
 
 def policy_of(
-    folder: RunFolder, *, last: int | None = None, every: int | None = None, best: int | None = None,
-    metric: str | None = None, mode: Literal["min", "max"] | None = None,
-) -> Policy:  # fmt: skip
+    folder: RunFolder,
+    *,
+    last: int | None = None,
+    every: int | None = None,
+    best: int | None = None,
+    metric: str | None = None,
+    mode: Literal["min", "max"] | None = None,
+) -> Policy:
     """What a run keeps, as it was configured, but for what is given here. `every` is in steps.
 
     Raises:
@@ -59,10 +64,12 @@ def policy_of(
         every = int(float(text.removesuffix("st").replace("_", "")))
     default = Policy()
     return Policy(
-        last if last is not None else keep.get("keep_last", default.last), every,
+        last if last is not None else keep.get("keep_last", default.last),
+        every,
         best if best is not None else keep.get("keep_best", default.best),
-        metric or keep.get("best_metric", default.metric), mode or keep.get("best_mode", default.mode),
-    )  # fmt: skip
+        metric or keep.get("best_metric", default.metric),
+        mode or keep.get("best_mode", default.mode),
+    )
 
 
 def prune_checkpoints(folder: RunFolder, policy: Policy, *, yes: bool) -> list[Removal]:

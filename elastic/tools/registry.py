@@ -82,10 +82,15 @@ def _look(storage: Storage, name: str, now: float) -> Listed | None:
         if status is None:
             return Listed(name, "new", job) if config else None
         return Listed(
-            name, state_of(status, now), job, status.get("step", 0), status.get("total_steps"),
-            status["world"]["size"] if status.get("world") else None, round(now - status["heartbeat"], 1),
+            name,
+            state_of(status, now),
+            job,
+            status.get("step", 0),
+            status.get("total_steps"),
+            status["world"]["size"] if status.get("world") else None,
+            round(now - status["heartbeat"], 1),
             status.get("owner", ""),
-        )  # fmt: skip
+        )
     except NotADirectoryError:
         return None  # a file beside the runs
     except Exception as error:  # whatever is in it, or keeps it from being read: the others are listed
@@ -113,17 +118,23 @@ def look_at_run(folder: RunFolder, *, last: int) -> dict[str, Any]:
     rows += [r for r in (seen["rows"] if seen else ()) if row_key(r) not in known]
     status = seen["status"] if seen else status
     return {
-        "run": redact(folder.storage.url), "status": state_of(status, time.time()),
-        "asked": seen is not None, "not_asked": why,
-        "step": status.get("step", 0), "total_steps": status.get("total_steps"),
-        "age_s": round(time.time() - status["heartbeat"], 1), "owner": status.get("owner"),
-        "message": status.get("message"), "world": status.get("world"),
+        "run": redact(folder.storage.url),
+        "status": state_of(status, time.time()),
+        "asked": seen is not None,
+        "not_asked": why,
+        "step": status.get("step", 0),
+        "total_steps": status.get("total_steps"),
+        "age_s": round(time.time() - status["heartbeat"], 1),
+        "owner": status.get("owner"),
+        "message": status.get("message"),
+        "world": status.get("world"),
         "phase": seen["group"]["phase"] if seen else None,
         "max_workers": seen["group"]["max_workers"] if seen else None,
         "workers": seen["workers"] if seen else _recorded(status),
         "checkpoint": newest.step if newest else None,
-        "rows": rows[-last:] if last else [], "events": events,
-    }  # fmt: skip
+        "rows": rows[-last:] if last else [],
+        "events": events,
+    }
 
 
 def _ask(folder: RunFolder, status: dict[str, Any]) -> tuple[dict[str, Any] | None, str | None]:

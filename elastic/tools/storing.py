@@ -77,9 +77,10 @@ def examine_storage(url: str) -> list[Finding]:
             if storage.is_s3:
                 attempt("write in parts and give up", "s3:PutObject and s3:AbortMultipartUpload", upload)
                 attempt(
-                    "list unfinished uploads", "s3:ListBucketMultipartUploads",
+                    "list unfinished uploads",
+                    "s3:ListBucketMultipartUploads",
                     lambda: _sweep(storage, folder),
-                )  # fmt: skip
+                )
     finally:
         if found and found[0].state == "ok":
             attempt("delete files", "s3:DeleteObject", lambda: storage.remove(folder))

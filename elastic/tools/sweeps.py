@@ -187,18 +187,28 @@ def report_text(url: str, sweep: dict[str, Any], ranked: list[TrialRecord]) -> s
         lines.append(sweep["message"])
     names = list(fixed["search"])
     rows = [
-        (place, t.run, t.status, t.step, _number(t.value), *(_number(t.options.get(n)) for n in names),
-         age_text(t.seconds) if t.seconds else "")
+        (
+            place,
+            t.run,
+            t.status,
+            t.step,
+            _number(t.value),
+            *(_number(t.options.get(n)) for n in names),
+            age_text(t.seconds) if t.seconds else "",
+        )
         for place, t in enumerate(ranked, start=1)
-    ]  # fmt: skip
+    ]
     head = ("rank", "trial", "status", "step", metric, *names, "time")
     lines += ["", table(head, rows, ",".join(("rank", "step", metric, *names, "time")))]
     failed = [t for t in ranked if t.status == "failed" and t.message]
     lines += [f"{t.run} failed: {t.message.splitlines()[-1]}" for t in failed[:5]]
     best = sweep.get("best")
     if best:
-        lines += ["", f"best: {url}/{best['run']}, step {best['step']} (pinned)",
-                  f"elastic checkpoints export {url} weights.safetensors"]  # fmt: skip
+        lines += [
+            "",
+            f"best: {url}/{best['run']}, step {best['step']} (pinned)",
+            f"elastic checkpoints export {url} weights.safetensors",
+        ]
     return "\n".join(lines)
 
 

@@ -129,10 +129,17 @@ def _ls(arguments: argparse.Namespace) -> int:
 
     def text() -> str:
         rows = [
-            (c["step"], c["generation"], c["attempt"], size_text(c["bytes"]), age_text(c["age_s"]),
-             "yes" if c["pinned"] else "", c["state"] + (f": {c['problem']}" if c["problem"] else ""))
+            (
+                c["step"],
+                c["generation"],
+                c["attempt"],
+                size_text(c["bytes"]),
+                age_text(c["age_s"]),
+                "yes" if c["pinned"] else "",
+                c["state"] + (f": {c['problem']}" if c["problem"] else ""),
+            )
             for c in found
-        ]  # fmt: skip
+        ]
         head = ("step", "generation", "attempt", "size", "age", "pinned", "state")
         shown = table(head, rows, "step,size,age") if rows else "no committed checkpoint"
         return shown + (f"\n{len(left)} unfinished: {', '.join(left[:3])}" if left else "")
@@ -228,10 +235,15 @@ def _export(arguments: argparse.Namespace) -> int:
         size = "5GB"
     with ExitStack() as stack:
         found = export(
-            storage, checkpoint, arguments.out, kind=arguments.format, full=arguments.full, dtype=arguments.dtype,
+            storage,
+            checkpoint,
+            arguments.out,
+            kind=arguments.format,
+            full=arguments.full,
+            dtype=arguments.dtype,
             max_shard_bytes=None if size is None else parse_size("--max-shard-size", size),
             on_total=_bar("exporting", "bytes", stack),
-        )  # fmt: skip
+        )
 
     def text() -> str:
         return f"step {found.step}: {found.tensors} tensors, {size_text(found.bytes)}, in {arguments.out}"
@@ -248,9 +260,12 @@ def _import(arguments: argparse.Namespace) -> int:
 
     with ExitStack() as stack:
         found = import_checkpoint(
-            arguments.url, arguments.source, step=arguments.step, prefix=arguments.prefix,
+            arguments.url,
+            arguments.source,
+            step=arguments.step,
+            prefix=arguments.prefix,
             on_total=_bar("importing", "bytes", stack),
-        )  # fmt: skip
+        )
 
     def text() -> str:
         what = "the whole state" if found.full else "weights alone"
@@ -300,9 +315,12 @@ def _prune(arguments: argparse.Namespace) -> int:
 
     folder = open_run(arguments.url)
     given = {
-        "last": arguments.keep_last, "every": arguments.keep_every, "best": arguments.keep_best,
-        "metric": arguments.metric, "mode": arguments.mode,
-    }  # fmt: skip
+        "last": arguments.keep_last,
+        "every": arguments.keep_every,
+        "best": arguments.keep_best,
+        "metric": arguments.metric,
+        "mode": arguments.mode,
+    }
     if folder.live_driver() is not None:
         check_keep(arguments.keep_last, arguments.keep_every, arguments.keep_best)
         given = {name: value for name, value in given.items() if value is not None}

@@ -30,9 +30,14 @@ def _child() -> int:
     seed_job()
     job = with_options(_attribute(specification["module"], specification["class"]), specification["job_options"])
     run = WorkerRun(
-        job, from_dict(specification["config"]), RunPlan(**specification["plan"]), specification["digest"],
-        specification["folder_url"], specification["server_url"], specification["token"],
-    )  # fmt: skip
+        job,
+        from_dict(specification["config"]),
+        RunPlan(**specification["plan"]),
+        specification["digest"],
+        specification["folder_url"],
+        specification["server_url"],
+        specification["token"],
+    )
     try:
         Session(run, Identity(**specification["identity"])).run()
     except ElasticError as error:  # the ledger has it whole

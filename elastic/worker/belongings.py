@@ -57,8 +57,9 @@ def leaves(roots: Mapping[str, Any], skip: Iterable[int], main: object) -> dict[
 def _inside(name: str, one: Any, main: object) -> Iterator[tuple[str, Any]]:
     if isinstance(one, Mapping):
         items = list(one.items())[:MAX_ITEMS]
-        yield from ((f"{name}[{k!r}]" if isinstance(k, (str, int)) else f"{name}[{i}]", v) for i, (k, v) in
-                    enumerate(items))  # fmt: skip
+        yield from (
+            (f"{name}[{k!r}]" if isinstance(k, (str, int)) else f"{name}[{i}]", v) for i, (k, v) in enumerate(items)
+        )
     elif isinstance(one, (list, tuple, set, frozenset, deque)):
         yield from ((f"{name}[{i}]", v) for i, v in zip(range(MAX_ITEMS), one))
     elif _is_open(one):

@@ -62,11 +62,13 @@ def _patient(config: TrainConfig) -> TrainConfig:
         data=replace(config.data, workers=0),
         scaling=replace(config.scaling, min_workers=1, spares=0),
         parallel=ParallelOptions(
-            blocks=config.parallel.blocks, activation_checkpointing=config.parallel.activation_checkpointing,
-            compile=config.parallel.compile, find_unused=config.parallel.find_unused,
+            blocks=config.parallel.blocks,
+            activation_checkpointing=config.parallel.activation_checkpointing,
+            compile=config.parallel.compile,
+            find_unused=config.parallel.find_unused,
         ),
         recovery=RecoveryOptions(hang_timeout=LONG, lease=LONG),
-    )  # fmt: skip
+    )
 
 
 def _accelerator(config: TrainConfig) -> str:

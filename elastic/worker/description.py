@@ -57,8 +57,9 @@ def describe_held(models: Mapping[str, nn.Module]) -> list[str]:
     elements: other kernels change an initial value in its last bits, another model has other signs."""
     return [
         f"{held}.{name} {_shape(tensor)} signs {_signs(tensor)}"
-        for held, model in models.items() for name, tensor in [*model.named_parameters(), *model.named_buffers()]
-    ]  # fmt: skip
+        for held, model in models.items()
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]
+    ]
 
 
 def _signs(tensor: torch.Tensor) -> str:

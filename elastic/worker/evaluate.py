@@ -24,10 +24,19 @@ from elastic.worker.user_code import UserCode
 
 
 def evaluate(
-    job: Job, model: nn.Module, name: str, data: MapDataset, group: Group | None, code: UserCode, *, size: int,
-    seed: int, device: torch.device, each: Callable[[], AbstractContextManager[None]],
+    job: Job,
+    model: nn.Module,
+    name: str,
+    data: MapDataset,
+    group: Group | None,
+    code: UserCode,
+    *,
+    size: int,
+    seed: int,
+    device: torch.device,
+    each: Callable[[], AbstractContextManager[None]],
     on_pass: Callable[[], None] = lambda: None,
-) -> dict[str, float]:  # fmt: skip
+) -> dict[str, float]:
     """Evaluate one held-out set.
 
     Args:

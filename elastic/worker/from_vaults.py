@@ -77,7 +77,7 @@ def choose(near: Sequence[str], far: Sequence[str], token: str) -> tuple[list[Co
 
 def load(
     group: Group, make: Callable[[bool], TrainState], found: Complete, own: str, token: str
-) -> tuple[TrainState | None, int]:  # fmt: skip
+) -> tuple[TrainState | None, int]:
     """This worker's part in the new mesh, out of a complete snapshot. Everyone of the world calls it, spares too.
 
     Returns:
@@ -128,7 +128,7 @@ def _head(found: Complete, token: str) -> dict[str, Any]:
 
 def _read(
     found: Complete, heads: list[Head], shard: int, shards: int, own: str, rank: int, token: str
-) -> tuple[dict[str, torch.Tensor], int]:  # fmt: skip
+) -> tuple[dict[str, torch.Tensor], int]:
     """Tensors of the new part: of what is cut, its rows."""
     tensors = []
     for head in heads:
@@ -150,9 +150,14 @@ def _read(
 
 
 def _fetch(
-    id: SnapshotId, shard: int, urls: Sequence[str], wanted: list[tuple[int, memoryview]], own: str, rank: int,
+    id: SnapshotId,
+    shard: int,
+    urls: Sequence[str],
+    wanted: list[tuple[int, memoryview]],
+    own: str,
+    rank: int,
     token: str,
-) -> None:  # fmt: skip
+) -> None:
     """From this node's vault if it has the part, else from one of the others."""
     turn = rank % len(urls)
     order = sorted([*urls[turn:], *urls[:turn]], key=lambda url: url != own)

@@ -90,9 +90,11 @@ class Group:
                 dist.init_process_group(
                     "nccl" if self.device.type == "cuda" else gloo.BACKEND,
                     store=dist.PrefixStore(str(self.assignment.generation), store),
-                    rank=self.rank, world_size=self.size, timeout=timeout,
+                    rank=self.rank,
+                    world_size=self.size,
+                    timeout=timeout,
                     device_id=self.device if self.device.type == "cuda" else None,
-                )  # fmt: skip
+                )
                 self.mesh = self._lay_out()
 
     @contextmanager
@@ -312,9 +314,7 @@ class Group:
         self.check()
         return json.loads(data)
 
-    def send_tensors(
-        self, tensors: dict[str, torch.Tensor] | None, sources: list[int]
-    ) -> dict[str, torch.Tensor]:  # fmt: skip
+    def send_tensors(self, tensors: dict[str, torch.Tensor] | None, sources: list[int]) -> dict[str, torch.Tensor]:
         """Named tensors from those that have them to the others.
 
         Args:

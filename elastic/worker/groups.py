@@ -87,9 +87,13 @@ class Groups:
                 check_owner(name, parameters)
 
     def load(
-        self, values: Mapping[str, Any], parameters: Mapping[str, nn.Parameter], decode: Callable[[Any], Any], *,
+        self,
+        values: Mapping[str, Any],
+        parameters: Mapping[str, nn.Parameter],
+        decode: Callable[[Any], Any],
+        *,
         rates: bool,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """Give the groups back what they were, with groups that were added while training."""
         groups, saved = self._optimizer.param_groups, values["groups"]
         if "began" not in values:

@@ -50,9 +50,15 @@ class HostProcess:
     """
 
     def __init__(
-        self, folder_url: str, options: KeeperOptions, settings: HostSettings, detail: dict[str, Any], *,
-        living: Callable[[], list[str]], environment: dict[str, str],
-    ):  # fmt: skip
+        self,
+        folder_url: str,
+        options: KeeperOptions,
+        settings: HostSettings,
+        detail: dict[str, Any],
+        *,
+        living: Callable[[], list[str]],
+        environment: dict[str, str],
+    ):
         self._settings = replace(settings, port=_free_port(settings.host))
         self._specification = {"folder_url": folder_url, "options": asdict(options)}
         self._detail = detail

@@ -71,9 +71,14 @@ class Keeping:
     """
 
     def __init__(
-        self, job: Job, model: nn.Module, optimizer: torch.optim.Optimizer, mesh: Mesh | None = None,
-        scaler: LossScale | None = None, optim: OptimOptions | None = None,
-    ):  # fmt: skip
+        self,
+        job: Job,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        mesh: Mesh | None = None,
+        scaler: LossScale | None = None,
+        optim: OptimOptions | None = None,
+    ):
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise ConfigError(
                 f"optimizer() returned a {type(optimizer).__name__}, but one torch.optim.Optimizer is needed; give one "
@@ -228,11 +233,13 @@ class Keeping:
     def _collect_model(self, found: Collected) -> None:
         found.values["modules"] = {
             name: self._encode(
-                found, module.get_extra_state(), f"modules/{name}.{EXTRA}" if name else f"modules/{EXTRA}",
+                found,
+                module.get_extra_state(),
+                f"modules/{name}.{EXTRA}" if name else f"modules/{EXTRA}",
                 f"get_extra_state() of {name or 'the model'}",
             )
             for name, module in with_state_of_their_own(self.model).items()
-        }  # fmt: skip
+        }
         if self._unsaved:
             buffers = {name: getattr(*place) for name, place in self._buffers().items() if name in self._unsaved}
             found.values["buffers"] = self._encode(found, buffers, "buffers", "the buffers with persistent=False")

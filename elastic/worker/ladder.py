@@ -59,9 +59,14 @@ def tell(link: WorkerLink, step: int, began: float, detail: dict[str, Any]) -> N
 
 
 def descend(
-    group: Group, make: Make, options: CheckpointOptions, storage: Storage, link: WorkerLink, snapshots: Snapshots,
+    group: Group,
+    make: Make,
+    options: CheckpointOptions,
+    storage: Storage,
+    link: WorkerLink,
+    snapshots: Snapshots,
     lost: str | None,
-) -> Remeshed:  # fmt: skip
+) -> Remeshed:
     """Take the first rung that holds.
 
     Args:
@@ -76,9 +81,14 @@ def descend(
 
 
 def _descend(
-    group: Group, make: Make, options: CheckpointOptions, storage: Storage, link: WorkerLink, snapshots: Snapshots,
+    group: Group,
+    make: Make,
+    options: CheckpointOptions,
+    storage: Storage,
+    link: WorkerLink,
+    snapshots: Snapshots,
     lost: str | None,
-) -> Remeshed:  # fmt: skip
+) -> Remeshed:
     began, source = time.monotonic(), group.layout.ranks[0]
     copies, why = snapshots.find(group)
     if lost and snapshots.on and not copies:
@@ -86,9 +96,13 @@ def _descend(
     reasons, stored = [lost, why], _Stored(group, make, storage, options.convert)
 
     def done(
-        step: int, state: TrainState | None, detail: dict[str, Any], *, open: bool = False,
+        step: int,
+        state: TrainState | None,
+        detail: dict[str, Any],
+        *,
+        open: bool = False,
         manifest: Manifest | None = None,
-    ) -> Remeshed:  # fmt: skip
+    ) -> Remeshed:
         reason = "; ".join(r for r in reasons if r) or None
         if group.leads and (reason is not None or detail["rung"] != "fresh"):
             tell(link, step, began, {**detail, "reason": reason})
@@ -208,9 +222,7 @@ class _Stored:
         except CheckpointError as error:
             problem = error
         self._raise_together(problem)
-        report = load_together(
-            self._storage, checkpoint.folder, manifest, shards, group.gather_json, convert=convert
-        )  # fmt: skip
+        report = load_together(self._storage, checkpoint.folder, manifest, shards, group.gather_json, convert=convert)
         try:
             if state is not None:
                 state.load_values(manifest.values)

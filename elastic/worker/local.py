@@ -50,10 +50,18 @@ class LocalRun:
     """
 
     def __init__(
-        self, run: PreparedRun, workers: int, *, host: str = LOOPBACK, accelerator: str = "cpu",
-        on_record: Callable[[dict[str, Any]], None] | None = None, environment: dict[str, str] | None = None,
-        own_host: dict[str, str] | None = None, in_vaults: dict[str, str] | None = None, expects: int | None = None,
-    ):  # fmt: skip
+        self,
+        run: PreparedRun,
+        workers: int,
+        *,
+        host: str = LOOPBACK,
+        accelerator: str = "cpu",
+        on_record: Callable[[dict[str, Any]], None] | None = None,
+        environment: dict[str, str] | None = None,
+        own_host: dict[str, str] | None = None,
+        in_vaults: dict[str, str] | None = None,
+        expects: int | None = None,
+    ):
         self._expects = workers if expects is None else expects
         self._in_vaults = in_vaults or {}
         self._run, self._workers, self._address, self._accelerator = run, workers, host, accelerator
@@ -100,9 +108,11 @@ class LocalRun:
         settings = host_settings(run.config, self.token, self._address)
         settings = replace(settings, limits=replace(settings.limits, expects=self._expects))
         arguments = (
-            run.folder.storage.url, keeper_options(run, self._epoch), settings,
+            run.folder.storage.url,
+            keeper_options(run, self._epoch),
+            settings,
             {"changed_code": run.changed_code or None},
-        )  # fmt: skip
+        )
         if self._own_host is None:
             self.hosting = HostHere(*arguments)
         else:
@@ -125,19 +135,30 @@ class LocalRun:
         run = self._run
         job_class, vault = type(run.job), self._vault_of(self.node_of(index))
         specification = {
-            "module": _importable(job_class), "class": job_class.__qualname__, "job_options": coded_options(run.job),
-            "config": to_dict(run.config), "plan": run.plan.__dict__, "digest": run.digest,
-            "folder_url": run.folder.storage.url, "server_url": self.url, "token": self.token,
+            "module": _importable(job_class),
+            "class": job_class.__qualname__,
+            "job_options": coded_options(run.job),
+            "config": to_dict(run.config),
+            "plan": run.plan.__dict__,
+            "digest": run.digest,
+            "folder_url": run.folder.storage.url,
+            "server_url": self.url,
+            "token": self.token,
             "identity": {
-                "id": self.worker_id(index), "node": self.node_of(index), "local_index": index, "host": self._address,
-                "accelerator": self._accelerator, "vault": vault.wait() if vault else "",
+                "id": self.worker_id(index),
+                "node": self.node_of(index),
+                "local_index": index,
+                "host": self._address,
+                "accelerator": self._accelerator,
+                "vault": vault.wait() if vault else "",
             },
-        }  # fmt: skip
+        }
         own = self._environment if environment is None else environment
         process = subprocess.Popen(
-            [sys.executable, "-m", "elastic.worker", "--child"], stdin=subprocess.PIPE,
+            [sys.executable, "-m", "elastic.worker", "--child"],
+            stdin=subprocess.PIPE,
             env={**os.environ, **own, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
-        )  # fmt: skip
+        )
         assert process.stdin is not None
         with contextlib.suppress(BrokenPipeError):  # it has ended already, and is found so
             process.stdin.write(json.dumps(specification).encode() + b"\n")

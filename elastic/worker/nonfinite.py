@@ -14,7 +14,7 @@ _SHOWN = 16
 
 def first_bad_microbatch(
     finite: Callable[[Any], bool], microbatches: Iterable[tuple[int, Any]], padding: int = 0
-) -> int:  # fmt: skip
+) -> int:
     """Run microbatches one by one again; the index of the first whose own gradients are not finite, or -1.
 
     Args:

@@ -85,10 +85,13 @@ class Placing:
         """
         built, parallel, precision = self._take(), self._config.parallel, self._config.precision
         how = Sharding(
-            native=self._config.run.exactness == "fast", reshard_after_forward=parallel.reshard_after_forward,
-            prefetch=parallel.prefetch, offload=parallel.offload, param_dtype=self._param_dtype,
+            native=self._config.run.exactness == "fast",
+            reshard_after_forward=parallel.reshard_after_forward,
+            prefetch=parallel.prefetch,
+            offload=parallel.offload,
+            param_dtype=self._param_dtype,
             reduce_dtype=_DTYPES[precision.grad_compression],
-        )  # fmt: skip
+        )
         model = place_sharded(built, find_blocks(built.model, self._classes()), self._device, mesh, how, fill=fill)
         state = self._state(model, mesh)
         if self._config.run.exactness == "bitwise" and self._tried is not type(state.optimizer):

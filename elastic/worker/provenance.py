@@ -25,9 +25,15 @@ class Provenance:
     """
 
     def __init__(
-        self, *, exact: bool, device: Mapping[str, Any], data: Mapping[str, Any], options: Mapping[str, Any],
-        held: str, allowed: tuple[str, ...],
-    ):  # fmt: skip
+        self,
+        *,
+        exact: bool,
+        device: Mapping[str, Any],
+        data: Mapping[str, Any],
+        options: Mapping[str, Any],
+        held: str,
+        allowed: tuple[str, ...],
+    ):
         self._exact, self._device, self._data = exact, dict(device), dict(data)
         self._options, self._allowed = dict(options), allowed
         self._held = held
@@ -43,9 +49,12 @@ class Provenance:
     def header(self) -> dict[str, Any]:
         """For a checkpoint's manifest."""
         return {
-            "device": self._device, "data": self._data, "options": self._options, "held": self._held,
+            "device": self._device,
+            "data": self._data,
+            "options": self._options,
+            "held": self._held,
             "exactness_broken": self.broken,
-        }  # fmt: skip
+        }
 
     def goes_on_from(self, manifest: Manifest) -> None:
         """The state is that of a checkpoint.

@@ -102,9 +102,15 @@ class Rehearsal:
     """Tries the job's functions, once in a process."""
 
     def __init__(
-        self, job: Job, config: TrainConfig, code: UserCode, loader: Loader, eval_sets: Mapping[str, MapDataset], *,
+        self,
+        job: Job,
+        config: TrainConfig,
+        code: UserCode,
+        loader: Loader,
+        eval_sets: Mapping[str, MapDataset],
+        *,
         eval_size: int,
-    ):  # fmt: skip
+    ):
         """`eval_size`: samples of one pass of an evaluation."""
         self._job, self._config, self._code, self._loader = job, config, code, loader
         self._eval_sets, self.eval_size = eval_sets, eval_size
@@ -195,7 +201,7 @@ class Rehearsal:
 
     def _refuse(
         self, name: str, function: Function, batches: Batches, found: list[Sums], agreed: Callable[[bool], bool]
-    ) -> None:  # fmt: skip
+    ) -> None:
         """Raise if there is a mistake, and no chance in it: under another seed everything is the same."""
         sentence = None if self._loader.draws_together() else mistake(name, found)  # mixed samples make no sums
         if agreed(sentence is not None):

@@ -25,9 +25,17 @@ BATCH_BYTES = 64 << 20  # of one rank's traffic at a time
 
 
 def remesh(
-    old: TrainState | None, held: Held, group: Group, make: Callable[[bool], TrainState], options: CheckpointOptions,
-    storage: Storage, link: WorkerLink, snapshots: Snapshots, lost: str | None, let_go: Callable[[str | None], None],
-) -> Remeshed:  # fmt: skip
+    old: TrainState | None,
+    held: Held,
+    group: Group,
+    make: Callable[[bool], TrainState],
+    options: CheckpointOptions,
+    storage: Storage,
+    link: WorkerLink,
+    snapshots: Snapshots,
+    lost: str | None,
+    let_go: Callable[[str | None], None],
+) -> Remeshed:
     """Go down the ladder: state in memory, then what would be the least to do again, or a fresh start.
 
     Everyone of the world calls this, spares too. Where it breaks off, the old states are as they were.
@@ -101,9 +109,15 @@ class _Exchange:
         self._done: dict[str, torch.Tensor] = {}
 
     def add(
-        self, name: str, dtype: torch.dtype, shape: list[int], plan: list[Move], held: torch.Tensor | None, start: int,
+        self,
+        name: str,
+        dtype: torch.dtype,
+        shape: list[int],
+        plan: list[Move],
+        held: torch.Tensor | None,
+        start: int,
         whole: list[int] | None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """A tensor of `shape`, of which this rank holds the rows from `start` on.
 
         Args:

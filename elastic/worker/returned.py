@@ -23,7 +23,7 @@ _RETURN = 'return (sum, weight, metrics), for example `return F.cross_entropy(x,
 
 def check_returned(
     name: str, found: Any, device: torch.device, parameters: Iterable[torch.nn.Parameter], *, training: bool
-) -> LossValue:  # fmt: skip
+) -> LossValue:
     """The loss, weight and metrics that a function of the job returned.
 
     Args:
@@ -46,7 +46,7 @@ def check_returned(
 
 def _check_loss(
     name: str, loss: Any, device: torch.device, parameters: Iterable[torch.nn.Parameter], *, training: bool
-) -> None:  # fmt: skip
+) -> None:
     if not (training and torch.is_grad_enabled()) and _is_number(loss):
         return  # nothing is done with it but adding it up
     if not isinstance(loss, torch.Tensor):

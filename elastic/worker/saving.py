@@ -54,10 +54,19 @@ class Saving:
     """
 
     def __init__(
-        self, state: TrainState | None, storage: Storage, link: WorkerLink, device: torch.device, *, seed: int,
-        config_digest: str, when_busy: WhenBusy, on_wait: Callable[[int], None] = lambda seconds: None,
-        made: Callable[[], dict[str, Any]] = dict, still_s: float = STILL_S,
-    ):  # fmt: skip
+        self,
+        state: TrainState | None,
+        storage: Storage,
+        link: WorkerLink,
+        device: torch.device,
+        *,
+        seed: int,
+        config_digest: str,
+        when_busy: WhenBusy,
+        on_wait: Callable[[int], None] = lambda seconds: None,
+        made: Callable[[], dict[str, Any]] = dict,
+        still_s: float = STILL_S,
+    ):
         """`on_wait` is called about once a second while training waits for an upload, with the seconds so far.
 
         Args:
@@ -278,10 +287,16 @@ class Saving:
             if sender.world is not self._world:
                 return
         message = {
-            "kind": "pack", "step": save.step, "attempt": save.attempt, "index": save.index, "shares": sender.size,
-            "header": sender.header, "error": save.error, "no_room": save.no_room,
+            "kind": "pack",
+            "step": save.step,
+            "attempt": save.attempt,
+            "index": save.index,
+            "shares": sender.size,
+            "header": sender.header,
+            "error": save.error,
+            "no_room": save.no_room,
             "facts": save.facts,
-        }  # fmt: skip
+        }
         self._link.post(message, sender.generation)
 
     def _note_commits(self, wait_s: float = 0.0) -> str | None:
@@ -367,11 +382,13 @@ def _restore_newest(state: TrainState, storage: Storage, link: WorkerLink, conve
             link.post({"kind": "event", "event": "block_refetched", "step": checkpoint.step, "detail": block})
         link.post(
             {
-                "kind": "event", "event": "restored", "step": manifest.step,
+                "kind": "event",
+                "event": "restored",
+                "step": manifest.step,
                 "seconds": round(time.monotonic() - began, 4),
                 "detail": {"rung": "checkpoint", "attempt": checkpoint.attempt, "bytes": report.read_bytes},
             }
-        )  # fmt: skip
+        )
         return manifest
     if problem is not None:
         raise CheckpointError(f"no committed checkpoint can be loaded; the newest problem: {problem}") from problem
@@ -383,10 +400,13 @@ def tell_unloadable(link: WorkerLink, checkpoint: Committed, error: CheckpointEr
     """Tell the keeper: nothing is to count this checkpoint any more; it is marked if it is damaged."""
     link.post(
         {
-            "kind": "unloadable", "step": checkpoint.step, "attempt": checkpoint.attempt, "problem": str(error),
+            "kind": "unloadable",
+            "step": checkpoint.step,
+            "attempt": checkpoint.attempt,
+            "problem": str(error),
             "damaged": isinstance(error, DamagedCheckpoint),
         }
-    )  # fmt: skip
+    )
 
 
 def restore_from_peers(state: TrainState, group: Group, held: list[int], link: WorkerLink) -> int:
@@ -408,8 +428,11 @@ def restore_from_peers(state: TrainState, group: Group, held: list[int], link: W
         detail = {"rung": "peer", "source": where[group.rank]}
         link.post(
             {
-                "kind": "event", "event": "restored", "step": max(held),
-                "seconds": round(time.monotonic() - began, 4), "detail": detail,
+                "kind": "event",
+                "event": "restored",
+                "step": max(held),
+                "seconds": round(time.monotonic() - began, 4),
+                "detail": detail,
             }
-        )  # fmt: skip
+        )
     return max(held)

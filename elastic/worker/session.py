@@ -100,14 +100,16 @@ class Session:
         self._storage = Storage(run.folder_url)
         self._code = UserCode(run.job, self._device, identity.id, autocast=run.config.precision.autocast)
         member = Member(
-            identity.id, identity.node, identity.local_index, os.getpid(), identity.host,
+            identity.id,
+            identity.node,
+            identity.local_index,
+            os.getpid(),
+            identity.host,
             json.dumps(describe(self._device), sort_keys=True),
-        )  # fmt: skip
+        )
         lease_s = parse_amount("lease", run.config.recovery.lease, clock=True).seconds
         self._link = WorkerLink(run.server_url, run.token, member, lease_s=lease_s)
-        self._snapshots = Snapshots(
-            run.plan.snapshot_every, identity.vault, run.token, self._link, self._device
-        )  # fmt: skip
+        self._snapshots = Snapshots(run.plan.snapshot_every, identity.vault, run.token, self._link, self._device)
         self._state: TrainState | None = None  # what a sharded model's worker has is made in its first world
         self._applied = -1  # updates in the state this worker holds; -1: it holds none
         self._took = False  # somebody has a state in this world that it did not hold before
@@ -165,21 +167,29 @@ class Session:
             seed=seed, dataset_size=plan.dataset_size, global_size=plan.global_size, microbatches=plan.microbatches
         )
         self._loader = Loader(
-            Fetcher(data, job.collate_fn, seed, plan.dataset_size), order, workers=self._config.data.workers,
-            prefetch=self._config.data.prefetch, total_steps=plan.total_steps, on_restart=self._tell_restart,
+            Fetcher(data, job.collate_fn, seed, plan.dataset_size),
+            order,
+            workers=self._config.data.workers,
+            prefetch=self._config.data.prefetch,
+            total_steps=plan.total_steps,
+            on_restart=self._tell_restart,
             begin=keep_output_sturdy,
-        )  # fmt: skip
+        )
         self._stepper = Stepper(self._run, self._code, self._loader, self._link)
         lines["loader"] = [f"passes of {'one microbatch' if self._stepper.one_each else 'any number of microbatches'}"]
         self._saving = Saving(
-            self._state, self._storage, self._link, self._device, seed=seed, config_digest=self._run.digest,
+            self._state,
+            self._storage,
+            self._link,
+            self._device,
+            seed=seed,
+            config_digest=self._run.digest,
             when_busy=self._config.checkpoint.when_busy,
             on_wait=lambda n: self._link.progress(self._applied - 1, APPLIED + 2, n, "checkpoint"),
-            made=self._provenance.header, still_s=self._still_s(),
-        )  # fmt: skip
-        parts: dict[str, Any] = {
-            "data_s": round(data_s, 3), "model_s": round(time.monotonic() - began - data_s, 3)
-        }  # fmt: skip
+            made=self._provenance.header,
+            still_s=self._still_s(),
+        )
+        parts: dict[str, Any] = {"data_s": round(data_s, 3), "model_s": round(time.monotonic() - began - data_s, 3)}
         self._rehearsal = Rehearsal(
             job, self._config, self._code, self._loader, self._eval_sets, eval_size=plan.eval_size
         )
@@ -217,9 +227,13 @@ class Session:
         """For other workers, and for the parts of the run that come after this one."""
         trained = identify(data)
         self._provenance = Provenance(
-            exact=self._bitwise, device=describe(self._device), data=trained, options=comparable(self._options),
-            held=held, allowed=self._config.run.allow_change,
-        )  # fmt: skip
+            exact=self._bitwise,
+            device=describe(self._device),
+            data=trained,
+            options=comparable(self._options),
+            held=held,
+            allowed=self._config.run.allow_change,
+        )
         held_out = {f"eval_data() {name}".rstrip(): identify(d, some=0) for name, d in self._eval_sets.items()}
         return {"train_data()": trained, **held_out}
 
@@ -355,9 +369,12 @@ class Session:
         self._code.doing(f"forming world {assignment.generation}", self._applied)
         fault.point("world.assigned", assignment.rank, self._applied)
         self._code.group = group = Group(
-            assignment, self._device, self._config.parallel.strategy, self._config.scaling.workers_per_node,
+            assignment,
+            self._device,
+            self._config.parallel.strategy,
+            self._config.scaling.workers_per_node,
             self._link.member.node,
-        )  # fmt: skip
+        )
         return group
 
     def _restore(self, group: Group) -> None:
@@ -440,9 +457,17 @@ class Session:
             return self._code.guard(lambda: self._placing.sharded(mesh, fill=fill))
 
         found = remesh(
-            self._state, held, group, make, self._config.checkpoint, self._storage, self._link, self._snapshots,
-            self._lost, self._let_go,
-        )  # fmt: skip
+            self._state,
+            held,
+            group,
+            make,
+            self._config.checkpoint,
+            self._storage,
+            self._link,
+            self._snapshots,
+            self._lost,
+            self._let_go,
+        )
         self._state, self._applied = found.state, found.step if found.state else -1
         self._world_step, self._goes_on, self._open = found.step, found.rung == "memory", found.open
         self._lost = None
@@ -664,11 +689,18 @@ class Session:
         with self._stepper.unmoved():
             for name, data in self._eval_sets.items():
                 found |= evaluate(
-                    self._job, self._the_state.model, name, data, group, self._code,
-                    size=self._plan.eval_size, seed=self._config.run.seed, device=self._device,
+                    self._job,
+                    self._the_state.model,
+                    name,
+                    data,
+                    group,
+                    self._code,
+                    size=self._plan.eval_size,
+                    seed=self._config.run.seed,
+                    device=self._device,
                     each=self._stepper.unmoved if self._bitwise else contextlib.nullcontext,
                     on_pass=lambda: self._link.progress(self._applied - 1, APPLIED + 1, next(passes), "eval"),
-                )  # fmt: skip
+                )
         self._stepper.reshard()
         self._evaluated = (self._applied, found)
         if found:
@@ -748,14 +780,22 @@ class Session:
     def _row(self, update: Update, world: Assignment) -> dict[str, Any]:
         plan, record, done = self._plan, update.record, update.step + 1
         return {
-            "step": done, "time": time.time(), "loss": record.loss, "lr": update.lr, "grad_norm": update.norm,
-            "world_size": world.size, "generation": str(world.generation),
+            "step": done,
+            "time": time.time(),
+            "loss": record.loss,
+            "lr": update.lr,
+            "grad_norm": update.norm,
+            "world_size": world.size,
+            "generation": str(world.generation),
             "samples": done * plan.global_size,
             "tokens": done * plan.global_size * plan.tokens_per_sample if plan.tokens_per_sample else None,
             "device_memory": memory_share(self._device),
-            "first_position": update.step * plan.global_size, "count": plan.global_size,
-            "sample_hash": record.sample_hash, **record.mean_metrics(), **({"skipped": True} if update.skip else {}),
-        }  # fmt: skip
+            "first_position": update.step * plan.global_size,
+            "count": plan.global_size,
+            "sample_hash": record.sample_hash,
+            **record.mean_metrics(),
+            **({"skipped": True} if update.skip else {}),
+        }
 
     def _finish(self, group: Group, stop: int) -> str:
         """Evaluate, save, wait for the commit, and say that this worker is done. Who is to stop at once saves first:
@@ -771,13 +811,15 @@ class Session:
         with group.collective("gathering the weights"):
             sha = weights_sha256(model, state.whole)
         result: dict[str, Any] = {
-            "steps": self._applied, "samples_seen": self._applied * self._plan.global_size,
-            "metrics": self._evaluated[1] if self._evaluated[0] == self._applied else {}, "weights_sha256": sha,
+            "steps": self._applied,
+            "samples_seen": self._applied * self._plan.global_size,
+            "metrics": self._evaluated[1] if self._evaluated[0] == self._applied else {},
+            "weights_sha256": sha,
             "exactness": self._config.run.exactness,
             "exactness_held": self._bitwise and not self._provenance.broken,
             **({"exactness_lost": self._provenance.broken} if self._provenance.broken else {}),
             "hardware": {**describe(self._device), "workers": group.size},
-        }  # fmt: skip
+        }
         if status == "finished" and (group.leads or self._config.parallel.sharded):
             result["sample"] = self._sample(model)
         message = self._link.wish("stop") or "" if stopped else ""

@@ -111,10 +111,13 @@ class Snapshots:
         finally:
             vault.close()
         return {
-            "vault": [member.node, member.host, self._own], "there": there, **seen,
-            "bytes": 0 if state is None else _bytes_of(state), "entered": self._entered,
+            "vault": [member.node, member.host, self._own],
+            "there": there,
+            **seen,
+            "bytes": 0 if state is None else _bytes_of(state),
+            "entered": self._entered,
             "newest": None if self._newest is None else str(self._newest),
-        }  # fmt: skip
+        }
 
     def _check_vaults(self, need: dict[str, int], rows: list[dict[str, Any]], partner: dict[str, Vault]) -> None:
         """State what snapshots take of each node; refuse them before the first step, later do without them."""
@@ -248,9 +251,16 @@ class Snapshots:
         heads = [Head.of(values) for values in state.heads()]
         shard = self._group.place % layout.shards
         self._part = part = Part(
-            self._attempt, shard, layout.shards, self._group.rank, self._urls, self._newest,
-            state.values() if shard == 0 else {}, heads, state.shards(0, 1),
-        )  # fmt: skip
+            self._attempt,
+            shard,
+            layout.shards,
+            self._group.rank,
+            self._urls,
+            self._newest,
+            state.values() if shard == 0 else {},
+            heads,
+            state.shards(0, 1),
+        )
         try:
             self._sender.start(part)
         except (MemoryError, OSError) as error:

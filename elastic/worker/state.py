@@ -157,9 +157,7 @@ class TrainState(Keeping):
             state[key] = self._new_state(parameter, shape, dtype)
         return state[key]
 
-    def _room_for(
-        self, name: str, head: Head, on_cpu: bool, parameters: Mapping[str, nn.Parameter]
-    ) -> torch.Tensor:  # fmt: skip
+    def _room_for(self, name: str, head: Head, on_cpu: bool, parameters: Mapping[str, nn.Parameter]) -> torch.Tensor:
         """Room for a tensor that values refer to: cut like the parameter that it is of, if of its shape."""
         shape, dtype = head
         kind, _, rest = name.partition("/")

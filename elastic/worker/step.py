@@ -151,9 +151,14 @@ class Stepper:
             replica = BitwiseReplica(model, loss, rank=group.rank, bucket_mb=parallel.bucket_mb, **common)
         else:
             replica = FastReplica(
-                model, loss, rank=group.rank, bucket_mb=parallel.bucket_mb, find_unused=self._find_unused,
-                compression=self._config.precision.grad_compression, **common,
-            )  # fmt: skip
+                model,
+                loss,
+                rank=group.rank,
+                bucket_mb=parallel.bucket_mb,
+                find_unused=self._find_unused,
+                compression=self._config.precision.grad_compression,
+                **common,
+            )
         replica.recomputes = parallel.activation_checkpointing
         return replica
 

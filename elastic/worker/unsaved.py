@@ -25,9 +25,21 @@ UPDATES = 2  # that are looked at
 _SHOWN = 5
 #: Of tensors, what asks for no values, or overwrites all.
 _NO_READS = {
-    "__get__", "__len__", "size", "dim", "numel", "stride", "is_floating_point", "is_contiguous", "copy_", "zero_",
-    "fill_", "data_ptr", "detach", "requires_grad_",
-}  # fmt: skip
+    "__get__",
+    "__len__",
+    "size",
+    "dim",
+    "numel",
+    "stride",
+    "is_floating_point",
+    "is_contiguous",
+    "copy_",
+    "zero_",
+    "fill_",
+    "data_ptr",
+    "detach",
+    "requires_grad_",
+}
 
 
 @dataclass(frozen=True)
@@ -145,11 +157,15 @@ class Watch:
         for module in with_state_of_their_own(self._state.model).values():
             saved |= _numbers(module.get_extra_state())
         names = [
-            n for n in third
-            if third[n].is_number and n in second and third[n].digest != second[n].digest
+            n
+            for n in third
+            if third[n].is_number
+            and n in second
+            and third[n].digest != second[n].digest
             and (n not in first or second[n].digest != first[n].digest)
-            and n.rpartition(".")[2] not in saved and third[n].leaf not in saved.values()
-        ]  # fmt: skip
+            and n.rpartition(".")[2] not in saved
+            and third[n].leaf not in saved.values()
+        ]
         if names:
             more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
             self._warn(

@@ -72,7 +72,7 @@ class UserCode:
 
     def _on_batch(
         self, function: Callable[..., Any], name: str, model: nn.Module, batch: Any, *, training: bool
-    ) -> LossValue:  # fmt: skip
+    ) -> LossValue:
         def work() -> Any:
             moved = to_device(batch, self._device)
             with torch.autocast(self._device.type, self._dtype, enabled=self._autocast):

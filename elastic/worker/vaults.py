@@ -37,9 +37,11 @@ class VaultProcess:
         self._since = self._looked = time.monotonic()
         self._silent_s = 0.0
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "elastic.snapshot"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            [sys.executable, "-m", "elastic.snapshot"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
             env={**os.environ, **self._environment, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
-        )  # fmt: skip
+        )
         assert self.process.stdin is not None
         self.process.stdin.write(json.dumps({"token": self._token, "host": self._host, "port": port}).encode() + b"\n")
         self.process.stdin.flush()

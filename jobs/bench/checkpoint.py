@@ -38,10 +38,12 @@ from jobs.bench.seaweed import LOOPBACK, SeaweedFS, credentials
 SHAPES = {
     s.name: s
     for s in (
-        Shape("160MB", 160_000_000, 20), Shape("400MB", 400_000_000, 400), Shape("1GB", 1_000_000_000, 16),
+        Shape("160MB", 160_000_000, 20),
+        Shape("400MB", 400_000_000, 400),
+        Shape("1GB", 1_000_000_000, 16),
         Shape("4MB", 4_000_000, 4),
     )
-}  # fmt: skip
+}
 STORES = ("simulated", "seaweed")
 ENGINES = ("dcp.save", "dcp.async_save", "torch.save", "here")  # as in `jobs.bench.checkpoint_engines`
 SAVES_ONLY, ONE_WORLD = "dcp.async_save", "torch.save"  # what dcp.load loads; what no other world size can load
@@ -94,8 +96,11 @@ def opened(store: str) -> Iterator[S3Front]:
 def measure(front: S3Front, store: str, shape: Shape, world: int, engine: str) -> dict[str, Any]:
     """All figures of one engine in one case."""
     environment = {
-        **credentials(), "AWS_ENDPOINT_URL": front.url, "AWS_EC2_METADATA_DISABLED": "true", "OMP_NUM_THREADS": "1",
-    }  # fmt: skip
+        **credentials(),
+        "AWS_ENDPOINT_URL": front.url,
+        "AWS_EC2_METADATA_DISABLED": "true",
+        "OMP_NUM_THREADS": "1",
+    }
     bucket = f"{engine.replace('.', '-').replace('_', '-')}-{world}-{shape.name.lower()}"
     mb = shape.nbytes / 1e6
     row: dict[str, Any] = {"store": store, "shape": shape.name, "world": world, "engine": engine}
@@ -183,9 +188,11 @@ def _bucket(front: S3Front, name: str) -> Iterator[Any]:
 
     user = credentials()
     fs = S3FileSystem(
-        key=user["AWS_ACCESS_KEY_ID"], secret=user["AWS_SECRET_ACCESS_KEY"], endpoint_url=front.url,
+        key=user["AWS_ACCESS_KEY_ID"],
+        secret=user["AWS_SECRET_ACCESS_KEY"],
+        endpoint_url=front.url,
         use_listings_cache=False,
-    )  # fmt: skip
+    )
 
     def empty() -> None:
         if fs.ls(name):
@@ -224,21 +231,41 @@ def _line(row: dict[str, Any]) -> str:
 def render(rows: list[dict[str, Any]]) -> str:
     """The table."""
     head = [
-        "store, shape, ranks, engine", "stall s", "of dcp", "save MB/s", "x dcp", "load MB/s", "x dcp", "other world",
-        "read", "other", "flying", f"{STEPS} steps", "helpers", "memory",
-    ]  # fmt: skip
+        "store, shape, ranks, engine",
+        "stall s",
+        "of dcp",
+        "save MB/s",
+        "x dcp",
+        "load MB/s",
+        "x dcp",
+        "other world",
+        "read",
+        "other",
+        "flying",
+        f"{STEPS} steps",
+        "helpers",
+        "memory",
+    ]
     return table(head, map(_cells, rows))
 
 
 def _cells(row: dict[str, Any]) -> list[Any]:
     return [
         f"{row['store']} {row['shape']} {row['world']} {row['engine']}",
-        row["stall_s"], _share(row["stall_s_of_dcp"]),
-        row["save_mb_s"], _times(row["save_mb_s_of_dcp"]),
-        row["load_mb_s_same"] or "-", _times(row["load_mb_s_same_of_dcp"]), row["load_mb_s_other"] or "-",
-        _exact(row["read_same"]), _exact(row["read_other"]), f"{row['save_flying']}, {row['load_flying'] or '-'}",
-        f"{row['steps_slower']:+.1%}", f"{row['helper_cores']:.2f}", f"{row['extra_mib']:.0f}",
-    ]  # fmt: skip
+        row["stall_s"],
+        _share(row["stall_s_of_dcp"]),
+        row["save_mb_s"],
+        _times(row["save_mb_s_of_dcp"]),
+        row["load_mb_s_same"] or "-",
+        _times(row["load_mb_s_same_of_dcp"]),
+        row["load_mb_s_other"] or "-",
+        _exact(row["read_same"]),
+        _exact(row["read_other"]),
+        f"{row['save_flying']}, {row['load_flying'] or '-'}",
+        f"{row['steps_slower']:+.1%}",
+        f"{row['helper_cores']:.2f}",
+        f"{row['extra_mib']:.0f}",
+    ]
 
 
 def _times(ratio: float | None) -> str:

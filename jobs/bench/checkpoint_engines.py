@@ -134,9 +134,11 @@ class DcpAsync(Dcp):
 
     def save(self, state: State, step: int) -> None:
         self._answer = dcp.async_save(
-            self._tensors(state), storage_writer=self._writer(step), async_stager=self._stager,
+            self._tensors(state),
+            storage_writer=self._writer(step),
+            async_stager=self._stager,
             async_checkpointer_type=AsyncCheckpointerType.PROCESS,
-        )  # fmt: skip
+        )
 
     def before_update(self) -> None:
         self._answer.staging_completion.result(WAIT_S)
@@ -180,5 +182,8 @@ class TorchSave:
 
 
 ENGINES: dict[str, Callable[[str], Engine]] = {
-    "here": Ours, "dcp.save": Dcp, "dcp.async_save": DcpAsync, "torch.save": TorchSave,
-}  # fmt: skip
+    "here": Ours,
+    "dcp.save": Dcp,
+    "dcp.async_save": DcpAsync,
+    "torch.save": TorchSave,
+}

@@ -184,9 +184,11 @@ class _Work:
         durable = time.perf_counter() - began
         helper_cores = (_descendants_cpu_s(os.getpid()) - helpers) / durable
         return {
-            "stall_s": stall + waited, "steps_s": timed["seconds"] - waited, "durable_s": durable,
+            "stall_s": stall + waited,
+            "steps_s": timed["seconds"] - waited,
+            "durable_s": durable,
             "helper_cores": helper_cores,
-        }  # fmt: skip
+        }
 
     def _step(self, before_update: Any) -> float:
         """A forward and backward pass, and an update; returns what the update had to wait for."""

@@ -46,10 +46,25 @@ def on_ray(folder: Path, kills: int, node_kills: int) -> Found:
     killed: list[tuple[str, float, set[int]]] = []
     try:
         run = Command(
-            "-m", "jobs.bench.steady", "--cluster.address", cluster.address, "--run.storage", str(folder),
-            "--run.name", "here", "--run.duration", "1000000st", "--scaling.max-workers", str(WORKERS),
-            "--run.exactness", "bitwise", "--job.pause", str(MICROBATCH_PAUSE_S), "--observe.log-every", "0.2",
-        )  # fmt: skip
+            "-m",
+            "jobs.bench.steady",
+            "--cluster.address",
+            cluster.address,
+            "--run.storage",
+            str(folder),
+            "--run.name",
+            "here",
+            "--run.duration",
+            "1000000st",
+            "--scaling.max-workers",
+            str(WORKERS),
+            "--run.exactness",
+            "bitwise",
+            "--job.pause",
+            str(MICROBATCH_PAUSE_S),
+            "--observe.log-every",
+            "0.2",
+        )
         number, pids = _next_world(run, WORKERS, 0)
         for i in range(kills + node_kills):
             run.wait_for_step(_step(run) + WARM_STEPS)
@@ -146,9 +161,10 @@ def in_processes(
         steps: of each world, before the next kill or join.
     """
     config = replace(
-        CONFIG, run=RunOptions(storage=str(folder), duration="1000000st", exactness=exactness),  # type: ignore[arg-type]
+        CONFIG,
+        run=RunOptions(storage=str(folder), duration="1000000st", exactness=exactness),  # type: ignore[arg-type]
         scaling=ScalingOptions(max_workers=WORKERS),
-    )  # fmt: skip
+    )
     run, follow = prepare(Steady(pause=MICROBATCH_PAUSE_S, width=width), config), _Follow()
     killed: list[tuple[str, float, set[int]]] = []
     with LocalRun(run, WORKERS, on_record=follow, environment={"OMP_NUM_THREADS": "1"}) as local:

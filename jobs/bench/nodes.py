@@ -27,10 +27,8 @@ class LocalCluster:
         self._cpus = cpus
         self._cluster = Cluster(
             initialize_head=True,
-            head_node_args={
-                "num_cpus": 0, "include_dashboard": dashboard, "object_store_memory": OBJECT_STORE_BYTES
-            },
-        )  # fmt: skip
+            head_node_args={"num_cpus": 0, "include_dashboard": dashboard, "object_store_memory": OBJECT_STORE_BYTES},
+        )
         self.nodes: list[Any] = []
         for _ in range(nodes):
             self.add_node()
@@ -79,12 +77,23 @@ class LocalCluster:
         self.nodes.remove(node)
         subprocess.run(
             [
-                "ray", "drain-node", "--address", self.address, "--node-id", node.node_id, "--reason",
-                "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "test", "--deadline-remaining-seconds",
+                "ray",
+                "drain-node",
+                "--address",
+                self.address,
+                "--node-id",
+                node.node_id,
+                "--reason",
+                "DRAIN_NODE_REASON_PREEMPTION",
+                "--reason-message",
+                "test",
+                "--deadline-remaining-seconds",
                 str(deadline_s),
             ],
-            check=True, timeout=60, env={**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
-        )  # fmt: skip
+            check=True,
+            timeout=60,
+            env={**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
+        )
 
     def close(self) -> None:
         self._cluster.shutdown()
@@ -108,9 +117,13 @@ class Command:
     started: ClassVar[list[Command]] = []  # for whoever cleans up after a failure
 
     def __init__(
-        self, *arguments: str, environment: dict[str, str] | None = None, show: bool = False,
-        under: Sequence[str] = (), cwd: Path = REPOSITORY,
-    ):  # fmt: skip
+        self,
+        *arguments: str,
+        environment: dict[str, str] | None = None,
+        show: bool = False,
+        under: Sequence[str] = (),
+        cwd: Path = REPOSITORY,
+    ):
         """Start it. `show`: also print its lines; `under`: a command that runs it, in its own process."""
         self.lines: list[str] = []
         self._show = show

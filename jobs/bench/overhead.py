@@ -102,16 +102,21 @@ def measure(job: Any, config: TrainConfig, workers: int, pairs: int) -> dict[str
         job = replace(job, times=str(times))
         steps = BLOCK_STEPS * 2 * (pairs + 1)
         config = replace(
-            config, run=RunOptions(storage=name, duration=f"{steps}st"), optim=OptimOptions(clip_norm=CLIP_NORM),
-            scaling=ScalingOptions(max_workers=workers), observe=ObserveOptions(tensorboard=False),
-        )  # fmt: skip
+            config,
+            run=RunOptions(storage=name, duration=f"{steps}st"),
+            optim=OptimOptions(clip_norm=CLIP_NORM),
+            scaling=ScalingOptions(max_workers=workers),
+            observe=ObserveOptions(tensorboard=False),
+        )
         with LocalRun(prepare(job, config), workers, environment={"OMP_NUM_THREADS": "1"}) as local:
             local.wait(1800)
         wall, cpu = zip(*(map(float, line.split()) for line in times.read_text().splitlines()), strict=True)
     return {
-        "whole_s": _typical(wall)[::2], "bare_s": _typical(wall)[1::2],
-        "whole_cpu_s": _typical(cpu)[::2], "bare_cpu_s": _typical(cpu)[1::2],
-    }  # fmt: skip
+        "whole_s": _typical(wall)[::2],
+        "bare_s": _typical(wall)[1::2],
+        "whole_cpu_s": _typical(cpu)[::2],
+        "bare_cpu_s": _typical(cpu)[1::2],
+    }
 
 
 def _typical(at: tuple[float, ...]) -> list[float]:
@@ -128,9 +133,16 @@ def _row(name: str, found: dict[str, list[float]]) -> list[Any]:
     share = [100 * e / b for e, b in zip(extra, found["bare_s"], strict=True)]
     quarters = statistics.quantiles(share, n=4)
     return [
-        name, len(share), 1e3 * median(found["bare_s"]), 1e3 * median(found["whole_s"]), 1e3 * median(extra),
-        median(share), quarters[0], quarters[2], 1e3 * median(more("whole_cpu_s", "bare_cpu_s")),
-    ]  # fmt: skip
+        name,
+        len(share),
+        1e3 * median(found["bare_s"]),
+        1e3 * median(found["whole_s"]),
+        1e3 * median(extra),
+        median(share),
+        quarters[0],
+        quarters[2],
+        1e3 * median(more("whole_cpu_s", "bare_cpu_s")),
+    ]
 
 
 HEAD = ["steps that", "pairs", "bare ms", "whole ms", "more ms", "more %", "quartile", "quartile", "more CPU ms"]
@@ -140,10 +152,12 @@ def run(pairs: int) -> dict[str, Any]:
     """Print the table; returns its figures."""
     kinds = {
         "compute, 2 workers": (
-            Computing(), TrainConfig(batch=BatchOptions(global_size=32, microbatches=8)), 2,
+            Computing(),
+            TrainConfig(batch=BatchOptions(global_size=32, microbatches=8)),
+            2,
         ),
         "wait 0.1 s, 3 workers": (Waiting(pause=0.1), CONFIG, 3),
-    }  # fmt: skip
+    }
     found = {name: measure(*parts, pairs) for name, parts in kinds.items()}
     rows = [_row(name, figures) for name, figures in found.items()]
     print(f"\nsteps without a fault, fast, in turns of {BLOCK_STEPS}: medians of pairs of blocks")

@@ -48,8 +48,10 @@ class S3Front:
     def __enter__(self) -> S3Front:
         self.process = subprocess.Popen(
             [sys.executable, "-m", "jobs.bench.s3relay", json.dumps(self._settings)],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-        )  # fmt: skip
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
         self.port: int = self._answer()
         self.url = f"http://{LOOPBACK}:{self.port}"
         return self

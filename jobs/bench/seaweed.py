@@ -50,10 +50,13 @@ class SeaweedFS:
         self._binary = binary()
         self.folder = Path(self._given or tempfile.mkdtemp(prefix="seaweedfs-"))
         users = [
-            {"name": user, "credentials": [{"accessKey": f"{user}-key", "secretKey": f"{user}-secret"}],
-             "actions": actions}
+            {
+                "name": user,
+                "credentials": [{"accessKey": f"{user}-key", "secretKey": f"{user}-secret"}],
+                "actions": actions,
+            }
             for user, actions in KEYS.items()
-        ]  # fmt: skip
+        ]
         (self.folder / "data").mkdir(parents=True)
         (self.folder / "keys.json").write_text(json.dumps({"identities": users}))
         self.ports = dict(zip(_PORTS, _free_ports(len(_PORTS)), strict=True))
@@ -79,20 +82,32 @@ class SeaweedFS:
     def start(self) -> None:
         """Start it, also again after `kill`, on the same files and ports; returns when it answers."""
         options = {
-            "dir": f"{self.folder}/data", "ip": self._address, "ip.bind": self._address,
-            "s3.config": f"{self.folder}/keys.json", "s3.autoCreateBucket": "false", "s3.port.iceberg": 0,
-            "s3.port.lance": 0, "volume.max": 200,
-            "master.volumeSizeLimitMB": 128, "master.telemetry": "false", "volume.preStopSeconds": 0,
+            "dir": f"{self.folder}/data",
+            "ip": self._address,
+            "ip.bind": self._address,
+            "s3.config": f"{self.folder}/keys.json",
+            "s3.autoCreateBucket": "false",
+            "s3.port.iceberg": 0,
+            "s3.port.lance": 0,
+            "volume.max": 200,
+            "master.volumeSizeLimitMB": 128,
+            "master.telemetry": "false",
+            "volume.preStopSeconds": 0,
             "master.electionTimeout": "1s",  # which a restart has to wait for
-            "filer.localSocket": f"{self.folder}/filer.sock", "s3.localSocket": f"{self.folder}/s3.sock",
-            **self.ports, **{f"{name}.grpc": _grpc_port(port) for name, port in self.ports.items()},
-        }  # fmt: skip
+            "filer.localSocket": f"{self.folder}/filer.sock",
+            "s3.localSocket": f"{self.folder}/s3.sock",
+            **self.ports,
+            **{f"{name}.grpc": _grpc_port(port) for name, port in self.ports.items()},
+        }
         self._log = open(self.folder / "log", "ab")  # noqa: SIM115 (the process keeps it)
         self.process = subprocess.Popen(
             [self._binary, "server", "-filer", "-s3", *(f"-{name}={value}" for name, value in options.items())],
-            stdin=subprocess.DEVNULL, stdout=self._log, stderr=self._log, cwd=self.folder,
+            stdin=subprocess.DEVNULL,
+            stdout=self._log,
+            stderr=self._log,
+            cwd=self.folder,
             preexec_fn=_die_with_parent,
-        )  # fmt: skip
+        )
         deadline = time.monotonic() + START_S
         while not self._answers():
             if self.process.poll() is not None or time.monotonic() > deadline:

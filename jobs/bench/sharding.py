@@ -63,20 +63,41 @@ def bare(folder: Path, strategy: str, *, steps: int, size: str, global_size: int
     out = folder / "bare.json"
     subprocess.run(
         [
-            sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(WORKERS[strategy]),
-            "-m", "jobs.bench.bare_fsdp", "--steps", str(steps), "--global-size", str(global_size), "--passes",
-            str(passes), "--replicas", "2" if strategy == "hsdp" else "1", "--size", size, "--block", str(BLOCK),
-            "--out", str(out),
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            str(WORKERS[strategy]),
+            "-m",
+            "jobs.bench.bare_fsdp",
+            "--steps",
+            str(steps),
+            "--global-size",
+            str(global_size),
+            "--passes",
+            str(passes),
+            "--replicas",
+            "2" if strategy == "hsdp" else "1",
+            "--size",
+            size,
+            "--block",
+            str(BLOCK),
+            "--out",
+            str(out),
         ],
-        check=True, timeout=600, stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+        check=True,
+        timeout=600,
+        stderr=subprocess.DEVNULL,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
     found = json.loads(out.read_text())
     return {"rate": _rate(found["times"], global_size), "peak_mib": found["peak_mib"]}
 
 
 def here(
     folder: Path, strategy: str, *, steps: int, size: str, global_size: int, microbatches: int, exactness: str
-) -> dict[str, float]:  # fmt: skip
+) -> dict[str, float]:
     """Samples/s and peak MiB of a run here."""
     workers = WORKERS[strategy]
     config = TrainConfig(
@@ -138,10 +159,19 @@ def snapshots_part(pairs: int) -> Any:
         for every in ("1st", "5st", "20st", "auto"):
             found = snapshot_cost(kind, every, pairs)
             shares = [100 * s for s in found["shares"]]
-            rows.append([
-                kind, every, found["every"], 1000 * found["step_s"], median(shares), min(shares), max(shares),
-                found["node_mib"], found["skipped"],
-            ])  # fmt: skip
+            rows.append(
+                [
+                    kind,
+                    every,
+                    found["every"],
+                    1000 * found["step_s"],
+                    median(shares),
+                    min(shares),
+                    max(shares),
+                    found["node_mib"],
+                    found["skipped"],
+                ]
+            )
             print(f"snapshots of {kind} steps, {every}: {median(shares):+.1f} %", file=sys.stderr)
     head = ["steps", "every", "at last", "step ms", "cost %", "least", "most", "MiB of a node", "skipped"]
     print(f"\nfsdp, 2 workers on nodes of their own, {pairs} pairs of blocks of steps with snapshots and without")
@@ -214,9 +244,13 @@ def main() -> None:
     figures: dict[str, Any] = {}
     if arguments.part in ("steps", "all"):
         figures["steps"] = steps_part(
-            arguments.strategies, arguments.pairs, arguments.steps, arguments.size, arguments.tokens,
+            arguments.strategies,
+            arguments.pairs,
+            arguments.steps,
+            arguments.size,
+            arguments.tokens,
             arguments.global_size,
-        )  # fmt: skip
+        )
     if arguments.part in ("snapshots", "all"):
         figures["snapshots"] = snapshots_part(arguments.pairs)
     if arguments.part in ("kills", "all"):

@@ -42,11 +42,24 @@ def bandwidth(folder: Path, megabytes: int = 200) -> float:
     out = folder / "bandwidth.json"
     subprocess.run(
         [
-            sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(here.WORKERS), "-m",
-            "jobs.bench.sizes", "--broadcast", str(megabytes), "--json", str(out),
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            str(here.WORKERS),
+            "-m",
+            "jobs.bench.sizes",
+            "--broadcast",
+            str(megabytes),
+            "--json",
+            str(out),
         ],
-        check=True, timeout=120, stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+        check=True,
+        timeout=120,
+        stderr=subprocess.DEVNULL,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
     return megabytes * 1e6 / median(json.loads(out.read_text())["seconds"])
 
 
@@ -84,15 +97,30 @@ def run(sizes: list[int], kills: int) -> dict[str, Any]:
     for megabytes, found in measured.items():
         rest = median(k["rest"] for k in found.process)
         moved = megabytes * 1e6 / speed
-        rows.append([
-            megabytes, found.normal_s, rest, median(k["stall_s"] for k in found.process), grace + rest,
-            median(k["restore"] for k in found.process), median(j["stall_s"] for j in found.join), join_grace + moved,
-            median(j["restore"] for j in found.join),
-        ])  # fmt: skip
+        rows.append(
+            [
+                megabytes,
+                found.normal_s,
+                rest,
+                median(k["stall_s"] for k in found.process),
+                grace + rest,
+                median(k["restore"] for k in found.process),
+                median(j["stall_s"] for j in found.join),
+                join_grace + moved,
+                median(j["restore"] for j in found.join),
+            ]
+        )
     head = [
-        "state MB", "step s", "rest s", "kill: stall s", "model", "of it restore", "join: stall s", "model",
+        "state MB",
+        "step s",
+        "rest s",
+        "kill: stall s",
+        "model",
         "of it restore",
-    ]  # fmt: skip
+        "join: stall s",
+        "model",
+        "of it restore",
+    ]
     print(f"\nlarger states, plain processes, fast, {kills} kills and joins each, medians")
     print(f"grace {grace:.3f} s after a kill, {join_grace:.3f} s for a join; gloo broadcasts {speed / 1e9:.2f} GB/s")
     print(table(head, rows))

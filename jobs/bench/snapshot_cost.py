@@ -98,10 +98,12 @@ def measure(kind: str, every: str, pairs: int) -> dict[str, Any]:
             config = TrainConfig(batch=BatchOptions(global_size=8, microbatches=2))
         config = replace(
             config,
-            run=RunOptions(storage=name, duration=f"{steps}st"), observe=ObserveOptions(tensorboard=False),
-            parallel=ParallelOptions(strategy="fsdp"), recovery=RecoveryOptions(snapshot_every=every),
+            run=RunOptions(storage=name, duration=f"{steps}st"),
+            observe=ObserveOptions(tensorboard=False),
+            parallel=ParallelOptions(strategy="fsdp"),
+            recovery=RecoveryOptions(snapshot_every=every),
             scaling=ScalingOptions(max_workers=WORKERS, workers_per_node=1),
-        )  # fmt: skip
+        )
         run = prepare(job, config)
         with LocalRun(run, WORKERS, environment={"OMP_NUM_THREADS": "1"}) as local:
             local.wait(1200)
@@ -110,11 +112,12 @@ def measure(kind: str, every: str, pairs: int) -> dict[str, Any]:
         skipped = [e for e in read_records(run.folder.storage, EVENTS) if e["kind"] == "snapshot_skipped"]
     end = {int(step): float(at) for step, at, _ in rows}
     last = {int(step): int(k) for step, _, k in rows}
-    blocks = [
-        end[(b + 1) * BLOCK_STEPS] - end[b * BLOCK_STEPS] for b in range(WARM_BLOCKS, WARM_BLOCKS + 2 * pairs)
-    ]  # fmt: skip
+    blocks = [end[(b + 1) * BLOCK_STEPS] - end[b * BLOCK_STEPS] for b in range(WARM_BLOCKS, WARM_BLOCKS + 2 * pairs)]
     shares = [on / off - 1 for off, on in zip(blocks[::2], blocks[1::2], strict=True)]
     return {
-        "step_s": median(blocks[::2]) / BLOCK_STEPS, "every": last[max(last)], "shares": shares,
-        "node_mib": max(planned["detail"]["bytes"].values()) / 2**20, "skipped": len(skipped),
-    }  # fmt: skip
+        "step_s": median(blocks[::2]) / BLOCK_STEPS,
+        "every": last[max(last)],
+        "shares": shares,
+        "node_mib": max(planned["detail"]["bytes"].values()) / 2**20,
+        "skipped": len(skipped),
+    }

@@ -41,16 +41,19 @@ class Ledger:
         lost = next(e for e in self.events if e["kind"] in BROKEN and e["generation"] == str(old))
         formed = self._formed(first)
         late = [
-            e for e in self.events
-            if e["kind"] == "member_late" and killed <= e["time"] <= first["time"]
+            e
+            for e in self.events
+            if e["kind"] == "member_late"
+            and killed <= e["time"] <= first["time"]
             and self._pid(e["member"]) not in dead
-        ]  # fmt: skip
+        ]
         left_out = max(0, size - len(dead) - formed["detail"]["size"])
         return {
-            "lost": float(last["step"] - first["step"] + 1), "left_out": float(max(left_out, len(late))),
+            "lost": float(last["step"] - first["step"] + 1),
+            "left_out": float(max(left_out, len(late))),
             "rest": max(0.0, killed - last["time"]),
             **self._stall(last, first, {"detect": lost["time"], "form": formed["time"]}, killed, size),
-        }  # fmt: skip
+        }
 
     def joins(self, size: int) -> list[dict[str, float]]:
         """The stalls of those that were there, each time that a world grew to `size` at a step boundary."""
@@ -69,7 +72,7 @@ class Ledger:
         return {
             "stall_s": first["time"] - last["time"] - normal_s,
             **split(reached, max(begin, last["time"]), first["time"], normal_s),
-        }  # fmt: skip
+        }
 
     def _formed(self, row: Record) -> Record:
         return next(e for e in self.events if e["kind"] == "world_formed" and e["generation"] == row["generation"])

@@ -53,9 +53,11 @@ def main() -> None:
     ray.init(include_dashboard=False)
     at["cluster"] = time.time()
     trainer = TorchTrainer(
-        train, train_loop_config={"out": out, "at": at}, scaling_config=ScalingConfig(num_workers=workers),
+        train,
+        train_loop_config={"out": out, "at": at},
+        scaling_config=ScalingConfig(num_workers=workers),
         run_config=RunConfig(storage_path=storage, name="stock"),
-    )  # fmt: skip
+    )
     trainer.fit()
     ray.shutdown()
 

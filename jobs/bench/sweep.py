@@ -41,11 +41,20 @@ def settings_of(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """What both are told."""
     space = parse_search(SEARCH)
     return {
-        "trials": [draw(space, 0, n) for n in range(arguments.trials)], "steps": arguments.steps,
-        "every": arguments.steps // 9, "batch": BATCH, "warmup": WARMUP, "workers": arguments.workers,
-        "concurrent": arguments.concurrent, "grace": 1, "factor": 3, "nodes": NODES, "cpus": CPUS,
-        "folder": str(folder), "kill": False,
-    }  # fmt: skip
+        "trials": [draw(space, 0, n) for n in range(arguments.trials)],
+        "steps": arguments.steps,
+        "every": arguments.steps // 9,
+        "batch": BATCH,
+        "warmup": WARMUP,
+        "workers": arguments.workers,
+        "concurrent": arguments.concurrent,
+        "grace": 1,
+        "factor": 3,
+        "nodes": NODES,
+        "cpus": CPUS,
+        "folder": str(folder),
+        "kill": False,
+    }
 
 
 def stock(settings: dict[str, Any]) -> dict[str, Any]:
@@ -55,10 +64,18 @@ def stock(settings: dict[str, Any]) -> dict[str, Any]:
     with (folder / "log").open("w") as log:
         try:
             subprocess.run(
-                [sys.executable, "-m", "jobs.bench.peers.stock_tune", str(folder / "settings.json"),
-                 str(folder / "result.json")],
-                timeout=STOCK_LONGEST_S, stdout=log, stderr=log, env={**os.environ, "RAY_AUTH_MODE": "disabled"},
-            )  # fmt: skip
+                [
+                    sys.executable,
+                    "-m",
+                    "jobs.bench.peers.stock_tune",
+                    str(folder / "settings.json"),
+                    str(folder / "result.json"),
+                ],
+                timeout=STOCK_LONGEST_S,
+                stdout=log,
+                stderr=log,
+                env={**os.environ, "RAY_AUTH_MODE": "disabled"},
+            )
         except subprocess.TimeoutExpired:
             print(f"plain Ray Tune was given up after {STOCK_LONGEST_S:.0f} s; its last words:")
             print((folder / "log").read_text()[-2000:], flush=True)
@@ -72,26 +89,59 @@ def here(settings: dict[str, Any], name: str = "here", *more: str, scheduler: st
     """The same sweep here; `trials` are its records."""
     folder = Path(tempfile.mkdtemp(dir=settings["folder"]))
     options = [
-        "--job", "jobs.digits", *[o for k, v in SEARCH.items() for o in ("--search", f"{k}={v}")],
-        "--trials", str(len(settings["trials"])), "--scheduler", scheduler, "--metric", "eval/accuracy",
-        "--mode", "max", "--grace-period", str(settings["grace"]), "--reduction-factor", str(settings["factor"]),
-        "--max-concurrent", str(settings["concurrent"]), "--run.duration", f"{settings['steps']}st",
-        "--eval.every", f"{settings['every']}st", "--checkpoint.every", f"{settings['every']}st",
-        "--batch.global-size", str(settings["batch"]), "--optim.warmup", f"{settings['warmup']}st",
-        "--optim.schedule", "constant", "--scaling.max-workers", str(settings["workers"]),
-        "--observe.no-tensorboard", "--no-plots", *more,
-    ]  # fmt: skip
+        "--job",
+        "jobs.digits",
+        *[o for k, v in SEARCH.items() for o in ("--search", f"{k}={v}")],
+        "--trials",
+        str(len(settings["trials"])),
+        "--scheduler",
+        scheduler,
+        "--metric",
+        "eval/accuracy",
+        "--mode",
+        "max",
+        "--grace-period",
+        str(settings["grace"]),
+        "--reduction-factor",
+        str(settings["factor"]),
+        "--max-concurrent",
+        str(settings["concurrent"]),
+        "--run.duration",
+        f"{settings['steps']}st",
+        "--eval.every",
+        f"{settings['every']}st",
+        "--checkpoint.every",
+        f"{settings['every']}st",
+        "--batch.global-size",
+        str(settings["batch"]),
+        "--optim.warmup",
+        f"{settings['warmup']}st",
+        "--optim.schedule",
+        "constant",
+        "--scaling.max-workers",
+        str(settings["workers"]),
+        "--observe.no-tensorboard",
+        "--no-plots",
+        *more,
+    ]
     return sweep(folder, name, options, settings["nodes"], settings["cpus"], kill=settings["kill"])
 
 
-def sweep(
-    folder: Path, name: str, options: list[str], nodes: int, cpus: int, *, kill: bool
-) -> dict[str, Any]:  # fmt: skip
+def sweep(folder: Path, name: str, options: list[str], nodes: int, cpus: int, *, kill: bool) -> dict[str, Any]:
     """Run a sweep on a cluster of its own; `kill`: a node under the first trial that reports."""
     cluster = LocalCluster(nodes=nodes, cpus=cpus)
     try:
-        run = Command("-m", "jobs.sweep", "--cluster.address", cluster.address, "--run.storage", str(folder),
-                      "--sweep.name", name, *options)  # fmt: skip
+        run = Command(
+            "-m",
+            "jobs.sweep",
+            "--cluster.address",
+            cluster.address,
+            "--run.storage",
+            str(folder),
+            "--sweep.name",
+            name,
+            *options,
+        )
         if kill:
             threading.Thread(target=_kill, args=(cluster, folder / name, run), daemon=True).start()
         code = run.wait(LONGEST_S)
@@ -104,10 +154,14 @@ def sweep(
     lines = read_records(storage, TRIALS)
     trials = read_trials(storage, values["metric"], values["mode"])
     return {
-        "seconds": lines[-1]["time"] - lines[0]["time"], "steps": sum(t.step for t in trials),
-        "by_trial": [t.step for t in trials], "best": values["best"]["value"], "trials": trials,
-        "failed": sum(t.status == "failed" for t in trials), "folder": str(folder / name),
-    }  # fmt: skip
+        "seconds": lines[-1]["time"] - lines[0]["time"],
+        "steps": sum(t.step for t in trials),
+        "by_trial": [t.step for t in trials],
+        "best": values["best"]["value"],
+        "trials": trials,
+        "failed": sum(t.status == "failed" for t in trials),
+        "folder": str(folder / name),
+    }
 
 
 def _kill(cluster: LocalCluster, folder: Path, run: Command) -> None:
@@ -150,33 +204,80 @@ def proofs(settings: dict[str, Any]) -> dict[str, Any]:
     again = here({**settings, "kill": True}, "again", *exact)
     folder = Path(settings["folder"])
     default = Command(
-        "-m", "elastic.worker", "--module", "jobs.digits", "--workers", "1", "--run.storage", str(folder),
-        "--run.name", "default", *exact, "--run.duration", f"{settings['steps']}st", "--optim.schedule", "constant",
-        "--optim.warmup", f"{settings['warmup']}st", "--batch.global-size", str(settings["batch"]),
-    )  # fmt: skip
+        "-m",
+        "elastic.worker",
+        "--module",
+        "jobs.digits",
+        "--workers",
+        "1",
+        "--run.storage",
+        str(folder),
+        "--run.name",
+        "default",
+        *exact,
+        "--run.duration",
+        f"{settings['steps']}st",
+        "--optim.schedule",
+        "constant",
+        "--optim.warmup",
+        f"{settings['warmup']}st",
+        "--batch.global-size",
+        str(settings["batch"]),
+    )
     if default.wait(LONGEST_S):
         raise RuntimeError(default.output)
     known = result(folder / "default")["metrics"]["eval/accuracy"]
     population = sweep(
-        Path(tempfile.mkdtemp(dir=folder)), "people",
-        ["--job", "jobs.codegpt", "--search", "job.lr=loguniform(1e-4,3e-2)", "--search",
-         "job.weight-decay=uniform(0,0.3)", "--trials", "6", "--scheduler", "pbt", "--metric", "eval/bits_per_byte",
-         "--job.block", "64", "--job.eval-blocks", "64", "--run.duration", "60st", "--eval.every", "15st",
-         "--scaling.max-workers", "1", "--max-concurrent", "3", "--observe.no-tensorboard", "--no-plots", *exact],
-        NODES, CPUS, kill=True,
-    )  # fmt: skip
+        Path(tempfile.mkdtemp(dir=folder)),
+        "people",
+        [
+            "--job",
+            "jobs.codegpt",
+            "--search",
+            "job.lr=loguniform(1e-4,3e-2)",
+            "--search",
+            "job.weight-decay=uniform(0,0.3)",
+            "--trials",
+            "6",
+            "--scheduler",
+            "pbt",
+            "--metric",
+            "eval/bits_per_byte",
+            "--job.block",
+            "64",
+            "--job.eval-blocks",
+            "64",
+            "--run.duration",
+            "60st",
+            "--eval.every",
+            "15st",
+            "--scaling.max-workers",
+            "1",
+            "--max-concurrent",
+            "3",
+            "--observe.no-tensorboard",
+            "--no-plots",
+            *exact,
+        ],
+        NODES,
+        CPUS,
+        kill=True,
+    )
     wrong = {}
     for trial in population["trials"]:
         rows = read_records(Storage(f"{population['folder']}/{trial.run}"), METRICS)
         wrong[trial.run] = gaps_and_doubles(rows, 16)
     found = {
-        "default accuracy": known, "best accuracy with asha": asha["best"], "best of whole trials": whole["best"],
-        "steps with asha": asha["steps"], "steps of whole trials": whole["steps"],
+        "default accuracy": known,
+        "best accuracy with asha": asha["best"],
+        "best of whole trials": whole["best"],
+        "steps with asha": asha["steps"],
+        "steps of whole trials": whole["steps"],
         "same trials and hashes with a node killed": _same(asha["trials"], again["trials"]),
         "population: takeovers": sum(v["do"] == "exploit" for t in population["trials"] for v in t.verdicts),
         "population: samples lost or twice": sum(map(len, wrong.values())),
         "population: best bits per byte": population["best"],
-    }  # fmt: skip
+    }
     print("\n" + table(("proof", "figure"), found.items()), flush=True)
     return found
 

@@ -38,12 +38,32 @@ def bare(folder: Path, *, steps: int, size: str, global_size: int, passes: int) 
     out = folder / "bare.json"
     subprocess.run(
         [
-            sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(WORKERS), "-m",
-            "jobs.bench.bare_loop", "--steps", str(steps), "--global-size", str(global_size), "--passes", str(passes),
-            "--size", size, "--block", str(BLOCK), "--out", str(out),
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            str(WORKERS),
+            "-m",
+            "jobs.bench.bare_loop",
+            "--steps",
+            str(steps),
+            "--global-size",
+            str(global_size),
+            "--passes",
+            str(passes),
+            "--size",
+            size,
+            "--block",
+            str(BLOCK),
+            "--out",
+            str(out),
         ],
-        check=True, timeout=600, stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+        check=True,
+        timeout=600,
+        stderr=subprocess.DEVNULL,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
     found = json.loads(out.read_text())
     return {"rate": _rate(found["times"], global_size), "peak_mib": found["peak_mib"]}
 
@@ -120,12 +140,26 @@ def first_step_here(folder: Path) -> dict[str, float]:
     began = time.time()
     subprocess.run(
         [
-            sys.executable, "-m", "jobs.codegpt", "--run.storage", str(folder), "--run.name", name,
-            "--run.duration", "3st", "--scaling.max-workers", str(WORKERS), "--job.eval-blocks", "8",
+            sys.executable,
+            "-m",
+            "jobs.codegpt",
+            "--run.storage",
+            str(folder),
+            "--run.name",
+            name,
+            "--run.duration",
+            "3st",
+            "--scaling.max-workers",
+            str(WORKERS),
+            "--job.eval-blocks",
+            "8",
         ],
-        check=True, timeout=600, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        check=True,
+        timeout=600,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
         env={**os.environ, "RAY_AUTH_MODE": "disabled"},
-    )  # fmt: skip
+    )
     storage = Storage(str(folder / name))
     events = {e["kind"]: e for e in read_records(storage, EVENTS)}
     first = next(r for r in read_records(storage, METRICS) if "sample_hash" in r)
@@ -150,9 +184,12 @@ def first_step_stock(folder: Path) -> dict[str, float]:
     began = time.time()
     subprocess.run(
         [sys.executable, "-m", "jobs.bench.stock_start", str(out), str(folder / "stock"), str(WORKERS)],
-        check=True, timeout=600, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        check=True,
+        timeout=600,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
         env={**os.environ, "RAY_AUTH_MODE": "disabled"},
-    )  # fmt: skip
+    )
     at = json.loads(out.read_text())
     return {
         "imports, data length": at["imported"] - began,

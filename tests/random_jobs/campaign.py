@@ -106,9 +106,13 @@ def main() -> None:
                 verdict = shrink(verdict)
             counts[kind] += 1
             line = {
-                "seed": seed, "seconds": round(took, 2), "kind": kind, "job": verdict.recipe.text(),
-                "course": json.dumps(short(verdict.course)), "faults": verdict.faults,
-            }  # fmt: skip
+                "seed": seed,
+                "seconds": round(took, 2),
+                "kind": kind,
+                "job": verdict.recipe.text(),
+                "course": json.dumps(short(verdict.course)),
+                "faults": verdict.faults,
+            }
             if given.log:
                 with open(given.log, "a") as log:
                     log.write(json.dumps(line) + "\n")

@@ -139,7 +139,7 @@ DATA: dict[str, Callable[[int, int], Any]] = {
     "subset": _subset(Plain),
     "augmented_subset": _subset(Augmented),
     "joined": lambda count, seed: ConcatDataset([Plain(count // 2, seed), Plain(count - count // 2, seed + 1)]),
-}  # fmt: skip
+}
 
 
 def _values(samples: Sequence[Any]) -> dict[str, torch.Tensor]:
@@ -169,7 +169,7 @@ BATCHES: dict[str, Callable[[Sequence[Any]], Any] | None] = {
     "dataclass": lambda samples: Record(**_values(samples)),
     "mapping": lambda samples: Bag(_values(samples)),
     "movable": lambda samples: Movable(_values(samples)),
-}  # fmt: skip
+}
 
 
 def fields(batch: Any) -> Fields:

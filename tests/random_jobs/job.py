@@ -199,9 +199,18 @@ def distilled(job: RandomJob, model: nn.Module, inputs: Inputs, f: Fields) -> An
 
 #: What a job does besides.
 HABITS = (
-    "ema", "ema_of_all", "decay_changes", "betas_change", "rate_changes", "scheduler", "own_schedule", "counts",
-    "keeps_model", "left_out_block", "adds_group",
-)  # fmt: skip
+    "ema",
+    "ema_of_all",
+    "decay_changes",
+    "betas_change",
+    "rate_changes",
+    "scheduler",
+    "own_schedule",
+    "counts",
+    "keeps_model",
+    "left_out_block",
+    "adds_group",
+)
 
 
 @dataclass

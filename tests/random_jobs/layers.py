@@ -110,13 +110,14 @@ for _name, _make, _shape in (
     ("transformer", lambda w: nn.TransformerEncoderLayer(w // 2, 2, w, dropout=0.1, batch_first=True), _pairs),
     (
         "transformer_pre",
-        lambda w: nn.TransformerEncoderLayer(w // 2, 2, w, 0.0, "gelu", batch_first=True, norm_first=True), _pairs,
+        lambda w: nn.TransformerEncoderLayer(w // 2, 2, w, 0.0, "gelu", batch_first=True, norm_first=True),
+        _pairs,
     ),
     ("weight_norm", lambda w: parametrizations.weight_norm(nn.Linear(w, w)), _flat),
     ("spectral_norm", lambda w: parametrizations.spectral_norm(nn.Linear(w, w)), _flat),
     ("orthogonal", lambda w: parametrizations.orthogonal(nn.Linear(w, w, bias=False)), _flat),
     ("channels_last", lambda w: nn.Conv2d(2, 2, 3, padding=1).to(memory_format=torch.channels_last), _image),
-):  # fmt: skip
+):
     _of_hidden(_name, _make, _shape)
 
 

@@ -151,5 +151,9 @@ def _head_apart(model: nn.Module) -> list[dict[str, Any]]:
 
 #: By name: how a model's parameters are grouped.
 GROUPS: dict[str, Callable[[nn.Module], list[dict[str, Any]]]] = {
-    "all": _all, "by_shape": _by_shape, "by_mark": _by_mark, "trained": _trained, "head_apart": _head_apart,
-}  # fmt: skip
+    "all": _all,
+    "by_shape": _by_shape,
+    "by_mark": _by_mark,
+    "trained": _trained,
+    "head_apart": _head_apart,
+}

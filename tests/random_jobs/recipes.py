@@ -110,11 +110,17 @@ def draw(seed: int) -> tuple[Recipe, Course]:
 
 def _recipe(r: random.Random) -> Recipe:
     return Recipe(
-        parts=tuple(r.choice(list(PARTS)) for _ in range(r.choice([1, 2, 2, 3, 3, 4]))), width=r.choice([8, 12]),
-        optimizer=r.choice(list(OPTIMIZERS)), groups=r.choice(list(GROUPS)), loss=r.choice(list(LOSSES)),
-        data=r.choice(list(DATA)), batch=r.choice(list(BATCHES)), samples=r.choice([31, 60, 60, 200]),
-        habits=tuple(sorted({r.choice(list(HABITS)) for _ in range(r.choice([0, 1, 1, 2]))})), blocks=r.random() < 0.5,
-    )  # fmt: skip
+        parts=tuple(r.choice(list(PARTS)) for _ in range(r.choice([1, 2, 2, 3, 3, 4]))),
+        width=r.choice([8, 12]),
+        optimizer=r.choice(list(OPTIMIZERS)),
+        groups=r.choice(list(GROUPS)),
+        loss=r.choice(list(LOSSES)),
+        data=r.choice(list(DATA)),
+        batch=r.choice(list(BATCHES)),
+        samples=r.choice([31, 60, 60, 200]),
+        habits=tuple(sorted({r.choice(list(HABITS)) for _ in range(r.choice([0, 1, 1, 2]))})),
+        blocks=r.random() < 0.5,
+    )
 
 
 def _course(r: random.Random) -> Course:
@@ -132,14 +138,22 @@ def _course(r: random.Random) -> Course:
     steps, happens = first.steps or STEPS, r.choice(["nothing", "join", "kill", "kill"])
     size, microbatches = r.choice([b for b in BATCH_SIZES if b[1] >= most])
     return Course(
-        exactness, tuple(worlds), most, size, microbatches,
+        exactness,
+        tuple(worlds),
+        most,
+        size,
+        microbatches,
         joins=r.randint(2, steps) if happens == "join" and first.workers < most and steps > 1 else 0,
         kill=(
             (r.choice(POINTS), r.randint(1, steps), r.randrange(first.workers))
-            if happens == "kill" and first.workers > 1 else None
+            if happens == "kill" and first.workers > 1
+            else None
         ),
         snapshots=first.strategy != "ddp" and r.random() < 0.5,
         pass_size=r.choice([None, None, 2, 5]) if exactness == "fast" else None,
-        schedule=r.choice(["constant", "cosine"]), warmup=r.choice([0, 0, 2]), clip=r.choice([None, 0.3, 5.0]),
-        autocast=r.choice(["off"] * 7 + ["bf16"]), recompute=r.random() < 0.1,
-    )  # fmt: skip
+        schedule=r.choice(["constant", "cosine"]),
+        warmup=r.choice([0, 0, 2]),
+        clip=r.choice([None, 0.3, 5.0]),
+        autocast=r.choice(["off"] * 7 + ["bf16"]),
+        recompute=r.random() < 0.1,
+    )

@@ -22,7 +22,7 @@ from elastic import (
     RunOptions,
     ScalingOptions,
     TrainConfig,
-)  # fmt: skip
+)
 from elastic.errors import RunFailed
 from elastic.run.prepare import PreparedRun, prepare
 from tests import oracle
@@ -39,7 +39,10 @@ def configuration(course: Course, world: World, storage: Path, name: str) -> Tra
     cut = world.strategy != "ddp"
     return TrainConfig(
         run=RunOptions(
-            name=name, storage=str(storage), duration=f"{STEPS}st", exactness=course.exactness,  # type: ignore[arg-type]
+            name=name,
+            storage=str(storage),
+            duration=f"{STEPS}st",
+            exactness=course.exactness,  # type: ignore[arg-type]
             stop_after=f"{world.steps}st" if world.steps else None,
         ),
         batch=BatchOptions(
@@ -47,7 +50,8 @@ def configuration(course: Course, world: World, storage: Path, name: str) -> Tra
         ),
         optim=OptimOptions(
             schedule=course.schedule,  # type: ignore[arg-type]
-            warmup=f"{course.warmup}st" if course.warmup else None, clip_norm=course.clip,
+            warmup=f"{course.warmup}st" if course.warmup else None,
+            clip_norm=course.clip,
         ),
         precision=PrecisionOptions(autocast=course.autocast),  # type: ignore[arg-type]
         scaling=ScalingOptions(
@@ -58,7 +62,7 @@ def configuration(course: Course, world: World, storage: Path, name: str) -> Tra
         checkpoint=CheckpointOptions(when_busy="wait"),
         recovery=RecoveryOptions(snapshot_every="2st" if course.snapshots and cut else "off"),
         observe=ObserveOptions(tensorboard=False),
-    )  # fmt: skip
+    )
 
 
 class Refused(Exception):
@@ -168,9 +172,10 @@ def differences(ran: Ran, wanted: oracle.Trained, nudged: oracle.Trained) -> lis
 
     for step in range(STEPS):
         for name, right, other, scale in (
-            ("loss", wanted.losses, nudged.losses, 0.1), ("grad_norm", wanted.norms, nudged.norms, 0.1),
+            ("loss", wanted.losses, nudged.losses, 0.1),
+            ("grad_norm", wanted.norms, nudged.norms, 0.1),
             ("lr", wanted.rates, nudged.rates, 0.0),
-        ):  # fmt: skip
+        ):
             compare(f"{name} of step {step + 1}", ran.column(name)[step], right[step], other[step], scale)
         for name, right in wanted.metrics[step].items():
             compare(f"{name} of step {step + 1}", ran.column(name)[step], right, nudged.metrics[step][name])

@@ -85,10 +85,11 @@ def recovery(
     normal_s = median(b["time"] - a["time"] for a, b in zip(before[-WARM_STEPS:], before[-WARM_STEPS + 1 :]))
     marks = {n["mark"]: n["time"] for n in notes if "mark" in n and killed <= n["time"] <= after["time"]}
     return {
-        "stall_s": after["time"] - last["time"] - normal_s, "lost": float(last["step"] - after["step"] + 1),
+        "stall_s": after["time"] - last["time"] - normal_s,
+        "lost": float(last["step"] - after["step"] + 1),
         "left_out": float(max(0, expected - after["size"])),
         **split({**marks, **(reached or {})}, max(killed, last["time"]), after["time"], normal_s),
-    }  # fmt: skip
+    }
 
 
 def wait(condition: Callable[[], Any], timeout_s: float, what: str) -> None:

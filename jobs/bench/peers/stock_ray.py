@@ -29,12 +29,20 @@ def measure(folder: Path, kills: int, node_kills: int) -> dict[str, list[dict[st
     with (folder / "log").open("w") as log:
         subprocess.run(
             [
-                sys.executable, "-m", "jobs.bench.peers.stock_ray", str(kills), str(node_kills),
-                str(folder / "notes.jsonl"), str(out),
+                sys.executable,
+                "-m",
+                "jobs.bench.peers.stock_ray",
+                str(kills),
+                str(node_kills),
+                str(folder / "notes.jsonl"),
+                str(out),
             ],
-            check=True, timeout=120 + 2 * LONGEST_S * (kills + node_kills), stdout=log, stderr=log,
+            check=True,
+            timeout=120 + 2 * LONGEST_S * (kills + node_kills),
+            stdout=log,
+            stderr=log,
             env={**os.environ, "RAY_AUTH_MODE": "disabled"},
-        )  # fmt: skip
+        )
     return json.loads(out.read_text())
 
 
@@ -96,12 +104,16 @@ def _run(kills: int, node_kills: int, file: str) -> dict[str, list[dict[str, flo
     cluster = LocalCluster(nodes=3, cpus=1)
     ray.init(address=cluster.address)
     trainer = TorchTrainer(
-        _worker, train_loop_config={"notes": file}, scaling_config=ScalingConfig(num_workers=(1, 3)),
+        _worker,
+        train_loop_config={"notes": file},
+        scaling_config=ScalingConfig(num_workers=(1, 3)),
         run_config=RunConfig(
-            storage_path=tempfile.mkdtemp(dir=Path(file).parent), name="stock", callbacks=[WhenNoticed()],
+            storage_path=tempfile.mkdtemp(dir=Path(file).parent),
+            name="stock",
+            callbacks=[WhenNoticed()],
             failure_config=FailureConfig(max_failures=-1),
         ),
-    )  # fmt: skip
+    )
     threading.Thread(target=trainer.fit, daemon=True).start()
     found: dict[str, list[dict[str, float]]] = {"process": [], "node": []}
     for i in range(kills + node_kills):

@@ -89,12 +89,16 @@ def _trial(config: dict[str, Any], points: list[dict[str, Any]]) -> None:
 
     config = points[config["number"]]
     TorchTrainer(
-        _worker, train_loop_config=config, scaling_config=ScalingConfig(num_workers=config["workers"]),
+        _worker,
+        train_loop_config=config,
+        scaling_config=ScalingConfig(num_workers=config["workers"]),
         run_config=RunConfig(
-            name=f"trial-{config['number']}", storage_path=config["storage"], callbacks=[TuneReportCallback()],
+            name=f"trial-{config['number']}",
+            storage_path=config["storage"],
+            callbacks=[TuneReportCallback()],
             failure_config=FailureConfig(max_failures=3),
         ),
-    ).fit()  # fmt: skip
+    ).fit()
 
 
 def _run(settings: dict[str, Any]) -> dict[str, Any]:
@@ -132,18 +136,24 @@ def _run(settings: dict[str, Any]) -> dict[str, Any]:
         tune.with_resources(tune.with_parameters(_trial, points=points), {"CPU": 0.01}),
         param_space={"number": tune.grid_search(list(range(len(points))))},
         tune_config=tune.TuneConfig(
-            metric="accuracy", mode="max",
+            metric="accuracy",
+            mode="max",
             search_alg=BasicVariantGenerator(max_concurrent=settings["concurrent"]),
             scheduler=ASHAScheduler(
-                time_attr="training_iteration", max_t=settings["steps"] // settings["every"],
-                grace_period=settings["grace"], reduction_factor=settings["factor"],
+                time_attr="training_iteration",
+                max_t=settings["steps"] // settings["every"],
+                grace_period=settings["grace"],
+                reduction_factor=settings["factor"],
             ),
         ),
         run_config=tune.RunConfig(
-            name="sweep", storage_path=storage, verbose=0, callbacks=[Reported()],
+            name="sweep",
+            storage_path=storage,
+            verbose=0,
+            callbacks=[Reported()],
             failure_config=tune.FailureConfig(max_failures=3),
         ),
-    ).fit()  # fmt: skip
+    ).fit()
     seconds = time.time() - began
     steps = [int(r.metrics.get("step", 0)) if r.metrics else 0 for r in grid]
     best = max((r.metrics.get("accuracy", 0.0) for r in grid if r.metrics), default=0.0)

@@ -38,9 +38,12 @@ def measure(folder: Path, python: str, kills: int, timing: tuple[int, int]) -> l
 
     def start(*arguments: str) -> subprocess.Popen[bytes]:
         return subprocess.Popen(
-            [python, "-m", "jobs.bench.peers.torchft", *arguments], stdout=log, stderr=log, cwd=REPOSITORY,
+            [python, "-m", "jobs.bench.peers.torchft", *arguments],
+            stdout=log,
+            stderr=log,
+            cwd=REPOSITORY,
             env={**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},
-        )  # fmt: skip
+        )
 
     address = folder / "address"
     running = [start("lighthouse", str(timing[0]), str(timing[1]), str(address))]
@@ -137,11 +140,18 @@ def worker(lighthouse_address: str, name: str, file: str) -> None:
         optimizer.load_state_dict(state["optimizer"])
 
     manager = Manager(
-        pg=Group(timeout=timedelta(seconds=60)), load_state_dict=load,
+        pg=Group(timeout=timedelta(seconds=60)),
+        load_state_dict=load,
         state_dict=lambda: {"model": inner.state_dict(), "optimizer": optimizer.state_dict()},
-        min_replica_size=1, rank=0, world_size=1, store_addr="127.0.0.1", store_port=store.port,
-        lighthouse_addr=lighthouse_address, replica_id=name, hostname="127.0.0.1",
-    )  # fmt: skip
+        min_replica_size=1,
+        rank=0,
+        world_size=1,
+        store_addr="127.0.0.1",
+        store_port=store.port,
+        lighthouse_addr=lighthouse_address,
+        replica_id=name,
+        hostname="127.0.0.1",
+    )
     model = torchft.DistributedDataParallel(manager, inner)
     applied = 0
 

@@ -47,13 +47,32 @@ def measure(folder: Path, kills: int, *, nodes: bool, settings: str = "") -> lis
         logs.append(folder / f"agent-{len(logs)}.log")
         return subprocess.Popen(
             [
-                sys.executable, "-m", "torch.distributed.run", "--nnodes", "1:3", "--nproc-per-node", "1",
-                "--max-restarts", "100", "--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{store.port}",
-                "--rdzv-id", "bench", "--rdzv-conf", configuration, "-m", "jobs.bench.peers.torchrun", str(file),
+                sys.executable,
+                "-m",
+                "torch.distributed.run",
+                "--nnodes",
+                "1:3",
+                "--nproc-per-node",
+                "1",
+                "--max-restarts",
+                "100",
+                "--rdzv-backend",
+                "c10d",
+                "--rdzv-endpoint",
+                f"127.0.0.1:{store.port}",
+                "--rdzv-id",
+                "bench",
+                "--rdzv-conf",
+                configuration,
+                "-m",
+                "jobs.bench.peers.torchrun",
+                str(file),
             ],
-            stdout=subprocess.DEVNULL, stderr=logs[-1].open("w"), start_new_session=True,
+            stdout=subprocess.DEVNULL,
+            stderr=logs[-1].open("w"),
+            start_new_session=True,
             env={**os.environ, "OMP_NUM_THREADS": "1", "LOGLEVEL": "INFO", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"},
-        )  # fmt: skip
+        )
 
     agents = [agent() for _ in range(3)]
     found = []
