@@ -106,8 +106,8 @@ def main() -> int:
         if twin.wait(900) != 0:
             return 1
         hashes = found["weights_sha256"], result(folder / "twin" / "demo")["weights_sha256"]
-        print(f"\nwith faults  {hashes[0]}\nundisturbed  {hashes[1]}")
-        print("identical" if hashes[0] == hashes[1] else "DIFFERENT")
+        verdict = "the same bits" if hashes[0] == hashes[1] else "OTHER BITS"
+        print(f"\nwith faults  {hashes[0]}\nundisturbed  {hashes[1]}  {verdict}")
         return 0 if hashes[0] == hashes[1] else 1
 
 
