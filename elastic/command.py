@@ -5,9 +5,9 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from elastic.config import TrainConfig
+from elastic.config import TrainConfig, check_kind
 from elastic.errors import ElasticError, told
-from elastic.job import Job
+from elastic.job import Job, check_job_class
 from elastic.job_file import answer
 from elastic.observe.streams import sturdy_output
 
@@ -30,6 +30,8 @@ def run(job_class: type[Job], config: TrainConfig, argv: Sequence[str]) -> int:
     from elastic.run.line import prepare_line
 
     try:
+        check_job_class(job_class)
+        check_kind(config)
         prepared = prepare_line(job_class, config, argv)
         if prepared.config.dry_run:
             from elastic.run.prepare import dry_run

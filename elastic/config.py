@@ -426,7 +426,27 @@ class TrainConfig:
     debug: bool = option(False, "train in this process alone, without Ray: breakpoints and prints work")
 
     def __post_init__(self) -> None:
+        for part in dataclasses.fields(self):
+            section, made_by = getattr(self, part.name), part.default_factory
+            if isinstance(made_by, type) and not isinstance(section, made_by):
+                raise ConfigError(
+                    f"{part.name} is a {type(section).__name__}; give elastic.{made_by.__name__}(...) in "
+                    f"elastic.TrainConfig({part.name}=...)"
+                )
         check_together(self)
+
+
+def check_kind(config: object) -> None:
+    """Refuse what is no configuration.
+
+    Raises:
+        ConfigError: what it is.
+    """
+    if not isinstance(config, TrainConfig):
+        raise ConfigError(
+            f"a {type(config).__name__} was given as the configuration; give an elastic.TrainConfig, such as "
+            'elastic.TrainConfig(run=elastic.RunOptions(duration="5ep"))'
+        )
 
 
 def to_dict(config: TrainConfig) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import torch
 from elastic.config import TrainConfig, from_dict
 from elastic.errors import ConfigError, ElasticError
 from elastic.job import Job, eval_sets
+from elastic.job_code import job_code
 from elastic.loading import load_state, stored_run
 from elastic.options import parse
 from elastic.parallel.device import pick_device, prepare_process
@@ -60,9 +61,11 @@ def evaluate_run(
         raise ConfigError(f"{other[0]} is no option of the job; --job.... alone can be others than the run's here")
     job, _ = parse(job_class, defaults, argv, take(stored, defaults, job_class).job_values)
     seed_all(derive("data", seed))
-    job.train_data()  # some split it into what is trained on and what is held out
+    with job_code("train_data()"):
+        job.train_data()  # some split it into what is trained on and what is held out
     seed_all(derive("data", seed))
-    held_out = eval_sets(job)
+    with job_code("eval_data()"):
+        held_out = eval_sets(job)
     if not held_out:
         raise ConfigError("eval_data() returns None, so nothing is held out; give a job that has some")
     state, at = load_state(job, config, folder, step, device)

@@ -9,11 +9,12 @@ import re
 import sys
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from elastic.errors import ConfigError
+from elastic.job_code import job_code
 from elastic.values import ValueRefused, classes, decode, encode
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ class Job:
         buffers stay the objects that they are here, with their hooks; what is kept beside the model, such as a teacher,
         gets its values too. Modules that are left in evaluation mode here stay in it while training.
         """
-        raise NotImplementedError(f"{type(self).__name__} needs a model() method that returns a torch.nn.Module")
+        raise NotImplementedError(_lacks(self, "model"))
 
     def optimizer(self, model: torch.nn.Module) -> torch.optim.Optimizer:
         """Build the one optimizer over the model's parameters, which have their values, or (with fsdp and hsdp) their
@@ -68,7 +69,7 @@ class Job:
 
         A scheduler of torch's that is made here, kept as an attribute of the job and stepped in `after_step` is
         followed: its state is saved too."""
-        raise NotImplementedError(f"{type(self).__name__} needs an optimizer(model) method")
+        raise NotImplementedError(_lacks(self, "optimizer"))
 
     def schedule(self, step: int, total_steps: int) -> float | None:
         """Factor on the learning rates at `step` (from 0), or None for what `--optim.*` says."""
@@ -76,7 +77,7 @@ class Job:
 
     def train_data(self) -> MapDataset:
         """The training data, map-style."""
-        raise NotImplementedError(f"{type(self).__name__} needs a train_data() method that returns a map-style dataset")
+        raise NotImplementedError(_lacks(self, "train_data"))
 
     def eval_data(self) -> MapDataset | Mapping[str, MapDataset] | None:
         """Held-out data, map-style; several by name; or None."""
@@ -94,7 +95,7 @@ class Job:
         """The summed loss of one batch, its weight, and further sums, as `LossResult` says. Metrics have the same names
         for every batch, none that a row of `metrics.jsonl` has anyway. Both this and `evaluate` are tried on a batch
         before training, in evaluation mode."""
-        raise NotImplementedError(f"{type(self).__name__} needs a loss(model, batch) method")
+        raise NotImplementedError(_lacks(self, "loss"))
 
     def evaluate(self, model: torch.nn.Module, batch: Any) -> LossResult:
         """Like `loss`, for held-out data: the model is in eval mode and no graph is kept."""
@@ -117,6 +118,54 @@ class Job:
     def sample(self, model: torch.nn.Module) -> str | None:
         """A text to print at the end, made by the trained model (in eval mode). If it raises, that is an event."""
         return None
+
+
+_NEEDED = {
+    "model": "a model() method that returns a torch.nn.Module",
+    "optimizer": "an optimizer(model) method",
+    "train_data": "a train_data() method that returns a map-style dataset",
+    "loss": "a loss(model, batch) method",
+}
+
+
+def _lacks(job: Job, name: str) -> str:
+    return f"{type(job).__name__} needs {_NEEDED[name]}"
+
+
+def check_job_class(given: object) -> None:
+    """Refuse what is given to `elastic.main` in place of a job's class.
+
+    Raises:
+        ConfigError: an instance, or something else.
+    """
+    if isinstance(given, Job):
+        name = type(given).__name__
+        raise ConfigError(f"elastic.main was given an instance of {name}; give the class: elastic.main({name})")
+    if not isinstance(given, type) or not issubclass(given, Job):
+        raise ConfigError(
+            f"elastic.main was given {_shown(given)}, which is no job; give a class derived from elastic.Job"
+        )
+
+
+def check_job(job: object) -> None:
+    """Refuse what is no job, and a job without one of the methods that every job needs.
+
+    Raises:
+        ConfigError: a class, something else, or which method.
+    """
+    if isinstance(job, type) and issubclass(job, Job):
+        raise ConfigError(f"the class {job.__name__} was given as the job; give an instance: {job.__name__}()")
+    if not isinstance(job, Job):
+        raise ConfigError(
+            f"{_shown(job)} was given as the job; give an instance of a class that is derived from elastic.Job"
+        )
+    for name in _NEEDED:
+        if getattr(getattr(job, name), "__func__", None) is getattr(Job, name):
+            raise ConfigError(_lacks(job, name))
+
+
+def _shown(given: object) -> str:
+    return f"the class {given.__name__}" if isinstance(given, type) else f"an instance of {type(given).__name__}"
 
 
 def job_name(job: Job) -> str:
@@ -164,7 +213,8 @@ def option_defaults(cls: type[Job]) -> dict[str, Any]:
         if f.default is not dataclasses.MISSING:
             found[f.name] = f.default
         elif f.default_factory is not dataclasses.MISSING:
-            found[f.name] = f.default_factory()
+            with job_code(f"the default of {cls.__name__}.{f.name}"):
+                found[f.name] = f.default_factory()
     return found
 
 
@@ -244,3 +294,31 @@ def eval_sets(job: Job) -> dict[str, MapDataset]:
         return {}
     named = dict(data) if isinstance(data, Mapping) else {"": data}
     return {name: check_dataset(f"eval_data()[{name!r}]" if name else "eval_data()", d) for name, d in named.items()}
+
+
+def training_data(job: Job, call: Callable[[Callable[[], Any]], Any] | None = None) -> tuple[MapDataset, int]:
+    """The job's training data and how many samples it has, for the command itself.
+
+    Args:
+        call: what is to call `train_data`.
+
+    Raises:
+        ConfigError: it is not map-style, or the job's code raised.
+    """
+    with job_code("train_data()"):
+        data = job.train_data() if call is None else call(job.train_data)
+    checked = check_dataset("train_data()", data)
+    with job_code("the length of what train_data() returned"):
+        return checked, len(checked)
+
+
+def held_out_sizes(job: Job) -> dict[str, int]:
+    """How many samples the job holds out, by name, for the command itself.
+
+    Raises:
+        ConfigError: some are not map-style, or the job's code raised.
+    """
+    with job_code("eval_data()"):
+        sets = eval_sets(job)
+    with job_code("the length of what eval_data() returned"):
+        return {name: len(data) for name, data in sets.items()}

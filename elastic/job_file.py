@@ -12,7 +12,8 @@ from typing import Any
 
 from elastic.config import TrainConfig
 from elastic.errors import ConfigError
-from elastic.job import Job
+from elastic.job import Job, check_job_class
+from elastic.job_code import job_code
 
 _looking = False
 
@@ -47,6 +48,8 @@ def load_job(text: str, option: str = "--job") -> tuple[type[Job], TrainConfig]:
     """
     name, _, wanted = text.partition(":")
     module, found = _run_file(name, option) if name.endswith(".py") else (_import(name, option), None)
+    if found is not None:
+        check_job_class(found.job_class)
     if found is not None and wanted in ("", found.job_class.__name__):
         return found.job_class, found.config
     classes = [
@@ -65,11 +68,17 @@ def _import(name: str, option: str) -> types.ModuleType:
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())  # as `python -m` does
     try:
-        return importlib.import_module(name)
-    except ImportError as error:
+        found = importlib.util.find_spec(name)
+    except (ImportError, ValueError, AttributeError) as error:
         raise ConfigError(
             f"{option} is {name!r}, which cannot be imported ({error}); give a file or a module"
         ) from error
+    if found is None:
+        raise ConfigError(
+            f"{option} is {name!r}, which cannot be imported (there is no such module); give a file or a module"
+        )
+    with job_code(f"importing {name}, the module of {option},"):
+        return importlib.import_module(name)
 
 
 def _run_file(file: str, option: str) -> tuple[types.ModuleType, Found | None]:
@@ -91,7 +100,8 @@ def _run_file(file: str, option: str) -> tuple[types.ModuleType, Found | None]:
     sys.path.insert(0, str(path.parent))
     _looking = True
     try:
-        exec(code, vars(module))
+        with job_code(f"running {file}, the file of {option},"):
+            exec(code, vars(module))
     except Found as found:
         return module, found
     finally:

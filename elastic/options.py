@@ -7,11 +7,13 @@ import sys
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from elastic.config import TrainConfig
 from elastic.errors import ConfigError
-from elastic.job import Job
+from elastic.job import Job, option_defaults
+from elastic.job_code import job_code
 from elastic.usage import FILE, check_line, is_plain
 
 
@@ -30,7 +32,7 @@ class Option:
 def list_options(job_class: type[Job], defaults: TrainConfig) -> Iterator[Option]:
     """All options of a job: its own first, then those of every job."""
     if dataclasses.is_dataclass(job_class):
-        hints = typing.get_type_hints(job_class)
+        hints = _hints(job_class)
         for f in dataclasses.fields(job_class):
             if f.init:
                 default = f.default if f.default is not dataclasses.MISSING else None
@@ -107,28 +109,54 @@ def parse(
 
     from elastic.seeds import seed_job
 
-    seed_job()
     fields: list[Any] = [
         (f.name, type(getattr(defaults, f.name)), dataclasses.field(default=getattr(defaults, f.name)))
         for f in dataclasses.fields(defaults)
     ]
-    if dataclasses.is_dataclass(job_class):
-        fields.insert(0, ("job", job_class, dataclasses.field(default_factory=_make(job_class, job_values or {}))))
+    values = {**_own_defaults(job_class), **(job_values or {})}
+    if values:
+        own = _own_options(job_class, values)
+        fields.insert(0, ("job", own, dataclasses.field(default_factory=own)))
     line = dataclasses.make_dataclass("Options", fields, frozen=True)
-    found: Any = tyro.cli(line, args=list(argv), description="", prog=_prog())
+    with job_code(f"reading the options of {job_class.__name__}"):
+        found: Any = tyro.cli(line, args=list(argv), description="", prog=_prog())
     parts = {f.name: getattr(found, f.name) for f in dataclasses.fields(defaults)}
-    job = found.job if dataclasses.is_dataclass(job_class) else _make(job_class, {})()
+    seed_job()
+    with job_code(f"{job_class.__name__}()"):
+        job = job_class(**{name: getattr(found.job, name) for name in values})
     return job, TrainConfig(**parts)
 
 
-def _make(job_class: type[Job], values: Mapping[str, Any]) -> Any:
-    def make() -> Job:
-        try:
-            return job_class(**values)
-        except TypeError as error:
-            raise ConfigError(f"{job_class.__name__} needs a default for every option: {error}") from error
+def _own_defaults(job_class: type[Job]) -> dict[str, Any]:
+    """Of each of the job's own options.
 
-    return make
+    Raises:
+        ConfigError: one has none.
+    """
+    found = option_defaults(job_class)
+    if dataclasses.is_dataclass(job_class):
+        for f in dataclasses.fields(job_class):
+            if f.init and f.name not in found:
+                raise ConfigError(f"{job_class.__name__} needs a default for every option, and {f.name!r} has none")
+    return found
+
+
+def _own_options(job_class: type[Job], values: Mapping[str, Any]) -> type:
+    """A class of the job's options alone: what the job checks of them, it checks of those that were given."""
+    hints = _hints(job_class)
+    fields: list[Any] = [
+        (name, hints[name], dataclasses.field(default_factory=partial(_same, value))) for name, value in values.items()
+    ]
+    return dataclasses.make_dataclass(job_class.__name__, fields)
+
+
+def _same(value: Any) -> Any:
+    return value
+
+
+def _hints(job_class: type[Job]) -> dict[str, Any]:
+    with job_code(f"reading the annotations of {job_class.__name__}"):
+        return typing.get_type_hints(job_class, include_extras=True)
 
 
 def _prog() -> str:

@@ -14,7 +14,7 @@ from elastic.checkpoint.initial import open_initial
 from elastic.config import TrainConfig
 from elastic.data.deal import batch_line, batch_table
 from elastic.errors import ConfigError
-from elastic.job import Job, check_dataset, eval_sets, job_name, job_options, source_hash
+from elastic.job import Job, check_job, held_out_sizes, job_name, job_options, source_hash, training_data
 from elastic.redact import clean, redact
 from elastic.run import forecast
 from elastic.run.folder import RunFolder
@@ -82,6 +82,8 @@ def prepare(job: Job, config: TrainConfig) -> PreparedRun:
     Raises:
         ConfigError: with one sentence that names the option, its value and the fix.
     """
+    check_job(job)
+    cfg.check_kind(config)
     resumes = config.run.name is not None
     if not resumes:
         name = f"{job_name(job)}-{time.strftime('%Y%m%d')}-{secrets.token_hex(2)}"
@@ -96,11 +98,11 @@ def prepare(job: Job, config: TrainConfig) -> PreparedRun:
     folder = RunFolder(storage.child(str(config.run.name)))
     stored = stored_config(folder) if resumes else None
     sameness = Sameness(folder if stored is not None else None, config)
-    data = check_dataset("train_data()", sameness.load(job.train_data))
-    for name, held_out in eval_sets(job).items():
-        if len(held_out) == 0:
+    data, dataset_size = training_data(job, sameness.load)
+    for name, samples in held_out_sizes(job).items():
+        if samples == 0:
             raise ConfigError(f"eval_data() {name!r} has no samples; return None to leave evaluation out")
-    dataset_size, tokens = len(data), job.tokens_per_sample
+    tokens = job.tokens_per_sample
     if stored is not None:
         sameness.check_length(dataset_size, stored.get("data"))
     if stored is None and config.checkpoint.init_from is not None:

@@ -104,6 +104,15 @@ class SweepConfig:
     space: dict[str, Domain] = field(init=False, repr=False, default_factory=dict)
 
     def __post_init__(self) -> None:
+        if not isinstance(self.search, Mapping):
+            raise ConfigError(f"search is {self.search!r}; give KIND(values) by the name of the option")
+        for name, domain in self.search.items():
+            if not isinstance(domain, (str, Domain)):
+                raise ConfigError(
+                    f"search has a {type(domain).__name__} for {name!r}; give KIND(values), such as 'choice(1, 2)'"
+                )
+        if isinstance(self.stop, str):
+            raise ConfigError(f"stop is {self.stop!r}; give a tuple of rules: ({self.stop!r},)")
         texts = {name: domain for name, domain in self.search.items() if isinstance(domain, str)}
         parsed = parse_search(texts) if texts or not self.search else {}
         space = {name: parsed[_plain(name)] if name in texts else domain for name, domain in self.search.items()}

@@ -19,7 +19,7 @@ from elastic.cluster.capacity import choose_accelerator, worker_resources
 from elastic.cluster.embedded import connected, node_resources, preflight
 from elastic.config import ClusterOptions, TrainConfig
 from elastic.errors import ElasticError, Interrupted, told
-from elastic.job import Job, job_name, job_options
+from elastic.job import Job, job_name, job_options, training_data
 from elastic.run.plan import resolve
 from elastic.run.resuming import CODED
 from elastic.run.signals import heard_by
@@ -44,15 +44,18 @@ class SweepResult:
     folder: str
 
 
-def run_sweep(job: Job, config: TrainConfig, sweep: SweepConfig) -> SweepResult:
+def run_sweep(job: Job, config: TrainConfig | None, sweep: SweepConfig) -> SweepResult:
     """Run a sweep to its end, or go on with one of this name.
+
+    Args:
+        config: the options that trials have in common.
 
     Raises:
         ConfigError: bad input found before anything started.
         Interrupted: a signal ended it; the same call goes on with it.
         ElasticError: it cannot go on.
     """
-    return drive_sweep(prepare_sweep(job, config, sweep))
+    return drive_sweep(prepare_sweep(job, config or TrainConfig(), sweep))
 
 
 def drive_sweep(prepared: PreparedSweep) -> SweepResult:
@@ -226,7 +229,8 @@ class _Sweeping:
     def _every(self) -> int:
         """Steps between two evaluations; the same for all trials of a population, which differ in nothing else."""
         job, config = self._prepared.job, self._prepared.config
-        plan = resolve(config, dataset_size=len(job.train_data()), tokens_per_sample=job.tokens_per_sample)
+        _, size = training_data(job)
+        plan = resolve(config, dataset_size=size, tokens_per_sample=job.tokens_per_sample)
         assert plan.eval_every is not None
         return plan.eval_every
 

@@ -6,9 +6,9 @@ import secrets
 import time
 from dataclasses import dataclass, replace
 
-from elastic.config import TrainConfig
+from elastic.config import TrainConfig, check_kind
 from elastic.errors import ConfigError
-from elastic.job import Job, check_dataset, eval_sets, job_name
+from elastic.job import Job, check_job, held_out_sizes, job_name, training_data
 from elastic.run.plan import resolve
 from elastic.run.resuming import changes
 from elastic.storage import Storage
@@ -44,13 +44,15 @@ def prepare_sweep(job: Job, config: TrainConfig, sweep: SweepConfig) -> Prepared
     Raises:
         ConfigError: one sentence.
     """
+    check_job(job)
+    check_kind(config)
     if config.run.name is not None:
         raise ConfigError(f"--run.name is {config.run.name!r}, but the runs of a sweep are named by --sweep.name")
     if config.run.stop_after is not None:
         raise ConfigError(
             f"--run.stop-after is {config.run.stop_after!r}; give a sweep --time-budget or --stop instead"
         )
-    if not eval_sets(job):
+    if not held_out_sizes(job):
         raise ConfigError(f"--metric is {sweep.metric!r}, but eval_data() of this job is None; give it held-out data")
     if config.eval.every is None and (sweep.scheduler != "none" or sweep.stop):
         what = f"--scheduler {sweep.scheduler}" if sweep.scheduler != "none" else "--stop"
@@ -85,7 +87,7 @@ def _evaluations(job: Job, config: TrainConfig, sweep: SweepConfig, examples: li
     Raises:
         ConfigError: a trial that cannot be, or trials that cannot be compared.
     """
-    size = len(check_dataset("train_data()", job.train_data()))
+    _, size = training_data(job)
     begin = draw(sweep.space, sweep.seed, 0)
     ends = [{**begin, name: value} for name, domain in sweep.space.items() for value in domain.examples]
     found: dict[int, Options] = {}
