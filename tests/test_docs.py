@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import functools
 import re
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -141,3 +142,42 @@ def test_every_make_target_that_is_named_exists(page: str) -> None:
 
 def test_the_page_of_options_is_what_the_code_says() -> None:
     assert page_of_options.page() == text("docs/options.md"), "run: python -m docs.options > docs/options.md"
+
+
+# ---- decisions -----------------------------------------------------------------------------------------------------
+
+
+def test_decisions_are_dated_and_listed() -> None:
+    titles = re.findall(r"^###? (.+)$", text("docs/decisions.md"), re.MULTILINE)
+    listed = re.findall(r"^ *\* \[(.+)\]\(#[^)]*\)$", text("docs/decisions.md"), re.MULTILINE)
+    status = r"\*\d{4}-\d\d-\d\d(, changed \d{4}-\d\d-\d\d)?; (in force|replaced by \[.+\]\(#.+\))\.\* "
+
+    assert not re.findall(r"^\*\*.*", text("docs/decisions.md"), re.MULTILINE), "give each a heading of its package"
+    assert listed == titles, "the contents on top list all headings"
+    for title, begin in re.findall(r"^### (.+)\n\n(.+)$", text("docs/decisions.md"), re.MULTILINE):
+        assert re.match(status, begin), title
+
+
+# ---- architecture --------------------------------------------------------------------------------------------------
+
+
+def test_the_map_of_packages_is_that_which_the_linter_checks() -> None:
+    page = text("docs/architecture.md")
+    contract = tomllib.loads(text("pyproject.toml"))["tool"]["importlinter"]["contracts"][0]
+    layers = [{part.strip().removeprefix("elastic.") for part in layer.split("|")} for layer in contract["layers"]]
+    rows = re.findall(r"^\| (\d+) \| (.+) \|$", page, re.MULTILINE)
+
+    assert [{name.strip("`/") for name in row.split(", ")} for _, row in rows] == layers
+    told = {name.strip("`/") for line in re.findall(r"^\| (`[^|]+) \|", page, re.M) for name in line.split(", ")}
+    assert set().union(*layers) <= told
+
+
+def test_the_messages_in_the_diagrams_exist() -> None:
+    page = text("docs/architecture.md")
+    source = "\n".join(path.read_text() for path in (ROOT / "elastic").rglob("*.py"))
+    between = page[page.index("## The messages between") : page.index("## Processes and threads")]
+    kinds = {k.strip() for k in re.findall(r"(?:---- |<--- |->\|<--- )([a-z][a-z ]*?)(?: \(| [-<]|$)", between, re.M)}
+
+    assert {"join", "world", "beat", "rows", "recorded", "pack", "commit", "broken", "ack", "done", "over"} <= kinds
+    for kind in kinds - {"world formed"}:
+        assert f'"{kind}"' in source, kind
