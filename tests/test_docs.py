@@ -172,12 +172,13 @@ def test_the_map_of_packages_is_that_which_the_linter_checks() -> None:
     assert set().union(*layers) <= told
 
 
-def test_the_messages_in_the_diagrams_exist() -> None:
+def test_the_messages_and_threads_in_the_diagrams_exist() -> None:
     page = text("docs/architecture.md")
     source = "\n".join(path.read_text() for path in (ROOT / "elastic").rglob("*.py"))
+    threads = set(re.findall(r"[a-z]+-[a-z]+(?:-[a-z]+)?", " ".join(re.findall(r"threads: (.*(?:\n.*),?)", page))))
     between = page[page.index("## The messages between") : page.index("## Processes and threads")]
     kinds = {k.strip() for k in re.findall(r"(?:---- |<--- |->\|<--- )([a-z][a-z ]*?)(?: \(| [-<]|$)", between, re.M)}
 
     assert {"join", "world", "beat", "rows", "recorded", "pack", "commit", "broken", "ack", "done", "over"} <= kinds
-    for kind in kinds - {"world formed"}:
-        assert f'"{kind}"' in source, kind
+    for name in (kinds | threads) - {"world formed", "short-lived"}:
+        assert f'"{name}"' in source, name
