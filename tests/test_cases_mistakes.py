@@ -14,12 +14,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from elastic.config import TrainConfig
+from elastic.data.loader import ItemError
 from elastic.data.samples import halves
 from elastic.errors import ConfigError
 from elastic.observe.ledger import COLUMNS
-from elastic.worker.rehearsal import Sums, counts, mistake
+from elastic.worker.evaluate import held_out_batch
+from elastic.worker.rehearsal import Rehearsal, Sums, counts, mistake
 from elastic.worker.returned import check_returned
 from elastic.worker.traces import without_trace
+from elastic.worker.user_code import UserCode
+from tests.error_jobs import FaultySamples
 from tests.forked import LONG, configure, sample_at, train
 from tests.mistaken_jobs import Averaged, Evaluated, Mistaken
 from tests.tiny_jobs import Plain
@@ -185,6 +190,35 @@ def test_a_mean_with_a_count_is_found_and_a_sum_with_a_one(losses):
 )
 def test_losses_that_are_neither_pass(losses, of):
     assert mistake("loss()", triple(losses, of, len, {"m": of})) is None
+
+
+def test_a_batch_that_cannot_be_had_is_left_to_the_first_step_to_tell():
+    class Nothing:
+        def first_batches(self, count):
+            return []
+
+    code = UserCode(Plain(), CPU, "w", autocast="off")
+    rehearsal = Rehearsal(Plain(), TrainConfig(), code, Nothing(), {}, eval_size=4)
+
+    rehearsal.run(torch.nn.Linear(1, 1), 1, None)
+
+    assert rehearsal.weights_count is True
+
+
+def test_a_held_out_item_that_raises_is_named_and_where_collate_fn_does_all_are():
+    class Collates(Plain):
+        def collate_fn(self, samples):
+            raise ValueError("of two lengths")
+
+    data = FaultySamples(10, "corrupt", 7, "no image")
+
+    for job, ids, samples, line in (
+        (Plain(), [5, 6, 7, 8], (7,), "ValueError: no image"),
+        (Collates(), [5, 6], (5, 6), "ValueError: of two lengths"),
+    ):
+        with pytest.raises(ItemError) as raised:
+            held_out_batch(job, data, ids, (0, "near", 0))
+        assert (raised.value.samples, raised.value.line) == (samples, line)
 
 
 class Forgetful(torch.nn.Module):

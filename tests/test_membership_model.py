@@ -590,6 +590,28 @@ def test_who_cannot_get_ready_before_the_first_world_is_left_out_as_long_as_enou
     assert machine.tell(Unfit("c", "no such disk", machine.now)) == [Fail("no such file")]
 
 
+def test_how_a_process_ended_that_got_ready_is_waited_for_and_is_what_ends_the_run() -> None:
+    def began() -> Machine:
+        machine = Machine(max_workers=1, expects=1)
+        machine.tell(Arrived("a"))
+        assert machine.lose("a", died=True) == []
+        assert machine.wait(1.0) == []
+        return machine
+
+    def ended(commands: list[Command], how: str) -> None:
+        text = f"worker a was lost while it got ready: {how}; the output has what it printed"
+        assert commands == [Dropped(Member("a", ""), f"while it got ready: {how}"), Fail(text)]
+
+    ended(began().lose("a", died=True, dead=True, reason="process died: exit code 7"), "process died: exit code 7")
+    ended(began().lose("a", reason="its node is gone"), "its node is gone")
+    ended(began().wait(1.5), "connection lost")
+
+    machine = began()
+    machine.tell(Arrived("a"))
+    assert machine.wait(5.0) == []
+    assert formed(machine.join("a")).size == 1
+
+
 def test_on_a_cluster_all_are_tried_twice_and_nobody_who_gets_ready_is_given_up() -> None:
     machine = Machine(max_workers=2)
     for i in range(2):
@@ -597,7 +619,7 @@ def test_on_a_cluster_all_are_tried_twice_and_nobody_who_gets_ready_is_given_up(
     machine.tell(Arrived("slow"))
     for i in range(2, 9):
         assert machine.tell(Unfit(f"w{i}", "no such file", machine.now)) == []
-    commands = machine.lose("slow", died=True, reason="process died: exit code 1")
+    commands = machine.lose("slow", died=True, dead=True, reason="process died: exit code 1")
     assert commands == [
         Dropped(Member("slow", ""), "while it got ready: process died: exit code 1"),
         Fail("no such file"),

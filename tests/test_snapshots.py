@@ -177,7 +177,11 @@ def test_a_vault_that_died_or_stands_still_is_started_again_and_has_the_next_sna
             end.result(WAIT_S)
 
     assert_restored(run, undisturbed_epoch, 8, applied=9)
-    why = "it ended: killed by SIGKILL" if number == signal.SIGKILL else "it stood still for 4 s"
+    why = (
+        "it ended: killed by SIGKILL, perhaps since memory ran out (see dmesg)"
+        if number == signal.SIGKILL
+        else "it stood still for 4 s"
+    )
     assert Ran(run, None).events("vault_restarted")[0]["detail"] == {"node": nodes.names[0], "why": why}
 
 

@@ -63,7 +63,7 @@ class Order:
 
 
 class ItemError(Exception):
-    """An exception of the training data, and of which samples: of one, or of all that are collated together.
+    """An exception of the data, and of which samples: of one, or of all that are collated together.
 
     Args:
         kind: the type of the exception.
@@ -74,6 +74,12 @@ class ItemError(Exception):
     def __init__(self, kind: str, line: str, text: str, samples: tuple[int, ...]):
         super().__init__(line)
         self.kind, self.line, self.text, self.samples = kind, line, text, samples
+
+    @classmethod
+    def of(cls, error: Exception, samples: Sequence[int]) -> ItemError:
+        """What was raised while these samples were under way."""
+        text = "".join(traceback.format_exception(error)).rstrip()
+        return cls(type(error).__name__, one_line(error), text, tuple(samples))
 
     def __reduce__(self) -> tuple[type[ItemError], tuple[str, str, str, tuple[int, ...]]]:
         return type(self), (self.kind, self.line, self.text, self.samples)
@@ -100,8 +106,7 @@ class Fetcher:
             seed_all(derive("collate", self.seed, self._epoch(span, 0), span.digests[0]))
             return replace(span, batch=self.collate_fn(samples))
         except Exception as error:
-            text = "".join(traceback.format_exception(error)).rstrip()
-            raise ItemError(type(error).__name__, one_line(error), text, tuple(self.at)) from error
+            raise ItemError.of(error, self.at) from error
         finally:
             self.at = ()
 

@@ -77,6 +77,7 @@ from elastic.membership.messages import (
 from elastic.membership.state import Late, Phase, State, Waiting, going
 from elastic.membership.world import Generation, Member, World
 
+EXPLAINED_S = 2.0  # from the end of a connection until who watches over the process has said how that ended
 LAST_WORLDS = 3  # formed to save what an error ends; then who holds the newest state saves it alone
 
 _LEFT = "its world broke"
@@ -100,6 +101,7 @@ def advance(state: State, event: Event) -> tuple[State, list[Command]]:
     if isinstance(event, Arrived):
         inside = event.member_id in state.waiting or (state.world is not None and event.member_id in state.world.ids)
         known = inside or event.member_id in state.gone
+        state = replace(state, unexplained=_without(state.unexplained, event.member_id))
         return state if known else replace(state, warming=state.warming | {event.member_id}), []
     if isinstance(event, Stalled):
         return _stalled(state, event)
@@ -130,7 +132,17 @@ def advance(state: State, event: Event) -> tuple[State, list[Command]]:
         return _settle(replace(state, stopping=event.message), event.now)
     if isinstance(event, Expected):
         return _settle(replace(state, expected=event.member_ids), event.now)
-    return _settle(state, event.now)
+    commands: list[Command] = []
+    for member_id, since in state.unexplained.items():
+        if event.now >= since + EXPLAINED_S:
+            state, more = _lost(state, Lost(member_id, event.now, died=True))
+            commands += more
+    state, settled = _settle(state, event.now)
+    return state, [*commands, *settled]
+
+
+def _without(found: dict[str, float], member_id: str) -> dict[str, float]:
+    return {k: v for k, v in found.items() if k != member_id}
 
 
 def _who(event: Joined | Registered | Acknowledged) -> str:
@@ -262,8 +274,13 @@ def _lost(state: State, event: Lost) -> tuple[State, list[Command]]:
     rank = None if world is None or known else world.rank_of(event.member_id)
     may_come_back = event.silent and rank is not None and waited is None
     had_part = known or rank is not None or waited is not None or late is not None
-    if event.died and not had_part and state.phase is not Phase.REBUILDING:
-        state, commands = _unfit(state, Unfit(event.member_id, f"worker {event.member_id} {event.reason}", event.now))
+    asked = event.member_id in state.unexplained
+    if (event.died or asked) and not had_part and state.phase is not Phase.REBUILDING:
+        if not event.dead and not asked:
+            return replace(state, unexplained={**state.unexplained, event.member_id: event.now}), []
+        state = replace(state, unexplained=_without(state.unexplained, event.member_id))
+        why = f"worker {event.member_id} was lost while it got ready: {event.reason}; the output has what it printed"
+        state, commands = _unfit(state, Unfit(event.member_id, why, event.now))
         return state, [Dropped(Member(event.member_id, ""), f"while it got ready: {event.reason}"), *commands]
     faults = state.faults
     if event.died and known:

@@ -88,7 +88,8 @@ class State:
     the run is to end; `failing` is the error that ends it, once what its workers hold is saved, for which `last_worlds`
     were formed.
     `parting` is to be left out, once a world was formed in which what it holds of the state is saved.
-    `warming` are connected and get ready; `never_ready` were not able to, the first because of `unfit_why`.
+    `warming` are connected and get ready; `unexplained` did, until their connection ended at that time: how their
+    process ended is about to be told; `never_ready` were not able to, the first because of `unfit_why`.
     `veterans` held trained state when they entered the world. `why` the world broke, `erred`: by an error of a member.
     `broken_at` is also when a world began to be left, and when a restarted server began to rebuild itself;
     `answered_at` is when somebody last answered that. `newest`: updates in the newest state that the world began with.
@@ -129,6 +130,7 @@ class State:
     parting: Member | None = None
     veterans: frozenset[str] = frozenset()
     warming: frozenset[str] = frozenset()
+    unexplained: dict[str, float] = field(default_factory=dict)
     never_ready: int = 0
     unfit_why: str = ""
     registered: dict[str, Registered] = field(default_factory=dict)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import importlib
 import json
 import sys
@@ -19,6 +20,7 @@ from elastic.run.plan import RunPlan
 
 def _child() -> int:
     ignore_terminal()
+    faulthandler.enable()  # who dies of a signal in C says where
     specification: dict[str, Any] = json.loads(sys.stdin.buffer.readline())
     end_with_input()
     raise_descriptor_limit()

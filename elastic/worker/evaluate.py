@@ -13,6 +13,7 @@ import xxhash
 from torch import nn
 
 from elastic.data.deal import deal
+from elastic.data.loader import ItemError
 from elastic.data.samples import fetch_each, fetches_together
 from elastic.errors import ConfigError
 from elastic.job import Job, MapDataset
@@ -68,7 +69,7 @@ def evaluate(
         with torch.no_grad():
             for index in [*runs[rank], *([runs[rank][-1]] * padding)]:
                 code.samples = ids = list(parts[index])
-                batch = code.guard(partial(held_out_batch, job, data, ids, (seed, name, index)))
+                batch = code.guard(partial(held_out_batch, job, data, ids, (seed, name, index)), alone=True)
                 seed_all(derive("eval", seed, name, index))
                 with each():
                     loss, weight, metrics = code.evaluate(model, batch)
@@ -101,10 +102,25 @@ def figures(name: str, metrics: Iterable[str]) -> list[str]:
 
 
 def held_out_batch(job: Job, data: MapDataset, ids: list[int], key: tuple[int | str, ...]) -> Any:
-    """A batch of held-out samples, under seeds of theirs, or of the part with this key where they come together."""
-    if fetches_together(data):
-        seed_all(derive("eval-items", *key))
-        return job.collate_fn(data.__getitems__(ids))  # type: ignore[attr-defined]
-    samples = fetch_each(data, ids, lambda place: derive("eval-item", *key[:2], ids[place]))
-    seed_all(derive("eval-collate", *key))
-    return job.collate_fn(samples)
+    """A batch of held-out samples, under seeds of theirs, or of the part with this key where they come together.
+
+    Raises:
+        ItemError: the dataset or collate_fn raised.
+    """
+    at = ids
+
+    def seed(place: int) -> int:  # asked for right before a sample is fetched
+        nonlocal at
+        at = ids[place : place + 1]
+        return derive("eval-item", *key[:2], ids[place])
+
+    try:
+        if fetches_together(data):
+            seed_all(derive("eval-items", *key))
+            return job.collate_fn(data.__getitems__(ids))  # type: ignore[attr-defined]
+        samples = fetch_each(data, ids, seed)
+        at = ids
+        seed_all(derive("eval-collate", *key))
+        return job.collate_fn(samples)
+    except Exception as error:
+        raise ItemError.of(error, at) from error

@@ -163,7 +163,8 @@ def ended_how(returncode: int) -> str:
     if returncode >= 0:
         return f"exit code {returncode}"
     try:
-        return f"killed by {signal.Signals(-returncode).name}"
+        name = signal.Signals(-returncode).name
+        return f"killed by {name}" + (", perhaps since memory ran out (see dmesg)" if name == "SIGKILL" else "")
     except ValueError:
         return f"killed by signal {-returncode}"
 

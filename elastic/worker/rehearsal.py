@@ -163,6 +163,8 @@ class Rehearsal:
             if error.failure.kind == ConfigError.__name__:
                 raise
             return True  # in evaluation mode it need not work; and if it fails in training, the first step says so
+        if not found:
+            return True  # no batch can be had: the first step says why
         self.metrics["result of loss()"] = [f"metric {name}" for name in sorted(found[0].metrics)]
         if len(found) < 3:
             return True
@@ -177,8 +179,9 @@ class Rehearsal:
             data = untouched(held_out) if self._config.data.workers else held_out
             ids = list(range(min(self.eval_size, len(data))))
             cuts = [ids, *halves(ids)] if own else [ids]
+            seeds = (self._seed, name, 0)
             batches = [
-                (len(cut), self._code.guard(partial(held_out_batch, self._job, data, cut, (self._seed, name, 0))))
+                (len(cut), self._code.guard(partial(held_out_batch, self._job, data, cut, seeds), alone=True))
                 for cut in cuts
             ]
             found = _passes(evaluate, batches, derive("eval", self._seed, name, 0))
