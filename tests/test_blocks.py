@@ -9,6 +9,7 @@ import torch
 import torch._inductor.config as inductor
 from torch import nn
 
+from elastic.compat.torch import AUTOTUNING
 from elastic.errors import ConfigError
 from elastic.parallel import blocks
 from elastic.parallel.blocks import check_compiler, checkpoint_activations, compile_blocks, find_blocks
@@ -134,12 +135,14 @@ def test_compiled_blocks_keep_their_names_and_the_rest_is_not_compiled():
     assert compiled == ["layers.0", "layers.2"]
 
 
-@pytest.mark.parametrize("setting", blocks.AUTOTUNING)
-def test_kernels_that_are_chosen_by_their_speed_are_refused_by_name(monkeypatch, setting):
+@pytest.mark.parametrize("setting", AUTOTUNING)
+def test_kernels_that_are_chosen_by_their_speed_are_refused_by_name(setting):
     check_compiler()
-    monkeypatch.setattr(inductor, setting, True)
 
-    with pytest.raises(ConfigError, match=rf"torch\._inductor\.config\.{setting} is on.*bitwise turn it off"):
+    with (
+        inductor.patch({setting: True}),
+        pytest.raises(ConfigError, match=rf"torch\._inductor\.config\.{setting} is on.*bitwise turn it off"),
+    ):
         check_compiler()
 
 

@@ -15,10 +15,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from elastic.compat.torch import all_gather_flat
 from elastic.errors import WorldBroken
 from elastic.membership.client import Assignment
 from elastic.membership.world import Generation
-from elastic.parallel.device import all_gather_flat
 from elastic.worker.group import Group
 from tests.forked import fork, wait_until
 

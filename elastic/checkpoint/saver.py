@@ -35,6 +35,7 @@ from elastic.checkpoint.uploader import (
     UploadJob,
     perform,
 )
+from elastic.compat.torch import version_of
 from elastic.errors import CheckpointError
 from elastic.storage import Storage
 
@@ -153,7 +154,7 @@ class Saver:
         for write in writes:
             shard = shards[write.source]
             if shard.stable and shard.name not in self._unsteady:
-                save.versions[write.source] = shard.tensor._version
+                save.versions[write.source] = version_of(shard.tensor)
                 later.append(write)
             else:
                 self._copy(save, write)
@@ -335,7 +336,7 @@ class Saver:
         fault.point("checkpoint.staged", save.rank, save.step)
         for source, version in save.versions.items():
             shard = save.shards[source]
-            if shard.tensor._version != version:
+            if version_of(shard.tensor) != version:
                 self._unsteady.add(shard.name)
                 raise CheckpointError(
                     f"{shard.name} was written to while it was copied; from now on it is copied before the next step"

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from elastic.compat.torch import autotuning, limit_recompiles, own_buffers, version_of
 from elastic.errors import ConfigError
 
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
@@ -21,8 +22,6 @@ BLOCK_BYTES = 64 << 20
 SMALL_BUFFER_BYTES = 64 << 10
 #: Variants of the code of one block: train and eval, with hooks and without, each shape of a batch.
 RECOMPILE_LIMIT = 64
-#: Settings of torch's compiler by which it measures what to generate.
-AUTOTUNING = ("max_autotune", "max_autotune_gemm", "max_autotune_pointwise", "coordinate_descent_tuning")
 
 
 def find_blocks(model: nn.Module, classes: Sequence[str] = ()) -> list[nn.Module]:
@@ -153,9 +152,9 @@ class _Written:
         """What they are now."""
         found = _Begun()
         for prefix, module in self._block.named_modules():
-            for key, buffer in module._buffers.items():
+            for key, buffer in own_buffers(module).items():
                 if buffer is not None and not _is_small(buffer):
-                    found.versions[module, key] = (f"{prefix}.{key}", buffer, buffer._version)
+                    found.versions[module, key] = (f"{prefix}.{key}", buffer, version_of(buffer))
                 if buffer is not None and (_is_small(buffer) or not self._looked or f"{prefix}.{key}" in self._large):
                     found.values[module, key] = buffer.detach().clone()
         return found
@@ -163,7 +162,7 @@ class _Written:
     def look(self, began: _Begun) -> None:
         """A call that began so is over: forget the large ones that it left alone."""
         for (module, key), (name, buffer, version) in began.versions.items():
-            if module._buffers.get(key) is not buffer or buffer._version != version:
+            if own_buffers(module).get(key) is not buffer or version_of(buffer) != version:
                 self._large.add(name)
             else:
                 began.values.pop((module, key), None)
@@ -181,12 +180,12 @@ class _Begun(contextlib.AbstractContextManager[None]):
 
     def __enter__(self) -> None:
         for (module, key), value in self.values.items():
-            self._now[module, key] = module._buffers[key]
-            module._buffers[key] = value.clone()
+            self._now[module, key] = own_buffers(module)[key]
+            own_buffers(module)[key] = value.clone()
 
     def __exit__(self, *error: object) -> None:
         for (module, key), buffer in self._now.items():
-            module._buffers[key] = buffer
+            own_buffers(module)[key] = buffer
         self._now = {}
 
 
@@ -205,9 +204,7 @@ def compile_blocks(blocks: Sequence[nn.Module], *, exact: bool) -> None:
     """
     torch.compiler.reset()
     if exact:
-        import torch._dynamo.config as dynamo
-
-        dynamo.recompile_limit, dynamo.fail_on_recompile_limit_hit = RECOMPILE_LIMIT, True
+        limit_recompiles(RECOMPILE_LIMIT)
     for block in blocks:
         block.compile(dynamic=False if exact else None)
 
@@ -218,11 +215,9 @@ def check_compiler() -> None:
     Raises:
         ConfigError: by name.
     """
-    import torch._inductor.config as inductor
-
-    for name in AUTOTUNING:
-        if getattr(inductor, name, False):
-            raise ConfigError(
-                f"torch._inductor.config.{name} is on, which takes the kernels that are fastest where they are tried; "
-                "with --run.exactness bitwise turn it off, or leave --parallel.compile out"
-            )
+    setting = autotuning()
+    if setting is not None:
+        raise ConfigError(
+            f"{setting} is on, which takes the kernels that are fastest where they are tried; with --run.exactness "
+            "bitwise turn it off, or leave --parallel.compile out"
+        )

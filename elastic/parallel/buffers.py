@@ -8,6 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from elastic.compat.torch import NormWithStatistics, version_of
+
 _MULTIPLIER = 2_654_435_761  # odd, so that moves at two places do not add up to those at two others (Knuth's hash)
 
 
@@ -57,9 +59,9 @@ class StepBuffers:
                 or self._is_compared(name)
                 or kept is None
                 or kept[0] is not buffer
-                or kept[1] != buffer._version
+                or kept[1] != version_of(buffer)
             ):
-                self._kept[name] = (buffer, buffer._version, buffer.detach().clone())
+                self._kept[name] = (buffer, version_of(buffer), buffer.detach().clone())
 
     def before(self, name: str) -> torch.Tensor:
         """The buffer when the step began."""
@@ -67,7 +69,7 @@ class StepBuffers:
 
     def versions(self) -> dict[str, tuple[torch.Tensor, int]]:
         """To be given to `changed_since`."""
-        return {name: (buffer, buffer._version) for name, buffer in self.named.items()}
+        return {name: (buffer, version_of(buffer)) for name, buffer in self.named.items()}
 
     def changed_since(self, versions: dict[str, tuple[torch.Tensor, int]]) -> list[str]:
         """Names of buffers that something wrote to or replaced, in the model's order."""
@@ -76,7 +78,7 @@ class StepBuffers:
             for name, buffer in self.named.items()
             if self._counts_nothing(name)
             or buffer is not versions[name][0]
-            or buffer._version != versions[name][1]
+            or version_of(buffer) != versions[name][1]
             or (self._is_compared(name) and not torch.equal(buffer, self._kept[name][2]) and self._hides(name))
         ]
 
@@ -164,6 +166,6 @@ def _running_statistics(model: nn.Module) -> dict[str, nn.Module]:
     return {
         f"{prefix}.{name}" if prefix else name: module
         for prefix, module in model.named_modules()
-        if isinstance(module, nn.modules.batchnorm._NormBase) and module.track_running_stats
+        if isinstance(module, NormWithStatistics) and module.track_running_stats
         for name, _ in module.named_buffers(recurse=False)
     }

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 import torch
 import torch.distributed as dist
 
-from elastic.parallel.device import all_gather_flat
+from elastic.compat.torch import add_each_, all_gather_flat
 from elastic.parallel.tree import Block, TreeSum, blocks
 
 Tensors = list[torch.Tensor]
@@ -22,7 +22,7 @@ _PIECE = 16384
 
 def _add(left: Tensors, right: Tensors) -> Tensors:
     if left:
-        torch._foreach_add_(left, right)
+        add_each_(left, right)
     return left
 
 

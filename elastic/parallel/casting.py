@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_map
 
+from elastic.compat.torch import NormWithStatistics, list_weights_again, own_parameters, tree_map
 from elastic.errors import ConfigError
 
 
@@ -24,7 +24,7 @@ def check_castable(model: nn.Module) -> None:
         ConfigError: running statistics beside parameters in another format.
     """
     for name, module in model.named_modules():
-        if isinstance(module, nn.modules.batchnorm._NormBase):
+        if isinstance(module, NormWithStatistics):
             raise ConfigError(
                 f"--precision.param-dtype would give {name} ({type(module).__name__}) parameters in another number "
                 "format than its running statistics; use --precision.autocast"
@@ -41,7 +41,7 @@ def cast_parameters(model: nn.Module, blocks: Sequence[nn.Module], dtype: torch.
         mine = [m for m in module.modules() if m not in taken]
         taken.update(mine)
         holders = [
-            (m, name) for m in mine for name, p in m._parameters.items() if p is not None and p.is_floating_point()
+            (m, name) for m in mine for name, p in own_parameters(m).items() if p is not None and p.is_floating_point()
         ]
         module.forward = partial(_run, module.forward, holders, dtype)
 
@@ -53,20 +53,20 @@ def _run(
         floating = isinstance(value, torch.Tensor) and value.is_floating_point()
         return value.to(dtype) if floating else value
 
-    kept = [m._parameters[name] for m, name in holders]
+    kept = [own_parameters(m)[name] for m, name in holders]
     casts = {id(p): cast(p) for p in kept}  # one for a parameter that several modules share
     try:
         for (m, name), p in zip(holders, kept):
-            m._parameters[name] = casts[id(p)]
+            own_parameters(m)[name] = casts[id(p)]
         _list_again(holders)
         return forward(*tree_map(cast, args), **tree_map(cast, kwargs))
     finally:
         for (m, name), p in zip(holders, kept):
-            m._parameters[name] = p
+            own_parameters(m)[name] = p
         _list_again(holders)
 
 
 def _list_again(holders: Sequence[tuple[nn.Module, str]]) -> None:
     """Recurrent layers keep their parameters in a list as well."""
     for module in {m for m, _ in holders if isinstance(m, nn.RNNBase)}:
-        module._flat_weights = [module._parameters.get(name) for name in module._flat_weights_names]
+        list_weights_again(module)

@@ -22,9 +22,18 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
-from torch.utils._pytree import tree_map_only
 
+from elastic.compat.torch import (
+    base_of,
+    forget_weak_weights,
+    gradient_hooks,
+    is_traceable_wrapper_subclass,
+    set_gradient_hooks,
+    storage_identity,
+    tree_map_only,
+    use_count,
+    version_of,
+)
 from elastic.errors import ConfigError
 from elastic.parallel.recording import (
     META,
@@ -36,7 +45,6 @@ from elastic.parallel.recording import (
     Recorder,
     place_of,
     recording_initialisers,
-    storage_of,
     tensors_in,
 )
 
@@ -76,7 +84,7 @@ class DeferredModel:
         self._beside = []
         shared: dict[int, list[torch.Tensor]] = {}
         for tensor in targets.values():
-            shared.setdefault(storage_of(tensor), []).append(tensor)
+            shared.setdefault(storage_identity(tensor), []).append(tensor)
         del targets
         while shared:
             storage, tensors = shared.popitem()
@@ -89,7 +97,7 @@ class DeferredModel:
             memory = {storage: _real(max(places, key=lambda p: p.size_bytes), memory).untyped_storage()}
             if device.type != "cpu":
                 memory[storage] = torch.empty(0, dtype=torch.uint8).set_(memory[storage]).to(device).untyped_storage()
-        for tensor, place in sorted(zip(tensors, places), key=lambda pair: pair[0]._base is None):  # views first
+        for tensor, place in sorted(zip(tensors, places), key=lambda pair: base_of(pair[0]) is None):  # views first
             value = _real(place, memory)
             if not together:
                 value = value.to(device) if device.type != "cpu" or _is_all(value) else value.clone()
@@ -142,11 +150,11 @@ def _overlaps(place: Place) -> bool:
 
 def become(tensor: torch.Tensor, value: torch.Tensor) -> None:
     """Put a value, on another device, in place of a tensor's. The object stays: its class, marks, flags and hooks."""
-    trained, hooks, after = tensor.requires_grad, tensor._backward_hooks, tensor._post_accumulate_grad_hooks
-    new: Any = value.detach().requires_grad_(trained or bool(hooks or after))  # which frozen ones may have too
+    trained, hooks = tensor.requires_grad, gradient_hooks(tensor)
+    new: Any = value.detach().requires_grad_(trained or any(hooks))  # which frozen ones may have too
     new.__class__ = tensor.__class__
     new.__dict__.update(tensor.__dict__)
-    new._backward_hooks, new._post_accumulate_grad_hooks = hooks, after
+    set_gradient_hooks(new, hooks)
     torch.utils.swap_tensors(tensor, new)
     tensor.requires_grad_(trained)
 
@@ -177,18 +185,18 @@ def build(make: Callable[[], nn.Module], seed: int) -> DeferredModel:
         kept = [t for t in made.find(torch.Tensor) if not is_traceable_wrapper_subclass(t) and recorder.knows(t)]
         others = _outside(model, made.find(nn.Module))
     for module in (m for top in (model, *others) for m in top.modules() if isinstance(m, nn.RNNBase)):
-        module._flat_weight_refs = []  # weak ones, which it makes again when it is moved to a device
+        forget_weak_weights(module)
     for call in recorder.calls:
-        if any(t._version != version for t, version in call.versions):
+        if any(version_of(t) != version for t, version in call.versions):
             raise CannotDefer(f"a tensor that {call.function} read was changed afterwards")
     found = DeferredModel(model, seed, recorder.calls, others=others)
     names: dict[int, str] = {}
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         found._initial[name] = place_of(tensor) if tensor.device == META else tensor.detach()
         if tensor.device == META:
-            names.setdefault(storage_of(tensor), name)
+            names.setdefault(storage_identity(tensor), name)
     own = {id(t) for t in _own(model)}
-    views = Counter(id(t._base) for t in kept if t._base is not None)
+    views = Counter(id(base) for base in map(base_of, kept) if base is not None)
     for tensor in kept:
         _check_replaceable(tensor, views[id(tensor)])
     found._beside = [t for t in kept if id(t) not in own]
@@ -228,7 +236,7 @@ def _check_replaceable(tensor: torch.Tensor, views: int) -> None:
     """
     if not tensor.is_leaf:
         raise CannotDefer("the model keeps a tensor that was computed from its parameters, with its graph")
-    if tensor._use_count() > 1 + views:  # type: ignore[attr-defined]
+    if use_count(tensor) > 1 + views:
         raise CannotDefer("the model keeps a node of the graph of a parameter, as for a hook on its accumulation")
     if weakref.getweakrefs(tensor):
         raise CannotDefer("the model keeps a weak reference to a tensor")

@@ -6,10 +6,8 @@ import os
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
-#: The gather of equal flat tensors, under the name that this torch has for it (renamed in 2.13).
-all_gather_flat = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+from elastic.compat.torch import stop_script_from_specialising
 
 
 def prepare_process(*, bitwise: bool, threads: int) -> None:
@@ -25,9 +23,7 @@ def prepare_process(*, bitwise: bool, threads: int) -> None:
         torch.backends.cudnn.benchmark = False
         torch.backends.cudnn.allow_tf32 = False
         torch.backends.cuda.matmul.allow_tf32 = False
-        # What torch.jit makes of a function depends on how often this process has run it.
-        torch._C._jit_set_profiling_executor(False)
-        torch._C._set_graph_executor_optimize(False)
+        stop_script_from_specialising()
 
 
 def pick_device(accelerator: str, local_index: int) -> torch.device:

@@ -19,19 +19,19 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch.futures import Future
+
+from elastic.compat.torch import GLOO_OPERATIONS, GLOO_THREAD, AroundGloo, PythonWork, source_rank
 
 BACKEND = "elastic_gloo"
 END_S = 2.0  # operations whose connections are shut down end within milliseconds, or not at all
 _POLL_S = 0.002
-_RUNNER = "pt_gloo_runloop"  # torch's threads that carry out operations
 _lock = threading.Lock()
 _groups: list[FreeableGloo] = []
 
 
-class _Wait(dist.Work):
+class _Wait(PythonWork):
     """An operation under way, for those who wait for it."""
 
     def __init__(self, group: FreeableGloo):
@@ -68,7 +68,7 @@ class _Wait(dist.Work):
         try:
             work.wait()
             with suppress(RuntimeError):  # only a receive has one
-                self._source = work._source_rank()
+                self._source = source_rank(work)
         except RuntimeError as error:
             self._group.failure = failure = str(error)
         self._running.discard(self)
@@ -104,7 +104,7 @@ class _Wait(dist.Work):
         except RuntimeError:
             raise dist.DistBackendError(self._failure) from None  # without the words of the callback around it
 
-    def _source_rank(self) -> int:
+    def source_rank(self) -> int:
         return self._source
 
 
@@ -115,17 +115,11 @@ def _taken(end: Future[Any]) -> Any:
     return value
 
 
-class FreeableGloo(dist.ProcessGroup):
+class FreeableGloo(AroundGloo):
     """A gloo process group for CPU tensors, whose waits can be ended."""
 
     def __init__(self, options: Any, _: Any):
-        rank, size = options.group_rank, options.group_size
-        super().__init__(rank, size)  # type: ignore[call-arg]  # the one that Python classes may inherit
-        gloo = dist.ProcessGroupGloo(options.store, rank, size, timeout=options.timeout)
-        gloo._set_sequence_number_for_group()
-        self._inner: dist.ProcessGroup = dist.ProcessGroup(options.store, rank, size)
-        self._inner._set_default_backend(dist.ProcessGroup.BackendType.GLOO)
-        self._inner._register_backend(torch.device("cpu"), dist.ProcessGroup.BackendType.GLOO, gloo)
+        super().__init__(options.store, options.group_rank, options.group_size, options.timeout)
         self._running: set[_Wait] = set()
         self._freed: str | None = None
         self.failure: str | None = None  # why one of its operations failed, if any did
@@ -135,7 +129,7 @@ class FreeableGloo(dist.ProcessGroup):
     def _start(self, operation: str, *arguments: Any, **options: Any) -> _Wait:
         wait = _Wait(self)
         try:
-            work = getattr(self._inner, operation)(*arguments, **options)
+            work = getattr(self.inner, operation)(*arguments, **options)
         except RuntimeError as error:
             if operation in _AT_ONCE:
                 self.failure = str(error)
@@ -163,27 +157,8 @@ class FreeableGloo(dist.ProcessGroup):
                 return
             _groups.remove(self)
         if self._running:
-            ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._inner))
-        del self._inner
-
-    def setGroupName(self, name: Any) -> None:  # C++ calls it so, like the three below
-        self._inner._set_group_name(name)
-
-    def getGroupName(self) -> str:
-        return self._inner.group_name
-
-    def setGroupDesc(self, description: str) -> None:
-        self._inner._set_group_desc(description)
-
-    def getGroupDesc(self) -> str:
-        return self._inner.group_desc
-
-    @property
-    def _device_types(self) -> list[torch.device]:
-        return self._inner._device_types
-
-    def _get_backend(self, device: torch.device) -> Any:
-        return self._inner._get_backend(device)
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(self.inner))
+        del self.inner
 
 
 #: Those for which gloo says at once that a connection has ended; of others it does so only to who waits.
@@ -198,36 +173,8 @@ def _forward(operation: str) -> Callable[..., _Wait]:
     return start
 
 
-#: Those that gloo has; the last five are older names, which torch 2.13 has beside its own.
-_OPERATIONS = (
-    "all_gather_single",
-    "all_gather_single_coalesced",
-    "all_to_all_single",
-    "allgather",
-    "allgather_coalesced",
-    "allreduce",
-    "allreduce_coalesced",
-    "alltoall",
-    "barrier",
-    "broadcast",
-    "gather",
-    "recv",
-    "recv_anysource",
-    "reduce",
-    "reduce_scatter",
-    "reduce_scatter_single",
-    "reduce_scatter_single_coalesced",
-    "scatter",
-    "send",
-    "_allgather_base",
-    "_reduce_scatter_base",
-    "allgather_into_tensor_coalesced",
-    "alltoall_base",
-    "reduce_scatter_tensor_coalesced",
-)
-for _operation in _OPERATIONS:
-    if hasattr(dist.ProcessGroup, _operation):
-        setattr(FreeableGloo, _operation, _forward(_operation))
+for _operation in GLOO_OPERATIONS:
+    setattr(FreeableGloo, _operation, _forward(_operation))
 
 dist.Backend.register_backend(BACKEND, FreeableGloo, extended_api=True, devices=["cpu"])
 
@@ -256,6 +203,6 @@ def _is_working() -> bool:
         with suppress(FileNotFoundError, ProcessLookupError):  # it has ended
             with open(f"/proc/self/task/{task}/stat") as file:
                 name, _, rest = file.read().partition("(")[2].rpartition(")")
-            if name == _RUNNER and rest.split()[0] != "S":
+            if name == GLOO_THREAD and rest.split()[0] != "S":
                 return True
     return False

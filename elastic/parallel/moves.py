@@ -11,10 +11,10 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 
+from elastic.compat.torch import all_gather_flat
 from elastic.errors import ConfigError
 from elastic.parallel.buffers import StepBuffers
 from elastic.parallel.canonical import CanonicalSum
-from elastic.parallel.device import all_gather_flat
 
 After = list[dict[str, torch.Tensor]]  # what each pass of a worker left in the buffers that it changed
 

@@ -8,16 +8,23 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._device import _device_constructors
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map_only
+
+from elastic.compat.torch import (
+    TorchDispatchMode,
+    makes_tensors,
+    storage_identity,
+    tree_flatten,
+    tree_map_only,
+    trunc_normal_wrapped,
+    version_of,
+    written_arguments,
+)
 
 META = torch.device("meta")
 _IS_META = torch.Tensor.is_meta.__get__  # type: ignore[attr-defined]
@@ -83,17 +90,12 @@ class Call:
     key: str = ""
 
 
-def storage_of(tensor: torch.Tensor) -> int:
-    """Equal for tensors that share memory, or would if they had any."""
-    return tensor.untyped_storage()._cdata
-
-
 def place_of(tensor: torch.Tensor) -> Place:
     """Where a tensor on meta lies."""
     shape, stride, offset = tuple(tensor.shape), tuple(tensor.stride()), int(tensor.storage_offset())
     ends = (offset + 1 + sum((n - 1) * s for n, s in zip(shape, stride) if n)) * tensor.element_size()
     size_bytes = max(int(tensor.untyped_storage().nbytes()), int(ends))
-    return Place(storage_of(tensor), tensor.dtype, shape, stride, offset, size_bytes)
+    return Place(storage_identity(tensor), tensor.dtype, shape, stride, offset, size_bytes)
 
 
 def tensors_in(tree: Any) -> Iterator[torch.Tensor]:
@@ -116,7 +118,7 @@ class OnMeta(TorchFunctionMode):
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
         data = function in (torch.tensor, torch.as_tensor, torch.asarray, torch.scalar_tensor, torch.from_file)
-        if function in _device_constructors() and not data and kwargs.get("device") is None:
+        if makes_tensors(function) and not data and kwargs.get("device") is None:
             kwargs["device"] = META
         if function == _IS_META:  # some of torch's initialisers do nothing for tensors on meta: ours are not
             return False
@@ -140,7 +142,7 @@ class Recorder(TorchDispatchMode):
 
     def knows(self, tensor: torch.Tensor) -> bool:
         """Whether a tensor lies in a storage that was made under this."""
-        return tensor.device == META and storage_of(tensor) in self._known
+        return tensor.device == META and storage_identity(tensor) in self._known
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -151,27 +153,18 @@ class Recorder(TorchDispatchMode):
         made = list(tensors_in(result))
         if not any(t.device == META for t in (*given, *made)):
             return result
-        written = [t for t in made if t.device == META and storage_of(t) not in self._known]
-        if function._schema.is_mutable:
-            targets = [
-                value
-                for argument, value in zip(function._schema.arguments, args)
-                if argument.alias_info is not None and argument.alias_info.is_write
-            ] + [
-                kwargs[argument.name]
-                for argument in function._schema.arguments
-                if argument.name in kwargs and argument.alias_info is not None and argument.alias_info.is_write
-            ]
-            if any(t.device != META for t in tensors_in(targets)):
-                raise CannotDefer(f"{function} writes into a tensor that is not the model's")
-            written += tensors_in(targets)
+        written = [t for t in made if t.device == META and storage_identity(t) not in self._known]
+        targets = list(tensors_in(written_arguments(function, args, kwargs)))
+        if any(t.device != META for t in targets):
+            raise CannotDefer(f"{function} writes into a tensor that is not the model's")
+        written += targets
         if not written:
             return result  # a view
         writes = self._remember(written)
         if function in _UNSET:
             return result  # memory that nobody wrote to is zero
-        reads = {storage_of(t) for t in given if t.device == META}
-        versions = [(t, t._version) for t in given if t.device != META]
+        reads = {storage_identity(t) for t in given if t.device == META}
+        versions = [(t, version_of(t)) for t in given if t.device != META]
         whole = (
             function in _OVERWRITE and made[0].numel() * made[0].element_size() == made[0].untyped_storage().nbytes()
         )
@@ -184,7 +177,7 @@ class Recorder(TorchDispatchMode):
         return result
 
     def _remember(self, tensors: list[torch.Tensor]) -> set[int]:
-        found = {storage_of(t): t.untyped_storage() for t in tensors}
+        found = {storage_identity(t): t.untyped_storage() for t in tensors}
         self._known.update(found)
         return set(found)
 
@@ -204,19 +197,10 @@ class Recorder(TorchDispatchMode):
         return recorded
 
 
-@contextmanager
-def recording_initialisers(recorder: Recorder) -> Iterator[None]:
-    """Inside, torch's initialisers that look at what they drew are recorded as one operation each."""
-    name = "_no_grad_trunc_normal_"  # behind `trunc_normal_`, under whatever name that was imported
-    kept = getattr(nn.init, name, None)
-    if kept is None:  # another torch: then looking at the values is what refuses it
-        yield
-        return
-    setattr(nn.init, name, recorder.whole_function(kept))
-    try:
-        yield
-    finally:
-        setattr(nn.init, name, kept)
+def recording_initialisers(recorder: Recorder) -> AbstractContextManager[None]:
+    """Inside, torch's initialiser that looks at what it drew is recorded as one operation. In a torch that has another
+    one, looking at the values is what refuses it."""
+    return trunc_normal_wrapped(recorder.whole_function)
 
 
 class Made:

@@ -21,8 +21,8 @@ import torch
 import torch.distributed as dist
 import xxhash
 
+from elastic.compat.torch import all_gather_flat
 from elastic.errors import ConfigError
-from elastic.parallel.device import all_gather_flat
 from elastic.parallel.tree import tree_sum
 
 
@@ -79,7 +79,7 @@ class Records:
     buffer_words: int = 0
     metrics: Metrics = field(default_factory=Metrics)
     _words: list[list[int]] = field(default_factory=list)
-    _values: list[list[Any]] = field(default_factory=list)
+    _rows: list[list[Any]] = field(default_factory=list)
     _names: list[str] | None = None
     _others: list[str] | None = None  # those of a microbatch that has other ones than the first
     _told: tuple[torch.Tensor | float, ...] = ()
@@ -98,7 +98,7 @@ class Records:
         for i, digest in enumerate(digests):
             words = [_signed(changed >> (64 * w)) if i == 0 else 0 for w in range(self.buffer_words)]
             self._words.append([digest, *words])
-            self._values.append([_detached(v) for v in values] if i == 0 else rest)
+            self._rows.append([_detached(v) for v in values] if i == 0 else rest)
 
     def __len__(self) -> int:
         return len(self._words)
@@ -127,7 +127,7 @@ class Records:
         """This rank's rows on its device, int64. Nothing here waits for a device: the numbers go there in one copy from
         pinned memory, and what the model computed is there already."""
         agreed = self.metrics.names
-        values = self._values if self._names == agreed else [[*v[:2], *(0.0 for _ in agreed)] for v in self._values]
+        values = self._rows if self._names == agreed else [[*v[:2], *(0.0 for _ in agreed)] for v in self._rows]
         mark = _MIXED if self._others is not None else _mark(self._names or [])
         mine = self._table(height, [[*words, mark] for words in self._words], values, len(self._told))
         width = mine.shape[1]
@@ -231,7 +231,7 @@ class PendingRecord:
                 f"{_listed(other)} for others; return the same names for every batch, 0 where there is nothing to count"
             )
         records.metrics.names = list(records._names or [])
-        height, values = max(map(len, records.runs)), [v[2:] for v in records._values]
+        height, values = max(map(len, records.runs)), [v[2:] for v in records._rows]
         if not records.metrics.names:
             return np.zeros((sum(map(len, records.runs)), 0))
         table = records._table(height, [[] for _ in values], values, 0)

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from elastic.compat.torch import flat_weights, own_parameters
 from elastic.errors import ConfigError
 
 
@@ -20,8 +21,8 @@ def check_references(model: nn.Module, job: object) -> None:
     """
     named = {id(p): name for name, p in model.named_parameters()}
     parameters = list(model.parameters())
-    known = {id(m._parameters) for m in model.modules()} | {id(parameters)}
-    known |= {id(m._flat_weights) for m in model.modules() if isinstance(m, nn.RNNBase)}
+    known = {id(own_parameters(m)) for m in model.modules()} | {id(parameters)}
+    known |= {id(flat_weights(m)) for m in model.modules() if isinstance(m, nn.RNNBase)}
     for holder in gc.get_referrers(*parameters):
         if id(holder) in known or isinstance(holder, FrameType):
             continue

@@ -8,7 +8,6 @@ microbatch a pass and reduces canonically. Both leave `.grad` holding the sum ov
 from __future__ import annotations
 
 import contextlib
-import inspect
 import time
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
@@ -18,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from elastic.compat.torch import NO_BUFFER_SYNC, check_reduced, values_of_sparse, version_of
 from elastic.errors import ConfigError
 from elastic.parallel.buffers import StepBuffers
 from elastic.parallel.canonical import CanonicalSum, canonical_norm
@@ -26,12 +26,6 @@ from elastic.parallel.records import Metrics, PendingRecord, Records, StepRecord
 
 #: Runs the user's loss on a model and a batch: (sum, weight, metrics).
 LossFunction = Callable[[nn.Module, Any], tuple[torch.Tensor, Any, Any]]
-
-
-#: DDP is not to send buffers in forward passes, under the name that this torch has for it (renamed in 2.13).
-_SYNC_NAME = "forward_sync_buffers"
-_KNOWS_NAME = _SYNC_NAME in inspect.signature(nn.parallel.DistributedDataParallel.__init__).parameters
-_NO_BUFFER_SYNC: dict[str, Any] = {_SYNC_NAME if _KNOWS_NAME else "broadcast_buffers": False}
 
 
 @dataclass(frozen=True)
@@ -143,7 +137,7 @@ class FastReplica(_Replica):
                 _LossOf(model, loss),
                 bucket_cap_mb=bucket_mb,
                 gradient_as_bucket_view=True,
-                **_NO_BUFFER_SYNC,
+                **NO_BUFFER_SYNC,
                 find_unused_parameters=find_unused,
                 init_sync=False,  # every member has the state already
             )
@@ -208,7 +202,7 @@ class FastReplica(_Replica):
         if self._ddp is None:
             return
         try:
-            self._ddp.reducer._check_reducer_finalized()
+            check_reduced(self._ddp)
         except RuntimeError as error:
             named = self.model.named_parameters()
             raise NotReduced([name for name, p in named if p.requires_grad and p.grad is None]) from error
@@ -224,7 +218,7 @@ class FastReplica(_Replica):
 
 def dense(gradient: torch.Tensor) -> torch.Tensor:
     """The values of a gradient: of a sparse one those that are there, each row once."""
-    return gradient.coalesce()._values() if gradient.is_sparse else gradient
+    return values_of_sparse(gradient) if gradient.is_sparse else gradient
 
 
 class BitwiseReplica(_Replica):
@@ -255,7 +249,7 @@ class BitwiseReplica(_Replica):
         self.model.zero_grad(set_to_none=True)  # also what a parameter has that was frozen after the last step
         buffers = self._buffers
         records = Records(self._runs, self._rank, self._device, buffers.words, self._metrics)
-        before = [p._version for p in self._all_parameters]
+        before = [version_of(p) for p in self._all_parameters]
         gradients = CanonicalSum(self._runs, self._rank, None, self._bucket_bytes)
         buffers.begin()
         after: list[dict[str, torch.Tensor]] = []
@@ -291,7 +285,7 @@ class BitwiseReplica(_Replica):
     def _check_unwritten(self, versions: list[int]) -> None:
         """Refuse parameters that forward passes write to: only buffers are summed over microbatches, and undone."""
         for name, p, version in zip(self._names, self._all_parameters, versions):
-            if p._version != version:
+            if version_of(p) != version:
                 raise ConfigError(
                     f"parameter {name} is written to in forward passes, so its values depend on who runs which "
                     "microbatch; change it in after_step(), make it a buffer, or use --run.exactness fast"

@@ -20,10 +20,10 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from elastic.compat.torch import all_gather_flat, norm_of_each, own_parameters
 from elastic.parallel.alike import Alike
 from elastic.parallel.buffers import StepBuffers
 from elastic.parallel.canonical import CanonicalSum, row_sums, sums_per_row
-from elastic.parallel.device import all_gather_flat
 from elastic.parallel.layout import shard_range
 from elastic.parallel.mesh import Mesh
 from elastic.parallel.moves import average_moves, fingerprint, reduce_moves
@@ -168,7 +168,7 @@ class FastSharded(_Sharded):
         here = [g for g in self.gradients() if g.numel()]
         if not here:
             return torch.zeros((), device=self._device)
-        return torch.stack(torch._foreach_norm(here)).float().square().sum().to(self._device)
+        return torch.stack(norm_of_each(here)).float().square().sum().to(self._device)
 
     def norm(self, gradients: list[torch.Tensor]) -> torch.Tensor:
         """Global L2 norm of the gradients: of the first copy's, so that it is the same on all."""
@@ -360,7 +360,7 @@ class _Used:
             entries = [
                 (m, name, indices[id(p)])
                 for m in _managed(module)
-                for name, p in m._parameters.items()
+                for name, p in own_parameters(m).items()
                 if p is not None and p.requires_grad
             ]
             watch = self._watch(module, entries)
@@ -375,7 +375,7 @@ class _Used:
             if watched:
                 return
             watched = True
-            found = {id(m._parameters[name]): (m._parameters[name], i) for m, name, i in entries}
+            found = {id(p): (p, i) for m, name, i in entries for p in (own_parameters(m)[name],)}
             for parameter, index in found.values():
                 assert parameter is not None
                 assert not isinstance(parameter, DTensor), "gathered before the forward pass"

@@ -17,11 +17,19 @@ from torch.distributed.fsdp import (
     register_fsdp_forward_method,
 )
 from torch.distributed.tensor import DTensor
-from torch.utils._pytree import tree_map_only
 
+from elastic.compat.torch import (
+    all_gather_flat,
+    base_of,
+    copies_cut_module,
+    gradient_hooks,
+    leaves_unused_gradients,
+    mixes_cut_and_whole,
+    own_buffers,
+    tree_map_only,
+)
 from elastic.errors import ConfigError
 from elastic.parallel.deferred import DeferredModel, become
-from elastic.parallel.device import all_gather_flat
 from elastic.parallel.layout import shard_range
 from elastic.parallel.mesh import Mesh
 
@@ -94,7 +102,7 @@ def check_shardable(model: nn.Module) -> None:
         )
     dtypes: dict[torch.dtype, str] = {}
     for name, p in model.named_parameters():
-        if p._backward_hooks or p._post_accumulate_grad_hooks:
+        if any(gradient_hooks(p)):
             raise ConfigError(
                 f"parameter {name} has a hook on its gradient, which with --parallel.strategy fsdp and hsdp no worker "
                 "has whole; set rows to be kept in after_step(), or use ddp"
@@ -127,7 +135,7 @@ def check_shardable(model: nn.Module) -> None:
             f"parameter {one} is {first} and {other} is {second}; parameters that are trained and sharded need one "
             "dtype, so convert one, freeze it, or use --parallel.strategy ddp"
         )
-    if not hasattr(FSDPModule, "set_reduce_scatter_unused_params"):
+    if not leaves_unused_gradients():
         raise ConfigError(
             f"--parallel.strategy fsdp and hsdp need torch 2.13 or newer, this is {torch.__version__}; use ddp"
         )
@@ -223,9 +231,9 @@ def place_sharded(
     model.to_empty(device="cpu" if how.offload else device)
     if how.offload:  # parameters alone: buffers are used where the model runs
         for module in model.modules():
-            for key, buffer in module._buffers.items():
+            for key, buffer in own_buffers(module).items():
                 if buffer is not None:
-                    module._buffers[key] = torch.empty_like(buffer, device=device)
+                    own_buffers(module)[key] = torch.empty_like(buffer, device=device)
     _tie_again(model, ties)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -280,9 +288,9 @@ _COPIED = (
 
 def refused_where_cut(error: BaseException) -> str | None:
     """What to say of an error that code of the job meets because parameters are cut; None of any other."""
-    if isinstance(error, RuntimeError) and "got mixed torch.Tensor and DTensor" in str(error):
+    if mixes_cut_and_whole(error):
         return _MIXED
-    if isinstance(error, AssertionError) and "FSDP does not support deepcopy" in str(error):
+    if copies_cut_module(error):
         return _COPIED
     return None
 
@@ -296,7 +304,7 @@ def _returned(tensor: torch.Tensor) -> torch.Tensor:
     """No view: FSDP2 puts a hook on what is returned, which an operation in place on a view would drop."""
     if isinstance(tensor, DTensor):  # a number and a cut tensor make one, which is no sum of anything
         raise ConfigError(_MIXED)
-    return tensor.clone() if tensor._base is not None and tensor.requires_grad else tensor
+    return tensor.clone() if base_of(tensor) is not None and tensor.requires_grad else tensor
 
 
 def fsdp_modules(model: nn.Module) -> list[FSDPModule]:

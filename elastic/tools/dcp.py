@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
     ChunkStorageMetadata,
@@ -29,6 +28,7 @@ from torch.distributed.checkpoint.metadata import (
 from elastic.checkpoint.tensors import NAMES
 from elastic.checkpoint.tiling import Box, tiles
 from elastic.checkpoint.transfer import RangeReader, patiently
+from elastic.compat.torch_checkpoint import PICKLED, StorageInfo
 from elastic.errors import CheckpointError
 from elastic.storage import Storage
 from elastic.tools.output import Output
@@ -45,11 +45,8 @@ _CLASSES = {
         "MetadataIndex",
         "TensorProperties",
         "StorageMeta",
-        "_MEM_FORMAT_ENCODING",
     },
-    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
     "torch": {"Size"} | {str(dtype).removeprefix("torch.") for dtype in NAMES},
-    "torch.serialization": {"_get_layout"},
     "collections": {"OrderedDict"},
     "pathlib": {"PosixPath"},
 }
@@ -64,7 +61,7 @@ def exported_name(saved: str) -> str:
 def write(output: Output, batches: Iterable[list[tuple[str, torch.Tensor]]], note: str, text: str) -> list[str]:
     """Write tensors, and `text` as the entry `note`; returns the names of the files."""
     entries: dict[str, Any] = {}
-    places: dict[MetadataIndex, _StorageInfo] = {}
+    places: dict[MetadataIndex, StorageInfo] = {}
     files: list[str] = []
 
     def put(saved: list[tuple[MetadataIndex, object]]) -> None:
@@ -74,7 +71,7 @@ def write(output: Output, batches: Iterable[list[tuple[str, torch.Tensor]]], not
             piece = io.BytesIO()
             torch.save(value, piece)
             whole.write(piece.getbuffer())
-            places[index] = _StorageInfo(name, start, whole.tell() - start)
+            places[index] = StorageInfo(name, start, whole.tell() - start)
         output.put(name, whole.getvalue())
         files.append(name)
 
@@ -101,7 +98,7 @@ class Opened:
     storage: Storage
     tensors: Mapping[str, TensorStorageMetadata]
     others: frozenset[str]
-    places: Mapping[MetadataIndex, _StorageInfo]
+    places: Mapping[MetadataIndex, StorageInfo]
 
     def text(self, name: str) -> str:
         """An entry that is a string.
@@ -136,15 +133,15 @@ class Opened:
             view.copy_(found)
         return whole
 
-    def _place(self, index: MetadataIndex) -> _StorageInfo:
+    def _place(self, index: MetadataIndex) -> StorageInfo:
         place = self.places.get(index)
-        if not isinstance(place, _StorageInfo) or not _FILE.match(str(place.relative_path)) or place.length < 0:
+        if not isinstance(place, StorageInfo) or not _FILE.match(str(place.relative_path)) or place.length < 0:
             raise CheckpointError(f"{METADATA} does not say where {index.fqn!r} lies")
         if place.transform_descriptors:
             raise CheckpointError(f"{index.fqn!r} is stored as {place.transform_descriptors}, which is not read here")
         return place
 
-    def _load(self, name: str, place: _StorageInfo) -> Any:
+    def _load(self, name: str, place: StorageInfo) -> Any:
         size = patiently(self.storage.size, place.relative_path)
         if place.offset < 0 or place.offset + place.length > size:
             raise CheckpointError(f"{place.relative_path} is too short for {name!r}")
@@ -207,6 +204,6 @@ class _Unpickler(pickle.Unpickler):
     """Finds the data classes of DCP and nothing else, so that a pickle can call nothing else."""
 
     def find_class(self, module: str, name: str) -> Any:
-        if name not in _CLASSES.get(module, ()):
+        if name not in (*_CLASSES.get(module, ()), *PICKLED.get(module, ())):
             raise CheckpointError(f"{METADATA} wants {module}.{name}, which is none of the format's data classes")
         return super().find_class(module, name)

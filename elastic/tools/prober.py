@@ -21,6 +21,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from elastic.compat.torch import count_groups_from_zero
+
 _CPU_SIZE, _GPU_SIZE = 1024, 8192
 _ELEMENTS = 1 << 20
 _TIMES = 5
@@ -96,7 +98,7 @@ def reduce(request: dict[str, Any]) -> dict[str, Any]:
 def _group(backend: str, store: list[Any], rank: int, size: int, timeout: timedelta) -> Iterator[None]:
     host, port = store
     place = dist.TCPStore(host, port, is_master=rank == 0, timeout=timeout, wait_for_workers=False)
-    dist.distributed_c10d._world.group_count = 0
+    count_groups_from_zero()
     try:
         prefixed = dist.PrefixStore(f"{host}:{port}", place)
         dist.init_process_group(backend, store=prefixed, rank=rank, world_size=size, timeout=timeout)

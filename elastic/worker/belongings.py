@@ -15,6 +15,7 @@ import torch
 import xxhash
 from torch import nn
 
+from elastic.compat.torch import OWN_DICTS
 from elastic.parallel.wrapping import local
 
 MAX_DEPTH = 8
@@ -65,7 +66,7 @@ def _inside(name: str, one: Any, main: object) -> Iterator[tuple[str, Any]]:
     elif _is_open(one):
         known = _KNOWN_OF_OPTIMIZERS if one is main else ()
         for key, value in list(vars(one).items()):
-            if key in ("_parameters", "_buffers", "_modules") and isinstance(value, dict):
+            if key in OWN_DICTS and isinstance(value, dict):
                 yield from ((f"{name}.{k}", v) for k, v in value.items())
             elif key not in known and not key.endswith("hooks"):
                 yield f"{name}.{key}", value

@@ -6,9 +6,9 @@ import json
 
 import torch
 from torch.distributed.tensor import DTensor
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from elastic.checkpoint.plan import plan_save
+from elastic.compat.torch import is_traceable_wrapper_subclass
 from elastic.errors import CheckpointError, ConfigError
 from elastic.values import same
 from elastic.worker.state import TrainState

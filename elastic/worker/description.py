@@ -11,6 +11,7 @@ import xxhash
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from elastic.compat.torch import unsaved_buffers
 from elastic.likeness import packed
 from elastic.parallel.wrapping import local
 from elastic.values import show
@@ -47,7 +48,7 @@ def describe_model(model: nn.Module) -> list[str]:
         lines.append(f"parameter {name} {_shape(parameter)}{'' if parameter.requires_grad else ' frozen'}")
     for prefix, module in model.named_modules():
         for name, buffer in module.named_buffers(recurse=False):
-            if name not in module._non_persistent_buffers_set:
+            if name not in unsaved_buffers(module):
                 lines.append(f"buffer {prefix}{'.' if prefix else ''}{name} {_shape(buffer)}")
     return lines
 

@@ -16,10 +16,11 @@ import torch
 import torch.distributed as dist
 import xxhash
 
+from elastic.compat.torch import abort_groups, all_gather_flat, count_groups_from_zero
 from elastic.errors import WorldBroken, one_line
 from elastic.membership.client import Assignment
 from elastic.parallel import gloo
-from elastic.parallel.device import all_gather_flat, host_wait
+from elastic.parallel.device import host_wait
 from elastic.parallel.layout import Layout, lay_out
 from elastic.parallel.mesh import Mesh, make_mesh
 from elastic.worker.sockets import any_connected, knock, open_sockets, opened_since, shut_down
@@ -83,9 +84,7 @@ class Group:
         store = self._reach_store()
         with _connecting(f"connecting world {self.assignment.generation}"):
             store.set_timeout(timeout)
-            # Members find each other under names that count up. Failing to connect leaves the count behind, in some
-            # members only, and then they would wait for each other for ever.
-            dist.distributed_c10d._world.group_count = 0
+            count_groups_from_zero()  # or members, some of which failed to connect before, would never find each other
             with self._freed_while_connecting():
                 dist.init_process_group(
                     "nccl" if self.device.type == "cuda" else gloo.BACKEND,
@@ -167,7 +166,7 @@ class Group:
         self._woken.set()
         if self.device.type == "cuda":
             if dist.is_initialized():
-                dist.distributed_c10d._abort_process_group()
+                abort_groups()
             return
         with self._lock:
             if self._freeing is None and not self._closed:

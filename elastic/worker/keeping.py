@@ -13,6 +13,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from elastic.checkpoint.tensors import Shard
+from elastic.compat.torch import EXTRA_STATE, own_buffers
 from elastic.config import OptimOptions
 from elastic.errors import ConfigError
 from elastic.job import Job, job_classes
@@ -23,7 +24,6 @@ from elastic.parallel.wrapping import fsdp_modules, is_cut, local, whole
 from elastic.values import Classes, ValueRefused, classes, encode, part_of
 from elastic.worker.groups import Groups
 from elastic.worker.naming import (
-    EXTRA,
     check_state_dict,
     live_tensors,
     named_modules,
@@ -143,7 +143,7 @@ class Keeping:
         """Where each buffer of the model is, by the first of its names."""
         found: dict[str, tuple[nn.Module, str]] = {}
         for name, module in self.model.named_modules():
-            found |= {f"{name}.{leaf}" if name else leaf: (module, leaf) for leaf in module._buffers.keys()}  # noqa: SIM118 - a ScriptModule's are no dict
+            found |= {f"{name}.{leaf}" if name else leaf: (module, leaf) for leaf in own_buffers(module).keys()}  # noqa: SIM118 - a ScriptModule's are no dict
         return found
 
     def hold_extra(self) -> None:
@@ -235,7 +235,7 @@ class Keeping:
             name: self._encode(
                 found,
                 module.get_extra_state(),
-                f"modules/{name}.{EXTRA}" if name else f"modules/{EXTRA}",
+                f"modules/{name}.{EXTRA_STATE}" if name else f"modules/{EXTRA_STATE}",
                 f"get_extra_state() of {name or 'the model'}",
             )
             for name, module in with_state_of_their_own(self.model).items()

@@ -9,16 +9,8 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from elastic.compat.torch import EXTRA_STATE, WRAPPERS, own_buffers, own_children, own_parameters, unsaved_buffers
 from elastic.errors import ConfigError
-
-EXTRA = "_extra_state"  # what torch calls it in a state dict
-#: Wrappers, and the names under which they have the module that they wrap.
-_WRAPPERS = {
-    ("torch.nn.parallel.distributed", "DistributedDataParallel"): "module",
-    ("torch.nn.parallel.data_parallel", "DataParallel"): "module",
-    ("torch._dynamo.eval_frame", "OptimizedModule"): "_orig_mod",
-    ("torch.distributed.algorithms._checkpoint.checkpoint_wrapper", "ActivationWrapper"): "_checkpoint_wrapped_module",
-}
 
 
 @dataclass(frozen=True)
@@ -32,7 +24,7 @@ class Live:
 
     @property
     def is_parameter(self) -> bool:
-        return self.leaf in self.module._parameters
+        return self.leaf in own_parameters(self.module)
 
 
 def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -45,21 +37,21 @@ def _modules(module: nn.Module, name: str, above: tuple[int, ...]) -> Iterator[t
     if id(module) in above:
         return
     inner = _wrapped(module)
-    for leaf, child in module._modules.items():
+    for leaf, child in own_children(module).items():
         if child is not None:
             path = name if leaf == inner else f"{name}.{leaf}" if name else leaf
             yield from _modules(child, path, (*above, id(module)))
 
 
 def _wrapped(module: nn.Module) -> str | None:
-    return next((w for c in type(module).__mro__ if (w := _WRAPPERS.get((c.__module__, c.__name__)))), None)
+    return next((w for c in type(module).__mro__ if (w := WRAPPERS.get((c.__module__, c.__name__)))), None)
 
 
 def in_order(model: nn.Module) -> Iterator[Live]:
     """Parameters and persistent buffers in the model's order, by each of their names."""
     for prefix, module in named_modules(model):
-        kept = {k: b for k, b in module._buffers.items() if k not in module._non_persistent_buffers_set}
-        for leaf, tensor in [*module._parameters.items(), *kept.items()]:
+        kept = {k: b for k, b in own_buffers(module).items() if k not in unsaved_buffers(module)}
+        for leaf, tensor in [*own_parameters(module).items(), *kept.items()]:
             if tensor is not None:
                 yield Live(f"{prefix}.{leaf}" if prefix else leaf, tensor, module, leaf)
 
@@ -128,7 +120,7 @@ def check_state_dict(model: nn.Module) -> None:
     path = {id(module): name for name, module in named_modules(model)}
     for key, value in model.state_dict(keep_vars=True).items():
         name = _plain(model, key, path)
-        known = name in names or key.rpartition(".")[2] == EXTRA
+        known = name in names or key.rpartition(".")[2] == EXTRA_STATE
         if not known and not (isinstance(value, torch.Tensor) and identity_of(value) in identities):
             raise ConfigError(
                 f"the model's state_dict() has {name!r} (a {type(value).__name__}), which is neither a parameter nor a "
@@ -140,7 +132,8 @@ def _plain(model: nn.Module, key: str, path: dict[int, str]) -> str:
     """A key of the state dict without wrappers."""
     module, parts = model, key.split(".")
     for i, part in enumerate(parts):
-        child = module._modules[part] if part in module._modules else None  # noqa: SIM401 - a ScriptModule's has no get
+        children = own_children(module)
+        child = children[part] if part in children else None  # noqa: SIM401 - a ScriptModule's has no get
         if child is None:
             return ".".join([p for p in (path[id(module)],) if p] + parts[i:])
         module = child

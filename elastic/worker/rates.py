@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
+from elastic.compat.torch import has_scheduler
 from elastic.config import OptimOptions
 from elastic.errors import ConfigError
 from elastic.job import Job
@@ -51,7 +52,7 @@ class Rates:
         return bool(self.schedulers)
 
     def _check_unpatched(self) -> None:
-        if hasattr(self._optimizer.step, "_wrapped_by_lr_sched"):
+        if has_scheduler(self._optimizer):
             raise ConfigError(
                 "the optimizer has a scheduler of torch's that is no attribute of the job, so its state could not be "
                 f"saved; make it in optimizer() and keep it as one (self.scheduler = ...), or {INSTEAD}"

@@ -16,6 +16,7 @@ import xxhash
 from elastic import fault
 from elastic.checkpoint.staging import StagingBuffer
 from elastic.checkpoint.tensors import Shard
+from elastic.compat.torch import version_of
 from elastic.errors import SnapshotError
 from elastic.snapshot.client import VaultClient
 from elastic.snapshot.holdings import SnapshotId
@@ -85,7 +86,7 @@ class Sender:
             if not len(part.heads[i].rows(part.shard, part.shards)):
                 continue
             if tensor.stable and tensor.name not in self._unsteady:
-                part.versions[i] = tensor.tensor._version
+                part.versions[i] = version_of(tensor.tensor)
                 later.append(i)
             else:
                 self._copy(part, i, places)
@@ -165,7 +166,7 @@ class Sender:
                 self._stream.synchronize()
         for i, version in part.versions.items():
             tensor = part.tensors[i]
-            if tensor.tensor._version != version:
+            if version_of(tensor.tensor) != version:
                 self._unsteady.add(tensor.name)
                 raise SnapshotError(
                     f"{tensor.name} was written to while it was copied; from now on it is copied before the next step"

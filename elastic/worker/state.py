@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from elastic.checkpoint.format import TensorEntry
 from elastic.checkpoint.tensors import DTYPES, Shard, tensor_bytes
+from elastic.compat.torch import own_buffers, own_children, own_parameters
 from elastic.errors import CheckpointError
 from elastic.parallel.wrapping import local
 from elastic.values import ValueRefused, decode, encode
@@ -342,7 +343,7 @@ class TrainState(Keeping):
         other |= {n for n in saved & set(began) if heads[n] == began[n]}
         for name, one in buffers.items():
             if name in mine and name not in saved and (name in gone or name not in began):
-                one.module._buffers[one.leaf] = None
+                own_buffers(one.module)[one.leaf] = None
                 del mine[name]
         for name in gone & set(mine) - saved:
             del mine[name]
@@ -364,11 +365,11 @@ class TrainState(Keeping):
             return tensor
         path, _, leaf = name.removeprefix("model/").rpartition(".")
         module = dict(named_modules(self.model)).get(path)
-        if module is None or leaf in module._parameters or leaf in module._modules:
+        if module is None or leaf in own_parameters(module) or leaf in own_children(module):
             raise CheckpointError(f"the saved {name} is a buffer, which this model does not have")
         made = torch.empty(shape, dtype=dtype, device=self._device if tensor is None else tensor.device)
-        if leaf in module._buffers:
-            module._buffers[leaf] = made
+        if leaf in own_buffers(module):
+            own_buffers(module)[leaf] = made
         else:
             module.register_buffer(leaf, made)
         return made

@@ -18,6 +18,7 @@ import torch
 import xxhash
 
 from elastic import fault
+from elastic.compat.torch import lacks_sharding, multiply_each_
 from elastic.data.deal import deal
 from elastic.data.loader import Loader
 from elastic.errors import ConfigError, Reform
@@ -306,7 +307,7 @@ class Stepper:
         try:
             optimizer.step()
         except (NotImplementedError, RuntimeError) as error:
-            if not (self._config.parallel.sharded and _lacks_sharding(error)):
+            if not (self._config.parallel.sharded and lacks_sharding(error)):
                 raise
             raise ConfigError(
                 f"the optimizer {type(optimizer).__name__} cannot update parameters that are cut over the workers "
@@ -377,7 +378,7 @@ class Stepper:
 def _multiply(gradients: list[torch.Tensor], factor: float) -> None:
     together = [g for g in gradients if not g.is_sparse]
     if together:
-        torch._foreach_mul_(together, factor)
+        multiply_each_(together, factor)
     for gradient in gradients:
         if gradient.is_sparse:
             gradient.mul_(factor)
@@ -391,8 +392,3 @@ def _changes(names: list[str], before: tuple[bool, ...], now: tuple[bool, ...]) 
     return ", ".join(
         f"{sign} {some[0]}" + (f" and {len(some) - 1} more" if some[1:] else "") for sign, some in found if some
     )
-
-
-def _lacks_sharding(error: Exception) -> bool:
-    """Whether torch says that it cannot do something with DTensors."""
-    return any(words in str(error) for words in ("sharding strategy", "Sharding propagation failed"))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import sys
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -13,6 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from elastic.compat.torch import is_compiler_loaded, version_of
 from elastic.parallel.buffers import StepBuffers
 
 _PLAIN = (bool, int, float, complex, str, bytes, tuple, frozenset, type(None))
@@ -36,7 +36,7 @@ def without_trace(model: nn.Module, *owners: object) -> Iterator[None]:
         with ExitStack() as stack:
             for top in (model, *held):
                 stack.enter_context(StepBuffers(top, exact=True).unmoved())
-            if "torch._dynamo" in sys.modules:  # what is compiled now would be so for shapes that no step has
+            if is_compiler_loaded():  # what is compiled now would be so for shapes that no step has
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
             stack.enter_context(torch.no_grad())
             model.eval()
@@ -95,10 +95,10 @@ def _own(owner: object) -> dict[str, Any]:
 
 
 def _tensor(value: torch.Tensor) -> Callable[[], None]:
-    version, before = value._version, value.detach().clone()
+    version, before = version_of(value), value.detach().clone()
 
     def back() -> None:
-        if value._version != version:
+        if version_of(value) != version:
             with torch.no_grad():
                 value.copy_(before)
 

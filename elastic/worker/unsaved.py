@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
+from elastic.compat.torch import is_compiled
 from elastic.errors import ConfigError
 from elastic.parallel.wrapping import local
 from elastic.worker.belongings import Leaf, digest, leaves
@@ -88,7 +89,7 @@ class Watch:
 
     def reading(self) -> AbstractContextManager[Any]:
         """To be entered for the passes of a step: notes whether they read what the passes before left somewhere."""
-        if self._left != 1 or self._state is None or _is_compiled(self._state.model):
+        if self._left != 1 or self._state is None or any(map(is_compiled, self._state.model.modules())):
             return nullcontext()
         left = [self._after[name].leaf for name in self._moved if name in self._after]
         if not any(isinstance(leaf, torch.Tensor) for leaf in left):
@@ -191,10 +192,6 @@ class _Reads(TorchFunctionMode):
                     if id(inner) in self._watched:
                         self.seen.add(id(inner))
         return function(*args, **kwargs)
-
-
-def _is_compiled(model: torch.nn.Module) -> bool:
-    return any(m._compiled_call_impl is not None or type(m).__name__ == "OptimizedModule" for m in model.modules())
 
 
 class _Attributes:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from elastic.compat.torch import is_out_of_host_memory
 from elastic.data.loader import ItemError
 from elastic.errors import ConfigError, RunFailed, WorldBroken, one_line
 from elastic.job import Job
@@ -130,6 +131,4 @@ class UserCode:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether memory ran out, on a device or on the host, where torch raises a plain RuntimeError."""
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        return True
-    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or is_out_of_host_memory(error)

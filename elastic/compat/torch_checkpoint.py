@@ -1,0 +1,15 @@
+"""Private names of `torch.distributed.checkpoint`, whose import takes a fifth of a second. Read in torch 2.13."""
+
+from __future__ import annotations
+
+from torch.distributed.checkpoint.filesystem import _StorageInfo as StorageInfo
+
+__all__ = ["PICKLED", "StorageInfo"]
+
+#: What the pickle in `.metadata` may name beside public classes, by module: where each chunk lies (`StorageInfo`:
+#: relative_path, offset, length in bytes), and what `TensorProperties` is pickled by.
+PICKLED = {
+    "torch.distributed.checkpoint.metadata": {"_MEM_FORMAT_ENCODING"},
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    "torch.serialization": {"_get_layout"},
+}

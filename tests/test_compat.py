@@ -1,0 +1,196 @@
+"""Only `elastic.compat` uses private names of torch and of Ray, or looks at which version of them there is."""
+
+from __future__ import annotations
+
+import ast
+import functools
+import importlib
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from elastic.compat.torch import GLOO_OPERATIONS
+
+PACKAGE = Path(__file__).parents[1] / "elastic"
+FRAMEWORKS = ("torch",)
+#: Private names of others: of the standard library, where they are documented, and of s3fs, which has no other way to
+#: read a range with a version (`checkpoint/transfer.py`).
+OTHERS = {"_fields", "_make", "_replace", "_asdict", "_exit", "_current_frames", "_call_s3"}
+_NAMED = re.compile(rf"({'|'.join(FRAMEWORKS)})(\.\w+)*\._\w")
+
+
+def is_private(name: str) -> bool:
+    return name.startswith("_") and not name.startswith("__")
+
+
+@functools.cache
+def private_names() -> set[str]:
+    """Private names that objects of torch have."""
+    lstm, sgd = nn.LSTM(1, 1), torch.optim.SGD([torch.ones(1)], lr=0.1)
+    objects = [torch.Tensor, torch.UntypedStorage, lstm, nn.BatchNorm1d(1), sgd, torch.ops.aten.add.Tensor]
+    objects += [nn.parallel.DistributedDataParallel, dist.ProcessGroup, dist.Work, torch.optim.lr_scheduler.LRScheduler]
+    return {name for one in objects for name in dir(one) if is_private(name)}
+
+
+def own_names(trees: list[ast.Module]) -> set[str]:
+    """Private names that the package itself defines."""
+    found = set()
+    for node in (node for tree in trees for node in ast.walk(tree)):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            found.add(node.name)
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and is_own(node.value):
+            found.add(node.attr)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            found.add(node.id)
+    return {name for name in found if is_private(name)}
+
+
+def is_own(value: ast.expr) -> bool:
+    return isinstance(value, ast.Name) and value.id in ("self", "cls")
+
+
+class Look(ast.NodeVisitor):
+    """Private names of torch and Ray that a module uses, and where: (line, what)."""
+
+    def __init__(self, own: set[str], private: set[str]):
+        self._own, self._private = own, private
+        self._imported: set[str] = set()  # names of this module that stand for something of torch or Ray
+        self.found: list[tuple[int, str]] = []
+
+    def _import(self, node: ast.stmt, whole: str, name: str) -> None:
+        if whole.partition(".")[0] in FRAMEWORKS:
+            self._imported.add(name)
+            if any(map(is_private, whole.split("."))):
+                self.found.append((node.lineno, whole))
+
+    def visit_Import(self, node: ast.Import) -> None:
+        for one in node.names:
+            self._import(node, one.name, one.asname or one.name.partition(".")[0])
+
+    def visit_ImportFrom(self, node: ast.ImportFrom) -> None:
+        for one in node.names:
+            self._import(node, f"{node.module}.{one.name}", one.asname or one.name)
+
+    def _is_imported(self, node: ast.expr) -> bool:
+        while isinstance(node, ast.Attribute):
+            node = node.value
+        return isinstance(node, ast.Name) and node.id in self._imported
+
+    def visit_Attribute(self, node: ast.Attribute) -> None:
+        self.generic_visit(node)
+        known = node.attr in self._own and (is_own(node.value) or node.attr not in self._private)
+        if is_private(node.attr) and node.attr not in OTHERS and (not known or self._is_imported(node.value)):
+            self.found.append((node.lineno, ast.unparse(node)))
+        if isinstance(node.value, ast.Attribute) and node.value.attr == "__version__" and self._is_imported(node.value):
+            self.found.append((node.lineno, ast.unparse(node)))
+
+    def visit_Compare(self, node: ast.Compare) -> None:
+        self.generic_visit(node)
+        for one in (node.left, *node.comparators):
+            if isinstance(one, ast.Attribute) and one.attr == "__version__" and self._is_imported(one):
+                self.found.append((node.lineno, ast.unparse(node)))
+
+    def visit_Call(self, node: ast.Call) -> None:
+        self.generic_visit(node)
+        name = node.func.id if isinstance(node.func, ast.Name) else ""
+        asks = name == "hasattr" or (name == "getattr" and len(node.args) == 3)
+        if asks and self._is_imported(node.args[0]) and isinstance(node.args[1], ast.Constant):
+            self.found.append((node.lineno, ast.unparse(node)))
+
+    def visit_Constant(self, node: ast.Constant) -> None:
+        if isinstance(node.value, str) and (_NAMED.match(node.value) or node.value in self._private - self._own):
+            self.found.append((node.lineno, repr(node.value)))
+
+
+def look(source: str, own: set[str] | None = None) -> list[tuple[int, str]]:
+    tree = ast.parse(source)
+    found = Look(own_names([tree]) if own is None else own, private_names())
+    found.visit(tree)
+    return found.found
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import torch._dynamo",
+        "from torch.utils._pytree import tree_map",
+        "from torch.distributed import distributed_c10d as c10d\nc10d._world",
+        "import torch.nn as nn\nnn.modules.batchnorm._NormBase",
+        "def f(tensor): return tensor._version",
+        "class C:\n    def __init__(self): self._version = 1\n    def f(self, t): return t._version",
+        "def f(module): return module._parameters['weight']",
+        "class C(Module):\n    def f(self): return self._compiled_call_impl",
+        "def f(thing): return thing._of_another_library",
+        "def f(one): return getattr(one, '_flat_weights')",
+        "NAME = 'torch._dynamo.eval_frame'",
+        "import torch\nif torch.__version__ >= '2.13': pass",
+        "import torch\ntorch.__version__.startswith('2.')",
+        "import torch.distributed as dist\nhasattr(dist, 'all_gather_single')",
+        "import torch.distributed as dist\ngetattr(dist, 'all_gather_single', None)",
+    ],
+)
+def test_each_way_to_use_a_private_name_is_seen(source: str) -> None:
+    assert len(look(source)) == 1
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import torch\nf'this is {torch.__version__}'",
+        "class C:\n    def __init__(self): self._parameters = 1\n    def f(self): return self._parameters",
+        "class C:\n    def __init__(self): self._mine = 1\ndef f(c): return c._mine",
+        "import torch\ngetattr(torch, 'float32')",
+        "def f(pair): return pair._replace(first=1)",
+    ],
+)
+def test_what_is_public_or_our_own_is_not(source: str) -> None:
+    assert look(source) == []
+
+
+def modules() -> Iterator[Path]:
+    return (file for file in sorted(PACKAGE.rglob("*.py")) if file.parent.name not in ("cluster", "compat", "sweep"))
+
+
+def test_no_module_uses_a_private_name_of_torch_or_ray() -> None:
+    sources = {file: file.read_text() for file in modules()}
+    own = own_names([ast.parse(source) for source in sources.values()])
+    found = [
+        f"{file.relative_to(PACKAGE.parent)}:{line}: {what}"
+        for file, source in sources.items()
+        for line, what in look(source, own)
+    ]
+    assert not found, "private names belong in elastic/compat, each with a test of its own:\n" + "\n".join(found)
+
+
+def test_no_class_defines_a_private_name_of_the_class_of_torch_or_ray_that_it_derives_from() -> None:
+    found = []
+    for file in modules():
+        source = file.read_text()
+        if not re.search(rf"^(from|import) ({'|'.join(FRAMEWORKS)}|elastic\.compat)\b", source, re.M):
+            continue
+        name = ".".join(file.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__")
+        for one in vars(importlib.import_module(name)).values():
+            if not isinstance(one, type) or one.__module__ != name:
+                continue
+            hidden = set(filter(is_private, vars(one))) - set(GLOO_OPERATIONS)
+            for base in one.__mro__:
+                if base.__module__.partition(".")[0] in FRAMEWORKS:
+                    found += [f"{name}.{one.__name__}.{n}" for n in vars(one) if n in hidden & vars(base).keys()]
+    assert not sorted(set(found)), "what a framework calls by a private name belongs in a base class in elastic/compat"
+
+
+@pytest.mark.parametrize(
+    ("module", "absent"),
+    [("torch", {"ray", "torch.distributed.checkpoint", "torch.distributed.fsdp", "torch._dynamo"})],
+)
+def test_a_part_of_compat_imports_its_own_framework_alone(module: str, absent: set[str]) -> None:
+    program = f"import sys, elastic.compat.{module}; print(*sys.modules)"
+    ran = subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, timeout=60, check=True)
+    assert absent & set(ran.stdout.split()) == set()
