@@ -16,10 +16,10 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from elastic.compat.torch import GLOO_OPERATIONS
-
 PACKAGE = Path(__file__).parents[1] / "elastic"
-FRAMEWORKS = ("torch",)
+FRAMEWORKS = ("torch", "ray")
+#: Parts of Ray that have no private names, and that Ray does not document either.
+INTERNAL = re.compile(r"ray\.(air\.execution|autoscaler|cluster_utils|core|experimental|train\.v2|tune\.execution)\b")
 #: Private names of others: of the standard library, where they are documented, and of s3fs, which has no other way to
 #: read a range with a version (`checkpoint/transfer.py`).
 OTHERS = {"_fields", "_make", "_replace", "_asdict", "_exit", "_current_frames", "_call_s3"}
@@ -67,7 +67,7 @@ class Look(ast.NodeVisitor):
     def _import(self, node: ast.stmt, whole: str, name: str) -> None:
         if whole.partition(".")[0] in FRAMEWORKS:
             self._imported.add(name)
-            if any(map(is_private, whole.split("."))):
+            if any(map(is_private, whole.split("."))) or INTERNAL.match(whole):
                 self.found.append((node.lineno, whole))
 
     def visit_Import(self, node: ast.Import) -> None:
@@ -100,8 +100,13 @@ class Look(ast.NodeVisitor):
     def visit_Call(self, node: ast.Call) -> None:
         self.generic_visit(node)
         name = node.func.id if isinstance(node.func, ast.Name) else ""
-        asks = name == "hasattr" or (name == "getattr" and len(node.args) == 3)
-        if asks and self._is_imported(node.args[0]) and isinstance(node.args[1], ast.Constant):
+        if name not in ("hasattr", "getattr", "setattr", "delattr"):
+            return
+        by = node.args[1] if len(node.args) > 1 else None
+        asked = by.value if isinstance(by, ast.Constant) else ""
+        may_lack = name == "hasattr" or (name == "getattr" and len(node.args) == 3)
+        hidden = is_private(asked) and asked not in self._own | self._private | OTHERS
+        if hidden or (asked and may_lack and self._is_imported(node.args[0])):
             self.found.append((node.lineno, ast.unparse(node)))
 
     def visit_Constant(self, node: ast.Constant) -> None:
@@ -109,9 +114,8 @@ class Look(ast.NodeVisitor):
             self.found.append((node.lineno, repr(node.value)))
 
 
-def look(source: str, own: set[str] | None = None) -> list[tuple[int, str]]:
-    tree = ast.parse(source)
-    found = Look(own_names([tree]) if own is None else own, private_names())
+def look(tree: ast.Module, own: set[str]) -> list[tuple[int, str]]:
+    found = Look(own, private_names())
     found.visit(tree)
     return found.found
 
@@ -129,6 +133,10 @@ def look(source: str, own: set[str] | None = None) -> list[tuple[int, str]]:
         "class C(Module):\n    def f(self): return self._compiled_call_impl",
         "def f(thing): return thing._of_another_library",
         "def f(one): return getattr(one, '_flat_weights')",
+        "def f(one): return getattr(one, '_of_another_library', None)",
+        "from ray.cluster_utils import Cluster",
+        "import ray\nray._private.worker",
+        "def f(): from ray.train.v2.api.config import RunConfig",
         "NAME = 'torch._dynamo.eval_frame'",
         "import torch\nif torch.__version__ >= '2.13': pass",
         "import torch\ntorch.__version__.startswith('2.')",
@@ -137,7 +145,8 @@ def look(source: str, own: set[str] | None = None) -> list[tuple[int, str]]:
     ],
 )
 def test_each_way_to_use_a_private_name_is_seen(source: str) -> None:
-    assert len(look(source)) == 1
+    tree = ast.parse(source)
+    assert len(look(tree, own_names([tree]))) == 1
 
 
 @pytest.mark.parametrize(
@@ -151,44 +160,63 @@ def test_each_way_to_use_a_private_name_is_seen(source: str) -> None:
     ],
 )
 def test_what_is_public_or_our_own_is_not(source: str) -> None:
-    assert look(source) == []
+    tree = ast.parse(source)
+    assert look(tree, own_names([tree])) == []
 
 
-def modules() -> Iterator[Path]:
-    return (file for file in sorted(PACKAGE.rglob("*.py")) if file.parent.name not in ("cluster", "compat", "sweep"))
+@functools.cache
+def package() -> dict[str, ast.Module]:
+    """The modules of the package, by file name, but for `elastic.compat`."""
+    files = (file for file in sorted(PACKAGE.rglob("*.py")) if file.parent.name != "compat")
+    return {str(file.relative_to(PACKAGE.parent)): ast.parse(file.read_text()) for file in files}
 
 
 def test_no_module_uses_a_private_name_of_torch_or_ray() -> None:
-    sources = {file: file.read_text() for file in modules()}
-    own = own_names([ast.parse(source) for source in sources.values()])
-    found = [
-        f"{file.relative_to(PACKAGE.parent)}:{line}: {what}"
-        for file, source in sources.items()
-        for line, what in look(source, own)
-    ]
+    own = own_names(list(package().values()))
+    found = [f"{file}:{line}: {what}" for file, tree in package().items() for line, what in look(tree, own)]
     assert not found, "private names belong in elastic/compat, each with a test of its own:\n" + "\n".join(found)
 
 
-def test_no_class_defines_a_private_name_of_the_class_of_torch_or_ray_that_it_derives_from() -> None:
-    found = []
-    for file in modules():
-        source = file.read_text()
-        if not re.search(rf"^(from|import) ({'|'.join(FRAMEWORKS)}|elastic\.compat)\b", source, re.M):
-            continue
-        name = ".".join(file.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__")
-        for one in vars(importlib.import_module(name)).values():
-            if not isinstance(one, type) or one.__module__ != name:
-                continue
-            hidden = set(filter(is_private, vars(one))) - set(GLOO_OPERATIONS)
-            for base in one.__mro__:
-                if base.__module__.partition(".")[0] in FRAMEWORKS:
-                    found += [f"{name}.{one.__name__}.{n}" for n in vars(one) if n in hidden & vars(base).keys()]
-    assert not sorted(set(found)), "what a framework calls by a private name belongs in a base class in elastic/compat"
+def bases(tree: ast.Module) -> Iterator[tuple[ast.ClassDef, str, str]]:
+    """Classes that derive from one of torch, of Ray or of `elastic.compat`: (class, module of that one, its name)."""
+    places = {
+        one.asname or one.name: (node.module, one.name)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and node.module and re.match(r"(torch|ray|elastic\.compat)\b", node.module)
+        for one in node.names
+    }
+    for node in (node for node in ast.walk(tree) if isinstance(node, ast.ClassDef)):
+        for base in node.bases:
+            if isinstance(base, ast.Name) and base.id in places:
+                yield node, *places[base.id]
+            elif ast.unparse(base) == "nn.Module":
+                yield node, "torch.nn", "Module"
+
+
+def test_no_class_defines_a_private_name_of_the_class_that_it_derives_from(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a framework calls by a private name belongs in a base class in `elastic.compat`."""
+    monkeypatch.setenv("RAY_CLIENT_MODE", "0")  # importing Ray Tune sets it
+    seen, found = set(), []
+    for file, tree in package().items():
+        for node, module, name in bases(tree):
+            base = getattr(importlib.import_module(module), name)
+            defined = {one.name for one in node.body if isinstance(one, (ast.FunctionDef, ast.AsyncFunctionDef))}
+            for one in (one for one in node.body if isinstance(one, (ast.Assign, ast.AnnAssign))):
+                targets = one.targets if isinstance(one, ast.Assign) else [one.target]
+                defined |= {target.id for target in targets if isinstance(target, ast.Name)}
+            hidden = sorted(name for name in defined if is_private(name) and hasattr(base, name))
+            found += [f"{file}:{node.lineno}: {node.name}.{name}" for name in hidden]
+            seen.add(node.name)
+    assert found == []
+    assert {"FreeableGloo", "Recorder", "Group", "RayTrainer", "Gates"} <= seen, "the classes that we know of"
 
 
 @pytest.mark.parametrize(
     ("module", "absent"),
-    [("torch", {"ray", "torch.distributed.checkpoint", "torch.distributed.fsdp", "torch._dynamo"})],
+    [
+        ("torch", {"ray", "torch.distributed.checkpoint", "torch.distributed.fsdp", "torch._dynamo"}),
+        ("ray", {"torch", "ray.train", "ray.tune", "ray.autoscaler.v2.sdk"}),
+    ],
 )
 def test_a_part_of_compat_imports_its_own_framework_alone(module: str, absent: set[str]) -> None:
     program = f"import sys, elastic.compat.{module}; print(*sys.modules)"

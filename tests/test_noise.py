@@ -6,8 +6,9 @@ import logging
 
 import pytest
 from ray._private import worker as ray_worker
+from ray._private.authentication import authentication_token_setup as token_setup
 
-from elastic.cluster.noise import hidden, hide_token_hint, token_setup, worth_showing
+from elastic.cluster.noise import hidden, hide_token_hint, worth_showing
 
 CPP = "[2026-11-28 14:49:00,451 {} 24253 24253] (gcs_server) gcs_placement_group_scheduler.cc:273: Failed to remove 1"
 

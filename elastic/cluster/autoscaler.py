@@ -1,7 +1,4 @@
-"""What Ray's autoscaler can start for a cluster, and what it could not start.
-
-Touches private names of Ray, as `raytrain` does; `tests/test_ray_contract.py` has a test for each.
-"""
+"""What Ray's autoscaler can start for a cluster, and what it could not start."""
 
 from __future__ import annotations
 
@@ -12,8 +9,8 @@ from typing import Any
 
 import ray
 import yaml
-from ray._private.state import state
-from ray.autoscaler.v2.sdk import get_cluster_status
+
+from elastic.compat.ray import autoscaler_groups, failed_launches
 
 REQUEST_TIMEOUT_S = 5
 MOST_TEXT = 300
@@ -28,9 +25,9 @@ def node_types() -> list[dict[str, float]]:
     As the autoscaler reports them; where it does not, as `ray up` has described the cluster on its head, if this
     process is there. Empty where neither says anything.
     """
-    reported = state.get_cluster_config()
-    if reported is not None and reported.node_group_configs:
-        return [dict(group.resources) for group in reported.node_group_configs if group.max_count]
+    reported = autoscaler_groups()
+    if reported is not None:
+        return reported
     file = BOOTSTRAP.expanduser()
     if not _on_head() or not file.is_file():
         return []
@@ -64,16 +61,15 @@ def failures(address: str, session_folder: str) -> list[str]:
     Raises:
         ray.exceptions.RayError, RuntimeError: the head does not answer.
     """
-    found = get_cluster_status(address, timeout=REQUEST_TIMEOUT_S)
+    # Its list of failed nodes has every node that ever went, also those that were let go for being idle: no news.
+    found = failed_launches(address, REQUEST_TIMEOUT_S)
     log = Path(session_folder) / "logs" / "monitor.log"
     reasons = reasons_in(_end_of(log)) if _on_head() and log.is_file() else {}
-    # Its list of failed nodes has every node that ever went, also those that were let go for being idle: no news.
-    told = [(launch.ray_node_type_name, launch.details) for launch in found.failed_launches]
     return list(
         dict.fromkeys(
             f"nodes of type {kind} could not be started: "
             + (reasons.get(kind) or why or "its log on the head says why")[:MOST_TEXT]
-            for kind, why in told
+            for kind, why in found
         )
     )
 

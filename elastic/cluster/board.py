@@ -4,14 +4,8 @@ from __future__ import annotations
 
 import itertools
 
-from ray.experimental.internal_kv import (
-    _internal_kv_del,
-    _internal_kv_get,
-    _internal_kv_list,
-    _internal_kv_put,
-)
-
 from elastic.cluster.sharing import STALE_S, Standing
+from elastic.compat.ray import delete_value, get_value, list_keys, put_value
 
 _NAMESPACE = b"elastic"
 _PREFIX = b"run/"
@@ -19,7 +13,7 @@ _PREFIX = b"run/"
 
 def leave_board(run: str) -> None:
     """The run has ended: it says nothing any more."""
-    _internal_kv_del(_key(run), namespace=_NAMESPACE)
+    delete_value(_key(run), _NAMESPACE)
 
 
 def _key(run: str) -> bytes:
@@ -43,15 +37,15 @@ class Board:
         Args:
             now: monotonic seconds.
         """
-        _internal_kv_put(self._key, mine.to_bytes(next(self._beats)), overwrite=True, namespace=_NAMESPACE)
+        put_value(self._key, mine.to_bytes(next(self._beats)), _NAMESPACE)
         heard: dict[bytes, tuple[bytes, float]] = {}
-        for key in _internal_kv_list(_PREFIX, namespace=_NAMESPACE):
-            value = _internal_kv_get(key, namespace=_NAMESPACE) if key != self._key else None
+        for key in list_keys(_PREFIX, _NAMESPACE):
+            value = get_value(key, _NAMESPACE) if key != self._key else None
             if value is None:
                 continue
             known = self._heard.get(key)
             heard[key] = known if known is not None and known[0] == value else (value, now)
             if now - heard[key][1] > 6 * STALE_S:
-                _internal_kv_del(key, namespace=_NAMESPACE)  # what a killed driver left behind
+                delete_value(key, _NAMESPACE)  # what a killed driver left behind
         self._heard = heard
         return [Standing.from_bytes(value) for value, since in heard.values() if now - since < STALE_S]

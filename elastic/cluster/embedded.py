@@ -20,6 +20,7 @@ from elastic.cluster.gcs import (
     take_own_token,
 )
 from elastic.cluster.noise import hidden
+from elastic.compat.ray import local_cluster
 from elastic.config import ClusterOptions, ScalingOptions
 from elastic.errors import ConfigError
 from elastic.run.signals import spared_from_hangups
@@ -155,12 +156,7 @@ def connected(cluster: ClusterOptions, scaling: ScalingOptions, address: str | N
 
 def _local_nodes(count: int, scaling: ScalingOptions) -> Any:
     """A head without work and `count` worker nodes, each its own raylet on this machine."""
-    from ray.cluster_utils import Cluster
-
-    cluster = Cluster(
-        initialize_head=True,
-        head_node_args={"num_cpus": 0, "include_dashboard": False, "object_store_memory": _OBJECT_STORE_BYTES},
-    )
+    cluster = local_cluster(num_cpus=0, include_dashboard=False, object_store_memory=_OBJECT_STORE_BYTES)
     per_node = scaling.workers_per_node or -(-scaling.max_workers // count)
     for _ in range(count):
         cluster.add_node(

@@ -13,7 +13,7 @@ from typing import Any
 import ray
 
 from elastic.cluster.autoscaler import failures
-from elastic.cluster.raytrain import session_folder
+from elastic.compat.ray import session_folder
 from elastic.errors import ConfigError
 from elastic.tools.machine import (
     REDUCE_S,

@@ -1,8 +1,4 @@
-"""Nodes of a Ray cluster, asked of its head without being a driver: a watcher runs on every node and must be small.
-
-Touches private names of Ray, as `raytrain` does, but none of Ray Train, whose import takes seconds;
-`tests/test_ray_contract.py` has a test for each.
-"""
+"""Nodes of a Ray cluster, asked of its head without being a driver: a watcher runs on every node and must be small."""
 
 from __future__ import annotations
 
@@ -13,22 +9,23 @@ import queue
 import socket
 import threading
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 
 import ray
-from ray._common.utils import get_ray_address_file
-from ray._private import services
-from ray._private.authentication import authentication_token_setup as token_setup
-from ray._raylet import GcsClient  # type: ignore[attr-defined]
-from ray.core.generated.autoscaler_pb2 import DrainNodeReason  # type: ignore[attr-defined]
-from ray.core.generated.gcs_pb2 import GcsNodeInfo  # type: ignore[attr-defined]
 
 from elastic.cluster.noise import hide_token_hint
+from elastic.compat.ray import (
+    address_file,
+    cluster_addresses_here,
+    connect_to_head,
+    drain_node,
+    living_nodes,
+    require_token,
+    use_token_if_there_is_one,
+)
 from elastic.errors import ConfigError, one_line
 
 REQUEST_TIMEOUT_S = 5.0
 REACH_S = 1.0
-_PREEMPTION = DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
 
 
 class ClusterUnreachable(Exception):
@@ -45,8 +42,8 @@ def check_lets_in(address: str, wait_s: float) -> None:
 
     def ask() -> None:
         try:
-            token_setup.ensure_token_if_auth_enabled(create_token_if_missing=False)  # Ray's client would abort
-            GcsClient(address=address)
+            require_token()
+            connect_to_head(address)
         except (ray.exceptions.RayError, RuntimeError) as error:
             found.put(error)
         else:
@@ -73,7 +70,7 @@ def take_own_token() -> None:
     """For a cluster that this user started on this machine: use the user's token where nothing says whether to, as
     `ray start` did. Not for one that was only named: it would be told the token."""
     hide_token_hint()
-    token_setup.maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
+    use_token_if_there_is_one()
 
 
 class Nodes:
@@ -86,25 +83,21 @@ class Nodes:
     def __init__(self, address: str):
         self.address = address
         try:
-            self._gcs = GcsClient(address=address)
+            self._gcs = connect_to_head(address)
         except (ray.exceptions.RayError, RuntimeError) as error:
             raise ClusterUnreachable(f"no Ray cluster answers at {address}: {error}") from error
 
     def alive(self) -> dict[str, str]:
         """Living nodes: id in hex -> address."""
-        alive = GcsNodeInfo.GcsNodeState.ALIVE
         try:
-            found = self._gcs.get_all_node_info(timeout=REQUEST_TIMEOUT_S, state_filter=alive)
+            return living_nodes(self._gcs, REQUEST_TIMEOUT_S)
         except ray.exceptions.RayError as error:
             raise ClusterUnreachable(f"the head at {self.address} does not answer: {error}") from error
-        return {node.hex(): info.node_manager_address for node, info in found.items()}
 
     def drain(self, node: str, deadline: float, reason: str) -> None:
         """Say that the node goes away at `deadline` (unix seconds): nothing new is placed there."""
         try:
-            accepted, why = self._gcs.drain_node(
-                node, _PREEMPTION, reason, math.ceil(deadline * 1000), timeout=REQUEST_TIMEOUT_S
-            )
+            accepted, why = drain_node(self._gcs, node, reason, math.ceil(deadline * 1000), REQUEST_TIMEOUT_S)
         except ray.exceptions.RayError as error:
             raise ClusterUnreachable(f"the head at {self.address} does not answer: {error}") from error
         if not accepted:
@@ -117,22 +110,12 @@ def cluster_here() -> str:
     Raises:
         ConfigError: there is none, or there are several.
     """
-    found = sorted(services.find_gcs_addresses())
+    found = sorted(cluster_addresses_here())
     if len(found) != 1:
         raise ConfigError(
             f"--address is not given, and nodes of {len(found)} Ray clusters run on this machine; give it as host:port"
         )
     return found[0]
-
-
-def address_of_this_machine(gcs_address: str) -> str:
-    """This machine's address as the head sees it."""
-    return services.node_ip_address_from_perspective(gcs_address)
-
-
-def ids_of_this_machine() -> set[str]:
-    """Ids of nodes whose raylet this process can see; none from a container beside theirs."""
-    return set(services.find_node_ids())
 
 
 def own_node(alive: Mapping[str, str], ids_here: set[str], address: str) -> str | None:
@@ -155,7 +138,7 @@ def find_running_cluster() -> str | None:
     command, and end with it, and those of other users.
     """
     try:
-        file = Path(get_ray_address_file(None))
+        file = address_file()
         if file.stat().st_uid != os.getuid():
             return None
         address = file.read_text().strip()
@@ -169,7 +152,7 @@ def find_running_cluster() -> str | None:
 @contextlib.contextmanager
 def found_cluster_kept() -> Iterator[None]:
     """What is done inside changes nothing about which cluster `find_running_cluster` finds."""
-    file = Path(get_ray_address_file(None))
+    file = address_file()
     before = file.read_bytes() if file.is_file() else None
     try:
         yield

@@ -136,14 +136,15 @@ def _clouds(options: WatchOptions) -> list[Cloud]:
 
 def _find_node(nodes: Nodes, told: threading.Event) -> str:
     """This machine's node, which may still be starting."""
-    from elastic.cluster.gcs import ClusterUnreachable, address_of_this_machine, ids_of_this_machine, own_node
+    from elastic.cluster.gcs import ClusterUnreachable, own_node
+    from elastic.compat.ray import address_seen_from, node_ids_here
 
     deadline = time.monotonic() + NODE_TIMEOUT_S
-    address = address_of_this_machine(nodes.address)
+    address = address_seen_from(nodes.address)
     why = f"no living node of the cluster at {nodes.address} is on this machine ({address})"
     while time.monotonic() < deadline:
         try:
-            node = own_node(nodes.alive(), ids_of_this_machine(), address)
+            node = own_node(nodes.alive(), node_ids_here(), address)
         except ClusterUnreachable as error:
             why, node = str(error), None
         if node is not None:

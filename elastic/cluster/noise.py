@@ -1,7 +1,4 @@
-"""What Ray itself writes to a driver's console, without what the run's own lines say already, or nobody can use.
-
-Touches private names of Ray, as `raytrain` does; `tests/test_ray_contract.py` has a test for each.
-"""
+"""What Ray itself writes to a driver's console, without what the run's own lines say already, or nobody can use."""
 
 from __future__ import annotations
 
@@ -11,10 +8,8 @@ import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
-from ray._private import worker as ray_worker
-from ray._private.authentication import authentication_token_setup as token_setup
+from elastic.compat.ray import TOKEN_LOGGER, worker_lines_chosen
 
 #: A line of Ray's own C++ parts: debug, information, warning, error; not those with which a process ends (C).
 _CPP = re.compile(r"\[\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d+ [DIWE] \d+ \d+\] ")
@@ -29,7 +24,7 @@ def _no_hint(record: logging.LogRecord) -> bool:
 
 def hide_token_hint() -> None:
     """Do without Ray's hint that a cluster asks for a token. That one asks for none is worth a warning, and stays."""
-    logging.getLogger(token_setup.__name__).addFilter(_no_hint)
+    logging.getLogger(TOKEN_LOGGER).addFilter(_no_hint)
 
 
 def worth_showing(source: str, lines: Sequence[str]) -> list[str]:
@@ -55,25 +50,19 @@ def _first_sentence(message: str) -> str:
 def hidden() -> Iterator[None]:
     """Inside, a connected driver shows of Ray's own lines what matters, and all that workers print; without colours
     where nobody looks. With RAY_SCHEDULER_EVENTS in the environment, also what the autoscaler says."""
-    show = ray_worker.print_worker_logs
 
-    def filtered(data: dict[str, Any], *arguments: Any, **more: Any) -> None:
-        source = str(data.get("pid"))
+    def choose(source: str, lines: Sequence[str]) -> Sequence[str]:
         if source == "autoscaler" and "RAY_SCHEDULER_EVENTS" in os.environ:
-            lines = data.get("lines", [])
-        else:
-            lines = worth_showing(source, data.get("lines", []))
-        if lines:
-            show({**data, "lines": lines}, *arguments, **more)
+            return lines
+        return worth_showing(source, lines)
 
     hide_token_hint()
     coloured = os.environ.get("RAY_COLOR_PREFIX")
     if coloured is None and not sys.stdout.isatty():
         os.environ["RAY_COLOR_PREFIX"] = "0"
-    ray_worker.print_worker_logs = filtered
     try:
-        yield
+        with worker_lines_chosen(choose):
+            yield
     finally:
-        ray_worker.print_worker_logs = show
         if coloured is None:
             os.environ.pop("RAY_COLOR_PREFIX", None)

@@ -1,10 +1,8 @@
-"""The only module that touches Ray Train's private parts: small subclasses that change one thing, survivors stay.
+"""Ray Train with one thing changed, in small subclasses: survivors stay.
 
 Ray Train answers a death or a resize by killing all workers. Here the worker group keeps those that live: it drops
 the dead, and for every missing worker has one placement group outstanding, which also drives Ray's autoscaler. When
 one is ready, its actor is made and warms up while the others train.
-
-Pinned to ray 2.60; `tests/test_ray_contract.py` has one test for each private name used here.
 """
 
 from __future__ import annotations
@@ -15,7 +13,6 @@ import itertools
 import logging
 import math
 import os
-import re
 import threading
 import time
 from collections.abc import Callable
@@ -23,19 +20,8 @@ from enum import Enum
 from typing import Any
 
 import ray
-from ray._private.state import state as ray_state
 from ray.train import BackendConfig
 from ray.train.backend import Backend
-from ray.train.v2._internal.execution.context import DistributedContext
-from ray.train.v2._internal.execution.controller import TrainController
-from ray.train.v2._internal.execution.failure_handling import FailureDecision, FailurePolicy
-from ray.train.v2._internal.execution.scaling_policy import NoopDecision, ResizeDecision, ScalingPolicy
-from ray.train.v2._internal.execution.worker_group import WorkerGroup
-from ray.train.v2._internal.execution.worker_group.poll import WorkerGroupPollStatus, WorkerStatus
-from ray.train.v2._internal.util import ObjectRefWrapper
-from ray.train.v2.api.config import FailureConfig, RunConfig, ScalingConfig
-from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
-from ray.train.v2.api.exceptions import ControllerError
 from ray.util.placement_group import remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -44,16 +30,29 @@ from elastic.cluster.capacity import excluded_nodes, fits, full_nodes, may_share
 from elastic.cluster.rooms import GroupPlan, Room
 from elastic.cluster.sharing import Patience, Share, Standing, share
 from elastic.cluster.vaults import Vaults
+from elastic.compat.ray import actor_id, draining_nodes, free_resources, how_it_ended, is_ready, process_ended
+from elastic.compat.ray_train import (
+    BaseController,
+    BaseGroup,
+    BaseScalingPolicy,
+    BaseTrainer,
+    ControllerError,
+    FailureConfig,
+    FailureDecision,
+    FailurePolicy,
+    NoopDecision,
+    ResizeDecision,
+    RunConfig,
+    ScalingConfig,
+    WorkerStatus,
+)
 from elastic.membership.driver import DriverLink
 
-TESTED_RAY = "2.60."
 POLL_S = 0.2
 NODES_S = 1.0
 START_TIMEOUT_S = 180.0
 REQUEST_TIMEOUT_S = 2.0
 MAX_RESTARTS = 3
-_PROCESS_DIED = "its worker process has died"  # Ray's words, where the raylet saw it
-_EXIT_DETAIL = re.compile(r"Worker exit detail: (.*?)(?:\. (?:There are some potential|Some common causes)|\n|$)", re.S)
 _CONTROLLER_ENVIRONMENT = {
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # it answers a drain with a whole-group restart
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": str(POLL_S),
@@ -62,12 +61,6 @@ _CONTROLLER_ENVIRONMENT = {
     "RAY_WARN_BLOCKING_GET_INSIDE_ASYNC": "0",
 }
 _log = logging.getLogger(__name__)
-
-
-def session_folder() -> str:
-    """Ray's folder for this session on this machine; what a killed driver leaves in it goes away with the session."""
-    node: Any = ray._private.worker.global_worker.node
-    return str(node.get_session_dir_path())
 
 
 def placement_group_name(run: str) -> str:
@@ -94,29 +87,18 @@ class _NoBackendConfig(BackendConfig):
         return _NoBackend
 
 
-class StartPolicy(ScalingPolicy):
+class StartPolicy(BaseScalingPolicy):
     """One decision at the start, then none: the group itself keeps asking for what is missing."""
 
     def __init__(self, scaling_config: ScalingConfig, plan: GroupPlan):
         super().__init__(scaling_config)
         self._plan = plan
 
-    def _get_num_workers_for_resource_request(self) -> int:
+    def workers_to_start(self) -> int:
         return self._plan.want(self._plan.max_workers)
 
-    def after_controller_start(self, train_run_context: Any) -> None:
-        """No request to Ray's autoscaling coordinator: placement groups are the only way we ask for nodes."""
-
-    async def before_controller_shutdown(self) -> None:
-        """Nothing was requested."""
-
-    def before_controller_abort(self) -> None:
-        """Nothing was requested."""
-
     def make_decision_for_non_running_worker_group(self) -> Any:
-        return ResizeDecision(
-            num_workers=self._plan.want(self._plan.max_workers), resources_per_worker=dict(self._plan.unit)
-        )
+        return ResizeDecision(num_workers=self.workers_to_start(), resources_per_worker=dict(self._plan.unit))
 
     def make_decision_for_running_worker_group(self, worker_group_state: Any, worker_group_status: Any) -> Any:
         return NoopDecision()
@@ -134,19 +116,6 @@ class FallbackPolicy(FailurePolicy):
             return FailureDecision.RAISE
         self._left -= 1
         return FailureDecision.RETRY if self._left >= 0 else FailureDecision.RAISE
-
-
-def _process_ended(error: Exception) -> bool:
-    """Whether Ray knows that a worker's process ended. On a node that it calls dead, which may only be cut off, the
-    process may go on for as long as its lease."""
-    return isinstance(error, ray.exceptions.ActorDiedError) and _PROCESS_DIED in str(error)
-
-
-def how_it_ended(text: str) -> str:
-    """The sentence in which Ray says how a worker's process ended; its hints at what that may be are for its own
-    readers."""
-    found = _EXIT_DETAIL.search(text)
-    return " ".join(found[1].split()) if found else "ended without a word"
 
 
 class _Stage(Enum):
@@ -182,7 +151,7 @@ class _Unit:
         )
         actor_class = ray.remote(num_cpus=unit.get("CPU", 0), num_gpus=unit.get("GPU", 0))(worker_class)
         self.actor = actor_class.options(scheduling_strategy=strategy).remote()
-        self.id = self.actor._actor_id.hex()[:12]
+        self.id = actor_id(self.actor)[:12]
         self.stage, self.since = _Stage.STARTING, time.monotonic()
         self.pending = self.actor.get_metadata.remote()
 
@@ -193,14 +162,13 @@ class _Unit:
         self.room.give_back(self._bundle, node_lost=node_lost)
 
 
-class Group(WorkerGroup):
+class Group(BaseGroup):
     """A worker group that loses and gains workers without restarting the others."""
 
     _restarts = itertools.count()
 
-    def _start(self) -> None:
-        loop_config: Any = self._train_run_context.train_loop_config
-        self._plan: GroupPlan = loop_config["group"]
+    def start(self) -> None:
+        self._plan: GroupPlan = self.train_loop_config["group"]
         self._link = DriverLink(self._plan.url, self._plan.token)
         self._want = self._plan.want(self._plan.max_workers)
         self._units: list[_Unit] = []
@@ -217,7 +185,6 @@ class Group(WorkerGroup):
         self._patience = Patience(self._plan.terms.request_timeout_s)
         self._had = 0
         self._enough_at = self._had_since = time.monotonic()
-        self._worker_group_state = None
         restart = next(Group._restarts)
         if restart:
             self._tell("/event", {"kind": "fallback_restart", "detail": f"restart {restart} of the whole group"})
@@ -225,12 +192,6 @@ class Group(WorkerGroup):
 
     def has_started(self) -> bool:
         return getattr(self, "_started", False)
-
-    def get_workers(self) -> list[Any]:
-        return []
-
-    def get_worker_group_state(self) -> Any:
-        return None
 
     def __len__(self) -> int:
         return len(self._units)
@@ -247,7 +208,7 @@ class Group(WorkerGroup):
     def abort(self) -> None:
         self.shutdown()
 
-    def poll_status(self, timeout: float | None = None) -> WorkerGroupPollStatus:
+    def poll(self, timeout: float | None) -> list[WorkerStatus]:
         """One turn of the control loop: absorb what died, ask for what is missing, start what is ready."""
         self._watch_nodes()
         self._ask_for_missing()
@@ -255,8 +216,7 @@ class Group(WorkerGroup):
         statuses = [u.status for u in self._units if u.stage in (_Stage.RUNNING, _Stage.OVER)]
         if not any(u.stage is _Stage.OVER for u in self._units) or not statuses:
             statuses.append(WorkerStatus(running=True, error=None, training_report=None))
-        self._latest_poll_status = WorkerGroupPollStatus(dict(enumerate(statuses)), None)
-        return self._latest_poll_status
+        return statuses
 
     # ---- parts of a turn ---------------------------------------------------------------------------------------
 
@@ -321,7 +281,7 @@ class Group(WorkerGroup):
     def _advance(self, unit: _Unit, answer: Any) -> None:
         if unit.stage is _Stage.ASKED:
             if self._may_be_there(unit):
-                unit.create(self._worker_cls, self._plan.unit)
+                unit.create(self.worker_class, self._plan.unit)
             else:  # it is asked for again, elsewhere
                 self._units.remove(unit)
                 unit.drop(node_lost=True)
@@ -345,17 +305,7 @@ class Group(WorkerGroup):
         """Start the training function; nobody waits for it."""
         if self._vaults is not None:
             self._vaults.have(unit.node)
-        unit.actor.init_train_context.remote(
-            train_run_context=self._train_run_context,
-            distributed_context=DistributedContext(
-                world_rank=0, world_size=self._want, local_rank=0, local_world_size=1, node_rank=0
-            ),
-            synchronization_actor=None,
-            storage_context=self._storage_context,
-            worker_callbacks=[],
-            controller_actor=ray.get_runtime_context().current_actor,
-        )
-        return unit.actor.run_train_fn.remote(self._worker_group_context.train_fn_ref)
+        return self.run_training(unit.actor, self._want)
 
     def _on_status(self, unit: _Unit, status: WorkerStatus) -> None:
         if not status.running and status.error is None and status.return_value in ("fenced", "handed over", "unfit"):
@@ -373,9 +323,9 @@ class Group(WorkerGroup):
         """A worker is gone: tell the membership server, give its resources back, and go on."""
         _log.info("worker %s is gone: %s", unit.id, error)
         self._units.remove(unit)
-        unit.drop(node_lost=isinstance(error, ray.exceptions.RayActorError) and not _process_ended(error))
+        unit.drop(node_lost=isinstance(error, ray.exceptions.RayActorError) and not process_ended(error))
         if unit.id:
-            ended = _process_ended(error)
+            ended = process_ended(error)
             self._tell("/lost", {"ids": [unit.id], "ended": ended, "detail": how_it_ended(str(error)) if ended else ""})
 
     def _watch_nodes(self) -> None:
@@ -389,7 +339,7 @@ class Group(WorkerGroup):
                 self._tell("/event", {"kind": "vault_restarted", "detail": {"node": node, "why": why}})
         if self._plan.exclude:
             self._excluded = excluded_nodes(self._plan.exclude, ray.nodes())
-        draining = ray_state.get_draining_nodes() or {}
+        draining = draining_nodes()
         for node, deadline_ms in draining.items():
             sooner = deadline_ms < self._draining.get(node, math.inf)  # a second notice may leave less time
             if sooner and any(u.node == node for u in self._units):
@@ -441,7 +391,7 @@ class Group(WorkerGroup):
         """Whether some node could take a worker now."""
         full = full_nodes([u.node for u in self._units if u.node], self._plan.per_node)
         closed = {*full, *self._draining, *self._excluded}
-        free = ray_state.available_resources_per_node()
+        free = free_resources()
         return any(fits(self._plan.unit, has) for node, has in free.items() if node not in closed)
 
     def _tell(self, path: str, body: dict[str, Any] | None = None) -> dict[str, Any] | None:
@@ -453,7 +403,7 @@ class Group(WorkerGroup):
             return None
 
 
-class Controller(TrainController):
+class Controller(BaseController):
     """Ray Train's controller with our worker group, switches set before it reads them."""
 
     worker_group_cls = Group
@@ -488,8 +438,7 @@ class _Here:
         except asyncio.CancelledError:
             raise RuntimeError("the controller was aborted") from None
         finally:
-            if controller._worker_group is not None:
-                controller._worker_group.abort()
+            controller.abort_group()
             self._loop.close()
 
     def abort(self, timeout_s: float) -> None:
@@ -500,7 +449,7 @@ class _Here:
             self._loop.call_soon_threadsafe(self._task.cancel)
 
 
-class RayTrainer(DataParallelTrainer):
+class RayTrainer(BaseTrainer):
     """Runs a training function on Ray Train's worker actors under our policies.
 
     Args:
@@ -537,33 +486,22 @@ class RayTrainer(DataParallelTrainer):
         self._answered = False
         self._started = threading.Event()
 
-    def _create_default_callbacks(self) -> list[Any]:
-        return []
-
     def run(self) -> None:
         """Run to the end of the group.
 
         Raises:
             ray.train.TrainingFailedError: a worker failed for good.
         """
-        scaling_policy, failure_policy = self._policies
-        result = self._initialize_and_run_controller(
-            train_fn_ref=ObjectRefWrapper(self._get_train_func()),
-            scaling_policy=scaling_policy,
-            failure_policy=failure_policy,
-            train_run_context=self.train_run_context,
-            callbacks=self._create_default_callbacks(),
-            validation_config=None,
-        )
+        result = self._run_controller(self.controller_arguments(*self._policies))
         if result.error:
             raise result.error
 
-    def _initialize_and_run_controller(self, **controller_arguments: Any) -> Any:
+    def _run_controller(self, arguments: dict[str, Any]) -> Any:
         if self._here is not None:
-            return self._here.run(controller_arguments)
+            return self._here.run(arguments)
         node_id = ray.get_runtime_context().get_node_id()
         actor_class = ray.remote(num_cpus=0, label_selector={"ray.io/node-id": node_id})(Controller)
-        self._controller = actor_class.remote(**controller_arguments)
+        self._controller = actor_class.remote(**arguments)
         self._started.set()
         ray.get(self._controller.run.remote())
         return ray.get(self._controller.get_result.remote())
@@ -572,7 +510,7 @@ class RayTrainer(DataParallelTrainer):
         """Whether the controller answers within that time: False where it once did, and stands still now."""
         if self._here is not None or not self._started.is_set():
             return True
-        self._ping = self._ping or self._controller.__ray_ready__.remote()
+        self._ping = self._ping or is_ready(self._controller)
         ready, _ = ray.wait([self._ping], timeout=timeout_s)
         if ready:  # or it is dead, which `run` sees
             self._ping, self._answered = None, True

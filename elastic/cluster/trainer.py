@@ -321,14 +321,10 @@ class _Drive:
         from elastic.cluster.actors import training_function
         from elastic.cluster.board import leave_board
         from elastic.cluster.capacity import worker_resources
-        from elastic.cluster.raytrain import (
-            RayTrainer,
-            placement_group_name,
-            remove_placement_groups,
-            session_folder,
-        )
+        from elastic.cluster.raytrain import RayTrainer, placement_group_name, remove_placement_groups
         from elastic.cluster.rooms import GroupPlan
         from elastic.cluster.sharing import Terms
+        from elastic.compat.ray import session_folder
         from elastic.worker.run import WorkerRun
 
         run = self._run
@@ -457,7 +453,7 @@ class _Drive:
         import ray
 
         from elastic.cluster.autoscaler import failures
-        from elastic.cluster.raytrain import session_folder
+        from elastic.compat.ray import session_folder
 
         try:
             found = failures(ray.get_runtime_context().gcs_address, session_folder())

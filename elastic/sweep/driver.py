@@ -113,7 +113,7 @@ class _Sweeping:
 
     def run(self) -> SweepResult:
         """Turn until all trials have ended."""
-        from elastic.cluster.raytrain import session_folder
+        from elastic.compat.ray import session_folder
         from elastic.sweep.raytune import Tuning
 
         limit = self._sweep.max_concurrent

@@ -1,9 +1,7 @@
-"""The only module that touches Ray Tune: its controller, with our searcher, our scheduler and our trial actors.
+"""Ray Tune's controller with our searcher, our scheduler and our trial actors.
 
 Tune starts trials, waits for their reports, makes a trial anew whose process died, and pauses it. What a trial is to do
 is decided by `judge.Judge`, in which nothing depends on the order in which reports come.
-
-Pinned to ray 2.60; `tests/test_ray_contract.py` has a test for the private names used here.
 """
 
 from __future__ import annotations
@@ -16,14 +14,21 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import ray
-from ray.air.execution import FixedResourceManager
 from ray.tune import PlacementGroupFactory, Trainable
-from ray.tune.execution.tune_controller import TuneController
 from ray.tune.experiment import Experiment, Trial
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import SearchGenerator
 from ray.tune.search.searcher import Searcher
 
+from elastic.compat.ray import HEAD_RESOURCE
+from elastic.compat.ray_tune import (
+    FixedResourceManager,
+    TuneController,
+    controller_of,
+    make_actors_with,
+    print_no_errors,
+    step_again,
+)
 from elastic.observe.ledger import read_records
 from elastic.run.host import import_store
 from elastic.storage import Storage
@@ -32,8 +37,8 @@ from elastic.sweep.judge import Judge
 from elastic.sweep.trial import TrialPlan, TrialRun
 from elastic.tools.sweeps import TRIALS
 
-HEAD = "node:__internal_head__"  # a resource of the node whose loss ends everything anyway
-SLOT = 0.001  # of it: trials at a time are limited by their number, not by what their actors need
+#: What an actor takes of the head, whose loss ends everything anyway: trials at a time are limited by their number.
+SLOT = 0.001
 MAX_FAILURES = 20
 TOLD = "told"
 _NEVER = 10**9
@@ -50,7 +55,7 @@ class TrialActor(Trainable):
 
     @classmethod
     def default_resource_request(cls, config: dict[str, Any]) -> PlacementGroupFactory:
-        return PlacementGroupFactory([{HEAD: SLOT}])
+        return PlacementGroupFactory([{HEAD_RESOURCE: SLOT}])
 
     def setup(self, config: dict[str, Any]) -> None:
         threading.Thread(target=import_store, name="import-torch", daemon=True).start()
@@ -167,7 +172,7 @@ class Gates(FIFOScheduler):
                 self._tell(trial, "obey", verdict)  # and Tune goes on with it by itself
             elif self._judge.release(number):
                 self._tell(trial, "obey", verdict)
-                _controller(tune_controller)._schedule_trial_train(trial)
+                step_again(controller_of(tune_controller), trial)
 
     def _tell(self, trial: Trial, what: str, *arguments: Any) -> None:
         """To a process that may have died; then it is made anew, and reads what was decided."""
@@ -187,12 +192,7 @@ class Gates(FIFOScheduler):
             if trial.status == Trial.RUNNING:
                 self._tell(trial, what, *arguments)
                 if self._judge.release(number):
-                    controller._schedule_trial_train(trial)
-
-
-def _controller(wrapper: Any) -> TuneController:
-    """Tune hands schedulers a wrapper that warns of what goes beyond its own schedulers."""
-    return getattr(wrapper, "_tune_controller", wrapper)
+                    step_again(controller, trial)
 
 
 class Tuning:
@@ -225,11 +225,11 @@ class Tuning:
             storage=experiment.storage,
             callbacks=[],
             reuse_actors=True,
-            resource_manager_factory=lambda: FixedResourceManager({HEAD: SLOT * (places + 0.5)}),
+            resource_manager_factory=lambda: FixedResourceManager({HEAD_RESOURCE: SLOT * (places + 0.5)}),
             checkpoint_period=_NEVER,
         )
-        self._controller._class_cache = LeanClasses()  # type: ignore[assignment]
-        self._controller._print_trial_errors = False
+        make_actors_with(self._controller, LeanClasses())
+        print_no_errors(self._controller)
         search.add_configurations([experiment])
 
     @property

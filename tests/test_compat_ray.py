@@ -1,4 +1,4 @@
-"""Each private name of Ray that is used (raytrain, gcs, noise, raytune), so that a new Ray fails here first."""
+"""What `elastic.compat` relies on in Ray, name by name, so that a new Ray fails here first, without a cluster."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import inspect
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import ray
-from ray._common.utils import get_ray_address_file
 from ray._private import services
 from ray._private import worker as ray_worker
 from ray._private.authentication import authentication_token_setup as token_setup
@@ -20,6 +20,7 @@ from ray._private.worker import Worker
 from ray._raylet import InnerGcsClient
 from ray.autoscaler.v2.schema import ClusterStatus, LaunchRequest
 from ray.autoscaler.v2.sdk import get_cluster_status
+from ray.cluster_utils import Cluster
 from ray.core.generated.autoscaler_pb2 import DrainNodeReason
 from ray.core.generated.gcs_pb2 import GcsNodeInfo
 from ray.experimental import internal_kv
@@ -33,8 +34,8 @@ from ray.train.v2._internal.execution.worker_group.worker import ActorMetadata, 
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 from ray.tune.execution.tune_controller import TrialRunnerWrapper, TuneController
 
-from elastic.cluster import gcs, raytrain
-from elastic.sweep import raytune
+from elastic.compat import ray as compat
+from elastic.compat import ray_tune
 
 
 def parameters(function: object) -> list[str]:
@@ -42,7 +43,7 @@ def parameters(function: object) -> list[str]:
 
 
 def test_this_is_the_ray_that_was_tested() -> None:
-    assert ray.__version__.startswith(raytrain.TESTED_RAY)
+    assert ray.__version__.startswith(compat.TESTED)
 
 
 def test_the_controller_is_up_without_what_only_workers_need() -> None:
@@ -81,6 +82,10 @@ def test_the_controller_has_the_methods_that_we_call(name: str) -> None:
 
 def test_the_worker_group_has_the_methods_that_we_replace() -> None:
     assert parameters(WorkerGroup.__init__)[1:] == ["train_run_context", "worker_group_context", "callbacks"]
+    kept = inspect.getsource(WorkerGroup.__init__)
+    for name in ("_train_run_context", "_storage_context", "_worker_group_context", "_latest_poll_status"):
+        assert f"self.{name}" in kept
+    assert "return self._latest_poll_status" in inspect.getsource(WorkerGroup.get_latest_poll_status)
     assert parameters(WorkerGroup.poll_status) == ["self", "timeout"]
     for name in ("_start", "has_started", "get_workers", "get_worker_group_state", "shutdown", "abort"):
         assert parameters(getattr(WorkerGroup, name)) == ["self"]
@@ -118,7 +123,7 @@ def test_a_worker_actor_takes_what_we_give_it() -> None:
 
 def test_ray_tells_a_process_that_died_from_a_node_that_it_calls_dead() -> None:
     texts = Path(services.GCS_SERVER_EXECUTABLE).read_bytes()
-    assert f"The actor is dead because {raytrain._PROCESS_DIED}".encode() in texts
+    assert f"The actor is dead because {compat.PROCESS_DIED}".encode() in texts
     assert b"The actor died because its node has died" in texts
 
 
@@ -128,12 +133,13 @@ def test_ray_tells_how_a_process_ended() -> None:
             "The actor is dead because its worker process has died. Worker exit type: SYSTEM_ERROR Worker exit detail: "
             f"Worker unexpectedly exits with a connection error code 2. End of file. {hints}"
         )
-        assert raytrain.how_it_ended(text) == "Worker unexpectedly exits with a connection error code 2. End of file"
-    assert raytrain.how_it_ended("The actor died.") == "ended without a word"
+        assert compat.how_it_ended(text) == "Worker unexpectedly exits with a connection error code 2. End of file"
+    assert compat.how_it_ended("The actor died.") == "ended without a word"
 
 
-def test_ray_tells_which_nodes_go_away() -> None:
-    assert callable(ray_state.get_draining_nodes)
+def test_ray_tells_which_nodes_go_away_and_what_is_free_on_each() -> None:
+    assert parameters(ray_state.get_draining_nodes) == []
+    assert parameters(ray_state.available_resources_per_node) == []
 
 
 def test_ray_tells_its_session_folder() -> None:
@@ -141,25 +147,51 @@ def test_ray_tells_its_session_folder() -> None:
     assert "self.node" in inspect.getsource(Worker.__init__)
 
 
+def test_an_actors_handle_has_its_id() -> None:
+    assert isinstance(inspect.getattr_static(ray.actor.ActorHandle, "_actor_id"), property)
+    assert "__ray_ready__" in inspect.getsource(ray.actor)
+
+
 def test_nodes_can_be_listed_and_drained_without_a_driver() -> None:
+    asked: list[tuple[object, ...]] = []
+
+    class Client:
+        """Takes what GcsClient hands on to InnerGcsClient."""
+
+        def get_all_node_info(self, timeout: float, state_filter: int) -> dict[bytes, GcsNodeInfo]:
+            assert state_filter == GcsNodeInfo.GcsNodeState.Value("ALIVE")
+            return {ray.NodeID(b"n" * 28): GcsNodeInfo(node_manager_address="10.0.0.7")}  # type: ignore[dict-item]
+
+        def drain_node(self, *arguments: object, timeout: float) -> tuple[bool, str]:
+            asked.append(arguments)
+            return True, ""
+
+    assert compat.living_nodes(Client(), 1.0) == {(b"n" * 28).hex(): "10.0.0.7"}
+    assert compat.drain_node(Client(), "6e", "spot", 17, 1.0) == (True, "")
+    assert asked == [("6e", DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION"), "spot", 17)]
     for name in ("get_all_node_info", "drain_node"):
-        assert callable(getattr(InnerGcsClient, name))  # GcsClient hands on to it
-    assert DrainNodeReason.Name(gcs._PREEMPTION) == "DRAIN_NODE_REASON_PREEMPTION"
-    assert {"ALIVE", "DEAD"} <= set(GcsNodeInfo.GcsNodeState.keys())
-    assert "node_manager_address" in GcsNodeInfo.DESCRIPTOR.fields_by_name
+        assert callable(getattr(InnerGcsClient, name))
+
+
+def test_this_machines_nodes_clusters_and_address_are_found() -> None:
     assert parameters(services.node_ip_address_from_perspective) == ["address"]
-    assert callable(services.find_node_ids)
+    assert isinstance(compat.node_ids_here(), set)
+    assert isinstance(compat.cluster_addresses_here(), set)
+    assert compat.address_file().name == "ray_current_cluster"
 
 
 def test_the_head_keeps_values_by_key() -> None:
-    for name in ("_internal_kv_put", "_internal_kv_get", "_internal_kv_list", "_internal_kv_del"):
-        assert "namespace" in parameters(getattr(internal_kv, name))
-    assert callable(ray_state.available_resources_per_node)
+    assert parameters(internal_kv._internal_kv_put) == ["key", "value", "overwrite", "namespace"]
+    for name, first in (("get", "key"), ("list", "prefix"), ("del", "key")):
+        wanted = parameters(getattr(internal_kv, f"_internal_kv_{name}"))
+        assert wanted[0] == first
+        assert "namespace" in wanted
 
 
-def test_clusters_of_this_machine_are_found_by_what_ray_start_left_and_by_their_processes() -> None:
-    assert callable(services.find_gcs_addresses)
-    assert Path(get_ray_address_file(None)).name == "ray_current_cluster"
+def test_several_nodes_can_be_started_on_this_machine() -> None:
+    assert {"initialize_head", "head_node_args"} <= set(parameters(Cluster.__init__))
+    assert {"wait"} <= set(parameters(Cluster.add_node))
+    assert all(callable(getattr(Cluster, name)) for name in ("wait_for_nodes", "shutdown"))
 
 
 def test_what_an_autoscaler_can_start_and_could_not_start_is_asked_for() -> None:
@@ -169,17 +201,19 @@ def test_what_an_autoscaler_can_start_and_could_not_start_is_asked_for() -> None
     assert {"ray_node_type_name", "details"} <= {f.name for f in dataclasses.fields(LaunchRequest)}
 
 
-def test_a_driver_shows_lines_through_one_function_and_tokens_are_looked_for_by_two() -> None:
+def test_a_driver_shows_lines_of_other_processes_through_one_function() -> None:
     assert parameters(ray_worker.print_worker_logs) == ["data", "print_file", "ignore_prefix"]
     for prints in (ray_worker.print_to_stdstream, Worker.print_logs, ray_worker.listen_error_messages):
         source = inspect.getsource(prints)
         assert "print_worker_logs(" in source or "print_to_stdstream(" in source or "dispatcher.emit(" in source
+    with compat.worker_lines_chosen(lambda source, lines: []):
+        assert ray_worker.print_worker_logs({"pid": 7, "lines": ["hello"]}, None) is None
+
+
+def test_tokens_are_looked_for_by_two_functions_that_say_so_to_one_logger() -> None:
     assert "warn_if_disabled" in parameters(token_setup.maybe_enable_token_auth_if_token_available)
     assert "create_token_if_missing" in parameters(token_setup.ensure_token_if_auth_enabled)
-
-
-def test_every_actor_answers_when_it_is_asked_whether_it_is_ready() -> None:
-    assert "__ray_ready__" in inspect.getsource(ray.actor)
+    assert token_setup.logger.name == compat.TOKEN_LOGGER
 
 
 def test_policies_have_the_methods_that_we_define() -> None:
@@ -191,13 +225,18 @@ def test_policies_have_the_methods_that_we_define() -> None:
     assert FailurePolicy.__abstractmethods__ == {"make_decision"}
     assert parameters(ResizeDecision) == ["num_workers", "resources_per_worker"]
     assert parameters(NoopDecision) == []
+    for name in ("after_controller_start", "before_controller_shutdown", "before_controller_abort"):
+        assert callable(getattr(ScalingPolicy, name)), "asks Ray's coordinator for nodes, which we do by other means"
     assert {"RETRY", "RAISE"} <= set(FailureDecision.__members__)
 
 
-def test_the_trainer_has_the_hooks_that_we_override() -> None:
-    for name in ("_initialize_and_run_controller", "_create_default_callbacks", "_get_train_func"):
-        assert callable(getattr(DataParallelTrainer, name))
+def test_the_trainer_makes_a_controller_of_what_we_make_one_of() -> None:
     assert "train_run_context" in inspect.getsource(DataParallelTrainer.__init__)
+    fit = inspect.getsource(DataParallelTrainer.fit)
+    for name in ("train_fn_ref", "scaling_policy", "failure_policy", "train_run_context", "callbacks"):
+        assert f"{name}=" in fit
+    assert callable(DataParallelTrainer._get_train_func)
+    assert "ObjectRefWrapper(" in inspect.getsource(DataParallelTrainer)
 
 
 def test_tunes_controller_has_what_sweeps_use_of_it() -> None:
@@ -217,17 +256,14 @@ def test_tunes_controller_has_what_sweeps_use_of_it() -> None:
     assert parameters(TuneController.pause_trial) == ["self", "trial", "should_checkpoint"]
     assert "return self._trials" in inspect.getsource(TuneController.get_trials)
     assert "self._tune_controller = tune_controller" in inspect.getsource(TrialRunnerWrapper)
+    controller: Any = object()
+    assert ray_tune.controller_of(controller) is controller
+    assert ray_tune.controller_of(TrialRunnerWrapper(controller, "", set())) is controller
 
 
 def test_a_trial_that_is_neither_continued_nor_stopped_keeps_its_actor() -> None:
     execute = inspect.getsource(TuneController._execute_action)
     assert "elif decision == TrialScheduler.NOOP:\n            pass" in execute
-
-
-def test_the_head_has_a_resource_that_no_other_node_has() -> None:
-    from ray._private.resource_and_label_spec import HEAD_NODE_RESOURCE_NAME
-
-    assert raytune.HEAD == HEAD_NODE_RESOURCE_NAME
 
 
 def test_a_controller_keeps_its_worker_group_where_one_in_this_process_finds_it() -> None:
