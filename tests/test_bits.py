@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from elastic.checkpoint.tensors import tensor_bytes
+from elastic.membership.protocol import Wish
 from elastic.observe.ledger import gaps_and_doubles
 from elastic.parallel.deferred import build
 from elastic.run.prepare import prepare
@@ -194,7 +195,7 @@ def test_a_wish_to_save_is_granted_once(tmp_path):
     watch = Watch()
     with local_run(run, 1, on_record=watch) as local:
         watch.wait_for_step(3)
-        local.link.request("/wish", {"wish": "save"})
+        local.link.request(Wish("save"))
         gate.unlink()
         local.wait(WAIT_S)
 

@@ -13,6 +13,7 @@ from elastic.checkpoint.format import MANIFEST, attempt_folder
 from elastic.checkpoint.reader import Committed, marked, newest_first, problem_of
 from elastic.checkpoint.retention import Policy, Retention
 from elastic.checkpoint.state import load_state, save_state
+from elastic.membership.protocol import Commit, RestorePoint
 from elastic.membership.world import Generation
 from elastic.run.prepare import prepare
 from elastic.storage import Storage
@@ -106,16 +107,14 @@ def test_the_keeper_goes_back_to_what_can_be_loaded_at_once_and_prunes_by_that(s
     office.take("a", share(storage, 3))
     save_state(storage.url, 9, {"t0": torch.ones(5)}, attempt="1-1-9")
     after = Office(storage, last=1)
-    assert after.checkpoints.restore["step"] == 9
+    assert after.checkpoints.restore.step == 9
     bad = Committed(9, "1-1-9")
 
     after.checkpoints.distrust(bad)
-    assert after.checkpoints.restore == {"rung": "fresh"}, "before storage was asked"
+    assert after.checkpoints.restore == RestorePoint(), "before storage was asked"
     after.checkpoints.unloadable(bad, "rank-0000.pack is missing", damaged=True, found_by="w1-0", generation="1-1")
-    assert after.checkpoints.restore == {"rung": "checkpoint", "step": 3, "attempt": "1-1-3"}
-    assert after.told == [
-        {"kind": "commit", "step": 9, "attempt": "1-1-9", "error": "rank-0000.pack is missing", "anew": True}
-    ]
+    assert after.checkpoints.restore == RestorePoint(3, "1-1-3")
+    assert after.told == [Commit(9, "1-1-9", "rank-0000.pack is missing", anew=True)]
     assert after.noted == [
         (
             "checkpoint_damaged",
@@ -158,12 +157,12 @@ def test_nothing_refers_to_a_damaged_checkpoint(storage):
     office.take("a", message)
     office.checkpoints.unloadable(Committed(3, "1-1-3"), "damage", damaged=True, found_by="a check")
     frozen = share(storage, 6)
-    for entry in frozen["index"].values():
+    for entry in frozen.index.values():
         for chunk in entry["chunks"]:
             chunk["pack"] = f"step-00000003/1-1-3/{PACK}"
     office.checkpoints.take_share("a", Generation(1, 1), frozen, {"a": 0})
-    assert "found damaged" in office.told[-1]["error"]
-    assert office.told[-1]["anew"] is True
+    assert "found damaged" in office.told[-1].error
+    assert office.told[-1].anew is True
 
 
 # ---- runs ----------------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from elastic.compat.torch import all_gather_flat
 from elastic.errors import WorldBroken
-from elastic.membership.client import Assignment
+from elastic.membership.protocol import Assignment, RestorePoint
 from elastic.membership.world import Generation
 from elastic.worker.group import Group
 from tests.forked import fork, wait_until
@@ -44,7 +44,7 @@ def repeat(operation: Callable[..., object], *tensors: torch.Tensor) -> NoReturn
 
 
 def group(port: int, size: int = 1, rank: int = 0) -> Group:
-    return Group(Assignment(Generation(1, 1), rank, size, ("127.0.0.1", port), {}, 0), torch.device("cpu"))
+    return Group(Assignment(Generation(1, 1), rank, size, ("127.0.0.1", port), RestorePoint(), 0), torch.device("cpu"))
 
 
 def take_part(port: int, operation: str) -> NoReturn:

@@ -11,6 +11,7 @@ import pytest
 
 from elastic import cli
 from elastic.errors import ConfigError
+from elastic.membership.protocol import Allow
 from elastic.run.prepare import PreparedRun, prepare
 from elastic.worker.local import LocalRun
 from tests.forked import WAIT_S, Ran, Watch, configure, local_run
@@ -47,7 +48,7 @@ def evaluated(step: int) -> Callable[[dict[str, Any]], bool]:
 
 
 def allow(local: LocalRun, step: int) -> None:
-    local.link.request("/allow", {"step": step})
+    local.link.request(Allow(step))
 
 
 def test_a_run_that_holds_is_saved_loses_a_worker_and_goes_on_to_the_same_bits(tmp_path, undisturbed):

@@ -4,16 +4,26 @@ with that."""
 from __future__ import annotations
 
 import asyncio
-import json
+from dataclasses import replace
 from typing import Any
 
 import aiohttp
 import pytest
 
 from elastic.child import raise_descriptor_limit
-from elastic.membership.protocol import MAX_MESSAGE_BYTES
+from elastic.membership.protocol import (
+    MAX_MESSAGE_BYTES,
+    Acknowledge,
+    Assignment,
+    Broken,
+    Join,
+    RestorePoint,
+    dumps,
+    from_host,
+)
 from elastic.membership.server import MembershipServer
 from elastic.membership.state import Limits, State
+from elastic.membership.world import Member
 
 pytestmark = pytest.mark.timeout(240)
 
@@ -32,8 +42,8 @@ class Notes:
     def world_formed(self, world: Any) -> None:
         self.kinds.append(f"world of {world.size}")
 
-    def restore_point(self) -> dict[str, Any]:
-        return {}
+    def restore_point(self) -> RestorePoint:
+        return RestorePoint()
 
     def claim_step(self) -> int:
         return 0
@@ -47,43 +57,26 @@ class Notes:
 
 async def work(url: str, number: int, said: list[str], worlds: asyncio.Queue[int], leave: asyncio.Event) -> None:
     """One worker: joins, and joins again when its world is broken, until it is told to leave or hears of a second."""
-    member = {
-        "id": f"w{number:04}",
-        "node": f"n{number % 64}",
-        "local_index": number,
-        "pid": 0,
-        "host": "",
-        "device": "",
-        "says": "",
-    }
-    join: dict[str, Any] = {
-        "kind": "join",
-        "member": member,
-        "applied": -1,
-        "failure": None,
-        "why": "",
-        "broke": "",
-        "warm_s": 0.0,
-        "warm_parts": {},
-    }
+    member = Member(f"w{number:04}", f"n{number % 64}", number)
+    join = Join(member, -1, None, "", "", 0.0, {})
     headers = {"Authorization": "Bearer token"}
     async with (
         aiohttp.ClientSession(headers=headers, connector=aiohttp.TCPConnector(limit=0)) as session,
-        session.ws_connect(f"{url}/worker?id={member['id']}", max_msg_size=MAX_MESSAGE_BYTES) as socket,
+        session.ws_connect(f"{url}/worker?id={member.id}", max_msg_size=MAX_MESSAGE_BYTES) as socket,
     ):
-        await socket.send_str(json.dumps(join))
-        join["applied"] = 5
+        await socket.send_str(dumps(join))
+        join = replace(join, applied=5)
         while not leave.is_set():
             try:
-                message = json.loads((await socket.receive(0.2)).data)
+                message = from_host((await socket.receive(0.2)).data)
             except TimeoutError:
                 continue
-            said.append(message["kind"])
-            if message["kind"] == "world":
-                worlds.put_nowait(message["size"])
-            elif message["kind"] == "broken":
-                await socket.send_str(json.dumps({"kind": "ack", "generation": message["generation"]}))
-                await socket.send_str(json.dumps(join))
+            said.append(message.kind)
+            if isinstance(message, Assignment):
+                worlds.put_nowait(message.size)
+            elif isinstance(message, Broken):
+                await socket.send_str(dumps(Acknowledge(message.generation)))
+                await socket.send_str(dumps(join))
 
 
 async def lose_one(url: str) -> tuple[list[int], list[str]]:

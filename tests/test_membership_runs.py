@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from elastic.errors import RunFailed
+from elastic.membership.protocol import Scale, Wish, Yield
 from elastic.observe.ledger import gaps_and_doubles
 from elastic.run.prepare import PreparedRun, prepare
 from elastic.worker.local import LocalRun
@@ -119,7 +120,7 @@ def test_who_waits_with_an_old_state_does_not_take_the_run_back_behind_its_newes
     run, watch = prepared(tmp_path, most=2, scaling__spares=1, checkpoint__every="4st"), Watch()
     with local_run(run, 2, on_record=watch, environment=plan(*faults)) as local:
         watch.wait_for_step(5)
-        local.link.request("/scale", {"max_workers": 1, "by": "a test"})
+        local.link.request(Scale(1, "a test"))
         first.unlink()
         (left,) = watch.wait_for(event("world_formed", generation="1-2"))["detail"]["pids"]
         watch.wait_for(event("checkpoint_committed", step=8))
@@ -139,10 +140,10 @@ def test_a_parked_run_that_gives_up_its_workers_saves_first_and_goes_on_with_oth
     run, watch = prepared(tmp_path, most=2, least=2, recovery__lease="2s"), Watch()
     with local_run(run, 2, on_record=watch, environment=plan(fault("step.forward", 6, 1))) as local:
         watch.wait_for(event("parked"))
-        local.link.request("/yield", {"max_workers": 0, "to": ["an older one"]})
+        local.link.request(Yield(0, ["an older one"]))
         codes = [p.wait(WAIT_S) for p in local.processes]
         assert local.link.request("/group")["holds_state"] is False
-        local.link.request("/yield", {"max_workers": None, "to": []})
+        local.link.request(Yield(None, []))
         for _ in range(2):
             local.add_worker(environment={})
         local.wait(WAIT_S)
@@ -349,7 +350,7 @@ def test_a_wish_to_save_is_not_granted_again_by_every_later_world(undisturbed, t
     ]
     with local_run(run, 2, on_record=watch, environment=plan(*faults)) as local:
         watch.wait_for_step(3)
-        local.link.request("/wish", {"wish": "save"})
+        local.link.request(Wish("save"))
         held.unlink()
         watch.wait_for(lambda r: r.get("kind") == "checkpoint_committed")
         saving.unlink()

@@ -5,7 +5,9 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from elastic.membership.outbox import Outbox, row_key
+from elastic.membership.outbox import Outbox, Said, row_key
+from elastic.membership.protocol import Done, Rows, Share
+from elastic.membership.world import Generation
 from elastic.run.record import Record, Spans
 
 
@@ -17,15 +19,19 @@ def evaluation(step: int, generation: str = "1-1") -> dict:
     return {"step": step, "generation": generation, "time": float(step), "eval/loss": 1.0}
 
 
-def taken(outbox: Outbox) -> list[dict]:
+WORLD = Generation(1, 1)
+SHARE = Share(4, "1-1-a", 1, {}, None, None, False, {})
+
+
+def taken(outbox: Outbox) -> list[Said]:
     messages = []
-    while (message := outbox.take()) is not None:
-        messages.append(message)
+    while (said := outbox.take()) is not None:
+        messages.append(said)
     return messages
 
 
-def rows_in(messages: list[dict]) -> list[tuple]:
-    return [row_key(row) for m in messages if m["kind"] == "rows" for row in m["rows"]]
+def kinds(messages: list[Said]) -> list[type]:
+    return [type(message) for message, _ in messages]
 
 
 @given(st.lists(st.integers(0, 60)))
@@ -43,11 +49,11 @@ def test_every_row_reaches_the_ledger_once(happens: list[str]) -> None:
     ledger: list[dict] = []
     received: list[dict] = []
     to_confirm: list[tuple] = []
-    outbox.report("1-1")
+    outbox.report(WORLD)
 
     def send() -> None:
-        for message in taken(outbox):
-            for r in message["rows"]:
+        for message, _ in taken(outbox):
+            for r in message.rows:
                 to_confirm.append(row_key(r))
                 if record.take_row(r):
                     received.append(r)
@@ -59,9 +65,9 @@ def test_every_row_reaches_the_ledger_once(happens: list[str]) -> None:
     for what in [*happens, "crash", "send", "flush"]:
         if what == "step":
             step += 1
-            outbox.record(row(step), "1-1", report=True)
+            outbox.record(row(step), WORLD, report=True)
         elif what == "evaluate" and step:
-            outbox.record(evaluation(step), "1-1", report=True)
+            outbox.record(evaluation(step), WORLD, report=True)
         elif what == "send":
             send()
         elif what == "flush":
@@ -75,7 +81,7 @@ def test_every_row_reaches_the_ledger_once(happens: list[str]) -> None:
             to_confirm.clear()
             record = Record(1)
             record.replay([r for r in ledger if "sample_hash" in r or "eval/loss" in r], [])
-            outbox.say_again("1-1")
+            outbox.say_again(WORLD)
 
     keys = [row_key(r) for r in ledger]
     assert len(keys) == len(set(keys))
@@ -85,52 +91,52 @@ def test_every_row_reaches_the_ledger_once(happens: list[str]) -> None:
 def test_who_does_not_report_keeps_rows_in_case_it_must() -> None:
     outbox = Outbox()
     for step in (1, 2, 3):
-        outbox.record(row(step), "1-1", report=False)
+        outbox.record(row(step), WORLD, report=False)
     assert taken(outbox) == []
     outbox.recorded([("1-1", 1, False)])
     outbox.left_world()
 
-    outbox.report("1-2")
+    outbox.report(Generation(1, 2))
 
-    (message,) = taken(outbox)
-    assert message["generation"] == "1-2"
-    assert rows_in([message]) == [("1-1", 2, False), ("1-1", 3, False)]
+    ((message, generation),) = taken(outbox)
+    assert generation == Generation(1, 2)
+    assert [row_key(row) for row in message.rows] == [("1-1", 2, False), ("1-1", 3, False)]
 
 
 def test_a_row_that_was_recorded_before_this_worker_had_it_is_not_kept() -> None:
     outbox = Outbox()
     outbox.recorded([("1-1", 1, False)])
-    outbox.record(row(1), "1-1", report=False)
-    outbox.report("1-1")
+    outbox.record(row(1), WORLD, report=False)
+    outbox.report(WORLD)
 
     assert taken(outbox) == []
 
 
 def test_a_share_of_a_checkpoint_is_said_again_after_the_rows_until_it_is_decided_on() -> None:
     outbox = Outbox()
-    outbox.report("1-1")
-    outbox.record(row(4), "1-1", report=True)
-    outbox.put({"kind": "pack", "step": 4, "attempt": "1-1-a", "generation": "1-1"})
-    assert [m["kind"] for m in taken(outbox)] == ["rows", "pack"]
+    outbox.report(WORLD)
+    outbox.record(row(4), WORLD, report=True)
+    outbox.put(SHARE, WORLD)
+    assert kinds(taken(outbox)) == [Rows, Share]
     assert outbox.waiting
 
-    outbox.say_again("1-1")
-    assert [m["kind"] for m in taken(outbox)] == ["rows", "pack"]
+    outbox.say_again(WORLD)
+    assert kinds(taken(outbox)) == [Rows, Share]
 
     outbox.decided(4, "1-1-a")
-    outbox.say_again("1-1")
-    assert [m["kind"] for m in taken(outbox)] == ["rows"]
+    outbox.say_again(WORLD)
+    assert kinds(taken(outbox)) == [Rows]
     assert not outbox.waiting
 
 
 def test_a_share_of_a_checkpoint_goes_with_its_world_and_an_outcome_stays_until_the_run_is_over() -> None:
     outbox = Outbox()
-    outbox.put({"kind": "pack", "step": 4, "attempt": "1-1-a", "generation": "1-1"})
-    outbox.put({"kind": "done", "generation": "1-1"})
+    outbox.put(SHARE, WORLD)
+    outbox.put(Done(0, "finished", "", {}), WORLD)
     taken(outbox)
     outbox.left_world()
-    outbox.say_again("1-1")
-    assert [m["kind"] for m in taken(outbox)] == ["done"]
+    outbox.say_again(WORLD)
+    assert kinds(taken(outbox)) == [Done]
 
     outbox.over()
     assert not outbox.waiting

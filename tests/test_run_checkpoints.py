@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from elastic.checkpoint.reader import newest_first
 from elastic.checkpoint.retention import Policy
 from elastic.checkpoint.saver import Saver
 from elastic.checkpoint.tensors import Shard
+from elastic.membership.protocol import Commit, HostMessage, RestorePoint, Share, Wished
 from elastic.membership.world import Generation
 from elastic.run.checkpoints import Checkpoints, Keeping
 from elastic.run.record import Record
@@ -27,7 +29,7 @@ class Office:
 
     def __init__(self, storage: Storage, *, every_s: float | None = None, **policy: Any):
         self.noted: list[tuple[str, dict[str, Any]]] = []
-        self.told: list[dict[str, Any]] = []
+        self.told: list[HostMessage] = []
         self.owned, self.flushed = True, 0
         self.record = Record(1)
         keeping = Keeping(
@@ -46,7 +48,7 @@ class Office:
     def kinds(self) -> list[str]:
         return [kind for kind, _ in self.noted]
 
-    def take(self, member: str, message: dict[str, Any]) -> None:
+    def take(self, member: str, message: Share) -> None:
         self.checkpoints.take_share(member, Generation(1, 1), message, RANKS)
 
 
@@ -57,7 +59,7 @@ def storage(tmp_path):
     return found
 
 
-def share(storage: Storage, step: int, rank: int = 0, shares: int = 1, **changed: Any) -> dict[str, Any]:
+def share(storage: Storage, step: int, rank: int = 0, shares: int = 1, **changed: Any) -> Share:
     """What a worker says when its bytes are durable."""
     saver, name = Saver(storage), f"1-1-{step}"
     try:
@@ -66,17 +68,7 @@ def share(storage: Storage, step: int, rank: int = 0, shares: int = 1, **changed
     finally:
         saver.close()
     header = HEADER if rank == 0 else None
-    message = {
-        "step": step,
-        "attempt": name,
-        "index": save.index,
-        "facts": save.facts,
-        "shares": shares,
-        "header": header,
-        "error": None,
-        "no_room": False,
-    }
-    return {**message, **changed}
+    return replace(Share(step, name, shares, save.index, header, None, False, save.facts), **changed)
 
 
 def steps(storage: Storage) -> list[int]:
@@ -91,10 +83,10 @@ def test_a_checkpoint_is_committed_when_all_have_sent_their_share_and_all_are_to
     office.take("a", share(storage, 3, rank=0, shares=2))
 
     assert steps(storage) == [3]
-    assert office.told == [{"kind": "commit", "step": 3, "attempt": "1-1-3", "error": None, "anew": False}]
+    assert office.told == [Commit(3, "1-1-3")]
     assert office.kinds == ["checkpoint_committed"]
     assert office.flushed == 1, "no committed step is missing in the ledger"
-    assert office.checkpoints.restore == {"rung": "checkpoint", "step": 3, "attempt": "1-1-3"}
+    assert office.checkpoints.restore == RestorePoint(3, "1-1-3")
 
 
 def test_a_share_that_is_sent_again_is_answered_again_and_commits_nothing_twice(storage):
@@ -103,7 +95,7 @@ def test_a_share_that_is_sent_again_is_answered_again_and_commits_nothing_twice(
     office.take("a", message)
 
     assert office.kinds == ["checkpoint_committed"]
-    assert [m["error"] for m in office.told] == [None, None]
+    assert [m.error for m in office.told] == [None, None]
 
 
 def test_a_share_that_failed_fails_the_attempt_for_all_who_send_theirs_later(storage):
@@ -113,7 +105,7 @@ def test_a_share_that_failed_fails_the_attempt_for_all_who_send_theirs_later(sto
 
     assert steps(storage) == []
     assert office.kinds == ["checkpoint_failed"]
-    assert [m["error"] for m in office.told] == ["no memory", "no memory"]
+    assert [m.error for m in office.told] == ["no memory", "no memory"]
     assert office.checkpoints.failed == {"step": 3, "error": "no memory"}
 
 
@@ -132,7 +124,7 @@ def test_a_fenced_keeper_commits_nothing(storage):
     office.take("a", share(storage, 3))
 
     assert steps(storage) == []
-    assert office.told[0]["error"] == "a newer claim owns the run"
+    assert office.told[0].error == "a newer claim owns the run"
 
 
 def test_two_keepers_that_commit_one_attempt_agree_on_one(storage):
@@ -142,7 +134,7 @@ def test_two_keepers_that_commit_one_attempt_agree_on_one(storage):
 
     assert one.kinds == ["checkpoint_committed"]
     assert other.kinds == ["checkpoint_failed"]
-    assert "FileExistsError" in other.told[0]["error"]
+    assert "FileExistsError" in other.told[0].error
     assert steps(storage) == [3]
 
 
@@ -153,7 +145,7 @@ def test_a_restarted_keeper_knows_what_the_one_before_committed(storage):
     after.checkpoints.recovered(None)
     after.take("a", message)
 
-    assert after.told == [{"kind": "commit", "step": 3, "attempt": "1-1-3", "error": None, "anew": False}]
+    assert after.told == [Commit(3, "1-1-3")]
     assert after.kinds == ["checkpoint_committed"]
     assert after.record.committed == {(3, "1-1-3")}
 
@@ -171,7 +163,7 @@ def test_a_wish_comes_once_an_interval_and_not_outside_of_a_world(storage):
     office.checkpoints.wish(True)
     office.checkpoints.wish(False)
 
-    assert [m["kind"] for m in office.told] == ["wish"]
+    assert office.told == [Wished("save", "it is time")]
     assert (math.isfinite(first), office.checkpoints.due_at) == (True, math.inf)
     office.take("a", share(storage, 3))
     assert math.isfinite(office.checkpoints.due_at), "the next is due an interval after this one"
@@ -191,7 +183,8 @@ def test_room_is_made_of_what_nobody_writes_to_any_more_and_of_what_the_policy_l
     office.checkpoints.world_formed(Generation(1, 2))
     for name in ("1-1-3", "1-2-1", "1-2-2"):  # of a world before, one that failed, and one that is under way
         storage.replace(f"checkpoints/step-00000009/{name}/rank-0000.pack", b"bytes")
-    failed = {**share(storage, 6), "step": 9, "attempt": "1-2-1", "error": "full"}
+    failed = share(storage, 6, attempt="1-2-1", error="full")
+    failed = replace(failed, step=9)
     office.checkpoints.take_share("a", Generation(1, 2), failed, RANKS)
 
     office.checkpoints.make_room(9)

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from elastic.checkpoint.reader import newest_first, read_manifest
+from elastic.membership.protocol import Leaving
 from elastic.run.prepare import prepare
 from tests.forked import LONG, WAIT_S, Ran, Watch, configure, fault, local_run, plan, sample_at, train
 from tests.test_bits import assert_same_training, flip_a_byte
@@ -228,7 +229,7 @@ def test_a_worker_that_is_let_go_leaves_its_part_behind(undisturbed_epoch, tmp_p
     watch = Watch()
     with local_run(run, 3, on_record=watch) as local:
         watch.wait_for_step(3)
-        local.link.request("/notice", {"node": f"{platform.node()}/1", "remaining_s": 3})
+        local.link.request(Leaving(f"{platform.node()}/1", 3))
         watch.wait_for(lambda r: r.get("kind") == "notice" and "re-forming" in r.get("detail", ""))
         gate.unlink()
         local.wait(WAIT_S)

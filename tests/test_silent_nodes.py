@@ -16,7 +16,7 @@ import pytest
 
 from elastic.errors import FencedError, RunFailed
 from elastic.membership.client import WorkerLink
-from elastic.membership.protocol import SILENT_S
+from elastic.membership.protocol import SILENT_S, Beat, Share
 from elastic.membership.server import MembershipServer
 from elastic.membership.world import Generation, Member
 from elastic.observe.ledger import gaps_and_doubles
@@ -116,14 +116,14 @@ class Cluster:
         start = f"worker {member}: "
         return next(line.removeprefix(start) for line in self.stderr.read_text().splitlines() if line.startswith(start))
 
-    def refusal(self, member: str, applied: int, late: dict[str, Any]) -> str:
+    def refusal(self, member: str, applied: int, late: Share) -> str:
         """Why a worker that says it is this member, with this state, is not let in; before, it says what is late."""
         token = self.local.link._headers["Authorization"].removeprefix("Bearer ")
         link = WorkerLink(self.local.url, token, Member(member, node=self.host_of(member).name), lease_s=WAIT_S)
         try:
             link.post(late, Generation(1, 1))
             with pytest.raises(FencedError) as refused:
-                link.join({"warm_s": 0.0, "warm_parts": {}}, applied, None, save_alone=lambda: None)
+                link.join(0.0, {}, applied, None, save_alone=lambda: None)
         finally:
             link.close()
         return str(refused.value)
@@ -148,7 +148,13 @@ class Said:
 
     member: str
     at: float
-    message: dict[str, Any]
+    message: Any
+
+    @property
+    def step(self) -> int | None:
+        """In which it is, where it says so."""
+        at = self.message.at if isinstance(self.message, Beat) else None
+        return at.position.step if at is not None else None
 
 
 @pytest.fixture
@@ -157,9 +163,9 @@ def said(monkeypatch: pytest.MonkeyPatch) -> list[Said]:
     arrived: list[Said] = []
     original = MembershipServer._from_worker
 
-    def record(server: MembershipServer, member: str, message: dict[str, Any]) -> None:
+    def record(server: MembershipServer, member: str, message: Any, generation: Generation | None) -> None:
         arrived.append(Said(member, time.time(), message))
-        original(server, member, message)
+        original(server, member, message, generation)
 
     monkeypatch.setattr(MembershipServer, "_from_worker", record)
     return arrived
@@ -200,19 +206,19 @@ def test_survivors_of_a_cut_link_go_on_and_the_zombie_is_fenced_when_it_is_back(
         healed_at = time.time()
         until(
             "its heartbeat",
-            lambda: any(s.member == talker and s.message["kind"] == "beat" and s.at > healed_at for s in list(said)),
+            lambda: any(s.member == talker and s.message.kind == "beat" and s.at > healed_at for s in list(said)),
         )
         back_at = time.time()
         cluster.open(5, first[talker])
         assert cluster.await_end(talker) == 1
         assert cluster.last_words(talker) == OUT
-        assert "rows" in {s.message["kind"] for s in said if s.member == talker and s.at > back_at}
+        assert "rows" in {s.message.kind for s in said if s.member == talker and s.at > back_at}
 
         # and a share of a checkpoint counts for nothing (it would be told as failed), nor is its old state let in
-        share = {"kind": "pack", "step": 5, "attempt": "1-1-1", "shares": 1, "index": None, "error": "it is late"}
+        share = Share(5, "1-1-1", 1, None, None, "it is late", False, {})
         with cluster.host_of(talker).entered():
             assert cluster.refusal(talker, 5, share) == "the run went on without it"
-        assert "pack" in {s.message["kind"] for s in said if s.member == talker and s.at > back_at}
+        assert "pack" in {s.message.kind for s in said if s.member == talker and s.at > back_at}
         cluster.open(9)
         local.wait(WAIT_S)
     ran = Ran(cluster.run, None)
@@ -278,7 +284,13 @@ def test_a_server_whose_link_is_back_within_the_lease_costs_nothing(
         cluster.open(3, first[ahead])
         until(
             "a heartbeat from step 4",
-            lambda: any(s.member == ahead and s.message.get("position", [0])[0] == 3 for s in said),
+            lambda: any(
+                s.member == ahead
+                and isinstance(s.message, Beat)
+                and s.message.at is not None
+                and s.message.at.position.step == 3
+                for s in said
+            ),
         )
         hosts.cut(cluster.server)
         cluster.open(3)

@@ -12,19 +12,14 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import fields
-from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from elastic import cli
 from elastic.child import raise_descriptor_limit
-from elastic.membership import door, requests
+from elastic.membership import door
 from elastic.membership.driver import DriverLink
-from elastic.membership.requests import Refused, parse, read
 from elastic.membership.server import MembershipServer
 from elastic.membership.state import Limits, State
 from elastic.observe.ledger import gaps_and_doubles
@@ -37,88 +32,6 @@ from elastic.storage import Storage
 from tests.forked import WAIT_S, B, Ran, Watch, configure, local_run, wait_until
 from tests.test_many_workers import Notes
 from tests.tiny_jobs import Everything
-
-KINDS = [
-    requests.Wish,
-    requests.Allow,
-    requests.Close,
-    requests.Damaged,
-    requests.Gone,
-    requests.Note,
-    requests.Leaving,
-    requests.Yield,
-    requests.Existing,
-    requests.Grant,
-    requests.Scale,
-    requests.Drain,
-    requests.Prune,
-    requests.Kept,
-]
-GARBAGE = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.sampled_from(["stop", "save"]),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
-    max_leaves=5,
-)
-HINTS: dict[str, Any] = {
-    "int": int,
-    "float": (int, float),
-    "str": str,
-    "bool": bool,
-    "list[str]": list,
-    "dict[str, Any]": dict,
-    "int | None": (int, type(None)),
-    "str | None": (str, type(None)),
-    "Any": object,
-}
-
-
-# ---- requests ------------------------------------------------------------------------------------------------------
-
-
-@given(st.sampled_from(KINDS), st.data())
-def test_what_is_no_request_is_refused_in_one_sentence_and_what_is_one_has_its_types(kind, data):
-    names = [f.name for f in fields(kind)]
-    body = data.draw(GARBAGE | st.fixed_dictionaries({}, optional=dict.fromkeys(names, GARBAGE)))
-    found, why = None, ""
-    try:
-        found = parse(kind, body)
-    except Refused as refused:
-        why = str(refused)
-    if found is None:
-        assert "; give " in why
-        assert len(why) < 200
-        assert "\n" not in why
-        return
-    for one in fields(kind):
-        value = getattr(found, one.name)
-        assert isinstance(value, HINTS[str(one.type)])
-        assert not isinstance(value, float) or value >= 0.0
-
-
-@given(st.sampled_from(KINDS), st.binary(max_size=50) | st.sampled_from([b"[" * 100_000, b"NaN", b"1" * 10_000]))
-def test_what_is_no_json_is_refused(kind, text):
-    with contextlib.suppress(Refused):
-        read(kind, text)
-
-
-@pytest.mark.parametrize(
-    ("kind", "body", "said"),
-    [
-        (requests.Scale, {"max_workers": 2.5, "by": "x"}, "max_workers is 2.5; give a number of workers"),
-        (requests.Scale, {"max_workers": True, "by": "x"}, "max_workers is true; give a number of workers"),
-        (requests.Scale, {"max_workers": "3", "by": "x"}, 'max_workers is "3"; give a number of workers'),
-        (requests.Scale, {"by": "x"}, "max_workers is missing; give a number of workers"),
-        (requests.Wish, {"wish": "leave"}, 'wish is "leave"; give stop or save'),
-        (requests.Drain, {"worker": "w", "seconds": float("nan"), "by": ""}, "seconds is NaN; give seconds"),
-        (requests.Allow, [], "the request is []; give a JSON object"),
-        (requests.Grant, {"id": "../../status", "secret": "x"}, 'id is "../../status"; give 32 hexadecimal digits'),
-    ],
-)
-def test_a_refusal_names_the_field_its_value_and_the_fix(kind, body, said):
-    with pytest.raises(Refused) as refused:
-        parse(kind, body)
-    assert str(refused.value) == said
-
 
 # ---- a live run ----------------------------------------------------------------------------------------------------
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import pytest
+
+from elastic.membership.stage import Position, Stage
 from elastic.membership.watch import (
-    DATA,
-    HELD,
-    PATIENCE,
     Progress,
     caught_up,
     excuse,
@@ -87,56 +89,68 @@ def test_for_who_is_not_ready_yet_only_the_lease_counts() -> None:
     assert watch.until(LEASE_S + 0.5, "a", "b") == ["warming"]
 
 
+def at(step: int, stage: Stage, since: float = 0.0, *, first: bool = False, **more: Any) -> Progress:
+    return Progress(Position(step, stage, first=first), since, **more)
+
+
 def test_a_second_one_is_not_given_up_in_the_same_step() -> None:
-    places = {"a": Progress((2, 9, 0), "step", 0.0), "b": Progress((2, 0, 0), "step", 0.0)}
+    places = {"a": at(2, Stage.FENCE), "b": at(2, Stage.PASS)}
     assert hung(places, 11.0, 0.0, None) == ["b"]
     assert hung(places, 11.0, 0.0, None, steps_out={2}) == []
     assert hung(places, 11.0, 0.0, None, steps_out={1}) == ["b"]
 
 
-def test_what_takes_long_is_over_where_others_are_in_a_later_step() -> None:
-    ahead = Progress((3, 0, 0), "step", 0.0)
+@pytest.mark.parametrize(
+    ("stage", "first", "doubted_in"),
+    [
+        (Stage.PASS, True, 2),
+        (Stage.DATA, False, 2),
+        (Stage.LOAD, False, 2),
+        (Stage.PASS, False, 1),
+        (Stage.EVALUATE, False, 1),
+        (Stage.CHECKPOINT, False, 1),
+    ],
+)
+def test_what_takes_long_is_over_where_others_are_in_a_later_step(stage: Stage, first: bool, doubted_in: int) -> None:
+    """What comes after a fence, an evaluation or a checkpoint, may be under way where others are in the next step."""
 
-    def known(step: int, phase: str) -> str:
-        return caught_up({"a": ahead, "b": Progress((step, 9, 0), phase, 0.0)})["b"].phase
+    def known(step: int) -> Progress:
+        return caught_up({"a": at(3, Stage.PASS), "b": at(step, stage, first=first)})["b"]
 
-    assert [known(2, phase) for phase in ("first step", DATA, "load")] == ["step"] * 3
-    assert [known(2, phase) for phase in ("eval", "checkpoint")] == ["eval", "checkpoint"], "these come after the fence"
-    assert [known(1, phase) for phase in ("eval", "checkpoint")] == ["step"] * 2
-    assert [known(3, phase) for phase in ("first step", DATA)] == ["first step", DATA]
+    assert [known(step).doubted for step in (1, 2, 3)] == [True, doubted_in == 2, False]
+    assert (known(1).label, known(1).patience) == ("step", 1.0)
     assert caught_up({}) == {}
 
 
 def test_nobody_moves() -> None:
-    def times(now: float, *phases: str) -> float:
-        return still({str(i): Progress((2, i, 0), phase, i) for i, phase in enumerate(phases)}, now, 0.0, 4.0)
+    def times(now: float, *stages: Stage) -> float:
+        return still({str(i): at(2, stage, i) for i, stage in enumerate(stages)}, now, 0.0, 4.0)
 
-    assert times(9.0, "step", "step") == 2.0
-    assert times(81.0, "step", "eval") == 2.0
-    assert times(401.0, "step", "load") == 1.0, "loading is not told step by step"
-    assert times(401.0, "step", HELD) == 0.0
+    assert times(9.0, Stage.PASS, Stage.FENCE) == 2.0
+    assert times(81.0, Stage.PASS, Stage.EVALUATE) == 2.0
+    assert times(401.0, Stage.PASS, Stage.LOAD) == 1.0, "loading is not told step by step"
+    assert times(401.0, Stage.PASS, Stage.HELD) == 0.0
     assert still({}, 9.0, 0.0, 4.0) == 0.0
 
 
 def test_who_is_to_come_back_from_a_broken_world_is_waited_for_longer_where_that_costs_nothing() -> None:
-    places = {"a": Progress((2, 0, 0), "step", 7.0)}
+    places = {"a": at(2, Stage.PASS, 7.0)}
     assert overdue(places, {"a": 1.0, "b": 1.0}, 5.0, 11.5, 0.0, 4.0) == ["a"]
     assert overdue(places, {"a": 3.0, "b": 1.0}, 5.0, 11.5, 0.0, 4.0) == []
 
 
 def test_who_waits_for_data_is_given_up_much_later_than_who_computes_and_not_twice_for_one_sample() -> None:
     limit_s = 4.0
-    ahead = Progress((2, 9, 0), "step", 0.0)
 
-    def behind(phase: str) -> dict[str, Progress]:
-        return {"a": ahead, "b": Progress((2, 0, 0), phase, 0.0, "step 3, microbatch 0", (5,))}
+    def behind(stage: Stage) -> dict[str, Progress]:
+        return {"a": at(2, Stage.FENCE), "b": at(2, stage, where="step 3, microbatch 0", samples=(5,))}
 
-    assert hung(behind("step"), limit_s + 1, 0.0, limit_s) == ["b"]
-    assert slow_data(behind("step"), limit_s + 1, 0.0, limit_s) == []
-    longest_s = limit_s * PATIENCE[DATA]
-    assert hung(behind(DATA), longest_s, 0.0, limit_s) == []
-    assert slow_data(behind(DATA), limit_s, 0.0, limit_s) == []
-    assert slow_data(behind(DATA), limit_s + 1, 0.0, limit_s) == ["b"]
-    assert hung(behind(DATA), longest_s + 1, 0.0, limit_s) == ["b"]
-    assert hung(behind(DATA), longest_s + 1, 0.0, limit_s, {5}) == []
-    assert hung(behind("step"), longest_s + 1, 0.0, limit_s, {5}) == ["b"]
+    assert hung(behind(Stage.PASS), limit_s + 1, 0.0, limit_s) == ["b"]
+    assert slow_data(behind(Stage.PASS), limit_s + 1, 0.0, limit_s) == []
+    longest_s = limit_s * Stage.DATA.patience
+    assert hung(behind(Stage.DATA), longest_s, 0.0, limit_s) == []
+    assert slow_data(behind(Stage.DATA), limit_s, 0.0, limit_s) == []
+    assert slow_data(behind(Stage.DATA), limit_s + 1, 0.0, limit_s) == ["b"]
+    assert hung(behind(Stage.DATA), longest_s + 1, 0.0, limit_s) == ["b"]
+    assert hung(behind(Stage.DATA), longest_s + 1, 0.0, limit_s, {5}) == []
+    assert hung(behind(Stage.PASS), longest_s + 1, 0.0, limit_s, {5}) == ["b"]

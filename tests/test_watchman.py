@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,12 +11,15 @@ import pytest
 
 from elastic.membership import server as served
 from elastic.membership.messages import Expected
+from elastic.membership.protocol import Beat, Hello, Join, Whereabouts
 from elastic.membership.server import MembershipServer
+from elastic.membership.stage import ENTERED, Position, Stage
 from elastic.membership.state import Limits, Phase, State
+from elastic.membership.world import Generation, Member
 from tests.test_many_workers import Notes
 
 HANG_S, TICK_S = 6.0, 0.25
-FENCE = [5, 1000, 0]
+FENCE = Position(5, Stage.FENCE)
 
 
 @pytest.fixture(autouse=True)
@@ -37,7 +40,7 @@ class Watched:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, *, phase: Phase = Phase.GATHERING, **limits: Any):
         self.now, self.keeper, self.cut = 100.0, Notes(), set[str]()
-        self.beating: dict[str, list[int]] = {}
+        self.beating: dict[str, Position] = {}
         monkeypatch.setattr(served, "time", SimpleNamespace(monotonic=lambda: self.now))
         state = State(1, Limits(**{"min_workers": 1, "max_workers": 3, **limits}), phase=phase, broken_at=self.now)
         self.server = MembershipServer(
@@ -45,28 +48,26 @@ class Watched:
         )
         monkeypatch.setattr(self.server._connections, "silence_s", lambda i: 1e9 if i in self.cut else 0.0)
 
-    def says(self, name: str, kind: str, **more: Any) -> None:
-        member = {"id": name, "node": name, "local_index": 0, "pid": 0, "host": "", "device": "", "says": ""}
+    def says(self, name: str, message: Any, generation: Generation | None = None) -> None:
         self.server._watchman.heard(name, self.now)
-        self.server._from_worker(name, {"kind": kind, "member": member, "sent": self.now, **more})
+        self.server._from_worker(name, message, generation)
 
     def join(self, name: str, applied: int = -1) -> None:
-        more = {"failure": None, "why": "", "broke": "", "warm_s": 0.0, "warm_parts": {}}
         self.server._watchman.connected(name, self.now, 1.0)
-        self.says(name, "join", applied=applied, **more)
+        self.says(name, Join(Member(name, name), applied, None, "", "", 0.0, {}))
 
-    def hello(self, name: str, rank: int, size: int, position: Sequence[int]) -> None:
+    def hello(self, name: str, rank: int, size: int, position: Position) -> None:
         self.server._watchman.connected(name, self.now, 1.0)
-        self.says(name, "hello", rank=rank, size=size, generation="1-1", position=position, phase="step")
+        self.says(name, Hello(Member(name, name), rank, size, Whereabouts(Generation(1, 1), position)))
 
     def wait(self, seconds: float) -> None:
         until = self.now + seconds
         while self.now < until:
             self.now += TICK_S
             for name, position in self.beating.items() if self.now % 1 == 0 else ():
-                phase, world = "step" if position[0] >= 0 else "load", self.server._state.world
-                generation = str(world.generation) if world is not None else None
-                self.says(name, "beat", generation=generation, position=position, phase=phase)
+                world = self.server._state.world
+                at = Whereabouts(world.generation, position) if world is not None else None
+                self.says(name, Beat(self.now, at))
             self.server._watchman.listen(self.server._state, self.now)
             self.server._handle(served.Tick(self.now))
             self.server._watchman.look(self.server._state, self.now)
@@ -80,7 +81,7 @@ class Watched:
 def test_a_restarted_server_knows_where_somebody_is_that_is_stopped_before_it_speaks_again(monkeypatch):
     watched = Watched(monkeypatch, phase=Phase.REBUILDING)
     watched.server._handle(Expected(frozenset("ab"), watched.now))
-    watched.hello("b", 1, 2, [5, 2, 3])
+    watched.hello("b", 1, 2, Position(5, Stage.PASS, 3))
     watched.wait(2)
     watched.hello("a", 0, 2, FENCE)
     assert watched.server._state.phase is Phase.RUNNING
@@ -101,7 +102,7 @@ def test_who_is_stopped_before_it_came_into_its_world_costs_the_others_no_more_t
     for name in "ab":
         watched.join(name)
     assert len(watched.members) == 2
-    watched.beating["a"] = [-1, 0, 0]  # it waits for the other one to connect
+    watched.beating["a"] = ENTERED  # it waits for the other one to connect
     watched.wait(HANG_S)
     assert watched.server._state.phase is Phase.RUNNING
     watched.wait(2)
@@ -115,7 +116,7 @@ def test_a_spare_that_is_stopped_is_not_taken_instead_of_one_that_answers(monkey
     watched = Watched(monkeypatch, max_workers=2)
     for name in ("a", "b", "stopped", "well"):
         watched.join(name)
-    watched.beating = {"a": FENCE, "b": FENCE, "well": [-1, 0, 0]}
+    watched.beating = {"a": FENCE, "b": FENCE, "well": ENTERED}
     watched.wait(4)
     del watched.beating["b"]
     watched.server._handle(served.Lost("b", watched.now, died=True))
@@ -171,7 +172,7 @@ def test_of_a_world_that_a_loss_broke_the_last_with_the_state_is_waited_for_also
         watched.join(name)
     watched.beating = {"a": FENCE, "b": FENCE}
     watched.wait(2)
-    watched.beating = {"b": [-1, 0, 0]}
+    watched.beating = {"b": ENTERED}
     watched.server._handle(served.Lost("b", watched.now, died=True))
     watched.join("c")
     watched.wait(20 * HANG_S)

@@ -15,6 +15,7 @@ import pytest
 
 from elastic.checkpoint.reader import newest_first
 from elastic.errors import Interrupted
+from elastic.membership.protocol import Drain, Leaving
 from elastic.run.prepare import prepare
 from elastic.worker.local import LocalRun, heeding_signals
 from tests.forked import LONG, WAIT_S, Ran, Watch, configure, fault, local_run, plan, train, wait_until
@@ -87,7 +88,7 @@ def test_a_run_whose_node_gets_notice_saves_before_its_only_worker_goes(undistur
     faults = plan(fault("step.forward", 5, 0, "hold", file=first), fault("step.forward", 8, 0, "hold", file=later))
     with local_run(run, 1, on_record=watch, environment=faults) as local:
         watch.wait_for_step(4)
-        local.link.request("/notice", {"node": local.node_of(0), "remaining_s": 1.0})
+        local.link.request(Leaving(local.node_of(0), 1.0))
         first.unlink()
         watch.wait_for(lambda r: r.get("kind") == "checkpoint_committed")
         local.stop("its node is gone")
@@ -109,7 +110,7 @@ def test_who_stops_or_leaves_saves_first_and_the_evaluation_is_done_by_who_goes_
     )
     with local_run(run, 2, on_record=watch, environment=faults) as local:
         watch.wait_for_step(2)
-        local.link.request("/drain", {"worker": "w1-1", "seconds": 0.0, "by": "a test"})
+        local.link.request(Drain("w1-1", 0.0, "a test"))
         drained.unlink()
         watch.wait_for_step(5)
         local.stop("enough")

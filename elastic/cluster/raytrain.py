@@ -47,6 +47,7 @@ from elastic.compat.ray_train import (
     WorkerStatus,
 )
 from elastic.membership.driver import DriverLink
+from elastic.membership.protocol import Existing, Gone, Leaving, Note, Request, Yield
 
 POLL_S = 0.2
 NODES_S = 1.0
@@ -187,7 +188,7 @@ class Group(BaseGroup):
         self._enough_at = self._had_since = time.monotonic()
         restart = next(Group._restarts)
         if restart:
-            self._tell("/event", {"kind": "fallback_restart", "detail": f"restart {restart} of the whole group"})
+            self._tell(Note("fallback_restart", f"restart {restart} of the whole group"))
         self._started = True
 
     def has_started(self) -> bool:
@@ -326,7 +327,7 @@ class Group(BaseGroup):
         unit.drop(node_lost=isinstance(error, ray.exceptions.RayActorError) and not process_ended(error))
         if unit.id:
             ended = process_ended(error)
-            self._tell("/lost", {"ids": [unit.id], "ended": ended, "detail": how_it_ended(str(error)) if ended else ""})
+            self._tell(Gone([unit.id], ended, how_it_ended(str(error)) if ended else ""))
 
     def _watch_nodes(self) -> None:
         """Once a second: pass on notices of nodes that go away, end evicted workers, help what was restarted."""
@@ -336,7 +337,7 @@ class Group(BaseGroup):
         self._next_nodes = now + NODES_S
         if self._vaults is not None:
             for node, why in self._vaults.keep(u.node for u in self._units if u.stage is _Stage.RUNNING):
-                self._tell("/event", {"kind": "vault_restarted", "detail": {"node": node, "why": why}})
+                self._tell(Note("vault_restarted", {"node": node, "why": why}))
         if self._plan.exclude:
             self._excluded = excluded_nodes(self._plan.exclude, ray.nodes())
         draining = draining_nodes()
@@ -344,13 +345,13 @@ class Group(BaseGroup):
             sooner = deadline_ms < self._draining.get(node, math.inf)  # a second notice may leave less time
             if sooner and any(u.node == node for u in self._units):
                 remaining = deadline_ms / 1000 - time.time() if deadline_ms else 30.0
-                self._tell("/notice", {"node": node, "remaining_s": max(0.0, remaining)})
+                self._tell(Leaving(node, max(0.0, remaining)))
         self._draining = draining
         seen = self._tell("/group")
         if seen is None:
             return
         if seen["phase"] == "rebuilding":
-            self._tell("/expected", {"ids": [u.id for u in self._units if u.stage is _Stage.RUNNING]})
+            self._tell(Existing([u.id for u in self._units if u.stage is _Stage.RUNNING]))
             self._draining = {}  # it knows of no notice either
         want = self._plan.want(seen["max_workers"])
         if want > self._want:
@@ -375,7 +376,7 @@ class Group(BaseGroup):
         mine = Standing(terms, have, len(asked), now - self._enough_at, now - self._had_since)
         self._share = share(mine, self._board.exchange(mine, now), holds_state=seen["holds_state"])
         if self._share.most != seen["ceiling"]:
-            self._tell("/yield", {"max_workers": self._share.most, "to": self._share.to})
+            self._tell(Yield(self._share.most, list(self._share.to)))
         self._patience = self._patience.after(
             now,
             waited_s=max((now - u.since for u in asked), default=0.0),
@@ -394,12 +395,12 @@ class Group(BaseGroup):
         free = free_resources()
         return any(fits(self._plan.unit, has) for node, has in free.items() if node not in closed)
 
-    def _tell(self, path: str, body: dict[str, Any] | None = None) -> dict[str, Any] | None:
+    def _tell(self, what: str | Request) -> dict[str, Any] | None:
         """A request to the membership server; None while it is away (it comes back, or the run ends by its lease)."""
         try:
-            return self._link.request(path, body, REQUEST_TIMEOUT_S)
+            return self._link.request(what, REQUEST_TIMEOUT_S)
         except OSError as error:
-            _log.warning("the membership server did not answer %s: %s", path, error)
+            _log.warning("the membership server did not answer %s: %s", what, error)
             return None
 
 

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from elastic.cluster.lookout import Lookout, host_answers
 from elastic.config import TrainConfig
@@ -22,6 +22,7 @@ from elastic.errors import ConfigError, ElasticError, Interrupted, RunFailed, on
 from elastic.job import Job
 from elastic.job_file import answer
 from elastic.membership.driver import DriverLink, outlived
+from elastic.membership.protocol import Allow, Close, Note, Request, Wish
 from elastic.observe.console import Console, result_text
 from elastic.run.forecast import refuse_what_does_not_fit_here
 from elastic.run.prepare import UNSAVED, PreparedRun, open_run, prepare
@@ -141,9 +142,9 @@ class RunControl:
         if self._link is None:
             return
         try:
-            self._link.request("/allow", {"step": self._allowed})
+            self._link.request(Allow(self._allowed))
             if self._why is not None:
-                self._link.request("/wish", {"wish": "stop", "detail": self._why})
+                self._link.request(Wish("stop", self._why))
         except OSError:
             self._link = None  # the run has just ended
 
@@ -355,7 +356,7 @@ class _Drive:
         why = "; more would not lower the rounds of a step" if fewer else ""
         self._console.say(f"starting {want} workers on {accelerator}{why}")
         if self._awaited:
-            self._ask("/event", {"kind": "notice", "detail": f"waiting for {self._awaited}"})
+            self._ask(Note("notice", f"waiting for {self._awaited}"))
         try:
             tries = 0  # one after the other whose workers formed no world
             while tries < MOST_CONTROLLERS:
@@ -377,7 +378,7 @@ class _Drive:
                     shutil.rmtree(markers, ignore_errors=True)
                 tries = 0 if self._formed_since.is_set() else tries + 1
                 with contextlib.suppress(OSError):  # the host is gone too, and the follower says so
-                    self._ask("/event", {"kind": "controller_restarted", "detail": {"why": self._controller_lost}})
+                    self._ask(Note("controller_restarted", {"why": self._controller_lost}))
             self._close(
                 "failed",
                 f"{self._controller_lost}, {tries} times before a first step; give {run.again} to go on from "
@@ -410,7 +411,7 @@ class _Drive:
         self._controller_lost = f"the controller of its workers did not answer for {still_s:.0f} s and was ended"
         if self._formed.is_set():
             self._saved.clear()
-            self._ask("/wish", {"wish": "save", "detail": self._controller_lost})
+            self._ask(Wish("save", self._controller_lost))
             deadline = time.monotonic() + SAVE_S
             while not self._ended.is_set() and not self._saved.wait(0.1) and time.monotonic() < deadline:
                 pass
@@ -462,7 +463,7 @@ class _Drive:
         for line in found:
             if line not in self._said:
                 self._said.add(line)
-                self._ask("/event", {"kind": "notice", "detail": f"the cluster's autoscaler: {line}"})
+                self._ask(Note("notice", f"the cluster's autoscaler: {line}"))
 
     def _hear(self, name: str) -> None:
         self._signals += 1
@@ -474,14 +475,14 @@ class _Drive:
         elif not self._formed.is_set():
             self._close("stopped", f"interrupted by {self._signal_name} before the first step")
         else:
-            self._ask("/wish", {"wish": "stop", "detail": f"interrupted by {self._signal_name}"})
+            self._ask(Wish("stop", f"interrupted by {self._signal_name}"))
             self._console.say(f"{self._signal_name}: saving and ending; once more ends at once")
 
-    def _close(self, status: str, message: str) -> None:
-        self._ask("/close", {"status": status, "message": message})
+    def _close(self, status: Literal["stopped", "failed"], message: str) -> None:
+        self._ask(Close(status, message))
 
-    def _ask(self, path: str, body: dict[str, Any]) -> None:
-        self._link.request(path, body, patience_s=HOST_LOST_S)  # it may just be started again
+    def _ask(self, request: Request) -> None:
+        self._link.request(request, patience_s=HOST_LOST_S)  # it may just be started again
 
     def _outcome(self) -> dict[str, Any]:
         assert self._end is not None

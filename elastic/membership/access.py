@@ -9,13 +9,11 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-import re
 import time
 
 GRANT_S = 3600.0
 #: What a grant opens, beside what it takes to get one.
 CONTROL = frozenset({"/run", "/wish", "/scale", "/drain", "/prune", "/damaged"})
-GRANT_ID = re.compile(r"[0-9a-f]{32}")
 
 
 def digest(secret: str) -> str:

@@ -12,14 +12,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import queue
 import sys
 import threading
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
 from typing import Any
 
 import aiohttp
@@ -27,7 +25,39 @@ import aiohttp
 from elastic.errors import FencedError, WorldBroken
 from elastic.membership.messages import Failure
 from elastic.membership.outbox import Outbox
-from elastic.membership.protocol import BEAT_S, MAX_MESSAGE_BYTES
+from elastic.membership.protocol import (
+    BEAT_S,
+    MAX_MESSAGE_BYTES,
+    REFUSED_CODE,
+    VERSION,
+    Acknowledge,
+    Allowed,
+    Assignment,
+    Beat,
+    BeatHeard,
+    Broken,
+    Commit,
+    Dump,
+    Fenced,
+    Hello,
+    HostMessage,
+    Join,
+    LedgerEvent,
+    MemberMessage,
+    Out,
+    Over,
+    Recorded,
+    Resume,
+    SaveAlone,
+    Stacks,
+    Unfit,
+    Whereabouts,
+    Wished,
+    dumps,
+    from_host,
+)
+from elastic.membership.stage import ENTERED, Position, Stage
+from elastic.membership.wire import Refused
 from elastic.membership.world import Generation, Member
 
 RECONNECT_S = 0.2
@@ -36,25 +66,6 @@ CLOSE_S = 1.0
 KEPT = 3.0  # leases for which a worker keeps its state, and applies nothing, once its own is over
 LEASE_POLL_S = 0.02
 _CLOSING = aiohttp.ClientWSTimeout(ws_close=CLOSE_S)
-
-
-@dataclass(frozen=True)
-class Assignment:
-    """A world as one of its members sees it.
-
-    `restore` says where state comes from when nobody holds any; this claim began at `claim_step`. With `parting`, a
-    member will be left out: all save, since it holds a part of the state, and leave. With `failing`, the
-    error that ends the run, its members save and end.
-    """
-
-    generation: Generation
-    rank: int
-    size: int
-    store: tuple[str, int]
-    restore: dict[str, Any]
-    claim_step: int
-    failing: str | None = None
-    parting: bool = False
 
 
 class RunOver(Exception):
@@ -77,22 +88,22 @@ class WorkerLink:
         self.member = member
         self._url, self._token, self._lease_s = url, token, lease_s
         self._outbox = Outbox()
-        self._inbox: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
-        self._commits: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[HostMessage] = queue.SimpleQueue()
+        self._commits: queue.SimpleQueue[Commit] = queue.SimpleQueue()
         self._assignment: Assignment | None = None
         self._reporting = False
-        self._joining: dict[str, Any] | None = None
-        self._said_joining: dict[str, Any] | None = None
+        self._joining: Join | None = None
+        self._said_joining: Join | None = None
         self._known = True  # the server knows where this worker stands
-        self._broken: set[str] = set()
+        self._broken: set[Generation] = set()
         self._free: Callable[[], None] | None = None
         self._wishes: dict[str, str] = {}
         self._allowed = 0
         self._fenced: str | None = None
         self._over: str | None = None
+        self._refusal = ""  # of the newest message from the host that was none
         self._leased = time.monotonic()  # when the newest beat that was answered was sent: the lease counts from there
-        self._position: tuple[int, int, int] = (-1, 0, 0)
-        self._phase = "load"
+        self._position = ENTERED
         self._next_beat = 0.0
         self._place: Callable[[], tuple[str, list[int]]] = lambda: ("", [])
         self._loop = asyncio.new_event_loop()
@@ -105,7 +116,8 @@ class WorkerLink:
 
     def join(
         self,
-        facts: dict[str, Any],
+        warm_s: float,
+        warm_parts: dict[str, Any],
         applied: int,
         failure: Failure | None,
         save_alone: Callable[[], None],
@@ -116,6 +128,7 @@ class WorkerLink:
         """Ask for a world and wait for it.
 
         Args:
+            warm_s: seconds that it took to get ready, and what they went into.
             applied: updates in the state this worker holds, -1 for none.
             failure: its own error that made it leave its world.
             why: it left its world to have another made, and nobody failed.
@@ -134,15 +147,7 @@ class WorkerLink:
         if newer is not None and failure is None:
             return self._enter(newer)
         self._assignment = None
-        self._joining = {
-            "kind": "join",
-            "member": asdict(self.member),
-            "applied": applied,
-            "failure": asdict(failure) if failure else None,
-            "why": why,
-            "broke": broke,
-            **facts,
-        }
+        self._joining = Join(self.member, applied, failure, why, broke, warm_s, warm_parts)
         self._wake()
         while True:
             self._check_over()
@@ -150,59 +155,62 @@ class WorkerLink:
                 answer = self._inbox.get(timeout=0.5)
             except queue.Empty:
                 continue
-            if answer["kind"] == "save alone":
+            if isinstance(answer, SaveAlone):
                 save_alone()
-            elif answer["kind"] == "world":
+            elif isinstance(answer, Assignment):
                 return self._enter(answer)
 
-    def _newer_world(self, left: Assignment | None) -> dict[str, Any] | None:
+    def _newer_world(self, left: Assignment | None) -> Assignment | None:
         """A world that was formed while this worker still tried to connect to one of which nothing came."""
         found = None
         while not self._inbox.empty():
             answer = self._inbox.get()
-            newer = left is not None and Generation.parse(answer.get("generation", "0-0")) > left.generation
-            if newer and answer["generation"] not in self._broken:
+            if left is None or not isinstance(answer, Assignment) or answer.generation in self._broken:
+                continue
+            if answer.generation > left.generation:
                 found = answer
         return found
 
-    def _enter(self, answer: dict[str, Any]) -> Assignment:
-        host, port = answer["store"]
+    def _enter(self, assignment: Assignment) -> Assignment:
         self._joining = None
-        self._position, self._phase = (-1, 0, 0), "load"
-        self._assignment = Assignment(
-            Generation.parse(answer["generation"]),
-            answer["rank"],
-            answer["size"],
-            (host, port),
-            answer["restore"],
-            answer["claim_step"],
-            answer["failing"],
-            answer["parting"],
-        )
+        self._position = ENTERED
+        self._assignment = assignment
         self._next_beat = 0.0  # at once: of who says nothing in a world nobody knows whether it ever came there
         self._wake()
-        return self._assignment
+        return assignment
 
     def free_with(self, free: Callable[[], None] | None) -> None:
         """What the watcher calls to free a training thread that is blocked in a broken world."""
         self._free = free
-        if free is not None and self._assignment and str(self._assignment.generation) in self._broken:
+        if free is not None and self._assignment and self._assignment.generation in self._broken:
             free()
 
-    def post(self, message: dict[str, Any], generation: Generation | None = None) -> None:
+    def post(self, message: MemberMessage, generation: Generation | None = None) -> None:
         """Send a message under the present generation (or the given one), without waiting."""
-        self._outbox.put({**message, "generation": str(self._under(generation))})
+        self._outbox.put(message, self._under(generation))
         self._wake()
+
+    def event(
+        self,
+        kind: str,
+        step: int,
+        detail: Any,
+        *,
+        seconds: float | None = None,
+        generation: Generation | None = None,
+    ) -> None:
+        """Have an event recorded in the ledger, under the present generation or the given one."""
+        self.post(LedgerEvent(kind, step, seconds, detail), generation)
 
     def record(self, row: dict[str, Any], *, report: bool, generation: Generation | None = None) -> None:
         """Keep a row until the ledger has it; `report` it, under the present generation or the given, if that is this
         member's task."""
-        self._outbox.record(row, str(self._under(generation)), report=report)
+        self._outbox.record(row, self._under(generation), report=report)
         self._reporting = report  # the watcher looks by itself: waking it costs the training thread a millisecond
 
     def report_rows(self, generation: Generation | None = None) -> None:
         """This member reports the rows that are not in the ledger yet, under the present generation or the given."""
-        self._outbox.report(str(self._under(generation)))
+        self._outbox.report(self._under(generation))
         self._reporting = True
         self._wake()
 
@@ -218,12 +226,12 @@ class WorkerLink:
 
     def unfit(self, message: str) -> None:
         """Tell the server why this worker cannot get ready."""
-        self._outbox.put({"kind": "unfit", "message": message})
+        self._outbox.put(Unfit(message))
         self._wake()
 
-    def progress(self, step: int, stage: int, microbatch: int, phase: str) -> None:
-        """How far this worker is; the next heartbeat says so. Costs two assignments."""
-        self._position, self._phase = (step, stage, microbatch), phase
+    def progress(self, position: Position) -> None:
+        """How far this worker is; the next heartbeat says so. Costs an assignment."""
+        self._position = position
 
     def tell_place(self, place: Callable[[], tuple[str, list[int]]]) -> None:
         """What heartbeats ask for where this worker is, for people, and for the samples that it waits for."""
@@ -252,7 +260,7 @@ class WorkerLink:
         """
         self.check_lease()
         self._check_over()
-        if self._assignment is not None and str(self._assignment.generation) in self._broken:
+        if self._assignment is not None and self._assignment.generation in self._broken:
             raise WorldBroken(f"world {self._assignment.generation} was declared broken")
 
     def check_lease(self) -> None:
@@ -272,7 +280,7 @@ class WorkerLink:
     def _fence_by_lease(self) -> None:
         self._fenced = (
             f"the membership server at {self._url} was silent for {time.monotonic() - self._leased:.0f} s, much longer "
-            f"than --recovery.lease {self._lease_s:g}s: others may have gone on with the run"
+            f"than --recovery.lease {self._lease_s:g}s: others may have gone on with the run{self._refusal}"
         )
 
     def _check_over(self) -> None:
@@ -281,8 +289,8 @@ class WorkerLink:
         if self._over is not None:
             raise RunOver(self._over)
 
-    def next_commit(self, timeout_s: float = 0.0) -> dict[str, Any] | None:
-        """What was last said of a checkpoint that this world saves: its step, attempt and error, or None so far."""
+    def next_commit(self, timeout_s: float = 0.0) -> Commit | None:
+        """What was last said of a checkpoint that this world saves, or None so far."""
         try:
             return self._commits.get(timeout=timeout_s) if timeout_s > 0 else self._commits.get_nowait()
         except queue.Empty:
@@ -336,7 +344,7 @@ class WorkerLink:
         async with aiohttp.ClientSession(headers=headers, timeout=timeout) as session:
             while not self._is_over():
                 try:
-                    url = f"{self._url}/worker?id={self.member.id}"
+                    url = f"{self._url}/worker?id={self.member.id}&protocol={VERSION}"
                     async with session.ws_connect(url, max_msg_size=MAX_MESSAGE_BYTES, timeout=_CLOSING) as socket:
                         await self._converse(socket)
                 except (TimeoutError, aiohttp.ClientError, OSError):
@@ -356,24 +364,24 @@ class WorkerLink:
         reader = asyncio.create_task(self._read(socket))
         assignment = self._assignment
         if not self._known and assignment is not None and self._joining is None:
-            hello = {"kind": "hello", "member": asdict(self.member), "rank": assignment.rank, "size": assignment.size}
-            await socket.send_str(json.dumps({**hello, **self._whereabouts(assignment)}))
-        self._next_beat = time.monotonic() + BEAT_S
+            hello = Hello(self.member, assignment.rank, assignment.size, self._whereabouts(assignment))
+            await socket.send_str(dumps(hello))
+        self._next_beat = time.monotonic()  # at once: a connection is this worker's from its first message on
         try:
             while not reader.done():
                 self._posted.clear()
-                while self._known and (message := self._outbox.take()) is not None:
-                    await socket.send_str(json.dumps(message))
+                while self._known and (said := self._outbox.take()) is not None:
+                    await socket.send_str(dumps(*said))
                 joining = self._joining
                 if joining is not None and joining is not self._said_joining:
-                    await socket.send_str(json.dumps(joining))
+                    await socket.send_str(dumps(joining))
                     self._said_joining, self._known = joining, True
                 if self._is_over():
                     return
                 now = time.monotonic()
                 if now >= self._next_beat:
                     self._next_beat = now + BEAT_S
-                    await socket.send_str(json.dumps(self._beat()))
+                    await socket.send_str(dumps(self._beat()))
                 with contextlib.suppress(asyncio.TimeoutError):
                     await asyncio.wait_for(
                         self._posted.wait(), min(self._next_beat - now, ROWS_S if self._reporting else BEAT_S)
@@ -381,68 +389,76 @@ class WorkerLink:
         finally:
             reader.cancel()
 
-    def _beat(self) -> dict[str, Any]:
-        beat: dict[str, Any] = {"kind": "beat", "sent": time.monotonic()}
+    def _beat(self) -> Beat:
         assignment = self._assignment
-        return beat if assignment is None else beat | self._whereabouts(assignment)
+        return Beat(time.monotonic(), None if assignment is None else self._whereabouts(assignment))
 
-    def _whereabouts(self, assignment: Assignment) -> dict[str, Any]:
+    def _whereabouts(self, assignment: Assignment) -> Whereabouts:
         """How far this worker is in its world."""
         where, samples = self._place()
-        return {
-            "generation": str(assignment.generation),
-            "position": self._position,
-            "phase": self._phase,
-            "where": where,
-            "samples": samples if self._phase == "data" else [],
-        }
+        position = self._position
+        waits_for = samples if position.stage is Stage.DATA else []
+        return Whereabouts(assignment.generation, position, where, waits_for)
 
     async def _read(self, socket: aiohttp.ClientWebSocketResponse) -> None:
         async for raw in socket:
             if raw.type == aiohttp.WSMsgType.TEXT:
-                await self._on_message(socket, json.loads(raw.data))
+                try:
+                    message = from_host(raw.data)
+                except Refused as refused:  # it is connected again; the lease says for how long that goes on
+                    self._refusal = f"; it said what is no message of its: {refused}"
+                    break
+                await self._on_message(socket, message)
+        if socket.close_code == REFUSED_CODE and self._over is None:
+            self._fence("the host of the run refused what this worker said; use one version of elastic for both")
         self._posted.set()
 
-    async def _on_message(self, socket: aiohttp.ClientWebSocketResponse, message: dict[str, Any]) -> None:
-        kind = message["kind"]
-        if kind == "beat":  # nothing else renews the lease: on a line that was cut, old messages come late
-            self._leased = message["sent"]
-            return
-        if kind in ("world", "save alone"):
-            self._known = True
-            if kind == "world":
-                self._allowed = max(self._allowed, message["allowed"])
+    async def _on_message(self, socket: aiohttp.ClientWebSocketResponse, message: HostMessage) -> None:
+        match message:
+            case BeatHeard():  # nothing else renews the lease: on a line that was cut, old messages come late
+                self._leased = message.sent
+                return
+            case Assignment():
+                self._known = True
+                self._allowed = max(self._allowed, message.allowed)
                 self._outbox.left_world()
-            self._inbox.put(message)
-        elif kind == "resume":
-            self._known = True
-            self._outbox.say_again(message["generation"])
-        elif kind == "broken":
-            self._broken.add(message["generation"])
-            await socket.send_str(json.dumps({"kind": "ack", "generation": message["generation"]}))
-            if self._assignment is not None and str(self._assignment.generation) == message["generation"]:
-                self._free_now()
-        elif kind == "wish":
-            self._wishes[message["wish"]] = message.get("detail", "")
-        elif kind == "allowed":
-            self._allowed = max(self._allowed, message["step"])
-        elif kind == "recorded":
-            self._outbox.recorded((generation, step, bool(e)) for generation, step, e in message["rows"])
-        elif kind == "commit":
-            self._outbox.decided(message["step"], message["attempt"])
-            self._commits.put(message)
-        elif kind in ("fenced", "refused") and self._over is None:
-            self._fenced = self._fenced or message["reason"]  # later ones only say that it is out
-            self._outbox.over()
-            self._inbox.put(message)
-            self._free_now()
-        elif kind == "over":
-            self._over = message["status"]
-            self._outbox.over()
-            self._inbox.put(message)
-        elif kind == "dump":
-            await socket.send_str(json.dumps({"kind": "stacks", "text": stacks()}))
+                self._inbox.put(message)
+            case SaveAlone():
+                self._known = True
+                self._inbox.put(message)
+            case Resume():
+                self._known = True
+                self._outbox.say_again(message.generation)
+            case Broken():
+                self._broken.add(message.generation)
+                await socket.send_str(dumps(Acknowledge(message.generation)))
+                if self._assignment is not None and self._assignment.generation == message.generation:
+                    self._free_now()
+            case Wished():
+                self._wishes[message.wish] = message.detail
+            case Allowed():
+                self._allowed = max(self._allowed, message.step)
+            case Recorded():
+                self._outbox.recorded(message.rows)
+            case Commit():
+                self._outbox.decided(message.step, message.attempt)
+                self._commits.put(message)
+            case Fenced() | Out():
+                if self._over is None:
+                    self._fence(message.reason)
+            case Over():
+                self._over = message.status
+                self._outbox.over()
+                self._inbox.put(message)
+            case Dump():
+                await socket.send_str(dumps(Stacks(stacks())))
         self._posted.set()
+
+    def _fence(self, reason: str) -> None:
+        self._fenced = self._fenced or reason  # later ones only say that it is out
+        self._outbox.over()
+        self._inbox.put(Fenced(reason))
+        self._free_now()
 
     def _free_now(self) -> None:
         free = self._free

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import math
 from collections.abc import Coroutine
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 from aiohttp import web
 
 from elastic.membership import kernel
+from elastic.membership.protocol import HostMessage, dumps
 from elastic.membership.world import World
 
 
@@ -49,18 +49,18 @@ class Connections:
         del self._sockets[member_id]
         return True
 
-    def send(self, member_id: str, message: dict[str, Any]) -> None:
+    def send(self, member_id: str, message: HostMessage) -> None:
         """Send to one worker, if it is connected."""
         socket = self._sockets.get(member_id)
         if socket is not None and not socket.closed:
-            self.start(_send_quietly(socket, json.dumps(message)))
+            self.start(_send_quietly(socket, dumps(message)))
 
-    def tell(self, world: World, message: dict[str, Any]) -> None:
+    def tell(self, world: World, message: HostMessage) -> None:
         """Send to all members of a world."""
         for member in world.members:
             self.send(member.id, message)
 
-    def broadcast(self, message: dict[str, Any]) -> None:
+    def broadcast(self, message: HostMessage) -> None:
         """Send to all workers."""
         for member_id in list(self._sockets):
             self.send(member_id, message)

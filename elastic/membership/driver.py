@@ -13,7 +13,8 @@ import urllib.request
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
-from elastic.membership.protocol import MAX_MESSAGE_BYTES
+from elastic.membership.protocol import MAX_MESSAGE_BYTES, VERSION, VERSION_HEADER, Request
+from elastic.membership.wire import plain
 
 AGAIN_S = 0.1
 MAX_ANSWER_BYTES = 64 << 20
@@ -81,17 +82,18 @@ class DriverLink:
     """Talks to the server at `url` with the run's bearer token."""
 
     def __init__(self, url: str, token: str):
-        self._url, self._headers = url, {"Authorization": f"Bearer {token}"}
+        self._url = url
+        self._headers = {"Authorization": f"Bearer {token}", VERSION_HEADER: str(VERSION)}
 
     def request(  # not through a proxy: the server is near, and the token is nobody else's
-        self, path: str, body: dict[str, Any] | None = None, timeout_s: float = 10.0, *, patience_s: float = 0.0
+        self, what: str | Request, timeout_s: float = 10.0, *, patience_s: float = 0.0
     ) -> dict[str, Any]:
-        """GET `path`, or POST `body` to it; a server that is away (restarted, say) is tried again for `patience_s`.
+        """GET a path, or POST a request; a server that is away (restarted, say) is tried again for `patience_s`.
 
         Raises:
             OSError: the server cannot be reached.
         """
-        data = None if body is None else json.dumps(body).encode()
+        path, data = (what, None) if isinstance(what, str) else (what.path, json.dumps(plain(what)).encode())
         headers = {**self._headers, "Content-Type": "application/json"}
         request = urllib.request.Request(self._url + path, data=data, headers=headers)
         deadline = time.monotonic() + patience_s

@@ -9,13 +9,12 @@ from dataclasses import replace
 
 from elastic.membership.connections import Connections
 from elastic.membership.forming import awaited, holder_is_back, keepers
+from elastic.membership.keeper import Keeper
 from elastic.membership.messages import Event, Quiet, Stalled, Stuck, named
-from elastic.membership.protocol import BEAT_S, LATELY_S, SILENT_S, STACKS_S, Keeper
+from elastic.membership.protocol import BEAT_S, LATELY_S, SILENT_S, STACKS_S, Dump
+from elastic.membership.stage import UNHEARD, Stage
 from elastic.membership.state import Phase, State
 from elastic.membership.watch import (
-    DATA,
-    NOWHERE,
-    PATIENCE,
     QUIET,
     STILL,
     Progress,
@@ -31,7 +30,7 @@ from elastic.membership.watch import (
 )
 from elastic.membership.world import World
 
-_NOWHERE = Progress(NOWHERE, "load", 0.0)
+_UNHEARD = Progress(UNHEARD, 0.0)
 
 
 class Watchman:
@@ -104,7 +103,7 @@ class Watchman:
 
     def phases(self) -> dict[str, str]:
         """What each member of the world is doing, as far as it said."""
-        return {member_id: progress.phase for member_id, progress in self._progress.items()}
+        return {member_id: progress.label for member_id, progress in self._progress.items()}
 
     def steps_took(self, seconds: Iterable[float]) -> None:
         """How long steps took; the hang time-out goes by it."""
@@ -199,7 +198,7 @@ class Watchman:
         found = overdue({i: self._place_of(i, now) for i in patience}, patience, state.broken_at, now, *limits)
         if not found:
             return None, []
-        where = self._progress.get(found[0], _NOWHERE)
+        where = self._progress.get(found[0], _UNHEARD)
         told = f"worker {found[0]} {_told(where)}"
         if last:
             if quiet.intersection(found):
@@ -209,7 +208,7 @@ class Watchman:
                 )
             stuck = len(found) == len(patience) and (all_still or quiet.isdisjoint(found))
             return (Stuck(told, now) if stuck else None), []
-        if where.position[0] in self._steps_out and state.failing is None:
+        if where.step in self._steps_out and state.failing is None:
             return Stalled(f"{told}; another did before, at the same step", now, final=True), []
         return None, found
 
@@ -219,10 +218,10 @@ class Watchman:
     def _place_of(self, member_id: str, now: float) -> Progress:
         """Where a member is, as far as it said. Whether one that says nothing any more still waits for data, or ever
         came into this world, is not known: it is given no longer than others."""
-        place = self._progress.get(member_id) or replace(_NOWHERE, since=self._formed_at)
-        unsure = place.phase == DATA or place.position == NOWHERE
+        place = self._progress.get(member_id) or replace(_UNHEARD, since=self._formed_at)
+        unsure = place.position.stage in (Stage.DATA, Stage.UNHEARD)
         quiet = now - self._heard.get(member_id, now) > SILENT_S
-        return replace(place, phase="step") if unsure and quiet else place
+        return replace(place, doubted=True) if unsure and quiet else place
 
     def _as_of(self, world: World, now: float) -> float:
         """Until when it is known that nobody moved: who is cut off, or was just now, does not stand still."""
@@ -231,10 +230,10 @@ class Watchman:
         return min(known.get(m.id, 0.0) for m in world.members)
 
     def _note_given_up(self, where: Progress) -> None:
-        if where.phase == DATA:
+        if where.waits_for_data:
             self._waited_out.update(where.samples)
-        elif where.position[0] >= 0:
-            self._steps_out.add(where.position[0])
+        elif where.step >= 0:
+            self._steps_out.add(where.step)
 
     def _watch_still(self, world: World, now: float) -> None:
         """Nobody moves: say so, make the world anew once, and end the run if it comes to stand at that step again."""
@@ -242,8 +241,8 @@ class Watchman:
         times = still(places, self._as_of(world, now), *limits)
         if times <= 1.0:
             return
-        where = min(places.values(), key=lambda p: p.position)
-        step = where.position[0]
+        where = min(places.values(), key=lambda p: p.position.key)
+        step = where.step
         if self._told_still is not world:
             self._told_still = world
             seconds = now - max(p.since for p in places.values())
@@ -259,7 +258,7 @@ class Watchman:
         self._keeper.event("world_stalled", generation=str(world.generation), step=step + 1, detail=told)
 
     async def _save_stacks(self, world: World) -> None:
-        self._connections.tell(world, {"kind": "dump"})
+        self._connections.tell(world, Dump())
         await asyncio.sleep(STACKS_S)
         for member in world.members:
             text = self._stacks.pop(member.id, "no answer: the process is stopped, or its watcher is")
@@ -274,19 +273,20 @@ class Watchman:
             if where.samples in self._told_slow:
                 continue
             self._told_slow.add(where.samples)
-            usual_s, longest_s = hang_limit_s("step", *limits), hang_limit_s(DATA, *limits)
+            times = Stage.DATA.patience
+            usual_s, longest_s = (hang_limit_s(s.patience, *limits) for s in (Stage.PASS, Stage.DATA))
             self._keeper.event(
                 "slow_data",
                 generation=str(world.generation),
                 member=member_id,
-                step=where.position[0] + 1,
+                step=where.step + 1,
                 detail=f"the training data takes more than {usual_s:g} s for {where.where}, {named(where.samples)}; "
-                f"it is waited for up to {longest_s:g} s, which is {PATIENCE[DATA]:g} times --recovery.hang-timeout",
+                f"it is waited for up to {longest_s:g} s, which is {times:g} times --recovery.hang-timeout",
             )
 
     async def _evict(self, member_id: str, world: World) -> None:
         known = self._progress.get(member_id)
-        where, late = known or _NOWHERE, self._state.late.get(member_id)
+        where, late = known or _UNHEARD, self._state.late.get(member_id)
         everyone = world if late is None else World(late.generation, (late.member,))
         await self._save_stacks(everyone)
         state = self._state
@@ -301,11 +301,11 @@ class Watchman:
             member=lost.id,
             node=lost.node,
             pid=lost.pid,
-            step=where.position[0] + 1,
+            step=where.step + 1,
             detail=_told(where),
         )
         self._note_given_up(where)
-        self._give_up(member_id, "it hung, and its world went on without it", f"hung in {where.phase}", False, False)
+        self._give_up(member_id, "it hung, and its world went on without it", f"hung in {where.label}", False, False)
 
 
 def _told(where: Progress) -> str:
@@ -314,5 +314,5 @@ def _told(where: Progress) -> str:
 
 
 def _place(where: Progress) -> str:
-    text = where.phase + (f": {where.where}" if where.where else "")
+    text = where.label + (f": {where.where}" if where.where else "")
     return f"{text}, {named(where.samples)}" if where.samples else text

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 from elastic import fault
+from elastic.membership import protocol as wire
 from elastic.membership.connections import Connections
+from elastic.membership.keeper import Keeper
 from elastic.membership.messages import (
     Break,
     Command,
@@ -26,7 +27,6 @@ from elastic.membership.messages import (
     SaveNow,
     Welcome,
 )
-from elastic.membership.protocol import Keeper
 
 
 class Executor:
@@ -46,8 +46,8 @@ class Executor:
     ):
         self._keeper, self._connections, self._host, self._new_store = keeper, connections, host, new_store
         self._end_store: Callable[[], None] | None = None
-        self._wish: dict[str, Any] | None = None
-        self._wished_at: dict[str, Any] = {}
+        self._wish: wire.Wished | None = None
+        self._wished_at = wire.RestorePoint()
         self._parked = False
         self._allowed = 0
         self.given_up: set[str] = set()  # whose processes the controller is to end
@@ -59,12 +59,11 @@ class Executor:
             self._form(command)
         elif isinstance(command, Rebuilt):
             keeper.world_resumed(command.world)
-            connections.tell(command.world, {"kind": "resume", "generation": str(command.world.generation)})
+            connections.tell(command.world, wire.Resume(command.world.generation))
         elif isinstance(command, Welcome):
-            generation = str(command.generation)
-            connections.send(command.member_id, {"kind": "resume", "generation": generation})
+            connections.send(command.member_id, wire.Resume(command.generation))
             if command.broken:
-                connections.send(command.member_id, {"kind": "broken", "generation": generation})
+                connections.send(command.member_id, wire.Broken(command.generation))
         elif isinstance(command, Break):
             fault.point("world.breaking", -1, command.world.generation.n)
             self.drop_store()
@@ -72,7 +71,7 @@ class Executor:
                 keeper.event("notice", generation=str(command.world.generation), detail=f"re-forming: {command.reason}")
             else:
                 keeper.world_broken(command.world, command.lost, command.reason)
-            connections.tell(command.world, {"kind": "broken", "generation": str(command.world.generation)})
+            connections.tell(command.world, wire.Broken(command.world.generation))
         elif isinstance(command, Failed):
             member, failure = command.member, command.failure
             left = {"generation": str(command.world.generation)} if command.world is not None else {}
@@ -87,9 +86,9 @@ class Executor:
             )
         elif isinstance(command, Leave):
             keeper.event("notice", generation=str(command.world.generation), detail=f"re-forming: {command.why}")
-            connections.tell(command.world, {"kind": "wish", "wish": "leave", "detail": command.why})
+            connections.tell(command.world, wire.Wished("leave", command.why))
         elif isinstance(command, SaveNow):
-            connections.tell(command.world, {"kind": "wish", "wish": "save", "detail": "a node goes away"})
+            connections.tell(command.world, wire.Wished("save", "a node goes away"))
         elif isinstance(command, LeftBehind):
             member, detail = command.member, "it does not answer yet; the others go on, and take it in when it does"
             keeper.event("member_late", member=member.id, node=member.node, pid=member.pid, detail=detail)
@@ -102,7 +101,7 @@ class Executor:
             keeper.event("notice", member=command.member.id, detail=f"left out: {command.reason}")
         elif isinstance(command, HandOver):
             keeper.event("handed_over", member=command.member.id, node=command.member.node)
-            connections.send(command.member.id, {"kind": "over", "status": "handed over"})
+            connections.send(command.member.id, wire.Over("handed over"))
         elif isinstance(command, Park):
             self._parked = True
             keeper.set_status("parked")
@@ -111,30 +110,30 @@ class Executor:
                 detail=f"{command.have} workers, waiting for at least {command.need}: add nodes, or stop the run",
             )
         elif isinstance(command, SaveAlone):
-            connections.send(command.saver.id, {"kind": "save alone"})
+            connections.send(command.saver.id, wire.SaveAlone())
         elif isinstance(command, GiveUp):
             self._give_up(command)
         elif isinstance(command, Fail):
             keeper.close_run("failed", command.message)
 
-    def wish(self, wish: dict[str, Any]) -> None:
+    def wish(self, wish: wire.Wished) -> None:
         """Pass a wish on to all workers, now and in worlds to come."""
-        self._wish, self._wished_at = {**wish, "kind": "wish"}, self._keeper.restore_point()
-        self._connections.broadcast(self._wish)
+        self._wish, self._wished_at = wish, self._keeper.restore_point()
+        self._connections.broadcast(wish)
 
     def allow(self, step: int) -> None:
         """A run that holds after evaluations may go up to this step. What was allowed once stays so."""
         self._allowed = max(self._allowed, step)
-        self._connections.broadcast({"kind": "allowed", "step": self._allowed})
+        self._connections.broadcast(wire.Allowed(self._allowed))
 
     def welcome(self, member_id: str) -> None:
         """A worker has connected, maybe again: it may have missed what was said to all."""
-        self._connections.send(member_id, {"kind": "allowed", "step": self._allowed})
+        self._connections.send(member_id, wire.Allowed(self._allowed))
 
     def refuse(self, member_id: str, reason: str) -> None:
         """Tell a worker that it has no part in the run any more; its process is to be ended."""
         self.given_up.add(member_id)
-        self._connections.send(member_id, {"kind": "refused", "reason": reason})
+        self._connections.send(member_id, wire.Out(reason))
 
     def drop_store(self) -> None:
         """Dropping a store's server frees everyone who still waits in it."""
@@ -147,7 +146,7 @@ class Executor:
             self._keeper.close_run(command.status, command.message)
         else:
             self._keeper.giving_up(command.status, command.message)
-            self._connections.send(command.saver.id, {"kind": "save alone"})
+            self._connections.send(command.saver.id, wire.SaveAlone())
 
     def _form(self, command: Form) -> None:
         keeper, world = self._keeper, command.world
@@ -158,21 +157,22 @@ class Executor:
             keeper.set_status("running")
             keeper.event("resumed", generation=str(world.generation))
         keeper.world_formed(world)
-        message = {
-            "kind": "world",
-            "generation": str(world.generation),
-            "size": world.size,
-            "store": [self._host, port],
-            "restore": keeper.restore_point(),
-            "claim_step": keeper.claim_step(),
-            "failing": command.failing,
-            "parting": command.parting,
-            "allowed": self._allowed,
-        }
+        restore, claim_step = keeper.restore_point(), keeper.claim_step()
         fault.point("world.forming", -1, world.generation.n)
         for rank, member in enumerate(world.members):
-            self._connections.send(member.id, {**message, "rank": rank})
-        if self._wish and self._wish["wish"] == "save" and keeper.restore_point() != self._wished_at:
+            assignment = wire.Assignment(
+                world.generation,
+                rank,
+                world.size,
+                (self._host, port),
+                restore,
+                claim_step,
+                command.failing,
+                command.parting,
+                self._allowed,
+            )
+            self._connections.send(member.id, assignment)
+        if self._wish and self._wish.wish == "save" and keeper.restore_point() != self._wished_at:
             self._wish = None  # it was granted: a checkpoint was committed since
         if self._wish:
             self._connections.broadcast(self._wish)

@@ -9,76 +9,102 @@ from __future__ import annotations
 
 import queue
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
-Message = dict[str, Any]
-RowKey = tuple[str, int, bool]  # generation, step, whether it is an evaluation's
-_KEPT = ("pack", "done", "failed", "saved alone")
+from elastic.membership.protocol import Done, Failed, MemberMessage, RowKey, Rows, SavedAlone, Share, Unfit
+from elastic.membership.world import Generation
+
+Said = tuple[MemberMessage | Unfit, Generation | None]  # a message, and the generation under which it is said
+_KEPT = (Share, Done, Failed, SavedAlone)
 _ROWS_AT_ONCE = 256
 _EARLY = 4096  # rows of others remembered as recorded, before this worker has recorded its own
 
 
-def row_key(row: Message) -> RowKey:
+def row_key(row: dict[str, Any]) -> RowKey:
     """What makes a row the same row."""
     return str(row["generation"]), int(row["step"]), "sample_hash" not in row
 
 
+@dataclass(frozen=True)
+class _Row:
+    """A row to keep, and to say if this worker reports."""
+
+    row: dict[str, Any]
+    generation: Generation
+    report: bool
+
+
+@dataclass(frozen=True)
+class _Report:
+    """From now on this worker reports."""
+
+    generation: Generation
+
+
+@dataclass(frozen=True)
+class _Undone:
+    """Steps after this one are done again."""
+
+    step: int
+
+
 class Outbox:
-    """`put` and `record` from any thread, everything else from the thread that sends."""
+    """`put`, `record`, `report` and `undone` from any thread, everything else from the thread that sends."""
 
     def __init__(self) -> None:
-        self._queue: queue.SimpleQueue[tuple[Message, bool]] = queue.SimpleQueue()
-        self._again: list[Message] = []
-        self._rows: dict[RowKey, Message] = {}
+        self._queue: queue.SimpleQueue[Said | _Row | _Report | _Undone] = queue.SimpleQueue()
+        self._again: list[Said] = []
+        self._rows: dict[RowKey, dict[str, Any]] = {}
         self._early: dict[RowKey, None] = {}
-        self._kept: list[Message] = []
+        self._kept: list[Said] = []
         self._reports = False
 
-    def put(self, message: Message) -> None:
-        """Say this."""
-        self._queue.put((message, True))
+    def put(self, message: MemberMessage | Unfit, generation: Generation | None = None) -> None:
+        """Send the message; what others wait for is kept until it was acted on."""
+        self._queue.put((message, generation))
 
-    def record(self, row: Message, generation: str, *, report: bool) -> None:
-        """Keep a row, and say it, under `generation`, if it is this worker that reports."""
-        self._queue.put(({"kind": "rows", "rows": [row], "generation": generation}, report))
+    def record(self, row: dict[str, Any], generation: Generation, *, report: bool) -> None:
+        """Keep a row, and send it, under `generation`, if it is this worker that reports."""
+        self._queue.put(_Row(row, generation, report))
 
-    def report(self, generation: str) -> None:
-        """From now on this worker reports rows kept earlier: it says all that the ledger may lack."""
-        self._queue.put(({"kind": "report", "generation": generation}, True))
+    def report(self, generation: Generation) -> None:
+        """From now on this worker reports rows kept earlier: it sends all that the ledger may lack."""
+        self._queue.put(_Report(generation))
 
     def undone(self, step: int) -> None:
-        """Rows of later steps that the ledger lacks are not said any more: those steps are done again."""
-        self._queue.put(({"kind": "undone", "step": step}, False))
+        """Rows of later steps that the ledger lacks are not sent any more: those steps are done again."""
+        self._queue.put(_Undone(step))
 
     # ---- the sending thread ------------------------------------------------------------------------------------
 
     @property
     def waiting(self) -> bool:
-        """Whether there is anything to say, or said that others still wait for."""
+        """Whether there is anything to send, or sent that others still wait for."""
         return bool(self._again or self._kept) or not self._queue.empty()
 
-    def take(self) -> Message | None:
+    def take(self) -> Said | None:
         """The next message to send, or None."""
-        if self._again:
-            return self._again.pop(0)
-        while not self._queue.empty():
-            message, say = self._queue.get()
-            kind = message["kind"]
-            if kind == "report":
-                self._reports = True
-                self._again = self._all_rows(message["generation"]) + self._again
-                return self.take()
-            if kind == "undone":
-                self._rows = {key: row for key, row in self._rows.items() if key[1] <= message["step"]}
-            elif kind == "rows":
-                self._keep_rows(message["rows"])
-            elif kind in _KEPT:
-                self._kept.append(message)
-            if say:
-                return message
-        return None
+        while not self._again:
+            if self._queue.empty():
+                return None
+            match self._queue.get():
+                case _Report(generation):
+                    self._reports = True
+                    self._again = self._all_rows(generation)
+                case _Undone(step):
+                    self._rows = {key: row for key, row in self._rows.items() if key[1] <= step}
+                case _Row(row, generation, report):
+                    self._keep_row(row)
+                    if report:
+                        return Rows([row]), generation
+                case said:
+                    if isinstance(said[0], _KEPT):
+                        self._kept.append(said)
+                    return said
+        return self._again.pop(0)
 
-    def say_again(self, generation: str) -> None:
+    def say_again(self, generation: Generation) -> None:
         """The server may have lost what it was told in the world of `generation`."""
         rows = self._all_rows(generation) if self._reports else []
         self._again = rows + self._kept  # a share of a checkpoint comes after the row of its step
@@ -86,8 +112,8 @@ class Outbox:
     def left_world(self) -> None:
         """The world is over: what it was saving is not committed any more, and others may report."""
         self._reports = False
-        self._kept = [m for m in self._kept if m["kind"] != "pack"]
-        self._again = [m for m in self._again if m["kind"] not in ("pack", "rows")]
+        self._kept = [said for said in self._kept if not isinstance(said[0], Share)]
+        self._again = [said for said in self._again if not isinstance(said[0], (Share, Rows))]
 
     def recorded(self, keys: Iterable[RowKey]) -> None:
         """The ledger has these rows."""
@@ -99,24 +125,24 @@ class Outbox:
 
     def decided(self, step: int, attempt: str) -> None:
         """The keeper has decided on this attempt to save `step`."""
-        self._kept = [m for m in self._kept if m["kind"] != "pack" or (m["step"], m["attempt"]) != (step, attempt)]
+
+        def is_decided(message: MemberMessage | Unfit) -> bool:
+            return isinstance(message, Share) and (message.step, message.attempt) == (step, attempt)
+
+        self._kept = [said for said in self._kept if not is_decided(said[0])]
 
     def over(self) -> None:
         """Nobody waits for anything any more."""
         self._kept.clear()
         self._again.clear()
 
-    def _keep_rows(self, rows: list[Message]) -> None:
-        for row in rows:
-            key = row_key(row)
-            if key in self._early:
-                del self._early[key]
-            else:
-                self._rows[key] = row
+    def _keep_row(self, row: dict[str, Any]) -> None:
+        key = row_key(row)
+        if key in self._early:
+            del self._early[key]
+        else:
+            self._rows[key] = row
 
-    def _all_rows(self, generation: str) -> list[Message]:
+    def _all_rows(self, generation: Generation) -> list[Said]:
         rows = list(self._rows.values())
-        return [
-            {"kind": "rows", "rows": rows[i : i + _ROWS_AT_ONCE], "generation": generation}
-            for i in range(0, len(rows), _ROWS_AT_ONCE)
-        ]
+        return [(Rows(rows[i : i + _ROWS_AT_ONCE]), generation) for i in range(0, len(rows), _ROWS_AT_ONCE)]

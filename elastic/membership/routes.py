@@ -18,7 +18,7 @@ POST /scale    {"max_workers": ..., "by": ...}
 POST /drain    {"worker": a worker's id or its beginning, "seconds": ..., "by": ...}: it hands over and ends
 POST /prune    {"policy": {...}, "yes": bool}: checkpoints that the run's retention, changed so, does not keep
 
-What cannot be done, and what is no such request (`requests`), is answered by 400 and one sentence.
+What cannot be done, and what is no such request (`protocol`), is answered by 400 and one sentence.
 """
 
 from __future__ import annotations
@@ -31,14 +31,15 @@ from typing import TypeVar
 from aiohttp import web
 
 from elastic.errors import ElasticError
-from elastic.membership import requests as asked
+from elastic.membership import protocol as asked
 from elastic.membership.access import Access
 from elastic.membership.connections import Connections
 from elastic.membership.eviction import Watchman
 from elastic.membership.execution import Executor
+from elastic.membership.keeper import Keeper
 from elastic.membership.messages import Drained, Event, Expected, Lost, Notice, Scaled, Stopped, Yielded
-from elastic.membership.protocol import Keeper
 from elastic.membership.state import State, describe, people
+from elastic.membership.wire import Refused
 
 T = TypeVar("T")
 
@@ -71,22 +72,22 @@ class Routes:
     def add_to(self, router: web.UrlDispatcher) -> None:
         """Register all of them."""
         router.add_get("/follow", self._follow)
-        router.add_post("/wish", self._wish)
-        router.add_post("/allow", self._allow)
-        router.add_post("/close", self._close)
+        router.add_post(asked.Wish.path, self._wish)
+        router.add_post(asked.Allow.path, self._allow)
+        router.add_post(asked.Close.path, self._close)
         router.add_get("/status", self._status)
         router.add_get("/group", self._group)
-        router.add_post("/lost", self._lost)
-        router.add_post("/event", self._event)
-        router.add_post("/notice", self._notice)
-        router.add_post("/yield", self._yield)
-        router.add_post("/expected", self._expected)
-        router.add_post("/grant", self._grant)
+        router.add_post(asked.Gone.path, self._lost)
+        router.add_post(asked.Note.path, self._event)
+        router.add_post(asked.Leaving.path, self._notice)
+        router.add_post(asked.Yield.path, self._yield)
+        router.add_post(asked.Existing.path, self._expected)
+        router.add_post(asked.Grant.path, self._grant)
         router.add_get("/run", self._run)
-        router.add_post("/scale", self._scale)
-        router.add_post("/drain", self._drain)
-        router.add_post("/prune", self._prune)
-        router.add_post("/damaged", self._damaged)
+        router.add_post(asked.Scale.path, self._scale)
+        router.add_post(asked.Drain.path, self._drain)
+        router.add_post(asked.Prune.path, self._prune)
+        router.add_post(asked.Damaged.path, self._damaged)
 
     async def _follow(self, request: web.Request) -> web.StreamResponse:
         socket = web.WebSocketResponse()
@@ -96,7 +97,7 @@ class Routes:
 
     async def _wish(self, request: web.Request) -> web.Response:
         wish = await _read(asked.Wish, request)
-        self._executor.wish({"wish": wish.wish, "detail": wish.detail})
+        self._executor.wish(asked.Wished(wish.wish, wish.detail))
         if wish.wish == "stop":
             self._handle(Stopped(wish.detail, time.monotonic()))
         return web.json_response({"ok": True})
@@ -159,9 +160,8 @@ class Routes:
 
     async def _prune(self, request: web.Request) -> web.Response:
         prune = await _read(asked.Prune, request)
-        changes = prune.changes()
         try:
-            removals = await asyncio.wrap_future(self._keeper.prune(changes, yes=prune.yes))
+            removals = await asyncio.wrap_future(self._keeper.prune(prune.changes(), yes=prune.yes))
         except ElasticError as error:
             raise _refusal(str(error)) from None
         return web.json_response({"removals": removals})
@@ -223,7 +223,7 @@ async def _read_little(request: web.Request) -> bytes:
     while piece := await request.content.read(MAX_GRANT_BYTES + 1 - len(body)):
         body += piece
         if len(body) > MAX_GRANT_BYTES:
-            raise asked.Refused(f"the request is larger than {MAX_GRANT_BYTES} bytes; give an id and a secret")
+            raise Refused(f"the request is larger than {MAX_GRANT_BYTES} bytes; give an id and a secret")
     return body
 
 

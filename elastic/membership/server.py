@@ -17,24 +17,26 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from aiohttp import WSMsgType, web
 
 from elastic.child import raise_descriptor_limit
 from elastic.membership import kernel
+from elastic.membership import protocol as wire
 from elastic.membership.access import Access
 from elastic.membership.connections import Connections
 from elastic.membership.decisions import advance
 from elastic.membership.door import QUEUE, Caller, Door
 from elastic.membership.eviction import Watchman
 from elastic.membership.execution import Executor
+from elastic.membership.keeper import Keeper
 from elastic.membership.messages import (
     Acknowledged,
     Arrived,
     Done,
     Event,
-    Failure,
     Form,
     Joined,
     Lost,
@@ -48,15 +50,16 @@ from elastic.membership.messages import (
     Unable,
     Unfit,
 )
-from elastic.membership.protocol import BEAT_S, MAX_MESSAGE_BYTES, Keeper
-from elastic.membership.requests import Refused
+from elastic.membership.protocol import BEAT_S, MAX_MESSAGE_BYTES, SILENT_S
 from elastic.membership.routes import Routes
 from elastic.membership.state import State
 from elastic.membership.watch import Progress
+from elastic.membership.wire import Refused
 from elastic.membership.world import Generation, Member
 
 TICK_S = 0.05
 MAX_REQUEST_BYTES = 4 << 20
+MOST_REASON_BYTES = 120  # that a WebSocket is closed with
 BEHIND_S = 0.1  # a turn that takes so much longer than it should says that there is more to read than time for it
 
 
@@ -91,6 +94,7 @@ class MembershipServer:
         )
         self._members: dict[str, Member] = {}
         self._said_done: frozenset[str] = frozenset()
+        self._told_refused: set[str] = set()
         self._loop = asyncio.new_event_loop()
         self._ready = threading.Event()
         self._stopping = asyncio.Event()
@@ -125,7 +129,7 @@ class MembershipServer:
         text = json.dumps(record)
         self._loop.call_soon_threadsafe(self._connections.publish, text, keep)
 
-    def send_all(self, message: dict[str, Any]) -> None:
+    def send_all(self, message: wire.HostMessage) -> None:
         """Send a message to all workers. From any thread."""
         self._loop.call_soon_threadsafe(self._connections.broadcast, message)
 
@@ -134,7 +138,7 @@ class MembershipServer:
         self._loop.call_soon_threadsafe(self._stop_run, why)
 
     def _stop_run(self, why: str) -> None:
-        self._executor.wish({"wish": "stop", "detail": why})
+        self._executor.wish(wire.Wished("stop", why))
         self._handle(Stopped(why, time.monotonic()))
 
     def saved_alone(self, step: int) -> None:
@@ -187,6 +191,8 @@ class MembershipServer:
         elif request.path != "/grant":
             raise web.HTTPUnauthorized(text="wrong or missing token")
         try:
+            if request.path != "/worker":
+                wire.check_version(request.headers.get(wire.VERSION_HEADER), "who asks")
             return await handler(request)
         except Refused as error:
             raise web.HTTPBadRequest(text=str(error)) from None
@@ -226,6 +232,49 @@ class MembershipServer:
             raise Refused("the worker gives no id; connect to /worker?id=...")
         socket = web.WebSocketResponse(max_msg_size=MAX_MESSAGE_BYTES, heartbeat=None)
         await socket.prepare(request)
+        try:
+            wire.check_version(request.query.get("protocol"), f"worker {member_id}")
+            said = await self._next_message(socket, member_id, SILENT_S)
+            if said is None:
+                return socket
+        except Refused as refused:  # this connection was nobody's yet: whoever has that id keeps its own
+            await self._refuse(socket, member_id, refused)
+            return socket
+        self._admit(member_id, socket)
+        try:
+            while said is not None:
+                self._watchman.heard(member_id, time.monotonic())
+                self._from_worker(member_id, *said)
+                said = await self._next_message(socket, member_id)
+        except Refused as refused:
+            await self._refuse(socket, member_id, refused)
+        finally:
+            if self._connections.remove(member_id, socket):
+                self._watchman.forget(member_id)
+                self._handle(Lost(member_id, time.monotonic(), died=True))
+        return socket
+
+    async def _next_message(
+        self, socket: web.WebSocketResponse, member_id: str, timeout_s: float | None = None
+    ) -> tuple[wire.WorkerMessage | wire.MemberMessage, Generation | None] | None:
+        """What the worker says next; None once its connection ended, or where it says nothing for too long.
+
+        Raises:
+            Refused: it is none of the messages, or says it for another worker.
+        """
+        try:
+            raw = await socket.receive(timeout_s)
+        except TimeoutError:
+            return None
+        if raw.type is not WSMsgType.TEXT:
+            return None
+        message, generation = wire.from_worker(raw.data)
+        if isinstance(message, (wire.Join, wire.Hello)) and message.member.id != member_id:
+            raise Refused(f"member.id is {message.member.id!r}; give {member_id!r}, whose connection this is")
+        return message, generation
+
+    def _admit(self, member_id: str, socket: web.WebSocketResponse) -> None:
+        """From now on the worker is reached by this connection."""
         self._connections.add(member_id, socket)
         self._executor.welcome(member_id)
         self._handle(Arrived(member_id))
@@ -234,80 +283,82 @@ class MembershipServer:
         self._watchman.connected(member_id, time.monotonic(), probed_s)
         ended = self._keeper.ended()
         if ended is not None:
-            self._connections.send(member_id, {"kind": "over", "status": ended})
-        try:
-            async for raw in socket:
-                if raw.type == WSMsgType.TEXT:
-                    self._watchman.heard(member_id, time.monotonic())
-                    self._from_worker(member_id, json.loads(raw.data))
-        finally:
-            if self._connections.remove(member_id, socket):
-                self._watchman.forget(member_id)
-                self._handle(Lost(member_id, time.monotonic(), died=True))
-        return socket
+            self._connections.send(member_id, wire.Over(ended))
 
-    def _from_worker(self, member_id: str, message: dict[str, Any]) -> None:
-        kind, now = message["kind"], time.monotonic()
-        if kind == "beat":
-            self._connections.send(member_id, {"kind": "beat", "sent": message["sent"]})
-            self._note_progress(member_id, message, now)
-        elif kind == "join":
-            said = message.get("failure")
-            failure = Failure(**{**said, "samples": tuple(said["samples"])}) if said else None
-            if member_id not in self._members:
-                self._announce(message)
-            self._members[member_id] = _member(message["member"])
-            left = message["why"], message["broke"]
-            self._handle(Joined(self._members[member_id], now, message["applied"], failure, *left))
-        elif kind == "hello":
-            self._members[member_id] = member = _member(message["member"])
-            generation = Generation.parse(message["generation"])
-            self._handle(Registered(member, generation, message["rank"], message["size"], now))
-            self._note_progress(member_id, message, now)
-        elif kind == "unfit":
-            self._keeper.event("member_lost", member=member_id, detail=message["message"])
-            self._handle(Unfit(member_id, message["message"], now))
-        elif kind == "ack":
-            if self._state.world is not None and message["generation"] == str(self._state.world.generation):
-                self._handle(Acknowledged(member_id, now))
-        elif kind == "stacks":
-            self._watchman.stacks(member_id, message["text"])
-        else:
-            self._from_member(member_id, message)
+    async def _refuse(self, socket: web.WebSocketResponse, member_id: str, refused: Refused) -> None:
+        """Nothing was done of what a worker said: it is told so, and ends."""
+        if member_id not in self._told_refused:
+            self._told_refused.add(member_id)
+            self._keeper.event("message_refused", member=member_id, detail=str(refused))
+        reason = str(refused).encode()[:MOST_REASON_BYTES]
+        with contextlib.suppress(ConnectionError):  # it is gone already
+            await socket.close(code=wire.REFUSED_CODE, message=reason)
 
-    def _announce(self, message: dict[str, Any]) -> None:
-        member = message["member"]
+    def _from_worker(
+        self,
+        member_id: str,
+        message: wire.WorkerMessage | wire.MemberMessage,
+        generation: Generation | None,
+    ) -> None:
+        now = time.monotonic()
+        match message:
+            case wire.Beat():
+                self._connections.send(member_id, wire.BeatHeard(message.sent))
+                if message.at is not None:
+                    self._note_progress(member_id, message.at, now)
+            case wire.Join():
+                member = _interned(message.member)
+                if member_id not in self._members:
+                    self._announce(member, message)
+                self._members[member_id] = member
+                failure, left = message.failure, (message.why, message.broke)
+                self._handle(Joined(member, now, message.applied, failure, *left))
+            case wire.Hello():
+                self._members[member_id] = member = _interned(message.member)
+                self._handle(Registered(member, message.at.generation, message.rank, message.size, now))
+                self._note_progress(member_id, message.at, now)
+            case wire.Unfit():
+                self._keeper.event("member_lost", member=member_id, detail=message.message)
+                self._handle(Unfit(member_id, message.message, now))
+            case wire.Acknowledge():
+                if self._state.world is not None and message.generation == self._state.world.generation:
+                    self._handle(Acknowledged(member_id, now))
+            case wire.Stacks():
+                self._watchman.stacks(member_id, message.text)
+            case _:
+                assert generation is not None
+                self._from_member(member_id, message, generation)
+
+    def _announce(self, member: Member, said: wire.Join) -> None:
         self._keeper.event(
             "worker_warm",
-            member=member["id"],
-            node=member["node"],
-            pid=member["pid"],
-            seconds=message["warm_s"],
-            detail={"device": member["device"], **message["warm_parts"]},
+            member=member.id,
+            node=member.node,
+            pid=member.pid,
+            seconds=said.warm_s,
+            detail={"device": member.device, **said.warm_parts},
         )
 
-    def _note_progress(self, member_id: str, message: dict[str, Any], now: float) -> None:
+    def _note_progress(self, member_id: str, at: wire.Whereabouts, now: float) -> None:
         """Of who is in the newest world, or says that it is in one to a server that was restarted."""
         inside = self._state.world or self._state.registered.get(member_id)
-        if inside is None or message.get("generation") != str(inside.generation):
-            return
-        step, stage, microbatch = message["position"]
-        where, samples = message.get("where", ""), tuple(message.get("samples", ()))
-        self._watchman.progress(member_id, Progress((step, stage, microbatch), message["phase"], now, where, samples))
+        if inside is not None and at.generation == inside.generation:
+            self._watchman.progress(member_id, Progress(at.position, now, at.where, tuple(at.samples)))
 
-    def _from_member(self, member_id: str, message: dict[str, Any]) -> None:
-        generation = Generation.parse(message["generation"])
+    def _from_member(self, member_id: str, message: wire.MemberMessage, generation: Generation) -> None:
         if not self._may_speak(member_id, generation):
             return
-        if message["kind"] == "done":
-            self._said_done |= {member_id}
-            self._handle(Done(member_id))
-        if message["kind"] == "failed":
-            self._handle(Unable(member_id, message["message"], message["fresh"], message["final"], time.monotonic()))
-            return
-        if message["kind"] == "rows":
-            self._watchman.steps_took(r["step_s"] for r in message["rows"] if "step_s" in r)
-            self._handle(Recorded(max(r["step"] for r in message["rows"])))
+        match message:
+            case wire.Done():
+                self._said_done |= {member_id}
+                self._handle(Done(member_id))
+            case wire.Failed():
+                now = time.monotonic()
+                self._handle(Unable(member_id, message.message, message.fresh, message.final, now))
+                return
+            case wire.Rows() if message.rows:
+                self._watchman.steps_took(r["step_s"] for r in message.rows if "step_s" in r)
+                self._handle(Recorded(max(r["step"] for r in message.rows)))
         self._keeper.receive(self._members[member_id], generation, message)
 
     def _may_speak(self, member_id: str, generation: Generation) -> bool:
@@ -321,6 +372,6 @@ class MembershipServer:
         return known and member_id not in state.gone
 
 
-def _member(values: dict[str, Any]) -> Member:
+def _interned(member: Member) -> Member:
     """What most workers say of themselves is the same text: it is kept once, and compared by where it is."""
-    return Member(**{**values, "device": sys.intern(values["device"]), "says": sys.intern(values["says"])})
+    return replace(member, device=sys.intern(member.device), says=sys.intern(member.says))

@@ -5,39 +5,58 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 
-DATA, HELD = "data", "held"  # the latter waits for leave to go on
-#: Phases that may take long without anything being wrong: their time-out is this many times longer. A sample may come
-#: from a cold object store, and whoever is given its microbatch instead has to fetch it as well.
-PATIENCE = {"load": 10.0, "first step": 10.0, "eval": 10.0, "checkpoint": 10.0, DATA: 60.0}
+from elastic.membership.stage import UNHEARD, Position, Stage
+
 LEAST_S = 10.0
 STEPS = 5.0
 #: Times the hang time-out: a world in which nobody moves is made anew, and who would be the last with the state is
 #: given up; who lives but says nothing, or whom nobody waits for, is.
 STILL, QUIET = 3.0, 10.0
-#: Phases that tell of everything they do: there, standing still is not slowness alone.
-_COUNTED = ("step", "first step", "eval", DATA)
-NOWHERE = (-1, -1, 0)  # where somebody is who has said nothing in this world yet
 
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a worker is: `position` grows within a world; `since` is when it was first heard of.
+    """How far a worker is, and since when (monotonic seconds).
 
     Args:
         where: the place, for people.
         samples: that it waits for.
+        doubted: it may have left that place since: it is given no longer there than for a usual one.
     """
 
-    position: tuple[int, int, int]  # step, stage of the step, microbatch
-    phase: str
+    position: Position
     since: float
     where: str = ""
     samples: tuple[int, ...] = ()
+    doubted: bool = False
+
+    @property
+    def step(self) -> int:
+        return self.position.step
+
+    @property
+    def patience(self) -> float:
+        """Times longer than the hang time-out that it may take there."""
+        return 1.0 if self.doubted else self.position.patience
+
+    @property
+    def waits_for_data(self) -> bool:
+        return self.position.stage is Stage.DATA and not self.doubted
+
+    @property
+    def counts(self) -> bool:
+        """Whether standing still there is not slowness alone."""
+        return self.doubted or self.position.stage.counts
+
+    @property
+    def label(self) -> str:
+        """For people."""
+        return Stage.PASS.label if self.doubted else self.position.label
 
 
-def hang_limit_s(phase: str, step_p95_s: float, fixed_s: float | None) -> float:
-    """Longest time at one place: max(10 s, 5 x p95 of a step), or what the user fixed; longer in slow phases."""
-    return (fixed_s if fixed_s is not None else max(LEAST_S, STEPS * step_p95_s)) * PATIENCE.get(phase, 1.0)
+def hang_limit_s(patience: float, step_p95_s: float, fixed_s: float | None) -> float:
+    """Longest time at one place: max(10 s, 5 x p95 of a step), or what the user fixed; longer where patience is due."""
+    return (fixed_s if fixed_s is not None else max(LEAST_S, STEPS * step_p95_s)) * patience
 
 
 def silent(
@@ -75,12 +94,13 @@ def excuse(
 def caught_up(progress: Mapping[str, Progress]) -> dict[str, Progress]:
     """Where members are at least. Where one is in a step, all have passed the fence of the one before: what somebody
     said of an earlier place, which may take long, is over."""
-    furthest = max((p.position[0] for p in progress.values()), default=-1)
+    furthest = max((p.step for p in progress.values()), default=-1)
 
     def is_over(p: Progress) -> bool:
-        return p.position[0] < furthest - (p.phase not in ("load", "first step", DATA))
+        before_fence = p.position.first or p.position.stage in (Stage.UNHEARD, Stage.LOAD, Stage.DATA)
+        return p.step < (furthest if before_fence else furthest - 1)
 
-    return {i: replace(p, phase="step") if is_over(p) else p for i, p in progress.items()}
+    return {i: replace(p, doubted=True) if is_over(p) else p for i, p in progress.items()}
 
 
 def hung(
@@ -101,33 +121,33 @@ def hung(
     """
     if not progress:
         return []
-    least = min(p.position for p in progress.values())
-    ahead = [p.since for p in progress.values() if p.position > least]
+    least = min(p.position.key for p in progress.values())
+    ahead = [p.since for p in progress.values() if p.position.key > least]
     if not ahead:
         return []
     waited_since = min(ahead)
     return [
         member
         for member, p in progress.items()
-        if p.position == least
-        and now - max(p.since, waited_since) > hang_limit_s(p.phase, step_p95_s, fixed_s)
-        and not (set(waited_out) & set(p.samples) if p.phase == DATA else p.position[0] in steps_out)
+        if p.position.key == least
+        and now - max(p.since, waited_since) > hang_limit_s(p.patience, step_p95_s, fixed_s)
+        and not (set(waited_out) & set(p.samples) if p.waits_for_data else p.step in steps_out)
     ]
 
 
 def still(progress: Mapping[str, Progress], now: float, step_p95_s: float, fixed_s: float | None) -> float:
-    """For how many times the hang time-out nobody has moved. Beyond 1 it counts where all phases tell what they do."""
-    if not progress or any(p.phase == HELD for p in progress.values()):
+    """For how many times the hang time-out nobody has moved. Beyond 1 it counts where all tell what they do."""
+    if not progress or any(p.position.stage is Stage.HELD for p in progress.values()):
         return 0.0
-    limit_s = max(hang_limit_s(p.phase, step_p95_s, fixed_s) for p in progress.values())
+    limit_s = max(hang_limit_s(p.patience, step_p95_s, fixed_s) for p in progress.values())
     times = (now - max(p.since for p in progress.values())) / limit_s
-    return times if all(p.phase in _COUNTED for p in progress.values()) else min(times, 1.0)
+    return times if all(p.counts for p in progress.values()) else min(times, 1.0)
 
 
 def slow_data(progress: Mapping[str, Progress], now: float, step_p95_s: float, fixed_s: float | None) -> list[str]:
     """Members that wait for samples longer than a step may take; nothing is done about it for a while."""
-    usual_s = hang_limit_s("step", step_p95_s, fixed_s)
-    return [member for member, p in progress.items() if p.phase == DATA and now - p.since > usual_s]
+    usual_s = hang_limit_s(Stage.PASS.patience, step_p95_s, fixed_s)
+    return [member for member, p in progress.items() if p.waits_for_data and now - p.since > usual_s]
 
 
 def overdue(
@@ -143,12 +163,12 @@ def overdue(
     Args:
         awaited: members, with the times that the limit is longer for them.
     """
-    start = Progress(NOWHERE, "load", since)
+    start = Progress(UNHEARD, since)
     places = {member: progress.get(member, start) for member in sorted(awaited)}
     return [
         member
         for member, p in places.items()
-        if now - max(p.since, since) > awaited[member] * hang_limit_s(p.phase, step_p95_s, fixed_s)
+        if now - max(p.since, since) > awaited[member] * hang_limit_s(p.patience, step_p95_s, fixed_s)
     ]
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from elastic.checkpoint.format import Manifest
+from elastic.membership.protocol import Share
 from elastic.membership.world import Generation
 
 
@@ -25,14 +26,14 @@ class Attempt:
     error: str | None = None
     anew: bool = False
 
-    def take(self, member_id: str, message: Mapping[str, Any]) -> Literal["waits", "whole", "failed", "decided"]:
+    def take(self, member_id: str, share: Share) -> Literal["waits", "whole", "failed", "decided"]:
         """A member's share came, or came again from one that could not know what became of it."""
         if self.over:
             return "decided"
-        if message["error"]:
+        if share.error or share.index is None:
             return "failed"
-        self.indexes[member_id], self.facts[member_id] = message["index"], message["facts"]
-        self.header = message["header"] or self.header
+        self.indexes[member_id], self.facts[member_id] = share.index, share.facts
+        self.header = share.header or self.header
         return "whole" if len(self.indexes) == self.shares and self.header is not None else "waits"
 
     def decide(self, error: str | None, *, anew: bool = False) -> None:

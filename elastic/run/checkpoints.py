@@ -14,6 +14,7 @@ from elastic.checkpoint.retention import Policy, Retention, removals
 from elastic.checkpoint.transfer import is_no_room, patiently
 from elastic.checkpoint.writer import commit
 from elastic.errors import DamagedCheckpoint
+from elastic.membership.protocol import Commit, HostMessage, RestorePoint, Share, Wished
 from elastic.membership.world import Generation
 from elastic.run.attempts import Attempt
 from elastic.run.record import Record
@@ -33,7 +34,7 @@ class Keeping:
     """
 
     note: Callable[..., None]
-    tell: Callable[[dict[str, Any]], None]
+    tell: Callable[[HostMessage], None]
     owns: Callable[[], bool]
     closed: Callable[[], bool]
     flush_rows: Callable[[], None]
@@ -65,19 +66,19 @@ class Checkpoints:
         self.restarted = False  # an earlier keeper of this claim may have committed what it could not tell
         self.failed: dict[str, Any] | None = None  # the last save that failed: step and error
         #: Where state comes from when nobody holds any: the newest committed checkpoint.
-        self.restore: dict[str, Any] = self._newest()
+        self.restore = self._newest()
         self.due_at = self._next_due()
 
-    def _newest(self) -> dict[str, Any]:
+    def _newest(self) -> RestorePoint:
         for checkpoint in newest_first(self._storage):
             if checkpoint not in self._unloadable:
-                return {"rung": "checkpoint", "step": checkpoint.step, "attempt": checkpoint.attempt}
-        return {"rung": "fresh"}
+                return RestorePoint(checkpoint.step, checkpoint.attempt)
+        return RestorePoint()
 
     @property
     def step(self) -> int:
         """Of the newest; 0 where there is none."""
-        return int(self.restore.get("step", 0))
+        return self.restore.step or 0
 
     def recovered(self, began: float | None) -> None:
         """An earlier keeper of this claim, which `began` then (unix seconds), was replaced by this one."""
@@ -100,31 +101,29 @@ class Checkpoints:
         meanwhile."""
         self.due_at = float("inf")
         if in_world and not self._keeping.closed():
-            self._keeping.tell({"kind": "wish", "wish": "save", "detail": why})
+            self._keeping.tell(Wished("save", why))
 
     # ---- committing ------------------------------------------------------------------------------------------------
 
-    def take_share(
-        self, member_id: str, generation: Generation, message: Mapping[str, Any], ranks: Mapping[str, int]
-    ) -> None:
+    def take_share(self, member_id: str, generation: Generation, share: Share, ranks: Mapping[str, int]) -> None:
         """A worker's share came: its pack is durable, or is not.
 
         Args:
             ranks: of the members of the present world, by id.
         """
-        step, name = key = (message["step"], message["attempt"])
+        step, name = key = (share.step, share.attempt)
         attempt = self._attempts.get(key)
         if attempt is None:
-            attempt = self._attempts[key] = Attempt(step, name, generation, message["shares"])
+            attempt = self._attempts[key] = Attempt(step, name, generation, share.shares)
             if self.restarted and patiently(self._storage.exists, f"{attempt_folder(step, name)}/{MANIFEST}"):
                 self._note_committed(step, name)  # by the keeper before, which could not tell everyone
                 self._decide(attempt, None)
                 return
-        what = attempt.take(member_id, message)
+        what = attempt.take(member_id, share)
         if what == "decided":
             self._tell(attempt)
         elif what == "failed":
-            self._decide(attempt, message["error"], no_room=message["no_room"])
+            self._decide(attempt, share.error or "a worker's part says nothing of what it holds", no_room=share.no_room)
         elif what == "whole":
             self._commit(attempt, ranks)
 
@@ -135,7 +134,7 @@ class Checkpoints:
                 self._note_committed(checkpoint.step, checkpoint.attempt)
 
     def _note_committed(self, step: int, name: str) -> None:
-        self.restore = {"rung": "checkpoint", "step": step, "attempt": name}
+        self.restore = RestorePoint(step, name)
         if (step, name) not in self._record.committed:
             self._record.committed.add((step, name))
             self._keeping.note(
@@ -203,15 +202,7 @@ class Checkpoints:
             self.unloadable(checkpoint, damage, damaged=True, found_by="the removal of old ones")
 
     def _tell(self, attempt: Attempt) -> None:
-        self._keeping.tell(
-            {
-                "kind": "commit",
-                "step": attempt.step,
-                "attempt": attempt.name,
-                "error": attempt.error,
-                "anew": attempt.anew,
-            }
-        )
+        self._keeping.tell(Commit(attempt.step, attempt.name, attempt.error, attempt.anew))
 
     def _commit(self, attempt: Attempt, ranks: Mapping[str, int]) -> None:
         """Commit an attempt, and tell what became of it."""
@@ -228,7 +219,7 @@ class Checkpoints:
             why = f"the checkpoint of step {step} could not be committed: {type(error).__name__}: {error}"
             anew, no_room = isinstance(error, DamagedCheckpoint), is_no_room(error)
             return self._decide(attempt, why, anew=anew, no_room=no_room)
-        self.restore = {"rung": "checkpoint", "step": step, "attempt": attempt.name}
+        self.restore = RestorePoint(step, attempt.name)
         record.saved(step, attempt.name, save_cost(attempt.stall_s, attempt.upload_s))
         self._keeping.note(
             "checkpoint_committed",
@@ -247,14 +238,14 @@ class Checkpoints:
         for attempt in self._attempts.values():
             if not attempt.over:
                 self._decide(attempt, "what it wrote was removed", anew=True)
-        self._keeping.tell({"kind": "commit", "step": -1, "attempt": "", "error": "removed", "anew": True})
+        self._keeping.tell(Commit(-1, "", "removed", anew=True))
         self.wish(True, "all that was saved was removed")
 
     def distrust(self, checkpoint: Committed) -> None:
         """A checkpoint cannot be loaded, so no world that is formed from now on goes back to it. From any thread."""
         self._unloadable.add(checkpoint)
-        if (self.restore.get("step"), self.restore.get("attempt")) == (checkpoint.step, checkpoint.attempt):
-            self.restore = {"rung": "fresh"}  # until storage was asked; who holds a state keeps it
+        if (self.restore.step, self.restore.attempt) == (checkpoint.step, checkpoint.attempt):
+            self.restore = RestorePoint()  # until storage was asked; who holds a state keeps it
 
     def unloadable(
         self, checkpoint: Committed, problem: str, *, damaged: bool, found_by: str, generation: str | None = None
@@ -274,9 +265,7 @@ class Checkpoints:
         else:
             self._keeping.note("checkpoint_failed", generation=generation, step=checkpoint.step, detail=problem)
         self.restore = self._newest()
-        self._keeping.tell(
-            {"kind": "commit", "step": checkpoint.step, "attempt": checkpoint.attempt, "error": problem, "anew": True}
-        )
+        self._keeping.tell(Commit(checkpoint.step, checkpoint.attempt, problem, anew=True))
 
     # ---- removing --------------------------------------------------------------------------------------------------
 

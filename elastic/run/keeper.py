@@ -21,6 +21,7 @@ from elastic.checkpoint.reader import Committed
 from elastic.checkpoint.retention import Policy
 from elastic.checkpoint.transfer import is_from_storage
 from elastic.errors import ElasticError, FencedError, StorageError
+from elastic.membership import protocol as wire
 from elastic.membership.outbox import RowKey
 from elastic.membership.server import MembershipServer
 from elastic.membership.world import Generation, Member, World
@@ -81,7 +82,7 @@ class RunKeeper:
         self._claim_step = self._checkpoints.step
         self._claimed_at = folder.claimed_at(options.epoch)
         self._config = folder.config()
-        self._done: dict[str, dict[str, Any]] = {}
+        self._done: dict[str, wire.Done] = {}
         self._state, self._message = "running", ""
         self._closed, self._new_config = False, options.new_config
         self._end: dict[str, Any] | None = None
@@ -196,33 +197,30 @@ class RunKeeper:
 
         self._do(write)
 
-    def receive(self, member: Member, generation: Generation, message: dict[str, Any]) -> None:
-        kind = message["kind"]
-        if kind == "rows":
-            self._do(lambda: self._take_rows(message["rows"]))
-        elif kind == "event":
-            self.event(
-                message["event"],
-                generation=str(generation),
-                member=member.id,
-                **{k: message[k] for k in ("step", "seconds", "detail") if k in message},
-            )
-            if message["event"] == "restored":
-                self._claim_step = min(self._claim_step, message["step"])
-        elif kind == "unloadable":
-            self._distrust(
-                Committed(message["step"], message["attempt"]),
-                message["problem"],
-                damaged=message["damaged"],
-                found_by=member.id,
-                generation=str(generation),
-            )
-        elif kind == "pack":
-            self._do(lambda: self._take_share(member, generation, message))
-        elif kind == "saved alone":
-            self._do(self._saved_alone)
-        elif kind == "done":
-            self._do(lambda: self._take_outcome(member, message))
+    def receive(self, member: Member, generation: Generation, message: wire.MemberMessage) -> None:
+        match message:
+            case wire.Rows():
+                self._do(lambda: self._take_rows(message.rows))
+            case wire.LedgerEvent():
+                said = {"step": message.step, "seconds": message.seconds, "detail": message.detail}
+                known = {name: value for name, value in said.items() if value is not None}
+                self.event(message.event, generation=str(generation), member=member.id, **known)
+                if message.event == "restored" and message.step is not None:
+                    self._claim_step = min(self._claim_step, message.step)
+            case wire.Unloadable():
+                self._distrust(
+                    Committed(message.step, message.attempt),
+                    message.problem,
+                    damaged=message.damaged,
+                    found_by=member.id,
+                    generation=str(generation),
+                )
+            case wire.Share():
+                self._do(lambda: self._take_share(member, generation, message))
+            case wire.SavedAlone():
+                self._do(self._saved_alone)
+            case wire.Done():
+                self._do(lambda: self._take_outcome(member, message))
 
     def found_damaged(self, step: int, attempt: str, problem: str) -> None:
         """A check found that a checkpoint has other bytes than were written."""
@@ -232,7 +230,7 @@ class RunKeeper:
         self._checkpoints.distrust(checkpoint)  # at once: a world may be formed before the storage has answered
         self._do(lambda: self._checkpoints.unloadable(checkpoint, problem, **how))
 
-    def restore_point(self) -> dict[str, Any]:
+    def restore_point(self) -> wire.RestorePoint:
         return self._checkpoints.restore
 
     def close_run(self, status: str, message: str) -> None:
@@ -313,9 +311,9 @@ class RunKeeper:
             self._ledger.flush(self._confirm)
 
     def _confirm(self, rows: list[RowKey]) -> None:
-        self._send_all({"kind": "recorded", "rows": rows})
+        self._send_all(wire.Recorded(rows))
 
-    def _send_all(self, message: dict[str, Any]) -> None:
+    def _send_all(self, message: wire.HostMessage) -> None:
         assert self._server is not None
         self._server.send_all(message)
 
@@ -400,7 +398,7 @@ class RunKeeper:
         """Write nothing more, and tell everyone who works for this claim to end, and why."""
         self._closed, reason = True, redact(reason)
         assert self._server is not None
-        self._send_all({"kind": "fenced", "reason": reason})
+        self._send_all(wire.Fenced(reason))
         self._end = {"status": "fenced", "message": reason}
         self._server.publish({"kind": "end", **self._end}, keep=True)
 
@@ -428,9 +426,9 @@ class RunKeeper:
         for row in self._ledger.add_rows(rows):
             self._server.publish(row, keep="sample_hash" not in row)
 
-    def _take_share(self, member: Member, generation: Generation, message: dict[str, Any]) -> None:
+    def _take_share(self, member: Member, generation: Generation, share: wire.Share) -> None:
         ranks = {m.id: rank for rank, m in enumerate(self._world.members)} if self._world else {}
-        self._checkpoints.take_share(member.id, generation, message, ranks)
+        self._checkpoints.take_share(member.id, generation, share, ranks)
 
     def _prune(self, policy: Policy, *, yes: bool) -> list[dict[str, Any]]:
         if not self._owns():
@@ -439,7 +437,7 @@ class RunKeeper:
 
     # ---- the end -----------------------------------------------------------------------------------------------
 
-    def _take_outcome(self, member: Member, message: dict[str, Any]) -> None:
+    def _take_outcome(self, member: Member, message: wire.Done) -> None:
         self._done[member.id] = message
         self._finish_if_done()
 
@@ -449,7 +447,7 @@ class RunKeeper:
             self._close(*self._give_up_outcome, {})
         elif not self._closed:
             assert self._server is not None
-            self._server.saved_alone(self._checkpoints.restore.get("step", -1))
+            self._server.saved_alone(self._checkpoints.restore.newest)
 
     def _finish_if_done(self) -> None:
         """The run is over when every member of the world that still lives has said so."""
@@ -458,8 +456,8 @@ class RunKeeper:
         gone = self._server.gone()
         if world is None or not self._done or any(m.id not in self._done and m.id not in gone for m in world.members):
             return
-        first = min(self._done.values(), key=lambda message: message["rank"])
-        self._close(first["status"], first.get("message", ""), first["result"])
+        first = min(self._done.values(), key=lambda done: done.rank)
+        self._close(first.status, first.message, first.result)
 
     def _close(self, status: str, message: str, result: dict[str, Any]) -> None:
         """The one end of a run: result, event, status, compacted ledger."""
@@ -501,7 +499,7 @@ class RunKeeper:
     def _publish_end(self, result: dict[str, Any]) -> None:
         assert self._server is not None
         assert self._end is not None
-        self._send_all({"kind": "over", "status": self._end["status"]})
+        self._send_all(wire.Over(self._end["status"]))
         self._server.publish({"kind": "end", **self._end, "result": result}, keep=True)
 
     def _last_row(self) -> dict[str, Any]:
@@ -531,7 +529,7 @@ class RunKeeper:
             total_steps=self._options.total_steps,
             world=self._world,
             server=self._server.url if self._server is not None and live else None,
-            checkpoint=kept.restore.get("step"),
+            checkpoint=kept.restore.step,
             checkpoint_failed=kept.failed,
             facts=self._options.facts,
         )

@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 
 from elastic.errors import ConfigError, ElasticError
 from elastic.membership.driver import DriverLink
+from elastic.membership.protocol import Drain, Grant, Request, Scale, Wish
 from elastic.run.folder import LIVE_STATES, RunFolder, owner
 
 Say = Callable[[str], None]
@@ -44,19 +45,19 @@ class LiveRun:
         grant = secrets.token_hex(16)
         self.folder.leave_grant(grant, self._secret)
         try:
-            self._link.request("/grant", {"id": grant, "secret": self._secret}, timeout_s)
+            self._link.request(Grant(grant, self._secret), timeout_s)
         finally:
             self.folder.withdraw_grant(grant)
         self.servers += 1
 
-    def _request(self, path: str, body: dict[str, Any] | None = None, timeout_s: float = 10.0) -> dict[str, Any]:
+    def _request(self, what: str | Request, timeout_s: float = 10.0) -> dict[str, Any]:
         try:
-            return self._link.request(path, body, timeout_s)
+            return self._link.request(what, timeout_s)
         except urllib.error.HTTPError as error:
             if error.code != 401:
                 raise
         self.convince()
-        return self._link.request(path, body, timeout_s)
+        return self._link.request(what, timeout_s)
 
     def look(self) -> dict[str, Any]:
         """Status, group and workers, as the server sees them now.
@@ -66,7 +67,7 @@ class LiveRun:
         """
         return self._request("/run")
 
-    def ask(self, path: str, body: dict[str, Any], timeout_s: float = 10.0) -> dict[str, Any]:
+    def ask(self, request: Request, timeout_s: float = 10.0) -> dict[str, Any]:
         """Have something done.
 
         Raises:
@@ -74,7 +75,7 @@ class LiveRun:
             NotLive: it cannot be reached any more.
         """
         try:
-            return self._request(path, body, timeout_s)
+            return self._request(request, timeout_s)
         except urllib.error.HTTPError as error:
             if error.code == 400:
                 raise ConfigError(_reason(error)) from None
@@ -211,7 +212,7 @@ def stop(live: LiveRun, say: Say, timeout_s: float) -> dict[str, Any]:
     """Have the run save and end at its next step boundary, and wait for that; returns its last status."""
 
     def ask() -> None:
-        live.ask("/wish", {"wish": "stop", "detail": f"stopped by {owner()}"})
+        live.ask(Wish("stop", f"stopped by {owner()}"))
 
     ask()
     say("asked to save and end at the next step boundary")
@@ -235,7 +236,7 @@ def checkpoint(live: LiveRun, say: Say, timeout_s: float) -> dict[str, Any]:
     first = live.look()["status"]
 
     def ask() -> None:
-        live.ask("/wish", {"wish": "save", "detail": f"asked for by {owner()}"})
+        live.ask(Wish("save", f"asked for by {owner()}"))
 
     watch, asked_at = _Watch(live, say, timeout_s, "commit a checkpoint", ask), -AGAIN_S
     while True:
@@ -258,7 +259,7 @@ def scale(live: LiveRun, max_workers: int, say: Say, timeout_s: float) -> dict[s
     from elastic.membership.forming import helpful_size
 
     config = (live.folder.config() or {}).get("config", {})
-    was = live.ask("/scale", {"max_workers": max_workers, "by": owner()})["was"]
+    was = live.ask(Scale(max_workers, owner()))["was"]
     least = config.get("scaling", {}).get("min_workers", 1)
     wanted = helpful_size(config.get("batch", {}).get("microbatches"), max_workers, least)
     say(f"--scaling.max-workers is {max_workers}, was {was}; waiting for a world of {wanted}")
@@ -276,7 +277,7 @@ def drain(live: LiveRun, worker: str, seconds: float, say: Say, timeout_s: float
     """Have a worker hand over and end, and wait for that. For `seconds` it stays if nobody can take its place."""
 
     def ask(whom: str) -> dict[str, Any]:
-        return live.ask("/drain", {"worker": whom, "seconds": seconds, "by": owner()})
+        return live.ask(Drain(whom, seconds, owner()))
 
     drained = ask(worker)
     name = drained["id"]

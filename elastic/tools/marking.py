@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from elastic.checkpoint.reader import Committed, mark, marked, unmark
 from elastic.checkpoint.transfer import is_from_storage
 from elastic.errors import ElasticError
+from elastic.membership.protocol import Damaged
 from elastic.run.folder import RunFolder
 from elastic.tools.inspecting import Verified
 from elastic.tools.live import connect
@@ -37,7 +38,7 @@ def mark_found(folder: RunFolder, checked: Sequence[Committed], found: Verified)
         if live and new:
             run = connect(folder, "mark")
             for c in new:
-                run.ask("/damaged", {"step": c.step, "attempt": c.attempt, "problem": bad[c]})
+                run.ask(Damaged(c.step, c.attempt, bad[c]))
         elif not live:
             with hold(folder, "mark") as held:
                 for c in new:

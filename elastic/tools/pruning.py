@@ -23,6 +23,7 @@ from elastic.checkpoint.reader import (
 from elastic.checkpoint.retention import Policy, Removal, Retention, pins, removals
 from elastic.checkpoint.transfer import sweep_uploads
 from elastic.errors import ConfigError, ElasticError
+from elastic.membership.protocol import Kept, Prune
 from elastic.run.folder import CLAIMS, CONFIG, STATUS, RunFolder
 from elastic.storage import Storage
 from elastic.tools.live import LiveRun
@@ -122,7 +123,7 @@ def prune_live(live: LiveRun, given: dict[str, Any], *, yes: bool) -> list[Remov
     Raises:
         ElasticError: it cannot be asked, or could not.
     """
-    answer = live.ask("/prune", {"policy": given, "yes": yes}, timeout_s=PRUNE_S)
+    answer = live.ask(Prune(Kept(**given), yes), timeout_s=PRUNE_S)
     return [Removal(**removal) for removal in answer["removals"]]
 
 

@@ -18,7 +18,7 @@ import xxhash
 
 from elastic.compat.torch import abort_groups, all_gather_flat, count_groups_from_zero
 from elastic.errors import WorldBroken, one_line
-from elastic.membership.client import Assignment
+from elastic.membership.protocol import Assignment
 from elastic.parallel import gloo
 from elastic.parallel.device import host_wait
 from elastic.parallel.layout import Layout, lay_out

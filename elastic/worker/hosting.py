@@ -16,6 +16,7 @@ from typing import Any
 
 from elastic.errors import RunFailed
 from elastic.membership.driver import DriverLink
+from elastic.membership.protocol import Existing
 from elastic.run.host import HostSettings, RunHost
 from elastic.run.keeper import KeeperOptions
 
@@ -143,7 +144,7 @@ class HostProcess:
                 try:
                     rebuilding = self._link.request("/group")["phase"] == "rebuilding"
                     if rebuilding:
-                        self._link.request("/expected", {"ids": self._living()})
+                        self._link.request(Existing(self._living()))
                     next_look = min(next_look, time.monotonic() + self._look_s)
                 except OSError:
                     continue  # not there yet, or dead again

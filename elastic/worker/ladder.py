@@ -55,7 +55,7 @@ def tell(link: WorkerLink, step: int, began: float, detail: dict[str, Any]) -> N
     """Say where the state came from, and how long that took since `began` (monotonic)."""
     seconds = round(time.monotonic() - began, 4)
     detail = {k: v for k, v in detail.items() if v is not None}
-    link.post({"kind": "event", "event": "restored", "step": step, "seconds": seconds, "detail": detail})
+    link.event("restored", step, detail, seconds=seconds)
 
 
 def descend(
@@ -152,7 +152,7 @@ class _Stored:
 
     def __init__(self, group: Group, make: Make, storage: Storage, convert: bool):
         self._group, self._make, self._storage, self._convert = group, make, storage, convert
-        self._said: int | None = group.assignment.restore.get("step")
+        self._said = group.assignment.restore.step
         self._listed: list[Committed] | None = None
         self._state: TrainState | None = None
         self._filled = False

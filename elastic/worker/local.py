@@ -22,6 +22,7 @@ from elastic.config import to_dict
 from elastic.errors import ConfigError, Interrupted, RunFailed
 from elastic.job import coded_options
 from elastic.membership.driver import DriverLink, outlived
+from elastic.membership.protocol import Close, Gone, Note, Wish
 from elastic.run.forecast import refuse_what_does_not_fit_here
 from elastic.run.host import host_settings, keeper_options, new_token
 from elastic.run.prepare import PreparedRun, open_run
@@ -205,11 +206,11 @@ class LocalRun:
 
     def stop(self, detail: str = "") -> None:
         """Ask the run to save and end at the next step boundary."""
-        self.link.request("/wish", {"wish": "stop", "detail": detail}, patience_s=HOST_LOST_S)
+        self.link.request(Wish("stop", detail), patience_s=HOST_LOST_S)
 
     def end_at_once(self, message: str) -> None:
         """Have the run stopped without saving."""
-        self.link.request("/close", {"status": "stopped", "message": message}, patience_s=HOST_LOST_S)
+        self.link.request(Close("stopped", message), patience_s=HOST_LOST_S)
 
     def wait(self, timeout_s: float) -> dict[str, Any]:
         """Wait for the end of the run.
@@ -235,7 +236,7 @@ class LocalRun:
                     f"every worker of run {self._run.name} ended without a result ({'; '.join(how)}); what they said "
                     f"stands above; give {self._run.again} to go on from the newest checkpoint"
                 )
-                self.link.request("/close", {"status": "failed", "message": message}, patience_s=HOST_LOST_S)
+                self.link.request(Close("failed", message), patience_s=HOST_LOST_S)
                 if not self._ended.wait(10.0):
                     raise RunFailed(message)
             if time.monotonic() > deadline:
@@ -261,7 +262,7 @@ class LocalRun:
             if why is not None:
                 with contextlib.suppress(OSError):  # the host is away
                     detail = {"node": node, "why": why}
-                    self.link.request("/event", {"kind": "vault_restarted", "detail": detail})
+                    self.link.request(Note("vault_restarted", detail))
 
     def _grow(self) -> None:
         """After the run was scaled up: start what is missing, once; nobody replaces lost ones here."""
@@ -276,8 +277,7 @@ class LocalRun:
                 continue
             with contextlib.suppress(OSError):  # the host is away: it is told when it is back
                 if process.returncode:
-                    body = {"ids": [self.worker_id(index)], "ended": True, "detail": ended_how(process.returncode)}
-                    self.link.request("/lost", body)
+                    self.link.request(Gone([self.worker_id(index)], True, ended_how(process.returncode)))
                 self._told.add(index)
 
     def __exit__(self, *_: object) -> None:

@@ -22,6 +22,7 @@ from elastic.checkpoint.uploader import STILL_S
 from elastic.config import CheckpointOptions
 from elastic.errors import CheckpointError, DamagedCheckpoint, ElasticError
 from elastic.membership.client import RunOver, WorkerLink
+from elastic.membership.protocol import Share, Unloadable
 from elastic.membership.world import Generation
 from elastic.parallel.layout import sources
 from elastic.storage import Storage
@@ -145,7 +146,7 @@ class Saving:
             if self._rank == 0:
                 what = "put off until the save before has" if self._overdue else "left out: the save before has not"
                 detail = f"{what} ended"
-                self._link.post({"kind": "event", "event": "checkpoint_skipped", "step": step, "detail": detail})
+                self._link.event("checkpoint_skipped", step, detail)
             return
         self._overdue = False
         self._begin(step)
@@ -270,8 +271,7 @@ class Saving:
 
     def _on_restart(self, save: Save, why: str) -> None:
         """On the saver's thread."""
-        message = {"kind": "event", "event": "uploader_restarted", "step": save.step, "detail": why}
-        self._link.post(message, self._generation)
+        self._link.event("uploader_restarted", save.step, why, generation=self._generation)
 
     def _on_end(self, save: Save, sender: _Sender) -> None:
         """On the saver's thread."""
@@ -286,33 +286,32 @@ class Saving:
         with self._lock:
             if sender.world is not self._world:
                 return
-        message = {
-            "kind": "pack",
-            "step": save.step,
-            "attempt": save.attempt,
-            "index": save.index,
-            "shares": sender.size,
-            "header": sender.header,
-            "error": save.error,
-            "no_room": save.no_room,
-            "facts": save.facts,
-        }
-        self._link.post(message, sender.generation)
+        share = Share(
+            save.step,
+            save.attempt,
+            sender.size,
+            save.index,
+            sender.header,
+            save.error,
+            save.no_room,
+            save.facts,
+        )
+        self._link.post(share, sender.generation)
 
     def _note_commits(self, wait_s: float = 0.0) -> str | None:
         """Take in what the keeper decided; returns the error of what was under way, if it decided on that."""
         while (commit := self._link.next_commit(wait_s)) is not None:
-            attempt = (commit["step"], commit["attempt"])
-            if commit["anew"]:
+            attempt = (commit.step, commit.attempt)
+            if commit.anew:
                 self._saver.refer_to_nothing()
-            if commit["error"] and (attempt == self._committed or commit["step"] < 0):  # -1 is all that there was
+            if commit.error and (attempt == self._committed or commit.step < 0):  # -1 is all that there was
                 self._committed = None
-            if not commit["error"] and attempt != self._committed:  # who missed it makes the keeper say it again
+            if not commit.error and attempt != self._committed:  # who missed it makes the keeper say it again
                 self._committed = attempt
                 self._saver.committed(*attempt)
             if attempt == self._under_way:
                 self._under_way = None
-                return commit["error"]
+                return commit.error
         return None
 
     def _await(self, timeout_s: float) -> None:
@@ -342,8 +341,7 @@ def initialise(state: TrainState, options: CheckpointOptions, link: WorkerLink, 
     found = load_initial(open_initial(options.init_from), shards, partial=options.init_partial, aliases=aliases)
     if not tell:
         return
-    seconds = round(time.monotonic() - began, 4)
-    link.post({"kind": "event", "event": "initialised", "step": 0, "seconds": seconds, "detail": found.to_json()})
+    link.event("initialised", 0, found.to_json(), seconds=round(time.monotonic() - began, 4))
 
 
 def restore_newest(state: TrainState, storage: Storage, link: WorkerLink, *, convert: bool) -> Manifest | None:
@@ -379,16 +377,9 @@ def _restore_newest(state: TrainState, storage: Storage, link: WorkerLink, conve
             tell_unloadable(link, checkpoint, error)
             continue
         for block in report.refetched:
-            link.post({"kind": "event", "event": "block_refetched", "step": checkpoint.step, "detail": block})
-        link.post(
-            {
-                "kind": "event",
-                "event": "restored",
-                "step": manifest.step,
-                "seconds": round(time.monotonic() - began, 4),
-                "detail": {"rung": "checkpoint", "attempt": checkpoint.attempt, "bytes": report.read_bytes},
-            }
-        )
+            link.event("block_refetched", checkpoint.step, block)
+        detail = {"rung": "checkpoint", "attempt": checkpoint.attempt, "bytes": report.read_bytes}
+        link.event("restored", manifest.step, detail, seconds=round(time.monotonic() - began, 4))
         return manifest
     if problem is not None:
         raise CheckpointError(f"no committed checkpoint can be loaded; the newest problem: {problem}") from problem
@@ -398,15 +389,8 @@ def _restore_newest(state: TrainState, storage: Storage, link: WorkerLink, conve
 
 def tell_unloadable(link: WorkerLink, checkpoint: Committed, error: CheckpointError) -> None:
     """Tell the keeper: nothing is to count this checkpoint any more; it is marked if it is damaged."""
-    link.post(
-        {
-            "kind": "unloadable",
-            "step": checkpoint.step,
-            "attempt": checkpoint.attempt,
-            "problem": str(error),
-            "damaged": isinstance(error, DamagedCheckpoint),
-        }
-    )
+    damaged = isinstance(error, DamagedCheckpoint)
+    link.post(Unloadable(checkpoint.step, checkpoint.attempt, str(error), damaged))
 
 
 def restore_from_peers(state: TrainState, group: Group, held: list[int], link: WorkerLink) -> int:
@@ -426,13 +410,5 @@ def restore_from_peers(state: TrainState, group: Group, held: list[int], link: W
     if not having:
         state.load(tensors, values)
         detail = {"rung": "peer", "source": where[group.rank]}
-        link.post(
-            {
-                "kind": "event",
-                "event": "restored",
-                "step": max(held),
-                "seconds": round(time.monotonic() - began, 4),
-                "detail": detail,
-            }
-        )
+        link.event("restored", max(held), detail, seconds=round(time.monotonic() - began, 4))
     return max(held)

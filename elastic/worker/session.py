@@ -38,8 +38,10 @@ from elastic.errors import (
 )
 from elastic.job import eval_sets, job_options
 from elastic.likeness import digest_of
-from elastic.membership.client import Assignment, RunOver, WorkerLink
+from elastic.membership.client import RunOver, WorkerLink
 from elastic.membership.messages import Failure
+from elastic.membership.protocol import Assignment, Done, Failed, SavedAlone
+from elastic.membership.stage import Position, Stage
 from elastic.membership.world import Generation, Member
 from elastic.observe.streams import keep_output_sturdy
 from elastic.parallel.device import describe, memory_share, pick_device, prepare_process
@@ -70,7 +72,7 @@ from elastic.worker.saving import Saving, initialise, restore_from_peers, restor
 from elastic.worker.snapshots import Snapshots
 from elastic.worker.sockets import use_interface_of
 from elastic.worker.state import TrainState, weights_sha256
-from elastic.worker.step import APPLIED, FENCE, Stepper, Update
+from elastic.worker.step import Stepper, Update
 from elastic.worker.unsaved import Watch
 from elastic.worker.updates import Standing, applies
 from elastic.worker.user_code import UserCode, UserCodeError
@@ -137,10 +139,8 @@ class Session:
             self._link.close()
             raise WarmUpError(message) from error
         self._link.tell_place(lambda: (self._code.where, self._loader.waits_for()))
-        self._facts = {
-            "warm_s": round(time.monotonic() - began + import_s, 3),
-            "warm_parts": {"import_s": round(import_s, 3), **parts},
-        }
+        self._warm_s = round(time.monotonic() - began + import_s, 3)
+        self._warm_parts = {"import_s": round(import_s, 3), **parts}
 
     def _warm_up(self) -> dict[str, Any]:
         job, plan, seed = self._job, self._plan, self._config.run.seed
@@ -185,7 +185,7 @@ class Session:
             seed=seed,
             config_digest=self._run.digest,
             when_busy=self._config.checkpoint.when_busy,
-            on_wait=lambda n: self._link.progress(self._applied - 1, APPLIED + 2, n, "checkpoint"),
+            on_wait=lambda n: self._link.progress(Position(self._applied - 1, Stage.CHECKPOINT, n)),
             made=self._provenance.header,
             still_s=self._still_s(),
         )
@@ -242,14 +242,14 @@ class Session:
         return result_options(self._config, job_options(self._job))
 
     def _warn_of_unsaved(self, sentence: str) -> None:
-        self._link.post({"kind": "event", "event": "unsaved_numbers", "step": self._applied, "detail": sentence})
+        self._link.event("unsaved_numbers", self._applied, sentence)
 
     def _rehearse(self, group: Group | None) -> None:
         self._rehearsal.run(self._the_state.model, self._stepper.tried, group)
         self._stepper.one_each |= not self._rehearsal.weights_count
 
     def _tell_restart(self, what: str) -> None:
-        self._link.post({"kind": "event", "event": "loader_restarted", "step": self._applied + 1, "detail": what})
+        self._link.event("loader_restarted", self._applied + 1, what)
 
     # ---- worlds ------------------------------------------------------------------------------------------------
 
@@ -289,7 +289,7 @@ class Session:
                     else:
                         self._saving.enter(group, self._the_state)
                         if self._config.parallel.sharded:
-                            self._stepper.progress(self._applied - 1, APPLIED + 1, "eval")
+                            self._stepper.progress(self._applied - 1, Stage.EVALUATE)
                             self._rehearse(group)
                         self._stepper.enter(group, self._applied, self._the_state)
                         if self._took:
@@ -341,7 +341,7 @@ class Session:
                     raise WarmUpError(told) from error
                 self._link.report_rows(self._left)  # this may end the run, before who reports has said all
                 fresh, final = self._stepper.fresh, isinstance(error, FINAL)
-                self._link.post({"kind": "failed", "message": message, "fresh": fresh, "final": final}, self._left)
+                self._link.post(Failed(message, fresh, final), self._left)
                 if fresh:  # it may only have ended this worker's part
                     raise WarmUpError(message) from error
             raise
@@ -364,7 +364,9 @@ class Session:
     def _join(self, failure: Failure | None, why: str, broke: str) -> Group:
         if failure is not None and self._left is not None:
             self._link.report_rows(self._left)  # this may end the run
-        assignment = self._link.join(self._facts, self._applied, failure, self._save_alone, why=why, broke=broke)
+        assignment = self._link.join(
+            self._warm_s, self._warm_parts, self._applied, failure, self._save_alone, why=why, broke=broke
+        )
         self._code.rank = f" (rank {assignment.rank} of {assignment.size})"
         self._code.doing(f"forming world {assignment.generation}", self._applied)
         fault.point("world.assigned", assignment.rank, self._applied)
@@ -385,7 +387,7 @@ class Session:
         self._stepper.undo()
         self._prepared = None
         newest = max(applied)
-        committed = group.assignment.restore.get("step", -1)
+        committed = group.assignment.restore.newest
         if 0 <= newest < committed:  # held by those who waited while others went on, and were lost
             applied, self._applied = [-1] * group.size, -1
             self._lost = f"workers hold step {newest}, the newest checkpoint is of step {committed}"
@@ -401,7 +403,7 @@ class Session:
         self._evaluated = (step, found)
         for kind, text in self._provenance.agree(broken):
             if group.leads:
-                self._link.post({"kind": "event", "event": kind, "step": self._world_step, "detail": text})
+                self._link.event(kind, self._world_step, text)
 
     def _agree_on_updates(self, group: Group) -> list[int]:
         """Apply the update that a broken world had in hand, or leave it to be undone.
@@ -484,7 +486,7 @@ class Session:
             return False
         step = self._applied
         detail = f"worker {self._link.member.id} builds the model in real memory: {self._placing.eager}"
-        self._link.post({"kind": "event", "event": "built_whole", "step": step, "detail": detail}, self._left)
+        self._link.event("built_whole", step, detail, generation=self._left)
         if not self._config.parallel.sharded:
             self._stepper.undo()
             self._state = self._with_memory(self._the_state)
@@ -521,7 +523,7 @@ class Session:
                 stop, leave = self._hold(group, step)
                 if stop or leave:
                     break
-            self._stepper.progress(step, FENCE)
+            self._stepper.progress(step, Stage.FENCE)
             says = [*NEUTRAL, 0, 0, int(self._link.wish("leave") is not None), 0, *self._snapshots.says()]
             _, _, stop, _, leave, _, *said = group.agree(says)
             self._snapshots.hear(said)
@@ -532,7 +534,7 @@ class Session:
             return None
         status = "stopped" if step < self._plan.total_steps else "finished"
         last = group.size + group.rank  # the result is the lowest rank's, which is to be one that trained
-        self._link.post({"kind": "done", "rank": last, "status": status, "message": "", "result": {}})
+        self._link.post(Done(last, status, "", {}))
         return status
 
     # ---- steps -------------------------------------------------------------------------------------------------
@@ -564,7 +566,7 @@ class Session:
 
     def _saved_step(self, group: Group) -> int:
         """Of the newest checkpoint when this world began: one that is newer than its state could not be loaded."""
-        return min(int(group.assignment.restore.get("step", -1)), self._world_step)
+        return min(group.assignment.restore.newest, self._world_step)
 
     def _do_what_is_due(self, group: Group) -> None:
         """What belongs after the state's step, and was broken off there: evaluation and checkpoint."""
@@ -582,7 +584,7 @@ class Session:
         if group.leads:
             link.report_rows()  # somebody decides by them
         while True:
-            self._stepper.progress(step - 1, APPLIED + 3, "held")
+            self._stepper.progress(step - 1, Stage.HELD)
             while link.allowed <= step and not any(link.wish(w) is not None for w in wishes):
                 link.check()
                 time.sleep(HOLD_POLL_S)
@@ -604,7 +606,7 @@ class Session:
         with self._watch.reading():
             update = self._prepared = stepper.prepare(step)
         clock, fence = stepper.clock, time.perf_counter()
-        stepper.progress(step, FENCE)
+        stepper.progress(step, Stage.FENCE)
         fault.point("step.before_fence", group.rank, step + 1)
         wishes = self._wishes(step + 1 - self._claim_step(group))
         says = [*stepper.says(update), *wishes, *self._snapshots.says()]
@@ -653,7 +655,7 @@ class Session:
         self._stepper.apply(update)
         self._applied = update.step + 1
         self._prepared = None
-        self._stepper.progress(update.step, APPLIED)
+        self._stepper.progress(update.step, Stage.APPLIED)
         self._look_at_state(update)
 
     def _look_at_state(self, update: Update) -> None:
@@ -681,7 +683,7 @@ class Session:
     def _evaluate(self, group: Group) -> dict[str, float]:
         if self._evaluated[0] == self._applied:
             return self._evaluated[1]
-        self._stepper.progress(self._applied - 1, APPLIED + 1, "eval")
+        self._stepper.progress(self._applied - 1, Stage.EVALUATE)
         self._code.doing(f"the evaluation after step {self._applied}", self._applied - 1)
         fault.point("eval.begin", group.rank, self._applied)
         found: dict[str, float] = {}
@@ -699,7 +701,7 @@ class Session:
                     seed=self._config.run.seed,
                     device=self._device,
                     each=self._stepper.unmoved if self._bitwise else contextlib.nullcontext,
-                    on_pass=lambda: self._link.progress(self._applied - 1, APPLIED + 1, next(passes), "eval"),
+                    on_pass=lambda: self._link.progress(Position(self._applied - 1, Stage.EVALUATE, next(passes))),
                 )
         self._stepper.reshard()
         self._evaluated = (self._applied, found)
@@ -710,7 +712,7 @@ class Session:
 
     def _save(self, *, busy: bool) -> None:
         began = time.perf_counter()
-        self._stepper.progress(self._applied - 1, APPLIED + 2, "checkpoint")
+        self._stepper.progress(self._applied - 1, Stage.CHECKPOINT)
         self._link.granted("save")
         self._stepper.check_state(self._applied)
         self._saving.save(self._applied, busy=busy)
@@ -719,7 +721,7 @@ class Session:
     def _make_safe(self, group: Group) -> None:
         """Before a world is left: of a single sharded copy, a worker that is let go takes its part along."""
         if group.layout.shards > 1 and group.layout.replicas == 1:
-            self._stepper.progress(self._applied - 1, APPLIED + 2, "checkpoint")
+            self._stepper.progress(self._applied - 1, Stage.CHECKPOINT)
             self._stepper.check_state(self._applied)
             with contextlib.suppress(CheckpointError):  # which is in the ledger; then the one before has to do
                 self._saving.make_safe(self._applied, LAST_COMMIT_S)
@@ -731,7 +733,7 @@ class Session:
             compare: the copies first. Where updates differ, so do the rates that were set for them.
         """
         if self._applied > max(self._saved_step(group), 0):
-            self._stepper.progress(self._applied - 1, APPLIED + 2, "checkpoint")
+            self._stepper.progress(self._applied - 1, Stage.CHECKPOINT)
             with contextlib.suppress(ElasticError, RunOver):  # the error that ends the run is the one to be told
                 if compare:
                     self._stepper.check_state(self._applied, group, self._the_state)
@@ -770,12 +772,10 @@ class Session:
         mesh = self._the_state.mesh
         if mesh is not None and mesh.layout.shards > 1:
             detail = f"this worker holds shard {mesh.shard} of {mesh.layout.shards} only"
-            self._link.post(
-                {"kind": "event", "event": "checkpoint_failed", "step": self._applied, "detail": detail}, self._left
-            )
+            self._link.event("checkpoint_failed", self._applied, detail, generation=self._left)
         else:
             self._saving.save_alone(self._the_state, self._applied, self._left)
-        self._link.post({"kind": "saved alone"}, self._left)
+        self._link.post(SavedAlone(), self._left)
 
     def _row(self, update: Update, world: Assignment) -> dict[str, Any]:
         plan, record, done = self._plan, update.record, update.step + 1
@@ -803,7 +803,7 @@ class Session:
         stopped = stop > 0
         if stop != AT_ONCE or self._applied == self._plan.total_steps:
             self._evaluate(group)
-        self._stepper.progress(self._applied - 1, APPLIED + 2, "checkpoint")
+        self._stepper.progress(self._applied - 1, Stage.CHECKPOINT)
         self._stepper.check_state(self._applied)
         self._saving.finish(self._applied)
         status = "stopped" if stopped and self._applied < self._plan.total_steps else "finished"
@@ -823,7 +823,7 @@ class Session:
         if status == "finished" and (group.leads or self._config.parallel.sharded):
             result["sample"] = self._sample(model)
         message = self._link.wish("stop") or "" if stopped else ""
-        self._link.post({"kind": "done", "rank": group.rank, "status": status, "message": message, "result": result})
+        self._link.post(Done(group.rank, status, message, result))
         return status
 
     def _sample(self, model: torch.nn.Module) -> str | None:
@@ -838,5 +838,5 @@ class Session:
         except ElasticError as error:  # of the job's code; or another worker's failed, where the model is cut
             why = error.__cause__ or error
             detail = f"sample() failed, {type(why).__name__}: {why}\n{error}"
-            self._link.post({"kind": "event", "event": "sample_failed", "step": self._applied, "detail": detail})
+            self._link.event("sample_failed", self._applied, detail)
             return None

@@ -277,11 +277,10 @@ class Snapshots:
         """Said once, until one is complete again."""
         if not self._troubled:
             self._troubled = True
-            message = {"kind": "event", "event": "snapshot_skipped", "step": step, "detail": why}
-            self._link.post(message, generation)
+            self._link.event("snapshot_skipped", step, why, generation=generation)
 
     def _tell(self, event: str, step: int, detail: Any) -> None:
-        self._link.post({"kind": "event", "event": event, "step": step, "detail": detail})
+        self._link.event(event, step, detail)
 
 
 def _bytes_of(state: TrainState) -> int:

@@ -23,6 +23,8 @@ from elastic.data.deal import deal
 from elastic.data.loader import Loader
 from elastic.errors import ConfigError, Reform
 from elastic.membership.client import WorkerLink
+from elastic.membership.protocol import LedgerEvent
+from elastic.membership.stage import OF_A_STEP, Position, Stage
 from elastic.parallel.device import describe
 from elastic.parallel.layout import Layout, lockstep
 from elastic.parallel.records import StepRecord
@@ -38,9 +40,6 @@ from elastic.worker.user_code import UserCode
 
 Span = tuple[int, int]  # (first microbatch, how many)
 Replica = FastReplica | BitwiseReplica | FastSharded | BitwiseSharded
-
-#: Stages of a step, for progress reports; forward passes come before, two stages each.
-REDUCE, FENCE, APPLIED = 1 << 20, (1 << 20) + 1, (1 << 20) + 2
 
 
 @dataclass
@@ -129,7 +128,7 @@ class Stepper:
         self._compares = len({row[1] for row in rows}) == 1  # other kernels round otherwise
         if not self._compares and group.leads:
             detail = "its workers' devices differ, so that the copies of the model may differ in last bits"
-            self._link.post({"kind": "event", "event": "copies_not_compared", "detail": detail})
+            self._link.post(LedgerEvent("copies_not_compared", detail=detail))
         if len({row[2] for row in rows}) > 1:
             raise copies.trained_error(group, self._link.member.id, self._state.trained_by_name())
 
@@ -229,7 +228,7 @@ class Stepper:
             self._find_unused = True
             names = ", ".join(error.names[:3]) + (", ..." if len(error.names) > 3 else "")
             detail = f"not every pass gives a gradient to {names or 'all parameters'}: --parallel.find-unused is on now"
-            self._link.post({"kind": "event", "event": "unused_parameters", "step": step, "detail": detail})
+            self._link.event("unused_parameters", step, detail)
             raise Reform(detail) from error
         optim, plan = self._config.optim, self._plan
         gradients = replica.gradients()
@@ -315,9 +314,9 @@ class Stepper:
                 "--parallel.strategy ddp"
             ) from error
 
-    def progress(self, step: int, stage: int, phase: str = "step") -> None:
+    def progress(self, step: int, stage: Stage, count: int = 0) -> None:
         """Tell the watcher where this worker is. The first step of a process builds and compiles things."""
-        self._link.progress(step, stage, 0, "first step" if phase == "step" and not self._steps_done else phase)
+        self._link.progress(Position(step, stage, count, first=stage in OF_A_STEP and not self._steps_done))
 
     def _passes(self, step: int) -> Iterator[Pass]:
         passes = [(span, False) for span in self._spans] + [(self._spans[-1], True)] * self._padding
@@ -325,21 +324,21 @@ class Stepper:
             began = time.perf_counter()
             self._pass = i
             self._code.at(step, first)
-            self.progress(step, 2 * i)
+            self.progress(step, Stage.PASS, 2 * i)
             self._code.guard(partial(fault.point, "step.forward", self._group.rank, step + 1))
             if not padding:
-                self.progress(step, 2 * i, "data")
+                self.progress(step, Stage.DATA, 2 * i)
                 span = self._code.guard(partial(self._loader.next, step, first, count), alone=True)
-                self.progress(step, 2 * i)
+                self.progress(step, Stage.PASS, 2 * i)
             self._code.samples = span.ids
             self.clock.data_s += time.perf_counter() - began
             seed_all(derive("step", self._config.run.seed, step, first))
             yield Pass(span.batch, first, span.digests, i == len(passes) - 1, padding)
-        self.progress(step, REDUCE)
+        self.progress(step, Stage.REDUCE)
         fault.point("step.reduce", self._group.rank, step + 1)
 
     def _after_loss(self) -> None:
-        self.progress(self._step, 2 * self._pass + 1)
+        self.progress(self._step, Stage.PASS, 2 * self._pass + 1)
 
     # ---- what is not finite ------------------------------------------------------------------------------------
 
