@@ -18,6 +18,7 @@ import pytest
 
 from elastic import cli
 from elastic.membership.driver import DriverLink
+from elastic.membership.protocol import Close, Existing, Gone, Grant, Leaving, Note, Request
 from elastic.observe.ledger import gaps_and_doubles
 from elastic.run.folder import GRANTS, RunFolder
 from elastic.run.prepare import prepare
@@ -257,37 +258,28 @@ def test_only_who_may_write_into_the_folder_is_obeyed_and_only_in_what_control_i
         folder, secret, grant = run.folder, secrets.token_urlsafe(32), secrets.token_hex(16)
         server = folder.status()["server"]
 
-        def answer(path: str, key: str = secret, body: dict | None = None) -> int:
+        def answer(what: str | Request, key: str = secret) -> int:
             try:
-                DriverLink(server, key).request(path, body)
+                DriverLink(server, key).request(what)
             except urllib.error.HTTPError as error:
                 return error.code
             return 200
 
-        ask = {"id": grant, "secret": secret}
+        ask = Grant(grant, secret)
         assert answer("/run") == 401
-        assert answer("/grant", body=ask) == 401, "nothing was left in the folder"
+        assert answer(ask) == 401, "nothing was left in the folder"
         folder.leave_grant(grant, secrets.token_urlsafe(32))
-        assert answer("/grant", body=ask) == 401, "the hash is another's"
+        assert answer(ask) == 401, "the hash is another's"
         folder.withdraw_grant(grant)
-        assert answer("/grant", body={"id": "../../status", "secret": secret}) == 400
+        assert answer(Grant("../../status", secret)) == 400
         folder.leave_grant(grant, secret)
         held = folder.storage.read(f"{GRANTS}/{grant}.json").decode()
-        assert answer("/grant", key="", body=ask) == 200
+        assert answer(ask, key="") == 200
         assert answer("/run") == 200
-        assert answer("/grant", body={**ask, "secret": secret}) == 401, "a grant counts once"
-        for path, body in (
-            ("/group", None),
-            ("/status", None),
-            ("/follow", None),
-            ("/worker?id=x", None),
-            ("/lost", {"ids": []}),
-            ("/close", {"status": "failed"}),
-            ("/event", {}),
-            ("/notice", {}),
-            ("/expected", {"ids": []}),
-        ):
-            assert answer(path, body=body) == 401, path
+        assert answer(ask) == 401, "a grant counts once"
+        closed = ("/group", "/status", "/follow", "/worker?id=x")
+        for what in (*closed, Gone([], True), Close("failed"), Note("a", "b"), Leaving("n", 1.0), Existing([])):
+            assert answer(what) == 401, what
         for key in (json.loads(held)["sha256"], grant, "", "é"):
             assert answer("/run", key=key) == 401
         token = local.token
