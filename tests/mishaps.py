@@ -187,6 +187,8 @@ def _vault_dies(happening: Happening, mishap: Mishap) -> None:
 
 
 def _newest_is_damaged(happening: Happening, mishap: Mishap) -> None:
+    """In its last byte, of what the optimizer keeps, which every save writes anew: nobody reads again what later saves
+    only refer to, such as frozen weights, before the run is loaded."""
     storage = Storage(str(happening.folder))
     newest = next(iter(newest_first(storage)), None)
     if newest is None:
@@ -194,9 +196,10 @@ def _newest_is_damaged(happening: Happening, mishap: Mishap) -> None:
     files = sorted(p for p in (happening.folder / newest.folder).iterdir() if p.suffix != ".json" and p.stat().st_size)
     if files:
         with suppress(FileNotFoundError), open(files[mishap.number % len(files)], "r+b") as file:
-            first = file.read(1)
-            file.seek(0)
-            file.write(bytes([first[0] ^ 1]))
+            file.seek(-1, os.SEEK_END)
+            last = file.read(1)
+            file.seek(-1, os.SEEK_END)
+            file.write(bytes([last[0] ^ 1]))
 
 
 def _foreign_files_come(happening: Happening, mishap: Mishap) -> None:
