@@ -211,6 +211,45 @@ def test_no_class_defines_a_private_name_of_the_class_that_it_derives_from(monke
     assert {"FreeableGloo", "Recorder", "Group", "RayTrainer", "Gates"} <= seen, "the classes that we know of"
 
 
+def taken(tree: ast.Module) -> Iterator[tuple[int, str]]:
+    """What a module takes of torch and Ray, wherever it does: (line, whole name)."""
+    places: dict[str, str] = {}
+    for node in (node for node in ast.walk(tree) if isinstance(node, (ast.Import, ast.ImportFrom))):
+        for one in node.names:
+            name = one.name if isinstance(node, ast.Import) else f"{node.module}.{one.name}"
+            if name.partition(".")[0] in FRAMEWORKS:
+                places[one.asname or name.rpartition(".")[2]] = name
+                yield node.lineno, name
+    for node in (node for node in ast.walk(tree) if isinstance(node, ast.Attribute)):
+        root, _, rest = ast.unparse(node).partition(".")
+        if root in places and re.fullmatch(r"[\w.]+", rest):
+            yield node.lineno, f"{places[root]}.{rest}"
+
+
+def is_there(name: str) -> bool:
+    parts = name.split(".")
+    for i in range(len(parts), 0, -1):
+        try:
+            found: object = importlib.import_module(".".join(parts[:i]))
+            for part in parts[i:]:
+                found = getattr(found, part)
+        except (ImportError, AttributeError):
+            continue
+        return True
+    return False
+
+
+def test_every_name_that_compat_takes_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All that are not, at once: importing `elastic.compat` would tell the first alone."""
+    monkeypatch.setenv("RAY_CLIENT_MODE", "0")  # importing Ray Tune sets it
+    files = {file.name: ast.parse(file.read_text()) for file in sorted((PACKAGE / "compat").glob("*.py"))}
+    known = {(file, line, name) for file, tree in files.items() for line, name in taken(tree)}
+    missing = [f"compat/{file}:{line}: {name}" for file, line, name in sorted(known) if not is_there(name)]
+    assert not missing, "this torch or Ray lacks:\n" + "\n".join(missing)
+    assert {"torch._foreach_norm", "ray._private.worker.global_worker.node"} <= {name for *_, name in known}
+    assert not is_there("torch._foreach_of_another_version")
+
+
 @pytest.mark.parametrize(
     ("module", "absent"),
     [

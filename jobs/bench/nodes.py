@@ -22,13 +22,10 @@ class LocalCluster:
     """A head without work, and worker nodes that can be killed, drained and added."""
 
     def __init__(self, nodes: int = 3, cpus: int = 2, *, dashboard: bool = False):
-        from ray.cluster_utils import Cluster
+        from elastic.compat.ray import local_cluster
 
         self._cpus = cpus
-        self._cluster = Cluster(
-            initialize_head=True,
-            head_node_args={"num_cpus": 0, "include_dashboard": dashboard, "object_store_memory": OBJECT_STORE_BYTES},
-        )
+        self._cluster = local_cluster(num_cpus=0, include_dashboard=dashboard, object_store_memory=OBJECT_STORE_BYTES)
         self.nodes: list[Any] = []
         for _ in range(nodes):
             self.add_node()
