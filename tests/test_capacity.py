@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from elastic.cluster.autoscaler import reasons_in, types_in
+from elastic.cluster.autoscaler import failures, reasons_in, types_in, unserved
 from elastic.cluster.capacity import awaited, check_fits, choose_accelerator, excluded_nodes, may_share
+from elastic.compat.ray import Autoscaling
 from elastic.errors import ConfigError
 
 
@@ -74,6 +75,29 @@ def test_why_nodes_could_not_be_started_is_read_from_the_autoscaler_s_log():
         "spot": "InsufficientInstanceCapacity: new",
         "other": "UnauthorizedOperation: iam:PassRole",
     }
+
+
+def test_what_an_autoscaler_could_not_and_never_can_start_is_told_once_for_each_kind():
+    big, small = {"GPU": 1.0, "CPU": 8.0}, {"CPU": 1.0}
+    told = Autoscaling(
+        failed=(("spot", "wrapped"), ("spot", "wrapped"), ("other", "no room"), ("third", "")),
+        unserved=((small,), (big,), (big,), (big,) * 4),
+    )
+
+    assert failures(told, {"spot": "no capacity in zone a"}) == [
+        "nodes of type spot could not be started: no capacity in zone a",
+        "nodes of type other could not be started: no room",
+        "nodes of type third could not be started: its log on the head says why",
+    ]
+    why = "no type of node has as much, or as many as it may start are there"
+    everyone = [
+        f"it can start no node for 1 CPU, asked for once: {why}",
+        f"it can start no node for 8 CPU, 1 GPU, asked for 2 times: {why}",
+        f"it can start no node for 4 x (8 CPU, 1 GPU), asked for once: {why}",
+    ]
+    assert unserved(told) == everyone
+    assert unserved(told, big) == everyone[1:]
+    assert failures(Autoscaling(), {}) == unserved(Autoscaling()) == []
 
 
 def test_a_node_has_no_more_workers_than_it_may():

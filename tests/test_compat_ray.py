@@ -18,10 +18,8 @@ from ray._private.node import Node
 from ray._private.state import state as ray_state
 from ray._private.worker import Worker
 from ray._raylet import InnerGcsClient
-from ray.autoscaler.v2.schema import ClusterStatus, LaunchRequest
-from ray.autoscaler.v2.sdk import get_cluster_status
 from ray.cluster_utils import Cluster
-from ray.core.generated.autoscaler_pb2 import DrainNodeReason
+from ray.core.generated.autoscaler_pb2 import DrainNodeReason, GetClusterStatusReply
 from ray.core.generated.gcs_pb2 import GcsNodeInfo
 from ray.experimental import internal_kv
 from ray.train.v2._internal.execution.context import DistributedContext
@@ -196,9 +194,20 @@ def test_several_nodes_can_be_started_on_this_machine() -> None:
 
 def test_what_an_autoscaler_can_start_and_could_not_start_is_asked_for() -> None:
     assert parameters(ray_state.get_cluster_config) == []
-    assert parameters(get_cluster_status) == ["gcs_address", "timeout"]
-    assert "failed_launches" in {f.name for f in dataclasses.fields(ClusterStatus)}
-    assert {"ray_node_type_name", "details"} <= {f.name for f in dataclasses.fields(LaunchRequest)}
+    assert callable(InnerGcsClient.get_cluster_status)
+    told = GetClusterStatusReply().autoscaling_state
+    told.failed_instance_requests.add(ray_node_type_name="small", reason="none left")
+    told.infeasible_resource_requests.add(resources_bundle={"CPU": 1.0})
+    told.infeasible_gang_resource_requests.add().requests.add(resources_bundle={"CPU": 2.0})
+    packed = told.infeasible_gang_resource_requests.add().bundle_selectors.add()
+    for _ in range(2):
+        packed.resource_requests.add(resources_bundle={"GPU": 1.0})
+
+    found = compat.read_autoscaling(told)
+
+    assert found.failed == (("small", "none left"),)
+    assert found.unserved == (({"CPU": 1.0},), ({"CPU": 2.0},), ({"GPU": 1.0}, {"GPU": 1.0}))
+    assert compat.read_autoscaling(GetClusterStatusReply().autoscaling_state) == compat.Autoscaling()
 
 
 def test_a_driver_shows_lines_of_other_processes_through_one_function() -> None:

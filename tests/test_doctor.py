@@ -14,7 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from elastic import cli
-from elastic.cluster.examining import rounds
+from elastic.cluster.examining import judge_autoscaler, rounds
+from elastic.compat.ray import Autoscaling
 from elastic.tools.doctor import run_doctor, text_of
 from elastic.tools.machine import (
     GIB,
@@ -80,6 +81,22 @@ def test_one_who_failed_is_enough_for_a_sum_to_fail():
     fine = {"backend": "gloo", "connect_s": 0.1, "reduce_s": 0.01}
     assert judge_reduce("a - b", [fine, fine], []).found == "gloo: connected in 0.1 s, 4 MiB at 419 MB/s"
     assert judge_reduce("a - b", [fine], ["Timeout"]).state == "fail"
+
+
+def test_what_an_autoscaler_could_not_start_fails_and_what_waits_in_vain_is_told():
+    told = Autoscaling(failed=(("spot", ""),), unserved=(({"CPU": 3.0},),))
+
+    found = judge_autoscaler("10.0.0.1:6379", told, {"spot": "no capacity"})
+
+    assert [(f.state, f.found) for f in found] == [
+        ("fail", "nodes of type spot could not be started: no capacity"),
+        (
+            "warn",
+            "it can start no node for 3 CPU, asked for once: no type of node has as much, or as many as it may start "
+            "are there",
+        ),
+    ]
+    assert judge_autoscaler("10.0.0.1:6379", Autoscaling(), {}) == []
 
 
 @given(st.integers(1, 40))

@@ -7,6 +7,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import sys
 from pathlib import Path
 
@@ -125,6 +126,13 @@ def test_a_run_begins_on_an_empty_cluster_whose_autoscaler_starts_nodes_and_take
         unknown = Command(*command, *options, "--run.name", "unknown", environment=environment)
         assert unknown.wait() == 2, unknown.output
         assert "the cluster has no node for workers yet" in unknown.lines[-1]
+
+        large = ("--scaling.accelerator", "cpu", "--scaling.cpus-per-worker", "3", "--run.name", "large")
+        waits = Command(*command, *options, *large, environment=environment)
+        never = "it can start no node for 3 CPU, asked for 3 times: no type of node has as much"
+        waits.wait_for(lambda line: f"the cluster's autoscaler: {never}" in line)
+        waits.signal(signal.SIGINT)  # as long as it asks, others of its rank ask after it
+        assert waits.wait() == 130
 
         hsdp = ("--parallel.strategy", "hsdp", "--scaling.workers-per-node", "1")
         run = Command(

@@ -1,16 +1,18 @@
-"""What Ray's autoscaler can start for a cluster, and what it could not start."""
+"""What Ray's autoscaler can start for a cluster, what it could not start, and what it never can."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import ray
 import yaml
 
-from elastic.compat.ray import autoscaler_groups, failed_launches
+from elastic.cluster.capacity import Resources
+from elastic.compat.ray import Autoscaling, autoscaler_groups, autoscaling
 
 REQUEST_TIMEOUT_S = 5
 MOST_TEXT = 300
@@ -25,9 +27,9 @@ def node_types() -> list[dict[str, float]]:
     As the autoscaler reports them; where it does not, as `ray up` has described the cluster on its head, if this
     process is there. Empty where neither says anything.
     """
-    reported = autoscaler_groups()
-    if reported is not None:
-        return reported
+    groups = autoscaler_groups()
+    if groups is not None:
+        return groups
     file = BOOTSTRAP.expanduser()
     if not _on_head() or not file.is_file():
         return []
@@ -49,29 +51,66 @@ def _on_head() -> bool:
     return ray.get_runtime_context().gcs_address.rpartition(":")[0] == ray.util.get_node_ip_address()
 
 
-def failures(address: str, session_folder: str) -> list[str]:
-    """What the autoscaler could not start lately, a line each; empty where there is none of version 2.
-
-    Why it could not is lost between Ray's autoscaler and what it reports, and stands in its log on the head alone.
+def reported(address: str) -> Autoscaling:
+    """What the autoscaler has told the head of itself.
 
     Args:
         address: of the head's GCS, host:port.
-        session_folder: of Ray on this machine.
 
     Raises:
         ray.exceptions.RayError, RuntimeError: the head does not answer.
     """
-    # Its list of failed nodes has every node that ever went, also those that were let go for being idle: no news.
-    found = failed_launches(address, REQUEST_TIMEOUT_S)
+    return autoscaling(address, REQUEST_TIMEOUT_S)
+
+
+def known_reasons(session_folder: str) -> dict[str, str]:
+    """The last reason for each type of node that could not be started. It is lost between Ray's autoscaler and what it
+    reports, and stands in its log on the head alone: elsewhere nothing is known.
+
+    Args:
+        session_folder: of Ray on this machine.
+    """
     log = Path(session_folder) / "logs" / "monitor.log"
-    reasons = reasons_in(_end_of(log)) if _on_head() and log.is_file() else {}
+    return reasons_in(_end_of(log)) if _on_head() and log.is_file() else {}
+
+
+def failures(told: Autoscaling, reasons: Mapping[str, str]) -> list[str]:
+    """What could not be started lately, a line each."""
+    # Its list of failed nodes has every node that ever went, also those that were let go for being idle: no news.
     return list(
         dict.fromkeys(
             f"nodes of type {kind} could not be started: "
             + (reasons.get(kind) or why or "its log on the head says why")[:MOST_TEXT]
-            for kind, why in found
+            for kind, why in told.failed
         )
     )
+
+
+def unserved(told: Autoscaling, unit: Resources | None = None) -> list[str]:
+    """What is asked for and can be placed on no node that is there or that may be started, a line for each shape.
+
+    Args:
+        unit: leave out what asks for anything but such workers.
+    """
+    counted = Counter(
+        tuple(tuple(sorted(bundle.items())) for bundle in group)
+        for group in told.unserved
+        if unit is None or all(bundle == dict(unit) for bundle in group)
+    )
+    return [
+        f"it can start no node for {_shape(bundles)}, asked for {_times(count)}: no type of node has as much, or as "
+        "many as it may start are there"
+        for bundles, count in sorted(counted.items())
+    ]
+
+
+def _shape(bundles: Sequence[Sequence[tuple[str, float]]]) -> str:
+    alike = Counter(", ".join(f"{amount:g} {name}" for name, amount in bundle) for bundle in bundles)
+    return " and ".join(f"{count} x ({what})" if len(bundles) > 1 else what for what, count in sorted(alike.items()))
+
+
+def _times(count: int) -> str:
+    return "once" if count == 1 else f"{count} times"
 
 
 def reasons_in(log: str) -> dict[str, str]:

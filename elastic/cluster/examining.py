@@ -6,13 +6,13 @@ from __future__ import annotations
 import logging
 import socket
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import ray
 
-from elastic.cluster.autoscaler import failures
+from elastic.cluster.autoscaler import failures, known_reasons, reported, unserved
 from elastic.compat.ray import session_folder
 from elastic.errors import ConfigError
 from elastic.tools.machine import (
@@ -131,11 +131,12 @@ def examine_cluster(address: str, storage: Sequence[str]) -> list[Finding]:
             ray.shutdown()
 
 
-def _autoscaler() -> list[Finding]:
-    """What the cluster's autoscaler could not start lately."""
-    address = ray.get_runtime_context().gcs_address
+def judge_autoscaler(where: str, told: Autoscaling, reasons: Mapping[str, str]) -> list[Finding]:
+    """What the cluster's autoscaler could not start lately, and what waits in vain for a node."""
     do = "see monitor.log in Ray's folder on the head; docs/clusters.md lists the permissions that it needs"
-    return [Finding("autoscaler", address, "fail", line, do) for line in failures(address, session_folder())]
+    found = [Finding("autoscaler", where, "fail", why, do) for why in failures(told, reasons)]
+    do = "give the cluster a larger type of node, or more nodes; or have the run, or whatever asks, ask for less"
+    return [*found, *(Finding("autoscaler", where, "warn", what, do) for what in unserved(told))]
 
 
 class _Examination:
@@ -147,7 +148,8 @@ class _Examination:
         self._home = ""
 
     def run(self, storage: Sequence[str]) -> list[Finding]:
-        self._found += _autoscaler()
+        head = ray.get_runtime_context().gcs_address
+        self._found += judge_autoscaler(head, reported(head), known_reasons(session_folder()))
         seen = self._start()
         self._found += judge_versions({where: s["versions"] for where, s in seen.items()})
         for where, s in seen.items():

@@ -216,6 +216,7 @@ class _Drive:
         self._signals = 0
         self._signal_name = ""
         self._awaited = ""  # what no node of the cluster has yet
+        self._unit: dict[str, float] = {}  # what a worker asks for
         self._said: set[str] = set()  # what the autoscaler could not do, as far as it was said
         self._host: Any = None
         self._still_s = STILL_S
@@ -331,7 +332,7 @@ class _Drive:
         run = self._run
         worker_run = WorkerRun(run.job, run.config, run.plan, run.digest, run.folder.storage.url, url, token)
         scaling, prefix = run.config.scaling, placement_group_name(run.name)
-        unit = worker_resources(accelerator, scaling.cpus_per_worker)
+        self._unit = unit = worker_resources(accelerator, scaling.cpus_per_worker)
         patience_s = parse_amount("--scaling.request-timeout", scaling.request_timeout, clock=True).seconds
         terms = Terms(run.name, scaling.priority, time.time(), accelerator, scaling.min_workers, patience_s)
         vaults = run.plan.snapshot_every is not None
@@ -453,11 +454,12 @@ class _Drive:
         """While workers are waited for: say why no node comes, once."""
         import ray
 
-        from elastic.cluster.autoscaler import failures
+        from elastic.cluster.autoscaler import failures, known_reasons, reported, unserved
         from elastic.compat.ray import session_folder
 
         try:
-            found = failures(ray.get_runtime_context().gcs_address, session_folder())
+            told = reported(ray.get_runtime_context().gcs_address)
+            found = [*failures(told, known_reasons(session_folder())), *unserved(told, self._unit)]
         except (ray.exceptions.RayError, RuntimeError) as error:
             found = [f"the cluster's head does not say what its autoscaler does: {one_line(error)}"]
         for line in found:

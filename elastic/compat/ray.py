@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from ray._private.authentication import authentication_token_setup as token_setu
 from ray._private.resource_and_label_spec import HEAD_NODE_RESOURCE_NAME
 from ray._private.state import state
 from ray._raylet import GcsClient  # type: ignore[attr-defined]
-from ray.core.generated.autoscaler_pb2 import DrainNodeReason  # type: ignore[attr-defined]
+from ray.core.generated.autoscaler_pb2 import DrainNodeReason, GetClusterStatusReply  # type: ignore[attr-defined]
 from ray.core.generated.gcs_pb2 import GcsNodeInfo  # type: ignore[attr-defined]
 from ray.experimental.internal_kv import (
     _internal_kv_del,
@@ -65,16 +66,40 @@ def autoscaler_groups() -> list[dict[str, float]] | None:
     return [dict(group.resources) for group in reported.node_group_configs if group.max_count]
 
 
-def failed_launches(address: str, timeout_s: int) -> list[tuple[str, str | None]]:
-    """What an autoscaler of version 2 could not start lately: (type of node, why).
+@dataclass(frozen=True)
+class Autoscaling:
+    """What an autoscaler of version 2 tells of itself; nothing where there is none.
+
+    Args:
+        failed: what it could not start lately: type of node, and why, where it says so.
+        unserved: what is asked for and fits on no node that is there or that it may start: the resources of each bundle
+            that are to be had together.
+    """
+
+    failed: tuple[tuple[str, str], ...] = ()
+    unserved: tuple[tuple[dict[str, float], ...], ...] = ()
+
+
+def autoscaling(address: str, timeout_s: int) -> Autoscaling:
+    """What the head whose GCS is at `address` (host:port) was told by its autoscaler.
 
     Raises:
-        ray.exceptions.RayError, RuntimeError: the head whose GCS is at `address` (host:port) does not answer.
+        ray.exceptions.RayError, RuntimeError: it does not answer.
     """
-    from ray.autoscaler.v2.sdk import get_cluster_status
+    reply = GetClusterStatusReply()
+    reply.ParseFromString(GcsClient(address).get_cluster_status(timeout_s=timeout_s))
+    return read_autoscaling(reply.autoscaling_state)
 
-    found = get_cluster_status(address, timeout=timeout_s)
-    return [(launch.ray_node_type_name, launch.details) for launch in found.failed_launches]
+
+def read_autoscaling(state: Any) -> Autoscaling:
+    """The same, of Ray's message. Its interface for people leaves out what can be served by no node."""
+    groups = [[request] for request in state.infeasible_resource_requests]
+    for group in state.infeasible_gang_resource_requests:  # of several choices, the first is what counts
+        groups.append(group.bundle_selectors[0].resource_requests if group.bundle_selectors else group.requests)
+    return Autoscaling(
+        tuple((launch.ray_node_type_name, launch.reason) for launch in state.failed_instance_requests),
+        tuple(tuple(dict(request.resources_bundle) for request in group) for group in groups),
+    )
 
 
 def actor_id(actor: Any) -> str:
