@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
+import os
 
 import pytest
 from ray._private import worker as ray_worker
 from ray._private.authentication import authentication_token_setup as token_setup
 
-from elastic.cluster.noise import hidden, hide_token_hint, worth_showing
+from elastic.cluster.noise import cpp_lines_hidden, hidden, hide_token_hint, worth_showing
 
 CPP = "[2026-11-28 14:49:00,451 {} 24253 24253] (gcs_server) gcs_placement_group_scheduler.cc:273: Failed to remove 1"
 
@@ -51,6 +52,15 @@ def test_inside_a_driver_prints_what_is_worth_it_without_colours_where_nobody_lo
             ray_worker.print_to_stdstream({**data, "pid": pid, "lines": [line]}, ignore_prefix=False)
     assert capsys.readouterr().out == "(pid=7) hello\n"
     assert ray_worker.print_worker_logs is before
+
+
+def test_of_what_is_written_to_standard_error_meanwhile_only_lines_in_c_are_lost(capfd):
+    with cpp_lines_hidden():
+        os.write(2, f"{CPP.format('W')}\nwhat a user prints\n{CPP.format('C')}\n".encode())
+        assert capfd.readouterr().err == ""
+    os.write(2, f"{CPP.format('W')}\n".encode())
+
+    assert capfd.readouterr().err.splitlines() == ["what a user prints", CPP.format("C"), CPP.format("W")]
 
 
 def test_a_token_is_no_news_but_that_there_is_none_is(caplog):

@@ -139,4 +139,5 @@ def test_a_job_is_submitted_stopped_with_and_without_time_to_save_and_resumed(ap
         joined = Command("-c", check, environment={"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token})
         assert joined.wait() == code, joined.output
     assert "ConfigError: --cluster.address is " in joined.lines[-1]
+    assert ".cc:" not in joined.output
     assert "the cluster wants a token, and this process has none or another one" in joined.lines[-1]

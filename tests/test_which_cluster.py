@@ -13,6 +13,7 @@ import pytest
 
 from elastic.cluster import gcs
 from elastic.cluster.embedded import check_answers, preflight, running_cluster, where_text
+from elastic.cluster.examining import examine_cluster
 from elastic.config import ClusterOptions, ScalingOptions
 from elastic.errors import ConfigError
 
@@ -22,7 +23,7 @@ def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where `ray start` leaves an address."""
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     path = tmp_path / "ray_current_cluster"
-    monkeypatch.setattr(gcs, "get_ray_address_file", lambda folder: str(path))
+    monkeypatch.setattr(gcs, "address_file", lambda: path)
     return path
 
 
@@ -43,6 +44,8 @@ def test_the_cluster_that_ray_start_left_is_joined_if_it_answers(file, answering
     assert running_cluster(None) is None
     file.write_text("no address")
     assert running_cluster(None) is None
+    with pytest.raises(ConfigError, match=r"^--address is 'auto', but no Ray cluster runs on this machine"):
+        examine_cluster("auto", ())
 
 
 def test_the_cluster_of_another_user_is_not_joined(file, answering, monkeypatch):
@@ -71,6 +74,8 @@ def test_an_address_that_does_not_answer_is_refused_before_anything_starts():
         gone = f"127.0.0.1:{server.getsockname()[1]}"
     with pytest.raises(ConfigError, match=f"is '{gone}', where no Ray cluster answers .*; give the host and port"):
         preflight(ClusterOptions(address=gone), ScalingOptions())
+    with pytest.raises(ConfigError, match=f"^--address is '{gone}', where no Ray cluster answers"):
+        examine_cluster(gone, ())
 
 
 def test_of_a_cluster_that_was_found_the_own_token_is_used_and_what_is_none_is_refused_soon(answering, tmp_path):

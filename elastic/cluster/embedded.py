@@ -79,8 +79,11 @@ def preflight(cluster: ClusterOptions, scaling: ScalingOptions) -> str | None:
     return address
 
 
-def check_answers(address: str, wait_s: float = ANSWER_S) -> None:
+def check_answers(address: str, wait_s: float = ANSWER_S, option: str = "--cluster.address") -> None:
     """Ray itself tries for minutes, and says so in words of its own.
+
+    Args:
+        option: what the address is of.
 
     Raises:
         ConfigError: nobody listens at host:port, or not the head of a Ray cluster that lets this process in.
@@ -88,7 +91,7 @@ def check_answers(address: str, wait_s: float = ANSWER_S) -> None:
     host, _, port = address.rpartition(":")
     if not host or not port.isdecimal() or "://" in address:
         return  # auto, local, or what Ray alone can read
-    option = "--cluster.address" if not os.environ.get("RAY_ADDRESS") else "--cluster.address or RAY_ADDRESS"
+    option = option if not os.environ.get("RAY_ADDRESS") else f"{option} or RAY_ADDRESS"
     try:
         socket.create_connection((host, int(port)), wait_s).close()
         check_lets_in(address, wait_s)

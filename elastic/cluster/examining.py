@@ -13,7 +13,9 @@ from typing import Any
 import ray
 
 from elastic.cluster.autoscaler import failures, known_reasons, reported, unserved
-from elastic.compat.ray import session_folder
+from elastic.cluster.embedded import check_answers, running_cluster
+from elastic.cluster.gcs import take_own_token
+from elastic.compat.ray import Autoscaling, session_folder
 from elastic.errors import ConfigError
 from elastic.tools.machine import (
     REDUCE_S,
@@ -116,6 +118,12 @@ def examine_cluster(address: str, storage: Sequence[str]) -> list[Finding]:
     """
     ours = not ray.is_initialized()
     if ours:
+        if address == "auto":
+            address = running_cluster(None) or ""
+            if not address:
+                raise ConfigError("--address is 'auto', but no Ray cluster runs on this machine; give that of its head")
+            take_own_token()
+        check_answers(address, option="--address")
         try:
             ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
         except (ConnectionError, ValueError, RuntimeError) as error:

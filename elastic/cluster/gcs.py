@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 
 import ray
 
-from elastic.cluster.noise import hide_token_hint
+from elastic.cluster.noise import cpp_lines_hidden, hide_token_hint
 from elastic.compat.ray import (
     address_file,
     cluster_addresses_here,
@@ -49,11 +49,12 @@ def check_lets_in(address: str, wait_s: float) -> None:
         else:
             found.put(None)
 
-    threading.Thread(target=ask, name="ask-head", daemon=True).start()  # who is no head may leave it waiting
-    try:
-        error = found.get(timeout=wait_s)
-    except queue.Empty:
-        error = TimeoutError(f"no answer within {wait_s:g} s")
+    with cpp_lines_hidden():
+        threading.Thread(target=ask, name="ask-head", daemon=True).start()  # who is no head may leave it waiting
+        try:
+            error = found.get(timeout=wait_s)
+        except queue.Empty:
+            error = TimeoutError(f"no answer within {wait_s:g} s")
     if isinstance(error, ray.exceptions.AuthenticationError):
         raise ClusterUnreachable(
             "the cluster wants a token, and this process has none or another one; give RAY_AUTH_MODE=token, and its "

@@ -6,6 +6,7 @@ import logging
 import os
 import re
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -25,6 +26,27 @@ def _no_hint(record: logging.LogRecord) -> bool:
 def hide_token_hint() -> None:
     """Do without Ray's hint that a cluster asks for a token. That one asks for none is worth a warning, and stays."""
     logging.getLogger(TOKEN_LOGGER).addFilter(_no_hint)
+
+
+@contextmanager
+def cpp_lines_hidden() -> Iterator[None]:
+    """Inside, Ray's C++ parts of this process are not heard. They write to the descriptor of standard error, and before
+    a driver is connected no setting of Ray's silences them. What else is written there meanwhile comes after."""
+    try:
+        before = os.dup(2)
+    except OSError:  # nobody hears them
+        yield
+        return
+    with tempfile.TemporaryFile() as kept:
+        os.dup2(kept.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(before, 2)
+            os.close(before)
+            kept.seek(0)
+            lines = kept.read().decode(errors="replace").splitlines(keepends=True)
+            sys.stderr.write("".join(line for line in lines if not _CPP.match(line)))
 
 
 def worth_showing(source: str, lines: Sequence[str]) -> list[str]:

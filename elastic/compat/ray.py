@@ -91,13 +91,13 @@ def autoscaling(address: str, timeout_s: int) -> Autoscaling:
     return read_autoscaling(reply.autoscaling_state)
 
 
-def read_autoscaling(state: Any) -> Autoscaling:
+def read_autoscaling(report: Any) -> Autoscaling:
     """The same, of Ray's message. Its interface for people leaves out what can be served by no node."""
-    groups = [[request] for request in state.infeasible_resource_requests]
-    for group in state.infeasible_gang_resource_requests:  # of several choices, the first is what counts
+    groups = [[request] for request in report.infeasible_resource_requests]
+    for group in report.infeasible_gang_resource_requests:  # of several choices, the first is what counts
         groups.append(group.bundle_selectors[0].resource_requests if group.bundle_selectors else group.requests)
     return Autoscaling(
-        tuple((launch.ray_node_type_name, launch.reason) for launch in state.failed_instance_requests),
+        tuple((launch.ray_node_type_name, launch.reason) for launch in report.failed_instance_requests),
         tuple(tuple(dict(request.resources_bundle) for request in group) for group in groups),
     )
 
