@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import traceback
+
 from elastic.redact import redact
 
 
@@ -81,6 +83,11 @@ class Interrupted(ElasticError):
 def told(error: ElasticError) -> str:
     """What a command prints of the error that it ends with; to be interrupted is none."""
     return str(error) if isinstance(error, Interrupted) else f"error: {error}"
+
+
+def whole_text(error: BaseException) -> str:
+    """What the ledger has of an error: its text where it is one of ours, which says all, else its traceback."""
+    return str(error) if isinstance(error, ElasticError) else "".join(traceback.format_exception(error)).rstrip()
 
 
 def one_line(error: BaseException) -> str:

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from elastic.worker import copies
+from elastic.worker.flags import NEUTRAL
 
 BYTES = st.binary(min_size=1, max_size=10_000)
 
@@ -42,12 +43,12 @@ def test_a_tensor_s_digest_has_its_dtype_shape_and_bytes(dtype, shape):
 
 @given(st.lists(st.integers(0, 3), min_size=1, max_size=6), st.booleans())
 def test_the_fence_says_whether_all_who_apply_said_the_same(fingerprints, spare):
-    said = [copies.said(f) for f in fingerprints] + [copies.NEUTRAL] * spare
+    said = [copies.said(f) for f in fingerprints] + [NEUTRAL] * spare
 
     largest = [max(column) for column in zip(*said)]
 
     assert copies.equal(largest) == (len(set(fingerprints)) == 1)
-    assert copies.equal(copies.NEUTRAL)
+    assert copies.equal(NEUTRAL)
 
 
 def test_an_update_s_fingerprint_has_its_norm_rates_options_and_which_gradients_there_are():

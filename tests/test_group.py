@@ -19,6 +19,7 @@ from elastic.compat.torch import all_gather_flat
 from elastic.errors import WorldBroken
 from elastic.membership.protocol import Assignment, RestorePoint
 from elastic.membership.world import Generation
+from elastic.worker.flags import Flags
 from elastic.worker.group import Group
 from tests.forked import fork, wait_until
 
@@ -83,7 +84,7 @@ def state_of(pid: int) -> str:
 
 def enter(world: Group) -> None:
     world.connect(60.0)
-    world.agree([0])  # where one is cut off, its host may have accepted the call
+    world.agree(Flags())  # where one is cut off, its host may have accepted the call
 
 
 def test_a_world_names_its_groups_from_0_whatever_failed_before():

@@ -57,7 +57,7 @@ from elastic.membership.messages import (
 )
 from elastic.membership.state import Limits, Phase, State, ask_again_s, going, holds_state
 from elastic.membership.world import Generation, Member, World
-from elastic.worker.updates import Standing, applies
+from elastic.worker.restore_plan import Standing, decide
 from jobs.bench import forming
 
 
@@ -1185,9 +1185,9 @@ class Cluster(RuleBasedStateMachine):
         members = [self.workers[m.id] for m in world.members]
         assert all(w.joining for w in members), "a member is in two live worlds"
         assert not any(w.told_to_go for w in members), "who was given up comes back"
-        everyone = [w.standing for w in members]
-        for w, standing in zip(members, everyone, strict=True):  # roll forward what was prepared
-            if applies(standing, everyone):
+        plan = decide([w.standing for w in members], -1)
+        for w, applies in zip(members, plan.applies, strict=True):  # roll forward what was prepared
+            if applies:
                 w.lineage.append(w.stepped)
         newest = max(w.applied for w in members)
         giver = next((w for w in members if w.applied == newest), members[0])

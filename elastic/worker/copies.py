@@ -20,10 +20,10 @@ from torch.distributed.tensor import DTensor
 from elastic.errors import CopiesDiffer, UpdatesDiffer
 from elastic.parallel.replicated import dense
 from elastic.parallel.wrapping import local
+from elastic.worker.flags import NEUTRAL
 from elastic.worker.group import Group
 from elastic.worker.state import TrainState
 
-NEUTRAL = (-(1 << 62), -(1 << 62))  # what a spare says at the fence: it applies nothing
 _MULTIPLIER = -7046029254386353131  # odd, of 64 bits: 2**64 over the golden ratio
 _ROW = 1024
 _PLAIN = (int, float, bool, str, type(None))

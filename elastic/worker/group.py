@@ -23,6 +23,7 @@ from elastic.parallel import gloo
 from elastic.parallel.device import host_wait
 from elastic.parallel.layout import Layout, lay_out
 from elastic.parallel.mesh import Mesh, make_mesh
+from elastic.worker.flags import Flags
 from elastic.worker.sockets import any_connected, knock, open_sockets, opened_since, shut_down
 
 STORE_S = 10.0
@@ -239,18 +240,18 @@ class Group:
         for group in groups:
             group.shutdown()
 
-    def agree(self, flags: list[int]) -> list[int]:
-        """The largest of each flag (integers of 64 bits) over all members. This is the fence: it ends when everyone has
-        entered it, and the host waits for it."""
+    def agree(self, flags: Flags) -> Flags:
+        """The largest of each flag over all members. This is the fence: it ends when everyone has entered it, and the
+        host waits for it."""
         if self.size == 1:
             host_wait(self.device)
             return flags
         with self.collective("the fence"):
-            tensor = torch.tensor(flags, dtype=torch.int64, device=self.device)
+            tensor = torch.tensor(flags.pack(), dtype=torch.int64, device=self.device)
             dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
             agreed = tensor.tolist()
         self.check()
-        return agreed
+        return Flags.unpack(agreed)
 
     def gather_ints(self, value: int) -> list[int]:
         """Every member's value, by rank."""

@@ -6,7 +6,6 @@ import contextlib
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -26,7 +25,6 @@ from elastic.membership.protocol import Share, Unloadable
 from elastic.membership.world import Generation
 from elastic.parallel.layout import sources
 from elastic.storage import Storage
-from elastic.worker.comeback import check_comes_back
 from elastic.worker.group import Group
 from elastic.worker.state import TrainState, weights_alone
 
@@ -36,27 +34,20 @@ LAST_SAVE_S = 600.0  # for which a save is tried again that nobody tries again l
 _FIRST_AGAIN_S, _LONGEST_AGAIN_S = 0.1, 10.0
 
 
-@dataclass(frozen=True)
-class _Sender:
-    """The member of a world that a save belongs to, and what its first rank adds."""
-
-    generation: Generation
-    rank: int
-    size: int
-    header: dict[str, Any] | None
-    world: object
-
-
 class Saving:
-    """Every way in which a worker saves. All methods on the training thread.
+    """Every way in which a worker saves; what outlives a world of it. All methods on the training thread.
 
     A save's share is reported to the keeper, which commits when it has all, after its bytes are durable and after the
     row of its step was posted: no committed step is missing in the ledger.
+
+    Args:
+        on_wait: called about once a second while training waits for an upload, with the seconds so far.
+        made: what the state was computed with, for the manifest.
+        still_s: an uploader that moves nothing for so long is replaced.
     """
 
     def __init__(
         self,
-        state: TrainState | None,
         storage: Storage,
         link: WorkerLink,
         device: torch.device,
@@ -68,56 +59,113 @@ class Saving:
         made: Callable[[], dict[str, Any]] = dict,
         still_s: float = STILL_S,
     ):
-        """`on_wait` is called about once a second while training waits for an upload, with the seconds so far.
+        self.link, self.on_wait, self.when_busy, self.made = link, on_wait, when_busy, made
+        self.header = {"seed": seed, "config_digest": config_digest}
+        self.saver = Saver(storage, device=device, still_s=still_s, on_restart=self._on_restart)
+        self.overdue = False  # a save was put off, or its world is over: wished for at the next fence
+        self.under_way: tuple[int, str] | None = None  # step and attempt that the keeper has not decided on
+        self.committed: tuple[int, str] | None = None  # step and attempt of the newest commit heard of
+        self.generation: Generation | None = None  # of the newest world
+        self.count = 0  # of the saves under that generation
 
-        Args:
-            state: None where `enter` will bring it.
-            made: what the state was computed with, for the manifest.
-            still_s: an uploader that moves nothing for so long is replaced.
+    def enter(self, group: Group, place: int, state: TrainState) -> WorldSaves:
+        """A world begins, with this worker at a place of its mesh."""
+        self.count = 0
+        return WorldSaves(self, group.assignment.generation, place, group.layout.size, state)
 
-        Raises:
-            ConfigError: the state holds what checkpoints cannot have.
-        """
-        if state is not None:
-            check_comes_back(state)
-        self._state, self._link, self._on_wait = state, link, on_wait
-        self._header = {"seed": seed, "config_digest": config_digest}
-        self._when_busy, self._made = when_busy, made
-        self._saver = Saver(storage, device=device, still_s=still_s, on_restart=self._on_restart)
-        self._generation: Generation | None = None
-        self._rank, self._size, self._count = 0, 1, 0
-        self._lock = threading.Lock()
-        self._world: object = None  # saves of another one are not reported any more
-        self._ended: tuple[Save, _Sender] | None = None  # a save whose report waits for its row
-        self._posted_step = -1
-        self._under_way: tuple[int, str] | None = None  # step and attempt that the keeper has not decided on
-        self._overdue = False
-        self._committed: tuple[int, str] | None = None  # step and attempt of the newest commit heard of
+    def alone(self, state: TrainState, generation: Generation) -> WorldSaves:
+        """No world: this worker was the last one in `generation` to hold the state."""
+        return WorldSaves(self, generation, 0, 1, state, alone=True)
 
-    # ---- worlds ----------------------------------------------------------------------------------------------------
+    def settle(self) -> float:
+        """To be called before the state is written to; returns the seconds that it waited."""
+        return self.saver.settle()
 
-    def enter(self, group: Group, state: TrainState) -> None:
-        """From now on saves are this world's, and of this state."""
-        assert group.place is not None, "a spare saves nothing"
-        self._state = state
-        self._generation, self._rank, self._size = group.assignment.generation, group.place, group.layout.size
-        self._count = 0
-        with self._lock:
-            self._world, self._posted_step = object(), -1
-
-    def leave(self) -> None:
-        """The world is over. What it was saving will not be committed, so the next one saves again."""
-        self._note_commits()
-        if self._under_way is not None:
-            self._overdue = True
-            self._saver.cancel()
-        with self._lock:
-            self._world = self._ended = None
-        self._under_way = None
+    def finish_under_way(self, timeout_s: float) -> None:
+        """Give the save that is under way the time to be committed, before this worker ends with an error."""
+        with contextlib.suppress(ElasticError, RunOver):  # the error that ends the worker is the one to be told
+            self.note_commits()
+            self.await_commit(timeout_s)
 
     def close(self) -> None:
         """End the uploader."""
-        self._saver.close()
+        self.saver.close()
+
+    def _on_restart(self, save: Save, why: str) -> None:
+        """On the saver's thread."""
+        self.link.event("uploader_restarted", save.step, why, generation=self.generation)
+
+    def note_commits(self, wait_s: float = 0.0) -> str | None:
+        """Take in what the keeper decided; returns the error of what was under way, if it decided on that."""
+        while (commit := self.link.next_commit(wait_s)) is not None:
+            attempt = (commit.step, commit.attempt)
+            if commit.anew:
+                self.saver.refer_to_nothing()
+            if commit.error and (attempt == self.committed or commit.step < 0):  # -1 is all that there was
+                self.committed = None
+            if not commit.error and attempt != self.committed:  # who missed it makes the keeper say it again
+                self.committed = attempt
+                self.saver.committed(*attempt)
+            if attempt == self.under_way:
+                self.under_way = None
+                return commit.error
+        return None
+
+    def await_commit(self, timeout_s: float) -> None:
+        """Wait until the keeper has decided on what is under way.
+
+        Raises:
+            CheckpointError: it could not be committed, or was not in time.
+            WorldBroken: a member was lost meanwhile, so it never will be.
+        """
+        deadline = time.monotonic() + timeout_s
+        step = self.under_way[0] if self.under_way else 0
+        while self.under_way is not None:
+            error = self.note_commits(0.1)
+            if error:
+                raise CheckpointError(error)
+            if self.under_way is not None:
+                self.link.check()
+                if time.monotonic() > deadline:
+                    raise CheckpointError(f"waited {timeout_s:.0f} s for the commit of the checkpoint of step {step}")
+
+
+class WorldSaves:
+    """The saves of one world, of one state. Made by `Saving`.
+
+    Args:
+        rank, size: of this worker among those that save together.
+        alone: it saves without a world.
+    """
+
+    def __init__(
+        self,
+        saving: Saving,
+        generation: Generation,
+        rank: int,
+        size: int,
+        state: TrainState,
+        *,
+        alone: bool = False,
+    ):
+        self._saving, self._link, self._saver = saving, saving.link, saving.saver
+        self._generation, self._rank, self._size, self._state, self._alone = generation, rank, size, state, alone
+        saving.generation = generation
+        self._lock = threading.Lock()
+        self._over = False
+        self._ended: tuple[Save, dict[str, Any] | None] | None = None  # a save whose report waits for its row
+        self._posted_step = -1
+
+    def leave(self) -> None:
+        """The world is over. What it was saving will not be committed, so the next one saves again."""
+        saving = self._saving
+        saving.note_commits()
+        if saving.under_way is not None:
+            saving.overdue = True
+            self._saver.cancel()
+        with self._lock:
+            self._over, self._ended = True, None
+        saving.under_way = None
 
     # ---- in the step loop ------------------------------------------------------------------------------------------
 
@@ -129,26 +177,23 @@ class Saving:
     @property
     def overdue(self) -> bool:
         """Whether a save was put off: wished for at the next fence."""
-        return self._overdue
-
-    def settle(self) -> float:
-        """To be called before the state is written to; returns the seconds that it waited."""
-        return self._saver.settle()
+        return self._saving.overdue
 
     def save(self, step: int, *, busy: bool) -> None:
         """The state of `step` is to be saved; `busy` if the members agreed that one of them still is.
 
         What the last save was for is not thrown away: this one waits for it, is put off, or is left out, as configured.
         """
-        self._note_commits()
-        if busy and self._when_busy != "wait":
-            self._overdue = self._when_busy == "delay"
+        saving = self._saving
+        saving.note_commits()
+        if busy and saving.when_busy != "wait":
+            saving.overdue = saving.when_busy == "delay"
             if self._rank == 0:
-                what = "put off until the save before has" if self._overdue else "left out: the save before has not"
+                what = "put off until the save before has" if saving.overdue else "left out: the save before has not"
                 detail = f"{what} ended"
                 self._link.event("checkpoint_skipped", step, detail)
             return
-        self._overdue = False
+        saving.overdue = False
         self._begin(step)
 
     def row_posted(self, step: int) -> None:
@@ -172,7 +217,7 @@ class Saving:
         def save() -> None:
             self._begin(step)
             self.row_posted(step)
-            self._await(UPLOAD_TIMEOUT_S)
+            self._saving.await_commit(UPLOAD_TIMEOUT_S)
 
         self._again(save, LAST_SAVE_S)
 
@@ -192,7 +237,7 @@ class Saving:
         deadline = time.monotonic() + seconds
         while (left := deadline - time.monotonic()) > 0:
             self._link.check()
-            self._on_wait(int(time.monotonic() - began))
+            self._saving.on_wait(int(time.monotonic() - began))
             time.sleep(min(left, 0.5))
 
     def make_safe(self, step: int, timeout_s: float) -> None:
@@ -205,58 +250,47 @@ class Saving:
         deadline = time.monotonic() + timeout_s
 
         def save() -> None:
-            self._note_commits()
-            if self._committed is None or self._committed[0] != step:
-                if self._under_way is None or self._under_way[0] != step:
+            saving = self._saving
+            saving.note_commits()
+            if saving.committed is None or saving.committed[0] != step:
+                if saving.under_way is None or saving.under_way[0] != step:
                     self._begin(step)
                     self.row_posted(step)
-                self._await(deadline - time.monotonic())
+                saving.await_commit(deadline - time.monotonic())
 
         self._again(save, timeout_s)
 
-    def finish_under_way(self, timeout_s: float) -> None:
-        """Give the save that is under way the time to be committed, before this worker ends with an error."""
-        with contextlib.suppress(ElasticError, RunOver):  # the error that ends the worker is the one to be told
-            self._note_commits()
-            self._await(timeout_s)
-
-    def save_alone(self, state: TrainState, step: int, generation: Generation) -> None:
-        """Commit the state of `step` without a world: this worker was the last one in `generation` to hold it."""
-        self._state = state
-        self._generation, self._rank, self._size = generation, 0, 1
-        with self._lock:
-            self._world = object()
+    def commit_alone(self, step: int) -> None:
+        """Commit the state of `step` without a world."""
 
         def save() -> None:
-            self._begin(step, alone=True)
+            self._begin(step)
             self.row_posted(step)
-            self._await(UPLOAD_TIMEOUT_S)
+            self._saving.await_commit(UPLOAD_TIMEOUT_S)
 
         with contextlib.suppress(CheckpointError):  # which is in the ledger: nobody can save this any more
             self._again(save, LAST_SAVE_S)
 
     # ---- parts -----------------------------------------------------------------------------------------------------
 
-    def _begin(self, step: int, *, alone: bool = False) -> None:
+    def _begin(self, step: int) -> None:
         self._await_upload()
-        assert self._generation is not None
-        assert self._state is not None
-        self._count += 1
-        attempt = f"{self._generation}-{self._count}{'alone' if alone else ''}"
-        header = {**self._header, "made": self._made(), "values": self._state.values()} if self._rank == 0 else None
-        self._note_commits()
-        refer = self._under_way is None  # else one may be committed meanwhile, and the one before it pruned
-        sender = _Sender(self._generation, self._rank, self._size, header, self._world)
+        saving, leads = self._saving, self._rank == 0
+        saving.count += 1
+        attempt = f"{self._generation}-{saving.count}{'alone' if self._alone else ''}"
+        header = {**saving.header, "made": saving.made(), "values": self._state.values()} if leads else None
+        saving.note_commits()
+        refer = saving.under_way is None  # else one may be committed meanwhile, and the one before it pruned
         shards = self._state.shards(self._rank, self._size)
-        self._under_way = (step, attempt)
+        saving.under_way = (step, attempt)
         try:
             self._saver.start(
-                step, attempt, shards, rank=self._rank, refer=refer, on_end=lambda save: self._on_end(save, sender)
+                step, attempt, shards, rank=self._rank, refer=refer, on_end=lambda save: self._on_end(save, header)
             )
         except (OSError, MemoryError) as error:
             failed = Save(step, attempt, self._rank, [], [], 0)
             failed.error = f"no memory to stage the state of step {step}: {error}"
-            self._on_end(failed, sender)
+            self._on_end(failed, header)
 
     def _await_upload(self) -> None:
         """Wait for a save that is still under way; each is patient with storage, but not for ever."""
@@ -265,66 +299,25 @@ class Saving:
             with contextlib.suppress(CheckpointError):
                 self._saver.wait(1.0)
             seconds += 1
-            self._on_wait(seconds)
+            self._saving.on_wait(seconds)
             if seconds > UPLOAD_TIMEOUT_S:
                 raise CheckpointError(f"the upload before took more than {UPLOAD_TIMEOUT_S:.0f} s")
 
-    def _on_restart(self, save: Save, why: str) -> None:
-        """On the saver's thread."""
-        self._link.event("uploader_restarted", save.step, why, generation=self._generation)
-
-    def _on_end(self, save: Save, sender: _Sender) -> None:
+    def _on_end(self, save: Save, header: dict[str, Any] | None) -> None:
         """On the saver's thread."""
         with self._lock:
             if save.step > self._posted_step:
-                self._ended = (save, sender)
+                self._ended = (save, header)
                 return
-        self._report(save, sender)
+        self._report(save, header)
 
-    def _report(self, save: Save, sender: _Sender) -> None:
+    def _report(self, save: Save, header: dict[str, Any] | None) -> None:
         fault.point("checkpoint.before_report", save.rank, save.step)
         with self._lock:
-            if sender.world is not self._world:
+            if self._over:
                 return
-        share = Share(
-            save.step,
-            save.attempt,
-            sender.size,
-            save.index,
-            sender.header,
-            save.error,
-            save.no_room,
-            save.facts,
-        )
-        self._link.post(share, sender.generation)
-
-    def _note_commits(self, wait_s: float = 0.0) -> str | None:
-        """Take in what the keeper decided; returns the error of what was under way, if it decided on that."""
-        while (commit := self._link.next_commit(wait_s)) is not None:
-            attempt = (commit.step, commit.attempt)
-            if commit.anew:
-                self._saver.refer_to_nothing()
-            if commit.error and (attempt == self._committed or commit.step < 0):  # -1 is all that there was
-                self._committed = None
-            if not commit.error and attempt != self._committed:  # who missed it makes the keeper say it again
-                self._committed = attempt
-                self._saver.committed(*attempt)
-            if attempt == self._under_way:
-                self._under_way = None
-                return commit.error
-        return None
-
-    def _await(self, timeout_s: float) -> None:
-        deadline = time.monotonic() + timeout_s
-        step = self._under_way[0] if self._under_way else 0
-        while self._under_way is not None:
-            error = self._note_commits(0.1)
-            if error:
-                raise CheckpointError(error)
-            if self._under_way is not None:
-                self._link.check()
-                if time.monotonic() > deadline:
-                    raise CheckpointError(f"waited {timeout_s:.0f} s for the commit of the checkpoint of step {step}")
+        share = Share(save.step, save.attempt, self._size, save.index, header, save.error, save.no_room, save.facts)
+        self._link.post(share, self._generation)
 
 
 def initialise(state: TrainState, options: CheckpointOptions, link: WorkerLink, *, tell: bool = True) -> None:

@@ -188,18 +188,18 @@ class Snapshots:
 
     # ---- in the step loop ------------------------------------------------------------------------------------------
 
-    def says(self) -> list[int]:
+    def says(self) -> tuple[int, ...]:
         """For the fence: how far this worker's part is, and how many steps it would have between snapshots."""
         if self._every is None:
-            return []
+            return ()
         stage, part = IN_VAULTS, self._part
         if part is not None and not part.ended.is_set():
             stage = UNDER_WAY
         elif part is not None and self._attempt is not None and part.error is not None:
             stage = FAILED
-        return [stage, self._every or self._meter.every()]
+        return (stage, self._every or self._meter.every())
 
-    def hear(self, said: list[int]) -> None:
+    def hear(self, said: tuple[int, ...]) -> None:
         """What all members together say at the fence."""
         if not said:
             return

@@ -32,6 +32,7 @@ from elastic.parallel.replicated import BitwiseReplica, FastReplica, NotReduced,
 from elastic.parallel.sharded import BitwiseSharded, FastSharded
 from elastic.seeds import derive, seed_all
 from elastic.worker import copies, nonfinite
+from elastic.worker.flags import NEUTRAL
 from elastic.worker.group import Group
 from elastic.worker.run import WorkerRun
 from elastic.worker.schedule import factor
@@ -71,47 +72,91 @@ class Update:
 
 
 class Stepper:
-    """Runs steps in one world after another. `enter` a world before `prepare`."""
+    """What outlives a world of how this worker does its steps. `enter` a world to do some."""
 
     def __init__(self, run: WorkerRun, code: UserCode, loader: Loader, link: WorkerLink):
-        self._run, self._config, self._plan = run, run.config, run.plan
-        self._code, self._loader, self._link = code, loader, link
-        self._bitwise = run.config.run.exactness == "bitwise"
+        self.run, self.code, self.loader, self.link = run, code, loader, link
+        self.bitwise = run.config.run.exactness == "bitwise"
         #: A pass has one microbatch: else what is drawn for all of a batch would depend on the world.
-        self.one_each = self._bitwise or loader.draws_together()
-        self._replica: Replica | None = None
-        self._unfinished: Replica | None = None
-        self._steps_done = 0
-        self._find_unused = run.config.parallel.find_unused
-        self._compares = True
+        self.one_each = self.bitwise or loader.draws_together()
+        self.steps_done = 0
+        self.find_unused = run.config.parallel.find_unused
+        self.compares = True  # the devices of the newest world round alike
         self.clock = Clock()
-        code.on_loss = self._after_loss
+        self.unfinished: Replica | None = None  # of a step that is not applied
 
     @property
     def fresh(self) -> bool:
         """Whether this process has applied no update yet."""
-        return not self._steps_done
+        return not self.steps_done
 
-    # ---- worlds ------------------------------------------------------------------------------------------------
-
-    def enter(self, group: Group, applied: int, state: TrainState) -> None:
-        """Deal the microbatches of this world and wrap the model for it.
+    def enter(self, group: Group, place: int, applied: int, state: TrainState) -> WorldSteps:
+        """Begin a world, at this place of its mesh, with a state of `applied` updates.
 
         Raises:
             WorldBroken: a member was lost meanwhile.
+            CopiesDiffer: its members do not train the same parameters.
         """
-        self._group, self._state = group, state
+        return WorldSteps(self, group, place, applied, state)
+
+    def undo(self) -> None:
+        """Put back what an unfinished step did to buffers; nothing if the last step was applied."""
+        if self.unfinished is not None:
+            self.unfinished.undo_buffers()
+            self.unfinished = None
+
+    def progress(self, step: int, stage: Stage, count: int = 0) -> None:
+        """Tell the watcher where this worker is. The first step of a process builds and compiles things."""
+        self.link.progress(Position(step, stage, count, first=stage in OF_A_STEP and not self.steps_done))
+
+    def check_state(self, step: int, group: Group, state: TrainState) -> None:
+        """Compare the copies of the state with all workers.
+
+        Raises:
+            CopiesDiffer: they are not equal.
+        """
+        if self.compares:
+            copies.check_state(state, group, self.link.member.id, step, exact=self.bitwise)
+
+    def spans_of(self, run: range) -> list[Span]:
+        """The passes of a run of microbatches."""
+        if self.one_each:
+            return [(i, 1) for i in run]
+        plan, config = self.run.plan, self.run.config
+        microbatch = plan.global_size // plan.microbatches
+        most = -(-plan.microbatches // config.scaling.max_workers)
+        if config.batch.pass_size is not None:
+            most = max(1, config.batch.pass_size // microbatch)
+        return [(i, min(most, run.stop - i)) for i in range(run.start, run.stop, most)]
+
+    @property
+    def tried(self) -> int:
+        """Microbatches in the smallest batch that has two samples and that a pass may have; else one."""
+        plan = self.run.plan
+        longest = max(count for _, count in self.spans_of(range(plan.microbatches)))
+        return 1 if plan.global_size > plan.microbatches else min(2, longest)
+
+
+class WorldSteps:
+    """The steps of one world: its microbatches are dealt and its model is wrapped. Made by `Stepper.enter`."""
+
+    def __init__(self, stepper: Stepper, group: Group, place: int, applied: int, state: TrainState):
+        self._stepper, self._group, self._state = stepper, group, state
+        self._config, self._plan = stepper.run.config, stepper.run.plan
+        self._code, self._loader, self._link = stepper.code, stepper.loader, stepper.link
         self._trained = state.trained()
         self._agree(group)
-        assert group.place is not None, "a spare runs no steps"
         self._runs, rows = self._deal(group.layout)
-        first = group.place // group.layout.shards * group.layout.shards
+        self._own_run = self._runs[place]
+        first = place // group.layout.shards * group.layout.shards
         row = range(first, first + group.layout.shards)
-        self._spans = self._spans_of(self._runs[group.place])
+        self._spans = stepper.spans_of(self._own_run)
         cut = self._config.parallel.sharded
-        self._padding = max(len(self._spans_of(self._runs[p])) for p in row) - len(self._spans) if cut else 0
-        self._singles = max(len(self._runs[p]) for p in row) - len(self._runs[group.place]) if cut else 0
+        self._padding = max(len(stepper.spans_of(self._runs[p])) for p in row) - len(self._spans) if cut else 0
+        self._singles = max(len(self._runs[p]) for p in row) - len(self._own_run) if cut else 0
         self._loader.start(applied, self._spans)
+        self._step = self._pass = 0
+        self._code.on_loss = self._after_loss
         with group.collective("wrapping the model"):
             self._replica = self._wrap(group, rows)
 
@@ -123,10 +168,11 @@ class Stepper:
         """
         device = xxhash.xxh3_64_intdigest(json.dumps(describe(group.device), sort_keys=True).encode()) >> 1
         trained = xxhash.xxh3_64_intdigest(bytes(self._trained)) >> 1
-        rows = group.gather_rows_in_mesh([int(self._find_unused), device, trained])
-        self._find_unused = any(row[0] for row in rows)
-        self._compares = len({row[1] for row in rows}) == 1  # other kernels round otherwise
-        if not self._compares and group.leads:
+        stepper = self._stepper
+        rows = group.gather_rows_in_mesh([int(stepper.find_unused), device, trained])
+        stepper.find_unused = any(row[0] for row in rows)
+        stepper.compares = len({row[1] for row in rows}) == 1  # other kernels round otherwise
+        if not stepper.compares and group.leads:
             detail = "its workers' devices differ, so that the copies of the model may differ in last bits"
             self._link.post(LedgerEvent("copies_not_compared", detail=detail))
         if len({row[2] for row in rows}) > 1:
@@ -135,7 +181,7 @@ class Stepper:
     def _deal(self, layout: Layout) -> tuple[list[range], list[range]]:
         """The microbatches of each place of the mesh, and of each of its rows."""
         rows = deal(self._plan.microbatches, layout.replicas)
-        if self._bitwise:
+        if self._stepper.bitwise:
             return [lockstep(row, s, layout.shards) for row in rows for s in range(layout.shards)], rows
         return deal(self._plan.microbatches, layout.size), rows
 
@@ -143,11 +189,11 @@ class Stepper:
         parallel, model, loss = self._config.parallel, self._state.model, self._code.loss
         common: dict[str, Any] = {"runs": self._runs, "device": group.device}
         replica: Replica
-        if parallel.sharded and self._bitwise:
+        if parallel.sharded and self._stepper.bitwise:
             replica = BitwiseSharded(model, loss, rows=rows, mesh=group.mesh, bucket_mb=parallel.bucket_mb, **common)
         elif parallel.sharded:
             replica = FastSharded(model, loss, mesh=group.mesh, **common)
-        elif self._bitwise:
+        elif self._stepper.bitwise:
             replica = BitwiseReplica(model, loss, rank=group.rank, bucket_mb=parallel.bucket_mb, **common)
         else:
             replica = FastReplica(
@@ -155,50 +201,24 @@ class Stepper:
                 loss,
                 rank=group.rank,
                 bucket_mb=parallel.bucket_mb,
-                find_unused=self._find_unused,
+                find_unused=self._stepper.find_unused,
                 compression=self._config.precision.grad_compression,
                 **common,
             )
         replica.recomputes = parallel.activation_checkpointing
         return replica
 
-    def leave(self) -> None:
+    def close(self) -> None:
         """Drop what holds the world's process group."""
-        if self._replica is not None:
-            self._replica.close()
-            self._replica = None
+        self._replica.close()
 
     def reshard(self) -> None:
         """After forward passes of others (evaluation, a sample): free what they left gathered."""
-        assert self._replica is not None
         self._replica.reshard()
 
     def unmoved(self) -> AbstractContextManager[None]:
         """Buffers are afterwards what they were before: for forward passes between steps."""
-        assert self._replica is not None
         return self._replica.unmoved()
-
-    def undo(self) -> None:
-        """Put back what an unfinished step did to buffers; nothing if the last step was applied."""
-        if self._unfinished is not None:
-            self._unfinished.undo_buffers()
-            self._unfinished = None
-
-    def _spans_of(self, run: range) -> list[Span]:
-        """The passes of a run of microbatches."""
-        if self.one_each:
-            return [(i, 1) for i in run]
-        microbatch = self._plan.global_size // self._plan.microbatches
-        most = -(-self._plan.microbatches // self._config.scaling.max_workers)
-        if self._config.batch.pass_size is not None:
-            most = max(1, self._config.batch.pass_size // microbatch)
-        return [(i, min(most, run.stop - i)) for i in range(run.start, run.stop, most)]
-
-    @property
-    def tried(self) -> int:
-        """Microbatches in the smallest batch that has two samples and that a pass may have; else one."""
-        longest = max(count for _, count in self._spans_of(range(self._plan.microbatches)))
-        return 1 if self._plan.global_size > self._plan.microbatches else min(2, longest)
 
     # ---- steps -------------------------------------------------------------------------------------------------
 
@@ -211,12 +231,11 @@ class Stepper:
             UserCodeError: the job's code raised.
             NonFiniteError: loss or norm is not finite, and such steps are not to be skipped.
         """
-        replica, clock = self._replica, Clock()
-        assert replica is not None, "enter a world first"
+        replica, clock, stepper = self._replica, Clock(), self._stepper
         if (trained := self._state.trained()) != self._trained:
             change = _changes(list(self._state.trained_by_name()), self._trained, trained)
             raise Reform(f"the job trains other parameters from step {step + 1} on ({change})")
-        self.clock, self._unfinished, self._step = clock, replica, step
+        stepper.clock, stepper.unfinished, self._step = clock, replica, step
         began = time.perf_counter()
         scaler = self._state.scaler
         replica.scale = scaler.factor if scaler else 1.0
@@ -225,7 +244,7 @@ class Stepper:
                 record, divisor = replica.run(self._passes(step))
             self._state.keep_buffers(replica.unsaved)
         except NotReduced as error:
-            self._find_unused = True
+            stepper.find_unused = True
             names = ", ".join(error.names[:3]) + (", ..." if len(error.names) > 3 else "")
             detail = f"not every pass gives a gradient to {names or 'all parameters'}: --parallel.find-unused is on now"
             self._link.event("unused_parameters", step, detail)
@@ -247,7 +266,7 @@ class Stepper:
             if not overflow:
                 self._on_nonfinite(step, record, norm)
             replica.undo_buffers()
-        share = self._code.guard(lambda: self._run.job.schedule(step, plan.total_steps))
+        share = self._code.guard(lambda: stepper.run.job.schedule(step, plan.total_steps))
         if share is None:
             share = factor(
                 step, plan.total_steps, schedule=optim.schedule, warmup_steps=plan.warmup_steps, final=optim.final_lr
@@ -260,9 +279,9 @@ class Stepper:
 
     def says(self, update: Update) -> tuple[int, int]:
         """What this worker says of its update at the fence."""
-        return copies.said(update.fingerprint) if self._compares else copies.NEUTRAL
+        return copies.said(update.fingerprint) if self._stepper.compares else NEUTRAL
 
-    def check_equal(self, update: Update, largest: list[int]) -> None:
+    def check_equal(self, update: Update, largest: tuple[int, int]) -> None:
         """After the fence: refuse an update that is not the same on all workers.
 
         Raises:
@@ -274,19 +293,6 @@ class Stepper:
             entries = copies.update_entries(numbers, self._state.optimizer, self._state.parameter_names(), shard)
             raise copies.update_error(update.step + 1, self._group, self._link.member.id, entries)
 
-    def check_state(self, step: int, group: Group | None = None, state: TrainState | None = None) -> None:
-        """Compare the copies of the state with all workers.
-
-        Args:
-            group, state: of a world that was formed only to save; else those of the world that was entered.
-
-        Raises:
-            CopiesDiffer: they are not equal.
-        """
-        if self._compares:
-            group, state = group or self._group, state or self._state
-            copies.check_state(state, group, self._link.member.id, step, exact=self._bitwise)
-
     def apply(self, update: Update) -> None:
         """The update itself. Until it returns, the state is neither the old nor the new one."""
         began = time.perf_counter()
@@ -296,10 +302,10 @@ class Stepper:
             seed_all(derive("update", self._config.run.seed, update.step))
             self._code.doing(f"the update of step {update.step + 1}", update.step)
             self._code.guard(self._optimize)
-            self._code.guard(lambda: self._run.job.after_step(self._state.model, update.step + 1))
-        self._unfinished = None
-        self._steps_done += 1
-        self.clock.compute_s += time.perf_counter() - began
+            self._code.guard(lambda: self._stepper.run.job.after_step(self._state.model, update.step + 1))
+        self._stepper.unfinished = None
+        self._stepper.steps_done += 1
+        self._stepper.clock.compute_s += time.perf_counter() - began
 
     def _optimize(self) -> None:
         optimizer = self._state.optimizer
@@ -314,31 +320,28 @@ class Stepper:
                 "--parallel.strategy ddp"
             ) from error
 
-    def progress(self, step: int, stage: Stage, count: int = 0) -> None:
-        """Tell the watcher where this worker is. The first step of a process builds and compiles things."""
-        self._link.progress(Position(step, stage, count, first=stage in OF_A_STEP and not self._steps_done))
-
     def _passes(self, step: int) -> Iterator[Pass]:
+        progress, clock = self._stepper.progress, self._stepper.clock
         passes = [(span, False) for span in self._spans] + [(self._spans[-1], True)] * self._padding
         for i, ((first, count), padding) in enumerate(passes):
             began = time.perf_counter()
             self._pass = i
             self._code.at(step, first)
-            self.progress(step, Stage.PASS, 2 * i)
+            progress(step, Stage.PASS, 2 * i)
             self._code.guard(partial(fault.point, "step.forward", self._group.rank, step + 1))
             if not padding:
-                self.progress(step, Stage.DATA, 2 * i)
+                progress(step, Stage.DATA, 2 * i)
                 span = self._code.guard(partial(self._loader.next, step, first, count), alone=True)
-                self.progress(step, Stage.PASS, 2 * i)
+                progress(step, Stage.PASS, 2 * i)
             self._code.samples = span.ids
-            self.clock.data_s += time.perf_counter() - began
+            clock.data_s += time.perf_counter() - began
             seed_all(derive("step", self._config.run.seed, step, first))
             yield Pass(span.batch, first, span.digests, i == len(passes) - 1, padding)
-        self.progress(step, Stage.REDUCE)
+        progress(step, Stage.REDUCE)
         fault.point("step.reduce", self._group.rank, step + 1)
 
     def _after_loss(self) -> None:
-        self.progress(self._step, Stage.PASS, 2 * self._pass + 1)
+        self._stepper.progress(self._step, Stage.PASS, 2 * self._pass + 1)
 
     # ---- what is not finite ------------------------------------------------------------------------------------
 
@@ -354,15 +357,13 @@ class Stepper:
             found = [m for m in self._group.gather_in_mesh(bad) if m >= 0]
             microbatch = min(found, default=None)
         else:  # the loss is known for each pass
-            spans = [span for run in self._runs for span in self._spans_of(run)]
+            spans = [span for run in self._runs for span in self._stepper.spans_of(run)]
             count = next(n for first, n in spans if first == microbatch)
         ids = [] if microbatch is None else self._loader.order.span(step, microbatch, count).ids.tolist()
         raise nonfinite.error(step, record, norm, microbatch, ids)
 
     def _find_bad(self, step: int) -> int:
-        assert self._group.place is not None
-        replica, indices = self._replica, self._runs[self._group.place]
-        assert replica is not None
+        indices = self._own_run
 
         def microbatches() -> Iterator[tuple[int, Any]]:
             self._loader.start(step, [(i, 1) for i in indices])
@@ -371,7 +372,7 @@ class Stepper:
                 seed_all(derive("step", self._config.run.seed, step, index))
                 yield index, batch
 
-        return nonfinite.first_bad_microbatch(replica.has_finite_gradients, microbatches(), self._singles)
+        return nonfinite.first_bad_microbatch(self._replica.has_finite_gradients, microbatches(), self._singles)
 
 
 def _multiply(gradients: list[torch.Tensor], factor: float) -> None:

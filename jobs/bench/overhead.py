@@ -35,39 +35,42 @@ def alternate(times: str) -> None:
 
     Rank 0 writes to a file, after each step, the time and the processor seconds that its process has used.
     """
-    from elastic.worker.session import Session
+    from elastic.worker.flags import Flags
+    from elastic.worker.world import World
 
-    whole = Session._step
+    whole = World.take_step
     file = open(times, "a", buffering=1)  # noqa: SIM115 - open as long as the process lives
 
-    def step(session: Any, group: Any) -> Any:
-        bare = session._applied // BLOCK_STEPS % 2 == 1
-        found = _bare_step(session) if bare else whole(session, group)
-        if group.rank == 0:
+    def step(world: World) -> Flags:
+        if world.step // BLOCK_STEPS % 2 == 1:
+            _bare_step(world)
+            found = Flags()
+        else:
+            found = whole(world)
+        if world.group.rank == 0:
             file.write(f"{time.perf_counter()} {time.process_time()}\n")
         return found
 
-    Session._step = step  # type: ignore[method-assign]
+    World.take_step = step  # type: ignore[method-assign]
 
 
-def _bare_step(session: Any) -> tuple[int, int]:
+def _bare_step(world: Any) -> None:
     """A step of the same model on the same data, by what any DDP loop has."""
     import torch
 
-    stepper, state = session._stepper, session._state
-    step, replica = session._applied, stepper._replica
+    steps, state = world.steps, world.state
+    step, replica = world.step, steps._replica
     replica.model.zero_grad(set_to_none=True)
-    for i, (first, count) in enumerate(stepper._spans):
-        batch = stepper._loader.next(step, first, count).batch
+    for i, (first, count) in enumerate(steps._spans):
+        batch = steps._loader.next(step, first, count).batch
         if replica._ddp is not None:
-            replica._ddp.require_backward_grad_sync = i == len(stepper._spans) - 1
+            replica._ddp.require_backward_grad_sync = i == len(steps._spans) - 1
         loss, weight, _ = replica._forward(batch)
-        (loss / (weight * len(stepper._spans))).backward()
+        (loss / (weight * len(steps._spans))).backward()
     torch.nn.utils.clip_grad_norm_(state.model.parameters(), CLIP_NORM)
     state.optimizer.step()
     loss.item()
-    session._applied = step + 1
-    return 0, 0
+    world.worker.holding.applied = step + 1
 
 
 @dataclass

@@ -36,10 +36,11 @@ def alternate(times: str) -> None:
     Each step's end, and whether snapshots are taken, goes to a file of rank 0; so does the number of steps between
     them, which `auto` finds.
     """
-    from elastic.worker.session import Session
+    from elastic.worker.flags import Flags
     from elastic.worker.snapshots import Snapshots
+    from elastic.worker.world import World
 
-    taking, step_of = Snapshots._take_if_due, Session._step
+    taking, step_of = Snapshots._take_if_due, World.take_step
     file = open(times, "a", buffering=1)  # noqa: SIM115 - open as long as the process lives
 
     def on(step: int) -> bool:
@@ -51,13 +52,13 @@ def alternate(times: str) -> None:
         else:
             self._meter.step(seconds, under_way=self._attempt is not None)
 
-    def step(session: Any, group: Any) -> Any:
-        found = step_of(session, group)
-        if group.rank == 0:
-            file.write(f"{session._applied} {time.perf_counter()} {session._snapshots._agreed_every}\n")
+    def step(world: World) -> Flags:
+        found = step_of(world)
+        if world.group.rank == 0:
+            file.write(f"{world.step} {time.perf_counter()} {world.worker.snapshots._agreed_every}\n")
         return found
 
-    Snapshots._take_if_due, Session._step = take, step  # type: ignore[method-assign]
+    Snapshots._take_if_due, World.take_step = take, step  # type: ignore[method-assign]
 
 
 @dataclass

@@ -1,0 +1,214 @@
+"""Getting a worker ready: device, data and model, before it asks for a world."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from dataclasses import replace
+from typing import Any
+
+from elastic.checkpoint.uploader import STILL_S
+from elastic.config import result_options
+from elastic.data.identity import identify
+from elastic.data.loader import Fetcher, Loader, Order
+from elastic.errors import ElasticError, RunFailed, WarmUpError, whole_text
+from elastic.job import eval_sets, job_options
+from elastic.likeness import digest_of
+from elastic.membership.client import WorkerLink
+from elastic.membership.stage import Position, Stage
+from elastic.membership.world import Member
+from elastic.observe.streams import keep_output_sturdy
+from elastic.parallel.device import describe, pick_device, prepare_process
+from elastic.parallel.wrapping import move
+from elastic.seeds import derive, seed_all
+from elastic.storage import Storage
+from elastic.units import parse_amount
+from elastic.worker.belongings import models_of
+from elastic.worker.comeback import check_comes_back
+from elastic.worker.description import (
+    comparable,
+    describe_held,
+    describe_model,
+    describe_optimizer,
+    describe_options,
+    describe_worker,
+)
+from elastic.worker.placing import Placing
+from elastic.worker.provenance import Provenance
+from elastic.worker.rehearsal import Rehearsal
+from elastic.worker.run import Identity, WorkerRun
+from elastic.worker.saving import Saving
+from elastic.worker.snapshots import Snapshots
+from elastic.worker.sockets import use_interface_of
+from elastic.worker.step import Stepper
+from elastic.worker.unsaved import Watch
+from elastic.worker.user_code import UserCode, UserCodeError
+from elastic.worker.worker import Holding, Worker
+
+
+def warm_up(run: WorkerRun, identity: Identity, *, import_s: float = 0.0) -> Worker:
+    """A worker whose device, data and model are ready.
+
+    Args:
+        import_s: seconds that the imports took, which are only reported.
+
+    Raises:
+        WarmUpError: they cannot be; the membership server knows.
+    """
+    began = time.monotonic()
+    bitwise = run.config.run.exactness == "bitwise"
+    prepare_process(bitwise=bitwise, threads=run.config.scaling.cpus_per_worker)
+    use_interface_of(identity.host)
+    device = pick_device(identity.accelerator, identity.local_index)
+    shown = json.dumps(describe(device), sort_keys=True)
+    member = Member(identity.id, identity.node, identity.local_index, os.getpid(), identity.host, shown)
+    lease_s = parse_amount("lease", run.config.recovery.lease, clock=True).seconds
+    link = WorkerLink(run.server_url, run.token, member, lease_s=lease_s)
+    try:
+        worker = _WarmUp(run, identity, link, device).worker()
+    except Exception as error:
+        gap = " " if isinstance(error, ElasticError) else "\n"
+        message = f"worker {identity.id} could not get ready:{gap}{whole_text(error)}"
+        link.unfit(message)
+        link.close()
+        raise WarmUpError(message) from error
+    link.tell_place(lambda: (worker.code.where, worker.loader.waits_for()))
+    worker.warm_s = round(time.monotonic() - began + import_s, 3)
+    worker.warm_parts = {"import_s": round(import_s, 3), **worker.warm_parts}
+    return worker
+
+
+class _WarmUp:
+    """The parts, one after another."""
+
+    def __init__(self, run: WorkerRun, identity: Identity, link: WorkerLink, device: Any):
+        self._run, self._identity, self._link, self._device = run, identity, link, device
+        self._job, self._config, self._plan = run.job, run.config, run.plan
+        self._bitwise = run.config.run.exactness == "bitwise"
+        self._holding = Holding()
+
+    def worker(self) -> Worker:
+        """All of it."""
+        job, config, plan, seed = self._job, self._config, self._plan, self._config.run.seed
+        began = time.monotonic()
+        storage = Storage(self._run.folder_url)
+        code = UserCode(job, self._device, self._identity.id, autocast=config.precision.autocast)
+        snapshots = Snapshots(plan.snapshot_every, self._identity.vault, self._run.token, self._link, self._device)
+        held = models_of(job)
+        for model in held.values():
+            move(model, self._device)
+        options = result_options(config, job_options(job))
+        lines = {"configuration": describe_options(options), "models of the job": describe_held(held)}
+        seed_all(derive("data", seed))  # a split at random is the same on every worker, and that of what is held out
+        data = job.train_data()
+        self._check_length(len(data))
+        seed_all(derive("data", seed))
+        held_out = eval_sets(job)
+        trained = identify(data)
+        provenance = Provenance(
+            exact=self._bitwise,
+            device=describe(self._device),
+            data=trained,
+            options=comparable(options),
+            held=digest_of(lines["models of the job"]),
+            allowed=config.run.allow_change,
+        )
+        of_data = {f"eval_data() {name}".rstrip(): identify(d, some=0) for name, d in held_out.items()}
+        watch = Watch([data, *held_out.values()], self._warn_of_unsaved)
+        data_s = time.monotonic() - began
+        placing = Placing(job, config, self._device)
+        placing.warm_up()
+        lines["model"] = describe_model(placing.model)
+        if not config.parallel.sharded:
+            self._holding.state = state = placing.whole()
+            lines["optimizer"] = describe_optimizer(state.optimizer)
+            check_comes_back(state)
+        order = Order(
+            seed=seed, dataset_size=plan.dataset_size, global_size=plan.global_size, microbatches=plan.microbatches
+        )
+        loader = Loader(
+            Fetcher(data, job.collate_fn, seed, plan.dataset_size),
+            order,
+            workers=config.data.workers,
+            prefetch=config.data.prefetch,
+            total_steps=plan.total_steps,
+            on_restart=self._tell_restart,
+            begin=keep_output_sturdy,
+        )
+        stepper = Stepper(self._run, code, loader, self._link)
+        lines["loader"] = [f"passes of {'one microbatch' if stepper.one_each else 'any number of microbatches'}"]
+        saving = Saving(
+            storage,
+            self._link,
+            self._device,
+            seed=seed,
+            config_digest=self._run.digest,
+            when_busy=config.checkpoint.when_busy,
+            on_wait=self._tell_waiting,
+            made=provenance.header,
+            still_s=self._still_s(),
+        )
+        worker = Worker(
+            self._run,
+            self._device,
+            self._link,
+            code,
+            storage,
+            placing,
+            loader,
+            held_out,
+            stepper,
+            saving,
+            snapshots,
+            Rehearsal(job, config, code, loader, held_out, eval_size=plan.eval_size),
+            provenance,
+            watch,
+            self._holding,
+        )
+        parts = {"data_s": round(data_s, 3), "model_s": round(time.monotonic() - began - data_s, 3)}
+        worker.warm_parts = parts | self._rehearse(worker)
+        lines |= worker.rehearsal.metrics if self._holding.state is not None else {}
+        said = describe_worker({"train_data()": trained, **of_data}, **lines)
+        self._link.member = replace(self._link.member, says=said)
+        return worker
+
+    def _rehearse(self, worker: Worker) -> dict[str, Any]:
+        """Try the job on a whole model; returns what to report of it. A cut one is tried in its first world."""
+        parts: dict[str, Any] = {}
+        if (state := self._holding.state) is not None:
+            began = time.monotonic()
+            try:
+                worker.rehearse(None)
+            except UserCodeError as error:
+                if not worker.placing.build_whole(error.__cause__):
+                    raise
+                self._holding.state = worker.with_memory(state)
+                worker.rehearse(None)
+            parts["rehearsal_s"] = round(time.monotonic() - began, 3)
+        if worker.rehearsal.weights_count is False:
+            parts["passes"] = "of one microbatch each: the weights of loss() count passes, not samples"
+        elif worker.stepper.one_each and not self._bitwise:
+            parts["passes"] = "of one microbatch each: random numbers are drawn for whole batches of samples"
+        return {**parts, "built_whole": worker.placing.eager} if worker.placing.eager else parts
+
+    def _still_s(self) -> float:
+        """For how long a helper process may stand still: as a worker may, where that is given."""
+        given = self._config.recovery.hang_timeout
+        return STILL_S if given == "auto" else parse_amount("--recovery.hang-timeout", given, clock=True).seconds
+
+    def _check_length(self, samples: int) -> None:
+        if samples != self._plan.dataset_size:
+            raise RunFailed(
+                f"train_data() has {samples} samples on node {self._link.member.node}, but {self._plan.dataset_size} "
+                "where the run was started; give every node the same data"
+            )
+
+    def _warn_of_unsaved(self, sentence: str) -> None:
+        self._link.event("unsaved_numbers", self._holding.applied, sentence)
+
+    def _tell_restart(self, what: str) -> None:
+        self._link.event("loader_restarted", self._holding.applied + 1, what)
+
+    def _tell_waiting(self, seconds: int) -> None:
+        self._link.progress(Position(self._holding.applied - 1, Stage.CHECKPOINT, seconds))

@@ -1,0 +1,248 @@
+"""What a worker is made of, from its warm-up to its end: what lives longer than one world."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from elastic.config import TrainConfig
+from elastic.data.loader import Loader
+from elastic.job import Job, MapDataset
+from elastic.membership.client import WorkerLink
+from elastic.membership.protocol import Assignment, SavedAlone
+from elastic.membership.stage import Stage
+from elastic.membership.world import Generation
+from elastic.parallel.device import memory_share
+from elastic.run.plan import RunPlan
+from elastic.storage import Storage
+from elastic.worker.comeback import check_comes_back
+from elastic.worker.placing import Placing
+from elastic.worker.provenance import Provenance
+from elastic.worker.rehearsal import Rehearsal
+from elastic.worker.restore_plan import Standing
+from elastic.worker.run import WorkerRun
+from elastic.worker.saving import Saving
+from elastic.worker.snapshots import Snapshots
+from elastic.worker.state import TrainState
+from elastic.worker.step import Stepper, Update, WorldSteps
+from elastic.worker.unsaved import Watch
+from elastic.worker.user_code import UserCode
+
+NO_WORLD = Generation(-1, -1)
+
+
+@dataclass(frozen=True)
+class InHand:
+    """An update that waits for the fence: prepared by `steps` in the world of `assignment`."""
+
+    update: Update
+    steps: WorldSteps
+    assignment: Assignment
+
+
+@dataclass
+class Holding:
+    """The training state that a worker has, and what it knows of it.
+
+    Args:
+        state: of a cut model it is made in the first world; None as long as there is none.
+        applied: updates in the state; -1 where it is no step's.
+        in_hand: the update that is prepared for it.
+        began_in: the world in which this worker began its newest step.
+        generation: the newest world that it was in.
+        began_at: updates in the state that this world began with.
+        lost: why the worker has no state any more, until there is a new one.
+        touched: a whole model's state is not as the job made it.
+        open: what belongs after the state's step, an evaluation, may not have been done.
+        evaluated: the step that was evaluated last, and its metrics.
+        checked: the state comes back as it was saved.
+        savable: as far as is known.
+    """
+
+    state: TrainState | None = None
+    applied: int = -1
+    in_hand: InHand | None = None
+    began_in: Assignment | None = None
+    generation: Generation = NO_WORLD
+    began_at: int = -1
+    lost: str | None = None
+    touched: bool = False
+    open: bool = False
+    evaluated: tuple[int, dict[str, float]] = (-1, {})
+    checked: bool = False
+    savable: bool = True
+
+    @property
+    def placed(self) -> TrainState:
+        """The state, where there is one.
+
+        Raises:
+            RuntimeError: there is none.
+        """
+        if self.state is None:
+            raise RuntimeError("this worker holds no state")
+        return self.state
+
+    @property
+    def ready(self) -> InHand | None:
+        """The update in hand, if it is the next one of this state."""
+        return self.in_hand if self.in_hand is not None and self.in_hand.update.step == self.applied else None
+
+    @property
+    def standing(self) -> Standing:
+        """What it brings into a new world."""
+        world = self.began_in.generation if self.began_in is not None else NO_WORLD
+        return Standing(self.applied, int(self.ready is not None), world.epoch, world.n)
+
+    def let_go(self, why: str | None) -> None:
+        """The state is of no use any more, for this reason; its memory is needed."""
+        self.state, self.applied, self.lost = None, -1, why
+
+
+@dataclass
+class Worker:
+    """All parts of a worker. `warm_up.warm_up` makes them."""
+
+    run: WorkerRun
+    device: torch.device
+    link: WorkerLink
+    code: UserCode
+    storage: Storage
+    placing: Placing
+    loader: Loader
+    eval_sets: dict[str, MapDataset]
+    stepper: Stepper
+    saving: Saving
+    snapshots: Snapshots
+    rehearsal: Rehearsal
+    provenance: Provenance
+    watch: Watch
+    holding: Holding
+    warm_s: float = 0.0
+    warm_parts: dict[str, Any] = field(default_factory=dict)
+    started: float = field(default_factory=time.monotonic)
+    newcomer: bool = False  # others hold the state that this worker is to get
+
+    @property
+    def job(self) -> Job:
+        return self.run.job
+
+    @property
+    def config(self) -> TrainConfig:
+        return self.run.config
+
+    @property
+    def plan(self) -> RunPlan:
+        return self.run.plan
+
+    @property
+    def bitwise(self) -> bool:
+        return self.config.run.exactness == "bitwise"
+
+    def rehearse(self, group: Any) -> None:
+        """Try the job's functions on one batch, together with the members of a world if the model is cut."""
+        self.rehearsal.run(self.holding.placed.model, self.stepper.tried, group)
+        self.stepper.one_each |= not self.rehearsal.weights_count
+
+    def with_memory(self, old: TrainState) -> TrainState:
+        """The same state in a model that is built with memory."""
+        old.hold_extra()
+        tensors, values = old.tensors(), old.values()
+        state: TrainState = self.code.guard(self.placing.whole)
+        state.load(tensors, values)
+        return state
+
+    def apply(self, hand: InHand) -> None:
+        """Apply an update that passed the fence, or that a new world decided to apply.
+
+        Raises:
+            FencedError: the run may go on without this worker.
+            UserCodeError: the optimizer or the job raised.
+            ConfigError: what the state holds would not come back.
+        """
+        holding, update = self.holding, hand.update
+        self.link.check_lease()
+        self.watch.passed()
+        holding.applied = -1  # from here to the end of the update the state is neither the old nor the new one
+        hand.steps.apply(update)
+        holding.applied, holding.in_hand = update.step + 1, None
+        self.stepper.progress(update.step, Stage.APPLIED)
+        self._check_state(update)
+
+    def _check_state(self, update: Update) -> None:
+        """After the first updates of a process: refuse what would not come back, or is known to nobody."""
+        holding, state = self.holding, self.holding.placed
+        state.rates.heed()
+        if holding.checked and self.watch.done:
+            return
+        holding.savable = False
+        self.watch.applied(holding.applied, skipped=update.skip)
+        if not holding.checked:
+            check_comes_back(state)
+        holding.savable = holding.checked = True
+
+    def roll_forward(self, hand: InHand, said_in: Generation | None = None) -> None:
+        """Apply an update outside of its world. Its row is kept here too: who else has it may be lost."""
+        self.saving.settle()
+        self.snapshots.settle()
+        self.apply(hand)
+        clock = self.stepper.clock
+        seconds = clock.columns(clock.data_s + clock.compute_s + clock.sync_s)
+        self.link.record({**self.row(hand), **seconds}, report=False, generation=said_in)
+
+    def row(self, hand: InHand) -> dict[str, Any]:
+        """The row of a step, for the ledger, but for its times."""
+        plan, update = self.plan, hand.update
+        record, done = update.record, update.step + 1
+        return {
+            "step": done,
+            "time": time.time(),
+            "loss": record.loss,
+            "lr": update.lr,
+            "grad_norm": update.norm,
+            "world_size": hand.assignment.size,
+            "generation": str(hand.assignment.generation),
+            "samples": done * plan.global_size,
+            "tokens": done * plan.global_size * plan.tokens_per_sample if plan.tokens_per_sample else None,
+            "device_memory": memory_share(self.device),
+            "first_position": update.step * plan.global_size,
+            "count": plan.global_size,
+            "sample_hash": record.sample_hash,
+            **record.mean_metrics(),
+            **({"skipped": True} if update.skip else {}),
+        }
+
+    def evaluation_is_due(self, step: int) -> bool:
+        """Whether the state of this step is to be evaluated, before the end of the run."""
+        every = self.plan.eval_every
+        return every is not None and 0 < step < self.plan.total_steps and step % every == 0
+
+    def save_alone(self) -> None:
+        """Commit the newest state without a world: the run is given up, or lets its workers go, and no group exists.
+
+        An update in hand is applied first. Nobody holds more, and somebody who is lost now may have passed the fence,
+        so that its row is in the ledger.
+        """
+        holding, link = self.holding, self.link
+        if holding.ready is not None:
+            self.roll_forward(holding.ready, holding.generation)
+        self.stepper.undo()
+        link.report_rows(holding.generation)
+        mesh = holding.placed.mesh
+        if mesh is not None and mesh.layout.shards > 1:
+            detail = f"this worker holds shard {mesh.shard} of {mesh.layout.shards} only"
+            link.event("checkpoint_failed", holding.applied, detail, generation=holding.generation)
+        else:
+            saves = self.saving.alone(holding.placed, holding.generation)
+            saves.commit_alone(holding.applied)
+        link.post(SavedAlone(), holding.generation)
+
+    def close(self) -> None:
+        """End what runs beside training."""
+        self.saving.close()
+        self.snapshots.close()
+        self.loader.close()
+        self.link.close()
