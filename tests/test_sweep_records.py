@@ -122,6 +122,22 @@ def test_a_judge_that_is_made_anew_knows_what_the_one_before_knew(tmp_path):
     assert [len(t.verdicts) for t in trials] == [1, 1, 1, 0]
 
 
+def test_a_metric_or_a_rule_that_no_evaluation_has_is_refused_at_the_first_one(tmp_path):
+    folder, ruled = claimed(tmp_path), replace(SWEEP, stop=("eval/accuracy>=1",))
+    known, unknown, by_rule = (
+        Judge(sweep, folder, 9, lambda text: None) for sweep in (SWEEP, replace(SWEEP, metric="eval/nosuch"), ruled)
+    )
+
+    for judge in (known, unknown, by_rule):
+        judge.start_next()
+        report(judge, 0, 1, None)  # its value is not finite
+
+    assert known.refused == ""
+    ending = "but evaluations have eval/near/loss; give one of these, with another --sweep.name"
+    assert unknown.refused == f"--metric is 'eval/nosuch', {ending}"
+    assert by_rule.refused == f"--stop is 'eval/accuracy>=1', {ending}"
+
+
 def test_a_trial_that_waits_for_one_without_a_place_gives_up_its_own(tmp_path):
     bands = SweepConfig({"job.lr": "uniform(0,1)"}, metric=SWEEP.metric, trials=9, scheduler="hyperband", name="mine")
     judge = Judge(bands, claimed(tmp_path), 9, lambda text: None)

@@ -13,7 +13,7 @@ import elastic
 from elastic.config import TrainConfig
 from elastic.errors import ConfigError
 from elastic.sweep.config import SweepConfig, parse_stop
-from elastic.sweep.space import Domain, apply, check_names, draw, grid, parse_domain, parse_search
+from elastic.sweep.space import Domain, apply, check_names, draw, grid_size, parse_domain, parse_search
 
 
 @dataclass
@@ -138,7 +138,7 @@ def test_grids_are_gone_through_and_the_rest_is_drawn_for_each_combination():
     trials = [draw(config.space, 0, n) for n in range(config.total)]
 
     assert config.total == 12
-    assert len(grid(config.space)) == 6
+    assert grid_size(config.space) == 6
     pairs = [(t["job.width"], t["job.deep"]) for t in trials]
     assert pairs[:6] == [(4, True), (4, False), (8, True), (8, False), (16, True), (16, False)] == pairs[6:]
     assert len({t["job.lr"] for t in trials}) == 12
@@ -222,6 +222,9 @@ def test_stop_rules_are_met_by_what_is_good_enough():
         ({"name": "a/b"}, "--sweep"),
         ({"seed": -1}, "--sweep.seed"),
         ({"stop": ("eval/loss",)}, "--stop"),
+        ({"stop": ("loss<=1",)}, "--stop is 'loss<=1'; give a metric of the evaluation's"),
+        ({"trials": 99_999_999_999}, "make 99999999999 trials; give at most 10000"),
+        ({"search": {f"job.{n}": f"grid({','.join(map(str, range(99)))})" for n in "abcdefgh"}}, "at most 10000"),
         ({"search": {}}, "something to search"),
         ({"search": {"job.lr": "grid(1,2)"}, "searcher": "tpe"}, "cannot go through"),
         ({"scheduler": "pbt", "searcher": "tpe"}, "changes options itself"),

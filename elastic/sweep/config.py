@@ -9,13 +9,13 @@ from typing import Any, Literal
 
 from elastic.config import RUN_NAME
 from elastic.errors import ConfigError
-from elastic.sweep.space import Domain, grid, parse_search
+from elastic.sweep.space import Domain, grid_size, parse_search
 from elastic.units import parse_amount
 
 SCHEDULERS = ("none", "asha", "hyperband", "pbt")
 SEARCHERS = ("random", "tpe")
 _STOP = re.compile(r"^\s*([A-Za-z][\w./-]*)\s*(>=|<=)\s*(\S+)\s*\Z")
-DEFAULT_TRIALS = 10
+DEFAULT_TRIALS, MOST_TRIALS = 10, 10_000
 
 
 @dataclass(frozen=True)
@@ -157,7 +157,12 @@ class SweepConfig:
         if self.time_budget is not None and not parse_amount("--time-budget", self.time_budget, clock=True).is_clock:
             raise ConfigError(f"--time-budget is {self.time_budget!r}; give a time in s, min or h")
         for text in self.stop:
-            parse_stop(text)
+            if not parse_stop(text).metric.startswith("eval/"):
+                raise ConfigError(f"--stop is {text!r}; give a metric of the evaluation's, such as eval/loss<=0.1")
+        if self.total > MOST_TRIALS:
+            raise ConfigError(
+                f"--trials and grids make {self.total} trials; give at most {MOST_TRIALS}, with fewer or shorter grids"
+            )
 
     def _check_together(self) -> None:
         grids = [name for name, domain in self.space.items() if domain.kind == "grid"]
@@ -179,7 +184,7 @@ class SweepConfig:
     @property
     def total(self) -> int:
         """How many trials there are to be."""
-        points = len(grid(self.space))
+        points = grid_size(self.space)
         per_point = self.trials if self.trials is not None else (1 if points > 1 else DEFAULT_TRIALS)
         return points * per_point
 

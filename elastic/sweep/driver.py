@@ -151,7 +151,12 @@ class _Sweeping:
         while not tuning.finished:
             tuning.turn()
             if self._signals:
-                self._interrupt(tuning)
+                self._say("saving the trials that run, and ending; once more ends at once")
+                self._rest(tuning)
+                raise Interrupted(f"sweep {self._prepared.name} was interrupted; the same command goes on with it")
+            if self._judge.refused:
+                self._rest(tuning, self._judge.refused)
+                raise ElasticError(self._judge.refused)
             if self._judge.left != self._left:
                 self._left = self._judge.left
                 self._note_best()
@@ -175,20 +180,18 @@ class _Sweeping:
             return f"the cost budget of {sweep.cost_budget:g} is spent"
         return ""
 
-    def _interrupt(self, tuning: Any) -> None:
-        """Save what runs, and end."""
+    def _rest(self, tuning: Any, message: str = "") -> None:
+        """Save what runs, and say that this drive is over."""
         self._judge.closing = True
         tuning.rest_all()
-        self._say("saving the trials that run, and ending; once more ends at once")
         deadline, next_telling = time.monotonic() + REST_S, time.monotonic() + 1.0
         while tuning.running and time.monotonic() < deadline and self._signals < 2:
             if time.monotonic() >= next_telling:  # one may just have been given a place
                 next_telling = time.monotonic() + 1.0
                 tuning.rest_all()
             tuning.turn()
-        self._folder.update(status="interrupted", best=self._best)
+        self._folder.update(status="interrupted", message=message, best=self._best)
         self._folder.close()
-        raise Interrupted(f"sweep {self._prepared.name} was interrupted; the same command goes on with it")
 
     def _note_best(self) -> None:
         """Pin the last checkpoint of the best trial, and unpin that of the best before."""

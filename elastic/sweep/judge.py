@@ -6,7 +6,7 @@ one before was.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Set
+from collections.abc import Callable, Mapping, Set
 from dataclasses import asdict
 from typing import Any, Literal
 
@@ -58,6 +58,7 @@ class Judge:
         self._made: list[tuple[int, Verdict]] = []
         self._costs: dict[int, float] = {}
         self._to_start = list(range(config.total))
+        self.refused = ""  # why no trial can be judged
         self.no_more = False  # no trial is started any more
         self.closing = False  # nor does one go on that rests
         for trial in folder.trials(config.metric, config.mode):
@@ -112,6 +113,7 @@ class Judge:
             to; else so that another one can have its place.
         """
         evaluation, value = told["evaluation"], told["metrics"].get(self._config.metric)
+        self._refuse_unknown(told["metrics"])
         if self._results.score(number, evaluation) is None:
             self._results.report(number, evaluation, value, self._config.mode)
             self._folder.note(
@@ -130,6 +132,17 @@ class Judge:
             return "rest"
         self._held.add(number)
         return "hold"
+
+    def _refuse_unknown(self, metrics: Mapping[str, Any]) -> None:
+        """What is not finite is there nevertheless, as None."""
+        rules = ((rule.metric, f"--stop is '{rule}'") for rule in self._config.stop_rules)
+        for name, said in ((self._config.metric, f"--metric is {self._config.metric!r}"), *rules):
+            if name not in metrics:
+                known = ", ".join(sorted(metrics))
+                self.refused = (
+                    self.refused
+                    or f"{said}, but evaluations have {known}; give one of these, with another --sweep.name"
+                )
 
     def release(self, number: int) -> bool:
         """Whether a trial was held, which it is not any more."""

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import ast
 import dataclasses
-import itertools
 import math
 import random
 import types
@@ -185,19 +184,21 @@ def check_domain(where: str, domain: Domain) -> Domain:
 # ---- trials --------------------------------------------------------------------------------------------------------
 
 
-def grid(space: Space) -> list[Options]:
-    """Every combination of the values of the grids, the last one changing fastest; one empty one without grids."""
-    names = [name for name, domain in space.items() if domain.kind == "grid"]
-    return [dict(zip(names, values)) for values in itertools.product(*(space[name].values for name in names))]
+def grid_size(space: Space) -> int:
+    """How many combinations of the values of the grids there are; 1 without grids."""
+    return math.prod(len(domain.values) for domain in space.values() if domain.kind == "grid")
 
 
 def draw(space: Space, seed: int, number: int) -> Options:
-    """The options of trial `number` (from 0): grids are gone through, all else is drawn.
+    """The options of trial `number` (from 0): grids are gone through, the last one fastest, all else is drawn.
 
     What is drawn for one option does not depend on the others, so that another one in the space changes nothing.
     """
-    points = grid(space)
-    point = points[number % len(points)]
+    point: Options = {}
+    rest = number
+    for name in reversed([name for name, domain in space.items() if domain.kind == "grid"]):
+        rest, place = divmod(rest, len(space[name].values))
+        point[name] = space[name].values[place]
     return {name: point.get(name) if name in point else _draw(d, seed, number, name) for name, d in space.items()}
 
 

@@ -67,6 +67,10 @@ def _run() -> int:
     parser.add_argument("--module", required=True, help="module of the job, for example jobs.digits")
     parser.add_argument("--class", dest="class_name", help="name of the job's class, where there are several")
     parser.add_argument("--workers", type=int, default=2, help="worker processes")
+    if {"-h", "--help"} & set(sys.argv[1:]) and "--module" not in sys.argv:
+        parser.print_help()
+        print("\nwith --module MODULE --help: the options of the job")
+        return 0
     known, rest = parser.parse_known_args()
     from elastic.observe.console import Console, result_text
     from elastic.run.forecast import refuse_what_does_not_fit_here
