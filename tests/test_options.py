@@ -344,3 +344,10 @@ def test_plain_processes_refuse_what_has_no_meaning_there(words, said, tmp_path,
 
     assert capsys.readouterr().err.startswith(f"error: {said}")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_help_of_plain_processes_needs_no_job(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["elastic.worker", "--help"])
+
+    assert worker() == 0
+    assert "--workers WORKERS" in capsys.readouterr().out
