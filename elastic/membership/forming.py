@@ -8,7 +8,7 @@ from typing import Any
 
 from elastic.likeness import device_difference, difference
 from elastic.membership.state import Limits, Phase, State, Waiting, going
-from elastic.membership.world import Member
+from elastic.membership.world import Member, World
 
 
 def helpful_size(microbatches: int | None, most: int, least: int = 1) -> int:
@@ -114,12 +114,11 @@ def choose(state: State, candidates: Sequence[Waiting]) -> list[Member]:
     return [w.member for w in chosen]
 
 
-def surplus(state: State) -> list[Member]:
-    """Workers outside the running world that are not needed: drained ones, and those beyond what is to be kept.
+def surplus(state: State, world: World) -> list[Member]:
+    """Workers outside the running `world` that are not needed: drained ones, and those beyond what is to be kept.
 
     Of these, such as do not fit into the world go first, then the newest.
     """
-    assert state.world is not None
     drained = [w.member for w in state.waiting.values() if w.member.id in state.drained]
     if state.keep is None:
         return drained
@@ -127,15 +126,14 @@ def surplus(state: State) -> list[Member]:
     others = [w for w in state.waiting.values() if going(state, w.member) is None]
     fits -= state.faults.sick | state.quiet
     others.sort(key=lambda w: (w.member.id in fits, -w.since, w.member.id))
-    staying = sum(going(state, m) is None for m in state.world.members)  # for the others, somebody is to come
+    staying = sum(going(state, m) is None for m in world.members)  # for the others, somebody is to come
     too_many = max(0, staying + len(others) - state.keep)
     return drained + [w.member for w in others[:too_many]]
 
 
-def may_follow(state: State, members: Iterable[Member], now: float) -> bool:
-    """Two worlds never apply steps at one time: a successor shares a member, or waits out the lease."""
-    assert state.world is not None
-    old = state.world.ids
+def may_follow(state: State, world: World, members: Iterable[Member], now: float) -> bool:
+    """Two worlds never apply steps at one time: a successor of `world` shares a member, or waits out the lease."""
+    old = world.ids
     shares = any(m.id in old for m in members)
     return shares or old <= state.dead or now - state.broken_at >= state.limits.lease_s
 
