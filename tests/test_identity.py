@@ -17,9 +17,10 @@ from torch import nn
 
 from elastic.data.identity import fingerprint, identify, places
 from elastic.likeness import changed_sample, data_change, device_difference, difference, packed
+from elastic.membership.commands import Form, LeftOut
 from elastic.membership.decisions import advance
+from elastic.membership.events import Joined, Tick
 from elastic.membership.forming import usable
-from elastic.membership.messages import Form, Joined, LeftOut, Tick
 from elastic.membership.state import Limits, State, Waiting
 from elastic.membership.world import Member
 from elastic.worker.description import describe_model, describe_optimizer, describe_options, describe_worker

@@ -11,39 +11,40 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from elastic.cluster.rooms import GroupPlan
 from elastic.cluster.sharing import Terms
-from elastic.membership.decisions import advance
-from elastic.membership.forming import helpful_size, there
-from elastic.membership.messages import (
-    Acknowledged,
-    Arrived,
+from elastic.membership.commands import (
     Break,
     Command,
-    Done,
-    Drained,
     Dropped,
-    Event,
-    Expected,
     Fail,
     Failed,
-    Failure,
     Form,
     GiveUp,
     HandOver,
-    Joined,
     Leave,
     LeftBehind,
     LeftOut,
+    Park,
+    Rebuilt,
+    Refuse,
+    SaveAlone,
+    SaveNow,
+    Welcome,
+)
+from elastic.membership.decisions import advance
+from elastic.membership.events import (
+    Acknowledged,
+    Arrived,
+    Done,
+    Drained,
+    Event,
+    Expected,
+    Joined,
     Lost,
     Notice,
-    Park,
     Quiet,
-    Rebuilt,
     Recorded,
-    Refuse,
     Registered,
-    SaveAlone,
     SavedAlone,
-    SaveNow,
     Scaled,
     Slept,
     Stalled,
@@ -52,9 +53,10 @@ from elastic.membership.messages import (
     Tick,
     Unable,
     Unfit,
-    Welcome,
     Yielded,
 )
+from elastic.membership.failure import Failure
+from elastic.membership.forming import helpful_size, there
 from elastic.membership.state import Limits, Phase, State, ask_again_s, going, holds_state
 from elastic.membership.world import Generation, Member, World
 from elastic.worker.restore_plan import Standing, decide

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from elastic.membership import server as served
-from elastic.membership.messages import Expected
+from elastic.membership.events import Expected
 from elastic.membership.protocol import Beat, Hello, Join, Whereabouts
 from elastic.membership.server import MembershipServer
 from elastic.membership.stage import ENTERED, Position, Stage

@@ -23,7 +23,7 @@ from typing import Any
 import aiohttp
 
 from elastic.errors import FencedError, WorldBroken
-from elastic.membership.messages import Failure
+from elastic.membership.failure import Failure
 from elastic.membership.outbox import Outbox
 from elastic.membership.protocol import (
     BEAT_S,

@@ -16,26 +16,19 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from elastic.membership.forming import full_size, there, too_few_to_come
-from elastic.membership.messages import (
+from elastic.membership.commands import Break, Command, Dropped, Fail, Failed, Refuse, Welcome
+from elastic.membership.events import (
     Acknowledged,
     Arrived,
-    Break,
-    Command,
     Done,
     Drained,
-    Dropped,
     Event,
     Expected,
-    Fail,
-    Failed,
-    Failure,
     Joined,
     Lost,
     Notice,
     Quiet,
     Recorded,
-    Refuse,
     Registered,
     SavedAlone,
     Scaled,
@@ -45,9 +38,10 @@ from elastic.membership.messages import (
     Stuck,
     Unable,
     Unfit,
-    Welcome,
     Yielded,
 )
+from elastic.membership.failure import Failure
+from elastic.membership.forming import full_size, there, too_few_to_come
 from elastic.membership.settling import WENT_ON_WITHOUT, give_up, leave_out, settle
 from elastic.membership.state import Phase, State, Waiting
 from elastic.membership.world import Member

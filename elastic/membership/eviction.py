@@ -8,9 +8,10 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 from elastic.membership.connections import Connections
+from elastic.membership.events import Event, Quiet, Stalled, Stuck
+from elastic.membership.failure import named
 from elastic.membership.forming import awaited, holder_is_back, keepers
 from elastic.membership.keeper import Keeper
-from elastic.membership.messages import Event, Quiet, Stalled, Stuck, named
 from elastic.membership.protocol import BEAT_S, LATELY_S, SILENT_S, STACKS_S, Dump
 from elastic.membership.stage import UNHEARD, Stage
 from elastic.membership.state import Phase, State

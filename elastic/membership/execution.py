@@ -6,9 +6,7 @@ from collections.abc import Callable
 
 from elastic import fault
 from elastic.membership import protocol as wire
-from elastic.membership.connections import Connections
-from elastic.membership.keeper import Keeper
-from elastic.membership.messages import (
+from elastic.membership.commands import (
     Break,
     Command,
     Dropped,
@@ -27,6 +25,8 @@ from elastic.membership.messages import (
     SaveNow,
     Welcome,
 )
+from elastic.membership.connections import Connections
+from elastic.membership.keeper import Keeper
 
 
 class Executor:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
-from elastic.membership.messages import Failure
+from elastic.membership.failure import Failure
 from elastic.membership.world import Generation
 
 ALIKE, MOST, WINDOW, DEATHS = 3, 10, 30, 5

@@ -34,10 +34,10 @@ from elastic.errors import ElasticError
 from elastic.membership import protocol as asked
 from elastic.membership.access import Access
 from elastic.membership.connections import Connections
+from elastic.membership.events import Drained, Event, Expected, Lost, Notice, Scaled, Stopped, Yielded
 from elastic.membership.eviction import Watchman
 from elastic.membership.execution import Executor
 from elastic.membership.keeper import Keeper
-from elastic.membership.messages import Drained, Event, Expected, Lost, Notice, Scaled, Stopped, Yielded
 from elastic.membership.state import State, describe, people
 from elastic.membership.wire import Refused
 

@@ -26,21 +26,17 @@ from elastic.child import raise_descriptor_limit
 from elastic.membership import kernel
 from elastic.membership import protocol as wire
 from elastic.membership.access import Access
+from elastic.membership.commands import Form, Rebuilt
 from elastic.membership.connections import Connections
 from elastic.membership.decisions import advance
 from elastic.membership.door import QUEUE, Caller, Door
-from elastic.membership.eviction import Watchman
-from elastic.membership.execution import Executor
-from elastic.membership.keeper import Keeper
-from elastic.membership.messages import (
+from elastic.membership.events import (
     Acknowledged,
     Arrived,
     Done,
     Event,
-    Form,
     Joined,
     Lost,
-    Rebuilt,
     Recorded,
     Registered,
     SavedAlone,
@@ -50,6 +46,9 @@ from elastic.membership.messages import (
     Unable,
     Unfit,
 )
+from elastic.membership.eviction import Watchman
+from elastic.membership.execution import Executor
+from elastic.membership.keeper import Keeper
 from elastic.membership.protocol import BEAT_S, MAX_MESSAGE_BYTES, SILENT_S
 from elastic.membership.routes import Routes
 from elastic.membership.state import State

@@ -10,20 +10,7 @@ import sys
 from dataclasses import replace
 
 from elastic.membership import faults as counted
-from elastic.membership.faults import TRIES
-from elastic.membership.forming import (
-    all_back,
-    awaited,
-    can_do_without_others,
-    choose,
-    full_size,
-    has_newest,
-    helpful_size,
-    may_follow,
-    surplus,
-    usable,
-)
-from elastic.membership.messages import (
+from elastic.membership.commands import (
     Break,
     Command,
     Dropped,
@@ -38,6 +25,19 @@ from elastic.membership.messages import (
     Refuse,
     SaveAlone,
     SaveNow,
+)
+from elastic.membership.faults import TRIES
+from elastic.membership.forming import (
+    all_back,
+    awaited,
+    can_do_without_others,
+    choose,
+    full_size,
+    has_newest,
+    helpful_size,
+    may_follow,
+    surplus,
+    usable,
 )
 from elastic.membership.state import Late, Phase, State, Waiting, going
 from elastic.membership.world import Generation, Member, World

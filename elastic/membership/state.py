@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
+from elastic.membership.commands import GiveUp
+from elastic.membership.events import Registered
 from elastic.membership.faults import Faults
-from elastic.membership.messages import GiveUp, Registered
 from elastic.membership.world import Generation, Member, World
 
 

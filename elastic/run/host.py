@@ -13,7 +13,7 @@ from typing import Any
 from elastic.checkpoint.retention import Policy
 from elastic.config import TrainConfig
 from elastic.membership.decisions import advance
-from elastic.membership.messages import Scaled
+from elastic.membership.events import Scaled
 from elastic.membership.server import MembershipServer
 from elastic.membership.state import Limits, Phase, State
 from elastic.run.folder import RunFolder, owner

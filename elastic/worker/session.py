@@ -26,7 +26,7 @@ from elastic.errors import (
     whole_text,
 )
 from elastic.membership.client import RunOver
-from elastic.membership.messages import Failure
+from elastic.membership.failure import Failure
 from elastic.membership.protocol import Failed
 from elastic.worker.group import Group
 from elastic.worker.restore import Restored, restore

@@ -14,7 +14,7 @@ from elastic.compat.torch import is_out_of_host_memory
 from elastic.data.loader import ItemError
 from elastic.errors import ConfigError, RunFailed, WorldBroken, one_line
 from elastic.job import Job
-from elastic.membership.messages import Failure, named
+from elastic.membership.failure import Failure, named
 from elastic.parallel.wrapping import call_gathered, refused_where_cut
 from elastic.worker.batches import to_device
 from elastic.worker.group import Group

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from elastic.membership.messages import Failure
+from elastic.membership.failure import Failure
 from elastic.membership.protocol.fields import Natural, Row, Step
 from elastic.membership.stage import Position
 from elastic.membership.world import Generation, Member
