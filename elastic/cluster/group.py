@@ -1,0 +1,298 @@
+"""The workers of a run on Ray: those that live stay, whatever dies beside them.
+
+The group drops the dead, and asks for what is missing, which also drives Ray's autoscaler. When a place has come its
+actor is made, and warms up while the others train. `pool` decides; this module carries it out.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import time
+from dataclasses import replace
+from typing import Any
+
+import ray
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from elastic.cluster.board import Board
+from elastic.cluster.capacity import excluded_nodes, fits
+from elastic.cluster.pool import (
+    Action,
+    AskAnew,
+    AskIn,
+    GiveUp,
+    Seen,
+    Stage,
+    Terms,
+    Unit,
+    Withdraw,
+    closed_nodes,
+    decide,
+    may_be_there,
+    notices,
+    staying_units,
+)
+from elastic.cluster.rooms import GroupPlan, Room
+from elastic.cluster.sharing import Patience, Standing, share
+from elastic.cluster.vaults import Vaults
+from elastic.compat.ray import actor_id, draining_nodes, free_resources, how_it_ended, process_ended
+from elastic.compat.ray_train import BaseGroup, WorkerStatus
+from elastic.membership.driver import DriverLink
+from elastic.membership.protocol import Existing, Gone, Leaving, Note, Request, Yield
+
+POLL_S = 0.2
+NODES_S = 1.0
+START_TIMEOUT_S = 180.0
+REQUEST_TIMEOUT_S = 2.0
+_log = logging.getLogger(__name__)
+
+
+class _Handle:
+    """What carries a unit: its place in a room, its actor, and what is waited for."""
+
+    def __init__(self, unit: Unit, room: Room):
+        self.unit = unit
+        self.actor: Any = None
+        self.status = WorkerStatus(running=True, error=None, training_report=None)
+        self.room, self._bundle = room, room.free.pop(0)
+        self.pending: Any = room.group.ready()
+
+    def place(self) -> str:
+        """The node that it was given."""
+        return ray.util.placement_group_table(self.room.group)["bundles_to_node_id"].get(self._bundle, "")
+
+    def create(self, worker_class: Any, resources: dict[str, float], node: str) -> None:
+        """The resources are there: make the actor. Does not wait."""
+        strategy = PlacementGroupSchedulingStrategy(
+            placement_group=self.room.group, placement_group_bundle_index=self._bundle
+        )
+        actor_class = ray.remote(num_cpus=resources.get("CPU", 0), num_gpus=resources.get("GPU", 0))(worker_class)
+        self.actor = actor_class.options(scheduling_strategy=strategy).remote()
+        self.unit = replace(
+            self.unit, stage=Stage.STARTING, since=time.monotonic(), id=actor_id(self.actor)[:12], node=node
+        )
+        self.pending = self.actor.get_metadata.remote()
+
+    def drop(self, *, node_lost: bool = False) -> None:
+        """End the process and give its resources back in one turn."""
+        if self.actor is not None:
+            ray.kill(self.actor)
+        self.room.give_back(self._bundle, node_lost=node_lost)
+
+
+class Group(BaseGroup):
+    """A worker group that loses and gains workers without restarting the others."""
+
+    restarts = itertools.count()  # of the whole group, by this controller
+
+    def start(self) -> None:
+        self._plan: GroupPlan = self.train_loop_config["group"]
+        self._link = DriverLink(self._plan.url, self._plan.token)
+        self._terms = Terms(
+            self._plan.per_node,
+            self._plan.group_size,
+            self._plan.packed,
+            self._plan.terms.min_workers,
+            START_TIMEOUT_S,
+        )
+        self._seen = Seen(self._plan.want(self._plan.max_workers))
+        self._handles: dict[int, _Handle] = {}
+        self._numbers = itertools.count()
+        self._vaults: Vaults | None = None
+        if self._plan.vaults:
+            self._vaults = Vaults(self._plan.name, self._plan.token, self._plan.still_s, how_it_ended)
+        self._deadlines: dict[str, int] = {}  # of nodes that go away
+        self._next_nodes = 0.0
+        self._board = Board(self._plan.terms.run)
+        self._patience = Patience(self._plan.terms.request_timeout_s)
+        self._enough_at = self._had_since = time.monotonic()
+        restart = next(Group.restarts)
+        if restart:
+            self._tell(Note("fallback_restart", f"restart {restart} of the whole group"))
+        self._started = True
+
+    def has_started(self) -> bool:
+        return getattr(self, "_started", False)
+
+    def __len__(self) -> int:
+        return len(self._handles)
+
+    def shutdown(self) -> None:
+        """Drop everything."""
+        for handle in self._handles.values():
+            handle.drop()
+        self._handles = {}
+        if self._vaults is not None:
+            self._vaults.close()
+        self._started = False
+
+    def abort(self) -> None:
+        self.shutdown()
+
+    def poll(self, timeout: float | None) -> list[WorkerStatus]:
+        """One turn of the control loop: absorb what died, ask for what is missing, start what is ready."""
+        self._watch_nodes()
+        self._carry_out(decide(self._units, self._now_seen(), self._terms, time.monotonic()))
+        self._collect(timeout or POLL_S)
+        there = {h.unit.stage: None for h in self._handles.values()}
+        statuses = [h.status for h in self._handles.values() if h.unit.stage in (Stage.RUNNING, Stage.OVER)]
+        if Stage.OVER not in there or not statuses:
+            statuses.append(WorkerStatus(running=True, error=None, training_report=None))
+        return statuses
+
+    # ---- parts of a turn ---------------------------------------------------------------------------------------
+
+    @property
+    def _units(self) -> list[Unit]:
+        return [handle.unit for handle in self._handles.values()]
+
+    def _now_seen(self) -> Seen:
+        lost = frozenset(h.unit.room for h in self._handles.values() if not h.room.usable)
+        return replace(self._seen, lost_rooms=lost, pausing=self._patience.pausing(time.monotonic()))
+
+    def _carry_out(self, actions: list[Action]) -> None:
+        for action in actions:
+            match action:
+                case GiveUp(key, why):
+                    self._absorb(self._handles[key], TimeoutError(why))
+                case Withdraw(key):
+                    self._handles.pop(key).drop()
+                case AskIn(number):
+                    room = next(h.room for h in self._handles.values() if h.unit.room == number)
+                    self._add(number, room)
+                case AskAnew(elsewhere, places):
+                    number = next(self._numbers)
+                    room = Room(self._plan, number, list(elsewhere))
+                    for _ in range(places):
+                        self._add(number, room)
+
+    def _add(self, number: int, room: Room) -> None:
+        unit = Unit(next(self._numbers), number, Stage.ASKED, time.monotonic())
+        self._handles[unit.key] = _Handle(unit, room)
+
+    def _remove(self, handle: _Handle, *, node_lost: bool = False) -> None:
+        del self._handles[handle.unit.key]
+        handle.drop(node_lost=node_lost)
+
+    def _collect(self, timeout: float) -> None:
+        """Take what became ready: placement groups, started processes, answers to polls, and deaths."""
+        for handle in self._handles.values():
+            if handle.unit.stage is Stage.RUNNING and handle.pending is None:
+                handle.pending = handle.actor.poll_status.remote()
+        pending = {h.pending: h for h in self._handles.values() if h.pending is not None}
+        ready, _ = ray.wait(list(pending), num_returns=len(pending), timeout=timeout) if pending else ([], [])
+        for ref in ready:
+            handle = pending[ref]
+            handle.pending = None
+            try:
+                self._advance(handle, ray.get(ref))
+            except ray.exceptions.RayError as error:
+                self._absorb(handle, error)
+
+    def _advance(self, handle: _Handle, answer: Any) -> None:
+        if handle.unit.stage is Stage.ASKED:
+            node = handle.place()
+            if may_be_there(handle.unit, node, self._units, self._seen, self._terms):
+                handle.create(self.worker_class, self._plan.unit, node)
+            else:  # it is asked for again, elsewhere
+                self._remove(handle, node_lost=True)
+        elif handle.unit.stage is Stage.STARTING:
+            handle.unit = replace(handle.unit, stage=Stage.RUNNING, since=time.monotonic(), node=answer.node_id)
+            handle.pending = self._launch(handle)
+        elif isinstance(answer, WorkerStatus):
+            self._on_status(handle, answer)
+
+    def _launch(self, handle: _Handle) -> Any:
+        """Start the training function; nobody waits for it."""
+        if self._vaults is not None:
+            self._vaults.have(handle.unit.node)
+        return self.run_training(handle.actor, self._seen.want)
+
+    def _on_status(self, handle: _Handle, status: WorkerStatus) -> None:
+        if not status.running and status.error is None and status.return_value in ("fenced", "handed over", "unfit"):
+            self._remove(handle)
+            self._next_nodes = 0.0  # ask at once how many there are to be, before one is asked for in its place
+            if status.return_value == "unfit":  # by then the server has said for how long
+                self._seen = replace(self._seen, ask_after=time.monotonic() + 2 * NODES_S)
+        else:
+            handle.status = status
+            if not status.running:
+                handle.unit = replace(handle.unit, stage=Stage.OVER, since=time.monotonic())
+
+    def _absorb(self, handle: _Handle, error: Exception) -> None:
+        """A worker is gone: tell the membership server, give its resources back, and go on."""
+        unit, ended = handle.unit, process_ended(error)
+        _log.info("worker %s is gone: %s", unit.id, error)
+        self._remove(handle, node_lost=isinstance(error, ray.exceptions.RayActorError) and not ended)
+        if unit.id:
+            self._tell(Gone([unit.id], ended, how_it_ended(str(error)) if ended else ""))
+
+    def _watch_nodes(self) -> None:
+        """Once a second: pass on notices of nodes that go away, end evicted workers, help what was restarted."""
+        now = time.monotonic()
+        if now < self._next_nodes:
+            return
+        self._next_nodes = now + NODES_S
+        running = [u for u in self._units if u.stage is Stage.RUNNING]
+        if self._vaults is not None:
+            for node, why in self._vaults.keep(u.node for u in running):
+                self._tell(Note("vault_restarted", {"node": node, "why": why}))
+        excluded = excluded_nodes(self._plan.exclude, ray.nodes()) if self._plan.exclude else ()
+        deadlines = draining_nodes()
+        for node, left_s in notices(deadlines, self._deadlines, self._units, time.time()):
+            self._tell(Leaving(node, left_s))
+        self._deadlines = deadlines
+        self._seen = replace(self._seen, draining=frozenset(deadlines), excluded=tuple(excluded))
+        found = self._tell("/group")
+        if found is None:
+            return
+        if found["phase"] == "rebuilding":
+            self._tell(Existing([u.id for u in running]))
+            self._deadlines = {}  # it knows of no notice either
+        want = self._plan.want(found["max_workers"])
+        if want > self._seen.want:
+            self._patience = Patience(self._plan.terms.request_timeout_s)  # more are wanted than was known to fail
+        ask_after = max(self._seen.ask_after, now + found["ask_again_s"])
+        self._seen = replace(self._seen, want=want, drained=frozenset(found["drained"]), ask_after=ask_after)
+        self._share_cluster(now, found)
+        for handle in list(self._handles.values()):
+            if handle.unit.id in found["condemned"]:
+                self._absorb(handle, RuntimeError("evicted"))
+
+    def _share_cluster(self, now: float, found: dict[str, Any]) -> None:
+        """Once a second: say how this run stands, and follow from how others do."""
+        terms, staying = self._plan.terms, staying_units(self._units, self._seen)
+        asked = [u for u in staying if u.stage is Stage.ASKED]
+        have = len(staying) - len(asked)
+        if have >= terms.min_workers:
+            self._enough_at = now
+        if have != self._seen.had:
+            self._had_since = now
+        mine = Standing(terms, have, len(asked), now - self._enough_at, now - self._had_since)
+        left = share(mine, self._board.exchange(mine, now), holds_state=found["holds_state"])
+        if left.most != found["ceiling"]:
+            self._tell(Yield(left.most, list(left.to)))
+        self._patience = self._patience.after(
+            now,
+            waited_s=max((now - u.since for u in asked), default=0.0),
+            served=have > self._seen.had or mine.short,
+            room=self._patience.pausing(now) and self._has_room(),
+        )
+        self._seen = replace(self._seen, share=left, had=have)
+        if left.ask == 0:
+            for handle in [h for h in self._handles.values() if h.unit.stage is not Stage.ASKED]:
+                self._absorb(handle, RuntimeError("another run goes first"))
+
+    def _has_room(self) -> bool:
+        """Whether some node could take a worker now."""
+        closed = closed_nodes(self._units, self._seen, self._terms)
+        return any(fits(self._plan.unit, has) for node, has in free_resources().items() if node not in closed)
+
+    def _tell(self, what: str | Request) -> dict[str, Any] | None:
+        """A request to the membership server; None while it is away (it comes back, or the run ends by its lease)."""
+        try:
+            return self._link.request(what, REQUEST_TIMEOUT_S)
+        except OSError as error:
+            _log.warning("the membership server did not answer %s: %s", what, error)
+            return None
