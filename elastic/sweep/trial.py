@@ -14,7 +14,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from elastic.checkpoint.reader import newest_first
-from elastic.cluster.trainer import RunControl, run_prepared
+from elastic.cluster.control import RunControl
+from elastic.cluster.trainer import run_prepared
 from elastic.config import TrainConfig
 from elastic.errors import ElasticError
 from elastic.job import Job

@@ -1,0 +1,56 @@
+"""Control of a run from another thread of its driver, as the trials of a sweep have it."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from elastic.membership.driver import DriverLink
+from elastic.membership.protocol import Allow, Wish
+
+if TYPE_CHECKING:
+    pass
+
+
+class RunControl:
+    """A run that is driven by another thread: hears its records, lets it go on where it holds, and ends it.
+
+    Args:
+        on_record: called with every row and event, on a thread of the run.
+    """
+
+    def __init__(self, on_record: Callable[[dict[str, Any]], None]):
+        self.on_record = on_record
+        self._lock = threading.Lock()
+        self._link: DriverLink | None = None
+        self._allowed = 0
+        self._why: str | None = None
+
+    def allow(self, step: int) -> None:
+        """Where it holds after evaluations (`--eval.hold`), it may go up to this step."""
+        with self._lock:
+            self._allowed = max(self._allowed, step)
+            self._say()
+
+    def stop(self, why: str) -> None:
+        """Save and end at the next boundary; a run that holds does no further step."""
+        with self._lock:
+            self._why = why
+            self._say()
+
+    def attach(self, link: DriverLink | None) -> None:
+        """The run's host is there: tell it what was asked for before. None: it is gone."""
+        with self._lock:
+            self._link = link
+            self._say()
+
+    def _say(self) -> None:
+        if self._link is None:
+            return
+        try:
+            self._link.request(Allow(self._allowed))
+            if self._why is not None:
+                self._link.request(Wish("stop", self._why))
+        except OSError:
+            self._link = None  # the run has just ended
