@@ -120,18 +120,18 @@ def fork_server(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def ray_nodes() -> Iterator[LocalCluster]:
+def ray_nodes(fork_server: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalCluster]:
     """The one Ray cluster of the session: three nodes of two workers."""
-    from jobs.bench.nodes import LocalCluster
+    from tests.ray_cluster import ForkingCluster
 
     os.environ["RAY_AUTH_MODE"] = "disabled"
-    shared = LocalCluster(nodes=NODES)
+    shared = ForkingCluster(NODES, tmp_path_factory.mktemp("workers"))
     yield shared
     shared.close()
 
 
 @pytest.fixture
-def cluster(ray_nodes: LocalCluster, fork_server: None) -> Iterator[LocalCluster]:
+def cluster(ray_nodes: LocalCluster) -> Iterator[LocalCluster]:
     """That cluster, with as many nodes as ever, whatever the last test did to it; no command outlives a test."""
     from jobs.bench.nodes import Command
 

@@ -10,6 +10,7 @@ import sys
 import warnings
 from multiprocessing.connection import Connection
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from jobs.bench.nodes import Command
@@ -17,23 +18,23 @@ from tests.forked import _context, _take_environment
 
 
 class ForkedCommand(Command):
-    """`python -m MODULE ARGUMENTS`. What imports must not have happened before, or a folder of its own, is for a fresh
-    Python: a `Command`.
+    """`python -m MODULE ARGUMENTS`, `python SCRIPT ARGUMENTS` or `python -c PROGRAM`. What must not have been imported
+    before, or needs a folder of its own on the path, is for a fresh Python: a `Command`.
     """
 
     def start(self, command: list[str], cwd: Path, environment: dict[str, str]) -> Any:
-        python, option, module, *arguments = command
-        assert (python, option) == (sys.executable, "-m")
-        return _Process(module, arguments, cwd, environment)
+        python, *arguments = command
+        assert python == sys.executable
+        return _Process(arguments, cwd, environment)
 
 
 class _Process:
     """Looks like the `subprocess.Popen` of a command whose output is read."""
 
-    def __init__(self, module: str, arguments: list[str], cwd: Path, environment: dict[str, str]):
+    def __init__(self, arguments: list[str], cwd: Path, environment: dict[str, str]):
         reading, writing = _context.Pipe(duplex=False)
         self.stdout = os.fdopen(os.dup(reading.fileno()))
-        self._process = _context.Process(target=_run, args=(module, arguments, cwd, environment, writing))
+        self._process = _context.Process(target=_run, args=(arguments, cwd, environment, writing))
         self._process.start()
         reading.close()
         writing.close()
@@ -60,7 +61,7 @@ class _Process:
         self._process.kill()
 
 
-def _run(module: str, arguments: list[str], cwd: Path, environment: dict[str, str], output: Connection) -> None:
+def _run(arguments: list[str], cwd: Path, environment: dict[str, str], output: Connection) -> None:
     for descriptor in (1, 2):
         os.dup2(output.fileno(), descriptor)
     output.close()
@@ -68,9 +69,17 @@ def _run(module: str, arguments: list[str], cwd: Path, environment: dict[str, st
         stream.reconfigure(line_buffering=True, write_through=True)  # type: ignore[union-attr]
     os.chdir(cwd)
     _take_environment(environment)
-    sys.argv = [module, *arguments]
     warnings.filterwarnings("ignore", message=".*found in sys.modules.*", module="runpy")
     try:
-        runpy.run_module(module, run_name="__main__", alter_sys=True)
+        if arguments[0] == "-m":
+            sys.argv = arguments[1:]
+            runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
+        elif arguments[0] == "-c":
+            sys.argv = ["-c", *arguments[2:]]
+            sys.modules["__main__"] = main = ModuleType("__main__")
+            exec(compile(arguments[1], "<string>", "exec"), main.__dict__)
+        else:
+            sys.argv = arguments
+            runpy.run_path(arguments[0], run_name="__main__")
     finally:
         atexit._run_exitfuncs()  # a process of multiprocessing does not

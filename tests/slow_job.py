@@ -16,7 +16,6 @@ from elastic import BatchOptions, OptimOptions, TrainConfig
 from jobs.digits import Digits, Images
 
 CONFIG = TrainConfig(batch=BatchOptions(global_size=32, microbatches=8), optim=OptimOptions(clip_norm=1.0))
-PAUSE_S = float(os.environ.get("SLOW_JOB_PAUSE_S", "0"))
 
 
 @dataclass
@@ -30,7 +29,7 @@ class Slow(Digits):
         return Noise(360)
 
     def loss(self, model, batch):
-        time.sleep(PAUSE_S)
+        time.sleep(float(os.environ.get("SLOW_JOB_PAUSE_S", "0")))
         return super().loss(model, batch)
 
 

@@ -7,13 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from jobs.bench.nodes import Command, LocalCluster
+from jobs.bench.nodes import LocalCluster
+from tests.forked_command import ForkedCommand
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.ray, pytest.mark.long, pytest.mark.timeout(400)]
 
 
 def test_every_node_of_a_cluster_and_every_pair_is_examined(cluster: LocalCluster, tmp_path: Path) -> None:
-    doctor = Command(
+    doctor = ForkedCommand(
         "-m", "elastic.cli", "doctor", "--address", cluster.address, "--storage", str(tmp_path / "runs"), "--json"
     )
     assert doctor.wait() == 0, doctor.output

@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 
-from jobs.bench.nodes import REPOSITORY, Command, LocalCluster
+from jobs.bench.nodes import LocalCluster
+from tests.forked_command import ForkedCommand
 from tests.ray_cluster import wait_until
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(480)]
+pytestmark = [pytest.mark.ray, pytest.mark.long, pytest.mark.timeout(480)]
 
 GPU_PROGRAM = """
 import json, os, sys, time
@@ -57,9 +58,7 @@ def test_workers_on_nodes_of_several_gpus_each_pick_their_own_also_those_that_co
     (tmp_path / "program.py").write_text(GPU_PROGRAM)
     nodes = [cluster.add_node(gpus=2) for _ in range(2)]
     try:
-        program = Command(
-            str(tmp_path / "program.py"), cluster.address, str(tmp_path), environment={"PYTHONPATH": str(REPOSITORY)}
-        )
+        program = ForkedCommand(str(tmp_path / "program.py"), cluster.address, str(tmp_path))
         wait_until(lambda: len(picks()) == 4 or program.process.poll() is not None, 90)
         first = picks()
         for node in {seen["node"] for seen in first.values()}:

@@ -8,11 +8,13 @@ from pathlib import Path
 
 import pytest
 
+from elastic.observe.ledger import METRICS, read_records
+from elastic.storage import Storage
 from jobs.bench.nodes import LocalCluster
 from tests.ray_cluster import Story, actor_pids, check_bits_and_samples, slow_job, step_of, stop, wait_until
 from tests.ray_held import Held
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(480)]
+pytestmark = [pytest.mark.ray, pytest.mark.long, pytest.mark.timeout(480)]
 OPTIONS = (
     "--run.duration",
     "100000st",
@@ -65,7 +67,8 @@ def test_controller_driver_and_host_are_killed_or_stand_still_and_two_drivers_me
 
     # its host stands still: another one takes its place, and the workers train on as they are
     (host,) = actor_pids("HostActor")
-    run.wait_for_step(1)
+    rows = Storage(str(tmp_path / "run"))
+    wait_until(lambda: any(row["generation"] == story.generation for row in read_records(rows, METRICS)))
     before = step_of(run)
     os.kill(host, signal.SIGSTOP)
     run.wait_for(lambda line: "the host of the run did not answer for 5 s and was ended" in line)

@@ -104,7 +104,7 @@ def test_an_error_in_the_job_ends_the_run_with_its_traceback(cluster: LocalClust
         "    def after_step(self, model, step):\n        raise ZeroDivisionError('on purpose')\n\n\n"
         "if __name__ == '__main__':\n    elastic.main(Bad)\n"
     )
-    run = Command(
+    run = ForkedCommand(
         str(job),
         "--cluster.address",
         cluster.address,
@@ -116,7 +116,6 @@ def test_an_error_in_the_job_ends_the_run_with_its_traceback(cluster: LocalClust
         "1",
         "--data.workers",
         "1",
-        environment={"PYTHONPATH": str(Path(__file__).parent.parent)},
     )
     assert run.wait() == 1, run.output
     assert "ZeroDivisionError: on purpose" in run.output
@@ -139,6 +138,6 @@ def test_the_trainer_works_inside_a_notebook(cluster: LocalCluster, tmp_path: Pa
         "result = elastic.ElasticTrainer(Mine(), config).fit()\n"
         "assert ray.is_initialized()\nprint('ENDED', result.status, result.steps, sorted(result.metrics))\n"
     )
-    run = Command("-c", cells, environment={"PYTHONPATH": str(Path(__file__).parent.parent)})
+    run = ForkedCommand("-c", cells)
     assert run.wait() == 0, run.output
     assert "ENDED finished 3 ['eval/accuracy', 'eval/loss']" in run.output

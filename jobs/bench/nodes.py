@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -19,13 +19,20 @@ REPOSITORY = Path(__file__).parent.parent.parent
 
 
 class LocalCluster:
-    """A head without work, and worker nodes that can be killed, drained and added."""
+    """A head without work, and worker nodes that can be killed, drained and added.
 
-    def __init__(self, nodes: int = 3, cpus: int = 2, *, dashboard: bool = False):
+    Args:
+        of_nodes: what else Ray is told of each node, by the names of its `RayParams`.
+    """
+
+    def __init__(
+        self, nodes: int = 3, cpus: int = 2, *, dashboard: bool = False, of_nodes: Mapping[str, Any] | None = None
+    ):
         from elastic.compat.ray import local_cluster
 
         self._cpus = cpus
-        self._cluster = local_cluster(num_cpus=0, include_dashboard=dashboard, object_store_memory=OBJECT_STORE_BYTES)
+        self._of_nodes = {"object_store_memory": OBJECT_STORE_BYTES, **(of_nodes or {})}
+        self._cluster = local_cluster(num_cpus=0, include_dashboard=dashboard, **self._of_nodes)
         self.nodes: list[Any] = []
         for _ in range(nodes):
             self.add_node()
@@ -41,7 +48,7 @@ class LocalCluster:
 
     def add_node(self, gpus: int = 0) -> Any:
         """A new node; its GPUs, if any, are only counted."""
-        node = self._cluster.add_node(num_cpus=self._cpus, num_gpus=gpus, object_store_memory=OBJECT_STORE_BYTES)
+        node = self._cluster.add_node(num_cpus=self._cpus, num_gpus=gpus, **self._of_nodes)
         self.nodes.append(node)
         return node
 
@@ -53,7 +60,7 @@ class LocalCluster:
         """The same, of several nodes at one moment."""
         for node in nodes:
             self.nodes.remove(node)
-            os.kill(_raylet(node), signal.SIGKILL)
+            os.kill(raylet_pid(node), signal.SIGKILL)
         for node in nodes:
             self._cluster.remove_node(node, allow_graceful=False)
 
@@ -67,7 +74,7 @@ class LocalCluster:
 
     def workers_of(self, node: Any) -> list[int]:
         """The pids of the processes that the node's raylet started."""
-        return list(map(int, Path(f"/proc/{_raylet(node)}/task/{_raylet(node)}/children").read_text().split()))
+        return list(map(int, Path(f"/proc/{raylet_pid(node)}/task/{raylet_pid(node)}/children").read_text().split()))
 
     def drain_node(self, node: Any, deadline_s: int) -> None:
         """What a cloud's notice becomes: the node is to go away at the deadline."""
@@ -96,7 +103,7 @@ class LocalCluster:
         self._cluster.shutdown()
 
 
-def _raylet(node: Any) -> int:
+def raylet_pid(node: Any) -> int:
     (entry,) = node.all_processes["raylet"]
     return int(entry.process.pid)
 
