@@ -10,6 +10,7 @@ import math
 import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,11 @@ from elastic.checkpoint.reader import Committed
 from elastic.checkpoint.saver import Saver
 from elastic.checkpoint.writer import commit
 from elastic.errors import CheckpointError
+from elastic.membership.protocol import Unloadable
 from elastic.storage import Storage
 from elastic.worker.saving import restore_newest
 from elastic.worker.state import TrainState, weights_sha256
+from tests.fresh import examples
 from tests.tiny_jobs import Everything
 
 MIB = 1 << 20
@@ -40,8 +43,11 @@ class Ledger:
     def __init__(self) -> None:
         self.said: list[dict[str, Any]] = []
 
-    def post(self, message: dict[str, Any]) -> None:
-        self.said.append(message)
+    def post(self, message: Unloadable) -> None:
+        self.said.append({"kind": message.kind, **asdict(message)})
+
+    def event(self, kind: str, step: int, detail: Any, *, seconds: float | None = None) -> None:
+        self.said.append({"kind": "event", "event": kind, "step": step, "detail": detail, "seconds": seconds})
 
 
 def fresh(seed: int = 0) -> TrainState:
@@ -260,7 +266,7 @@ def _places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]
         yield from _places(inner, (*path, key))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(60, fresh=150), deadline=None)
 @given(st.data())
 def test_whatever_is_changed_a_restore_ends_with_one_of_the_two_and_says_why(run, data):
     storage, raw, sha = run
