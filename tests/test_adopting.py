@@ -15,7 +15,7 @@ from elastic.tools.adopting import adopt, adopted
 from tests.forked import B, Ran, configure, train
 from tests.tiny_jobs import Plain
 
-pytestmark = [pytest.mark.processes, pytest.mark.usefixtures("fork_server")]
+pytestmark = [pytest.mark.processes, pytest.mark.long, pytest.mark.usefixtures("fork_server")]
 
 
 def folder(tmp_path: Path, name: str) -> RunFolder:

@@ -235,20 +235,6 @@ def test_survivors_of_a_killed_worker_go_on_in_their_processes_and_end_with_the_
     assert len(found.result["stalls"]) == 1
 
 
-@pytest.mark.parametrize("step", [1, 6, 12], ids=["first", "middle", "last"])
-def test_a_worker_may_die_in_any_step(undisturbed_epoch, tmp_path, step):
-    once = tmp_path / "die-once"
-    once.touch()
-    job = Everything(samples=LONG, fault="die", fault_at=sample_at(step), fault_file=str(once))
-
-    found = train(job, configure(tmp_path, "run"), workers=2)
-
-    assert not once.exists()
-    assert len(found.events("member_lost")) == 1
-    assert found.column("world_size") == [2] * (step - 1) + [1] * (13 - step)
-    assert_same_training(found, undisturbed_epoch)
-
-
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_worker_may_die_between_its_update_and_the_next_step(undisturbed_epoch, tmp_path, rank):
     """Rank 0 reports the steps: its last words must not be the only record of a step that others have applied."""

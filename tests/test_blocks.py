@@ -124,6 +124,7 @@ def test_a_checkpointed_block_runs_again_in_backward_and_keeps_less():
     assert len(kept[1]) < len(kept[0])
 
 
+@pytest.mark.processes
 def test_compiled_blocks_keep_their_names_and_the_rest_is_not_compiled():
     model = Stack(Layer(), Other(), Layer())
     before = list(model.state_dict())

@@ -304,6 +304,7 @@ def resumed(tmp_path, name: str, job: elastic.Job, workers: tuple[int, int], str
 
 
 @pytest.mark.processes
+@pytest.mark.long
 @pytest.mark.usefixtures("fork_server")
 def test_hooks_modes_and_teachers_are_the_same_at_every_world_size_and_after_a_pause(tmp_path):
     job = Building(hook=True, bank=True)
@@ -317,6 +318,7 @@ def test_hooks_modes_and_teachers_are_the_same_at_every_world_size_and_after_a_p
 
 
 @pytest.mark.processes
+@pytest.mark.long
 @pytest.mark.usefixtures("fork_server")
 def test_methods_parts_and_parameters_train_alike_where_the_model_is_cut(tmp_path):
     whole = ran(tmp_path, "whole", Building(), 1)
@@ -330,6 +332,7 @@ def test_methods_parts_and_parameters_train_alike_where_the_model_is_cut(tmp_pat
 
 
 @pytest.mark.processes
+@pytest.mark.long
 @pytest.mark.usefixtures("fork_server")
 @pytest.mark.parametrize(
     ("job", "sentence"),
@@ -347,6 +350,7 @@ def test_what_a_cut_model_cannot_do_is_told_in_a_sentence(tmp_path, job, sentenc
 
 
 @pytest.mark.processes
+@pytest.mark.long
 @pytest.mark.usefixtures("fork_server")
 def test_a_pass_that_meets_no_memory_builds_the_model_with_memory_and_goes_on(tmp_path):
     runs = [ran(tmp_path, f"{s}-{w}", Building(place=True), w, s) for s, w in (("ddp", 1), ("ddp", 2), ("fsdp", 2))]
@@ -359,6 +363,7 @@ def test_a_pass_that_meets_no_memory_builds_the_model_with_memory_and_goes_on(tm
 
 
 @pytest.mark.processes
+@pytest.mark.long
 @pytest.mark.usefixtures("fork_server")
 def test_scripted_functions_and_modules_have_the_same_bits_at_every_world_size(tmp_path):
     one, two = ran(tmp_path, "one", Scripted(), 1), resumed(tmp_path, "two", Scripted(), (2, 1), ("ddp", "ddp"))

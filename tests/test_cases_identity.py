@@ -13,7 +13,7 @@ from elastic.run.prepare import prepare
 from tests.forked import WAIT_S, Ran, Watch, configure, fault, local_run, plan, train
 from tests.identity_jobs import Augmented, Differing, Noisy
 
-pytestmark = [pytest.mark.processes, pytest.mark.usefixtures("fork_server")]
+pytestmark = [pytest.mark.processes, pytest.mark.long, pytest.mark.usefixtures("fork_server")]
 
 
 def loader(kind: str, workers: int = 0) -> Loader:

@@ -15,7 +15,7 @@ from elastic.run.prepare import prepare
 from tests.forked import Ran, Watch, configure, local_run, train
 from tests.odd_state_job import Counted, Ends, NotSaveable, NotSaved, OddState, Pace, Scheduled
 
-pytestmark = [pytest.mark.processes, pytest.mark.usefixtures("fork_server")]
+pytestmark = [pytest.mark.processes, pytest.mark.long, pytest.mark.usefixtures("fork_server")]
 
 
 def quick(tmp_path, name: str, **options):

@@ -14,7 +14,7 @@ from elastic.data.order import sample_ids
 from tests.forked import B, Ran, configure, train
 from tests.tiny_jobs import CLASSES, FEATURES, Plain
 
-pytestmark = [pytest.mark.processes, pytest.mark.usefixtures("fork_server")]
+pytestmark = [pytest.mark.processes, pytest.mark.long, pytest.mark.usefixtures("fork_server")]
 
 STEPS, PASS = 6, 3
 OPTIONS = {

@@ -28,12 +28,13 @@ from tests import forked, leaks
 from tests.disks import MIB, small_disk
 from tests.forked import Ran, Watch, configure, local_run, train
 from tests.forked import fault as fault_at
+from tests.slowly import slow
 from tests.tiny_jobs import Everything, Plain
 
 pytestmark = [pytest.mark.processes, pytest.mark.usefixtures("fork_server")]
 
-WORKER_POINTS = ["checkpoint.before_stage", "checkpoint.staged", "checkpoint.before_report"]
-UPLOADER_POINTS = ["upload.begin", "upload.part", "upload.before_complete", "upload.end"]
+WORKER_POINTS = ["checkpoint.before_report", *slow("checkpoint.before_stage", "checkpoint.staged")]
+UPLOADER_POINTS = ["upload.before_complete", *slow("upload.begin", "upload.part", "upload.end")]
 KEEPER_POINTS = ["checkpoint.before_manifest", "checkpoint.after_manifest", "prune.after_manifest"]
 
 

@@ -23,6 +23,7 @@ from elastic.checkpoint.saver import Saver
 from elastic.checkpoint.tensors import DTYPES, Shard, tensor_bytes
 from elastic.errors import CheckpointError
 from elastic.storage import Storage
+from tests.fresh import examples
 
 
 @pytest.fixture
@@ -534,7 +535,7 @@ def _check_believed(manifest):
         assert sorted(cells) == sorted(itertools.product(*map(range, entry.shape))), "every element exactly once"
 
 
-@settings(max_examples=800)
+@settings(max_examples=examples(200, fresh=800))
 @given(mutations())
 def test_a_mutated_manifest_is_refused_or_stays_inside_its_tensors(raw):
     manifest, refusal = None, ""

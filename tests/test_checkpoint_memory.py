@@ -15,7 +15,7 @@ from elastic.storage import Storage
 from tests import forked
 from tests.forked import wait_until
 
-pytestmark = [pytest.mark.processes, pytest.mark.usefixtures("fork_server")]
+pytestmark = [pytest.mark.processes, pytest.mark.long, pytest.mark.usefixtures("fork_server")]
 MIB = 1 << 20
 STATE = 96 * MIB
 SLACK = 64 * MIB

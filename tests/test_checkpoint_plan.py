@@ -19,6 +19,7 @@ from elastic.checkpoint.tensors import DTYPES, Shard, narrowed, tensor_bytes
 from elastic.checkpoint.tiling import Box, common, runs, tiles
 from elastic.errors import CheckpointError, DamagedCheckpoint
 from elastic.storage import Storage
+from tests.fresh import examples
 
 FOLDER = "checkpoints/step-00000001/1-1-a"
 
@@ -115,7 +116,7 @@ def small_units(monkeypatch):
 
 
 @pytest.mark.usefixtures("small_units")
-@settings(max_examples=250)
+@settings(max_examples=examples(100, fresh=250))
 @given(cases, st.data())
 def test_every_byte_is_saved_once_and_read_once_whatever_the_layouts(case, data):
     shapes, before, after = case

@@ -26,7 +26,7 @@ from tests import forked
 from tests.test_checkpoint_faults import KEEPER_POINTS, UPLOADER_POINTS, keep
 from tests.test_checkpoint_hostile import Ledger, fresh, trained
 
-pytestmark = pytest.mark.processes
+pytestmark = [pytest.mark.processes, pytest.mark.long]
 MIB = 1 << 20
 
 

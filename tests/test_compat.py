@@ -250,6 +250,7 @@ def test_every_name_that_compat_takes_is_there(monkeypatch: pytest.MonkeyPatch) 
     assert not is_there("torch._foreach_of_another_version")
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(
     ("module", "absent"),
     [

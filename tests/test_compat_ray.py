@@ -43,6 +43,7 @@ def test_this_is_the_ray_that_was_tested() -> None:
     assert ray.__version__.startswith(compat.TESTED)
 
 
+@pytest.mark.processes
 def test_the_controller_is_up_without_what_only_workers_need() -> None:
     """The import of torch takes seconds, at the beginning of every run."""
     program = "import sys, elastic.cluster.raytrain; print('torch' in sys.modules)"

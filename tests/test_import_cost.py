@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import subprocess
 import sys
 import time
@@ -10,6 +11,7 @@ import time
 import pytest
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(
     "line",
     ["import elastic", "import elastic.job, elastic.config", "from elastic import Job, TrainConfig, RunOptions, main"],
@@ -24,6 +26,7 @@ def test_importing_what_a_job_file_needs_imports_neither_torch_nor_ray(line):
     assert {"torch", "ray", "numpy", "aiohttp", "tyro"} & loaded == set()
 
 
+@pytest.mark.processes
 def test_the_command_looks_at_checkpoints_without_torch_and_helps_without_anything(tmp_path):
     program = """
 import json, sys
@@ -56,16 +59,20 @@ print(json.dumps([helped, sorted(sys.modules)]))
     assert {"torch", "ray", "aiohttp"} & set(looked) == set()
 
 
-def test_the_command_helps_in_under_0_3_seconds():
+@pytest.mark.processes
+def test_the_command_helps_in_under_0_3_seconds_of_its_own_time():
+    """It waits for nothing, and what a busy machine adds is not its own."""
     took = []
-    for _ in range(5):
-        began = time.perf_counter()
+    for _ in range(3):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         subprocess.run([sys.executable, "-m", "elastic.cli", "--help"], check=True, timeout=60, capture_output=True)
-        took.append(time.perf_counter() - began)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        took.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
 
-    assert min(took) < 0.3  # the other runs may have shared their core
+    assert min(took) < 0.3
 
 
+@pytest.mark.processes
 def test_every_public_name_can_be_imported():
     program = "import elastic\nfor n in elastic.__all__: assert getattr(elastic, n).__name__ == n, n"
 

@@ -25,7 +25,7 @@ from elastic.membership.server import MembershipServer
 from elastic.membership.state import Limits, State
 from elastic.membership.world import Member
 
-pytestmark = pytest.mark.timeout(240)
+pytestmark = [pytest.mark.long, pytest.mark.timeout(240)]
 
 WORKERS = 1024
 

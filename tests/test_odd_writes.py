@@ -16,7 +16,7 @@ from tests.forked import Ran, configure, fault, train
 from tests.test_bits import assert_same_training
 from tests.tiny_jobs import FEATURES, Everything, Plain
 
-pytestmark = [pytest.mark.processes, pytest.mark.usefixtures("fork_server")]
+pytestmark = [pytest.mark.processes, pytest.mark.long, pytest.mark.usefixtures("fork_server")]
 
 
 def around(inner: Any, forward: Any, **parts: Any) -> Any:

@@ -18,7 +18,7 @@ from jobs.bench.nodes import OBJECT_STORE_BYTES, REPOSITORY, Command, free_port,
 from tests.own_cluster import RAY, OwnCluster, install_wheel
 from tests.ray_cluster import Story, check_bits_and_samples, stop, wait_until
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(480), pytest.mark.usefixtures("fork_server")]
+pytestmark = [pytest.mark.ray, pytest.mark.long, pytest.mark.timeout(480), pytest.mark.usefixtures("fork_server")]
 HEAD_ID = "f" * 51 + "00000"
 PORTS = ("dashboard", "dashboard-agent-listen", "dashboard-agent-grpc", "metrics-export", "ray-client-server")
 COMMANDS = ("initialization", "setup", "head_setup", "worker_setup", "head_start_ray", "worker_start_ray")

@@ -28,7 +28,7 @@ from tests.own_cluster import RAY
 from tests.ray_cluster import Story, check_bits_and_samples, step_of, wait_until
 from tests.test_cluster_files import AWS, prepared, start_command
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(480)]
+pytestmark = [pytest.mark.ray, pytest.mark.long, pytest.mark.timeout(480)]
 METADATA_SERVICE = "169.254.169.254"
 BUCKET = "training"
 START_TIMEOUT_S = 90.0

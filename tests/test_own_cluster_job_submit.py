@@ -18,7 +18,7 @@ from jobs.bench.nodes import Command, free_port
 from tests.own_cluster import RAY, OwnCluster, install_wheel
 from tests.ray_cluster import wait_until
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(480)]
+pytestmark = [pytest.mark.ray, pytest.mark.long, pytest.mark.timeout(480)]
 TOKEN = "the-token-of-this-cluster"
 FAST_STOP = json.dumps({"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "0"}})
 

@@ -109,7 +109,7 @@ def test_a_count_of_a_branch_that_some_microbatches_take_is_that_of_those_that_t
 @pytest.mark.processes
 @pytest.mark.usefixtures("fork_server")
 @pytest.mark.timeout(240)
-@pytest.mark.parametrize("seed", seeds(range(20), fresh=40, variable="RANDOM_JOBS"))
+@pytest.mark.parametrize("seed", seeds(range(8), slow=range(8, 20), fresh=40, variable="RANDOM_JOBS"))
 def test_a_random_job_trains_right_or_is_refused_by_name(seed: int, tmp_path: Path) -> None:
     verdict = judge(*draw(seed), tmp_path)
     assert verdict.faults == [], verdict.text()

@@ -9,7 +9,7 @@ import pytest
 from jobs.bench.nodes import LocalCluster
 from tests.ray_cluster import Story, check_bits_and_samples, slow_job, stop
 
-pytestmark = [pytest.mark.ray, pytest.mark.long, pytest.mark.timeout(480)]
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(480)]
 #: Of 8 microbatches a fifth worker would take none off another: it would not be asked for.
 FOREVER = (
     "--run.duration",

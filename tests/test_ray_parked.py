@@ -15,7 +15,7 @@ from elastic.storage import Storage
 from jobs.bench.nodes import LocalCluster, result
 from tests.ray_cluster import Story, check_bits_and_samples, slow_job, stop
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(480)]
+pytestmark = [pytest.mark.ray, pytest.mark.long, pytest.mark.timeout(480)]
 FOREVER = ("--run.duration", "100000st")
 OPTIONS = (
     *FOREVER,

@@ -18,6 +18,7 @@ DURATION = ("--run.duration", "100000st")  # the twin is one worker with ddp
 EVERY = 5
 
 
+@pytest.mark.long
 def test_a_lost_worker_of_fsdp_comes_from_a_snapshot(cluster: LocalCluster, tmp_path: Path) -> None:
     """It is stopped, so that Ray and its peers see no end of it."""
     stopped = {"point": "step.forward", "rank": 1, "step": 23, "do": "stop", "only": str(tmp_path / "stopped")}

@@ -10,7 +10,7 @@ from jobs.bench.nodes import LocalCluster, result
 from tests.ray_cluster import Story, check_bits_and_samples, slow_job, stop, wait_until
 from tests.ray_held import Held
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(480)]
+pytestmark = [pytest.mark.ray, pytest.mark.long, pytest.mark.timeout(480)]
 FOREVER = ("--run.duration", "100000st")
 WHOLE_NODES = ("--scaling.cpus-per-worker", "2")  # those of a node of the cluster
 

@@ -18,7 +18,7 @@ from elastic.errors import ConfigError
 from elastic.storage import Storage
 from jobs.bench.s3front import S3Front
 
-pytestmark = pytest.mark.processes
+pytestmark = [pytest.mark.processes, pytest.mark.long]
 ROOT = Path(__file__).parent.parent
 MIB = 1 << 20
 

@@ -22,7 +22,7 @@ from tests import leaks
 from tests.forked import LONG, STDERR, WAIT_S, Watch, configure, local_run, sample_at, train
 from tests.tiny_jobs import Everything, Plain
 
-pytestmark = [pytest.mark.processes, pytest.mark.usefixtures("fork_server")]
+pytestmark = [pytest.mark.processes, pytest.mark.long, pytest.mark.usefixtures("fork_server")]
 
 
 def listening(pids: set[int]) -> set[str]:

@@ -12,12 +12,11 @@ import torch
 from elastic.run.prepare import prepare
 from tests.forked import LONG, WAIT_S, Ran, Watch, configure, fault, local_run, plan, train
 from tests.test_bits import assert_same_training
-from tests.test_checkpoint_initial import write
 from tests.test_sharded import sharded
 from tests.test_snapshots import Nodes, snapshots
 from tests.tiny_jobs import FEATURES, Deep, Everything, Odd, Plain
 
-pytestmark = [pytest.mark.processes, pytest.mark.usefixtures("fork_server")]
+pytestmark = [pytest.mark.processes, pytest.mark.long, pytest.mark.usefixtures("fork_server")]
 
 STRATEGIES = [("ddp", 2), ("fsdp", 3), ("hsdp", 4)]
 
@@ -227,17 +226,23 @@ def test_fp16_skips_the_same_steps_with_every_strategy_and_its_scale_is_in_the_m
         assert found.state()["values"]["loss_scale"] == expected
 
 
+IN_FAST = {"run__exactness": "fast", "optim__warmup": None}
 FORMATS = [{"param_dtype": "bf16"}, {"param_dtype": "fp16", "loss_scale": 1024.0}, {"grad_compression": "bf16"}]
+
+
+@pytest.fixture(scope="module")
+def in_fast(fork_server, tmp_path_factory):
+    """One worker in `fast`, with the usual number formats."""
+    return train(Plain(), configure(tmp_path_factory.mktemp("fast"), "whole", **IN_FAST), 1)
 
 
 @pytest.mark.parametrize(("strategy", "workers"), [("ddp", 2), ("fsdp", 3), ("hsdp", 4)])
 @pytest.mark.parametrize("options", FORMATS, ids=["bf16", "fp16", "gradients"])
-def test_other_number_formats_train_nearly_as_well(tmp_path, strategy, workers, options):
-    common = {"run__exactness": "fast", "optim__warmup": None}
-    whole = train(Plain(), configure(tmp_path, "whole", **common), 1)
+def test_other_number_formats_train_nearly_as_well(in_fast, tmp_path, strategy, workers, options):
+    whole = in_fast
 
     found = train(
-        Plain(), sharded(tmp_path, strategy, **{f"precision__{k}": v for k, v in options.items()}, **common), workers
+        Plain(), sharded(tmp_path, strategy, **{f"precision__{k}": v for k, v in options.items()}, **IN_FAST), workers
     )
 
     assert found.failure is None
@@ -246,16 +251,6 @@ def test_other_number_formats_train_nearly_as_well(tmp_path, strategy, workers, 
     state = found.state()
     assert {v[0] for n, v in state.items() if n.startswith("model/")} == {torch.float32}
     assert ("loss_scale" in state["values"]) == ("fp16" in options.values())
-
-
-def test_given_weights_are_the_same_with_copies_of_a_cut_model(tmp_path):
-    given = {n: torch.rand(p.shape) - 0.5 for n, p in Plain().model().named_parameters()}
-    file = write(tmp_path / "w.safetensors", given)
-    options = {"checkpoint__init_from": str(file), "run__duration": "3st"}
-
-    whole = train(Plain(), configure(tmp_path, "ddp", **options), 1)
-
-    assert_same_training(train(Plain(), sharded(tmp_path, "hsdp", **options), 4), whole)
 
 
 # ---- faults ----------------------------------------------------------------------------------------------------------

@@ -29,7 +29,7 @@ from tests.hosts import Host, Hosts
 from tests.tiny_jobs import Everything
 
 OUT = "it was silent, and its world went on without it"
-pytestmark = [pytest.mark.processes, pytest.mark.usefixtures("fork_server")]
+pytestmark = [pytest.mark.processes, pytest.mark.long, pytest.mark.usefixtures("fork_server")]
 
 
 @dataclass

@@ -19,7 +19,7 @@ from tests.forked import WAIT_S, Ran, Watch, configure, fault, local_run, plan, 
 from tests.test_bits import assert_same_training
 from tests.tiny_jobs import Everything
 
-pytestmark = [pytest.mark.processes, pytest.mark.usefixtures("fork_server")]
+pytestmark = [pytest.mark.processes, pytest.mark.long, pytest.mark.usefixtures("fork_server")]
 
 
 def prepared(tmp_path: Path, most: int, **options: Any) -> PreparedRun:

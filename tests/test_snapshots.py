@@ -28,6 +28,7 @@ from elastic.worker.from_vaults import survey
 from elastic.worker.ladder import next_rung
 from elastic.worker.local import LocalRun
 from tests.forked import LONG, WAIT_S, Ran, Watch, configure, fault, local_run, plan, wait_until
+from tests.slowly import slow
 from tests.test_bits import assert_same_training, flip_a_byte
 from tests.tiny_jobs import Everything
 
@@ -99,13 +100,15 @@ def assert_restored(run: Any, undisturbed: Ran, step: int, *, applied: int, rung
 # ---- a node is lost at any moment of a snapshot ----------------------------------------------------------------------
 
 MOMENTS = [  # of which rank; parts that are there when its node is lost, of six
-    ("snapshot.begin", 0, 4, 4),
-    ("snapshot.staged", 2, 4, 4),
     ("snapshot.kept", 0, 5, 4),
-    ("snapshot.kept", 2, 5, 4),
-    ("snapshot.sent", 0, 6, 8),
-    ("snapshot.complete", 0, 6, 8),
     ("snapshot.complete", 2, 6, 8),
+    *slow(
+        ("snapshot.begin", 0, 4, 4),
+        ("snapshot.staged", 2, 4, 4),
+        ("snapshot.kept", 2, 5, 4),
+        ("snapshot.sent", 0, 6, 8),
+        ("snapshot.complete", 0, 6, 8),
+    ),
 ]
 
 
@@ -134,7 +137,7 @@ def test_a_node_that_is_lost_in_a_snapshot_leaves_a_complete_one(
     assert (f"the snapshot of step 8 lost shard {rank} of 3 in every vault" in reason) == (restored == 4)
 
 
-@pytest.mark.parametrize("point", ["vault.begin", "vault.receiving", "vault.whole"])
+@pytest.mark.parametrize("point", ["vault.receiving", *slow("vault.begin", "vault.whole")])
 def test_a_vault_that_dies_in_a_snapshot_costs_that_one(undisturbed_epoch, tmp_path, gate, point):
     """Then a worker dies too: its part is in a vault that lives, or in the one that died. Both have a second copy."""
     first, later = gate("first"), gate("later")
@@ -152,6 +155,7 @@ def test_a_vault_that_dies_in_a_snapshot_costs_that_one(undisturbed_epoch, tmp_p
     assert "failed" in Ran(run, None).events("snapshot_skipped")[0]["detail"]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
 def test_a_vault_that_died_or_stands_still_is_started_again_and_has_the_next_snapshots(
     number, undisturbed_epoch, tmp_path, gate, monkeypatch
@@ -201,12 +205,14 @@ def lose_after_step_5(undisturbed: Ran, config: Any, gate: Any, lost: Any, **exp
     return assert_restored(run, undisturbed, applied=5, **expected)
 
 
+@pytest.mark.long
 def test_a_worker_alone_is_lost_and_the_vault_of_its_node_has_its_part(undisturbed_epoch, tmp_path, gate):
     lose_after_step_5(
         undisturbed_epoch, snapshots(tmp_path), gate, lambda nodes: nodes.local.processes[2].kill(), step=4
     )
 
 
+@pytest.mark.long
 def test_two_nodes_that_are_not_partners_are_lost_and_memory_still_has_all(undisturbed_epoch, tmp_path, gate):
     reason = lose_after_step_5(undisturbed_epoch, snapshots(tmp_path), gate, lambda nodes: nodes.lose(1, 2), step=4)
     assert reason.startswith("of the state of step 5, shard")
@@ -223,6 +229,7 @@ def test_two_partners_are_lost_and_the_newest_checkpoint_is_left(undisturbed_epo
     assert "; the snapshot of step 4 lost shard" in reason
 
 
+@pytest.mark.long
 def test_a_checkpoint_that_is_newer_than_the_snapshot_is_taken(undisturbed_epoch, tmp_path, gate):
     config = snapshots(tmp_path, checkpoint__every="5st")
 
@@ -231,6 +238,7 @@ def test_a_checkpoint_that_is_newer_than_the_snapshot_is_taken(undisturbed_epoch
     assert "; the newest complete snapshot is of step 4, a checkpoint of step 5" in reason
 
 
+@pytest.mark.long
 def test_a_snapshot_is_taken_where_the_newer_checkpoint_is_damaged(undisturbed_epoch, tmp_path, gate):
     """Of checkpoints of steps 3 and 6 and a snapshot of step 4: what is damaged is told, and no more is done again
     than must be."""
@@ -251,6 +259,7 @@ def test_a_snapshot_is_taken_where_the_newer_checkpoint_is_damaged(undisturbed_e
     assert damaged in found["detail"]["problem"]
 
 
+@pytest.mark.long
 def test_where_the_snapshot_is_lost_too_the_checkpoint_before_the_damaged_one_is_taken(
     undisturbed_epoch, tmp_path, gate
 ):
@@ -294,6 +303,7 @@ def test_every_worker_is_lost_and_new_ones_find_the_snapshot(undisturbed_epoch, 
     assert Ran(run, None).column("world_size") == [3] * 4 + [2] * 8
 
 
+@pytest.mark.long
 def test_after_a_loss_every_part_has_two_copies_again(undisturbed_epoch, tmp_path, gate):
     """Two partners are lost one after the other: in between, the first new world has taken a snapshot of its own."""
     first, later = gate("first"), gate("later")
@@ -319,6 +329,7 @@ def test_after_a_loss_every_part_has_two_copies_again(undisturbed_epoch, tmp_pat
 # ---- where none are taken, and what they take ------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_none_are_taken_where_others_hold_the_state_anyway(undisturbed_epoch, tmp_path, gate):
     held = gate("held")
     config = snapshots(tmp_path, "1st", "hsdp", scaling__max_workers=2)
@@ -337,6 +348,7 @@ def test_none_are_taken_where_others_hold_the_state_anyway(undisturbed_epoch, tm
     assert planned == []
 
 
+@pytest.mark.long
 def test_memory_is_stated_before_the_first_step_and_is_what_is_used(tmp_path, gate):
     held = gate("held")
     config, job = snapshots(tmp_path), Everything(samples=LONG, width=96)
@@ -383,6 +395,7 @@ def test_snapshots_that_do_not_fit_are_refused_before_the_first_step(tmp_path, g
     assert Ran(run, None).rows == []
 
 
+@pytest.mark.long
 def test_auto_takes_them_too(undisturbed_epoch, tmp_path, gate):
     held = gate("held")
     with running(snapshots(tmp_path, "auto"), fault("step.forward", FIRST + 2, 1, "hold", file=held)) as (run, nodes):

@@ -63,6 +63,7 @@ def test_there_is_one_of_every_format_and_of_all_that_a_manifest_can_say():
 
 
 @pytest.mark.processes
+@pytest.mark.long
 @pytest.mark.usefixtures("fork_server")
 @pytest.mark.parametrize("name", sorted(p.name for p in STORED.iterdir() if p.is_dir()))
 @pytest.mark.parametrize("workers", [1, 2])

@@ -207,6 +207,7 @@ def processes(fork_server):
 
 
 @pytest.mark.processes
+@pytest.mark.long
 def test_a_run_whose_output_breaks_ends_as_it_would(processes, tmp_path, undisturbed_epoch):
     outputs = ("full", "closed", "stuck")
     options = {"data.workers": 1}
@@ -225,6 +226,7 @@ def test_a_run_whose_output_breaks_ends_as_it_would(processes, tmp_path, undistu
 
 
 @pytest.mark.processes
+@pytest.mark.long
 def test_a_terminal_that_closes_saves_and_ends_the_run(processes, tmp_path, gate):
     ours, theirs = pty.openpty()
     held = gate("held")
@@ -266,6 +268,7 @@ def _own_host(storage: str, environment: dict[str, str]) -> None:
 
 
 @pytest.mark.processes
+@pytest.mark.long
 def test_what_a_killed_driver_started_ends_at_once(processes, tmp_path, gate):
     faults = plan(fault("step.forward", 6, None, "hold", file=gate("held")))
     driver = fork_driver(_own_host, str(tmp_path), faults)

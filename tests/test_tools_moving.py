@@ -275,6 +275,7 @@ def test_dcp_metadata_that_lies_is_refused(tmp_path, lie):
 
 
 @pytest.mark.processes
+@pytest.mark.long
 @pytest.mark.parametrize("kind", ["dcp", "safetensors"])
 def test_a_run_exported_and_imported_elsewhere_goes_on_and_ends_with_the_undisturbed_hash(tmp_path, undisturbed, kind):
     options = {"eval__every": "3st"}
@@ -290,6 +291,7 @@ def test_a_run_exported_and_imported_elsewhere_goes_on_and_ends_with_the_undistu
 
 
 @pytest.mark.processes
+@pytest.mark.long
 @pytest.mark.usefixtures("fork_server")
 def test_a_run_is_resumed_in_another_dtype_where_that_is_asked_for(tmp_path):
     forked.train(Halved(), forked.configure(tmp_path, "run", run__stop_after="4st"), workers=2)
@@ -327,6 +329,7 @@ class Halved(Plain):
 
 
 @pytest.mark.processes
+@pytest.mark.long
 @pytest.mark.usefixtures("fork_server")
 def test_imported_weights_start_a_run_as_initial_weights_do(tmp_path):
     torch.manual_seed(7)
@@ -390,6 +393,7 @@ def resume(process, number: int) -> int:
 
 
 @pytest.mark.processes
+@pytest.mark.long
 @pytest.mark.usefixtures("fork_server")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 @pytest.mark.parametrize("at", [{"point": "output.file", "step": 1}, {"point": "output.before_complete"}])
@@ -412,6 +416,7 @@ def test_an_interrupted_export_leaves_nothing_that_looks_like_one(stored, tmp_pa
 
 
 @pytest.mark.processes
+@pytest.mark.long
 @pytest.mark.usefixtures("fork_server")
 @pytest.mark.parametrize(
     ("point", "code", "steps"),
@@ -455,6 +460,7 @@ def test_an_output_in_object_storage_that_is_interrupted_is_removed():
 
 
 @pytest.mark.processes
+@pytest.mark.long
 def test_everything_works_on_s3(bucket, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("elastic.tools.output.PART_BYTES", 5 << 20)
     state = {"model/big": torch.randn(3 << 19), "model/w": torch.ones(3)}

@@ -193,6 +193,7 @@ def test_a_live_run_is_left_to_its_server_and_alone_where_that_cannot_be_asked(m
 
 
 @pytest.mark.processes
+@pytest.mark.long
 @pytest.mark.usefixtures("fork_server")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_an_interrupted_prune_lists_nothing_torn_and_the_next_does_the_rest(make, number, tmp_path):
@@ -322,6 +323,7 @@ def test_bad_input_is_refused(make, tmp_path, capsys, arguments, said):
 
 
 @pytest.mark.processes
+@pytest.mark.long
 @pytest.mark.usefixtures("fork_server")
 @pytest.mark.parametrize("step", [5, -1])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
