@@ -17,6 +17,7 @@ from elastic.config import OptimOptions
 from elastic.errors import CheckpointError, ConfigError
 from elastic.worker.naming import live_tensors, persistent_entries
 from elastic.worker.state import TrainState, weights_sha256
+from tests.tiny_jobs import Plain
 
 
 class Phase(enum.Enum):
@@ -377,3 +378,19 @@ def test_a_held_state_is_what_it_was_though_the_job_begins_another():
     state.job.optimizer(state.model)
 
     assert state.values() == before
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda model: [torch.optim.SGD(model.parameters(), 0.1)], "returned a list, but one torch.optim.Optimizer"),
+        (
+            lambda model: torch.optim.LBFGS(model.parameters()),
+            r"returned LBFGS, whose step\(\) computes the loss again",
+        ),
+    ],
+)
+def test_what_is_no_optimizer_for_one_update_a_step_is_refused_by_name(make, said):
+    model = torch.nn.Linear(1, 1)
+    with pytest.raises(ConfigError, match=rf"^optimizer\(\) {said}"):
+        TrainState(Plain(), model, make(model))

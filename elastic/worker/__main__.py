@@ -13,6 +13,7 @@ from elastic.child import end_with_input, ignore_terminal, raise_descriptor_limi
 from elastic.config import ClusterOptions, TrainConfig, from_dict
 from elastic.errors import ConfigError, ElasticError, told
 from elastic.job import with_options
+from elastic.job_code import job_code
 from elastic.job_file import load_job
 from elastic.observe.streams import keep_output_sturdy, sturdy_output
 from elastic.run.plan import RunPlan
@@ -29,8 +30,14 @@ def _child() -> int:
     from elastic.worker.run import Identity, WorkerRun
     from elastic.worker.session import Session
 
+    worker, module = specification["identity"]["id"], specification["module"]
     seed_job()
-    job = with_options(_attribute(specification["module"], specification["class"]), specification["job_options"])
+    try:
+        with job_code(f"worker {worker}: importing {module} and making its job"):
+            job = with_options(_attribute(module, specification["class"]), specification["job_options"])
+    except ElasticError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
     run = WorkerRun(
         job,
         from_dict(specification["config"]),
@@ -43,7 +50,7 @@ def _child() -> int:
     try:
         Session(run, Identity(**specification["identity"])).run()
     except ElasticError as error:  # the ledger has it whole
-        print(f"worker {specification['identity']['id']}: {str(error).splitlines()[0]}", file=sys.stderr)
+        print(f"worker {worker}: {str(error).splitlines()[0]}", file=sys.stderr)
         return error.exit_code
     return 0
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -83,6 +84,12 @@ class Keeping:
             raise ConfigError(
                 f"optimizer() returned a {type(optimizer).__name__}, but one torch.optim.Optimizer is needed; give one "
                 "all parameters, in groups where they differ"
+            )
+        closure = inspect.signature(optimizer.step).parameters.get("closure")
+        if closure is not None and closure.default is closure.empty:
+            raise ConfigError(
+                f"optimizer() returned {type(optimizer).__name__}, whose step() computes the loss again, several times "
+                "in an update, through a closure that it must be given; give one that needs none, such as SGD or AdamW"
             )
         self.job, self.model, self.optimizer, self.mesh, self.scaler = job, model, optimizer, mesh, scaler
         self._held: Collected | None = None
