@@ -34,7 +34,7 @@ class Held:
         return [g["name"] for g in found if g["name"].startswith(prefix) and g["state"] == state]
 
     def look(self) -> dict[str, list[str]]:
-        """Living actors, placement groups, words on the board, files in Ray's folder, processes, and shared memory of
+        """Living actors, placement groups, standings of runs, files in Ray's folder, processes, and shared memory of
         processes that were ever seen here."""
         actors = self._state.actor_table(None)
         groups = self._state.placement_group_table().values()
@@ -43,21 +43,21 @@ class Held:
         return {
             "actors": sorted(a["ActorClassName"] for a in actors.values() if a["State"] != "DEAD"),
             "groups": sorted(g["name"] for g in groups if g["state"] != "REMOVED"),
-            "board": sorted(k.decode() for k in self._gcs.internal_kv_keys(b"run/", namespace=b"elastic")),
+            "standings": sorted(k.decode() for k in self._gcs.internal_kv_keys(b"run/", namespace=b"elastic")),
             "files": sorted(str(p) for p in self._session.glob("elastic-*")),
             "processes": sorted(n for n in processes.values() if not n.startswith("ray::IDLE")),
             "shared memory": [n for n in os.listdir("/dev/shm") if any(f"_{pid}_" in n for pid in self._pids)],
         }
 
     def check_nothing_is_left(self, crashed: str = "") -> None:
-        """All is as before. What a killed driver left in Ray's folder goes with the session, its word on the board
+        """All is as before. What a killed driver left in Ray's folder goes with the session, its standing
         with the next run."""
 
         def left() -> dict[str, list[str]]:
             now = self.look()
             found = {kind: [n for n in names if n not in self._before[kind]] for kind, names in now.items()}
             if crashed:
-                found["board"], found["files"] = [n for n in found["board"] if n != f"run/{crashed}"], []
+                found["standings"], found["files"] = [n for n in found["standings"] if n != f"run/{crashed}"], []
             return {kind: names for kind, names in found.items() if names}
 
         with contextlib.suppress(AssertionError):  # the assertion below says what is left

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from elastic.cluster.rooms import GroupPlan
+from elastic.cluster.placement_groups import GroupPlan
 from elastic.cluster.sharing import Terms
 from elastic.membership.commands import (
     Break,

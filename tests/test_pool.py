@@ -12,10 +12,10 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from elastic.cluster.pool import (
     AskAnew,
     AskIn,
+    Bounds,
     GiveUp,
     Seen,
     Stage,
-    Terms,
     Unit,
     Withdraw,
     decide,
@@ -25,13 +25,14 @@ from elastic.cluster.pool import (
 )
 from elastic.cluster.sharing import Share
 
-ALONE = Terms(per_node=None, together=1, packed=False, min_workers=1, start_s=180.0)
+ALONE = Bounds(per_node=None, together=1, packed=False, min_workers=1, start_s=180.0)
 TWO_A_NODE = replace(ALONE, per_node=2)
-PACKED = Terms(per_node=2, together=2, packed=True, min_workers=2, start_s=180.0)
+PACKED = Bounds(per_node=2, together=2, packed=True, min_workers=2, start_s=180.0)
 
 
-def unit(key: int, stage: Stage = Stage.RUNNING, node: str = "", room: int | None = None, since: float = 0.0) -> Unit:
-    return Unit(key, key if room is None else room, stage, since, f"w{key}" if stage is not Stage.ASKED else "", node)
+def unit(key: int, stage: Stage = Stage.RUNNING, node: str = "", placement: int | None = None) -> Unit:
+    own = key if placement is None else placement
+    return Unit(key, own, stage, 0.0, f"w{key}" if stage is not Stage.ASKED else "", node)
 
 
 def test_all_that_is_missing_is_asked_for_at_once_where_nothing_speaks_against_it() -> None:
@@ -47,9 +48,9 @@ def test_where_a_node_may_have_only_so_many_one_is_asked_for_after_another_and_f
 
 def test_rooms_of_several_places_are_asked_for_all_together() -> None:
     assert decide([], Seen(want=5), PACKED, 0.0) == [AskAnew((), 2), AskAnew((), 2), AskAnew((), 1)]
-    beside = [unit(0, node="a", room=7)]
+    beside = [unit(0, node="a", placement=7)]
     assert decide(beside, Seen(want=4), PACKED, 0.0) == [AskIn(7), AskAnew(("a",), 2)]
-    gone = Seen(want=2, lost_rooms=frozenset({7}))
+    gone = Seen(want=2, lost_placements=frozenset({7}))
     assert decide(beside, gone, PACKED, 0.0) == [AskAnew(("a",), 1)], "nobody goes where the node is gone"
 
 
@@ -107,12 +108,12 @@ class Cluster(RuleBasedStateMachine):
     """Ray gives places in any order on any node; processes start, end and die; nodes go away and are kept out; the
     run wants more or fewer workers, and other runs leave it some."""
 
-    @initialize(terms=st.sampled_from([ALONE, TWO_A_NODE, PACKED, replace(PACKED, per_node=1, together=1)]))
-    def start(self, terms: Terms) -> None:
-        self.terms, self.seen, self.now = terms, Seen(want=2), 0.0
+    @initialize(bounds=st.sampled_from([ALONE, TWO_A_NODE, PACKED, replace(PACKED, per_node=1, together=1)]))
+    def start(self, bounds: Bounds) -> None:
+        self.bounds, self.seen, self.now = bounds, Seen(want=2), 0.0
         self.units: dict[int, Unit] = {}
         self.numbers, self.nodes = 0, [f"n{i}" for i in range(4)]
-        self.rooms: dict[int, str] = {}  # where a room of several places came
+        self.placements: dict[int, str] = {}  # where a placement of several places came
         self.asked_in_vain = 0
         self.turn()
 
@@ -121,18 +122,18 @@ class Cluster(RuleBasedStateMachine):
         return self.numbers
 
     def drop(self, key: int, *, node_lost: bool = False) -> None:
-        room = self.units.pop(key).room
-        if not any(u.room == room for u in self.units.values()):
-            self.rooms.pop(room, None)
-            self.seen = replace(self.seen, lost_rooms=self.seen.lost_rooms - {room})
+        placement = self.units.pop(key).placement
+        if not any(u.placement == placement for u in self.units.values()):
+            self.placements.pop(placement, None)
+            self.seen = replace(self.seen, lost_placements=self.seen.lost_placements - {placement})
         elif node_lost:
-            self.seen = replace(self.seen, lost_rooms=self.seen.lost_rooms | {room})
+            self.seen = replace(self.seen, lost_placements=self.seen.lost_placements | {placement})
 
     @rule()
     def turn(self) -> None:
         """The controller's turn, carried out."""
         before = [u.key for u in self.units.values() if u.stage is not Stage.ASKED]
-        for action in decide(list(self.units.values()), self.seen, self.terms, self.now):
+        for action in decide(list(self.units.values()), self.seen, self.bounds, self.now):
             match action:
                 case GiveUp(key, _):
                     assert self.units[key].stage is Stage.STARTING
@@ -141,23 +142,23 @@ class Cluster(RuleBasedStateMachine):
                 case Withdraw(key):
                     assert self.units[key].stage is Stage.ASKED, "who is there is let go by the server"
                     self.drop(key)
-                case AskIn(room):
-                    assert room not in self.seen.lost_rooms
-                    self.ask(room)
+                case AskIn(placement):
+                    assert placement not in self.seen.lost_placements
+                    self.ask(placement)
                 case AskAnew(elsewhere, places):
-                    assert 1 <= places <= self.terms.together
+                    assert 1 <= places <= self.bounds.together
                     assert set(self.seen.excluded) <= set(elsewhere)
-                    room = self.number()
+                    placement = self.number()
                     for _ in range(places):
-                        self.ask(room)
+                        self.ask(placement)
         assert set(before) <= self.units.keys(), "survivors stay"
 
-    def ask(self, room: int) -> None:
+    def ask(self, placement: int) -> None:
         assert self.now >= self.seen.ask_after, "the last ones could not get ready"
         assert not any(u.stage is Stage.OVER for u in self.units.values()), "the run is ending"
         key = self.number()
-        self.units[key] = Unit(key, room, Stage.ASKED, self.now)
-        assert sum(u.room == room for u in self.units.values()) <= self.terms.together
+        self.units[key] = Unit(key, placement, Stage.ASKED, self.now)
+        assert sum(u.placement == placement for u in self.units.values()) <= self.bounds.together
 
     @rule(seconds=st.sampled_from([0.2, 5.0, 200.0]))
     def wait(self, seconds: float) -> None:
@@ -166,11 +167,11 @@ class Cluster(RuleBasedStateMachine):
     @precondition(lambda self: any(u.stage is Stage.ASKED for u in self.units.values()))
     @rule(data=st.data())
     def place(self, data: st.DataObject) -> None:
-        """A place has come. All places of one room are on one node."""
+        """A place has come. All places of one placement are on one node."""
         asked = [u for u in self.units.values() if u.stage is Stage.ASKED]
         one = data.draw(st.sampled_from(asked))
-        node = self.rooms.setdefault(one.room, data.draw(st.sampled_from(self.nodes)))
-        if may_be_there(one, node, self.units.values(), self.seen, self.terms):
+        node = self.placements.setdefault(one.placement, data.draw(st.sampled_from(self.nodes)))
+        if may_be_there(one, node, self.units.values(), self.seen, self.bounds):
             self.units[one.key] = replace(one, stage=Stage.STARTING, since=self.now, node=node, id=f"w{one.key}")
         else:
             self.drop(one.key, node_lost=True)
@@ -203,15 +204,15 @@ class Cluster(RuleBasedStateMachine):
 
     @invariant()
     def no_node_has_more_than_it_may(self) -> None:
-        if self.terms.per_node is not None:
+        if self.bounds.per_node is not None:
             there = Counter(u.node for u in self.units.values() if u.node)
-            assert all(count <= self.terms.per_node for count in there.values()), there
+            assert all(count <= self.bounds.per_node for count in there.values()), there
 
     @invariant()
     def no_more_is_asked_for_than_is_wanted_once_it_was_looked_at(self) -> None:
         staying = staying_units(self.units.values(), self.seen)
         waiting = [u for u in staying if u.stage is Stage.ASKED]
-        actions = decide(list(self.units.values()), self.seen, self.terms, self.now)
+        actions = decide(list(self.units.values()), self.seen, self.bounds, self.now)
         withdrawn = sum(isinstance(a, Withdraw) for a in actions)
         asked = sum(a.places if isinstance(a, AskAnew) else isinstance(a, AskIn) for a in actions)
         assert not (withdrawn and asked)
@@ -224,15 +225,15 @@ class Cluster(RuleBasedStateMachine):
         """Where nothing happens any more, the run comes to have what it wants."""
         if not hasattr(self, "units"):
             return
-        self.seen = Seen(want=self.seen.want, lost_rooms=self.seen.lost_rooms)
+        self.seen = Seen(want=self.seen.want, lost_placements=self.seen.lost_placements)
         self.now += 1000.0
         free = iter(f"new{i}" for i in range(1000))
         for _ in range(20):
             self.turn()
             for one in [u for u in self.units.values() if u.stage is Stage.ASKED]:
-                node = self.rooms.setdefault(one.room, next(free))
+                node = self.placements.setdefault(one.placement, next(free))
                 taken = replace(one, stage=Stage.RUNNING, since=self.now, node=node, id=f"w{one.key}")
-                if may_be_there(one, node, self.units.values(), self.seen, self.terms):
+                if may_be_there(one, node, self.units.values(), self.seen, self.bounds):
                     self.units[one.key] = taken
                 else:
                     self.drop(one.key, node_lost=True)

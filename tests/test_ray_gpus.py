@@ -22,7 +22,7 @@ from pathlib import Path
 import ray
 from elastic.cluster.actors import see_devices
 from elastic.cluster.raytrain import RayTrainer
-from elastic.cluster.rooms import GroupPlan
+from elastic.cluster.placement_groups import GroupPlan
 from elastic.cluster.sharing import Terms
 
 folder = Path(sys.argv[2])

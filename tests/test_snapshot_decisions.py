@@ -13,7 +13,7 @@ from elastic.parallel.probe import state_share
 from elastic.snapshot.cadence import FIRST, MOST, SHARE, Meter, auto_every
 from elastic.snapshot.holdings import Holding, SnapshotId, complete, lost_parts, to_free
 from elastic.snapshot.partners import Vault, domains, memory, needs_copies, partners, short_of_memory
-from elastic.worker.parts import ALIGNMENT, Head, pieces, starts
+from elastic.worker.snapshot_layout import ALIGNMENT, Head, pieces, starts
 
 hosts = st.lists(st.integers(0, 4), min_size=1, max_size=12)
 

@@ -24,9 +24,9 @@ from elastic.run.prepare import prepare
 from elastic.snapshot.cadence import FIRST
 from elastic.snapshot.client import VaultClient
 from elastic.snapshot.holdings import Holding
-from elastic.worker.from_vaults import survey
 from elastic.worker.ladder import next_rung
 from elastic.worker.local import LocalRun
+from elastic.worker.snapshot_restore import survey
 from tests.forked import LONG, WAIT_S, Ran, Watch, configure, fault, local_run, plan, wait_until
 from tests.slowly import slow
 from tests.test_bits import assert_same_training, flip_a_byte

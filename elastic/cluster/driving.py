@@ -155,11 +155,11 @@ class Drive:
 
     def _train(self, url: str, token: str, accelerator: str) -> dict[str, Any]:
         from elastic.cluster.actors import training_function
-        from elastic.cluster.board import leave_board
         from elastic.cluster.capacity import worker_resources
+        from elastic.cluster.placement_groups import GroupPlan
         from elastic.cluster.raytrain import RayTrainer, placement_group_name, remove_placement_groups
-        from elastic.cluster.rooms import GroupPlan
         from elastic.cluster.sharing import Terms
+        from elastic.cluster.standings import withdraw_standing
         from elastic.compat.ray import session_folder
         from elastic.worker.run import WorkerRun
 
@@ -222,7 +222,7 @@ class Drive:
             self._ended.wait(END_TIMEOUT_S)
             return self._outcome()
         finally:
-            leave_board(run.name)
+            withdraw_standing(run.name)
 
     def _train_with(self, trainer: Any) -> bool:
         """Returns whether the run ended; else its controller did, and the workers with it."""

@@ -15,16 +15,16 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from elastic.cluster.board import Board
 from elastic.cluster.capacity import excluded_nodes, fits
+from elastic.cluster.placement_groups import GroupPlan, Placement
 from elastic.cluster.pool import (
     Action,
     AskAnew,
     AskIn,
+    Bounds,
     GiveUp,
     Seen,
     Stage,
-    Terms,
     Unit,
     Withdraw,
     closed_nodes,
@@ -33,8 +33,8 @@ from elastic.cluster.pool import (
     notices,
     staying_units,
 )
-from elastic.cluster.rooms import GroupPlan, Room
 from elastic.cluster.sharing import Patience, Standing, share
+from elastic.cluster.standings import Standings
 from elastic.cluster.vaults import Vaults
 from elastic.compat.ray import actor_id, draining_nodes, free_resources, how_it_ended, process_ended
 from elastic.compat.ray_train import BaseGroup, WorkerStatus
@@ -49,23 +49,23 @@ _log = logging.getLogger(__name__)
 
 
 class _Handle:
-    """What carries a unit: its place in a room, its actor, and what is waited for."""
+    """What carries a unit: its place in a placement, its actor, and what is waited for."""
 
-    def __init__(self, unit: Unit, room: Room):
+    def __init__(self, unit: Unit, placement: Placement):
         self.unit = unit
         self.actor: Any = None
         self.status = WorkerStatus(running=True, error=None, training_report=None)
-        self.room, self._bundle = room, room.free.pop(0)
-        self.pending: Any = room.group.ready()
+        self.placement, self._bundle = placement, placement.free.pop(0)
+        self.pending: Any = placement.group.ready()
 
     def place(self) -> str:
         """The node that it was given."""
-        return ray.util.placement_group_table(self.room.group)["bundles_to_node_id"].get(self._bundle, "")
+        return ray.util.placement_group_table(self.placement.group)["bundles_to_node_id"].get(self._bundle, "")
 
     def create(self, worker_class: Any, resources: dict[str, float], node: str) -> None:
         """The resources are there: make the actor. Does not wait."""
         strategy = PlacementGroupSchedulingStrategy(
-            placement_group=self.room.group, placement_group_bundle_index=self._bundle
+            placement_group=self.placement.group, placement_group_bundle_index=self._bundle
         )
         actor_class = ray.remote(num_cpus=resources.get("CPU", 0), num_gpus=resources.get("GPU", 0))(worker_class)
         self.actor = actor_class.options(scheduling_strategy=strategy).remote()
@@ -78,7 +78,7 @@ class _Handle:
         """End the process and give its resources back in one turn."""
         if self.actor is not None:
             ray.kill(self.actor)
-        self.room.give_back(self._bundle, node_lost=node_lost)
+        self.placement.give_back(self._bundle, node_lost=node_lost)
 
 
 class Group(BaseGroup):
@@ -89,7 +89,7 @@ class Group(BaseGroup):
     def start(self) -> None:
         self._plan: GroupPlan = self.train_loop_config["group"]
         self._link = DriverLink(self._plan.url, self._plan.token)
-        self._terms = Terms(
+        self._bounds = Bounds(
             self._plan.per_node,
             self._plan.group_size,
             self._plan.packed,
@@ -104,7 +104,7 @@ class Group(BaseGroup):
             self._vaults = Vaults(self._plan.name, self._plan.token, self._plan.still_s, how_it_ended)
         self._deadlines: dict[str, int] = {}  # of nodes that go away
         self._next_nodes = 0.0
-        self._board = Board(self._plan.terms.run)
+        self._standings = Standings(self._plan.terms.run)
         self._patience = Patience(self._plan.terms.request_timeout_s)
         self._enough_at = self._had_since = time.monotonic()
         restart = next(Group.restarts)
@@ -133,7 +133,7 @@ class Group(BaseGroup):
     def poll(self, timeout: float | None) -> list[WorkerStatus]:
         """One turn of the control loop: absorb what died, ask for what is missing, start what is ready."""
         self._watch_nodes()
-        self._carry_out(decide(self._units, self._now_seen(), self._terms, time.monotonic()))
+        self._carry_out(decide(self._units, self._now_seen(), self._bounds, time.monotonic()))
         self._collect(timeout or POLL_S)
         there = {h.unit.stage: None for h in self._handles.values()}
         statuses = [h.status for h in self._handles.values() if h.unit.stage in (Stage.RUNNING, Stage.OVER)]
@@ -148,8 +148,8 @@ class Group(BaseGroup):
         return [handle.unit for handle in self._handles.values()]
 
     def _now_seen(self) -> Seen:
-        lost = frozenset(h.unit.room for h in self._handles.values() if not h.room.usable)
-        return replace(self._seen, lost_rooms=lost, pausing=self._patience.pausing(time.monotonic()))
+        lost = frozenset(h.unit.placement for h in self._handles.values() if not h.placement.usable)
+        return replace(self._seen, lost_placements=lost, pausing=self._patience.pausing(time.monotonic()))
 
     def _carry_out(self, actions: list[Action]) -> None:
         for action in actions:
@@ -159,17 +159,17 @@ class Group(BaseGroup):
                 case Withdraw(key):
                     self._handles.pop(key).drop()
                 case AskIn(number):
-                    room = next(h.room for h in self._handles.values() if h.unit.room == number)
-                    self._add(number, room)
+                    placement = next(h.placement for h in self._handles.values() if h.unit.placement == number)
+                    self._add(number, placement)
                 case AskAnew(elsewhere, places):
                     number = next(self._numbers)
-                    room = Room(self._plan, number, list(elsewhere))
+                    placement = Placement(self._plan, number, list(elsewhere))
                     for _ in range(places):
-                        self._add(number, room)
+                        self._add(number, placement)
 
-    def _add(self, number: int, room: Room) -> None:
+    def _add(self, number: int, placement: Placement) -> None:
         unit = Unit(next(self._numbers), number, Stage.ASKED, time.monotonic())
-        self._handles[unit.key] = _Handle(unit, room)
+        self._handles[unit.key] = _Handle(unit, placement)
 
     def _remove(self, handle: _Handle, *, node_lost: bool = False) -> None:
         del self._handles[handle.unit.key]
@@ -193,7 +193,7 @@ class Group(BaseGroup):
     def _advance(self, handle: _Handle, answer: Any) -> None:
         if handle.unit.stage is Stage.ASKED:
             node = handle.place()
-            if may_be_there(handle.unit, node, self._units, self._seen, self._terms):
+            if may_be_there(handle.unit, node, self._units, self._seen, self._bounds):
                 handle.create(self.worker_class, self._plan.unit, node)
             else:  # it is asked for again, elsewhere
                 self._remove(handle, node_lost=True)
@@ -270,7 +270,7 @@ class Group(BaseGroup):
         if have != self._seen.had:
             self._had_since = now
         mine = Standing(terms, have, len(asked), now - self._enough_at, now - self._had_since)
-        left = share(mine, self._board.exchange(mine, now), holds_state=found["holds_state"])
+        left = share(mine, self._standings.exchange(mine, now), holds_state=found["holds_state"])
         if left.most != found["ceiling"]:
             self._tell(Yield(left.most, list(left.to)))
         self._patience = self._patience.after(
@@ -286,7 +286,7 @@ class Group(BaseGroup):
 
     def _has_room(self) -> bool:
         """Whether some node could take a worker now."""
-        closed = closed_nodes(self._units, self._seen, self._terms)
+        closed = closed_nodes(self._units, self._seen, self._bounds)
         return any(fits(self._plan.unit, has) for node, has in free_resources().items() if node not in closed)
 
     def _tell(self, what: str | Request) -> dict[str, Any] | None:

@@ -20,7 +20,7 @@ from ray.train.backend import Backend
 from ray.util.placement_group import remove_placement_group
 
 from elastic.cluster.group import POLL_S, Group
-from elastic.cluster.rooms import GroupPlan
+from elastic.cluster.placement_groups import GroupPlan
 from elastic.compat.ray import is_ready
 from elastic.compat.ray_train import (
     BaseController,

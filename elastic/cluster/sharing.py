@@ -63,7 +63,7 @@ class Standing:
         return (-self.terms.priority, self.terms.since, self.terms.run)
 
     def to_bytes(self, beat: int) -> bytes:
-        """For the board; `beat` makes it another value every time."""
+        """For the standings of the cluster; `beat` makes it another value every time."""
         return json.dumps({"format": 1, "beat": beat, **asdict(self)}).encode()
 
     @classmethod

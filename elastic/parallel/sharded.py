@@ -21,7 +21,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from elastic.compat.torch import all_gather_flat, norm_of_each, own_parameters
-from elastic.parallel.alike import Alike
+from elastic.parallel.block_order import BlockOrder
 from elastic.parallel.buffers import StepBuffers
 from elastic.parallel.canonical import CanonicalSum, row_sums, sums_per_row
 from elastic.parallel.layout import shard_range
@@ -51,7 +51,7 @@ class _Sharded:
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         self._buffers = StepBuffers(model, exact=self._exact)
         self._used = _Used(model)
-        self._alike, self._steps, self._metrics = Alike(model, mesh, device), 0, Metrics()
+        self._alike, self._steps, self._metrics = BlockOrder(model, mesh, device), 0, Metrics()
         self.wait_s = 0.0
         self.scale = 1.0
         self.recomputes = False  # backward passes compute forward passes again

@@ -11,9 +11,9 @@ from elastic.errors import ConfigError
 from elastic.job import Job
 from elastic.parallel import modes
 from elastic.parallel.blocks import check_compiler, checkpoint_activations, compile_blocks, find_blocks
-from elastic.parallel.casting import cast_parameters, check_castable
 from elastic.parallel.deferred import CannotDefer, DeferredModel, build, build_eagerly
 from elastic.parallel.mesh import Mesh
+from elastic.parallel.param_dtype import cast_parameters, check_castable
 from elastic.parallel.probe import check_elementwise
 from elastic.parallel.references import check_references
 from elastic.parallel.scaling import LossScale

@@ -22,10 +22,10 @@ from elastic.snapshot.cadence import Meter
 from elastic.snapshot.client import VaultClient
 from elastic.snapshot.holdings import Complete, SnapshotId
 from elastic.snapshot.partners import Vault, domains, memory, needs_copies, partners, short_of_memory
-from elastic.worker import from_vaults
+from elastic.worker import snapshot_restore
 from elastic.worker.group import Group
-from elastic.worker.parts import Head
-from elastic.worker.sending import CALLED_OFF, SEND_S, Part, Sender
+from elastic.worker.snapshot_layout import Head
+from elastic.worker.snapshot_upload import CALLED_OFF, SEND_S, Part, Sender
 from elastic.worker.state import TrainState
 
 IN_VAULTS, UNDER_WAY, FAILED = 0, 1, 2  # what a member says of its part; the worst counts for all
@@ -85,7 +85,7 @@ class Snapshots:
         self._known, self._near = self._near | {v.url for v in vaults}, {v.url for v in vaults}
         if self._undone is not None and group.rank == 0:
             before = SnapshotId(self._generation.epoch, self._generation.n, 0)
-            from_vaults.forget(self._near, self._token, self._undone, before)
+            snapshot_restore.forget(self._near, self._token, self._undone, before)
         self._undone = None
         partner, domain = partners(vaults), domains(vaults)
         layout, nodes = group.layout, [r["vault"][0] for r in rows]
@@ -168,7 +168,7 @@ class Snapshots:
         said = None
         if group.rank == 0:
             near, far = {own for own, _ in told}, {url for _, known in told for url in known}
-            found, reason = from_vaults.choose(sorted(near), sorted(far), self._token)
+            found, reason = snapshot_restore.choose(sorted(near), sorted(far), self._token)
             said = [[str(c.id), c.urls] for c in found], reason
         found, reason = group.send_json(said, 0)
         return [Complete(SnapshotId.parse(id), tuple(map(tuple, urls))) for id, urls in found], reason
@@ -182,7 +182,7 @@ class Snapshots:
         Raises:
             SnapshotError: on all workers, if any of them could not read its part.
         """
-        state, read = from_vaults.load(group, make, found, self._own, self._token)
+        state, read = snapshot_restore.load(group, make, found, self._own, self._token)
         self._newest = found.id
         return state, read
 

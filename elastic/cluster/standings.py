@@ -11,7 +11,7 @@ _NAMESPACE = b"elastic"
 _PREFIX = b"run/"
 
 
-def leave_board(run: str) -> None:
+def withdraw_standing(run: str) -> None:
     """The run has ended: it says nothing any more."""
     delete_value(_key(run), _NAMESPACE)
 
@@ -20,7 +20,7 @@ def _key(run: str) -> bytes:
     return _PREFIX + run.encode()
 
 
-class Board:
+class Standings:
     """A run's view of it. Needs a connection to Ray.
 
     Clocks of machines differ, so how old a word of another is counts from when it was first read here.

@@ -13,7 +13,7 @@ from elastic.errors import CheckpointError, SnapshotError
 from elastic.snapshot.client import VaultClient
 from elastic.snapshot.holdings import Complete, Holding, SnapshotId, complete, lost_parts
 from elastic.worker.group import Group
-from elastic.worker.parts import Head, pieces
+from elastic.worker.snapshot_layout import Head, pieces
 from elastic.worker.state import TrainState
 
 SURVEY_S = 2.0

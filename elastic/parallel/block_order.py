@@ -28,7 +28,7 @@ _REFUSED = (
 )
 
 
-class Alike:
+class BlockOrder:
     """Watches the blocks of a model that `place_sharded` cut."""
 
     def __init__(self, model: nn.Module, mesh: Mesh, device: torch.device):

@@ -20,7 +20,7 @@ from elastic.compat.torch import version_of
 from elastic.errors import SnapshotError
 from elastic.snapshot.client import VaultClient
 from elastic.snapshot.holdings import SnapshotId
-from elastic.worker.parts import Head, starts
+from elastic.worker.snapshot_layout import Head, starts
 
 SETTLE_S = 600.0
 SEND_S = 20.0  # a vault that takes nothing for so long is given up

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from elastic.parallel.blocks import checkpoint_activations, find_blocks
-from elastic.parallel.casting import cast_parameters
+from elastic.parallel.param_dtype import cast_parameters
 from tests.forked import configure, train
 from tests.test_sharded import sharded
 from tests.tiny_jobs import Plain

@@ -44,8 +44,8 @@ class GroupPlan:
         return self.per_node or 1 if self.packed else 1
 
 
-class Room:
-    """A placement group: room for one worker, or for those of one node, which come and go one by one."""
+class Placement:
+    """A placement group: placement for one worker, or for those of one node, which come and go one by one."""
 
     def __init__(self, plan: GroupPlan, number: int, full_nodes: list[str]):
         size = plan.group_size
@@ -61,7 +61,7 @@ class Room:
         self._size = size
 
     def give_back(self, bundle: int, *, node_lost: bool) -> None:
-        """A worker's place is free again. Room that nobody is in goes back in the same turn: a dead node's group
+        """A worker's place is free again. Placement that nobody is in goes back in the same turn: a dead node's group
         re-places itself otherwise."""
         self.free.append(bundle)
         self.usable = self.usable and not node_lost
