@@ -1,7 +1,8 @@
 """How a run's workers are kept at the number that it wants: what to ask of the cluster, and what to give back. Pure.
 
 A unit is a worker, or what was asked for to become one. Each has a place in a placement, which is a placement group of
-Ray's: one place, or as many as a node is to have together. The controller says what it sees, and carries out what is decided.
+Ray's: one place, or as many as a node is to have together. The controller says what it sees, and carries out what is
+decided.
 """
 
 from __future__ import annotations
