@@ -52,10 +52,58 @@ class Averaged(Plain):
             "mean": lambda: (mean, weight, metrics),
             "sum-for-1": lambda: (total, 1, {}),
             "mean-for-1": lambda: (mean, 1, {}),
+            "grows": lambda: (total * weight, weight, {}),
             "metric": lambda: (total, weight, {**metrics, "perplexity": mean.exp()}),
             "train-only": lambda: (total, weight, {} if model.training else model.no_such_thing),
         }
         return found[self.how]()
+
+
+def train(model):
+    import torch
+
+    with torch.enable_grad():
+        loss = sum(p.square().sum() for p in model.parameters())
+        loss.backward()
+        torch.optim.SGD(model.parameters(), lr=0.1).step()
+    return loss.detach()
+
+
+@dataclass
+class Carrying(Plain):
+    """Its passes leave something to those after them, or to whoever gets their samples the next time."""
+
+    how: str = field(default="counts", metadata={"help": "what"})
+
+    def __post_init__(self):
+        self.passes, self.average = 0, []
+
+    def train_data(self):
+        data = super().train_data()
+        return [data[i] for i in range(len(data))] if self.how == "in place" else data
+
+    def collate_fn(self, samples):
+        import torch
+
+        if self.how != "in place":
+            return super().collate_fn(samples)
+        features, labels, ids = zip(*samples)
+        return list(features), torch.tensor(labels), torch.tensor(ids)
+
+    def logits(self, model, features, ids):
+        import torch
+
+        if self.how == "in place":
+            features = torch.stack([f.mul_(0.5) for f in features])
+        if model.training and self.how == "counts":
+            self.passes += 1
+            return model(features) / self.passes
+        if model.training and self.how == "writes":
+            model[0].weight.data.mul_(0.9)
+        if self.how == "harmless":  # a count that nothing goes by, and what is drawn
+            self.passes += 1
+            return model(features) * (1 + torch.rand(()))
+        return model(features)
 
 
 @dataclass
@@ -76,6 +124,7 @@ class Evaluated(Plain):
             "loss": lambda: (total, weight, {"loss": total}),
             "mean": lambda: (total / weight, weight, metrics),
             "names": lambda: (total, weight, {"far/loss": total}),
+            "trains": lambda: (train(model), weight, metrics),
         }
         return found.get(self.how, lambda: (total, weight, metrics))()
 

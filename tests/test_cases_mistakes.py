@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import random
+import re
 from collections import deque
 from fractions import Fraction
 
@@ -14,20 +15,20 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from elastic.config import TrainConfig
-from elastic.data.loader import ItemError
+from elastic.config import RunOptions, TrainConfig
+from elastic.data.loader import Fetcher, ItemError, Loader, Order
 from elastic.data.samples import halves
-from elastic.errors import ConfigError
+from elastic.errors import ConfigError, RunFailed
 from elastic.observe.ledger import COLUMNS
 from elastic.worker.evaluate import held_out_batch
-from elastic.worker.rehearsal import Rehearsal, Sums, counts, mistake
+from elastic.worker.rehearsal import Rehearsal, Sums, adds_up, counts, mistake
 from elastic.worker.returned import check_returned
 from elastic.worker.traces import without_trace
 from elastic.worker.user_code import UserCode
 from tests.error_jobs import FaultySamples
 from tests.forked import LONG, configure, sample_at, train
-from tests.mistaken_jobs import Averaged, Evaluated, Mistaken
-from tests.tiny_jobs import Plain
+from tests.mistaken_jobs import Averaged, Carrying, Evaluated, Mistaken
+from tests.tiny_jobs import CONFIG, Plain
 
 CPU = torch.device("cpu")
 WEIGHT = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
@@ -160,6 +161,7 @@ def test_sums_with_counts_and_means_with_ones_pass(losses):
     )
     assert mistake("loss()", triple(losses, mean, one)) is None
     assert counts(triple(losses, sum))
+    assert adds_up(triple(losses, sum))
     assert not counts(triple(losses, mean, one))
 
 
@@ -192,6 +194,14 @@ def test_losses_that_are_neither_pass(losses, of):
     assert mistake("loss()", triple(losses, of, len, {"m": of})) is None
 
 
+@given(several)
+def test_what_a_batch_adds_to_the_losses_of_its_parts_is_seen(losses):
+    """A penalty for each call, and what a sample's loss owes to those beside it."""
+    assert not adds_up(triple(losses, lambda c: sum(c) + 0.01 * sum(losses)))
+    assert not adds_up(triple(losses, lambda c: sum(c) * len(c)))
+    assert adds_up(triple(losses, lambda c: math.nan))
+
+
 def test_a_batch_that_cannot_be_had_is_left_to_the_first_step_to_tell():
     class Nothing:
         def first_batches(self, count):
@@ -202,7 +212,7 @@ def test_a_batch_that_cannot_be_had_is_left_to_the_first_step_to_tell():
 
     rehearsal.run(torch.nn.Linear(1, 1), 1, None)
 
-    assert rehearsal.weights_count is True
+    assert rehearsal.separate == 0
 
 
 def test_a_held_out_item_that_raises_is_named_and_where_collate_fn_does_all_are():
@@ -219,6 +229,49 @@ def test_a_held_out_item_that_raises_is_named_and_where_collate_fn_does_all_are(
         with pytest.raises(ItemError) as raised:
             held_out_batch(job, data, ids, (0, "near", 0))
         assert (raised.value.samples, raised.value.line) == (samples, line)
+
+
+def rehearse(job, exactness="fast"):
+    """Try a job, in this process."""
+    config = TrainConfig(run=RunOptions(exactness=exactness), batch=CONFIG.batch)
+    data, model = job.train_data(), job.model()
+    before = copy.deepcopy(model.state_dict())
+    order = Order(seed=0, dataset_size=len(data), global_size=30, microbatches=10)
+    loader = Loader(Fetcher(data, job.collate_fn, 0, len(data)), order, workers=0, prefetch=0, total_steps=1)
+    code = UserCode(job, CPU, "w", autocast="off")
+    try:
+        Rehearsal(job, config, code, loader, job.eval_data(), eval_size=6).run(model, 1, None)
+    finally:
+        assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("job", "exactness", "sentence"),
+    [
+        (
+            Carrying(how="counts"),
+            "fast",
+            "goes by what the pass before left in job.passes; a step has several passes, which workers share",
+        ),
+        (Carrying(how="writes"), "fast", "goes by what the pass before left in model.0.weight; a step has several"),
+        (Carrying(how="writes"), "bitwise", "loss() changes parameters of the model (0.weight), so their values"),
+        (Carrying(how="in place"), "fast", "loss() writes to the tensors of its batch, which are those that the data"),
+        (
+            Evaluated(how="trains"),
+            "fast",
+            "evaluate() changes parameters of the model (0.weight, 0.bias, 2.weight, ...)",
+        ),
+    ],
+)
+def test_what_a_pass_leaves_to_those_after_it_is_refused_by_name(job, exactness, sentence):
+    with pytest.raises(RunFailed, match=re.escape(sentence)):
+        rehearse(job, exactness)
+
+
+def test_counts_that_nothing_goes_by_and_own_random_numbers_are_let_alone():
+    job = Carrying(how="harmless")
+    rehearse(job, "bitwise")
+    assert job.passes == 0
 
 
 class Forgetful(torch.nn.Module):
@@ -369,6 +422,11 @@ def test_a_sample_that_fails_is_an_event_of_a_finished_run(how, strategy, tmp_pa
         (Averaged(how="sum-for-1"), "ddp", "loss() returned a sum, "),
         (Averaged(how="metric"), "ddp", "metric 'perplexity' that loss() returned is a mean, "),
         (Evaluated(how="mean"), "ddp", "evaluate() returned a mean, "),
+        (
+            Carrying(how="counts"),
+            "fsdp",
+            "goes by what the pass before left in job.passes; a step has several passes, which workers share",
+        ),
         (Evaluated(how="raises"), "ddp", "'Sequential' object has no attribute 'no_such_method'"),
         (Evaluated(how="raises"), "fsdp", "has no attribute 'no_such_method'"),
         (Evaluated(how="loss"), "ddp", "metric 'loss' that evaluate() returned would be eval/loss"),
@@ -397,19 +455,23 @@ def test_the_best_by_a_figure_that_no_evaluation_has_is_refused_before_the_first
 
 @pytest.mark.usefixtures("fork_server")
 @in_processes
-def test_means_with_the_weight_1_are_the_same_at_every_world_size_in_fast(tmp_path):
-    one, three, plain = (
+def test_means_with_the_weight_1_and_losses_that_do_not_add_up_are_the_same_at_every_world_size_in_fast(tmp_path):
+    one, three, plain, alone, two = (
         train(job, configure(tmp_path, name, run__exactness="fast"), workers)
         for name, job, workers in (
             ("1", Averaged(how="mean-for-1"), 1),
             ("3", Averaged(how="mean-for-1"), 3),
             ("p", Plain(), 1),
+            ("a", Averaged(how="grows"), 1),
+            ("2", Averaged(how="grows"), 2),
         )
     )
 
     assert three.column("loss") == pytest.approx(one.column("loss"), rel=1e-4)
     assert one.column("loss") == pytest.approx(plain.column("loss"), rel=1e-4)
     assert "count passes, not samples" in str(one.events("worker_warm"))
+    assert two.column("loss") == pytest.approx(alone.column("loss"), rel=1e-4)
+    assert "is not the sum of the losses of its parts" in str(two.events("worker_warm"))
 
 
 @pytest.mark.usefixtures("fork_server")

@@ -150,6 +150,24 @@ class PastForward(Quiet):
 
 
 @dataclass
+class Guarded(Quiet):
+    """Leaves out some microbatches with a loss that was made of no parameter; from step 3 on, the last of a worker."""
+
+    def __post_init__(self):
+        self.steps = 0
+
+    def after_step(self, model, step):
+        self.steps = step
+
+    def loss(self, model, batch):
+        import torch
+
+        if model.training and torch.is_grad_enabled() and self.steps >= 2 and int(batch[2][0]) % 2:
+            return torch.zeros(1, requires_grad=True).sum(), len(batch[2]), {"accuracy": 0}
+        return super().loss(model, batch)
+
+
+@dataclass
 class Sparse(Quiet):
     """An embedding whose gradients are sparse."""
 
@@ -183,7 +201,7 @@ class Normalised(Quiet):
         return f"{int(model[1].num_batches_tracked)} batches"
 
 
-@pytest.mark.parametrize("job", [SpareHead(), Branches()], ids=["never", "sometimes"])
+@pytest.mark.parametrize("job", [SpareHead(), Branches(), Guarded()], ids=["never", "sometimes", "none at all"])
 def test_parameters_without_gradient_train_as_with_one_worker(job, tmp_path):
     """Which passes use a parameter is found in the step where one does not, and said once."""
     expected = plain_losses(type(job)())
@@ -196,8 +214,19 @@ def test_parameters_without_gradient_train_as_with_one_worker(job, tmp_path):
     said = [[e["detail"] for e in ran.events("unused_parameters")] for ran in found]
     assert not said[0]
     assert all(
-        any(name in details[0] for name in ("spare.weight", "sometimes.weight", "late.weight")) for details in said[1:]
+        any(
+            name in details[0]
+            for name in ("spare.weight", "sometimes.weight", "late.weight", "all parameters", "0.bias")
+        )
+        for details in said[1:]
     )
+
+
+def test_a_cut_model_that_some_passes_do_not_call_is_refused_by_name(tmp_path):
+    ran = train(Guarded(), configure(tmp_path, "run", parallel__strategy="fsdp", run__exactness="fast"), 2)
+
+    assert (ran.failure or "").startswith("loss() returned without a call of the model for some microbatches")
+    assert ran.column("step") == [1, 2]
 
 
 @pytest.mark.parametrize("exactness", ["fast", "bitwise"])

@@ -21,10 +21,16 @@ from elastic.errors import ConfigError
 from elastic.parallel.mesh import Mesh
 from elastic.parallel.wrapping import fsdp_modules
 
-_END = -1
+_END, _RETURNED = -1, -2  # of the model's forward(), and of loss()
 _REFUSED = (
     "blocks of the model run for some microbatches and not for others, but sharded ones must run alike for all; use "
     "--parallel.strategy ddp, or name larger --parallel.blocks"
+)
+
+_LEFT_OUT = (
+    "loss() returned without a call of the model for some microbatches, but workers call a sharded model together; "
+    "call it for every batch, and where one is not to count return (outputs * 0).sum() with the weight 0, or use "
+    "--parallel.strategy ddp"
 )
 
 
@@ -35,6 +41,7 @@ class BlockOrder:
         self._mesh, self._device = mesh, device
         self._ran: list[int] = []
         self._each = False
+        self._calls: bool | None = None  # whether the first pass of this world ran any part of the model that is cut
         if mesh.layout.shards == 1:
             return
         for index, module in enumerate(fsdp_modules(model)):
@@ -58,6 +65,25 @@ class BlockOrder:
         finally:
             self._each = False
 
+    def returned(self, before: int) -> None:
+        """The loss of a pass returned; `before` parts had run when it began.
+
+        Raises:
+            ConfigError: those of a row are not alike, or nothing of the model ran here.
+        """
+        ran = len(self._ran) > before
+        if self._each:
+            self._next(_RETURNED)
+        if self._calls is None:
+            self._calls = ran
+        elif self._calls and not ran:  # the others wait for this worker's rows
+            raise ConfigError(_LEFT_OUT)
+
+    @property
+    def count(self) -> int:
+        """How many parts ran since `taken`."""
+        return len(self._ran)
+
     def _next(self, index: int) -> None:
         self._ran.append(index)
         if self._each:
@@ -65,7 +91,7 @@ class BlockOrder:
             everyone = mine.new_empty(self._mesh.layout.shards)
             all_gather_flat(everyone, mine, group=self._mesh.row_group)
             if everyone.unique().numel() > 1:
-                raise ConfigError(_REFUSED)
+                raise ConfigError(_LEFT_OUT if _RETURNED in everyone else _REFUSED)
 
     def taken(self) -> float:
         """What ran since this was last asked, as a number for the step's record."""

@@ -96,15 +96,29 @@ class _LossOf(nn.Module):
     it calls of it is seen by DDP.
     """
 
-    def __init__(self, model: nn.Module, loss: LossFunction):
+    def __init__(self, model: nn.Module, loss: LossFunction, anchor: nn.Parameter | None):
+        """`anchor`: a parameter that every loss is to reach, though it gets no gradient from that."""
         super().__init__()
-        self.model, self._loss = model, loss
+        self.model, self._loss, self._anchor = model, loss, anchor
         self.batch: Any = None
         self.rest: tuple[Any, Any] = (None, None)
 
     def forward(self) -> torch.Tensor:
         loss, *self.rest = self._loss(self.model, self.batch)  # type: ignore[assignment]
-        return loss
+        return loss if self._anchor is None else _Anchored.apply(loss, self._anchor)
+
+
+class _Anchored(torch.autograd.Function):
+    """A loss that reaches a parameter without giving it a gradient, so that DDP's hooks run in every last pass: also in
+    that of a loss which was made of no parameter."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: torch.Tensor, anchor: torch.Tensor) -> torch.Tensor:
+        return loss.view_as(loss)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return gradients[0], None
 
 
 class FastReplica(_Replica):
@@ -132,9 +146,11 @@ class FastReplica(_Replica):
         self._buffers = StepBuffers(model, exact=False)
         self.wait_s = 0.0  # seconds of the last step spent in exchanges that nothing hides
         self._ddp: nn.parallel.DistributedDataParallel | None = None
-        if self._world_size > 1 and any(p.requires_grad for p in model.parameters()):
+        self._find_unused = find_unused
+        self._trained = [p for p in model.parameters() if p.requires_grad]
+        if self._world_size > 1 and self._trained:
             self._ddp = nn.parallel.DistributedDataParallel(
-                _LossOf(model, loss),
+                _LossOf(model, loss, self._trained[0] if find_unused else None),
                 bucket_cap_mb=bucket_mb,
                 gradient_as_bucket_view=True,
                 **NO_BUFFER_SYNC,
@@ -163,6 +179,7 @@ class FastReplica(_Replica):
         after: list[dict[str, torch.Tensor]] = []
         counts: list[int] = []
         pending: PendingRecord | None = None
+        before: list[tuple[int, int]] = []
         for one in passes:
             sync = contextlib.nullcontext() if one.last or self._ddp is None else self._ddp.no_sync()
             versions = buffers.versions()
@@ -175,11 +192,12 @@ class FastReplica(_Replica):
                 if one.last:
                     records.tell(fingerprint(buffers, after))
                     pending = records.gather(None)
+                    before = self._written() if self._ddp is not None and not self._find_unused else []
                 with self._recomputing(changed):
                     (loss * self.scale if self.scale != 1 else loss).backward()
             buffers.undo(changed)  # every pass starts from the buffers of the step's beginning
         assert pending is not None, "a rank without a microbatch"
-        self._check_reduced()
+        self._check_reduced(before)
         began = time.perf_counter()
         record = pending.result()
         buffers.end(touched := buffers.masked(record.changed_buffers))
@@ -198,14 +216,24 @@ class FastReplica(_Replica):
         inner.batch, inner.rest = None, (None, None)
         return loss, weight, metrics
 
-    def _check_reduced(self) -> None:
+    def _written(self) -> list[tuple[int, int]]:
+        """Which gradients there are, and how often each was written to."""
+        grads = [p.grad for p in self._trained]
+        return [(0, 0) if g is None else (id(g), version_of(g)) for g in grads]
+
+    def _check_reduced(self, before: list[tuple[int, int]]) -> None:
         if self._ddp is None:
             return
         try:
             check_reduced(self._ddp)
         except RuntimeError as error:
-            named = self.model.named_parameters()
-            raise NotReduced([name for name, p in named if p.requires_grad and p.grad is None]) from error
+            raise self._not_reduced() from error
+        if not self._find_unused and self._written() == before:  # the loss reached no parameter, and DDP does not know
+            raise self._not_reduced()
+
+    def _not_reduced(self) -> NotReduced:
+        named = self.model.named_parameters()
+        return NotReduced([name for name, p in named if p.requires_grad and p.grad is None])
 
     def norm(self, gradients: list[torch.Tensor]) -> torch.Tensor:
         """Global L2 norm of the gradients."""

@@ -65,8 +65,10 @@ class _Sharded:
         return Records(self._runs, self._place, self._device, (bits + 63) // 64, self._metrics)
 
     def _forward(self, batch: Any) -> tuple[torch.Tensor, Any, Any]:
+        before = self._alike.count
         with nullcontext() if self._steps else self._alike.each():
             result = self._loss(self.model, batch)
+            self._alike.returned(before)
         self._used.look_at_root()
         return result
 

@@ -30,6 +30,16 @@ _KNOWN_OF_OPTIMIZERS = ("state", "param_groups", "defaults")
 Leaf = torch.Tensor | np.ndarray | int | float | Any
 
 
+class Attributes:
+    """What an object has, whatever its class: a job may be a data set too."""
+
+    def __init__(self, owner: object):
+        self.__dict__.update(getattr(owner, "__dict__", {}))
+
+
+Attributes.__module__ = "job"  # one that is looked into
+
+
 def leaves(roots: Mapping[str, Any], skip: Iterable[int], main: object) -> dict[str, Leaf]:
     """Tensors, arrays, generators and numbers that can be reached from `roots` through attributes and containers.
 

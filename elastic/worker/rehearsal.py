@@ -2,34 +2,51 @@
 
 A sum over samples grows with them, a mean does not. So a mean returned as the sum shows itself, and a weight that does
 not count. Found out only where there is no doubt: the numbers do not depend on chance, the halves differ, and the whole
-lies where no sum can lie. Losses that are neither, as contrastive ones, pass.
+lies where no sum can lie. Losses that are neither pass, such as contrastive ones or those with a penalty for each call;
+but how many passes a step has would change them, so their passes have one microbatch each.
 """
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
 
 from elastic.config import TrainConfig
+from elastic.data.identity import fingerprint
 from elastic.data.loader import Loader
 from elastic.data.samples import halves, untouched
 from elastic.errors import ConfigError
 from elastic.job import Job, MapDataset
+from elastic.parallel.buffers import StepBuffers
 from elastic.parallel.wrapping import fsdp_modules
 from elastic.seeds import derive, seed_all
+from elastic.worker.belongings import Attributes, digest, leaves
 from elastic.worker.evaluate import figures, held_out_batch
 from elastic.worker.group import Group
 from elastic.worker.returned import LossValue
-from elastic.worker.traces import without_trace
+from elastic.worker.traces import Parameters, without_trace
 from elastic.worker.user_code import UserCode, UserCodeError
 
 _CLOSE = 1e-3  # of a sum: what counts as rounding
 _APART = 1e-4  # of the larger half: halves nearer than that say nothing
+
+_SAME = 1e-5  # of a loss: what may be otherwise if the same is computed twice
+_SHOWN = 3
+
+#: Why passes have one microbatch each, so that a step is the same at every number of workers; the first is no reason.
+SEPARATE = (
+    "",
+    "the loss of a batch is not the sum of the losses of its parts",
+    "the weights of loss() count passes, not samples",
+)
+_NOT_ADDITIVE, _COUNTS_PASSES = 1, 2
 
 
 @dataclass(frozen=True)
@@ -67,6 +84,14 @@ def growth(whole: float, first: float, other: float) -> str:
 def counts(found: Sequence[Sums]) -> bool:
     """Whether the weight counts something in samples, rather than being the same for any number of them."""
     return growth(*(s.weight for s in found)) != "same"
+
+
+def adds_up(found: Sequence[Sums]) -> bool:
+    """Whether the loss of a batch is the sum of those of its halves, as far as can be known."""
+    whole, *parts = (s.loss for s in found)
+    if not all(map(math.isfinite, (whole, *parts))):
+        return True
+    return abs(whole - sum(parts)) <= _CLOSE * sum(map(abs, parts))
 
 
 def mistake(name: str, found: Sequence[Sums]) -> str | None:
@@ -115,13 +140,16 @@ class Rehearsal:
         self._job, self._config, self._code, self._loader = job, config, code, loader
         self._eval_sets, self.eval_size = eval_sets, eval_size
         self._seed = config.run.seed
-        #: Whether the weights of loss() count something in samples, rather than passes; None before `run`.
-        self.weights_count: bool | None = None
+        #: Why passes have one microbatch each, by its place in `SEPARATE`; None before `run`.
+        self.separate: int | None = None
+        self._batch: Any = None  # of the first microbatches
         #: A line for each metric, by what returned it, as far as that was tried.
         self.metrics: dict[str, list[str]] = {}
 
     def run(self, model: nn.Module, microbatches: int, group: Group | None) -> None:
         """Try everything on a model in place. Nothing is left of it.
+
+        Losses that depend on the pass before are refused, and what writes to samples that the data set keeps.
 
         Args:
             microbatches: how many of the first step the batch for loss() is made of.
@@ -134,44 +162,121 @@ class Rehearsal:
         agreed: Callable[[bool], bool] = bool
         if group is not None:
             agreed = partial(_on_any, group)
-            mine = self.weights_count
-            known = [count for count in group.gather_in_mesh(-1 if mine is None else int(mine)) if count >= 0]
-            if known:
-                self.weights_count = bool(min(known))
+            known = group.gather_in_mesh(-1 if self.separate is None else self.separate)
+            if max(known) >= 0:
+                self.separate = max(known)
                 return
         where = self._code.where
         try:
-            with without_trace(model, self._job):
+            with without_trace(model, self._job) as parameters:
                 try:
                     self._code.where = "a trial of loss() before the first step"
-                    weights_count = self._try_loss(partial(self._code.try_loss, model), microbatches, agreed)
-                    self._try_evaluate(partial(self._code.evaluate, model), agreed)
+                    separate = self._try_loss(partial(self._code.try_loss, model), microbatches, agreed)
+                    parameters.put_back()
+                    self._try_evaluate(partial(self._code.evaluate, model), agreed, parameters)
                 finally:
                     for module in fsdp_modules(model):
                         module.reshard()
+            self._code.where = "a trial of loss() in training mode before the first step"
+            self._try_twice(model, agreed)
         finally:
             self._code.where = where
-        self.weights_count = weights_count
+        self.separate = separate
 
-    def _try_loss(self, loss: Function, microbatches: int, agreed: Callable[[bool], bool]) -> bool:
-        """Returns whether its weights count samples, as far as is known."""
+    def _try_loss(self, loss: Function, microbatches: int, agreed: Callable[[bool], bool]) -> int:
+        """Returns why passes are to have one microbatch each, by its place in `SEPARATE`, as far as is known."""
         batches = self._loader.first_batches(microbatches)
         seed = derive("rehearsal", self._seed)
         try:
             found = _passes(loss, batches, seed)
+            if found and not self._config.data.workers:  # what comes from other processes is a copy
+                self._check_kept("loss()", lambda: self._loader.first_batches(microbatches)[0][1], loss)
         except UserCodeError as error:
             if error.failure.kind == ConfigError.__name__:
                 raise
-            return True  # in evaluation mode it need not work; and if it fails in training, the first step says so
+            return 0  # in evaluation mode it need not work; and if it fails in training, the first step says so
         if not found:
-            return True  # no batch can be had: the first step says why
+            return 0  # no batch can be had: the first step says why
+        self._batch = batches[0][1]
         self.metrics["result of loss()"] = [f"metric {name}" for name in sorted(found[0].metrics)]
         if len(found) < 3:
-            return True
+            return 0
         self._refuse("loss()", loss, batches, found, agreed)
-        return not agreed(not counts(found))
+        if agreed(not counts(found)):
+            return _COUNTS_PASSES
+        suspect = not adds_up(found)
+        if not agreed(suspect):
+            return 0
+        again = _passes(loss, batches, derive("rehearsal again", self._seed))
+        chance = not all(a.near(b) for a, b in zip(found, again))
+        return _NOT_ADDITIVE if agreed(suspect and not chance) else 0
 
-    def _try_evaluate(self, evaluate: Function, agreed: Callable[[bool], bool]) -> None:
+    def _try_twice(self, model: nn.Module, agreed: Callable[[bool], bool]) -> None:
+        """Refuse a loss that goes by what earlier passes left: which those were depends on the number of workers. Only
+        buffers may carry something on."""
+        if self._batch is None:
+            return
+        first, changed, written = self._two_passes(model, self._batch)
+        if written and self._config.run.exactness == "bitwise":
+            raise self._code.mistake(
+                ConfigError(
+                    f"loss() changes parameters of the model ({_listed(written)}), so their values depend on who runs "
+                    "which microbatch; change them in after_step(), or use --run.exactness fast"
+                )
+            )
+        apart = bool(first) and abs(first[1] - first[0]) > _SAME * abs(first[0])
+        if not agreed(apart):
+            return
+        again, *_ = self._two_passes(model, self._batch)
+        chance = max((abs(a - b) for a, b in zip(first, again)), default=math.inf)
+        if apart and chance <= 0.01 * abs(first[1] - first[0]):
+            kept = _listed(changed) or "an object"
+            raise self._code.mistake(
+                ConfigError(
+                    f"loss() returned {first[0]:.6g} for a batch, and {first[1]:.6g} for the same batch and the same "
+                    f"random numbers right after that: it goes by what the pass before left in {kept}; a step has "
+                    "several passes, which workers share, so change it in after_step(), or make it a buffer"
+                )
+            )
+
+    def _two_passes(self, model: nn.Module, batch: Any) -> tuple[list[float], list[str], list[str]]:
+        """The losses of one batch, twice in a row, in training mode; what was changed meanwhile, and which parameters.
+        Nothing where they cannot be had: the first step says why."""
+        losses: list[float] = []
+        with without_trace(model, self._job, training=True) as parameters:
+            before = self._held(model)
+            try:
+                for _ in range(2):
+                    with StepBuffers(model, exact=True).unmoved(), torch.set_grad_enabled(not fsdp_modules(model)):
+                        seed_all(derive("rehearsal", self._seed))
+                        losses.append(float(self._code.try_loss(model, _own(batch))[0].detach()))
+            except UserCodeError:
+                losses = []
+            finally:
+                for module in fsdp_modules(model):
+                    module.reshard()
+            after, written = self._held(model), parameters.written()
+        return losses, sorted(name for name, was in before.items() if after.get(name, was) != was), written
+
+    def _held(self, model: nn.Module) -> dict[str, str]:
+        found = leaves({"job": Attributes(self._job), "model": model}, (), None)
+        return {name: digest(leaf) for name, leaf in found.items()}
+
+    def _check_kept(self, name: str, fetch: Callable[[], Any], use: Callable[[Any], object]) -> None:
+        """Refuse a function that writes to samples which the data set keeps: the next to get them has others."""
+        if type(self._job).collate_fn is Job.collate_fn:
+            return  # torch's own copies
+        before = fingerprint(batch := fetch())
+        use(batch)
+        if before is not None and before != (after := fingerprint(fetch())) and after == fingerprint(fetch()):
+            raise self._code.mistake(
+                ConfigError(
+                    f"{name} writes to the tensors of its batch, which are those that the data set keeps, so it would "
+                    "get changed samples the next time; copy them first, in collate_fn() or with .clone()"
+                )
+            )
+
+    def _try_evaluate(self, evaluate: Function, agreed: Callable[[bool], bool], parameters: Parameters) -> None:
         own, keys = type(self._job).evaluate is not Job.evaluate, set[str]()
         for name, held_out in self._eval_sets.items():
             which = f"eval_data()[{name!r}]" if name else "eval_data()"
@@ -185,6 +290,14 @@ class Rehearsal:
                 for cut in cuts
             ]
             found = _passes(evaluate, batches, derive("eval", self._seed, name, 0))
+            if written := parameters.written():
+                raise self._code.mistake(
+                    ConfigError(
+                        f"evaluate() changes parameters of the model ({_listed(written)}), so each evaluation would be "
+                        "training, on each worker another one; leave the optimizer and gradients out of it"
+                    )
+                )
+            self._check_kept("evaluate()", partial(held_out_batch, self._job, data, ids, seeds), evaluate)
             if len(found) == 3:
                 self._refuse("evaluate()", evaluate, batches, found, agreed)
             for key in figures(name, ("loss", *found[0].metrics)):
@@ -217,9 +330,21 @@ def _passes(function: Function, batches: Batches, seed: int) -> list[Sums]:
     found = []
     for samples, batch in batches:
         seed_all(seed)
-        loss, weight, metrics = function(batch)
+        loss, weight, metrics = function(_own(batch))
         found.append(Sums(samples, float(loss), float(weight), {k: float(v) for k, v in metrics.items()}))
     return found
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
+
+
+def _own(batch: Any) -> Any:
+    """A copy to be written to, where it can be copied."""
+    try:
+        return copy.deepcopy(batch)
+    except Exception:  # of a class of the job's: then it is tried itself
+        return batch
 
 
 def _on_any(group: Group, here: bool) -> bool:

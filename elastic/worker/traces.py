@@ -14,6 +14,7 @@ from torch import nn
 
 from elastic.compat.torch import is_compiler_loaded, version_of
 from elastic.parallel.buffers import StepBuffers
+from elastic.parallel.wrapping import local
 
 _PLAIN = (bool, int, float, complex, str, bytes, tuple, frozenset, type(None))
 _CONTAINERS = (list, dict, set, deque, Counter, OrderedDict, defaultdict)
@@ -21,12 +22,32 @@ _MOST_ENTRIES, _MOST_BYTES = 10_000, 1 << 20  # larger ones hold data; what chan
 _OF_MODULES = frozenset(vars(nn.Module()))
 
 
-@contextmanager
-def without_trace(model: nn.Module, *owners: object) -> Iterator[None]:
-    """Forward passes in evaluation mode, without a graph, after which the model and `owners` are as they were.
+class Parameters:
+    """What a model's parameters were. Needs the memory that gradients take later."""
 
-    That holds for buffers, and for attributes that are plain values, small tensors, or small containers of whatever.
-    What a job changes beyond that (files, objects of its own) stays changed.
+    def __init__(self, model: nn.Module):
+        here = {name: local(p).detach() for name, p in model.named_parameters()}
+        self._kept = {name: (tensor, tensor.clone()) for name, tensor in here.items()}
+
+    def written(self) -> list[str]:
+        """The names of those that are others now."""
+        return [name for name, (here, before) in self._kept.items() if not torch.equal(here, before)]
+
+    def put_back(self) -> None:
+        for name in self.written():
+            here, before = self._kept[name]
+            here.copy_(before)
+
+
+@contextmanager
+def without_trace(model: nn.Module, *owners: object, training: bool = False) -> Iterator[Parameters]:
+    """Forward passes without a graph, after which the model and `owners` are as they were.
+
+    That holds for parameters and buffers, and for attributes that are plain values, small tensors, or small containers
+    of whatever. What a job changes beyond that (files, objects of its own) stays changed.
+
+    Args:
+        training: the modules stay in their modes; else they are in evaluation mode.
     """
     held = [value for owner in owners for value in _own(owner).values() if isinstance(value, nn.Module)]
     modules = [module for top in (model, *held) for module in top.modules()]
@@ -39,8 +60,11 @@ def without_trace(model: nn.Module, *owners: object) -> Iterator[None]:
             if is_compiler_loaded():  # what is compiled now would be so for shapes that no step has
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
             stack.enter_context(torch.no_grad())
-            model.eval()
-            yield
+            parameters = Parameters(model)
+            stack.callback(parameters.put_back)
+            if not training:
+                model.eval()
+            yield parameters
     finally:
         for back in undo:
             back()

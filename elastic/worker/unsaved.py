@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from elastic.compat.torch import is_compiled
 from elastic.errors import ConfigError
 from elastic.parallel.wrapping import local
-from elastic.worker.belongings import Leaf, digest, leaves
+from elastic.worker.belongings import Attributes, Leaf, digest, leaves
 from elastic.worker.naming import with_state_of_their_own
 from elastic.worker.state import TrainState
 
@@ -140,7 +140,7 @@ class Watch:
         assert self._state is not None
         job, optimizer = self._state.job, self._state.optimizer
         held = [*self._data, *self._state.rates.schedulers.values()]
-        roots = {"job": _Attributes(job), "optimizer": optimizer, "model": self._state.model}
+        roots = {"job": Attributes(job), "optimizer": optimizer, "model": self._state.model}
         found = leaves(roots, map(id, held), optimizer)
         known = self._known()
         return {n: _Seen(leaf, digest(leaf)) for n, leaf in found.items() if not _is_known(leaf, known)}
@@ -192,16 +192,6 @@ class _Reads(TorchFunctionMode):
                     if id(inner) in self._watched:
                         self.seen.add(id(inner))
         return function(*args, **kwargs)
-
-
-class _Attributes:
-    """What a job has, whatever its class: it may be a data set too."""
-
-    def __init__(self, job: object):
-        self.__dict__.update(getattr(job, "__dict__", {}))
-
-
-_Attributes.__module__ = "job"
 
 
 def _changed(before: Look, now: Look) -> set[str]:

@@ -36,7 +36,7 @@ from elastic.worker.description import (
 )
 from elastic.worker.placing import Placing
 from elastic.worker.provenance import Provenance
-from elastic.worker.rehearsal import Rehearsal
+from elastic.worker.rehearsal import SEPARATE, Rehearsal
 from elastic.worker.run import Identity, WorkerRun
 from elastic.worker.saving import Saving
 from elastic.worker.snapshots import Snapshots
@@ -186,8 +186,8 @@ class _WarmUp:
                 self._holding.state = worker.with_memory(state)
                 worker.rehearse(None)
             parts["rehearsal_s"] = round(time.monotonic() - began, 3)
-        if worker.rehearsal.weights_count is False:
-            parts["passes"] = "of one microbatch each: the weights of loss() count passes, not samples"
+        if worker.rehearsal.separate:
+            parts["passes"] = f"of one microbatch each: {SEPARATE[worker.rehearsal.separate]}"
         elif worker.stepper.one_each and not self._bitwise:
             parts["passes"] = "of one microbatch each: random numbers are drawn for whole batches of samples"
         return {**parts, "built_whole": worker.placing.eager} if worker.placing.eager else parts

@@ -21,7 +21,7 @@ from elastic.storage import Storage
 from elastic.worker.comeback import check_comes_back
 from elastic.worker.placing import Placing
 from elastic.worker.provenance import Provenance
-from elastic.worker.rehearsal import Rehearsal
+from elastic.worker.rehearsal import SEPARATE, Rehearsal
 from elastic.worker.restore_plan import Standing
 from elastic.worker.run import WorkerRun
 from elastic.worker.saving import Saving
@@ -144,8 +144,12 @@ class Worker:
 
     def rehearse(self, group: Any) -> None:
         """Try the job's functions on one batch, together with the members of a world if the model is cut."""
+        known = self.rehearsal.separate is not None
         self.rehearsal.run(self.holding.placed.model, self.stepper.tried, group)
-        self.stepper.one_each |= not self.rehearsal.weights_count
+        self.stepper.one_each |= bool(self.rehearsal.separate)
+        if group is not None and group.leads and self.rehearsal.separate and not known:
+            detail = f"passes are of one microbatch each: {SEPARATE[self.rehearsal.separate]}"
+            self.link.event("notice", self.holding.applied, detail)
 
     def with_memory(self, old: TrainState) -> TrainState:
         """The same state in a model that is built with memory."""

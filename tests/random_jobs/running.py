@@ -128,13 +128,19 @@ def quiet(course: Course) -> Course:
     return replace(course, worlds=(World("ddp", 1),), joins=0, kill=None, snapshots=False)
 
 
-def passes_of(recipe: Recipe, course: Course, sizes: list[int]) -> Callable[[int], list[oracle.Pass]]:
-    """The passes of each step of a run that had worlds of these sizes, step by step."""
+def passes_of(
+    recipe: Recipe, course: Course, sizes: list[int], *, separate: bool = False
+) -> Callable[[int], list[oracle.Pass]]:
+    """The passes of each step of a run that had worlds of these sizes, step by step.
+
+    Args:
+        separate: the run found that each has one microbatch.
+    """
     count, each = course.microbatches, course.global_size // course.microbatches
     most = -(-count // course.most)
     if course.pass_size is not None:
         most = max(1, course.pass_size // each)
-    if course.exactness == "bitwise" or recipe.batch == "mixed":  # which draws for several samples at once
+    if separate or course.exactness == "bitwise" or recipe.batch == "mixed":  # which draws for several samples at once
         most = 1
 
     def of(step: int) -> list[oracle.Pass]:
@@ -155,7 +161,9 @@ def foretell(recipe: Recipe, course: Course, ran: Ran) -> tuple[oracle.Trained, 
     def make() -> RandomJob:
         return job_of(recipe)
 
-    of = passes_of(recipe, course, sizes)
+    said = str(ran.events("worker_warm") + ran.events("notice"))
+    separate = "of one microbatch each" in said
+    of = passes_of(recipe, course, sizes, separate=separate)
     config, the_plan = ran.run.config, ran.run.plan
     return tuple(oracle.train(make, config, the_plan, of, nudge=nudge) for nudge in (0.0, oracle.NUDGE))  # type: ignore[return-value]
 
