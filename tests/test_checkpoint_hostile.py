@@ -27,8 +27,9 @@ from elastic.checkpoint.writer import commit
 from elastic.errors import CheckpointError
 from elastic.membership.protocol import Unloadable
 from elastic.storage import Storage
-from elastic.worker.saving import restore_newest
-from elastic.worker.state import TrainState, weights_sha256
+from elastic.worker.state import TrainState
+from elastic.worker.state_sources import restore_newest
+from elastic.worker.weights import weights_sha256
 from tests.fresh import examples
 from tests.tiny_jobs import Everything
 

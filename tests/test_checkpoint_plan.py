@@ -334,7 +334,7 @@ def test_alone_a_reader_of_a_part_reads_the_whole_block_to_verify_it(stored):
 
 def test_a_block_that_was_damaged_on_the_way_is_asked_for_once_more(stored, monkeypatch):
     storage, manifest, tensors = stored
-    from elastic.checkpoint.transfer import RangeReader
+    from elastic.checkpoint.downloads import RangeReader
 
     read, hit = RangeReader.read, []
 

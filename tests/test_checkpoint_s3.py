@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 
-from elastic.checkpoint import transfer, writer
+from elastic.checkpoint import downloads, writer
 from elastic.checkpoint.format import Manifest
 from elastic.checkpoint.loader import load_all
 from elastic.checkpoint.reader import newest_first, read_manifest
@@ -21,7 +21,7 @@ from elastic.checkpoint.tensors import Shard
 from elastic.checkpoint.uploader import LEAST_PART_BYTES
 from elastic.errors import CheckpointError, StorageError
 from elastic.storage import Storage
-from elastic.worker.saving import restore_newest
+from elastic.worker.state_sources import restore_newest
 from tests import forked
 from tests.test_checkpoint_faults import KEEPER_POINTS, UPLOADER_POINTS, keep
 from tests.test_checkpoint_hostile import Ledger, fresh, trained
@@ -316,7 +316,7 @@ def test_a_pack_that_was_cut_short_or_is_gone_is_told(rig):
     rig.storage.replace(pack, data[: len(data) // 2])
     with pytest.raises(CheckpointError, match=f"{pack} is too short for the tensor"):
         load_all(rig.storage, folder, manifest)
-    reader = transfer.RangeReader(rig.storage)
+    reader = downloads.RangeReader(rig.storage)
     for start in (len(data) // 2 - 2, len(data)):
         with pytest.raises(CheckpointError, match=f"{pack} is too short"):
             reader.read(pack, start, [memoryview(bytearray(4))])

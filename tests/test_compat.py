@@ -21,7 +21,7 @@ FRAMEWORKS = ("torch", "ray")
 #: Parts of Ray that have no private names, and that Ray does not document either.
 INTERNAL = re.compile(r"ray\.(air\.execution|autoscaler|cluster_utils|core|experimental|train\.v2|tune\.execution)\b")
 #: Private names of others: of the standard library, where they are documented, and of s3fs, which has no other way to
-#: read a range with a version (`checkpoint/transfer.py`).
+#: read a range with a version (`checkpoint/downloads.py`).
 OTHERS = {"_fields", "_make", "_replace", "_asdict", "_exit", "_current_frames", "_call_s3"}
 _NAMED = re.compile(rf"({'|'.join(FRAMEWORKS)})(\.\w+)*\._\w")
 

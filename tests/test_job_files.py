@@ -17,7 +17,7 @@ from elastic.errors import CheckpointError, ConfigError
 from elastic.job import source_hash
 from elastic.job_file import load_job
 from elastic.sweep.command import parse
-from elastic.worker.state import weights_sha256
+from elastic.worker.weights import weights_sha256
 from tests.forked import LONG, WAIT_S, fork
 from tests.tiny_jobs import Everything, Plain
 

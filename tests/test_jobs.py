@@ -17,7 +17,8 @@ import torch
 
 from elastic.errors import CheckpointError, ConfigError
 from elastic.job import check_dataset
-from elastic.worker.state import TrainState, persistent_entries
+from elastic.worker.naming import persistent_entries
+from elastic.worker.state import TrainState
 from jobs import codegpt, digits
 from jobs.codegpt import CodeGPT
 from jobs.corpus import SEPARATOR, Blocks, Corpus, read, standard_library

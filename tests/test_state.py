@@ -16,7 +16,8 @@ import elastic
 from elastic.config import OptimOptions
 from elastic.errors import CheckpointError, ConfigError
 from elastic.worker.naming import live_tensors, persistent_entries
-from elastic.worker.state import TrainState, weights_sha256
+from elastic.worker.state import TrainState
+from elastic.worker.weights import weights_sha256
 from tests.tiny_jobs import Plain
 
 

@@ -19,7 +19,7 @@ from elastic.data.loader import Order
 from elastic.run.folder import RunFolder
 from elastic.run.prepare import prepare
 from elastic.storage import Storage
-from elastic.worker.state import weights_sha256
+from elastic.worker.weights import weights_sha256
 from tests.exact_job import Exact
 from tests.forked import Ran, train
 

@@ -14,10 +14,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from elastic.checkpoint import format
+from elastic.checkpoint.downloads import RangeReader
 from elastic.checkpoint.format import ITEM_BYTES, MAX_DIMS, Chunk, TensorEntry, block_count
 from elastic.checkpoint.loader import IN_FLIGHT, fill
+from elastic.checkpoint.patience import patiently
 from elastic.checkpoint.tensors import Shard
-from elastic.checkpoint.transfer import RangeReader, patiently
 from elastic.errors import CheckpointError, ConfigError
 from elastic.storage import Storage
 

@@ -12,10 +12,11 @@ from typing import Any
 import torch
 
 from elastic.checkpoint.blocks import Partial, hash_pieces, unproven
+from elastic.checkpoint.downloads import RangeReader
 from elastic.checkpoint.format import Manifest, TensorEntry
+from elastic.checkpoint.patience import patiently
 from elastic.checkpoint.plan import BlockPart, Read, plan_load, plan_reads, read_bytes, read_limit, wanted_bytes
 from elastic.checkpoint.tensors import DTYPES, Shard, dtype_name
-from elastic.checkpoint.transfer import RangeReader, patiently
 from elastic.errors import CheckpointError, DamagedCheckpoint
 from elastic.storage import Storage
 

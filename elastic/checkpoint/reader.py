@@ -20,7 +20,7 @@ from elastic.checkpoint.format import (
     parse_step,
     step_folder,
 )
-from elastic.checkpoint.transfer import patiently
+from elastic.checkpoint.patience import patiently
 from elastic.errors import CheckpointError, DamagedCheckpoint
 from elastic.storage import Storage
 

@@ -9,6 +9,7 @@ from typing import Literal
 
 from elastic import fault
 from elastic.checkpoint.format import ATTEMPT, FOLDER, MANIFEST, parse_step, step_folder
+from elastic.checkpoint.patience import patiently
 from elastic.checkpoint.reader import (
     Committed,
     attempts,
@@ -18,7 +19,7 @@ from elastic.checkpoint.reader import (
     steps_with_attempts,
     unmark,
 )
-from elastic.checkpoint.transfer import patiently, sweep_uploads
+from elastic.checkpoint.uploads import sweep_uploads
 from elastic.errors import CheckpointError, DamagedCheckpoint
 from elastic.storage import Storage
 

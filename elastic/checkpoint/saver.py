@@ -20,11 +20,11 @@ import torch
 
 from elastic import fault
 from elastic.checkpoint.format import Chunk, TensorEntry, attempt_folder
+from elastic.checkpoint.patience import Cancelled, is_no_room
 from elastic.checkpoint.plan import Write, plan_save
 from elastic.checkpoint.staging import StagingBuffer
 from elastic.checkpoint.tensors import Shard, dtype_name, narrowed
 from elastic.checkpoint.tiling import Box
-from elastic.checkpoint.transfer import Cancelled, is_no_room
 from elastic.checkpoint.uploader import (
     IN_FLIGHT,
     PART_BYTES,

@@ -24,7 +24,8 @@ from typing import Any
 
 from elastic import fault
 from elastic.checkpoint.blocks import crc_blocks, hash_blocks
-from elastic.checkpoint.transfer import Cancelled, Upload, discard_partial, is_no_room, open_upload, patiently
+from elastic.checkpoint.patience import Cancelled, is_no_room, patiently
+from elastic.checkpoint.uploads import Upload, discard_partial, open_upload
 from elastic.child import die_with_starter, ignore_terminal
 from elastic.storage import Storage
 

@@ -9,8 +9,8 @@ from typing import Any
 
 from elastic import fault
 from elastic.checkpoint.format import MANIFEST, Manifest, attempt_folder, pack_path, parse_manifest
+from elastic.checkpoint.patience import patiently
 from elastic.checkpoint.reader import marked
-from elastic.checkpoint.transfer import patiently
 from elastic.errors import CheckpointError, DamagedCheckpoint
 from elastic.storage import Storage
 

@@ -10,17 +10,15 @@ a round instead of summing them, and sums them in the canonical tree.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 
-from elastic.compat.torch import all_gather_flat, norm_of_each, own_parameters
+from elastic.compat.torch import all_gather_flat, norm_of_each
 from elastic.parallel.block_order import BlockOrder
 from elastic.parallel.buffers import StepBuffers
 from elastic.parallel.canonical import CanonicalSum, row_sums, sums_per_row
@@ -28,8 +26,9 @@ from elastic.parallel.layout import shard_range
 from elastic.parallel.mesh import Mesh
 from elastic.parallel.moves import average_moves, fingerprint, reduce_moves
 from elastic.parallel.records import Metrics, Records, StepRecord
+from elastic.parallel.reduce_scatter import Leaves, Look
 from elastic.parallel.replicated import LossFunction, Pass
-from elastic.parallel.tree import TreeSum
+from elastic.parallel.used import Used
 from elastic.parallel.wrapping import fsdp_modules, let_go, local
 
 
@@ -50,7 +49,7 @@ class _Sharded:
         self._root: FSDPModule = fsdp_modules(model)[0]
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         self._buffers = StepBuffers(model, exact=self._exact)
-        self._used = _Used(model)
+        self._used = Used(model)
         self._alike, self._steps, self._metrics = BlockOrder(model, mesh, device), 0, Metrics()
         self.wait_s = 0.0
         self.scale = 1.0
@@ -119,7 +118,7 @@ class _Sharded:
 
     def has_finite_gradients(self, batch: Any) -> bool:
         """Whether this worker's own gradients of a batch are finite. Everyone of the row calls this at one time."""
-        look = _Look()
+        look = Look()
         for module in fsdp_modules(self.model):
             module.set_custom_reduce_scatter(look)  # type: ignore[arg-type]
         self._root.set_requires_all_reduce(False)
@@ -198,7 +197,7 @@ class BitwiseSharded(_Sharded):
         self._rows, self._bucket_bytes = rows, bucket_mb << 20
         self._leaves = []
         for module in fsdp_modules(model):
-            leaves = _Leaves(mesh.layout.shards)
+            leaves = Leaves(mesh.layout.shards)
             module.set_custom_reduce_scatter(leaves)  # type: ignore[arg-type]
             self._leaves.append(leaves)
 
@@ -254,156 +253,3 @@ class BitwiseSharded(_Sharded):
             gathered = padded
         parts = [row[: sum(ls)].split(ls) for row, ls in zip(gathered.view(shards, longest), lengths)]
         return torch.cat([parts[s][i] for i in range(len(held)) for s in range(shards)]).sum().sqrt()
-
-
-class _Leaves:
-    """A reduce-scatter for one group of parameters that sums nothing: it hands on the leaves of a round.
-
-    FSDP2 calls it with what `allocate` gave: first the input, then the output, whose views become `.grad`. With a
-    single shard FSDP2 does not call it, and the output holds the leaf. A group that runs several times in one pass is
-    reduced as often; those add up to one leaf.
-    """
-
-    def __init__(self, shards: int):
-        self._shards = shards
-        self._allocations = 0
-        self._outputs: list[torch.Tensor] = []
-        self._received: torch.Tensor | None = None
-        self._pushed = 0
-
-    def allocate(self, size: Any, *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-        made = torch.empty(*size, dtype=dtype, device=device)
-        self._allocations += 1
-        if self._allocations % 2 == 0:
-            self._outputs.append(made)
-        return made
-
-    def __call__(
-        self,
-        output_tensor: torch.Tensor,
-        input_tensor: torch.Tensor,
-        group: dist.ProcessGroup,
-        op: Any,
-        async_op: bool = False,
-    ) -> None:
-        leaves = torch.empty_like(input_tensor)
-        dist.all_to_all_single(leaves, input_tensor, group=group)
-        self._received = leaves if self._received is None else self._received.add_(leaves)
-
-    def push(self, total: CanonicalSum, first: int, count: int, *, keep: bool) -> None:
-        """After a pass: its `count` leaves, of microbatches from `first` on, go into the sum. The rest is padding.
-
-        Args:
-            keep: the output of this pass is where `put` will write the sum.
-        """
-        if not self._outputs:
-            return
-        received = self._outputs[0] if self._received is None else self._received
-        if received.is_cuda:  # it was made on FSDP2's own stream
-            received.record_stream(torch.cuda.current_stream(received.device))
-        leaves = received.view(self._shards, -1)
-        round_: TreeSum[torch.Tensor] = TreeSum(lambda a, b: a.add_(b))
-        for i in range(count):
-            round_.push((first + i, 1), leaves[i])
-        for (start, size), value in round_.parts():
-            total.push(start, [value.clone()], size)
-        self._pushed += 1
-        self._kept = self._outputs[0] if keep else None
-        self._outputs, self._received = [], None
-
-    def put(self, total: CanonicalSum, passes: int) -> None:
-        """After the last pass: write the sum to where `.grad` looks.
-
-        Raises:
-            RuntimeError: the group ran in some passes only.
-        """
-        pushed, self._pushed = self._pushed, 0
-        if pushed not in (0, passes):
-            raise RuntimeError(
-                f"a block of the model ran in {pushed} of {passes} passes of a step, but sharded blocks must run in "
-                "all; use --parallel.strategy ddp, or name larger --parallel.blocks"
-            )
-        if pushed:
-            assert self._kept is not None
-            self._kept.copy_(total.reduce()[0])
-            self._kept = None
-
-    _kept: torch.Tensor | None = None
-
-
-class _Look:
-    """A reduce-scatter that sends nothing and keeps what it was to send."""
-
-    def __init__(self) -> None:
-        self.seen: list[torch.Tensor] = []
-
-    def allocate(self, size: Any, *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-        self.seen.append(torch.zeros(*size, dtype=dtype, device=device))
-        return self.seen[-1]
-
-    def __call__(self, output_tensor: torch.Tensor, *_: Any, **__: Any) -> None:
-        output_tensor.zero_()
-
-
-class _Used:
-    """Which trainable parameters got a gradient since `seen` was cleared, by index.
-
-    FSDP2 reduces zeros for those that got none. What the autograd engine accumulates into are the gathered parameters,
-    which exist from the first forward pass on.
-    """
-
-    def __init__(self, model: nn.Module):
-        self.seen: set[int] = set()
-        self._counts = True
-        #: Watches what belongs to no block, where the job called other methods of the model than forward().
-        self.look_at_root: Callable[[], None] = lambda: None
-        indices = {id(p): i for i, p in enumerate(p for p in model.parameters() if p.requires_grad)}
-        for module in (m for m in model.modules() if isinstance(m, FSDPModule)):
-            entries = [
-                (m, name, indices[id(p)])
-                for m in _managed(module)
-                for name, p in own_parameters(m).items()
-                if p is not None and p.requires_grad
-            ]
-            watch = self._watch(module, entries)
-            if module is model:
-                self.look_at_root = watch
-
-    def _watch(self, module: Any, entries: list[tuple[nn.Module, str, int]]) -> Callable[[], None]:
-        watched = False
-
-        def watch(*_: Any) -> None:
-            nonlocal watched
-            if watched:
-                return
-            watched = True
-            found = {id(p): (p, i) for m, name, i in entries for p in (own_parameters(m)[name],)}
-            for parameter, index in found.values():
-                assert parameter is not None
-                assert not isinstance(parameter, DTensor), "gathered before the forward pass"
-                parameter.register_post_accumulate_grad_hook(lambda _, index=index: self._saw(index))
-            handle.remove()
-
-        handle = module.register_forward_pre_hook(torch.compiler.disable(watch))
-        return watch
-
-    def _saw(self, index: int) -> None:
-        if self._counts:
-            self.seen.add(index)
-
-    @contextmanager
-    def only_if(self, counts: bool) -> Iterator[None]:
-        """What happens inside counts only if that is true."""
-        self._counts = counts
-        try:
-            yield
-        finally:
-            self._counts = True
-
-
-def _managed(module: nn.Module) -> Iterator[nn.Module]:
-    """The module and those below it, without those that were cut by themselves."""
-    yield module
-    for child in module.children():
-        if not isinstance(child, FSDPModule):
-            yield from _managed(child)

@@ -9,9 +9,9 @@ from typing import Any
 
 from elastic.checkpoint.cadence import save_cost, save_interval
 from elastic.checkpoint.format import ATTEMPT, MANIFEST, attempt_folder
+from elastic.checkpoint.patience import is_no_room, patiently
 from elastic.checkpoint.reader import Committed, attempts, mark, newest_first, steps_with_attempts, with_manifest
 from elastic.checkpoint.retention import Policy, Retention, removals
-from elastic.checkpoint.transfer import is_no_room, patiently
 from elastic.checkpoint.writer import commit
 from elastic.errors import DamagedCheckpoint
 from elastic.membership.protocol import Commit, HostMessage, RestorePoint, Share, Wished

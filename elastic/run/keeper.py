@@ -17,9 +17,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from elastic import fault
+from elastic.checkpoint.patience import is_from_storage
 from elastic.checkpoint.reader import Committed
 from elastic.checkpoint.retention import Policy
-from elastic.checkpoint.transfer import is_from_storage
 from elastic.errors import ElasticError, FencedError, StorageError
 from elastic.membership import protocol as wire
 from elastic.membership.outbox import RowKey

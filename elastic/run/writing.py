@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from elastic import fault
-from elastic.checkpoint.transfer import RETRY_S, is_from_storage, is_no_room, patiently
+from elastic.checkpoint.patience import RETRY_S, is_from_storage, is_no_room, patiently
 from elastic.membership.outbox import RowKey, row_key
 from elastic.observe.ledger import EVENTS, METRICS, LedgerFile
 from elastic.observe.tensorboard import TensorBoard

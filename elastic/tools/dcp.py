@@ -25,9 +25,10 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from elastic.checkpoint.downloads import RangeReader
+from elastic.checkpoint.patience import patiently
 from elastic.checkpoint.tensors import NAMES
 from elastic.checkpoint.tiling import Box, tiles
-from elastic.checkpoint.transfer import RangeReader, patiently
 from elastic.compat.torch_checkpoint import PICKLED, StorageInfo
 from elastic.errors import CheckpointError
 from elastic.storage import Storage

@@ -16,7 +16,9 @@ from typing import Any
 import xxhash
 
 from elastic.checkpoint import format
+from elastic.checkpoint.downloads import RangeReader
 from elastic.checkpoint.format import ATTEMPT, MANIFEST, Manifest, pack_path
+from elastic.checkpoint.patience import patiently
 from elastic.checkpoint.reader import (
     Committed,
     attempts,
@@ -27,7 +29,6 @@ from elastic.checkpoint.reader import (
     with_manifest,
 )
 from elastic.checkpoint.retention import pins
-from elastic.checkpoint.transfer import RangeReader, patiently
 from elastic.errors import CheckpointError
 from elastic.storage import Storage
 

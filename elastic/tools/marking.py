@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from elastic.checkpoint.patience import is_from_storage
 from elastic.checkpoint.reader import Committed, mark, marked, unmark
-from elastic.checkpoint.transfer import is_from_storage
 from elastic.errors import ElasticError
 from elastic.membership.protocol import Damaged
 from elastic.run.folder import RunFolder

@@ -12,7 +12,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 
 from elastic import fault
-from elastic.checkpoint.transfer import Upload, open_upload, patiently
+from elastic.checkpoint.patience import patiently
+from elastic.checkpoint.uploads import Upload, open_upload
 from elastic.errors import ConfigError
 from elastic.storage import Storage, sync_folder
 from elastic.tools.progress import held_back

@@ -21,7 +21,7 @@ from elastic.checkpoint.reader import (
     with_manifest,
 )
 from elastic.checkpoint.retention import Policy, Removal, Retention, pins, removals
-from elastic.checkpoint.transfer import sweep_uploads
+from elastic.checkpoint.uploads import sweep_uploads
 from elastic.errors import ConfigError, ElasticError
 from elastic.membership.protocol import Kept, Prune
 from elastic.run.folder import CLAIMS, CONFIG, STATUS, RunFolder

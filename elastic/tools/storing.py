@@ -5,7 +5,7 @@ from __future__ import annotations
 import uuid
 from collections.abc import Callable
 
-from elastic.checkpoint.transfer import open_upload, sweep_uploads
+from elastic.checkpoint.uploads import open_upload, sweep_uploads
 from elastic.errors import ConfigError, StorageError
 from elastic.redact import redact
 from elastic.storage import Storage

@@ -92,7 +92,7 @@ def run(arguments: argparse.Namespace) -> int:
     except ElasticError:
         raise
     except Exception as error:
-        from elastic.checkpoint.transfer import is_from_storage
+        from elastic.checkpoint.patience import is_from_storage
 
         if not is_from_storage(error):
             raise

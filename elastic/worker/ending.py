@@ -13,7 +13,7 @@ from elastic.parallel.device import describe
 from elastic.parallel.wrapping import call_gathered
 from elastic.seeds import derive, seed_all
 from elastic.worker.flags import Stop
-from elastic.worker.state import weights_sha256
+from elastic.worker.weights import weights_sha256
 from elastic.worker.worker import Worker
 from elastic.worker.world import World
 

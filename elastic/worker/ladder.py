@@ -12,17 +12,18 @@ from typing import Any, Literal
 
 from elastic.checkpoint.format import Manifest
 from elastic.checkpoint.loader import check_objects, load_together, raise_first, told
+from elastic.checkpoint.patience import in_one_sentence
 from elastic.checkpoint.reader import Committed, newest_first, read_manifest, refuse_to_begin_anew
 from elastic.checkpoint.tensors import Shard
-from elastic.checkpoint.transfer import in_one_sentence
 from elastic.config import CheckpointOptions
 from elastic.errors import CheckpointError, SnapshotError
 from elastic.membership.client import WorkerLink
 from elastic.storage import Storage
 from elastic.worker.group import Group
-from elastic.worker.saving import initialise, tell_unloadable
 from elastic.worker.snapshots import Snapshots
-from elastic.worker.state import TrainState, weights_alone
+from elastic.worker.state import TrainState
+from elastic.worker.state_sources import initialise, tell_unloadable
+from elastic.worker.weights import weights_alone
 
 Make = Callable[[bool], TrainState]
 

@@ -9,7 +9,7 @@ from elastic.checkpoint.format import Manifest
 from elastic.errors import ConfigError
 from elastic.likeness import DATA, DEVICE, data_change, refusal
 from elastic.values import same, show
-from elastic.worker.state import weights_alone
+from elastic.worker.weights import weights_alone
 
 
 class Provenance:

@@ -8,8 +8,8 @@ from elastic.parallel.layout import Held
 from elastic.worker.group import Group
 from elastic.worker.remesh import remesh
 from elastic.worker.restore_plan import Plan, Standing, decide
-from elastic.worker.saving import initialise, restore_from_peers, restore_newest
 from elastic.worker.state import TrainState
+from elastic.worker.state_sources import initialise, restore_from_peers, restore_newest
 from elastic.worker.worker import Worker
 
 

@@ -12,8 +12,9 @@ import argparse
 import gc
 import time
 
+from elastic.membership.commands import Form
 from elastic.membership.decisions import advance
-from elastic.membership.messages import Acknowledged, Event, Form, Joined, Lost
+from elastic.membership.events import Acknowledged, Event, Joined, Lost
 from elastic.membership.state import Limits, State
 from elastic.membership.world import Member
 from jobs.bench.report import table, write_json

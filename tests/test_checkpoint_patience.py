@@ -9,8 +9,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from elastic.checkpoint import transfer
-from elastic.checkpoint.transfer import Cancelled, in_one_sentence, is_transient, patiently
+from elastic.checkpoint import patience
+from elastic.checkpoint.patience import Cancelled, in_one_sentence, is_transient, patiently
 from elastic.errors import StorageError
 from elastic.storage import Storage
 
@@ -20,8 +20,8 @@ class Clock:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch):
         self.now, self.waits = 0.0, list[float]()
-        monkeypatch.setattr(transfer, "time", SimpleNamespace(monotonic=lambda: self.now))
-        monkeypatch.setattr(transfer, "threading", SimpleNamespace(Event=lambda: SimpleNamespace(wait=self._wait)))
+        monkeypatch.setattr(patience, "time", SimpleNamespace(monotonic=lambda: self.now))
+        monkeypatch.setattr(patience, "threading", SimpleNamespace(Event=lambda: SimpleNamespace(wait=self._wait)))
 
     def _wait(self, seconds: float) -> None:
         self.waits.append(seconds)
@@ -169,11 +169,11 @@ AZURE, GCS, GOOGLE = "azure.core.exceptions", "gcsfs.retry", "google.auth.except
     ],
 )
 def test_errors_of_other_stores_are_of_storage_and_pass_by_their_status(passes, error):
-    assert transfer.is_from_storage(error)
+    assert patience.is_from_storage(error)
     assert is_transient(error) is passes
 
 
 def test_a_runtime_error_of_our_own_is_none_of_storage():
-    assert not transfer.is_from_storage(RuntimeError("ours"))
+    assert not patience.is_from_storage(RuntimeError("ours"))
     assert not is_transient(wrapped(ValueError("ours")))
-    assert not transfer.is_from_storage(wrapped(ValueError("ours")))
+    assert not patience.is_from_storage(wrapped(ValueError("ours")))

@@ -1,0 +1,78 @@
+"""Which parameters of a model that is cut by FSDP2 got a gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+
+from elastic.compat.torch import own_parameters
+
+
+class Used:
+    """Which trainable parameters got a gradient since `seen` was cleared, by index.
+
+    FSDP2 reduces zeros for those that got none. What the autograd engine accumulates into are the gathered parameters,
+    which exist from the first forward pass on.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.seen: set[int] = set()
+        self._counts = True
+        #: Watches what belongs to no block, where the job called other methods of the model than forward().
+        self.look_at_root: Callable[[], None] = lambda: None
+        indices = {id(p): i for i, p in enumerate(p for p in model.parameters() if p.requires_grad)}
+        for module in (m for m in model.modules() if isinstance(m, FSDPModule)):
+            entries = [
+                (m, name, indices[id(p)])
+                for m in _managed(module)
+                for name, p in own_parameters(m).items()
+                if p is not None and p.requires_grad
+            ]
+            watch = self._watch(module, entries)
+            if module is model:
+                self.look_at_root = watch
+
+    def _watch(self, module: Any, entries: list[tuple[nn.Module, str, int]]) -> Callable[[], None]:
+        watched = False
+
+        def watch(*_: Any) -> None:
+            nonlocal watched
+            if watched:
+                return
+            watched = True
+            found = {id(p): (p, i) for m, name, i in entries for p in (own_parameters(m)[name],)}
+            for parameter, index in found.values():
+                assert parameter is not None
+                assert not isinstance(parameter, DTensor), "gathered before the forward pass"
+                parameter.register_post_accumulate_grad_hook(lambda _, index=index: self._saw(index))
+            handle.remove()
+
+        handle = module.register_forward_pre_hook(torch.compiler.disable(watch))
+        return watch
+
+    def _saw(self, index: int) -> None:
+        if self._counts:
+            self.seen.add(index)
+
+    @contextmanager
+    def only_if(self, counts: bool) -> Iterator[None]:
+        """What happens inside counts only if that is true."""
+        self._counts = counts
+        try:
+            yield
+        finally:
+            self._counts = True
+
+
+def _managed(module: nn.Module) -> Iterator[nn.Module]:
+    """The module and those below it, without those that were cut by themselves."""
+    yield module
+    for child in module.children():
+        if not isinstance(child, FSDPModule):
+            yield from _managed(child)
