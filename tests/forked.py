@@ -62,7 +62,14 @@ _OF_WORKERS = [
     "numpy.random",
     "s3fs",
 ]  # the first optimizer imports torch._dynamo, which takes as long as torch itself
-_OF_DRIVERS = ["elastic.cli", "elastic.cluster.trainer", "elastic.cluster.raytrain", "elastic.sweep.raytune"]
+_OF_DRIVERS = [
+    "elastic.cli",
+    "elastic.cluster.trainer",
+    "elastic.cluster.raytrain",
+    "elastic.sweep.raytune",
+    "matplotlib.pyplot",
+    "sklearn.datasets",
+]
 
 
 def start_fork_server(*, ray: bool = False) -> None:

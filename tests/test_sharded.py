@@ -13,6 +13,7 @@ from elastic.checkpoint.reader import newest_first, read_manifest
 from elastic.membership.protocol import Leaving
 from elastic.run.prepare import prepare
 from tests.forked import LONG, WAIT_S, Ran, Watch, configure, fault, local_run, plan, sample_at, train
+from tests.slowly import slow
 from tests.test_bits import assert_same_training, flip_a_byte
 from tests.test_checkpoint_initial import write
 from tests.tiny_jobs import Deep, Everything, Plain
@@ -36,7 +37,7 @@ def deep(fork_server, tmp_path_factory):
 # ---- the same bits ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("strategy", "workers"), [("fsdp", 1), ("fsdp", 2), ("fsdp", 3), ("hsdp", 4)])
+@pytest.mark.parametrize(("strategy", "workers"), [("fsdp", 3), ("hsdp", 4), *slow(("fsdp", 1), ("fsdp", 2))])
 def test_everything_that_makes_equal_bits_hard_trains_the_same_bits(undisturbed, tmp_path, strategy, workers):
     found = train(Everything(), sharded(tmp_path, strategy, eval__every="3st"), workers)
 
@@ -44,13 +45,14 @@ def test_everything_that_makes_equal_bits_hard_trains_the_same_bits(undisturbed,
     assert found.evaluations == undisturbed.evaluations
 
 
-@pytest.mark.parametrize(("strategy", "workers"), [("fsdp", 4), ("hsdp", 4)])
+@pytest.mark.parametrize(("strategy", "workers"), [("hsdp", 4), *slow(("fsdp", 4))])
 def test_blocks_that_are_gathered_one_by_one_train_the_same_bits(deep, tmp_path, strategy, workers):
     found = train(Deep(), sharded(tmp_path, strategy), workers)
 
     assert_same_training(found, deep)
 
 
+@pytest.mark.long
 def test_half_of_the_nodes_of_hsdp_train_the_same_bits(deep, tmp_path):
     """Two of four workers: one copy over both."""
     run = prepare(Deep(), sharded(tmp_path, "hsdp", scaling__max_workers=4))
@@ -60,6 +62,7 @@ def test_half_of_the_nodes_of_hsdp_train_the_same_bits(deep, tmp_path):
     assert_same_training(Ran(run, None), deep)
 
 
+@pytest.mark.long
 def test_what_saves_memory_changes_no_bit(deep, tmp_path):
     options = {
         "parallel__activation_checkpointing": True,
@@ -71,6 +74,7 @@ def test_what_saves_memory_changes_no_bit(deep, tmp_path):
     assert_same_training(train(Deep(), sharded(tmp_path, "fsdp", **options), 2), deep)
 
 
+@pytest.mark.long
 @pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a C++ compiler")
 def test_compiled_blocks_have_the_same_bits_with_every_strategy(tmp_path):
     options = {"run__duration": "4st", "parallel__compile": True, "parallel__blocks": ("Linear",)}
@@ -101,6 +105,7 @@ def test_a_run_that_changes_its_strategy_at_every_pause_ends_with_the_same_bits(
     assert [e["step"] for e in found.events("restored") if e["detail"]["rung"] == "checkpoint"] == [3, 6, 9]
 
 
+@pytest.mark.long
 def test_fp16_scales_the_loss_alike_and_skips_the_same_steps(tmp_path):
     whole = train(Deep(), sharded(tmp_path, "ddp", "whole", precision__autocast="fp16"), workers=1)
     found = train(Deep(), sharded(tmp_path, "fsdp", precision__autocast="fp16", run__stop_after="6st"), workers=3)
@@ -209,7 +214,7 @@ def test_a_worker_that_is_let_go_leaves_its_part_behind(undisturbed_epoch, tmp_p
     assert (restored["step"], restored["detail"]["rung"]) == (4, "checkpoint")
 
 
-@pytest.mark.parametrize(("strategy", "workers"), [("fsdp", 2), ("hsdp", 3)])
+@pytest.mark.parametrize(("strategy", "workers"), [("fsdp", 2), *slow(("hsdp", 3))])
 def test_a_world_of_the_same_shape_follows_one_that_lost_a_member(undisturbed_epoch, tmp_path, strategy, workers):
     """The new mesh equals the old one, but its groups are others. With hsdp each node has one worker here."""
     options = {"scaling__max_workers": workers, "checkpoint__every": "2st"}
@@ -241,6 +246,7 @@ def test_a_spare_stands_by_and_takes_the_place_of_a_lost_worker(undisturbed_epoc
 # ---- what is wrong ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("strategy", "workers", "exactness"), [("fsdp", 3, "bitwise"), ("hsdp", 4, "fast")])
 def test_a_gradient_that_is_not_finite_is_located(tmp_path, strategy, workers, exactness):
     job = Plain(samples=LONG, fault="nan-gradient", fault_at=sample_at(6, 7))
@@ -327,6 +333,7 @@ def test_a_checkpoint_of_a_cut_state_has_every_row_once_from_whoever_holds_it(tm
     assert ours["detail"]["bytes"] == theirs["detail"]["bytes"]
 
 
+@pytest.mark.long
 def test_a_damaged_checkpoint_is_passed_over_by_everyone(deep, tmp_path):
     paused = train(Deep(), sharded(tmp_path, "fsdp", run__stop_after="4st", checkpoint__every="2st"), 2)
     damaged = flip_a_byte(paused, step=4)
@@ -340,6 +347,7 @@ def test_a_damaged_checkpoint_is_passed_over_by_everyone(deep, tmp_path):
     assert_same_training(resumed, deep)
 
 
+@pytest.mark.long
 def test_a_cut_model_starts_from_the_same_given_weights_as_its_copies_do(tmp_path):
     given = {n: torch.rand(p.shape) - 0.5 for n, p in Plain().model().named_parameters()}
     file = write(tmp_path / "w.safetensors", given)
