@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING
 
+from elastic.checks import require
 from elastic.errors import ConfigError
+from elastic.likeness import DATA
 
 if TYPE_CHECKING:
     from elastic.config import TrainConfig
@@ -16,6 +19,7 @@ def check_together(config: TrainConfig) -> None:
     Raises:
         ConfigError: which, and what to do.
     """
+    _check_changeable(config)
     if config.run.exactness == "bitwise" and config.precision.grad_compression != "off":
         raise ConfigError(
             f"--precision.grad-compression is {config.precision.grad_compression!r}; it rounds gradients, so use it "
@@ -30,6 +34,22 @@ def check_together(config: TrainConfig) -> None:
         raise ConfigError(
             f"--recovery.snapshot-every is {config.recovery.snapshot_every!r}, but with --parallel.strategy ddp "
             "every worker holds the whole state; leave it off, or use fsdp or hsdp"
+        )
+
+
+def _check_changeable(config: TrainConfig) -> None:
+    known = {DATA}
+    for part in dataclasses.fields(config):
+        section = part.default_factory
+        if dataclasses.is_dataclass(section):
+            names = (f.name for f in dataclasses.fields(section) if f.metadata["result"])
+            known |= {f"{part.name}.{name}".replace("_", "-") for name in names}
+    for name in config.run.allow_change:
+        require(
+            name in known or (name.startswith("job.") and len(name) > 4),
+            "--run.allow-change",
+            name,
+            f"give names of result options without dashes, such as run.duration or job.lr, or {DATA}",
         )
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from elastic.config import RUN_NAME, TrainConfig
+from elastic.config import TrainConfig
 from elastic.errors import ConfigError
 from elastic.job import Job
 from elastic.option_file import expand
@@ -14,6 +14,7 @@ from elastic.options import parse
 from elastic.run.folder import RunFolder
 from elastic.run.prepare import PreparedRun, prepare, refuse_packages, stored_config, typed
 from elastic.run.resuming import Taken, take
+from elastic.sections.training import RUN_NAME
 from elastic.storage import Storage
 from elastic.usage import OTHERS, last_value
 

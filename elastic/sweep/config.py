@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from elastic.config import RUN_NAME
 from elastic.errors import ConfigError
+from elastic.sections.training import RUN_NAME
 from elastic.sweep.space import Domain, grid_size, parse_search
 from elastic.units import parse_amount
 

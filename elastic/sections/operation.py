@@ -1,0 +1,168 @@
+"""Sections of options that say how a run is operated: on how many workers, where, what is kept and shown."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from elastic.checks import finite, one_of, option, require, whole
+from elastic.units import parse_amount
+
+MOST_PATIENCE_S = 168 * 3600.0  # a week: what waits for a worker counts in milliseconds of 31 bits
+
+
+@dataclass(frozen=True)
+class ScalingOptions:
+    """How many workers, on what."""
+
+    min_workers: int = option(1, "fewest workers to train with", common=True)
+    max_workers: int = option(2, "most workers to train with (a worker is one GPU, or CPU slots)", common=True)
+    spares: int = option(0, "warm workers to keep outside the world")
+    accelerator: Literal["auto", "cpu", "gpu"] = option(
+        "auto", "what a worker runs on; auto asks the cluster", common=True
+    )
+    cpus_per_worker: int = option(1, "CPU slots (and torch threads) of a worker")
+    workers_per_node: int | None = option(None, "most workers on one node (default: what fits)")
+    exclude: tuple[str, ...] = option(
+        (), "nodes of the cluster to keep out: host names, addresses, or beginnings of ids"
+    )
+    priority: int = option(0, "on a shared cluster: where this run lacks min-workers, lower ones shrink to theirs")
+    request_timeout: str = option("10min", "ask no longer for workers above min-workers, then pause (s, min, h)")
+
+    def __post_init__(self) -> None:
+        whole("--scaling.min-workers", self.min_workers, 1)
+        whole("--scaling.max-workers", self.max_workers, 1)
+        require(
+            self.min_workers <= self.max_workers,
+            "--scaling.min-workers",
+            self.min_workers,
+            f"give at most --scaling.max-workers {self.max_workers}",
+        )
+        whole("--scaling.spares", self.spares, 0)
+        one_of("--scaling.accelerator", self.accelerator, ("auto", "cpu", "gpu"))
+        whole("--scaling.cpus-per-worker", self.cpus_per_worker, 1, 4096)
+        if self.workers_per_node is not None:
+            whole("--scaling.workers-per-node", self.workers_per_node, 1)
+        for name in self.exclude:
+            require(bool(name.strip()), "--scaling.exclude", name, "give host names, addresses, or beginnings of ids")
+        require(
+            isinstance(self.priority, int) and not isinstance(self.priority, bool),
+            "--scaling.priority",
+            self.priority,
+            "give a whole number",
+        )
+        require(abs(self.priority) <= 10**9, "--scaling.priority", self.priority, "give a number up to 1000000000")
+        name, text = "--scaling.request-timeout", self.request_timeout
+        require(parse_amount(name, text, clock=True).is_clock, name, text, "give a time in s, min or h")
+
+
+@dataclass(frozen=True)
+class CheckpointOptions:
+    """Durable state in storage."""
+
+    every: str | None = option(
+        None, "save every so much (ep, st, tok, s, min, h, or auto), and always at the end", common=True
+    )
+    when_busy: Literal["wait", "delay", "skip"] = option(
+        "delay", "when one is due and the one before still uploads: stop training for it, save later, or leave it out"
+    )
+    keep_last: int = option(3, "newest committed checkpoints to keep")
+    keep_every: str | None = option(None, "also keep those at multiples of this much (ep, st, tok)")
+    keep_best: int = option(0, "also keep this many that are best by best-metric")
+    best_metric: str = option("eval/loss", "metric of the evaluation that says which are best")
+    best_mode: Literal["min", "max"] = option("min", "whether the least or the greatest best-metric is best")
+    init_from: str | None = option(
+        None, "safetensors to start from, at step 0 only: a file, a folder or a URL", result=True
+    )
+    init_partial: bool = option(False, "allow init-from to lack weights of the model")
+    convert: bool = option(
+        False, "resume although tensors of the checkpoint have other dtypes than the model's", once=True
+    )
+
+    def __post_init__(self) -> None:
+        if self.every is not None and self.every != "auto":
+            parse_amount("--checkpoint.every", self.every, clock=True)
+        one_of("--checkpoint.when-busy", self.when_busy, ("wait", "delay", "skip"))
+        whole("--checkpoint.keep-last", self.keep_last, 1)
+        if self.keep_every is not None:
+            parse_amount("--checkpoint.keep-every", self.keep_every, clock=False)
+        whole("--checkpoint.keep-best", self.keep_best, 0)
+        require(
+            self.init_from is None or bool(self.init_from.strip()),
+            "--checkpoint.init-from",
+            self.init_from,
+            "give a file, a folder or a URL, or leave it out",
+        )
+        require(
+            not self.init_partial or self.init_from is not None,
+            "--checkpoint.init-partial",
+            self.init_partial,
+            "give --checkpoint.init-from too",
+        )
+        one_of("--checkpoint.best-mode", self.best_mode, ("min", "max"))
+        require(
+            self.best_metric.startswith("eval/"),
+            "--checkpoint.best-metric",
+            self.best_metric,
+            "give one of the evaluation's, such as eval/loss",
+        )
+
+
+@dataclass(frozen=True)
+class RecoveryOptions:
+    """What is kept, and how long is waited, for the case of a fault."""
+
+    snapshot_every: str = option(
+        "off", "with fsdp and hsdp, keep copies of the state in two nodes' memory, every so much (ep, st, tok, or auto)"
+    )
+    hang_timeout: str = option("auto", "longest wait for a worker or helper process that hangs (s, min, h; auto)")
+    max_wait: str | None = option(None, "longest parking with too few workers before the run ends (s, min, h)")
+    lease: str = option("30s", "workers stop applying while the membership server is silent for longer than this")
+
+    def __post_init__(self) -> None:
+        if self.snapshot_every not in ("off", "auto"):
+            parse_amount("--recovery.snapshot-every", self.snapshot_every, clock=False)
+        times = {"hang-timeout": self.hang_timeout, "lease": self.lease, "max-wait": self.max_wait}
+        for name, text in ((f"--recovery.{key}", text) for key, text in times.items()):
+            if text is None or (text == "auto" and name.endswith("hang-timeout")):
+                continue
+            time = parse_amount(name, text, clock=True)
+            require(time.is_clock, name, text, "give a time in s, min or h")
+            least_s = {"--recovery.hang-timeout": 0.1, "--recovery.lease": 1.0}.get(name)
+            if least_s is not None:
+                ok = least_s <= time.seconds <= MOST_PATIENCE_S
+                require(ok, name, text, f"give a time from {least_s:g}s to {MOST_PATIENCE_S / 3600:g}h")
+
+
+@dataclass(frozen=True)
+class ObserveOptions:
+    """What is shown and recorded."""
+
+    log_every: float = option(2.0, "seconds between console lines")
+    tensorboard: bool = option(True, "write TensorBoard event files into the run's folder")
+    price: float | None = option(None, "price of one worker for one hour, for the ledger")
+
+    def __post_init__(self) -> None:
+        finite("--observe.log-every", self.log_every, 0, above=True)
+        if self.price is not None:
+            finite("--observe.price", self.price, 0)
+
+
+@dataclass(frozen=True)
+class ClusterOptions:
+    """Which Ray cluster."""
+
+    address: str | None = option(
+        None, "address of a running Ray cluster (default: RAY_ADDRESS, a running one, or embedded)", once=True
+    )
+    local_nodes: int | None = option(None, "start an embedded cluster of this many separate Ray nodes", once=True)
+
+    def __post_init__(self) -> None:
+        if self.local_nodes is not None:
+            whole("--cluster.local-nodes", self.local_nodes, 1)
+            require(
+                self.address is None,
+                "--cluster.local-nodes",
+                self.local_nodes,
+                f"leave it out to use the cluster at --cluster.address {self.address}",
+            )

@@ -1,0 +1,210 @@
+"""Sections of options that say what is trained: for how long, how exactly, in which batches and formats."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+from elastic.checks import finite, one_of, option, require, whole
+from elastic.units import parse_amount
+
+RUN_NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}\Z")
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """What the run is called, where it writes, how long it lasts, how exact it is."""
+
+    name: str | None = option(
+        None, "name of the run; an explicit name resumes (default: <job>-<date>-<4 hex>)", common=True, once=True
+    )
+    storage: str = option(
+        "runs", "folder or URL (file://, s3://, ...) under which the run's folder lies", common=True, once=True
+    )
+    duration: str = option("10ep", "whole length of training: ep, st or tok", common=True, result=True)
+    stop_after: str | None = option(
+        None, "pause with a checkpoint after this much (ep, st, tok, s, min, h)", common=True, once=True
+    )
+    seed: int = option(0, "seed of order, initial weights, dropout and data", common=True, result=True)
+    exactness: Literal["fast", "bitwise"] = option(
+        "fast", "bitwise: the same bits at every world size and through every fault", common=True, result=True
+    )
+    on_nonfinite: Literal["stop", "skip"] = option(
+        "stop", "on a NaN or infinite loss or norm: stop the run, or skip that update", result=True
+    )
+    check_every: str = option("1000st", "compare the workers' copies of the state every so much (ep, st, tok)")
+    allow_change: tuple[str, ...] = option((), "result options that a resumed run may change, by name", once=True)
+    take_over: bool = option(False, "take the run over although another driver seems alive", once=True)
+    max_failures: int = option(3, "times that one error at one step and microbatch is replayed")
+
+    def __post_init__(self) -> None:
+        if self.name is not None:
+            require(
+                bool(RUN_NAME.match(self.name)) and ".." not in self.name,
+                "--run.name",
+                self.name,
+                "use 1 to 100 letters, digits, dots, dashes and underscores, starting with a letter or digit",
+            )
+        require(bool(self.storage.strip()), "--run.storage", self.storage, "give a folder or a URL")
+        parse_amount("--run.duration", self.duration, clock=False)
+        if self.stop_after is not None:
+            parse_amount("--run.stop-after", self.stop_after, clock=True)
+        require(
+            isinstance(self.seed, int) and 0 <= self.seed < 2**63,
+            "--run.seed",
+            self.seed,
+            "give a whole number from 0 to 2**63-1",
+        )
+        parse_amount("--run.check-every", self.check_every, clock=False)
+        one_of("--run.exactness", self.exactness, ("fast", "bitwise"))
+        one_of("--run.on-nonfinite", self.on_nonfinite, ("stop", "skip"))
+        whole("--run.max-failures", self.max_failures, 0)
+
+
+@dataclass(frozen=True)
+class BatchOptions:
+    """The global batch and its fixed cut into microbatches."""
+
+    global_size: int = option(64, "samples of one step over all workers (B)", common=True, result=True)
+    microbatches: int | None = option(
+        None,
+        "equal parts of a global batch (V), fixed for the run (default: from B and max workers)",
+        common=True,
+        result=True,
+    )
+    pass_size: int | None = option(
+        None, "most samples of one forward/backward in fast (default: a worker's share at max workers)"
+    )
+
+    def __post_init__(self) -> None:
+        whole("--batch.global-size", self.global_size, 1)
+        if self.microbatches is not None:
+            whole("--batch.microbatches", self.microbatches, 1)
+            require(
+                self.global_size % self.microbatches == 0,
+                "--batch.microbatches",
+                self.microbatches,
+                f"give a divisor of --batch.global-size {self.global_size}",
+            )
+        if self.pass_size is not None:
+            whole("--batch.pass-size", self.pass_size, 1)
+
+
+@dataclass(frozen=True)
+class OptimOptions:
+    """Learning-rate schedule and clipping; the optimizer itself is the job's."""
+
+    schedule: Literal["constant", "cosine"] = option(
+        "constant", "learning rate after warm-up: constant, or cosine down to final-lr", result=True
+    )
+    warmup: str | None = option(None, "linear warm-up: ep, st or tok", result=True)
+    final_lr: float = option(0.1, "end of the cosine, as a share of the full learning rate", result=True)
+    clip_norm: float | None = option(None, "clip the gradient's global L2 norm to this", result=True)
+
+    def __post_init__(self) -> None:
+        one_of("--optim.schedule", self.schedule, ("constant", "cosine"))
+        if self.warmup is not None:
+            parse_amount("--optim.warmup", self.warmup, clock=False)
+        require(0 <= self.final_lr <= 1, "--optim.final-lr", self.final_lr, "give a share from 0 to 1")
+        if self.clip_norm is not None:
+            finite("--optim.clip-norm", self.clip_norm, 0, above=True)
+
+
+@dataclass(frozen=True)
+class PrecisionOptions:
+    """Number formats of compute and communication; parameters stay as the job made them."""
+
+    autocast: Literal["off", "bf16", "fp16"] = option(
+        "off", "run forward passes under torch.autocast; fp16 scales the loss", common=True, result=True
+    )
+    param_dtype: Literal["off", "bf16", "fp16"] = option(
+        "off", "number format of parameters in compute, and as they are gathered (fast only)", result=True
+    )
+    grad_compression: Literal["off", "bf16"] = option(
+        "off", "number format of gradients on the wire (fast only)", result=True
+    )
+    loss_scale: float = option(65536.0, "first factor on the loss in fp16; it adapts", result=True)
+
+    def __post_init__(self) -> None:
+        one_of("--precision.autocast", self.autocast, ("off", "bf16", "fp16"))
+        one_of("--precision.param-dtype", self.param_dtype, ("off", "bf16", "fp16"))
+        one_of("--precision.grad-compression", self.grad_compression, ("off", "bf16"))
+        power = self.loss_scale >= 1 and math.frexp(self.loss_scale)[0] == 0.5
+        require(power, "--precision.loss-scale", self.loss_scale, "give a power of two of at least 1")
+        require(
+            self.autocast == "off" or self.param_dtype == "off",
+            "--precision.param-dtype",
+            self.param_dtype,
+            f"leave it off with --precision.autocast {self.autocast}, or that with this",
+        )
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """How a worker fetches its microbatches; never what it fetches."""
+
+    workers: int = option(0, "loader processes per worker (0: the training thread fetches)")
+    prefetch: int = option(2, "microbatches that each loader process prepares ahead")
+
+    def __post_init__(self) -> None:
+        whole("--data.workers", self.workers, 0, 1024)
+        whole("--data.prefetch", self.prefetch, 1, 65536)
+
+
+@dataclass(frozen=True)
+class ParallelOptions:
+    """How a model is spread over workers."""
+
+    strategy: Literal["ddp", "fsdp", "hsdp"] = option(
+        "ddp", "ddp: a whole model in each worker; fsdp: one over all; hsdp: one over each node", common=True
+    )
+    blocks: tuple[str, ...] = option(
+        (), "classes of the modules to shard, checkpoint and compile one by one (default: the job's, else found)"
+    )
+    reshard_after_forward: bool = option(True, "free a block's gathered parameters between forward and backward")
+    prefetch: int = option(0, "blocks to gather ahead of the one that runs (0: as FSDP2 does)")
+    offload: bool = option(False, "keep parameters, gradients and optimizer state in host memory (GPU only)")
+    activation_checkpointing: bool = option(False, "compute a block's activations again in backward")
+    compile: bool = option(False, "torch.compile each block", result=True)
+    bucket_mb: int = option(25, "gradient bucket of ddp, MiB")
+    find_unused: bool = option(False, "expect parameters without gradient from the start (ddp in fast; else found)")
+
+    def __post_init__(self) -> None:
+        one_of("--parallel.strategy", self.strategy, ("ddp", "fsdp", "hsdp"))
+        whole("--parallel.prefetch", self.prefetch, 0)
+        whole("--parallel.bucket-mb", self.bucket_mb, 1, 1 << 20)
+        for name in self.blocks:
+            require(name.isidentifier(), "--parallel.blocks", name, "give names of classes, such as Block")
+        for name, value, default in (
+            ("offload", self.offload, False),
+            ("prefetch", self.prefetch, 0),
+            ("reshard-after-forward", self.reshard_after_forward, True),
+        ):
+            require(
+                self.sharded or value == default,
+                f"--parallel.{name}",
+                value,
+                "leave it out: with --parallel.strategy ddp nothing is gathered",
+            )
+
+    @property
+    def sharded(self) -> bool:
+        """Whether a model is spread over several workers."""
+        return self.strategy != "ddp"
+
+
+@dataclass(frozen=True)
+class EvalOptions:
+    """Evaluation on held-out data."""
+
+    every: str | None = option(None, "evaluate every so much (ep, st, tok), and always at the end", common=True)
+    hold: bool = option(False, "after an evaluation wait for leave to go on, as the trials of a sweep do", once=True)
+
+    def __post_init__(self) -> None:
+        if self.every is not None:
+            parse_amount("--eval.every", self.every, clock=False)
+        require(
+            not self.hold or self.every is not None, "--eval.hold", self.hold, "give --eval.every too, or leave it out"
+        )
