@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-import elastic.run.keeper
+import elastic.run.ending
 import elastic.run.writing
 from elastic import fault
 from elastic.checkpoint import writer
@@ -314,7 +314,7 @@ def test_a_run_whose_disk_stays_full_saves_what_it_holds_and_ends_with_one_sente
 ):
     held, later, watch = gate("held"), gate("later"), Watch()
     monkeypatch.setattr(elastic.run.writing, "LEDGER_S", 1.0)
-    monkeypatch.setattr(elastic.run.keeper, "ENDING_PATIENCE_S", 0.1)
+    monkeypatch.setattr(elastic.run.ending, "ENDING_PATIENCE_S", 0.1)
     with small_disk(tmp_path, 2 * MIB) as disk:
         run = prepare(Everything(), configure(disk.path, "run", checkpoint__every="3st", run__duration="1000st"))
         faults = [

@@ -19,7 +19,7 @@ from elastic.cluster.capacity import visible_devices
 from elastic.cluster.vaults import vault_url
 from elastic.errors import ElasticError, FencedError, RunFailed, WarmUpError
 from elastic.run.host import HostSettings, RunHost, import_store
-from elastic.run.keeper import KeeperOptions
+from elastic.run.keeper_options import KeeperOptions
 from elastic.worker.run import Identity, WorkerRun
 
 

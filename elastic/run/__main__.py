@@ -14,7 +14,7 @@ from elastic.checkpoint.retention import Policy
 from elastic.child import ignore_terminal
 from elastic.membership.state import Limits
 from elastic.run.host import HostSettings, RunHost, import_store
-from elastic.run.keeper import KeeperOptions
+from elastic.run.keeper_options import KeeperOptions
 
 
 def main() -> int:

@@ -17,7 +17,8 @@ from elastic.membership.events import Scaled
 from elastic.membership.server import MembershipServer
 from elastic.membership.state import Limits, Phase, State
 from elastic.run.folder import RunFolder, owner
-from elastic.run.keeper import KeeperOptions, RunKeeper
+from elastic.run.keeper import RunKeeper
+from elastic.run.keeper_options import KeeperOptions
 from elastic.run.prepare import PreparedRun, git_commit, new_config
 from elastic.run.process import identity
 from elastic.run.versions import versions

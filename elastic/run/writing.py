@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
@@ -11,6 +12,7 @@ from elastic.checkpoint.patience import RETRY_S, is_from_storage, is_no_room, pa
 from elastic.membership.outbox import RowKey, row_key
 from elastic.observe.ledger import EVENTS, METRICS, LedgerFile
 from elastic.observe.tensorboard import TensorBoard
+from elastic.redact import clean
 from elastic.run.record import Record
 from elastic.storage import Storage
 
@@ -18,6 +20,12 @@ T = TypeVar("T")
 RECENT_ROWS = 100
 LEDGER_S = RETRY_S  # for which a ledger is waited for that cannot be written
 _CAN_WAIT = ("worker_warm", "restored")  # kinds of events that are written with the next rows
+
+
+def event_of(epoch: int, kind: str, fields: dict[str, Any]) -> dict[str, Any]:
+    """An event as the ledger has it; one of no world belongs to the claim: its generation is `epoch-0`."""
+    given = {k: clean(v) for k, v in fields.items() if v is not None}
+    return {"time": time.time(), "kind": kind, "generation": f"{epoch}-0", **given}
 
 
 class LedgerWriter:

@@ -18,7 +18,7 @@ from elastic.errors import RunFailed
 from elastic.membership.driver import DriverLink
 from elastic.membership.protocol import Existing
 from elastic.run.host import HostSettings, RunHost
-from elastic.run.keeper import KeeperOptions
+from elastic.run.keeper_options import KeeperOptions
 
 START_S = 60.0
 POLL_S = 0.05

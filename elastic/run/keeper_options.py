@@ -1,0 +1,26 @@
+"""What the keeper of a run is told when it is made."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from elastic.checkpoint.retention import Policy
+
+
+@dataclass(frozen=True)
+class KeeperOptions:
+    """What the keeper needs to know of a run. `facts` go into every status (owner, host, git commit, ...).
+
+    `save_every_s`: seconds between checkpoints, 0 for the interval that costs least, None where steps say when.
+    `new_config`: replaces the run's configuration once it has trained with it.
+    """
+
+    epoch: int
+    retention: Policy
+    save_every_s: float | None
+    total_steps: int
+    tensorboard: bool
+    price: float | None
+    facts: dict[str, Any]
+    new_config: dict[str, Any] | None = None

@@ -1,0 +1,70 @@
+"""Whether a run is still this claim's, and what is done where somebody removed its folder."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from elastic.run.folder import RunFolder
+from elastic.run.keeper_options import KeeperOptions
+from elastic.run.outcome import Outcome
+from elastic.run.writing import LedgerWriter
+
+
+class Ownership:
+    """A claim's hold on its run. All methods on the keeper's thread.
+
+    Args:
+        give_up: called with the reason where the run is another claim's.
+        on_removed: called when the folder was removed, and the claim is written anew.
+    """
+
+    def __init__(
+        self,
+        folder: RunFolder,
+        options: KeeperOptions,
+        outcome: Outcome,
+        ledger: LedgerWriter,
+        give_up: Callable[[str], None],
+        on_removed: Callable[[], None],
+    ):
+        self._folder, self._options, self._outcome, self._ledger = folder, options, outcome, ledger
+        self._give_up, self._on_removed = give_up, on_removed
+        self._claimed_at = folder.claimed_at(options.epoch)
+        self._config, self._new_config = folder.config(), options.new_config
+
+    def lasts(self) -> bool:
+        """Ask storage whether the run is still this claim's; if not, it is given up."""
+        if self._outcome.closed:
+            return False
+        newest, epoch = self._ledger.patiently(self._folder.newest_epoch), self._options.epoch
+        if newest > epoch:
+            self._give_up(f"claim {newest} took the run over from claim {epoch}")
+        elif self._claimed_at is not None:
+            at = self._ledger.patiently(self._folder.claimed_at, epoch)
+            if at is None and newest < epoch:
+                self._write_anew()
+            elif at is not None and at != self._claimed_at:
+                self._give_up_removed()
+        return not self._outcome.closed
+
+    def trained(self) -> None:
+        """The run has trained with its new configuration: that is the one in its folder from now on."""
+        if self._new_config is not None:
+            self._ledger.patiently(self._folder.write_config, self._new_config)
+            self._config, self._new_config = self._new_config, None
+
+    def _give_up_removed(self) -> None:
+        url = self._folder.storage.url
+        self._give_up(f"{url} was removed while this run was live, and claimed by another command")
+
+    def _write_anew(self) -> None:
+        """Somebody removed the folder of this run: write anew all that is still known."""
+        facts, at = self._options.facts, time.time()
+        claim = {"owner": facts.get("owner"), "process": facts.get("owner_process"), "time": at}
+        try:
+            self._ledger.patiently(self._folder.write_anew, self._options.epoch, self._config, claim)
+        except FileExistsError:
+            return self._give_up_removed()
+        self._claimed_at = at
+        self._on_removed()

@@ -1,0 +1,45 @@
+"""What the keeper needs of the run's membership server."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from elastic.membership.protocol import HostMessage
+
+
+class Server(Protocol):
+    """Implemented by `membership.server.MembershipServer`. All methods from any thread."""
+
+    @property
+    def url(self) -> str: ...
+
+    def gone(self) -> frozenset[str]: ...
+
+    def publish(self, record: dict[str, Any], *, keep: bool) -> None: ...
+
+    def send_all(self, message: HostMessage) -> None: ...
+
+    def ask_to_stop(self, why: str) -> None: ...
+
+    def saved_alone(self, step: int) -> None: ...
+
+
+class NoServer:
+    """Before there is a server nobody is there to hear, and nobody is gone."""
+
+    url = ""
+
+    def gone(self) -> frozenset[str]:
+        return frozenset()
+
+    def publish(self, record: dict[str, Any], *, keep: bool) -> None:
+        pass
+
+    def send_all(self, message: HostMessage) -> None:
+        pass
+
+    def ask_to_stop(self, why: str) -> None:
+        pass
+
+    def saved_alone(self, step: int) -> None:
+        pass
