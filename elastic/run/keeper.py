@@ -42,7 +42,7 @@ FLUSH_OBJECT_S = 10.0
 
 
 class RunKeeper:
-    """Implements `membership.server.Keeper` for a run's folder. Call `attach`, then `start`."""
+    """Implements `membership.keeper.Keeper` for a run's folder. Call `attach`, then `start`."""
 
     def __init__(self, folder: RunFolder, options: KeeperOptions):
         self._options, self._outcome = options, Outcome(time.time())
