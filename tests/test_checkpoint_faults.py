@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import elastic.run.ending
-import elastic.run.writing
+import elastic.run.ledger_writer
 from elastic import fault
 from elastic.checkpoint import writer
 from elastic.checkpoint.format import Manifest
@@ -313,7 +313,7 @@ def test_a_run_whose_disk_stays_full_saves_what_it_holds_and_ends_with_one_sente
     tmp_path, undisturbed_every_3, gate, monkeypatch
 ):
     held, later, watch = gate("held"), gate("later"), Watch()
-    monkeypatch.setattr(elastic.run.writing, "LEDGER_S", 1.0)
+    monkeypatch.setattr(elastic.run.ledger_writer, "LEDGER_S", 1.0)
     monkeypatch.setattr(elastic.run.ending, "ENDING_PATIENCE_S", 0.1)
     with small_disk(tmp_path, 2 * MIB) as disk:
         run = prepare(Everything(), configure(disk.path, "run", checkpoint__every="3st", run__duration="1000st"))

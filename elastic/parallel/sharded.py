@@ -50,7 +50,7 @@ class _Sharded:
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         self._buffers = StepBuffers(model, exact=self._exact)
         self._used = Used(model)
-        self._alike, self._steps, self._metrics = BlockOrder(model, mesh, device), 0, Metrics()
+        self._block_order, self._steps, self._metrics = BlockOrder(model, mesh, device), 0, Metrics()
         self.wait_s = 0.0
         self.scale = 1.0
         self.recomputes = False  # backward passes compute forward passes again
@@ -58,16 +58,16 @@ class _Sharded:
     def _begin(self) -> Records:
         self.model.zero_grad(set_to_none=True)  # also what a parameter has that was frozen after the last step
         self._used.seen.clear()
-        self._alike.taken()
+        self._block_order.taken()
         self._buffers.begin()
         bits = 64 * self._buffers.words + len(self._parameters)
         return Records(self._runs, self._place, self._device, (bits + 63) // 64, self._metrics)
 
     def _forward(self, batch: Any) -> tuple[torch.Tensor, Any, Any]:
-        before = self._alike.count
-        with nullcontext() if self._steps else self._alike.each():
+        before = self._block_order.count
+        with nullcontext() if self._steps else self._block_order.each():
             result = self._loss(self.model, batch)
-            self._alike.returned(before)
+            self._block_order.returned(before)
         self._used.look_at_root()
         return result
 
@@ -83,11 +83,11 @@ class _Sharded:
         """
         first = 64 * self._buffers.words
         records.mark(sum(1 << (first + i) for i in self._used.seen))
-        records.tell(self._alike.taken(), *told)
+        records.tell(self._block_order.taken(), *told)
         began = time.perf_counter()
         record = records.gather(self._mesh.everyone).result()
         self.wait_s = time.perf_counter() - began
-        self._alike.check([first for first, *_ in record.told])
+        self._block_order.check([first for first, *_ in record.told])
         self._steps += 1
         for i, p in enumerate(self._parameters):
             if not record.changed_buffers >> (first + i) & 1:

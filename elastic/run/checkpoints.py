@@ -16,7 +16,7 @@ from elastic.checkpoint.writer import commit
 from elastic.errors import DamagedCheckpoint
 from elastic.membership.protocol import Commit, HostMessage, RestorePoint, Share, Wished
 from elastic.membership.world import Generation
-from elastic.run.attempts import Attempt
+from elastic.run.pending_commits import Attempt
 from elastic.run.record import Record
 from elastic.storage import Storage
 

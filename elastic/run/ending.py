@@ -15,12 +15,12 @@ from elastic.redact import redact
 from elastic.run.checkpoints import Checkpoints
 from elastic.run.folder import RunFolder
 from elastic.run.keeper_options import KeeperOptions
+from elastic.run.ledger_writer import LedgerWriter, event_of
 from elastic.run.outcome import Outcome
 from elastic.run.record import Record
 from elastic.run.server import Server
 from elastic.run.status import Status
 from elastic.run.summary import result_values
-from elastic.run.writing import LedgerWriter, event_of
 
 END_S = 900.0  # for a run that ends because its ledger could not be written: workers try to save meanwhile
 ENDING_PATIENCE_S = 5.0

@@ -29,12 +29,12 @@ from elastic.run.checkpoints import Checkpoints, Keeping
 from elastic.run.ending import Ending
 from elastic.run.folder import LIVE_STATES, RunFolder
 from elastic.run.keeper_options import KeeperOptions
+from elastic.run.ledger_writer import LedgerWriter, event_of
 from elastic.run.outcome import Outcome
 from elastic.run.ownership import Ownership
 from elastic.run.record import STARTED, Record
 from elastic.run.server import NoServer, Server
 from elastic.run.status import Status
-from elastic.run.writing import LedgerWriter, event_of
 
 HEARTBEAT_S = 5.0
 FLUSH_LOCAL_S = 1.0

@@ -7,8 +7,8 @@ from collections.abc import Callable
 
 from elastic.run.folder import RunFolder
 from elastic.run.keeper_options import KeeperOptions
+from elastic.run.ledger_writer import LedgerWriter
 from elastic.run.outcome import Outcome
-from elastic.run.writing import LedgerWriter
 
 
 class Ownership:

@@ -12,11 +12,11 @@ from elastic.observe.ledger import METRICS, read_tail
 from elastic.run.checkpoints import Checkpoints
 from elastic.run.folder import LIVE_STATES, RunFolder
 from elastic.run.keeper_options import KeeperOptions
+from elastic.run.ledger_writer import RECENT_ROWS, LedgerWriter
 from elastic.run.outcome import Outcome
 from elastic.run.record import Record
 from elastic.run.server import Server
 from elastic.run.summary import status_values
-from elastic.run.writing import RECENT_ROWS, LedgerWriter
 
 
 class Status:

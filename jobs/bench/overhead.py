@@ -173,6 +173,8 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=30)
     parser.add_argument("--json")
     arguments = parser.parse_args()
+    if arguments.pairs < 2:
+        parser.error(f"--pairs is {arguments.pairs}; give at least 2, since one pair has no spread")
     write_json(arguments.json, run(arguments.pairs))
 
 
