@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import pty
 import re
@@ -56,7 +57,10 @@ def shown(columns: int, monkeypatch: pytest.MonkeyPatch, term: str = "xterm-256c
         console.record(EVENT)
         console.record(ROWS[3])
         console.close()
+        del console
+    gc.collect()  # it held the terminal open
     reader.join(10)
+    assert not reader.is_alive()
     os.close(ours)
     text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", b"".join(read).decode())
     return [line.rstrip() for line in re.split(r"[\r\n]+", text) if line.strip()]

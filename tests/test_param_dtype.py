@@ -86,6 +86,7 @@ def test_an_error_in_a_forward_pass_leaves_the_parameters_as_they_are():
     assert {p.dtype for p in model.parameters()} == {torch.float32, torch.int64}
 
 
+@pytest.mark.long
 @pytest.mark.processes
 @pytest.mark.usefixtures("fork_server")
 @pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a C++ compiler")
