@@ -148,21 +148,25 @@ def test_the_plain_script_learns(tmp_path):
     assert float(shown.split("held-out accuracy ")[1]) > GOOD_ACCURACY
 
 
-@pytest.fixture(scope="module")
-def ported(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run of the ported script, in plain processes, by the documented command."""
-    folder = tmp_path_factory.mktemp("ported")
-    [line] = [c for c in commands("docs/jobs.md") if c.startswith("python -m elastic.worker")]
-    python(*shlex.split(line)[1:], "--run.name", "run", cwd=folder)
-    return folder / "runs" / "run"
-
-
 @pytest.mark.processes
-def test_the_ported_script_learns_as_well(ported: Path):
+def test_the_ported_script_learns_as_well_leaves_what_is_listed_and_is_refused_as_shown(
+    libraries, tmp_path, monkeypatch, capsys
+):
+    """A run of the ported script, in plain processes, by the documented command."""
+    [line] = [c for c in commands("docs/jobs.md") if c.startswith("python -m elastic.worker")]
+    python(*shlex.split(line)[1:], "--run.name", "run", cwd=tmp_path)
+    ported = tmp_path / "runs" / "run"
     result = json.loads((ported / "result.json").read_text())
-
     assert result["status"] == "finished"
     assert result["metrics"]["eval/accuracy"] > GOOD_ACCURACY
+
+    listed = {name.strip("`") for name, _ in table("docs/files.md", "| file | what it is |")}
+    assert {f"{p.name}/" if p.is_dir() else p.name for p in ported.iterdir()} == listed
+    assert list(ported.glob("checkpoints/step-*/*/manifest.json"))
+
+    monkeypatch.chdir(tmp_path)
+    assert run(*job_of(module_file(PORTED)), ["--run.name", "run", "--run.seed", "2"]) == 2
+    assert capsys.readouterr().err.replace("run run ", "run mine ") in text(OPERATIONS)
 
 
 def test_the_shown_diff_is_that_of_the_two_scripts():
@@ -325,7 +329,7 @@ def check_pip(words: list[str]) -> None:
 
 
 def check_python(words: list[str]) -> None:
-    if words[1] == "-m" and words[2] == "elastic.worker":  # runs whole in the fixture `ported`
+    if words[1] == "-m" and words[2] == "elastic.worker":  # runs whole in its own test
         at = words.index("--module")
         assert words[3:5] == words[at : at + 2]
         dry_run(module_file(words[at + 1]), words[words.index("--workers") + 2 :])
@@ -372,15 +376,6 @@ def test_the_shown_dry_run_is_the_real_one(tmp_path):
         assert wanted.strip() == "..." or wanted in real, f"not printed, or not in this place: {wanted!r}"
 
 
-@pytest.mark.processes
-def test_the_shown_refusal_is_the_real_one(libraries, ported: Path, monkeypatch, capsys):
-    monkeypatch.chdir(ported.parent.parent)
-
-    assert run(*job_of(module_file(PORTED)), ["--run.name", "run", "--run.seed", "2"]) == 2
-
-    assert capsys.readouterr().err.replace("run run ", "run mine ") in text(OPERATIONS)
-
-
 # ---- tables --------------------------------------------------------------------------------------------------------
 
 
@@ -388,11 +383,3 @@ def test_the_exit_codes_are_those_of_our_errors():
     kinds = [e for e in vars(errors).values() if isinstance(e, type) and issubclass(e, ElasticError)]
 
     assert {int(code) for code, _ in table(OPERATIONS, "| exit code | meaning |")} == {0, *(e.exit_code for e in kinds)}
-
-
-@pytest.mark.processes
-def test_a_run_leaves_behind_what_is_listed(ported: Path):
-    listed = {name.strip("`") for name, _ in table("docs/files.md", "| file | what it is |")}
-
-    assert {f"{p.name}/" if p.is_dir() else p.name for p in ported.iterdir()} == listed
-    assert list(ported.glob("checkpoints/step-*/*/manifest.json"))
