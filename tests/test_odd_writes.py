@@ -254,7 +254,7 @@ def test_a_buffer_that_forward_passes_give_another_shape_is_refused_by_name(exac
     ("kind", "why"),
     [
         (Limited, r"table (Embedding) is made with max_norm=0.5, which changes its rows in forward passes"),
-        (Clamped, "parameter inner.0.weight is written to in forward passes"),
+        (Clamped, "evaluate() changes parameters of the model (inner.0.weight)"),
     ],
 )
 def test_parameters_that_forward_passes_write_to_are_refused_by_name(kind, why, tmp_path):

@@ -56,7 +56,8 @@ def remove_placement_groups(prefix: str) -> int:
     left = [t for t in ray.util.placement_group_table().values() if t["name"].startswith(prefix)]
     left = [t for t in left if t["state"] != "REMOVED"]
     for entry in left:
-        remove_placement_group(ray.util.get_placement_group(entry["name"]))
+        with contextlib.suppress(ValueError):  # it has just gone by itself
+            remove_placement_group(ray.util.get_placement_group(entry["name"]))
     return len(left)
 
 
