@@ -16,7 +16,7 @@ import pytest
 
 from elastic.errors import FencedError, RunFailed
 from elastic.membership.client import WorkerLink
-from elastic.membership.protocol import SILENT_S, Beat, Share
+from elastic.membership.protocol import SILENT_S, Beat, Rows, Share
 from elastic.membership.server import MembershipServer
 from elastic.membership.world import Generation, Member
 from elastic.observe.ledger import gaps_and_doubles
