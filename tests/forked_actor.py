@@ -14,16 +14,17 @@ import os
 import runpy
 import struct
 import sys
-from contextlib import suppress
 from multiprocessing import forkserver, resource_tracker
 from pathlib import Path
+from typing import Any
 
 SERVER = "FORKED_ACTOR_SERVER"  # environment variables of a node: the address of that server
 FOLDER = "FORKED_ACTOR_FOLDER"  # and a folder in which each worker leaves the process id of its raylet, by its own
-_IDS = 500  # random ones that a worker may need
 _CONTEXT = "--serialized-runtime-env-context="
 _LANGUAGE = "--language="
 _READ = "_ZGVZN9RayConfig8instanceEvE6config"  # whether RayConfig::instance() has made its object
+_POOLS = "_ZN4absl12lts_2023080215random_internal12_GLOBAL__N_1L9pool_onceE"  # whether what seeds each thread is made
+_GENERATOR = "_ZGVZ10FillRandomISsEvPT_E9generator"  # whether a thread has its generator
 
 
 def work(arguments: list[str], folder: str, environment: dict[str, str]) -> None:
@@ -37,37 +38,56 @@ def work(arguments: list[str], folder: str, environment: dict[str, str]) -> None
     os.environ.update(environment)
     fault.read_plan()
     read_environment_again()
-    draw_other_ids(Path(folder))
+    seed_again()
     sys.argv = arguments
     runpy.run_path(arguments[0], run_name="__main__")
 
 
 def read_environment_again() -> None:
     """Have Ray's C++ read its settings from the environment when it next asks for one, as it did when it was loaded."""
+    ctypes.c_uint8.from_address(_loaded()[0] + _address(_READ)).value = 0
+
+
+def seed_again() -> None:
+    """Have Ray's C++ draw other random numbers than all other forks of the server: in each of its threads, they would
+    go on where the server was, and two placement groups of one job would get the same id."""
+    library, of_this_thread = _loaded()
+    ctypes.c_uint32.from_address(library + _address(_POOLS)).value = 0
+    ctypes.c_uint8.from_address(of_this_thread + _address(_GENERATOR)).value = 0
+
+
+def _loaded() -> tuple[int, int]:
+    """Where Ray's library is in memory, and where its variables of this thread are: by `dl_iterate_phdr(3)`."""
+    found = []
+
+    @ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(_Loaded), ctypes.c_size_t, ctypes.c_void_p)
+    def look(loaded: Any, size: int, data: Any) -> int:
+        if (loaded.contents.name or b"").endswith(b"/_raylet.so"):
+            found.append((loaded.contents.address, loaded.contents.of_thread))
+        return 0
+
+    ctypes.CDLL(None).dl_iterate_phdr(look, None)
+    return found[0]
+
+
+class _Loaded(ctypes.Structure):
+    _fields_ = (
+        ("address", ctypes.c_void_p),
+        ("name", ctypes.c_char_p),
+        ("headers", ctypes.c_void_p),
+        ("header_count", ctypes.c_uint16),
+        ("adds", ctypes.c_ulonglong),
+        ("subs", ctypes.c_ulonglong),
+        ("module_of_thread", ctypes.c_size_t),
+        ("of_thread", ctypes.c_void_p),
+    )
+
+
+def _address(symbol: str) -> int:
+    """Where that library (64-bit ELF) has a symbol, also a local one, which the dynamic linker does not find."""
     import ray._raylet
 
-    with open("/proc/self/maps") as maps:
-        base = min(int(line.split("-")[0], 16) for line in maps if line.rstrip().endswith("/_raylet.so"))
-    ctypes.c_uint8.from_address(base + _address(ray._raylet.__file__, _READ)).value = 0
-
-
-def draw_other_ids(folder: Path) -> None:
-    """Go on to a part of Ray's random numbers that no other fork has: they all continue where the server was, and two
-    placement groups of one job would get the same id."""
-    from ray._raylet import JobID, PlacementGroupID
-
-    place, made = 0, None
-    while made is None:
-        place += 1
-        with suppress(FileExistsError):
-            made = os.open(folder / f"place-{place}", os.O_CREAT | os.O_EXCL)
-    os.close(made)
-    for _ in range(place * _IDS):
-        PlacementGroupID.of(JobID.from_int(1))
-
-
-def _address(library: str, symbol: str) -> int:
-    """Where a library (64-bit ELF) has a symbol, also a local one, which the dynamic linker does not find."""
+    library = ray._raylet.__file__
     with open(library, "rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as data:
         (sections,), (size, count) = struct.unpack_from("<Q", data, 40), struct.unpack_from("<HH", data, 58)
         headers = [struct.unpack_from("<IIQQQQIIQQ", data, sections + i * size) for i in range(count)]
