@@ -2,7 +2,8 @@
 
 Every worker of ddp, and every row of hsdp, applies an update that it computed by itself. If two differ, copies drift
 apart and the weights of one of them are saved. So a fingerprint of each update rides on the fence of its step, and
-digests of the state are compared after a join, before each checkpoint, and every `--run.check-every` steps.
+digests of the state are compared after a join, after the second update of each command, before each checkpoint, and
+every `--run.check-every` steps.
 """
 
 from __future__ import annotations

@@ -20,6 +20,7 @@ from elastic.worker.worker import InHand, Worker
 
 LAST_COMMIT_S = 60.0  # for a save that is under way when an error ends the run
 HOLD_POLL_S = 0.01
+EARLY_CHECK = 2  # updates of a command after which copies are compared first: drift mostly begins with training
 
 
 class SavingWorld:
@@ -171,7 +172,8 @@ class World(SavingWorld):
                 self.evaluate()
             if agreed.save or (plan.checkpoint_every and step % plan.checkpoint_every == 0):
                 self.save(busy=agreed.busy)
-        if plan.check_every and step % plan.check_every == 0:
+        early = step == self.claim_step + EARLY_CHECK
+        if plan.check_every and (early or step % plan.check_every == 0):
             self.check_state()
 
     # ---- between steps -----------------------------------------------------------------------------------------
