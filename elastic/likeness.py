@@ -21,7 +21,17 @@ TOLERANCE = 1e-3
 DATA = "data"  # what --run.allow-change calls a change of it
 
 #: What a device is, in words.
-DEVICE = {"type": "device type", "name": "kernels or device name", "torch": "torch build", "threads": "thread count"}
+DEVICE = {
+    "type": "device type",
+    "name": "kernels or device name",
+    "torch": "torch build",
+    "threads": "thread count",
+    "precision": "precision of float32 products",
+    "driver": "NVIDIA driver",
+    "nccl": "NCCL",
+    "cudnn": "cuDNN",
+    "cublas": "cuBLAS",
+}
 
 
 def packed(lines: Sequence[str]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from elastic.data.deal import deal
-from elastic.parallel.canonical import _buckets, canonical_norm
+from elastic.parallel.canonical import _buckets, canonical_norm, sums_by_halves
 from elastic.parallel.tree import TreeSum, blocks, tree_sum
 
 
@@ -134,6 +134,25 @@ def test_the_norm_of_long_rows_has_the_same_bits_whether_a_row_is_alone_or_among
     whole = torch.randn(4, 300_000, generator=torch.Generator().manual_seed(1))
 
     assert canonical_norm([row.clone().unsqueeze(0) for row in whole]).item() == canonical_norm([whole]).item()
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 40), st.sampled_from([1, 2, 7, 64, 129])), min_size=1, max_size=5),
+    st.integers(1, 3000),
+    st.sampled_from([torch.float32, torch.bfloat16]),
+    st.integers(0, 2**31),
+)
+def test_sums_by_halves_have_the_same_bits_whatever_rows_are_summed_together(sizes, together, dtype, seed):
+    """As on CUDA, where a kernel that sums goes by the number of rows."""
+    generator = torch.Generator().manual_seed(seed)
+    pieces = [torch.randn(rows, width, generator=generator).to(dtype) for rows, width in sizes]
+
+    found = sums_by_halves(pieces, together)
+
+    assert [len(sums) for sums in found] == [rows for rows, _ in sizes]
+    for piece, sums in zip(pieces, found):
+        assert torch.equal(sums, torch.cat([sums_by_halves([row.unsqueeze(0)], 1 << 20)[0] for row in piece]))
+        torch.testing.assert_close(sums.double(), piece.double().square().sum(1), rtol=1e-5, atol=0)
 
 
 @given(st.lists(st.tuples(st.integers(1, 5), st.integers(0, 7)), min_size=1, max_size=6), st.integers(0, 2**31))

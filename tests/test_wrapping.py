@@ -164,5 +164,5 @@ def test_state_that_is_neither_whole_nor_cut_by_rows_is_refused_by_name(mesh):
 def test_each_row_has_as_many_sums_as_announced(shape):
     rows = shape[0] if shape else 1
 
-    assert len(row_sums(torch.ones(shape))) == rows * sums_per_row(shape)
+    assert len(row_sums([torch.ones(shape)])) == rows * sums_per_row(shape)
     assert canonical_norm([torch.ones(shape), torch.ones(1)]) ** 2 == pytest.approx(torch.ones(shape).numel() + 1)

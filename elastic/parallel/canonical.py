@@ -18,6 +18,7 @@ from elastic.parallel.tree import Block, TreeSum, blocks
 
 Tensors = list[torch.Tensor]
 _PIECE = 16384
+_TOGETHER = 1 << 24  # elements: 64 MiB of float32, whose launches cost less than what they move
 
 
 def _add(left: Tensors, right: Tensors) -> Tensors:
@@ -116,22 +117,58 @@ def _split(flat: torch.Tensor, like: Tensors) -> Tensors:
 def canonical_norm(tensors: Tensors) -> torch.Tensor:
     """Global L2 norm (float64 scalar) whose bits do not depend on how dim 0 is cut.
 
-    Squares are summed within each row of dim 0 (measured: such sums are the same however rows are spread over
-    ranks), and the row sums of all tensors then in float64.
+    Squares are summed within each row of dim 0, which a cut leaves whole, and the row sums of all tensors then in
+    float64.
     """
-    return torch.cat([row_sums(t) for t in tensors if t.numel()]).sum().sqrt()
+    return row_sums(tensors).sum().sqrt()
 
 
-def row_sums(tensor: torch.Tensor) -> torch.Tensor:
-    """Sums of squares within each row of dim 0, row after row, float64 (`sums_per_row` for each row)."""
-    squares = tensor * tensor
-    if tensor.dim() <= 1:
-        return squares.reshape(-1).double()
-    if not tensor.numel():
-        return squares.new_empty(0, dtype=torch.float64)
-    # A piece is shorter than torch's grain (32,768): a longer row is summed by several threads if it is the only one.
-    pieces = squares.reshape(squares.shape[0], -1).split(_PIECE, dim=1)
-    return torch.stack([piece.sum(1) for piece in pieces], dim=1).reshape(-1).double()
+def row_sums(tensors: Tensors) -> torch.Tensor:
+    """Sums of squares within each row of dim 0, row after row and tensor after tensor: float64, `sums_per_row` for each
+    row. A row's sum has the same bits whatever other rows are there.
+
+    On a CPU that was measured for torch's sum. On CUDA the kernel of torch's sum goes by the number of rows and by
+    their alignment (`set_block_dimension` and `split_across_warps` in ATen's Reduce.cuh): there, halves of the rows are
+    added element by element.
+    """
+    rows = [_pieces(t) for t in tensors if t.numel()]
+    flat = [piece for pieces in rows for piece in pieces]
+    if not flat:
+        return tensors[0].new_empty(0, dtype=torch.float64)
+    sums = iter(sums_by_halves(flat, _TOGETHER) if flat[0].is_cuda else [(piece * piece).sum(1) for piece in flat])
+    return torch.cat([torch.stack([next(sums) for _ in pieces], dim=1).reshape(-1).double() for pieces in rows])
+
+
+def _pieces(tensor: torch.Tensor) -> Tensors:
+    """The rows of dim 0 in pieces of their width. A piece is shorter than torch's grain (32,768): of a longer row that
+    is the only one, several threads sum parts."""
+    return list(tensor.reshape(tensor.shape[0] if tensor.dim() else 1, -1).split(_PIECE, dim=1))
+
+
+def sums_by_halves(pieces: Tensors, together: int) -> Tensors:
+    """Sums of squares of each row of each piece [rows, width], at least float32: the second half of a row is added to
+    its first until one element is left.
+
+    Pieces of one width are summed together, in launches for `together` elements: their memory is needed once more.
+    """
+    sums: list[Tensors] = [[] for _ in pieces]
+    groups: dict[tuple[int, torch.dtype], list[tuple[int, torch.Tensor]]] = {}
+    for i, piece in enumerate(pieces):
+        width = piece.shape[1]
+        groups.setdefault((width, piece.dtype), []).extend((i, part) for part in piece.split(max(1, together // width)))
+    for group in groups.values():
+        for bucket in _buckets([part for _, part in group], together * group[0][1].element_size()):
+            rows = torch.cat([part for _, part in group[bucket]])
+            rows = rows.to(torch.promote_types(rows.dtype, torch.float32)).square_()
+            width = rows.shape[1]
+            while width > 1:
+                half = (width + 1) // 2
+                rows[:, : width - half] += rows[:, half:width]
+                width = half
+            found = rows[:, 0].split([len(part) for _, part in group[bucket]])
+            for (i, _), total in zip(group[bucket], found):
+                sums[i].append(total)
+    return [torch.cat(parts) for parts in sums]
 
 
 def sums_per_row(shape: tuple[int, ...]) -> int:

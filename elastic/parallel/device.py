@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
@@ -21,9 +25,28 @@ def prepare_process(*, bitwise: bool, threads: int) -> None:
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
         torch.use_deterministic_algorithms(True)
         torch.backends.cudnn.benchmark = False
-        torch.backends.cudnn.allow_tf32 = False
-        torch.backends.cuda.matmul.allow_tf32 = False
         stop_script_from_specialising()
+
+
+def stop_filling() -> None:
+    """Leave new tensors as they are. In bitwise torch writes NaN into them, so that who reads one before writing it is
+    found when the job is tried; in training that costs one write more for every gathered parameter and buffer."""
+    _fill_new_memory(False)
+
+
+@contextmanager
+def new_memory_as_it_is() -> Iterator[None]:
+    """The same for a while."""
+    _fill_new_memory(False)
+    try:
+        yield
+    finally:
+        _fill_new_memory(True)
+
+
+def _fill_new_memory(filled: bool) -> None:
+    deterministic: Any = torch.utils.deterministic
+    deterministic.fill_uninitialized_memory = filled
 
 
 def pick_device(accelerator: str, local_index: int) -> torch.device:
@@ -38,9 +61,55 @@ def pick_device(accelerator: str, local_index: int) -> torch.device:
 
 
 def describe(device: torch.device) -> dict[str, Any]:
-    """What two workers must share to compute the same bits."""
+    """What two workers must share to compute the same bits, as plain JSON."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
-    return {"type": device.type, "name": name, "torch": torch.__version__, "threads": torch.get_num_threads()}
+    found = {"type": device.type, "name": name, "torch": torch.__version__, "threads": torch.get_num_threads()}
+    if device.type == "cuda":
+        found |= {
+            "driver": nvidia_driver(),
+            "nccl": ".".join(map(str, torch.cuda.nccl.version())),
+            "cudnn": torch.backends.cudnn.version(),
+            "cublas": _cublas(),
+        }
+    return {**found, "precision": _precision(device.type)}
+
+
+def _precision(kind: str) -> str:
+    """What the job set, or left, of how float32 products and convolutions are rounded on such a device."""
+    backends: Any = torch.backends
+    if kind == "cuda":
+        matmul = backends.cuda.matmul
+        parts = {
+            "matmul": matmul.fp32_precision,
+            "conv": backends.cudnn.conv.fp32_precision,
+            "rnn": backends.cudnn.rnn.fp32_precision,
+            "reduced": (
+                matmul.allow_bf16_reduced_precision_reduction,
+                matmul.allow_fp16_reduced_precision_reduction,
+                matmul.allow_fp16_accumulation,
+            ),
+        }
+    else:
+        parts = {"matmul": backends.mkldnn.matmul.fp32_precision, "conv": backends.mkldnn.conv.fp32_precision}
+    return " ".join(f"{what}={'ieee' if how == 'none' else how}" for what, how in parts.items())
+
+
+def _cublas() -> str:
+    """Version of the cuBLAS that torch's wheels brought, else of the CUDA that torch was built with."""
+    for name in ("nvidia-cublas", "nvidia-cublas-cu12"):
+        with suppress(PackageNotFoundError):
+            return version(name)
+    return f"of CUDA {torch.version.cuda}"
+
+
+def nvidia_driver() -> str:
+    """Version of NVIDIA's kernel driver; empty where there is none."""
+    try:
+        with open("/proc/driver/nvidia/version") as file:
+            found = re.search(r"Kernel Module(?: for \S+)?\s+(\d[\d.]*)", file.read())
+    except FileNotFoundError:
+        return ""
+    return found[1] if found else ""
 
 
 def memory_share(device: torch.device) -> float | None:

@@ -242,7 +242,7 @@ class BitwiseSharded(_Sharded):
         lengths = [
             [len(shard_range(g.shape[0], s, shards)) * sums_per_row(g.shape) for g in held] for s in range(shards)
         ]
-        mine = torch.cat([row_sums(g) for g in gradients])
+        mine = row_sums(gradients)
         longest = max(map(sum, lengths))
         padded = mine.new_zeros(longest)
         padded[: len(mine)] = mine

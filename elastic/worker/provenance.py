@@ -77,7 +77,7 @@ class Provenance:
         device, options = made.get("device"), made.get("options")
         if not isinstance(device, dict) or not isinstance(options, dict):
             return [*earlier, f"what step {step} was computed with is not known: an older version saved it"]
-        for key in sorted({*device, *self._device}):
+        for key in sorted({*device} & {*self._device}):  # an older version knew fewer
             if device.get(key) != self._device.get(key):
                 what = f"{DEVICE.get(key, key)} was {device.get(key)!r} and is {self._device.get(key)!r}"
                 earlier.append(f"{what} from step {step} on")

@@ -25,6 +25,7 @@ from elastic.data.samples import halves, untouched
 from elastic.errors import ConfigError
 from elastic.job import Job, MapDataset
 from elastic.parallel.buffers import StepBuffers
+from elastic.parallel.device import new_memory_as_it_is
 from elastic.parallel.wrapping import fsdp_modules
 from elastic.seeds import derive, seed_all
 from elastic.worker.belongings import Attributes, digest, leaves
@@ -47,6 +48,10 @@ SEPARATE = (
     "the weights of loss() count passes, not samples",
 )
 _NOT_ADDITIVE, _COUNTS_PASSES = 1, 2
+_UNWRITTEN = (
+    "loss() is not finite when new memory is filled with NaN before it is used, and is finite otherwise: the model or "
+    "loss() reads a tensor that it has not written, as torch.empty() and empty_like() give; make it with torch.zeros()"
+)
 
 
 @dataclass(frozen=True)
@@ -197,6 +202,11 @@ class Rehearsal:
             return 0  # in evaluation mode it need not work; and if it fails in training, the first step says so
         if not found:
             return 0  # no batch can be had: the first step says why
+        if agreed(self._config.run.exactness == "bitwise" and not _finite(found)):
+            with new_memory_as_it_is():
+                again = _passes(loss, batches, seed)
+            if agreed(_finite(again)):
+                raise self._code.mistake(ConfigError(_UNWRITTEN))
         self._batch = batches[0][1]
         self.metrics["result of loss()"] = [f"metric {name}" for name in sorted(found[0].metrics)]
         if len(found) < 3:
@@ -333,6 +343,10 @@ def _passes(function: Function, batches: Batches, seed: int) -> list[Sums]:
         loss, weight, metrics = function(_own(batch))
         found.append(Sums(samples, float(loss), float(weight), {k: float(v) for k, v in metrics.items()}))
     return found
+
+
+def _finite(found: Sequence[Sums]) -> bool:
+    return all(math.isfinite(s.loss) for s in found)
 
 
 def _listed(names: list[str]) -> str:

@@ -61,8 +61,7 @@ def warm_up(run: WorkerRun, identity: Identity, *, import_s: float = 0.0) -> Wor
     prepare_process(bitwise=bitwise, threads=run.config.scaling.cpus_per_worker)
     use_interface_of(identity.host)
     device = pick_device(identity.accelerator, identity.local_index)
-    shown = json.dumps(describe(device), sort_keys=True)
-    member = Member(identity.id, identity.node, identity.local_index, os.getpid(), identity.host, shown)
+    member = Member(identity.id, identity.node, identity.local_index, os.getpid(), identity.host, "")
     lease_s = parse_amount("lease", run.config.recovery.lease, clock=True).seconds
     link = WorkerLink(run.server_url, run.token, member, lease_s=lease_s)
     try:
@@ -106,20 +105,20 @@ class _WarmUp:
         seed_all(derive("data", seed))
         held_out = eval_sets(job)
         trained = identify(data)
-        provenance = Provenance(
-            exact=self._bitwise,
-            device=describe(self._device),
-            data=trained,
-            options=comparable(options),
-            held=digest_of(lines["models of the job"]),
-            allowed=config.run.allow_change,
-        )
         of_data = {f"eval_data() {name}".rstrip(): identify(d, some=0) for name, d in held_out.items()}
         watch = Watch([data, *held_out.values()], self._warn_of_unsaved)
         data_s = time.monotonic() - began
         placing = Placing(job, config, self._device)
         placing.warm_up()
         lines["model"] = describe_model(placing.model)
+        provenance = Provenance(
+            exact=self._bitwise,
+            device=describe(self._device),  # with what the job has set by now
+            data=trained,
+            options=comparable(options),
+            held=digest_of(lines["models of the job"]),
+            allowed=config.run.allow_change,
+        )
         if not config.parallel.sharded:
             self._holding.state = state = placing.whole()
             lines["optimizer"] = describe_optimizer(state.optimizer)
@@ -170,7 +169,8 @@ class _WarmUp:
         worker.warm_parts = parts | self._rehearse(worker)
         lines |= worker.rehearsal.metrics if self._holding.state is not None else {}
         said = describe_worker({"train_data()": trained, **of_data}, **lines)
-        self._link.member = replace(self._link.member, says=said)
+        device = json.dumps(describe(self._device), sort_keys=True)
+        self._link.member = replace(self._link.member, says=said, device=device)
         return worker
 
     def _rehearse(self, worker: Worker) -> dict[str, Any]:

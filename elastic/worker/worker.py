@@ -15,7 +15,7 @@ from elastic.membership.client import WorkerLink
 from elastic.membership.protocol import Assignment, SavedAlone
 from elastic.membership.stage import Stage
 from elastic.membership.world import Generation
-from elastic.parallel.device import memory_share
+from elastic.parallel.device import memory_share, stop_filling
 from elastic.run.plan import RunPlan
 from elastic.storage import Storage
 from elastic.worker.comeback import check_comes_back
@@ -150,6 +150,7 @@ class Worker:
         if group is not None and group.leads and self.rehearsal.separate and not known:
             detail = f"passes are of one microbatch each: {SEPARATE[self.rehearsal.separate]}"
             self.link.event("notice", self.holding.applied, detail)
+        stop_filling()
 
     def with_memory(self, old: TrainState) -> TrainState:
         """The same state in a model that is built with memory."""
