@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from torch import distributed as dist
+from torch.distributed import get_world_size
 
 from elastic.data.order import sample_ids
 from tests.forked import B, Ran, configure, train
@@ -150,6 +152,25 @@ class PastForward(Quiet):
 
 
 @dataclass
+class Distributed(Quiet):
+    """Written for torchrun: it goes by the world size and the rank."""
+
+    told: bool = field(default=True, metadata={"help": "there is something to go by"})
+    sums: bool = field(default=False, metadata={"help": "sum over the workers itself"})
+
+    def loss(self, model, batch):
+        total, weight, metrics = super().loss(model, batch)
+        if self.sums:
+            dist.all_reduce(weight := total.detach().clone())
+        if dist.is_initialized():
+            total = total * 3
+        if self.told:
+            share = dist.get_world_size() if "WORLD_SIZE" in os.environ else get_world_size()
+            total = total * share + dist.get_rank()
+        return total, weight, metrics
+
+
+@dataclass
 class Guarded(Quiet):
     """Leaves out some microbatches with a loss that was made of no parameter; from step 3 on, the last of a worker."""
 
@@ -250,6 +271,19 @@ def test_a_loss_may_call_whatever_the_model_has(tmp_path):
     for exactness in ("fast", "bitwise"):
         ran = run(PastForward(), tmp_path, 2, run__exactness=exactness)
         assert ran.column("loss") == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_job_that_goes_by_the_world_size_is_told_that_it_is_alone(tmp_path, monkeypatch):
+    expected = plain_losses(Distributed(told=False))
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    options = {"run__exactness": "fast", "batch__pass_size": PASS}
+
+    for workers, strategy in ((1, "ddp"), (2, "ddp"), (2, "fsdp")):
+        ran = run(Distributed(), tmp_path, workers, parallel__strategy=strategy, **options)
+        assert ran.column("loss") == pytest.approx(expected, rel=1e-5)
+    ran = train(Distributed(sums=True), configure(tmp_path, "sums", **options), 2)
+    assert "the job calls torch.distributed.all_reduce() (" in (ran.failure or "")
+    assert ran.rows == []
 
 
 def test_sparse_gradients_are_summed_by_ddp(tmp_path):

@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor
 
 from elastic.compat import torch as compat
 from elastic.compat.torch_checkpoint import PICKLED, StorageInfo
+from elastic.compat.torch_world import HOMES, TOLD, hide_world
 
 
 @contextmanager
@@ -342,6 +343,33 @@ def test_a_group_in_python_around_gloo_is_asked_for_its_name_backend_and_operati
         assert torch.device("cpu") in group._device_types
     finally:
         dist.destroy_process_group()
+
+
+def test_who_is_neither_torch_nor_of_this_package_sees_one_process_without_a_group() -> None:
+    import torch.distributed.nn
+    from torch.distributed import _functional_collectives as functional
+
+    real, gathers = (dist.get_rank, dist.all_reduce), torch.distributed.nn.functional.all_gather
+    with world_of_one():
+        back = hide_world(RuntimeError)
+        try:
+            assert (dist.is_initialized(), dist.get_rank(), dist.get_world_size()) == (False, 0, 1)
+            assert eval("ask()", {"__name__": "torch.distributed.fsdp", "ask": dist.is_initialized})
+            for call in (dist.all_reduce, gathers, lambda t: functional.all_reduce(t, "sum", None)):
+                with pytest.raises(RuntimeError, match=r"torch\.distributed\..*all_.*\(\) \(.*\.py, line \d+\)"):
+                    call(torch.ones(2))
+            wrapped = nn.parallel.DistributedDataParallel(nn.Linear(2, 2))
+            wrapped(torch.ones(1, 2)).sum().backward()
+            batch = torch.arange(6.0).reshape(3, 2)
+            assert torch.equal(nn.SyncBatchNorm(2)(batch), nn.BatchNorm1d(2)(batch))
+            compiled = torch.compile(lambda x: x * dist.get_world_size() + dist.is_initialized(), backend="eager")
+            assert compiled(torch.ones(1)) == 1
+        finally:
+            back()
+        dist.all_reduce(torch.ones(2))
+    assert (dist.get_rank, dist.all_reduce) == real
+    assert {"all_reduce", "all_gather_single", "broadcast"} <= set(HOMES[functional])
+    assert all(hasattr(dist, name) for name in ("all_gather", "barrier", "new_group", "reduce", "send", *TOLD))
 
 
 def test_every_method_of_a_group_that_starts_an_operation_is_known() -> None:

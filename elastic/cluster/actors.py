@@ -58,8 +58,10 @@ def training_function(run: WorkerRun, accelerator: str, vaults: str | None) -> C
         began = time.monotonic()
         _die_with_raylet()
         index = see_devices() if accelerator == "gpu" else 0  # before anything starts CUDA
+        from elastic.worker.alone import be_alone
         from elastic.worker.session import Session
 
+        be_alone(run.job)
         import_s = time.monotonic() - began
         runtime = ray.get_runtime_context()
         node = runtime.get_node_id()

@@ -27,10 +27,12 @@ def _child() -> int:
     raise_descriptor_limit()
     keep_output_sturdy()
     from elastic.seeds import seed_job
+    from elastic.worker.alone import be_alone
     from elastic.worker.run import Identity, WorkerRun
     from elastic.worker.session import Session
 
     worker, module = specification["identity"]["id"], specification["module"]
+    be_alone()
     seed_job()
     try:
         with job_code(f"worker {worker}: importing {module} and making its job"):

@@ -42,8 +42,10 @@ def run_here(run: PreparedRun, console: Console) -> dict[str, Any]:
     """
     run = replace(run, config=_patient(run.config), plan=replace(run.plan, snapshot_every=None))
     with LocalRun(run, 0, expects=1, on_record=console.record) as local:
+        from elastic.worker.alone import be_alone
         from elastic.worker.session import Session
 
+        back = be_alone(run.job)
         identity = Identity(local.worker_id(0), platform.node(), 0, LOOPBACK, _accelerator(run.config))
         told = WorkerRun(run.job, run.config, run.plan, run.digest, run.folder.storage.url, local.url, local.token)
         try:
@@ -51,6 +53,8 @@ def run_here(run: PreparedRun, console: Console) -> dict[str, Any]:
         except KeyboardInterrupt:
             local.end_at_once("interrupted, nothing saved since the newest checkpoint")
             raise Interrupted(f"run {run.name} was interrupted, and nothing was saved for it") from None
+        finally:
+            back()
         return local.ended(END_S)
 
 

@@ -18,12 +18,12 @@ from elastic.likeness import digest_of
 from elastic.membership.client import WorkerLink
 from elastic.membership.stage import Position, Stage
 from elastic.membership.world import Member
-from elastic.observe.streams import keep_output_sturdy
 from elastic.parallel.device import describe, pick_device, prepare_process
 from elastic.parallel.wrapping import move
 from elastic.seeds import derive, seed_all
 from elastic.storage import Storage
 from elastic.units import parse_amount
+from elastic.worker.alone import begin_loader
 from elastic.worker.belongings import models_of
 from elastic.worker.comeback import check_comes_back
 from elastic.worker.description import (
@@ -133,7 +133,7 @@ class _WarmUp:
             prefetch=config.data.prefetch,
             total_steps=plan.total_steps,
             on_restart=self._tell_restart,
-            begin=keep_output_sturdy,
+            begin=begin_loader,
         )
         stepper = Stepper(self._run, code, loader, self._link)
         lines["loader"] = [f"passes of {'one microbatch' if stepper.one_each else 'any number of microbatches'}"]
