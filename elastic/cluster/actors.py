@@ -8,16 +8,18 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import cloudpickle
 import ray
 
 from elastic.child import die_with_starter
 from elastic.cluster.capacity import visible_devices
 from elastic.cluster.vaults import vault_url
-from elastic.errors import ElasticError, FencedError, RunFailed, WarmUpError
+from elastic.errors import ElasticError, FencedError, RunFailed, WarmUpError, one_line
 from elastic.run.host import HostSettings, RunHost, import_store
 from elastic.run.keeper_options import KeeperOptions
 from elastic.worker.run import Identity, WorkerRun
@@ -50,18 +52,22 @@ class HostActor:
 def training_function(run: WorkerRun, accelerator: str, vaults: str | None) -> Callable[[dict[str, Any]], str]:
     """The function that each Ray Train worker runs on its training thread; it returns how the worker's part ended.
 
+    The job travels as bytes: its module may start CUDA when it is imported (`torch.cuda.is_available()` is a common
+    line there), which then sees the devices that were visible at that moment for ever.
+
     Args:
         vaults: prefix of the names of the run's vaults, if it has them.
     """
+    packed, bare = cloudpickle.dumps(run.job), replace(run, job=None)  # type: ignore[arg-type]
 
     def train(_: dict[str, Any]) -> str:
         began = time.monotonic()
         _die_with_raylet()
-        index = see_devices() if accelerator == "gpu" else 0  # before anything starts CUDA
+        index = see_devices() if accelerator == "gpu" else 0
         from elastic.worker.alone import be_alone
         from elastic.worker.session import Session
+        from elastic.worker.warm_up import link_of
 
-        be_alone(run.job)
         import_s = time.monotonic() - began
         runtime = ray.get_runtime_context()
         node = runtime.get_node_id()
@@ -73,6 +79,16 @@ def training_function(run: WorkerRun, accelerator: str, vaults: str | None) -> C
             accelerator=accelerator,
             vault="" if vaults is None else vault_url(vaults, node),
         )
+        try:
+            run = replace(bare, job=cloudpickle.loads(packed))
+        except Exception as error:  # whatever a module raises when it is imported
+            with closing(link_of(bare, identity)) as link:
+                link.unfit(
+                    f"the job cannot be loaded on node {identity.host} ({one_line(error)}); "
+                    "have what it imports on every node, or submit its folder with --working-dir"
+                )
+            return "unfit"
+        be_alone(run.job)
         try:
             return Session(run, identity, import_s=import_s).run()
         except FencedError:

@@ -61,9 +61,7 @@ def warm_up(run: WorkerRun, identity: Identity, *, import_s: float = 0.0) -> Wor
     prepare_process(bitwise=bitwise, threads=run.config.scaling.cpus_per_worker)
     use_interface_of(identity.host)
     device = pick_device(identity.accelerator, identity.local_index)
-    member = Member(identity.id, identity.node, identity.local_index, os.getpid(), identity.host, "")
-    lease_s = parse_amount("lease", run.config.recovery.lease, clock=True).seconds
-    link = WorkerLink(run.server_url, run.token, member, lease_s=lease_s)
+    link = link_of(run, identity)
     try:
         worker = _WarmUp(run, identity, link, device).worker()
     except Exception as error:
@@ -76,6 +74,13 @@ def warm_up(run: WorkerRun, identity: Identity, *, import_s: float = 0.0) -> Wor
     worker.warm_s = round(time.monotonic() - began + import_s, 3)
     worker.warm_parts = {"import_s": round(import_s, 3), **worker.warm_parts}
     return worker
+
+
+def link_of(run: WorkerRun, identity: Identity) -> WorkerLink:
+    """The link of a worker that has not said yet what its device, data and model are."""
+    member = Member(identity.id, identity.node, identity.local_index, os.getpid(), identity.host)
+    lease_s = parse_amount("lease", run.config.recovery.lease, clock=True).seconds
+    return WorkerLink(run.server_url, run.token, member, lease_s=lease_s)
 
 
 class _WarmUp:
