@@ -3,6 +3,7 @@ runs of several processes."""
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 
 import pytest
@@ -15,10 +16,11 @@ from torch.distributed.tensor import DTensor
 from elastic.errors import ConfigError
 from elastic.parallel import wrapping
 from elastic.parallel.blocks import find_blocks
-from elastic.parallel.canonical import canonical_norm, row_sums, sums_per_row
+from elastic.parallel.canonical import CanonicalSum, canonical_norm, row_sums, sums_per_row
 from elastic.parallel.deferred import META, build
 from elastic.parallel.layout import lay_out
 from elastic.parallel.mesh import Mesh, make_mesh
+from elastic.parallel.reduce_scatter import Leaves
 from elastic.parallel.wrapping import Sharding, check_shardable, is_cut, local, place_sharded, place_whole
 
 CPU = torch.device("cpu")
@@ -166,3 +168,28 @@ def test_each_row_has_as_many_sums_as_announced(shape):
 
     assert len(row_sums([torch.ones(shape)])) == rows * sums_per_row(shape)
     assert canonical_norm([torch.ones(shape), torch.ones(1)]) ** 2 == pytest.approx(torch.ones(shape).numel() + 1)
+
+
+# ---- leaves of microbatches ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("runs_once", [True, False])
+def test_the_leaves_of_a_block_that_runs_once_are_summed_as_they_come_and_go(mesh, runs_once):
+    """Else a worker keeps the gradients of the whole model until the pass is over."""
+    width, shards = 1013, 4
+    total, leaves = CanonicalSum([range(4)], 0, None, 1 << 20), Leaves(shards)
+    leaves.begin(0, shards, runs_once=runs_once)
+    given = leaves.allocate((shards * width,), dtype=torch.float32, device=CPU)
+    output = leaves.allocate((width,), dtype=torch.float32, device=CPU)
+    given.copy_(torch.randn(shards * width, generator=torch.Generator().manual_seed(0)))
+    a, b, c, d = given.clone().view(shards, width)
+
+    leaves(output, given, mesh.row_group, None)
+    del given
+    whole = [t for t in gc.get_objects() if type(t) is torch.Tensor and t.numel() == shards * width]
+    whole = [t for t in whole if t.data_ptr() != a.data_ptr()]
+    leaves.push(total, keep=True)
+    leaves.put(total, 1)
+
+    assert len(whole) == (0 if runs_once else 1)
+    assert torch.equal(output, (a + b) + (c + d))

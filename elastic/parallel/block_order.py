@@ -8,6 +8,7 @@ found as any hang is.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -83,6 +84,10 @@ class BlockOrder:
     def count(self) -> int:
         """How many parts ran since `taken`."""
         return len(self._ran)
+
+    def runs(self, before: int) -> Counter[int]:
+        """How often each of `fsdp_modules` ran, by its place, since `before` parts had run; one shard counts none."""
+        return Counter(self._ran[before:])
 
     def _next(self, index: int) -> None:
         self._ran.append(index)

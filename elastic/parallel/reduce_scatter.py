@@ -12,19 +12,32 @@ from elastic.parallel.tree import TreeSum
 
 
 class Leaves:
-    """A reduce-scatter for one group of parameters that sums nothing: it hands on the leaves of a round.
+    """A reduce-scatter for one group of parameters that sums nothing over workers: it hands on the leaves of a round.
 
     FSDP2 calls it with what `allocate` gave: first the input, then the output, whose views become `.grad`. With a
     single shard FSDP2 does not call it, and the output holds the leaf. A group that runs several times in one pass is
-    reduced as often; those add up to one leaf.
+    reduced as often; those add up to one leaf, so that its leaves are summed after the pass. Those of a group that runs
+    once are summed as they come: the leaves of a whole model are all of its gradients, on each worker.
     """
 
     def __init__(self, shards: int):
         self._shards = shards
         self._allocations = 0
         self._outputs: list[torch.Tensor] = []
-        self._received: torch.Tensor | None = None
+        self._received: torch.Tensor | None = None  # the leaves of this pass
+        self._round: TreeSum[torch.Tensor] | None = None  # or what of them is summed
+        self._first, self._count, self._runs_once = 0, 0, False
         self._pushed = 0
+        self._kept: torch.Tensor | None = None
+
+    def begin(self, first: int, count: int, *, runs_once: bool) -> None:
+        """Before a backward pass: it makes the leaves of `count` microbatches from `first` on; the rest is padding.
+
+        Args:
+            runs_once: the group ran at most once in the forward pass.
+        """
+        self._first, self._count, self._runs_once = first, count, runs_once
+        self._allocations, self._outputs, self._received, self._round = 0, [], None, None  # of a pass that broke off
 
     def allocate(self, size: Any, *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         made = torch.empty(*size, dtype=dtype, device=device)
@@ -41,30 +54,40 @@ class Leaves:
         op: Any,
         async_op: bool = False,
     ) -> None:
+        """
+        Raises:
+            RuntimeError: the group runs several times in the backward pass, but ran once in the forward pass.
+        """
+        if self._round is not None:
+            raise RuntimeError(
+                "a block of the model ran once in a forward pass and several times in its backward pass; "
+                "use --parallel.strategy ddp"
+            )
         leaves = torch.empty_like(input_tensor)
         dist.all_to_all_single(leaves, input_tensor, group=group)
-        self._received = leaves if self._received is None else self._received.add_(leaves)
+        if self._runs_once:
+            self._round = self._summed(leaves)
+        else:
+            self._received = leaves if self._received is None else self._received.add_(leaves)
 
-    def push(self, total: CanonicalSum, first: int, count: int, *, keep: bool) -> None:
-        """After a pass: its `count` leaves, of microbatches from `first` on, go into the sum. The rest is padding.
+    def push(self, total: CanonicalSum, *, keep: bool) -> None:
+        """After a backward pass: the sums of its leaves go into the sum of the step.
 
         Args:
             keep: the output of this pass is where `put` will write the sum.
         """
         if not self._outputs:
             return
-        received = self._outputs[0] if self._received is None else self._received
-        if received.is_cuda:  # it was made on FSDP2's own stream
-            received.record_stream(torch.cuda.current_stream(received.device))
-        leaves = received.view(self._shards, -1)
-        round_: TreeSum[torch.Tensor] = TreeSum(lambda a, b: a.add_(b))
-        for i in range(count):
-            round_.push((first + i, 1), leaves[i])
-        for (start, size), value in round_.parts():
-            total.push(start, [value.clone()], size)
+        if self._round is None:
+            received = self._outputs[0] if self._received is None else self._received
+            _use_on_current_stream(received)
+            self._round = self._summed(received)
+        for (start, size), value in self._round.parts():
+            _use_on_current_stream(value)
+            total.push(start, [value], size)
         self._pushed += 1
         self._kept = self._outputs[0] if keep else None
-        self._outputs, self._received = [], None
+        self._outputs, self._received, self._round = [], None, None
 
     def put(self, total: CanonicalSum, passes: int) -> None:
         """After the last pass: write the sum to where `.grad` looks.
@@ -83,7 +106,18 @@ class Leaves:
             self._kept.copy_(total.reduce()[0])
             self._kept = None
 
-    _kept: torch.Tensor | None = None
+    def _summed(self, received: torch.Tensor) -> TreeSum[torch.Tensor]:
+        """The sums of what was received, which may be reused: each is a copy."""
+        leaves, found = received.view(self._shards, -1), TreeSum[torch.Tensor](lambda a, b: a.add_(b))
+        for i in range(self._count):
+            found.push((self._first + i, 1), leaves[i])
+        return found.map(torch.clone)
+
+
+def _use_on_current_stream(tensor: torch.Tensor) -> None:
+    """It was made on FSDP2's own stream: the memory is not to be given out again before this stream is done with it."""
+    if tensor.is_cuda:
+        tensor.record_stream(torch.cuda.current_stream(tensor.device))
 
 
 class Look:

@@ -211,7 +211,11 @@ class BitwiseSharded(_Sharded):
         first, count = run.start, 0
         for one in passes:
             versions = buffers.versions()
+            before = self._block_order.count
             loss, weight, metrics = self._forward(one.batch)
+            runs, size = self._block_order.runs(before), min(mesh.layout.shards, run.stop - first)
+            for i, leaves in enumerate(self._leaves):
+                leaves.begin(first, size, runs_once=runs[i] == 1)
             changed = buffers.taken(versions)
             if not one.padding:
                 records.add(loss, weight, metrics, one.digests, buffers.mask(changed))
@@ -224,7 +228,7 @@ class BitwiseSharded(_Sharded):
                 for p in self._parameters:
                     p.grad = None  # FSDP2 would add to it, in no tree
             for leaves, total in zip(self._leaves, sums):
-                leaves.push(total, first, min(mesh.layout.shards, run.stop - first), keep=one.last)
+                leaves.push(total, keep=one.last)
             first, count = first + mesh.layout.shards, count + 1
         for leaves, total in zip(self._leaves, sums):
             leaves.put(total, count)

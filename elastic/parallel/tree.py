@@ -52,6 +52,12 @@ class TreeSum(Generic[T]):
         """The blocks summed so far; of a contiguous run these are exactly `blocks(run)`."""
         return list(self._stack)
 
+    def map(self, function: Callable[[T], T]) -> TreeSum[T]:
+        """The same sums, each as the function gives it."""
+        found = TreeSum(self._add)
+        found._stack = [(block, function(value)) for block, value in self._stack]
+        return found
+
     def total(self) -> T:
         """The sum of everything pushed, which must be all leaves from 0 on."""
         assert self._stack, "nothing was pushed"
