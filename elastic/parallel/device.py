@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from elastic.compat.torch import stop_script_from_specialising
 
@@ -31,22 +31,20 @@ def prepare_process(*, bitwise: bool, threads: int) -> None:
 def stop_filling() -> None:
     """Leave new tensors as they are. In bitwise torch writes NaN into them, so that who reads one before writing it is
     found when the job is tried; in training that costs one write more for every gathered parameter and buffer."""
-    _fill_new_memory(False)
-
-
-@contextmanager
-def new_memory_as_it_is() -> Iterator[None]:
-    """The same for a while."""
-    _fill_new_memory(False)
-    try:
-        yield
-    finally:
-        _fill_new_memory(True)
-
-
-def _fill_new_memory(filled: bool) -> None:
     deterministic: Any = torch.utils.deterministic
-    deterministic.fill_uninitialized_memory = filled
+    deterministic.fill_uninitialized_memory = False
+
+
+class ZerosForEmpty(TorchFunctionMode):
+    """Gives zeros where torch's functions would give memory that nobody has written."""
+
+    _MAKE = frozenset(
+        {torch.empty, torch.empty_like, torch.empty_strided, torch.Tensor.new_empty, torch.Tensor.new_empty_strided}
+    )
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = function(*args, **(kwargs or {}))
+        return made.zero_() if function in self._MAKE else made
 
 
 def pick_device(accelerator: str, local_index: int) -> torch.device:

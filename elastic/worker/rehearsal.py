@@ -25,7 +25,7 @@ from elastic.data.samples import halves, untouched
 from elastic.errors import ConfigError
 from elastic.job import Job, MapDataset
 from elastic.parallel.buffers import StepBuffers
-from elastic.parallel.device import new_memory_as_it_is
+from elastic.parallel.device import ZerosForEmpty
 from elastic.parallel.wrapping import fsdp_modules
 from elastic.seeds import derive, seed_all
 from elastic.worker.belongings import Attributes, digest, leaves
@@ -49,8 +49,8 @@ SEPARATE = (
 )
 _NOT_ADDITIVE, _COUNTS_PASSES = 1, 2
 _UNWRITTEN = (
-    "loss() is not finite when new memory is filled with NaN before it is used, and is finite otherwise: the model or "
-    "loss() reads a tensor that it has not written, as torch.empty() and empty_like() give; make it with torch.zeros()"
+    "the model or loss() reads a tensor that it has not written, as torch.empty() and empty_like() give: the loss is "
+    "NaN where such memory holds NaN; make it with torch.zeros()"
 )
 
 
@@ -203,7 +203,7 @@ class Rehearsal:
         if not found:
             return 0  # no batch can be had: the first step says why
         if agreed(self._config.run.exactness == "bitwise" and not _finite(found)):
-            with new_memory_as_it_is():
+            with ZerosForEmpty():
                 again = _passes(loss, batches, seed)
             if agreed(_finite(again)):
                 raise self._code.mistake(ConfigError(_UNWRITTEN))
