@@ -33,6 +33,19 @@ class Noisy:
         return self.x[i] + 0.3 * noise, int(self.x[i, 0] > 0)
 
 
+class NoisyOnce(Noisy):
+    """The same, drawn once for each sample."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept: dict[int, tuple[torch.Tensor, int]] = {}
+
+    def __getitem__(self, i: int) -> tuple[torch.Tensor, int]:
+        if i not in self.kept:
+            self.kept[i] = super().__getitem__(i)
+        return self.kept[i]
+
+
 class NoisyTogether(Noisy):
     """The same, several in one call."""
 
@@ -74,7 +87,7 @@ class Mover:
 class Augmented(elastic.Job):
     """Trains on random samples, of a dataset or a collate_fn of this kind."""
 
-    kind: str = field(default="items", metadata={"help": "items, together, batches, subset, split, mixup"})
+    kind: str = field(default="items", metadata={"help": "items, keeps, together, batches, subset, split, mixup"})
 
     def model(self) -> nn.Module:
         return nn.Linear(FEATURES, CLASSES)
@@ -91,7 +104,7 @@ class Augmented(elastic.Job):
             return self._splits()[0]
         if self.kind == "subset":
             return Subset(NoisyTogether(130), list(range(129, 29, -1)))
-        return {"together": NoisyTogether, "batches": NoisyBatches}.get(self.kind, Noisy)()
+        return {"keeps": NoisyOnce, "together": NoisyTogether, "batches": NoisyBatches}.get(self.kind, Noisy)()
 
     def eval_data(self) -> Any:
         return self._splits()[1] if self.kind == "split" else Noisy(20)

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import random
+from dataclasses import replace
+
+import numpy as np
 import pytest
 import torch
 
 from elastic.data.identity import places
 from elastic.data.loader import Fetcher, Loader, Order
+from elastic.data.memory import KEPT, VALUES, look
 from elastic.data.samples import fetches_together
 from elastic.errors import ConfigError, RunFailed
 from elastic.run.prepare import prepare
+from elastic.worker.belongings import movable
 from tests.forked import WAIT_S, Ran, Watch, configure, fault, local_run, plan, train
-from tests.identity_jobs import Augmented, Differing, Noisy
+from tests.identity_jobs import Augmented, Differing, Noisy, NoisyBatches, NoisyTogether
 
 pytestmark = [pytest.mark.processes, pytest.mark.long, pytest.mark.usefixtures("fork_server")]
 
@@ -133,6 +139,91 @@ def test_data_that_are_random_under_one_seed_are_said_once(tmp_path):
     assert (exact.result["exactness_held"], exact.result["exactness_lost"]) == (False, [said])
     assert [e["detail"] for e in exact.events("exactness_lost")] == [said]
     assert [e["detail"] for e in fast.events("notice") if "under one seed" in e["detail"]] == [said]
+
+
+class Remembering(Noisy):
+    """Samples that go by those which were fetched before, in some way."""
+
+    def __init__(self, how: str, own: object = None):
+        super().__init__()
+        self.how, self.own, self.kept, self.last, self.calls = how, own, {}, 0.0, 0
+        self.buffer = self.x[0].clone()
+
+    def __getitem__(self, i):
+        self.calls += self.how == "counts"
+        if self.how == "keeps read" and i not in self.kept:
+            self.kept[i] = self.x[i].clone()
+        if self.how == "keeps drawn":
+            if i not in self.kept:
+                self.kept[i] = super().__getitem__(i)
+            return self.kept[i]
+        x, y = super().__getitem__(i)
+        if self.how == "mixes":
+            self.last, x = x, x + self.last
+        elif self.how == "draws itself":
+            if i not in self.kept:
+                self.kept[i] = self.x[i] + self.own.random()
+            x = self.kept[i]
+        elif self.how == "one buffer":
+            x = self.buffer.copy_(x)
+        return x, y
+
+
+class Memorable(Augmented):
+    """Its collate_fn mixes a batch with the one before, or writes to what it is given."""
+
+    last = 0.0
+
+    def collate_fn(self, samples):
+        if self.kind == "writes":
+            samples = [(x.mul_(2), y) for x, y in samples]
+        batch = super().collate_fn(samples)
+        self.last, x = batch.x.mean(), batch.x + self.last * (self.kind == "mixes")
+        return replace(batch, x=x)
+
+
+def remembered(data, job):
+    order = Order(seed=0, dataset_size=100, global_size=30, microbatches=10)
+    return look(Fetcher(data, job.collate_fn, 0, 100), order.span(0, 0, 1), lambda: movable({"train_data()": data}))
+
+
+@pytest.mark.parametrize(
+    ("data", "job", "said"),
+    [
+        (Remembering("keeps drawn"), Augmented(), KEPT),
+        (Remembering("mixes"), Augmented(), VALUES),
+        (Noisy(), Memorable("mixes"), VALUES),
+        (Remembering("draws itself", random.Random(0)), Augmented(), "train_data().own is a generator of its own"),
+        (Remembering("draws itself", np.random.default_rng(0)), Augmented(), "train_data().own is a generator"),
+        (Remembering("keeps read"), Augmented("mixup"), None),
+        (NoisyTogether(), Augmented(), None),
+        (NoisyBatches(), Augmented("batches"), None),
+        (Noisy(), Memorable("writes"), None),
+    ],
+    ids=lambda value: getattr(value, "how", None) or getattr(value, "kind", "") or None,
+)
+def test_samples_that_go_by_what_was_fetched_before_are_found(data, job, said):
+    found = remembered(data, job).broken
+
+    assert [said in found[0]] == [True] if said else found == []
+
+
+def test_counts_of_samples_are_told_and_a_buffer_that_is_used_again_is_refused():
+    assert remembered(Remembering("counts"), Augmented()).counts == ["train_data().calls"]
+    with pytest.raises(ConfigError, match=r"sample \d+ of train_data\(\) is overwritten when another one is fetched"):
+        remembered(Remembering("one buffer"), Augmented())
+
+
+def test_exactness_is_not_held_by_data_that_keep_what_they_drew(tmp_path):
+    """Two epochs: a worker that has another share in the second one has other samples."""
+    options = {"run__duration": "6st", "optim__warmup": None}
+    exact, fast = (
+        train(Augmented("keeps"), configure(tmp_path, e, run__exactness=e, **options), 2) for e in ("bitwise", "fast")
+    )
+
+    assert (exact.result["exactness_held"], exact.result["exactness_lost"]) == (False, [KEPT])
+    assert [e["detail"] for e in exact.events("exactness_lost")] == [KEPT]
+    assert KEPT in [e["detail"] for e in fast.events("notice")]
 
 
 # ---- whoever joins ---------------------------------------------------------------------------------------------------

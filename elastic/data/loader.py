@@ -140,6 +140,32 @@ class Fetcher:
     def _epoch(self, span: Span, place: int) -> int:
         return (span.first_position + place) // self.dataset_size
 
+    # ---- to be tried -------------------------------------------------------------------------------------------
+
+    @property
+    def collates_plainly(self) -> bool:
+        """Whether batches are made by torch's own function."""
+        return getattr(self.collate_fn, "__func__", None) is Job.collate_fn
+
+    @property
+    def makes_batches(self) -> bool:
+        """Whether the dataset makes whole batches, as far as is known."""
+        return bool(self._makes_batches)
+
+    def one(self, sample: int) -> Any:
+        """A sample as it is in the first epoch; of a dataset that fetches several together, as that returns it."""
+        seed_all(derive("item", self.seed, 0, sample))
+        if not self._fetches_together:
+            return self.data[sample]
+        found = self.data.__getitems__([sample])
+        self._makes_batches = not isinstance(found, list)
+        return found if self._makes_batches else found[0]
+
+    def collate(self, samples: list[Any]) -> Any:
+        """A batch, under one seed."""
+        seed_all(derive("collate", self.seed, 0))
+        return self.collate_fn(samples)
+
     def with_halves(self, span: Span) -> list[tuple[int, Any]]:
         """How many samples, and their batch: of a span, of its first half, of the other; without halves where the
         dataset makes whole batches."""
@@ -159,7 +185,7 @@ class Fetcher:
         Args:
             span: one microbatch, to be tried on.
         """
-        default = getattr(self.collate_fn, "__func__", None) is Job.collate_fn
+        default = self.collates_plainly
         if default and not self._fetches_together:
             return False
         samples: Any = self._together(span) if self._fetches_together else self._each(span)
@@ -230,7 +256,7 @@ class Loader:
         """Whether what a sample becomes depends on which others are fetched beside it; see `Fetcher`."""
         if self._draws is None:
             try:
-                self._draws = self._here().draws_together(self.order.span(0, 0, 1))
+                self._draws = self.here().draws_together(self.order.span(0, 0, 1))
             except Exception:  # a sample that cannot be had: its step says so, with all there is to know
                 self._draws = False
         return self._draws
@@ -239,11 +265,11 @@ class Loader:
         """The first microbatches of the run as one batch, to be tried, and their halves; see `Fetcher.with_halves`.
         Nothing where they cannot be had."""
         try:
-            return self._here().with_halves(self.order.span(0, 0, count))
+            return self.here().with_halves(self.order.span(0, 0, count))
         except Exception:  # as above
             return []
 
-    def _here(self) -> Fetcher:
+    def here(self) -> Fetcher:
         """Fetches in this process, without a trace in what others are sent."""
         one = self._fetcher
         if self._processes is None:

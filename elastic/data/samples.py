@@ -42,12 +42,13 @@ def fetch_each(data: Any, ids: Sequence[int], seed_of: Callable[[int], int]) -> 
 def draws(work: Callable[[], object]) -> bool:
     """Whether some work, which is done once under a seed, takes random numbers."""
     seed_all(0)
-    before = _random_state()
+    before = random_state()
     work()
-    return _random_state() != before
+    return random_state() != before
 
 
-def _random_state() -> tuple[object, ...]:
+def random_state() -> tuple[object, ...]:
+    """Where Python's, numpy's and torch's random numbers are; to be compared and hashed."""
     _, keys, *rest = tuple(np.random.get_state(legacy=True))
     return random.getstate(), np.asarray(keys).tobytes(), *rest, torch.get_rng_state().numpy().tobytes()
 
@@ -62,6 +63,19 @@ def untouched(data: Any) -> Any:
         return _copied(data) if _is_dataset(data) else data
     except Exception:  # what its class makes of being copied: then it is tried itself
         return data
+
+
+def parts(data: Any) -> list[Any]:
+    """A dataset, and those that it is made of."""
+    found, seen = [data], {id(data)}
+    for one in found:
+        values = list(getattr(one, "__dict__", {}).values())
+        lists = [v for v in values if isinstance(v, (list, tuple)) and len(v) <= _MOST_PARTS]
+        for value in [*values, *(inner for some in lists for inner in some)]:
+            if _is_dataset(value) and id(value) not in seen:
+                seen.add(id(value))
+                found.append(value)
+    return found
 
 
 def _copied(data: Any) -> Any:

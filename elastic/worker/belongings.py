@@ -93,6 +93,16 @@ def _is_open(one: Any) -> bool:
     return type(one).__module__.partition(".")[0] not in _CLOSED
 
 
+def movable(owners: Mapping[str, Any]) -> dict[str, tuple[bool, str]]:
+    """Generators and numbers of some objects: whether it is a generator, and what it is at."""
+    found = leaves({name: Attributes(one) for name, one in owners.items()}, (), None)
+    return {
+        name: (isinstance(leaf, _GENERATORS), digest(leaf))
+        for name, leaf in found.items()
+        if isinstance(leaf, (*_GENERATORS, int, float))
+    }
+
+
 def models_of(job: object) -> dict[str, nn.Module]:
     """The models that a job holds itself, such as a teacher that its `__init__` made, by the place where they are."""
     found: dict[str, nn.Module] = {}

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from elastic.checkpoint.format import Manifest
+from elastic.data.memory import Remembered
 from elastic.errors import ConfigError
 from elastic.likeness import DATA, DEVICE, data_change, refusal
 from elastic.values import same, show
@@ -20,6 +21,7 @@ class Provenance:
         device: as `parallel.device.describe` says.
         data: as `data.identity.identify` says.
         options: the result options.
+        remembered: how far samples go by which others were fetched.
         held: the values of the models that the job holds beside the one it trains, in short.
         allowed: names of what may change.
     """
@@ -31,6 +33,7 @@ class Provenance:
         device: Mapping[str, Any],
         data: Mapping[str, Any],
         options: Mapping[str, Any],
+        remembered: Remembered,
         held: str,
         allowed: tuple[str, ...],
     ):
@@ -43,8 +46,13 @@ class Provenance:
         if data.get("varies"):
             varies = "samples of train_data() are others each time they are fetched, under one seed"
             (self.broken if exact else self._remarks).append(varies)
+        elif remembered.broken:
+            (self.broken if exact else self._remarks).extend(remembered.broken)
         elif not data["found"]:
             self._remarks.append("no sample of train_data() can be compared: whether data change is not seen")
+        if remembered.counts:
+            names = ", ".join(remembered.counts[:5])
+            self._remarks.append(f"{names} changed as samples were fetched; what goes by it depends on the worker")
 
     def header(self) -> dict[str, Any]:
         """For a checkpoint's manifest."""

@@ -12,6 +12,8 @@ from elastic.checkpoint.uploader import STILL_S
 from elastic.config import result_options
 from elastic.data.identity import identify
 from elastic.data.loader import Fetcher, Loader, Order
+from elastic.data.memory import Remembered, look
+from elastic.data.samples import parts
 from elastic.errors import ElasticError, RunFailed, WarmUpError, whole_text
 from elastic.job import eval_sets, job_options
 from elastic.likeness import digest_of
@@ -24,7 +26,7 @@ from elastic.seeds import derive, seed_all
 from elastic.storage import Storage
 from elastic.units import parse_amount
 from elastic.worker.alone import begin_loader
-from elastic.worker.belongings import models_of
+from elastic.worker.belongings import models_of, movable
 from elastic.worker.comeback import check_comes_back
 from elastic.worker.description import (
     comparable,
@@ -109,25 +111,6 @@ class _WarmUp:
         self._check_length(len(data))
         seed_all(derive("data", seed))
         held_out = eval_sets(job)
-        trained = identify(data)
-        of_data = {f"eval_data() {name}".rstrip(): identify(d, some=0) for name, d in held_out.items()}
-        watch = Watch([data, *held_out.values()], self._warn_of_unsaved)
-        data_s = time.monotonic() - began
-        placing = Placing(job, config, self._device)
-        placing.warm_up()
-        lines["model"] = describe_model(placing.model)
-        provenance = Provenance(
-            exact=self._bitwise,
-            device=describe(self._device),  # with what the job has set by now
-            data=trained,
-            options=comparable(options),
-            held=digest_of(lines["models of the job"]),
-            allowed=config.run.allow_change,
-        )
-        if not config.parallel.sharded:
-            self._holding.state = state = placing.whole()
-            lines["optimizer"] = describe_optimizer(state.optimizer)
-            check_comes_back(state)
         order = Order(
             seed=seed, dataset_size=plan.dataset_size, global_size=plan.global_size, microbatches=plan.microbatches
         )
@@ -140,6 +123,27 @@ class _WarmUp:
             on_restart=self._tell_restart,
             begin=begin_loader,
         )
+        remembered = self._remembered(loader, data)
+        trained = identify(data)
+        of_data = {f"eval_data() {name}".rstrip(): identify(d, some=0) for name, d in held_out.items()}
+        watch = Watch([data, *held_out.values()], self._warn_of_unsaved)
+        data_s = time.monotonic() - began
+        placing = Placing(job, config, self._device)
+        placing.warm_up()
+        lines["model"] = describe_model(placing.model)
+        provenance = Provenance(
+            exact=self._bitwise,
+            device=describe(self._device),  # with what the job has set by now
+            data=trained,
+            options=comparable(options),
+            remembered=remembered,
+            held=digest_of(lines["models of the job"]),
+            allowed=config.run.allow_change,
+        )
+        if not config.parallel.sharded:
+            self._holding.state = state = placing.whole()
+            lines["optimizer"] = describe_optimizer(state.optimizer)
+            check_comes_back(state)
         stepper = Stepper(self._run, code, loader, self._link)
         lines["loader"] = [f"passes of {'one microbatch' if stepper.one_each else 'any number of microbatches'}"]
         saving = Saving(
@@ -196,6 +200,14 @@ class _WarmUp:
         elif worker.stepper.one_each and not self._bitwise:
             parts["passes"] = "of one microbatch each: random numbers are drawn for whole batches of samples"
         return {**parts, "built_whole": worker.placing.eager} if worker.placing.eager else parts
+
+    def _remembered(self, loader: Loader, data: Any) -> Remembered:
+        """Whether samples go by which others this worker has fetched."""
+        here = loader.here()
+        held = {"train_data()": here.data} | {
+            f"a {type(p).__qualname__} in train_data()": p for p in parts(here.data)[1:]
+        }
+        return look(here, loader.order.span(0, 0, 1), lambda: movable(held))
 
     def _still_s(self) -> float:
         """For how long a helper process may stand still: as a worker may, where that is given."""

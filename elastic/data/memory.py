@@ -1,0 +1,105 @@
+"""Whether samples and batches go by what was fetched before, which another worker has not fetched.
+
+A cache of augmented samples, a generator of the dataset's own, an image that is mixed with the one before: in one
+process such things repeat from run to run; with several, what a sample becomes depends on who fetched what. Tried on
+one microbatch, fetched and collated again in another order under the same seeds.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from elastic.data.identity import BUDGET_S, fingerprint
+from elastic.data.loader import Fetcher, Span
+from elastic.data.samples import random_state
+from elastic.errors import ConfigError
+
+AGAIN = 4  # samples that are fetched again
+VALUES = (
+    "what train_data() and collate_fn() make of samples goes by what was fetched before: fetched again, under the same "
+    "seed, they are others, and other workers have others"
+)
+KEPT = (
+    "train_data() keeps what it made of samples with random numbers, so that later epochs get what a worker drew in "
+    "earlier ones, and what another worker has not kept is drawn anew; keep what was read, and draw after that"
+)
+
+
+@dataclass
+class Remembered:
+    """What was found. `broken`: what samples become depends on who fetches which; `counts`: perhaps."""
+
+    broken: list[str] = field(default_factory=list)
+    counts: list[str] = field(default_factory=list)
+
+
+def look(fetcher: Fetcher, span: Span, held: Callable[[], Mapping[str, tuple[bool, str]]]) -> Remembered:
+    """Try one microbatch.
+
+    Args:
+        held: generators and numbers that the dataset holds: by name, whether it is a generator, and what it is at.
+
+    Raises:
+        ConfigError: samples share their memory.
+    """
+    began, ids, found = time.monotonic(), span.ids.tolist(), Remembered()
+    before = held()
+    try:
+        first = _fetched(fetcher, ids)
+        between = held()
+        late = time.monotonic() - began > BUDGET_S
+        overwritten = [] if late else [i for i in first if fingerprint(first[i].sample) != first[i].print]
+        second = _fetched(fetcher, [] if late else ids[-2::-1][:AGAIN] or ids)
+        batches = [] if overwritten else _collated(fetcher, [first[i].sample for i in ids])
+    except Exception:  # of the job's: the step that has it says so, with all there is to know
+        return found
+    after = held()
+    for name, (is_generator, at) in after.items():
+        moved = [before.get(name) != between.get(name), between.get(name) != (is_generator, at)]
+        if is_generator and any(moved):
+            found.broken.append(
+                f"{name} is a generator of its own that samples are drawn with, so that they go by which others a "
+                "worker has fetched; draw from random, numpy or torch, which are seeded for each sample"
+            )
+        elif all(moved):
+            found.counts.append(name)
+    if overwritten:
+        raise ConfigError(
+            f"sample {overwritten[0]} of train_data() is overwritten when another one is fetched, so that batches have "
+            "the newest sample several times; return a copy"
+        )
+    if any(second[i].print != first[i].print for i in second) or any(b != batches[0] for b in batches):
+        found.broken.append(VALUES)
+    elif any(second[i].state != first[i].state for i in second):
+        found.broken.append(KEPT)
+    return found
+
+
+@dataclass(frozen=True)
+class _Fetched:
+    sample: Any
+    print: list[Any] | None
+    state: int  # where fetching it has left the random numbers
+
+
+def _fetched(fetcher: Fetcher, ids: list[int]) -> dict[int, _Fetched]:
+    found: dict[int, _Fetched] = {}
+    for sample_id in ids:
+        sample = fetcher.one(sample_id)
+        found[sample_id] = _Fetched(sample, fingerprint(sample), hash(random_state()))
+    return found
+
+
+def _collated(fetcher: Fetcher, samples: list[Any]) -> list[Any]:
+    """What batches are and where they have left the random numbers: the same twice, with another one between."""
+    if fetcher.collates_plainly or fetcher.makes_batches:
+        return []
+    found = []
+    for order in (1, -1, 1):
+        batch = fetcher.collate(copy.deepcopy(samples)[::order])
+        found.append((fingerprint(batch), hash(random_state())))
+    return found[::2]
