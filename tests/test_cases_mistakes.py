@@ -27,7 +27,7 @@ from elastic.worker.traces import without_trace
 from elastic.worker.user_code import UserCode
 from tests.error_jobs import FaultySamples
 from tests.forked import LONG, configure, sample_at, train
-from tests.mistaken_jobs import Averaged, Carrying, Evaluated, Mistaken
+from tests.mistaken_jobs import Averaged, Carrying, Crowded, Evaluated, Mistaken
 from tests.tiny_jobs import CONFIG, Plain
 
 CPU = torch.device("cpu")
@@ -472,6 +472,23 @@ def test_means_with_the_weight_1_and_losses_that_do_not_add_up_are_the_same_at_e
     assert "count passes, not samples" in str(one.events("worker_warm"))
     assert two.column("loss") == pytest.approx(alone.column("loss"), rel=1e-4)
     assert "is not the sum of the losses of its parts" in str(two.events("worker_warm"))
+
+
+@pytest.mark.usefixtures("fork_server")
+@in_processes
+def test_a_loss_that_does_not_add_up_is_found_later_where_the_first_batches_do_not_show_it(tmp_path):
+    options = {"run__exactness": "fast", "run__duration": "18st", "batch__pass_size": 15}
+    order = Order(seed=0, dataset_size=600, global_size=30, microbatches=10)
+    soon, late = (
+        train(
+            Crowded(samples=600, fault_at=int(order.span(step, 0, 1).ids[0])), configure(tmp_path, name, **options), 2
+        )
+        for name, step in (("soon", 3), ("late", 16))
+    )
+
+    assert "the loss of a batch is not the sum" in str(soon.events("worker_warm"))
+    assert "passes are of one microbatch each from step 17 on" in str(late.events("notice"))
+    assert (late.failure, late.column("step")[-1], late.events("member_lost")) == (None, 18, [])
 
 
 @pytest.mark.usefixtures("fork_server")

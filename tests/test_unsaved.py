@@ -150,6 +150,23 @@ class Counts(Draws):
         self.counts = self.counts + 1
 
 
+class CountsPasses(Base):
+    """Has it in its saved state; `trained` calls the model, which calls this."""
+
+    seen = 0
+
+    def model(self):
+        model = super().model()
+        model.register_forward_hook(lambda *_: setattr(self, "seen", self.seen + 1))
+        return model
+
+    def extra_state(self):
+        return {"seen": self.seen}
+
+    def load_extra_state(self, values):
+        self.seen = values["seen"]
+
+
 @pytest.mark.parametrize(
     ("job", "said"),
     [
@@ -161,6 +178,7 @@ class Counts(Draws):
         (LateModel(), r"model\.0\.total \(a Tensor\) changed in step 2"),
         (Draws(), r"job\.random \(a Random\) changed in step 1"),
         (Counts(), r"job\.counts \(a ndarray\) changed in step 1"),
+        (CountsPasses(), r"extra_state\(\)\['seen'\] changed in passes, of which every worker has others, so it"),
     ],
     ids=lambda v: type(v).__name__ if isinstance(v, elastic.Job) else "",
 )

@@ -261,11 +261,11 @@ class Loader:
                 self._draws = False
         return self._draws
 
-    def first_batches(self, count: int) -> list[tuple[int, Any]]:
-        """The first microbatches of the run as one batch, to be tried, and their halves; see `Fetcher.with_halves`.
+    def first_batches(self, count: int, step: int = 0) -> list[tuple[int, Any]]:
+        """The first microbatches of a step as one batch, to be tried, and their halves; see `Fetcher.with_halves`.
         Nothing where they cannot be had."""
         try:
-            return self.here().with_halves(self.order.span(0, 0, count))
+            return self.here().with_halves(self.order.span(step, 0, count))
         except Exception:  # as above
             return []
 

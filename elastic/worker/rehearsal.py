@@ -40,6 +40,7 @@ _APART = 1e-4  # of the larger half: halves nearer than that say nothing
 
 _SAME = 1e-5  # of a loss: what may be otherwise if the same is computed twice
 _SHOWN = 3
+_OTHERS = (1, 3, 7)  # steps (from 0) of which a batch is tried beside that of the first one
 
 #: Why passes have one microbatch each, so that a step is the same at every number of workers; the first is no reason.
 SEPARATE = (
@@ -212,6 +213,20 @@ class Rehearsal:
         if len(found) < 3:
             return 0
         self._refuse("loss()", loss, batches, found, agreed)
+        separate = self._why_separate(loss, batches, found, agreed)
+        for step in _OTHERS:  # what is special about the loss may be about some samples only
+            separate = separate or self._try_another(loss, microbatches, step, agreed)
+        return separate
+
+    def _try_another(self, loss: Function, microbatches: int, step: int, agreed: Callable[[bool], bool]) -> int:
+        batches = self._loader.first_batches(microbatches, step)
+        try:
+            found = _passes(loss, batches, derive("rehearsal", self._seed))
+        except UserCodeError:
+            return 0  # as with the first
+        return self._why_separate(loss, batches, found, agreed) if len(found) == 3 else 0
+
+    def _why_separate(self, loss: Function, batches: Batches, found: list[Sums], agreed: Callable[[bool], bool]) -> int:
         if agreed(not counts(found)):
             return _COUNTS_PASSES
         suspect = not adds_up(found)
@@ -220,6 +235,21 @@ class Rehearsal:
         again = _passes(loss, batches, derive("rehearsal again", self._seed))
         chance = not all(a.near(b) for a, b in zip(found, again))
         return _NOT_ADDITIVE if agreed(suspect and not chance) else 0
+
+    def look_again(self, model: nn.Module, microbatches: int, step: int, group: Group) -> bool:
+        """Whether a batch of a later step (from 0) shows that passes are to have one microbatch each. All members call
+        this at one time, and all get the same answer."""
+        agreed: Callable[[bool], bool] = partial(_on_any, group) if fsdp_modules(model) else bool
+        where, self._code.where = self._code.where, f"a trial of loss() before step {step + 1}"
+        try:
+            with without_trace(model, self._job, first=False):
+                trial = partial(self._code.try_loss, model)
+                separate = self._try_another(trial, microbatches, step, agreed)
+        finally:
+            self._code.where = where
+            for module in fsdp_modules(model):
+                module.reshard()
+        return _on_any(group, separate > 0)
 
     def _try_twice(self, model: nn.Module, agreed: Callable[[bool], bool]) -> None:
         """Refuse a loss that goes by what earlier passes left: which those were depends on the number of workers. Only

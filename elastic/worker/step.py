@@ -130,6 +130,11 @@ class Stepper:
         return [(i, min(most, run.stop - i)) for i in range(run.start, run.stop, most)]
 
     @property
+    def joins(self) -> bool:
+        """Whether a pass may have several microbatches."""
+        return any(count > 1 for _, count in self.spans_of(range(self.run.plan.microbatches)))
+
+    @property
     def tried(self) -> int:
         """Microbatches in the smallest batch that has two samples and that a pass may have; else one."""
         plan = self.run.plan
@@ -146,6 +151,7 @@ class WorldSteps:
         self._code, self._loader, self._link = stepper.code, stepper.loader, stepper.link
         self._trained = state.trained()
         self._agree(group)
+        self._one_each = stepper.one_each
         self._runs, rows = self._deal(group.layout)
         self._own_run = self._runs[place]
         first = place // group.layout.shards * group.layout.shards
@@ -169,8 +175,9 @@ class WorldSteps:
         device = xxhash.xxh3_64_intdigest(json.dumps(describe(group.device), sort_keys=True).encode()) >> 1
         trained = xxhash.xxh3_64_intdigest(bytes(self._trained)) >> 1
         stepper = self._stepper
-        rows = group.gather_rows_in_mesh([int(stepper.find_unused), device, trained])
+        rows = group.gather_rows_in_mesh([int(stepper.find_unused), device, trained, int(stepper.one_each)])
         stepper.find_unused = any(row[0] for row in rows)
+        stepper.one_each = any(row[3] for row in rows)
         stepper.compares = len({row[1] for row in rows}) == 1  # other kernels round otherwise
         if not stepper.compares and group.leads:
             detail = "its workers' devices differ, so that the copies of the model may differ in last bits"
@@ -235,6 +242,8 @@ class WorldSteps:
         if (trained := self._state.trained()) != self._trained:
             change = _changes(list(self._state.trained_by_name()), self._trained, trained)
             raise Reform(f"the job trains other parameters from step {step + 1} on ({change})")
+        if stepper.one_each and not self._one_each:
+            raise Reform(f"passes have one microbatch each from step {step + 1} on")
         stepper.clock, stepper.unfinished, self._step = clock, replica, step
         began = time.perf_counter()
         scaler = self._state.scaler

@@ -40,7 +40,9 @@ class Parameters:
 
 
 @contextmanager
-def without_trace(model: nn.Module, *owners: object, training: bool = False) -> Iterator[Parameters]:
+def without_trace(
+    model: nn.Module, *owners: object, training: bool = False, first: bool = True
+) -> Iterator[Parameters]:
     """Forward passes without a graph, after which the model and `owners` are as they were.
 
     That holds for parameters and buffers, and for attributes that are plain values, small tensors, or small containers
@@ -48,6 +50,7 @@ def without_trace(model: nn.Module, *owners: object, training: bool = False) -> 
 
     Args:
         training: the modules stay in their modes; else they are in evaluation mode.
+        first: parameters are put back too. Later, what a job writes to them is known, and gradients need the memory.
     """
     held = [value for owner in owners for value in _own(owner).values() if isinstance(value, nn.Module)]
     modules = [module for top in (model, *held) for module in top.modules()]
@@ -60,7 +63,7 @@ def without_trace(model: nn.Module, *owners: object, training: bool = False) -> 
             if is_compiler_loaded():  # what is compiled now would be so for shapes that no step has
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
             stack.enter_context(torch.no_grad())
-            parameters = Parameters(model)
+            parameters = Parameters(model if first else nn.Module())
             stack.callback(parameters.put_back)
             if not training:
                 model.eval()

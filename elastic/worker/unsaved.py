@@ -72,6 +72,7 @@ class Watch:
         self._before: Look = {}
         self._passed: Look | None = None
         self._after: Look = {}
+        self._extra: Look = {}  # what extra_state() had when the first step began
         self._appeared: set[str] = set()  # in the first update
         self._moved: set[str] = set()  # in its passes
         self._reads: _Reads | None = None
@@ -86,6 +87,7 @@ class Watch:
         if self._left and self._state is not state:  # of a model that was built anew
             self._state, self._left, self._after = state, UPDATES, {}
             self._before = self._look()
+            self._extra = self._look_at_extra()
 
     def reading(self) -> AbstractContextManager[Any]:
         """To be entered for the passes of a step: notes whether they read what the passes before left somewhere."""
@@ -103,9 +105,19 @@ class Watch:
         return self._reads is not None and id(leaf) in self._reads.seen
 
     def passed(self) -> None:
-        """Its passes are done, and nothing of its update."""
-        if self._left and self._state is not None:
-            self._passed = self._look()
+        """Its passes are done, and nothing of its update.
+
+        Raises:
+            ConfigError: what extra_state() returns changes in passes, so it would depend on how many a worker has.
+        """
+        if not self._left or self._state is None:
+            return
+        self._passed = self._look()
+        if self._left == UPDATES and (moved := _changed(self._extra, self._look_at_extra())):
+            raise ConfigError(
+                f"{sorted(moved)[0]} changed in passes, of which every worker has others, so it depends on the number "
+                "of workers; change it in after_step(), or make it a buffer of the model"
+            )
 
     def applied(self, step: int, *, skipped: bool) -> None:
         """Its update is done.
@@ -143,6 +155,11 @@ class Watch:
         roots = {"job": Attributes(job), "optimizer": optimizer, "model": self._state.model}
         found = leaves(roots, map(id, held), optimizer)
         known = self._known()
+        return {n: _Seen(leaf, digest(leaf)) for n, leaf in found.items() if not _is_known(leaf, known)}
+
+    def _look_at_extra(self) -> Look:
+        assert self._state is not None
+        found, known = leaves({"extra_state()": self._state.job.extra_state()}, (), None), self._known()
         return {n: _Seen(leaf, digest(leaf)) for n, leaf in found.items() if not _is_known(leaf, known)}
 
     def _known(self) -> set[int]:

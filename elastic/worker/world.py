@@ -14,12 +14,14 @@ from elastic.membership.stage import Position, Stage
 from elastic.worker.evaluate import evaluate
 from elastic.worker.flags import Flags, Stop
 from elastic.worker.group import Group
+from elastic.worker.rehearsal import SEPARATE
 from elastic.worker.restore import Restored
 from elastic.worker.state import TrainState
 from elastic.worker.worker import InHand, Worker
 
 LAST_COMMIT_S = 60.0  # for a save that is under way when an error ends the run
 HOLD_POLL_S = 0.01
+LOOK_AGAIN = 16  # updates; a batch is tried again after so many, and twice, four, eight times as many
 EARLY_CHECK = 2  # updates of a command after which copies are compared first: drift mostly begins with training
 
 
@@ -172,9 +174,22 @@ class World(SavingWorld):
                 self.evaluate()
             if agreed.save or (plan.checkpoint_every and step % plan.checkpoint_every == 0):
                 self.save(busy=agreed.busy)
+        if step >= LOOK_AGAIN and step & (step - 1) == 0 and self.worker.stepper.joins and not self.is_trained:
+            self._look_again()
         early = step == self.claim_step + EARLY_CHECK
         if plan.check_every and (early or step % plan.check_every == 0):
             self.check_state()
+
+    def _look_again(self) -> None:
+        """Whether the loss of a batch of now is the sum of those of its parts, as that of the first ones was."""
+        worker, stepper, step = self.worker, self.worker.stepper, self.step
+        stepper.progress(step - 1, Stage.EVALUATE)
+        if worker.rehearsal.look_again(self.state.model, stepper.tried, step, self.group):
+            stepper.one_each = True
+            if self.group.leads:
+                worker.link.event(
+                    "notice", step, f"passes are of one microbatch each from step {step + 1} on: {SEPARATE[1]}"
+                )
 
     # ---- between steps -----------------------------------------------------------------------------------------
 
