@@ -65,7 +65,8 @@ _OF_WORKERS = [
 _OF_DRIVERS = [
     "elastic.cli",
     "elastic.cluster.trainer",
-    "elastic.cluster.raytrain",
+    "elastic.cluster.driving",
+    "elastic.cluster.group",
     "elastic.sweep.raytune",
     "matplotlib.pyplot",
     "sklearn.datasets",

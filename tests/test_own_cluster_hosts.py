@@ -253,4 +253,4 @@ def test_a_submitted_run_outlives_its_hosts_and_ends_with_the_bits_of_one_that_n
     late = [e for e in events if e["kind"] == "checkpoint_committed" and e["time"] > cut_at + SILENT_S]
     assert {e["generation"] for e in late} == {story.generation}
     assert {e["detail"]["rung"] for e in events if e["kind"] == "restored"} == {"peer"}, "a step was redone"
-    assert "fallback_restart" not in kinds
+    assert "controller_restarted" not in kinds

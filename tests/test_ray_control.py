@@ -58,4 +58,4 @@ def test_a_run_is_scaled_drained_and_stopped_without_a_lost_step_or_bit(
     kinds = [e["kind"] for e in events]
     assert kinds.count("handed_over") == 3
     assert "member_lost" not in kinds
-    assert "fallback_restart" not in kinds
+    assert "controller_restarted" not in kinds

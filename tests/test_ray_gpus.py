@@ -21,13 +21,14 @@ import json, os, sys, time
 from pathlib import Path
 import ray
 from elastic.cluster.actors import see_devices
-from elastic.cluster.raytrain import RayTrainer
+from elastic.cluster.controller import Sent
 from elastic.cluster.placement_groups import GroupPlan
 from elastic.cluster.sharing import Terms
+from elastic.cluster.workers import RayWorkers
 
 folder = Path(sys.argv[2])
 
-def pick(_):
+def pick():
     index = see_devices()
     runtime, visible = ray.get_runtime_context(), os.environ["CUDA_VISIBLE_DEVICES"]
     seen = {"node": runtime.get_node_id(), "index": index, "visible": visible,
@@ -41,7 +42,12 @@ def pick(_):
 ray.init(address=sys.argv[1])
 plan = GroupPlan("http://127.0.0.1:9", "none", 4, 0, None, {"GPU": 1.0, "CPU": 1.0}, "elastic/gpus/",
                  Terms("gpus", 0, 0.0, "gpu", 4, 600.0))
-RayTrainer(pick, name="gpus", storage_path=str(folder / "markers"), plan=plan, accelerator="gpu").run()
+workers = RayWorkers(plan, Sent(pick), here=False)
+workers.start()
+while workers.over() is None:
+    time.sleep(0.1)
+assert workers.over().why == "", workers.over()
+workers.close()
 """
 
 
@@ -54,7 +60,6 @@ def test_workers_on_nodes_of_several_gpus_each_pick_their_own_also_those_that_co
         found = {int(file.stem): json.loads(file.read_text()) for file in tmp_path.glob("*.json")}
         return {pid: seen for pid, seen in found.items() if Path(f"/proc/{pid}").exists()}
 
-    (tmp_path / "markers").mkdir()
     (tmp_path / "program.py").write_text(GPU_PROGRAM)
     nodes = [cluster.add_node(gpus=2) for _ in range(2)]
     try:

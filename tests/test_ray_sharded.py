@@ -52,7 +52,7 @@ def test_a_lost_worker_of_fsdp_comes_from_a_snapshot(cluster: LocalCluster, tmp_
     stop(run, again + 10 * EVERY)
 
     events = check_bits_and_samples(tmp_path, "fsdp", *DURATION, redone=True)
-    assert "fallback_restart" not in {e["kind"] for e in events}, run.output
+    assert "controller_restarted" not in {e["kind"] for e in events}, run.output
     restored = next(e for e in events if e["kind"] == "restored")
     assert restored["detail"]["rung"] == "snapshot"
     assert restored["detail"]["reason"].startswith("of the state of step 22, shard 1 of 3 was lost")

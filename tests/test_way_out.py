@@ -17,7 +17,8 @@ from elastic.checkpoint.reader import newest_first
 from elastic.errors import Interrupted
 from elastic.membership.protocol import Drain, Leaving
 from elastic.run.prepare import prepare
-from elastic.worker.local import LocalRun, heeding_signals
+from elastic.run.signals import heard_by
+from elastic.worker.local import LocalRun
 from tests.forked import LONG, WAIT_S, Ran, Watch, configure, fault, local_run, plan, train, wait_until
 from tests.tiny_jobs import Everything
 
@@ -38,25 +39,27 @@ def goes_on(tmp_path: Path, undisturbed: Ran, least: int) -> Ran:
     return before
 
 
-def signalled(local: LocalRun, numbers: list[signal.Signals], then: Callable[[], None]) -> None:
-    """These signals come, one after the other; `then`, when the server has heard of them."""
-    with heeding_signals(local):
-        for number in numbers:
-            os.kill(os.getpid(), number)
-            wait_until(lambda: "interrupt" not in [t.name for t in threading.enumerate()], "the server to hear of it")
-        then()
+def signalled(local: LocalRun, said: list[str], then: Callable[[], None]) -> None:
+    """Ends with the run; `then` is called when the host has heard of the first signal."""
+    waiting = threading.Thread(target=lambda: (wait_until(lambda: bool(said), "the host to hear of it"), then()))
+    waiting.start()
+    try:
         local.wait(WAIT_S)
+    finally:
+        waiting.join()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_ends(number, undisturbed_epoch, tmp_path, gate):
     held, watch, run = gate("held"), Watch(), prepare(JOB, configure(tmp_path, "run", scaling__max_workers=2))
-    faults = plan(fault("step.forward", 5, 1, "hold", file=held))
-    with local_run(run, 2, on_record=watch, environment=faults) as local:
+    faults, said = plan(fault("step.forward", 5, 1, "hold", file=held)), []
+    with local_run(run, 2, on_record=watch, say=said.append, environment=faults) as local, heard_by(local.drive.hear):
         watch.wait_for_step(4)
+        os.kill(os.getpid(), number)
         with pytest.raises(Interrupted) as ended:
-            signalled(local, [number], held.unlink)
+            signalled(local, said, held.unlink)
 
+    assert said == [f"{number.name}: saving and ending; once more ends at once"]
     assert (
         str(ended.value)
         == f"run run was interrupted by {number.name}; give --run.storage {tmp_path} --run.name run to go on"
@@ -70,11 +73,12 @@ def test_a_signal_saves_and_ends(number, undisturbed_epoch, tmp_path, gate):
 
 def test_a_second_signal_ends_at_once(tmp_path, gate):
     held, watch, run = gate("held"), Watch(), prepare(JOB, configure(tmp_path, "run", scaling__max_workers=2))
-    faults = plan(fault("step.forward", 5, 1, "hold", file=held))
-    with local_run(run, 2, on_record=watch, environment=faults) as local:
+    faults, said = plan(fault("step.forward", 5, 1, "hold", file=held)), []
+    with local_run(run, 2, on_record=watch, say=said.append, environment=faults) as local, heard_by(local.drive.hear):
         watch.wait_for_step(4)
+        os.kill(os.getpid(), signal.SIGTERM)
         with pytest.raises(Interrupted):
-            signalled(local, [signal.SIGTERM, signal.SIGINT], lambda: None)
+            signalled(local, said, lambda: os.kill(os.getpid(), signal.SIGINT))
         held.unlink()
 
     assert Ran(run, None).result["message"] == "interrupted twice, nothing saved since the newest checkpoint"

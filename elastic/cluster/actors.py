@@ -49,7 +49,7 @@ class HostActor:
         self._host.stop()
 
 
-def training_function(run: WorkerRun, accelerator: str, vaults: str | None) -> Callable[[dict[str, Any]], str]:
+def training_function(run: WorkerRun, accelerator: str, vaults: str | None) -> Callable[[], str]:
     """The function that each Ray Train worker runs on its training thread; it returns how the worker's part ended.
 
     The job travels as bytes: its module may start CUDA when it is imported (`torch.cuda.is_available()` is a common
@@ -60,7 +60,7 @@ def training_function(run: WorkerRun, accelerator: str, vaults: str | None) -> C
     """
     packed, bare = cloudpickle.dumps(run.job), replace(run, job=None)  # type: ignore[arg-type]
 
-    def train(_: dict[str, Any]) -> str:
+    def train() -> str:
         began = time.monotonic()
         _die_with_raylet()
         index = see_devices() if accelerator == "gpu" else 0

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from elastic.membership.driver import DriverLink
 from elastic.membership.protocol import Allow, Wish
-
-if TYPE_CHECKING:
-    pass
 
 
 class RunControl:

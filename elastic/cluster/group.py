@@ -16,6 +16,7 @@ import ray
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from elastic.cluster.capacity import excluded_nodes, fits
+from elastic.cluster.controller import Sent
 from elastic.cluster.placement_groups import GroupPlan, Placement
 from elastic.cluster.pool import (
     Action,
@@ -37,11 +38,11 @@ from elastic.cluster.sharing import Patience, Standing, share
 from elastic.cluster.standings import Standings
 from elastic.cluster.vaults import Vaults
 from elastic.compat.ray import actor_id, draining_nodes, free_resources, how_it_ended, process_ended
-from elastic.compat.ray_train import BaseGroup, WorkerStatus
+from elastic.compat.ray_train import RayTrainWorker, WorkerStatus, run_training
+from elastic.errors import RunFailed
 from elastic.membership.driver import DriverLink
 from elastic.membership.protocol import Existing, Gone, Leaving, Note, Request, Yield
 
-POLL_S = 0.2
 NODES_S = 1.0
 START_TIMEOUT_S = 180.0
 REQUEST_TIMEOUT_S = 2.0
@@ -54,7 +55,6 @@ class _Handle:
     def __init__(self, unit: Unit, placement: Placement):
         self.unit = unit
         self.actor: Any = None
-        self.status = WorkerStatus(running=True, error=None, training_report=None)
         self.placement, self._bundle = placement, placement.free.pop(0)
         self.pending: Any = placement.group.ready()
 
@@ -62,12 +62,12 @@ class _Handle:
         """The node that it was given."""
         return ray.util.placement_group_table(self.placement.group)["bundles_to_node_id"].get(self._bundle, "")
 
-    def create(self, worker_class: Any, resources: dict[str, float], node: str) -> None:
+    def create(self, resources: dict[str, float], node: str) -> None:
         """The resources are there: make the actor. Does not wait."""
         strategy = PlacementGroupSchedulingStrategy(
             placement_group=self.placement.group, placement_group_bundle_index=self._bundle
         )
-        actor_class = ray.remote(num_cpus=resources.get("CPU", 0), num_gpus=resources.get("GPU", 0))(worker_class)
+        actor_class = ray.remote(num_cpus=resources.get("CPU", 0), num_gpus=resources.get("GPU", 0))(RayTrainWorker)
         self.actor = actor_class.options(scheduling_strategy=strategy).remote()
         self.unit = replace(
             self.unit, stage=Stage.STARTING, since=time.monotonic(), id=actor_id(self.actor)[:12], node=node
@@ -81,42 +81,26 @@ class _Handle:
         self.placement.give_back(self._bundle, node_lost=node_lost)
 
 
-class Group(BaseGroup):
-    """A worker group that loses and gains workers without restarting the others."""
+class Group:
+    """Loses and gains workers without restarting the others.
 
-    restarts = itertools.count()  # of the whole group, by this controller
+    Args:
+        function: what each of them runs.
+    """
 
-    def start(self) -> None:
-        self._plan: GroupPlan = self.train_loop_config["group"]
-        self._link = DriverLink(self._plan.url, self._plan.token)
-        self._bounds = Bounds(
-            self._plan.per_node,
-            self._plan.group_size,
-            self._plan.packed,
-            self._plan.terms.min_workers,
-            START_TIMEOUT_S,
-        )
-        self._seen = Seen(self._plan.want(self._plan.max_workers))
+    def __init__(self, plan: GroupPlan, function: Sent):
+        self._plan, self._function = plan, function
+        self._link = DriverLink(plan.url, plan.token)
+        self._bounds = Bounds(plan.per_node, plan.group_size, plan.packed, plan.terms.min_workers, START_TIMEOUT_S)
+        self._seen = Seen(plan.want(plan.max_workers))
         self._handles: dict[int, _Handle] = {}
         self._numbers = itertools.count()
-        self._vaults: Vaults | None = None
-        if self._plan.vaults:
-            self._vaults = Vaults(self._plan.name, self._plan.token, self._plan.still_s, how_it_ended)
+        self._vaults = Vaults(plan.name, plan.token, plan.still_s, how_it_ended) if plan.vaults else None
         self._deadlines: dict[str, int] = {}  # of nodes that go away
         self._next_nodes = 0.0
-        self._standings = Standings(self._plan.terms.run)
-        self._patience = Patience(self._plan.terms.request_timeout_s)
+        self._standings = Standings(plan.terms.run)
+        self._patience = Patience(plan.terms.request_timeout_s)
         self._enough_at = self._had_since = time.monotonic()
-        restart = next(Group.restarts)
-        if restart:
-            self._tell(Note("fallback_restart", f"restart {restart} of the whole group"))
-        self._started = True
-
-    def has_started(self) -> bool:
-        return getattr(self, "_started", False)
-
-    def __len__(self) -> int:
-        return len(self._handles)
 
     def shutdown(self) -> None:
         """Drop everything."""
@@ -125,21 +109,19 @@ class Group(BaseGroup):
         self._handles = {}
         if self._vaults is not None:
             self._vaults.close()
-        self._started = False
 
-    def abort(self) -> None:
-        self.shutdown()
+    def turn(self, timeout_s: float) -> bool:
+        """Absorb what died, ask for what is missing, start what is ready, waiting for so long for what is not; returns
+        whether anyone's part goes on.
 
-    def poll(self, timeout: float | None) -> list[WorkerStatus]:
-        """One turn of the control loop: absorb what died, ask for what is missing, start what is ready."""
+        Raises:
+            RunFailed: a worker failed for good.
+        """
         self._watch_nodes()
         self._carry_out(decide(self._units, self._now_seen(), self._bounds, time.monotonic()))
-        self._collect(timeout or POLL_S)
-        there = {h.unit.stage: None for h in self._handles.values()}
-        statuses = [h.status for h in self._handles.values() if h.unit.stage in (Stage.RUNNING, Stage.OVER)]
-        if Stage.OVER not in there or not statuses:
-            statuses.append(WorkerStatus(running=True, error=None, training_report=None))
-        return statuses
+        self._collect(timeout_s)
+        there = {unit.stage for unit in self._units}
+        return Stage.OVER not in there or Stage.RUNNING in there
 
     # ---- parts of a turn ---------------------------------------------------------------------------------------
 
@@ -175,13 +157,13 @@ class Group(BaseGroup):
         del self._handles[handle.unit.key]
         handle.drop(node_lost=node_lost)
 
-    def _collect(self, timeout: float) -> None:
+    def _collect(self, timeout_s: float) -> None:
         """Take what became ready: placement groups, started processes, answers to polls, and deaths."""
         for handle in self._handles.values():
             if handle.unit.stage is Stage.RUNNING and handle.pending is None:
                 handle.pending = handle.actor.poll_status.remote()
         pending = {h.pending: h for h in self._handles.values() if h.pending is not None}
-        ready, _ = ray.wait(list(pending), num_returns=len(pending), timeout=timeout) if pending else ([], [])
+        ready, _ = ray.wait(list(pending), num_returns=len(pending), timeout=timeout_s) if pending else ([], [])
         for ref in ready:
             handle = pending[ref]
             handle.pending = None
@@ -194,7 +176,7 @@ class Group(BaseGroup):
         if handle.unit.stage is Stage.ASKED:
             node = handle.place()
             if may_be_there(handle.unit, node, self._units, self._seen, self._bounds):
-                handle.create(self.worker_class, self._plan.unit, node)
+                handle.create(self._plan.unit, node)
             else:  # it is asked for again, elsewhere
                 self._remove(handle, node_lost=True)
         elif handle.unit.stage is Stage.STARTING:
@@ -207,7 +189,7 @@ class Group(BaseGroup):
         """Start the training function; nobody waits for it."""
         if self._vaults is not None:
             self._vaults.have(handle.unit.node)
-        return self.run_training(handle.actor, self._seen.want)
+        return run_training(handle.actor, self._plan.terms.run, self._seen.want, self._plan.unit, self._function)
 
     def _on_status(self, handle: _Handle, status: WorkerStatus) -> None:
         if not status.running and status.error is None and status.return_value in ("fenced", "handed over", "unfit"):
@@ -215,10 +197,10 @@ class Group(BaseGroup):
             self._next_nodes = 0.0  # ask at once how many there are to be, before one is asked for in its place
             if status.return_value == "unfit":  # by then the server has said for how long
                 self._seen = replace(self._seen, ask_after=time.monotonic() + 2 * NODES_S)
-        else:
-            handle.status = status
-            if not status.running:
-                handle.unit = replace(handle.unit, stage=Stage.OVER, since=time.monotonic())
+        elif status.error is not None:
+            raise RunFailed(f"a worker failed: {status.error}")
+        elif not status.running:
+            handle.unit = replace(handle.unit, stage=Stage.OVER, since=time.monotonic())
 
     def _absorb(self, handle: _Handle, error: Exception) -> None:
         """A worker is gone: tell the membership server, give its resources back, and go on."""

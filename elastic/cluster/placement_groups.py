@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass, field
 
+import ray
 from ray.util.placement_group import placement_group, remove_placement_group
 
 from elastic.cluster.sharing import Terms
@@ -68,3 +70,17 @@ class Placement:
         if len(self.free) == self._size:
             self.usable = False
             remove_placement_group(self.group)
+
+
+def group_prefix(run: str) -> str:
+    """Begins the names of a run's placement groups."""
+    return f"elastic/{run}/"
+
+
+def remove_groups(prefix: str) -> None:
+    """Remove the placement groups with names that begin so, which a controller that died left behind."""
+    groups = [g for g in ray.util.placement_group_table().values() if g["name"].startswith(prefix)]
+    for group in groups:
+        if group["state"] != "REMOVED":
+            with contextlib.suppress(ValueError):  # it has just gone by itself
+                remove_placement_group(ray.util.get_placement_group(group["name"]))

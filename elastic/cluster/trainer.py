@@ -6,8 +6,9 @@ import io
 import sys
 import time
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from elastic.cluster.control import RunControl
 from elastic.config import TrainConfig
 from elastic.data.deal import batch_line
 from elastic.errors import ConfigError, ElasticError, told
@@ -16,11 +17,6 @@ from elastic.job_file import answer
 from elastic.observe.console import Console, result_text
 from elastic.run.forecast import refuse_what_does_not_fit_here
 from elastic.run.prepare import UNSAVED, PreparedRun, open_run, prepare
-
-if TYPE_CHECKING:
-    pass
-from elastic.cluster.control import RunControl
-from elastic.cluster.driving import Drive
 
 
 @dataclass(frozen=True)
@@ -104,6 +100,7 @@ def run_prepared(run: PreparedRun, control: RunControl | None = None) -> dict[st
     console.say(batch_line(plan.global_size, plan.microbatches, config.scaling.max_workers))
     if config.checkpoint.every is None:
         console.say(UNSAVED)
+    from elastic.cluster.driving import drive_on_ray
     from elastic.cluster.embedded import connected, is_embedded, preflight, where_text
 
     began = time.monotonic()
@@ -115,7 +112,7 @@ def run_prepared(run: PreparedRun, control: RunControl | None = None) -> dict[st
         epoch = open_run(run)
         try:
             with connected(config.cluster, config.scaling, address):
-                return Drive(run, epoch, console, control).run(time.monotonic() - began)
+                return drive_on_ray(run, epoch, console, control, time.monotonic() - began)
         finally:
             run.folder.release(epoch)
     finally:

@@ -110,7 +110,14 @@ def _run() -> int:
                 console.say(f"{most} of {known.workers} workers train, as --scaling.max-workers says; the others wait")
             accelerator = "gpu" if run.config.scaling.accelerator == "gpu" else "cpu"
             try:
-                result = run_local(run, known.workers, on_record=console.record, timeout_s=1e9, accelerator=accelerator)
+                result = run_local(
+                    run,
+                    known.workers,
+                    on_record=console.record,
+                    say=console.say,
+                    timeout_s=1e9,
+                    accelerator=accelerator,
+                )
             finally:
                 console.close()
     except ElasticError as error:

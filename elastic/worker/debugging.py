@@ -8,6 +8,7 @@ from typing import Any
 
 from elastic.config import ParallelOptions, RecoveryOptions, TrainConfig
 from elastic.errors import Interrupted
+from elastic.membership.protocol import Close
 from elastic.observe.console import Console, result_text
 from elastic.run.prepare import PreparedRun
 from elastic.worker.local import LOOPBACK, LocalRun
@@ -51,11 +52,11 @@ def run_here(run: PreparedRun, console: Console) -> dict[str, Any]:
         try:
             Session(told, identity).run()
         except KeyboardInterrupt:
-            local.end_at_once("interrupted, nothing saved since the newest checkpoint")
+            local.link.request(Close("stopped", "interrupted, nothing saved since the newest checkpoint"))
             raise Interrupted(f"run {run.name} was interrupted, and nothing was saved for it") from None
         finally:
             back()
-        return local.ended(END_S)
+        return local.drive.result(END_S)
 
 
 def _patient(config: TrainConfig) -> TrainConfig:

@@ -8,7 +8,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -19,11 +18,10 @@ from elastic.membership.driver import DriverLink
 from elastic.membership.protocol import Existing
 from elastic.run.host import HostSettings, RunHost
 from elastic.run.keeper_options import KeeperOptions
+from elastic.run.lookout import LOOKS, POLL_S, Lookout
 
 START_S = 60.0
-POLL_S = 0.05
 MAX_RESTARTS = 20
-LOOKS = 5  # that must fail, one after the other, before a host that lives is said to stand still
 
 
 class HostHere:
@@ -66,9 +64,8 @@ class HostProcess:
         self._living, self._environment = living, environment
         self.url = f"http://{settings.host}:{self._settings.port}"
         self._link = DriverLink(self.url, settings.token)
-        self._look_s = max(1.0, settings.limits.lease_s / 3 / LOOKS)
-        self._stopping = threading.Event()
-        self._thread = threading.Thread(target=self._supervise, name="host-supervisor", daemon=True)
+        look_s = max(1.0, settings.limits.lease_s / 3 / LOOKS)
+        self._lookout = Lookout("the host of the run", look_s, self._answers, self._replace, self._ended)
         self.restarts = 0
 
     def start(self) -> str:
@@ -91,14 +88,12 @@ class HostProcess:
                         f"(exit code {self.process.poll()})"
                     ) from error
             time.sleep(POLL_S)
-        self._thread.start()
+        self._lookout.__enter__()
         return self.url
 
     def stop(self) -> None:
         """Let it write out everything and end."""
-        self._stopping.set()
-        if self._thread.is_alive():
-            self._thread.join(START_S)
+        self._lookout.__exit__()
         self._end()
 
     def _spawn(self, why: str = "") -> subprocess.Popen[bytes]:
@@ -123,40 +118,35 @@ class HostProcess:
             self.process.kill()
             self.process.wait()
 
-    def _supervise(self) -> None:
-        rebuilding, why = False, ""
-        next_look, missed = time.monotonic() + self._look_s, 0
-        while not self._stopping.wait(POLL_S):
-            code = self.process.poll()
-            if code is not None and self.restarts < MAX_RESTARTS:
-                assert self.process.stdin is not None
-                self.process.stdin.close()
-                self.restarts += 1
-                self.process, rebuilding = self._spawn(why or f"the host of the run ended: {ended_how(code)}"), True
-                why, missed, next_look = "", 0, time.monotonic() + START_S  # or once it has answered
-            elif code is None and time.monotonic() >= next_look:
-                missed = 0 if self._answers() else missed + 1
-                next_look = time.monotonic() + (0.0 if missed else self._look_s)
-                if missed == LOOKS:  # counted, not timed: this process may have been stopped itself
-                    why = f"the host of the run did not answer for {LOOKS * self._look_s:.0f} s and was ended"
-                    self.process.kill()
-            if rebuilding:
-                try:
-                    rebuilding = self._link.request("/group")["phase"] == "rebuilding"
-                    if rebuilding:
-                        self._link.request(Existing(self._living()))
-                    next_look = min(next_look, time.monotonic() + self._look_s)
-                except OSError:
-                    continue  # not there yet, or dead again
+    def _ended(self) -> str | None:
+        code = self.process.poll()
+        return None if code is None or self.restarts == MAX_RESTARTS else f"ended: {ended_how(code)}"
 
-    def _answers(self) -> bool:
+    def _answers(self, wait_s: float) -> bool:
         began = time.monotonic()
         try:
-            self._link.request("/group", timeout_s=self._look_s)
+            self._link.request("/group", timeout_s=wait_s)
         except OSError:
-            self._stopping.wait(began + self._look_s - time.monotonic())  # a refusal comes at once
+            self._lookout.stopping.wait(began + wait_s - time.monotonic())  # a refusal comes at once
             return False
         return True
+
+    def _replace(self, why: str) -> None:
+        """Start another one, and tell it who lives, until it needs no more."""
+        self.process.kill()
+        self._end()
+        if self.restarts == MAX_RESTARTS:
+            return
+        self.restarts += 1
+        self.process, deadline = self._spawn(why), time.monotonic() + START_S
+        while not self._lookout.stopping.wait(POLL_S) and self.process.poll() is None:
+            try:
+                if self._link.request("/group")["phase"] != "rebuilding":
+                    return
+                self._link.request(Existing(self._living()))
+            except OSError:
+                if time.monotonic() > deadline:  # it is not there yet, and will be found to stand still
+                    return
 
 
 def ended_how(returncode: int) -> str:

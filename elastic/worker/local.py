@@ -11,18 +11,18 @@ import os
 import platform
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 from elastic.config import to_dict
-from elastic.errors import ConfigError, Interrupted, RunFailed
+from elastic.errors import ConfigError
 from elastic.job import coded_options
 from elastic.membership.driver import DriverLink, outlived
-from elastic.membership.protocol import Close, Gone, Note, Wish
+from elastic.membership.protocol import Gone, Note, Wish
+from elastic.run.course import Over
+from elastic.run.drive import HOST_LOST_S, Drive
 from elastic.run.forecast import refuse_what_does_not_fit_here
 from elastic.run.host import host_settings, keeper_options, new_token
 from elastic.run.prepare import PreparedRun, open_run
@@ -32,17 +32,21 @@ from elastic.worker.hosting import HostHere, HostProcess, ended_how
 from elastic.worker.vaults import STILL_S, VaultProcess
 
 LOOPBACK = "127.0.0.1"
-HOST_LOST_S = 60.0
+END_S = 10.0  # for processes to end by themselves once the run has
 IDLE_S = 2.0  # without any worker process; who ends a run says so before it ends
 
 
 class LocalRun:
     """Starts the workers of a prepared run and waits for its end. Use as a context manager.
 
+    It is the launcher of its drive: it starts workers once, and more where the run is scaled up; nobody replaces those
+    that are lost.
+
     Args:
         workers: processes to start.
         host: the address of this machine that the membership server listens on.
         on_record: called with every row and event, on another thread.
+        say: called with a line for the console.
         environment: further environment variables of the workers.
         own_host: host the run in a process of its own, which is started again when it dies; with these further
             environment variables.
@@ -57,7 +61,8 @@ class LocalRun:
         *,
         host: str = LOOPBACK,
         accelerator: str = "cpu",
-        on_record: Callable[[dict[str, Any]], None] | None = None,
+        on_record: Callable[[dict[str, Any]], None] = lambda record: None,
+        say: Callable[[str], None] = lambda text: None,
         environment: dict[str, str] | None = None,
         own_host: dict[str, str] | None = None,
         in_vaults: dict[str, str] | None = None,
@@ -67,32 +72,15 @@ class LocalRun:
         self._in_vaults = in_vaults or {}
         self._run, self._workers, self._address, self._accelerator = run, workers, host, accelerator
         self._environment, self._own_host = environment or {}, own_host
-        self._on_record = outlived(on_record or (lambda record: None))
-        self._end: dict[str, Any] | None = None
-        self._ended = threading.Event()
+        self.drive = Drive(run, [self._note, outlived(on_record)], say)
         self._wanted = 0  # processes to have, once the run was scaled
         self._told: set[int] = set()  # processes that ended, and the server knows
         self._let_go: set[str] = set()  # workers that end now, if they have not yet
-        self._follower: threading.Thread | None = None
+        self._known, self._idle_since = 0, 0.0  # how many processes had been started when there last was one
         self._epoch = 0
         self.hosting: HostHere | HostProcess | None = None
         self.processes: list[subprocess.Popen[bytes]] = []
         self.vaults: dict[str, VaultProcess] = {}  # by node
-
-    @property
-    def name(self) -> str:
-        """Of the run."""
-        return self._run.name
-
-    @property
-    def again(self) -> str:
-        """What to give the same command, for the run to go on."""
-        return self._run.again
-
-    @property
-    def ended_as(self) -> str | None:
-        """The run's last status, once it has ended."""
-        return self._end["status"] if self._end is not None else None
 
     def __enter__(self) -> LocalRun:
         try:
@@ -120,8 +108,11 @@ class LocalRun:
             self.hosting = HostProcess(*arguments, living=self._living, environment=self._own_host)
         self.url = self.hosting.start()
         self.link = DriverLink(self.url, self.token)
-        self._follower = threading.Thread(target=self._follow, name="local-run-follower", daemon=True)
-        self._follower.start()
+        self.drive.follow(self.link)
+        self.start()
+
+    def start(self) -> None:
+        """Start the workers."""
         vaults = [self._vault_of(self.node_of(index)) for index in range(self._workers)]  # they start side by side
         for vault in vaults:
             if vault is not None:
@@ -188,73 +179,49 @@ class LocalRun:
         each = self._run.config.scaling.workers_per_node
         return platform.node() if each is None else f"{platform.node()}/{index // each}"
 
-    def _follow(self) -> None:
-        def on_record(record: dict[str, Any]) -> None:
-            if record.get("kind") == "end":
-                self._end = record
-            elif record.get("kind") == "handed_over":
-                self._let_go.add(record["member"])
-            elif record.get("kind") == "scaled":
-                self._wanted = record["detail"]["max_workers"]
-            self._on_record(record)
-            if self._end is not None:
-                self._ended.set()
-
-        if not self.link.follow_to_the_end(on_record, self._ended, HOST_LOST_S):
-            self._end = {"status": "failed", "message": "the host of the run is gone and did not come back"}
-            self._ended.set()
+    def _note(self, record: dict[str, Any]) -> None:
+        if record.get("kind") == "handed_over":
+            self._let_go.add(record["member"])
+        elif record.get("kind") == "scaled":
+            self._wanted = record["detail"]["max_workers"]
 
     def stop(self, detail: str = "") -> None:
         """Ask the run to save and end at the next step boundary."""
         self.link.request(Wish("stop", detail), patience_s=HOST_LOST_S)
 
-    def end_at_once(self, message: str) -> None:
-        """Have the run stopped without saving."""
-        self.link.request(Close("stopped", message), patience_s=HOST_LOST_S)
-
     def wait(self, timeout_s: float) -> dict[str, Any]:
-        """Wait for the end of the run.
+        """Look after the run until it ends; returns the contents of result.json. See `Drive.wait`."""
+        return self.drive.wait(self, timeout_s)
 
-        Returns:
-            the contents of result.json.
+    # ---- what its drive asks of a launcher ---------------------------------------------------------------------------
 
-        Raises:
-            RunFailed: it failed, every worker died, or it did not end within `timeout_s`.
-        """
-        deadline = time.monotonic() + timeout_s
-        known, idle_since = 0, 0.0  # how many processes had been started when there last was one
-        while not self._ended.wait(0.05):
-            self._grow()
-            self._tell_ended()
-            codes = [process.poll() for process in self.processes]
-            if None in codes or known != len(codes):
-                known, idle_since = len(codes), time.monotonic()
-            self._keep_vaults()
-            if time.monotonic() - idle_since > IDLE_S:
-                how = (f"{self.worker_id(i)}: {ended_how(c)}" for i, c in enumerate(codes) if c is not None)
-                message = (
-                    f"every worker of run {self._run.name} ended without a result ({'; '.join(how)}); what they said "
-                    f"stands above; give {self._run.again} to go on from the newest checkpoint"
-                )
-                self.link.request(Close("failed", message), patience_s=HOST_LOST_S)
-                if not self._ended.wait(10.0):
-                    raise RunFailed(message)
-            if time.monotonic() > deadline:
-                raise RunFailed(f"run {self._run.name} did not end within {timeout_s:.0f} s")
-        return self.ended(0.0)
+    def turn(self, worlds: int) -> None:
+        """Start what is missing, tell the host who ended, and keep the vaults."""
+        self._grow()
+        self._tell_ended()
+        self._keep_vaults()
 
-    def ended(self, timeout_s: float) -> dict[str, Any]:
-        """The contents of result.json, once the run has ended; its processes are not looked after meanwhile.
+    def silent(self) -> str:
+        """Never: the workers have no keeper but this process."""
+        return ""
 
-        Raises:
-            RunFailed: it failed, or did not end within `timeout_s`.
-        """
-        if not self._ended.wait(timeout_s):
-            raise RunFailed(f"run {self._run.name} did not end within {timeout_s:.0f} s")
-        assert self._end is not None
-        if self._end["status"] not in ("finished", "stopped"):
-            raise RunFailed(self._end["message"])
-        return self._end["result"]
+    def over(self) -> Over | None:
+        """How they ended, where there is none for a while."""
+        codes = [process.poll() for process in self.processes]
+        if None in codes or self._known != len(codes):
+            self._known, self._idle_since = len(codes), time.monotonic()
+        if not codes or time.monotonic() - self._idle_since <= IDLE_S:
+            return None
+        how = (f"{self.worker_id(i)}: {ended_how(c)}" for i, c in enumerate(codes) if c is not None)
+        return Over(
+            f"every worker of run {self._run.name} ended without a result ({'; '.join(how)}); what they said "
+            f"stands above; give {self._run.again} to go on from the newest checkpoint"
+        )
+
+    def end(self) -> None:
+        """End the workers at once."""
+        for process in self.processes:
+            process.kill()
 
     def _keep_vaults(self) -> None:
         for node, vault in self.vaults.items():
@@ -281,52 +248,23 @@ class LocalRun:
                 self._told.add(index)
 
     def __exit__(self, *_: object) -> None:
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + (END_S if self.drive.ended else 0.0)
         for process in self.processes:
             try:
-                process.wait(max(0.0, deadline - time.monotonic()) if self._ended.is_set() else 0.0)
+                process.wait(max(0.0, deadline - time.monotonic()))
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
             assert process.stdin is not None
             with contextlib.suppress(BrokenPipeError):  # of what it did not read
                 process.stdin.close()
-        self._ended.set()
         for vault in self.vaults.values():
             vault.stop()
         if self.hosting is not None:
             self.hosting.stop()
-        if self._follower is not None:
-            self._follower.join(10)
+        self.drive.close()
         if self._epoch:
             self._run.folder.release(self._epoch)
-
-
-@contextmanager
-def heeding_signals(local: LocalRun) -> Iterator[None]:
-    """Inside, SIGINT and SIGTERM save and end the run, and a second one ends it at once.
-
-    Raises:
-        Interrupted: the run was stopped for that.
-    """
-    came: list[str] = []
-    asking: list[threading.Thread] = []
-
-    def handle(name: str) -> None:
-        came.append(f"interrupted by {name}")
-        target = local.stop if len(came) == 1 else local.end_at_once
-        words = came[0] if len(came) == 1 else "interrupted twice, nothing saved since the newest checkpoint"
-        asking.append(threading.Thread(target=target, args=(words,), name="interrupt", daemon=True))
-        asking[-1].start()  # a handler must not wait for an answer
-
-    try:
-        with heard_by(handle):
-            yield
-        if came and local.ended_as == "stopped":
-            raise Interrupted(f"run {local.name} was {came[0]}; give {local.again} to go on")
-    finally:
-        for thread in asking:
-            thread.join(HOST_LOST_S)
 
 
 def _importable(job_class: type) -> str:
@@ -342,6 +280,8 @@ def _importable(job_class: type) -> str:
 
 
 def run_local(run: PreparedRun, workers: int, *, timeout_s: float = 600.0, **options: Any) -> dict[str, Any]:
-    """Run to the end; returns the contents of result.json. See `heeding_signals` for what ends it before."""
-    with LocalRun(run, workers, **options) as local, heeding_signals(local):
+    """Run to the end; returns the contents of result.json. The first SIGINT or SIGTERM saves and ends the run, a second
+    one ends it at once."""
+    local = LocalRun(run, workers, **options)
+    with heard_by(local.drive.hear), local:
         return local.wait(timeout_s)

@@ -1,0 +1,66 @@
+"""The controller of a run's workers on Ray: turn after turn, until their part is over."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import ray
+
+from elastic.cluster.placement_groups import GroupPlan
+
+TURN_S = 0.2
+
+
+class Sent:
+    """A function that the driver sent to the cluster: whoever starts workers with it does not need to import it."""
+
+    def __init__(self, function: Callable[[], Any]):
+        self._reference = ray.put(function)
+
+    def get(self) -> Callable[[], Any]:
+        return ray.get(self._reference)
+
+
+class Controller:
+    """Keeps the workers of a run: as an actor, or in a process that has many runs one after another. Ray ends the
+    workers with the process that it is in.
+
+    Args:
+        plan: the workers to have.
+        function: what each of them runs.
+    """
+
+    def __init__(self, plan: GroupPlan, function: Sent):
+        self._plan, self._function = plan, function
+        self._turned, self._ended = threading.Event(), threading.Event()
+
+    def run(self) -> None:
+        """Keep them until their part is over, or until `end`; then none is left.
+
+        Raises:
+            RunFailed: a worker failed for good.
+        """
+        from elastic.cluster.group import Group  # it imports Ray Train, which takes seconds, and no driver needs it
+
+        group = Group(self._plan, self._function)
+        try:
+            next_turn = 0.0
+            while not self._ended.wait(max(0.0, next_turn - time.monotonic())):
+                next_turn = time.monotonic() + TURN_S
+                if not group.turn(TURN_S):
+                    return
+                self._turned.set()
+        finally:
+            group.shutdown()
+
+    def turned(self) -> None:
+        """Returns after the next turn."""
+        self._turned.clear()
+        self._turned.wait()
+
+    def end(self) -> None:
+        """End the workers at the next turn."""
+        self._ended.set()

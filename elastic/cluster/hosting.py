@@ -1,0 +1,87 @@
+"""The host of a run as an actor on the driver's node. Ray starts it again where it dies."""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import ray
+
+from elastic.cluster.actors import HostActor
+from elastic.errors import one_line
+from elastic.membership.driver import DriverLink
+from elastic.run.host import HostSettings
+from elastic.run.keeper_options import KeeperOptions
+from elastic.run.lookout import LOOKS, Lookout, host_answers
+
+AGAIN_S = 0.5  # between two starts
+START_S = 60.0
+END_S = 30.0
+
+
+class HostOnRay:
+    """One that stands still is ended, and another one serves at the same address.
+
+    Args:
+        on_loss: called with what happened, where none serves any more.
+    """
+
+    def __init__(
+        self,
+        folder_url: str,
+        options: KeeperOptions,
+        settings: HostSettings,
+        detail: dict[str, Any],
+        on_loss: Callable[[str], None],
+    ):
+        self._settings, self._detail, self._on_loss = replace(settings, port=_free_port()), detail, on_loss
+        here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
+        actor_class: Any = ray.remote(num_cpus=0, max_restarts=-1, label_selector=here)(HostActor)
+        self._make = partial(actor_class.remote, folder_url, options)
+
+    def start(self) -> str:
+        """Returns the URL.
+
+        Raises:
+            ray.exceptions.RayError: it could not start, or did not within START_S.
+        """
+        self._host = self._make(self._settings, self._detail)
+        url = ray.get(self._host.url.remote(), timeout=START_S)
+        look_s = max(1.0, self._settings.limits.lease_s / 3 / LOOKS)
+        answers = partial(host_answers, DriverLink(url, self._settings.token))
+        self._lookout = Lookout("the host of the run", look_s, answers, self._replace).__enter__()
+        return url
+
+    def stop(self) -> None:
+        """Let it write out everything and end."""
+        self._lookout.__exit__()
+        try:
+            ray.get(self._host.stop.remote(), timeout=END_S)
+        finally:
+            ray.kill(self._host)
+
+    def _replace(self, why: str) -> None:
+        ray.kill(self._host)
+        settings, detail = replace(self._settings, restarted=True), {**self._detail, "why": why}
+        deadline = time.monotonic() + START_S
+        while not self._lookout.stopping.wait(AGAIN_S):
+            self._host = self._make(settings, detail)
+            try:
+                ray.get(self._host.url.remote(), timeout=START_S)
+                return
+            except ray.exceptions.RayError as error:  # its address may not be free yet
+                ray.kill(self._host)
+                if time.monotonic() > deadline:
+                    self._on_loss(f"{why}, and another one did not start: {one_line(error)}")
+                    return
+
+
+def _free_port() -> int:
+    """A port that is free now: the host listens on it again when it is restarted."""
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return int(probe.getsockname()[1])

@@ -1,0 +1,160 @@
+"""The workers of a run on Ray, as its drive sees them: a controller keeps them, and is replaced where it is lost."""
+
+from __future__ import annotations
+
+import threading
+import time
+from typing import Any
+
+import ray
+
+from elastic.cluster.autoscaler import failures, known_reasons, reported, unserved
+from elastic.cluster.controller import Controller, Sent
+from elastic.cluster.placement_groups import GroupPlan, remove_groups
+from elastic.cluster.standings import withdraw_standing
+from elastic.compat.ray import session_folder
+from elastic.errors import RunFailed, one_line
+from elastic.membership.driver import DriverLink
+from elastic.membership.protocol import Note
+from elastic.run.course import Over
+from elastic.run.drive import HOST_LOST_S
+from elastic.run.lookout import LOOKS, Lookout
+
+END_S = 30.0
+AUTOSCALER_LOOK_S = 5.0  # between two looks at what the autoscaler could not do, while no world was formed
+
+
+class RayWorkers:
+    """The launcher of a drive on Ray.
+
+    Args:
+        plan: the workers to have.
+        function: what each of them runs.
+        here: the controller is no actor of its own: this process is one, which has many runs one after another.
+    """
+
+    def __init__(self, plan: GroupPlan, function: Sent, *, here: bool):
+        self._plan, self._function, self._here = plan, function, here
+        self._link = DriverLink(plan.url, plan.token)
+        self._looked = time.monotonic()
+        self._said: set[str] = set()  # what the autoscaler could not do, as far as it was said
+        self._controller: _Actor | _Here | None = None
+
+    def start(self) -> None:
+        """Start a controller, in place of one that is lost."""
+        self.end()
+        self._controller = (_Here if self._here else _Actor)(self._plan, self._function)
+
+    def turn(self, worlds: int) -> None:
+        """While workers are waited for: say why no node comes, once."""
+        if worlds or time.monotonic() - self._looked < AUTOSCALER_LOOK_S:
+            return
+        self._looked = time.monotonic()
+        try:
+            told = reported(ray.get_runtime_context().gcs_address)
+            found = [*failures(told, known_reasons(session_folder())), *unserved(told, self._plan.unit)]
+        except (ray.exceptions.RayError, RuntimeError) as error:
+            found = [f"the cluster's head does not say what its autoscaler does: {one_line(error)}"]
+        for line in found:
+            if line not in self._said:
+                self._said.add(line)
+                self._link.request(Note("notice", f"the cluster's autoscaler: {line}"), patience_s=HOST_LOST_S)
+
+    def silent(self) -> str:
+        """In what way the controller stands still."""
+        assert self._controller is not None
+        return self._controller.silent
+
+    def over(self) -> Over | None:
+        """How the workers have ended."""
+        assert self._controller is not None
+        return self._controller.over()
+
+    def end(self) -> None:
+        """End the workers and their controller, and give their places back."""
+        if self._controller is not None:
+            self._controller.end()
+            remove_groups(self._plan.name)
+
+    def close(self) -> None:
+        """End all, and say no more that this run is one of the cluster's."""
+        self.end()
+        withdraw_standing(self._plan.terms.run)
+
+
+class _Actor:
+    """A controller that is an actor on this node."""
+
+    def __init__(self, plan: GroupPlan, function: Sent):
+        here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
+        actor_class: Any = ray.remote(Controller)
+        self._actor = actor_class.options(num_cpus=0, max_concurrency=3, label_selector=here).remote(plan, function)
+        self._running = self._actor.run.remote()
+        self._ping: Any = None
+        self._answered = False
+        self.silent = ""
+        what = "the controller of its workers"
+        self._lookout = Lookout(what, plan.still_s / LOOKS, self._answers, self._stands_still).__enter__()
+
+    def _answers(self, timeout_s: float) -> bool:
+        """False where it once did, and stands still now; one that is dead does not, which `over` sees."""
+        self._ping = self._ping or self._actor.turned.remote()
+        ready, _ = ray.wait([self._ping], timeout=timeout_s)
+        if ready:
+            self._ping, self._answered = None, True
+        return bool(ready) or not self._answered
+
+    def _stands_still(self, why: str) -> None:
+        self.silent = why
+
+    def over(self) -> Over | None:
+        if not _is_ready(self._running):
+            return None
+        try:
+            ray.get(self._running)
+        except ray.exceptions.RayActorError:
+            return Over(self.silent or "the controller of its workers died, and they with it", again=True)
+        except RunFailed as error:
+            return Over(f"the workers failed: {error}")
+        except ray.exceptions.RayError as error:
+            return Over(f"the controller of its workers failed: {one_line(error)}", again=True)
+        return Over()
+
+    def end(self) -> None:
+        self._lookout.__exit__()
+        if not self.silent and not _is_ready(self._running):
+            self._actor.end.remote()
+            ray.wait([self._running], timeout=END_S)
+        ray.kill(self._actor)
+
+
+class _Here:
+    """A controller in a thread of this process."""
+
+    silent = ""
+
+    def __init__(self, plan: GroupPlan, function: Sent):
+        self._controller = Controller(plan, function)
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name="controller", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            self._controller.run()
+        except BaseException as error:  # the driver's thread makes the run's failure of it
+            self._error = error
+
+    def over(self) -> Over | None:
+        if self._thread.is_alive():
+            return None
+        return Over() if self._error is None else Over(f"the workers failed: {self._error}")
+
+    def end(self) -> None:
+        self._controller.end()
+        self._thread.join(END_S)
+
+
+def _is_ready(reference: Any) -> bool:
+    ready, _ = ray.wait([reference], timeout=0)
+    return bool(ready)
