@@ -25,7 +25,6 @@ from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any
 
-import cloudpickle
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
@@ -190,6 +189,8 @@ def _by_name(value: Any) -> bytes:
 
 def _by_value(value: Any) -> bytes:
     """Pickled, with the definitions of what no other process can import; tensors as torch sends them."""
+    import cloudpickle
+
     buffer = io.BytesIO()
     pickler: Any = cloudpickle.Pickler(buffer)
     pickler.dispatch_table = ChainMap(ForkingPickler(io.BytesIO()).dispatch_table, pickler.dispatch_table)
@@ -198,6 +199,8 @@ def _by_value(value: Any) -> bytes:
 
 
 def _why_unsendable(part: Any) -> str | None:
+    import cloudpickle
+
     try:
         cloudpickle.dumps(part)
     except Exception as error:  # whatever its own way of being pickled raises

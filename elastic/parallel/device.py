@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import re
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
@@ -48,10 +49,14 @@ class ZerosForEmpty(TorchFunctionMode):
 
 
 def pick_device(accelerator: str, local_index: int) -> torch.device:
-    """The worker's device; also makes it CUDA's current one."""
+    """The worker's device; also makes it CUDA's current one. Plain processes that are more than there are GPUs share
+    them, as a developer's machine has one: NCCL takes those for workers of other machines."""
     if accelerator != "gpu":
         return torch.device("cpu")
-    device = torch.device("cuda", local_index)
+    round_, index = divmod(local_index, torch.cuda.device_count() or 1)
+    if round_:
+        os.environ.setdefault("NCCL_HOSTID", f"{platform.node()}-{round_}")  # it refuses two of one device and host
+    device = torch.device("cuda", index)
     # torch's watchdog ends a process whose peer was lost, unless told not to; who was lost is told by others here.
     os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
     torch.cuda.set_device(device)

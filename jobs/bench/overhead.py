@@ -98,7 +98,9 @@ class Waiting(Steady):
         return super().model()
 
 
-def measure(job: Any, config: TrainConfig, workers: int, pairs: int) -> dict[str, list[float]]:
+def measure(
+    job: Any, config: TrainConfig, workers: int, pairs: int, *, accelerator: str = "cpu"
+) -> dict[str, list[float]]:
     """Seconds, and processor seconds of rank 0, of a bare and of a whole step in each pair of blocks."""
     with tempfile.TemporaryDirectory(prefix="elastic-bench-") as name:
         times = Path(name) / "times"
@@ -111,7 +113,8 @@ def measure(job: Any, config: TrainConfig, workers: int, pairs: int) -> dict[str
             scaling=ScalingOptions(max_workers=workers),
             observe=ObserveOptions(tensorboard=False),
         )
-        with LocalRun(prepare(job, config), workers, environment={"OMP_NUM_THREADS": "1"}) as local:
+        environment = {"OMP_NUM_THREADS": "1"}
+        with LocalRun(prepare(job, config), workers, environment=environment, accelerator=accelerator) as local:
             local.wait(1800)
         wall, cpu = zip(*(map(float, line.split()) for line in times.read_text().splitlines()), strict=True)
     return {

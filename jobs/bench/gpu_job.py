@@ -1,0 +1,88 @@
+"""The job of `jobs.bench.gpu`: a small GPT on numbers that are drawn; it needs no file and no further library."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import elastic
+from elastic import BatchOptions, EvalOptions, ObserveOptions, TrainConfig
+from jobs.gpt_sizes import SIZES
+
+CONTEXT = 64
+CONFIG = TrainConfig(
+    batch=BatchOptions(global_size=12, microbatches=6),
+    eval=EvalOptions(every="4st"),
+    observe=ObserveOptions(tensorboard=False),
+)
+
+
+class _Tokens:
+    def __init__(self, first: int, count: int):
+        self._first, self._count = first, count
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index: int):
+        import torch
+
+        generator = torch.Generator().manual_seed(self._first + index)
+        start, stride = (int(n) for n in torch.randint(1, 256, (2,), generator=generator))
+        return (start + stride * torch.arange(CONTEXT + 1)) % 256
+
+
+@dataclass
+class Numbers(elastic.Job):
+    """Next-token prediction of arithmetic progressions modulo 256."""
+
+    size: str = field(default="0.5M", metadata={"help": f"of the model: {', '.join(SIZES)}"})
+    fails_once: str = field(default="", metadata={"help": "whoever removes this file raises an error in loss()"})
+
+    def model(self):
+        from jobs.gpt import GPT
+
+        return GPT(SIZES[self.size], context=CONTEXT, dropout=0.1)
+
+    def optimizer(self, model):
+        import torch
+
+        return torch.optim.AdamW(model.parameters(), lr=1e-3)
+
+    def train_data(self):
+        return _Tokens(0, 4096)
+
+    def eval_data(self):
+        return _Tokens(10_000, 12)
+
+    def loss(self, model, batch):
+        from pathlib import Path
+
+        from torch.nn import functional
+
+        if self.fails_once and model.training:
+            try:
+                Path(self.fails_once).unlink()
+            except FileNotFoundError:
+                pass
+            else:
+                raise ValueError("planned")
+        logits = model(batch[:, :-1])
+        targets = batch[:, 1:].reshape(-1)
+        total = functional.cross_entropy(logits.reshape(-1, logits.shape[-1]).float(), targets, reduction="sum")
+        return total, targets.numel(), {}
+
+
+@dataclass
+class Alternating(Numbers):
+    """The same, with every other block of steps bare."""
+
+    times: str = field(default="", metadata={"help": "file for the time of each step"})
+
+    def eval_data(self):
+        return None
+
+    def model(self):
+        from jobs.bench.overhead import alternate
+
+        alternate(self.times)
+        return super().model()
