@@ -111,6 +111,11 @@ class Saver:
         self._frozen: dict[_Key, Chunk] = {}  # boxes of frozen tensors, where the newest committed checkpoint has them
         self._written: dict[tuple[int, str], dict[_Key, Chunk]] = {}
 
+    def reserve(self, size: int) -> None:
+        """Have staging memory for saves of `size` bytes; a larger one takes more. Before the first save: with CUDA it
+        is pinned, a quarter of a second for each GiB, which no step is to wait for."""
+        self._buffer.reserve(size)
+
     @property
     def busy(self) -> bool:
         """Whether a save is under way: its bytes are not durable yet, and its memory is in use."""

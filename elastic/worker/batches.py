@@ -21,7 +21,9 @@ def to_device(batch: Any, device: torch.device) -> Any:
     tuples and dataclasses are rebuilt as what they are, with whatever else they carry. All else is left alone.
     """
     if isinstance(batch, torch.Tensor):
-        return batch.to(device, non_blocking=True)
+        pins = device.type == "cuda" and batch.device.type == "cpu" and not batch.is_pinned()
+        # from memory that is not pinned, the host waits for the copy, and the copy for all that is enqueued
+        return (batch.pin_memory() if pins else batch).to(device, non_blocking=True)
     if callable(getattr(type(batch), "to", None)):  # of its class: an item of a mapping may have that name
         moved = batch.to(device)
         return batch if moved is None else moved  # one that moves in place may return nothing

@@ -131,6 +131,7 @@ class _WarmUp:
         placing = Placing(job, config, self._device)
         placing.warm_up()
         lines["model"] = describe_model(placing.model)
+        with_moments = 3 * sum(p.nbytes for p in placing.model.parameters())  # of Adam; others take more at a save
         provenance = Provenance(
             exact=self._bitwise,
             device=describe(self._device),  # with what the job has set by now
@@ -157,6 +158,7 @@ class _WarmUp:
             made=provenance.header,
             still_s=self._still_s(),
         )
+        saving.saver.reserve(with_moments // config.scaling.max_workers)
         worker = Worker(
             self._run,
             self._device,
