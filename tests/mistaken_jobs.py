@@ -32,6 +32,8 @@ class Mistaken(Plain):
             "other-names": lambda: (total, weight, {"precision": 1}),
             "more-names": lambda: (total, weight, {**metrics, "precision": weight}),
             "no-weight": lambda: (total * 0, 0, {"accuracy": 0}),
+            "backward": lambda: ((total * 0.1).backward(retain_graph=True), (total, weight, metrics))[1],
+            "zero-grad": lambda: (model.zero_grad(), (total, weight, metrics))[1],
         }
         return found[self.how]()
 

@@ -324,6 +324,23 @@ def test_a_trial_leaves_nothing_behind():
     assert everything() == before
 
 
+@pytest.mark.parametrize("how", ["backward", "zero-grad"])
+def test_a_loss_that_touches_gradients_is_refused_by_name(how):
+    """It would take away what earlier passes of a step left, or give a cut model gradients that nobody waits for."""
+    job = Mistaken(how=how, at_step=2)
+    model, data = job.model(), job.train_data()
+    code, batch = UserCode(job, CPU, "w", autocast="off"), job.collate_fn([data[i] for i in range(3)])
+    code.watches_gradients = True
+
+    code.loss(model, batch)[0].backward()  # as any other
+    job.after_step(model, 1)
+
+    with pytest.raises(
+        RunFailed, match=r"loss\(\) changes the gradient of parameter 0\.weight: it calls backward\(\), zero"
+    ):
+        code.loss(model, batch)
+
+
 # ---- in runs ----------------------------------------------------------------------------------------------------
 
 

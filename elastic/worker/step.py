@@ -37,6 +37,7 @@ from elastic.worker.group import Group
 from elastic.worker.run import WorkerRun
 from elastic.worker.schedule import factor
 from elastic.worker.state import TrainState
+from elastic.worker.unsaved import UPDATES
 from elastic.worker.user_code import UserCode
 
 Span = tuple[int, int]  # (first microbatch, how many)
@@ -245,6 +246,7 @@ class WorldSteps:
         if stepper.one_each and not self._one_each:
             raise Reform(f"passes have one microbatch each from step {step + 1} on")
         stepper.clock, stepper.unfinished, self._step = clock, replica, step
+        self._code.watches_gradients = stepper.steps_done < UPDATES
         began = time.perf_counter()
         scaler = self._state.scaler
         replica.scale = scaler.factor if scaler else 1.0

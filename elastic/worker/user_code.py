@@ -10,12 +10,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from elastic.compat.torch import is_out_of_host_memory
+from elastic.compat.torch import is_out_of_host_memory, version_of
 from elastic.data.loader import ItemError
 from elastic.errors import ConfigError, RunFailed, WorldBroken, one_line
 from elastic.job import Job
 from elastic.membership.failure import Failure, named
-from elastic.parallel.wrapping import call_gathered, refused_where_cut
+from elastic.parallel.wrapping import call_gathered, local, refused_where_cut
 from elastic.worker.batches import to_device
 from elastic.worker.group import Group
 from elastic.worker.returned import LossValue, check_returned
@@ -46,6 +46,7 @@ class UserCode:
         self.samples: Sequence[int] | np.ndarray = ()  # that are being worked on
         self._step = self._microbatch = -1
         self.on_loss: Callable[[], None] = lambda: None  # called when the job's loss has returned
+        self.watches_gradients = False  # whether the job's loss leaves them alone
 
     def at(self, step: int, microbatch: int) -> None:
         """Where the step loop is: step (from 0) and microbatch."""
@@ -59,7 +60,17 @@ class UserCode:
 
     def loss(self, model: nn.Module, batch: Any) -> LossValue:
         """`Job.loss`, checked."""
+        before = _gradients(model) if self.watches_gradients else ()
         result = self._on_batch(self._job.loss, "loss()", model, batch, training=True)
+        for name, parameter, gradient in before:
+            if gradient != _gradient(parameter):
+                raise self.mistake(
+                    ConfigError(
+                        f"loss() changes the gradient of parameter {name}: it calls backward(), zero_grad() or the "
+                        "like itself, but a step has several calls of loss(), and backward() is called for what they "
+                        "return; add all that is to be learned to the loss, and leave zero_grad() out"
+                    )
+                )
         self.on_loss()
         return result
 
@@ -127,6 +138,16 @@ class UserCode:
         where = self.where + (f", {named(samples)}" if samples else "")
         message = f"worker {self._worker_id}{self.rank} failed at {where}: {line}\n{text}{hint}"
         return UserCodeError(Failure(kind, self._step, self._microbatch, message, samples=tuple(samples)))
+
+
+def _gradients(model: nn.Module) -> list[tuple[str, nn.Parameter, tuple[int, int]]]:
+    return [(name, p, _gradient(p)) for name, p in model.named_parameters()]
+
+
+def _gradient(parameter: nn.Parameter) -> tuple[int, int]:
+    """Which one it is, and how often it was written to."""
+    gradient = parameter.grad
+    return (0, 0) if gradient is None else (id(gradient), version_of(local(gradient)))
 
 
 def is_out_of_memory(error: BaseException) -> bool:
