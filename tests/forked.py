@@ -38,7 +38,7 @@ from elastic.job import Job
 from elastic.observe.ledger import EVENTS, METRICS, kept_history, read_records
 from elastic.run.prepare import PreparedRun, prepare
 from elastic.worker.local import LocalRun
-from tests import leaks
+from tests import leaks, nccl_manners
 from tests.hosts import Host, enter
 from tests.tiny_jobs import CONFIG
 
@@ -131,6 +131,8 @@ def _work(reading: Connection, environment: dict[str, str], namespace: str | Non
         if name in environment:
             os.dup2(os.open(environment[name], os.O_WRONLY | os.O_APPEND | os.O_CREAT), number)
     _take_environment(environment)
+    if nccl_manners.VARIABLE in environment:
+        nccl_manners.install()
     sys.stdin = os.fdopen(os.dup(reading.fileno()))
     reading.close()
     sys.exit(_child())
@@ -383,12 +385,24 @@ def local_run(
 
 
 def train(
-    job: Job, config: TrainConfig, workers: int, wait_s: float = WAIT_S, faults: Any = (), *, beside_ray: bool = False
+    job: Job,
+    config: TrainConfig,
+    workers: int,
+    wait_s: float = WAIT_S,
+    faults: Any = (),
+    *,
+    beside_ray: bool = False,
+    manners: nccl_manners.Manners | None = None,
 ) -> Ran:
-    """Train to the end, or to the pause or failure. No more workers are waited for than are started."""
+    """Train to the end, or to the pause or failure. No more workers are waited for than are started.
+
+    Args:
+        manners: they communicate through the stand-in for NCCL, which behaves like this.
+    """
     run = prepare(job, replace(config, scaling=replace(config.scaling, max_workers=workers)))
     failure = None
-    with local_run(run, workers, beside_ray=beside_ray, environment=plan(*faults)) as local:
+    environment = plan(*faults) | (manners.environment() if manners is not None else {})
+    with local_run(run, workers, beside_ray=beside_ray, environment=environment) as local:
         try:
             local.wait(wait_s)
         except RunFailed as error:

@@ -305,8 +305,20 @@ def test_groups_are_named_by_a_count_that_can_be_set_back() -> None:
         assert dist.distributed_c10d._get_default_group().group_name == "0"
 
 
-def test_groups_can_be_aborted() -> None:
-    assert callable(dist.distributed_c10d._abort_process_group)
+def test_groups_are_known_in_their_order_until_torch_is_to_forget_them() -> None:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    second = dist.new_group([0])
+    known = compat.process_groups()
+    assert [group.group_name for group in known] == ["0", second.group_name]
+    assert compat.failure_of_group(known[0], torch.device("cpu")) is None, "gloo tells of no failure"
+    assert callable(known[0].abort)
+    compat.forget_groups()
+    assert compat.process_groups() == []
+    assert not dist.is_initialized()
+    with world_of_one():  # under the names of the ones before
+        assert compat.process_groups()[0].group_name == "0"
+    for group in known:
+        group.shutdown()
 
 
 def test_gloo_works_in_threads_of_the_name_that_we_look_for() -> None:

@@ -17,6 +17,7 @@ from tests import mishaps
 from tests.forked import LONG, STDOUT, WAIT_S, Ran, Watch, configure, fault, local_run, plan, train
 from tests.fresh import seeds
 from tests.mishaps import Happening, Mishap, Output
+from tests.nccl_manners import Manners
 from tests.test_bits import assert_same_training
 from tests.tiny_jobs import Everything, Talking
 
@@ -80,16 +81,26 @@ def alone(fork_server: None, tmp_path_factory: pytest.TempPathFactory) -> Ran:
 
 @pytest.mark.parametrize("seed", seeds(range(40, 52), fresh=12, variable="RANDOM_FAULTS"))
 def test_whatever_happens(seed: int, alone: Ran, tmp_path: Path) -> None:
+    _go_through(seed, alone, tmp_path, {})
+
+
+@pytest.mark.parametrize("seed", seeds(range(52, 54), fresh=6, variable="RANDOM_FAULTS"))
+def test_whatever_happens_over_nccl(seed: int, alone: Ran, tmp_path: Path) -> None:
+    creation = ["freeable", "blocks"][seed % 2]
+    _go_through(seed, alone, tmp_path, Manners(create_s=0.02, creation=creation).environment())
+
+
+def _go_through(seed: int, alone: Ran, tmp_path: Path, environment: dict[str, str]) -> None:
     """A run that ends, because too few workers are left, is started again."""
     workers, options, faults, outside, more = draw(seed, tmp_path)
     ends: list[str] = []
     while True:
         watch = Watch()
         run = prepare(Talking(samples=LONG), configure(tmp_path, "run", eval__every="3st", **options))
-        environment = {**plan(*faults), STDOUT: ["/dev/null", "/dev/full"][seed % 2]}
+        told = {**environment, **plan(*faults), STDOUT: ["/dev/null", "/dev/full"][seed % 2]}
         with (
             closing(Output(watch)) as output,
-            local_run(run, workers, on_record=output, environment=environment, own_host={}) as local,
+            local_run(run, workers, on_record=output, environment=told, own_host={}) as local,
         ):
             try:
                 with Happening(local, watch, output, tmp_path / "run", outside, more).going_on():

@@ -122,8 +122,9 @@ class Cluster:
         link = WorkerLink(self.local.url, token, Member(member, node=self.host_of(member).name), lease_s=WAIT_S)
         try:
             link.post(late, Generation(1, 1))
+            link.ask(0.0, {}, applied, None)
             with pytest.raises(FencedError) as refused:
-                link.join(0.0, {}, applied, None, save_alone=lambda: None)
+                link.next_world(save_alone=lambda: None)
         finally:
             link.close()
         return str(refused.value)

@@ -284,9 +284,38 @@ def count_groups_from_zero() -> None:
     dist.distributed_c10d._world.group_count = 0
 
 
-def abort_groups() -> None:
-    """Abort NCCL's communicators of the default process group, so that whoever waits for them is let go."""
-    dist.distributed_c10d._abort_process_group()
+def process_groups() -> list[dist.ProcessGroup]:
+    """All groups of this process that torch knows, in the order in which they were made."""
+    return list(dist.distributed_c10d._world.pg_names)
+
+
+def forget_groups() -> None:
+    """Have torch know of no group any more, as `destroy_process_group` does, which would wait for other members."""
+    c10d: Any = dist.distributed_c10d
+    world = c10d._world
+    c10d._update_default_pg(None)
+    for table in (
+        world.pg_map,
+        world.pg_names,
+        world.pg_group_ranks,
+        world.pg_backend_config,
+        world.pg_to_tag,
+        world.tags_to_pg,
+        world.pg_coalesce_state,
+    ):
+        table.clear()
+    c10d._unregister_all_process_groups()
+    world.group_count = 0
+
+
+def failure_of_group(group: dist.ProcessGroup, device: torch.device) -> str | None:
+    """What the backend of a group found wrong with it on the side, by torch's name; None for nothing, and for backends
+    that do not tell. Waits for no device."""
+    get_error = getattr(group._get_backend(device), "get_error", None)
+    if get_error is None:
+        return None
+    name = str(getattr(get_error(), "name", ""))
+    return None if name in ("", "SUCCESS") else name
 
 
 def check_reduced(ddp: nn.parallel.DistributedDataParallel) -> None:
@@ -318,21 +347,16 @@ def source_rank(work: dist.Work) -> int:
     return work._source_rank()
 
 
-class AroundGloo(dist.ProcessGroup):
-    """A process group for CPU tensors around a group of gloo, `inner`, whose operations a subclass defines.
+class AroundGroup(dist.ProcessGroup):
+    """A process group around another one, `inner`, whose operations a subclass defines.
 
     Overrides by which C++ and `torch.distributed` ask a group for its name, its devices and its backend.
     """
 
     inner: dist.ProcessGroup
 
-    def __init__(self, store: dist.Store, rank: int, size: int, timeout: timedelta):
+    def __init__(self, rank: int, size: int):
         super().__init__(rank, size)  # type: ignore[call-arg]  # the one that Python classes may inherit
-        gloo = dist.ProcessGroupGloo(store, rank, size, timeout=timeout)
-        gloo._set_sequence_number_for_group()
-        self.inner = dist.ProcessGroup(store, rank, size)
-        self.inner._set_default_backend(dist.ProcessGroup.BackendType.GLOO)
-        self.inner._register_backend(torch.device("cpu"), dist.ProcessGroup.BackendType.GLOO, gloo)
 
     def setGroupName(self, name: Any) -> None:
         self.inner._set_group_name(name)
@@ -352,6 +376,18 @@ class AroundGloo(dist.ProcessGroup):
 
     def _get_backend(self, device: torch.device) -> Any:
         return self.inner._get_backend(device)
+
+
+class AroundGloo(AroundGroup):
+    """A process group for CPU tensors around a group of gloo."""
+
+    def __init__(self, store: dist.Store, rank: int, size: int, timeout: timedelta):
+        super().__init__(rank, size)
+        gloo = dist.ProcessGroupGloo(store, rank, size, timeout=timeout)
+        gloo._set_sequence_number_for_group()
+        self.inner = dist.ProcessGroup(store, rank, size)
+        self.inner._set_default_backend(dist.ProcessGroup.BackendType.GLOO)
+        self.inner._register_backend(torch.device("cpu"), dist.ProcessGroup.BackendType.GLOO, gloo)
 
 
 # ---- errors that torch tells by their text alone -------------------------------------------------------------------

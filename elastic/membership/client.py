@@ -1,8 +1,9 @@
 """A worker's link to the membership server, as its training thread uses it.
 
 While the lease is over nothing is applied; a server that is heard again says whether the run went on without this
-worker, and if it did not, it goes on. Nothing the training thread calls here waits for the network, except `join`,
-`close`, `next_commit` if it is to, and `check_lease` while the lease is over. All talking is done by the `watcher`.
+worker, and if it did not, it goes on. Nothing the training thread calls here waits for the network, except
+`next_world`, `close`, `next_commit` if it is to, and `check_lease` while the lease is over. All talking is done by the
+`watcher`.
 """
 
 from __future__ import annotations
@@ -41,19 +42,19 @@ class WorkerLink:
     def __init__(self, url: str, token: str, member: Member, *, lease_s: float):
         self.member = member
         self._watcher = Watcher(url, token, member, lease_s=lease_s)
+        self._newer: Assignment | None = None  # a world that came before it was asked for
 
-    def join(
+    def ask(
         self,
         warm_s: float,
         warm_parts: dict[str, Any],
         applied: int,
         failure: Failure | None,
-        save_alone: Callable[[], None],
         *,
         why: str = "",
         broke: str = "",
-    ) -> Assignment:
-        """Ask for a world and wait for it.
+    ) -> None:
+        """Ask for a world, and leave the one that this worker is in. It says nothing in that any more.
 
         Args:
             warm_s: seconds that it took to get ready, and what they went into.
@@ -61,6 +62,21 @@ class WorkerLink:
             failure: its own error that made it leave its world.
             why: it left its world to have another made, and nobody failed.
             broke: what of its world failed, if that made it leave.
+        """
+        left = self._watcher.assignment
+        self.free_with(None)
+        self._watcher.wishes.pop("leave", None)
+        newer = self._newer_world(left)
+        self._newer = newer if failure is None else None
+        if self._newer is None:
+            self._watcher.assignment = None
+            self._watcher.joining = Join(self.member, applied, failure, why, broke, warm_s, warm_parts)
+            self._watcher.wake()
+
+    def next_world(self, save_alone: Callable[[], None]) -> Assignment:
+        """Wait for the world that was asked for.
+
+        Args:
             save_alone: commits the state; called if this worker holds the newest while the run is given up, or lets
                 its workers go.
 
@@ -69,14 +85,9 @@ class WorkerLink:
                 owns it.
             RunOver: the run ended.
         """
-        left, self._watcher.free = self._watcher.assignment, None
-        self._watcher.wishes.pop("leave", None)
-        newer = self._newer_world(left)
-        if newer is not None and failure is None:
+        if self._newer is not None:
+            newer, self._newer = self._newer, None
             return self._enter(newer)
-        self._watcher.assignment = None
-        self._watcher.joining = Join(self.member, applied, failure, why, broke, warm_s, warm_parts)
-        self._watcher.wake()
         while True:
             self._check_over()
             try:
@@ -107,9 +118,10 @@ class WorkerLink:
         self._watcher.wake()
         return assignment
 
-    def free_with(self, free: Callable[[], None] | None) -> None:
-        """What the watcher calls to free a training thread that is blocked in a broken world."""
-        self._watcher.free = free
+    def free_with(self, free: Callable[[], None] | None, report: Callable[[], str] = str) -> None:
+        """What the watcher calls to free a training thread that is blocked in a broken world, and what it asks for
+        what the world's connections know of a hang."""
+        self._watcher.free, self._watcher.report = free, report
         assignment = self._watcher.assignment
         if free is not None and assignment is not None and assignment.generation in self._watcher.broken:
             free()

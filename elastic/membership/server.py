@@ -41,6 +41,7 @@ from elastic.membership.events import (
     Registered,
     SavedAlone,
     Slept,
+    Stalled,
     Stopped,
     Tick,
     Unable,
@@ -324,6 +325,8 @@ class MembershipServer:
                     self._handle(Acknowledged(member_id, now))
             case wire.Stacks():
                 self._watchman.stacks(member_id, message.text)
+            case wire.Report():
+                self._keeper.save_stacks(self._members[member_id], message.text, of="connections")
             case _:
                 assert generation is not None
                 self._from_member(member_id, message, generation)
@@ -354,6 +357,9 @@ class MembershipServer:
             case wire.Failed():
                 now = time.monotonic()
                 self._handle(Unable(member_id, message.message, message.fresh, message.final, now))
+                return
+            case wire.Disconnected():
+                self._handle(Stalled(f"worker {member_id}: {message.message}", time.monotonic()))
                 return
             case wire.Rows() if message.rows:
                 self._watchman.steps_took(r["step_s"] for r in message.rows if "step_s" in r)

@@ -39,6 +39,7 @@ from elastic.membership.protocol import (
     Out,
     Over,
     Recorded,
+    Report,
     Resume,
     SaveAlone,
     Stacks,
@@ -69,7 +70,8 @@ class Watcher:
         joining: how it asks for another.
         reporting: whether it is this worker's task to report rows.
         broken: worlds that the server said are broken.
-        free: frees a training thread that is blocked in a broken world.
+        free: frees a training thread that is blocked in a broken world; returns at once.
+        report: says what the world's connections know of a hang; may take seconds.
         wishes: what was asked for, to be agreed on at the next step boundary, and why.
         allowed: up to which step a run that holds after evaluations may go.
         fenced: why this worker must not go on.
@@ -92,6 +94,8 @@ class Watcher:
         self._known = True  # the server knows where this worker stands
         self.broken: set[Generation] = set()
         self.free: Callable[[], None] | None = None
+        self.report: Callable[[], str] = str
+        self._report_task: asyncio.Task[None] | None = None
         self.wishes: dict[str, str] = {}
         self.allowed = 0
         self.fenced: str | None = None
@@ -268,7 +272,14 @@ class Watcher:
                 self.inbox.put(message)
             case Dump():
                 await socket.send_str(dumps(Stacks(stacks())))
+                self._report_task = asyncio.create_task(self._send_report(socket))
         self._posted.set()
+
+    async def _send_report(self, socket: aiohttp.ClientWebSocketResponse) -> None:
+        text = await asyncio.to_thread(self.report)
+        if text and not socket.closed:
+            with contextlib.suppress(ConnectionError):  # the server is away: it asks again, or nobody wants to know
+                await socket.send_str(dumps(Report(text)))
 
     def _fence(self, reason: str) -> None:
         self.fenced = self.fenced or reason  # later ones only say that it is out

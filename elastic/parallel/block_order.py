@@ -9,7 +9,7 @@ found as any hang is.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -36,10 +36,10 @@ _LEFT_OUT = (
 
 
 class BlockOrder:
-    """Watches the blocks of a model that `place_sharded` cut."""
+    """Watches the blocks of a model that `place_sharded` cut. `check` raises where what was gathered is no result."""
 
-    def __init__(self, model: nn.Module, mesh: Mesh, device: torch.device):
-        self._mesh, self._device = mesh, device
+    def __init__(self, model: nn.Module, mesh: Mesh, device: torch.device, check: Callable[[], None]):
+        self._mesh, self._device, self._check = mesh, device, check
         self._ran: list[int] = []
         self._each = False
         self._calls: bool | None = None  # whether the first pass of this world ran any part of the model that is cut
@@ -95,7 +95,9 @@ class BlockOrder:
             mine = torch.tensor([index], dtype=torch.int64, device=self._device)
             everyone = mine.new_empty(self._mesh.layout.shards)
             all_gather_flat(everyone, mine, group=self._mesh.row_group)
-            if everyone.unique().numel() > 1:
+            alike = everyone.unique().numel() == 1
+            self._check()
+            if not alike:
                 raise ConfigError(_LEFT_OUT if _RETURNED in everyone else _REFUSED)
 
     def taken(self) -> float:

@@ -57,8 +57,6 @@ def pick_device(accelerator: str, local_index: int) -> torch.device:
     if round_:
         os.environ.setdefault("NCCL_HOSTID", f"{platform.node()}-{round_}")  # it refuses two of one device and host
     device = torch.device("cuda", index)
-    # torch's watchdog ends a process whose peer was lost, unless told not to; who was lost is told by others here.
-    os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
     torch.cuda.set_device(device)
     return device
 
@@ -123,6 +121,16 @@ def memory_share(device: torch.device) -> float | None:
 
 
 def host_wait(device: torch.device) -> None:
-    """Wait until everything enqueued on the device is done; on CPU it is."""
-    if device.type == "cuda":
-        torch.cuda.current_stream(device).synchronize()
+    """Wait until everything is done that was enqueued on the device's present stream."""
+    synchronize = getattr(torch.get_device_module(device).current_stream(device), "synchronize", None)
+    if synchronize is not None:  # else nothing is enqueued: it was done when the call returned
+        synchronize()
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until everything is done that was enqueued on any stream of the device.
+
+    Raises:
+        RuntimeError: something of it failed, so that the device cannot be used by this process any more.
+    """
+    torch.get_device_module(device).synchronize(device)

@@ -12,7 +12,7 @@ the first step of a world, a second gather brings those; if they differ, everyon
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -71,6 +71,7 @@ class Records:
         rank: this rank.
         buffer_words: 64-bit words of the mask of what passes changed or used.
         metrics: kept from step to step by whoever makes these; brought up to date by `PendingRecord.result`.
+        check: raises where what a gather brought is no result, since it was aborted.
     """
 
     runs: list[range]
@@ -78,6 +79,7 @@ class Records:
     device: torch.device
     buffer_words: int = 0
     metrics: Metrics = field(default_factory=Metrics)
+    check: Callable[[], None] = lambda: None
     _words: list[list[int]] = field(default_factory=list)
     _rows: list[list[Any]] = field(default_factory=list)
     _names: list[str] | None = None
@@ -180,10 +182,13 @@ class PendingRecord:
 
         Raises:
             ConfigError: on every rank, where metrics differ by name, or a weight is negative.
+            WorldBroken: the gather was aborted, as `Records.check` says.
         """
         if self.work is not None:
             self.work.wait()
-        host = self.everyone.cpu().numpy()  # numpy costs a tenth of torch for arrays as small as these
+        gathered = self.everyone.cpu()
+        self.records.check()
+        host = gathered.numpy()  # numpy costs a tenth of torch for arrays as small as these
         rows = self._in_order(host)
         words = 2 + self.records.buffer_words
         end = rows.shape[1] - len(self.records._told)
@@ -235,7 +240,9 @@ class PendingRecord:
         if not records.metrics.names:
             return np.zeros((sum(map(len, records.runs)), 0))
         table = records._table(height, [[] for _ in values], values, 0)
-        return self._in_order(self._gather(table).cpu().numpy()).view(np.float64)
+        gathered = self._gather(table).cpu()
+        records.check()
+        return self._in_order(gathered.numpy()).view(np.float64)
 
     def _gather(self, mine: torch.Tensor) -> torch.Tensor:
         """Tensors of one shape, of all ranks."""
@@ -249,10 +256,12 @@ class PendingRecord:
         """A JSON value of each rank."""
         device, data = self.records.device, json.dumps(value).encode()
         lengths = self._gather(torch.tensor([len(data)], device=device)).view(-1).tolist()
+        self.records.check()
         mine = torch.zeros(max(lengths), dtype=torch.uint8)
         mine[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-        rows = self._gather(mine.to(device)).cpu().numpy()
-        return [json.loads(row[:length].tobytes()) for row, length in zip(rows, lengths)]
+        gathered = self._gather(mine.to(device)).cpu()
+        self.records.check()
+        return [json.loads(row[:length].tobytes()) for row, length in zip(gathered.numpy(), lengths)]
 
 
 def _mark(names: list[str]) -> int:

@@ -127,6 +127,7 @@ class FastReplica(_Replica):
     Args:
         find_unused: parameters may get no gradient in a step; costs a look at the graph of its last pass.
         compression: "bf16" sends gradients as bfloat16.
+        check: raises where what collectives brought is no result.
     """
 
     def __init__(
@@ -140,10 +141,11 @@ class FastReplica(_Replica):
         bucket_mb: int,
         find_unused: bool,
         compression: str,
+        check: Callable[[], None],
     ):
         self.model, self._loss, self._runs, self._rank, self._device = model, loss, runs, rank, device
         self._world_size, self._count, self._metrics = len(runs), sum(map(len, runs)), Metrics()
-        self._buffers = StepBuffers(model, exact=False)
+        self._buffers, self._check = StepBuffers(model, exact=False), check
         self.wait_s = 0.0  # seconds of the last step spent in exchanges that nothing hides
         self._ddp: nn.parallel.DistributedDataParallel | None = None
         self._find_unused = find_unused
@@ -174,7 +176,7 @@ class FastReplica(_Replica):
         """
         buffers = self._buffers
         self.model.zero_grad(set_to_none=True)
-        records = Records(self._runs, self._rank, self._device, buffers.words, self._metrics)
+        records = Records(self._runs, self._rank, self._device, buffers.words, self._metrics, self._check)
         buffers.begin()
         after: list[dict[str, torch.Tensor]] = []
         counts: list[int] = []
@@ -261,6 +263,7 @@ class BitwiseReplica(_Replica):
         rank: int,
         device: torch.device,
         bucket_mb: int,
+        check: Callable[[], None],
     ):
         self.model = model
         self._loss, self._runs, self._rank, self._device = loss, runs, rank, device
@@ -268,7 +271,7 @@ class BitwiseReplica(_Replica):
         named = dict(model.named_parameters())
         self._names, self._all_parameters = list(named), list(named.values())
         self._parameters = [p for p in self._all_parameters if p.requires_grad]
-        self._buffers = StepBuffers(model, exact=True)
+        self._buffers, self._check = StepBuffers(model, exact=True), check
         self._count, self._metrics = sum(map(len, runs)), Metrics()
         self.wait_s = 0.0
 
@@ -276,7 +279,7 @@ class BitwiseReplica(_Replica):
         """Run this rank's passes (one microbatch each); see `FastReplica.run`."""
         self.model.zero_grad(set_to_none=True)  # also what a parameter has that was frozen after the last step
         buffers = self._buffers
-        records = Records(self._runs, self._rank, self._device, buffers.words, self._metrics)
+        records = Records(self._runs, self._rank, self._device, buffers.words, self._metrics, self._check)
         before = [version_of(p) for p in self._all_parameters]
         gradients = CanonicalSum(self._runs, self._rank, None, self._bucket_bytes)
         buffers.begin()

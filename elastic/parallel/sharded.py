@@ -10,7 +10,7 @@ a round instead of summing them, and sums them in the canonical tree.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -38,19 +38,29 @@ class _Sharded:
     Args:
         model: as `place_sharded` left it.
         runs: the microbatches of each place of the mesh.
+        check: raises where what collectives brought is no result.
     """
 
     _exact = False
 
-    def __init__(self, model: nn.Module, loss: LossFunction, *, runs: list[range], mesh: Mesh, device: torch.device):
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: LossFunction,
+        *,
+        runs: list[range],
+        mesh: Mesh,
+        device: torch.device,
+        check: Callable[[], None],
+    ):
         self.model, self._loss, self._runs, self._mesh, self._device = model, loss, runs, mesh, device
         assert mesh.place is not None, "a spare runs no steps"
         self._place = mesh.place
         self._root: FSDPModule = fsdp_modules(model)[0]
         self._parameters = [p for p in model.parameters() if p.requires_grad]
-        self._buffers = StepBuffers(model, exact=self._exact)
+        self._buffers, self._check = StepBuffers(model, exact=self._exact), check
         self._used = Used(model)
-        self._block_order, self._steps, self._metrics = BlockOrder(model, mesh, device), 0, Metrics()
+        self._block_order, self._steps, self._metrics = BlockOrder(model, mesh, device, check), 0, Metrics()
         self.wait_s = 0.0
         self.scale = 1.0
         self.recomputes = False  # backward passes compute forward passes again
@@ -61,7 +71,7 @@ class _Sharded:
         self._block_order.taken()
         self._buffers.begin()
         bits = 64 * self._buffers.words + len(self._parameters)
-        return Records(self._runs, self._place, self._device, (bits + 63) // 64, self._metrics)
+        return Records(self._runs, self._place, self._device, (bits + 63) // 64, self._metrics, self._check)
 
     def _forward(self, batch: Any) -> tuple[torch.Tensor, Any, Any]:
         before = self._block_order.count
@@ -191,9 +201,10 @@ class BitwiseSharded(_Sharded):
         mesh: Mesh,
         device: torch.device,
         bucket_mb: int,
+        check: Callable[[], None],
     ):
         """`rows` are the microbatches of each row of the mesh; `runs` deals them in rounds, as `lockstep` does."""
-        super().__init__(model, loss, runs=runs, mesh=mesh, device=device)
+        super().__init__(model, loss, runs=runs, mesh=mesh, device=device, check=check)
         self._rows, self._bucket_bytes = rows, bucket_mb << 20
         self._leaves = []
         for module in fsdp_modules(model):

@@ -166,8 +166,8 @@ class RunKeeper:
     def claim_step(self) -> int:
         return self._claim_step
 
-    def save_stacks(self, member: Member, text: str) -> None:
-        name = f"stacks/{int(time.time())}-{member.id}.txt"
+    def save_stacks(self, member: Member, text: str, *, of: str = "") -> None:
+        name = f"stacks/{int(time.time())}-{member.id}{of and '-' + of}.txt"
         self._do(lambda: self._storage.replace(name, redact(text).encode()))
 
     def giving_up(self, status: str, message: str) -> None:

@@ -15,6 +15,7 @@ from elastic.config import TrainConfig
 from elastic.data.deal import batch_line, batch_table
 from elastic.errors import ConfigError
 from elastic.job import Job, check_job, held_out_sizes, job_name, job_options, source_hash, training_data
+from elastic.parallel.nccl import settings_lines
 from elastic.redact import clean, redact
 from elastic.run import forecast
 from elastic.run.folder import RunFolder
@@ -223,6 +224,7 @@ def report(run: PreparedRun) -> str:
     lines += ["", "workers  rounds  efficiency"]
     lines += [f"{w:>7}  {rounds:>6}  {share:>9.0%}" for w, rounds, share in batch_table(plan.microbatches, most)]
     lines += forecast.lines(run)
+    lines += settings_lines(run.config.scaling.accelerator)
     return "\n".join(lines)
 
 

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Literal
 
+from elastic.parallel.nccl import INTERFACE
 from elastic.run.versions import versions
 
 GIB = 1 << 30
@@ -185,7 +186,7 @@ def examine_computing(where: str, prober: Prober, gpus: int = 0) -> list[Finding
         seen = prober.ask(do="device")
     except Unanswered as why:
         return [Finding("device", where, "fail", str(why), "install torch so that `python -c 'import torch'` works")]
-    found = [judge_device(where, seen, gpus), *judge_memory(where, seen)]
+    found = [judge_device(where, seen, gpus), *judge_memory(where, seen), *judge_nccl(where, seen)]
     try:
         rate = prober.ask(do="matmul")["gflops"]
         return [*found, Finding("matmul", where, "ok", f"{rate:g} GFLOP/s")]
@@ -211,6 +212,21 @@ def judge_memory(where: str, seen: Mapping[str, Any]) -> list[Finding]:
         do = "end what holds it (nvidia-smi tells), or leave this machine out" if used else ""
         text = f"GPU {i}: {free / GIB:.1f} of {total / GIB:.1f} GiB free"
         found.append(Finding("GPU memory", where, "warn" if used else "ok", text, do))
+    return found
+
+
+def judge_nccl(where: str, seen: Mapping[str, Any]) -> list[Finding]:
+    """NCCL's version, and what workers set for it: whether the user set something else. Nothing without GPUs."""
+    if "nccl" not in seen:
+        return []
+    version = str(seen["nccl"])
+    do = "take a torch with NCCL 2.30.7 or newer: exchanges of all with all over InfiniBand may hang in 2.29"
+    hangs = version.startswith("2.29.")
+    found = [Finding("NCCL", where, "warn" if hangs else "ok", version, do if hangs else "")]
+    for name, value, why in seen["settings"]:
+        other = value.endswith("(yours)") and name != INTERFACE
+        do = f"unset {name}, if you had no reason to set it: {why}" if other else ""
+        found.append(Finding("NCCL", where, "warn" if other else "ok", f"{name}={value}", do))
     return found
 
 

@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 
 from elastic.compat.torch import count_groups_from_zero
+from elastic.parallel.nccl import describe_settings
 
 _CPU_SIZE, _GPU_SIZE = 1024, 8192
 _ELEMENTS = 1 << 20
@@ -38,11 +39,15 @@ def _wait(device: torch.device) -> None:
 
 
 def device() -> dict[str, Any]:
-    """Kind and name, and of each GPU the free and the whole memory, bytes."""
+    """Kind and name, and of each GPU the free and the whole memory, bytes; where there are any, NCCL's version and what
+    workers set for it."""
     count = torch.cuda.device_count()
     memory = [torch.cuda.mem_get_info(i) for i in range(count)]
     names = [torch.cuda.get_device_name(i) for i in range(count)]
-    return {"type": _device().type, "names": names or [torch.backends.cpu.get_cpu_capability()], "memory": memory}
+    found = {"type": _device().type, "names": names or [torch.backends.cpu.get_cpu_capability()], "memory": memory}
+    if count:
+        found |= {"nccl": ".".join(map(str, torch.cuda.nccl.version())), "settings": describe_settings()}
+    return found
 
 
 def matmul() -> dict[str, Any]:

@@ -36,6 +36,7 @@ def finish(world: World, stop: Stop) -> str:
     status = "stopped" if stop and not world.is_trained else "finished"
     with group.collective("gathering the weights"):
         sha = weights_sha256(world.state.model, world.state.whole)
+    group.check()
     broken = worker.provenance.broken
     result: dict[str, Any] = {
         "steps": world.step,

@@ -63,6 +63,8 @@ def evaluate(
     cut = group is not None and group.layout.shards > 1
     padding = max(map(len, runs)) - len(runs[rank]) if cut else 0
     records = Records(runs, rank, device, metrics=Metrics("evaluate()"))
+    if group is not None:
+        records.check = group.check
     kept = modes.of(model)
     model.eval()
     try:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import socket
 import threading
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -16,18 +15,25 @@ import torch
 import torch.distributed as dist
 import xxhash
 
-from elastic.compat.torch import abort_groups, all_gather_flat, count_groups_from_zero
+from elastic.compat.torch import all_gather_flat, count_groups_from_zero
 from elastic.errors import WorldBroken, one_line
 from elastic.membership.protocol import Assignment
-from elastic.parallel import gloo
 from elastic.parallel.device import host_wait
 from elastic.parallel.layout import Layout, lay_out
 from elastic.parallel.mesh import Mesh, make_mesh
+from elastic.worker.backend import Backend
 from elastic.worker.flags import Flags
-from elastic.worker.sockets import any_connected, knock, open_sockets, opened_since, shut_down
+from elastic.worker.gloo_backend import GlooBackend
+from elastic.worker.nccl_backend import NcclBackend
 
 STORE_S = 10.0
-FREE_S = 0.02
+
+BACKENDS: dict[str, type[Backend]] = {"cpu": GlooBackend, "cuda": NcclBackend}  # by the type of the device
+
+
+def backend_of(device: torch.device) -> type[Backend]:
+    """How workers with such devices communicate."""
+    return BACKENDS[device.type]
 
 
 @dataclass
@@ -37,6 +43,7 @@ class Group:
     Args:
         strategy, per_node: how its workers are laid out; see `lay_out`.
         node: this worker's.
+        on_failure: told what the backend finds wrong by itself, from any thread.
     """
 
     assignment: Assignment
@@ -44,14 +51,19 @@ class Group:
     strategy: str = "ddp"
     per_node: int | None = None
     node: str = ""
-    _sockets: dict[str, int] = field(default_factory=dict)
-    _before: dict[str, int] | None = None  # while members connect: the sockets that were open before
-    _freed: bool = False
-    _freeing: threading.Thread | None = None
-    _closed: bool = False
-    _lock: threading.Lock = field(default_factory=threading.Lock)
+    on_failure: Callable[[str], None] = lambda what: None
     _woken: threading.Event = field(default_factory=threading.Event)
+    _backend: Backend = field(init=False)
     mesh: Mesh = field(init=False)
+
+    def __post_init__(self) -> None:
+        make = backend_of(self.device)
+        self._backend = make(str(self.assignment.generation), self.size, self.device, self.on_failure)
+
+    @property
+    def freed(self) -> bool:
+        """Whether the world is broken, so that nothing which came out of it is looked at."""
+        return self._backend.freed
 
     @property
     def rank(self) -> int:
@@ -86,40 +98,17 @@ class Group:
         with _connecting(f"connecting world {self.assignment.generation}"):
             store.set_timeout(timeout)
             count_groups_from_zero()  # or members, some of which failed to connect before, would never find each other
-            with self._freed_while_connecting():
+            with self._backend.connecting():
                 dist.init_process_group(
-                    "nccl" if self.device.type == "cuda" else gloo.BACKEND,
+                    self._backend.name,
                     store=dist.PrefixStore(str(self.assignment.generation), store),
                     rank=self.rank,
                     world_size=self.size,
                     timeout=timeout,
-                    device_id=self.device if self.device.type == "cuda" else None,
                 )
+                self._backend.open()
                 self.mesh = self._lay_out()
-
-    @contextmanager
-    def _freed_while_connecting(self) -> Iterator[None]:
-        """`free` holds for whatever connects in here, and for what was connected in here later.
-
-        Raises:
-            WorldBroken: it was freed.
-        """
-        if self.device.type == "cuda":
-            yield
-            return
-        broken = WorldBroken(f"world {self.assignment.generation} broke while its members connected")
-        before = self._before = open_sockets()
-        try:
-            if self._freed:
-                raise broken
-            yield
-            self._sockets = opened_since(before)
-        finally:
-            self._before = None
-            if self._freeing is not None:
-                self._freeing.join()  # what is opened from here on is not its business
-        if self._freed:  # by one who may have seen no sockets yet
-            raise broken
+                self._backend.open()
 
     def _reach_store(self) -> dist.Store:
         """The store where the members find each other.
@@ -158,87 +147,61 @@ class Group:
         return make_mesh(layout, self.rank, self.device)
 
     def free(self) -> None:
-        """Make whatever blocks in this group raise. From any thread.
-
-        nccl: abort the communicators. gloo: shut down its sockets, where those who wait learn of it or are told; while
-        members connect, sockets are still to come.
-        """
-        self._freed = True
+        """Make whatever blocks in this group raise. From any thread; returns at once."""
         self._woken.set()
-        if self.device.type == "cuda":
-            if dist.is_initialized():
-                abort_groups()
-            return
-        with self._lock:
-            if self._freeing is None and not self._closed:
-                thread = threading.Thread(target=self._free_gloo, name="free-group", daemon=True)
-                thread.start()
-                self._freeing = thread
-
-    def _free_gloo(self) -> None:
-        while (before := self._before) is not None:
-            sockets = opened_since(before)
-            shut_down(sockets)
-            knock(sockets, self.size)
-            self._end_waits(sockets)
-            time.sleep(FREE_S)
-        shut_down(self._sockets)
-        self._end_waits(self._sockets)
-
-    def _end_waits(self, sockets: dict[str, int]) -> None:
-        groups = gloo.groups()
-        gloo.settle(groups, lambda: any_connected(sockets))
-        for group in groups:
-            group.free(f"world {self.assignment.generation} is broken")
+        self._backend.free()
 
     @contextmanager
     def collective(self, what: str) -> Iterator[None]:
-        """What communicates, or may: where it raises because of a peer, the world is broken. Any other error is one.
+        """What communicates, or may: where it raises because of a peer, the world is broken. Any other error is one,
+        but for what may have come of a freed world's garbage.
 
         Raises:
             WorldBroken: a member was lost, or the group was freed.
         """
         try:
             yield
-        except (RuntimeError, ValueError) as error:  # torch raises no others for a peer, or for a group that is gone
-            if not self.failed_by(error):
+        except Exception as error:
+            of_torch = isinstance(
+                error, (RuntimeError, ValueError)
+            )  # no others for a peer, or for a group that is gone
+            if isinstance(error, WorldBroken) or not (self.spoils or (of_torch and self.failed_by(error))):
                 raise
             raise WorldBroken(f"{what} failed: {one_line(error)}") from error
 
     def failed_by(self, error: BaseException) -> bool:
         """Whether a peer or the network made this process raise, and not what it computed: the group knows.
 
-        It was freed, or one of its operations failed. gloo's are seen by its own backend; those of NCCL raise errors of
-        their own type. A world of one has no peer.
+        It was freed, or one of its operations failed: the backend sees it, or it raised an error of a type of its own.
+        A world of one has no peer.
         """
-        if self._freed:
+        if self.freed:
             return True
         if self.size == 1:
             return False
-        return isinstance(error, dist.DistError) or any(group.failure is not None for group in gloo.groups())
+        return isinstance(error, dist.DistError) or self._backend.has_failed()
+
+    @property
+    def spoils(self) -> bool:
+        """Whether what this process does now may be of garbage: no error of it is believed."""
+        return self.freed and self._backend.leaves_garbage
+
+    def report(self) -> str:
+        """What the backend itself knows of where all members are, for people. May take seconds."""
+        return self._backend.report()
 
     def check(self) -> None:
-        """Raise if the group was freed: what came out of a collective that NCCL aborted is no result.
+        """Raise if the group was freed: what came out of a collective that was aborted is no result.
 
         Raises:
             WorldBroken: it was.
         """
-        if self._freed:
+        if self.freed:
             raise WorldBroken(f"world {self.assignment.generation} is broken")
 
     def close(self) -> None:
         """Drop the group; peers blocked in it are freed."""
-        with self._lock:
-            self._closed = True  # what this process connects from here on is another world's
-        if self._freeing is not None:
-            self._freeing.join()
-        if (groups := gloo.groups()) and any(group.is_running for group in groups):
-            shut_down(self._sockets)  # of several operations under way one has failed
-            gloo.settle(groups, lambda: any_connected(self._sockets))
-        if dist.is_initialized():
-            dist.destroy_process_group()
-        for group in groups:
-            group.shutdown()
+        self._backend.close()
 
     def agree(self, flags: Flags) -> Flags:
         """The largest of each flag over all members. This is the fence: it ends when everyone has entered it, and the
@@ -359,5 +322,5 @@ def _connecting(what: str) -> Iterator[None]:
     """Nothing is computed in here: whatever fails, some member or the store did not answer."""
     try:
         yield
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
         raise WorldBroken(f"{what} failed: {one_line(error)}") from error

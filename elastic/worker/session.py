@@ -23,11 +23,12 @@ from elastic.errors import (
     RunFailed,
     WarmUpError,
     WorldBroken,
+    one_line,
     whole_text,
 )
 from elastic.membership.client import RunOver
 from elastic.membership.failure import Failure
-from elastic.membership.protocol import Failed
+from elastic.membership.protocol import Disconnected, Failed
 from elastic.worker.group import Group
 from elastic.worker.restore import Restored, restore
 from elastic.worker.run import Identity, WorkerRun
@@ -59,6 +60,7 @@ class Session:
             WarmUpError: they cannot be; the membership server knows.
         """
         self.worker = warm_up(run, identity, import_s=import_s)
+        self._departure: Departure | None = None  # from a world that is not closed yet
 
     def run(self) -> str:
         """Train; returns how this worker's part ended: finished, stopped, failed or handed over.
@@ -72,19 +74,18 @@ class Session:
             RunFailed: an error came too often.
             WarmUpError: this worker failed before its first step; the others may go on without it.
         """
-        departure = Departure()
+        status = None
         try:
-            while True:
+            self._ask(Departure())
+            while status is None:
                 with ExitStack() as at_leaving:
-                    group = self._join(departure, at_leaving)
+                    group = self._join(at_leaving)
                     try:
                         status = self._live_in(group, at_leaving)
+                        self._departure = Departure() if status is None else None
                     except Exception as error:
-                        departure = self._depart(group, error)
-                        continue
-                if status is not None:
-                    return status
-                departure = Departure()
+                        self._departure = self._depart(group, error)
+            return status
         except RunOver as over:
             return over.status
         except Exception as error:
@@ -93,26 +94,32 @@ class Session:
         finally:
             self.worker.close()
 
-    def _join(self, departure: Departure, at_leaving: ExitStack) -> Group:
-        """Ask for a world and wait for it; returns its group, not connected yet."""
+    def _ask(self, departure: Departure) -> None:
+        """Ask for another world than the one that was left."""
         worker, holding, link = self.worker, self.worker.holding, self.worker.link
         if departure.failure is not None:
             link.report_rows(holding.generation)  # this may end the run
-        assignment = link.join(
-            worker.warm_s,
-            worker.warm_parts,
-            holding.applied,
-            departure.failure,
-            worker.save_alone,
-            why=departure.why,
-            broke=departure.broke,
-        )
+        failure, why, broke = departure.failure, departure.why, departure.broke
+        link.ask(worker.warm_s, worker.warm_parts, holding.applied, failure, why=why, broke=broke)
+
+    def _join(self, at_leaving: ExitStack) -> Group:
+        """Wait for the world that was asked for; returns its group, not connected yet."""
+        worker, holding, link = self.worker, self.worker.holding, self.worker.link
+        assignment = link.next_world(worker.save_alone)
         code, scaling = worker.code, worker.config.scaling
         code.rank = f" (rank {assignment.rank} of {assignment.size})"
         code.doing(f"forming world {assignment.generation}", holding.applied)
         fault.point("world.assigned", assignment.rank, holding.applied)
         strategy, node = worker.config.parallel.strategy, link.member.node
-        group = code.group = Group(assignment, worker.device, strategy, scaling.workers_per_node, node)
+        generation = assignment.generation
+        group = code.group = Group(
+            assignment,
+            worker.device,
+            strategy,
+            scaling.workers_per_node,
+            node,
+            on_failure=lambda what: link.post(Disconnected(what), generation),
+        )
         holding.generation = assignment.generation
         at_leaving.callback(self._leave, group)
         return group
@@ -121,12 +128,15 @@ class Session:
         self.worker.code.group = None
         self.worker.link.free_with(None)
         self.worker.snapshots.leave()
+        if self._departure is not None:  # before closing, which may take long: peers that wait for this one are freed
+            departure, self._departure = self._departure, None
+            self._ask(departure)
         group.close()
 
     def _live_in(self, group: Group, at_leaving: ExitStack) -> str | None:
         """From the first connection of a world to its last step; returns how the run ended, or None to join again."""
         worker, assignment = self.worker, group.assignment
-        worker.link.free_with(group.free)
+        worker.link.free_with(group.free, group.report)
         began = time.monotonic()
         group.connect(COLLECTIVE_TIMEOUT_S)
         connected = time.monotonic()
@@ -174,6 +184,8 @@ class Session:
         Raises:
             Exception: the error itself, where it ends this worker's part.
         """
+        if group.spoils and not isinstance(error, (WorldBroken, FencedError, RunOver)):
+            return Departure(broke=f"world {group.assignment.generation} is broken; then {one_line(error)}")
         if isinstance(error, WorldBroken):
             return Departure(why=str(error)) if isinstance(error, Reform) else Departure(broke=str(error))
         if isinstance(error, UserCodeError):

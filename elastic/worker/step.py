@@ -195,7 +195,7 @@ class WorldSteps:
 
     def _wrap(self, group: Group, rows: list[range]) -> Replica:
         parallel, model, loss = self._config.parallel, self._state.model, self._code.loss
-        common: dict[str, Any] = {"runs": self._runs, "device": group.device}
+        common: dict[str, Any] = {"runs": self._runs, "device": group.device, "check": group.check}
         replica: Replica
         if parallel.sharded and self._stepper.bitwise:
             replica = BitwiseSharded(model, loss, rows=rows, mesh=group.mesh, bucket_mb=parallel.bucket_mb, **common)

@@ -36,13 +36,13 @@ from elastic.worker.description import (
     describe_options,
     describe_worker,
 )
+from elastic.worker.group import backend_of
 from elastic.worker.placing import Placing
 from elastic.worker.provenance import Provenance
 from elastic.worker.rehearsal import SEPARATE, Rehearsal
 from elastic.worker.run import Identity, WorkerRun
 from elastic.worker.saving import Saving
 from elastic.worker.snapshots import Snapshots
-from elastic.worker.sockets import use_interface_of
 from elastic.worker.step import Stepper
 from elastic.worker.unsaved import Watch
 from elastic.worker.user_code import UserCode, UserCodeError
@@ -61,8 +61,8 @@ def warm_up(run: WorkerRun, identity: Identity, *, import_s: float = 0.0) -> Wor
     began = time.monotonic()
     bitwise = run.config.run.exactness == "bitwise"
     prepare_process(bitwise=bitwise, threads=run.config.scaling.cpus_per_worker)
-    use_interface_of(identity.host)
     device = pick_device(identity.accelerator, identity.local_index)
+    backend_of(device).prepare(identity.host)
     link = link_of(run, identity)
     try:
         worker = _WarmUp(run, identity, link, device).worker()

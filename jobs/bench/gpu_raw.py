@@ -25,7 +25,8 @@ import xxhash
 from torch import nn
 from torch.nn import functional
 
-from elastic.compat.torch import abort_groups
+from elastic.compat.torch import forget_groups, process_groups
+from elastic.parallel.nccl import SETTINGS
 
 PATIENCE_S = 60.0
 LENGTH = 1 << 20
@@ -42,6 +43,7 @@ class Ranks:
     def __init__(self, place: Any, size: int, environment: dict[str, str] | None = None):
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = free.getsockname()[1]
+        settings = {setting.name: setting.value for setting in SETTINGS}
         arguments = [sys.executable, "-m", "jobs.bench.gpu_raw", "rank"]
         self.processes = [
             subprocess.Popen(
@@ -49,7 +51,7 @@ class Ranks:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 text=True,
-                env={**os.environ, "NCCL_HOSTID": f"rank-{rank}", **(environment or {})},
+                env={**os.environ, **settings, "NCCL_HOSTID": f"rank-{rank}", **(environment or {})},
             )
             for rank in range(size)
         ]
@@ -121,7 +123,6 @@ class Rank:
 
     def form(self) -> bool:
         self._formed += 1
-        bound = {"device_id": self._device} if self._backend == "nccl" else {}
         store = dist.PrefixStore(str(self._formed), self._store)
         dist.init_process_group(
             self._backend,
@@ -129,13 +130,12 @@ class Rank:
             rank=self._rank,
             world_size=self._size,
             timeout=timedelta(seconds=PATIENCE_S),
-            **bound,
         )
         return True
 
     def _leave(self) -> None:
         if self._backend == "nccl":
-            abort_groups()
+            _abort()
         else:
             dist.destroy_process_group()
 
@@ -167,7 +167,7 @@ class Rank:
         def free() -> None:
             time.sleep(1.0)
             began = time.perf_counter()
-            abort_groups()
+            _abort()
             took["abort_s"] = round(time.perf_counter() - began, 3)
 
         thread = threading.Thread(target=free)
@@ -205,7 +205,7 @@ class Rank:
         thread = threading.Thread(target=create, daemon=True)
         thread.start()
         thread.join(3.0)
-        abort_groups()
+        _abort()
         thread.join(10.0)
         assert not thread.is_alive(), "creation goes on 10 s after its abort"
         return found
@@ -215,8 +215,18 @@ class Rank:
         dist.all_reduce(ones)
         time.sleep(1.0)
         began = time.perf_counter()
-        abort_groups()
+        _abort()
         return round(time.perf_counter() - began, 3)
+
+
+def _abort() -> None:
+    """Abort all groups side by side, as a worker does when its world breaks."""
+    threads = [threading.Thread(target=group.abort) for group in process_groups()]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    forget_groups()
 
 
 def gradients(device: torch.device, setting: str) -> str:

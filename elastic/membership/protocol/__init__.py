@@ -51,12 +51,14 @@ from elastic.membership.protocol.requests import (
 from elastic.membership.protocol.worker import (
     Acknowledge,
     Beat,
+    Disconnected,
     Done,
     Failed,
     Hello,
     Join,
     LedgerEvent,
     MemberMessage,
+    Report,
     Rows,
     SavedAlone,
     Share,
@@ -92,6 +94,7 @@ __all__ = [
     "Close",
     "Commit",
     "Damaged",
+    "Disconnected",
     "Done",
     "Drain",
     "Dump",
@@ -112,6 +115,7 @@ __all__ = [
     "Over",
     "Prune",
     "Recorded",
+    "Report",
     "Request",
     "RestorePoint",
     "Resume",
@@ -153,9 +157,9 @@ def _by_kind(*kinds: Any) -> dict[str, Any]:
     return {kind.kind: kind for kind in kinds}
 
 
-FROM_WORKER: Mapping[str, type[WorkerMessage]] = _by_kind(Join, Hello, Beat, Unfit, Acknowledge, Stacks)
+FROM_WORKER: Mapping[str, type[WorkerMessage]] = _by_kind(Join, Hello, Beat, Unfit, Acknowledge, Stacks, Report)
 FROM_MEMBER: Mapping[str, type[MemberMessage]] = _by_kind(
-    Rows, LedgerEvent, Share, Unloadable, Failed, SavedAlone, Done
+    Rows, LedgerEvent, Disconnected, Share, Unloadable, Failed, SavedAlone, Done
 )
 FROM_HOST: Mapping[str, type[HostMessage]] = _by_kind(
     BeatHeard, Assignment, SaveAlone, Resume, Broken, Wished, Allowed, Recorded, Commit, Fenced, Out, Over, Dump

@@ -94,6 +94,14 @@ class Stacks:
     text: str
 
 
+@dataclass(frozen=True)
+class Report:
+    """What the connections of a worker's world know of where all its members are; it comes after the stacks."""
+
+    kind: ClassVar[str] = "report"
+    text: str
+
+
 # ---- as a member of a world, under its generation ------------------------------------------------------------------
 
 
@@ -114,6 +122,15 @@ class LedgerEvent:
     step: int | None = None
     seconds: float | None = None
     detail: Any = None
+
+
+@dataclass(frozen=True)
+class Disconnected:
+    """The connections of a worker's world have failed: nobody waits for them in vain any more. Who is to blame for it
+    they do not know."""
+
+    kind: ClassVar[str] = "disconnected"
+    message: str
 
 
 @dataclass(frozen=True)
@@ -179,5 +196,5 @@ class Done:
     result: dict[str, Any]
 
 
-WorkerMessage = Join | Hello | Beat | Unfit | Acknowledge | Stacks
-MemberMessage = Rows | LedgerEvent | Share | Unloadable | Failed | SavedAlone | Done
+WorkerMessage = Join | Hello | Beat | Unfit | Acknowledge | Stacks | Report
+MemberMessage = Rows | LedgerEvent | Disconnected | Share | Unloadable | Failed | SavedAlone | Done

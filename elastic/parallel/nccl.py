@@ -1,0 +1,105 @@
+"""Settings of NCCL, and of torch's watch over it, that a run needs and nobody must know: set where they are not set.
+
+Each is read when a process makes its first group.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Setting:
+    """An environment variable. `why` is for people; `source` says where that is known from."""
+
+    name: str
+    value: str
+    why: str
+    source: str
+
+
+SETTINGS = (
+    Setting(
+        "TORCH_NCCL_ASYNC_ERROR_HANDLING",
+        "0",
+        "torch's watchdog would end a worker whose peer was lost",
+        "torch: ProcessGroupNCCL, ErrorHandling",
+    ),
+    Setting(
+        "TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC",
+        "0",
+        "the watchdog would sleep a minute on the first error, with a lock that every operation takes",
+        "torch: Watchdog::runLoop",
+    ),
+    Setting(
+        "TORCH_NCCL_DUMP_ON_TIMEOUT",
+        "0",
+        "the watchdog would ask a world's store every second, which is gone once the world has formed",
+        "torch: HeartbeatMonitor",
+    ),
+    Setting(
+        "TORCH_NCCL_ENABLE_MONITORING",
+        "0",
+        "the watchdog's monitor would end a worker whose abort takes long",
+        "torch issue 155916",
+    ),
+    Setting(
+        "TORCH_NCCL_RETHROW_CUDA_ERRORS",
+        "0",
+        "the watchdog would end a worker for an error of CUDA, which the worker's own thread meets",
+        "nvidia-resiliency-ext, known issues",
+    ),
+    Setting(
+        "TORCH_NCCL_USE_COMM_NONBLOCKING",
+        "1",
+        "a communicator whose member was lost while it was made can be aborted only so",
+        "torch pull request 103925, issue 153960",
+    ),
+    Setting(
+        "NCCL_NVLS_ENABLE",
+        "0",
+        "with it creation fails where multicast cannot be bound, uneven worlds hang, and aborts do not work",
+        "NCCL issues 2077, 2385; nvidia-resiliency-ext, known issues",
+    ),
+)
+INTERFACE = "NCCL_SOCKET_IFNAME"
+WHY_INTERFACE = "NCCL would take the first interface that it finds, which other nodes may not reach"
+
+
+def make_settings(interface: str | None) -> None:
+    """Make them in this process, whose node is reached by this network interface."""
+    for setting in SETTINGS:
+        os.environ.setdefault(setting.name, setting.value)
+    if interface is not None:
+        os.environ.setdefault(INTERFACE, f"={interface}")  # this one, and not all whose names begin so
+
+
+def describe_settings() -> list[tuple[str, str, str]]:
+    """Name, value and reason of each setting, as workers with GPUs on this machine would have it: `(yours)` where the
+    user set another value."""
+    found = []
+    for setting in SETTINGS:
+        value = os.environ.get(setting.name, setting.value)
+        yours = "" if value == setting.value else " (yours)"
+        found.append((setting.name, value + yours, f"{setting.why} ({setting.source})"))
+    own = os.environ.get(INTERFACE)
+    found.append((INTERFACE, f"{own} (yours)" if own else "the one of the node's address", WHY_INTERFACE))
+    return found
+
+
+def settings_lines(accelerator: str) -> list[str]:
+    """What `--dry-run` prints of them.
+
+    Args:
+        accelerator: of the run's options; for "auto" it is not known yet whether workers have GPUs.
+    """
+    if accelerator == "cpu":
+        return []
+    if accelerator == "auto":
+        return [
+            "",
+            f"workers with GPUs set {len(SETTINGS) + 1} variables for NCCL; --scaling.accelerator gpu lists them",
+        ]
+    lines = ["", "set for NCCL in workers, where you have not:"]
+    return lines + [f"  {name}={value}  {why}" for name, value, why in describe_settings()]

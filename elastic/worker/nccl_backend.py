@@ -1,0 +1,184 @@
+"""Worlds of GPUs: NCCL, through torch. Nothing it says is taken for an answer once a world is broken.
+
+Its calls return before anything is done, and a peer that is gone raises nothing: kernels wait for it for ever. Who
+waits is freed by aborting the communicators; then all that was enqueued "succeeds" and leaves garbage. An abort takes
+from half a second on, and is fatal where two of one communicator run at a time. What a communicator's making waits for
+cannot be interrupted in every version. So all of that happens in threads of its own, with a limit after which this
+process leaves: it would be of no use to anybody.
+
+Evidence: torch's ProcessGroupNCCL.cpp (2.13), torch issues 119797 and 153960, NCCL issue 863, and NVIDIA's
+nvidia-resiliency-ext, whose in-process restart does the same.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, NoReturn
+
+import torch
+import torch.distributed as dist
+
+from elastic.compat.torch import failure_of_group, forget_groups, process_groups
+from elastic.errors import one_line
+from elastic.parallel.device import synchronize
+from elastic.parallel.nccl import make_settings
+from elastic.worker.backend import Backend
+from elastic.worker.nccl_report import ask_nccl
+from elastic.worker.sockets import interface_of
+
+ABORT_S = 20.0  # NVIDIA's in-process restart measures 0.5 s, and 0.01 s for each kernel that waits
+CONNECT_S = 2.0  # in which who makes a communicator is to come back, once its world is broken
+LOOK_S = 1.0  # between two looks at what NCCL found wrong
+POLL_S = 0.01
+
+
+class NcclBackend(Backend):
+    """Communicators are made when a group is first used, so torch knows a group before anything waits in it."""
+
+    name = "nccl"
+    leaves_garbage = True
+
+    def __init__(self, *arguments: Any):
+        super().__init__(*arguments)
+        self._connected: set[dist.ProcessGroup] = set()
+        self._aborts: dict[dist.ProcessGroup, threading.Thread] = {}
+        self._lock = threading.Lock()
+        self._closed = threading.Event()
+        self._looking: threading.Thread | None = None
+
+    @staticmethod
+    def prepare(address: str) -> None:
+        make_settings(interface_of(address))
+
+    # ---- connecting ------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def connecting(self) -> Iterator[None]:
+        if self.freed:
+            raise self.broken()
+        yield
+        if self.freed:  # perhaps when there was nothing yet to abort
+            raise self.broken()
+        self._looking = threading.Thread(target=self._look, name="watch-communicators", daemon=True)
+        self._looking.start()
+
+    def open(self) -> None:
+        new = [group for group in process_groups() if group not in self._connected]
+        self._connected.update(new)
+        self._beside(partial(self._first_sums, new))
+        if self.freed:
+            raise self.broken()
+
+    def _first_sums(self, groups: list[dist.ProcessGroup]) -> None:
+        for group in groups:
+            if self.freed:
+                return
+            one = torch.ones(1, device=self.device)
+            dist.all_reduce(one, group=group)
+            one.item()
+
+    def _beside(self, work: Callable[[], None]) -> None:
+        """Do it in another thread, and leave that to itself where it does not come back from a broken world.
+
+        Raises:
+            WorldBroken: it does not.
+        """
+        failed: list[Exception] = []
+
+        def attempt() -> None:
+            try:
+                work()
+            except Exception as error:  # raised again where it is waited for
+                failed.append(error)
+
+        thread = threading.Thread(target=attempt, name="connect-group", daemon=True)
+        thread.start()
+        left: float | None = None
+        while thread.is_alive():
+            if self.freed and left is None:
+                left = time.monotonic() + CONNECT_S
+            if left is not None and time.monotonic() > left:
+                raise self.broken()
+            thread.join(POLL_S)
+        if failed:
+            raise failed[0]
+
+    # ---- freeing ---------------------------------------------------------------------------------------------------
+
+    def free(self) -> None:
+        with self._lock:
+            self.freed = True
+            if not self._closed.is_set():
+                self._abort()
+
+    def _abort(self) -> None:
+        """Begin to abort each group once, all side by side: communicators that wait for each other's kernels would not
+        end one after another."""
+        for group in process_groups():
+            if group not in self._aborts:
+                thread = threading.Thread(target=self._abort_one, args=(group,), name="abort-group", daemon=True)
+                self._aborts[group] = thread
+                thread.start()
+
+    def _abort_one(self, group: dist.ProcessGroup) -> None:
+        with self._limited("aborting a communicator"):
+            group.abort()
+
+    @contextmanager
+    def _limited(self, what: str) -> Iterator[None]:
+        """What takes too long in here, or fails, ends this process as it stands: its state is lost, or may be wrong.
+        The others go on."""
+        late = threading.Timer(ABORT_S, self._leave, (f"{what} took more than {ABORT_S:g} s",))
+        late.daemon = True
+        late.start()
+        try:
+            yield
+        except Exception as error:  # whatever it is: the device cannot be used by this process any more
+            self._leave(f"{what} failed: {one_line(error)}")
+        finally:
+            late.cancel()
+
+    def _leave(self, why: str) -> NoReturn:
+        print(f"this worker leaves after world {self.world} broke: {why}", file=sys.stderr, flush=True)
+        os._exit(1)
+
+    def has_failed(self) -> bool:
+        return False  # its operations fail with errors of their own type, or not at all
+
+    def report(self) -> str:
+        return ask_nccl()
+
+    def close(self) -> None:
+        """Abort, and wait until the device is done. Destroying would wait for the other members, who may wait for this
+        one's next message; whatever was to be applied has been waited for before."""
+        with self._lock:
+            self._closed.set()  # groups that torch makes from here on are another world's
+            self._abort()
+        if self._looking is not None:
+            self._looking.join()
+        if self._aborts:
+            with self._limited("aborting the communicators"):
+                for thread in self._aborts.values():
+                    thread.join()
+            with self._limited("what the device still had to do"):  # it may write to memory that is given out again
+                synchronize(self.device)
+        self._aborts.clear()
+        self._connected.clear()
+        forget_groups()
+
+    # ---- looking ---------------------------------------------------------------------------------------------------
+
+    def _look(self) -> None:
+        """Ask what NCCL found wrong, such as a network that is gone: a thread that waits for a kernel never hears."""
+        while not self._closed.wait(LOOK_S) and not self.freed:
+            for group in list(self._connected):
+                failure = failure_of_group(group, self.device)
+                if failure is not None and not self.freed:
+                    self.on_failure(f"NCCL reports {failure}")
+                    return
