@@ -181,3 +181,12 @@ class Mixing(Building):
     def loss(self, model, batch):
         found, count, metrics = super().loss(model, batch)
         return found + sum(p.square().sum() for p in model.blocks.parameters()), count, metrics
+
+
+class Noising(Building):
+    """Its updates add noise to the parameters, as Langevin dynamics do."""
+
+    def after_step(self, model, step):
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.01 * torch.randn_like(parameter))

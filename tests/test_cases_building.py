@@ -21,7 +21,7 @@ from elastic.parallel.device import prepare_process
 from elastic.parallel.references import check_references
 from elastic.parallel.wrapping import place_whole
 from elastic.worker.placing import Placing
-from tests.building_jobs import Building, Container, Copying, Lazy, Listed, Mixing, Scripted
+from tests.building_jobs import Building, Container, Copying, Lazy, Listed, Mixing, Noising, Scripted
 from tests.forked import configure, train
 
 CPU = torch.device("cpu")
@@ -338,6 +338,7 @@ def test_methods_parts_and_parameters_train_alike_where_the_model_is_cut(tmp_pat
     ("job", "sentence"),
     [
         (Copying(), r"the model is copied with deepcopy, which with .* does not go; keep copies of its parameters"),
+        (Noising(), r"optimizer.step\(\) or after_step\(\) draws random numbers for cut parameters \(randn_like\), of"),
         (Mixing(), r"whole tensors are mixed with parameters of the model, of which each worker has rows only"),
     ],
 )

@@ -247,6 +247,23 @@ def test_what_is_saved_derived_or_written_anew_is_let_alone():
     assert trained(Caches()) == []
 
 
+class Curriculum(Base):
+    """Its data get harder."""
+
+    def __init__(self):
+        self.data = SimpleNamespace(noise=0.0)
+
+    def after_step(self, model, step):
+        self.data.noise = 0.5 * step
+
+
+def test_what_an_update_changes_of_data_is_told_once():
+    (said,) = trained(Curriculum())
+    assert said.startswith(
+        "a SimpleNamespace of the data.noise changed in an update: loader processes have it as it was"
+    )
+
+
 class Numbers(Base):
     updates, other = 0, 0.0
 

@@ -22,7 +22,7 @@ def check_elementwise(optimizer: torch.optim.Optimizer) -> None:
     kind = type(optimizer).__name__
     try:
         whole, cut = _train(optimizer, parts=1), _train(optimizer, parts=2)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, AttributeError) as error:
         raise ConfigError(
             f"the optimizer {kind} cannot be tried out on parameters that are cut ({error}); let its class take "
             "parameter groups alone, or use --parallel.strategy ddp or --run.exactness fast"
@@ -41,7 +41,7 @@ def state_share(optimizer: torch.optim.Optimizer) -> list[float]:
     """
     try:
         built, found = _build(optimizer, parts=1)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, AttributeError):
         return [2.0] * len(optimizer.param_groups)
     for pieces in found:
         for p in (p for ps in pieces for p in ps):

@@ -13,12 +13,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 from torch.overrides import TorchFunctionMode
 
 from elastic.compat.torch import is_compiled
+from elastic.data.samples import parts
 from elastic.errors import ConfigError
 from elastic.parallel.wrapping import local
-from elastic.worker.belongings import Attributes, Leaf, digest, leaves
+from elastic.worker.belongings import Attributes, Leaf, digest, leaves, movable
 from elastic.worker.naming import with_state_of_their_own
 from elastic.worker.state import TrainState
 
@@ -76,6 +78,8 @@ class Watch:
         self._appeared: set[str] = set()  # in the first update
         self._moved: set[str] = set()  # in its passes
         self._reads: _Reads | None = None
+        self._draws = _Draws()
+        self._of_data: dict[str, tuple[bool, str]] = {}  # before the update
         self._left = UPDATES
 
     @property
@@ -99,6 +103,12 @@ class Watch:
         self._reads = _Reads({id(leaf) for leaf in left})
         return self._reads
 
+    def updating(self) -> AbstractContextManager[Any]:
+        """To be entered for the update of a step: notes whether it draws random numbers for parameters that are cut."""
+        if not self._left or self._state is None or self._state.mesh is None:
+            return nullcontext()
+        return self._draws
+
     def _was_read(self, leaf: Leaf) -> bool:
         if not isinstance(leaf, torch.Tensor):
             return True  # that cannot be seen
@@ -112,7 +122,7 @@ class Watch:
         """
         if not self._left or self._state is None:
             return
-        self._passed = self._look()
+        self._passed, self._of_data = self._look(), self._look_at_data()
         if self._left == UPDATES and (moved := _changed(self._extra, self._look_at_extra())):
             raise ConfigError(
                 f"{sorted(moved)[0]} changed in passes, of which every worker has others, so it depends on the number "
@@ -130,6 +140,14 @@ class Watch:
         now, passed, self._passed = self._look(), self._passed, None
         if skipped:
             return
+        if self._draws.seen:
+            raise ConfigError(
+                f"optimizer.step() or after_step() draws random numbers for cut parameters ({self._draws.seen}), of "
+                "which every worker has other rows, so they depend on the number of workers; use --parallel.strategy "
+                "ddp"
+            )
+        if self._left == UPDATES:
+            self._tell_of_data()
         self._left -= 1
         carried = _changed(passed, now)
         if self._left:  # the first update
@@ -156,6 +174,19 @@ class Watch:
         found = leaves(roots, map(id, held), optimizer)
         known = self._known()
         return {n: _Seen(leaf, digest(leaf)) for n, leaf in found.items() if not _is_known(leaf, known)}
+
+    def _look_at_data(self) -> dict[str, tuple[bool, str]]:
+        return movable({f"a {type(p).__qualname__} of the data": p for data in self._data for p in parts(data)})
+
+    def _tell_of_data(self) -> None:
+        """What after_step() changes of data sets, as for a curriculum, is there in this process alone."""
+        now = self._look_at_data()
+        names = [name for name, was in self._of_data.items() if now.get(name, was) != was]
+        if names:
+            self._warn(
+                f"{', '.join(sorted(names)[:_SHOWN])} changed in an update: loader processes have it as it was, and "
+                "after a resume or a join it begins anew; set it from the saved state, and give --data.workers 0"
+            )
 
     def _look_at_extra(self) -> Look:
         assert self._state is not None
@@ -190,6 +221,22 @@ class Watch:
                 f"{', '.join(sorted(names)[:_SHOWN])}{more} changed in each step and are part of no saved state: after "
                 "a resume or a join they begin anew; if they matter, return them from extra_state()"
             )
+
+
+class _Draws(TorchFunctionMode):
+    """Notes an operation on cut tensors that takes random numbers."""
+
+    seen = ""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if not any(isinstance(one, DTensor) for one in (*args, *kwargs.values())):
+            return function(*args, **kwargs)
+        before = torch.get_rng_state()
+        result = function(*args, **kwargs)
+        if not self.seen and not torch.equal(before, torch.get_rng_state()):
+            self.seen = getattr(function, "__name__", "an operation")
+        return result
 
 
 class _Reads(TorchFunctionMode):

@@ -172,7 +172,8 @@ class Worker:
         self.link.check_lease()
         self.watch.passed()
         holding.applied = -1  # from here to the end of the update the state is neither the old nor the new one
-        hand.steps.apply(update)
+        with self.watch.updating():
+            hand.steps.apply(update)
         holding.applied, holding.in_hand = update.step + 1, None
         self.stepper.progress(update.step, Stage.APPLIED)
         self._check_state(update)
