@@ -253,6 +253,8 @@ _OPERATIONS = (
     "barrier",
     "broadcast",
     "gather",
+    "gather_into_tensor",  # this and the next from torch 2.14 on
+    "gather_single",
     "recv",
     "recv_anysource",
     "reduce",
