@@ -6,6 +6,7 @@ them as forks of one process that has imported everything, through what looks li
 
 from __future__ import annotations
 
+import importlib
 import json
 import multiprocessing
 import os
@@ -24,9 +25,7 @@ from typing import IO, Any
 
 import pytest
 
-import elastic.worker.hosting
-import elastic.worker.local
-import elastic.worker.vaults
+import elastic.worker.children
 from elastic import fault as faults_of_process
 from elastic.checkpoint.loader import load_all
 from elastic.checkpoint.reader import newest_first, read_manifest
@@ -107,8 +106,7 @@ def fork_driver(target: Callable[..., Any], *arguments: Any) -> Any:
 def _drive(server: str, target: Callable[..., Any], arguments: Sequence[Any]) -> None:
     known: Any = forkserver._forkserver
     known._forkserver_address, known.ensure_running = server, _nothing
-    for module in (elastic.worker.local, elastic.worker.hosting, elastic.worker.vaults):
-        module.subprocess = _Subprocess(())  # type: ignore[attr-defined]
+    elastic.worker.children.subprocess = _Subprocess(())  # type: ignore[attr-defined]
     target(*arguments)
 
 
@@ -138,20 +136,10 @@ def _work(reading: Connection, environment: dict[str, str], namespace: str | Non
     sys.exit(_child())
 
 
-def _host(reading: Connection, environment: dict[str, str]) -> None:
-    from elastic.run.__main__ import main
-
+def _serve(reading: Connection, module: str, environment: dict[str, str]) -> None:
     _take_environment(environment)
     sys.stdin = os.fdopen(os.dup(reading.fileno()))
-    sys.exit(main())
-
-
-def _vault(reading: Connection, writing: Connection, environment: dict[str, str]) -> None:
-    from elastic.snapshot.__main__ import main
-
-    _take_environment(environment)
-    sys.stdin, sys.stdout = os.fdopen(os.dup(reading.fileno())), os.fdopen(os.dup(writing.fileno()), "w")
-    sys.exit(main())
+    sys.exit(importlib.import_module(f"{module}.__main__").main())
 
 
 class _Input:
@@ -185,26 +173,18 @@ class ForkedProcess:
         *,
         stdin: int,
         env: dict[str, str],
-        stdout: int | None = None,
         places: Sequence[Host] = (),
     ):
         assert stdin == subprocess.PIPE
-        assert stdout in (None, subprocess.PIPE)
         self._environment, self._places = env, places
         self._process: Any = None
         self.stdin: Any
-        if command[1:] == ["-m", "elastic.run"]:  # it reads to the end of its input, which comes late
+        if command[1:] in (["-m", "elastic.run"], ["-m", "elastic.snapshot"]):  # which read to the end of their input
             reading, writing = _context.Pipe(duplex=False)
             self.stdin = os.fdopen(os.dup(writing.fileno()), "wb")
-            self._start(_host, reading, env)
+            self._start(_serve, reading, command[2], env)
             reading.close()
             writing.close()
-        elif command[1:] == ["-m", "elastic.snapshot"]:
-            (reading, writing), (told, telling) = _context.Pipe(duplex=False), _context.Pipe(duplex=False)
-            self.stdin, self.stdout = os.fdopen(os.dup(writing.fileno()), "wb"), os.fdopen(os.dup(told.fileno()), "rb")
-            self._start(_vault, reading, telling, env)
-            for end in (reading, writing, told, telling):
-                end.close()
         else:
             assert command[1:] == ["-m", "elastic.worker", "--child"]
             self.stdin = _Input(self._start_worker)
@@ -251,7 +231,7 @@ class ForkedProcess:
 
 
 class _Subprocess:
-    """What `elastic.worker.local`, `elastic.worker.hosting` and `elastic.worker.vaults` use of `subprocess`."""
+    """What `elastic.worker.children` uses of `subprocess`."""
 
     PIPE, TimeoutExpired = subprocess.PIPE, subprocess.TimeoutExpired
 
@@ -376,9 +356,7 @@ def local_run(
     before = leaks.take()
     with leaks.adopting_orphans():
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(elastic.worker.local, "subprocess", _Subprocess(places))
-            patch.setattr(elastic.worker.hosting, "subprocess", _Subprocess(places))
-            patch.setattr(elastic.worker.vaults, "subprocess", _Subprocess(places))
+            patch.setattr(elastic.worker.children, "subprocess", _Subprocess(places))
             with LocalRun(run, workers, **options) as local:
                 yield local
         assert leaks.wait_until_clean(before, ray=beside_ray) == []

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-import elastic.worker.local
+import elastic.worker.children
 from elastic.observe.ledger import EVENTS, METRICS, LedgerFile
 from elastic.storage import Storage
 from jobs.bench import here, overhead
@@ -146,7 +146,7 @@ def test_an_interpreter_without_torchft_is_refused(
 @pytest.fixture
 def forks(fork_server: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs in plain processes start their workers as forks, which is faster."""
-    monkeypatch.setattr(elastic.worker.local, "subprocess", forked._Subprocess(()))
+    monkeypatch.setattr(elastic.worker.children, "subprocess", forked._Subprocess(()))
 
 
 @pytest.mark.processes

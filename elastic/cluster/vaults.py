@@ -106,7 +106,7 @@ class Vaults:
             if ended is not None and vault.missed:
                 again[node] = f"it ended: {ended}"
             elif ended is None and vault.silent_s > self._still_s:
-                again[node] = f"it stood still for {self._still_s:.0f} s"
+                again[node] = f"it did not answer for {self._still_s:.0f} s and was ended"
             vault.missed = ended is not None
         living = {n["NodeID"] for n in ray.nodes() if n["Alive"]} if again else set()
         again = {node: why for node, why in again.items() if node in living}

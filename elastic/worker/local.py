@@ -6,14 +6,13 @@
 from __future__ import annotations
 
 import contextlib
-import json
-import os
 import platform
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from elastic.config import to_dict
@@ -28,7 +27,8 @@ from elastic.run.host import host_settings, keeper_options, new_token
 from elastic.run.prepare import PreparedRun, open_run
 from elastic.run.signals import heard_by
 from elastic.units import parse_amount
-from elastic.worker.hosting import HostHere, HostProcess, ended_how
+from elastic.worker.children import end_process, ended_how, start_module
+from elastic.worker.hosting import HostHere, HostProcess
 from elastic.worker.vaults import STILL_S, VaultProcess
 
 LOOPBACK = "127.0.0.1"
@@ -121,8 +121,7 @@ class LocalRun:
             self.add_worker()
 
     def add_worker(self, environment: dict[str, str] | None = None) -> subprocess.Popen[bytes]:
-        """Start one more worker process; its specification goes through standard input, so the token is in no listing.
-        It ends when that is closed, as it is when this process ends in whatever way."""
+        """Start one more worker process."""
         index = len(self.processes)
         run = self._run
         job_class, vault = type(run.job), self._vault_of(self.node_of(index))
@@ -146,15 +145,7 @@ class LocalRun:
             },
         }
         own = self._environment if environment is None else environment
-        process = subprocess.Popen(
-            [sys.executable, "-m", "elastic.worker", "--child"],
-            stdin=subprocess.PIPE,
-            env={**os.environ, **own, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
-        )
-        assert process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # it has ended already, and is found so
-            process.stdin.write(json.dumps(specification).encode() + b"\n")
-            process.stdin.flush()
+        process = start_module(["elastic.worker", "--child"], specification, own)
         self.processes.append(process)
         return process
 
@@ -171,7 +162,8 @@ class LocalRun:
         if node not in self.vaults:
             given = self._run.config.recovery.hang_timeout
             still_s = STILL_S if given == "auto" else parse_amount("--recovery.hang-timeout", given, clock=True).seconds
-            self.vaults[node] = VaultProcess(self.token, self._address, self._in_vaults, still_s)
+            tell = partial(self._tell_of_vault, node)
+            self.vaults[node] = VaultProcess(self.token, self._address, self._in_vaults, still_s, tell)
         return self.vaults[node]
 
     def node_of(self, index: int) -> str:
@@ -196,10 +188,9 @@ class LocalRun:
     # ---- what its drive asks of a launcher ---------------------------------------------------------------------------
 
     def turn(self, worlds: int) -> None:
-        """Start what is missing, tell the host who ended, and keep the vaults."""
+        """Start what is missing, and tell the host who ended."""
         self._grow()
         self._tell_ended()
-        self._keep_vaults()
 
     def silent(self) -> str:
         """Never: the workers have no keeper but this process."""
@@ -223,13 +214,9 @@ class LocalRun:
         for process in self.processes:
             process.kill()
 
-    def _keep_vaults(self) -> None:
-        for node, vault in self.vaults.items():
-            why = vault.keep()
-            if why is not None:
-                with contextlib.suppress(OSError):  # the host is away
-                    detail = {"node": node, "why": why}
-                    self.link.request(Note("vault_restarted", detail))
+    def _tell_of_vault(self, node: str, why: str) -> None:
+        with contextlib.suppress(OSError):  # the host is away
+            self.link.request(Note("vault_restarted", {"node": node, "why": why}))
 
     def _grow(self) -> None:
         """After the run was scaled up: start what is missing, once; nobody replaces lost ones here."""
@@ -250,14 +237,11 @@ class LocalRun:
     def __exit__(self, *_: object) -> None:
         deadline = time.monotonic() + (END_S if self.drive.ended else 0.0)
         for process in self.processes:
-            try:
+            with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(max(0.0, deadline - time.monotonic()))
-            except subprocess.TimeoutExpired:
+            if process.poll() is None:
                 process.kill()
-                process.wait()
-            assert process.stdin is not None
-            with contextlib.suppress(BrokenPipeError):  # of what it did not read
-                process.stdin.close()
+            end_process(process, END_S)
         for vault in self.vaults.values():
             vault.stop()
         if self.hosting is not None:
