@@ -1,6 +1,8 @@
 # `make train` and `make test` are all that a fresh machine needs: Python 3.11, make and a C library.
 PYTHON ?= python3
 BIN := .venv/bin
+# For clusters with GPUs: its NCCL mends what that of the pinned one breaks (docs/gpu.md).
+GPU_TORCH := 2.14.1
 
 .PHONY: train demo test test-fast test-slow test-long lint wheel clean
 
@@ -39,6 +41,7 @@ wheel: .venv/ready
 	rm -rf dist
 	$(BIN)/python -m build --wheel --outdir dist .
 	cp constraints.txt dist
+	sed 's/^torch==.*/torch==$(GPU_TORCH)/' constraints.txt > dist/constraints-gpu.txt
 
 clean:
 	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

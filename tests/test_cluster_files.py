@@ -72,11 +72,13 @@ def test_every_node_has_the_token_and_the_pinned_versions(file: Path) -> None:
     assert config["file_mounts"]["~/.ray/auth_token"] == "~/.ray/auth_token"
     assert config["file_mounts"]["~/elastic"] == "dist"
     assert re.search(
-        r"^wheel:(\n\t| ).*--outdir dist .\n\tcp constraints.txt dist$", MAKEFILE, re.MULTILINE | re.DOTALL
+        r"^wheel:(\n\t| ).*--outdir dist .\n\tcp constraints.txt dist\n\tsed .* > dist/constraints-gpu.txt$",
+        MAKEFILE,
+        re.MULTILINE | re.DOTALL,
     )
     installs = [c for c in config["head_setup_commands"] + config["worker_setup_commands"] if "pip install" in c]
     assert len(installs) >= 4
-    assert all("-c ~/elastic/constraints.txt" in c for c in installs)
+    assert all(re.search(r"-c ~/elastic/constraints(-gpu)?\.txt ", c) for c in installs)
     assert exported(start_command(config, "worker"))["RAY_AUTH_MODE"] == "token"
 
 
