@@ -49,7 +49,7 @@ def trained(job: elastic.Job, steps: int = 3) -> list[str]:
         watch.applied(step + 1, skipped=False)
         check_comes_back(state)
         state.optimizer.zero_grad()
-    assert watch.done
+    assert watch.done is (steps >= 16)
     return said
 
 
@@ -102,6 +102,42 @@ class Slow(torch.optim.SGD):
 class WrapsSlow(Base):
     def optimizer(self, model):
         return Slow(model.parameters())
+
+
+class Seldom(Slow):
+    """Moves them in every sixth step, as Lookahead does."""
+
+    every = 6
+
+    def __init__(self, params):
+        super().__init__(params)
+        self.steps = 0
+
+    def step(self, closure=None):
+        self.steps += 1
+        if self.steps % self.every:
+            torch.optim.SGD.step(self, closure)
+        else:
+            super().step(closure)
+
+
+class EverySecond(Seldom):
+    every = 2
+
+
+class WrapsSeldom(Base):
+    def __init__(self, kind):
+        self.kind = kind
+
+    def optimizer(self, model):
+        return self.kind(model.parameters())
+
+
+def test_what_an_optimizer_moves_seldom_is_refused_too():
+    with pytest.raises(ConfigError, match=r"^optimizer\.slow\[0\] \(a Tensor\) \(and 3 more\) changed in step 2"):
+        trained(WrapsSeldom(EverySecond))
+    with pytest.raises(ConfigError, match=r"^optimizer\.slow\[0\] \(a Tensor\) \(and 3 more\) changed in step 16"):
+        trained(WrapsSeldom(Seldom), 16)
 
 
 class Running(nn.Linear):

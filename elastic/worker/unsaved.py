@@ -1,8 +1,9 @@
 """State that nobody saves: what job, optimizer or model keep beside their known state, and change as they train.
 
-Looked for in the first two updates of a process, and never again. What a tensor is for cannot be seen, only when it
-changes. What changes in an update (`optimizer.step()`, `after_step()`) is carried on to the next one; what forward
-passes change is carried on if they read what the passes before left there, else it is a cache.
+Looked for in the first two updates of a process, and once more after 16, as slow weights move seldom. What a tensor is
+for cannot be seen, only when it changes. What changes in an update (`optimizer.step()`, `after_step()`) is carried on
+to the next one; what forward passes change is carried on if they read what the passes before left there, else it is a
+cache.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from elastic.worker.naming import with_state_of_their_own
 from elastic.worker.state import TrainState
 
 UPDATES = 2  # that are looked at
+LATER = 14  # updates after those, after which it is looked once more for what changes seldom
 _SHOWN = 5
 #: Of tensors, what asks for no values, or overwrites all.
 _NO_READS = {
@@ -75,19 +77,22 @@ class Watch:
         self._passed: Look | None = None
         self._after: Look = {}
         self._extra: Look = {}  # what extra_state() had when the first step began
-        self._appeared: set[str] = set()  # in the first update
         self._moved: set[str] = set()  # in its passes
         self._reads: _Reads | None = None
         self._draws = _Draws()
         self._of_data: dict[str, tuple[bool, str]] = {}  # before the update
         self._left = UPDATES
+        self._later, self._seldom = 0, dict[str, str]()  # updates to come, and digests of what has not moved in passes
+        self._same: TrainState | None = None  # the state that those are of
 
     @property
     def done(self) -> bool:
-        return self._left == 0
+        return self._left == 0 and self._later == 0
 
     def begin(self, state: TrainState) -> None:
         """A step begins."""
+        if state is not self._same:
+            self._later, self._same = 0, None
         if self._left and self._state is not state:  # of a model that was built anew
             self._state, self._left, self._after = state, UPDATES, {}
             self._before = self._look()
@@ -135,6 +140,8 @@ class Watch:
         Raises:
             ConfigError: something changed that is in no saved state: which, and what to do.
         """
+        if self._later:
+            self._look_later(step)
         if not self._left or self._state is None or self._passed is None:
             return
         now, passed, self._passed = self._look(), self._passed, None
@@ -152,19 +159,38 @@ class Watch:
         carried = _changed(passed, now)
         if self._left:  # the first update
             found = carried & self._before.keys()
-            self._appeared = now.keys() - passed.keys() | carried
             self._moved = (_changed(self._before, passed) | (passed.keys() - self._before.keys())) & now.keys()
         else:
             moved = _changed(self._after, passed) & self._moved
-            found = (carried & self._appeared) | {name for name in moved if self._was_read(self._after[name].leaf)}
+            found = (carried & self._after.keys()) | {name for name in moved if self._was_read(self._after[name].leaf)}
         known = self._known()
         tensors = sorted(n for n in found if n in now and not now[n].is_number and not _is_known(now[n].leaf, known))
         if tensors:
             raise ConfigError(_told(tensors, now, step))
         if not self._left:
             self._tell_numbers(self._before, self._after, now)
+            still = now.keys() - self._moved - _changed(self._after, passed)
+            self._seldom = {n: now[n].digest for n in still if not now[n].is_number}
+            self._later, self._same = LATER, self._state
             self._state, self._before, self._data = None, {}, []
         self._after = now if self._left else {}
+
+    def _look_later(self, step: int) -> None:
+        self._later -= 1
+        if self._later:
+            return
+        self._state, self._same = self._same, None
+        now = self._look()
+        names = sorted(n for n, was in self._seldom.items() if n in now and now[n].digest != was)
+        self._state, self._seldom = None, {}
+        held = [n for n in names if not _is_derived(now[n].leaf)]
+        if any(n.startswith("optimizer") for n in held):  # which has no caches of passes
+            raise ConfigError(_told([n for n in held if n.startswith("optimizer")], now, step))
+        if held:
+            self._warn(
+                f"{', '.join(held[:_SHOWN])} changed since step {step - LATER} and are part of no saved state: after a "
+                "resume or a join they begin anew; if they matter, return them from extra_state()"
+            )
 
     def _look(self) -> Look:
         assert self._state is not None
