@@ -105,6 +105,7 @@ def test_a_second_one_is_not_given_up_in_the_same_step() -> None:
     [
         (Stage.PASS, True, 2),
         (Stage.DATA, False, 2),
+        (Stage.CONNECT, False, 2),
         (Stage.LOAD, False, 2),
         (Stage.PASS, False, 1),
         (Stage.EVALUATE, False, 1),
@@ -129,6 +130,7 @@ def test_nobody_moves() -> None:
     assert times(9.0, Stage.PASS, Stage.FENCE) == 2.0
     assert times(81.0, Stage.PASS, Stage.EVALUATE) == 2.0
     assert times(401.0, Stage.PASS, Stage.LOAD) == 1.0, "loading is not told step by step"
+    assert times(81.0, Stage.CONNECT, Stage.CONNECT) == 2.0, "nobody gets through, and nobody is behind"
     assert times(401.0, Stage.PASS, Stage.HELD) == 0.0
     assert still({}, 9.0, 0.0, 4.0) == 0.0
 

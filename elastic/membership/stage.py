@@ -23,8 +23,9 @@ class Stage(Enum):
     def __init__(self, order: int, label: str, patience: float, counts: bool):
         self.order, self.label, self.patience, self.counts = order, label, patience, counts
 
-    UNHEARD = (-1, "load", 10.0, False)  # it has said nothing in this world yet
-    LOAD = (0, "load", 10.0, False)  # it connects, and gets the state
+    UNHEARD = (-2, "load", 10.0, False)  # it has said nothing in this world yet
+    CONNECT = (-1, "connect", 10.0, True)
+    LOAD = (0, "load", 10.0, False)  # it gets the state
     PASS = (1, "step", 1.0, True)
     DATA = (1, "data", 60.0, True)
     REDUCE = (2, "step", 1.0, True)
@@ -72,4 +73,4 @@ class Position:
 
 
 UNHEARD = Position(-1, Stage.UNHEARD)
-ENTERED = Position(-1, Stage.LOAD)
+ENTERED = Position(-1, Stage.CONNECT)

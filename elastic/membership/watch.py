@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from elastic.membership.stage import UNHEARD, Position, Stage
 
+BEFORE_FENCE = frozenset({Stage.UNHEARD, Stage.CONNECT, Stage.LOAD, Stage.DATA})
 LEAST_S = 10.0
 STEPS = 5.0
 #: Times the hang time-out: a world in which nobody moves is made anew, and who would be the last with the state is
@@ -97,7 +98,7 @@ def caught_up(progress: Mapping[str, Progress]) -> dict[str, Progress]:
     furthest = max((p.step for p in progress.values()), default=-1)
 
     def is_over(p: Progress) -> bool:
-        before_fence = p.position.first or p.position.stage in (Stage.UNHEARD, Stage.LOAD, Stage.DATA)
+        before_fence = p.position.first or p.position.stage in BEFORE_FENCE
         return p.step < (furthest if before_fence else furthest - 1)
 
     return {i: replace(p, doubted=True) if is_over(p) else p for i, p in progress.items()}

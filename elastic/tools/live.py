@@ -201,7 +201,7 @@ class _Watch:
     def _tell(self, seen: dict[str, Any]) -> None:
         group, status = seen["group"], seen["status"]
         text = f"{status['status']}, {len(group['members'])} in the world, {len(group['waiting'])} outside of it"
-        phases = {w["phase"] for w in seen["workers"]} & {"eval", "checkpoint", "first step", "load"}
+        phases = {w["phase"] for w in seen["workers"]} & {"eval", "checkpoint", "first step", "load", "connect"}
         text += f", {', '.join(sorted(phases))}" if phases else ""
         if text != self._said:
             self._said = text

@@ -29,6 +29,7 @@ from elastic.errors import (
 from elastic.membership.client import RunOver
 from elastic.membership.failure import Failure
 from elastic.membership.protocol import Disconnected, Failed
+from elastic.membership.stage import Position, Stage
 from elastic.worker.group import Group
 from elastic.worker.restore import Restored, restore
 from elastic.worker.run import Identity, WorkerRun
@@ -139,6 +140,7 @@ class Session:
         worker.link.free_with(group.free, group.report)
         began = time.monotonic()
         group.connect(COLLECTIVE_TIMEOUT_S)
+        worker.link.progress(Position(-1, Stage.LOAD))
         connected = time.monotonic()
         fault.point("world.connected", group.rank, worker.holding.applied)
         begin = restore(worker, group)
