@@ -28,8 +28,8 @@ from elastic.errors import CheckpointError
 from elastic.membership.protocol import Unloadable
 from elastic.storage import Storage
 from elastic.worker.state import TrainState
-from elastic.worker.state_sources import restore_newest
 from elastic.worker.weights import weights_sha256
+from tests.alone import restore_newest
 from tests.fresh import examples
 from tests.tiny_jobs import Everything
 
@@ -89,7 +89,7 @@ def restored(storage: Storage, raw: dict[str, Any]) -> tuple[int, TrainState, li
     raw = {k: v for k, v in raw.items() if k != "checksum"}
     storage.replace(NEWEST, seal(json.dumps(raw).encode()))
     state, ledger = fresh(seed=1), Ledger()
-    found = restore_newest(state, storage, ledger, convert=False)  # type: ignore[arg-type]
+    found = restore_newest(state, storage, ledger, convert=False)
     return found.step if found else 0, state, ledger.said
 
 

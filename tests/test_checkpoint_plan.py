@@ -15,9 +15,9 @@ from elastic.checkpoint.blocks import Partial, combine_crcs, crc_blocks, hash_bl
 from elastic.checkpoint.format import ITEM_BYTES, Chunk, Manifest, TensorEntry
 from elastic.checkpoint.loader import load, load_together
 from elastic.checkpoint.plan import Held, plan_load, plan_reads, plan_save, read_bytes, wanted_bytes
-from elastic.checkpoint.tensors import DTYPES, Shard, narrowed, tensor_bytes
-from elastic.checkpoint.tiling import Box, common, runs, tiles
+from elastic.checkpoint.tensors import DTYPES, Shard, tensor_bytes
 from elastic.errors import CheckpointError, DamagedCheckpoint
+from elastic.placement import Box, common, narrowed, runs, tiles
 from elastic.storage import Storage
 from tests.fresh import examples
 

@@ -21,8 +21,8 @@ from elastic.checkpoint.tensors import Shard
 from elastic.checkpoint.uploader import LEAST_PART_BYTES
 from elastic.errors import CheckpointError, StorageError
 from elastic.storage import Storage
-from elastic.worker.state_sources import restore_newest
 from tests import forked
+from tests.alone import restore_newest
 from tests.test_checkpoint_faults import KEEPER_POINTS, UPLOADER_POINTS, keep
 from tests.test_checkpoint_hostile import Ledger, fresh, trained
 

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from elastic.config import TrainConfig
 from elastic.errors import ConfigError
-from elastic.parallel.layout import shard_range
+from elastic.parallel.layout import SHARD
+from elastic.placement import Part
 from elastic.run import forecast
 from elastic.run.forecast import StateSize, Unknown, measure, snapshot_bytes
 from elastic.run.prepare import prepare, report
@@ -52,23 +53,23 @@ def test_the_size_of_a_state_is_known_without_building_it(job):
     steps = sum(t.nbytes for t in kept if isinstance(t, torch.Tensor) and not t.dim())
 
     before = dict(vars(job))
-    assert measure(job, 0).part(0, 1) == wanted - steps
+    assert measure(job, 0).of(Part()) == wanted - steps
     assert vars(job) == before, "building it leaves no trace in the job"
 
 
 @given(st.lists(st.tuples(st.integers(0, 50), st.integers(1, 8)), max_size=5), st.integers(0, 99), st.integers(1, 6))
 def test_parts_are_the_rows_that_workers_will_hold(cut, whole, shards):
-    size = StateSize(tuple(cut), whole)
+    size = StateSize(tuple(((rows, 2), item) for rows, item in cut), whole)
 
-    parts = [size.part(s, shards) for s in range(shards)]
+    parts = [size.of(part) for part in Part.of([(SHARD, 0, shards)]).siblings]
 
-    assert sum(parts) == shards * whole + sum(rows * row for rows, row in cut)
-    assert parts[0] == whole + sum(len(shard_range(rows, 0, shards)) * row for rows, row in cut)
+    assert sum(parts) == shards * whole + sum(rows * 2 * item for rows, item in cut)
+    assert parts[0] == whole + sum(-(-rows // shards) * 2 * item for rows, item in cut)
 
 
 @given(st.integers(1, 9), st.integers(1, 4), st.sampled_from(["fsdp", "hsdp"]))
 def test_a_node_needs_room_where_a_lost_one_would_take_the_only_copy_along(workers, each, strategy):
-    size = StateSize(((workers * 60, 4),), 0)
+    size = StateSize((((workers * 60,), 4),), 0)
 
     found = snapshot_bytes(size, config(strategy, each, 36 * each), workers)
 
@@ -76,7 +77,7 @@ def test_a_node_needs_room_where_a_lost_one_would_take_the_only_copy_along(worke
     copies = strategy == "hsdp" and workers // each > 1
     assert (found == {}) == copies
     if not copies:
-        state = size.part(0, 1)
+        state = size.of(Part())
         second = GENERATIONS if nodes > 1 else 0
         assert sum(found.values()) == (GENERATIONS + 1 + second) * state
         assert len(found) == nodes

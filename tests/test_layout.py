@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from elastic.data.deal import deal
-from elastic.parallel.layout import Held, Layout, holders, lay_out, lockstep, lost_shards, moves, shard_range, sources
-
-sizes = st.integers(1, 12)
+from elastic.parallel.layout import SHARD, Held, Layout, holders, lay_out, lockstep, lost_parts
+from elastic.placement import Part
 
 
 @st.composite
@@ -31,8 +29,10 @@ def test_every_rank_has_one_place_or_is_a_spare(nodes, strategy, per_node):
         assert (place is None) == (rank in found.spares)
         if place is not None:
             assert found.ranks[place] == rank
-            assert rank in found.row(place)
+            assert place in found.copies[found.part(place)]
     assert found.size >= 1
+    assert [*found.copies] == [*found.part(0).siblings], "together they hold the state"
+    assert [found.is_first(place) for place in range(found.size)] == [p < found.shards for p in range(found.size)]
 
 
 @given(worlds(), st.integers(1, 4))
@@ -41,7 +41,8 @@ def test_a_row_of_hsdp_lies_on_one_node_wherever_there_are_several_rows(nodes, p
 
     if found.replicas > 1:
         assert found.shards == per_node
-        assert all(len({nodes[r] for r in found.row(place)}) == 1 for place in range(found.size))
+        rows = [found.ranks[i : i + per_node] for i in range(0, found.size, per_node)]
+        assert all(len({nodes[rank] for rank in row}) == 1 for row in rows)
         assert len(found.spares) == sum(nodes.count(n) % per_node for n in set(nodes))
     else:
         assert sum(nodes.count(n) // per_node for n in set(nodes)) <= 1
@@ -64,16 +65,6 @@ def test_layouts(nodes, strategy, expected):
     assert lay_out(nodes, strategy, 2) == expected
 
 
-@given(st.integers(0, 40), sizes)
-def test_shards_are_those_of_torch_chunk(length, shards):
-    cut = torch.arange(length).chunk(shards) if length else ()
-
-    found = [list(shard_range(length, shard, shards)) for shard in range(shards)]
-
-    assert [c.tolist() for c in cut] == [f for f in found if f]
-    assert [i for f in found for i in f] == list(range(length))
-
-
 @given(st.integers(1, 40), st.integers(1, 4), st.integers(1, 4))
 def test_lockstep_deals_every_microbatch_once_in_rounds_of_neighbours(count, replicas, shards):
     if count < replicas * shards:
@@ -94,54 +85,37 @@ def test_lockstep_deals_every_microbatch_once_in_rounds_of_neighbours(count, rep
 # ---- who holds what --------------------------------------------------------------------------------------------
 
 
+def part(shard: int, shards: int) -> Part:
+    return Part.of([(SHARD, shard, shards)])
+
+
+NONE = Held(-1, Part())
+
+
 def test_a_lost_shard_of_the_newest_state_is_named_and_nothing_is_whole():
-    held = [Held(7, 0, 3), Held(7, 2, 3), Held(-1, 0, 1)]
+    held = [Held(7, part(0, 3)), Held(7, part(2, 3)), NONE]
 
     assert holders(held) is None
-    assert lost_shards(held) == "of the state of step 7, shard 1 of 3 was lost"
+    assert lost_parts(held) == "of the state of step 7, shard 1 of 3 was lost"
 
 
 def test_whoever_is_behind_or_new_holds_nothing():
-    assert holders([Held(-1, 0, 1), Held(-1, 0, 1)]) is None
-    assert holders([Held(4, 0, 2), Held(5, 0, 2), Held(5, 1, 2), Held(-1, 0, 1)]) == [[1], [2]]
+    assert holders([NONE, NONE]) is None
+    assert lost_parts([NONE]) == ""
+    found = holders([Held(4, part(0, 2)), Held(5, part(0, 2)), Held(5, part(1, 2)), NONE])
+    assert found == {part(0, 2): [1], part(1, 2): [2]}
 
 
 def test_copies_hold_what_one_of_them_lost():
-    assert holders([Held(3, 0, 2), Held(3, 1, 2), Held(3, 1, 2)]) == [[0], [1, 2]]
+    assert holders([Held(3, part(0, 2)), Held(3, part(1, 2)), Held(3, part(1, 2))]) == {
+        part(0, 2): [0],
+        part(1, 2): [1, 2],
+    }
+    assert holders([Held(2, Part()), Held(3, Part()), Held(3, Part())]) == {Part(): [1, 2]}
 
 
 def test_a_state_that_was_cut_otherwise_counts_by_itself():
     """A spare may come from a world of another size."""
-    assert holders([Held(3, 0, 2), Held(3, 0, 3), Held(3, 1, 3), Held(3, 2, 3)]) == [[1], [2], [3]]
+    found = holders([Held(3, part(0, 2)), *(Held(3, part(shard, 3)) for shard in range(3))])
 
-
-@given(st.integers(0, 30), st.lists(st.integers(1, 3), min_size=1, max_size=4), sizes, st.data())
-def test_moves_bring_every_row_to_everyone_who_needs_it_from_someone_who_has_it(length, copies, shards, data):
-    found, rank = [], 0
-    for count in copies:
-        found.append(list(range(rank, rank + count)))
-        rank += count
-    targets = [(data.draw(st.integers(0, rank + 2)) if rank else 0, s, shards) for s in range(shards)]
-
-    plan = moves(length, found, targets)
-
-    for target, shard, _ in targets:
-        mine = [m for m in plan if m.target == target]
-        rows = [row for m in mine for row in range(m.start, m.stop)]
-        assert set(shard_range(length, shard, shards)) <= set(rows)
-    for m in plan:
-        old = next(i for i, ranks in enumerate(found) if m.source in ranks)
-        have = shard_range(length, old, len(found))
-        assert have.start <= m.start < m.stop <= have.stop
-        holder = any(m.target in ranks and m.source != m.target and m.target in found[old] for ranks in found)
-        assert not holder, "who holds rows takes them from itself"
-
-
-@given(st.lists(st.integers(-1, 3), min_size=1, max_size=9))
-def test_who_lacks_the_newest_state_takes_it_from_those_that_have_it_in_turn(steps):
-    found = sources(steps)
-
-    assert all(steps[source] == max(steps) for source in found)
-    assert all(source == rank for rank, source in enumerate(found) if steps[rank] == max(steps))
-    given_by = [sum(s == giver != rank for rank, s in enumerate(found)) for giver in set(found)]
-    assert max(given_by) - min(given_by) <= 1
+    assert found == {part(shard, 3): [shard + 1] for shard in range(3)}

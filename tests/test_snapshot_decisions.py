@@ -9,11 +9,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from elastic.checkpoint.format import ITEM_BYTES
+from elastic.parallel.layout import ROWS, SHARD
 from elastic.parallel.probe import state_share
+from elastic.placement import Part, TensorSpec
 from elastic.snapshot.cadence import FIRST, MOST, SHARE, Meter, auto_every
 from elastic.snapshot.holdings import Holding, SnapshotId, complete, lost_parts, to_free
 from elastic.snapshot.partners import Vault, domains, memory, needs_copies, partners, short_of_memory
-from elastic.worker.snapshot_layout import ALIGNMENT, Head, pieces, starts
+from elastic.worker.snapshot_layout import ALIGNMENT, pieces, starts
 
 hosts = st.lists(st.integers(0, 4), min_size=1, max_size=12)
 
@@ -97,10 +100,15 @@ def test_what_does_not_fit_is_told_in_one_sentence():
 
 # ---- which are complete ----------------------------------------------------------------------------------------------
 
+
+def part(shard: int, shards: int) -> Part:
+    return Part.of([(SHARD, shard, shards)])
+
+
 ids = st.builds(SnapshotId, st.integers(1, 2), st.integers(1, 3), st.integers(0, 20))
 holdings = st.lists(
     st.tuples(ids, st.integers(1, 3), st.integers(0, 2), st.sampled_from("abc")).map(
-        lambda t: Holding(t[0], t[2] % t[1], t[1], t[3])
+        lambda t: Holding(t[0], part(t[2] % t[1], t[1]), t[3])
     ),
     max_size=30,
 )
@@ -112,13 +120,13 @@ def test_a_snapshot_is_complete_when_every_part_is_whole_somewhere(held):
 
     assert [c.id for c in found] == sorted((c.id for c in found), reverse=True)
     for snapshot in found:
-        for shard, urls in enumerate(snapshot.urls):
+        assert [*snapshot.urls] == [*next(iter(snapshot.urls)).siblings]
+        for one, urls in snapshot.urls.items():
             assert urls
-            for url in urls:
-                assert Holding(snapshot.id, shard, len(snapshot.urls), url) in held
-    incomplete = {(h.id, h.shards) for h in held} - {(c.id, len(c.urls)) for c in found}
-    for id, shards in incomplete:
-        assert {h.shard for h in held if (h.id, h.shards) == (id, shards)} < set(range(shards))
+            assert all(Holding(snapshot.id, one, url) in held for url in urls)
+    incomplete = {(h.id, h.part.siblings) for h in held} - {(c.id, tuple(c.urls)) for c in found}
+    for id, parts in incomplete:
+        assert {h.part for h in held if (h.id, h.part.siblings) == (id, parts)} < set(parts)
 
 
 def test_a_newer_world_is_newer_even_at_an_earlier_step():
@@ -127,9 +135,9 @@ def test_a_newer_world_is_newer_even_at_an_earlier_step():
 
 
 def test_people_are_told_which_part_is_lost():
-    held = [Holding(SnapshotId(1, 1, 8), 0, 3, "a"), Holding(SnapshotId(1, 1, 4), 1, 3, "a")]
+    held = [Holding(SnapshotId(1, 1, 8), part(0, 3), "a"), Holding(SnapshotId(1, 1, 4), part(1, 3), "a")]
 
-    assert lost_parts(held) == "the snapshot of step 8 lost shard 1, 2 of 3 in every vault"
+    assert lost_parts(held) == "the snapshot of step 8 lost shard 1 of 3, shard 2 of 3 in every vault"
     assert lost_parts([]) == ""
 
 
@@ -154,7 +162,7 @@ def test_there_is_always_a_complete_snapshot_once_there_was_one(turns):
                     attempt, put = SnapshotId(1, 1, step), set()
             elif event == "kill":  # a new world: what was under way is void
                 attempt, put = None, set()
-        whole = complete([Holding(id, m, 3, "a") for id, m in there])
+        whole = complete([Holding(id, part(m, 3), "a") for id, m in there])
         assert not had or whole, "none is complete any more"
         assert keep is None or keep in [c.id for c in whole]
 
@@ -176,32 +184,35 @@ def test_there_is_always_a_complete_snapshot_once_there_was_one(turns):
     st.integers(1, 5),
 )
 def test_old_parts_make_the_new_ones(tensors, shards, new_shards):
-    heads, whole = [], []
+    specs, whole = [], []
     for i, (dtype, shape, cut) in enumerate(tensors):
-        heads.append(Head(f"t{i}", dtype, tuple(shape), cut and len(shape) > 0))
-        count = (shape[0] if heads[-1].cut else 1) * heads[-1].row_bytes
-        whole.append(torch.randint(0, 256, (count,), dtype=torch.uint8))
-    old = []
-    for shard in range(shards):
-        places = starts(heads, shard, shards)
+        specs.append(TensorSpec(f"t{i}", dtype, tuple(shape), ROWS if cut and shape else ()))
+        whole.append(torch.randint(0, 256, (*shape, ITEM_BYTES[dtype]), dtype=torch.uint8))
+
+    def bytes_of(i: int, mine: Part) -> torch.Tensor:
+        box, value = specs[i].box(mine), whole[i]
+        for d, (offset, size) in enumerate(zip(box.offsets, box.sizes)):
+            value = value.narrow(d, offset, size)
+        return value.reshape(-1)
+
+    old = {}
+    for one in part(0, shards).siblings:
+        places = starts(specs, one)
         assert all(place % ALIGNMENT == 0 for place in places)
-        part = torch.zeros(places[-1], dtype=torch.uint8)
-        for head, value, start in zip(heads, whole, places, strict=False):
-            rows = head.rows(shard, shards)
-            mine = value[rows.start * head.row_bytes : rows.stop * head.row_bytes]
-            part[start : start + len(mine)] = mine
-        old.append(part)
-    for shard in range(new_shards):
-        got = [torch.full((len(h.rows(shard, new_shards) if h.cut else range(1)) * h.row_bytes,), 255) for h in heads]
-        covered = [0] * len(heads)
-        for part, wanted in zip(old, pieces(heads, shards, shard, new_shards), strict=True):
-            for p in wanted:
-                got[p.tensor][p.target : p.target + p.length] = part[p.start : p.start + p.length]
-                covered[p.tensor] += p.length
-        for head, value, mine, count in zip(heads, whole, got, covered):
-            rows = head.rows(shard, new_shards) if head.cut else range(1)
+        old[one] = torch.zeros(places[-1], dtype=torch.uint8)
+        for i, start in enumerate(places[:-1]):
+            if places[i] < places[i + 1]:
+                old[one][start : start + len(bytes_of(i, one))] = bytes_of(i, one)
+    for new in part(0, new_shards).siblings:
+        got = [torch.zeros_like(bytes_of(i, new)) for i in range(len(specs))]
+        covered = [0] * len(specs)
+        for one, data in old.items():
+            for i, start, target, length in pieces(specs, one, new):
+                got[i][target : target + length] = data[start : start + length]
+                covered[i] += length
+        for i, (mine, count) in enumerate(zip(got, covered)):
             assert count == len(mine), "every byte comes once"
-            assert torch.equal(mine.to(torch.uint8), value[rows.start * head.row_bytes : rows.stop * head.row_bytes])
+            assert torch.equal(mine, bytes_of(i, new))
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import pytest
 import xxhash
 
 from elastic.errors import SnapshotError
+from elastic.placement import Part
 from elastic.snapshot import vault as rooms
 from elastic.snapshot.client import VaultClient
 from elastic.snapshot.holdings import Holding, SnapshotId
@@ -26,9 +27,13 @@ def at(step: int, n: int = 1) -> SnapshotId:
     return SnapshotId(1, n, step)
 
 
+def part(shard: int) -> Part:
+    return Part((("shard", shard, 2),))
+
+
 def put(vault: VaultClient, id: SnapshotId, shard: int, body: bytes, keep: SnapshotId | None = None, **more: str):
     xxh3 = more.get("xxh3", xxhash.xxh3_64(HEAD + body).hexdigest())
-    vault.put(id, shard, 2, HEAD, memoryview(body), xxh3, keep)
+    vault.put(id, part(shard), HEAD, memoryview(body), xxh3, keep)
 
 
 @pytest.fixture
@@ -50,10 +55,10 @@ def test_it_gives_back_what_it_took(vault):
     body = bytes(range(256)) * 100_000  # more than it reads at once
     put(vault, at(4), 1, body)
 
-    assert vault.holdings() == [Holding(at(4), 1, 2, vault.url)]
-    assert vault.head(at(4), 1) == {"a": 1}
+    assert vault.holdings() == [Holding(at(4), part(1), vault.url)]
+    assert vault.head(at(4), part(1)) == {"a": 1}
     first, second, none = bytearray(1000), bytearray(len(body)), bytearray(0)
-    vault.read_into(at(4), 1, [(77, memoryview(first)), (0, memoryview(none)), (0, memoryview(second))])
+    vault.read_into(at(4), part(1), [(77, memoryview(first)), (0, memoryview(none)), (0, memoryview(second))])
     assert (bytes(first), bytes(second)) == (body[77:1077], body)
     assert vault.memory()["held"] == len(body)
 
@@ -103,8 +108,8 @@ def test_without_the_token_it_says_nothing(server):
 
 
 def test_what_is_not_there_is_an_error(vault):
-    with pytest.raises(SnapshotError, match="shard 0 of snapshot 1-1-4 is not here"):
-        vault.head(at(4), 0)
+    with pytest.raises(SnapshotError, match="shard 0 of 2 of snapshot 1-1-4 is not here"):
+        vault.head(at(4), part(0))
 
 
 def test_a_sender_that_is_cut_off_leaves_nothing_behind(vault, monkeypatch):
@@ -141,17 +146,17 @@ def test_a_sender_that_is_cut_off_leaves_nothing_behind(vault, monkeypatch):
 
 def test_room_that_is_read_from_is_not_used_again():
     store = Store()
-    part = store.begin(at(2), 0, 1, HEAD, 5000, None)
-    store.end(at(2), 0, part, whole=True)
-    reading = store.open(at(2), 0)
+    part = store.begin((at(2), Part()), HEAD, 5000, None)
+    store.end((at(2), Part()), part, whole=True)
+    reading = store.open((at(2), Part()))
     assert reading is part
 
-    newer = store.begin(at(4), 0, 1, HEAD, 5000, None)
+    newer = store.begin((at(4), Part()), HEAD, 5000, None)
 
     assert newer.room is not reading.room
     store.close(reading)
-    assert store.open(at(2), 0) is None
-    assert store.open(at(4), 0) is None, "it is not whole"
+    assert store.open((at(2), Part())) is None
+    assert store.open((at(4), Part())) is None, "it is not whole"
 
 
 def test_memory_that_can_be_had_is_not_more_than_the_machine_has():

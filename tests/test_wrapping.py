@@ -21,7 +21,7 @@ from elastic.parallel.deferred import META, build
 from elastic.parallel.layout import lay_out
 from elastic.parallel.mesh import Mesh, make_mesh
 from elastic.parallel.reduce_scatter import Leaves
-from elastic.parallel.wrapping import Sharding, check_shardable, is_cut, local, place_sharded, place_whole
+from elastic.parallel.wrapping import Sharding, check_shardable, cut_of, local, place_sharded, place_whole
 
 CPU = torch.device("cpu")
 
@@ -151,12 +151,12 @@ def test_frozen_parameters_may_have_another_dtype():
 def test_state_that_is_neither_whole_nor_cut_by_rows_is_refused_by_name(mesh):
     weight = cut(mesh).head.weight.detach()
 
-    assert is_cut("w", weight)
-    assert not is_cut("w", weight.full_tensor())
-    assert not is_cut("w", DTensor.from_local(torch.ones(2), mesh.rows, run_check=False))
+    assert cut_of("w", weight) == (("shard", 0),)
+    assert not cut_of("w", weight.full_tensor())
+    assert not cut_of("w", DTensor.from_local(torch.ones(2), mesh.rows, run_check=False))
     for strange in (weight.sum(), weight.t()):
         with pytest.raises(ConfigError, match=r"optimizer/w/mean lies over the workers as .*; use an optimizer that"):
-            is_cut("optimizer/w/mean", strange)
+            cut_of("optimizer/w/mean", strange)
 
 
 # ---- the norm --------------------------------------------------------------------------------------------------------

@@ -19,8 +19,8 @@ from typing import Any
 
 import xxhash
 
-from elastic.checkpoint.tiling import Box, tiles
 from elastic.errors import CheckpointError, DamagedCheckpoint
+from elastic.placement import Box, tiles
 
 FORMAT = 3  # 2 has checksums that can be combined; 3 has values as `elastic.values` writes them
 READABLE = (1, 2, 3)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from elastic.checkpoint import format
 from elastic.checkpoint.format import ITEM_BYTES, TensorEntry, check_name, pack_path
-from elastic.checkpoint.tiling import Box, common, runs
 from elastic.errors import CheckpointError
+from elastic.placement import Box, common, copies
 
 ALIGNMENT = 64
 SPLIT_BYTES = 1 << 20  # replicas share the writing of boxes larger than this; smaller ones one of them writes
@@ -91,24 +91,17 @@ def _share(held: Sequence[Held]) -> Iterator[tuple[int, Box]]:
                 rows = _rows(box, size)
                 begin, end = (min(rows, max(0, _nearest((x - at) * rows, size))) for x in (first, last))
                 if end > begin:
-                    yield i, _slice(box, begin, end) if end - begin < rows else box
+                    yield i, box.rows(box.divided, begin, end) if end - begin < rows else box
             at += size
 
 
 def _rows(box: Box, size: int) -> int:
     """Parts that a box can be cut into: rows of its first dimension that has several, or one."""
-    return next((s for s in box.sizes if s > 1), 1) if size >= SPLIT_BYTES else 1
+    return box.sizes[box.divided] if size >= SPLIT_BYTES and box.sizes else 1
 
 
 def _nearest(a: int, b: int) -> int:
     return (2 * a + b) // (2 * b)
-
-
-def _slice(box: Box, begin: int, end: int) -> Box:
-    d = next(d for d, s in enumerate(box.sizes) if s > 1)
-    offsets, sizes = list(box.offsets), list(box.sizes)
-    offsets[d], sizes[d] = box.offsets[d] + begin, end - begin
-    return Box(tuple(offsets), tuple(sizes))
 
 
 # ---- loading -------------------------------------------------------------------------------------------------------
@@ -187,13 +180,8 @@ def plan_load(tensors: Mapping[str, TensorEntry], folder: str, wanted: Sequence[
             raise CheckpointError(f"tensor {want.name!r} has the shape {entry.shape}, outside of which is {want.box}")
         item = ITEM_BYTES[entry.dtype]
         for chunk in entry.chunks:
-            shared = common(chunk.box, want.box)
-            if shared is None:
-                continue
             path = pack_path(folder, chunk.pack)
-            to = runs(shared, want.box)
-            # Both lists of runs enumerate the same elements in the same order, cut at different places.
-            for source, target, count in _match(runs(shared, chunk.box), to):
+            for source, target, count in copies(chunk.box, want.box):
                 for number, segment in _by_block(chunk.start, source * item, count * item, index, target * item):
                     begin = chunk.start + number * format.BLOCK_BYTES
                     key = (path, begin, min(begin + format.BLOCK_BYTES, chunk.end))
@@ -205,20 +193,6 @@ def plan_load(tensors: Mapping[str, TensorEntry], folder: str, wanted: Sequence[
         BlockPart(p.object, p.start, p.end, p.name, p.xxh3, p.crc, tuple(sorted(s, key=lambda s: s.start)))
         for _, (p, s) in sorted(parts.items())
     ]
-
-
-def _match(sources: Iterable[tuple[int, int]], targets: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int, int]]:
-    """(source, target, count) of runs that are contiguous in both."""
-    ahead = iter(targets)
-    target, room = 0, 0
-    for first, count in sources:
-        source = first
-        while count:
-            if not room:
-                target, room = next(ahead)
-            step = min(count, room)
-            yield source, target, step
-            source, target, count, room = source + step, target + step, count - step, room - step
 
 
 def _by_block(base: int, offset: int, length: int, wanted: int, at: int) -> Iterator[tuple[int, Segment]]:

@@ -23,8 +23,7 @@ from elastic.checkpoint.format import Chunk, TensorEntry, attempt_folder
 from elastic.checkpoint.patience import Cancelled, is_no_room
 from elastic.checkpoint.plan import Write, plan_save
 from elastic.checkpoint.staging import StagingBuffer
-from elastic.checkpoint.tensors import Shard, dtype_name, narrowed
-from elastic.checkpoint.tiling import Box
+from elastic.checkpoint.tensors import Shard, dtype_name
 from elastic.checkpoint.uploader import (
     IN_FLIGHT,
     PART_BYTES,
@@ -37,6 +36,7 @@ from elastic.checkpoint.uploader import (
 )
 from elastic.compat.torch import version_of
 from elastic.errors import CheckpointError
+from elastic.placement import Box, narrowed
 from elastic.storage import Storage
 
 SETTLE_S = 600.0

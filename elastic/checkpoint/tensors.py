@@ -9,8 +9,8 @@ import torch
 
 from elastic.checkpoint.format import ITEM_BYTES
 from elastic.checkpoint.plan import Held, Wanted
-from elastic.checkpoint.tiling import Box
 from elastic.errors import CheckpointError
+from elastic.placement import Box
 
 DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in ITEM_BYTES}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -85,13 +85,6 @@ def tensor_bytes(tensor: torch.Tensor) -> memoryview:
     """The tensor's little-endian bytes, without a copy where it is contiguous on the CPU."""
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     return memoryview(flat.view(torch.uint8).numpy().data)
-
-
-def narrowed(tensor: torch.Tensor, box: Box, within: Box) -> torch.Tensor:
-    """The view of `tensor`, which is the box `within`, on the box `box` inside it."""
-    for d, (offset, size, base) in enumerate(zip(box.offsets, box.sizes, within.offsets, strict=True)):
-        tensor = tensor.narrow(d, offset - base, size)
-    return tensor
 
 
 def from_bytes(data: torch.Tensor, dtype: torch.dtype, sizes: tuple[int, ...]) -> torch.Tensor:

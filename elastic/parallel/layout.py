@@ -11,8 +11,13 @@ A mesh has `replicas` rows of `shards` workers. What does not fill a row stays o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+
+from elastic.placement import Cut, Part
+
+REPLICATE, SHARD = "replicate", "shard"
+ROWS: Cut = ((SHARD, 0),)  # how a parameter is cut
 
 
 @dataclass(frozen=True)
@@ -38,10 +43,21 @@ class Layout:
         """A rank's place in the mesh, counted row after row; None for a spare."""
         return self.ranks.index(rank) if rank in self.ranks else None
 
-    def row(self, place: int) -> tuple[int, ...]:
-        """The ranks that together hold one copy of the model with `place`."""
-        start = place // self.shards * self.shards
-        return self.ranks[start : start + self.shards]
+    def part(self, place: int) -> Part:
+        """What of the state a place holds."""
+        return Part.of([(SHARD, place % self.shards, self.shards)])
+
+    @property
+    def copies(self) -> dict[Part, list[int]]:
+        """The places that hold each part, ascending."""
+        found: dict[Part, list[int]] = {}
+        for place in range(self.size):
+            found.setdefault(self.part(place), []).append(place)
+        return found
+
+    def is_first(self, place: int) -> bool:
+        """Whether a place is the first of those that hold its part."""
+        return self.copies[self.part(place)][0] == place
 
 
 def lay_out(nodes: Sequence[str], strategy: str, per_node: int | None) -> Layout:
@@ -70,12 +86,6 @@ def lay_out(nodes: Sequence[str], strategy: str, per_node: int | None) -> Layout
     return Layout(1, len(nodes), everyone)
 
 
-def shard_range(length: int, shard: int, shards: int) -> range:
-    """The rows of dimension 0 that a shard holds, as `torch.chunk` cuts them: the last ones shorter or empty."""
-    each = -(-length // shards)
-    return range(min(length, shard * each), min(length, (shard + 1) * each))
-
-
 def lockstep(run: range, shard: int, shards: int) -> range:
     """Deal a row's run of microbatches in rounds: in round k shard s takes `run.start + k * shards + s`.
 
@@ -89,78 +99,61 @@ class Held:
     """What a worker brings into a new world: its state's step (-1: none) and which part of it."""
 
     step: int
-    shard: int
-    shards: int
+    part: Part
 
 
-def holders(held: Sequence[Held]) -> list[list[int]] | None:
-    """Who holds each part of the newest state in memory: ranks for each shard, ascending.
+def holders(held: Sequence[Held]) -> dict[Part, list[int]] | None:
+    """Who holds each part of the newest state in memory: ranks, ascending.
 
     Returns:
         None where a part of it is held by nobody, or nobody holds any.
     """
     newest = max((h.step for h in held), default=-1)
-    if newest < 0:
-        return None
-    for shards in sorted({h.shards for h in held if h.step == newest}):
-        found: list[list[int]] = [[] for _ in range(shards)]
-        for rank, h in enumerate(held):
-            if h.step == newest and h.shards == shards:
-                found[h.shard].append(rank)
-        if all(found):
+    there = [(rank, h.part) for rank, h in enumerate(held) if h.step == newest >= 0]
+    for parts in sorted({part.siblings for _, part in there}, key=len):
+        found = {part: [rank for rank, own in there if own == part] for part in parts}
+        if all(found.values()):
             return found
     return None
 
 
-def sources(steps: Sequence[int]) -> list[int]:
-    """Where each rank takes a whole state from: itself if that is the newest, else one of those that have it, in turn.
-
-    Args:
-        steps: of the state that each rank holds; -1: none.
-    """
-    having = [rank for rank, step in enumerate(steps) if step == max(steps)]
-    takers = [rank for rank, step in enumerate(steps) if step != max(steps)]
-    return [rank if rank in having else having[takers.index(rank) % len(having)] for rank in range(len(steps))]
-
-
-def lost_shards(held: Sequence[Held]) -> str:
-    """For people: which parts of the newest state nobody holds."""
+def lost_parts(held: Sequence[Held]) -> str:
+    """For people: which parts of the newest state nobody holds; empty where nobody holds any state."""
     newest = max((h.step for h in held), default=-1)
-    there = [h for h in held if h.step == newest]
-    if newest < 0 or not there:
-        return "nobody holds any state"
-    shards = max(h.shards for h in there)
-    missing = sorted(set(range(shards)) - {h.shard for h in there if h.shards == shards})
-    return f"of the state of step {newest}, shard {', '.join(map(str, missing))} of {shards} was lost"
+    there = {h.part for h in held if h.step == newest >= 0}
+    if not there:
+        return ""
+    missing = [part for part in max((part.siblings for part in there), key=len) if part not in there]
+    return f"of the state of step {newest}, {', '.join(map(str, missing))} was lost"
 
 
 @dataclass(frozen=True)
 class Move:
-    """Rows `start` to `stop` of a tensor's dimension 0 that go from one rank to another (or stay)."""
+    """What the old part of one rank and the new one of another share of a tensor goes from one to the other."""
 
     source: int
     target: int
-    start: int
-    stop: int
+    old: Part
+    new: Part
 
 
-def moves(length: int, found: list[list[int]], targets: Sequence[tuple[int, int, int]]) -> list[Move]:
-    """How to bring a sharded tensor of `length` rows into a new layout.
+def moves(found: Mapping[Part, Sequence[int]], wants: Mapping[int, Part], cut: Cut) -> list[Move]:
+    """How tensors that are cut so get from those that hold them to those that want them.
 
     Args:
-        found: what `holders` returned.
-        targets: (rank, shard, shards) of everyone in the new layout.
+        found: the ranks that hold each part of the state.
+        wants: the part that each rank is to get.
 
     Returns:
-        moves by target, then by row; a rank that holds rows takes them from itself.
+        moves whose boxes tile the new box of each rank; some share nothing. A rank takes what it holds from itself,
+        all else from those that hold it in turn.
     """
+    givers: dict[Part, list[int]] = {}
+    for part, ranks in found.items():
+        givers.setdefault(part.first(cut), []).extend(ranks)
     plan = []
-    for rank, shard, shards in targets:
-        wanted = shard_range(length, shard, shards)
-        for old, ranks in enumerate(found):
-            have = shard_range(length, old, len(found))
-            start, stop = max(wanted.start, have.start), min(wanted.stop, have.stop)
-            if start < stop:
-                source = rank if rank in ranks else ranks[rank % len(ranks)]
-                plan.append(Move(source, rank, start, stop))
+    for old, ranks in givers.items():
+        lacking = [rank for rank in wants if rank not in ranks]
+        turn = {rank: ranks[i % len(ranks)] for i, rank in enumerate(lacking)}
+        plan += [Move(turn.get(rank, rank), rank, old, new) for rank, new in wants.items()]
     return plan

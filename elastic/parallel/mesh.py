@@ -8,9 +8,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from elastic.parallel.layout import Layout
-
-REPLICATE, SHARD = "replicate", "shard"
+from elastic.parallel.layout import REPLICATE, SHARD, Layout
+from elastic.placement import Part
 
 
 @dataclass(frozen=True)
@@ -33,9 +32,10 @@ class Mesh:
         return self.place // self.layout.shards
 
     @property
-    def shard(self) -> int:
+    def part(self) -> Part:
+        """What of the state this worker holds."""
         assert self.place is not None, "a spare has no place"
-        return self.place % self.layout.shards
+        return self.layout.part(self.place)
 
     @property
     def rows(self) -> DeviceMesh:

@@ -22,7 +22,7 @@ from elastic.compat.torch import all_gather_flat, norm_of_each
 from elastic.parallel.block_order import BlockOrder
 from elastic.parallel.buffers import StepBuffers
 from elastic.parallel.canonical import CanonicalSum, row_sums, sums_per_row
-from elastic.parallel.layout import shard_range
+from elastic.parallel.layout import ROWS
 from elastic.parallel.mesh import Mesh
 from elastic.parallel.moves import average_moves, fingerprint, reduce_moves
 from elastic.parallel.records import Metrics, Records, StepRecord
@@ -206,6 +206,11 @@ class BitwiseSharded(_Sharded):
         """`rows` are the microbatches of each row of the mesh; `runs` deals them in rounds, as `lockstep` does."""
         super().__init__(model, loss, runs=runs, mesh=mesh, device=device, check=check)
         self._rows, self._bucket_bytes = rows, bucket_mb << 20
+        #: How many row sums each part of the mesh has of each parameter.
+        self._row_sums = [
+            [part.box(p.shape, ROWS).sizes[0] * sums_per_row(p.shape) for part in mesh.part.siblings]
+            for p in self._parameters
+        ]
         self._leaves = []
         for module in fsdp_modules(model):
             leaves = Leaves(mesh.layout.shards)
@@ -253,10 +258,8 @@ class BitwiseSharded(_Sharded):
     def norm(self, gradients: list[torch.Tensor]) -> torch.Tensor:
         """Global L2 norm of the gradients, with the bits of `canonical_norm` of the whole ones."""
         shards = self._mesh.layout.shards
-        held = [p.grad for p in self._parameters if p.grad is not None]
-        lengths = [
-            [len(shard_range(g.shape[0], s, shards)) * sums_per_row(g.shape) for g in held] for s in range(shards)
-        ]
+        held = [counts for p, counts in zip(self._parameters, self._row_sums) if p.grad is not None]
+        lengths = [[counts[s] for counts in held] for s in range(shards)]
         mine = row_sums(gradients)
         longest = max(map(sum, lengths))
         padded = mine.new_zeros(longest)

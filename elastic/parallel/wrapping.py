@@ -30,8 +30,9 @@ from elastic.compat.torch import (
 )
 from elastic.errors import ConfigError
 from elastic.parallel.deferred import DeferredModel, become
-from elastic.parallel.layout import shard_range
+from elastic.parallel.layout import ROWS
 from elastic.parallel.mesh import Mesh
+from elastic.placement import Box, Cut, narrowed
 
 T = TypeVar("T")
 
@@ -141,21 +142,21 @@ def check_shardable(model: nn.Module) -> None:
         )
 
 
-def is_cut(name: str, tensor: torch.Tensor) -> bool:
-    """Whether each worker of a row has other rows of this tensor of the state.
+def cut_of(name: str, tensor: torch.Tensor) -> Cut:
+    """How this tensor of the state is cut over the workers of a row; empty where each has it whole.
 
     Raises:
         ConfigError: it lies in a way that cannot be saved, such as one term of a sum on each worker.
     """
     if not isinstance(tensor, DTensor) or all(p.is_replicate() for p in tensor.placements):
-        return False
+        return ()
     *copies, rows = tensor.placements
     if not rows.is_shard(0) or not all(p.is_replicate() for p in copies):
         raise ConfigError(
             f"{name} lies over the workers as {tensor.placements}, but state is kept whole or cut along its first "
             "dimension; use an optimizer that works element by element, or --parallel.strategy ddp"
         )
-    return True
+    return ROWS
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
@@ -165,20 +166,18 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
 
 def whole(tensor: torch.Tensor, mesh: Mesh) -> torch.Tensor:
     """The whole of a tensor; everyone of the row calls this at one time where it is cut."""
-    if not is_cut("a tensor of the state", tensor):
-        return local(tensor).detach()
-    shards, length = mesh.layout.shards, tensor.shape[0]
-    width = tensor.shape[1:].numel()
-    each = -(-length // shards) * width
-    mine = local(tensor).detach().reshape(-1)
-    padded = mine.new_zeros(each)
-    padded[: mine.numel()] = mine
-    if shards == 1:
-        return padded.view(tensor.shape)
-    padded = padded.to(mesh.rows.device_type)  # offloaded state is on the host
-    gathered = padded.new_empty(shards * each)
+    cut, mine = cut_of("a tensor of the state", tensor), local(tensor).detach()
+    boxes = [part.box(tensor.shape, cut) for part in mesh.part.siblings]
+    if not cut or len(boxes) == 1:
+        return mine
+    padded = mine.new_zeros(max(box.volume for box in boxes), device=mesh.rows.device_type)  # it may be offloaded
+    padded[: mine.numel()] = mine.reshape(-1)
+    gathered = padded.new_empty(len(boxes) * len(padded))
     all_gather_flat(gathered, padded, group=mesh.row_group)
-    return gathered[: length * width].view(tensor.shape)
+    found = mine.new_empty(tensor.shape, device=padded.device)
+    for box, rows in zip(boxes, gathered.view(len(boxes), -1)):
+        narrowed(found, box, Box.whole(tuple(tensor.shape))).copy_(rows[: box.volume].view(box.sizes))
+    return found
 
 
 def place_whole(built: DeferredModel, device: torch.device) -> nn.Module:
@@ -239,8 +238,8 @@ def place_sharded(
         for name, parameter in model.named_parameters():
             vars(parameter).update(marks[name])  # by which the job may group them for its optimizer
             if fill:
-                rows = shard_range(parameter.shape[0], mesh.shard, mesh.layout.shards)
-                local(parameter).copy_(built.value(name)[rows.start : rows.stop])
+                box = mesh.part.box(parameter.shape, ROWS)
+                local(parameter).copy_(narrowed(built.value(name), box, Box.whole(tuple(parameter.shape))))
         for name, buffer in model.named_buffers():
             buffer.copy_(built.value(name))
     built.fill(device)

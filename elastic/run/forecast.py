@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 from elastic.config import TrainConfig
 from elastic.errors import ConfigError
 from elastic.job import Job
-from elastic.parallel.layout import lay_out, shard_range
+from elastic.parallel.layout import ROWS, lay_out
+from elastic.placement import Part
 from elastic.snapshot.memory import available_bytes
 from elastic.snapshot.partners import Vault, memory, needs_copies, partners
 
@@ -25,16 +26,16 @@ class StateSize:
     """Bytes of a training state, with what the optimizer keeps from its first step on.
 
     Args:
-        cut: rows, and bytes of a row, of each tensor that a sharded run cuts along dimension 0.
+        cut: shape, and bytes of an element, of each tensor that a sharded run cuts.
         whole: of what every worker has whole.
     """
 
-    cut: tuple[tuple[int, float], ...]
+    cut: tuple[tuple[tuple[int, ...], float], ...]
     whole: int
 
-    def part(self, shard: int, shards: int) -> int:
-        """Bytes of one shard."""
-        return self.whole + int(sum(len(shard_range(rows, shard, shards)) * row for rows, row in self.cut))
+    def of(self, part: Part) -> int:
+        """Bytes of one part."""
+        return self.whole + int(sum(part.box(shape, ROWS).volume * item for shape, item in self.cut))
 
 
 class Unknown(Exception):
@@ -70,13 +71,12 @@ def measure(job: Job, seed: int) -> StateSize:
     kept = {id(t): t for t in model.state_dict(keep_vars=True).values() if isinstance(t, torch.Tensor)}
     cut, whole = [], 0
     for tensor in (*kept.values(), *(t for t in extra if isinstance(t, torch.Tensor))):
-        size = tensor.numel() * tensor.element_size() * (1 + shares.get(id(tensor), 0.0))
+        item = tensor.element_size() * (1 + shares.get(id(tensor), 0.0))
         made_of_parameters = id(tensor) not in kept and tensor.is_meta
         if tensor.dim() and (isinstance(tensor, torch.nn.Parameter) or made_of_parameters):
-            rows = tensor.shape[0]
-            cut.append((rows, size / max(1, rows)))
+            cut.append((tuple(tensor.shape), item))
         else:
-            whole += int(size)
+            whole += int(tensor.numel() * item)
     return StateSize(tuple(cut), whole)
 
 
@@ -88,10 +88,10 @@ def snapshot_bytes(size: StateSize, config: TrainConfig, workers: int) -> dict[s
     each = config.scaling.workers_per_node
     nodes = [f"node {rank // (each or 1)}" for rank in range(workers)]
     layout = lay_out(nodes, config.parallel.strategy, each)
-    columns = [layout.ranks[shard :: layout.shards] for shard in range(layout.shards)]
-    if not needs_copies([[nodes[rank] for rank in ranks] for ranks in columns]):
+    holders = {part: [nodes[layout.ranks[place]] for place in places] for part, places in layout.copies.items()}
+    if not needs_copies([*holders.values()]):
         return {}
-    parts = [(nodes[rank], size.part(shard, layout.shards)) for shard, rank in enumerate(layout.row(0))]
+    parts = [(there[0], size.of(part)) for part, there in holders.items()]
     return memory(parts, partners([Vault(node, node, "") for node in sorted(set(nodes))]))
 
 

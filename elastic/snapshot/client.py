@@ -11,6 +11,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from elastic.errors import SnapshotError
+from elastic.placement import Part
 from elastic.snapshot.holdings import Holding, SnapshotId
 
 CONNECT_S = 2.0
@@ -43,8 +44,7 @@ class VaultClient:
     def put(
         self,
         id: SnapshotId,
-        shard: int,
-        shards: int,
+        part: Part,
         head: bytes,
         body: memoryview,
         xxh3: str,
@@ -59,7 +59,7 @@ class VaultClient:
         Raises:
             SnapshotError: it has not.
         """
-        path = f"/parts/{id}/{shard}?shards={shards}&head={len(head)}&xxh3={xxh3}"
+        path = f"/parts/{id}/{part.key}?head={len(head)}&xxh3={xxh3}"
         self._request("PUT", path if keep is None else f"{path}&keep={keep}", head, body).read()
 
     def holdings(self) -> list[Holding]:
@@ -69,16 +69,16 @@ class VaultClient:
             SnapshotError: the vault does not answer. So do all of these.
         """
         rows = json.loads(self._request("GET", "/parts").read())
-        return [Holding(SnapshotId.parse(id), shard, shards, self.url) for id, shard, shards in rows]
+        return [Holding(SnapshotId.parse(id), Part.parse(part), self.url) for id, part in rows]
 
-    def head(self, id: SnapshotId, shard: int) -> dict[str, Any]:
+    def head(self, id: SnapshotId, part: Part) -> dict[str, Any]:
         """The head of a part, as it was put."""
-        return json.loads(self._request("GET", f"/parts/{id}/{shard}/head").read())
+        return json.loads(self._request("GET", f"/parts/{id}/{part.key}/head").read())
 
-    def read_into(self, id: SnapshotId, shard: int, wanted: Sequence[tuple[int, memoryview]]) -> None:
+    def read_into(self, id: SnapshotId, part: Part, wanted: Sequence[tuple[int, memoryview]]) -> None:
         """Bytes of a part's tensors: where each piece starts, and what it is to fill."""
         ranges = [[start, start + len(into)] for start, into in wanted]
-        answer = self._request("POST", f"/parts/{id}/{shard}", json.dumps({"ranges": ranges}).encode())
+        answer = self._request("POST", f"/parts/{id}/{part.key}", json.dumps({"ranges": ranges}).encode())
         try:
             for _, into in wanted:
                 at = 0
@@ -112,8 +112,8 @@ class VaultClient:
             if body:
                 connection.putheader("Content-Length", str(sum(map(len, body))))
             connection.endheaders()
-            for part in body:
-                connection.send(part)
+            for piece in body:
+                connection.send(piece)
             answer = connection.getresponse()
             if answer.status >= 300:
                 raise self._error(json.loads(answer.read())["error"])

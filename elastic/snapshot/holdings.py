@@ -6,8 +6,10 @@ anybody frees the room of the one before, so there is always one.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+
+from elastic.placement import Part
 
 
 @dataclass(frozen=True, order=True)
@@ -38,8 +40,7 @@ class Holding:
     """A part that a vault has whole."""
 
     id: SnapshotId
-    shard: int
-    shards: int
+    part: Part
     url: str
 
 
@@ -48,16 +49,15 @@ class Complete:
     """A snapshot of which every part is there: for each part, the vaults that have it."""
 
     id: SnapshotId
-    urls: tuple[tuple[str, ...], ...]
+    urls: Mapping[Part, tuple[str, ...]]
 
 
 def complete(holdings: Sequence[Holding]) -> list[Complete]:
     """The complete snapshots, newest first."""
     found = []
-    for id, shards in sorted({(h.id, h.shards) for h in holdings}, reverse=True):
-        here = [h for h in holdings if (h.id, h.shards) == (id, shards)]
-        urls = tuple(tuple(sorted({h.url for h in here if h.shard == s})) for s in range(shards))
-        if all(urls):
+    for id, parts in sorted({(h.id, h.part.siblings) for h in holdings}, reverse=True):
+        urls = {part: tuple(sorted({h.url for h in holdings if (h.id, h.part) == (id, part)})) for part in parts}
+        if all(urls.values()):
             found.append(Complete(id, urls))
     return found
 
@@ -66,9 +66,9 @@ def lost_parts(holdings: Sequence[Holding]) -> str:
     """For people: why the newest snapshot that anything is left of cannot be used; empty if there is none."""
     if not holdings:
         return ""
-    id, shards = max((h.id, h.shards) for h in holdings)
-    missing = sorted(set(range(shards)) - {h.shard for h in holdings if (h.id, h.shards) == (id, shards)})
-    return f"the snapshot of step {id.step} lost shard {', '.join(map(str, missing))} of {shards} in every vault"
+    id, parts = max((h.id, h.part.siblings) for h in holdings)
+    missing = [str(part) for part in parts if part not in {h.part for h in holdings if h.id == id}]
+    return f"the snapshot of step {id.step} lost {', '.join(missing)} in every vault"
 
 
 def to_free(held: Iterable[SnapshotId], new: SnapshotId, keep: SnapshotId | None) -> set[SnapshotId]:

@@ -1,11 +1,11 @@
 """A vault: parts of snapshots in the memory of one node, behind a small HTTP server. Outlives the workers of its node.
 
-    PUT  /parts/<snapshot>/<shard>        a part: its head (JSON) and its tensors' bytes, checked by their xxh3
-    GET  /parts                           what is here whole: [snapshot, shard, shards] each
-    GET  /parts/<snapshot>/<shard>/head   a part's head
-    POST /parts/<snapshot>/<shard>        {"ranges": [[start, end], ...]}: bytes of its tensors, one after another
-    POST /forget                          {"after": step, "before": snapshot}: older worlds' steps after it were undone
-    GET  /memory                          bytes held here, and bytes that can still be had
+    PUT  /parts/<snapshot>/<part>        a part: its head (JSON) and its tensors' bytes, checked by their xxh3
+    GET  /parts                          what is here whole: [snapshot, part] each
+    GET  /parts/<snapshot>/<part>/head   a part's head
+    POST /parts/<snapshot>/<part>        {"ranges": [[start, end], ...]}: bytes of its tensors, one after another
+    POST /forget                         {"after": step, "before": snapshot}: older worlds' steps after it were undone
+    GET  /memory                         bytes held here, and bytes that can still be had
 
 Every request carries the run's bearer token. Of each part there are two generations at most: room is freed when a part
 of a newer snapshot comes, and never that of the newest complete one, which the sender names.
@@ -30,6 +30,7 @@ import xxhash
 
 from elastic import fault
 from elastic.child import raise_descriptor_limit
+from elastic.placement import Part
 from elastic.snapshot.holdings import SnapshotId, to_free
 from elastic.snapshot.memory import available_bytes
 
@@ -41,8 +42,7 @@ MAX_REQUEST_BYTES = 64 << 20  # but for parts
 
 
 @dataclass
-class _Part:
-    shards: int
+class _Kept:
     head: bytes
     room: mmap.mmap
     size: int
@@ -50,25 +50,28 @@ class _Part:
     whole: bool = False
 
 
+_Key = tuple[SnapshotId, Part]
+
+
 @dataclass
 class Store:
     """The parts of one vault. From any thread."""
 
-    _parts: dict[tuple[SnapshotId, int], _Part] = field(default_factory=dict)
+    _parts: dict[_Key, _Kept] = field(default_factory=dict)
     _free: list[mmap.mmap] = field(default_factory=list)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def begin(self, id: SnapshotId, shard: int, shards: int, head: bytes, size: int, keep: SnapshotId | None) -> _Part:
+    def begin(self, key: _Key, head: bytes, size: int, keep: SnapshotId | None) -> _Kept:
         """Make room for a part; nobody sees it before it is whole.
 
         Raises:
             MemoryError: there is none.
         """
         with self._lock:
-            gone = to_free([known for known, _ in self._parts], id, keep)
+            gone = to_free([known for known, _ in self._parts], key[0], keep)
             if gone:
                 self._free = []  # what the round before did not use
-            self._drop([key for key in self._parts if key[0] in gone or key == (id, shard)])
+            self._drop([known for known in self._parts if known[0] in gone or known == key])
             fits = [room for room in self._free if size <= len(room) <= 2 * size]
             room = min(fits, key=len, default=None)
             if room is not None:
@@ -79,35 +82,35 @@ class Store:
                 if size > left:
                     raise MemoryError(f"a part of {size} bytes does not fit into {left} bytes that are left")
                 room = mmap.mmap(-1, max(1, size))
-            part = self._parts[id, shard] = _Part(shards, head, room, size)
-            return part
+            kept = self._parts[key] = _Kept(head, room, size)
+            return kept
 
-    def end(self, id: SnapshotId, shard: int, part: _Part, *, whole: bool) -> None:
+    def end(self, key: _Key, kept: _Kept, *, whole: bool) -> None:
         """All of it came, or no more will."""
         with self._lock:
-            if self._parts.get((id, shard)) is part:
-                part.whole = whole
+            if self._parts.get(key) is kept:
+                kept.whole = whole
                 if not whole:
-                    self._drop([(id, shard)])
+                    self._drop([key])
 
-    def whole(self) -> list[list[Any]]:
-        """[snapshot, shard, shards] of each whole part."""
+    def whole(self) -> list[list[str]]:
+        """[snapshot, part] of each whole part."""
         with self._lock:
-            return [[str(id), shard, p.shards] for (id, shard), p in sorted(self._parts.items()) if p.whole]
+            return [[str(id), part.key] for id, part in sorted(self._parts) if self._parts[id, part].whole]
 
-    def open(self, id: SnapshotId, shard: int) -> _Part | None:
+    def open(self, key: _Key) -> _Kept | None:
         """A whole part to read from, until `close`; its room is not used again meanwhile."""
         with self._lock:
-            part = self._parts.get((id, shard))
-            if part is None or not part.whole:
+            kept = self._parts.get(key)
+            if kept is None or not kept.whole:
                 return None
-            part.readers += 1
-            return part
+            kept.readers += 1
+            return kept
 
-    def close(self, part: _Part) -> None:
+    def close(self, kept: _Kept) -> None:
         """Read."""
         with self._lock:
-            part.readers -= 1
+            kept.readers -= 1
 
     def forget(self, after: int, before: SnapshotId) -> None:
         """Drop older snapshots than `before`, of later steps than `after`."""
@@ -119,7 +122,7 @@ class Store:
         with self._lock:
             return sum(len(p.room) for p in self._parts.values()) + sum(map(len, self._free))
 
-    def _drop(self, keys: list[tuple[SnapshotId, int]]) -> None:
+    def _drop(self, keys: list[_Key]) -> None:
         for key in keys:
             part = self._parts.pop(key)
             if part.whole and not part.readers:  # else somebody still writes into it, or reads it
@@ -232,31 +235,31 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(400, {"error": f"no such request: {type(error).__name__}: {error}"})
 
     def _put(self) -> None:
-        id, shard = self._place()
+        key = self._key()
         query = parse_qs(urlsplit(self.path).query)
         keep = SnapshotId.parse(query["keep"][0]) if "keep" in query else None
         head_bytes = int(query["head"][0])
         size = int(self.headers["Content-Length"]) - head_bytes
-        fault.point("vault.begin", -1, id.step)
+        fault.point("vault.begin", -1, key[0].step)
         head = self.rfile.read(head_bytes)
         try:
-            part = self.store.begin(id, shard, int(query["shards"][0]), head, size, keep)
+            kept = self.store.begin(key, head, size, keep)
         except (MemoryError, OSError) as error:
             self._discard(size)
             self._send(507, {"error": str(error)})
             return
         whole = False
         try:
-            whole = self._receive(part, id.step) == query["xxh3"][0]
+            whole = self._receive(kept, key[0].step) == query["xxh3"][0]
         finally:
-            self.store.end(id, shard, part, whole=whole)
-        fault.point("vault.whole", -1, id.step)
+            self.store.end(key, kept, whole=whole)
+        fault.point("vault.whole", -1, key[0].step)
         self._send(200, {}) if whole else self._send(400, {"error": "the bytes that came are not those that were sent"})
 
-    def _receive(self, part: _Part, step: int) -> str:
-        digest, view = xxhash.xxh3_64(part.head), memoryview(part.room)
-        for start in range(0, part.size, READ_BYTES):
-            piece = view[start : min(part.size, start + READ_BYTES)]
+    def _receive(self, kept: _Kept, step: int) -> str:
+        digest, view = xxhash.xxh3_64(kept.head), memoryview(kept.room)
+        for start in range(0, kept.size, READ_BYTES):
+            piece = view[start : min(kept.size, start + READ_BYTES)]
             if self.rfile.readinto(piece) != len(piece):
                 raise ConnectionError("the sender is gone")
             digest.update(piece)
@@ -279,19 +282,19 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _read_part(self, ranges: list[list[int]] | None) -> None:
         """Send bytes of the tensors, or the head."""
-        id, shard = self._place()
-        part = self.store.open(id, shard)
-        if part is None:
-            self._send(404, {"error": f"shard {shard} of snapshot {id} is not here"})
+        id, part = key = self._key()
+        kept = self.store.open(key)
+        if kept is None:
+            self._send(404, {"error": f"{part} of snapshot {id} is not here"})
             return
         try:
             if ranges is None:
-                self._send_bytes(200, memoryview(part.head))
+                self._send_bytes(200, memoryview(kept.head))
             else:
-                view = memoryview(part.room)
+                view = memoryview(kept.room)
                 self._send_bytes(200, *(view[start:end] for start, end in ranges))
         finally:
-            self.store.close(part)
+            self.store.close(kept)
 
     def _post(self) -> None:
         length = int(self.headers["Content-Length"])
@@ -304,9 +307,9 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             self._read_part(body["ranges"])
 
-    def _place(self) -> tuple[SnapshotId, int]:
-        _, _, id, shard, *_ = urlsplit(self.path).path.split("/")
-        return SnapshotId.parse(id), int(shard)
+    def _key(self) -> _Key:
+        _, _, id, part, *_ = urlsplit(self.path).path.split("/")
+        return SnapshotId.parse(id), Part.parse(part)
 
     def _send(self, status: int, value: Any) -> None:
         self._send_bytes(status, memoryview(json.dumps(value).encode()))

@@ -28,9 +28,9 @@ from torch.distributed.checkpoint.metadata import (
 from elastic.checkpoint.downloads import RangeReader
 from elastic.checkpoint.patience import patiently
 from elastic.checkpoint.tensors import NAMES
-from elastic.checkpoint.tiling import Box, tiles
 from elastic.compat.torch_checkpoint import PICKLED, StorageInfo
 from elastic.errors import CheckpointError
+from elastic.placement import Box, narrowed, tiles
 from elastic.storage import Storage
 from elastic.tools.output import Output
 
@@ -128,10 +128,8 @@ class Opened:
             found = self._load(name, place)
             if not isinstance(found, torch.Tensor) or (found.dtype, found.size()) != (whole.dtype, chunk.sizes):
                 raise CheckpointError(f"a chunk of the tensor {name!r} is not what {METADATA} says")
-            view = whole
-            for d, (offset, size) in enumerate(zip(chunk.offsets, chunk.sizes)):
-                view = view.narrow(d, offset, size)
-            view.copy_(found)
+            box = Box(tuple(chunk.offsets), tuple(chunk.sizes))
+            narrowed(whole, box, Box.whole(tuple(entry.size))).copy_(found)
         return whole
 
     def _place(self, index: MetadataIndex) -> StorageInfo:

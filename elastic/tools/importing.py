@@ -25,9 +25,9 @@ from elastic.checkpoint.loader import fill
 from elastic.checkpoint.plan import Held, plan_save
 from elastic.checkpoint.reader import newest_first
 from elastic.checkpoint.tensors import DTYPES, NAMES, Shard, tensor_bytes
-from elastic.checkpoint.tiling import Box
 from elastic.checkpoint.writer import commit
 from elastic.errors import CheckpointError, ConfigError
+from elastic.placement import Box
 from elastic.run.folder import RunFolder
 from elastic.storage import Storage
 from elastic.tools import dcp

@@ -28,7 +28,7 @@ from elastic.worker.state import TrainState
 _MULTIPLIER = -7046029254386353131  # odd, of 64 bits: 2**64 over the golden ratio
 _ROW = 1024
 _PLAIN = (int, float, bool, str, type(None))
-Entry = tuple[str, str, str]  # what is compared, which shard of it ("" for what all hold), and a digest
+Entry = tuple[str, str, str]  # what is compared, which part of it ("" for what all hold), and a digest
 
 
 # ---- the update ----------------------------------------------------------------------------------------------------
@@ -63,20 +63,20 @@ def _is_plain(value: Any) -> bool:
 
 
 def update_entries(
-    numbers: Mapping[str, float], optimizer: torch.optim.Optimizer, names: Mapping[int, str], shard: str
+    numbers: Mapping[str, float], optimizer: torch.optim.Optimizer, names: Mapping[int, str], part: str
 ) -> list[Entry]:
     """The update in detail, for the workers to find what differs.
 
     Args:
         names: of the parameters, by their identity.
-        shard: which part of what is cut this worker holds.
+        part: which part of what is cut this worker holds.
     """
     found: list[Entry] = []
     for index, group in enumerate(optimizer.param_groups):
         for p in group["params"]:
             value = tensor_digest(dense(local(p.grad))) if p.grad is not None else "none"
-            part = shard if isinstance(p, DTensor) else ""
-            found.append((f"the gradient of {names.get(id(p), 'a parameter')}", part, value))
+            name, which = names.get(id(p), "a parameter"), part if isinstance(p, DTensor) else ""
+            found.append((f"the gradient of {name}", which, value))
         found += [(f"{key} of parameter group {index}", "", repr(value)) for key, value in _options(group)]
     return found + [(name, "", value.hex()) for name, value in numbers.items()]
 
@@ -109,8 +109,7 @@ def check_state(state: TrainState, group: Group, worker_id: str, step: int, *, e
     """
     entries = state_entries(state, exact=exact)
     rows = group.gather_rows_in_mesh([_digest(entries), _digest([e for e in entries if not e[1]])])
-    shards = group.layout.shards
-    copies = [{row[0] for row in rows[shard::shards]} for shard in range(shards)]
+    copies = [{rows[place][0] for place in places} for places in group.layout.copies.values()]
     if any(len(copy) > 1 for copy in copies) or len({row[1] for row in rows}) > 1:
         what = f"the state of step {step}"
         raise CopiesDiffer(_difference(what, group, worker_id, entries, "nothing of this state was saved"))
@@ -123,10 +122,10 @@ def _digest(entries: list[Entry]) -> int:
 
 def state_entries(state: TrainState, *, exact: bool = True) -> list[Entry]:
     """The state in detail."""
-    shard = str(state.mesh.shard) if state.mesh is not None else ""
+    part = str(state.part)
     tensors, values = state.collect()
     found = [
-        (name, shard if isinstance(tensor, DTensor) else "", tensor_digest(local(tensor)))
+        (name, part if isinstance(tensor, DTensor) else "", tensor_digest(local(tensor)))
         for name, tensor in tensors.items()
         if exact or not name.startswith("modules/")
     ]
@@ -179,10 +178,10 @@ def first_difference(everyone: Sequence[tuple[str, Sequence[Sequence[str]]]]) ->
     Args:
         everyone: each worker's id and entries.
     """
-    held = [(worker, {(name, shard): digest for name, shard, digest in theirs}) for worker, theirs in everyone]
+    held = [(worker, {(name, part): digest for name, part, digest in theirs}) for worker, theirs in everyone]
     for key in dict.fromkeys(key for _, mine in held for key in mine):
-        name, shard = key
-        found = [(worker, mine.get(key)) for worker, mine in held if key in mine or not shard]
+        name, part = key
+        found = [(worker, mine.get(key)) for worker, mine in held if key in mine or not part]
         usual, _ = Counter(digest for _, digest in found).most_common(1)[0]
         different = [worker for worker, digest in found if digest != usual]
         if different:

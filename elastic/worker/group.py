@@ -277,45 +277,6 @@ class Group:
         self.check()
         return json.loads(data)
 
-    def send_tensors(self, tensors: dict[str, torch.Tensor] | None, sources: list[int]) -> dict[str, torch.Tensor]:
-        """Named tensors from those that have them to the others.
-
-        Args:
-            tensors: what this rank has; None if it takes.
-            sources: for each rank the one that it takes from; itself if it has them.
-
-        Returns:
-            what this rank took, by name.
-        """
-        source, first = sources[self.rank], min(sources)
-        takers = [rank for rank, s in enumerate(sources) if s == self.rank != rank]
-        head = None
-        if self.rank == first:
-            assert tensors is not None
-            head = [[n, str(t.dtype).removeprefix("torch."), list(t.shape)] for n, t in tensors.items()]
-        received: dict[str, torch.Tensor] = {}
-        for name, dtype, shape in self.send_json(head, first):
-            with self.collective("sending state"):
-                if source != self.rank:
-                    value = torch.empty(shape, dtype=getattr(torch, dtype), device=self.device)
-                    received[name] = value
-                elif takers:
-                    assert tensors is not None
-                    value = tensors[name].detach().to(self.device).contiguous()
-                else:
-                    continue
-                flat = value.reshape(-1).view(torch.uint8)
-                if len(set(sources)) == 1:
-                    dist.broadcast(flat, first)  # along a tree
-                elif source != self.rank:
-                    dist.recv(flat, source)
-                else:
-                    for taker in takers:
-                        dist.send(flat, taker)
-        host_wait(self.device)
-        self.check()
-        return received
-
 
 @contextmanager
 def _connecting(what: str) -> Iterator[None]:

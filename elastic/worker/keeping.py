@@ -13,15 +13,15 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from elastic.checkpoint.tensors import Shard
+from elastic.checkpoint.tensors import Shard, dtype_name
 from elastic.compat.torch import EXTRA_STATE, own_buffers
 from elastic.config import OptimOptions
 from elastic.errors import ConfigError
 from elastic.job import Job, job_classes
-from elastic.parallel.layout import shard_range
 from elastic.parallel.mesh import Mesh
 from elastic.parallel.scaling import LossScale
-from elastic.parallel.wrapping import fsdp_modules, is_cut, local, whole
+from elastic.parallel.wrapping import cut_of, fsdp_modules, local, whole
+from elastic.placement import Part, TensorSpec
 from elastic.values import Classes, ValueRefused, classes, encode, part_of
 from elastic.worker.groups import Groups
 from elastic.worker.naming import (
@@ -206,7 +206,7 @@ class Keeping:
         if self.scaler:
             found.values["loss_scale"] = self.scaler.values()
         # In name order: workers hold what the optimizer keeps in the order in which they came to it.
-        tensors = {n: t if is_cut(n, t) else local(t) for n, t in sorted(found.tensors.items())}
+        tensors = {n: t if cut_of(n, t) else local(t) for n, t in sorted(found.tensors.items())}
         return tensors, found.values
 
     def _collect_optimizer(self, found: Collected) -> None:
@@ -298,11 +298,16 @@ class Keeping:
         """A tensor of the state, whole; of a sharded one everyone of the row asks at one time."""
         return tensor if self.mesh is None else whole(tensor, self.mesh)
 
-    def heads(self) -> list[list[Any]]:
-        """Name, dtype, whole shape of each tensor, and whether it is cut: JSON values for those who hold none."""
+    @property
+    def part(self) -> Part:
+        """What of the state this worker holds."""
+        return Part() if self.mesh is None else self.mesh.part
+
+    def specs(self) -> list[TensorSpec]:
+        """What the tensors are, and how they are cut: for those who hold none of them."""
         return [
-            [name, str(t.dtype).removeprefix("torch."), list(t.shape), isinstance(t, DTensor)]
-            for name, t in self.tensors().items()
+            TensorSpec(name, dtype_name(name, tensor), tuple(tensor.shape), cut_of(name, tensor))
+            for name, tensor in self.tensors().items()
         ]
 
     def shards(self, rank: int, size: int) -> list[Shard]:
@@ -324,9 +329,9 @@ class Keeping:
         if not isinstance(tensor, DTensor):
             return Shard.whole(name, tensor, replica=rank, replicas=size)
         assert self.mesh is not None
-        layout, shape = self.mesh.layout, tuple(tensor.shape)
-        offsets = (shard_range(shape[0], self.mesh.shard, layout.shards).start, *(0 for _ in shape[1:]))
-        return Shard(name, local(tensor), shape, offsets, self.mesh.replica, layout.replicas)
+        shape, mesh = tuple(tensor.shape), self.mesh
+        box = mesh.part.box(shape, cut_of(name, tensor))
+        return Shard(name, local(tensor), shape, box.offsets, mesh.replica, mesh.layout.replicas)
 
 
 def _is_live(tensor: torch.Tensor, again: Any) -> bool:

@@ -1,6 +1,7 @@
-"""Where a sharded state comes from when nobody holds all of it in memory: snapshots and checkpoints, newest first.
+"""Where a state comes from when nobody holds all of it in memory: snapshots and checkpoints, newest first.
 
-Everyone of a world goes down together, spares too: a rung that one of them cannot take, none takes.
+Everyone of a world goes down together, spares too: a rung that one of them cannot take, none takes. Each part of the
+state is read once, by the first worker that is to hold it; who else is to hold it takes it from there.
 """
 
 from __future__ import annotations
@@ -29,16 +30,14 @@ Make = Callable[[bool], TrainState]
 
 
 @dataclass
-class Remeshed:
-    """The state of a worker in its new world; `state` is None for a spare. `source` is the rank of one that had it.
-    `open`: what belongs after the step, an evaluation, may not have been done."""
+class Found:
+    """What the rungs had; `state` is None where others read this worker's part. `open`: what belongs after the step, an
+    evaluation, may not have been done."""
 
     step: int
     state: TrainState | None
-    rung: str
-    source: int
     open: bool = False
-    manifest: Manifest | None = None  # of the checkpoint that it is from
+    manifest: Manifest | None = None  # of the checkpoint that the state is from
 
 
 def next_rung(snapshot: int | None, checkpoint: int | None) -> Literal["snapshot", "checkpoint", "fresh"]:
@@ -67,7 +66,7 @@ def descend(
     link: WorkerLink,
     snapshots: Snapshots,
     lost: str | None,
-) -> Remeshed:
+) -> Found:
     """Take the first rung that holds.
 
     Args:
@@ -83,18 +82,20 @@ def descend(
 
 def _descend(
     group: Group,
-    make: Make,
+    make: Make | None,
     options: CheckpointOptions,
     storage: Storage,
     link: WorkerLink,
     snapshots: Snapshots,
     lost: str | None,
-) -> Remeshed:
-    began, source = time.monotonic(), group.layout.ranks[0]
+) -> Found:
+    began = time.monotonic()
+    if group.place is None or not group.layout.is_first(group.place):
+        make = None
     copies, why = snapshots.find(group)
     if lost and snapshots.on and not copies:
         why = why or "no vault has a snapshot"
-    reasons, stored = [lost, why], _Stored(group, make, storage, options.convert)
+    reasons, stored = [lost, why], _Stored(group, make, storage, options.convert, link)
 
     def done(
         step: int,
@@ -103,11 +104,11 @@ def _descend(
         *,
         open: bool = False,
         manifest: Manifest | None = None,
-    ) -> Remeshed:
+    ) -> Found:
         reason = "; ".join(r for r in reasons if r) or None
         if group.leads and (reason is not None or detail["rung"] != "fresh"):
             tell(link, step, began, {**detail, "reason": reason})
-        return Remeshed(step, state, detail["rung"], source, open, manifest)
+        return Found(step, state, open, manifest)
 
     while True:
         rung = next_rung(copies[0].id.step if copies else None, stored.step)
@@ -137,11 +138,11 @@ def _descend(
                 tell_unloadable(link, checkpoint, error)
             continue
         detail = {"rung": "checkpoint", "attempt": checkpoint.attempt, "bytes": size}
-        return done(checkpoint.step, state, detail, open=not manifest.metrics, manifest=manifest)
+        return done(checkpoint.step, state, detail, open=manifest is None or not manifest.metrics, manifest=manifest)
     if stored.problem:
         raise CheckpointError(f"no committed checkpoint can be loaded; the newest problem: {stored.problem}")
     stored.refuse_to_begin_anew()
-    state = make(True) if group.place is not None else None
+    state = make(True) if make is not None else None
     if state is not None:
         initialise(state, options, link, tell=group.leads)
     return done(0, state, {"rung": "fresh"})
@@ -151,8 +152,8 @@ class _Stored:
     """The committed checkpoints that were not tried yet, newest first. Before they are listed, the newest is what the
     keeper says: listing takes its time, and a snapshot may do."""
 
-    def __init__(self, group: Group, make: Make, storage: Storage, convert: bool):
-        self._group, self._make, self._storage, self._convert = group, make, storage, convert
+    def __init__(self, group: Group, make: Make | None, storage: Storage, convert: bool, link: WorkerLink):
+        self._group, self._make, self._storage, self._convert, self._link = group, make, storage, convert, link
         self._said = group.assignment.restore.step
         self._listed: list[Committed] | None = None
         self._state: TrainState | None = None
@@ -183,15 +184,15 @@ class _Stored:
         """Give back the memory of a state that could not be loaded."""
         self._state = None
 
-    def load(self, checkpoint: Committed) -> tuple[TrainState | None, int, Manifest]:
-        """This worker's part (None for a spare), the bytes that it read, and the checkpoint's manifest.
+    def load(self, checkpoint: Committed) -> tuple[TrainState | None, int, Manifest | None]:
+        """This worker's part and the checkpoint's manifest (None where others read it), and the bytes that it read.
 
         Raises:
             CheckpointError: on all workers, if any of them could not load.
         """
         try:
             manifest = self._read(checkpoint)
-            return *self._load(checkpoint, manifest), manifest
+            return *self._load(checkpoint, manifest), manifest if self._make is not None else None
         except CheckpointError as error:
             self.problem = self.problem or str(error)
             raise
@@ -200,8 +201,9 @@ class _Stored:
         manifest = Manifest(checkpoint.step, 0, "", {}, {})
         problem: CheckpointError | None = None
         try:
-            manifest = read_manifest(self._storage, checkpoint)
-            if self._group.rank == 0:
+            if self._make is not None:
+                manifest = read_manifest(self._storage, checkpoint)
+            if self._group.leads:
                 check_objects(self._storage, checkpoint.folder, manifest.tensors)
         except CheckpointError as error:
             problem = error
@@ -213,7 +215,7 @@ class _Stored:
         convert = self._convert or alone
         shards: list[Shard] = []
         problem: CheckpointError | None = None
-        if group.place is not None and (self._state is None or (alone and not self._filled)):
+        if self._make is not None and (self._state is None or (alone and not self._filled)):
             self._state = None  # one at a time
             self._state, self._filled = self._make(alone), alone  # of weights alone, all else is as the job makes it
         state = self._state
@@ -224,6 +226,8 @@ class _Stored:
             problem = error
         self._raise_together(problem)
         report = load_together(self._storage, checkpoint.folder, manifest, shards, group.gather_json, convert=convert)
+        for block in report.refetched:
+            self._link.event("block_refetched", checkpoint.step, block)
         try:
             if state is not None:
                 state.load_values(manifest.values)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import astuple, dataclass
 
-from elastic.parallel.layout import Held
+from elastic import fault
+from elastic.parallel.layout import Held, holders, lost_parts
+from elastic.parallel.wrapping import local
+from elastic.placement import Part, TensorSpec
+from elastic.worker import ladder
+from elastic.worker.exchange import exchange
 from elastic.worker.group import Group
-from elastic.worker.remesh import remesh
 from elastic.worker.restore_plan import Plan, Standing, decide
 from elastic.worker.state import TrainState
-from elastic.worker.state_sources import initialise, restore_from_peers, restore_newest
 from elastic.worker.worker import Worker
 
 
@@ -45,14 +49,8 @@ def restore(worker: Worker, group: Group) -> Restored:
         holding.lost = f"workers hold step {max(plan.held)}, the newest checkpoint is of step " + str(
             group.assignment.restore.newest
         )
-    if worker.config.parallel.sharded:
-        step, goes_on, source = _remesh(worker, group)
-    else:
-        step, goes_on, source = _restore_whole(worker, group, plan)
+    step, goes_on, source = _bring(worker, group)
     holding.began_at = step
-    if not goes_on:  # steps after this one are done again
-        link.undone(step)
-        holding.evaluated = (-1, {})
     if group.leads or group.rank == source:  # who holds the newest state has its rows; who leads may be new
         link.report_rows()
     # an evaluation that a break interrupted is done again, by everyone or by nobody
@@ -77,61 +75,103 @@ def _settle_update(worker: Worker, group: Group) -> Plan:
     return plan
 
 
-def _restore_whole(worker: Worker, group: Group, plan: Plan) -> tuple[int, bool, int]:
-    """Returns the step, whether somebody held it, and the rank of one that did."""
-    holding, config = worker.holding, worker.config
-    if holding.applied < 0 and holding.touched:  # an update broke off in the job's code: no step's state
-        holding.state = None
-        holding.state = worker.code.guard(worker.placing.whole)
-    state, goes_on = holding.placed, plan.newest >= 0
-    holding.open = goes_on
-    if not goes_on and group.rank == plan.source:
-        found = restore_newest(state, worker.storage, worker.link, convert=config.checkpoint.convert)
-        holding.applied, holding.open = (found.step, not found.metrics) if found else (0, False)
-        if found is not None:
-            worker.provenance.goes_on_from(found)
-        else:
-            initialise(state, config.checkpoint, worker.link)
-    held = group.gather_ints(holding.applied)
-    if min(held) != max(held):
-        holding.applied = restore_from_peers(state, group, held, worker.link)
-    holding.touched = True
-    return holding.applied, goes_on, plan.source
+def _bring(worker: Worker, group: Group) -> tuple[int, bool, int]:
+    """The state that members hold in memory, else that of the ladder. Who lacks its part of it takes it from others.
 
-
-def _remesh(worker: Worker, group: Group) -> tuple[int, bool, int]:
-    """The same processes, a new mesh: cut the model anew and bring its state there.
+    Where the model is cut, everyone makes its part anew, for the new mesh, and the old parts stay as they are until all
+    have the new ones.
 
     Returns:
         the step, whether its state was in memory, and the rank of one that had it.
     """
-    holding, mesh, shard, shards = worker.holding, group.mesh, 0, 1
-    if holding.state is not None and holding.state.mesh is not None:
-        shard, shards = holding.state.mesh.shard, holding.state.mesh.layout.shards
-        holding.state.hold_extra()
-    held = Held(holding.applied if holding.state else -1, shard, shards)
+    began, holding, layout, cut = time.monotonic(), worker.holding, group.layout, worker.config.parallel.sharded
+    if not cut and holding.applied < 0 and holding.touched:  # half an update, or half a state
+        holding.state = None
+        holding.state = worker.code.guard(worker.placing.whole)
+        holding.touched = False
 
     def make(fill: bool) -> TrainState:
-        state: TrainState = worker.code.guard(lambda: worker.placing.sharded(mesh, fill=fill))
+        if not cut:
+            return holding.placed
+        state: TrainState = worker.code.guard(lambda: worker.placing.sharded(group.mesh, fill=fill))
         return state
 
-    found = remesh(
-        holding.state,
-        held,
-        group,
-        make,
-        worker.config.checkpoint,
-        worker.storage,
-        worker.link,
-        worker.snapshots,
-        holding.lost,
-        holding.let_go,
-    )
-    holding.state, holding.applied = found.state, found.step if found.state else -1
-    holding.open, holding.lost = found.open, None
+    part = holding.state.part if holding.state is not None else Part()
+    if cut and holding.state is not None:
+        holding.state.hold_extra()
+    rows = group.gather_json([holding.applied if holding.state is not None else -1, part.axes, holding.lost])
+    held = [Held(step, Part.of(axes)) for step, axes, _ in rows]
+    found, step = holders(held), max(h.step for h in held)
+    in_memory = found is not None
+    holding.open = in_memory
+    if found is None:
+        step = _descend(worker, group, make, lost_parts(held) or next((lost for *_, lost in rows if lost), None))
+        found = {part: [layout.ranks[places[0]]] for part, places in layout.copies.items()}
+    rebuilt = cut and in_memory
+    new = {rank: layout.part(place) for place, rank in enumerate(layout.ranks)}
+    wants = {rank: part for rank, part in new.items() if rebuilt or rank not in found[part]}
+    source = next(iter(found.values()))[0]
+    if wants:
+        _take(worker, group, make, step, found, wants, source, rebuilt=rebuilt)
+        if group.rank in wants and held[group.rank].step != step and (in_memory or step):
+            ladder.tell(worker.link, step, began, {"rung": "peer", "source": source})
+    if group.place is None:
+        holding.state, holding.applied = None, -1
+    holding.lost, holding.touched = None, True
+    return step, in_memory, source
+
+
+def _descend(worker: Worker, group: Group, make: ladder.Make, lost: str | None) -> int:
+    """Have the first worker of each part read it, and note that later steps are done again; returns the step."""
+    holding, snapshots = worker.holding, worker.snapshots
+    if worker.config.parallel.sharded:
+        holding.let_go(lost)
+    holding.touched = True
+    options, storage, link = worker.config.checkpoint, worker.storage, worker.link
+    found = ladder.descend(group, make, options, storage, link, snapshots, lost)
+    if found.state is not None:
+        holding.state, holding.applied, holding.open = found.state, found.step, found.open
     if found.manifest is not None:
         worker.provenance.goes_on_from(found.manifest)
-    goes_on = found.rung == "memory"
-    if not goes_on:
-        worker.snapshots.undone(found.step)
-    return found.step, goes_on, found.source
+    link.undone(found.step)
+    snapshots.undone(found.step)
+    holding.evaluated = (-1, {})
+    return found.step
+
+
+def _take(
+    worker: Worker,
+    group: Group,
+    make: ladder.Make,
+    step: int,
+    found: dict[Part, list[int]],
+    wants: dict[int, Part],
+    source: int,
+    *,
+    rebuilt: bool,
+) -> None:
+    """Give those who want it their part of the state of `step`. Everyone of the world calls this, spares too.
+
+    Args:
+        found: the ranks that hold each part.
+        wants: the part that each rank is to get.
+        source: the rank that tells all what there is beside tensors.
+        rebuilt: the old states are kept until all have the new ones.
+    """
+    holding, rank = worker.holding, group.rank
+    old = holding.placed if any(rank in ranks for ranks in found.values()) else None
+    said = {"values": old.values(), "tensors": [s.to_json() for s in old.specs()]} if old and rank == source else None
+    said = group.send_json(said, source)
+    specs = [TensorSpec.of(raw) for raw in said["tensors"]]
+    state = make(False) if rank in wants else None
+    fault.point("state.moving", rank, step)
+    here = {name: local(tensor) for name, tensor in old.tensors().items()} if old is not None else {}
+    tensors = exchange(group, specs, here, found, wants)
+    if state is not None:
+        if not rebuilt:
+            holding.applied, holding.touched = -1, True
+        state.load(tensors, said["values"], specs)
+    if rebuilt:
+        group.gather_ints(step)  # nobody drops the old state before everybody has the new one
+    if state is not None:
+        holding.state, holding.applied = state, step

@@ -9,11 +9,13 @@ from typing import Any
 import torch
 
 from elastic import fault
+from elastic.checkpoint.tensors import DTYPES
 from elastic.errors import CheckpointError, SnapshotError
+from elastic.placement import Part, TensorSpec
 from elastic.snapshot.client import VaultClient
 from elastic.snapshot.holdings import Complete, Holding, SnapshotId, complete, lost_parts
 from elastic.worker.group import Group
-from elastic.worker.snapshot_layout import Head, pieces
+from elastic.worker.snapshot_layout import pieces
 from elastic.worker.state import TrainState
 
 SURVEY_S = 2.0
@@ -76,12 +78,15 @@ def choose(near: Sequence[str], far: Sequence[str], token: str) -> tuple[list[Co
 
 
 def load(
-    group: Group, make: Callable[[bool], TrainState], found: Complete, own: str, token: str
+    group: Group, make: Callable[[bool], TrainState] | None, found: Complete, own: str, token: str
 ) -> tuple[TrainState | None, int]:
     """This worker's part in the new mesh, out of a complete snapshot. Everyone of the world calls it, spares too.
 
+    Args:
+        make: None where others read this worker's part.
+
     Returns:
-        the state (None for a spare), and the bytes that were read.
+        the state (None without `make`), and the bytes that were read.
 
     Raises:
         SnapshotError: on all workers, if any of them could not read its part.
@@ -95,15 +100,14 @@ def load(
     said, problem = group.send_json([said, problem], 0)
     if problem is not None:
         raise SnapshotError(problem)
-    heads = [Head.of(values) for values in said["tensors"]]
+    specs = [TensorSpec.of(raw) for raw in said["tensors"]]
     state, read = None, 0
     try:
-        if group.place is not None:
+        if make is not None:
             state = make(False)
-            shard, shards = group.place % group.layout.shards, group.layout.shards
             fault.point("snapshot.reading", group.rank, found.id.step)
-            tensors, read = _read(found, heads, shard, shards, own, group.rank, token)
-            state.load(tensors, said["values"], said["tensors"])
+            tensors, read = _read(found, specs, state.part, own, group.rank, token)
+            state.load(tensors, said["values"], specs)
     except (SnapshotError, CheckpointError) as error:
         problem = str(error)
     problems = [p for p in group.gather_json(problem) if p]
@@ -114,10 +118,11 @@ def load(
 
 def _head(found: Complete, token: str) -> dict[str, Any]:
     error: SnapshotError | None = None
-    for url in found.urls[0]:
+    first, urls = next(iter(found.urls.items()))
+    for url in urls:
         vault = VaultClient(url, token, READ_S)
         try:
-            return vault.head(found.id, 0)
+            return vault.head(found.id, first)
         except SnapshotError as failed:
             error = failed
         finally:
@@ -127,31 +132,27 @@ def _head(found: Complete, token: str) -> dict[str, Any]:
 
 
 def _read(
-    found: Complete, heads: list[Head], shard: int, shards: int, own: str, rank: int, token: str
+    found: Complete, specs: list[TensorSpec], mine: Part, own: str, rank: int, token: str
 ) -> tuple[dict[str, torch.Tensor], int]:
-    """Tensors of the new part: of what is cut, its rows."""
-    tensors = []
-    for head in heads:
-        rows = len(head.rows(shard, shards))
-        shape = (rows, *head.shape[1:]) if head.cut else head.shape
-        tensors.append(torch.empty(shape, dtype=getattr(torch, head.dtype)))
+    """The boxes of this worker's part in the new mesh, by name, and the bytes that were read."""
+    tensors = [torch.empty(spec.box(mine).sizes, dtype=DTYPES[spec.dtype]) for spec in specs]
     flat = [memoryview(t.reshape(-1).view(torch.uint8).numpy().data) for t in tensors]
-    plan = pieces(heads, len(found.urls), shard, shards)
 
-    def fetch(old: int) -> int:
-        wanted = [(p.start, flat[p.tensor][p.target : p.target + p.length]) for p in plan[old]]
+    def fetch(old: Part) -> int:
+        plan = pieces(specs, old, mine)
+        wanted = [(start, flat[tensor][target : target + length]) for tensor, start, target, length in plan]
         if wanted:
             _fetch(found.id, old, found.urls[old], wanted, own, rank, token)
-        return sum(p.length for p in plan[old])
+        return sum(len(into) for _, into in wanted)
 
-    with ThreadPoolExecutor(min(len(plan), 8), thread_name_prefix="vaults") as pool:
-        count = sum(pool.map(fetch, range(len(plan))))
-    return {head.name: tensor for head, tensor in zip(heads, tensors)}, count
+    with ThreadPoolExecutor(min(len(found.urls), 8), thread_name_prefix="vaults") as pool:
+        count = sum(pool.map(fetch, found.urls))
+    return {spec.name: tensor for spec, tensor in zip(specs, tensors)}, count
 
 
 def _fetch(
     id: SnapshotId,
-    shard: int,
+    part: Part,
     urls: Sequence[str],
     wanted: list[tuple[int, memoryview]],
     own: str,
@@ -164,7 +165,7 @@ def _fetch(
     for i, url in enumerate(order):
         vault = VaultClient(url, token, READ_S)
         try:
-            return vault.read_into(id, shard, wanted)
+            return vault.read_into(id, part, wanted)
         except SnapshotError:
             if i == len(order) - 1:
                 raise

@@ -18,14 +18,14 @@ from elastic.errors import ConfigError, SnapshotError
 from elastic.membership.client import WorkerLink
 from elastic.membership.world import Generation
 from elastic.parallel.probe import state_share
+from elastic.placement import Part
 from elastic.snapshot.cadence import Meter
 from elastic.snapshot.client import VaultClient
 from elastic.snapshot.holdings import Complete, SnapshotId
 from elastic.snapshot.partners import Vault, domains, memory, needs_copies, partners, short_of_memory
 from elastic.worker import snapshot_restore
 from elastic.worker.group import Group
-from elastic.worker.snapshot_layout import Head
-from elastic.worker.snapshot_upload import CALLED_OFF, SEND_S, Part, Sender
+from elastic.worker.snapshot_upload import CALLED_OFF, SEND_S, Sender, Upload
 from elastic.worker.state import TrainState
 
 IN_VAULTS, UNDER_WAY, FAILED = 0, 1, 2  # what a member says of its part; the worst counts for all
@@ -51,7 +51,7 @@ class Snapshots:
         self._entered = self._active = self._writes = False
         self._state: TrainState | None = None
         self._attempt: SnapshotId | None = None  # one that is not complete yet
-        self._part: Part | None = None  # this worker's of it
+        self._part: Upload | None = None  # this worker's of it
         self._free = True  # nobody sends any more
         self._agreed_every, self._begun = 0, 0
         self._troubled = False  # and the ledger knows
@@ -89,13 +89,13 @@ class Snapshots:
         self._undone = None
         partner, domain = partners(vaults), domains(vaults)
         layout, nodes = group.layout, [r["vault"][0] for r in rows]
-        columns = [layout.ranks[s :: layout.shards] for s in range(layout.shards)]
+        columns = [[layout.ranks[place] for place in places] for places in layout.copies.values()]
         self._active = needs_copies([[domain[nodes[r]] for r in ranks] for ranks in columns])
         if self._active:
-            parts = [(nodes[r], int(rows[r]["bytes"])) for r in layout.ranks[: layout.shards]]
+            parts = [(nodes[r], int(rows[r]["bytes"])) for r, *_ in columns]
             self._check_vaults(memory(parts, partner), rows, partner)
         self._entered = True
-        self._writes = self._active and group.place is not None and group.place < layout.shards
+        self._writes = self._active and group.place is not None and layout.is_first(group.place)
         mine = partner.get(self._link.member.node)
         self._urls = (self._own,) if mine is None else (self._own, mine.url)
         if self._active and step > 0:  # what was lost is to have two copies again
@@ -169,15 +169,23 @@ class Snapshots:
         if group.rank == 0:
             near, far = {own for own, _ in told}, {url for _, known in told for url in known}
             found, reason = snapshot_restore.choose(sorted(near), sorted(far), self._token)
-            said = [[str(c.id), c.urls] for c in found], reason
+            said = [[str(c.id), [[part.key, urls] for part, urls in c.urls.items()]] for c in found], reason
         found, reason = group.send_json(said, 0)
-        return [Complete(SnapshotId.parse(id), tuple(map(tuple, urls))) for id, urls in found], reason
+        return [
+            Complete(SnapshotId.parse(id), {Part.parse(part): tuple(urls) for part, urls in there})
+            for id, there in found
+        ], reason
 
-    def load(self, group: Group, make: Callable[[bool], TrainState], found: Complete) -> tuple[TrainState | None, int]:
+    def load(
+        self, group: Group, make: Callable[[bool], TrainState] | None, found: Complete
+    ) -> tuple[TrainState | None, int]:
         """This worker's part of a complete snapshot. Everyone calls this together.
 
+        Args:
+            make: None where others read this worker's part.
+
         Returns:
-            the state (None for a spare), and the bytes that were read.
+            the state (None without `make`), and the bytes that were read.
 
         Raises:
             SnapshotError: on all workers, if any of them could not read its part.
@@ -244,21 +252,17 @@ class Snapshots:
         self._begun, self._part = step, None
         if not self._writes:
             return
-        state, layout = self._state, self._group.layout
+        state = self._state
         assert state is not None
         assert self._sender is not None
-        assert self._group.place is not None
-        heads = [Head.of(values) for values in state.heads()]
-        shard = self._group.place % layout.shards
-        self._part = part = Part(
+        self._part = part = Upload(
             self._attempt,
-            shard,
-            layout.shards,
+            state.part,
             self._group.rank,
             self._urls,
             self._newest,
-            state.values() if shard == 0 else {},
-            heads,
+            state.values() if state.part.first(()) == state.part else {},
+            state.specs(),
             state.shards(0, 1),
         )
         try:
@@ -268,7 +272,7 @@ class Snapshots:
             self._on_end(part)
             part.ended.set()
 
-    def _on_end(self, part: Part) -> None:
+    def _on_end(self, part: Upload) -> None:
         """On the sender's thread."""
         if part.error is not None and part.error != CALLED_OFF:
             self._skip(part.id.step, Generation(part.id.epoch, part.id.n), part.error)

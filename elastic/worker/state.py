@@ -13,6 +13,7 @@ from torch import nn
 from elastic.checkpoint.tensors import DTYPES
 from elastic.errors import CheckpointError
 from elastic.parallel.wrapping import local
+from elastic.placement import TensorSpec
 from elastic.values import ValueRefused, decode, encode
 from elastic.worker.destinations import Destinations, is_coded
 from elastic.worker.naming import named_modules, with_state_of_their_own
@@ -23,20 +24,20 @@ class TrainState(Destinations):
     """The training state, to be saved and to be put back."""
 
     def load(
-        self, tensors: Mapping[str, torch.Tensor], values: dict[str, Any], heads: Iterable[Iterable[Any]] | None = None
+        self, tensors: Mapping[str, torch.Tensor], values: dict[str, Any], specs: Iterable[TensorSpec] | None = None
     ) -> None:
-        """Put a saved state in place: of what is cut, this worker's rows.
+        """Put a saved state in place: of what is cut, this worker's part.
 
         Args:
-            heads: of all tensors, as `heads()` gives them; needed where some are cut.
+            specs: of all tensors, as `specs()` gives them; needed where some are cut.
 
         Raises:
             CheckpointError: names or shapes are not those of this model, optimizer and job.
         """
-        if heads is None:
+        if specs is None:
             known = {name: (tuple(t.shape), t.dtype) for name, t in tensors.items()}
         else:
-            known = {name: (tuple(shape), DTYPES[dtype]) for name, dtype, shape, _ in heads}
+            known = {spec.name: (spec.shape, DTYPES[spec.dtype]) for spec in specs}
         mine = self._make_room(known, values)
         with torch.no_grad():
             for name, value in tensors.items():

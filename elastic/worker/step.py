@@ -299,9 +299,10 @@ class WorldSteps:
             CopiesDiffer: it is not.
         """
         if not copies.equal(largest):
-            shard = str(self._state.mesh.shard) if self._state.mesh is not None else ""
             numbers = {"the loss": update.record.loss, "the gradient norm": update.norm}
-            entries = copies.update_entries(numbers, self._state.optimizer, self._state.parameter_names(), shard)
+            entries = copies.update_entries(
+                numbers, self._state.optimizer, self._state.parameter_names(), str(self._state.part)
+            )
             raise copies.update_error(update.step + 1, self._group, self._link.member.id, entries)
 
     def apply(self, update: Update) -> None:

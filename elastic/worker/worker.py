@@ -237,9 +237,9 @@ class Worker:
             self.roll_forward(holding.ready, holding.generation)
         self.stepper.undo()
         link.report_rows(holding.generation)
-        mesh = holding.placed.mesh
-        if mesh is not None and mesh.layout.shards > 1:
-            detail = f"this worker holds shard {mesh.shard} of {mesh.layout.shards} only"
+        part = holding.placed.part
+        if part.axes:
+            detail = f"this worker holds {part} only"
             link.event("checkpoint_failed", holding.applied, detail, generation=holding.generation)
         else:
             saves = self.saving.alone(holding.placed, holding.generation)

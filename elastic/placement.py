@@ -1,0 +1,236 @@
+"""What of a tensor is where: the boxes of it that workers, checkpoints and snapshots hold, and what is in two of them.
+
+Which box of a tensor a worker holds follows from two things: the tensor's cut, which names the mesh axes that divide
+it, and the worker's part, its index along each axis. What no axis divides is whole everywhere: with ddp all there is.
+Whoever makes new boxes out of old ones (a load, a world of another size, a snapshot) asks `common` for the elements
+that two boxes share, and `copies` for where those lie in memory, row-major. Pure.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+#: How often one layout may be cut in another direction: replicas inside shards inside shards need few.
+MAX_CUTS = 16
+
+#: The mesh axes that divide a tensor, each with the dimension that it divides, in this order: each divides what the
+#: ones before it left.
+Cut = tuple[tuple[str, int], ...]
+
+
+@dataclass(frozen=True)
+class Box:
+    """Elements `offsets[d]` to `offsets[d] + sizes[d]` in each dimension d."""
+
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+
+    @property
+    def volume(self) -> int:
+        return math.prod(self.sizes)
+
+    @staticmethod
+    def whole(shape: tuple[int, ...]) -> Box:
+        return Box((0,) * len(shape), tuple(shape))
+
+    def chunk(self, dimension: int, index: int, count: int) -> Box:
+        """One of `count` pieces along a dimension, as `torch.chunk` cuts them: the last ones shorter or empty."""
+        size = self.sizes[dimension]
+        each = -(-size // count)
+        return self.rows(dimension, min(size, index * each), min(size, (index + 1) * each))
+
+    def piece(self, index: int, count: int) -> Box:
+        """One of `count` pieces along the first dimension of several rows."""
+        return self if count == 1 else self.chunk(self.divided, index, count)
+
+    @property
+    def divided(self) -> int:
+        """The first dimension that has several rows; 0 where none has."""
+        return next((d for d, size in enumerate(self.sizes) if size > 1), 0)
+
+    def rows(self, dimension: int, begin: int, end: int) -> Box:
+        """Those from `begin` to `end` along a dimension, counted from where the box begins."""
+        offsets, sizes = list(self.offsets), list(self.sizes)
+        offsets[dimension], sizes[dimension] = offsets[dimension] + begin, end - begin
+        return Box(tuple(offsets), tuple(sizes))
+
+
+@dataclass(frozen=True, order=True)
+class Part:
+    """What of a state a worker holds.
+
+    Args:
+        axes: (name, index, size) of each mesh axis that divides tensors, in the order of the mesh; none of size 1. No
+            axes: the whole state.
+    """
+
+    axes: tuple[tuple[str, int, int], ...] = ()
+
+    @staticmethod
+    def of(axes: Iterable[Sequence[Any]]) -> Part:
+        """From the place of a worker along all axes that divide tensors, or from JSON."""
+        return Part(tuple((name, index, size) for name, index, size in axes if size > 1))
+
+    @staticmethod
+    def parse(key: str) -> Part:
+        """The inverse of `key`.
+
+        Raises:
+            ValueError: it names no part.
+        """
+        found = [word.split("-") for word in key.split(".") if key != "all"]
+        part = Part.of((name, int(index), int(size)) for name, index, size in found)
+        if part.key != key or not all(0 <= index < size for _, index, size in part.axes):
+            raise ValueError(f"{key!r} names no part of a state")
+        return part
+
+    @property
+    def key(self) -> str:
+        """A short text without spaces that names the part."""
+        return ".".join(f"{name}-{index}-{size}" for name, index, size in self.axes) or "all"
+
+    def __str__(self) -> str:
+        return " x ".join(f"{name} {index} of {size}" for name, index, size in self.axes) or "all"
+
+    @property
+    def siblings(self) -> tuple[Part, ...]:
+        """The parts that together are the whole state, this one among them."""
+        ways = itertools.product(*(range(size) for *_, size in self.axes))
+        return tuple(Part(tuple((n, i, s) for (n, _, s), i in zip(self.axes, way))) for way in ways)
+
+    def box(self, shape: Sequence[int], cut: Cut) -> Box:
+        """What this part has of a tensor."""
+        box, place = Box.whole(tuple(shape)), {name: (index, size) for name, index, size in self.axes}
+        for axis, dimension in cut:
+            if axis in place:
+                box = box.chunk(dimension, *place[axis])
+        return box
+
+    def first(self, cut: Cut) -> Part:
+        """The first of those parts that have the same box of a tensor as this one. The boxes of first parts tile it."""
+        divides = {axis for axis, _ in cut}
+        return Part(tuple((name, index if name in divides else 0, size) for name, index, size in self.axes))
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """A tensor of a state: the name of its dtype, its whole shape, and how it is cut."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    cut: Cut = ()
+
+    @staticmethod
+    def of(raw: Sequence[Any]) -> TensorSpec:
+        """From JSON."""
+        name, dtype, shape, cut = raw
+        return TensorSpec(name, dtype, tuple(shape), tuple((axis, dimension) for axis, dimension in cut))
+
+    def to_json(self) -> list[Any]:
+        return [self.name, self.dtype, list(self.shape), [list(one) for one in self.cut]]
+
+    def box(self, part: Part) -> Box:
+        """What a part has of it."""
+        return part.box(self.shape, self.cut)
+
+
+def narrowed(tensor: torch.Tensor, box: Box, within: Box) -> torch.Tensor:
+    """The view of `tensor`, which is the box `within`, on the box `box` inside it."""
+    for d, (offset, size, base) in enumerate(zip(box.offsets, box.sizes, within.offsets, strict=True)):
+        tensor = tensor.narrow(d, offset - base, size)
+    return tensor
+
+
+def common(a: Box, b: Box) -> Box | None:
+    """The elements in both boxes, or None where there are none."""
+    starts = [max(p, q) for p, q in zip(a.offsets, b.offsets, strict=True)]
+    ends = [min(p + m, q + n) for p, m, q, n in zip(a.offsets, a.sizes, b.offsets, b.sizes, strict=True)]
+    if any(e <= s for s, e in zip(starts, ends)):
+        return None
+    return Box(tuple(starts), tuple(e - s for s, e in zip(starts, ends)))
+
+
+def runs(part: Box, whole: Box) -> Iterator[tuple[int, int]]:
+    """The contiguous runs of `part` in the row-major elements of `whole`, which contains it: (first, count)."""
+    dims = len(part.sizes)
+    inner = dims  # from here on both have the same extent, so that rows follow each other without a gap
+    while inner > 0 and part.sizes[inner - 1] == whole.sizes[inner - 1]:
+        inner -= 1
+    inner = max(inner - 1, 0)
+    strides = [math.prod(whole.sizes[d + 1 :]) for d in range(dims)]
+    start = sum((p - w) * s for p, w, s in zip(part.offsets, whole.offsets, strides, strict=True))
+    count = math.prod(part.sizes[inner:])
+    index = [0] * inner
+    while True:
+        yield start + sum(i * s for i, s in zip(index, strides)), count
+        for d in reversed(range(inner)):
+            index[d] += 1
+            if index[d] < part.sizes[d]:
+                break
+            index[d] = 0
+        else:
+            return
+
+
+def copies(source: Box, target: Box) -> Iterator[tuple[int, int, int]]:
+    """The elements that two boxes share, as runs that are contiguous in both: where in the source, where in
+    the target, how many."""
+    shared = common(source, target)
+    if shared is None:
+        return
+    # Both lists of runs enumerate the same elements in the same order, cut at different places.
+    ahead = runs(shared, target)
+    at, room = 0, 0
+    for begin, length in runs(shared, source):
+        first, count = begin, length
+        while count:
+            if not room:
+                at, room = next(ahead)
+            step = min(count, room)
+            yield first, at, step
+            first, at, count, room = first + step, at + step, count - step, room - step
+
+
+def tiles(boxes: list[Box], shape: tuple[int, ...]) -> bool:
+    """Whether boxes inside a shape cover each of its elements exactly once.
+
+    Looks for cuts through the whole layout, and for cuts through each part, at most MAX_CUTS deep: O(n log n) whatever
+    the boxes. Layouts that cannot be cut that way (a pinwheel) are none that this project writes; they are refused.
+    """
+    full = [b for b in boxes if b.volume]
+    if sum(b.volume for b in full) != math.prod(shape):
+        return False
+    return _apart(full, len(shape), MAX_CUTS)
+
+
+def _apart(boxes: list[Box], dims: int, depth: int) -> bool:
+    """Whether no two of the boxes share an element; no box is empty."""
+    if len(boxes) <= 1:
+        return True
+    if depth == 0:
+        return False
+    for d in range(dims):
+        groups = _cut(boxes, d)
+        if len(groups) > 1:
+            return all(_apart(group, dims, depth - 1) for group in groups)
+    return False
+
+
+def _cut(boxes: list[Box], d: int) -> list[list[Box]]:
+    """The boxes in groups that lie behind each other in dimension d."""
+    groups: list[list[Box]] = []
+    reached = -1
+    for box in sorted(boxes, key=lambda b: b.offsets[d]):
+        if box.offsets[d] >= reached:
+            groups.append([])
+        groups[-1].append(box)
+        reached = max(reached, box.offsets[d] + box.sizes[d])
+    return groups

@@ -1,0 +1,110 @@
+"""Moving boxes of tensors between the ranks of a world, many in one collective."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+import torch.distributed as dist
+
+from elastic.checkpoint.tensors import DTYPES, from_bytes
+from elastic.parallel.device import host_wait
+from elastic.parallel.layout import Move, moves
+from elastic.placement import Cut, Part, TensorSpec, common, narrowed
+from elastic.worker.group import Group
+
+BATCH_BYTES = 64 << 20  # that one rank gets at a time
+Piece = tuple[TensorSpec, int, int]  # of each new box of a tensor, the piece with this index, of so many
+
+
+def exchange(
+    group: Group,
+    specs: Sequence[TensorSpec],
+    held: Mapping[str, torch.Tensor],
+    found: Mapping[Part, Sequence[int]],
+    wants: Mapping[int, Part],
+) -> dict[str, torch.Tensor]:
+    """Give each rank its part of a state out of the memory of those that hold it. Everyone of the world calls this.
+
+    Args:
+        held: the boxes that this rank holds, by name.
+        found: the ranks that hold each part.
+        wants: the part that each rank is to get; who is not in it gets none.
+
+    Returns:
+        this rank's boxes, by name, on the device of the group.
+    """
+    plans = {cut: moves(found, wants, cut) for cut in {spec.cut for spec in specs}}
+    mine = wants.get(group.rank)
+    taken: dict[str, torch.Tensor] = {}
+    if mine is not None:
+        for spec in specs:
+            taken[spec.name] = torch.empty(spec.box(mine).sizes, dtype=DTYPES[spec.dtype], device=group.device)
+    parts, sources = {*found, *wants.values()}, {m.source for plan in plans.values() for m in plan}
+    same = parts == {Part()} and len(sources) == 1 and {*sources, *wants} == set(range(group.size))
+    giver = min(sources) if same else None
+    plans = {cut: [m for m in plan if group.rank in (m.source, m.target)] for cut, plan in plans.items()}
+    batch: list[Piece] = []
+    room = BATCH_BYTES
+    for spec in specs:
+        size = max(spec.box(part).volume for part in wants.values()) * DTYPES[spec.dtype].itemsize
+        count = max(1, -(-size // BATCH_BYTES))
+        for index in range(count):
+            if batch and room < size // count:
+                _move(group, plans, batch, held, taken, giver)
+                batch, room = [], BATCH_BYTES
+            batch.append((spec, index, count))
+            room -= size // count
+    _move(group, plans, batch, held, taken, giver)
+    host_wait(group.device)
+    group.check()
+    return taken
+
+
+def _move(
+    group: Group,
+    plans: Mapping[Cut, Sequence[Move]],
+    batch: Sequence[Piece],
+    held: Mapping[str, torch.Tensor],
+    taken: Mapping[str, torch.Tensor],
+    giver: int | None,
+) -> None:
+    """Move some pieces.
+
+    Args:
+        plans: the moves from and to this rank.
+        giver: the one rank that gives the same to all others, if there is one.
+    """
+    rank, device = group.rank, group.device
+    going: list[list[torch.Tensor]] = [[] for _ in range(group.size)]
+    coming: list[list[torch.Tensor]] = [[] for _ in range(group.size)]
+    for spec, index, count in batch:
+        for m in plans[spec.cut]:
+            old, new = spec.box(m.old), spec.box(m.new)
+            box = common(old, new.piece(index, count))
+            if box is None:
+                continue
+            if m.target == rank:
+                place = narrowed(taken[spec.name], box, new)
+            if m.source != rank:
+                coming[m.source].append(place)
+                continue
+            given = narrowed(held[spec.name].detach(), box, old).to(device)
+            if m.target == rank:
+                place.copy_(given)
+            else:
+                going[m.target].append(given.contiguous().reshape(-1).view(torch.uint8))
+    if giver is not None:
+        going = going[giver - 1 : giver] if giver else going[1:2]  # what any other gets is what all get
+    sent = torch.cat([flat for one in going for flat in one] or [torch.empty(0, dtype=torch.uint8, device=device)])
+    lengths = [sum(t.nbytes for t in one) for one in coming]
+    received = sent if giver == rank else torch.empty(sum(lengths), dtype=torch.uint8, device=device)
+    with group.collective("moving state"):
+        if giver is not None:
+            dist.broadcast(received, giver)  # along a tree
+        else:
+            dist.all_to_all_single(received, sent, lengths, [sum(map(len, one)) for one in going])
+    at = 0
+    for place in (place for one in coming for place in one):
+        place.copy_(from_bytes(received[at : at + place.nbytes], place.dtype, tuple(place.shape)))
+        at += place.nbytes
