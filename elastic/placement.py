@@ -40,6 +40,13 @@ class Box:
     def whole(shape: tuple[int, ...]) -> Box:
         return Box((0,) * len(shape), tuple(shape))
 
+    def is_in(self, shape: Sequence[int]) -> bool:
+        """Whether it is a box of a tensor of this shape."""
+        return len(self.offsets) == len(self.sizes) == len(shape) and all(
+            offset >= 0 and size >= 0 and offset + size <= length
+            for offset, size, length in zip(self.offsets, self.sizes, shape)
+        )
+
     def chunk(self, dimension: int, index: int, count: int) -> Box:
         """One of `count` pieces along a dimension, as `torch.chunk` cuts them: the last ones shorter or empty."""
         size = self.sizes[dimension]

@@ -275,10 +275,7 @@ def _chunk(name: str, raw: Any, shape: tuple[int, ...], item: int, version: int)
     crcs = _ints(raw["crcs"]) if version > 1 else ()
     if not _PACK.match(pack) or (version == 1 and "/" in pack):
         raise CheckpointError(f"tensor {name!r} names the pack {pack[:200]!r}")
-    inside = len(offsets) == len(sizes) == len(shape) and all(
-        o >= 0 and s >= 0 and o + s <= n for o, s, n in zip(offsets, sizes, shape)
-    )
-    if not inside:
+    if not Box(offsets, sizes).is_in(shape):
         raise CheckpointError(f"tensor {name!r} has a chunk outside its shape {shape}")
     length = end - start
     if start < 0 or end >= 1 << 63 or length != math.prod(sizes) * item:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from elastic.checkpoint import format
 from elastic.checkpoint.format import ITEM_BYTES, TensorEntry, check_name, pack_path
 from elastic.errors import CheckpointError
-from elastic.placement import Box, common, copies
+from elastic.placement import Box, copies
 
 ALIGNMENT = 64
 SPLIT_BYTES = 1 << 20  # replicas share the writing of boxes larger than this; smaller ones one of them writes
@@ -76,8 +76,7 @@ def _share(held: Sequence[Held]) -> Iterator[tuple[int, Box]]:
     groups: dict[tuple[int, int], list[int]] = {}
     for i, h in enumerate(held):
         check_name(h.name)
-        whole = Box.whole(h.shape)
-        if len(h.box.sizes) != len(h.shape) or (h.box.volume and common(h.box, whole) != h.box):
+        if not h.box.is_in(h.shape):
             raise CheckpointError(f"tensor {h.name!r} of shape {h.shape} has no box {h.box}")
         groups.setdefault((h.replica, h.replicas), []).append(i)
     for (replica, replicas), members in groups.items():
@@ -172,12 +171,8 @@ def plan_load(tensors: Mapping[str, TensorEntry], folder: str, wanted: Sequence[
         entry = tensors.get(want.name)
         if entry is None:
             raise CheckpointError(f"the checkpoint in {folder} has no tensor {want.name!r}")
-        if len(want.box.sizes) != len(entry.shape):
+        if not want.box.is_in(entry.shape):
             raise CheckpointError(f"tensor {want.name!r} has the shape {entry.shape}, not a box {want.box}")
-        if not want.box.volume:
-            continue
-        if common(want.box, Box.whole(entry.shape)) != want.box:
-            raise CheckpointError(f"tensor {want.name!r} has the shape {entry.shape}, outside of which is {want.box}")
         item = ITEM_BYTES[entry.dtype]
         for chunk in entry.chunks:
             path = pack_path(folder, chunk.pack)

@@ -190,11 +190,7 @@ def open_dcp(storage: Storage) -> Opened:
 def _check(name: str, entry: TensorStorageMetadata) -> None:
     shape = tuple(entry.size)
     boxes = [Box(tuple(c.offsets), tuple(c.sizes)) for c in entry.chunks]
-    inside = all(
-        len(b.offsets) == len(b.sizes) == len(shape)
-        and all(o >= 0 and s >= 0 and o + s <= n for o, s, n in zip(b.offsets, b.sizes, shape))
-        for b in boxes
-    )
+    inside = all(box.is_in(shape) for box in boxes)
     if entry.properties.dtype not in NAMES or not inside or not tiles(boxes, shape):
         raise CheckpointError(f"{METADATA}: tensor {name!r} has a dtype, a shape or chunks that cannot be")
 

@@ -12,18 +12,19 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from elastic.checkpoint.format import Manifest
+from elastic.checkpoint.initial import load_initial, open_initial
 from elastic.checkpoint.loader import check_objects, load_together, raise_first, told
 from elastic.checkpoint.patience import in_one_sentence
 from elastic.checkpoint.reader import Committed, newest_first, read_manifest, refuse_to_begin_anew
 from elastic.checkpoint.tensors import Shard
 from elastic.config import CheckpointOptions
-from elastic.errors import CheckpointError, SnapshotError
+from elastic.errors import CheckpointError, DamagedCheckpoint, SnapshotError
 from elastic.membership.client import WorkerLink
+from elastic.membership.protocol import Unloadable
 from elastic.storage import Storage
 from elastic.worker.group import Group
 from elastic.worker.snapshots import Snapshots
 from elastic.worker.state import TrainState
-from elastic.worker.state_sources import initialise, tell_unloadable
 from elastic.worker.weights import weights_alone
 
 Make = Callable[[bool], TrainState]
@@ -135,7 +136,7 @@ def _descend(
         except CheckpointError as error:
             reasons.append(f"the checkpoint of step {checkpoint.step} cannot be loaded")
             if group.leads:
-                tell_unloadable(link, checkpoint, error)
+                _tell_unloadable(link, checkpoint, error)
             continue
         detail = {"rung": "checkpoint", "attempt": checkpoint.attempt, "bytes": size}
         return done(checkpoint.step, state, detail, open=manifest is None or not manifest.metrics, manifest=manifest)
@@ -144,8 +145,31 @@ def _descend(
     stored.refuse_to_begin_anew()
     state = make(True) if make is not None else None
     if state is not None:
-        initialise(state, options, link, tell=group.leads)
+        _initialise(state, options, link, tell=group.leads)
     return done(0, state, {"rung": "fresh"})
+
+
+def _initialise(state: TrainState, options: CheckpointOptions, link: WorkerLink, *, tell: bool = True) -> None:
+    """A fresh start: give the model (or this worker's part of it) the weights that the run is to start from, if it is.
+
+    Raises:
+        CheckpointError: they do not fit.
+        ConfigError: they cannot be read.
+    """
+    if options.init_from is None:
+        return
+    began = time.monotonic()
+    shards, aliases = state.weights()
+    found = load_initial(open_initial(options.init_from), shards, partial=options.init_partial, aliases=aliases)
+    if not tell:
+        return
+    link.event("initialised", 0, found.to_json(), seconds=round(time.monotonic() - began, 4))
+
+
+def _tell_unloadable(link: WorkerLink, checkpoint: Committed, error: CheckpointError) -> None:
+    """Tell the keeper: nothing is to count this checkpoint any more; it is marked if it is damaged."""
+    damaged = isinstance(error, DamagedCheckpoint)
+    link.post(Unloadable(checkpoint.step, checkpoint.attempt, str(error), damaged))
 
 
 class _Stored:

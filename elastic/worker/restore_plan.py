@@ -48,11 +48,6 @@ class Plan:
         return max(self.applied)
 
     @property
-    def source(self) -> int:
-        """The lowest rank with the newest state; where nobody has any, the one that loads or makes it."""
-        return self.applied.index(self.newest)
-
-    @property
     def moves(self) -> bool:
         """Whether some member gets a state that it did not hold before."""
         return min(self.applied) != self.newest or self.newest < 0
