@@ -37,6 +37,7 @@ class Found:
 
     step: int
     state: TrainState | None
+    rung: str
     open: bool = False
     manifest: Manifest | None = None  # of the checkpoint that the state is from
 
@@ -109,7 +110,7 @@ def _descend(
         reason = "; ".join(r for r in reasons if r) or None
         if group.leads and (reason is not None or detail["rung"] != "fresh"):
             tell(link, step, began, {**detail, "reason": reason})
-        return Found(step, state, open, manifest)
+        return Found(step, state, detail["rung"], open, manifest)
 
     while True:
         rung = next_rung(copies[0].id.step if copies else None, stored.step)

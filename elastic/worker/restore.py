@@ -102,27 +102,26 @@ def _bring(worker: Worker, group: Group) -> tuple[int, bool, int]:
     rows = group.gather_json([holding.applied if holding.state is not None else -1, part.axes, holding.lost])
     held = [Held(step, Part.of(axes)) for step, axes, _ in rows]
     found, step = holders(held), max(h.step for h in held)
-    in_memory = found is not None
-    holding.open = in_memory
+    rung, holding.open = "memory", found is not None
     if found is None:
-        step = _descend(worker, group, make, lost_parts(held) or next((lost for *_, lost in rows if lost), None))
+        step, rung = _descend(worker, group, make, lost_parts(held) or next((lost for *_, lost in rows if lost), None))
         found = {part: [layout.ranks[places[0]]] for part, places in layout.copies.items()}
-    rebuilt = cut and in_memory
+    rebuilt = cut and rung == "memory"
     new = {rank: layout.part(place) for place, rank in enumerate(layout.ranks)}
     wants = {rank: part for rank, part in new.items() if rebuilt or rank not in found[part]}
     source = next(iter(found.values()))[0]
     if wants:
         _take(worker, group, make, step, found, wants, source, rebuilt=rebuilt)
-        if group.rank in wants and held[group.rank].step != step and (in_memory or step):
+        if group.rank in wants and held[group.rank].step != step and rung != "fresh":
             ladder.tell(worker.link, step, began, {"rung": "peer", "source": source})
     if group.place is None:
         holding.state, holding.applied = None, -1
     holding.lost, holding.touched = None, True
-    return step, in_memory, source
+    return step, rung == "memory", source
 
 
-def _descend(worker: Worker, group: Group, make: ladder.Make, lost: str | None) -> int:
-    """Have the first worker of each part read it, and note that later steps are done again; returns the step."""
+def _descend(worker: Worker, group: Group, make: ladder.Make, lost: str | None) -> tuple[int, str]:
+    """Have the first worker of each part read it, and note that later steps are done again; returns step and rung."""
     holding, snapshots = worker.holding, worker.snapshots
     if worker.config.parallel.sharded:
         holding.let_go(lost)
@@ -136,7 +135,7 @@ def _descend(worker: Worker, group: Group, make: ladder.Make, lost: str | None) 
     link.undone(found.step)
     snapshots.undone(found.step)
     holding.evaluated = (-1, {})
-    return found.step
+    return found.step, found.rung
 
 
 def _take(
