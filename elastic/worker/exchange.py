@@ -14,6 +14,7 @@ from elastic.placement import Cut, Part, TensorSpec, common, narrowed
 from elastic.worker.group import Group
 
 BATCH_BYTES = 64 << 20  # that one rank gets at a time
+ALONE_BYTES = 1 << 20  # from here on a whole tensor goes by itself: from its memory into its memory, without a copy
 Piece = tuple[TensorSpec, int, int]  # of each new box of a tensor, the piece with this index, of so many
 
 
@@ -50,12 +51,16 @@ def exchange(
         size = max(spec.box(part).volume for part in wants.values()) * DTYPES[spec.dtype].itemsize
         count = max(1, -(-size // BATCH_BYTES))
         for index in range(count):
+            if parts == {Part()} and size // count >= ALONE_BYTES:
+                _move(group, plans, [(spec, index, count)], held, taken, giver)
+                continue
             if batch and room < size // count:
                 _move(group, plans, batch, held, taken, giver)
                 batch, room = [], BATCH_BYTES
             batch.append((spec, index, count))
             room -= size // count
-    _move(group, plans, batch, held, taken, giver)
+    if batch:
+        _move(group, plans, batch, held, taken, giver)
     host_wait(group.device)
     group.check()
     return taken
@@ -96,15 +101,19 @@ def _move(
                 going[m.target].append(given.contiguous().reshape(-1).view(torch.uint8))
     if giver is not None:
         going = going[giver - 1 : giver] if giver else going[1:2]  # what any other gets is what all get
-    sent = torch.cat([flat for one in going for flat in one] or [torch.empty(0, dtype=torch.uint8, device=device)])
+    flat, places = [t for one in going for t in one], [t for one in coming for t in one]
     lengths = [sum(t.nbytes for t in one) for one in coming]
-    received = sent if giver == rank else torch.empty(sum(lengths), dtype=torch.uint8, device=device)
+    sent = flat[0] if len(flat) == 1 else torch.cat([torch.empty(0, dtype=torch.uint8, device=device), *flat])
+    direct = len(places) == 1 and places[0].is_contiguous()
+    received = (
+        sent if giver == rank else places[0].reshape(-1).view(torch.uint8) if direct else sent.new_empty(sum(lengths))
+    )
     with group.collective("moving state"):
         if giver is not None:
             dist.broadcast(received, giver)  # along a tree
         else:
             dist.all_to_all_single(received, sent, lengths, [sum(map(len, one)) for one in going])
     at = 0
-    for place in (place for one in coming for place in one):
+    for place in [] if direct else places:
         place.copy_(from_bytes(received[at : at + place.nbytes], place.dtype, tuple(place.shape)))
         at += place.nbytes
