@@ -40,9 +40,17 @@ class WorkerLink:
     """
 
     def __init__(self, url: str, token: str, member: Member, *, lease_s: float):
-        self.member = member
         self._watcher = Watcher(url, token, member, lease_s=lease_s)
         self._newer: Assignment | None = None  # a world that came before it was asked for
+
+    @property
+    def member(self) -> Member:
+        """Who this worker is and what it has said of itself: to a server that is started again, too."""
+        return self._watcher.member
+
+    @member.setter
+    def member(self, member: Member) -> None:
+        self._watcher.member = member
 
     def ask(
         self,

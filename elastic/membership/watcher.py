@@ -63,6 +63,7 @@ class Watcher:
     """One worker's connection. What is public here the training thread sets and reads, through its `WorkerLink`.
 
     Attributes:
+        member: who this worker is.
         outbox: what is to be said.
         inbox: worlds, and what ends the wait for one.
         commits: what was said of checkpoints.
