@@ -38,15 +38,8 @@ from torch.distributed.tensor import DTensor
 from torch.futures import Future
 
 from elastic import fault
-from elastic.compat.torch import (
-    GLOO_OPERATIONS,
-    AroundGloo,
-    AroundGroup,
-    PythonWork,
-    TorchDispatchMode,
-    tree_flatten,
-    tree_map_only,
-)
+from elastic.compat.torch import TorchDispatchMode, tree_flatten, tree_map_only
+from elastic.compat.torch_groups import GLOO_OPERATIONS, AroundGloo, AroundGroup, PythonWork
 from elastic.parallel import gloo
 from elastic.worker.sockets import any_connected, knock, open_sockets, opened_since, shut_down
 

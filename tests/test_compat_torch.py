@@ -20,6 +20,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from elastic.compat import torch as compat
+from elastic.compat import torch_groups as groups
 from elastic.compat.torch_checkpoint import PICKLED, StorageInfo
 from elastic.compat.torch_world import HOMES, TOLD, hide_world
 
@@ -281,26 +282,26 @@ def test_the_compiler_has_the_settings_that_make_its_code_the_same_every_time() 
 def test_equal_flat_tensors_are_gathered_under_either_name() -> None:
     gathered = torch.zeros(2)
     with world_of_one():
-        compat.all_gather_flat(gathered, torch.ones(2))
+        groups.all_gather_flat(gathered, torch.ones(2))
     assert gathered.tolist() == [1.0, 1.0]
 
 
 def test_ddp_sends_no_buffers_and_says_whether_it_has_reduced_all_gradients() -> None:
     model = nn.Sequential(nn.Linear(1, 1), nn.BatchNorm1d(1))
     with world_of_one():
-        ddp = nn.parallel.DistributedDataParallel(model, **compat.NO_BUFFER_SYNC)
+        ddp = nn.parallel.DistributedDataParallel(model, **groups.NO_BUFFER_SYNC)
         ddp(torch.ones(2, 1)).sum().backward()
-        compat.check_reduced(ddp)
+        groups.check_reduced(ddp)
         assert not ddp.will_sync_module_buffers()
         ddp(torch.ones(2, 1)).sum()
         model[0](torch.ones(2, 1)).sum().backward()  # of which the second module gets nothing
         with pytest.raises(RuntimeError, match="finished reduction"):
-            compat.check_reduced(ddp)
+            groups.check_reduced(ddp)
 
 
 def test_groups_are_named_by_a_count_that_can_be_set_back() -> None:
     dist.distributed_c10d._world.group_count = 5
-    compat.count_groups_from_zero()
+    groups.count_groups_from_zero()
     with world_of_one():
         assert dist.distributed_c10d._get_default_group().group_name == "0"
 
@@ -308,15 +309,15 @@ def test_groups_are_named_by_a_count_that_can_be_set_back() -> None:
 def test_groups_are_known_in_their_order_until_torch_is_to_forget_them() -> None:
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     second = dist.new_group([0])
-    known = compat.process_groups()
+    known = groups.process_groups()
     assert [group.group_name for group in known] == ["0", second.group_name]
-    assert compat.failure_of_group(known[0], torch.device("cpu")) is None, "gloo tells of no failure"
+    assert groups.failure_of_group(known[0], torch.device("cpu")) is None, "gloo tells of no failure"
     assert callable(known[0].abort)
-    compat.forget_groups()
-    assert compat.process_groups() == []
+    groups.forget_groups()
+    assert groups.process_groups() == []
     assert not dist.is_initialized()
     with world_of_one():  # under the names of the ones before
-        assert compat.process_groups()[0].group_name == "0"
+        assert groups.process_groups()[0].group_name == "0"
     for group in known:
         group.shutdown()
 
@@ -325,13 +326,13 @@ def test_gloo_works_in_threads_of_the_name_that_we_look_for() -> None:
     with world_of_one():
         dist.barrier()
         names = {task.read_text().strip() for task in Path("/proc/self/task").glob("*/comm")}
-    assert compat.GLOO_THREAD in names, f"operations that still run would not be waited for; threads are {names}"
+    assert groups.GLOO_THREAD in names, f"operations that still run would not be waited for; threads are {names}"
 
 
 def test_a_group_in_python_around_gloo_is_asked_for_its_name_backend_and_operations() -> None:
     started: list[str] = []
 
-    class Group(compat.AroundGloo):
+    class Group(groups.AroundGloo):
         def __init__(self, options: Any, _: Any):
             super().__init__(options.store, options.group_rank, options.group_size, options.timeout)
 
@@ -343,7 +344,7 @@ def test_a_group_in_python_around_gloo_is_asked_for_its_name_backend_and_operati
             started.append("broadcast")
             return self.inner.broadcast(*arguments)
 
-    assert {"allreduce", "broadcast", "send", "recv", "barrier"} <= set(compat.GLOO_OPERATIONS)
+    assert {"allreduce", "broadcast", "send", "recv", "barrier"} <= set(groups.GLOO_OPERATIONS)
     dist.Backend.register_backend("contract_gloo", Group, extended_api=True, devices=["cpu"])
     dist.init_process_group("contract_gloo", store=dist.HashStore(), rank=0, world_size=1, timeout=timedelta(seconds=9))
     try:
@@ -389,19 +390,19 @@ def test_every_method_of_a_group_that_starts_an_operation_is_known() -> None:
     starts = ("all", "barrier", "broadcast", "gather", "recv", "reduce", "scatter", "send")
     there = {name for name in dir(dist.ProcessGroup) if not name.startswith("__")}
     there = {name for name in there if name.lstrip("_").startswith(starts)}
-    assert there == set(compat.GLOO_OPERATIONS)
+    assert there == set(groups.GLOO_OPERATIONS)
 
 
 def test_an_operation_in_python_says_where_a_receive_came_from() -> None:
-    class Work(compat.PythonWork):
+    class Work(groups.PythonWork):
         def source_rank(self) -> int:
             return 3
 
-    assert compat.source_rank(Work()) == 3
+    assert groups.source_rank(Work()) == 3
 
 
 def test_fsdp2_reduces_gradients_that_some_workers_lack() -> None:
-    assert compat.leaves_unused_gradients() == (tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13))
+    assert groups.leaves_unused_gradients() == (tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13))
 
 
 # ---- texts ---------------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from elastic.compat.torch import all_gather_flat
+from elastic.compat.torch_groups import all_gather_flat
 from elastic.errors import WorldBroken
 from elastic.membership.protocol import Assignment, RestorePoint
 from elastic.membership.world import Generation

@@ -17,7 +17,7 @@ import torch
 import xxhash
 from torch import nn
 
-from elastic.compat.torch import all_gather_flat
+from elastic.compat.torch_groups import all_gather_flat
 from elastic.errors import ConfigError
 from elastic.parallel.mesh import Mesh
 from elastic.parallel.wrapping import fsdp_modules

@@ -13,7 +13,8 @@ from collections.abc import Iterable
 import torch
 import torch.distributed as dist
 
-from elastic.compat.torch import add_each_, all_gather_flat
+from elastic.compat.torch import add_each_
+from elastic.compat.torch_groups import all_gather_flat
 from elastic.parallel.tree import Block, TreeSum, blocks
 
 Tensors = list[torch.Tensor]

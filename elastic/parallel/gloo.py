@@ -22,7 +22,7 @@ from typing import Any
 import torch.distributed as dist
 from torch.futures import Future
 
-from elastic.compat.torch import GLOO_OPERATIONS, GLOO_THREAD, AroundGloo, PythonWork, source_rank
+from elastic.compat.torch_groups import GLOO_OPERATIONS, GLOO_THREAD, AroundGloo, PythonWork, source_rank
 
 BACKEND = "elastic_gloo"
 END_S = 2.0  # operations whose connections are shut down end within milliseconds, or not at all

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 
-from elastic.compat.torch import all_gather_flat
+from elastic.compat.torch_groups import all_gather_flat
 from elastic.errors import ConfigError
 from elastic.parallel.buffers import StepBuffers
 from elastic.parallel.canonical import CanonicalSum

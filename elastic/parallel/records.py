@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 import xxhash
 
-from elastic.compat.torch import all_gather_flat
+from elastic.compat.torch_groups import all_gather_flat
 from elastic.errors import ConfigError
 from elastic.parallel.tree import tree_sum
 

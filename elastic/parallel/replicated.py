@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from elastic.compat.torch import NO_BUFFER_SYNC, check_reduced, values_of_sparse, version_of
+from elastic.compat.torch import values_of_sparse, version_of
+from elastic.compat.torch_groups import NO_BUFFER_SYNC, check_reduced
 from elastic.errors import ConfigError
 from elastic.parallel.buffers import StepBuffers
 from elastic.parallel.canonical import CanonicalSum, canonical_norm

@@ -18,7 +18,8 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
-from elastic.compat.torch import all_gather_flat, norm_of_each
+from elastic.compat.torch import norm_of_each
+from elastic.compat.torch_groups import all_gather_flat
 from elastic.parallel.block_order import BlockOrder
 from elastic.parallel.buffers import StepBuffers
 from elastic.parallel.canonical import CanonicalSum, row_sums, sums_per_row

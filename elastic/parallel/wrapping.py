@@ -19,15 +19,14 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor
 
 from elastic.compat.torch import (
-    all_gather_flat,
     base_of,
     copies_cut_module,
     gradient_hooks,
-    leaves_unused_gradients,
     mixes_cut_and_whole,
     own_buffers,
     tree_map_only,
 )
+from elastic.compat.torch_groups import all_gather_flat, leaves_unused_gradients
 from elastic.errors import ConfigError
 from elastic.parallel.deferred import DeferredModel, become
 from elastic.parallel.layout import ROWS

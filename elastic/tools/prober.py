@@ -21,7 +21,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from elastic.compat.torch import count_groups_from_zero
+from elastic.compat.torch_groups import count_groups_from_zero
 from elastic.parallel.nccl import describe_settings
 
 _CPU_SIZE, _GPU_SIZE = 1024, 8192

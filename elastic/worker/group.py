@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 import xxhash
 
-from elastic.compat.torch import all_gather_flat, count_groups_from_zero
+from elastic.compat.torch_groups import all_gather_flat, count_groups_from_zero
 from elastic.errors import WorldBroken, one_line
 from elastic.membership.protocol import Assignment
 from elastic.parallel.device import host_wait

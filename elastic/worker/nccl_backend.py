@@ -24,7 +24,7 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 
-from elastic.compat.torch import failure_of_group, forget_groups, process_groups
+from elastic.compat.torch_groups import failure_of_group, forget_groups, process_groups
 from elastic.errors import one_line
 from elastic.parallel.device import synchronize
 from elastic.parallel.nccl import make_settings

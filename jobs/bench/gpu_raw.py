@@ -25,7 +25,7 @@ import xxhash
 from torch import nn
 from torch.nn import functional
 
-from elastic.compat.torch import forget_groups, process_groups
+from elastic.compat.torch_groups import forget_groups, process_groups
 from elastic.parallel.nccl import SETTINGS
 
 PATIENCE_S = 60.0
