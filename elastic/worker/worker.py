@@ -27,8 +27,9 @@ from elastic.worker.run import WorkerRun
 from elastic.worker.saving import Saving
 from elastic.worker.snapshots import Snapshots
 from elastic.worker.state import TrainState
-from elastic.worker.step import Stepper, Update, WorldSteps
+from elastic.worker.step import Stepper, WorldSteps
 from elastic.worker.unsaved import Watch
+from elastic.worker.update import Update
 from elastic.worker.user_code import UserCode
 
 NO_WORLD = Generation(-1, -1)
