@@ -69,6 +69,8 @@ def test_a_run_that_stopped_goes_on_with_skip_and_ends_as_if_it_had_skipped_at_o
     assert resumed.failure is None
     assert resumed.sha == skipped.sha
     assert resumed.column("loss") == skipped.column("loss")
+    assert not resumed.result["exactness_held"], "its parts had other options"
+    assert skipped.result["exactness_held"], "what is skipped is the same at every number of workers"
 
 
 def test_exactly_the_bad_update_is_skipped(skipped):
