@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from elastic import __version__
 from elastic.cluster import node_watch
-from elastic.errors import ConfigError, ElasticError, told
+from elastic.errors import ConfigError, ElasticError, error_text
 from elastic.observe.streams import sturdy_output
 from elastic.redact import printable
 from elastic.tools.control import add_control
@@ -153,7 +153,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             code = run(arguments)
         except ElasticError as error:
-            print(printable(told(error)), file=sys.stderr)
+            print(printable(error_text(error)), file=sys.stderr)
             return error.exit_code
     lost = out.broken is not None and not isinstance(out.broken, BrokenPipeError)  # as with `| head`
     return 1 if lost else code

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from elastic.config import TrainConfig, check_kind
-from elastic.errors import ElasticError, told
+from elastic.errors import ElasticError, error_text
 from elastic.job import Job, check_job_class
 from elastic.job_file import answer
 from elastic.observe.streams import sturdy_output
@@ -46,5 +46,5 @@ def run(job_class: type[Job], config: TrainConfig, argv: Sequence[str]) -> int:
 
         return drive(prepared)
     except ElasticError as error:
-        print(told(error), file=sys.stderr)
+        print(error_text(error), file=sys.stderr)
         return error.exit_code

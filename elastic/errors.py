@@ -80,7 +80,7 @@ class Interrupted(ElasticError):
     exit_code = 130
 
 
-def told(error: ElasticError) -> str:
+def error_text(error: ElasticError) -> str:
     """What a command prints of the error that it ends with; to be interrupted is none."""
     return str(error) if isinstance(error, Interrupted) else f"error: {error}"
 

@@ -98,13 +98,13 @@ def test_what_each_rank_tells_beside_is_known_to_all_and_in_no_sum(told):
     for records, (count, value) in zip(ranks, told):
         for i in range(count):
             _add(records, *values[i])
-        records.tell(torch.tensor(value, dtype=torch.float64), 7.0)
+        records.attach(torch.tensor(value, dtype=torch.float64), 7.0)
 
     longest = max(count for count, _ in told)
     found = PendingRecord(ranks[0], torch.stack([r._matrix(longest) for r in ranks]), None).result()
 
-    assert list(map(repr, found.told)) == [repr((value, 7.0)) for _, value in told]
-    assert dataclasses.replace(found, told=()) == _gathered(runs, values)
+    assert list(map(repr, found.attached)) == [repr((value, 7.0)) for _, value in told]
+    assert dataclasses.replace(found, attached=()) == _gathered(runs, values)
 
 
 def test_several_microbatches_of_one_pass_count_once_and_keep_their_digests():

@@ -161,7 +161,7 @@ def test_a_vault_that_died_or_stands_still_is_started_again_and_has_the_next_sna
     number, undisturbed_epoch, tmp_path, gate, monkeypatch
 ):
     """It held one copy of every part of the snapshot of step 4, and holds one of every part of step 8's."""
-    monkeypatch.setattr(elastic.worker.local, "STILL_S", 4.0)
+    monkeypatch.setattr(elastic.worker.local, "HANG_TIMEOUT_S", 4.0)
     first, later = gate("first"), gate("later")
     faults = [fault("step.forward", 6, 1, "hold", file=first), fault("step.forward", 10, 1, "hold", file=later)]
     run, watch = prepare(Everything(samples=LONG), snapshots(tmp_path, scaling__max_workers=2)), Watch()

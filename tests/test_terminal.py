@@ -79,7 +79,7 @@ def test_output_that_breaks_turns_the_console_off(make, capsys):
     for step in range(1, 4):
         console.record(row(step))
         console.record({"kind": "parked", "time": 1.0, "generation": "1-1"})
-    console.say("the end")
+    console.print("the end")
     console.close()
     assert len(seen) == 1, "it is found once, and not tried again"
     assert capsys.readouterr() == ("", "")

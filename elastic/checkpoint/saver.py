@@ -25,9 +25,9 @@ from elastic.checkpoint.plan import Write, plan_save
 from elastic.checkpoint.staging import StagingBuffer
 from elastic.checkpoint.tensors import Shard, dtype_name
 from elastic.checkpoint.uploader import (
+    HANG_TIMEOUT_S,
     IN_FLIGHT,
     PART_BYTES,
-    STILL_S,
     Progress,
     Uploader,
     UploaderLost,
@@ -82,7 +82,7 @@ class Saver:
 
     Args:
         in_flight: parts uploaded at a time.
-        still_s: an uploader that moves nothing for so long is replaced.
+        hang_timeout_s: an uploader that moves nothing for so long is replaced.
         on_restart: called from another thread with a save and what became of the uploader that another one replaces.
     """
 
@@ -93,10 +93,10 @@ class Saver:
         device: torch.device | None = None,
         in_flight: int = IN_FLIGHT,
         part_bytes: int = PART_BYTES,
-        still_s: float = STILL_S,
+        hang_timeout_s: float = HANG_TIMEOUT_S,
         on_restart: Callable[[Save, str], None] = lambda save, why: None,
     ):
-        self._still_s, self._on_restart = still_s, on_restart
+        self._hang_timeout_s, self._on_restart = hang_timeout_s, on_restart
         self._storage, self._in_flight, self._part_bytes = storage, in_flight, part_bytes
         self._cuda = device if device is not None and device.type == "cuda" else None
         self._stream = torch.cuda.Stream(device) if self._cuda else None
@@ -294,7 +294,7 @@ class Saver:
     def _through_uploader(self, save: Save, job: UploadJob, later: list[Write]) -> dict[str, Any]:
         if self._uploader is None or not self._uploader.alive:
             self._drop_uploader()
-            self._uploader = Uploader(self._storage.url, self._buffer.fd, self._still_s)
+            self._uploader = Uploader(self._storage.url, self._buffer.fd, self._hang_timeout_s)
         uploader = self._uploader
         uploader.start(job, self._buffer.size)
         try:

@@ -33,7 +33,9 @@ PART_BYTES = 16 << 20
 LEAST_PART_BYTES = 5 << 20  # S3 takes no smaller ones
 IN_FLIGHT = 16
 _MOST_PARTS = 10_000  # S3's limit
-STILL_S = 60.0  # an uploader that moves nothing for so long is replaced; of large packs a disk's last sync takes time
+HANG_TIMEOUT_S = (
+    60.0  # an uploader that moves nothing for so long is replaced; of large packs a disk's last sync takes time
+)
 _SLOWEST = 16 << 20  # bytes a second of that
 START_S = 60.0  # to import what it needs, on a busy machine
 CALLED_OFF_S = 5.0  # to end what was called off
@@ -212,10 +214,10 @@ class Uploader:
     """The process, as its worker sees it. It ends with the thread that made it.
 
     Args:
-        still_s: one that moves nothing for so long, and for the time that its pack may take to be synced, is ended.
+        hang_timeout_s: one that moves nothing for so long, and for the time in which its pack may be synced, is ended.
     """
 
-    def __init__(self, storage_url: str, memory: int, still_s: float = STILL_S):
+    def __init__(self, storage_url: str, memory: int, hang_timeout_s: float = HANG_TIMEOUT_S):
         command = [sys.executable, "-m", "elastic.checkpoint.uploader", storage_url, str(memory), str(os.getpid())]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
         self._process = subprocess.Popen(
@@ -223,7 +225,7 @@ class Uploader:
         )
         assert self._process.stdin is not None
         os.set_blocking(self._process.stdin.fileno(), False)
-        self._still_s, self._patience_s, self._read, self._began = still_s, still_s, b"", False
+        self._hang_timeout_s, self._patience_s, self._read, self._began = hang_timeout_s, hang_timeout_s, b"", False
         self._lock = threading.Lock()
 
     @property
@@ -245,8 +247,8 @@ class Uploader:
         with selectors.DefaultSelector() as selector:
             selector.register(fd, selectors.EVENT_WRITE)
             while data:
-                if not selector.select(self._still_s):
-                    raise self._stood_still(self._still_s)
+                if not selector.select(self._hang_timeout_s):
+                    raise self._stood_still(self._hang_timeout_s)
                 with contextlib.suppress(BlockingIOError):
                     data = data[os.write(fd, data) :]
 
@@ -256,7 +258,7 @@ class Uploader:
         Raises:
             UploaderLost: it does not take it.
         """
-        self._patience_s = self._still_s + job.size / _SLOWEST
+        self._patience_s = self._hang_timeout_s + job.size / _SLOWEST
         self.send({"do": "upload", "job": asdict(job), "memory": memory_size})
 
     def answer(self, cancelled: threading.Event) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from elastic.run.signals import heard_by
 from elastic.units import parse_amount
 from elastic.worker.hosting import HostHere
 from elastic.worker.run import WorkerRun
-from elastic.worker.vaults import STILL_S
+from elastic.worker.vaults import HANG_TIMEOUT_S
 
 
 def drive_on_ray(
@@ -54,7 +54,7 @@ def drive_on_ray(
     options = keeper_options(run, epoch, ray_job_id=ray.get_runtime_context().get_job_id())
     arguments = run.folder.storage.url, options, settings, detail
     listeners = [outlived(console.record)] + ([outlived(control.on_record)] if control is not None else [])
-    drive = Drive(run, listeners, console.say)
+    drive = Drive(run, listeners, console.print)
     host = HostHere(*arguments) if control is not None else HostOnRay(*arguments, drive.fail)
     try:
         with heard_by(drive.hear):
@@ -64,10 +64,10 @@ def drive_on_ray(
             if control is not None:
                 control.attach(link)
             if run.changed_code:
-                console.say("warning: the job's code is not the code this run was started with")
+                console.print("warning: the job's code is not the code this run was started with")
             plan = _group_plan(run, url, settings, accelerator)
             workers = RayWorkers(plan, _function(run, plan, accelerator), here=control is not None)
-            _tell_of_start(plan, accelerator, console)
+            _print_start(plan, accelerator, console)
             missing = awaited(accelerator, there)
             if missing:
                 link.request(Note("notice", f"waiting for {missing}"), patience_s=HOST_LOST_S)
@@ -99,7 +99,7 @@ def _group_plan(run: PreparedRun, url: str, settings: HostSettings, accelerator:
         scaling.exclude,
         packed=run.config.parallel.strategy == "hsdp",
         vaults=run.plan.snapshot_every is not None,
-        still_s=settings.hang_s or STILL_S,
+        hang_timeout_s=settings.hang_s or HANG_TIMEOUT_S,
     )
 
 
@@ -108,7 +108,7 @@ def _function(run: PreparedRun, plan: GroupPlan, accelerator: str) -> Sent:
     return Sent(training_function(told, accelerator, plan.name if plan.vaults else None))
 
 
-def _tell_of_start(plan: GroupPlan, accelerator: str, console: Console) -> None:
+def _print_start(plan: GroupPlan, accelerator: str, console: Console) -> None:
     want = plan.want(plan.max_workers)
     why = "; more would not lower the rounds of a step" if want < plan.max_workers + plan.spares else ""
-    console.say(f"starting {want} workers on {accelerator}{why}")
+    console.print(f"starting {want} workers on {accelerator}{why}")

@@ -95,7 +95,7 @@ class Group:
         self._seen = Seen(plan.want(plan.max_workers))
         self._handles: dict[int, _Handle] = {}
         self._numbers = itertools.count()
-        self._vaults = Vaults(plan.name, plan.token, plan.still_s, how_it_ended) if plan.vaults else None
+        self._vaults = Vaults(plan.name, plan.token, plan.hang_timeout_s, how_it_ended) if plan.vaults else None
         self._deadlines: dict[str, int] = {}  # of nodes that go away
         self._next_nodes = 0.0
         self._standings = Standings(plan.terms.run)
@@ -208,7 +208,7 @@ class Group:
         _log.info("worker %s is gone: %s", unit.id, error)
         self._remove(handle, node_lost=isinstance(error, ray.exceptions.RayActorError) and not ended)
         if unit.id:
-            self._tell(Gone([unit.id], ended, how_it_ended(str(error)) if ended else ""))
+            self._request(Gone([unit.id], ended, how_it_ended(str(error)) if ended else ""))
 
     def _watch_nodes(self) -> None:
         """Once a second: pass on notices of nodes that go away, end evicted workers, help what was restarted."""
@@ -219,18 +219,18 @@ class Group:
         running = [u for u in self._units if u.stage is Stage.RUNNING]
         if self._vaults is not None:
             for node, why in self._vaults.keep(u.node for u in running):
-                self._tell(Note("vault_restarted", {"node": node, "why": why}))
+                self._request(Note("vault_restarted", {"node": node, "why": why}))
         excluded = excluded_nodes(self._plan.exclude, ray.nodes()) if self._plan.exclude else ()
         deadlines = draining_nodes()
         for node, left_s in notices(deadlines, self._deadlines, self._units, time.time()):
-            self._tell(Leaving(node, left_s))
+            self._request(Leaving(node, left_s))
         self._deadlines = deadlines
         self._seen = replace(self._seen, draining=frozenset(deadlines), excluded=tuple(excluded))
-        found = self._tell("/group")
+        found = self._request("/group")
         if found is None:
             return
         if found["phase"] == "rebuilding":
-            self._tell(Existing([u.id for u in running]))
+            self._request(Existing([u.id for u in running]))
             self._deadlines = {}  # it knows of no notice either
         want = self._plan.want(found["max_workers"])
         if want > self._seen.want:
@@ -254,7 +254,7 @@ class Group:
         mine = Standing(terms, have, len(asked), now - self._enough_at, now - self._had_since)
         left = share(mine, self._standings.exchange(mine, now), holds_state=found["holds_state"])
         if left.most != found["ceiling"]:
-            self._tell(Yield(left.most, list(left.to)))
+            self._request(Yield(left.most, list(left.to)))
         self._patience = self._patience.after(
             now,
             waited_s=max((now - u.since for u in asked), default=0.0),
@@ -271,7 +271,7 @@ class Group:
         closed = closed_nodes(self._units, self._seen, self._bounds)
         return any(fits(self._plan.unit, has) for node, has in free_resources().items() if node not in closed)
 
-    def _tell(self, what: str | Request) -> dict[str, Any] | None:
+    def _request(self, what: str | Request) -> dict[str, Any] | None:
         """A request to the membership server; None while it is away (it comes back, or the run ends by its lease)."""
         try:
             return self._link.request(what, REQUEST_TIMEOUT_S)

@@ -19,7 +19,7 @@ class GroupPlan:
     `max_workers` is that of the start, of `microbatches` in a step. `name` begins the names of its placement groups,
     and of vaults where the run has them. `terms` are those of sharing the cluster with other runs; `exclude` are nodes
     to keep out. `per_node` is the most workers on one node; with `packed`, so many are placed together. A vault that
-    does not answer for `still_s` is replaced.
+    does not answer for `hang_timeout_s` is replaced.
     """
 
     url: str
@@ -34,7 +34,7 @@ class GroupPlan:
     exclude: tuple[str, ...] = ()
     packed: bool = False
     vaults: bool = False
-    still_s: float = 30.0
+    hang_timeout_s: float = 30.0
 
     def want(self, max_workers: int) -> int:
         """How many workers to have where a world has at most so many: all that help or are needed, and spares."""

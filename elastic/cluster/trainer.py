@@ -11,7 +11,7 @@ from typing import Any
 from elastic.cluster.control import RunControl
 from elastic.config import TrainConfig
 from elastic.data.deal import batch_line
-from elastic.errors import ConfigError, ElasticError, told
+from elastic.errors import ConfigError, ElasticError, error_text
 from elastic.job import Job
 from elastic.job_file import answer
 from elastic.observe.console import Console, result_text
@@ -76,7 +76,7 @@ def drive(run: PreparedRun) -> int:
     try:
         values = run_prepared(run)
     except ElasticError as error:
-        print(told(error), file=sys.stderr)
+        print(error_text(error), file=sys.stderr)
         return error.exit_code
     print(result_text(values, run.folder.storage.url))
     return 0
@@ -94,19 +94,19 @@ def run_prepared(run: PreparedRun, control: RunControl | None = None) -> dict[st
     _check_picklable(run.job)
     plan, config = run.plan, run.config
     console = Console(plan.total_steps, config.observe.log_every, None if control is None else _Silence())
-    console.say(f"run {run.name} -> {run.folder.storage.url}")
+    console.print(f"run {run.name} -> {run.folder.storage.url}")
     for note in run.notes:
-        console.say(note)
-    console.say(batch_line(plan.global_size, plan.microbatches, config.scaling.max_workers))
+        console.print(note)
+    console.print(batch_line(plan.global_size, plan.microbatches, config.scaling.max_workers))
     if config.checkpoint.every is None:
-        console.say(UNSAVED)
+        console.print(UNSAVED)
     from elastic.cluster.driving import drive_on_ray
     from elastic.cluster.embedded import connected, is_embedded, preflight, where_text
 
     began = time.monotonic()
     try:
         address = preflight(config.cluster, config.scaling)
-        console.say(where_text(address))
+        console.print(where_text(address))
         if is_embedded(address):
             refuse_what_does_not_fit_here(run)
         epoch = open_run(run)

@@ -78,12 +78,12 @@ class Vaults:
 
     Args:
         prefix: of the actors' names; workers of the same run look for them there.
-        still_s: one that does not answer for so long is ended and started again.
+        hang_timeout_s: one that does not answer for so long is ended and started again.
         how: makes of Ray's text how a process ended.
     """
 
-    def __init__(self, prefix: str, token: str, still_s: float, how: Callable[[str], str]):
-        self._prefix, self._token, self._still_s, self._how = prefix, token, still_s, how
+    def __init__(self, prefix: str, token: str, hang_timeout_s: float, how: Callable[[str], str]):
+        self._prefix, self._token, self._hang_timeout_s, self._how = prefix, token, hang_timeout_s, how
         self._vaults: dict[str, _Vault] = {}  # by node
 
     def have(self, node: str) -> None:
@@ -105,8 +105,8 @@ class Vaults:
             ended = self._ended(node)
             if ended is not None and vault.missed:
                 again[node] = f"it ended: {ended}"
-            elif ended is None and vault.silent_s > self._still_s:
-                again[node] = f"it did not answer for {self._still_s:.0f} s and was ended"
+            elif ended is None and vault.silent_s > self._hang_timeout_s:
+                again[node] = f"it did not answer for {self._hang_timeout_s:.0f} s and was ended"
             vault.missed = ended is not None
         living = {n["NodeID"] for n in ray.nodes() if n["Alive"]} if again else set()
         again = {node: why for node, why in again.items() if node in living}

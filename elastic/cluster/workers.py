@@ -94,7 +94,7 @@ class _Actor:
         self._answered = False
         self.silent = ""
         what = "the controller of its workers"
-        self._lookout = Lookout(what, plan.still_s / LOOKS, self._answers, self._stands_still).__enter__()
+        self._lookout = Lookout(what, plan.hang_timeout_s / LOOKS, self._answers, self._stands_still).__enter__()
 
     def _answers(self, timeout_s: float) -> bool:
         """False where it once did, and stands still now; one that is dead does not, which `over` sees."""

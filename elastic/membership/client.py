@@ -183,7 +183,7 @@ class WorkerLink:
         """How far this worker is; the next heartbeat says so. Costs an assignment."""
         self._watcher.position = position
 
-    def tell_place(self, place: Callable[[], tuple[str, list[int]]]) -> None:
+    def show_place(self, place: Callable[[], tuple[str, list[int]]]) -> None:
         """What heartbeats ask for where this worker is, for people, and for the samples that it waits for."""
         self._watcher.place = place
 

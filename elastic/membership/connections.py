@@ -55,7 +55,7 @@ class Connections:
         if socket is not None and not socket.closed:
             self.start(_send_quietly(socket, dumps(message)))
 
-    def tell(self, world: World, message: HostMessage) -> None:
+    def send_to_world(self, world: World, message: HostMessage) -> None:
         """Send to all members of a world."""
         for member in world.members:
             self.send(member.id, message)

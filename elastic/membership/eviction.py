@@ -64,9 +64,9 @@ class Watchman:
         self._waited_out: set[int] = set()  # samples that somebody was given up for
         self._steps_out: set[int] = set()  # steps that somebody was given up in
         self._formed_at = 0.0
-        self._told_still: World | None = None
+        self._stall_reported: World | None = None
         self._made_anew: set[int] = set()  # steps whose world was made anew because it stood still
-        self._told_slow: set[tuple[int, ...]] = set()
+        self._slow_reported: set[tuple[int, ...]] = set()
         self._step_times: deque[float] = deque(maxlen=100)
         self._state: State
 
@@ -93,7 +93,7 @@ class Watchman:
     def new_world(self, known: Iterable[str], now: float) -> None:
         """Progress counts within a world. Of those who are `known` it is kept: they are where they said to be."""
         self._progress = {i: self._progress[i] for i in known if i in self._progress}
-        self._formed_at, self._told_still = now, None
+        self._formed_at, self._stall_reported = now, None
         self._condemned.clear()
 
     def progress(self, member_id: str, said: Progress) -> None:
@@ -126,7 +126,7 @@ class Watchman:
         self._state, world = state, state.world
         if world is None:
             return
-        self._tell_slow(world, now)
+        self._report_slow(world, now)
         decided, found = self._hung(world, state, now)
         if decided is not None:
             self._decide(decided)
@@ -137,7 +137,7 @@ class Watchman:
                 self._connections.start(self._evict(member_id, world))
         inside = state.phase in (Phase.RUNNING, Phase.LEAVING) and world.ids.isdisjoint(state.waiting)
         if inside and self._condemned.isdisjoint(world.ids):
-            self._watch_still(world, now)
+            self._watch_stalls(world, now)
 
     def _lose_silent(self, state: State, now: float) -> None:
         members, lease_s = state.world.ids if state.world else frozenset(), state.limits.lease_s
@@ -200,7 +200,7 @@ class Watchman:
         if not found:
             return None, []
         where = self._progress.get(found[0], _UNHEARD)
-        told = f"worker {found[0]} {_told(where)}"
+        told = f"worker {found[0]} {_describe(where)}"
         if last:
             if quiet.intersection(found):
                 told = (
@@ -236,7 +236,7 @@ class Watchman:
         elif where.step >= 0:
             self._steps_out.add(where.step)
 
-    def _watch_still(self, world: World, now: float) -> None:
+    def _watch_stalls(self, world: World, now: float) -> None:
         """Nobody moves: say so, make the world anew once, and end the run if it comes to stand at that step again."""
         places, limits = self._places(world, now), (p95(self._step_times), self._hang_s)
         times = still(places, self._as_of(world, now), *limits)
@@ -244,36 +244,36 @@ class Watchman:
             return
         where = min(places.values(), key=lambda p: p.position.key)
         step = where.step
-        if self._told_still is not world:
-            self._told_still = world
+        if self._stall_reported is not world:
+            self._stall_reported = world
             seconds = now - max(p.since for p in places.values())
             told = f"nobody has moved for {seconds:.0f} s, in {_place(where)}"
-            self._connections.start(self._tell_still(world, step, told))
+            self._connections.start(self._report_stall(world, step, told))
         if times > STILL:
             again = step in self._made_anew
             self._made_anew.add(step)
-            self._decide(Stalled(f"all workers stand still: {_told(where)}", now, final=again))
+            self._decide(Stalled(f"all workers stand still: {_describe(where)}", now, final=again))
 
-    async def _tell_still(self, world: World, step: int, told: str) -> None:
+    async def _report_stall(self, world: World, step: int, told: str) -> None:
         await self._save_stacks(world)
         self._keeper.event("world_stalled", generation=str(world.generation), step=step + 1, detail=told)
 
     async def _save_stacks(self, world: World) -> None:
-        self._connections.tell(world, Dump())
+        self._connections.send_to_world(world, Dump())
         await asyncio.sleep(STACKS_S)
         for member in world.members:
             text = self._stacks.pop(member.id, "no answer: the process is stopped, or its watcher is")
             self._keeper.save_stacks(member, text)
 
-    def _tell_slow(self, world: World, now: float) -> None:
+    def _report_slow(self, world: World, now: float) -> None:
         """Say once of each sample that it takes long, and for how long it is waited for."""
         limits = p95(self._step_times), self._hang_s
         here = {m.id: self._progress[m.id] for m in world.members if m.id in self._progress}
         for member_id in slow_data(here, now, *limits):
             where = here[member_id]
-            if where.samples in self._told_slow:
+            if where.samples in self._slow_reported:
                 continue
-            self._told_slow.add(where.samples)
+            self._slow_reported.add(where.samples)
             times = Stage.DATA.patience
             usual_s, longest_s = (hang_limit_s(s.patience, *limits) for s in (Stage.PASS, Stage.DATA))
             self._keeper.event(
@@ -303,13 +303,13 @@ class Watchman:
             node=lost.node,
             pid=lost.pid,
             step=where.step + 1,
-            detail=_told(where),
+            detail=_describe(where),
         )
         self._note_given_up(where)
         self._give_up(member_id, "it hung, and its world went on without it", f"hung in {where.label}", False, False)
 
 
-def _told(where: Progress) -> str:
+def _describe(where: Progress) -> str:
     """Where a worker hangs, and what to do if it does not."""
     return f"hung in {_place(where)}; if it only takes long, give a longer --recovery.hang-timeout"
 

@@ -59,7 +59,7 @@ class Executor:
             self._form(command)
         elif isinstance(command, Rebuilt):
             keeper.world_resumed(command.world)
-            connections.tell(command.world, wire.Resume(command.world.generation))
+            connections.send_to_world(command.world, wire.Resume(command.world.generation))
         elif isinstance(command, Welcome):
             connections.send(command.member_id, wire.Resume(command.generation))
             if command.broken:
@@ -71,7 +71,7 @@ class Executor:
                 keeper.event("notice", generation=str(command.world.generation), detail=f"re-forming: {command.reason}")
             else:
                 keeper.world_broken(command.world, command.lost, command.reason)
-            connections.tell(command.world, wire.Broken(command.world.generation))
+            connections.send_to_world(command.world, wire.Broken(command.world.generation))
         elif isinstance(command, Failed):
             member, failure = command.member, command.failure
             left = {"generation": str(command.world.generation)} if command.world is not None else {}
@@ -86,9 +86,9 @@ class Executor:
             )
         elif isinstance(command, Leave):
             keeper.event("notice", generation=str(command.world.generation), detail=f"re-forming: {command.why}")
-            connections.tell(command.world, wire.Wished("leave", command.why))
+            connections.send_to_world(command.world, wire.Wished("leave", command.why))
         elif isinstance(command, SaveNow):
-            connections.tell(command.world, wire.Wished("save", "a node goes away"))
+            connections.send_to_world(command.world, wire.Wished("save", "a node goes away"))
         elif isinstance(command, LeftBehind):
             member, detail = command.member, "it does not answer yet; the others go on, and take it in when it does"
             keeper.event("member_late", member=member.id, node=member.node, pid=member.pid, detail=detail)

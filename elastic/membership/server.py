@@ -94,7 +94,7 @@ class MembershipServer:
         )
         self._members: dict[str, Member] = {}
         self._said_done: frozenset[str] = frozenset()
-        self._told_refused: set[str] = set()
+        self._refused_reported: set[str] = set()
         self._loop = asyncio.new_event_loop()
         self._ready = threading.Event()
         self._stopping = asyncio.Event()
@@ -287,8 +287,8 @@ class MembershipServer:
 
     async def _refuse(self, socket: web.WebSocketResponse, member_id: str, refused: Refused) -> None:
         """Nothing was done of what a worker said: it is told so, and ends."""
-        if member_id not in self._told_refused:
-            self._told_refused.add(member_id)
+        if member_id not in self._refused_reported:
+            self._refused_reported.add(member_id)
             self._keeper.event("message_refused", member=member_id, detail=str(refused))
         reason = str(refused).encode()[:MOST_REASON_BYTES]
         with contextlib.suppress(ConnectionError):  # it is gone already

@@ -131,7 +131,7 @@ class Console:
             self._live = Live(console=RichConsole(file=cast(TextIO, self._out)), refresh_per_second=4, transient=True)
             self._live.start()
 
-    def say(self, text: str) -> None:
+    def print(self, text: str) -> None:
         """Print a line, but for the secrets in it."""
         text = printable(redact(text))
         if self._live is not None:
@@ -143,11 +143,11 @@ class Console:
         """Show a row or an event as it arrives."""
         if "kind" in record:
             if record["kind"] not in _UNTOLD:
-                self.say(f"[{time.strftime('%H:%M:%S', time.localtime(record['time']))}] {event_text(record)}")
+                self.print(f"[{time.strftime('%H:%M:%S', time.localtime(record['time']))}] {event_text(record)}")
         elif "loss" in record:
             self._progress(record)
         else:
-            self.say(eval_text(record))
+            self.print(eval_text(record))
 
     def _progress(self, row: dict[str, Any]) -> None:
         amount = row.get("tokens") or row.get("samples") or 0
@@ -165,7 +165,7 @@ class Console:
         now = time.monotonic()
         if now - self._last_line >= self._every_s or row["step"] == self._total:
             self._last_line = now
-            self.say(row_text(row, self._total, rate, amount_rate))
+            self.print(row_text(row, self._total, rate, amount_rate))
 
     def close(self) -> None:
         """Leave the terminal as it was."""

@@ -105,13 +105,13 @@ class BlockOrder:
         found, self._ran = xxhash.xxh3_64_intdigest(repr(self._ran).encode()) >> 11, []  # a float64 has 53 bits
         return float(found)
 
-    def check(self, told: Any) -> None:
+    def check(self, orders: Any) -> None:
         """Compare what all workers of the mesh took, by place.
 
         Raises:
             ConfigError: in a row they are not alike.
         """
         shards = self._mesh.layout.shards
-        for start in range(0, len(told), shards):
-            if len(set(told[start : start + shards])) > 1:
+        for start in range(0, len(orders), shards):
+            if len(set(orders[start : start + shards])) > 1:
                 raise ConfigError(_REFUSED)

@@ -39,7 +39,7 @@ def reduce_moves(
     indices: list[int],
     sums: CanonicalSum,
     count: int,
-    told: Sequence[float],
+    fingerprints: Sequence[float],
     group: dist.ProcessGroup | None = None,
 ) -> None:
     """Put the moves of all microbatches together, floating ones summed in the canonical tree.
@@ -48,7 +48,7 @@ def reduce_moves(
         touched: buffers that any pass of the step changed, on any rank.
         after, indices: what each of this rank's microbatches left in the buffers that it changed, and its index.
         count: microbatches of the step.
-        told: every rank's fingerprint.
+        fingerprints: every rank's fingerprint.
 
     Raises:
         RuntimeError: a buffer has no one value after the step.
@@ -58,7 +58,7 @@ def reduce_moves(
         sums.push(index, [_move(buffers, changed, n) for n in floating])
     for n, move in zip(floating, sums.reduce() if floating else []):
         buffers.set(n, buffers.before(n) + move / count)
-    _set_whole(buffers, whole, after, told, group)
+    _set_whole(buffers, whole, after, fingerprints, group)
 
 
 def average_moves(
@@ -67,7 +67,7 @@ def average_moves(
     after: After,
     counts: list[int],
     count: int,
-    told: Sequence[float],
+    fingerprints: Sequence[float],
     group: dist.ProcessGroup | None = None,
 ) -> None:
     """The same for passes over several microbatches: a pass counts as often as it has microbatches, so that the result
@@ -77,7 +77,7 @@ def average_moves(
         touched: buffers that any pass of the step changed, on any rank.
         after, counts: what each of this rank's passes left in the buffers that it changed, and its microbatches.
         count: microbatches of the step.
-        told: every rank's fingerprint.
+        fingerprints: every rank's fingerprint.
 
     Raises:
         RuntimeError: a buffer has no one value after the step.
@@ -92,11 +92,11 @@ def average_moves(
             moves = torch.cat([_move(buffers, changed, n).reshape(-1).to(wide) for n in names]) * (passes / count)
             total = moves if total is None else total.add_(moves)
         assert total is not None, "a rank without a pass"
-        if len(told) > 1:
+        if len(fingerprints) > 1:
             dist.all_reduce(torch.view_as_real(total) if total.is_complex() else total, group=group)
         for n, move in zip(names, total.split([buffers.before(n).numel() for n in names])):
             buffers.set(n, buffers.before(n).to(wide) + move.view(buffers.before(n).shape))
-    _set_whole(buffers, whole, after, told, group)
+    _set_whole(buffers, whole, after, fingerprints, group)
 
 
 def _sorted(buffers: StepBuffers, touched: list[str], after: After) -> tuple[list[str], list[str]]:
@@ -134,7 +134,7 @@ def _whole_moves(buffers: StepBuffers, names: Sequence[str], after: After) -> to
 
 
 def _set_whole(
-    buffers: StepBuffers, names: list[str], after: After, told: Sequence[float], group: dist.ProcessGroup | None
+    buffers: StepBuffers, names: list[str], after: After, fingerprints: Sequence[float], group: dist.ProcessGroup | None
 ) -> None:
     """Give integer buffers their value.
 
@@ -149,10 +149,10 @@ def _set_whole(
         _check_one(n, [value for value in mine if not torch.equal(value, before)])
     moves = _whole_moves(buffers, names, after)
     sizes = [buffers.before(n).numel() for n in names]
-    if len(set(told)) > 1:  # everyone knows that, and asks
-        everyone = moves.new_empty(len(told) * len(moves))
+    if len(set(fingerprints)) > 1:  # everyone knows that, and asks
+        everyone = moves.new_empty(len(fingerprints) * len(moves))
         all_gather_flat(everyone, moves, group=group)
-        rows = [row.split(sizes) for row in everyone.view(len(told), -1)]
+        rows = [row.split(sizes) for row in everyone.view(len(fingerprints), -1)]
         for i, n in enumerate(names):
             _check_one(n, [row[i] for row in rows if row[i].any()])
         moves = torch.cat([next((row[i] for row in rows if row[i].any()), rows[0][i]) for i in range(len(names))])

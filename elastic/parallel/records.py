@@ -31,7 +31,7 @@ class StepRecord:
     """Sums over a whole step or evaluation: identical on every rank, and at every world size in bitwise.
 
     Args:
-        told: what each rank told beside, by rank.
+        attached: what each rank attached, by rank.
     """
 
     loss_sum: float
@@ -40,7 +40,7 @@ class StepRecord:
     sample_hash: str
     changed_buffers: int = 0
     nonfinite_microbatch: int | None = None
-    told: tuple[tuple[float, ...], ...] = ()
+    attached: tuple[tuple[float, ...], ...] = ()
 
     @property
     def loss(self) -> float:
@@ -84,7 +84,7 @@ class Records:
     _rows: list[list[Any]] = field(default_factory=list)
     _names: list[str] | None = None
     _others: list[str] | None = None  # those of a microbatch that has other ones than the first
-    _told: tuple[torch.Tensor | float, ...] = ()
+    _attached: tuple[torch.Tensor | float, ...] = ()
 
     def add(
         self, loss: torch.Tensor, weight: Any, metrics: Mapping[str, Any], digests: tuple[int, ...], changed: int = 0
@@ -110,9 +110,9 @@ class Records:
         for i in range(self.buffer_words):
             self._words[-1][1 + i] |= _signed(mask >> (64 * i))
 
-    def tell(self, *values: torch.Tensor | float) -> None:
+    def attach(self, *values: torch.Tensor | float) -> None:
         """Numbers of this rank (scalars on its device, or here), which all ranks are to know. All tell as many."""
-        self._told = values
+        self._attached = values
 
     def gather(self, group: dist.ProcessGroup | None) -> PendingRecord:
         """Start the all-gather; call `result` on what comes back after the backward pass."""
@@ -131,10 +131,10 @@ class Records:
         agreed = self.metrics.names
         values = self._rows if self._names == agreed else [[*v[:2], *(0.0 for _ in agreed)] for v in self._rows]
         mark = _MIXED if self._others is not None else _mark(self._names or [])
-        mine = self._table(height, [[*words, mark] for words in self._words], values, len(self._told))
+        mine = self._table(height, [[*words, mark] for words in self._words], values, len(self._attached))
         width = mine.shape[1]
-        for column, told in enumerate(self._told, width - len(self._told)):
-            value = told.detach() if isinstance(told, torch.Tensor) else torch.tensor(told, dtype=torch.float64)
+        for column, given in enumerate(self._attached, width - len(self._attached)):
+            value = given.detach() if isinstance(given, torch.Tensor) else torch.tensor(given, dtype=torch.float64)
             mine[0, column] = value.double().view(torch.int64)
         return mine
 
@@ -191,9 +191,11 @@ class PendingRecord:
         host = gathered.numpy()  # numpy costs a tenth of torch for arrays as small as these
         rows = self._in_order(host)
         words = 2 + self.records.buffer_words
-        end = rows.shape[1] - len(self.records._told)
+        end = rows.shape[1] - len(self.records._attached)
         sums = rows[:, words:end].copy().view(np.float64)
-        told = tuple(map(tuple, host[:, 0, end:].copy().view(np.float64).tolist())) if self.records._told else ()
+        attached = (
+            tuple(map(tuple, host[:, 0, end:].copy().view(np.float64).tolist())) if self.records._attached else ()
+        )
         if (host[:, 0, words - 1] != _mark(self.records.metrics.names)).any():
             sums = np.concatenate([sums[:, :2], self._agree(host[:, 0, words - 1].tolist())], 1)
         self._check_weights(sums[:, 1])
@@ -206,7 +208,7 @@ class PendingRecord:
         digest = xxhash.xxh3_64_hexdigest(rows[:, 0].astype("<i8").tobytes())
         finite = np.isfinite(sums[:, :2]).all(1)
         first_bad = None if finite.all() else int(finite.argmin())
-        return StepRecord(total[0], total[1], dict(zip(names, total[2:])), digest, changed, first_bad, told)
+        return StepRecord(total[0], total[1], dict(zip(names, total[2:])), digest, changed, first_bad, attached)
 
     def _in_order(self, host: np.ndarray) -> np.ndarray:
         """The rows of the whole step, by microbatch."""
@@ -229,7 +231,7 @@ class PendingRecord:
         records = self.records
         if marks.count(marks[0]) < len(marks) or marks[0] == _MIXED:
             mine = [records._names, *([records._others] if records._others is not None else [])]
-            found = [names for names_of_rank in self._tell_all(mine) for names in names_of_rank]
+            found = [names for names_of_rank in self._gather_objects(mine) for names in names_of_rank]
             one, other = found[0], next(names for names in found if names != found[0])
             raise ConfigError(
                 f"{records.metrics.source} returned the metrics {_listed(one)} for some microbatches and "
@@ -252,7 +254,7 @@ class PendingRecord:
         all_gather_flat(everyone.view(-1), mine.view(-1), group=self.group)
         return everyone
 
-    def _tell_all(self, value: Any) -> list[Any]:
+    def _gather_objects(self, value: Any) -> list[Any]:
         """A JSON value of each rank."""
         device, data = self.records.device, json.dumps(value).encode()
         lengths = self._gather(torch.tensor([len(data)], device=device)).view(-1).tolist()

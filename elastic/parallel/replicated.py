@@ -193,7 +193,7 @@ class FastReplica(_Replica):
                 counts.append(len(one.digests))
                 records.add(loss, weight, metrics, one.digests, buffers.mask(changed))
                 if one.last:
-                    records.tell(fingerprint(buffers, after))
+                    records.attach(fingerprint(buffers, after))
                     pending = records.gather(None)
                     before = self._written() if self._ddp is not None and not self._find_unused else []
                 with self._recomputing(changed):
@@ -205,7 +205,7 @@ class FastReplica(_Replica):
         record = pending.result()
         buffers.end(touched := buffers.masked(record.changed_buffers))
         if touched:
-            average_moves(buffers, touched, after, counts, self._count, [last for *_, last in record.told])
+            average_moves(buffers, touched, after, counts, self._count, [last for *_, last in record.attached])
         self.wait_s = time.perf_counter() - began
         return record, record.weight * self.scale / self._world_size
 
@@ -295,7 +295,7 @@ class BitwiseReplica(_Replica):
             after.append(changed)
             records.add(loss, weight, metrics, one.digests, buffers.mask(changed))
             if one.last:
-                records.tell(fingerprint(buffers, after))
+                records.attach(fingerprint(buffers, after))
                 pending = records.gather(None)
             with self._recomputing(changed):
                 (loss * self.scale if self.scale != 1 else loss).backward()
@@ -310,7 +310,7 @@ class BitwiseReplica(_Replica):
         buffers.end(touched := buffers.masked(record.changed_buffers))
         if touched:
             sums = CanonicalSum(self._runs, self._rank, None, self._bucket_bytes)
-            reduce_moves(buffers, touched, after, indices, sums, self._count, [last for *_, last in record.told])
+            reduce_moves(buffers, touched, after, indices, sums, self._count, [last for *_, last in record.attached])
         self.wait_s = time.perf_counter() - began
         return record, record.weight * self.scale
 

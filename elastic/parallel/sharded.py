@@ -82,23 +82,23 @@ class _Sharded:
         self._used.look_at_root()
         return result
 
-    def _gather(self, records: Records, *told: torch.Tensor | float) -> tuple[StepRecord, list[str]]:
+    def _gather(self, records: Records, *attached: torch.Tensor | float) -> tuple[StepRecord, list[str]]:
         """The step's record, and the buffers that passes changed. Drops gradients of what nobody used: the optimizer
         is to leave those parameters alone, as it would in one process.
 
         Args:
-            told: for the record, of this worker.
+            attached: to the record, of this worker.
 
         Raises:
             ConfigError: the workers of a row did not run the same blocks.
         """
         first = 64 * self._buffers.words
         records.mark(sum(1 << (first + i) for i in self._used.seen))
-        records.tell(self._block_order.taken(), *told)
+        records.attach(self._block_order.taken(), *attached)
         began = time.perf_counter()
         record = records.gather(self._mesh.everyone).result()
         self.wait_s = time.perf_counter() - began
-        self._block_order.check([first for first, *_ in record.told])
+        self._block_order.check([first for first, *_ in record.attached])
         self._steps += 1
         for i, p in enumerate(self._parameters):
             if not record.changed_buffers >> (first + i) & 1:
@@ -169,10 +169,10 @@ class FastSharded(_Sharded):
                 (loss * 0 if one.padding else loss * self.scale).backward()
             buffers.undo(changed)  # every pass starts from the buffers of the step's beginning
         record, touched = self._gather(records, self._square(), fingerprint(buffers, after))
-        self._squares = [square for _, square, _ in record.told]
+        self._squares = [square for _, square, _ in record.attached]
         if touched:
-            told = [last for *_, last in record.told]
-            average_moves(buffers, touched, after, counts, sum(map(len, self._runs)), told, self._mesh.everyone)
+            fingerprints = [last for *_, last in record.attached]
+            average_moves(buffers, touched, after, counts, sum(map(len, self._runs)), fingerprints, self._mesh.everyone)
         return record, record.weight * self.scale
 
     def _square(self) -> torch.Tensor:
@@ -252,8 +252,10 @@ class BitwiseSharded(_Sharded):
         record, touched = self._gather(records, fingerprint(buffers, after))
         if touched:
             moves = CanonicalSum(self._runs, self._place, mesh.everyone, self._bucket_bytes)
-            told = [last for *_, last in record.told]
-            reduce_moves(buffers, touched, after, indices, moves, sum(map(len, self._runs)), told, mesh.everyone)
+            fingerprints = [last for *_, last in record.attached]
+            reduce_moves(
+                buffers, touched, after, indices, moves, sum(map(len, self._runs)), fingerprints, mesh.everyone
+            )
         return record, record.weight * self.scale
 
     def norm(self, gradients: list[torch.Tensor]) -> torch.Tensor:

@@ -27,14 +27,14 @@ class Keeping:
 
     Args:
         note: records an event at once.
-        tell: sends a message to all workers.
+        send: sends a message to all workers.
         owns: asks storage whether the run is still this claim's.
         closed: whether nothing is written any more.
         flush_rows: no committed step may be missing in the ledger.
     """
 
     note: Callable[..., None]
-    tell: Callable[[HostMessage], None]
+    send: Callable[[HostMessage], None]
     owns: Callable[[], bool]
     closed: Callable[[], bool]
     flush_rows: Callable[[], None]
@@ -101,7 +101,7 @@ class Checkpoints:
         meanwhile."""
         self.due_at = float("inf")
         if in_world and not self._keeping.closed():
-            self._keeping.tell(Wished("save", why))
+            self._keeping.send(Wished("save", why))
 
     # ---- committing ------------------------------------------------------------------------------------------------
 
@@ -121,7 +121,7 @@ class Checkpoints:
                 return
         what = attempt.take(member_id, share)
         if what == "decided":
-            self._tell(attempt)
+            self._send_commit(attempt)
         elif what == "failed":
             self._decide(attempt, share.error or "a worker's part says nothing of what it holds", no_room=share.no_room)
         elif what == "whole":
@@ -156,7 +156,7 @@ class Checkpoints:
             note("checkpoint_failed", generation=str(attempt.generation), step=step, detail=error)
         if no_room and not self._keeping.closed():
             self.make_room(step)
-        self._tell(attempt)
+        self._send_commit(attempt)
         if error or self._keeping.closed():
             return
         self._prune()
@@ -195,14 +195,14 @@ class Checkpoints:
             self._keeping.note(
                 "checkpoint_failed", step=self.step, detail=f"old checkpoints could not be removed: {problem}"
             )
-        self._tell_damaged(self._retention)
+        self._note_damaged(self._retention)
 
-    def _tell_damaged(self, retention: Retention) -> None:
+    def _note_damaged(self, retention: Retention) -> None:
         for checkpoint, damage in retention.damaged.items():
             self.unloadable(checkpoint, damage, damaged=True, found_by="the removal of old ones")
 
-    def _tell(self, attempt: Attempt) -> None:
-        self._keeping.tell(Commit(attempt.step, attempt.name, attempt.error, attempt.anew))
+    def _send_commit(self, attempt: Attempt) -> None:
+        self._keeping.send(Commit(attempt.step, attempt.name, attempt.error, attempt.anew))
 
     def _commit(self, attempt: Attempt, ranks: Mapping[str, int]) -> None:
         """Commit an attempt, and tell what became of it."""
@@ -238,7 +238,7 @@ class Checkpoints:
         for attempt in self._attempts.values():
             if not attempt.over:
                 self._decide(attempt, "what it wrote was removed", anew=True)
-        self._keeping.tell(Commit(-1, "", "removed", anew=True))
+        self._keeping.send(Commit(-1, "", "removed", anew=True))
         self.wish(True, "all that was saved was removed")
 
     def distrust(self, checkpoint: Committed) -> None:
@@ -265,7 +265,7 @@ class Checkpoints:
         else:
             self._keeping.note("checkpoint_failed", generation=generation, step=checkpoint.step, detail=problem)
         self.restore = self._newest()
-        self._keeping.tell(Commit(checkpoint.step, checkpoint.attempt, problem, anew=True))
+        self._keeping.send(Commit(checkpoint.step, checkpoint.attempt, problem, anew=True))
 
     # ---- removing --------------------------------------------------------------------------------------------------
 
@@ -276,5 +276,5 @@ class Checkpoints:
         found = removals(self._storage, gone, set(newest_first(self._storage)), needed)
         if yes:
             retention.prune()
-        self._tell_damaged(retention)
+        self._note_damaged(retention)
         return [asdict(removal) for removal in found]

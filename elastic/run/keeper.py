@@ -48,7 +48,7 @@ class RunKeeper:
         self._options, self._outcome = options, Outcome(time.time())
         self._server: Server = NoServer()
         self._queue: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._storage = storage = AnsweringStorage(folder.storage, self._tell_hung)
+        self._storage = storage = AnsweringStorage(folder.storage, self._report_hung)
         self._folder = folder = RunFolder(storage)
         self._thread = threading.Thread(target=self._work, name="run-keeper", daemon=True)
         self._record = record = Record(options.epoch)
@@ -306,7 +306,7 @@ class RunKeeper:
         if self._ownership.lasts():
             self._status.write()
 
-    def _tell_hung(self, what: str) -> None:
+    def _report_hung(self, what: str) -> None:
         """The storage does not answer: say so at once. It is in the ledger when that can be written. From any
         thread."""
         record = event_of(self._options.epoch, "storage_hung", {"detail": what})

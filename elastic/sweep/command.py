@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from elastic.config import TrainConfig
-from elastic.errors import ConfigError, ElasticError, told
+from elastic.errors import ConfigError, ElasticError, error_text
 from elastic.job import Job
 from elastic.job_file import load_job
 from elastic.observe.streams import sturdy_output
@@ -90,7 +90,7 @@ def run(argv: Sequence[str], program: str | None = None) -> int:
 
         return drive(prepared)
     except ElasticError as error:
-        print(told(error), file=sys.stderr)
+        print(error_text(error), file=sys.stderr)
         return error.exit_code
 
 

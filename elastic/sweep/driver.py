@@ -18,7 +18,7 @@ from elastic.cluster.autoscaler import node_types
 from elastic.cluster.capacity import choose_accelerator, worker_resources
 from elastic.cluster.embedded import connected, node_resources, preflight
 from elastic.config import ClusterOptions, TrainConfig
-from elastic.errors import ElasticError, Interrupted, told
+from elastic.errors import ElasticError, Interrupted, error_text
 from elastic.job import Job, job_name, job_options, training_data
 from elastic.run.plan import resolve
 from elastic.run.resuming import CODED
@@ -259,7 +259,7 @@ def drive(prepared: PreparedSweep) -> int:
     try:
         result = drive_sweep(prepared)
     except ElasticError as error:
-        print(told(error), file=sys.stderr)
+        print(error_text(error), file=sys.stderr)
         return error.exit_code
     storage, values = open_sweep(result.folder)
     print(report_text(storage.url, values, result.trials))

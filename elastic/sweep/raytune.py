@@ -157,7 +157,7 @@ class Gates(FIFOScheduler):
         if wait == "hold":
             return TrialScheduler.NOOP
         if wait == "rest":
-            self._tell(trial, "rest")
+            self._notify(trial, "rest")
         return TrialScheduler.CONTINUE
 
     def on_trial_complete(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> None:
@@ -169,12 +169,12 @@ class Gates(FIFOScheduler):
         for number, verdict in self._judge.verdicts():
             trial = self._trials[number]
             if number == reporting:
-                self._tell(trial, "obey", verdict)  # and Tune goes on with it by itself
+                self._notify(trial, "obey", verdict)  # and Tune goes on with it by itself
             elif self._judge.release(number):
-                self._tell(trial, "obey", verdict)
+                self._notify(trial, "obey", verdict)
                 step_again(controller_of(tune_controller), trial)
 
-    def _tell(self, trial: Trial, what: str, *arguments: Any) -> None:
+    def _notify(self, trial: Trial, what: str, *arguments: Any) -> None:
         """To a process that may have died; then it is made anew, and reads what was decided."""
         getattr(trial.temporary_state.ray_actor, what).remote(*arguments)
 
@@ -186,11 +186,11 @@ class Gates(FIFOScheduler):
         waiting = [t for t in tune_controller.get_trials() if t.status == Trial.PENDING]
         return next(iter(waiting), None)
 
-    def tell_all(self, controller: TuneController, what: str, *arguments: Any) -> None:
+    def notify_all(self, controller: TuneController, what: str, *arguments: Any) -> None:
         """Tell every trial that runs; those that are held go on, to hear of it."""
         for number, trial in self._trials.items():
             if trial.status == Trial.RUNNING:
-                self._tell(trial, what, *arguments)
+                self._notify(trial, what, *arguments)
                 if self._judge.release(number):
                     step_again(controller, trial)
 
@@ -247,11 +247,11 @@ class Tuning:
 
     def stop_all(self, why: str) -> None:
         """Have all trials that run save and end, as stopped."""
-        self._gates.tell_all(self._controller, "obey", Verdict("stop", why=why))
+        self._gates.notify_all(self._controller, "obey", Verdict("stop", why=why))
 
     def rest_all(self) -> None:
         """Have all trials that run save and end, to go on another time."""
-        self._gates.tell_all(self._controller, "rest")
+        self._gates.notify_all(self._controller, "rest")
 
     def close(self) -> None:
         """End the actors."""

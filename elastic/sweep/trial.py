@@ -270,7 +270,7 @@ class TrialRun:
         self._every, self._total = every, (total_steps - 1) // every + 1
         newest = next(newest_first(self._folder.storage), None)
         done = 0 if newest is None else newest.step // every
-        self._tell_history(done, 0 if newest is None else newest.step)
+        self._send_history(done, 0 if newest is None else newest.step)
         control = RunControl(self._on_record)
         with self._lock:
             self._control = control
@@ -280,7 +280,7 @@ class TrialRun:
         self._thread = threading.Thread(target=self._drive, args=(run, control), name="trial-run", daemon=True)
         self._thread.start()
 
-    def _tell_history(self, done: int, step: int) -> None:
+    def _send_history(self, done: int, step: int) -> None:
         """Evaluations before the newest checkpoint are not repeated, but where the run waits after one, it is told."""
         if not done or step % self._every or done >= self._total:
             return

@@ -184,7 +184,7 @@ class _Watch:
         if self._live.servers > self._servers:
             self._servers = self._live.servers
             self._ask()
-        self._tell(seen)
+        self._print_progress(seen)
         return seen
 
     def _gone(self, error: OSError, now: float) -> dict[str, Any] | None:
@@ -198,7 +198,7 @@ class _Watch:
             ) from error
         return {"status": status or {}, "group": {"members": [], "gone": [], "phase": "away"}, "workers": []}
 
-    def _tell(self, seen: dict[str, Any]) -> None:
+    def _print_progress(self, seen: dict[str, Any]) -> None:
         group, status = seen["group"], seen["status"]
         text = f"{status['status']}, {len(group['members'])} in the world, {len(group['waiting'])} outside of it"
         phases = {w["phase"] for w in seen["workers"]} & {"eval", "checkpoint", "first step", "load", "connect"}

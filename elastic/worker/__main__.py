@@ -11,7 +11,7 @@ from typing import Any
 
 from elastic.child import end_with_input, ignore_terminal, raise_descriptor_limit
 from elastic.config import ClusterOptions, TrainConfig, from_dict
-from elastic.errors import ConfigError, ElasticError, told
+from elastic.errors import ConfigError, ElasticError, error_text
 from elastic.job import with_options
 from elastic.job_code import job_code
 from elastic.job_file import load_job
@@ -104,24 +104,26 @@ def _run() -> int:
         if result is None:
             console = Console(run.plan.total_steps, run.config.observe.log_every)
             for note in run.notes:
-                console.say(note)
+                console.print(note)
             if known.workers > run.config.scaling.max_workers:
                 most = run.config.scaling.max_workers
-                console.say(f"{most} of {known.workers} workers train, as --scaling.max-workers says; the others wait")
+                console.print(
+                    f"{most} of {known.workers} workers train, as --scaling.max-workers says; the others wait"
+                )
             accelerator = "gpu" if run.config.scaling.accelerator == "gpu" else "cpu"
             try:
                 result = run_local(
                     run,
                     known.workers,
                     on_record=console.record,
-                    say=console.say,
+                    say=console.print,
                     timeout_s=1e9,
                     accelerator=accelerator,
                 )
             finally:
                 console.close()
     except ElasticError as error:
-        print(told(error), file=sys.stderr)
+        print(error_text(error), file=sys.stderr)
         return error.exit_code
     print(result_text(result, run.folder.storage.url))
     return 0

@@ -26,10 +26,12 @@ def drive_here(run: PreparedRun) -> int:
     """
     console = Console(run.plan.total_steps, run.config.observe.log_every, live=False)
     if run.finished is None:
-        console.say(f"run {run.name} -> {run.folder.storage.url}")
+        console.print(f"run {run.name} -> {run.folder.storage.url}")
         for note in run.notes:
-            console.say(note)
-        console.say("one worker, in this process; an error ends the run, and nobody waits for who sits at a breakpoint")
+            console.print(note)
+        console.print(
+            "one worker, in this process; an error ends the run, and nobody waits for who sits at a breakpoint"
+        )
     print(result_text(run.finished or run_here(run, console), run.folder.storage.url))
     return 0
 

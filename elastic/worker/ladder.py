@@ -53,7 +53,7 @@ def next_rung(snapshot: int | None, checkpoint: int | None) -> Literal["snapshot
     return "fresh" if checkpoint is None else "checkpoint"
 
 
-def tell(link: WorkerLink, step: int, began: float, detail: dict[str, Any]) -> None:
+def post_restored(link: WorkerLink, step: int, began: float, detail: dict[str, Any]) -> None:
     """Say where the state came from, and how long that took since `began` (monotonic)."""
     seconds = round(time.monotonic() - began, 4)
     detail = {k: v for k, v in detail.items() if v is not None}
@@ -109,7 +109,7 @@ def _descend(
     ) -> Found:
         reason = "; ".join(r for r in reasons if r) or None
         if group.leads and (reason is not None or detail["rung"] != "fresh"):
-            tell(link, step, began, {**detail, "reason": reason})
+            post_restored(link, step, began, {**detail, "reason": reason})
         return Found(step, state, detail["rung"], open, manifest)
 
     while True:
@@ -137,7 +137,7 @@ def _descend(
         except CheckpointError as error:
             reasons.append(f"the checkpoint of step {checkpoint.step} cannot be loaded")
             if group.leads:
-                _tell_unloadable(link, checkpoint, error)
+                _post_unloadable(link, checkpoint, error)
             continue
         detail = {"rung": "checkpoint", "attempt": checkpoint.attempt, "bytes": size}
         return done(checkpoint.step, state, detail, open=manifest is None or not manifest.metrics, manifest=manifest)
@@ -146,11 +146,11 @@ def _descend(
     stored.refuse_to_begin_anew()
     state = make(True) if make is not None else None
     if state is not None:
-        _initialise(state, options, link, tell=group.leads)
+        _initialise(state, options, link, post=group.leads)
     return done(0, state, {"rung": "fresh"})
 
 
-def _initialise(state: TrainState, options: CheckpointOptions, link: WorkerLink, *, tell: bool = True) -> None:
+def _initialise(state: TrainState, options: CheckpointOptions, link: WorkerLink, *, post: bool = True) -> None:
     """A fresh start: give the model (or this worker's part of it) the weights that the run is to start from, if it is.
 
     Raises:
@@ -162,12 +162,12 @@ def _initialise(state: TrainState, options: CheckpointOptions, link: WorkerLink,
     began = time.monotonic()
     shards, aliases = state.weights()
     found = load_initial(open_initial(options.init_from), shards, partial=options.init_partial, aliases=aliases)
-    if not tell:
+    if not post:
         return
     link.event("initialised", 0, found.to_json(), seconds=round(time.monotonic() - began, 4))
 
 
-def _tell_unloadable(link: WorkerLink, checkpoint: Committed, error: CheckpointError) -> None:
+def _post_unloadable(link: WorkerLink, checkpoint: Committed, error: CheckpointError) -> None:
     """Tell the keeper: nothing is to count this checkpoint any more; it is marked if it is damaged."""
     damaged = isinstance(error, DamagedCheckpoint)
     link.post(Unloadable(checkpoint.step, checkpoint.attempt, str(error), damaged))

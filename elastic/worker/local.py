@@ -29,7 +29,7 @@ from elastic.run.signals import heard_by
 from elastic.units import parse_amount
 from elastic.worker.children import end_process, ended_how, start_module
 from elastic.worker.hosting import HostHere, HostProcess
-from elastic.worker.vaults import STILL_S, VaultProcess
+from elastic.worker.vaults import HANG_TIMEOUT_S, VaultProcess
 
 LOOPBACK = "127.0.0.1"
 END_S = 10.0  # for processes to end by themselves once the run has
@@ -74,7 +74,7 @@ class LocalRun:
         self._environment, self._own_host = environment or {}, own_host
         self.drive = Drive(run, [self._note, outlived(on_record)], say)
         self._wanted = 0  # processes to have, once the run was scaled
-        self._told: set[int] = set()  # processes that ended, and the server knows
+        self._reported: set[int] = set()  # processes that ended, and the server knows
         self._let_go: set[str] = set()  # workers that end now, if they have not yet
         self._known, self._idle_since = 0, 0.0  # how many processes had been started when there last was one
         self._epoch = 0
@@ -161,9 +161,13 @@ class LocalRun:
             return None
         if node not in self.vaults:
             given = self._run.config.recovery.hang_timeout
-            still_s = STILL_S if given == "auto" else parse_amount("--recovery.hang-timeout", given, clock=True).seconds
-            tell = partial(self._tell_of_vault, node)
-            self.vaults[node] = VaultProcess(self.token, self._address, self._in_vaults, still_s, tell)
+            hang_timeout_s = (
+                HANG_TIMEOUT_S
+                if given == "auto"
+                else parse_amount("--recovery.hang-timeout", given, clock=True).seconds
+            )
+            tell = partial(self._report_vault, node)
+            self.vaults[node] = VaultProcess(self.token, self._address, self._in_vaults, hang_timeout_s, tell)
         return self.vaults[node]
 
     def node_of(self, index: int) -> str:
@@ -190,7 +194,7 @@ class LocalRun:
     def turn(self, worlds: int) -> None:
         """Start what is missing, and tell the host who ended."""
         self._grow()
-        self._tell_ended()
+        self._report_ended()
 
     def silent(self) -> str:
         """Never: the workers have no keeper but this process."""
@@ -214,7 +218,7 @@ class LocalRun:
         for process in self.processes:
             process.kill()
 
-    def _tell_of_vault(self, node: str, why: str) -> None:
+    def _report_vault(self, node: str, why: str) -> None:
         with contextlib.suppress(OSError):  # the host is away
             self.link.request(Note("vault_restarted", {"node": node, "why": why}))
 
@@ -224,15 +228,15 @@ class LocalRun:
         for _ in range(missing):
             self.add_worker()
 
-    def _tell_ended(self) -> None:
+    def _report_ended(self) -> None:
         """Tell the membership server which processes ended, and how, but for those whose part was over."""
         for index, process in enumerate(self.processes):
-            if process.poll() is None or index in self._told:
+            if process.poll() is None or index in self._reported:
                 continue
             with contextlib.suppress(OSError):  # the host is away: it is told when it is back
                 if process.returncode:
                     self.link.request(Gone([self.worker_id(index)], True, ended_how(process.returncode)))
-                self._told.add(index)
+                self._reported.add(index)
 
     def __exit__(self, *_: object) -> None:
         deadline = time.monotonic() + (END_S if self.drive.ended else 0.0)

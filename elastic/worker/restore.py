@@ -113,7 +113,7 @@ def _bring(worker: Worker, group: Group) -> tuple[int, bool, int]:
     if wants:
         _take(worker, group, make, step, found, wants, source, rebuilt=rebuilt)
         if group.rank in wants and held[group.rank].step != step and rung != "fresh":
-            ladder.tell(worker.link, step, began, {"rung": "peer", "source": source})
+            ladder.post_restored(worker.link, step, began, {"rung": "peer", "source": source})
     if group.place is None:
         holding.state, holding.applied = None, -1
     holding.lost, holding.touched = None, True

@@ -12,7 +12,7 @@ import torch
 
 from elastic import fault
 from elastic.checkpoint.saver import Save, Saver
-from elastic.checkpoint.uploader import STILL_S
+from elastic.checkpoint.uploader import HANG_TIMEOUT_S
 from elastic.errors import CheckpointError, ElasticError
 from elastic.membership.client import RunOver, WorkerLink
 from elastic.membership.protocol import Share
@@ -36,7 +36,7 @@ class Saving:
     Args:
         on_wait: called about once a second while training waits for an upload, with the seconds so far.
         made: what the state was computed with, for the manifest.
-        still_s: an uploader that moves nothing for so long is replaced.
+        hang_timeout_s: an uploader that moves nothing for so long is replaced.
     """
 
     def __init__(
@@ -50,11 +50,11 @@ class Saving:
         when_busy: WhenBusy,
         on_wait: Callable[[int], None] = lambda seconds: None,
         made: Callable[[], dict[str, Any]] = dict,
-        still_s: float = STILL_S,
+        hang_timeout_s: float = HANG_TIMEOUT_S,
     ):
         self.link, self.on_wait, self.when_busy, self.made = link, on_wait, when_busy, made
         self.header = {"seed": seed, "config_digest": config_digest}
-        self.saver = Saver(storage, device=device, still_s=still_s, on_restart=self._on_restart)
+        self.saver = Saver(storage, device=device, hang_timeout_s=hang_timeout_s, on_restart=self._on_restart)
         self.overdue = False  # a save was put off, or its world is over: wished for at the next fence
         self.under_way: tuple[int, str] | None = None  # step and attempt that the keeper has not decided on
         self.committed: tuple[int, str] | None = None  # step and attempt of the newest commit heard of

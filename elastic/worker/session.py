@@ -90,7 +90,7 @@ class Session:
         except RunOver as over:
             return over.status
         except Exception as error:
-            self._tell_end(error)
+            self._report_end(error)
             raise
         finally:
             self.worker.close()
@@ -236,7 +236,7 @@ class Session:
         """Whether the others can do without this worker: it was to get their state, and has done no step."""
         return self.worker.newcomer and self.worker.stepper.fresh
 
-    def _tell_end(self, error: Exception) -> None:
+    def _report_end(self, error: Exception) -> None:
         """Say what ends this worker's part.
 
         Raises:

@@ -130,7 +130,7 @@ class Snapshots:
         what = short_of_memory(need, [*vaults], there)
         if away:  # it is started again; until then nothing is sent there, and no snapshot is complete
             if leads:
-                self._tell("snapshot_skipped", self._begun, f"the vault of node {away[0]} does not answer")
+                self._post("snapshot_skipped", self._begun, f"the vault of node {away[0]} does not answer")
         elif what is not None:
             if not running:
                 raise ConfigError(
@@ -138,13 +138,13 @@ class Snapshots:
                 )
             self._active = False
             if leads:
-                self._tell("snapshot_skipped", self._begun, f"none in this world: {what}")
+                self._post("snapshot_skipped", self._begun, f"none in this world: {what}")
         elif leads and not running:
             detail: dict[str, Any] = {"bytes": need, "available": there}
             detail["partners"] = {node: vault.node for node, vault in sorted(partner.items())}
             if not partner:
                 detail["warning"] = "one failure domain only: a lost node takes all copies along"
-            self._tell("snapshots_planned", self._begun, detail)
+            self._post("snapshots_planned", self._begun, detail)
 
     def leave(self) -> None:
         """The world is over; what is on its way may still arrive."""
@@ -283,7 +283,7 @@ class Snapshots:
             self._troubled = True
             self._link.event("snapshot_skipped", step, why, generation=generation)
 
-    def _tell(self, event: str, step: int, detail: Any) -> None:
+    def _post(self, event: str, step: int, detail: Any) -> None:
         self._link.event(event, step, detail)
 
 

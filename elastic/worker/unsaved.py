@@ -154,7 +154,7 @@ class Watch:
                 "ddp"
             )
         if self._left == UPDATES:
-            self._tell_of_data()
+            self._report_data()
         self._left -= 1
         carried = _changed(passed, now)
         if self._left:  # the first update
@@ -168,7 +168,7 @@ class Watch:
         if tensors:
             raise ConfigError(_told(tensors, now, step))
         if not self._left:
-            self._tell_numbers(self._before, self._after, now)
+            self._report_numbers(self._before, self._after, now)
             still = now.keys() - self._moved - _changed(self._after, passed)
             self._seldom = {n: now[n].digest for n in still if not now[n].is_number}
             self._later, self._same = LATER, self._state
@@ -204,7 +204,7 @@ class Watch:
     def _look_at_data(self) -> dict[str, tuple[bool, str]]:
         return movable({f"a {type(p).__qualname__} of the data": p for data in self._data for p in parts(data)})
 
-    def _tell_of_data(self) -> None:
+    def _report_data(self) -> None:
         """What after_step() changes of data sets, as for a curriculum, is there in this process alone."""
         now = self._look_at_data()
         names = [name for name, was in self._of_data.items() if now.get(name, was) != was]
@@ -226,7 +226,7 @@ class Watch:
         tensors = [*self._state.tensors().values(), *model.parameters(), *model.buffers()]
         return {_place(t) for t in tensors} | {id(t) for t in tensors}
 
-    def _tell_numbers(self, first: Look, second: Look, third: Look) -> None:
+    def _report_numbers(self, first: Look, second: Look, third: Look) -> None:
         assert self._state is not None
         saved = _numbers(self._state.job.extra_state())
         for module in with_state_of_their_own(self._state.model).values():

@@ -9,7 +9,7 @@ from elastic.run.lookout import LOOKS
 from elastic.snapshot.client import VaultClient
 from elastic.worker.children import ChildServer
 
-STILL_S = 30.0
+HANG_TIMEOUT_S = 30.0
 
 
 class VaultProcess(ChildServer):
@@ -17,7 +17,7 @@ class VaultProcess(ChildServer):
 
     Args:
         environment: further environment variables of the process.
-        still_s: one that does not answer for so long is replaced.
+        hang_timeout_s: one that does not answer for so long is replaced.
         on_restart: called with why it was replaced, on a thread of its own.
     """
 
@@ -26,11 +26,11 @@ class VaultProcess(ChildServer):
         token: str,
         host: str,
         environment: dict[str, str],
-        still_s: float = STILL_S,
+        hang_timeout_s: float = HANG_TIMEOUT_S,
         on_restart: Callable[[str], None] = lambda why: None,
     ):
         self._token, self._on_restart = token, on_restart
-        super().__init__("it", "elastic.snapshot", host, still_s / LOOKS, environment)
+        super().__init__("it", "elastic.snapshot", host, hang_timeout_s / LOOKS, environment)
 
     def specification(self, port: int, why: str) -> dict[str, Any]:
         """What `elastic.snapshot` reads."""

@@ -8,7 +8,7 @@ import time
 from dataclasses import replace
 from typing import Any
 
-from elastic.checkpoint.uploader import STILL_S
+from elastic.checkpoint.uploader import HANG_TIMEOUT_S
 from elastic.config import result_options
 from elastic.data.identity import identify
 from elastic.data.loader import Fetcher, Loader, Order
@@ -72,7 +72,7 @@ def warm_up(run: WorkerRun, identity: Identity, *, import_s: float = 0.0) -> Wor
         link.unfit(message)
         link.close()
         raise WarmUpError(message) from error
-    link.tell_place(lambda: (worker.code.where, worker.loader.waits_for()))
+    link.show_place(lambda: (worker.code.where, worker.loader.waits_for()))
     worker.warm_s = round(time.monotonic() - began + import_s, 3)
     worker.warm_parts = {"import_s": round(import_s, 3), **worker.warm_parts}
     return worker
@@ -120,7 +120,7 @@ class _WarmUp:
             workers=config.data.workers,
             prefetch=config.data.prefetch,
             total_steps=plan.total_steps,
-            on_restart=self._tell_restart,
+            on_restart=self._report_restart,
             begin=begin_loader,
         )
         remembered = self._remembered(loader, data)
@@ -154,9 +154,9 @@ class _WarmUp:
             seed=seed,
             config_digest=self._run.digest,
             when_busy=config.checkpoint.when_busy,
-            on_wait=self._tell_waiting,
+            on_wait=self._report_waiting,
             made=provenance.header,
-            still_s=self._still_s(),
+            hang_timeout_s=self._hang_timeout_s(),
         )
         saving.saver.reserve(with_moments // config.scaling.max_workers)
         worker = Worker(
@@ -211,10 +211,10 @@ class _WarmUp:
         }
         return look(here, loader.order.span(0, 0, 1), lambda: movable(held))
 
-    def _still_s(self) -> float:
+    def _hang_timeout_s(self) -> float:
         """For how long a helper process may stand still: as a worker may, where that is given."""
         given = self._config.recovery.hang_timeout
-        return STILL_S if given == "auto" else parse_amount("--recovery.hang-timeout", given, clock=True).seconds
+        return HANG_TIMEOUT_S if given == "auto" else parse_amount("--recovery.hang-timeout", given, clock=True).seconds
 
     def _check_length(self, samples: int) -> None:
         if samples != self._plan.dataset_size:
@@ -226,8 +226,8 @@ class _WarmUp:
     def _warn_of_unsaved(self, sentence: str) -> None:
         self._link.event("unsaved_numbers", self._holding.applied, sentence)
 
-    def _tell_restart(self, what: str) -> None:
+    def _report_restart(self, what: str) -> None:
         self._link.event("loader_restarted", self._holding.applied + 1, what)
 
-    def _tell_waiting(self, seconds: int) -> None:
+    def _report_waiting(self, seconds: int) -> None:
         self._link.progress(Position(self._holding.applied - 1, Stage.CHECKPOINT, seconds))
