@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 
 from elastic.data.deal import deal
 from elastic.parallel.canonical import _buckets, canonical_norm, sums_by_halves
-from elastic.parallel.tree import TreeSum, blocks, tree_sum
+from elastic.parallel.tree import TreeSum, blocks, tree_sum_of_rows
 
 
 def _join(left: str, right: str) -> str:
@@ -26,6 +27,13 @@ def _specified(first: int, count: int) -> str:
     while half * 2 < count:
         half *= 2
     return _join(_specified(first, half), _specified(first + half, count - half))
+
+
+def tree_sum(leaves, add):
+    total = TreeSum(add)
+    for i, leaf in enumerate(leaves):
+        total.push((i, 1), leaf)
+    return total.total()
 
 
 def _summed_by_ranks(leaves, runs, add):
@@ -114,6 +122,13 @@ shapes = st.one_of(
     st.tuples(st.integers(2, 20000)),
     st.tuples(st.integers(2, 9), st.integers(1, 30), st.integers(1, 5), st.integers(1, 5)),
 )
+
+
+@given(st.integers(1, 300), st.integers(1, 4), st.integers(0, 2**31))
+def test_rows_are_summed_in_the_same_tree(count, width, seed):
+    rows = np.random.default_rng(seed).normal(size=(count, width)) * 10.0 ** np.arange(count)[:, None] % 1e9
+
+    assert tree_sum_of_rows(rows).tobytes() == tree_sum(list(rows), np.add).tobytes()
 
 
 @given(shapes, st.integers(0, 2**31), st.data())

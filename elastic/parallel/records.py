@@ -23,7 +23,7 @@ import xxhash
 
 from elastic.compat.torch_groups import all_gather_flat
 from elastic.errors import ConfigError
-from elastic.parallel.tree import tree_sum
+from elastic.parallel.tree import tree_sum_of_rows
 
 
 @dataclass(frozen=True)
@@ -200,7 +200,7 @@ class PendingRecord:
             sums = np.concatenate([sums[:, :2], self._agree(host[:, 0, words - 1].tolist())], 1)
         self._check_weights(sums[:, 1])
         with np.errstate(all="ignore"):  # who looks at the sum finds what is not finite
-            total = tree_sum(list(sums), np.add).tolist()
+            total = tree_sum_of_rows(sums).tolist()
         changed = 0
         for i in range(self.records.buffer_words):
             changed |= int(np.bitwise_or.reduce(rows[:, 1 + i]).view(np.uint64)) << (64 * i)

@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
+import numpy as np
+
 T = TypeVar("T")
 Block = tuple[int, int]  # (first leaf, number of leaves: a power of two that divides the first leaf)
 
@@ -68,9 +70,12 @@ class TreeSum(Generic[T]):
         return value
 
 
-def tree_sum(values: list[T], add: Callable[[T, T], T]) -> T:
-    """Sum of all leaves in tree order."""
-    total = TreeSum(add)
-    for i, value in enumerate(values):
-        total.push((i, 1), value)
-    return total.total()
+def tree_sum_of_rows(rows: np.ndarray) -> np.ndarray:
+    """Sum of the rows [n, width], n at least 1, in the order, and so with the bits, of a `TreeSum` of them: with a call
+    for each level of the tree instead of one for each row."""
+    size = 1 << (len(rows) - 1).bit_length()
+    if size > len(rows):
+        return tree_sum_of_rows(rows[: size // 2]) + tree_sum_of_rows(rows[size // 2 :])
+    while len(rows) > 1:
+        rows = rows[0::2] + rows[1::2]
+    return rows[0]
