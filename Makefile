@@ -26,7 +26,7 @@ test-fast: .venv/ready
 
 # What of `test-long` does not draw seeds of its own, and so is the same in every run, and takes a minute at most.
 test-slow: .venv/ready
-	$(BIN)/python -m pytest tests -n 2 -m "long and not random and not newcomer"
+	$(BIN)/python -m pytest tests -n 2 -m "long and not random and not minutes"
 
 test-long: .venv/ready
 	$(BIN)/python -m pytest tests -n 2 -m "long or random" --hypothesis-profile=fresh

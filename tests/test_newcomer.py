@@ -13,7 +13,7 @@ import pytest
 from jobs.bench.nodes import free_port
 from tests.own_cluster import OwnCluster, install_wheel
 
-pytestmark = [pytest.mark.ray, pytest.mark.long, pytest.mark.newcomer, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.ray, pytest.mark.long, pytest.mark.minutes, pytest.mark.timeout(900)]
 SCRIPT = Path(__file__).parent / "newcomer.sh"
 
 
