@@ -163,7 +163,8 @@ class Driven(RuleBasedStateMachine):
     def nothing_waits_for_ever(self) -> None:
         """Where nothing else happens any more, workers that have ended or stand still are replaced, or the run ends."""
         course, seen, now, waited = self.course, self.seen, self.now, 0.0
-        while not seen.ended and (seen.over is not None or seen.silent) and waited < SAVE_S + END_S + 2:
+        longest = SAVE_S + END_S + 5  # a turn of a second in which each begins, and each is over
+        while not seen.ended and (seen.over is not None or seen.silent) and waited < longest:
             waited, now = waited + 1.0, now + 1.0
             course, actions = decide(course, seen, now)
             if any(isinstance(action, (Start, GiveUp)) for action in actions):

@@ -380,7 +380,7 @@ def test_snapshots_that_do_not_fit_are_refused_before_the_first_step(tmp_path, g
     with local_run(run, 3, environment=plan(at_start)) as local:
         for vault in local.vaults.values():
             pages = int(Path(f"/proc/{vault.process.pid}/statm").read_text().split()[0])
-            limit = pages * resource.getpagesize() + 256 * MIB  # threads take some of it
+            limit = pages * resource.getpagesize() + 256 * MIB  # threads may take some of it
             resource.prlimit(vault.process.pid, resource.RLIMIT_AS, (limit, limit))
         held.unlink()
         with pytest.raises(RunFailed) as refused:
@@ -391,7 +391,7 @@ def test_snapshots_that_do_not_fit_are_refused_before_the_first_step(tmp_path, g
     )
     assert found is not None, str(refused.value)
     assert str(refused.value).startswith("--recovery.snapshot-every is on, but snapshots take")
-    assert float(found[1]) > 256 > float(found[2])
+    assert float(found[1]) > 256 >= float(found[2])
     assert Ran(run, None).rows == []
 
 
