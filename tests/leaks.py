@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 #: Threads of this project: daemons, so that a crash cannot hang on them, but never to be left running.
-OUR_THREADS = ("membership-server", "membership-link", "run-keeper", "local-run-follower", "host-supervisor", "vault")
+OUR_THREADS = ("membership-server", "membership-link", "run-keeper", "run-follower", "lookout", "controller", "vault")
 FOLDER_PREFIX = "elastic-"
 _CHANGED_BY_OTHERS = (
     "PYTEST_CURRENT_TEST",

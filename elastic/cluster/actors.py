@@ -22,6 +22,7 @@ from elastic.cluster.vaults import vault_url
 from elastic.errors import ElasticError, FencedError, RunFailed, WarmUpError, one_line
 from elastic.run.host import HostSettings, RunHost, import_store
 from elastic.run.keeper_options import KeeperOptions
+from elastic.worker.linking import link_of
 from elastic.worker.run import Identity, WorkerRun
 
 
@@ -63,30 +64,34 @@ def training_function(run: WorkerRun, accelerator: str, vaults: str | None) -> C
     def train() -> str:
         began = time.monotonic()
         _die_with_raylet()
-        index = see_devices() if accelerator == "gpu" else 0
-        from elastic.worker.alone import be_alone
-        from elastic.worker.session import Session
-        from elastic.worker.warm_up import link_of
-
-        import_s = time.monotonic() - began
         runtime = ray.get_runtime_context()
         node = runtime.get_node_id()
         identity = Identity(
             id=str(runtime.get_actor_id())[:12],
             node=node,
-            local_index=index,
+            local_index=0,
             host=ray.util.get_node_ip_address(),
             accelerator=accelerator,
-            vault="" if vaults is None else vault_url(vaults, node),
+            vault="",
         )
-        try:
+        failing = "a worker cannot start on node {host} ({why})"
+        try:  # what fails here is the node's affair: the others train on
+            if accelerator == "gpu":
+                identity = replace(identity, local_index=see_devices())
+            from elastic.worker.alone import be_alone
+            from elastic.worker.session import Session
+
+            import_s = time.monotonic() - began
+            if vaults is not None:
+                identity = replace(identity, vault=vault_url(vaults, node))
+            failing = (
+                "the job cannot be loaded on node {host} ({why}); have what it imports on every node, or submit its "
+                "folder with --working-dir"
+            )
             run = replace(bare, job=cloudpickle.loads(packed))
-        except Exception as error:  # whatever a module raises when it is imported
+        except Exception as error:  # whatever a module raises when it is imported, and Ray of a node that goes away
             with closing(link_of(bare, identity)) as link:
-                link.unfit(
-                    f"the job cannot be loaded on node {identity.host} ({one_line(error)}); "
-                    "have what it imports on every node, or submit its folder with --working-dir"
-                )
+                link.unfit(failing.format(host=identity.host, why=one_line(error)))
             return "unfit"
         be_alone(run.job)
         try:

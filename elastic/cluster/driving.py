@@ -20,7 +20,7 @@ from elastic.cluster.workers import RayWorkers
 from elastic.membership.driver import DriverLink, outlived
 from elastic.membership.protocol import Note
 from elastic.observe.console import Console
-from elastic.run.drive import HOST_LOST_S, Drive
+from elastic.run.drive import Drive
 from elastic.run.host import HostSettings, host_settings, keeper_options, new_token
 from elastic.run.prepare import PreparedRun
 from elastic.run.signals import heard_by
@@ -70,7 +70,7 @@ def drive_on_ray(
             _print_start(plan, accelerator, console)
             missing = awaited(accelerator, there)
             if missing:
-                link.request(Note("notice", f"waiting for {missing}"), patience_s=HOST_LOST_S)
+                drive.ask(Note("notice", f"waiting for {missing}"))
             try:
                 workers.start()
                 return drive.wait(workers)
@@ -79,8 +79,10 @@ def drive_on_ray(
     finally:
         if control is not None:
             control.attach(None)
-        host.stop()
-        drive.close()
+        try:
+            host.stop()
+        finally:
+            drive.close()
 
 
 def _group_plan(run: PreparedRun, url: str, settings: HostSettings, accelerator: str) -> GroupPlan:

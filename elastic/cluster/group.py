@@ -39,7 +39,7 @@ from elastic.cluster.standings import Standings
 from elastic.cluster.vaults import Vaults
 from elastic.compat.ray import actor_id, draining_nodes, free_resources, how_it_ended, process_ended
 from elastic.compat.ray_train import RayTrainWorker, WorkerStatus, run_training
-from elastic.errors import RunFailed
+from elastic.errors import RunFailed, one_line
 from elastic.membership.driver import DriverLink
 from elastic.membership.protocol import Existing, Gone, Leaving, Note, Request, Yield
 
@@ -204,11 +204,13 @@ class Group:
 
     def _absorb(self, handle: _Handle, error: Exception) -> None:
         """A worker is gone: tell the membership server, give its resources back, and go on."""
-        unit, ended = handle.unit, process_ended(error)
+        unit, raised = handle.unit, isinstance(error, ray.exceptions.RayTaskError)
+        ended = raised or process_ended(error)
         _log.info("worker %s is gone: %s", unit.id, error)
         self._remove(handle, node_lost=isinstance(error, ray.exceptions.RayActorError) and not ended)
         if unit.id:
-            self._request(Gone([unit.id], ended, how_it_ended(str(error)) if ended else ""))
+            how = one_line(error) if raised else how_it_ended(str(error)) if ended else ""
+            self._request(Gone([unit.id], ended, how))
 
     def _watch_nodes(self) -> None:
         """Once a second: pass on notices of nodes that go away, end evicted workers, help what was restarted."""

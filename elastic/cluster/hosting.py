@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -38,6 +39,8 @@ class HostOnRay:
         detail: dict[str, Any],
         on_loss: Callable[[str], None],
     ):
+        self._host: Any = None
+        self._lookout: Lookout | None = None
         self._settings, self._detail, self._on_loss = replace(settings, port=_free_port()), detail, on_loss
         here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
         actor_class: Any = ray.remote(num_cpus=0, max_restarts=-1, label_selector=here)(HostActor)
@@ -57,14 +60,20 @@ class HostOnRay:
         return url
 
     def stop(self) -> None:
-        """Let it write out everything and end."""
-        self._lookout.__exit__()
+        """Let it write out everything and end. The run is over: that its host does not end well is only told."""
+        if self._lookout is not None:
+            self._lookout.__exit__()
+        if self._host is None:
+            return
         try:
             ray.get(self._host.stop.remote(), timeout=END_S)
+        except ray.exceptions.RayError as error:
+            print(f"warning: the host of the run was ended: {one_line(error)}", file=sys.stderr)
         finally:
             ray.kill(self._host)
 
     def _replace(self, why: str) -> None:
+        assert self._lookout is not None, "it is what calls this"
         ray.kill(self._host)
         settings, detail = replace(self._settings, restarted=True), {**self._detail, "why": why}
         deadline = time.monotonic() + START_S

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from contextlib import suppress
 from typing import Any
 
 import ray
@@ -17,7 +18,6 @@ from elastic.errors import RunFailed, one_line
 from elastic.membership.driver import DriverLink
 from elastic.membership.protocol import Note
 from elastic.run.course import Over
-from elastic.run.drive import HOST_LOST_S
 from elastic.run.lookout import LOOKS, Lookout
 
 END_S = 30.0
@@ -57,8 +57,9 @@ class RayWorkers:
             found = [f"the cluster's head does not say what its autoscaler does: {one_line(error)}"]
         for line in found:
             if line not in self._said:
-                self._said.add(line)
-                self._link.request(Note("notice", f"the cluster's autoscaler: {line}"), patience_s=HOST_LOST_S)
+                with suppress(OSError):  # the host is away: once more at the next look
+                    self._link.request(Note("notice", f"the cluster's autoscaler: {line}"))
+                    self._said.add(line)
 
     def silent(self) -> str:
         """In what way the controller stands still."""
@@ -115,7 +116,7 @@ class _Actor:
         except ray.exceptions.RayActorError:
             return Over(self.silent or "the controller of its workers died, and they with it", again=True)
         except RunFailed as error:
-            return Over(f"the workers failed: {error}")
+            return Over(f"the workers failed: {getattr(error, 'cause', error)}")  # without the text of Ray's around it
         except ray.exceptions.RayError as error:
             return Over(f"the controller of its workers failed: {one_line(error)}", again=True)
         return Over()
@@ -148,7 +149,11 @@ class _Here:
     def over(self) -> Over | None:
         if self._thread.is_alive():
             return None
-        return Over() if self._error is None else Over(f"the workers failed: {self._error}")
+        if self._error is None:
+            return Over()
+        if isinstance(self._error, RunFailed):
+            return Over(f"the workers failed: {self._error}")
+        return Over(f"the controller of its workers failed: {one_line(self._error)}", again=True)
 
     def end(self) -> None:
         self._controller.end()

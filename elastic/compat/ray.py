@@ -107,11 +107,6 @@ def actor_id(actor: Any) -> str:
     return actor._actor_id.hex()
 
 
-def is_ready(actor: Any) -> Any:
-    """Asks an actor, of whatever class, whether it takes calls: a reference that becomes ready when it does."""
-    return actor.__ray_ready__.remote()
-
-
 def local_cluster(**head: Any) -> Any:
     """Start a head on this machine, with these arguments of `ray start`; more nodes are added with `add_node`.
 

@@ -11,8 +11,10 @@ import traceback
 import urllib.error
 import urllib.request
 from collections.abc import AsyncIterator, Callable
+from http.client import HTTPException
 from typing import Any
 
+from elastic.errors import one_line
 from elastic.membership.protocol import MAX_MESSAGE_BYTES, VERSION, VERSION_HEADER, Request
 from elastic.membership.wire import plain
 
@@ -35,6 +37,17 @@ def _opener() -> urllib.request.OpenerDirector:
 
 
 _DIRECT = _opener()
+
+
+def _parsed(data: bytes) -> dict[str, Any]:
+    """
+    Raises:
+        OSError: it is no JSON: the server went away in the middle of it, or is another one.
+    """
+    try:
+        return dict(json.loads(data))
+    except (ValueError, TypeError) as error:
+        raise OSError(f"the server's answer cannot be read: {one_line(error)}") from error
 
 
 def _read(answer: Any, timeout_s: float) -> bytes:
@@ -100,12 +113,12 @@ class DriverLink:
         while True:
             try:
                 with _DIRECT.open(request, timeout=timeout_s) as answer:
-                    return json.loads(_read(answer, timeout_s))
+                    return _parsed(_read(answer, timeout_s))
             except urllib.error.HTTPError:
                 raise  # it is there, and will not say anything else
-            except OSError:
+            except (OSError, HTTPException) as error:
                 if time.monotonic() > deadline:
-                    raise
+                    raise error if isinstance(error, OSError) else OSError(one_line(error)) from error
                 time.sleep(AGAIN_S)
 
     async def follow(self, on_record: Callable[[dict[str, Any]], None]) -> None:

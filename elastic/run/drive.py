@@ -122,7 +122,7 @@ class Drive:
         for action in actions:
             match action:
                 case Ask(request):
-                    self._ask(request)
+                    self.ask(request)
                 case Say(text):
                     self._say(text)
                 case Start():
@@ -133,7 +133,8 @@ class Drive:
                     raise RunFailed(message)
         return course
 
-    def _ask(self, request: Request) -> None:
+    def ask(self, request: Request) -> None:
+        """Tell the host of the run."""
         try:
             self._link.request(request, patience_s=HOST_LOST_S)  # it may just be started again
         except urllib.error.HTTPError:

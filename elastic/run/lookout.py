@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import threading
 import time
+import traceback
 import urllib.error
 from collections.abc import Callable
 
@@ -50,14 +51,18 @@ class Lookout:
     def _watch(self) -> None:
         missed, due = 0, time.monotonic() + self._look_s
         while not self.stopping.wait(0.0 if missed else POLL_S):
-            how = self._ended()
-            if how is None and (missed or time.monotonic() >= due):
-                missed = 0 if self._answers(self._look_s) else missed + 1
-                due = time.monotonic() + self._look_s
-                if missed == LOOKS:
-                    how = f"did not answer for {LOOKS * self._look_s:.0f} s and was ended"
-            if how is not None and not self.stopping.is_set():
-                self._lost(f"{self._what} {how}")
+            try:
+                how = self._ended()
+                if how is None and (missed or time.monotonic() >= due):
+                    missed = 0 if self._answers(self._look_s) else missed + 1
+                    due = time.monotonic() + self._look_s
+                    if missed == LOOKS:
+                        how = f"did not answer for {LOOKS * self._look_s:.0f} s and was ended"
+                if how is not None and not self.stopping.is_set():
+                    self._lost(f"{self._what} {how}")
+                    missed, due = 0, time.monotonic() + self._look_s
+            except Exception:  # of a machine that is short of something, say: it is told, and looked at again
+                traceback.print_exc()
                 missed, due = 0, time.monotonic() + self._look_s
 
 

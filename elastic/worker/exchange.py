@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -44,19 +45,24 @@ def exchange(
     parts, sources = {*found, *wants.values()}, {m.source for plan in plans.values() for m in plan}
     same = parts == {Part()} and len(sources) == 1 and {*sources, *wants} == set(range(group.size))
     giver = min(sources) if same else None
+    takers = Counter((m.source, m.target) for plan in plans.values() for m in plan if m.source != m.target)
+    takers_of_one = 1 if same else max(Counter(source for source, _ in takers).values(), default=1)
+    batch_bytes = max(
+        min(ALONE_BYTES, BATCH_BYTES), BATCH_BYTES // takers_of_one
+    )  # who gives to several has a copy for each of them
     plans = {cut: [m for m in plan if group.rank in (m.source, m.target)] for cut, plan in plans.items()}
     batch: list[Piece] = []
-    room = BATCH_BYTES
+    room = batch_bytes
     for spec in specs:
         size = max(spec.box(part).volume for part in wants.values()) * DTYPES[spec.dtype].itemsize
-        count = max(1, -(-size // BATCH_BYTES))
+        count = max(1, -(-size // batch_bytes))
         for index in range(count):
             if parts == {Part()} and size // count >= ALONE_BYTES:
                 _move(group, plans, [(spec, index, count)], held, taken, giver)
                 continue
             if batch and room < size // count:
                 _move(group, plans, batch, held, taken, giver)
-                batch, room = [], BATCH_BYTES
+                batch, room = [], batch_bytes
             batch.append((spec, index, count))
             room -= size // count
     if batch:

@@ -224,8 +224,10 @@ class LocalRun:
 
     def _grow(self) -> None:
         """After the run was scaled up: start what is missing, once; nobody replaces lost ones here."""
-        missing, self._wanted = self._wanted - len(set(self._living()) - self._let_go), 0
-        for _ in range(missing):
+        wanted, self._wanted = self._wanted, 0
+        if not wanted:
+            return
+        for _ in range(wanted - len(set(self._living()) - self._let_go)):
             self.add_worker()
 
     def _report_ended(self) -> None:

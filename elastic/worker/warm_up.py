@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from dataclasses import replace
 from typing import Any
@@ -19,7 +18,6 @@ from elastic.job import eval_sets, job_options
 from elastic.likeness import digest_of
 from elastic.membership.client import WorkerLink
 from elastic.membership.stage import Position, Stage
-from elastic.membership.world import Member
 from elastic.parallel.device import describe, pick_device, prepare_process
 from elastic.parallel.wrapping import move
 from elastic.seeds import derive, seed_all
@@ -37,6 +35,7 @@ from elastic.worker.description import (
     describe_worker,
 )
 from elastic.worker.group import backend_of
+from elastic.worker.linking import link_of
 from elastic.worker.placing import Placing
 from elastic.worker.provenance import Provenance
 from elastic.worker.rehearsal import SEPARATE, Rehearsal
@@ -76,13 +75,6 @@ def warm_up(run: WorkerRun, identity: Identity, *, import_s: float = 0.0) -> Wor
     worker.warm_s = round(time.monotonic() - began + import_s, 3)
     worker.warm_parts = {"import_s": round(import_s, 3), **worker.warm_parts}
     return worker
-
-
-def link_of(run: WorkerRun, identity: Identity) -> WorkerLink:
-    """The link of a worker that has not said yet what its device, data and model are."""
-    member = Member(identity.id, identity.node, identity.local_index, os.getpid(), identity.host)
-    lease_s = parse_amount("lease", run.config.recovery.lease, clock=True).seconds
-    return WorkerLink(run.server_url, run.token, member, lease_s=lease_s)
 
 
 class _WarmUp:
