@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Mapping
 from dataclasses import replace
 
 import numpy as np
@@ -18,6 +19,7 @@ from elastic.run.prepare import prepare
 from elastic.worker.belongings import movable
 from tests.forked import WAIT_S, Ran, Watch, configure, fault, local_run, plan, train
 from tests.identity_jobs import Augmented, Differing, Noisy, NoisyBatches, NoisyTogether
+from tests.tiny_jobs import Plain
 
 pytestmark = [pytest.mark.processes, pytest.mark.long, pytest.mark.usefixtures("fork_server")]
 
@@ -295,3 +297,40 @@ def test_a_sharded_run_that_came_back_to_its_kernels_knows_that_it_left_them(tmp
     found = [e["detail"] for e in last.events("exactness_lost")]
     assert [reason.rpartition(" from ")[2] for reason in found] == ["step 2 on", "step 4 on"]
     assert (last.result["exactness_held"], last.result["exactness_lost"]) == (False, found)
+
+
+class _SeededForEach:
+    """Draws from a generator of its own, which it seeds for each sample; has a file whose parts are read when asked."""
+
+    def __init__(self) -> None:
+        self.generator = torch.Generator()
+        self.file = _Lazy()
+
+    def __len__(self) -> int:
+        return 64
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        self.generator.manual_seed(index)
+        return torch.rand(3, generator=self.generator)
+
+
+class _Lazy(Mapping):
+    """As `numpy.load` and h5py give them."""
+
+    def __len__(self) -> int:
+        return 3
+
+    def __iter__(self):
+        return iter("abc")
+
+    def __getitem__(self, key: str):
+        raise AssertionError("read as a whole")
+
+
+def test_a_generator_that_is_seeded_for_each_sample_and_a_file_that_is_read_in_parts_are_left_alone():
+    data = _SeededForEach()
+    order = Order(seed=0, dataset_size=64, global_size=8, microbatches=2)
+
+    found = look(Fetcher(data, Plain().collate_fn, 0, 64), order.span(0, 0, 1), lambda: movable({"data": data}))
+
+    assert (found.broken, found.counts) == ([], [])

@@ -13,6 +13,7 @@ import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 import torch.distributed as dist
 import torch.distributed._functional_collectives as functional
 
@@ -114,6 +115,8 @@ def hide_world(refuse: Callable[[str], Exception], job: object = None) -> Callab
 def _told(real: Callable[..., Any], shown: Any) -> Callable[..., Any]:
     @functools.wraps(real)
     def tell(*args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_dynamo_compiling():  # what it traces is the job's code; frames it cannot
+            return shown
         return real(*args, **kwargs) if _is_real(sys._getframe(1)) else shown
 
     tell.hides_world = True  # type: ignore[attr-defined]

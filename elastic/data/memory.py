@@ -46,26 +46,30 @@ def look(fetcher: Fetcher, span: Span, held: Callable[[], Mapping[str, tuple[boo
     Raises:
         ConfigError: samples share their memory.
     """
-    began, ids, found = time.monotonic(), span.ids.tolist(), Remembered()
-    before = held()
+    ids, found, until = span.ids.tolist(), Remembered(), time.monotonic() + BUDGET_S
     try:
-        first = _fetched(fetcher, ids)
+        before = held()
+        first = _fetched(fetcher, ids, held, until)
+        if len(first) < len(set(ids)):
+            return found  # samples take too long to have them twice
         between = held()
-        late = time.monotonic() - began > BUDGET_S
-        overwritten = [] if late else [i for i in first if fingerprint(first[i].sample) != first[i].print]
-        second = _fetched(fetcher, [] if late else ids[-2::-1][:AGAIN] or ids)
+        overwritten = [i for i in first if fingerprint(first[i].sample) != first[i].print]
+        second = _fetched(fetcher, ids[-2::-1][:AGAIN] or ids, held, until)
+        fetched = held()
         batches = [] if overwritten else _collated(fetcher, [first[i].sample for i in ids])
+        after = held()
     except Exception:  # of the job's: the step that has it says so, with all there is to know
         return found
-    after = held()
     for name, (is_generator, at) in after.items():
         moved = [before.get(name) != between.get(name), between.get(name) != (is_generator, at)]
-        if is_generator and any(moved):
+        # one that is seeded anew for each sample is each time where it was after that sample
+        others = any(one.held.get(name) != first[i].held.get(name) for i, one in second.items())
+        if is_generator and (others or fetched.get(name) != (is_generator, at)):
             found.broken.append(
                 f"{name} is a generator of its own that samples are drawn with, so that they go by which others a "
                 "worker has fetched; draw from random, numpy or torch, which are seeded for each sample"
             )
-        elif all(moved):
+        elif all(moved) and not is_generator:
             found.counts.append(name)
     if overwritten:
         raise ConfigError(
@@ -84,13 +88,19 @@ class _Fetched:
     sample: Any
     print: list[Any] | None
     state: int  # where fetching it has left the random numbers
+    held: Mapping[str, tuple[bool, str]]  # and what the dataset holds
 
 
-def _fetched(fetcher: Fetcher, ids: list[int]) -> dict[int, _Fetched]:
+def _fetched(
+    fetcher: Fetcher, ids: list[int], held: Callable[[], Mapping[str, tuple[bool, str]]], until: float
+) -> dict[int, _Fetched]:
+    """Those for which there is time."""
     found: dict[int, _Fetched] = {}
     for sample_id in ids:
+        if time.monotonic() > until:
+            break
         sample = fetcher.one(sample_id)
-        found[sample_id] = _Fetched(sample, fingerprint(sample), hash(random_state()))
+        found[sample_id] = _Fetched(sample, fingerprint(sample), hash(random_state()), held())
     return found
 
 

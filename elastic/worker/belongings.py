@@ -3,10 +3,11 @@ numbers, by the place where they are."""
 
 from __future__ import annotations
 
+import itertools
 import random
 import sys
 import types
-from collections import deque
+from collections import ChainMap, UserDict, deque
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -24,6 +25,8 @@ MAX_ITEMS = 2_000  # of one container
 SAMPLED = 1 << 16  # elements of a tensor that are looked at
 _CLOSED = sys.stdlib_module_names | {"torch", "numpy", "elastic", "ray", "fsspec", "tensorboardX", "rich"}
 _OPEN = (nn.Module, torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler, types.SimpleNamespace)
+#: Mappings whose values are there. Others read them from a file, one by one: they are not looked into.
+_IN_MEMORY = (dict, UserDict, ChainMap, types.MappingProxyType)
 _GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
 _KNOWN_OF_OPTIMIZERS = ("state", "param_groups", "defaults")
 
@@ -66,11 +69,9 @@ def leaves(roots: Mapping[str, Any], skip: Iterable[int], main: object) -> dict[
 
 
 def _inside(name: str, one: Any, main: object) -> Iterator[tuple[str, Any]]:
-    if isinstance(one, Mapping):
-        items = list(one.items())[:MAX_ITEMS]
-        yield from (
-            (f"{name}[{k!r}]" if isinstance(k, (str, int)) else f"{name}[{i}]", v) for i, (k, v) in enumerate(items)
-        )
+    if isinstance(one, _IN_MEMORY):
+        for i, (k, v) in enumerate(list(itertools.islice(one.items(), MAX_ITEMS))):
+            yield (f"{name}[{k!r}]" if isinstance(k, (str, int)) else f"{name}[{i}]"), v
     elif isinstance(one, (list, tuple, set, frozenset, deque)):
         yield from ((f"{name}[{i}]", v) for i, v in zip(range(MAX_ITEMS), one))
     elif _is_open(one):

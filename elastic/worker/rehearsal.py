@@ -192,6 +192,8 @@ class Rehearsal:
     def _try_loss(self, loss: Function, microbatches: int, agreed: Callable[[bool], bool]) -> int:
         """Returns why passes are to have one microbatch each, by its place in `SEPARATE`, as far as is known."""
         batches = self._loader.first_batches(microbatches)
+        if agreed(not batches):
+            return 0  # no batch can be had, perhaps on one node alone: the first step says why
         seed = derive("rehearsal", self._seed)
         try:
             found = _passes(loss, batches, seed)
@@ -201,8 +203,6 @@ class Rehearsal:
             if error.failure.kind == ConfigError.__name__:
                 raise
             return 0  # in evaluation mode it need not work; and if it fails in training, the first step says so
-        if not found:
-            return 0  # no batch can be had: the first step says why
         if agreed(self._config.run.exactness == "bitwise" and not _finite(found)):
             with ZerosForEmpty():
                 again = _passes(loss, batches, seed)
@@ -214,12 +214,15 @@ class Rehearsal:
             return 0
         self._refuse("loss()", loss, batches, found, agreed)
         separate = self._why_separate(loss, batches, found, agreed)
-        for step in _OTHERS:  # what is special about the loss may be about some samples only
+        # what is special about the loss may be about some samples only; in bitwise every pass has one microbatch anyway
+        for step in () if self._config.run.exactness == "bitwise" else _OTHERS:
             separate = separate or self._try_another(loss, microbatches, step, agreed)
         return separate
 
     def _try_another(self, loss: Function, microbatches: int, step: int, agreed: Callable[[bool], bool]) -> int:
         batches = self._loader.first_batches(microbatches, step)
+        if agreed(not batches):
+            return 0
         try:
             found = _passes(loss, batches, derive("rehearsal", self._seed))
         except UserCodeError:

@@ -21,6 +21,7 @@ from elastic.compat.torch import is_compiled
 from elastic.data.samples import parts
 from elastic.errors import ConfigError
 from elastic.parallel.wrapping import local
+from elastic.seeds import seed_all
 from elastic.worker.belongings import Attributes, Leaf, digest, leaves, movable
 from elastic.worker.naming import with_state_of_their_own
 from elastic.worker.state import TrainState
@@ -216,6 +217,7 @@ class Watch:
 
     def _look_at_extra(self) -> Look:
         assert self._state is not None
+        seed_all(0)  # where random numbers are is no state of the job's, and passes and updates seed them anew
         found, known = leaves({"extra_state()": self._state.job.extra_state()}, (), None), self._known()
         return {n: _Seen(leaf, digest(leaf)) for n, leaf in found.items() if not _is_known(leaf, known)}
 
