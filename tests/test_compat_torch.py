@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -23,6 +24,7 @@ from elastic.compat import torch as compat
 from elastic.compat import torch_groups as groups
 from elastic.compat.torch_checkpoint import PICKLED, StorageInfo
 from elastic.compat.torch_world import HOMES, TOLD, hide_world
+from elastic.parallel import gloo
 
 
 @contextmanager
@@ -32,6 +34,10 @@ def world_of_one() -> Iterator[dist.HashStore]:
     try:
         yield store
     finally:
+        # a thread of gloo that drops a tensor waits for the interpreter, which ending its group would hold
+        while gloo._is_working():
+            time.sleep(0.001)
+        time.sleep(0.02)
         dist.destroy_process_group()
 
 
