@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import io
 import pickle
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -24,20 +23,20 @@ from elastic.compat import torch as compat
 from elastic.compat import torch_groups as groups
 from elastic.compat.torch_checkpoint import PICKLED, StorageInfo
 from elastic.compat.torch_world import HOMES, TOLD, hide_world
-from elastic.parallel import gloo
+
+#: Bare groups of gloo, for as long as this process lives: taking one apart waits for gloo's thread and holds the
+#: interpreter meanwhile, which that thread may be waiting for, to drop a tensor.
+_kept: list[object] = []
 
 
 @contextmanager
 def world_of_one() -> Iterator[dist.HashStore]:
     store = dist.HashStore()
     dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    _kept.append(dist.group.WORLD)
     try:
         yield store
     finally:
-        # a thread of gloo that drops a tensor waits for the interpreter, which ending its group would hold
-        while gloo._is_working():
-            time.sleep(0.001)
-        time.sleep(0.02)
         dist.destroy_process_group()
 
 

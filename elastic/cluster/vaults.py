@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 
 import ray
 
+from elastic.cluster.references import is_ready
 from elastic.snapshot.vault import VaultServer
 
 START_S = 60.0
@@ -59,18 +60,13 @@ class _Vault:
     def listen(self) -> None:
         """Count for how long it has not answered; once it serves."""
         now = time.monotonic()
-        if not _is_ready(self.url):
+        if not is_ready(self.url):
             self.looked = now
             return
         self.silent_s += min(now - self.looked, _LOOK_S)
         self.looked = now
-        if self.alive is None or _is_ready(self.alive):
+        if self.alive is None or is_ready(self.alive):
             self.alive, self.silent_s = self.actor.alive.remote(), 0.0
-
-
-def _is_ready(reference: Any) -> bool:
-    ready, _ = ray.wait([reference], timeout=0)
-    return bool(ready)
 
 
 class Vaults:
@@ -135,7 +131,7 @@ class Vaults:
     def _ended(self, node: str) -> str | None:
         """How its process ended, if it did."""
         held = self._vaults[node].held
-        if not _is_ready(held):
+        if not is_ready(held):
             return None
         try:
             ray.get(held)

@@ -12,6 +12,7 @@ import ray
 from elastic.cluster.autoscaler import failures, known_reasons, reported, unserved
 from elastic.cluster.controller import Controller, Sent
 from elastic.cluster.placement_groups import GroupPlan, remove_groups
+from elastic.cluster.references import is_ready
 from elastic.cluster.standings import withdraw_standing
 from elastic.compat.ray import session_folder
 from elastic.errors import RunFailed, one_line
@@ -109,7 +110,7 @@ class _Actor:
         self.silent = why
 
     def over(self) -> Over | None:
-        if not _is_ready(self._running):
+        if not is_ready(self._running):
             return None
         try:
             ray.get(self._running)
@@ -123,7 +124,7 @@ class _Actor:
 
     def end(self) -> None:
         self._lookout.__exit__()
-        if not self.silent and not _is_ready(self._running):
+        if not self.silent and not is_ready(self._running):
             self._actor.end.remote()
             ray.wait([self._running], timeout=END_S)
         ray.kill(self._actor)
@@ -158,8 +159,3 @@ class _Here:
     def end(self) -> None:
         self._controller.end()
         self._thread.join(END_S)
-
-
-def _is_ready(reference: Any) -> bool:
-    ready, _ = ray.wait([reference], timeout=0)
-    return bool(ready)
