@@ -56,7 +56,7 @@ from elastic.membership.events import (
     Yielded,
 )
 from elastic.membership.failure import Failure
-from elastic.membership.forming import helpful_size, there
+from elastic.membership.forming import helpful_size, present
 from elastic.membership.state import Limits, Phase, State, ask_again_s, going, holds_state
 from elastic.membership.world import Generation, Member, World
 from elastic.worker.restore_plan import Standing, decide
@@ -1282,10 +1282,10 @@ class Cluster(RuleBasedStateMachine):
     def cut_off(self, number: int) -> None:
         """Its connection is lost, but it goes on: a zombie."""
         w = self.choose(number, self.connected())
-        known = w.member.id in self.state.unheard
+        known = w.member.id in self.state.lost_silently
         self.tell(Lost(w.member.id, self.now, "silent", silent=True))
-        assert w.told_to_go or known or w.member.id in self.state.unheard or w.member.id in self.state.gone
-        w.told_to_go |= w.member.id not in self.state.unheard
+        assert w.told_to_go or known or w.member.id in self.state.lost_silently or w.member.id in self.state.gone
+        w.told_to_go |= w.member.id not in self.state.lost_silently
 
     def must_leave(self, w: Worker) -> bool:
         """It was told so, or another member left, so that its collectives fail."""
@@ -1319,7 +1319,7 @@ class Cluster(RuleBasedStateMachine):
         w = self.choose(number, self.newcomers())
         others = self.state.veterans - {w.member.id} if self.state.failing is None else set()
         self.tell(Unable(w.member.id, "boom", True, True, self.now))
-        assert w.told_to_go or not others & there(self.state), "the run goes on without it"
+        assert w.told_to_go or not others & present(self.state), "the run goes on without it"
 
     @rule(some=st.sets(st.integers(1, 14), max_size=6))
     @precondition(lambda self: bool(self.state.waiting) or bool(self.state.quiet))
@@ -1385,8 +1385,8 @@ class Cluster(RuleBasedStateMachine):
             if w.away_since is not None and self.now - w.away_since >= self.limits.lease_s:
                 w.alive = False  # its own lease is over
         connected, rebuilding = self.connected(), self.state.phase is Phase.REBUILDING
-        unheard = self.state.unheard
-        staying = [w for w in connected if going(self.state, w.member) is None and w.member.id not in unheard]
+        lost_silently = self.state.lost_silently
+        staying = [w for w in connected if going(self.state, w.member) is None and w.member.id not in lost_silently]
         self.tell(Tick(self.now))
         if not rebuilding and self.state.keep is None and self.state.ceiling is None:
             assert not any(w.told_to_go for w in staying), "given up for nothing but time"

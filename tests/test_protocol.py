@@ -235,7 +235,7 @@ def test_garbage_in_any_request_gets_400_and_one_sentence_and_changes_nothing(se
             assert "; give " in said
     code, said = server.ask(wire.Allow.path, b'{"step": 5}', **{wire.VERSION_HEADER: "7"})
     assert code == 400
-    assert said.startswith("who asks speaks version '7' of the protocol, the host of the run version 1; use the ")
+    assert said.startswith("the caller speaks version '7' of the protocol, the host of the run version 1; use the ")
     assert server.seen == before
 
 

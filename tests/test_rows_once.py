@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from elastic.membership.outbox import Outbox, Said, row_key
+from elastic.membership.outbox import Outbox, Outgoing, row_key
 from elastic.membership.protocol import Done, Rows, Share
 from elastic.membership.world import Generation
 from elastic.run.record import Record, Spans
@@ -23,14 +23,14 @@ WORLD = Generation(1, 1)
 SHARE = Share(4, "1-1-a", 1, {}, None, None, False, {})
 
 
-def taken(outbox: Outbox) -> list[Said]:
+def taken(outbox: Outbox) -> list[Outgoing]:
     messages = []
     while (said := outbox.take()) is not None:
         messages.append(said)
     return messages
 
 
-def kinds(messages: list[Said]) -> list[type]:
+def kinds(messages: list[Outgoing]) -> list[type]:
     return [type(message) for message, _ in messages]
 
 
@@ -81,7 +81,7 @@ def test_every_row_reaches_the_ledger_once(happens: list[str]) -> None:
             to_confirm.clear()
             record = Record(1)
             record.replay([r for r in ledger if "sample_hash" in r or "eval/loss" in r], [])
-            outbox.say_again(WORLD)
+            outbox.resend(WORLD)
 
     keys = [row_key(r) for r in ledger]
     assert len(keys) == len(set(keys))
@@ -120,11 +120,11 @@ def test_a_share_of_a_checkpoint_is_said_again_after_the_rows_until_it_is_decide
     assert kinds(taken(outbox)) == [Rows, Share]
     assert outbox.waiting
 
-    outbox.say_again(WORLD)
+    outbox.resend(WORLD)
     assert kinds(taken(outbox)) == [Rows, Share]
 
     outbox.decided(4, "1-1-a")
-    outbox.say_again(WORLD)
+    outbox.resend(WORLD)
     assert kinds(taken(outbox)) == [Rows]
     assert not outbox.waiting
 
@@ -135,7 +135,7 @@ def test_a_share_of_a_checkpoint_goes_with_its_world_and_an_outcome_stays_until_
     outbox.put(Done(0, "finished", "", {}), WORLD)
     taken(outbox)
     outbox.left_world()
-    outbox.say_again(WORLD)
+    outbox.resend(WORLD)
     assert kinds(taken(outbox)) == [Done]
 
     outbox.over()

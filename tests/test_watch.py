@@ -15,7 +15,7 @@ from elastic.membership.watch import (
     overdue,
     silent,
     slow_data,
-    still,
+    stalled_times,
 )
 
 LIMIT_S, LEASE_S = 5.0, 30.0
@@ -125,14 +125,14 @@ def test_what_takes_long_is_over_where_others_are_in_a_later_step(stage: Stage, 
 
 def test_nobody_moves() -> None:
     def times(now: float, *stages: Stage) -> float:
-        return still({str(i): at(2, stage, i) for i, stage in enumerate(stages)}, now, 0.0, 4.0)
+        return stalled_times({str(i): at(2, stage, i) for i, stage in enumerate(stages)}, now, 0.0, 4.0)
 
     assert times(9.0, Stage.PASS, Stage.FENCE) == 2.0
     assert times(81.0, Stage.PASS, Stage.EVALUATE) == 2.0
     assert times(401.0, Stage.PASS, Stage.LOAD) == 1.0, "loading is not told step by step"
     assert times(81.0, Stage.CONNECT, Stage.CONNECT) == 2.0, "nobody gets through, and nobody is behind"
     assert times(401.0, Stage.PASS, Stage.HELD) == 0.0
-    assert still({}, 9.0, 0.0, 4.0) == 0.0
+    assert stalled_times({}, 9.0, 0.0, 4.0) == 0.0
 
 
 def test_who_is_to_come_back_from_a_broken_world_is_waited_for_longer_where_that_costs_nothing() -> None:

@@ -49,7 +49,7 @@ class Watched:
         monkeypatch.setattr(self.server._connections, "silence_s", lambda i: 1e9 if i in self.cut else 0.0)
 
     def says(self, name: str, message: Any, generation: Generation | None = None) -> None:
-        self.server._watchman.heard(name, self.now)
+        self.server._watchman.received(name, self.now)
         self.server._from_worker(name, message, generation)
 
     def join(self, name: str, applied: int = -1) -> None:

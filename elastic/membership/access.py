@@ -1,8 +1,8 @@
-"""Who may call the membership server: the run's own parts with its token, control commands with a grant.
+"""Who may call the membership server: the run's processes with its token, control commands with a granted secret.
 
-The token is known to the run's own processes alone and is written nowhere. A control command proves instead that it
-may write into the run's folder, by leaving the hash of a secret there, and calls with the secret. Whoever can only
-read the folder learns the server's address and hashes, which open nothing.
+Only the run's own processes know the token; it is written nowhere. A control command proves instead that it may write
+into the run's folder: it leaves the hash of a secret there, and calls with the secret. Whoever can only read the folder
+learns the server's address and hashes, and these give no access.
 """
 
 from __future__ import annotations
@@ -12,12 +12,13 @@ import hmac
 import time
 
 GRANT_S = 3600.0
-#: What a grant opens, beside what it takes to get one.
+#: The routes that a granted secret opens, besides the one that grants it.
 CONTROL = frozenset({"/run", "/wish", "/scale", "/drain", "/prune", "/damaged"})
 
 
 def digest(secret: str) -> str:
-    """What of a secret may be read by anyone: it cannot be guessed back, as secrets are long and random."""
+    """The hash of a secret, which anyone may read: secrets are long and random, so it cannot be reversed by
+    guessing."""
     return hashlib.sha256(secret.encode(errors="replace")).hexdigest()
 
 
@@ -29,11 +30,11 @@ class Access:
         self._granted: dict[str, float] = {}
 
     def grant(self, secret: str) -> None:
-        """From now on this secret opens the control routes."""
+        """Let this secret open the control routes from now on."""
         self._granted[digest(secret)] = time.monotonic() + GRANT_S
 
     def allows(self, authorization: str, path: str) -> bool:
-        """Whether a request with this header may go to this route."""
+        """Whether a request with this Authorization header may use this route."""
         if hmac.compare_digest(authorization.encode(errors="replace"), self._token):
             return True
         now = time.monotonic()

@@ -1,9 +1,9 @@
 """A worker's link to the membership server, as its training thread uses it.
 
-While the lease is over nothing is applied; a server that is heard again says whether the run went on without this
-worker, and if it did not, it goes on. Nothing the training thread calls here waits for the network, except
-`next_world`, `close`, `next_commit` if it is to, and `check_lease` while the lease is over. All talking is done by the
-`watcher`.
+While the lease is over nothing is applied. When the server answers again, it says whether the run went on without this
+worker; if it did not, this worker goes on. No method that the training thread calls waits for the network, except
+`next_world`, `close`, `next_commit` with a time-out, and `check_lease` while the lease is over. The `watcher` thread
+does all the sending and receiving.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ LEASE_POLL_S = 0.02
 
 
 class RunOver(Exception):
-    """The run ended, or this worker's part in it: nothing more to do. `status` says how."""
+    """The run ended, or this worker's task in it did: nothing is left to do. `status` says how it ended."""
 
     def __init__(self, status: str):
         super().__init__(status)
@@ -36,7 +36,8 @@ class WorkerLink:
 
     Args:
         url, token: of the membership server.
-        lease_s: longest silence of the server; then nothing is applied, since the run may go on without this worker.
+        lease_s: longest silence of the server, in seconds. After it nothing is applied, since the run may go on without
+            this worker.
     """
 
     def __init__(self, url: str, token: str, member: Member, *, lease_s: float):
@@ -45,7 +46,7 @@ class WorkerLink:
 
     @property
     def member(self) -> Member:
-        """Who this worker is and what it has said of itself: to a server that is started again, too."""
+        """This worker's identity and description, as the server knows them; a restarted server gets them again."""
         return self._watcher.member
 
     @member.setter
@@ -62,14 +63,15 @@ class WorkerLink:
         why: str = "",
         broke: str = "",
     ) -> None:
-        """Ask for a world, and leave the one that this worker is in. It says nothing in that any more.
+        """Ask for a world, and leave the present one: this worker sends no more messages under its generation.
 
         Args:
-            warm_s: seconds that it took to get ready, and what they went into.
-            applied: updates in the state this worker holds, -1 for none.
-            failure: its own error that made it leave its world.
-            why: it left its world to have another made, and nobody failed.
-            broke: what of its world failed, if that made it leave.
+            warm_s: seconds that getting ready took.
+            warm_parts: how those seconds divide, by name.
+            applied: number of updates in the state that this worker holds, -1 if it holds none.
+            failure: this worker's own error, if that made it leave its world.
+            why: reason to have another world made, if no worker failed.
+            broke: what failed in the world, if that made this worker leave it.
         """
         left = self._watcher.assignment
         self.free_with(None)
@@ -82,15 +84,15 @@ class WorkerLink:
             self._watcher.wake()
 
     def next_world(self, save_alone: Callable[[], None]) -> Assignment:
-        """Wait for the world that was asked for.
+        """Wait for the world that `ask` asked for.
 
         Args:
-            save_alone: commits the state; called if this worker holds the newest while the run is given up, or lets
-                its workers go.
+            save_alone: commits the state; called if this worker holds the newest state while the run is given up or
+                lets its workers go.
 
         Raises:
-            FencedError: the run went on without this worker, or may have since its lease is over, or a newer claim
-                owns it.
+            FencedError: the run went on without this worker, or may have done so since this worker's lease is over, or
+                a newer claim owns the run.
             RunOver: the run ended.
         """
         if self._newer is not None:
@@ -108,7 +110,7 @@ class WorkerLink:
                 return self._enter(answer)
 
     def _newer_world(self, left: Assignment | None) -> Assignment | None:
-        """A world that was formed while this worker still tried to connect to one of which nothing came."""
+        """A world that was formed while this worker still tried to connect to an older one, which never came about."""
         found = None
         while not self._watcher.inbox.empty():
             answer = self._watcher.inbox.get()
@@ -122,20 +124,20 @@ class WorkerLink:
         self._watcher.joining = None
         self._watcher.position = ENTERED
         self._watcher.assignment = assignment
-        self._watcher.next_beat = 0.0  # at once: of who says nothing in a world nobody knows whether it ever came there
+        self._watcher.next_beat = 0.0  # at once: without a heartbeat the server cannot know that it got this world
         self._watcher.wake()
         return assignment
 
     def free_with(self, free: Callable[[], None] | None, report: Callable[[], str] = str) -> None:
-        """What the watcher calls to free a training thread that is blocked in a broken world, and what it asks for
-        what the world's connections know of a hang."""
+        """Set what the watcher calls when the world breaks (`free` unblocks the training thread) and when the server
+        asks for the state of the world's connections during a hang (`report`)."""
         self._watcher.free, self._watcher.report = free, report
         assignment = self._watcher.assignment
         if free is not None and assignment is not None and assignment.generation in self._watcher.broken:
             free()
 
     def post(self, message: MemberMessage, generation: Generation | None = None) -> None:
-        """Send a message under the present generation (or the given one), without waiting."""
+        """Send a message under the present generation, or the given one. Returns at once."""
         self._watcher.outbox.put(message, self._under(generation))
         self._watcher.wake()
 
@@ -148,17 +150,17 @@ class WorkerLink:
         seconds: float | None = None,
         generation: Generation | None = None,
     ) -> None:
-        """Have an event recorded in the ledger, under the present generation or the given one."""
+        """Record an event in the ledger, under the present generation or the given one. `seconds`: its duration."""
         self.post(LedgerEvent(kind, step, seconds, detail), generation)
 
     def record(self, row: dict[str, Any], *, report: bool, generation: Generation | None = None) -> None:
-        """Keep a row until the ledger has it; `report` it, under the present generation or the given, if that is this
-        member's task."""
+        """Keep a step's row until the ledger has it. If `report`, this member is the one that sends rows to the ledger,
+        under the present generation or the given one."""
         self._watcher.outbox.record(row, self._under(generation), report=report)
-        self._watcher.reporting = report  # it looks by itself: waking it costs the training thread a millisecond
+        self._watcher.reporting = report  # the watcher polls this: waking it costs the training thread a millisecond
 
     def report_rows(self, generation: Generation | None = None) -> None:
-        """This member reports the rows that are not in the ledger yet, under the present generation or the given."""
+        """Send all rows that the ledger does not have yet, under the present generation or the given one."""
         self._watcher.outbox.report(self._under(generation))
         self._watcher.reporting = True
         self._watcher.wake()
@@ -167,11 +169,11 @@ class WorkerLink:
         if generation is not None:
             return generation
         if self._watcher.assignment is None:
-            raise RuntimeError("a worker outside of a world has nothing to say")
+            raise RuntimeError("this worker is in no world, so it has no generation to send a message under")
         return self._watcher.assignment.generation
 
     def undone(self, step: int) -> None:
-        """The steps after this one are done again: their rows, if not in the ledger yet, are nobody's."""
+        """The steps after `step` will be done again: drop their rows that the ledger does not have yet."""
         self._watcher.outbox.undone(step)
 
     def unfit(self, message: str) -> None:
@@ -180,31 +182,31 @@ class WorkerLink:
         self._watcher.wake()
 
     def progress(self, position: Position) -> None:
-        """How far this worker is; the next heartbeat says so. Costs an assignment."""
+        """Set this worker's position for the next heartbeat. Costs one assignment, no message."""
         self._watcher.position = position
 
     def show_place(self, place: Callable[[], tuple[str, list[int]]]) -> None:
-        """What heartbeats ask for where this worker is, for people, and for the samples that it waits for."""
+        """Set what heartbeats call for a description of where this worker is and the sample ids that it waits for."""
         self._watcher.place = place
 
     def wish(self, name: str) -> str | None:
-        """Whether `stop`, `save` or `leave` was asked for (and why), to be agreed on at the next step boundary."""
+        """The reason if `stop`, `save` or `leave` was asked for, else None. Members agree on it at a step boundary."""
         return self._watcher.wishes.get(name)
 
     @property
     def allowed(self) -> int:
-        """Up to which step a run that holds after evaluations may go."""
+        """The step up to which a run that pauses after evaluations may go."""
         return self._watcher.allowed
 
     def granted(self, name: str) -> None:
-        """A wish was carried out."""
+        """Forget the wish `name`: it was carried out."""
         self._watcher.wishes.pop(name, None)
 
     def check(self) -> None:
-        """Raise where training must not go on.
+        """Raise if training must not go on.
 
         Raises:
-            FencedError: as `check_lease`, or a newer claim owns the run, or the run went on without this worker.
+            FencedError: as in `check_lease`, or a newer claim owns the run, or the run went on without this worker.
             RunOver: the run ended.
             WorldBroken: the server said that this world is broken.
         """
@@ -215,13 +217,13 @@ class WorkerLink:
             raise WorldBroken(f"world {assignment.generation} was declared broken")
 
     def check_lease(self) -> None:
-        """Raise where nothing may be applied any more; while it is not known, wait.
+        """Raise if nothing may be applied any more; wait while the lease is over and the server has not answered.
 
         Raises:
-            FencedError: the server was silent for too long, or said that this worker is out.
+            FencedError: the server was silent for too long, or said that the run goes on without this worker.
         """
         while self._watcher.fenced is None and self._watcher.over is None and self._watcher.lease_left() <= 0:
-            time.sleep(LEASE_POLL_S)  # the watcher ends it
+            time.sleep(LEASE_POLL_S)  # the watcher ends this: it hears from the server, or fences this worker
         if self._watcher.fenced is not None:
             raise FencedError(self._watcher.fenced)
 
@@ -232,12 +234,12 @@ class WorkerLink:
             raise RunOver(self._watcher.over)
 
     def next_commit(self, timeout_s: float = 0.0) -> Commit | None:
-        """What was last said of a checkpoint that this world saves, or None so far."""
+        """The newest message about a checkpoint that this world saves, or None if none came within `timeout_s`."""
         try:
             return self._watcher.commits.get(timeout=timeout_s) if timeout_s > 0 else self._watcher.commits.get_nowait()
         except queue.Empty:
             return None
 
     def close(self) -> None:
-        """End the connection when all that was to be said has been heard, or nobody is there to hear."""
+        """Close the connection once the server has acknowledged every message, or cannot be reached."""
         self._watcher.close()

@@ -1,4 +1,4 @@
-"""What the membership's decisions want done: their output, which the server carries out. Pure."""
+"""The commands that the membership's decisions return and that the server carries out. Pure."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from elastic.membership.world import Generation, Member, World
 
 @dataclass(frozen=True)
 class Form:
-    """Tell the members of the world that it exists. With `failing`, the error that ends the run, it only saves; with
-    `parting` it does too, and is left then, since a member that is left out holds a part of the state."""
+    """Send the members of the world their assignments. With `failing`, the error that ends the run, the world only
+    saves. With `parting` it also only saves and then breaks up: a member that is to be left out holds a shard."""
 
     world: World
     failing: str | None = None
@@ -20,14 +20,14 @@ class Form:
 
 @dataclass(frozen=True)
 class Rebuilt:
-    """After a restart of the server: the world that its members were in. They may say what they have to say."""
+    """After a restart of the server: the world that its members are in is known again; they may send their messages."""
 
     world: World
 
 
 @dataclass(frozen=True)
 class Welcome:
-    """A member of a world that only lost its connection may say what it has to say; `broken`: its world is."""
+    """A member of a world that only lost its connection may send its messages; `broken`: its world is broken."""
 
     member_id: str
     generation: Generation
@@ -36,17 +36,17 @@ class Welcome:
 
 @dataclass(frozen=True)
 class Break:
-    """Tell everyone in the world that it is broken, so that blocked ones are freed."""
+    """Tell all members of the world that it is broken, so that blocked ones are freed."""
 
     world: World
     lost: Member | None
     reason: str
-    planned: bool = False  # a member left to have another world made; nobody failed
+    planned: bool = False  # a member left so that another world is formed; nobody failed
 
 
 @dataclass(frozen=True)
 class Failed:
-    """A worker's error is to be told; `world`: which it left for it."""
+    """Record a worker's error; `world`: the world that the worker left because of it."""
 
     member: Member
     failure: Failure
@@ -63,14 +63,14 @@ class Leave:
 
 @dataclass(frozen=True)
 class LeftBehind:
-    """The others go on without a member of theirs that is connected but has not answered; it may join when it does."""
+    """The others go on without a member that is connected but does not answer; it may join again when it does."""
 
     member: Member
 
 
 @dataclass(frozen=True)
 class Dropped:
-    """A worker outside of any world is gone for good: to be recorded, so that a restarted server knows it too."""
+    """A worker outside of any world is lost. Recorded, so that a restarted server knows it too."""
 
     member: Member
     reason: str
@@ -78,7 +78,7 @@ class Dropped:
 
 @dataclass(frozen=True)
 class Refuse:
-    """Tell a worker that it has no part in the run any more."""
+    """Tell a worker that it does not belong to the run any more."""
 
     member_id: str
     reason: str
@@ -86,7 +86,7 @@ class Refuse:
 
 @dataclass(frozen=True)
 class LeftOut:
-    """A worker waits outside because its device, data, options, model or optimizer differs, or since only it fails."""
+    """A worker stays outside of the worlds: its device, data, options, model or optimizer differs, or only it fails."""
 
     member: Member
     reason: str
@@ -94,21 +94,21 @@ class LeftOut:
 
 @dataclass(frozen=True)
 class HandOver:
-    """A worker that is to go, or one too many, is in no world; it can end."""
+    """A worker that is to leave, or that is one too many, is in no world and can end."""
 
     member: Member
 
 
 @dataclass(frozen=True)
 class SaveNow:
-    """A node goes away and its workers cannot be spared: make the state durable at the next boundary."""
+    """A node goes away and the world cannot do without its workers: save a checkpoint at the next step boundary."""
 
     world: World
 
 
 @dataclass(frozen=True)
 class Park:
-    """Too few workers for a world: `have` of the `need` that it takes at least."""
+    """Too few workers for a world: there are `have`, and it takes at least `need`."""
 
     have: int
     need: int
@@ -116,15 +116,15 @@ class Park:
 
 @dataclass(frozen=True)
 class SaveAlone:
-    """The parked run is to let its workers go: `saver`, who holds the newest state, commits it first."""
+    """The parked run is to let its workers go: `saver` holds the newest state and commits it first."""
 
     saver: Member
 
 
 @dataclass(frozen=True)
 class GiveUp:
-    """Parked for too long, or stopped while parked: `saver` (if anyone holds state) commits it, then the run ends with
-    `status`."""
+    """The run was parked for too long, or was stopped while parked. `saver` commits the newest state (None if nobody
+    holds any); then the run ends with `status`."""
 
     saver: Member | None
     message: str
@@ -133,7 +133,7 @@ class GiveUp:
 
 @dataclass(frozen=True)
 class Fail:
-    """The same error came too often, and there is nothing to save, or saving met it too."""
+    """End the run with this error: it came too often, and there is nothing to save or saving failed with it too."""
 
     message: str
 

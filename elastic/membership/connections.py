@@ -16,7 +16,7 @@ from elastic.membership.world import World
 
 
 class Connections:
-    """Sends without waiting. To be used on the server's loop only."""
+    """Sends without waiting. For use on the server's event loop only."""
 
     def __init__(self) -> None:
         self._sockets: dict[str, web.WebSocketResponse] = {}
@@ -25,7 +25,7 @@ class Connections:
         self._tasks: set[asyncio.Future[None]] = set()
 
     def start(self, work: Coroutine[Any, Any, None]) -> None:
-        """Run `work` on the side."""
+        """Run `work` as a task of its own."""
         task = asyncio.ensure_future(work)
         self._tasks.add(task)  # the loop itself holds tasks only weakly
         task.add_done_callback(self._tasks.discard)
@@ -33,17 +33,17 @@ class Connections:
     # ---- workers -----------------------------------------------------------------------------------------------
 
     def add(self, member_id: str, socket: web.WebSocketResponse) -> None:
-        """The worker is reached by this socket from now on."""
+        """Use this socket for the worker from now on."""
         self._sockets[member_id] = socket
 
     def silence_s(self, member_id: str) -> float:
-        """Seconds since the worker's machine answered anything, infinite if that is not known."""
+        """Seconds since the worker's machine last answered any packet, infinite if unknown."""
         socket = self._sockets.get(member_id)
         connection = socket.get_extra_info("socket") if socket is not None else None
         return kernel.silence_s(connection) if connection is not None else math.inf
 
     def remove(self, member_id: str, socket: web.WebSocketResponse) -> bool:
-        """The socket is closed; returns whether it was the worker's newest."""
+        """Forget a closed socket; returns whether it was the worker's newest."""
         if self._sockets.get(member_id) is not socket:
             return False
         del self._sockets[member_id]

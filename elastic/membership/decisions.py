@@ -4,12 +4,12 @@
                                     |                                                                        ^
                                     +--someone to take in, or to let go--> LEAVING --all joined again--------+
 
-A world is never changed: the next one gets a higher generation, and only those of its predecessor's members that
-were not lost, plus those who wait and would lower the rounds of a step. Nobody is lost for being slow: those who are
-back go on, where they can, without members that do not answer, and take them in when they do. With fewer than
-`min_workers` nothing forms: the run is parked. After a restart of the server (REBUILDING) nothing forms before every
-worker that the controller knows of has registered or is dead, or the lease is over, in which all others have stopped
-by themselves.
+A world is never changed. The next one gets a higher generation and consists of its predecessor's members that were not
+lost, and of those waiting workers that would lower the rounds of a step. No worker is lost for being slow: the members
+that are back go on without those that do not answer, where that is possible, and take them in when they answer. With
+fewer than `min_workers` no world forms: the run is parked. After a restart of the server (REBUILDING) no world forms
+before every worker that the controller knows has registered or is dead, or the lease is over: by then all other workers
+have stopped by themselves.
 """
 
 from __future__ import annotations
@@ -41,20 +41,22 @@ from elastic.membership.events import (
     Yielded,
 )
 from elastic.membership.failure import Failure
-from elastic.membership.forming import full_size, there, too_few_to_come
+from elastic.membership.forming import full_size, present, too_few_to_come
 from elastic.membership.settling import WENT_ON_WITHOUT, give_up, leave_out, settle
 from elastic.membership.state import Phase, State, Waiting
 from elastic.membership.world import Member
 
-EXPLAINED_S = 2.0  # from the end of a connection until who watches over the process has said how that ended
+EXPLAINED_S = 2.0  # from the end of a connection until its process's supervisor must have said how the process ended
 
 _LEFT = "its world broke"
 
 
 def advance(state: State, event: Event) -> tuple[State, list[Command]]:
-    """One decision."""
-    if isinstance(event, (Joined, Registered, Acknowledged)) and (heard := _who(event)) in state.unheard:
-        state = replace(state, gone=state.gone - {heard}, dead=state.dead - {heard}, unheard=state.unheard - {heard})
+    """Take one event: the state after it, and the commands to carry out."""
+    if isinstance(event, (Joined, Registered, Acknowledged)) and (sender := _sender(event)) in state.lost_silently:
+        state = replace(
+            state, gone=state.gone - {sender}, dead=state.dead - {sender}, lost_silently=state.lost_silently - {sender}
+        )
     if isinstance(event, Joined):
         return _joined(state, event)
     if isinstance(event, Registered):
@@ -112,13 +114,13 @@ def _without(found: dict[str, float], member_id: str) -> dict[str, float]:
     return {k: v for k, v in found.items() if k != member_id}
 
 
-def _who(event: Joined | Registered | Acknowledged) -> str:
+def _sender(event: Joined | Registered | Acknowledged) -> str:
     return event.member_id if isinstance(event, Acknowledged) else event.member.id
 
 
 def _resize(state: State, wished: int, ceiling: int | None) -> State:
-    """The most workers of a world change. Who yields to others keeps no spares. No world becomes smaller than the
-    fewest that a run trains with: a ceiling of 0 is for one that is parked."""
+    """Change the most workers of a world. A run that yields workers to others keeps no spares. No world becomes smaller
+    than `min_workers`; a ceiling of 0 concerns a parked run only."""
     most = wished if ceiling is None else min(wished, max(ceiling, state.limits.min_workers))
     limits = replace(state.limits, max_workers=most)
     keep = full_size(limits) + (limits.spares if ceiling is None else 0)
@@ -130,7 +132,7 @@ def _joined(state: State, event: Joined) -> tuple[State, list[Command]]:
     if state.phase is Phase.ENDED or member.id in state.gone:
         return state, [Refuse(member.id, "the run went on without it")]
     commands: list[Command] = []
-    saving = state.failing is not None and state.phase is Phase.RUNNING  # in a world that was formed for that
+    saving = state.failing is not None and state.phase is Phase.RUNNING  # in a world that was formed to save only
     world = state.world if state.world is not None and member.id in state.world.ids else None
     ends = state.phase is Phase.RUNNING or (state.phase is Phase.LEAVING and event.failure is not None)
     if world is not None and ends:
@@ -139,8 +141,8 @@ def _joined(state: State, event: Joined) -> tuple[State, list[Command]]:
         state = replace(state, phase=Phase.BROKEN, broken_at=event.now, acked=left | {member.id})
         commands.append(Break(world, None, reason, planned=bool(event.why)))
     if event.failure is not None:
-        state, told = _failed(state, member, event.failure, nothing_to_save=saving or event.applied == 0)
-        commands = [Failed(member, event.failure, state.world), *commands, *told]
+        state, more = _failed(state, member, event.failure, nothing_to_save=saving or event.applied == 0)
+        commands = [Failed(member, event.failure, state.world), *commands, *more]
         if state.phase is Phase.ENDED:
             return state, commands
     elif (event.why or event.broke) and not state.erred:
@@ -162,7 +164,7 @@ def _joined(state: State, event: Joined) -> tuple[State, list[Command]]:
 
 
 def _failed(state: State, member: Member, failure: Failure, *, nothing_to_save: bool) -> tuple[State, list[Command]]:
-    """An error of a member: it is replayed, or the worker is left out, or the run ends with it."""
+    """A member failed: its steps are replayed, or the worker is left out, or the run ends with its error."""
     limits = state.limits
     state = replace(state, faults=state.faults.failed(member.id, failure), why=failure.summary, erred=True)
     faults = state.faults
@@ -171,7 +173,7 @@ def _failed(state: State, member: Member, failure: Failure, *, nothing_to_save: 
         if nothing_to_save:
             return replace(state, phase=Phase.ENDED), [Fail(failing)]
         return replace(state, failing=failing), []
-    others = there(state) - faults.sick - {member.id}
+    others = present(state) - faults.sick - {member.id}
     alone = faults.is_the_workers(member.id, failure) and member.id not in faults.sick
     if not alone or len(others) < limits.min_workers:
         return state, []
@@ -181,7 +183,7 @@ def _failed(state: State, member: Member, failure: Failure, *, nothing_to_save: 
 
 
 def _unfit(state: State, event: Unfit) -> tuple[State, list[Command]]:
-    """A worker could not get ready: the others go on without it. Where too few can, that is the run's error."""
+    """A worker could not get ready: the others go on without it. Where they are too few, it is the run's error."""
     if state.phase is Phase.ENDED:
         return state, []
     state = replace(
@@ -192,17 +194,17 @@ def _unfit(state: State, event: Unfit) -> tuple[State, list[Command]]:
         unfit_why=state.unfit_why or event.message,
         warming=state.warming - {event.member_id},
     )
-    trained = bool(state.veterans or state.faults.step)  # then it waits for others, parked if it has to
+    trained = bool(state.veterans or state.faults.step)  # such a run waits for other workers, parked if need be
     if not trained and state.phase is not Phase.REBUILDING and too_few_to_come(state):
         return replace(state, phase=Phase.ENDED), [Fail(state.unfit_why)]
     return _lost(state, Lost(event.member_id, event.now, "could not get ready, or not take part"))
 
 
 def _unable(state: State, event: Unable) -> tuple[State, list[Command]]:
-    """An exception that ends a member's part in the run, and the run where it is not its own."""
+    """A member met an exception that it cannot train after: leave the member out, or end the run if all would fail."""
     if state.phase is Phase.ENDED:
         return state, []
-    veterans = state.veterans & there(state) - {event.member_id}
+    veterans = state.veterans & present(state) - {event.member_id}
     if state.failing is not None or not event.fresh or (event.final and not veterans):
         return replace(state, phase=Phase.ENDED), [Fail(state.failing or event.message)]
     reason = f"left out, since it failed before its first step: {event.message.partition(chr(10))[0]}"
@@ -258,7 +260,7 @@ def _lost(state: State, event: Lost) -> tuple[State, list[Command]]:
         late={k: v for k, v in state.late.items() if k != event.member_id},
         gone=state.gone | {event.member_id},
         dead=state.dead | {event.member_id} if event.dead else state.dead,
-        unheard=state.unheard | {event.member_id} if may_come_back else state.unheard,
+        lost_silently=state.lost_silently | {event.member_id} if may_come_back else state.lost_silently,
     )
     saver = state.giving_up.saver if state.giving_up is not None else None
     if state.giving_up is not None and saver is not None and saver.id == event.member_id:
@@ -282,7 +284,7 @@ def _lost(state: State, event: Lost) -> tuple[State, list[Command]]:
 
 
 def _stalled(state: State, event: Stalled) -> tuple[State, list[Command]]:
-    """Nobody is lost for it: who answers joins again."""
+    """The world stands still: break it. No member is lost by that: those that answer join again."""
     world = state.world
     if world is None or state.phase not in (Phase.RUNNING, Phase.LEAVING, Phase.BROKEN):
         return state, []

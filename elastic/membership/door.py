@@ -1,4 +1,4 @@
-"""Who stands at a server's door: connections that have shown no token yet are few, do not stay, and come at a pace."""
+"""Limits on connections that have not shown a token: how many there are, how long they stay, how fast they come."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
 
 MOST_STRANGERS = 1024
-#: Connections without a token that are accepted a second: a flood of them is to leave time for the run.
+#: Connections without a token that are accepted a second: a flood of them must leave the server time for the run.
 PACE = 1000.0
-#: Connections that wait to be accepted, no longer than a second. The kernel refuses to hear more, and who calls tries
-#: again 1 s, 3 s, 7 s later.
+#: Connections that the kernel queues until they are accepted, which takes at most a second. It drops more than these,
+#: and their clients try again after 1 s, 3 s and 7 s.
 QUEUE = 1024
-NO_ROOM_S = 0.1  # where no descriptor is left
-STRANGER_S = 10.0  # from connecting to the token; a grant is looked up in storage meanwhile
-LINGER_S = 1.0  # what a refused request still sends is read for so long, so that its sender comes to read the answer
+NO_ROOM_S = 0.1  # pause before the next accept where no file descriptor is left
+STRANGER_S = 10.0  # from connecting to showing the token; a grant is looked up in storage meanwhile
+LINGER_S = 1.0  # for so long the rest of a refused request is read, so that its sender comes to read the answer
 
 
 def _is_ours(record: logging.LogRecord) -> bool:
-    """What is no HTTP is a stranger's, and on the console of a run nobody's concern."""
+    """False for errors of connections that do not speak HTTP: strangers' errors do not belong on the run's console."""
     error = record.exc_info[1] if record.exc_info else None
     return not isinstance(error, (HttpProcessingError, ConnectionError))
 
@@ -37,24 +37,24 @@ _LOG.addFilter(_is_ours)
 
 
 class Pace:
-    """So many a second, and so many at once after a pause. Pure."""
+    """A rate limit: `most` a second, and as many at once after a pause. Pure."""
 
     def __init__(self, most: float, now: float):
         self._most, self._left, self._at = most, most, now
 
     def take(self, now: float) -> float:
-        """One more came; returns for how many seconds the next is to wait."""
+        """Count one more; returns for how many seconds the next is to wait."""
         self._left = min(self._most, self._left + (now - self._at) * self._most) - 1
         self._at = now
         return max(0.0, -self._left / self._most)
 
     def give_back(self) -> None:
-        """That one does not count."""
+        """Do not count the last one."""
         self._left += 1
 
 
 class Door:
-    """The connections of which nobody knows yet whose they are. To be used on the server's loop only."""
+    """The connections that have not shown a token yet. For use on the server's event loop only."""
 
     def __init__(self) -> None:
         descriptors = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
@@ -75,28 +75,28 @@ class Door:
                     raise
                 await asyncio.sleep(NO_ROOM_S)
                 continue
-            with contextlib.suppress(OSError):  # it is gone already
+            with contextlib.suppress(OSError):  # the client has closed it already
                 await loop.connect_accepted_socket(caller, connection)
             await asyncio.sleep(self._pace.take(time.monotonic()))
 
     def came(self, transport: asyncio.BaseTransport) -> None:
-        """Somebody connected; where there are too many, who stood there longest has to go."""
+        """A client connected; where there are too many without a token, the oldest of these connections is aborted."""
         self._strangers[transport] = time.monotonic() + STRANGER_S
         if len(self._strangers) > self._most:
             self._turn_away(next(iter(self._strangers)))
 
     def known(self, transport: asyncio.BaseTransport | None) -> None:
-        """This one has shown a token: it may stay."""
+        """The client of this connection has shown a token: the connection may stay."""
         if transport is not None and self._strangers.pop(transport, None) is not None:
             self._pace.give_back()
 
     def left(self, transport: asyncio.BaseTransport | None) -> None:
-        """This one has gone."""
+        """This connection has ended."""
         if transport is not None:
             self._strangers.pop(transport, None)
 
     def look(self, now: float) -> None:
-        """Turn away who stood there for too long. To be called again and again."""
+        """Abort connections that have shown no token in time. To be called again and again."""
         while self._strangers and (first := next(iter(self._strangers.items())))[1] < now:
             self._turn_away(first[0])
 
@@ -107,7 +107,7 @@ class Door:
 
 
 class Caller(web.RequestHandler):
-    """A connection to a server with a door."""
+    """A connection to a server with a `Door`."""
 
     __slots__ = ("_door",)
 

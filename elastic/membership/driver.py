@@ -24,7 +24,7 @@ _PIECE = 1 << 16
 
 
 def _opener() -> urllib.request.OpenerDirector:
-    """Opens http alone: no file, no proxy, and nowhere that an answer sends it to, with the token."""
+    """Opens http only: no file, no proxy, and no redirect, which could carry the token to another server."""
     opener = urllib.request.OpenerDirector()
     for handler in (
         urllib.request.HTTPHandler(),
@@ -42,7 +42,7 @@ _DIRECT = _opener()
 def _parsed(data: bytes) -> dict[str, Any]:
     """
     Raises:
-        OSError: it is no JSON: the server went away in the middle of it, or is another one.
+        OSError: `data` is no JSON object: the server went away while it sent, or it is another server.
     """
     try:
         return dict(json.loads(data))
@@ -51,10 +51,10 @@ def _parsed(data: bytes) -> dict[str, Any]:
 
 
 def _read(answer: Any, timeout_s: float) -> bytes:
-    """All of an answer, from a server that may be anybody.
+    """The whole body of an answer. The server may be any program, so its size and time are bounded.
 
     Raises:
-        OSError: it takes too long, or has no end.
+        OSError: the answer takes longer than `timeout_s`, or is larger than MAX_ANSWER_BYTES.
     """
     deadline, pieces, size = time.monotonic() + timeout_s, [], 0
     while piece := answer.read1(_PIECE):
@@ -76,10 +76,11 @@ async def _as_os_error(kind: type[Exception]) -> AsyncIterator[None]:
 
 
 def outlived(on_record: Callable[[dict[str, Any]], None]) -> Callable[[dict[str, Any]], None]:
-    """A listener whose error is told, once, and ends nothing but its listening: neither the run nor who follows it."""
+    """A listener that survives errors: the first error of `on_record` is printed and ends the listening, not the run or
+    the stream."""
     failed = False
 
-    def tell(record: dict[str, Any]) -> None:
+    def call(record: dict[str, Any]) -> None:
         nonlocal failed
         if not failed:
             try:
@@ -88,7 +89,7 @@ def outlived(on_record: Callable[[dict[str, Any]], None]) -> Callable[[dict[str,
                 failed = True
                 traceback.print_exc()
 
-    return tell
+    return call
 
 
 class DriverLink:
@@ -98,13 +99,13 @@ class DriverLink:
         self._url = url
         self._headers = {"Authorization": f"Bearer {token}", VERSION_HEADER: str(VERSION)}
 
-    def request(  # not through a proxy: the server is near, and the token is nobody else's
+    def request(  # never through a proxy: the server is near, and no proxy may see the token
         self, what: str | Request, timeout_s: float = 10.0, *, patience_s: float = 0.0
     ) -> dict[str, Any]:
-        """GET a path, or POST a request; a server that is away (restarted, say) is tried again for `patience_s`.
+        """GET a path, or POST a request. A server that cannot be reached (it restarts, say) is tried for `patience_s`.
 
         Raises:
-            OSError: the server cannot be reached.
+            OSError: the server cannot be reached, or refuses the request.
         """
         path, data = (what, None) if isinstance(what, str) else (what.path, json.dumps(plain(what)).encode())
         headers = {**self._headers, "Content-Type": "application/json"}
@@ -115,21 +116,21 @@ class DriverLink:
                 with _DIRECT.open(request, timeout=timeout_s) as answer:
                     return _parsed(_read(answer, timeout_s))
             except urllib.error.HTTPError:
-                raise  # it is there, and will not say anything else
+                raise  # the server answered, and would answer the same again
             except (OSError, HTTPException) as error:
                 if time.monotonic() > deadline:
                     raise error if isinstance(error, OSError) else OSError(one_line(error)) from error
                 time.sleep(AGAIN_S)
 
     async def follow(self, on_record: Callable[[dict[str, Any]], None]) -> None:
-        """Call `on_record` with every row and event, until one of kind `end` came or the server is gone.
+        """Call `on_record` with every row and event, until one of kind `end` comes or the server is gone.
 
         Raises:
             OSError: the server cannot be reached, or refuses.
         """
-        import aiohttp  # takes a third of a second, which no command waits for that only asks
+        import aiohttp  # takes a third of a second to import; commands that only send a request do without it
 
-        async with (  # aiohttp's own errors are no OSError throughout
+        async with (  # some of aiohttp's own errors are no OSError
             _as_os_error(aiohttp.ClientError),
             aiohttp.ClientSession(headers=self._headers) as session,
             session.ws_connect(f"{self._url}/follow", max_msg_size=MAX_MESSAGE_BYTES) as socket,
@@ -144,21 +145,21 @@ class DriverLink:
     def follow_to_the_end(
         self, on_record: Callable[[dict[str, Any]], None], ended: threading.Event, patience_s: float
     ) -> bool:
-        """Follow, again and again if the server is restarted on the same address, until `ended` is set.
+        """Follow the run until `ended` is set, connecting again if the server restarts on the same address.
 
         Returns:
             False if the server was gone for `patience_s`.
         """
         lost_at: float | None = None
 
-        def heard(record: dict[str, Any]) -> None:
+        def received(record: dict[str, Any]) -> None:
             nonlocal lost_at
             lost_at = None
             on_record(record)
 
         while not ended.is_set():
-            with contextlib.suppress(OSError):  # it is restarted, or stays away for too long
-                asyncio.run(self.follow(heard))
+            with contextlib.suppress(OSError):  # it is being restarted; a longer absence ends the loop below
+                asyncio.run(self.follow(received))
             if ended.is_set():
                 return True
             lost_at = lost_at or time.monotonic()

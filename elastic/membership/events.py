@@ -1,4 +1,4 @@
-"""What happens to a run's membership: the input of its decisions. Pure."""
+"""The events that the membership's decisions take: what happens to a run's workers. Pure."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from elastic.membership.world import Generation, Member
 
 @dataclass(frozen=True)
 class Joined:
-    """A warm worker asks for a world. `applied`: updates in the state it holds, -1 for none. It left the one before
-    because of its own `failure`, or since `broke` says what of that world failed, or to have another made (`why`)."""
+    """A warm worker asks for a world. `applied`: number of updates in the state it holds, -1 if it holds none. It left
+    its last world because of its own `failure`, or because something of that world failed (`broke` says what), or to
+    have another world formed (`why`)."""
 
     member: Member
     now: float
@@ -23,7 +24,7 @@ class Joined:
 
 @dataclass(frozen=True)
 class Registered:
-    """After a restart of the server: a worker that is in the midst of a world says so."""
+    """After a restart of the server: a worker reports the world that it is in."""
 
     member: Member
     generation: Generation
@@ -34,7 +35,7 @@ class Registered:
 
 @dataclass(frozen=True)
 class Acknowledged:
-    """A worker's watcher has seen that its world is broken: it lives, however long its step still takes."""
+    """A worker's watcher has received that its world is broken: the worker lives, however long its step still takes."""
 
     member_id: str
     now: float
@@ -42,9 +43,9 @@ class Acknowledged:
 
 @dataclass(frozen=True)
 class Lost:
-    """A worker is gone, or is to be treated so. `dead`: it applies nothing any more, since its process ended or its
-    lease did. `died`: nobody gave it up, its process or its connection ended. `silent`: nothing was heard of it; if it
-    is heard again before others went on, it was not lost."""
+    """A worker is lost, or is to be treated so. `dead`: it applies no update any more, since its process or its lease
+    ended. `died`: its process or connection ended by itself; nobody gave it up. `silent`: it only sent nothing; if it
+    sends something before the others went on, it was not lost."""
 
     member_id: str
     now: float
@@ -56,14 +57,14 @@ class Lost:
 
 @dataclass(frozen=True)
 class Done:
-    """A worker said that it is done: its leaving is no loss."""
+    """A worker reported that it is done: its leaving is no loss."""
 
     member_id: str
 
 
 @dataclass(frozen=True)
 class Arrived:
-    """A worker has connected, maybe again."""
+    """A worker has connected, perhaps not for the first time."""
 
     member_id: str
 
@@ -77,7 +78,7 @@ class Recorded:
 
 @dataclass(frozen=True)
 class Unfit:
-    """A worker could not get ready: others go on without it, if they are enough."""
+    """A worker could not get ready: the others go on without it, if they are enough."""
 
     member_id: str
     message: str
@@ -86,8 +87,8 @@ class Unfit:
 
 @dataclass(frozen=True)
 class Unable:
-    """An exception that ends a member's part: of the whole run, or of a worker that has done no step yet (`fresh`)
-    only its own. `final`: it would be so for any worker."""
+    """A member met an exception that it cannot train after. That ends the run, unless the worker has done no step yet
+    (`fresh`): then it ends that worker only. `final`: any worker would meet the same exception."""
 
     member_id: str
     message: str
@@ -107,7 +108,7 @@ class Notice:
 
 @dataclass(frozen=True)
 class Drained:
-    """A worker is to hand over and end: until `deadline` it is waited for another to take its place."""
+    """A worker is to hand over and end; until `deadline` the run waits for another worker to replace it."""
 
     member_id: str
     deadline: float
@@ -116,7 +117,7 @@ class Drained:
 
 @dataclass(frozen=True)
 class Scaled:
-    """The most workers of a world are another number from now on; beyond it `spares` are kept."""
+    """The most workers of a world are another number from now on; spares are kept in addition to them."""
 
     max_workers: int
     now: float
@@ -124,8 +125,8 @@ class Scaled:
 
 @dataclass(frozen=True)
 class Yielded:
-    """The run keeps at most `most` workers, as others need theirs more, or (None) as many as before. With 0 it lets
-    all go that it has while it is parked, after saving what they hold."""
+    """The run keeps at most `most` workers, since other runs need them more, or with None as many as before. With 0 a
+    parked run lets all its workers go, after saving the state that they hold."""
 
     most: int | None
     now: float
@@ -133,7 +134,7 @@ class Yielded:
 
 @dataclass(frozen=True)
 class SavedAlone:
-    """A parked worker did as it was told by `SaveAlone`; the newest committed checkpoint is of `step`."""
+    """A parked worker carried out `SaveAlone`; the newest committed checkpoint is of `step`."""
 
     step: int
     now: float
@@ -141,7 +142,7 @@ class SavedAlone:
 
 @dataclass(frozen=True)
 class Stopped:
-    """The run is to be saved and to end. A running world does so at its next boundary; a parked run has none."""
+    """The run is to be saved and to end: a running world at its next step boundary, a parked run at once."""
 
     message: str
     now: float
@@ -149,7 +150,7 @@ class Stopped:
 
 @dataclass(frozen=True)
 class Expected:
-    """The workers that the controller knows to exist, told to a restarted server."""
+    """The workers that the controller knows to exist; a restarted server waits for these."""
 
     member_ids: frozenset[str]
     now: float
@@ -157,8 +158,8 @@ class Expected:
 
 @dataclass(frozen=True)
 class Stalled:
-    """The world stands still, all of it or for one that does not answer: another one is made. `final`: that was tried,
-    or would not help; the run is saved and ends for this reason."""
+    """No member of the world makes progress, or the others wait for one that does not answer: form another world.
+    `final`: that was tried already or would not help, so the run is saved and ends for this reason."""
 
     reason: str
     now: float
@@ -167,7 +168,7 @@ class Stalled:
 
 @dataclass(frozen=True)
 class Stuck:
-    """The last who holds the state never comes back from its broken world, though its process lives."""
+    """The last member that holds the state never comes back from its broken world, though its process lives."""
 
     reason: str
     now: float
@@ -175,7 +176,7 @@ class Stuck:
 
 @dataclass(frozen=True)
 class Quiet:
-    """Of those who wait these said nothing lately: they live, as far as is known, but may be stopped or cut off."""
+    """The waiting workers that sent nothing lately: as far as is known they live, but may be stopped or cut off."""
 
     member_ids: frozenset[str]
     now: float
@@ -183,7 +184,7 @@ class Quiet:
 
 @dataclass(frozen=True)
 class Slept:
-    """The server itself was away, or behind: what was said to it meanwhile it has yet to read."""
+    """The server itself was suspended or behind: it has yet to read messages that arrived meanwhile."""
 
     now: float
 

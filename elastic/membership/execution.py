@@ -1,4 +1,4 @@
-"""Carrying out what was decided: messages to workers, a rendezvous store for each world, events for the keeper."""
+"""Carries out commands: messages to workers, a rendezvous store for each world, events for the keeper."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Executor:
     """Executes commands; decides nothing.
 
     Args:
-        host: where workers reach a world's store.
+        host: address at which workers reach a world's rendezvous store.
         new_store: makes the rendezvous store of a new world; returns its port and a function that ends it.
     """
 
@@ -50,7 +50,7 @@ class Executor:
         self._wished_at = wire.RestorePoint()
         self._parked = False
         self._allowed = 0
-        self.given_up: set[str] = set()  # whose processes the controller is to end
+        self.given_up: set[str] = set()  # members whose processes the controller is to end
 
     def execute(self, command: Command) -> None:
         """Carry out one command."""
@@ -117,26 +117,26 @@ class Executor:
             keeper.close_run("failed", command.message)
 
     def wish(self, wish: wire.Wished) -> None:
-        """Pass a wish on to all workers, now and in worlds to come."""
+        """Send a wish to all workers now, and to the members of later worlds until it is granted."""
         self._wish, self._wished_at = wish, self._keeper.restore_point()
         self._connections.broadcast(wish)
 
     def allow(self, step: int) -> None:
-        """A run that holds after evaluations may go up to this step. What was allowed once stays so."""
+        """Let a run that pauses after evaluations go up to this step. The limit never becomes lower."""
         self._allowed = max(self._allowed, step)
         self._connections.broadcast(wire.Allowed(self._allowed))
 
     def welcome(self, member_id: str) -> None:
-        """A worker has connected, maybe again: it may have missed what was said to all."""
+        """A worker has connected, perhaps again: send what it may have missed."""
         self._connections.send(member_id, wire.Allowed(self._allowed))
 
     def refuse(self, member_id: str, reason: str) -> None:
-        """Tell a worker that it has no part in the run any more; its process is to be ended."""
+        """Tell a worker that it does not belong to the run any more; the controller is to end its process."""
         self.given_up.add(member_id)
         self._connections.send(member_id, wire.Out(reason))
 
     def drop_store(self) -> None:
-        """Dropping a store's server frees everyone who still waits in it."""
+        """End the rendezvous store's server, which frees every worker that still waits in it."""
         if self._end_store:
             self._end_store()
             self._end_store = None

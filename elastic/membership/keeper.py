@@ -1,4 +1,4 @@
-"""What the membership server needs of whoever keeps the run's folder, which is above it."""
+"""The interface of the run's keeper as the membership server uses it; the keeper itself is in a higher package."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from elastic.membership.world import Generation, Member, World
 
 
 class Keeper(Protocol):
-    """What the server relays to. Called on the server's thread: must not block, but for `admits`, which asks storage
-    and is called on another."""
+    """Keeps the run's folder. Its methods are called on the server's thread and must not block, except `admits`, which
+    asks storage and is called on another thread."""
 
     def event(self, kind: str, **fields: Any) -> None: ...
 

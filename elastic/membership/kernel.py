@@ -1,8 +1,8 @@
-"""Whether the machine of a silent worker answers: its kernel does so for every process that lives.
+"""Asks the kernel whether the machine of a silent worker answers: a kernel acknowledges packets for every live process.
 
-A process that ends, or is killed, closes its connection. One that is stopped, or whose interpreter's lock is held,
-says nothing, but its kernel goes on acknowledging what comes, probes (RFC 9293, keep-alive) among it. Nobody does that
-on a machine that is gone or cut off.
+A process that ends or is killed closes its connection. A process that is stopped, or whose interpreter lock is held,
+sends nothing, but its kernel goes on acknowledging packets, among them keep-alive probes (RFC 9293). On a machine that
+is gone or cut off nothing acknowledges them.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ import math
 import socket
 import struct
 
-PROBES = 127  # the most that Linux lets go unanswered before it ends the connection
-MOST_S = 32767  # between two probes, of Linux too
+PROBES = 127  # most unanswered probes that Linux allows before it ends the connection
+MOST_S = 32767  # longest interval between two probes that Linux allows
 _LAST_ANSWER = struct.Struct("=I")
 _LAST_ANSWER_AT = 56  # tcpi_last_ack_recv in struct tcp_info, milliseconds
 
 
 def watch(connection: socket.socket, lease_s: float) -> float:
-    """Have the peer probed whenever it says nothing; who says nothing for the lease must not lose its connection by it.
+    """Probe the peer whenever it is silent, seldom enough that a connection outlives a silence as long as the lease.
 
     Returns:
         seconds between two probes.

@@ -3,22 +3,23 @@
 GET  /follow   WebSocket of a driver: rows and events as they are recorded
 POST /wish     {"wish": "stop"|"save", "detail": ...}: acted on at a step boundary
 POST /allow    {"step": ...}: a run that holds after its evaluations may go up to this step
-POST /close    {"status": ..., "message": ...}: the driver knows that no worker will go on
+POST /close    {"status": ..., "message": ...}: no worker will go on, as the driver knows: end the run
 GET  /status   the keeper's view of the run, as JSON
-GET  /group    who is in, who waits, who is gone: what the controller of the workers goes by
-POST /lost     {"ids": [...], "ended": bool, "detail": ...}: workers that are gone; whether their processes are known to
+GET  /group    the members, the waiting and the lost workers, which the controller of the workers uses
+POST /lost     {"ids": [...], "ended": bool, "detail": ...}: these workers are lost; whether their processes are known
+to
                have ended, and how
 POST /event    {"kind": ..., "detail": ...}: for the ledger
 POST /notice   {"node": ..., "remaining_s": ...}: a node goes away
-POST /yield    {"max_workers": ... or null, "to": [...]}: keep no more, as other runs of the cluster need theirs
+POST /yield    {"max_workers": ... or null, "to": [...]}: keep at most so many, as other runs of the cluster need theirs
 POST /expected {"ids": [...]}: after a restart, the workers that exist
-POST /grant    {"id": ..., "secret": ...}: the secret whose hash is in the run's folder opens what follows, and /wish
-GET  /run      status, group and workers, for people
+POST /grant    {"id": ..., "secret": ...}: a secret whose hash is in the run's folder opens the routes below, and /wish
+GET  /run      status, group and workers, for the commands that show them
 POST /scale    {"max_workers": ..., "by": ...}
 POST /drain    {"worker": a worker's id or its beginning, "seconds": ..., "by": ...}: it hands over and ends
-POST /prune    {"policy": {...}, "yes": bool}: checkpoints that the run's retention, changed so, does not keep
+POST /prune    {"policy": {...}, "yes": bool}: the checkpoints that the run's retention, so changed, does not keep
 
-What cannot be done, and what is no such request (`protocol`), is answered by 400 and one sentence.
+A request that is invalid (`protocol`) or cannot be carried out is answered with 400 and one sentence.
 """
 
 from __future__ import annotations
@@ -70,7 +71,7 @@ class Routes:
         self._granting = asyncio.Lock()
 
     def add_to(self, router: web.UrlDispatcher) -> None:
-        """Register all of them."""
+        """Register all routes."""
         router.add_get("/follow", self._follow)
         router.add_post(asked.Wish.path, self._wish)
         router.add_post(asked.Allow.path, self._allow)
@@ -116,7 +117,7 @@ class Routes:
 
     async def _grant(self, request: web.Request) -> web.Response:
         grant = asked.read(asked.Grant, await _read_little(request))
-        async with self._granting:  # anyone may ask: one at a time, so that nobody keeps storage busy
+        async with self._granting:  # anyone may send this: one at a time, so that no caller keeps storage busy
             if not await asyncio.to_thread(self._keeper.admits, grant.id, grant.secret):
                 raise web.HTTPUnauthorized(text="the run's folder has no such grant")
         self._access.grant(grant.secret)
@@ -148,10 +149,12 @@ class Routes:
 
     async def _drain(self, request: web.Request) -> web.Response:
         drain, now = await _read(asked.Drain, request), time.monotonic()
-        there = people(self._state(), {})
-        found = [w for w in there if w["id"] == drain.worker] or [w for w in there if w["id"].startswith(drain.worker)]
+        workers = people(self._state(), {})
+        found = [w for w in workers if w["id"] == drain.worker] or [
+            w for w in workers if w["id"].startswith(drain.worker)
+        ]
         if len(found) != 1:
-            names = ", ".join(w["id"] for w in found or there)
+            names = ", ".join(w["id"] for w in found or workers)
             raise _refusal(f"WORKER is {drain.worker!r}, which is {'several' if found else 'none'} of {names}")
         (worker,) = found
         self._keeper.event("notice", member=worker["id"], node=worker["node"], detail=f"drained by {drain.by}")
@@ -214,10 +217,10 @@ async def _read(kind: type[T], request: web.Request) -> T:
 
 
 async def _read_little(request: web.Request) -> bytes:
-    """The body of a request from anybody.
+    """The body of a request that needs no token.
 
     Raises:
-        Refused: it is larger than any grant.
+        Refused: the body is larger than any grant.
     """
     body = b""
     while piece := await request.content.read(MAX_GRANT_BYTES + 1 - len(body)):

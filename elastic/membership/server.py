@@ -1,10 +1,10 @@
-"""The membership server: a small aiohttp server that hosts the decisions and relays to the keeper of the run.
+"""The membership server: a small aiohttp server that hosts the decisions and relays messages to the run's keeper.
 
-    GET  /worker   WebSocket of a worker: join, beat, done, and whatever the keeper understands
+    GET  /worker   WebSocket of a worker: join, beat, done, and all messages that the keeper understands
 
-and the routes of drivers, controllers and control commands (`routes`). Every request but for a grant carries the run's
-bearer token, or what was granted (`access`); who does not is a stranger (`door`). The server runs on a thread of its
-own.
+and the routes of drivers, controllers and control commands (`routes`). Every request except a grant carries the run's
+bearer token or a granted secret (`access`); connections without one are limited (`door`). The server runs on a thread
+of its own.
 """
 
 from __future__ import annotations
@@ -59,8 +59,8 @@ from elastic.membership.world import Generation, Member
 
 TICK_S = 0.05
 MAX_REQUEST_BYTES = 4 << 20
-MOST_REASON_BYTES = 120  # that a WebSocket is closed with
-BEHIND_S = 0.1  # a turn that takes so much longer than it should says that there is more to read than time for it
+MOST_REASON_BYTES = 120  # of the reason that a WebSocket is closed with
+BEHIND_S = 0.1  # if a turn of the loop is late by this much, messages may have arrived that were not read yet
 
 
 class MembershipServer:
@@ -68,7 +68,7 @@ class MembershipServer:
 
     Args:
         host, port: address to listen on; workers on other hosts must reach it.
-        hang_s: fixed hang time-out, or None for one that goes by the steps seen.
+        hang_s: fixed hang time-out in seconds, or None for one that is computed from the steps seen.
         new_store: makes the rendezvous store of a new world; returns its port and a function that ends it.
     """
 
@@ -93,7 +93,7 @@ class MembershipServer:
             keeper, self._connections, self._executor, self._watchman, self._access, self._handle, lambda: self._state
         )
         self._members: dict[str, Member] = {}
-        self._said_done: frozenset[str] = frozenset()
+        self._reported_done: frozenset[str] = frozenset()
         self._refused_reported: set[str] = set()
         self._loop = asyncio.new_event_loop()
         self._ready = threading.Event()
@@ -107,7 +107,11 @@ class MembershipServer:
         return f"http://{self._host}:{self.port}"
 
     def start(self) -> None:
-        """Listen; returns when the port is known."""
+        """Begin to listen; returns when the port is known.
+
+        Raises:
+            TimeoutError: the server did not start within 30 s.
+        """
         self._thread.start()
         if not self._ready.wait(30):
             raise TimeoutError("the membership server did not start within 30 s")
@@ -121,11 +125,11 @@ class MembershipServer:
             self._thread.join(10)
 
     def gone(self) -> frozenset[str]:
-        """Members that were lost before they said that they are done. From any thread."""
-        return self._state.gone - self._said_done
+        """Members that were lost before they reported that they are done. From any thread."""
+        return self._state.gone - self._reported_done
 
     def publish(self, record: dict[str, Any], *, keep: bool) -> None:
-        """Send a row or event to all followers; `keep` it for those who come later. From any thread."""
+        """Send a row or event to all followers; with `keep`, to later followers too. From any thread."""
         text = json.dumps(record)
         self._loop.call_soon_threadsafe(self._connections.publish, text, keep)
 
@@ -192,7 +196,7 @@ class MembershipServer:
             raise web.HTTPUnauthorized(text="wrong or missing token")
         try:
             if request.path != "/worker":
-                wire.check_version(request.headers.get(wire.VERSION_HEADER), "who asks")
+                wire.check_version(request.headers.get(wire.VERSION_HEADER), "the caller")
             return await handler(request)
         except Refused as error:
             raise web.HTTPBadRequest(text=str(error)) from None
@@ -219,9 +223,9 @@ class MembershipServer:
                 self._watchman.new_world(known, time.monotonic())
             self._executor.execute(command)
 
-    def _give_up(self, member_id: str, told: str, reason: str, dead: bool, silent: bool) -> None:
+    def _give_up(self, member_id: str, message: str, reason: str, dead: bool, silent: bool) -> None:
         if not silent:
-            self._executor.refuse(member_id, told)
+            self._executor.refuse(member_id, message)
         self._handle(Lost(member_id, time.monotonic(), reason, dead=dead, silent=silent))
 
     # ---- workers -----------------------------------------------------------------------------------------------
@@ -234,18 +238,18 @@ class MembershipServer:
         await socket.prepare(request)
         try:
             wire.check_version(request.query.get("protocol"), f"worker {member_id}")
-            said = await self._next_message(socket, member_id, SILENT_S)
-            if said is None:
+            received = await self._next_message(socket, member_id, SILENT_S)
+            if received is None:
                 return socket
-        except Refused as refused:  # this connection was nobody's yet: whoever has that id keeps its own
+        except Refused as refused:  # it proved nothing yet: a worker with that id keeps its own connection
             await self._refuse(socket, member_id, refused)
             return socket
         self._admit(member_id, socket)
         try:
-            while said is not None:
-                self._watchman.heard(member_id, time.monotonic())
-                self._from_worker(member_id, *said)
-                said = await self._next_message(socket, member_id)
+            while received is not None:
+                self._watchman.received(member_id, time.monotonic())
+                self._from_worker(member_id, *received)
+                received = await self._next_message(socket, member_id)
         except Refused as refused:
             await self._refuse(socket, member_id, refused)
         finally:
@@ -257,10 +261,10 @@ class MembershipServer:
     async def _next_message(
         self, socket: web.WebSocketResponse, member_id: str, timeout_s: float | None = None
     ) -> tuple[wire.WorkerMessage | wire.MemberMessage, Generation | None] | None:
-        """What the worker says next; None once its connection ended, or where it says nothing for too long.
+        """The worker's next message; None if its connection ended, or if none came within `timeout_s`.
 
         Raises:
-            Refused: it is none of the messages, or says it for another worker.
+            Refused: it is no valid message, or is sent in the name of another worker.
         """
         try:
             raw = await socket.receive(timeout_s)
@@ -274,7 +278,7 @@ class MembershipServer:
         return message, generation
 
     def _admit(self, member_id: str, socket: web.WebSocketResponse) -> None:
-        """From now on the worker is reached by this connection."""
+        """Use this connection for the worker from now on."""
         self._connections.add(member_id, socket)
         self._executor.welcome(member_id)
         self._handle(Arrived(member_id))
@@ -286,12 +290,12 @@ class MembershipServer:
             self._connections.send(member_id, wire.Over(ended))
 
     async def _refuse(self, socket: web.WebSocketResponse, member_id: str, refused: Refused) -> None:
-        """Nothing was done of what a worker said: it is told so, and ends."""
+        """Close the connection of a worker whose message is invalid, with the reason. The worker ends then."""
         if member_id not in self._refused_reported:
             self._refused_reported.add(member_id)
             self._keeper.event("message_refused", member=member_id, detail=str(refused))
         reason = str(refused).encode()[:MOST_REASON_BYTES]
-        with contextlib.suppress(ConnectionError):  # it is gone already
+        with contextlib.suppress(ConnectionError):  # the worker has gone already
             await socket.close(code=wire.REFUSED_CODE, message=reason)
 
     def _from_worker(
@@ -331,18 +335,18 @@ class MembershipServer:
                 assert generation is not None
                 self._from_member(member_id, message, generation)
 
-    def _announce(self, member: Member, said: wire.Join) -> None:
+    def _announce(self, member: Member, join: wire.Join) -> None:
         self._keeper.event(
             "worker_warm",
             member=member.id,
             node=member.node,
             pid=member.pid,
-            seconds=said.warm_s,
-            detail={"device": member.device, **said.warm_parts},
+            seconds=join.warm_s,
+            detail={"device": member.device, **join.warm_parts},
         )
 
     def _note_progress(self, member_id: str, at: wire.Whereabouts, now: float) -> None:
-        """Of who is in the newest world, or says that it is in one to a server that was restarted."""
+        """Note the position of a member of the newest world, or of a worker that registers after a restart."""
         inside = self._state.world or self._state.registered.get(member_id)
         if inside is not None and at.generation == inside.generation:
             self._watchman.progress(member_id, Progress(at.position, now, at.where, tuple(at.samples)))
@@ -352,7 +356,7 @@ class MembershipServer:
             return
         match message:
             case wire.Done():
-                self._said_done |= {member_id}
+                self._reported_done |= {member_id}
                 self._handle(Done(member_id))
             case wire.Failed():
                 now = time.monotonic()
@@ -367,7 +371,8 @@ class MembershipServer:
         self._keeper.receive(self._members[member_id], generation, message)
 
     def _may_speak(self, member_id: str, generation: Generation) -> bool:
-        """Whoever is not in the newest world has nothing to say about the run, but for who saves while it is parked."""
+        """Whether the worker may send messages about the run: members of the newest world, and a worker that saves
+        alone while the run is parked."""
         state = self._state
         if state.giving_up is not None and state.giving_up.saver is not None:
             return member_id == state.giving_up.saver.id
@@ -378,5 +383,5 @@ class MembershipServer:
 
 
 def _interned(member: Member) -> Member:
-    """What most workers say of themselves is the same text: it is kept once, and compared by where it is."""
+    """The descriptions of most workers are equal texts: one copy is kept, which makes comparing them fast."""
     return replace(member, device=sys.intern(member.device), says=sys.intern(member.says))

@@ -1,7 +1,7 @@
 """What follows from the state of a run by itself: a world is formed or left, the run is parked or given up. Pure.
 
-`settle` is asked after everything that happens and as time passes. Who fits into a world, and when it may follow, is
-in `forming`.
+`settle` is called after every event and as time passes. `forming` decides which workers fit into a world, and when it
+may follow.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ from elastic.membership.forming import (
 from elastic.membership.state import Late, Phase, State, Waiting, going
 from elastic.membership.world import Generation, Member, World
 
-LAST_WORLDS = 3  # formed to save what an error ends; then who holds the newest state saves it alone
+LAST_WORLDS = 3  # worlds formed only to save because of an error; after them one worker saves alone
 WENT_ON_WITHOUT = "it was silent, and its world went on without it"
 
 
 def settle(state: State, now: float) -> tuple[State, list[Command]]:
-    """What can be decided now: take people in, form a world, park, give up."""
+    """Do what can be decided now: take workers in, form a world, park, give up."""
     if state.phase is Phase.ENDED:
         return state, []
     if state.phase is Phase.REBUILDING:
@@ -58,9 +58,9 @@ def settle(state: State, now: float) -> tuple[State, list[Command]]:
 
 
 def _rebuild(state: State, now: float) -> tuple[State, list[Command]]:
-    """Go on with the newest world that anyone is in, once everyone who can be in one has said so."""
-    expected, there = state.expected, state.registered.keys() | state.waiting.keys() | state.gone
-    sure = expected is not None and expected <= there and (state.registered or not expected & state.gone - state.dead)
+    """Go on with the newest world that anyone is in, once every worker that can be in one has registered."""
+    expected, present = state.expected, state.registered.keys() | state.waiting.keys() | state.gone
+    sure = expected is not None and expected <= present and (state.registered or not expected & state.gone - state.dead)
     if not sure and now - state.broken_at < state.limits.lease_s:
         return state, []
     known = [r for r in state.registered.values() if expected is None or r.member.id in expected]
@@ -70,14 +70,14 @@ def _rebuild(state: State, now: float) -> tuple[State, list[Command]]:
     refused: list[Command] = []
     for member in strangers:
         refused += [Dropped(member, "in an older world"), Refuse(member.id, "the run went on without it")]
-    absent = (expected or frozenset()) - there  # they have stopped, and do not come back after their lease
+    absent = (expected or frozenset()) - present  # their lease is over: they have stopped, and do not come back
     gone = state.gone | {m.id for m in strangers} | absent
     state = replace(state, registered={}, gone=gone, acked=frozenset(), broken_at=now)
     if newest is None:
         state, settled = settle(replace(state, phase=Phase.GATHERING), now)
         return state, [*refused, *settled]
     world = World(newest, tuple(members))
-    state = replace(state, world=world, newest=0)  # they hold a state, it is not known which
+    state = replace(state, world=world, newest=0)  # they hold a state, though it is not known which
     if len(members) == next(r.size for r in known if r.generation == newest):
         state, settled = settle(replace(state, phase=Phase.RUNNING), now)
         return state, [*refused, Rebuilt(world), *settled]
@@ -86,7 +86,7 @@ def _rebuild(state: State, now: float) -> tuple[State, list[Command]]:
 
 
 def _leave_if_better(state: State, world: World, now: float) -> tuple[State, list[Command]]:
-    """Ask the running world to leave where a faster or safer one can follow."""
+    """Ask the running world to break up if a faster or safer one can follow it."""
     limits = state.limits
     leaving = bool(state.notices or state.drained or state.faults.sick & world.ids)
     if not state.waiting and not leaving and world.size <= limits.max_workers:
@@ -97,21 +97,22 @@ def _leave_if_better(state: State, world: World, now: float) -> tuple[State, lis
     largest = min(world.size + len(state.waiting), limits.max_workers)
     helpful = helpful_size(limits.microbatches, largest, limits.min_workers)
     if not leaving and helpful <= world.size <= limits.max_workers:
-        return state, commands  # whoever waits is a spare
+        return state, commands  # the waiting workers are spares
     fitting, _ = usable(state)
-    there = [Waiting(m, sys.maxsize, 0.0) for m in world.members]  # they hold the newest state
-    following = {m.id for m in choose(state, [*there, *fitting])}
-    taken = [w for w in fitting if w.member.id in following]
+    inside = [Waiting(m, sys.maxsize, 0.0) for m in world.members]  # they hold the newest state
+    following = {m.id for m in choose(state, [*inside, *fitting])}
+    joining = [w for w in fitting if w.member.id in following]
     let_go = len(world.ids - following)
     deadlines = {m.id: deadline for m in world.members if (deadline := going(state, m)) is not None}
     due = bool(deadlines) and now >= min(deadlines.values()) - max(2.0, 0.25 * limits.lease_s)
     why = ""
-    if taken:
-        full = world.size - let_go + len(taken) >= full_size(limits)
-        if full or now - min(w.since for w in taken) >= limits.join_window_s:
-            why = f"{len(taken)} to take in" + (f", {let_go} to let go" if let_go else "")
+    if joining:
+        full = world.size - let_go + len(joining) >= full_size(limits)
+        if full or now - min(w.since for w in joining) >= limits.join_window_s:
+            why = f"{len(joining)} to take in" + (f", {let_go} to let go" if let_go else "")
     elif let_go and world.size > limits.max_workers:
-        why = f"{let_go} to let go"  # the run was scaled down, or one came along to give its state, and has given it
+        # the run was scaled down, or a member joined only to give its state, which it has done
+        why = f"{let_go} to let go"
     elif let_go and due:
         why = f"{let_go} to let go, no replacement came"
     if why:
@@ -122,7 +123,7 @@ def _leave_if_better(state: State, world: World, now: float) -> tuple[State, lis
 
 
 def _dismiss(state: State, world: World) -> tuple[State, list[Command]]:
-    """Let go who waits outside the running world and is not needed."""
+    """Let workers go that wait outside the running world and are not needed."""
     members = surplus(state, world)
     ids = {m.id for m in members}
     waiting = {k: w for k, w in state.waiting.items() if k not in ids}
@@ -138,7 +139,7 @@ def _report_left_out(state: State) -> tuple[State, list[Command]]:
 
 
 def leave_out(state: State, member: Member) -> tuple[State, list[Command]]:
-    """Where others are enough, this worker is in no world any more."""
+    """Keep this worker out of all worlds, as long as there are enough others."""
     faults = replace(state.faults, sick=state.faults.sick | {member.id})
     reason = f"it failed {TRIES} times at one step, where another worker is to try"
     return replace(state, faults=faults), [LeftOut(member, reason)]
@@ -165,7 +166,7 @@ def _form(state: State, now: float) -> tuple[State, list[Command]]:
     chosen = {m.id for m in members}
     old = state.world.ids if state.world else frozenset()
     behind = _left_behind(state)
-    lost: list[Command] = [Refuse(i, WENT_ON_WITHOUT) for i in sorted(state.unheard)]
+    lost: list[Command] = [Refuse(i, WENT_ON_WITHOUT) for i in sorted(state.lost_silently)]
     rest = {k: w for k, w in state.waiting.items() if k not in chosen}
     handed = [w.member for w in rest.values() if w.member.node in state.notices and w.member.id in old]
     state = replace(
@@ -186,7 +187,7 @@ def _form(state: State, now: float) -> tuple[State, list[Command]]:
         last_worlds=state.last_worlds + (state.failing is not None),
         newest=max(w.applied for w in state.waiting.values() if w.member.id in chosen),
         late={**state.late, **{late.member.id: late for late in behind}},
-        unheard=frozenset(),
+        lost_silently=frozenset(),
     )
     state, left = _report_left_out(state)
     left += [*(LeftBehind(late.member) for late in behind), *lost]
@@ -208,7 +209,7 @@ def _left_behind(state: State) -> list[Late]:
 
 
 def _count_break(state: State) -> State:
-    """A world whose members all live and joined again broke for a reason that may come again: it is counted."""
+    """Count a world that broke although all its members live and joined again: the reason may come again."""
     world = state.world
     if state.phase is not Phase.BROKEN or world is None or not world.ids <= state.waiting.keys():
         return state
@@ -218,9 +219,9 @@ def _count_break(state: State) -> State:
 
 
 def _gathered(state: State, now: float) -> bool:
-    """Whether the first world has waited long enough for more; it waits longer where it has too few.
+    """Whether the first world has waited long enough for more workers; with fewer than `min_workers` it waits longer.
 
-    Workers that hold state wait for nobody: the server was restarted, and everyone who can be there is.
+    If workers hold state, the server was restarted and all of them are known: then there is nobody to wait for.
     """
     limits = state.limits
     if not state.waiting:
@@ -258,8 +259,8 @@ def _park(state: State, have: int, now: float) -> tuple[State, list[Command]]:
 
 
 def _vacate(state: State) -> tuple[State, list[Command]]:
-    """Others need what this parked run has more: let all go, once what they hold is saved. Who waits is in no world,
-    and will be in none: that counts as its death. Where it cannot be saved they stay."""
+    """Other runs need the workers of this parked run: let all go, once the state that they hold is saved. They are in
+    no world and will be in none, which counts as their death. If the state cannot be saved, they stay."""
     if state.ceiling != 0 or not state.waiting:
         return state, []
     holder = max(state.waiting.values(), key=lambda w: (w.applied, w.member.id not in state.quiet))
@@ -274,7 +275,7 @@ def _vacate(state: State) -> tuple[State, list[Command]]:
 
 
 def give_up(state: State, message: str, status: str) -> tuple[State, list[Command]]:
-    """End the run; whoever holds the newest state commits it first."""
+    """End the run; the worker that holds the newest state commits it first."""
     answers = {i: i not in state.quiet for i in state.waiting}
     holder = max(state.waiting.values(), key=lambda w: (w.applied, answers[w.member.id]), default=None)
     command = GiveUp(holder.member if holder is not None and holder.applied >= 0 else None, message, status)

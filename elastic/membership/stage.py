@@ -1,11 +1,11 @@
-"""Where a worker is: the stages of its work, in their order, and how patient others are with each."""
+"""Where a worker is: the stages of its work, in their order, and how long each may take."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
 
-#: Times longer that the stages of a process's first step may take: it builds and compiles things.
+#: Times longer that the stages of a process's first step may take: it builds and compiles things then.
 FIRST_STEP_PATIENCE = 10.0
 
 
@@ -13,19 +13,19 @@ class Stage(Enum):
     """One stage of a worker's work in a world.
 
     Args:
-        order: within a step; a worker never goes back. Waiting for data belongs to the pass that it waits for.
-        label: for people.
-        patience: times longer than the hang time-out that the stage may take without anything being wrong. A sample may
-            come from a cold object store, and whoever is given its microbatch instead has to fetch it as well.
-        counts: the worker tells of everything that it does in this stage: standing still is not slowness alone.
+        order: within a step; a worker never goes back. Waiting for data belongs to the pass that needs it.
+        label: the name shown to people.
+        patience: times the hang time-out that the stage may take without anything being wrong. A sample may come from a
+            cold object store, and another worker that gets its microbatch instead has to fetch it as well.
+        counts: the worker reports everything that it does in this stage, so that standing still is not mere slowness.
     """
 
     def __init__(self, order: int, label: str, patience: float, counts: bool):
         self.order, self.label, self.patience, self.counts = order, label, patience, counts
 
-    UNHEARD = (-2, "load", 10.0, False)  # it has said nothing in this world yet
+    UNHEARD = (-2, "load", 10.0, False)  # it has sent nothing in this world yet
     CONNECT = (-1, "connect", 10.0, True)
-    LOAD = (0, "load", 10.0, False)  # it gets the state
+    LOAD = (0, "load", 10.0, False)  # it receives or reads the state
     PASS = (1, "step", 1.0, True)
     DATA = (1, "data", 60.0, True)
     REDUCE = (2, "step", 1.0, True)
@@ -46,9 +46,9 @@ class Position:
 
     Args:
         step: from 0; -1 before the first.
-        count: what it did within the stage: two for each pass (its forward pass, its loss), one for each batch of an
-            evaluation, one for each second in which it waited for an upload.
-        first: it is a stage of the first step of its process.
+        count: events within the stage: two for each pass (its forward pass, its loss), one for each batch of an
+            evaluation, one for each second of waiting for an upload.
+        first: whether this is the first step of its process.
     """
 
     step: int
@@ -58,17 +58,17 @@ class Position:
 
     @property
     def key(self) -> tuple[int, int, int]:
-        """Only grows within a world."""
+        """Orders positions; only grows within a world."""
         return (self.step, self.stage.order, self.count)
 
     @property
     def patience(self) -> float:
-        """Times longer than the hang time-out that it may take."""
+        """Times the hang time-out that it may stay here."""
         return FIRST_STEP_PATIENCE if self.first else self.stage.patience
 
     @property
     def label(self) -> str:
-        """For people."""
+        """The name shown to people."""
         return "first step" if self.first else self.stage.label
 
 

@@ -19,18 +19,19 @@ class Limits:
 
     Args:
         spares: warm workers kept outside the world when the run is scaled down.
-        microbatches: V, equal parts of a step's batch: a world never has more members. None: every size helps.
-        settle_s: the first world waits this long for more than `min_workers`.
-        park_after_s: a first world that lacks workers is said to be parked after this long without another.
-        join_window_s: joins within it are taken in together: one stall, not several.
-        grace_s: members of a broken world that answered wait for the others at most this long after the last answer,
-            if they can do without them.
-        lease_s: a world without any member of its predecessor waits this long, unless those are known dead.
+        microbatches: V, the equal parts of a step's batch: a world never has more members. None: no such limit.
+        settle_s: for so long the first world waits for more than `min_workers`.
+        park_after_s: a first world that lacks workers counts as parked if none joins for this long.
+        join_window_s: workers that join within it are taken in together, which costs one stall instead of several.
+        grace_s: members of a broken world that have answered wait at most this long after the last answer for the
+            others, if they can go on without them.
+        lease_s: a world without any member of its predecessor waits this long, unless those are known to be dead.
         max_wait_s: longest parking; None for no limit.
-        max_failures: times that one error at one step and microbatch is replayed.
-        exact: all members of a world must have equal devices and data that are equal to the last bit.
-        cut: the state is cut over the members, so that none is left out while it holds a part.
-        expects: workers that are started, if nobody replaces those that cannot get ready.
+        max_failures: how often one error at one step and microbatch is replayed.
+        exact: all members of a world must have equal devices, and data that is equal to the last bit.
+        cut: the state is sharded over the members, so a member is left out only after its shard is saved.
+        expects: number of workers that are started, if nobody replaces those that cannot get ready; None if somebody
+            does.
     """
 
     min_workers: int
@@ -69,8 +70,8 @@ class Waiting:
 
 @dataclass(frozen=True)
 class Late:
-    """A worker that was in a world whose others went on before it answered. It has left that world or will, and is
-    taken in like any other when it joins: what it holds is on the way to what they hold."""
+    """A worker that was in a world whose other members went on before it answered. It has left that world or will, and
+    is taken in like any other when it joins: whatever state it holds is older than theirs, from the same run."""
 
     member: Member
     generation: Generation
@@ -80,20 +81,34 @@ class Late:
 class State:
     """Soft state. Mappings are never changed in place.
 
-    `gone` are workers that were lost or are done: never let in again, but for those `unheard`, which were lost for
-    their silence alone, from a world that no other one has followed yet. `quiet` wait, but said nothing lately. `acked`
-    have acknowledged the broken world. `notices` and `drained` are the deadlines of nodes and of workers that are to
-    go. `keep` is how many workers to have, in the world and outside of it, once that was changed. `wished` is the most
-    that the run was given, `ceiling` the most while it yields to others; the limits have the lower. `saver` is who
-    commits the state before a parked run lets all go, `saved` the step of what was committed so. `stopping` says why
-    the run is to end; `failing` is the error that ends it, once what its workers hold is saved, for which `last_worlds`
-    were formed.
-    `parting` is to be left out, once a world was formed in which what it holds of the state is saved.
-    `warming` are connected and get ready; `unexplained` did, until their connection ended at that time: how their
-    process ended is about to be told; `never_ready` were not able to, the first because of `unfit_why`.
-    `veterans` held trained state when they entered the world. `why` the world broke, `erred`: by an error of a member.
-    `broken_at` is also when a world began to be left, and when a restarted server began to rebuild itself;
-    `answered_at` is when somebody last answered that. `newest`: updates in the newest state that the world began with.
+    Workers that left:
+        gone: lost or done; never let in again, except those `lost_silently`.
+        lost_silently: lost only for being silent, from a world that has no successor yet.
+        dead: gone, and known not to apply anything any more.
+        late: the others went on without them; they may join again.
+    Workers outside of the world:
+        waiting: ready for the next world. `quiet` ones of them sent nothing lately.
+        warming: connected, and getting ready.
+        unexplained: they were getting ready until their connection ended at the given time; how their process ended is
+            about to be reported.
+        never_ready: how many could not get ready, the first because of `unfit_why`. `unfit`: how many in a row.
+        sick workers are in `faults`; `left_out` were reported as left out.
+    Numbers:
+        keep: how many workers to have, in the world and outside of it, once that was changed.
+        wished: the most that the run was given; `ceiling`: the most while it yields to others. `limits` has the lower.
+        last_worlds: how many worlds were formed only to save because of `failing`.
+        newest: updates in the newest state that the world began with.
+    Members of the world:
+        acked: have acknowledged that it is broken. `veterans`: held trained state when they entered it.
+        notices, drained: deadlines of nodes and of workers that are to go; `saved_for`: a checkpoint was asked for
+            them.
+        parting: to be left out, once a world was formed to save its shard.
+    Ends and breaks:
+        why: why the world broke; `erred`: because a member reported an error.
+        stopping: why the run is to end. `failing`: the error that ends it, once the state of its workers is saved.
+        saver: the worker that commits the state before a parked run lets all go; `saved`: the step that it committed.
+        broken_at: when the world broke, or began to be left, or when a restarted server began to rebuild its state.
+        answered_at: when a worker last answered to that.
     """
 
     epoch: int
@@ -104,7 +119,7 @@ class State:
     waiting: dict[str, Waiting] = field(default_factory=dict)
     gone: frozenset[str] = frozenset()
     dead: frozenset[str] = frozenset()
-    unheard: frozenset[str] = frozenset()
+    lost_silently: frozenset[str] = frozenset()
     quiet: frozenset[str] = frozenset()
     acked: frozenset[str] = frozenset()
     broken_at: float = 0.0
@@ -141,12 +156,12 @@ class State:
     unfit_at: float = 0.0
 
 
-#: The first and the longest pause, in seconds, after a worker that could not get ready; it doubles in between.
+#: The shortest and the longest pause, in seconds, after a worker that could not get ready; it doubles in between.
 BACK_OFF_S = (1.0, 60.0)
 
 
 def ask_again_s(state: State, now: float) -> float:
-    """Seconds in which no further worker should be started: the last ones could not get ready."""
+    """Seconds for which no further worker should be started, because the last ones could not get ready."""
     if not state.unfit:
         return 0.0
     least, most = BACK_OFF_S
@@ -154,13 +169,13 @@ def ask_again_s(state: State, now: float) -> float:
 
 
 def going(state: State, member: Member) -> float | None:
-    """When a worker is to be gone, because its node goes away or it was drained; None for one that stays."""
+    """When a worker must be gone, because its node goes away or it was drained; None if it stays."""
     deadlines = (state.notices.get(member.node), state.drained.get(member.id))
     return min((d for d in deadlines if d is not None), default=None)
 
 
 def holds_state(state: State) -> bool:
-    """Whether there are workers with whom trained state would be lost, as far as the server knows."""
+    """Whether trained state would be lost with the workers, as far as the server knows."""
     world = state.world
     inside = world is not None and bool(world.ids - state.gone - state.waiting.keys())
     waits = any(w.applied >= 0 for w in state.waiting.values())
@@ -168,7 +183,7 @@ def holds_state(state: State) -> bool:
 
 
 def people(state: State, phases: Mapping[str, str]) -> list[dict[str, Any]]:
-    """For people: every worker that is there, by rank, with node, state and phase."""
+    """Every present worker, by rank, with node, state and phase: what commands show to people."""
 
     def waits(name: str) -> str:
         return "does not answer" if name in state.quiet else "waiting"
@@ -201,7 +216,8 @@ def people(state: State, phases: Mapping[str, str]) -> list[dict[str, Any]]:
 
 
 def describe(state: State, now: float) -> dict[str, Any]:
-    """For people and the controller: the phase, who is in, who waits, who is gone, when to start more."""
+    """The phase, the members, the waiting and the lost workers, and when to start more: for people and the
+    controller."""
     return {
         "phase": state.phase.value,
         "members": [m.id for m in state.world.members if m.id not in state.gone] if state.world else [],

@@ -1,4 +1,4 @@
-"""Who has gone silent, and who hangs: pure functions over what heartbeats said."""
+"""Finds workers that are silent or hang: pure functions of the heartbeats."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from elastic.membership.stage import UNHEARD, Position, Stage
 BEFORE_FENCE = frozenset({Stage.UNHEARD, Stage.CONNECT, Stage.LOAD, Stage.DATA})
 LEAST_S = 10.0
 STEPS = 5.0
-#: Times the hang time-out: a world in which nobody moves is made anew, and who would be the last with the state is
-#: given up; who lives but says nothing, or whom nobody waits for, is.
-STILL, QUIET = 3.0, 10.0
+#: Times the hang time-out: after STALLED a world in which no member moves is replaced, and a worker that is the last
+#: with the state is given up; after QUIET so is a worker that lives but is silent, or for which no other waits.
+STALLED, QUIET = 3.0, 10.0
 
 
 @dataclass(frozen=True)
@@ -20,9 +20,9 @@ class Progress:
     """How far a worker is, and since when (monotonic seconds).
 
     Args:
-        where: the place, for people.
-        samples: that it waits for.
-        doubted: it may have left that place since: it is given no longer there than for a usual one.
+        where: the place in words.
+        samples: ids of the samples that it waits for.
+        doubted: it may have left that place since: its patience is that of an ordinary place.
     """
 
     position: Position
@@ -37,7 +37,7 @@ class Progress:
 
     @property
     def patience(self) -> float:
-        """Times longer than the hang time-out that it may take there."""
+        """Times the hang time-out that it may stay there."""
         return 1.0 if self.doubted else self.position.patience
 
     @property
@@ -46,22 +46,22 @@ class Progress:
 
     @property
     def counts(self) -> bool:
-        """Whether standing still there is not slowness alone."""
+        """Whether standing still there is more than slowness."""
         return self.doubted or self.position.stage.counts
 
     @property
     def label(self) -> str:
-        """For people."""
+        """The name of the place, shown to people."""
         return Stage.PASS.label if self.doubted else self.position.label
 
 
 def hang_limit_s(patience: float, step_p95_s: float, fixed_s: float | None) -> float:
-    """Longest time at one place: max(10 s, 5 x p95 of a step), or what the user fixed; longer where patience is due."""
+    """Longest time at one place in seconds: max(10, 5 x p95 of a step) or the fixed value, times the patience."""
     return (fixed_s if fixed_s is not None else max(LEAST_S, STEPS * step_p95_s)) * patience
 
 
 def silent(
-    heard: Mapping[str, float],
+    last_seen: Mapping[str, float],
     now: float,
     limit_s: float,
     world: Collection[str],
@@ -69,32 +69,32 @@ def silent(
     excused_until: float,
     ready: Collection[str],
 ) -> list[str]:
-    """Workers of which neither the watcher nor the machine said anything for `limit_s`: cut off.
+    """Workers that are cut off: neither the watcher nor the machine sent anything for `limit_s`.
 
-    Members of the `world` that are excused are given until their lease is over; so is who is not `ready` yet, for whom
-    nobody waits.
+    Members of the `world` that are excused get until the end of their lease, and so do workers that are not `ready`
+    yet, since nobody waits for those.
     """
     longer = set(world) if now < excused_until else set()
-    most = dict.fromkeys(longer | heard.keys() - set(ready), max(limit_s, lease_s))
-    return [member for member, at in heard.items() if now - at > most.get(member, limit_s)]
+    most = dict.fromkeys(longer | last_seen.keys() - set(ready), max(limit_s, lease_s))
+    return [member for member, at in last_seen.items() if now - at > most.get(member, limit_s)]
 
 
 def excuse(
-    excused_until: float, heard: Mapping[str, float], now: float, limit_s: float, world: Collection[str]
+    excused_until: float, last_seen: Mapping[str, float], now: float, limit_s: float, world: Collection[str]
 ) -> float:
     """Until when silence of single members of the `world` means nothing.
 
-    Where none of them is heard, it may be the server that is cut off. They train on until their lease is over, and no
-    world could follow theirs before; so nothing is lost by waiting. Later the lines come back one by one, as TCP
-    repeats what was lost at intervals that grow with the silence: for as long as it lasted, some may still be missing.
+    If all of them are silent, it may be the server that is cut off. They train on until their lease is over, and no
+    world could follow theirs before that; so waiting loses nothing. Then the connections come back one by one, since
+    TCP resends lost packets at intervals that grow with the silence: for as long again some may still be missing.
     """
-    quiet_s = now - max((heard[m] for m in world if m in heard), default=now)
+    quiet_s = now - max((last_seen[m] for m in world if m in last_seen), default=now)
     return now + max(limit_s, quiet_s) if quiet_s > limit_s / 2 else excused_until
 
 
 def caught_up(progress: Mapping[str, Progress]) -> dict[str, Progress]:
-    """Where members are at least. Where one is in a step, all have passed the fence of the one before: what somebody
-    said of an earlier place, which may take long, is over."""
+    """The least progress of each member. If one is in a step, all have passed the fence of the step before: an earlier
+    place that a member reported, and that may take long, is over."""
     furthest = max((p.step for p in progress.values()), default=-1)
 
     def is_over(p: Progress) -> bool:
@@ -112,10 +112,10 @@ def hung(
     waited_out: Collection[int] = (),
     steps_out: Collection[int] = (),
 ) -> list[str]:
-    """Members furthest behind, for whom the others have waited longer than the limit of their phase.
+    """The members furthest behind, if the others have waited for them longer than the limit of their stage.
 
-    Nobody is behind where all are at one place: then there is no one to wait for. Nor is a second one given up for the
-    same sample, or in the same step: it is the sample, or the job, that is slow.
+    If all are at one place, no member is behind. No second member is given up for the same sample, or in the same step:
+    then the sample or the job is slow, not the member.
 
     Args:
         waited_out, steps_out: samples for which, and steps (from 0) in which, members were given up before.
@@ -136,8 +136,8 @@ def hung(
     ]
 
 
-def still(progress: Mapping[str, Progress], now: float, step_p95_s: float, fixed_s: float | None) -> float:
-    """For how many times the hang time-out nobody has moved. Beyond 1 it counts where all tell what they do."""
+def stalled_times(progress: Mapping[str, Progress], now: float, step_p95_s: float, fixed_s: float | None) -> float:
+    """How many times the hang time-out no member has moved. It exceeds 1 only where all report everything they do."""
     if not progress or any(p.position.stage is Stage.HELD for p in progress.values()):
         return 0.0
     limit_s = max(hang_limit_s(p.patience, step_p95_s, fixed_s) for p in progress.values())
@@ -146,7 +146,7 @@ def still(progress: Mapping[str, Progress], now: float, step_p95_s: float, fixed
 
 
 def slow_data(progress: Mapping[str, Progress], now: float, step_p95_s: float, fixed_s: float | None) -> list[str]:
-    """Members that wait for samples longer than a step may take; nothing is done about it for a while."""
+    """Members that wait for samples longer than a step may take. They are reported only; data has more patience."""
     usual_s = hang_limit_s(Stage.PASS.patience, step_p95_s, fixed_s)
     return [member for member, p in progress.items() if p.waits_for_data and now - p.since > usual_s]
 
@@ -159,10 +159,10 @@ def overdue(
     step_p95_s: float,
     fixed_s: float | None,
 ) -> list[str]:
-    """Members awaited since `since`, because their world is over, that were longer in one place than allowed.
+    """Members of a world that is over, awaited since `since`, that stayed at one place longer than allowed.
 
     Args:
-        awaited: members, with the times that the limit is longer for them.
+        awaited: for each member, by how many times its limit is longer.
     """
     start = Progress(UNHEARD, since)
     places = {member: progress.get(member, start) for member in sorted(awaited)}
@@ -174,6 +174,6 @@ def overdue(
 
 
 def p95(values: Iterable[float]) -> float:
-    """The 95th percentile, 0 of nothing."""
+    """The 95th percentile; 0 if there are no values."""
     ordered = sorted(values)
     return ordered[min(len(ordered) - 1, int(0.95 * len(ordered)))] if ordered else 0.0

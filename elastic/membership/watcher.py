@@ -1,8 +1,9 @@
 """The watcher of a worker: the thread that holds its connection to the membership server.
 
-It keeps beating while the training thread computes, and acts when that cannot: it acknowledges a broken world and frees
-whoever is blocked in it, shows the stacks, and connects again when the server was restarted. After a reconnection it
-says where the worker stands, and once the server knows, all that was not heard.
+It keeps sending heartbeats while the training thread computes, and acts when that thread cannot: it acknowledges a
+broken world and frees the training thread that is blocked in it, sends the stacks, and connects again when the server
+was restarted. After a reconnection it reports where the worker is, and once the server knows, sends again everything
+that the server may have lost.
 """
 
 from __future__ import annotations
@@ -53,33 +54,33 @@ from elastic.membership.wire import Refused
 from elastic.membership.world import Generation, Member
 
 RECONNECT_S = 0.2
-ROWS_S = 0.1  # rows are reported that often
+ROWS_S = 0.1  # interval at which rows are reported
 CLOSE_S = 1.0
-KEPT = 3.0  # leases for which a worker keeps its state, and applies nothing, once its own is over
+KEPT = 3.0  # leases for which a worker keeps its state, applying nothing, after its own lease is over
 _CLOSING = aiohttp.ClientWSTimeout(ws_close=CLOSE_S)
 
 
 class Watcher:
-    """One worker's connection. What is public here the training thread sets and reads, through its `WorkerLink`.
+    """One worker's connection. The training thread sets and reads the public attributes, through its `WorkerLink`.
 
     Attributes:
-        member: who this worker is.
-        outbox: what is to be said.
-        inbox: worlds, and what ends the wait for one.
-        commits: what was said of checkpoints.
+        member: this worker's identity and description.
+        outbox: messages to send.
+        inbox: new worlds, and messages that end the wait for one.
+        commits: outcomes of checkpoints.
         assignment: the world that this worker is in.
-        joining: how it asks for another.
-        reporting: whether it is this worker's task to report rows.
-        broken: worlds that the server said are broken.
-        free: frees a training thread that is blocked in a broken world; returns at once.
-        report: says what the world's connections know of a hang; may take seconds.
-        wishes: what was asked for, to be agreed on at the next step boundary, and why.
-        allowed: up to which step a run that holds after evaluations may go.
+        joining: its request for another world.
+        reporting: whether this worker is the one that reports rows.
+        broken: worlds that the server declared broken.
+        free: frees the training thread if it is blocked in a broken world; returns at once.
+        report: returns what the world's connections know about a hang; may take seconds.
+        wishes: wishes to be agreed on at the next step boundary, with their reasons.
+        allowed: the step up to which a run that pauses after evaluations may go.
         fenced: why this worker must not go on.
         over: how the run ended.
         position: how far this worker is.
-        place: says where it is, for people, and the samples that it waits for.
-        closing: nothing more will be said.
+        place: returns where it is in words, and the ids of the samples that it waits for.
+        closing: no further message will be sent.
     """
 
     def __init__(self, url: str, token: str, member: Member, *, lease_s: float):
@@ -91,8 +92,8 @@ class Watcher:
         self.assignment: Assignment | None = None
         self.reporting = False
         self.joining: Join | None = None
-        self._said_joining: Join | None = None
-        self._known = True  # the server knows where this worker stands
+        self._sent_joining: Join | None = None
+        self._known = True  # the server knows which world this worker is in
         self.broken: set[Generation] = set()
         self.free: Callable[[], None] | None = None
         self.report: Callable[[], str] = str
@@ -101,8 +102,8 @@ class Watcher:
         self.allowed = 0
         self.fenced: str | None = None
         self.over: str | None = None
-        self._refusal = ""  # of the newest message from the host that was none
-        self._leased = time.monotonic()  # when the newest beat that was answered was sent: the lease counts from there
+        self._refusal = ""  # why the newest message from the host was invalid
+        self._leased = time.monotonic()  # when the newest answered beat was sent: the lease counts from there
         self.position = ENTERED
         self.next_beat = 0.0
         self.place: Callable[[], tuple[str, list[int]]] = lambda: ("", [])
@@ -113,18 +114,19 @@ class Watcher:
         self._thread.start()
 
     def wake(self) -> None:
-        """Have the watcher look at once at what is to be said. From any thread."""
+        """Have the watcher send new messages at once. From any thread."""
         try:
             self._loop.call_soon_threadsafe(self._posted.set)
-        except RuntimeError:  # the loop is closed: this worker's part is over
+        except RuntimeError:  # the loop is closed: this worker has ended
             return
 
     def lease_left(self) -> float:
-        """Seconds for which updates may be applied without hearing the server; not above 0 once it is over."""
+        """Seconds for which updates may be applied without an answer of the server; 0 or less once the lease is
+        over."""
         return self._leased + self._lease_s - time.monotonic()
 
     def close(self) -> None:
-        """End the connection and its thread when all that was to be said has been heard, or nobody is there to hear."""
+        """End the connection and its thread once every message has taken effect, or the server is gone."""
         self.closing = True
         self.wake()
         self._thread.join((1 + KEPT) * self._lease_s + 10)
@@ -139,9 +141,9 @@ class Watcher:
             self._loop.close()
 
     async def _hold_while_leased(self) -> None:
-        """Be connected until the lease is long over; then free a training thread that waits for others in vain.
+        """Stay connected until the lease is long over; then free a training thread that waits in vain.
 
-        How long is counted in turns of this loop: a process that was stopped has yet to hear what it missed.
+        Time is counted in turns of this loop: a process that was stopped has yet to read what it missed.
         """
         holding = asyncio.create_task(self._hold())
         alone_s = 0.0
@@ -159,7 +161,7 @@ class Watcher:
         await asyncio.wait({holding}, timeout=2 * CLOSE_S)
 
     async def _hold(self) -> None:
-        """Be connected; connect again after the server was away."""
+        """Stay connected; connect again after the server was away."""
         headers = {"Authorization": f"Bearer {self._token}"}
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=10)
         async with aiohttp.ClientSession(headers=headers, timeout=timeout) as session:
@@ -169,8 +171,8 @@ class Watcher:
                     async with session.ws_connect(url, max_msg_size=MAX_MESSAGE_BYTES, timeout=_CLOSING) as socket:
                         await self._converse(socket)
                 except (TimeoutError, aiohttp.ClientError, OSError):
-                    pass  # the server is away: the lease tells for how long that may be
-                self._said_joining = None
+                    pass  # the server is away: the lease limits for how long
+                self._sent_joining = None
                 self._known = self.assignment is None
                 if not self._is_over():
                     await asyncio.sleep(RECONNECT_S)
@@ -181,22 +183,22 @@ class Watcher:
         return self.closing and not self.outbox.waiting
 
     async def _converse(self, socket: aiohttp.ClientWebSocketResponse) -> None:
-        """Send and receive, until the connection or the worker's part ends."""
+        """Send and receive until the connection or the run ends."""
         reader = asyncio.create_task(self._read(socket))
         assignment = self.assignment
         if not self._known and assignment is not None and self.joining is None:
             hello = Hello(self.member, assignment.rank, assignment.size, self._whereabouts(assignment))
             await socket.send_str(dumps(hello))
-        self.next_beat = time.monotonic()  # at once: a connection is this worker's from its first message on
+        self.next_beat = time.monotonic()  # at once: the server binds a connection to a worker at its first message
         try:
             while not reader.done():
                 self._posted.clear()
-                while self._known and (said := self.outbox.take()) is not None:
-                    await socket.send_str(dumps(*said))
+                while self._known and (outgoing := self.outbox.take()) is not None:
+                    await socket.send_str(dumps(*outgoing))
                 joining = self.joining
-                if joining is not None and joining is not self._said_joining:
+                if joining is not None and joining is not self._sent_joining:
                     await socket.send_str(dumps(joining))
-                    self._said_joining, self._known = joining, True
+                    self._sent_joining, self._known = joining, True
                 if self._is_over():
                     return
                 now = time.monotonic()
@@ -226,17 +228,17 @@ class Watcher:
             if raw.type == aiohttp.WSMsgType.TEXT:
                 try:
                     message = from_host(raw.data)
-                except Refused as refused:  # it is connected again; the lease says for how long that goes on
-                    self._refusal = f"; it said what is no message of its: {refused}"
+                except Refused as refused:  # connect again; the lease limits for how long
+                    self._refusal = f"; its last message was not valid: {refused}"
                     break
                 await self._on_message(socket, message)
         if socket.close_code == REFUSED_CODE and self.over is None:
-            self._fence("the host of the run refused what this worker said; use one version of elastic for both")
+            self._fence("the host of the run refused a message of this worker; use one version of elastic for both")
         self._posted.set()
 
     async def _on_message(self, socket: aiohttp.ClientWebSocketResponse, message: HostMessage) -> None:
         match message:
-            case BeatHeard():  # nothing else renews the lease: on a line that was cut, old messages come late
+            case BeatHeard():  # nothing else renews the lease: after a cut line old messages arrive late
                 self._leased = message.sent
                 return
             case Assignment():
@@ -249,7 +251,7 @@ class Watcher:
                 self.inbox.put(message)
             case Resume():
                 self._known = True
-                self.outbox.say_again(message.generation)
+                self.outbox.resend(message.generation)
             case Broken():
                 self.broken.add(message.generation)
                 await socket.send_str(dumps(Acknowledge(message.generation)))
@@ -279,11 +281,11 @@ class Watcher:
     async def _send_report(self, socket: aiohttp.ClientWebSocketResponse) -> None:
         text = await asyncio.to_thread(self.report)
         if text and not socket.closed:
-            with contextlib.suppress(ConnectionError):  # the server is away: it asks again, or nobody wants to know
+            with contextlib.suppress(ConnectionError):  # the server is away, and asks again if it still needs it
                 await socket.send_str(dumps(Report(text)))
 
     def _fence(self, reason: str) -> None:
-        self.fenced = self.fenced or reason  # later ones only say that it is out
+        self.fenced = self.fenced or reason  # the first reason is the cause; later ones follow from it
         self.outbox.over()
         self.inbox.put(Fenced(reason))
         self._free_now()
@@ -301,10 +303,10 @@ class Watcher:
 
 
 def stacks() -> str:
-    """The stacks of all threads of this process, for people."""
+    """The stacks of all threads of this process, as text."""
     names = {t.ident: t.name for t in threading.enumerate()}
-    parts = [
+    texts = [
         f"thread {names.get(ident, ident)}:\n{''.join(traceback.format_stack(frame))}"
         for ident, frame in sys._current_frames().items()
     ]
-    return "\n".join(parts)
+    return "\n".join(texts)

@@ -1,7 +1,7 @@
-"""Messages as JSON: a dataclass for each, checked field by field on the way in. Pure.
+"""Messages as JSON: one dataclass for each kind, whose fields are checked one by one on the way in. Pure.
 
-What is not as it should be is refused in one sentence, before anybody acts on it. A field's type says what may come: a
-number, a text, a list, another dataclass. `Check` narrows it, and says in words what is meant.
+An invalid message is refused with one sentence before anything acts on it. The type of a field says which values are
+valid: a number, a text, a list, another dataclass. `Check` narrows the type and describes the valid values in words.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ _SHOWN = 60
 
 
 class Refused(Exception):
-    """A message or request that is not as it should be; one sentence."""
+    """A message or request is invalid; the text is one sentence."""
 
 
 @dataclass(frozen=True)
 class Check:
-    """What a field means, in words that follow "give", and whether a value of JSON is that."""
+    """Describes a field's valid values, in words that follow "give", and tests whether a JSON value is one."""
 
     what: str
     holds: Callable[[Any], bool]
@@ -39,7 +39,7 @@ class Check:
 
 
 def plain(message: Any) -> dict[str, Any]:
-    """A message as JSON has it. What its dictionaries and lists hold is JSON already, and is not copied."""
+    """A message as a JSON object. Dictionaries and lists in it are JSON already, and are not copied."""
     kind: Any = type(message)
     return {name: _plain(getattr(message, name)) for name in _names(kind)}
 
@@ -63,13 +63,13 @@ def _plain(value: Any) -> Any:
 
 
 def parse(kind: type[T], body: Any, where: str = "") -> T:
-    """A message of this kind from what JSON says.
+    """The message of this kind that a JSON value holds.
 
     Args:
-        where: the field that holds it, where it is part of another one.
+        where: name of the field that contains `body`, if another message does.
 
     Raises:
-        Refused: it is none.
+        Refused: `body` is no valid message of this kind.
     """
     if type(body) is not dict:
         raise Refused(f"{where or 'the request'} is {_shown(body)}; give a JSON object")
@@ -83,10 +83,10 @@ def parse(kind: type[T], body: Any, where: str = "") -> T:
 
 
 def loads(text: str | bytes) -> Any:
-    """JSON from outside.
+    """Parse JSON that another process sent.
 
     Raises:
-        Refused: it is none.
+        Refused: `text` is no JSON.
     """
     try:
         return json.loads(text)
@@ -105,7 +105,7 @@ def _is_required(one: Any) -> bool:
 
 
 def _reader(hint: Any) -> tuple[str, Read]:
-    """What a type means in words, and what makes a value of it from JSON's, or refuses that."""
+    """A type's description in words, and the function that turns a JSON value into it or refuses the value."""
     origin, args = get_origin(hint), get_args(hint)
     if origin is Annotated:
         check = next(one for one in args[1:] if isinstance(one, Check))
@@ -121,10 +121,10 @@ def _reader(hint: Any) -> tuple[str, Read]:
     if origin is list or (origin is tuple and args[-1] is Ellipsis):
         what, inner = _reader(args[0])
 
-        def each(value: Any, name: str) -> Any:
+        def read_items(value: Any, name: str) -> Any:
             return origin(inner(v, f"{name}[{i}]") for i, v in enumerate(value))
 
-        return f"a list, each {what}", _checked(f"a list, each {what}", lambda value: type(value) is list, each)
+        return f"a list, each {what}", _checked(f"a list, each {what}", lambda value: type(value) is list, read_items)
     if origin is tuple:
         readers = [_reader(a) for a in args]
         what = f"a list of {' and '.join(w for w, _ in readers)}"
@@ -160,7 +160,7 @@ def _checked(what: str, holds: Callable[[Any], bool], read: Read | None = None) 
 
 
 def is_whole(value: Any) -> bool:
-    """Whether JSON's value is a whole number that fits into 64 bits."""
+    """Whether a JSON value is an integer that fits into 64 bits."""
     return type(value) is int and -(1 << 63) <= value < 1 << 63
 
 

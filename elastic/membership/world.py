@@ -1,4 +1,4 @@
-"""Words that everyone shares: generation, member, world."""
+"""The terms that all modules share: generation, member, world."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class Generation:
 
 @dataclass(frozen=True)
 class Member:
-    """A worker. `device` describes what its arithmetic depends on; bitwise worlds need it equal. `says` describes its
-    data, options, model and optimizer, which every world needs alike; see `elastic.likeness` for both."""
+    """A worker. `device` describes what its arithmetic depends on; in a bitwise world all devices are equal. `says`
+    describes its data, options, model and optimizer, which must match in every world (`elastic.likeness`)."""
 
     id: str
     node: str

@@ -1,9 +1,9 @@
 """Every message between a worker, the host of the run, its driver, its controller and control commands. Pure.
 
-A worker and the host speak over a WebSocket, one JSON object a message: its `kind`, what the class of that kind has,
-and, of a member of a world, the `generation` under which it speaks (`worker`, `host`). Drivers, controllers and
-commands POST a request to its path (`requests`). Whoever speaks says which version of these modules it goes by; another
-one is refused before anything else. Here is the registry of all kinds, and how they become text and come back.
+A worker and the host exchange messages over a WebSocket, one JSON object each: its `kind`, the fields of that kind's
+class, and, if a member of a world sends it, its `generation` (`worker`, `host`). Drivers, controllers and commands POST
+a request to its path (`requests`). Every sender gives the version of these modules that it uses; another version is
+refused before anything else happens. This module has the registry of all kinds, and turns messages into text and back.
 """
 
 from __future__ import annotations
@@ -140,15 +140,15 @@ __all__ = [
     "read",
 ]
 
-VERSION = 1  # of these modules: another one for every change that older code would take for something else
+VERSION = 1  # of these modules: to be raised with every change that older code would misread
 VERSION_HEADER = "Elastic-Protocol"
 
 BEAT_S = 1.0
 SILENT_S = 5.0
-LATELY_S = 3.0  # who said nothing for so long is not taken into a world where others can be
+LATELY_S = 3.0  # a worker that sent nothing for this long is not taken into a world if there are others
 STACKS_S = 1.0
 MAX_MESSAGE_BYTES = 256 << 20
-REFUSED_CODE = 1008  # closes the WebSocket of a worker that said what is no message; the reason is the refusal
+REFUSED_CODE = 1008  # closes the WebSocket of a worker that sent an invalid message; the close reason says why
 
 R = TypeVar("R")
 
@@ -183,16 +183,16 @@ REQUESTS: tuple[type[Request], ...] = (
 
 
 def dumps(message: WorkerMessage | MemberMessage | HostMessage, generation: Generation | None = None) -> str:
-    """A message as text; `generation`: under which a member of a world says it."""
-    said = {} if generation is None else {"generation": str(generation)}
-    return json.dumps({"kind": message.kind, **said, **plain(message)})
+    """A message as text. `generation`: that of the sender, if it sends as a member of a world."""
+    under = {} if generation is None else {"generation": str(generation)}
+    return json.dumps({"kind": message.kind, **under, **plain(message)})
 
 
 def from_worker(text: str) -> tuple[WorkerMessage | MemberMessage, Generation | None]:
-    """What a worker said, and of a member of a world the generation under which it did.
+    """A worker's message, and the generation under which it was sent if a member of a world sent it.
 
     Raises:
-        Refused: it is none of the messages.
+        Refused: the text is no valid message.
     """
     body = loads(text)
     kind = _kind_of(body, _FROM_ALL)
@@ -203,33 +203,33 @@ def from_worker(text: str) -> tuple[WorkerMessage | MemberMessage, Generation | 
 
 
 def from_host(text: str) -> HostMessage:
-    """What the host said to a worker.
+    """The host's message to a worker.
 
     Raises:
-        Refused: it is none of the messages.
+        Refused: the text is no valid message.
     """
     body = loads(text)
     return parse(FROM_HOST[_kind_of(body, FROM_HOST)], body)
 
 
 def read(kind: type[R], text: bytes) -> R:
-    """A request of this kind from its text.
+    """The request of this kind that `text` holds.
 
     Raises:
-        Refused: it is none.
+        Refused: the text is no valid request of this kind.
     """
     return parse(kind, loads(text))
 
 
-def check_version(said: str | None, who: str) -> None:
-    """Refuse who goes by another version of these messages; who says none is not asked.
+def check_version(version: str | None, sender: str) -> None:
+    """Refuse a sender with another version of these messages; one that gives no version is not checked.
 
     Raises:
-        Refused: in one sentence.
+        Refused: the versions differ.
     """
-    if said is not None and said != str(VERSION):
+    if version is not None and version != str(VERSION):
         raise Refused(
-            f"{who} speaks version {said[:20]!r} of the protocol, the host of the run version {VERSION}; use the "
+            f"{sender} speaks version {version[:20]!r} of the protocol, the host of the run version {VERSION}; use the "
             "version of elastic that the run was started with"
         )
 
@@ -240,11 +240,11 @@ class _Under:
 
 
 def _kind_of(body: Any, known: Mapping[str, Any]) -> str:
-    said = body.get("kind") if type(body) is dict else None
-    if type(said) is str and said in known:
-        return said
-    said = parse(_Kind, body).kind
-    raise Refused(f"the kind of message is {said[:60]!r}; give one of {', '.join(known)}")
+    kind = body.get("kind") if type(body) is dict else None
+    if type(kind) is str and kind in known:
+        return kind
+    kind = parse(_Kind, body).kind
+    raise Refused(f"the kind of message is {kind[:60]!r}; give one of {', '.join(known)}")
 
 
 @dataclass(frozen=True)

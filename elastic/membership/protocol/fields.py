@@ -1,4 +1,4 @@
-"""What the fields of messages and requests hold beyond their types: amounts, names, rows."""
+"""Types of message fields that are narrower than Python's: amounts, names, rows."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Annotated, Any
 from elastic.membership.wire import Check, is_whole
 
 _MOST_WORKERS = 1_000_000
-_LONGEST_S = 1e18  # a deadline may be as good as never
+_LONGEST_S = 1e18  # a deadline may mean "never"
 _GRANT_DIGITS = frozenset("0123456789abcdef")
 
 
@@ -17,7 +17,7 @@ def _is_natural(value: Any) -> bool:
 
 
 def _is_row(value: Any) -> bool:
-    """Whether the ledger can take it: it is told apart by its generation and step."""
+    """Whether the ledger can take this row: generation and step identify it."""
     if type(value) is not dict or type(value.get("generation")) is not str or not _is_natural(value.get("step")):
         return False
     return "step_s" not in value or type(value["step_s"]) in (int, float)

@@ -1,4 +1,4 @@
-"""What the host of the run says to a worker. Pure."""
+"""The messages of the run's host to a worker. Pure."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from elastic.membership.world import Generation
 
 @dataclass(frozen=True)
 class RestorePoint:
-    """Where state comes from when nobody holds any: the checkpoint of `step`; None is a fresh start."""
+    """Where state comes from when no worker holds any: the checkpoint of `step`, or with None a fresh start."""
 
     step: int | None = None
     attempt: str = ""
 
     @property
     def newest(self) -> int:
-        """The step of the checkpoint; -1 where there is none."""
+        """The step of the checkpoint, -1 if there is none."""
         return -1 if self.step is None else self.step
 
 
 @dataclass(frozen=True)
 class BeatHeard:
-    """The answer to a beat: the lease counts from when that was `sent`."""
+    """The answer to a beat that was `sent` at that time of the worker's clock: the lease counts from then."""
 
     kind: ClassVar[str] = "beat"
     sent: float
@@ -36,11 +36,11 @@ class Assignment:
 
     Args:
         store: host and port of the rendezvous store.
-        restore: where state comes from when nobody holds any.
-        claim_step: where this claim began.
+        restore: where state comes from when no member holds any.
+        claim_step: the step at which this claim began.
         failing: the error that ends the run: the members save, and end.
-        parting: a member will be left out: all save, since it holds a part of the state, and leave.
-        allowed: up to which step a run that holds after evaluations may go.
+        parting: a member will be left out: all save, since it holds a shard of the state, and leave the world.
+        allowed: the step up to which a run that pauses after evaluations may go.
     """
 
     kind: ClassVar[str] = "world"
@@ -57,14 +57,14 @@ class Assignment:
 
 @dataclass(frozen=True)
 class SaveAlone:
-    """Commit the state without a world, and say so."""
+    """Commit the state without a world, and answer with `SavedAlone`."""
 
     kind: ClassVar[str] = "save alone"
 
 
 @dataclass(frozen=True)
 class Resume:
-    """The server knows that the worker is in this world: it may say what it has to say."""
+    """The server knows that the worker is in this world: the worker may send its messages."""
 
     kind: ClassVar[str] = "resume"
     generation: Generation
@@ -72,7 +72,7 @@ class Resume:
 
 @dataclass(frozen=True)
 class Broken:
-    """The world is broken: whoever is blocked in it is to be freed."""
+    """The world is broken: a thread that is blocked in it is to be freed."""
 
     kind: ClassVar[str] = "broken"
     generation: Generation
@@ -80,7 +80,7 @@ class Broken:
 
 @dataclass(frozen=True)
 class Wished:
-    """To be agreed on at the next step boundary; `detail` says why."""
+    """A wish that the members agree on at the next step boundary; `detail` says why."""
 
     kind: ClassVar[str] = "wish"
     wish: Literal["stop", "save", "leave"]
@@ -89,7 +89,7 @@ class Wished:
 
 @dataclass(frozen=True)
 class Allowed:
-    """A run that holds after its evaluations may go up to this step."""
+    """A run that pauses after its evaluations may go up to this step."""
 
     kind: ClassVar[str] = "allowed"
     step: int
@@ -105,7 +105,8 @@ class Recorded:
 
 @dataclass(frozen=True)
 class Commit:
-    """What became of a checkpoint; step -1 is all that there were. `anew`: the next one is to refer to nothing."""
+    """The outcome of an attempt to save; step -1 means all attempts. `anew`: the next checkpoint must write all
+    bytes."""
 
     kind: ClassVar[str] = "commit"
     step: int
@@ -116,7 +117,7 @@ class Commit:
 
 @dataclass(frozen=True)
 class Fenced:
-    """The run is another claim's, or cannot be written any more: end, for this reason."""
+    """The run belongs to another claim, or cannot be written any more: end, for this reason."""
 
     kind: ClassVar[str] = "fenced"
     reason: str
@@ -132,7 +133,7 @@ class Out:
 
 @dataclass(frozen=True)
 class Over:
-    """The run ended, or this worker's part in it; `status` says how."""
+    """The run ended, or this worker's task in it did; `status` says how."""
 
     kind: ClassVar[str] = "over"
     status: str
@@ -140,7 +141,7 @@ class Over:
 
 @dataclass(frozen=True)
 class Dump:
-    """Say the stacks of all threads."""
+    """Send the stacks of all threads."""
 
     kind: ClassVar[str] = "dump"
 

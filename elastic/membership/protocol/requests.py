@@ -1,4 +1,4 @@
-"""What drivers, controllers and control commands ask of the host: each is POSTed as JSON to its path. Pure."""
+"""The requests of drivers, controllers and control commands to the host: each is POSTed as JSON to its path. Pure."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from elastic.membership.protocol.fields import (
 
 @dataclass(frozen=True)
 class Wish:
-    """Stop or save, at the next step boundary."""
+    """Stop or save at the next step boundary."""
 
     path: ClassVar[str] = "/wish"
     wish: Literal["stop", "save"]
@@ -31,7 +31,7 @@ class Wish:
 
 @dataclass(frozen=True)
 class Allow:
-    """A run that holds after its evaluations may go up to this step."""
+    """A run that pauses after its evaluations may go up to this step."""
 
     path: ClassVar[str] = "/allow"
     step: Step
@@ -39,7 +39,7 @@ class Allow:
 
 @dataclass(frozen=True)
 class Close:
-    """The driver knows that no worker will go on."""
+    """End the run: the driver knows that no worker will go on."""
 
     path: ClassVar[str] = "/close"
     status: Literal["stopped", "failed"]
@@ -58,7 +58,7 @@ class Damaged:
 
 @dataclass(frozen=True)
 class Gone:
-    """Workers that are gone; whether their processes are known to have ended, and how."""
+    """These workers are lost. `ended`: their processes are known to have ended; `detail`: how."""
 
     path: ClassVar[str] = "/lost"
     ids: list[str]
@@ -68,7 +68,7 @@ class Gone:
 
 @dataclass(frozen=True)
 class Note:
-    """An event, for the ledger."""
+    """Record an event in the ledger."""
 
     path: ClassVar[str] = "/event"
     kind: str
@@ -77,7 +77,7 @@ class Note:
 
 @dataclass(frozen=True)
 class Leaving:
-    """A node goes away."""
+    """A node goes away in `remaining_s` seconds."""
 
     path: ClassVar[str] = "/notice"
     node: Node
@@ -86,7 +86,7 @@ class Leaving:
 
 @dataclass(frozen=True)
 class Yield:
-    """Keep no more workers than these, as other runs of the cluster need theirs; None gives them back."""
+    """Keep at most `max_workers`, since the runs named in `to` need the others; None gives them back."""
 
     path: ClassVar[str] = "/yield"
     max_workers: Workers | None
@@ -95,7 +95,7 @@ class Yield:
 
 @dataclass(frozen=True)
 class Existing:
-    """After a restart of the server: the workers that exist."""
+    """After a restart of the server: the ids of the workers that exist."""
 
     path: ClassVar[str] = "/expected"
     ids: list[str]
@@ -103,7 +103,7 @@ class Existing:
 
 @dataclass(frozen=True)
 class Grant:
-    """The secret whose hash is in the run's folder."""
+    """Grant control to a secret whose hash is in the run's folder."""
 
     path: ClassVar[str] = "/grant"
     id: GrantId
@@ -112,7 +112,7 @@ class Grant:
 
 @dataclass(frozen=True)
 class Scale:
-    """Another number of workers."""
+    """Change the most workers of a world."""
 
     path: ClassVar[str] = "/scale"
     max_workers: Workers
@@ -121,7 +121,7 @@ class Scale:
 
 @dataclass(frozen=True)
 class Drain:
-    """A worker, by its id or the beginning of it, hands over and ends."""
+    """Have a worker, given by its id or the beginning of it, hand over and end."""
 
     path: ClassVar[str] = "/drain"
     worker: WorkerId
@@ -131,7 +131,7 @@ class Drain:
 
 @dataclass(frozen=True)
 class Kept:
-    """What of a run's retention is changed."""
+    """Changes to a run's retention; None leaves a value as it is."""
 
     last: Checkpoints | None = None
     every: Steps | None = None
@@ -142,14 +142,14 @@ class Kept:
 
 @dataclass(frozen=True)
 class Prune:
-    """Checkpoints that the run's retention, changed so, does not keep; they are removed where `yes` is given."""
+    """List the checkpoints that the run's retention, changed by `policy`, does not keep; with `yes` remove them."""
 
     path: ClassVar[str] = "/prune"
     policy: Kept
     yes: bool
 
     def changes(self) -> dict[str, Any]:
-        """What of the policy is given."""
+        """The values of the policy that are given."""
         return {name: value for name, value in vars(self.policy).items() if value is not None}
 
 

@@ -1,4 +1,4 @@
-"""What a worker says to the host of the run: for itself, and as a member of a world under its generation. Pure."""
+"""The messages of a worker to the run's host: for itself, and as a member of a world under its generation. Pure."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ class Whereabouts:
     """How far a worker is in the world `generation`.
 
     Args:
-        where: the place, for people.
-        samples: that it waits for.
+        where: the place in words.
+        samples: ids of the samples that it waits for.
     """
 
     generation: Generation
@@ -33,11 +33,11 @@ class Join:
     """A warm worker asks for a world.
 
     Args:
-        applied: updates in the state that it holds, -1 for none.
-        failure: its own error that made it leave its world.
-        why: it left its world to have another made, and nobody failed.
-        broke: what of its world failed, if that made it leave.
-        warm_s: seconds that it took to get ready, `warm_parts` what they went into.
+        applied: number of updates in the state that it holds, -1 if it holds none.
+        failure: its own error, if that made it leave its world.
+        why: reason to have another world formed, if nobody failed.
+        broke: what failed in its world, if that made it leave.
+        warm_s: seconds that getting ready took; `warm_parts`: how they divide, by name.
     """
 
     kind: ClassVar[str] = "join"
@@ -52,7 +52,7 @@ class Join:
 
 @dataclass(frozen=True)
 class Hello:
-    """A worker that is in the midst of a world has connected again, maybe to a server that was restarted."""
+    """A worker that is in a world has connected again, perhaps to a server that was restarted."""
 
     kind: ClassVar[str] = "hello"
     member: Member
@@ -63,7 +63,7 @@ class Hello:
 
 @dataclass(frozen=True)
 class Beat:
-    """A worker lives; `sent` is its own clock, which the answer says back. `at` in a world."""
+    """A worker lives. `sent`: time of its own clock, which the answer repeats. `at`: where it is, if in a world."""
 
     kind: ClassVar[str] = "beat"
     sent: float
@@ -72,7 +72,7 @@ class Beat:
 
 @dataclass(frozen=True)
 class Unfit:
-    """A worker cannot get ready, or could not take part."""
+    """A worker could not get ready, or could not take part."""
 
     kind: ClassVar[str] = "unfit"
     message: str
@@ -80,7 +80,7 @@ class Unfit:
 
 @dataclass(frozen=True)
 class Acknowledge:
-    """A worker's watcher has seen that the world is broken."""
+    """A worker's watcher has received that the world is broken."""
 
     kind: ClassVar[str] = "ack"
     generation: Generation
@@ -88,7 +88,7 @@ class Acknowledge:
 
 @dataclass(frozen=True)
 class Stacks:
-    """The stacks of all threads of a worker, which were asked for."""
+    """The stacks of all threads of a worker, as `Dump` asked."""
 
     kind: ClassVar[str] = "stacks"
     text: str
@@ -96,7 +96,7 @@ class Stacks:
 
 @dataclass(frozen=True)
 class Report:
-    """What the connections of a worker's world know of where all its members are; it comes after the stacks."""
+    """What the connections of a worker's world know about where its members are; sent after the stacks."""
 
     kind: ClassVar[str] = "report"
     text: str
@@ -126,8 +126,8 @@ class LedgerEvent:
 
 @dataclass(frozen=True)
 class Disconnected:
-    """The connections of a worker's world have failed: nobody waits for them in vain any more. Who is to blame for it
-    they do not know."""
+    """The connections of a worker's world have failed, which freed all that waited on them. They do not know which
+    member caused it."""
 
     kind: ClassVar[str] = "disconnected"
     message: str
@@ -135,14 +135,14 @@ class Disconnected:
 
 @dataclass(frozen=True)
 class Share:
-    """A worker's part of a checkpoint is durable, or is not.
+    """A worker's share of a checkpoint is durable, or could not be made so (`error`).
 
     Args:
-        shares: that make the checkpoint whole.
+        shares: number of shares that make the checkpoint complete.
         index: where its tensors lie in its pack.
-        header: what only the first rank adds: the manifest's values.
+        header: from the first rank only: the manifest's values.
         no_room: the storage is full.
-        facts: what it took: seconds, bytes, requests.
+        facts: the seconds, bytes and requests that it took.
     """
 
     kind: ClassVar[str] = "pack"
@@ -158,7 +158,7 @@ class Share:
 
 @dataclass(frozen=True)
 class Unloadable:
-    """A checkpoint cannot be loaded; `damaged`: it has other bytes than were written."""
+    """A checkpoint cannot be loaded; `damaged`: its bytes differ from those that were written."""
 
     kind: ClassVar[str] = "unloadable"
     step: Step
@@ -169,8 +169,8 @@ class Unloadable:
 
 @dataclass(frozen=True)
 class Failed:
-    """An exception ended a member's part: of the whole run, or of a worker that has done no step yet (`fresh`) only
-    its own. `final`: it would be so for any worker."""
+    """A member met an exception that it cannot train after. That ends the run, unless the worker has done no step yet
+    (`fresh`): then it ends that worker only. `final`: any worker would meet the same exception."""
 
     kind: ClassVar[str] = "failed"
     message: str
@@ -180,14 +180,14 @@ class Failed:
 
 @dataclass(frozen=True)
 class SavedAlone:
-    """The worker did as it was told by `SaveAlone`."""
+    """The worker carried out `SaveAlone`."""
 
     kind: ClassVar[str] = "saved alone"
 
 
 @dataclass(frozen=True)
 class Done:
-    """A member is done: the run is over when all are. The lowest rank's result is the run's."""
+    """A member is done; the run is over when all are. The run's result is that of the lowest rank."""
 
     kind: ClassVar[str] = "done"
     rank: Natural
