@@ -21,7 +21,7 @@ from elastic.membership.driver import DriverLink, outlived
 from elastic.membership.protocol import Note
 from elastic.observe.console import Console
 from elastic.run.drive import Drive
-from elastic.run.host import HostSettings, host_settings, keeper_options, new_token
+from elastic.run.host import HostSettings, host_settings, keeper_options, new_token, start_detail
 from elastic.run.prepare import PreparedRun
 from elastic.run.signals import heard_by
 from elastic.units import parse_amount
@@ -49,7 +49,7 @@ def drive_on_ray(
         "name": run.name,
         "accelerator": accelerator,
         "cluster_s": round(connect_s, 3),
-        "changed_code": run.changed_code or None,
+        **start_detail(run),
     }
     options = keeper_options(run, epoch, ray_job_id=ray.get_runtime_context().get_job_id())
     arguments = run.folder.storage.url, options, settings, detail

@@ -129,6 +129,12 @@ def host_settings(config: TrainConfig, token: str, host: str) -> HostSettings:
     return HostSettings(limits, token, host, hang_s=hang_s)
 
 
+def start_detail(run: PreparedRun) -> dict[str, Any]:
+    """What the event of the start says of the run; the account needs to know how its batches are dealt."""
+    padded = run.config.parallel.sharded
+    return {"changed_code": run.changed_code or None, "microbatches": run.plan.microbatches, "padded": padded}
+
+
 def keeper_options(run: PreparedRun, epoch: int, **facts: Any) -> KeeperOptions:
     """What the keeper of this run needs to know."""
     keep = run.config.checkpoint

@@ -105,10 +105,16 @@ class RunKeeper:
         if self._outcome.end is not None:
             self._ending.publish(self._outcome.end, self._folder.result() or {})
             return
-        self._do(self._status.write)
-        self.event(STARTED, step=self._claim_step, detail=detail)
+        self._do(lambda: self._begin(detail))
         if self._checkpoints.restarted:
             self._do(self._checkpoints.note_commits_before)
+
+    def _begin(self, detail: dict[str, Any]) -> None:
+        before = self._ledger.patiently(self._folder.status_if_whole)
+        if before is not None and before["status"] in LIVE_STATES and before.get("epoch") != self._options.epoch:
+            detail = {**detail, "heartbeat_before": before["heartbeat"]}  # its driver was killed
+        self._status.write()
+        self._note(STARTED, step=self._claim_step, detail=detail)
 
     def stop(self) -> None:
         """Write out everything and end the thread."""

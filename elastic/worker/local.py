@@ -23,7 +23,7 @@ from elastic.membership.protocol import Gone, Note, Wish
 from elastic.run.course import Over
 from elastic.run.drive import HOST_LOST_S, Drive
 from elastic.run.forecast import refuse_what_does_not_fit_here
-from elastic.run.host import host_settings, keeper_options, new_token
+from elastic.run.host import host_settings, keeper_options, new_token, start_detail
 from elastic.run.prepare import PreparedRun, open_run
 from elastic.run.signals import heard_by
 from elastic.units import parse_amount
@@ -100,7 +100,7 @@ class LocalRun:
             run.folder.storage.url,
             keeper_options(run, self._epoch),
             settings,
-            {"changed_code": run.changed_code or None},
+            start_detail(run),
         )
         if self._own_host is None:
             self.hosting = HostHere(*arguments)

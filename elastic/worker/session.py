@@ -154,9 +154,10 @@ class Session:
         at_leaving.callback(world.close)
         if begin.moved:
             world.check_state()
-        world.forming = {
+        world.before = {
             "connect_s": round(connected - began, 4),
             "restore_s": round(time.monotonic() - connected, 4),
+            **({"idle": list(group.layout.spares)} if group.layout.spares else {}),
         }
         return train(world)
 

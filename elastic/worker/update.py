@@ -15,12 +15,17 @@ class Clock:
     compute_s: float = 0.0
     sync_s: float = 0.0
     checkpoint_s: float = 0.0
+    snapshot_s: float = 0.0
     other_s: float = 0.0
 
     def columns(self, step_s: float) -> dict[str, float]:
         """Seconds of a step, and what they went into, for its row."""
-        self.other_s = max(0.0, step_s - self.data_s - self.compute_s - self.sync_s - self.checkpoint_s)
-        return {name: round(seconds, 6) for name, seconds in {"step_s": step_s, **asdict(self)}.items()}
+        told = self.data_s + self.compute_s + self.sync_s + self.checkpoint_s + self.snapshot_s
+        self.other_s = max(0.0, step_s - told)
+        columns = {"step_s": step_s, **asdict(self)}
+        if not self.snapshot_s:  # most runs take none
+            del columns["snapshot_s"]
+        return {name: round(seconds, 6) for name, seconds in columns.items()}
 
 
 @dataclass(frozen=True)

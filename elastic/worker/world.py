@@ -93,7 +93,7 @@ class World(SavingWorld):
         super().__init__(worker, group, place, begin)
         #: Where this claim began: lower than was thought where that checkpoint could not be loaded.
         self.claim_step = min(self.assignment.claim_step, begin.step)
-        self.forming: dict[str, float] = {}  # seconds that forming took, for the first row
+        self.before: dict[str, Any] = {}  # what came before the next step, for its row
         try:
             if worker.config.parallel.sharded:
                 worker.stepper.progress(self.step - 1, Stage.EVALUATE)
@@ -139,13 +139,14 @@ class World(SavingWorld):
         steps.check_equal(hand.update, agreed.update)
         fault.point("step.after_fence", group.rank, step + 1)
         worker.snapshots.hear(agreed.snapshot)
-        clock.checkpoint_s += worker.saving.settle() + worker.snapshots.settle()
+        clock.checkpoint_s += worker.saving.settle()
+        clock.snapshot_s += worker.snapshots.settle()
         worker.apply(hand)
-        row = {**worker.row(hand), **self.forming, **worker.snapshots.columns()}
-        self.forming = {}
+        row = {**worker.row(hand), **self.before, **worker.snapshots.columns()}
+        self.before = {}
         try:
             self._follow_up(agreed)
-            clock.checkpoint_s += worker.snapshots.after(self.step, time.perf_counter() - began)
+            clock.snapshot_s += worker.snapshots.after(self.step, time.perf_counter() - began)
         finally:
             worker.link.record(row | clock.columns(time.perf_counter() - began), report=group.leads)
         self.saves.row_posted(self.step)  # only now, so that no committed step is missing in the ledger
@@ -212,6 +213,7 @@ class World(SavingWorld):
         worker.stepper.progress(step - 1, Stage.EVALUATE)
         worker.code.doing(f"the evaluation after step {step}", step - 1)
         fault.point("eval.begin", self.group.rank, step)
+        began = time.monotonic()
         found: dict[str, float] = {}
         passes = itertools.count(1)
         with self.steps.unmoved():
@@ -233,6 +235,7 @@ class World(SavingWorld):
         holding.evaluated = (step, found)
         if found:
             row: dict[str, Any] = {"step": step, "time": time.time(), "generation": str(self.assignment.generation)}
+            row["eval_s"] = round(time.monotonic() - began, 6)
             worker.link.record({**row, **found}, report=self.group.leads)
         return found
 
@@ -247,7 +250,10 @@ class World(SavingWorld):
 
     def hold(self) -> Flags:
         """Keep the state in memory until the driver lets the run go on; returns what all members agreed on."""
-        return hold(self.worker, self.group, self.step, self._save_held)
+        began = time.monotonic()
+        agreed = hold(self.worker, self.group, self.step, self._save_held)
+        self.before["held_s"] = round(time.monotonic() - began, 6)
+        return agreed
 
     def _save_held(self) -> None:
         self.save(busy=False)

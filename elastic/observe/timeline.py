@@ -1,0 +1,509 @@
+"""Who worked when in a run, and what each one's time is charged to: the ledger read from first event to last."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections import Counter, defaultdict, deque
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from elastic.observe.account import Account, Interruption
+from elastic.observe.causes import CAUSES
+from elastic.observe.prices import ON_DEMAND, Prices, Tariff
+from elastic.observe.segments import Deal, after_s, number, world_segments
+
+_LOST = ("member_lost", "world_broken")
+_ENDED = ("run_finished", "run_failed")
+_RE_FORMING, _LEFT_OUT = "re-forming:", "left out:"
+_PHASES = ("import", "data", "model", "rehearsal")
+
+Kind = tuple[str, str, int]  # type and market of a worker's node, and how many workers share it
+Tag = int | str | None  # the interruption that it is charged to, by its place, or by the world that went on
+Charge = tuple[str, float, Tag]  # cause, share
+
+
+def epoch_of(generation: Any) -> tuple[int, int] | None:
+    """The numbers of a generation such as "2-7"; None for what is none."""
+    first, _, second = str(generation).partition("-")
+    return (int(first), int(second)) if first.isdecimal() and second.isdecimal() else None
+
+
+@dataclass
+class _Worker:
+    """A worker of a claim.
+
+    Args:
+        born, since: unix seconds; up to `since` its time is charged.
+    """
+
+    id: str
+    node: str
+    kind: Kind
+    born: float
+    since: float
+    alive: bool = True
+    going: bool = False
+    silent: bool = False
+
+
+@dataclass
+class _World:
+    generation: str
+    ids: list[str]
+    formed: float
+    rows: list[dict[str, Any]]
+    evaluations: dict[int, dict[str, Any]]
+    because: int | None
+    idle: frozenset[str]
+
+
+@dataclass
+class _Claim:
+    """What is known of a claim while its events are read."""
+
+    epoch: int
+    deal: Deal
+    workers: dict[str, _Worker] = field(default_factory=dict)
+    world: _World | None = None  # while it stands
+    last_ids: frozenset[str] = frozenset()  # of the newest world
+    worlds: int = 0
+    parked: bool = False
+    pending: int | None = None  # from the fault to the world that goes on
+    vacant: deque[int] = field(default_factory=deque)
+    ended: bool = False
+    now: float = -math.inf
+
+
+class _Book:
+    """Charges, by cause and by what they are for."""
+
+    def __init__(self, prices: Prices):
+        self._prices = prices
+        self.charges: dict[tuple[str, Tag], list[float]] = defaultdict(lambda: [0.0, 0.0])
+        self.whole_s = self.unpriced_s = self.on_demand = 0.0
+        self.on_demand_known = bool(prices)
+        self.begin, self.end = math.inf, -math.inf
+
+    def add(self, workers: Sequence[_Worker], begin: float, end: float, parts: Iterable[Charge]) -> None:
+        """The time of all these workers from `begin` to `end` went into these parts of it."""
+        if end > begin:
+            self.add_kinds(Counter(w.kind for w in workers), begin, end, parts)
+
+    def add_kinds(self, kinds: Mapping[Kind, int], begin: float, end: float, parts: Iterable[Charge]) -> None:
+        """The same, for so many workers of each kind."""
+        seconds, money = (end - begin) * sum(kinds.values()), 0.0
+        if self._prices:
+            money = sum(count * self._money(kind, begin, end) for kind, count in kinds.items())
+        for cause, share, tag in parts:
+            found = self.charges[cause, tag]
+            found[0] += seconds * share
+            found[1] += money * share
+
+    def constant(self, kinds: Iterable[Kind]) -> bool:
+        """Whether what these cost never changes."""
+        tariffs = [self._prices.tariff(kind[0], kind[1]) for kind in kinds]
+        return all(tariff is None or len(tariff.since) == 1 for tariff in tariffs)
+
+    def _money(self, kind: Kind, begin: float, end: float) -> float:
+        tariff = self._prices.tariff(kind[0], kind[1])
+        return 0.0 if tariff is None else tariff.cost(begin, end) / _sharers(tariff, kind)
+
+    def lived(self, worker: _Worker, begin: float, end: float) -> None:
+        """All of a worker's time."""
+        self.whole_s += end - begin
+        self.begin, self.end = min(self.begin, begin), max(self.end, end)
+        if not self._prices:
+            return
+        if self._prices.tariff(worker.kind[0], worker.kind[1]) is None:
+            self.unpriced_s += end - begin
+        on_demand = self._prices.tariff(worker.kind[0], ON_DEMAND)
+        if on_demand is None:
+            self.on_demand_known = False
+        else:
+            self.on_demand += on_demand.cost(begin, end) / _sharers(on_demand, worker.kind)
+
+
+class _Span:
+    """The same workers' time in many pieces: where prices do not change it is charged at once, in the end."""
+
+    def __init__(self, book: _Book, kinds: Mapping[Kind, int]):
+        self._book, self._kinds = book, kinds
+        self._at_once = book.constant(kinds)
+        self._found: dict[tuple[str, Tag], float] = defaultdict(float)
+
+    def add(self, begin: float, end: float, parts: Iterable[Charge]) -> None:
+        if not self._at_once:
+            return self._book.add_kinds(self._kinds, begin, end, parts)
+        for cause, share, tag in parts:
+            self._found[cause, tag] += (end - begin) * share
+        return None
+
+    def close(self) -> None:
+        for (cause, tag), seconds in self._found.items():
+            self._book.add_kinds(self._kinds, 0.0, seconds, [(cause, 1.0, tag)])
+
+
+def _sharers(tariff: Tariff, kind: Kind) -> int:
+    return kind[2] if tariff.of_node else 1
+
+
+class Timeline:
+    """Reads a ledger; `take` it, then ask for the account."""
+
+    def __init__(self, prices: Prices, microbatches: int | None = None):
+        self._prices, self._microbatches, self._book = prices, microbatches, _Book(prices)
+        self._interruptions: list[Interruption] = []
+        self._led_to: dict[str, int | None] = {}  # by the generation of the world that went on
+        self._until: float | None = None
+        self._live = False
+
+    def take(
+        self, rows: Iterable[dict[str, Any]], events: Sequence[dict[str, Any]], until: float | None, *, live: bool
+    ) -> None:
+        """Read all of it."""
+        self._until, self._live = until, live
+        self._sort_rows(rows)
+        claims = _claims(events)
+        self._sharing = {epoch: _sharing(found) for epoch, found in claims}
+        self._seen_alive = {a: _seen_alive(found) for (a, _), (_, found) in itertools.pairwise(claims)}
+        for place, (epoch, found) in enumerate(claims):
+            self._read(epoch, found, first=place == 0, newest=place == len(claims) - 1)
+
+    def _sort_rows(self, rows: Iterable[dict[str, Any]]) -> None:
+        self._rows: dict[str, dict[int, dict[str, Any]]] = defaultdict(dict)
+        self._evaluations: dict[str, dict[int, dict[str, Any]]] = defaultdict(dict)
+        self._last: dict[int, float] = {}  # the newest time of a claim's rows
+        kept: dict[int, tuple[int, int]] = {}
+        for row in rows:
+            step, place = row.get("step"), epoch_of(row.get("generation"))
+            if not isinstance(step, int) or place is None:
+                continue
+            generation = str(row["generation"])
+            into = self._rows if "sample_hash" in row else self._evaluations
+            into[generation].setdefault(step, row)
+            if "sample_hash" in row and place > kept.get(step, (-1, -1)):
+                kept[step] = place
+            self._last[place[0]] = max(self._last.get(place[0], -math.inf), row["time"])
+        for generation, found in self._rows.items():
+            newest, (epoch, _) = found[max(found)], epoch_of(generation) or (0, 0)
+            evaluation = self._evaluations.get(generation, {}).get(newest["step"])
+            self._last[epoch] = max(self._last[epoch], newest["time"] + after_s(newest, evaluation))
+        self._kept = {step: f"{epoch}-{n}" for step, (epoch, n) in kept.items()}
+
+    # ---- one claim -------------------------------------------------------------------------------------------------
+
+    def _read(self, epoch: int, events: list[dict[str, Any]], *, first: bool, newest: bool) -> None:
+        claim = _Claim(epoch, self._deal(events))
+        if not first:
+            claim.pending = self._interruption("restarted", events[0]["time"], events[0].get("step"), "")
+        for event in events:
+            claim.now = max(claim.now, event["time"])
+            if not claim.ended:
+                self._take(claim, event)
+        if not claim.ended:
+            self._leave_over(claim, events, newest=newest)
+
+    def _deal(self, events: Sequence[dict[str, Any]]) -> Deal:
+        started = next((e for e in events if e["kind"] == "run_started"), {})
+        detail = started.get("detail")
+        detail = detail if isinstance(detail, dict) else {}
+        told = detail.get("microbatches")
+        complete = isinstance(told, int)
+        return Deal(told if complete else self._microbatches, bool(detail.get("padded")), complete)
+
+    def _take(self, claim: _Claim, event: dict[str, Any]) -> None:
+        kind, detail = event["kind"], event.get("detail")
+        if kind == "worker_warm":
+            self._warm(claim, event)
+        elif kind == "world_formed":
+            self._form(claim, event)
+        elif kind in _LOST:
+            self._lose(claim, event)
+        elif kind == "member_late":
+            self._fall_silent(claim, event)
+        elif kind == "notice" and isinstance(detail, str) and detail.startswith(_RE_FORMING):
+            if claim.world is not None and claim.pending is None:
+                reason = _first_line(detail.removeprefix(_RE_FORMING).strip())
+                self._wait(claim, claim.workers.values(), frozenset())
+                claim.pending = self._interruption("regrouped", claim.now, event.get("step"), reason)
+        elif kind == "notice" and not str(detail).startswith(_LEFT_OUT):
+            for worker in claim.workers.values():
+                if worker.id == event.get("member") or (
+                    "member" not in event and worker.node == event.get("node", worker)
+                ):
+                    worker.going = True
+        elif kind == "handed_over":
+            self._hand_over(claim, event)
+        elif kind == "parked":
+            if claim.world is not None:
+                self._end_world(claim, "form")
+            self._wait(claim, claim.workers.values(), frozenset())
+            claim.parked = True
+        elif kind in _ENDED:
+            self._end(claim)
+
+    def _warm(self, claim: _Claim, event: dict[str, Any]) -> None:
+        member, seconds = event.get("member"), number(event.get("seconds"))
+        if not isinstance(member, str) or (member in claim.workers and claim.workers[member].alive):
+            return
+        told = event.get("detail")
+        detail = told if isinstance(told, dict) else {}
+        worker = self._new(claim, member, str(event.get("node", "")), detail, claim.now - seconds)
+        tag = claim.pending if not claim.worlds else claim.vacant.popleft() if claim.vacant else None
+        shares, left = {}, seconds
+        for phase in _PHASES:
+            shares[f"startup/{phase}"] = part = min(left, number(detail.get(f"{phase}_s")))
+            left -= part
+        shares["startup/other"] = left
+        if seconds > 0:
+            shares = {cause: part / seconds for cause, part in shares.items()}
+            self._book.add([worker], worker.since, claim.now, [(cause, share, tag) for cause, share in shares.items()])
+        worker.since = claim.now
+
+    def _new(self, claim: _Claim, member: str, node: str, detail: Any, born: float) -> _Worker:
+        kind = (
+            str(detail.get("node_type") or ""),
+            str(detail.get("market") or ""),
+            self._sharing[claim.epoch].get(node, 1),
+        )
+        worker = claim.workers[member] = _Worker(member, node, kind, born, born)
+        return worker
+
+    def _form(self, claim: _Claim, event: dict[str, Any]) -> None:
+        detail = event.get("detail")
+        ids = [i for i in (detail.get("ids") or () if isinstance(detail, dict) else ()) if isinstance(i, str)]
+        if claim.world is not None:
+            self._end_world(claim, "form")
+        for member in ids:
+            worker = claim.workers.get(member)
+            if worker is None:
+                self._new(claim, member, "", {}, claim.now)
+            elif not worker.alive:  # it was only silent
+                worker.alive = worker.silent = True
+        self._wait(claim, claim.workers.values(), frozenset(ids))
+        for member in ids:
+            claim.workers[member].silent = False
+        generation = str(event.get("generation"))
+        rows = sorted(self._rows.get(generation, {}).values(), key=lambda r: r["step"])
+        told = rows[0].get("idle", ()) if rows else ()
+        idle = frozenset(ids[rank] for rank in told if isinstance(rank, int) and 0 <= rank < len(ids))
+        claim.world = _World(
+            generation, ids, claim.now, rows, self._evaluations.get(generation, {}), claim.pending, idle
+        )
+        self._led_to[generation] = claim.pending
+        if claim.pending is not None:
+            self._interruptions[claim.pending].generation = generation
+        claim.pending, claim.parked, claim.last_ids = None, False, frozenset(ids)
+        claim.worlds += 1
+
+    def _lose(self, claim: _Claim, event: dict[str, Any]) -> None:
+        lost = claim.workers.get(str(event.get("member")))
+        world = claim.world
+        stands = world is not None and event.get("generation", world.generation) == world.generation
+        within = stands or (world is not None and lost is not None and lost.id in world.ids)
+        if within:
+            kind = "lost" if event["kind"] == "member_lost" else "broken"
+            if claim.pending is not None:  # it came while workers were about to leave as planned
+                planned = self._interruptions[claim.pending]
+                planned.kind, planned.reason = kind, _first_line(event.get("detail"))
+            else:
+                reason = _first_line(event.get("detail"))
+                claim.pending = self._interruption(kind, claim.now, event.get("step"), reason)
+            self._wait(claim, claim.workers.values(), frozenset())
+            self._end_world(claim, "detect")
+        if lost is None or not lost.alive:
+            return
+        self._wait(claim, [lost], frozenset())
+        self._die(claim, lost)
+        if claim.pending is not None:
+            self._interruptions[claim.pending].members.append(lost.id)
+            claim.vacant.append(claim.pending)
+
+    def _fall_silent(self, claim: _Claim, event: dict[str, Any]) -> None:
+        worker = claim.workers.get(str(event.get("member")))
+        if worker is not None and worker.alive and (claim.world is None or worker.id not in claim.world.ids):
+            self._wait(claim, [worker], frozenset())
+            worker.silent = True
+
+    def _hand_over(self, claim: _Claim, event: dict[str, Any]) -> None:
+        worker = claim.workers.get(str(event.get("member")))
+        if worker is None or not worker.alive:
+            return
+        worker.going = True
+        if claim.world is not None and worker.id in claim.world.ids:
+            self._charge_world(claim, claim.world, [worker], "draining")
+            claim.world.ids.remove(worker.id)
+        self._wait(claim, [worker], frozenset())
+        self._die(claim, worker)
+
+    def _end(self, claim: _Claim) -> None:
+        if claim.world is not None:
+            self._end_world(claim, "ending", standing=True)
+        self._wait(claim, claim.workers.values(), frozenset())
+        for worker in claim.workers.values():
+            self._die(claim, worker)
+        claim.world, claim.ended = None, True
+
+    def _leave_over(self, claim: _Claim, events: list[dict[str, Any]], *, newest: bool) -> None:
+        """The claim has no end: its driver was killed, or it is live."""
+        last = max(claim.now, self._last.get(claim.epoch, -math.inf))
+        until = self._until if newest else self._seen_alive.get(claim.epoch)
+        until = last if until is None else max(last, until)
+        live = newest and self._live
+        if claim.world is not None:
+            claim.now = until
+            self._end_world(claim, "under_way" if live else "left_over", standing=True)
+        claim.now = until if live else last
+        self._wait(claim, claim.workers.values(), frozenset())
+        claim.now = until
+        for worker in claim.workers.values():
+            if worker.alive:
+                self._book.add([worker], worker.since, until, [("left_over", 1.0, None)])
+                self._die(claim, worker)
+
+    # ---- charges ---------------------------------------------------------------------------------------------------
+
+    def _interruption(self, kind: str, at: float, step: Any, reason: str) -> int:
+        self._interruptions.append(Interruption(kind, at, step if isinstance(step, int) else None, reason))
+        return len(self._interruptions) - 1
+
+    def _die(self, claim: _Claim, worker: _Worker) -> None:
+        if worker.alive:
+            worker.alive = False
+            worker.since = max(worker.since, claim.now)
+            self._book.lived(worker, worker.born, worker.since)
+            worker.born = worker.since
+
+    def _end_world(self, claim: _Claim, tail: str, *, standing: bool = False) -> None:
+        """All members' time in the world is charged, up to now."""
+        world = claim.world
+        assert world is not None
+        members = [claim.workers[i] for i in world.ids if claim.workers[i].alive]
+        self._charge_world(claim, world, members, tail)
+        if not standing:
+            claim.world = None
+
+    def _charge_world(self, claim: _Claim, world: _World, members: list[_Worker], tail: str) -> None:
+        idle = [w for w in members if w.id in world.idle]
+        training = [w for w in members if w.id not in world.idle]
+        redone = {
+            step: kept for step in (row["step"] for row in world.rows) if (kept := self._kept[step]) != world.generation
+        }
+        size = len(claim.last_ids) - len(world.idle)
+        kinds, spare = Counter(w.kind for w in training), Counter(w.kind for w in idle)
+        span = _Span(self._book, kinds)
+        for segment in world_segments(
+            world.formed, claim.now, world.rows, world.evaluations, redone, tail, size, claim.deal
+        ):
+            before, after = segment.begin == world.formed, segment.end == claim.now
+            parts: list[Charge] = []
+            for cause, share in segment.shares.items():
+                tag: Tag = segment.redone
+                if before and cause in ("form", "restore") and world.rows:
+                    tag = world.because
+                elif after and cause == tail:
+                    tag = claim.pending
+                parts.append((cause, share, tag))
+            span.add(segment.begin, segment.end, parts)
+        span.close()
+        self._book.add_kinds(spare, world.formed, claim.now, [("spare", 1.0, None)])
+        for worker in members:
+            worker.since = max(worker.since, claim.now)
+
+    def _wait(self, claim: _Claim, workers: Iterable[_Worker], joined: frozenset[str]) -> None:
+        """Charge what workers outside of a world have waited for, up to now."""
+        for worker in workers:
+            if not worker.alive or (claim.world is not None and worker.id in claim.world.ids):
+                continue
+            cause, tag = self._waited_for(claim, worker, joined)
+            self._book.add([worker], worker.since, claim.now, [(cause, 1.0, tag)])
+            worker.since = max(worker.since, claim.now)
+
+    def _waited_for(self, claim: _Claim, worker: _Worker, joined: frozenset[str]) -> tuple[str, Tag]:
+        if worker.silent:
+            return "silent", None
+        if worker.going:
+            return "draining", None
+        if claim.parked:
+            return "parked", claim.pending
+        wanted = worker.id in joined or (claim.world is None and (worker.id in claim.last_ids or not claim.worlds))
+        return ("form", claim.pending) if wanted else ("spare", None)
+
+    # ---- what it comes to ------------------------------------------------------------------------------------------
+
+    def account(self) -> Account:
+        """What was read so far."""
+        book = self._book
+        seconds, costs = dict.fromkeys(CAUSES, 0.0), dict.fromkeys(CAUSES, 0.0)
+        for (cause, tag), (spent, money) in book.charges.items():
+            seconds[cause] += spent
+            costs[cause] += money
+            place = self._led_to.get(tag) if isinstance(tag, str) else tag
+            if place is not None:
+                found = self._interruptions[place]
+                found.seconds[cause] = found.seconds.get(cause, 0.0) + spent
+                found.costs[cause] = found.costs.get(cause, 0.0) + money
+        some = book.whole_s > 0
+        return Account(
+            begin=book.begin if some else None,
+            end=book.end if some else None,
+            whole_s=book.whole_s,
+            seconds=seconds,
+            costs=costs if self._prices else None,
+            on_demand_cost=book.on_demand if book.on_demand_known else None,
+            unpriced_s=book.unpriced_s if self._prices else 0.0,
+            interruptions=tuple(self._interruptions),
+        )
+
+
+def _claims(events: Sequence[dict[str, Any]]) -> list[tuple[int, list[dict[str, Any]]]]:
+    """Events by claim. Earlier versions wrote those of no world without a generation: then the order tells."""
+    found: dict[int, list[dict[str, Any]]] = defaultdict(list)
+    early: list[dict[str, Any]] = []  # of a claim whose number comes later
+    epoch = 0
+    for event in events:
+        place = epoch_of(event.get("generation"))
+        if place is not None:
+            epoch = place[0]
+            found[epoch] += [*early, event]
+            early = []
+        elif early or event["kind"] == "run_started" or not epoch:
+            early.append(event)
+        else:
+            found[epoch].append(event)
+    if early:
+        found[epoch + 1] += early
+    return sorted(found.items())
+
+
+def _sharing(events: Sequence[dict[str, Any]]) -> dict[str, int]:
+    """The most workers that each node had at a time."""
+    homes: dict[str, str] = {}
+    here: Counter[str] = Counter()
+    most: dict[str, int] = {}
+    for event in events:
+        member = str(event.get("member"))
+        if event["kind"] == "worker_warm" and member not in homes:
+            homes[member] = node = str(event.get("node", ""))
+            here[node] += 1
+            most[node] = max(most.get(node, 1), here[node])
+        elif event["kind"] in ("member_lost", "handed_over") and member in homes:
+            here[homes.pop(member)] -= 1
+    return most
+
+
+def _seen_alive(later: Sequence[dict[str, Any]]) -> float | None:
+    """When the claim before was last seen alive, as the next one found it."""
+    for event in later:
+        if event["kind"] == "run_started":
+            detail = event.get("detail")
+            beat = detail.get("heartbeat_before") if isinstance(detail, dict) else None
+            return number(beat) or None
+    return None
+
+
+def _first_line(detail: Any) -> str:
+    lines = str(detail or "").splitlines()
+    return lines[0] if lines else ""
