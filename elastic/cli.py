@@ -16,6 +16,7 @@ from elastic.redact import printable
 from elastic.tools.control import add_control
 from elastic.tools.doctor import add_doctor
 from elastic.tools.places import USUAL, find_run
+from elastic.tools.showing import add_showing
 from elastic.tools.verbs import add_verbs, run
 
 if TYPE_CHECKING:
@@ -84,12 +85,6 @@ def _init(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _report(arguments: argparse.Namespace) -> int:
-    from elastic.tools.sweeps import report
-
-    return report(arguments)
-
-
 def _evaluate(arguments: argparse.Namespace) -> int:
     from elastic.evaluation import run
 
@@ -121,11 +116,7 @@ def parser() -> argparse.ArgumentParser:
     verb.epilog = "Options of the job (--job.NAME VALUE) are those of the run unless they are given too."
     verb.set_defaults(run=_evaluate, rest=[])
     add_verbs(verbs)
-    verb = verbs.add_parser("report", help="show the ranking of a sweep's trials")
-    what = f"folder or URL of a sweep, such as runs/mine, or its name in {USUAL}"
-    verb.add_argument("url", metavar="SWEEP", type=find_run, help=what)
-    verb.add_argument("--json", action="store_true", help="print JSON")
-    verb.set_defaults(run=_report)
+    add_showing(verbs)
     add_doctor(verbs, _examine_cluster)
     node_watch.add_verb(verbs)
     return parser

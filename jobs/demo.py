@@ -1,6 +1,6 @@
 """`make demo`: the main job on three nodes; one is killed, one is drained, one joins; at the end, the same bits.
 
-    python -m jobs.demo [--steps 240]
+    python -m jobs.demo [--steps 240] [--keep FOLDER]
 
 The same run is then done again by one process that nothing happens to, and the two hashes are compared.
 """
@@ -53,11 +53,13 @@ def world_of(run: Command, size: int, after: int) -> int:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=240)
-    steps = parser.parse_args().steps
+    parser.add_argument("--keep", metavar="FOLDER", help="leave the run in this folder")
+    arguments = parser.parse_args()
+    steps = arguments.steps
     os.environ["RAY_AUTH_MODE"] = "disabled"
     options = (*OPTIONS, "--run.duration", f"{steps}st")
     with tempfile.TemporaryDirectory(prefix="elastic-demo-") as name:
-        folder = Path(name)
+        folder = Path(arguments.keep or name).resolve()
         say("a cluster of three nodes, one worker on each")
         cluster = LocalCluster(nodes=3, cpus=1)
         try:

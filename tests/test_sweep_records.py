@@ -227,7 +227,7 @@ def test_report_shows_the_ranking_and_export_asks_for_the_best(tmp_path, capsys)
     assert best_run(url) == (f"{url}/mine-0001", 12)
     assert best_run(str(tmp_path)) is None
     assert cli.main(["report", str(tmp_path)]) == 2
-    assert "which is no sweep" in capsys.readouterr().err
+    assert "which is no run" in capsys.readouterr().err
 
 
 def test_a_sweep_whose_driver_is_gone_is_lost(tmp_path, capsys):

@@ -17,6 +17,8 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import orjson
+
 from elastic.errors import StorageHung
 from elastic.storage import Storage
 
@@ -132,8 +134,8 @@ class LedgerFile:
         self.flush()
         if not _segments(self._storage, self._name):
             return
-        whole = "".join(f"{line}\n" for line in _lines(self._storage, self._name))
-        self._storage.replace(self._name, whole.encode())
+        whole = b"".join(line + b"\n" for line in _lines(self._storage, self._name))
+        self._storage.replace(self._name, whole)
         self._storage.remove(f"{self._name}.d")
 
 
@@ -147,13 +149,13 @@ def _ends_torn(storage: Storage, name: str) -> bool:
     return size > 0 and storage.read(name, size - 1, size) != b"\n"
 
 
-def _lines(storage: Storage, name: str) -> Iterator[str]:
+def _lines(storage: Storage, name: str) -> Iterator[bytes]:
     """All lines of the file and its segments; where there are segments, without what a broken compaction doubled."""
     segments = _segments(storage, name)
-    seen: set[str] = set()
+    seen: set[bytes] = set()
     for part in (name, *(f"{name}.d/{segment}" for segment in segments)):
         try:
-            lines = storage.read(part).decode(errors="replace").split("\n")
+            lines = storage.read(part).split(b"\n")
         except FileNotFoundError:
             continue  # never compacted yet
         for line in lines:
@@ -165,7 +167,7 @@ def _lines(storage: Storage, name: str) -> Iterator[str]:
 
 def read_records(storage: Storage, name: str) -> list[dict[str, Any]]:
     """All records of `metrics.jsonl` or `events.jsonl`, in the order written, without doubles of a compaction."""
-    return [record for line in _lines(storage, name) for record in _parse(line)]
+    return _parse(_lines(storage, name))
 
 
 def read_tail(storage: Storage, name: str, count: int) -> list[dict[str, Any]]:
@@ -173,7 +175,7 @@ def read_tail(storage: Storage, name: str, count: int) -> list[dict[str, Any]]:
     segments side by side, ever more of them, as one may have a single record and each is a round trip."""
 
     def read(segment: str) -> list[dict[str, Any]]:
-        return _parse(storage.read(f"{name}.d/{segment}").decode(errors="replace"))
+        return _parse(storage.read(f"{name}.d/{segment}").split(b"\n"))
 
     found: list[dict[str, Any]] = []
     with (
@@ -199,23 +201,62 @@ def _tail_of(storage: Storage, name: str, count: int) -> list[dict[str, Any]]:
     block = _TAIL_BYTES
     while True:
         start = max(0, size - block)
-        text = storage.read(name, start, size).decode(errors="replace")
-        if start:
-            text = text.partition("\n")[2]  # the first line may have begun before
-        found = _parse(text)
+        lines = storage.read(name, start, size).split(b"\n")
+        found = _parse(lines[1:] if start else lines)  # the first line may have begun before
         if not start or len(found) >= count:
             return found
         block *= 4
 
 
-def _parse(text: str) -> list[dict[str, Any]]:
+def _parse(lines: Iterable[bytes]) -> list[dict[str, Any]]:
     records = []
-    for line in text.split("\n"):
+    for line in lines:
         with contextlib.suppress(ValueError):  # a torn tail: the writer died, or is, in the middle of a line
-            record = json.loads(line)
+            record = orjson.loads(line)
             if isinstance(record, dict):
                 records.append(record)
     return records
+
+
+class Follower:
+    """Reads a ledger that is being written: each call of `new` gives what came since the last one."""
+
+    def __init__(self, storage: Storage, name: str):
+        self._storage, self._name = storage, name
+        self._read_to = 0
+        self._segments: set[str] = set()
+        self._seen: set[int] = set()  # lines, by their hash: a compaction writes all of them again, elsewhere
+
+    def new(self) -> list[dict[str, Any]]:
+        """Records that were not there yet, in the order written. A line without an end waits for it."""
+        segments = _segments(self._storage, self._name)  # first: what is compacted meanwhile is read from the one file
+        lines = self._lines_of_the_file(compacted=bool(self._segments - set(segments)))
+        for segment in segments:
+            if segment not in self._segments:
+                try:
+                    lines += self._storage.read(f"{self._name}.d/{segment}").split(b"\n")
+                except FileNotFoundError:
+                    continue  # compacted at this moment: the next call finds its lines in the one file
+                self._segments.add(segment)
+        fresh = []
+        for line in lines:
+            if line and (key := hash(line)) not in self._seen:
+                self._seen.add(key)
+                fresh.append(line)
+        return _parse(fresh)
+
+    def _lines_of_the_file(self, *, compacted: bool) -> list[bytes]:
+        try:
+            size = self._storage.size(self._name)
+        except FileNotFoundError:
+            return []
+        if size < self._read_to or compacted:
+            self._read_to = 0
+        if size == self._read_to:
+            return []
+        whole, end, _ = self._storage.read(self._name, self._read_to, size).rpartition(b"\n")
+        self._read_to += len(whole) + len(end)
+        return whole.split(b"\n")
 
 
 def _generation(row: dict[str, Any]) -> tuple[int, int]:

@@ -130,7 +130,7 @@ def look_at_run(folder: RunFolder, *, last: int) -> dict[str, Any]:
         "world": status.get("world"),
         "phase": seen["group"]["phase"] if seen else None,
         "max_workers": seen["group"]["max_workers"] if seen else None,
-        "workers": seen["workers"] if seen else _recorded(status),
+        "workers": seen["workers"] if seen else recorded(status),
         "checkpoint": newest.step if newest else None,
         "rows": rows[-last:] if last else [],
         "events": events,
@@ -146,7 +146,7 @@ def _ask(folder: RunFolder, status: dict[str, Any]) -> tuple[dict[str, Any] | No
         return None, str(error)
 
 
-def _recorded(status: dict[str, Any]) -> list[dict[str, Any]]:
+def recorded(status: dict[str, Any]) -> list[dict[str, Any]]:
     """The members of a live run's newest world, by rank; their phases are not known."""
     members = status.get("members", ()) if status["status"] in LIVE_STATES else ()
     return [{**member, "rank": rank, "state": "recorded", "phase": ""} for rank, member in enumerate(members)]

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from difflib import get_close_matches
 
 from elastic.checkpoint.format import FOLDER
 from elastic.checkpoint.reader import Committed, newest_first
 from elastic.errors import ConfigError, FencedError
-from elastic.run.folder import CONFIG, STATUS, RunFolder
+from elastic.run.folder import CLAIMS, CONFIG, STATUS, RunFolder
 from elastic.storage import Storage
+from elastic.tools.places import USUAL
 
 _HINTS = 5
+_MOST_LOOKED_AT = 100
 
 
 def open_run(url: str, *, read_only: bool = False) -> RunFolder:
@@ -24,12 +28,37 @@ def open_run(url: str, *, read_only: bool = False) -> RunFolder:
     storage = Storage(url, option="URL", read_only=read_only)
     names = list_names(storage)
     if not {FOLDER, CONFIG, STATUS} & set(names):
-        runs = [n for n in names[:100] if storage.exists(f"{n}/{CONFIG}")][:_HINTS]
-        hint = (
-            f"one of the runs in it: {', '.join(f'{storage.url}/{n}' for n in runs)}" if runs else "the folder of one"
-        )
-        raise ConfigError(f"URL is {url!r}, which is no run; give {hint}")
+        raise ConfigError(f"URL is {url!r}, {_what_it_is(url, storage, names)}")
     return RunFolder(storage)
+
+
+def _what_it_is(url: str, storage: Storage, names: list[str]) -> str:
+    """What a place is that is no run, and what to give instead."""
+    if CLAIMS in names:
+        return (
+            "which is half a run: a command claimed it and was ended before it wrote config.json; start it again by "
+            "its name, or remove it"
+        )
+    runs = [n for n in names[:_MOST_LOOKED_AT] if storage.exists(f"{n}/{CONFIG}")][:_HINTS]
+    if runs:
+        return f"which is no run; give one of the runs in it: {', '.join(f'{storage.url}/{n}' for n in runs)}"
+    near = _near(url)
+    hint = f"near that name: {', '.join(near)}" if near else "the folder of one"
+    if names:
+        few = ", ".join(names[:_HINTS]) + (", ..." if len(names) > _HINTS else "")
+        return f"which is no run (it has {few}); give {hint}"
+    return f"which is no run; give {hint}"
+
+
+def _near(url: str) -> list[str]:
+    """Runs beside this place, or in the usual one, whose names are much alike."""
+    place, slash, name = url.rstrip("/").rpartition("/")
+    beside = Storage(place if slash else USUAL, option="URL", read_only=True)
+    with contextlib.suppress(Exception):  # whatever a file system raises: this is a hint
+        alike = get_close_matches(name, beside.names(), _HINTS)
+        prefix = f"{place}/" if slash else ""
+        return [f"{prefix}{n}" for n in alike if beside.exists(f"{n}/{CONFIG}")]
+    return []
 
 
 def list_names(storage: Storage) -> list[str]:

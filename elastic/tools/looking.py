@@ -1,0 +1,131 @@
+"""One look at a run, whole: from its folder, and where it is live, from its server. Every tool that shows a run shows
+this: the report, the terminal, the page."""
+
+from __future__ import annotations
+
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from typing import Any
+
+from elastic.errors import ConfigError, one_line
+from elastic.observe.console import event_text
+from elastic.observe.history import History
+from elastic.observe.ledger import EVENTS, METRICS, Follower
+from elastic.redact import redact
+from elastic.run.folder import LIVE_STATES, RunFolder
+from elastic.tools.inspecting import list_checkpoints
+from elastic.tools.live import LiveRun, NotLive, connect
+from elastic.tools.registry import ASK_S, recorded, state_of
+
+AGAIN_S = 10.0  # a server that could not be reached is asked again after so long
+CHECKPOINTS_S = 10.0  # listing them is many round trips to object storage
+
+
+class Onlooker:
+    """Looks at one run, again and again: what is read once is not read again."""
+
+    def __init__(self, folder: RunFolder):
+        self.folder = folder
+        self.history = History()
+        self._rows, self._events = Follower(folder.storage, METRICS), Follower(folder.storage, EVENTS)
+        self._live: LiveRun | None = None
+        self._not_asked: str | None = None
+        self._ask_at = self._list_at = 0.0
+        self._checkpoints: list[dict[str, Any]] = []
+        self._config: dict[str, Any] | None = None
+
+    def look(self) -> dict[str, Any]:
+        """Everything that a person may want to see, as JSON values.
+
+        Raises:
+            ConfigError: it is no run, or what is in the folder was written by no run.
+        """
+        url = redact(self.folder.storage.url)
+        try:
+            with ThreadPoolExecutor(4, "look") as pool:  # each is a round trip or more to object storage
+                rows, events = pool.submit(self._rows.new), pool.submit(self._events.new)
+                saved, result = pool.submit(self._saved), pool.submit(self.folder.result)
+                status = self.folder.status()
+                self._config = self._config or self.folder.config()
+                seen = self._ask(status)
+                self.history.add_rows(rows.result())
+                self.history.add_events(events.result())
+                if seen is not None:
+                    self.history.add_recent(seen["rows"])
+                    status = seen["status"]
+                found = self._view(url, status, seen, result.result() or {})
+                found["checkpoints"] = saved.result()
+                return found
+        except (LookupError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
+            raise ConfigError(
+                f"URL is {self.folder.storage.url!r}, which holds what no run wrote ({one_line(error)}); give the "
+                "folder of a run, or remove what is damaged in it"
+            ) from error
+
+    def _saved(self) -> list[dict[str, Any]]:
+        if time.monotonic() >= self._list_at:
+            self._checkpoints = [asdict(c) for c in list_checkpoints(self.folder.storage)]
+            self._list_at = time.monotonic() + CHECKPOINTS_S
+        return self._checkpoints
+
+    def _ask(self, status: dict[str, Any] | None) -> dict[str, Any] | None:
+        if status is None or state_of(status, time.time()) not in LIVE_STATES:
+            self._live, self._not_asked = None, None
+            return None
+        if self._live is None and time.monotonic() < self._ask_at:
+            return None
+        try:
+            if self._live is None:
+                self._live = connect(self.folder, "ask", ASK_S)
+            seen = self._live.look()
+        except (NotLive, OSError) as error:
+            self._live, self._not_asked = None, redact(one_line(error))
+            self._ask_at = time.monotonic() + AGAIN_S
+            return None
+        self._not_asked = None
+        return seen
+
+    def _view(
+        self, url: str, status: dict[str, Any] | None, seen: dict[str, Any] | None, result: dict[str, Any]
+    ) -> dict[str, Any]:
+        now = time.time()
+        told = status or {}
+        state = "new" if status is None else state_of(status, now)
+        group = seen["group"] if seen else {}
+        options = (self._config or {}).get("config") or {}
+        course = self.history.view()
+        step = max(int(told.get("step") or 0), self.history.step)
+        total = told.get("total_steps")
+        rate = course["rate"] if state in LIVE_STATES else None
+        for event in course["events"]:
+            event["text"] = redact(event_text(event))
+        return {
+            "run": url,
+            "name": str(told.get("run") or url.rstrip("/").rsplit("/", 1)[-1]),
+            "job": str(((self._config or {}).get("job") or {}).get("name", "")),
+            "status": state,
+            "asked": seen is not None,
+            "not_asked": self._not_asked,
+            "step": step,
+            "total_steps": total,
+            "eta_s": (total - step) / rate if rate and isinstance(total, int) else None,
+            "age_s": None if status is None else round(now - status["heartbeat"], 1),
+            "owner": told.get("owner"),
+            "host": told.get("host"),
+            "message": told.get("message"),
+            "git_commit": told.get("git_commit"),
+            "world": told.get("world"),
+            "phase": group.get("phase"),
+            "max_workers": group.get("max_workers") or (options.get("scaling") or {}).get("max_workers"),
+            "min_workers": group.get("min_workers") or (options.get("scaling") or {}).get("min_workers"),
+            "microbatches": (options.get("batch") or {}).get("microbatches"),
+            "exactness": (options.get("run") or {}).get("exactness"),
+            "strategy": (options.get("parallel") or {}).get("strategy"),
+            "workers": seen["workers"] if seen else recorded(told) if status else [],
+            "row": {k: v for k, v in self.history.row.items() if k != "sample_hash"},
+            "result": {
+                k: result.get(k) for k in ("status", "steps", "metrics", "weights_sha256", "cost", "worker_hours")
+            },
+            "history": course,
+        }
