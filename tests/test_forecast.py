@@ -79,7 +79,7 @@ def test_a_node_needs_room_where_a_lost_one_would_take_the_only_copy_along(worke
     if not copies:
         state = size.of(Part())
         second = GENERATIONS if nodes > 1 else 0
-        assert sum(found.values()) == (GENERATIONS + 1 + second) * state
+        assert sum(found.values()) == (GENERATIONS + second) * state
         assert len(found) == nodes
 
 

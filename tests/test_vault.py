@@ -5,17 +5,22 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import replace
 
 import pytest
 import xxhash
 
+from elastic.checkpoint.staging import StagingBuffer
 from elastic.errors import SnapshotError
 from elastic.placement import Part
 from elastic.snapshot import vault as rooms
+from elastic.snapshot.adopted import WorkerMemory
 from elastic.snapshot.client import VaultClient
 from elastic.snapshot.holdings import Holding, SnapshotId
 from elastic.snapshot.memory import available_bytes
 from elastic.snapshot.vault import Store, VaultServer
+from elastic.worker.snapshot_buffers import Buffer, Buffers
 from elastic.worker.vaults import VaultProcess
 from tests.forked import fault, plan, wait_until
 
@@ -157,6 +162,101 @@ def test_room_that_is_read_from_is_not_used_again():
     store.close(reading)
     assert store.open((at(2), Part())) is None
     assert store.open((at(4), Part())) is None, "it is not whole"
+
+
+@pytest.fixture
+def lent() -> Iterator[StagingBuffer]:
+    """10,000 bytes of a worker, all 7."""
+    buffer = StagingBuffer(pinned=False)
+    buffer.reserve(10_000)
+    buffer.bytes(0, 10_000).fill_(7)
+    yield buffer
+    if buffer.size:  # else the test has closed it
+        buffer.close()
+
+
+def memory_of(buffer: StagingBuffer, size: int = 10_000) -> WorkerMemory:
+    return WorkerMemory.of(buffer.fd, size)
+
+
+def test_a_part_in_a_workers_memory_is_kept_without_a_copy_and_outlives_the_worker(vault, lent):
+    vault.adopt(at(4), part(0), HEAD, memory_of(lent), None)
+    assert vault.memory(memory_of(lent)) == {**vault.memory(), "maps": 1}
+    assert vault.holdings() == [Holding(at(4), part(0), vault.url)]
+    lent.bytes(0, 1).fill_(8)  # the vault has no bytes of its own
+
+    lent.close()  # as where the worker ends
+
+    got = bytearray(3)
+    vault.read_into(at(4), part(0), [(0, memoryview(got))])
+    assert bytes(got) == b"\x08\x07\x07"
+    put(vault, at(6), 0, b"x")
+    assert [h.id.step for h in vault.holdings()] == [6], "a newer part frees it, as any other"
+
+
+def test_memory_that_was_released_is_in_no_part_and_is_not_given_to_a_reader(lent):
+    store, key, memory = Store(), (at(2), part(0)), memory_of(lent)
+    store.adopt(key, HEAD, memory, None)
+    reading = store.open(key)
+    assert reading is not None
+    store.begin((at(4), part(0)), HEAD, 5, None)  # which frees the older part
+
+    assert not store.release(memory), "somebody still reads it"
+    assert store.open(key) is None
+    store.close(reading)
+    assert store.release(memory)
+    assert store.release(memory), "twice is as once"
+
+
+def test_only_the_memory_that_was_named_is_mapped(vault, lent, tmp_path):
+    named = memory_of(lent)
+    (tmp_path / "file").write_bytes(bytes(10_000))
+    with open(tmp_path / "file", "rb") as file:
+        wrong = [
+            (replace(named, inode=named.inode + 1), "other memory"),
+            (replace(named, size=10_001), "other memory"),
+            (replace(named, fd=1 << 20), "No such file"),
+            (WorkerMemory.of(file.fileno(), 5), "is no memory"),
+        ]
+        for memory, why in wrong:
+            with pytest.raises(SnapshotError, match=f"cannot map the worker's memory: .*{why}"):
+                vault.adopt(at(4), part(0), HEAD, memory, None)
+            assert vault.memory(memory)["maps"] == 0
+    assert vault.holdings() == []
+
+
+def test_a_worker_copies_into_two_buffers_in_turn(vault):
+    """Its own vault maps them. One that the vault may still read is never written to again."""
+    buffers = Buffers(vault.url, TOKEN, pinned=False)
+
+    def begin(step: int, keep: int | None) -> Buffer:
+        taken = buffers.take(at(step), 5000)
+        assert taken.lent is None
+        taken.staging.bytes(0, 5000).fill_(step)
+        kept = None if keep is None else at(keep)
+        buffers.reclaim({at(step)} if kept is None else {at(step), kept})
+        vault.adopt(at(step), part(0), HEAD, buffers.lend(taken, 5000), kept)
+        return taken
+
+    first = begin(2, None)
+    second = begin(4, 2)
+    buffers.reclaim({at(4)})  # it is complete
+    assert begin(6, 4) is first
+    third = begin(8, 4)  # that of 6 was not complete
+    assert third not in (first, second)
+    assert [h.id.step for h in vault.holdings()] == [4, 8]
+    buffers.reclaim({at(8)})
+    assert len(buffers._buffers) == 2
+    assert vault.memory()["held"] == 5000
+    with ExitStack() as stack:
+        stack.callback(buffers.close)
+        gone = Buffers("http://127.0.0.1:9", TOKEN, pinned=False)
+        stack.callback(gone.close)
+        lost = gone.take(at(2), 10)
+        gone.lend(lost, 10)
+        gone.reclaim({at(4)})
+        assert gone._buffers == [], "a vault that does not answer may read it: it is given up"
+        assert gone.take(at(4), 10) is not lost
 
 
 def test_memory_that_can_be_had_is_not_more_than_the_machine_has():

@@ -105,7 +105,7 @@ def lines(run: PreparedRun) -> list[str]:
         size = measure(run.job, run.config.run.seed)
     except Unknown as reason:
         return ["", f"{head}: known when workers have built the model ({reason})"]
-    found = ["", f"{head}: two generations of its own parts and of its partner's, and what is being sent"]
+    found = ["", f"{head}: two generations of its own parts and of its partner's"]
     for workers in range(run.config.scaling.min_workers, run.config.scaling.max_workers + 1):
         most = max(snapshot_bytes(size, run.config, workers).values(), default=0)
         found.append(f"{workers:>7}  {f'{most / 2**20:,.1f}' if most else 'none needed'}")

@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 
 from elastic.errors import SnapshotError
 from elastic.placement import Part
+from elastic.snapshot.adopted import WorkerMemory
 from elastic.snapshot.holdings import Holding, SnapshotId
 
 CONNECT_S = 2.0
@@ -62,6 +63,24 @@ class VaultClient:
         path = f"/parts/{id}/{part.key}?head={len(head)}&xxh3={xxh3}"
         self._request("PUT", path if keep is None else f"{path}&keep={keep}", head, body).read()
 
+    def adopt(self, id: SnapshotId, part: Part, head: bytes, memory: WorkerMemory, keep: SnapshotId | None) -> None:
+        """Have a part kept whose bytes are in this machine's memory. The vault maps it, so nothing may be written to it
+        before `release`.
+
+        Raises:
+            SnapshotError: the vault cannot, or does not answer.
+        """
+        path = f"/adopt/{id}/{part.key}?memory={memory}"
+        self._request("POST", path if keep is None else f"{path}&keep={keep}", head).read()
+
+    def release(self, memory: WorkerMemory) -> None:
+        """Have the parts in that memory dropped. After it returns, the memory may be written to.
+
+        Raises:
+            SnapshotError: somebody may still read it.
+        """
+        self._request("POST", "/release", json.dumps({"memory": str(memory)}).encode()).read()
+
     def holdings(self) -> list[Holding]:
         """The parts that are there whole.
 
@@ -96,9 +115,10 @@ class VaultClient:
         """Have older snapshots than `before`, of later steps than `after`, dropped."""
         self._request("POST", "/forget", json.dumps({"after": after, "before": str(before)}).encode()).read()
 
-    def memory(self) -> dict[str, int]:
-        """`held`: bytes that the vault has; `available`: bytes that can still be had on its node."""
-        return json.loads(self._request("GET", "/memory").read())
+    def memory(self, memory: WorkerMemory | None = None) -> dict[str, int]:
+        """`held`: bytes that the vault has; `available`: bytes that can still be had on its node; `maps`: whether the
+        vault can map `memory`, 0 or 1."""
+        return json.loads(self._request("GET", "/memory" if memory is None else f"/memory?memory={memory}").read())
 
     def _request(self, method: str, path: str, *body: bytes | memoryview) -> http.client.HTTPResponse:
         connection = self._connection

@@ -8,7 +8,7 @@ nodes hold all copies of any part.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 
 GENERATIONS = 2  # the newest complete snapshot, and the one that is being written
@@ -63,16 +63,19 @@ def partners(vaults: Sequence[Vault]) -> dict[str, Vault]:
     return found
 
 
-def memory(parts: Sequence[tuple[str, int]], partner: Mapping[str, Vault]) -> dict[str, int]:
+def memory(
+    parts: Sequence[tuple[str, int]], partner: Mapping[str, Vault], copied: Set[str] = frozenset()
+) -> dict[str, int]:
     """Bytes that snapshots take of each node: copies of its own workers' parts and of its partners', for as many
-    generations as there may be, and one more of its own, from which they are sent.
+    generations as there may be.
 
     Args:
         parts: node and bytes of each worker that has a part.
+        copied: nodes whose vault cannot map its workers' memory, so that these keep a copy of their own to send.
     """
     found: Counter[str] = Counter()
     for node, size in parts:
-        found[node] += (GENERATIONS + 1) * size
+        found[node] += (GENERATIONS + (node in copied)) * size
         if node in partner:
             found[partner[node].node] += GENERATIONS * size
     return dict(found)

@@ -1,14 +1,18 @@
 """A vault: parts of snapshots in the memory of one node, behind a small HTTP server. Outlives the workers of its node.
 
     PUT  /parts/<snapshot>/<part>        a part: its head (JSON) and its tensors' bytes, checked by their xxh3
+    POST /adopt/<snapshot>/<part>        a part whose bytes are in memory of a worker of this node; the body is its head
+    POST /release                        parts in that memory are dropped: the worker is about to write to it
     GET  /parts                          what is here whole: [snapshot, part] each
     GET  /parts/<snapshot>/<part>/head   a part's head
     POST /parts/<snapshot>/<part>        {"ranges": [[start, end], ...]}: bytes of its tensors, one after another
     POST /forget                         {"after": step, "before": snapshot}: older worlds' steps after it were undone
-    GET  /memory                         bytes held here, and bytes that can still be had
+    GET  /memory                         bytes held here, bytes that can still be had, and whether this process can map
+                                         the memory of the worker that asks
 
 Every request carries the run's bearer token. Of each part there are two generations at most: room is freed when a part
-of a newer snapshot comes, and never that of the newest complete one, which the sender names.
+of a newer snapshot comes, and never that of the newest complete one, which the sender names. Adopted memory is mapped,
+not copied, so it outlives the worker that made it.
 """
 
 from __future__ import annotations
@@ -31,6 +35,7 @@ import xxhash
 from elastic import fault
 from elastic.child import raise_descriptor_limit
 from elastic.placement import Part
+from elastic.snapshot.adopted import WorkerMemory
 from elastic.snapshot.holdings import SnapshotId, to_free
 from elastic.snapshot.memory import available_bytes
 
@@ -41,13 +46,14 @@ STRANGER_S = 5.0  # from connecting to the token
 MAX_REQUEST_BYTES = 64 << 20  # but for parts
 
 
-@dataclass
+@dataclass(eq=False)
 class _Kept:
     head: bytes
     room: mmap.mmap
     size: int
     readers: int = 0
     whole: bool = False
+    owner: WorkerMemory | None = None  # the worker's memory that `room` maps; None where the vault made it
 
 
 _Key = tuple[SnapshotId, Part]
@@ -59,6 +65,7 @@ class Store:
 
     _parts: dict[_Key, _Kept] = field(default_factory=dict)
     _free: list[mmap.mmap] = field(default_factory=list)
+    _dropped: list[_Kept] = field(default_factory=list)  # adopted parts that somebody still reads
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def begin(self, key: _Key, head: bytes, size: int, keep: SnapshotId | None) -> _Kept:
@@ -84,6 +91,24 @@ class Store:
                 room = mmap.mmap(-1, max(1, size))
             kept = self._parts[key] = _Kept(head, room, size)
             return kept
+
+    def adopt(self, key: _Key, head: bytes, memory: WorkerMemory, keep: SnapshotId | None) -> None:
+        """Keep a part whose bytes are in a worker's memory, without a copy of them.
+
+        Raises:
+            OSError, ValueError: this process cannot map that memory.
+        """
+        room = memory.map()
+        with self._lock:
+            gone = to_free([known for known, _ in self._parts], key[0], keep)
+            self._drop([known for known in self._parts if known[0] in gone or known == key])
+            self._parts[key] = _Kept(head, room, memory.size, whole=True, owner=memory)
+
+    def release(self, memory: WorkerMemory) -> bool:
+        """Drop the parts in a worker's memory; returns whether nobody reads them, so that it can be written to."""
+        with self._lock:
+            self._drop([key for key, kept in self._parts.items() if kept.owner == memory])
+            return all(kept.owner != memory for kept in self._dropped)
 
     def end(self, key: _Key, kept: _Kept, *, whole: bool) -> None:
         """All of it came, or no more will."""
@@ -111,6 +136,8 @@ class Store:
         """Read."""
         with self._lock:
             kept.readers -= 1
+            if kept in self._dropped and not kept.readers:
+                self._dropped.remove(kept)
 
     def forget(self, after: int, before: SnapshotId) -> None:
         """Drop older snapshots than `before`, of later steps than `after`."""
@@ -125,7 +152,10 @@ class Store:
     def _drop(self, keys: list[_Key]) -> None:
         for key in keys:
             part = self._parts.pop(key)
-            if part.whole and not part.readers:  # else somebody still writes into it, or reads it
+            if part.owner is not None:
+                if part.readers:
+                    self._dropped.append(part)
+            elif part.whole and not part.readers:  # else somebody still writes into it, or reads it
                 self._free.append(part.room)
 
 
@@ -271,12 +301,26 @@ class _Handler(BaseHTTPRequestHandler):
         while size > 0 and (count := len(self.rfile.read(min(size, READ_BYTES)))):
             size -= count
 
+    def _adopt(self, head: bytes) -> None:
+        key, query = self._key(), parse_qs(urlsplit(self.path).query)
+        keep = SnapshotId.parse(query["keep"][0]) if "keep" in query else None
+        fault.point("vault.begin", -1, key[0].step)
+        try:
+            self.store.adopt(key, head, WorkerMemory.parse(query["memory"][0]), keep)
+        except OSError as error:
+            self._send(507, {"error": f"cannot map the worker's memory: {error}"})
+            return
+        fault.point("vault.whole", -1, key[0].step)
+        self._send(200, {})
+
     def _get(self) -> None:
         path = urlsplit(self.path).path
         if path == "/parts":
             self._send(200, self.store.whole())
         elif path == "/memory":
-            self._send(200, {"held": self.store.held_bytes(), "available": available_bytes()})
+            named = parse_qs(urlsplit(self.path).query).get("memory")
+            maps = named is not None and WorkerMemory.parse(named[0]).is_here()
+            self._send(200, {"held": self.store.held_bytes(), "available": available_bytes(), "maps": int(maps)})
         else:
             self._read_part(None)
 
@@ -300,10 +344,17 @@ class _Handler(BaseHTTPRequestHandler):
         length = int(self.headers["Content-Length"])
         if not 0 <= length <= MAX_REQUEST_BYTES:
             raise ValueError(f"{length} bytes")
-        body = json.loads(self.rfile.read(length))
-        if urlsplit(self.path).path == "/forget":
+        path, read = urlsplit(self.path).path, self.rfile.read(length)
+        if path.startswith("/adopt/"):
+            self._adopt(read)
+            return
+        body = json.loads(read)
+        if path == "/forget":
             self.store.forget(body["after"], SnapshotId.parse(body["before"]))
             self._send(200, {})
+        elif path == "/release":
+            free = self.store.release(WorkerMemory.parse(body["memory"]))
+            self._send(200, {}) if free else self._send(409, {"error": "somebody reads a part in that memory"})
         else:
             self._read_part(body["ranges"])
 

@@ -14,13 +14,13 @@ import torch
 import xxhash
 
 from elastic import fault
-from elastic.checkpoint.staging import StagingBuffer
 from elastic.checkpoint.tensors import Shard
 from elastic.compat.torch import version_of
 from elastic.errors import SnapshotError
 from elastic.placement import Part, TensorSpec
 from elastic.snapshot.client import VaultClient
 from elastic.snapshot.holdings import SnapshotId
+from elastic.worker.snapshot_buffers import Buffer, Buffers
 from elastic.worker.snapshot_layout import starts
 
 SETTLE_S = 600.0
@@ -54,15 +54,31 @@ class Upload:
         return json.dumps({"values": self.values, "tensors": [spec.to_json() for spec in self.specs]}).encode()
 
 
-class Sender:
-    """Sends one upload at a time. All methods from the training thread; `on_end` is called from another."""
+@dataclass
+class _Copying:
+    """An upload, where its bytes go (`places`: where each tensor begins, and the size), and which tensors are copied
+    behind the next pass."""
 
-    def __init__(self, token: str, device: torch.device, on_end: Callable[[Upload], None]):
-        self._token, self._on_end = token, on_end
+    upload: Upload
+    buffer: Buffer
+    places: Sequence[int]
+    later: list[int] = field(default_factory=list)
+
+
+class Sender:
+    """Sends one upload at a time. All methods from the training thread; `on_end` is called from another.
+
+    Args:
+        own: URL of the vault of this worker's node. It maps what this worker copied; other vaults are sent the bytes.
+    """
+
+    def __init__(self, own: str, token: str, device: torch.device, on_end: Callable[[Upload], None]):
+        self._own, self._token, self._on_end = own, token, on_end
+        self.maps = True  # whether the own vault can
         self._cuda = device if device.type == "cuda" else None
         self._stream = torch.cuda.Stream(device) if self._cuda else None
-        self._buffer = StagingBuffer(pinned=self._cuda is not None)
-        self._queue: queue.SimpleQueue[tuple[Upload, list[int], list[int]] | None] = queue.SimpleQueue()
+        self._buffers = Buffers(own, token, pinned=self._cuda is not None)
+        self._queue: queue.SimpleQueue[_Copying | SnapshotId | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         self._unsteady: set[str] = set()  # said to be stable, but written to in a forward pass
         self._vault: VaultClient | None = None
@@ -78,24 +94,28 @@ class Sender:
         assert self._upload is None or self._upload.ended.is_set(), "one upload at a time"
         fault.point("snapshot.begin", upload.rank, upload.id.step)
         places = starts(upload.specs, upload.part)
-        self._buffer.reserve(places[-1])
+        copying = _Copying(upload, self._buffers.take(upload.id, places[-1]), places)
         self._cut.clear()
-        later = []
         for i, tensor in enumerate(upload.tensors):
             if places[i] == places[i + 1]:  # another part has it, or it is empty
                 continue
             if tensor.stable and tensor.name not in self._unsteady:
                 upload.versions[i] = version_of(tensor.tensor)
-                later.append(i)
+                copying.later.append(i)
             else:
-                self._copy(upload, i, places)
+                self._copy(copying, i)
         if self._stream is not None:
             self._stream.wait_stream(torch.cuda.current_stream(self._cuda))
         if self._thread is None:
             self._thread = threading.Thread(target=self._work, name="snapshot-sender", daemon=True)
             self._thread.start()
         self._upload = upload
-        self._queue.put((upload, later, places))
+        self._queue.put(copying)
+
+    def complete(self, id: SnapshotId) -> None:
+        """A snapshot is complete: the memory of those before it can be used again."""
+        if self._thread is not None:
+            self._queue.put(id)
 
     def settle(self) -> float:
         """To be called before the state is written to; returns the seconds that it waited.
@@ -139,28 +159,33 @@ class Sender:
         if self._thread is not None:
             self._queue.put(None)
             self._thread.join(CLOSE_S)
-        self._buffer.close()
+        self._buffers.close()
 
     # ---- the sender's thread ---------------------------------------------------------------------------------------
 
     def _work(self) -> None:
         while (work := self._queue.get()) is not None:
-            upload = work[0]
+            if isinstance(work, SnapshotId):
+                self._buffers.reclaim({work})
+                continue
+            upload = work.upload
             try:
-                self._carry_out(*work)
+                self._carry_out(work)
             except Exception as error:  # the run goes on without this snapshot, and its ledger says why
                 known = isinstance(error, SnapshotError)
                 upload.error = str(error) if known else f"{type(error).__name__}: {error}"
                 upload.error = CALLED_OFF if self._cut.is_set() else upload.error
+            self._buffers.end(work.buffer)
             upload.tensors = []  # a new world may have replaced them
             upload.staged.set()
             self._on_end(upload)
             upload.ended.set()
 
-    def _carry_out(self, upload: Upload, later: list[int], places: list[int]) -> None:
+    def _carry_out(self, work: _Copying) -> None:
+        upload, size = work.upload, work.places[-1]
         with torch.no_grad(), torch.cuda.stream(self._stream):
-            for i in later:
-                self._copy(upload, i, places)
+            for i in work.later:
+                self._copy(work, i)
             if self._stream is not None:
                 self._stream.synchronize()
         for i, version in upload.versions.items():
@@ -172,21 +197,32 @@ class Sender:
                 )
         upload.staged.set()
         fault.point("snapshot.staged", upload.rank, upload.id.step)
-        head, body = upload.head, memoryview(self._buffer.view())[: places[-1]] if places[-1] else memoryview(b"")
-        digest = xxhash.xxh3_64(head)
-        digest.update(body)
+        self._buffers.reclaim({upload.id} if upload.keep is None else {upload.id, upload.keep})
+        head, body = upload.head, memoryview(work.buffer.staging.view())[:size]
+        digest = ""
         for i, url in enumerate(upload.urls):
             if self._cut.is_set():
                 raise SnapshotError(CALLED_OFF)
             self._vault = VaultClient(url, self._token, SEND_S)
             try:
-                self._vault.put(upload.id, upload.part, head, body, digest.hexdigest(), upload.keep)
+                if url == self._own and self.maps:
+                    memory = self._buffers.lend(work.buffer, size)
+                    self._vault.adopt(upload.id, upload.part, head, memory, upload.keep)
+                else:
+                    digest = digest or _digest(head, body)
+                    self._vault.put(upload.id, upload.part, head, body, digest, upload.keep)
             finally:
                 self._vault.close()
             fault.point("snapshot.sent" if i else "snapshot.kept", upload.rank, upload.id.step)
 
-    def _copy(self, upload: Upload, i: int, places: Sequence[int]) -> None:
-        source = upload.tensors[i].tensor.detach()
+    def _copy(self, work: _Copying, i: int) -> None:
+        source = work.upload.tensors[i].tensor.detach()
         count = source.numel() * source.element_size()
-        room = self._buffer.bytes(places[i], places[i] + count)
-        room.view(source.dtype).view(source.shape).copy_(source, non_blocking=self._cuda is not None)
+        target = work.buffer.staging.bytes(work.places[i], work.places[i] + count)
+        target.view(source.dtype).view(source.shape).copy_(source, non_blocking=self._cuda is not None)
+
+
+def _digest(head: bytes, body: memoryview) -> str:
+    digest = xxhash.xxh3_64(head)
+    digest.update(body)
+    return digest.hexdigest()

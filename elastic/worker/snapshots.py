@@ -19,6 +19,7 @@ from elastic.membership.client import WorkerLink
 from elastic.membership.world import Generation
 from elastic.parallel.probe import state_share
 from elastic.placement import Part
+from elastic.snapshot.adopted import a_byte
 from elastic.snapshot.cadence import Meter
 from elastic.snapshot.client import VaultClient
 from elastic.snapshot.holdings import Complete, SnapshotId
@@ -42,7 +43,7 @@ class Snapshots:
 
     def __init__(self, every: int | None, own: str, token: str, link: WorkerLink, device: torch.device):
         self._every, self._own, self._token, self._link = every, own, token, link
-        self._sender = Sender(token, device, self._on_end) if every is not None else None
+        self._sender = Sender(own, token, device, self._on_end) if every is not None else None
         self._meter = Meter()
         self._newest: SnapshotId | None = None  # the newest complete one
         self._near: set[str] = set()  # the vaults of this world
@@ -93,7 +94,8 @@ class Snapshots:
         self._active = needs_copies([[domain[nodes[r]] for r in ranks] for ranks in columns])
         if self._active:
             parts = [(nodes[r], int(rows[r]["bytes"])) for r, *_ in columns]
-            self._check_vaults(memory(parts, partner), rows, partner)
+            copied = {nodes[r] for r, row in enumerate(rows) if not row["maps"]}
+            self._check_vaults(memory(parts, partner, copied), rows, partner)
         self._entered = True
         self._writes = self._active and group.place is not None and layout.is_first(group.place)
         mine = partner.get(self._link.member.node)
@@ -105,11 +107,14 @@ class Snapshots:
         member, there = self._link.member, True
         vault = VaultClient(self._own, self._token, SEND_S)
         try:
-            seen = vault.memory()
+            with a_byte() as memory:
+                seen = vault.memory(memory)
         except SnapshotError:
-            there, seen = False, {"held": 0, "available": 0}
+            there, seen = False, {"held": 0, "available": 0, "maps": 1}
         finally:
             vault.close()
+        assert self._sender is not None
+        self._sender.maps = bool(seen["maps"])
         return {
             "vault": [member.node, member.host, self._own],
             "there": there,
@@ -218,6 +223,8 @@ class Snapshots:
         if stage == IN_VAULTS:
             fault.point("snapshot.complete", self._group.rank, self._attempt.step)
             self._newest, self._troubled = self._attempt, False
+            if self._part is not None and self._sender is not None:
+                self._sender.complete(self._newest)
         self._attempt = None
 
     def settle(self) -> float:
