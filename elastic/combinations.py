@@ -25,6 +25,8 @@ def check_together(config: TrainConfig) -> None:
             f"--precision.grad-compression is {config.precision.grad_compression!r}; it rounds gradients, so use it "
             "with --run.exactness fast, or leave it off"
         )
+    if config.run.max_cost is not None and not config.observe.price:
+        raise ConfigError(f"--run.max-cost is {config.run.max_cost:g}, but nothing has a price; give --observe.price")
     _check_param_dtype(config)
     if config.parallel.strategy == "hsdp":
         _check_nodes(config)

@@ -16,7 +16,7 @@ from elastic.errors import ConfigError
 from elastic.observe.account import account
 from elastic.observe.causes import CAUSES
 from elastic.observe.ledger import read_records
-from elastic.observe.prices import read_prices
+from elastic.prices import read_prices
 from elastic.storage import Storage
 
 V = 8

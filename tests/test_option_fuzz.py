@@ -75,7 +75,8 @@ MEANT: dict[str, set[str]] = {
     "--recovery.max-wait": {"None", "0.001s"},
     "--scaling.request-timeout": {"0.001s"},
     "--observe.log-every": {HUGE, "1.5"},
-    "--observe.price": {HUGE, "0", "None", "1.5"},
+    "--run.max-cost": {"None"},
+    "--observe.price": {HUGE, "0", "1.5"},
     "--cluster.local-nodes": {"None"},
 }
 OPTIONS = [o for o in list_options(Plain, CONFIG) if not o.name.startswith("--job.")]

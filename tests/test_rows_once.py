@@ -166,7 +166,6 @@ def test_a_restarted_keeper_knows_what_the_ledger_says() -> None:
     assert record.gone == {"spare", "b"}
     assert record.faults == 1, "a world that broke lost nobody by itself"
     assert record.committed == {(3, "1-2-x")}
-    assert record.worker_seconds(10.0) == 3 * 2.0 + 2 * 7.0
     assert not record.take_row(row(2))
     assert record.take_row(row(2, "1-2"))
 

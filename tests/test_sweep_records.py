@@ -24,7 +24,6 @@ from elastic.sweep.judge import Judge
 from elastic.sweep.prepare import prepare_sweep, trial_table
 from elastic.sweep.reports import write_plots, write_table, write_tensorboard
 from elastic.sweep.suggest import Draws, Tpe
-from elastic.sweep.trial import worker_seconds
 from elastic.tools.sweeps import best_run, best_trial, collect, ranking, read_sweep
 from tests.tiny_jobs import Plain
 
@@ -373,22 +372,3 @@ def test_tpe_suggests_from_batches_alone_and_learns():
     late, early = (sum(values(o) for o in part) for part in (found[20:], found[:20]))
     assert late < 0.6 * early
     assert Draws(sweep).needs(30) == range(0)
-
-
-def test_a_trial_costs_what_its_workers_took_in_all_its_claims():
-    def formed(generation: str, at: float, size: int) -> dict:
-        return {"kind": "world_formed", "generation": generation, "time": at, "detail": {"size": size}}
-
-    events = [
-        {"kind": "run_started", "generation": "1-0", "time": 0.0, "step": 0},
-        formed("1-1", 10.0, 2),
-        {"kind": "member_lost", "generation": "1-1", "time": 20.0, "member": "a"},
-        formed("1-2", 25.0, 1),
-        {"kind": "run_finished", "generation": "1-0", "time": 30.0},
-        {"kind": "run_started", "generation": "2-0", "time": 100.0, "step": 0},
-        formed("2-1", 110.0, 3),
-        {"kind": "checkpoint_committed", "generation": "2-1", "time": 112.0, "step": 1, "detail": {"attempt": "2-1-1"}},
-    ]  # the second was killed
-
-    assert worker_seconds(events) == pytest.approx(2 * 10 + 5 + 3 * 2)
-    assert worker_seconds([]) == 0.0

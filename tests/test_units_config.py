@@ -208,7 +208,9 @@ REFUSED = [
     (lambda: RecoveryOptions(lease="auto"), "--recovery.lease", "'auto'", "unit"),
     (lambda: RecoveryOptions(max_wait="2ep"), "--recovery.max-wait", "'2ep'", "s, min or h"),
     (lambda: ObserveOptions(log_every=0), "--observe.log-every", "0", "above 0"),
-    (lambda: ObserveOptions(price=-1.0), "--observe.price", "-1.0", "at least 0"),
+    (lambda: ObserveOptions(price=("-1.0",)), "--observe.price", "-1.0", "from 0 on"),
+    (lambda: RunOptions(max_cost=0.0), "--run.max-cost", "0.0", "above 0"),
+    (lambda: TrainConfig(run=RunOptions(max_cost=5.0)), "--run.max-cost", "5", "give --observe.price"),
     (lambda: ClusterOptions(local_nodes=0), "--cluster.local-nodes", "0", "at least 1"),
     (lambda: ClusterOptions(address="a:1", local_nodes=2), "--cluster.local-nodes", "2", "--cluster.address a:1"),
     (
@@ -413,12 +415,12 @@ OTHER_VALUES = {
     "recovery.snapshot-every": "5st",
     "observe.log-every": 1.0,
     "observe.tensorboard": False,
-    "observe.price": 1.0,
+    "observe.price": ("1.0",),
     "cluster.address": "auto",
     "cluster.local-nodes": 2,
     "scaling.exclude": ("broken",),
 }
-ONE_VALUE = {"checkpoint.init-partial", "eval.hold"}  # valid only beside another option
+ONE_VALUE = {"checkpoint.init-partial", "eval.hold", "run.max-cost"}  # valid only beside another option
 SHARDED_ONLY = {
     "parallel.offload",
     "parallel.prefetch",

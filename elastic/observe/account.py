@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from elastic.observe.causes import CAUSES, PRODUCTIVE
-from elastic.observe.prices import Prices
+from elastic.prices import Prices
 
 FORMAT = 1
 
@@ -132,7 +132,9 @@ def account(
     """The account of a run from its ledger.
 
     Args:
-        rows, events: of all claims, as `read_records` returns them; what is no record of a ledger is left out.
+        rows, events: of all claims, as `read_records` returns them; what is no record of a ledger is left out. Without
+            rows the whole is known, and not what it went into.
+        prices: other ones than the ledger tells.
         until: up to when the newest claim is accounted for, unix seconds, where it has not said how it ended: now for a
             live run, the last heartbeat for one whose driver was killed; the default is its newest record.
         live: it goes on.
@@ -140,10 +142,19 @@ def account(
     """
     from elastic.observe.timeline import Timeline
 
-    timeline = Timeline(prices or Prices(), microbatches)
     told = [e for e in _whole(events) if isinstance(e.get("kind"), str)]
+    timeline = Timeline(prices or _prices_told(told), microbatches)
     timeline.take(_whole(rows), told, until, live=live)
     return timeline.account()
+
+
+def _prices_told(events: Sequence[dict[str, Any]]) -> Prices:
+    """Those of the newest command that gave any."""
+    for event in reversed(events):
+        detail = event.get("detail")
+        if event["kind"] == "run_started" and isinstance(detail, dict) and "prices" in detail:
+            return Prices.from_json(detail["prices"])
+    return Prices()
 
 
 def _whole(records: Iterable[dict[str, Any]]) -> Sequence[dict[str, Any]]:

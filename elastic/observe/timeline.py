@@ -11,8 +11,8 @@ from typing import Any
 
 from elastic.observe.account import Account, Interruption
 from elastic.observe.causes import CAUSES
-from elastic.observe.prices import ON_DEMAND, Prices, Tariff
 from elastic.observe.segments import Deal, after_s, number, world_segments
+from elastic.prices import ON_DEMAND, Prices, Tariff
 
 _LOST = ("member_lost", "world_broken")
 _ENDED = ("run_finished", "run_failed")
@@ -318,7 +318,10 @@ class Timeline:
         self._wait(claim, [lost], frozenset())
         self._die(claim, lost)
         if claim.pending is not None:
-            self._interruptions[claim.pending].members.append(lost.id)
+            found = self._interruptions[claim.pending]
+            found.members.append(lost.id)
+            if found.kind == "broken":  # others noticed before it was known why
+                found.kind, found.reason = "lost", found.reason or _first_line(event.get("detail"))
             claim.vacant.append(claim.pending)
 
     def _fall_silent(self, claim: _Claim, event: dict[str, Any]) -> None:

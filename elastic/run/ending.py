@@ -12,6 +12,7 @@ from elastic.checkpoint.patience import is_from_storage
 from elastic.membership import protocol as wire
 from elastic.membership.world import Member
 from elastic.redact import redact
+from elastic.run.accounts import account_of_events
 from elastic.run.checkpoints import Checkpoints
 from elastic.run.folder import RunFolder
 from elastic.run.keeper_options import KeeperOptions
@@ -91,30 +92,29 @@ class Ending:
             status, message = "failed", f"{self._stopping[0]}; saved is step {self._checkpoints.step}"
         now, message = time.time(), redact(message)
         outcome.status, outcome.message = status, message
-        record.world(0, now)
-        values = result_values(
-            status,
-            message,
-            record,
-            now,
-            step=self._status.last_step(),
-            last=self._status.last_row(),
-            started=outcome.started,
-            price=self._options.price,
-            result=result,
-            facts=self._options.facts,
-        )
+        step, last, seconds = self._status.last_step(), self._status.last_row(), round(now - outcome.started, 3)
         if not record.ended:  # else an earlier keeper died after it had said so
             kind = "run_failed" if status == "failed" else "run_finished"
-            self._note(kind, step=values["steps"], seconds=values["seconds"], detail=message or status)
-        fault.point("run.closing", -1, values["steps"])
+            self._note(kind, step=step, seconds=seconds, detail=message or status)
+        fault.point("run.closing", -1, step)
         try:
+            values = result_values(
+                status,
+                message,
+                record,
+                self._ledger.patiently(account_of_events, self._folder.storage),
+                step=step,
+                last=last,
+                seconds=seconds,
+                result=result,
+                facts=self._options.facts,
+            )
             self._ledger.patiently(self._folder.write_result, values)
             self._ledger.compact()
             self._status.write()
         except Exception as error:  # whatever storage raises: nobody is left who could wait
             return self.abandon(self._why(error))
-        fault.point("run.closed", -1, values["steps"])
+        fault.point("run.closed", -1, step)
         outcome.closed = True
         self.publish({"status": status, "message": message}, values)
 

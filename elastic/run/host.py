@@ -16,6 +16,7 @@ from elastic.membership.decisions import advance
 from elastic.membership.events import Scaled
 from elastic.membership.server import MembershipServer
 from elastic.membership.state import Limits, Phase, State
+from elastic.prices import read_prices
 from elastic.run.folder import RunFolder, owner
 from elastic.run.keeper import RunKeeper
 from elastic.run.keeper_options import KeeperOptions
@@ -131,8 +132,13 @@ def host_settings(config: TrainConfig, token: str, host: str) -> HostSettings:
 
 def start_detail(run: PreparedRun) -> dict[str, Any]:
     """What the event of the start says of the run; the account needs to know how its batches are dealt."""
-    padded = run.config.parallel.sharded
-    return {"changed_code": run.changed_code or None, "microbatches": run.plan.microbatches, "padded": padded}
+    prices = read_prices(run.config.observe.price).to_json()
+    return {
+        "changed_code": run.changed_code or None,
+        "microbatches": run.plan.microbatches,
+        "padded": run.config.parallel.sharded,
+        **({"prices": prices} if prices else {}),
+    }
 
 
 def keeper_options(run: PreparedRun, epoch: int, **facts: Any) -> KeeperOptions:
@@ -144,7 +150,7 @@ def keeper_options(run: PreparedRun, epoch: int, **facts: Any) -> KeeperOptions:
         save_every_s=run.plan.checkpoint_every_s,
         total_steps=run.plan.total_steps,
         tensorboard=run.config.observe.tensorboard,
-        price=run.config.observe.price,
+        max_cost=run.config.run.max_cost,
         new_config=new_config(run),
         facts={
             "run": run.name,

@@ -24,6 +24,7 @@ from elastic.membership.outbox import RowKey
 from elastic.membership.world import Generation, Member, World
 from elastic.observe.ledger import EVENTS, METRICS, read_records
 from elastic.redact import redact
+from elastic.run.accounts import Spending
 from elastic.run.answering import AnsweringStorage
 from elastic.run.checkpoints import Checkpoints, Keeping
 from elastic.run.ending import Ending
@@ -63,6 +64,7 @@ class RunKeeper:
             storage, options.epoch, options.retention, options.save_every_s, record, keeping
         )
         self._claim_step = checkpoints.step
+        self._spending: Spending | None = None
         self._status = Status(folder, options, outcome, record, ledger, checkpoints, lambda: self._server)
         self._ending = Ending(
             folder,
@@ -113,6 +115,9 @@ class RunKeeper:
         before = self._ledger.patiently(self._folder.status_if_whole)
         if before is not None and before["status"] in LIVE_STATES and before.get("epoch") != self._options.epoch:
             detail = {**detail, "heartbeat_before": before["heartbeat"]}  # its driver was killed
+        if self._options.max_cost is not None:
+            earlier = self._ledger.patiently(read_records, self._storage, EVENTS)
+            self._spending = Spending(self._options.max_cost, earlier)
         self._status.write()
         self._note(STARTED, step=self._claim_step, detail=detail)
 
@@ -148,17 +153,11 @@ class RunKeeper:
         )
 
     def _enter(self, world: World) -> None:
-        self._status.world, now = world, time.time()
-
-        def enter() -> None:
-            self._record.world(world.size, now)
-            self._checkpoints.world_formed(world.generation)
-
-        self._do(enter)
+        self._status.world = world
+        self._do(lambda: self._checkpoints.world_formed(world.generation))
 
     def world_broken(self, world: World, lost: Member | None, reason: str) -> None:
-        now = time.time()
-        self._do(lambda: self._record.broken(now, lost=lost is not None))
+        self._do(lambda: self._record.broken(lost=lost is not None))
         who = {"member": lost.id, "node": lost.node, "pid": lost.pid} if lost is not None else {}
         self.event(
             "world_broken" if lost is None else "member_lost",
@@ -311,6 +310,10 @@ class RunKeeper:
     def _beat(self) -> None:
         if self._ownership.lasts():
             self._status.write()
+        cost = self._spending.over(time.time()) if self._spending is not None else None
+        if cost is not None and self._spending is not None:
+            most, self._spending = self._spending.most, None
+            self._server.ask_to_stop(f"paused by --run.max-cost {most:g}: the run has cost {cost:.6g}")
 
     def _report_hung(self, what: str) -> None:
         """The storage does not answer: say so at once. It is in the ledger when that can be written. From any
@@ -343,6 +346,8 @@ class RunKeeper:
     def _record_event(self, record: dict[str, Any]) -> None:
         if self._outcome.closed:
             return
+        if self._spending is not None:
+            self._spending.add(record)
         try:
             self._ledger.add_event(record)
         except Exception as error:  # it is written with the next one; what it tells of is to be carried out

@@ -13,6 +13,7 @@ class KeeperOptions:
     """What the keeper needs to know of a run. `facts` go into every status (owner, host, git commit, ...).
 
     `save_every_s`: seconds between checkpoints, 0 for the interval that costs least, None where steps say when.
+    `max_cost`: of the whole run, which is paused then.
     `new_config`: replaces the run's configuration once it has trained with it.
     """
 
@@ -21,6 +22,6 @@ class KeeperOptions:
     save_every_s: float | None
     total_steps: int
     tensorboard: bool
-    price: float | None
     facts: dict[str, Any]
+    max_cost: float | None = None
     new_config: dict[str, Any] | None = None

@@ -40,7 +40,7 @@ class Spans:
 
 
 class Record:
-    """The claim of `epoch`: which rows and checkpoints it has, its newest row, stalls, faults, and worker seconds."""
+    """The claim of `epoch`: which rows and checkpoints it has, its newest row, stalls and faults."""
 
     def __init__(self, epoch: int):
         self._epoch = epoch
@@ -59,7 +59,6 @@ class Record:
         self.ended = False
         self.max_workers: int | None = None  # if the claim was scaled
         self._broken = False
-        self._size, self._since, self._worker_seconds = 0, 0.0, 0.0
 
     def take_row(self, row: dict[str, Any]) -> bool:
         """Returns whether the row is new; one that was sent twice counts once.
@@ -84,25 +83,15 @@ class Record:
         self.last_row = row
         return True
 
-    def world(self, size: int, at: float) -> None:
-        """From `at` (unix seconds) on, this many workers train; 0 for none."""
-        self._worker_seconds = self.worker_seconds(at)
-        self._size, self._since = size, at
-
     def saved(self, step: int, attempt: str, cost_s: float) -> None:
         """A checkpoint was committed."""
         self.committed.add((step, attempt))
         self.save_costs.append(cost_s)
 
-    def broken(self, at: float, *, lost: bool) -> None:
+    def broken(self, *, lost: bool) -> None:
         """The world broke; `lost`: because a member was."""
         self._broken = True
         self.faults += lost
-        self.world(0, at)
-
-    def worker_seconds(self, now: float) -> float:
-        """Seconds of all workers in worlds so far."""
-        return self._worker_seconds + self._size * max(0.0, now - self._since)
 
     def replay(self, rows: Iterable[dict[str, Any]], events: Iterable[dict[str, Any]]) -> None:
         """Take in what an earlier keeper of this claim wrote."""
@@ -122,7 +111,6 @@ class Record:
             self.started, self.claim_step = event["time"], event["step"]
         elif kind == "world_formed":
             self.worlds = max(self.worlds, generation.n)
-            self.world(event["detail"]["size"], event["time"])
             self.gone -= frozenset(event["detail"].get("ids", ()))  # who was only silent, and was heard again
         elif kind == "checkpoint_committed":
             self._take_commit(event["step"], event.get("seconds", 0.0), event["detail"])
@@ -135,7 +123,7 @@ class Record:
         if kind in _GONE and "member" in event:
             self.gone |= {event["member"]}
         if kind in ("member_lost", "world_broken") and generation.n == self.worlds > 0:
-            self.broken(event["time"], lost=kind == "member_lost")
+            self.broken(lost=kind == "member_lost")
 
     def _take_commit(self, step: int, seconds: float, detail: dict[str, Any]) -> None:
         if "stall_s" in detail:

@@ -89,6 +89,8 @@ def take(stored: Mapping[str, Any], defaults: TrainConfig, job_class: type[Job])
 
 
 def _may_take(theirs: Any, ours: Any, then: Any) -> bool:
+    if theirs is None and ours == []:  # an option that takes several values now, and was not given
+        return False
     return same(ours, then) and not same(theirs, ours) and HIDDEN not in json.dumps(theirs)
 
 

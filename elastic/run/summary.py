@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from elastic.membership.world import World
+from elastic.observe.account import Account
 from elastic.run.record import Record
 
 
@@ -44,24 +45,22 @@ def result_values(
     status: str,
     message: str,
     record: Record,
-    now: float,
+    account: Account,
     *,
     step: int,
     last: Mapping[str, Any],
-    started: float,
-    price: float | None,
+    seconds: float,
     result: Mapping[str, Any],
     facts: Mapping[str, Any],
 ) -> dict[str, Any]:
     """result.json.
 
     Args:
-        now, started: unix seconds.
+        account: of the whole run, all claims.
         last: the row of the newest step, of whichever claim.
-        price: of one worker for one hour.
+        seconds: that this claim took.
         result: what the workers said at the end; nothing where they did not come to that.
     """
-    seconds = record.worker_seconds(now)
     return {
         "status": status,
         "message": message,
@@ -71,8 +70,8 @@ def result_values(
         "metrics": record.last_eval,
         **result,
         "stalls": record.stalls,
-        "worker_hours": round(seconds / 3600, 6),
-        "cost": None if price is None else round(price * seconds / 3600, 6),
-        "seconds": round(now - started, 3),
+        "worker_hours": round(account.whole_s / 3600, 6),
+        "cost": None if account.cost is None else round(account.cost, 6),
+        "seconds": seconds,
         **facts,
     }

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from elastic.checks import finite, one_of, option, require, whole
+from elastic.prices import check_price
 from elastic.units import parse_amount
 
 MOST_PATIENCE_S = 168 * 3600.0  # a week: what waits for a worker counts in milliseconds of 31 bits
@@ -140,12 +141,17 @@ class ObserveOptions:
 
     log_every: float = option(2.0, "seconds between console lines")
     tensorboard: bool = option(True, "write TensorBoard event files into the run's folder")
-    price: float | None = option(None, "price of one worker for one hour, for the ledger")
+    price: tuple[str, ...] = option(
+        (), "prices: of a worker for an hour (0.40), of a node (g5.xlarge=0.40/h), or a .json file of prices with times"
+    )
 
     def __post_init__(self) -> None:
         finite("--observe.log-every", self.log_every, 0, above=True)
-        if self.price is not None:
-            finite("--observe.price", self.price, 0)
+        given: object = self.price
+        if not isinstance(given, (tuple, list)):  # earlier versions had one number
+            object.__setattr__(self, "price", () if given is None else (str(given),))
+        for one in self.price:
+            check_price(one)
 
 
 @dataclass(frozen=True)

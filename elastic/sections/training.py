@@ -27,6 +27,9 @@ class RunOptions:
     stop_after: str | None = option(
         None, "pause with a checkpoint after this much (ep, st, tok, s, min, h)", common=True, once=True
     )
+    max_cost: float | None = option(
+        None, "pause with a checkpoint when the run has cost so much, by --observe.price", once=True
+    )
     seed: int = option(0, "seed of order, initial weights, dropout and data", common=True, result=True)
     exactness: Literal["fast", "bitwise"] = option(
         "fast", "bitwise: the same bits at every world size and through every fault", common=True, result=True
@@ -51,6 +54,8 @@ class RunOptions:
         parse_amount("--run.duration", self.duration, clock=False)
         if self.stop_after is not None:
             parse_amount("--run.stop-after", self.stop_after, clock=True)
+        if self.max_cost is not None:
+            finite("--run.max-cost", self.max_cost, 0, above=True)
         require(
             isinstance(self.seed, int) and 0 <= self.seed < 2**63,
             "--run.seed",

@@ -19,11 +19,10 @@ from elastic.cluster.trainer import run_prepared
 from elastic.config import TrainConfig
 from elastic.errors import ElasticError
 from elastic.job import Job
-from elastic.membership.world import Generation
+from elastic.observe.account import account
 from elastic.observe.ledger import EVENTS, METRICS, read_records
 from elastic.run.folder import RunFolder
 from elastic.run.prepare import PreparedRun, prepare
-from elastic.run.record import Record
 from elastic.storage import Storage
 from elastic.sweep.config import StopRule
 from elastic.sweep.decide import Verdict
@@ -75,20 +74,6 @@ def next_leg(lines: list[dict[str, Any]], is_adopted: Callable[[dict[str, Any]],
             return replace(leg, until=line["evaluation"], gate=line["evaluation"], then=verdict)
         leg = Leg(dict(verdict.options) if verdict.do == "exploit" else leg.options, verdict.until)  # type: ignore[arg-type]
     return leg
-
-
-def worker_seconds(events: list[dict[str, Any]]) -> float:
-    """Seconds of all workers in worlds, over all claims of a run; of one that was killed, up to its last event."""
-    epochs: dict[int, float] = {}
-    for event in events:
-        epoch = Generation.parse(event["generation"]).epoch
-        epochs[epoch] = max(epochs.get(epoch, 0.0), event["time"])
-    total = 0.0
-    for epoch, last in epochs.items():
-        record = Record(epoch)
-        record.replay((), events)
-        total += record.worker_seconds(last)
-    return total
 
 
 class TrialRun:
@@ -215,8 +200,8 @@ class TrialRun:
 
     def _cost(self) -> float | None:
         """What it cost so far, by --observe.price."""
-        price = self._plan.config.observe.price
-        return None if price is None else round(price * worker_seconds(self._ledger()) / 3600, 6)
+        cost = account((), self._ledger()).cost
+        return None if cost is None else round(cost, 6)
 
     def _ledger(self) -> list[dict[str, Any]]:
         return read_records(self._folder.storage, EVENTS)

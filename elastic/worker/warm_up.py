@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from dataclasses import replace
 from typing import Any
@@ -73,8 +74,14 @@ def warm_up(run: WorkerRun, identity: Identity, *, import_s: float = 0.0) -> Wor
         raise WarmUpError(message) from error
     link.show_place(lambda: (worker.code.where, worker.loader.waits_for()))
     worker.warm_s = round(time.monotonic() - began + import_s, 3)
-    worker.warm_parts = {"import_s": round(import_s, 3), **worker.warm_parts}
+    worker.warm_parts = {"import_s": round(import_s, 3), **worker.warm_parts, **_node()}
     return worker
+
+
+def _node() -> dict[str, str]:
+    """What this worker runs on, for its price: as whoever starts nodes says in their environment."""
+    told = {"node_type": os.environ.get("ELASTIC_NODE_TYPE"), "market": os.environ.get("ELASTIC_NODE_MARKET")}
+    return {name: value for name, value in told.items() if value}
 
 
 class _WarmUp:

@@ -19,6 +19,7 @@ ON_DEMAND = "on-demand"
 MARKETS = ("spot", ON_DEMAND)
 FORMAT = 1
 _OPTION = "--observe.price"
+_FILE = ".json"
 _SPEC = re.compile(r"(?:(?P<type>[^\s=:]+)(?::(?P<market>[a-z-]+))?=)?(?P<price>[-+0-9.a-z]+?)(?P<hour>/h)?\Z")
 _FIX = (
     'give a price of one worker for one hour, such as 0.40, of a node, such as "g5.xlarge=0.40/h" or '
@@ -73,6 +74,29 @@ class Prices:
     def __bool__(self) -> bool:
         return bool(self.known)
 
+    def to_json(self) -> list[dict[str, Any]]:
+        """JSON values, for the ledger."""
+        return [
+            {
+                "type": p.type,
+                "market": p.market,
+                "price": p.per_hour,
+                **({} if p.since == -math.inf else {"from": p.since}),
+            }
+            for p in self.known
+        ]
+
+    @staticmethod
+    def from_json(values: Any) -> Prices:
+        """Of `to_json`; what is none is left out."""
+        found = []
+        for value in values if isinstance(values, list) else ():
+            try:
+                found.append(_entry("the ledger", value))
+            except (ConfigError, AttributeError):
+                continue
+        return Prices(tuple(found))
+
     def tariff(self, type: str, market: str) -> Tariff | None:
         """Of a worker on such a node, each "" where it is not known; None where nothing says."""
         key = (type, market)
@@ -105,21 +129,31 @@ def read_prices(given: Sequence[str | float]) -> Prices:
     return Prices(tuple(price for one in given for price in _read(one)))
 
 
+def check_price(one: str | float) -> None:
+    """Refuse what is neither a price nor the name of a file of prices, which is not looked into.
+
+    Raises:
+        ConfigError: in one sentence.
+    """
+    text = str(one).strip()
+    if not text.endswith(_FILE):
+        _read(text)
+
+
 def _read(one: str | float) -> Iterable[Price]:
     text = str(one).strip()
+    if text.endswith(_FILE):
+        return _read_file(text)
     found = _SPEC.match(text)
     try:
         per_hour = float(found["price"]) if found else None
     except ValueError:
         per_hour = None
     if found is None or per_hour is None:
-        if text.endswith(".json"):
-            return _read_file(text)
         raise ConfigError(f"{_OPTION} is {text!r}; {_FIX}")
     if found["type"] and not found["hour"]:
         raise ConfigError(f"{_OPTION} is {text!r}; say for how long: {text}/h")
-    market = found["market"] or ANY
-    return [_checked(text, found["type"] or ANY, market, per_hour)]
+    return [_checked(text, found["type"] or ANY, found["market"] or ANY, per_hour)]
 
 
 def _checked(named: str, type: Any, market: Any, per_hour: Any, since: float = -math.inf) -> Price:
@@ -144,10 +178,12 @@ def _read_file(name: str) -> Iterable[Price]:
         raise ConfigError(f'{_OPTION} is {name!r}, which has no list "prices" of objects; {_FIX}')
     if whole.get("format", FORMAT) != FORMAT:
         raise ConfigError(f"{_OPTION} is {name!r} of format {whole['format']!r}; this version reads format {FORMAT}")
-    return [
-        _checked(name, e.get("type", ANY), e.get("market", ANY), e.get("price"), _time(name, e.get("from")))
-        for e in entries
-    ]
+    return [_entry(name, entry) for entry in entries]
+
+
+def _entry(name: str, entry: dict[str, Any]) -> Price:
+    at = _time(name, entry.get("from"))
+    return _checked(name, entry.get("type", ANY), entry.get("market", ANY), entry.get("price"), at)
 
 
 def _time(name: str, given: Any) -> float:

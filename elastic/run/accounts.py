@@ -1,0 +1,67 @@
+"""The account of a run that lies in storage."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from elastic.observe.account import Account, account
+from elastic.observe.ledger import EVENTS, METRICS, read_records
+from elastic.run.folder import LIVE_STATES, RunFolder, may_live
+from elastic.storage import Storage
+
+
+def account_of_run(
+    folder: RunFolder, *, rows: list[dict[str, Any]] | None = None, events: list[dict[str, Any]] | None = None
+) -> Account:
+    """The account of a run up to now; of one whose driver was killed, up to its last heartbeat.
+
+    Args:
+        rows, events: its ledger, where it was read already.
+
+    Raises:
+        ConfigError: its status or its configuration is damaged.
+    """
+    rows = read_records(folder.storage, METRICS) if rows is None else rows
+    events = read_records(folder.storage, EVENTS) if events is None else events
+    status, config = folder.status(), folder.config()
+    until, live = None, False
+    if status is not None and status["status"] in LIVE_STATES:
+        until, live = (
+            float(status["heartbeat"]),
+            may_live(status.get("owner_process"), time.time() - status["heartbeat"]),
+        )
+        until = time.time() if live else until
+    return account(rows, events, until=until, live=live, microbatches=_microbatches(config))
+
+
+def account_of_events(storage: Storage) -> Account:
+    """The whole of an account, without what it went into: rows are not read."""
+    return account((), read_records(storage, EVENTS))
+
+
+def _microbatches(config: dict[str, Any] | None) -> int | None:
+    """V as the run's configuration has it, for ledgers that do not tell."""
+    batch: Any = ((config or {}).get("config") or {}).get("batch")
+    found = batch.get("microbatches") if isinstance(batch, dict) else None
+    return found if isinstance(found, int) and found > 0 else None
+
+
+class Spending:
+    """What a run costs as it goes on: from the events that were there, and those that come.
+
+    Args:
+        events: of the claims before.
+    """
+
+    def __init__(self, most: float, events: list[dict[str, Any]]):
+        self.most, self._events = most, list(events)
+
+    def add(self, event: dict[str, Any]) -> None:
+        """Something has happened."""
+        self._events.append(event)
+
+    def over(self, now: float) -> float | None:
+        """What it has cost by now, unix seconds, if that is as much as it may."""
+        cost = account((), self._events, until=now, live=True).cost
+        return cost if cost is not None and cost >= self.most else None
