@@ -218,6 +218,23 @@ class Storage:
             str(o["name"]).rstrip("/").rsplit("/", 1)[-1]: int(o["size"] or 0) for o in listed if o["type"] == "file"
         }
 
+    def usage(self) -> int:
+        """Bytes of everything below the root; 0 where there is nothing. An object store lists all of it."""
+        if not self.local:
+            try:
+                return int(self.fs.du(self.path("").rstrip("/"), total=True))
+            except FileNotFoundError:
+                return 0
+        total, folders = 0, [self.root]
+        while folders:
+            with contextlib.suppress(OSError), os.scandir(folders.pop()) as entries:  # removed meanwhile, or not ours
+                for entry in entries:
+                    if entry.is_dir(follow_symlinks=False):
+                        folders.append(entry.path)
+                    else:
+                        total += entry.stat(follow_symlinks=False).st_size
+        return total
+
     def remove(self, name: str) -> None:
         """Remove an object or a whole folder; nothing there is fine."""
         path = self.path(name)

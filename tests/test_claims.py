@@ -377,7 +377,8 @@ def test_the_command_trains_in_two_processes_and_ends_with_0(undisturbed, tmp_pa
     assert any("step 12/12" in line for line in shown)
     assert any("finished after step 12" in line for line in shown)
     assert f"weights sha256 {undisturbed.sha}" in shown
-    assert shown[-1] == f"results in {tmp_path / 'run'}"
+    url = tmp_path / "run"
+    assert shown[-2:] == [f"results in {url}", f"look at it with: elastic report {url} --html report.html"]
     files = set(os.listdir(tmp_path / "run"))
     assert {"config.json", "status.json", "result.json", "metrics.jsonl", "events.jsonl", "claims"} <= files
 

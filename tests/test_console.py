@@ -13,6 +13,7 @@ from termios import TIOCSWINSZ
 
 import pytest
 
+import elastic.observe.console as console_module
 from elastic.observe.console import Console, row_text
 
 ROWS = [
@@ -81,6 +82,33 @@ def test_a_terminal_shows_the_run_on_one_line_and_events_above_it(columns, there
     assert all(len(line) <= columns for line in lines)
     assert any("world formed world 1-1 step 2 size=3" in line for line in lines), "events stay"
     assert ("━" in "".join(lines)) == (columns == 200), "a bar where there is room"
+
+
+def test_the_line_that_is_redrawn_leaves_a_history_and_the_newest_one_stays(monkeypatch):
+    kept: list[str] = []
+    monkeypatch.setattr(Console, "print", lambda self, text: kept.append(text))
+    monkeypatch.setattr(console_module, "HISTORY_S", 0.0)
+    shown(60, monkeypatch)
+    assert [line.split("  ")[0] for line in kept if line.startswith("step")] == [f"step {n}/10" for n in (1, 2, 3, 4)]
+
+    kept.clear()
+    monkeypatch.setattr(console_module, "HISTORY_S", 1000.0)
+    shown(60, monkeypatch)
+    assert [line.split("  ")[0] for line in kept if line.startswith("step")] == ["step 4/10"]
+
+
+def test_a_quiet_console_tells_only_what_goes_wrong_and_the_end(capsys):
+    console = Console(10, 0.0, quiet=True)
+    for record in (*ROWS, {"step": 4, "time": 104.0, "eval/loss": 1.0}, EVENT):
+        console.record(record)
+    for kind in ("member_lost", "worker_warm", "checkpoint_failed", "run_finished"):
+        console.record({**EVENT, "kind": kind, "detail": "finished", "node": "n", "pid": 1})
+
+    assert [line.split("] ")[1][:14] for line in capsys.readouterr().out.splitlines()] == [
+        "member lost wo",
+        "checkpoint fai",
+        "run finished w",
+    ]
 
 
 def test_a_terminal_that_can_do_nothing_gets_plain_lines(monkeypatch):

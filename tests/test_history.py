@@ -165,7 +165,7 @@ def test_a_report_is_told_written_as_one_page_and_drawn(run: Path, tmp_path: Pat
     assert "where steps took their time" in told
     text = page.read_text()
     assert not re.search(r"(src|href)=\"(?!#)|https?://(?!www\.w3\.org/2000/svg)|@import|url\((?!#)", text)
-    assert sorted(p.name for p in plots.iterdir()) == ["overview.png", "steps.png"]
+    assert sorted(p.name for p in plots.iterdir()) == ["account.png", "overview.png", "steps.png"]
     assert all(p.read_bytes().startswith(b"\x89PNG") for p in plots.iterdir())
     assert not list(run.glob("*.png")), "what only looks writes nothing into the run"
 

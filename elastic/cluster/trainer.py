@@ -93,7 +93,8 @@ def run_prepared(run: PreparedRun, control: RunControl | None = None) -> dict[st
         return run.finished
     _check_picklable(run.job)
     plan, config = run.plan, run.config
-    console = Console(plan.total_steps, config.observe.log_every, None if control is None else _Silence())
+    out = None if control is None else _Silence()
+    console = Console(plan.total_steps, config.observe.log_every, out, quiet=config.observe.quiet)
     console.print(f"run {run.name} -> {run.folder.storage.url}")
     for note in run.notes:
         console.print(note)

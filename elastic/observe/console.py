@@ -9,11 +9,14 @@ import time
 from collections import deque
 from typing import Any, TextIO, cast
 
+from elastic.observe.history import TONE_OF
 from elastic.observe.ledger import COLUMNS
 from elastic.observe.streams import Sturdy
 from elastic.redact import printable, redact
 
 LEAST_BAR, MOST_BAR = 10, 40  # columns
+HISTORY_S = 15.0  # between two lines of progress that a terminal keeps, under which the newest one is redrawn
+_TOLD_ALWAYS = ("parked", "resumed", "run_finished")  # beside what went wrong, where quiet was asked for
 _UNTOLD = ("end", "restored")  # in the ledger; on the console the world's line tells enough
 
 
@@ -99,7 +102,8 @@ def result_text(values: dict[str, Any], folder: str) -> str:
         lines += ["sample:", *(f"  | {line}" for line in str(values["sample"]).splitlines())]
     if values.get("weights_sha256"):
         lines.append(f"weights sha256 {values['weights_sha256']}")
-    lines.append(f"results in {redact(folder)}")
+    place = redact(folder)
+    lines += [f"results in {place}", f"look at it with: elastic report {place} --html report.html"]
     return printable("\n".join(lines))
 
 
@@ -108,23 +112,27 @@ def _number(value: Any) -> str:
 
 
 class Console:
-    """Prints records of a run; on a terminal the newest line stays at the bottom and is redrawn.
+    """Prints records of a run; on a terminal the newest line is redrawn at the bottom, and some stay above it.
 
     Output that breaks turns it off, and nothing else.
 
     Args:
         every_s: least time between two progress lines.
         live: whether the newest line may be redrawn where `out` is a terminal; not where others write to it too.
+        quiet: tell only what went wrong, and how the run ended.
     """
 
-    def __init__(self, total_steps: int, every_s: float, out: TextIO | None = None, *, live: bool = True):
-        self._total, self._every_s = total_steps, every_s
+    def __init__(
+        self, total_steps: int, every_s: float, out: TextIO | None = None, *, live: bool = True, quiet: bool = False
+    ):
+        self._total, self._every_s, self._quiet = total_steps, every_s, quiet
         out = out or sys.stdout
         self._out = out if isinstance(out, Sturdy) else Sturdy(out)
         self._recent: deque[tuple[float, int, float]] = deque(maxlen=50)
         self._last_line = 0.0
         self._live: Any = None
-        if live and self._out.isatty() and os.environ.get("TERM", "dumb") not in ("dumb", "unknown"):
+        self._newest = ""  # line of progress that was redrawn and is not kept yet
+        if live and not quiet and self._out.isatty() and os.environ.get("TERM", "dumb") not in ("dumb", "unknown"):
             from rich.console import Console as RichConsole
             from rich.live import Live
 
@@ -142,12 +150,18 @@ class Console:
     def record(self, record: dict[str, Any]) -> None:
         """Show a row or an event as it arrives."""
         if "kind" in record:
-            if record["kind"] not in _UNTOLD:
+            if record["kind"] not in _UNTOLD and (not self._quiet or self._tells_always(record["kind"])):
                 self.print(f"[{time.strftime('%H:%M:%S', time.localtime(record['time']))}] {event_text(record)}")
+        elif self._quiet:
+            return
         elif "loss" in record:
             self._progress(record)
         else:
             self.print(eval_text(record))
+
+    @staticmethod
+    def _tells_always(kind: str) -> bool:
+        return TONE_OF.get(kind) == "bad" or kind in _TOLD_ALWAYS
 
     def _progress(self, row: dict[str, Any]) -> None:
         amount = row.get("tokens") or row.get("samples") or 0
@@ -156,20 +170,33 @@ class Console:
         elapsed = last[0] - first[0]
         rate = (last[1] - first[1]) / elapsed if elapsed > 0 else None
         amount_rate = (last[2] - first[2]) / elapsed if elapsed > 0 else None
+        now = time.monotonic()
         if self._live is not None:
             with contextlib.suppress(OSError, ValueError):  # rich asks the standard streams, which may be others
                 self._live.console.width = os.get_terminal_size(self._out.fileno()).columns
             width = self._live.console.width
-            self._live.update(_bar(row, self._total, row_text(row, self._total, rate, amount_rate, width), width))
+            text = row_text(row, self._total, rate, amount_rate, width)
+            self._live.update(_bar(row, self._total, text, width))
+            self._newest = text
+            self._last_line = self._last_line or now
+            if now - self._last_line >= max(self._every_s, HISTORY_S):
+                self._last_line = now
+                self._keep()
             return
-        now = time.monotonic()
         if now - self._last_line >= self._every_s or row["step"] == self._total:
             self._last_line = now
             self.print(row_text(row, self._total, rate, amount_rate))
 
+    def _keep(self) -> None:
+        """Leave the newest line of progress above the one that is redrawn."""
+        text, self._newest = self._newest, ""
+        if text:
+            self.print(text)
+
     def close(self) -> None:
-        """Leave the terminal as it was."""
+        """Leave the terminal as it was, with the newest line of progress in its history."""
         if self._live is not None:
+            self._keep()
             self._live.stop()
             self._live = None
 

@@ -140,6 +140,7 @@ class ObserveOptions:
     """What is shown and recorded."""
 
     log_every: float = option(2.0, "seconds between console lines")
+    quiet: bool = option(False, "on the console only what goes wrong, and how the run ends")
     tensorboard: bool = option(True, "write TensorBoard event files into the run's folder")
     price: tuple[str, ...] = option(
         (), "prices: of a worker for an hour (0.40), of a node (g5.xlarge=0.40/h), or a .json file of prices with times"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -35,6 +35,9 @@ def add_control(verbs: Any) -> None:
     parser.add_argument("--status", default="", metavar="A,B", help="only runs with one of these, such as running,lost")
     parser.add_argument("--job", default="*", metavar="PATTERN", help="only runs of such jobs")
     parser.add_argument("--name", default="*", metavar="PATTERN", help="only runs of such names")
+    orders = ("name", "status", "step", "heartbeat", "size", "cost")
+    parser.add_argument("--sort", choices=orders, default="name", help="in this order (default name)")
+    parser.add_argument("--watch", action="store_true", help="show them again and again, until Ctrl-C")
     parser = add("status", _status, "show a run: its world, workers, newest rows and events", waits=False)
     parser.add_argument("--last", type=int, default=5, metavar="N", help="rows and events to show (default 5)")
     add("stop", _stop, "save a live run and end it, at its next step boundary")
@@ -53,31 +56,48 @@ def _say(text: str) -> None:
 
 
 def _runs(arguments: argparse.Namespace) -> int:
-    from elastic.tools.registry import list_runs
-    from elastic.tools.text import age_text, table
+    from elastic.tools.registry import ORDERS, list_runs
 
     states = [s.strip() for s in arguments.status.split(",") if s.strip()]
-    found = list_runs(arguments.url, states=states, job=arguments.job, name=arguments.name)
 
-    def text() -> str:
-        if not found:
-            return f"no such run in {arguments.url}"
-        rows = [
-            (
-                r.name,
-                r.status,
-                r.job,
-                f"{r.step}/{r.total_steps}" if r.total_steps else "",
-                r.workers if r.workers and r.status in ("running", "parked") else "",
-                "" if r.age_s is None else age_text(r.age_s),
-                r.owner or r.problem,
-            )
-            for r in found
-        ]
-        return table(("run", "status", "job", "step", "workers", "heartbeat", "owner"), rows, "step,workers,heartbeat")
+    def look() -> list[Any]:
+        found = list_runs(arguments.url, states=states, job=arguments.job, name=arguments.name, sizes=True)
+        return sorted(found, key=ORDERS[arguments.sort])
 
-    show(arguments, {"runs": [asdict(r) for r in found]}, text)
+    if arguments.watch:
+        if arguments.json or not sys.stdout.isatty():
+            raise ConfigError("--watch is for a terminal; leave it out, or ask again and again with --json")
+        from elastic.tools.progress import redrawn
+
+        redrawn(lambda: _runs_text(look(), arguments.url))
+        return 0
+    found = look()
+    show(arguments, {"runs": [asdict(r) for r in found]}, lambda: _runs_text(found, arguments.url))
     return 0
+
+
+def _runs_text(found: Sequence[Any], url: str) -> str:
+    from elastic.tools.text import age_text, size_text, table
+
+    if not found:
+        return f"no such run in {url}"
+    priced = any(r.cost is not None for r in found)
+    rows = [
+        (
+            r.name,
+            r.status,
+            r.job,
+            f"{r.step}/{r.total_steps}" if r.total_steps else "",
+            r.workers if r.workers and r.status in ("running", "parked") else "",
+            "" if r.age_s is None else age_text(r.age_s),
+            "" if r.bytes is None else size_text(r.bytes),
+            *(("" if r.cost is None else f"{r.cost:.4g}",) if priced else ()),
+            r.owner or r.problem,
+        )
+        for r in found
+    ]
+    head = ("run", "status", "job", "step", "workers", "heartbeat", "disk", *(("cost",) if priced else ()), "owner")
+    return table(head, rows, "step,workers,heartbeat,disk,cost")
 
 
 def _status(arguments: argparse.Namespace) -> int:

@@ -9,15 +9,18 @@ from dataclasses import asdict
 from typing import Any
 
 from elastic.errors import ConfigError, one_line
+from elastic.observe.account import Account
 from elastic.observe.console import event_text
 from elastic.observe.history import History
 from elastic.observe.ledger import EVENTS, METRICS, Follower
 from elastic.redact import redact
+from elastic.run.accounts import account_of_run
 from elastic.run.folder import LIVE_STATES, RunFolder
 from elastic.tools.inspecting import list_checkpoints
 from elastic.tools.live import LiveRun, NotLive, connect
 from elastic.tools.registry import ASK_S, recorded, state_of
 
+ACCOUNT_S = 15.0  # it goes through the whole ledger: at most one part in twenty of the time is spent on it
 AGAIN_S = 10.0  # a server that could not be reached is asked again after so long
 CHECKPOINTS_S = 10.0  # listing them is many round trips to object storage
 
@@ -34,6 +37,8 @@ class Onlooker:
         self._ask_at = self._list_at = 0.0
         self._checkpoints: list[dict[str, Any]] = []
         self._config: dict[str, Any] | None = None
+        self._account: dict[str, Any] | None = None
+        self._account_at = float("-inf")
 
     def look(self) -> dict[str, Any]:
         """Everything that a person may want to see, as JSON values.
@@ -51,6 +56,7 @@ class Onlooker:
                 seen = self._ask(status)
                 self.history.add_rows(rows.result())
                 self.history.add_events(events.result())
+                self._keep_account(status, rows.result(), events.result())
                 if seen is not None:
                     self.history.add_recent(seen["rows"])
                     status = seen["status"]
@@ -62,6 +68,23 @@ class Onlooker:
                 f"URL is {self.folder.storage.url!r}, which holds what no run wrote ({one_line(error)}); give the "
                 "folder of a run, or remove what is damaged in it"
             ) from error
+
+    def _keep_account(
+        self, status: dict[str, Any] | None, rows: list[dict[str, Any]], events: list[dict[str, Any]]
+    ) -> None:
+        """Have an account that is not old. `rows` and `events` are the new ones: at the first look, all."""
+        live = status is not None and state_of(status, time.time()) in LIVE_STATES
+        if not live and not rows and not events and self._account is not None:
+            return
+        began = time.monotonic()
+        if began < self._account_at:
+            return
+        first = self._account is None
+        self._account = as_shown(
+            account_of_run(self.folder, rows=rows if first else None, events=events if first else None)
+        )
+        now = time.monotonic()
+        self._account_at = now + max(ACCOUNT_S, 20 * (now - began))
 
     def _saved(self) -> list[dict[str, Any]]:
         if time.monotonic() >= self._list_at:
@@ -127,5 +150,25 @@ class Onlooker:
             "result": {
                 k: result.get(k) for k in ("status", "steps", "metrics", "weights_sha256", "cost", "worker_hours")
             },
+            "account": self._account,
             "history": course,
         }
+
+
+def as_shown(found: Account) -> dict[str, Any]:
+    """An account as people read it: what there is, the most first."""
+    told = found.to_json()
+    whole = told["worker_seconds"]
+    causes = [
+        {
+            "cause": cause,
+            "meaning": told["causes"][cause],
+            "seconds": seconds,
+            "share": seconds / whole if whole else 0.0,
+            "cost": None if told["costs"] is None else told["costs"].get(cause, 0.0),
+        }
+        for cause, seconds in told["seconds"].items()
+        if seconds > 0
+    ]
+    names = ("worker_seconds", "goodput", "cost", "on_demand_cost", "unpriced_seconds", "interruptions")
+    return {**{name: told[name] for name in names}, "causes": sorted(causes, key=lambda c: -c["seconds"])}

@@ -24,6 +24,7 @@ PART_COLOURS = {
 }
 _UNITS = ((2 * 86400, 86400, "d"), (2 * 3600, 3600, "h"), (180, 60, "min"), (0, 1, "s"))
 _MOST_STALLS = 16
+_LEAST_SHARE = 0.001
 _NEAR = 0.085  # of the width: labels nearer to each other than this go on different lines
 _LABEL_LINES = 3
 
@@ -38,7 +39,9 @@ def matplotlib_figure() -> Any:
     """
     try:
         from matplotlib.figure import Figure
-    except ImportError as error:
+    except ModuleNotFoundError as error:
+        if error.name != "matplotlib":
+            raise  # one of what it needs itself
         raise ConfigError(
             "pictures need matplotlib, which is not installed; install it with: pip install 'elastic-train[report]'"
         ) from error
@@ -56,6 +59,8 @@ def pictures(run: dict[str, Any]) -> dict[str, Draw]:
     found: dict[str, Draw] = {"overview.png": lambda: overview(run)}
     if course["steps"]:
         found["steps.png"] = lambda: steps(run)
+    if run["account"] and run["account"]["causes"]:
+        found["account.png"] = lambda: account(run)
     if course["stalls"]:
         found["stalls.png"] = lambda: stalls(run)
     return found
@@ -166,6 +171,33 @@ def steps(run: dict[str, Any]) -> bytes:
     return _png(figure)
 
 
+def account(run: dict[str, Any]) -> bytes:
+    """What the time of all workers went into."""
+    found = run["account"]
+    causes = [c for c in found["causes"] if c["share"] >= _LEAST_SHARE][::-1]
+    figure = _figure(10, 1.3 + 0.34 * len(causes))
+    axes = figure.subplots()
+    colours = [TONES["good"] if c["cause"] == "productive" else PART_COLOURS["other"] for c in causes]
+    axes.barh([c["cause"] for c in causes], [100 * c["share"] for c in causes], color=colours, height=0.62)
+    for place, c in enumerate(causes):
+        told = f"{c['share']:.1%}  {seconds_text(c['seconds'])}" + ("" if c["cost"] is None else f"  {c['cost']:.3g}")
+        inside = c["share"] > 0.7 * found["causes"][0]["share"]
+        axes.annotate(
+            told,
+            (0 if inside else 100 * c["share"], place),
+            xytext=(6, 0),
+            textcoords="offset points",
+            va="center",
+            color=PAPER if inside else MUTED,
+            fontsize=9,
+        )
+    axes.set_xlabel("% of all workers' time")
+    axes.set_xlim(0, 1.05 * 100 * found["causes"][0]["share"])
+    cost = "" if found["cost"] is None else f", which cost {found['cost']:.4g}"
+    _title(axes, f"what {seconds_text(found['worker_seconds'])} of workers' time went into{cost}")
+    return _png(figure)
+
+
 def stalls(run: dict[str, Any]) -> bytes:
     """The longest stalls, and what happened meanwhile."""
     worst = sorted(run["history"]["stalls"], key=lambda s: -s["seconds"])[:_MOST_STALLS]
@@ -190,7 +222,6 @@ def stalls(run: dict[str, Any]) -> bytes:
         )
     axes.set_xlim(0, 1.05 * most)
     axes.set_xlabel("seconds without a step")
-    axes.grid(axis="y", visible=False)
     _title(axes, "stalls")
     return _png(figure)
 
@@ -224,7 +255,7 @@ def _png(figure: Any) -> bytes:
         axes.xaxis.label.set_color(MUTED)
         axes.yaxis.label.set_color(MUTED)
         axes.set_axisbelow(True)
-        if axes.yaxis.get_visible() and axes.get_xlabel() != "seconds without a step":
+        if not axes.patches:  # of bars that lie
             axes.grid(axis="y", color=GRID, linewidth=0.8)
         for text in axes.get_legend().get_texts() if axes.get_legend() else ():
             text.set(color=INK, fontsize=9)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
+
+from elastic.redact import printable
 
 
 @contextmanager
@@ -32,6 +36,21 @@ def progress(doing: str, total: int, *, unit: str = "bytes") -> Iterator[Callabl
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(doing, total=total)
         yield lambda amount: bar.advance(task, amount)
+
+
+def redrawn(find: Callable[[], str], every_s: float = 2.0) -> None:
+    """Show a text on the terminal, found again and again, until Ctrl-C; the last one stays."""
+    from rich.console import Console
+    from rich.live import Live
+    from rich.text import Text
+
+    text = printable(find())
+    with contextlib.suppress(KeyboardInterrupt), Live(console=Console(), screen=True, auto_refresh=False) as live:
+        while True:
+            live.update(Text(text, no_wrap=True), refresh=True)
+            time.sleep(every_s)
+            text = printable(find())
+    print(text)
 
 
 @contextmanager

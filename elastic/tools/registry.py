@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from typing import Any
 
@@ -15,6 +15,7 @@ from elastic.errors import ConfigError
 from elastic.membership.outbox import row_key
 from elastic.observe.ledger import EVENTS, METRICS, read_tail
 from elastic.redact import redact
+from elastic.run.accounts import account_of_events
 from elastic.run.folder import ALIVE_S, CLAIMS, CONFIG, LIVE_STATES, STATUS, RunFolder
 from elastic.run.process import has_ended
 from elastic.storage import Storage
@@ -28,7 +29,8 @@ _IN_FLIGHT = 32
 
 @dataclass(frozen=True)
 class Listed:
-    """A run in a list. `workers` is the size of its newest world; `age_s` that of its heartbeat."""
+    """A run in a list. `workers` is the size of its newest world; `age_s` that of its heartbeat; `bytes` all that its
+    folder holds; `cost` what it cost so far, where it was given a price."""
 
     name: str
     status: str
@@ -39,6 +41,19 @@ class Listed:
     age_s: float | None = None
     owner: str = ""
     problem: str = ""
+    bytes: int | None = None
+    cost: float | None = None
+
+
+#: What a list may be sorted by: a key for each; what is unknown comes last.
+ORDERS: dict[str, Callable[[Listed], Any]] = {
+    "name": lambda r: r.name,
+    "status": lambda r: (STATES.index(r.status), r.name),
+    "step": lambda r: -(r.step or 0),
+    "heartbeat": lambda r: float("inf") if r.age_s is None else r.age_s,
+    "size": lambda r: -(r.bytes or 0),
+    "cost": lambda r: -(r.cost or 0.0),
+}
 
 
 def state_of(status: dict[str, Any], now: float) -> str:
@@ -48,12 +63,15 @@ def state_of(status: dict[str, Any], now: float) -> str:
     return "lost" if state in LIVE_STATES and silent else state
 
 
-def list_runs(url: str, *, states: Sequence[str] = (), job: str = "*", name: str = "*") -> list[Listed]:
+def list_runs(
+    url: str, *, states: Sequence[str] = (), job: str = "*", name: str = "*", sizes: bool = False
+) -> list[Listed]:
     """The runs in a folder, by name.
 
     Args:
         states: only runs in one of these; none means all.
         job, name: patterns such as `code*` of the names of the job and of the run.
+        sizes: look at all that each holds, too, and what it cost.
 
     Raises:
         ConfigError: a state that there is not, or a folder that cannot be listed or is a run itself.
@@ -69,13 +87,31 @@ def list_runs(url: str, *, states: Sequence[str] = (), job: str = "*", name: str
         raise ConfigError(f"URL is {url!r}, which is a run; give the folder of runs, or use elastic status")
     now = time.time()
     with ThreadPoolExecutor(_IN_FLIGHT, "runs") as pool:
-        found = pool.map(lambda n: _look(storage, n, now), [n for n in names if fnmatch(n, name)])
-        runs = [run for run in found if run is not None]
-    return [r for r in runs if fnmatch(r.job, job) and (not states or r.status in states)]
+        found = pool.map(lambda n: _look(storage, n, now, states, job, sizes), [n for n in names if fnmatch(n, name)])
+        return [run for run in found if run is not None]
 
 
-def _look(storage: Storage, name: str, now: float) -> Listed | None:
+def _look(storage: Storage, name: str, now: float, states: Sequence[str], job: str, sizes: bool) -> Listed | None:
     folder = RunFolder(Storage(f"{storage.url}/{name}", read_only=True))
+    found = _listed(folder, name, now)
+    if found is None or not fnmatch(found.job, job) or (states and found.status not in states):
+        return None
+    if not sizes or found.status == "unreadable":
+        return found
+    try:
+        return replace(found, bytes=folder.storage.usage(), cost=_cost(folder))
+    except Exception as error:  # whatever keeps it from being read: the others are listed
+        return replace(found, problem=redact(f"{type(error).__name__}: {error}"))
+
+
+def _cost(folder: RunFolder) -> float | None:
+    """Of a run that ended, what it said; of another, what its events tell."""
+    result = folder.result()
+    cost = account_of_events(folder.storage).cost if result is None else result.get("cost")
+    return float(cost) if isinstance(cost, (int, float)) else None
+
+
+def _listed(folder: RunFolder, name: str, now: float) -> Listed | None:
     try:
         status, config = folder.status(), folder.config()
         job = str(config["job"]["name"]) if config else ""

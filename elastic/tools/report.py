@@ -52,7 +52,7 @@ def report_text(run: dict[str, Any], written: list[str]) -> str:
     parts = [
         _head(run),
         _figures(run),
-        *(text for text in (_split(run), _stalls(run), _saves(run), _members(run)) if text),
+        *(text for text in (_split(run), _account(run), _stalls(run), _saves(run), _members(run)) if text),
         *([f"written: {', '.join(written)}"] if written else []),
     ]
     return "\n\n".join(parts)
@@ -104,6 +104,42 @@ def _split(run: dict[str, Any]) -> str:
         return ""
     rows = [(name, seconds_text(totals[name]), f"{totals[name] / whole:.1%}") for name in PARTS if totals[name] > 0]
     return table(("where steps took their time", "seconds", "share"), rows, "seconds,share")
+
+
+def _account(run: dict[str, Any]) -> str:
+    account = run["account"]
+    if not account or not account["causes"]:
+        return ""
+    priced = account["cost"] is not None
+    head = ("what workers' time went into", "time", "share", *(("cost",) if priced else ()))
+    rows = [
+        (
+            f"{c['cause']}: {c['meaning']}",
+            seconds_text(c["seconds"]),
+            f"{c['share']:.1%}",
+            *((f"{c['cost']:.4g}",) if priced else ()),
+        )
+        for c in account["causes"]
+    ]
+    cost = (f"{account['cost']:.4g}",) if priced else ()
+    rows.append(("all", seconds_text(account["worker_seconds"]), "", *cost))
+    more = ""
+    if account["on_demand_cost"] is not None:
+        more = f"\non demand it would have cost {account['on_demand_cost']:.4g}"
+    faults = [
+        (
+            "" if f["step"] is None else f["step"],
+            f["kind"],
+            seconds_text(f["worker_seconds"]),
+            *(("" if f["cost"] is None else f"{f['cost']:.3g}",) if priced else ()),
+            f["reason"][:80],
+        )
+        for f in sorted(account["interruptions"], key=lambda f: -f["worker_seconds"])[:_MOST]
+    ]
+    if faults:
+        heads = ("step", "interruption", "workers' time", *(("cost",) if priced else ()), "reason")
+        more += "\n\n" + table(heads, faults, "step,workers' time,cost")
+    return table(head, rows, "time,share,cost") + more
 
 
 def _stalls(run: dict[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""The verbs of `elastic` that show runs to people: report, page."""
+"""The verbs of `elastic` that show runs to people: watch, report, compare, page."""
 
 from __future__ import annotations
 
@@ -20,6 +20,9 @@ def add_showing(verbs: Any) -> None:
         parser.set_defaults(run=run)
         return parser
 
+    add("watch", _watch, "show a run on the terminal, live: loss, workers, account, events; Ctrl-C leaves it alone")
+    parser = add("compare", _compare, "say whether two runs had the same samples and bits, and where they part")
+    parser.add_argument("other", metavar="RUN", type=find_run, help="the other run")
     text = "show runs and steer them in a browser: a page on this machine's loopback address, opened by its link"
     parser = verbs.add_parser("page", help=text, description=text[0].upper() + text[1:] + ".")
     parser.add_argument(
@@ -30,6 +33,18 @@ def add_showing(verbs: Any) -> None:
     parser = add("report", _report, "show how a run went, or the ranking of a sweep's trials; also as pictures")
     parser.add_argument("--html", metavar="FILE", help="write all of it as one page that needs nothing else")
     parser.add_argument("--plots", metavar="FOLDER", help="write pictures (PNG) into this folder; needs matplotlib")
+
+
+def _watch(arguments: argparse.Namespace) -> int:
+    from elastic.tools.terminal import watch_run
+
+    return watch_run(arguments)
+
+
+def _compare(arguments: argparse.Namespace) -> int:
+    from elastic.tools.comparing import compare_runs
+
+    return compare_runs(arguments)
 
 
 def _page(arguments: argparse.Namespace) -> int:

@@ -102,7 +102,7 @@ def _run() -> int:
             return drive_here(run)
         result = run.finished
         if result is None:
-            console = Console(run.plan.total_steps, run.config.observe.log_every)
+            console = Console(run.plan.total_steps, run.config.observe.log_every, quiet=run.config.observe.quiet)
             for note in run.notes:
                 console.print(note)
             if known.workers > run.config.scaling.max_workers:

@@ -24,7 +24,7 @@ def drive_here(run: PreparedRun) -> int:
     Raises:
         ElasticError: as `run_here`.
     """
-    console = Console(run.plan.total_steps, run.config.observe.log_every, live=False)
+    console = Console(run.plan.total_steps, run.config.observe.log_every, live=False, quiet=run.config.observe.quiet)
     if run.finished is None:
         console.print(f"run {run.name} -> {run.folder.storage.url}")
         for note in run.notes:

@@ -204,7 +204,7 @@ function tiles(run) {
     tile("checkpoint", saved ? `step ${saved.step.toLocaleString("en")}` : "none", saved ? `${bytesText(saved.bytes)}, ${ageText(saved.age_s)}` : ""),
   ];
   const account = run.account;
-  if (account) found.push(tile("productive", `${(100 * account.productive_share).toFixed(1)} %`, account.cost !== null ? `cost ${money(account.cost)}` : "of all worker time"));
+  if (account && account.goodput !== null) found.push(tile("productive", `${(100 * account.goodput).toFixed(1)} %`, account.cost !== null ? `cost ${money(account.cost)}` : "of all worker time"));
   return element("div", { class: "card tiles" }, found);
 }
 
@@ -225,8 +225,8 @@ function charts(run) {
 
 function lower(run) {
   return element("div", { class: "grid" },
-    element("div", { class: "stack" }, members(run), accountCard(run), healthCard(run), stallsCard(run), checkpoints(run)),
-    element("div", { class: "stack" }, events(run), logsCard(run), result(run)));
+    element("div", { class: "stack" }, members(run), accountCard(run), healthCard(run)),
+    element("div", { class: "stack" }, logsCard(run), events(run), stallsCard(run), checkpoints(run), result(run)));
 }
 
 function members(run) {
@@ -250,13 +250,14 @@ function members(run) {
 
 function accountCard(run) {
   const account = run.account;
-  if (!account) return null;
+  if (!account || !account.causes.length) return null;
   const colour = (cause, i) => cause === "productive" ? "var(--good)" : `color-mix(in oklab, var(--${["synchronisation", "data", "checkpoint", "restore", "loss", "other"][i % 6]}) ${i < 6 ? 100 : 60}%, var(--paper))`;
-  const parts = account.causes.filter((c) => c.seconds > 0);
-  return card("Account", account.cost !== null ? `${money(account.cost)} in all` : "worker time",
+  const parts = account.causes.filter((c) => c.share >= 0.0005);
+  const saved = account.on_demand_cost === null ? "" : `, ${money(account.on_demand_cost)} on demand`;
+  return card("Account", `${secondsText(account.worker_seconds)} of workers${account.cost !== null ? `, cost ${money(account.cost)}${saved}` : ""}`,
     element("div", { class: "bar-of", "aria-hidden": "true" }, parts.map((c, i) => element("i", { style: { flex: `${c.seconds} 0 0`, background: colour(c.cause, i - 1) }, title: c.cause }))),
     table([["", ""], ["time", "num"], ["share", "num"], ...(account.cost !== null ? [["cost", "num"]] : [])], parts.map((c, i) => [
-      element("span", {}, element("i", { class: "verdict", style: { background: colour(c.cause, i - 1), borderRadius: "3px" } }), c.cause),
+      element("span", {}, element("i", { class: "verdict", style: { background: colour(c.cause, i - 1), borderRadius: "3px" } }), element("span", { title: c.meaning }, c.cause)),
       secondsText(c.seconds), `${(100 * c.share).toFixed(1)} %`, ...(account.cost !== null ? [money(c.cost)] : [])])));
 }
 
