@@ -1,6 +1,6 @@
 """`make demo`: the main job on three nodes; one is killed, one is drained, one joins; at the end, the same bits.
 
-    python -m jobs.demo [--steps 240] [--keep FOLDER]
+    python -m jobs.demo [--steps 240] [--picture FILE] [--keep FOLDER]
 
 The same run is then done again by one process that nothing happens to, and the two hashes are compared.
 """
@@ -14,6 +14,9 @@ import sys
 import tempfile
 from pathlib import Path
 
+from elastic.tools.looking import Onlooker
+from elastic.tools.pictures import overview
+from elastic.tools.target import open_run
 from jobs.bench.nodes import Command, LocalCluster, result
 
 OPTIONS = (
@@ -50,9 +53,16 @@ def world_of(run: Command, size: int, after: int) -> int:
     return number(run.wait_for(lambda line: number(line) > 0, 180))
 
 
+def draw(run: Path, picture: Path) -> None:
+    """The picture of the README's first screen."""
+    found = Onlooker(open_run(str(run), read_only=True)).look()
+    picture.write_bytes(overview(found, title="one of three nodes is killed, one joins, one is drained"))
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=240)
+    parser.add_argument("--picture", metavar="FILE", help="draw the run into this PNG file")
     parser.add_argument("--keep", metavar="FOLDER", help="leave the run in this folder")
     arguments = parser.parse_args()
     steps = arguments.steps
@@ -91,6 +101,8 @@ def main() -> int:
         if code != 0:
             return code
         found = result(folder / "demo")
+        if arguments.picture:
+            draw(folder / "demo", Path(arguments.picture))
         stalls = ", ".join(f"{s['seconds']:.2f} s before step {s['step']}" for s in found["stalls"])
         say(f"stalls: {stalls or 'none'}\n>>> now the twin: one process, nothing happens to it")
         twin = Command(

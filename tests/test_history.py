@@ -115,7 +115,7 @@ def test_a_loss_a_joiner_and_a_drained_node_are_marked_and_their_stalls_explaine
     assert [(m["word"], m["tone"], m["elapsed"]) for m in view["marks"]] == [
         ("worker lost", "bad", 3.2),
         ("1 joined", "good", 6.1),
-        ("notice", "warn", 7.0),
+        ("node goes away", "warn", 7.0),
         ("handed over", "warn", 8.1),
     ]
     assert [size for _, size, _ in view["worlds"]] == [3, 0, 2, 3, 3]

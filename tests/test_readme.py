@@ -278,6 +278,10 @@ def run_mine() -> None:
         for step in (100, 200):
             save_state("runs/mine", step, {"model/weight": torch.ones(3)})
         RunFolder(Storage("runs/mine")).write_status({"status": "stopped", "heartbeat": time.time(), "step": 200})
+        row = {"format": 1, "step": 200, "time": time.time(), "generation": "1-1", "sample_hash": "0"}
+        row |= {"loss": 1.0, "world_size": 1}
+        Path("runs/mine/metrics.jsonl").write_text(json.dumps(row) + "\n")
+        shutil.copytree("runs/mine", "runs/twin")
 
 
 def sweep_lr() -> None:

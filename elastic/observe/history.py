@@ -248,7 +248,7 @@ class History:
         for event in self.events:
             kind, detail, word = event["kind"], event.get("detail"), _MARKS.get(event["kind"])
             if kind == "notice" and event.get("member") is None and event.get("node"):
-                word = "notice"
+                word = "node goes away"
             elif kind == "notice" and str(detail).startswith("drained"):
                 word = "drained"
             elif kind == "scaled" and isinstance(detail, dict):

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from elastic.errors import ConfigError, one_line
+from elastic.errors import ConfigError
 from elastic.tools.places import USUAL, find_run
 from elastic.tools.text import show
 
@@ -101,20 +101,16 @@ def _runs_text(found: Sequence[Any], url: str) -> str:
 
 
 def _status(arguments: argparse.Namespace) -> int:
+    from elastic.tools.looking import foreign_is_named
     from elastic.tools.registry import look_at_run, text_of
     from elastic.tools.target import open_run
 
     if arguments.last < 0:
         raise ConfigError(f"--last is {arguments.last}; give 0 or more")
     folder = open_run(arguments.url, read_only=True)
-    try:
+    with foreign_is_named(arguments.url):
         found = look_at_run(folder, last=arguments.last)
         show(arguments, found, lambda: text_of(found))
-    except (LookupError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
-        raise ConfigError(
-            f"URL is {arguments.url!r}, which holds what no run wrote ({one_line(error)}); give the folder of a run, "
-            "or remove what is damaged in it"
-        ) from error
     return 0
 
 

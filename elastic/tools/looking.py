@@ -4,7 +4,9 @@ this: the report, the terminal, the page."""
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
@@ -23,6 +25,22 @@ from elastic.tools.registry import ASK_S, recorded, state_of
 ACCOUNT_S = 15.0  # it goes through the whole ledger: at most one part in twenty of the time is spent on it
 AGAIN_S = 10.0  # a server that could not be reached is asked again after so long
 CHECKPOINTS_S = 10.0  # listing them is many round trips to object storage
+
+
+@contextmanager
+def foreign_is_named(url: str) -> Iterator[None]:
+    """Inside, what stumbles over a folder's contents says whose fault that is.
+
+    Raises:
+        ConfigError: what is in the folder was written by no run.
+    """
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
+        raise ConfigError(
+            f"URL is {url!r}, which holds what no run wrote ({one_line(error)}); give the folder of a run, or remove "
+            "what is damaged in it"
+        ) from error
 
 
 class Onlooker:
@@ -47,27 +65,21 @@ class Onlooker:
             ConfigError: it is no run, or what is in the folder was written by no run.
         """
         url = redact(self.folder.storage.url)
-        try:
-            with ThreadPoolExecutor(4, "look") as pool:  # each is a round trip or more to object storage
-                rows, events = pool.submit(self._rows.new), pool.submit(self._events.new)
-                saved, result = pool.submit(self._saved), pool.submit(self.folder.result)
-                status = self.folder.status()
-                self._config = self._config or self.folder.config()
-                seen = self._ask(status)
-                self.history.add_rows(rows.result())
-                self.history.add_events(events.result())
-                self._keep_account(status, rows.result(), events.result())
-                if seen is not None:
-                    self.history.add_recent(seen["rows"])
-                    status = seen["status"]
-                found = self._view(url, status, seen, result.result() or {})
-                found["checkpoints"] = saved.result()
-                return found
-        except (LookupError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
-            raise ConfigError(
-                f"URL is {self.folder.storage.url!r}, which holds what no run wrote ({one_line(error)}); give the "
-                "folder of a run, or remove what is damaged in it"
-            ) from error
+        with foreign_is_named(url), ThreadPoolExecutor(4, "look") as pool:  # each is a round trip or more to storage
+            rows, events = pool.submit(self._rows.new), pool.submit(self._events.new)
+            saved, result = pool.submit(self._saved), pool.submit(self.folder.result)
+            status = self.folder.status()
+            self._config = self._config or self.folder.config()
+            seen = self._ask(status)
+            self.history.add_rows(rows.result())
+            self.history.add_events(events.result())
+            self._keep_account(status, rows.result(), events.result())
+            if seen is not None:
+                self.history.add_recent(seen["rows"])
+                status = seen["status"]
+            found = self._view(url, status, seen, result.result() or {})
+            found["checkpoints"] = saved.result()
+            return found
 
     def _keep_account(
         self, status: dict[str, Any] | None, rows: list[dict[str, Any]], events: list[dict[str, Any]]

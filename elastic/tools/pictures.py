@@ -57,7 +57,7 @@ def pictures(run: dict[str, Any]) -> dict[str, Draw]:
     matplotlib_figure()
     course = run["history"]
     found: dict[str, Draw] = {"overview.png": lambda: overview(run)}
-    if course["steps"]:
+    if any(course["totals"][name] > 0 for name in PARTS):
         found["steps.png"] = lambda: steps(run)
     if run["account"] and run["account"]["causes"]:
         found["account.png"] = lambda: account(run)
@@ -67,7 +67,7 @@ def pictures(run: dict[str, Any]) -> dict[str, Draw]:
 
 
 def overview(run: dict[str, Any], *, title: str | None = None) -> bytes:
-    """Loss above, workers below, over the same time; what happened is marked in both."""
+    """Loss above, workers below, over the same time; what happened is marked in both. `title`: instead of its state."""
     course = run["history"]
     size, unit = _unit(course["elapsed_s"])
     figure = _figure(10, 5.4)
@@ -112,6 +112,10 @@ def _draw_worlds(axes: Any, course: dict[str, Any], size: float) -> int:
         return 1
     points.append((course["elapsed_s"] / size, points[-1][1]))
     at, count = zip(*points)
+    if at[0] > _NEAR * points[-1][0]:
+        axes.text(
+            at[0] / 2, 0.5, "start-up", transform=axes.get_xaxis_transform(), ha="center", color=MUTED, fontsize=9
+        )
     axes.fill_between(at, count, step="post", color=WORLD, alpha=0.2, linewidth=0)
     axes.step(at, count, where="post", color=WORLD, linewidth=1.7)
     most = max(1, *count)

@@ -25,16 +25,13 @@ _STYLES = {"bad": "red", "warn": "yellow", "good": "green", "save": "magenta", "
 
 def watch_run(arguments: argparse.Namespace) -> int:
     """Carry out the verb; returns the exit code: 1 for a run that failed or was lost."""
-    from elastic.tools.looking import Onlooker
+    from elastic.tools.looking import Onlooker, foreign_is_named
     from elastic.tools.target import open_run
 
     onlooker = Onlooker(open_run(arguments.url, read_only=True))
-    if arguments.json:
-        run = _lines_of_json(onlooker)
-    elif sys.stdout.isatty():
-        run = _screen(onlooker)
-    else:
-        run = _lines(onlooker)
+    how = _lines_of_json if arguments.json else _screen if sys.stdout.isatty() else _lines
+    with foreign_is_named(arguments.url):
+        run = how(onlooker)
     return 1 if run["status"] in ("failed", "lost") else 0
 
 

@@ -171,6 +171,7 @@ function courseChart(host, run) {
       if (i) steps.push([x(at), w(course.worlds[i - 1][1])]);
       steps.push([x(at), w(size)]);
     });
+    if (steps.length && steps[0][0] - left > 70) shape("text", { x: (left + steps[0][0]) / 2, y: worldTop + worldHigh / 2, "text-anchor": "middle" }, svg, "start-up");
     if (steps.length) {
       steps.push([x(end), w(sizes.at(-1))]);
       shape("path", { d: `${path(steps)}L${x(end).toFixed(1)} ${w(0)}L${steps[0][0].toFixed(1)} ${w(0)}Z`, fill: "var(--world)", opacity: 0.2 }, svg);

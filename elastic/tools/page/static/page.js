@@ -218,7 +218,7 @@ function charts(run) {
         Object.keys(course.evaluations).includes("eval/loss") ? element("span", {}, element("i", { style: { border: "1.5px solid var(--ink)", borderRadius: "50%" } }), "eval/loss") : null,
         element("span", {}, element("i", { style: { background: "var(--world)" } }), "workers"),
         element("span", {}, element("i", { style: { background: "var(--save)", clipPath: "polygon(50% 0, 100% 100%, 0 100%)" } }), "checkpoint"))),
-    course.steps.length ? card("Where steps took their time", `${numberText(1e3 * course.totals.step / Math.max(1, run.step))} ms a step`,
+    whole > 0 ? card("Where steps took their time", `${numberText(1e3 * course.totals.step / Math.max(1, run.step))} ms a step`,
       element("div", { class: "chart", "data-chart": "split", "data-key": "split" }),
       element("div", { class: "legend" }, parts.map((p) => element("span", {}, element("i", { style: { background: `var(--${p})` } }), `${p} `, element("b", {}, `${(100 * course.totals[p] / whole).toFixed(whole && course.totals[p] / whole < 0.1 ? 1 : 0)} %`))))) : null);
 }
