@@ -108,7 +108,8 @@ async def browser(folder: Path, url: str) -> AsyncIterator[Browser]:
     try:
         deadline = time.monotonic() + WAIT_S
         while not (found := re.search(r"ws://127\.0\.0\.1:(\d+)/", log.read_text())):
-            assert time.monotonic() < deadline and process.poll() is None, log.read_text()
+            assert time.monotonic() < deadline, log.read_text()
+            assert process.poll() is None, log.read_text()
             await asyncio.sleep(0.05)
         async with aiohttp.ClientSession() as session:
             async with session.get(f"http://127.0.0.1:{found[1]}/json/list") as answer:
