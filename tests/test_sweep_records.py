@@ -5,8 +5,10 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 import time
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -24,7 +26,8 @@ from elastic.sweep.judge import Judge
 from elastic.sweep.prepare import prepare_sweep, trial_table
 from elastic.sweep.reports import write_plots, write_table, write_tensorboard
 from elastic.sweep.suggest import Draws, Tpe
-from elastic.tools.sweeps import best_run, best_trial, collect, ranking, read_sweep
+from elastic.tools.sweep_pictures import importance, scale, sweep_pictures
+from elastic.tools.sweeps import TrialRecord, best_run, best_trial, collect, ranking, read_sweep
 from tests.tiny_jobs import Plain
 
 
@@ -246,7 +249,7 @@ def test_table_plots_and_tensorboard_are_written(tmp_path):
 
     write_table(storage, trials, names, SWEEP.metric)
     write_tensorboard(storage, trials, names, SWEEP.metric)
-    problem = write_plots(storage, trials, SWEEP.space, SWEEP.metric, "min")
+    problem = write_plots(storage, "mine", trials, SWEEP.space, SWEEP.metric, "min")
 
     rows = list(csv.DictReader(io.StringIO(storage.read("trials.csv").decode())))
     assert [r["trial"] for r in rows] == [t.run for t in trials]
@@ -257,6 +260,41 @@ def test_table_plots_and_tensorboard_are_written(tmp_path):
     hparams = b"".join(p.read_bytes() for p in (tmp_path / "out" / "tensorboard" / "mine-0001").iterdir())
     assert b"job.lr" in hparams
     assert b"eval/near/loss" in hparams
+
+
+def trial(number: int, value: float | None, status: str = "finished", **options: Any) -> TrialRecord:
+    return TrialRecord(number, f"mine-{number:04}", options, options, status, value=value)
+
+
+def test_an_option_matters_that_puts_trials_in_order_even_if_its_best_is_in_the_middle():
+    trials = [trial(n, abs(n - 12) + 0.01 * n, lr=0.1 * n, useless=(7 * n) % 5, word="ab"[n % 2]) for n in range(24)]
+
+    found = importance(trials, ["lr", "useless", "word", "absent"])
+
+    assert found is not None
+    assert found["lr"] > 0.6
+    assert max(found["useless"], found["word"]) < 0.1
+    assert found["absent"] == 0.0
+    assert importance(trials[:3], ["lr"]) is None
+
+
+def test_an_outlier_does_not_set_the_scale():
+    assert scale([]) is None
+    assert scale([math.nan]) is None
+    low, high = scale([1.0, 1.1, 1.2, 1.3, 900.0]) or (0, 0)
+    assert low < 1.0
+    assert 1.3 < high < 2.0
+
+
+def test_a_sweep_is_drawn_while_it_runs_with_failed_trials_and_without_any(tmp_path, capsys):
+    ended(tmp_path)
+    assert cli.main(["report", str(tmp_path / "mine"), "--plots", str(tmp_path / "plots")]) == 0
+    assert "written: " in capsys.readouterr().out
+    assert sorted(p.name for p in (tmp_path / "plots").iterdir()) == ["curves.png", "objective.png", "slices.png"]
+    for trials in ([], [trial(0, None, "failed", lr=0.1)], [trial(n, 1.0, lr=0.1) for n in range(5)]):
+        for draw in sweep_pictures("mine", trials, {"lr": "loguniform(0.01, 1)"}, "loss", "min").values():
+            assert draw().startswith(b"\x89PNG")
+    assert cli.main(["report", str(tmp_path / "mine"), "--html", "x.html"]) == 2
 
 
 # ---- before anything starts ----------------------------------------------------------------------------------------

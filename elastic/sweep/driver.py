@@ -247,7 +247,14 @@ class _Sweeping:
         if self._prepared.config.observe.tensorboard:
             write_tensorboard(storage, result.trials, list(sweep.space), sweep.metric)
         if sweep.plots:
-            problem = write_plots(storage, result.trials, sweep.space, sweep.metric, sweep.mode)
+            problem = write_plots(
+                storage,
+                storage.url.rstrip("/").rsplit("/", 1)[-1],
+                result.trials,
+                sweep.space,
+                sweep.metric,
+                sweep.mode,
+            )
             notes += [problem] if problem else []
         return notes
 

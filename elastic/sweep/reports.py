@@ -11,12 +11,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from elastic.errors import ConfigError
 from elastic.storage import Storage
 from elastic.sweep.space import Space
-from elastic.tools.sweeps import TrialRecord, better
+from elastic.tools.sweep_pictures import sweep_pictures
+from elastic.tools.sweeps import TrialRecord
 
 TABLE = "trials.csv"
-_MOST_CURVES = 30
 
 
 def write_table(storage: Storage, trials: Sequence[TrialRecord], names: Sequence[str], metric: str) -> None:
@@ -80,70 +81,15 @@ def _plain(value: Any) -> Any:
     return str(value) if value is None else value
 
 
-def write_plots(storage: Storage, trials: Sequence[TrialRecord], space: Space, metric: str, mode: str) -> str | None:
-    """`objective.png`, `curves.png` and `slices.png`; returns why there are none, where matplotlib is not installed."""
+def write_plots(
+    storage: Storage, name: str, trials: Sequence[TrialRecord], space: Space, metric: str, mode: str
+) -> str | None:
+    """`objective.png`, `curves.png`, `slices.png` and `importance.png`; returns why there are none, where matplotlib is
+    not installed. `trials`: the best first."""
     try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        return "no plots: matplotlib is not installed (pip install 'elastic-train[sweep]')"
-
-    def save(name: str, figure: Any) -> None:
-        out = io.BytesIO()
-        FigureCanvasAgg(figure).print_png(out)
-        storage.replace(name, out.getvalue())
-
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    _objective(figure.subplots(), trials, metric, mode)
-    save("objective.png", figure)
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    _curves(figure.subplots(), trials, metric)
-    save("curves.png", figure)
-    names = list(space)
-    figure = Figure(figsize=(4 * len(names), 3.6), layout="constrained")
-    for axes, name in zip(figure.subplots(1, len(names), squeeze=False, sharey=True)[0], names, strict=True):
-        _slice(axes, trials, name, metric, log=space[name].kind == "loguniform")
-    save("slices.png", figure)
+        pictures = sweep_pictures(name, trials, {n: str(domain) for n, domain in space.items()}, metric, mode)
+    except ConfigError as error:
+        return f"no plots: {error}"
+    for file, draw in pictures.items():
+        storage.replace(file, draw())
     return None
-
-
-def _objective(axes: Any, trials: Sequence[TrialRecord], metric: str, mode: str) -> None:
-    """Every report over time, and the best so far."""
-    told = sorted((r["time"], r["metrics"].get(metric)) for t in trials for r in t.reports if _is(r, metric))
-    if not told:
-        return
-    began, best = told[0][0], None
-    line = []
-    for at, value in told:
-        best = better(best, value, mode)
-        line.append((at - began, best))
-    axes.scatter([at - began for at, _ in told], [v for _, v in told], s=10, alpha=0.5, label="reports")
-    axes.step(*zip(*line), where="post", label="best so far")
-    axes.set(xlabel="seconds", ylabel=metric, title="objective over time")
-    axes.legend()
-
-
-def _curves(axes: Any, trials: Sequence[TrialRecord], metric: str) -> None:
-    """The metric of each trial over its steps; the best trials are drawn last."""
-    for trial in reversed(trials[:_MOST_CURVES]):
-        points = [(r["step"], r["metrics"][metric]) for r in trial.reports if _is(r, metric)]
-        if points:
-            axes.plot(*zip(*points), marker="o", markersize=3, label=trial.run, alpha=0.8)
-    axes.set(xlabel="step", ylabel=metric, title="learning curves")
-
-
-def _slice(axes: Any, trials: Sequence[TrialRecord], name: str, metric: str, *, log: bool) -> None:
-    """The metric over the values of one option; darker trials went further."""
-    points = [(t.options[name], t.value, t.step) for t in trials if t.value is not None and not math.isnan(t.value)]
-    if points:
-        values, scores, steps = zip(*points)
-        words = any(not isinstance(v, (int, float)) or isinstance(v, bool) for v in values)
-        axes.scatter([str(v) for v in values] if words else values, scores, c=steps, cmap="viridis_r", s=24)
-    if log:
-        axes.set_xscale("log")
-    axes.set(xlabel=name, ylabel=metric)
-
-
-def _is(report: dict[str, Any], metric: str) -> bool:
-    value = report["metrics"].get(metric)
-    return value is not None and not math.isnan(value)

@@ -8,6 +8,7 @@ import shutil
 import threading
 import uuid
 from collections import deque
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 
@@ -148,3 +149,20 @@ class Output:
             for name in self._written:
                 with contextlib.suppress(Exception):  # the first error is what counts
                     self.storage.remove(name)
+
+
+def write_file(path: str, make: Callable[[], bytes], option: str) -> str:
+    """Make a local file for a person, and the folders above it; returns its path.
+
+    Raises:
+        ConfigError: it cannot be written.
+    """
+    data = make()
+    try:
+        if folder := os.path.dirname(path):
+            os.makedirs(folder, exist_ok=True)
+        with open(path, "wb") as file:
+            file.write(data)
+    except OSError as error:
+        raise ConfigError(f"{option} is {path!r}, which cannot be written ({error.strerror}); give another") from error
+    return path

@@ -70,7 +70,7 @@ def overview(run: dict[str, Any], *, title: str | None = None) -> bytes:
     """Loss above, workers below, over the same time; what happened is marked in both. `title`: instead of its state."""
     course = run["history"]
     size, unit = _unit(course["elapsed_s"])
-    figure = _figure(10, 5.4)
+    figure = figure_of(10, 5.4)
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
     x = [at / size for at in course["elapsed"]]
     bands = course["curves"]["loss"]
@@ -84,7 +84,7 @@ def overview(run: dict[str, Any], *, title: str | None = None) -> bytes:
             above.plot([v[1] / size for v in values], [v[2] for v in values], style, color=INK, ms=4, label=name)
             above.legend(frameon=False, loc="upper right")
     above.set_ylabel("loss")
-    _title(above, title or f"{run['name']}: {run['status']}, step {run['step']:,} of {run['total_steps'] or 0:,}")
+    titled(above, title or f"{run['name']}: {run['status']}, step {run['step']:,} of {run['total_steps'] or 0:,}")
     most = _draw_worlds(below, course, size)
     below.set_ylabel("workers")
     below.set_xlabel(f"time driven ({unit})")
@@ -103,7 +103,7 @@ def overview(run: dict[str, Any], *, title: str | None = None) -> bytes:
         )
         below.legend(frameon=False, loc="lower right", bbox_to_anchor=(1.0, -0.42), handletextpad=0.2)
     above.set_xlim(0, max(course["elapsed_s"] / size, 1e-9))
-    return _png(figure)
+    return png_of(figure)
 
 
 def _draw_worlds(axes: Any, course: dict[str, Any], size: float) -> int:
@@ -153,7 +153,7 @@ def _draw_marks(above: Any, below: Any, marks: list[dict[str, Any]], size: float
 def steps(run: dict[str, Any]) -> bytes:
     """Where steps took their time, stacked, over the steps."""
     course = run["history"]
-    figure = _figure(10, 3.8)
+    figure = figure_of(10, 3.8)
     axes = figure.subplots()
     named = [name for name in PARTS if course["totals"][name] > 0]
     whole = sum(course["totals"][name] for name in named) or 1.0
@@ -171,15 +171,15 @@ def steps(run: dict[str, Any]) -> bytes:
     axes.set_xlim(course["steps"][0], max(course["steps"][-1], course["steps"][0] + 1))
     axes.set(xlabel="step", ylabel="milliseconds a step")
     axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5), reverse=True)
-    _title(axes, "where steps took their time")
-    return _png(figure)
+    titled(axes, "where steps took their time")
+    return png_of(figure)
 
 
 def account(run: dict[str, Any]) -> bytes:
     """What the time of all workers went into."""
     found = run["account"]
     causes = [c for c in found["causes"] if c["share"] >= _LEAST_SHARE][::-1]
-    figure = _figure(10, 1.3 + 0.34 * len(causes))
+    figure = figure_of(10, 1.3 + 0.34 * len(causes))
     axes = figure.subplots()
     colours = [TONES["good"] if c["cause"] == "productive" else PART_COLOURS["other"] for c in causes]
     axes.barh([c["cause"] for c in causes], [100 * c["share"] for c in causes], color=colours, height=0.62)
@@ -198,22 +198,22 @@ def account(run: dict[str, Any]) -> bytes:
     axes.set_xlabel("% of all workers' time")
     axes.set_xlim(0, 1.05 * 100 * found["causes"][0]["share"])
     cost = "" if found["cost"] is None else f", which cost {found['cost']:.4g}"
-    _title(axes, f"what {seconds_text(found['worker_seconds'])} of workers' time went into{cost}")
-    return _png(figure)
+    titled(axes, f"what {seconds_text(found['worker_seconds'])} of workers' time went into{cost}")
+    return png_of(figure)
 
 
 def stalls(run: dict[str, Any]) -> bytes:
     """The longest stalls, and what happened meanwhile."""
     worst = sorted(run["history"]["stalls"], key=lambda s: -s["seconds"])[:_MOST_STALLS]
     worst.sort(key=lambda s: -s["step"])
-    figure = _figure(10, 1.3 + 0.34 * len(worst))
+    figure = figure_of(10, 1.3 + 0.34 * len(worst))
     axes = figure.subplots()
     axes.barh(
         [f"step {s['step']:,}" for s in worst], [s["seconds"] for s in worst], color=LOSS, alpha=0.85, height=0.62
     )
     most = max(s["seconds"] for s in worst) or 1.0
     for place, stall in enumerate(worst):
-        told = f"{stall['seconds']:.2f} s  {_short(stall['why'], 70)}"
+        told = f"{stall['seconds']:.2f} s  {short(stall['why'], 70)}"
         inside = stall["seconds"] > 0.55 * most
         axes.annotate(
             told,
@@ -226,14 +226,14 @@ def stalls(run: dict[str, Any]) -> bytes:
         )
     axes.set_xlim(0, 1.05 * most)
     axes.set_xlabel("seconds without a step")
-    _title(axes, "stalls")
-    return _png(figure)
+    titled(axes, "stalls")
+    return png_of(figure)
 
 
 # ---- house style ---------------------------------------------------------------------------------------------------
 
 
-def _short(text: str, most: int) -> str:
+def short(text: str, most: int) -> str:
     return text if len(text) <= most else text[: most - 1] + "…"
 
 
@@ -241,15 +241,15 @@ def _unit(seconds: float) -> tuple[float, str]:
     return next((size, unit) for least, size, unit in _UNITS if seconds >= least)
 
 
-def _figure(width: float, height: float) -> Any:
+def figure_of(width: float, height: float) -> Any:
     return matplotlib_figure()(figsize=(width, height), layout="constrained", facecolor=PAPER)
 
 
-def _title(axes: Any, text: str) -> None:
+def titled(axes: Any, text: str) -> None:
     axes.set_title(text.replace("$", r"\$"), loc="left", color=INK, fontsize=12, fontweight="bold", pad=10)
 
 
-def _png(figure: Any) -> bytes:
+def png_of(figure: Any) -> bytes:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     for axes in figure.axes:

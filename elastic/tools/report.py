@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Callable
 from typing import Any
 
-from elastic.errors import ConfigError
 from elastic.observe.console import seconds_text
 from elastic.observe.history import PARTS
+from elastic.tools.output import write_file
 from elastic.tools.text import age_text, show, size_text, table
 
 _MOST = 12  # stalls, events and checkpoints in a table
@@ -25,26 +24,14 @@ def report_run(arguments: argparse.Namespace) -> int:
     if arguments.html:
         from elastic.tools.page.single import single_page
 
-        written.append(_write(arguments.html, lambda: single_page(found).encode(), "--html"))
+        written.append(write_file(arguments.html, lambda: single_page(found).encode(), "--html"))
     if arguments.plots:
         from elastic.tools.pictures import pictures
 
         for name, draw in pictures(found).items():
-            written.append(_write(os.path.join(arguments.plots, name), draw, "--plots"))
+            written.append(write_file(os.path.join(arguments.plots, name), draw, "--plots"))
     show(arguments, {**found, "written": written}, lambda: report_text(found, written))
     return 0
-
-
-def _write(path: str, make: Callable[[], bytes], option: str) -> str:
-    data = make()
-    try:
-        if folder := os.path.dirname(path):
-            os.makedirs(folder, exist_ok=True)
-        with open(path, "wb") as file:
-            file.write(data)
-    except OSError as error:
-        raise ConfigError(f"{option} is {path!r}, which cannot be written ({error.strerror}); give another") from error
-    return path
 
 
 def report_text(run: dict[str, Any], written: list[str]) -> str:

@@ -169,8 +169,25 @@ def report(arguments: argparse.Namespace) -> int:
     """Carry out the verb; returns the exit code."""
     storage, sweep = open_sweep(arguments.url)
     trials = ranking(read_trials(storage, sweep["metric"], sweep["mode"]), sweep["mode"])
-    values = {"sweep": {**sweep, "status": state_of(sweep, time.time())}, "trials": [asdict(t) for t in trials]}
-    show(arguments, values, lambda: report_text(storage.url, sweep, trials))
+    written = []
+    if arguments.plots:
+        from elastic.tools.output import write_file
+        from elastic.tools.sweep_pictures import sweep_pictures
+
+        name = storage.url.rstrip("/").rsplit("/", 1)[-1]
+        drawn = sweep_pictures(name, trials, sweep["fixed"]["search"], sweep["metric"], sweep["mode"])
+        written = [write_file(f"{arguments.plots}/{file}", draw, "--plots") for file, draw in drawn.items()]
+    values: dict[str, Any] = {
+        "sweep": {**sweep, "status": state_of(sweep, time.time())},
+        "trials": [asdict(t) for t in trials],
+    }
+    values["written"] = written
+
+    def text() -> str:
+        ranking_text = report_text(storage.url, sweep, trials)
+        return ranking_text + (f"\n\nwritten: {', '.join(written)}" if written else "")
+
+    show(arguments, values, text)
     return 0
 
 
