@@ -34,7 +34,7 @@ class Held:
         return [g["name"] for g in found if g["name"].startswith(prefix) and g["state"] == state]
 
     def look(self) -> dict[str, list[str]]:
-        """Living actors, placement groups, standings of runs, files in Ray's folder, processes, and shared memory of
+        """Living actors, placement groups, demands of runs, files in Ray's folder, processes, and shared memory of
         processes that were ever seen here."""
         actors = self._state.actor_table(None)
         groups = self._state.placement_group_table().values()
@@ -43,7 +43,7 @@ class Held:
         return {
             "actors": sorted(a["ActorClassName"] for a in actors.values() if a["State"] != "DEAD"),
             "groups": sorted(g["name"] for g in groups if g["state"] != "REMOVED"),
-            "standings": sorted(k.decode() for k in self._gcs.internal_kv_keys(b"run/", namespace=b"elastic")),
+            "demands": sorted(k.decode() for k in self._gcs.internal_kv_keys(b"run/", namespace=b"elastic")),
             "files": sorted(str(p) for p in self._session.glob("elastic-*")),
             "processes": sorted(n for n in processes.values() if not n.startswith("ray::IDLE")),
             "shared memory": [n for n in os.listdir("/dev/shm") if any(f"_{pid}_" in n for pid in self._pids)],
@@ -57,7 +57,7 @@ class Held:
             now = self.look()
             found = {kind: [n for n in names if n not in self._before[kind]] for kind, names in now.items()}
             if crashed:
-                found["standings"], found["files"] = [n for n in found["standings"] if n != f"run/{crashed}"], []
+                found["demands"], found["files"] = [n for n in found["demands"] if n != f"run/{crashed}"], []
             return {kind: names for kind, names in found.items() if names}
 
         with contextlib.suppress(AssertionError):  # the assertion below says what is left

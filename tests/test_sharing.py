@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from elastic.cluster.capacity import fits
-from elastic.cluster.sharing import GIVE_UP_AFTER_S, YIELD_AFTER_S, Patience, Share, Standing, Terms, share
+from elastic.cluster.sharing import GIVE_UP_AFTER_S, YIELD_AFTER_S, Demand, Patience, Share, Terms, share
 
 
 def run(
@@ -23,12 +23,12 @@ def run(
     accelerator: str = "gpu",
     short_s: float = 60.0,
     steady_s: float = 60.0,
-) -> Standing:
+) -> Demand:
     terms = Terms(name, priority, since, accelerator, least, 600.0)
-    return Standing(terms, have, asks, short_s if have < least else 0, steady_s)
+    return Demand(terms, have, asks, short_s if have < least else 0, steady_s)
 
 
-def share_of(me: Standing, *others: Standing, holds_state: bool = True) -> Share:
+def share_of(me: Demand, *others: Demand, holds_state: bool = True) -> Share:
     return share(me, others, holds_state=holds_state)
 
 
@@ -104,7 +104,7 @@ def test_no_more_give_up_their_part_than_are_needed_the_last_first() -> None:
 def test_what_runs_say_of_themselves_survives_the_board() -> None:
     said = run("a", 1, priority=-3, since=1.5)
 
-    assert Standing.from_bytes(said.to_bytes(7)) == said
+    assert Demand.from_bytes(said.to_bytes(7)) == said
     assert said.to_bytes(7) != said.to_bytes(8)
 
 
@@ -125,10 +125,10 @@ class Running:
     saving_s: int = 0
     gave: int = 0
 
-    def say(self) -> Standing:
-        return Standing(self.terms, self.have, self.asks, self.short_s, self.steady_s)
+    def say(self) -> Demand:
+        return Demand(self.terms, self.have, self.asks, self.short_s, self.steady_s)
 
-    def follow(self, others: list[Standing], saving_s: int) -> None:
+    def follow(self, others: list[Demand], saving_s: int) -> None:
         """One second: what a controller does with its share. Saving takes a parked run `saving_s`."""
         mine = share(self.say(), others, holds_state=self.holds_state)
         if mine.ask == 0:

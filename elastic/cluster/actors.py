@@ -1,4 +1,4 @@
-"""What runs inside Ray actors: the host of a run, and the training function of a worker."""
+"""The code that runs inside Ray actors: the host of a run, and the training function of a worker."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ from elastic.worker.run import Identity, WorkerRun
 
 
 class HostActor:
-    """Hosts the membership server and the keeper of a run, on the driver's node. Ray restarts it where it dies.
+    """Hosts the membership server and the keeper of a run, on the driver's node. Ray restarts it if it dies.
 
     Args:
-        settings: with `restarted`, it takes the place of one that stood still.
+        settings: `restarted` means that this actor replaces one that stopped answering.
     """
 
     def __init__(self, folder_url: str, options: KeeperOptions, settings: HostSettings, detail: dict[str, Any]):
@@ -46,18 +46,18 @@ class HostActor:
         return self._url
 
     def stop(self) -> None:
-        """Write out everything and stop serving."""
+        """Write everything to storage, and stop serving."""
         self._host.stop()
 
 
 def training_function(run: WorkerRun, accelerator: str, vaults: str | None) -> Callable[[], str]:
-    """The function that each Ray Train worker runs on its training thread; it returns how the worker's part ended.
+    """The function that each worker runs on its training thread; it returns how the worker ended.
 
-    The job travels as bytes: its module may start CUDA when it is imported (`torch.cuda.is_available()` is a common
-    line there), which then sees the devices that were visible at that moment for ever.
+    The job travels as bytes and is unpickled after the device is chosen: its module may start CUDA when it is imported
+    (`torch.cuda.is_available()` is a common line there), and CUDA sees the devices visible at that moment for ever.
 
     Args:
-        vaults: prefix of the names of the run's vaults, if it has them.
+        vaults: prefix of the names of the run's vaults, None if it has none.
     """
     packed, bare = cloudpickle.dumps(run.job), replace(run, job=None)  # type: ignore[arg-type]
 
@@ -75,7 +75,7 @@ def training_function(run: WorkerRun, accelerator: str, vaults: str | None) -> C
             vault="",
         )
         failing = "a worker cannot start on node {host} ({why})"
-        try:  # what fails here is the node's affair: the others train on
+        try:  # an error here comes from the node, not from the job: the other workers train on
             if accelerator == "gpu":
                 identity = replace(identity, local_index=see_devices())
             from elastic.worker.alone import be_alone
@@ -89,7 +89,7 @@ def training_function(run: WorkerRun, accelerator: str, vaults: str | None) -> C
                 "folder with --working-dir"
             )
             run = replace(bare, job=cloudpickle.loads(packed))
-        except Exception as error:  # whatever a module raises when it is imported, and Ray of a node that goes away
+        except Exception as error:  # any error of a module while it is imported, or Ray's if the node goes away
             with closing(link_of(bare, identity)) as link:
                 link.unfit(failing.format(host=identity.host, why=one_line(error)))
             return "unfit"
@@ -101,7 +101,7 @@ def training_function(run: WorkerRun, accelerator: str, vaults: str | None) -> C
         except WarmUpError:
             return "unfit"
         except ElasticError as error:
-            raise RunFailed(str(error)) from None  # crosses to the controller: only plain text is sure to pickle
+            raise RunFailed(str(error)) from None  # it goes to the controller: only plain text surely unpickles there
         except Exception:
             raise RunFailed(traceback.format_exc()) from None
 
@@ -109,10 +109,10 @@ def training_function(run: WorkerRun, accelerator: str, vaults: str | None) -> C
 
 
 def _die_with_raylet() -> None:
-    """Be killed at the moment the node's raylet dies.
+    """Have the kernel kill this process at the moment the node's raylet dies.
 
-    A worker is doomed then, but Ray lets it live for another 0.6 s (measured), in which it answers nobody and keeps
-    its sockets open, so that its peers wait.
+    Ray ends such a worker only 0.6 s later (measured). In that time it does not answer, but keeps its sockets open, so
+    that its peers wait for it.
     """
     parent = Path(f"/proc/{os.getppid()}/cmdline")
     if parent.exists() and b"raylet" in parent.read_bytes():
@@ -120,7 +120,7 @@ def _die_with_raylet() -> None:
 
 
 def see_devices() -> int:
-    """See all GPUs of this node; returns which one is this worker's."""
+    """Make all GPUs of this node visible; returns the index of the one that Ray assigned to this worker."""
     runtime = ray.get_runtime_context()
     assigned = str(runtime.get_accelerator_ids()["GPU"][0])
     node = next(n for n in ray.nodes() if n["NodeID"] == runtime.get_node_id())

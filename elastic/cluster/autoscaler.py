@@ -1,4 +1,4 @@
-"""What Ray's autoscaler can start for a cluster, what it could not start, and what it never can."""
+"""What Ray's autoscaler can start for a cluster, what it failed to start, and which requests it can never serve."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ REQUEST_TIMEOUT_S = 5
 MOST_TEXT = 300
 LOG_BYTES = 1 << 20
 _FAILED = re.compile(r"Failed to launch \d+ nodes? of type (?P<kind>\S+): (?P<why>\S[^\n]*)")
-BOOTSTRAP = Path("~/ray_bootstrap_config.yaml")  # `ray up` writes it to the head
+BOOTSTRAP = Path("~/ray_bootstrap_config.yaml")  # `ray up` writes this file on the head
 
 
 def node_types() -> list[dict[str, float]]:
     """Resources of one node of each type that the autoscaler of the joined cluster may start.
 
-    As the autoscaler reports them; where it does not, as `ray up` has described the cluster on its head, if this
-    process is there. Empty where neither says anything.
+    They come from the autoscaler; if it reports none, from the cluster's description that `ray up` left on the head,
+    if this process runs there. Empty if neither is known.
     """
     groups = autoscaler_groups()
     if groups is not None:
@@ -37,8 +37,8 @@ def node_types() -> list[dict[str, float]]:
 
 
 def types_in(cluster: Mapping[str, Any]) -> list[dict[str, float]]:
-    """The same, of a cluster's description (as in `cluster.yaml`). Types without resources are left out: Ray has not
-    filled them in, so what they have is not known."""
+    """Resources of one node of each type in a cluster's description (as in `cluster.yaml`). Types without resources are
+    left out: Ray has not filled them in, so they are unknown."""
     types = cluster.get("available_node_types") or {}
     return [
         {name: float(amount) for name, amount in of["resources"].items() if isinstance(amount, (int, float))}
@@ -52,10 +52,10 @@ def _on_head() -> bool:
 
 
 def reported(address: str) -> Autoscaling:
-    """What the autoscaler has told the head of itself.
+    """What the autoscaler last reported to the head.
 
     Args:
-        address: of the head's GCS, host:port.
+        address: host:port of the head's GCS.
 
     Raises:
         ray.exceptions.RayError, RuntimeError: the head does not answer.
@@ -64,37 +64,37 @@ def reported(address: str) -> Autoscaling:
 
 
 def known_reasons(session_folder: str) -> dict[str, str]:
-    """The last reason for each type of node that could not be started. It is lost between Ray's autoscaler and what it
-    reports, and stands in its log on the head alone: elsewhere nothing is known.
+    """The last reason for each type of node that could not be started, by type. Ray's autoscaler does not report it;
+    only its log on the head has it, so elsewhere the result is empty.
 
     Args:
-        session_folder: of Ray on this machine.
+        session_folder: Ray's session folder on this machine.
     """
     log = Path(session_folder) / "logs" / "monitor.log"
     return reasons_in(_end_of(log)) if _on_head() and log.is_file() else {}
 
 
-def failures(told: Autoscaling, reasons: Mapping[str, str]) -> list[str]:
-    """What could not be started lately, a line each."""
-    # Its list of failed nodes has every node that ever went, also those that were let go for being idle: no news.
+def failures(report: Autoscaling, reasons: Mapping[str, str]) -> list[str]:
+    """What could not be started lately, one line each."""
+    # The report's list of failed nodes is not used: it also has every node that was ended for being idle.
     return list(
         dict.fromkeys(
             f"nodes of type {kind} could not be started: "
             + (reasons.get(kind) or why or "its log on the head says why")[:MOST_TEXT]
-            for kind, why in told.failed
+            for kind, why in report.failed
         )
     )
 
 
-def unserved(told: Autoscaling, unit: Resources | None = None) -> list[str]:
-    """What is asked for and can be placed on no node that is there or that may be started, a line for each shape.
+def unserved(report: Autoscaling, unit: Resources | None = None) -> list[str]:
+    """Requests that fit on no present node and on none that may be started, one line for each shape.
 
     Args:
-        unit: leave out what asks for anything but such workers.
+        unit: if given, only requests for workers of these resources.
     """
     counted = Counter(
         tuple(tuple(sorted(bundle.items())) for bundle in group)
-        for group in told.unserved
+        for group in report.unserved
         if unit is None or all(bundle == dict(unit) for bundle in group)
     )
     return [
@@ -105,8 +105,8 @@ def unserved(told: Autoscaling, unit: Resources | None = None) -> list[str]:
 
 
 def _shape(bundles: Sequence[Sequence[tuple[str, float]]]) -> str:
-    alike = Counter(", ".join(f"{amount:g} {name}" for name, amount in bundle) for bundle in bundles)
-    return " and ".join(f"{count} x ({what})" if len(bundles) > 1 else what for what, count in sorted(alike.items()))
+    counts = Counter(", ".join(f"{amount:g} {name}" for name, amount in bundle) for bundle in bundles)
+    return " and ".join(f"{count} x ({what})" if len(bundles) > 1 else what for what, count in sorted(counts.items()))
 
 
 def _times(count: int) -> str:
@@ -114,7 +114,7 @@ def _times(count: int) -> str:
 
 
 def reasons_in(log: str) -> dict[str, str]:
-    """The last reason that an autoscaler's log has for each type of node that could not be started."""
+    """The last reason in an autoscaler's log for each type of node that could not be started, by type."""
     return {match["kind"]: match["why"].strip() for match in _FAILED.finditer(log)}
 
 

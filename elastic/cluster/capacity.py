@@ -1,4 +1,4 @@
-"""What a cluster can hold, and what to ask of it. Pure functions over what Ray says of its nodes."""
+"""What a cluster can hold, and what to request from it. Pure functions of Ray's node tables."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ Resources = Mapping[str, float]
 
 
 def worker_resources(accelerator: str, cpus: int) -> dict[str, float]:
-    """What one worker asks of Ray: one GPU and its CPU slots, or CPU slots."""
+    """The resources that one worker requests from Ray: one GPU and its CPU slots, or CPU slots only."""
     return {"GPU": 1.0, "CPU": float(cpus)} if accelerator == "gpu" else {"CPU": float(cpus)}
 
 
 def choose_accelerator(wish: str, nodes: Sequence[Resources]) -> str:
-    """`gpu` or `cpu`; auto takes GPUs where any node has one, of those that are there or that the cluster can start."""
+    """`gpu` or `cpu`. With `auto`, gpu if any node has one: a present node, or one that the cluster can start."""
     if wish != "auto":
         return wish
     return "gpu" if any(n.get("GPU", 0) >= 1 for n in nodes) else "cpu"
@@ -25,14 +25,14 @@ def choose_accelerator(wish: str, nodes: Sequence[Resources]) -> str:
 def check_fits(
     wish: str, accelerator: str, workers_per_node: int | None, cpus: int, nodes: Sequence[Resources]
 ) -> None:
-    """Refuse what no node could ever hold. GPUs that are asked for are believed in, also where none is known of.
+    """Refuse requests that no node could ever hold. A wish for GPUs is accepted if no node with GPUs is known yet.
 
     Args:
-        wish: --scaling.accelerator as it was given; `accelerator` is what was chosen.
-        nodes: those that are there and, one of each type, those that the cluster can start.
+        wish: --scaling.accelerator as given; `accelerator` is the choice made from it.
+        nodes: the present nodes, and one of each type that the cluster can start.
 
     Raises:
-        ConfigError: more GPUs or CPUs on one node than any node has, or nothing says what kind of node will come.
+        ConfigError: a node would need more GPUs or CPUs than any has, or the kind of the first node is unknown.
     """
     unit, having = worker_resources(accelerator, cpus), _having(accelerator, nodes)
     if not having:
@@ -62,28 +62,28 @@ def _having(accelerator: str, nodes: Sequence[Resources]) -> list[Resources]:
     return [n for n in nodes if n.get(accelerator.upper(), 0) >= 1]
 
 
-def awaited(accelerator: str, there: Sequence[Resources]) -> str:
-    """What a run has to wait for, as no node that is there has any of it; empty where one has."""
-    return "" if _having(accelerator, there) else f"the cluster's first node with a {accelerator.upper()}"
+def awaited(accelerator: str, present: Sequence[Resources]) -> str:
+    """What a run has to wait for, if no present node has the accelerator; else empty."""
+    return "" if _having(accelerator, present) else f"the cluster's first node with a {accelerator.upper()}"
 
 
 def fits(unit: Resources, free: Resources) -> bool:
-    """Whether one worker fits into what is free."""
+    """Whether one worker fits into the free resources."""
     return all(free.get(name, 0) >= amount for name, amount in unit.items())
 
 
 def full_nodes(placed: Sequence[str], per_node: int | None) -> list[str]:
-    """Nodes that have as many workers as they may, given the node of every worker; none where there is no limit."""
+    """Nodes that have as many workers as allowed, given the node of every worker; none if there is no limit."""
     return sorted({n for n in placed if placed.count(n) >= per_node}) if per_node else []
 
 
-def may_share(there: int, more: int, per_node: int | None) -> bool:
-    """Whether a node with so many workers may have so many more."""
-    return per_node is None or there + more <= per_node
+def may_share(present: int, more: int, per_node: int | None) -> bool:
+    """Whether a node with `present` workers may have `more` in addition."""
+    return per_node is None or present + more <= per_node
 
 
 def excluded_nodes(names: Sequence[str], nodes: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Ids of the nodes, as `ray.nodes()` lists them, that are named: by host name, address, or the id's beginning."""
+    """Ids of the nodes in `ray.nodes()` that `names` gives by host name, by address or by the beginning of their id."""
 
     def named(node: Mapping[str, Any]) -> bool:
         known = (node["NodeManagerHostname"], node["NodeManagerAddress"])
@@ -95,8 +95,8 @@ def excluded_nodes(names: Sequence[str], nodes: Sequence[Mapping[str, Any]]) -> 
 def visible_devices(assigned: str, node_total: int) -> tuple[str, int]:
     """(CUDA_VISIBLE_DEVICES, index in it) for a worker to which Ray assigned one GPU of its node.
 
-    Every worker sees all GPUs of its node, however late it came, so that neighbours can exchange data directly. Where
-    the assigned id is none of 0..total-1 (the node itself sees only some), a worker sees just its own.
+    Every worker sees all GPUs of its node, however late it came, so that neighbours can exchange data directly. If the
+    assigned id is none of 0..total-1 (the node itself sees only some GPUs), the worker sees only its own.
     """
     everyone = [str(i) for i in range(node_total)]
     if assigned in everyone:

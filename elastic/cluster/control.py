@@ -1,4 +1,4 @@
-"""Control of a run from another thread of its driver, as the trials of a sweep have it."""
+"""Control of a run from another thread of its driver, as the trials of a sweep use it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from elastic.membership.protocol import Allow, Wish
 
 
 class RunControl:
-    """A run that is driven by another thread: hears its records, lets it go on where it holds, and ends it.
+    """Controls a run that another thread drives: receives its records, lets it go on after a pause, and ends it.
 
     Args:
         on_record: called with every row and event, on a thread of the run.
@@ -25,24 +25,24 @@ class RunControl:
         self._why: str | None = None
 
     def allow(self, step: int) -> None:
-        """Where it holds after evaluations (`--eval.hold`), it may go up to this step."""
+        """A run that pauses after evaluations (`--eval.hold`) may go up to this step."""
         with self._lock:
             self._allowed = max(self._allowed, step)
-            self._say()
+            self._send()
 
     def stop(self, why: str) -> None:
-        """Save and end at the next boundary; a run that holds does no further step."""
+        """Save and end at the next step boundary; a paused run does no further step."""
         with self._lock:
             self._why = why
-            self._say()
+            self._send()
 
     def attach(self, link: DriverLink | None) -> None:
-        """The run's host is there: tell it what was asked for before. None: it is gone."""
+        """The run's host is there: send it what was requested before. None: it is gone."""
         with self._lock:
             self._link = link
-            self._say()
+            self._send()
 
-    def _say(self) -> None:
+    def _send(self) -> None:
         if self._link is None:
             return
         try:

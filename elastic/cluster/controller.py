@@ -1,4 +1,4 @@
-"""The controller of a run's workers on Ray: turn after turn, until their part is over."""
+"""The controller of a run's workers on Ray: it acts in turns until all workers are done."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ TURN_S = 0.2
 
 
 class Sent:
-    """A function that the driver sent to the cluster: whoever starts workers with it does not need to import it."""
+    """A function in Ray's object store: a controller can start workers with it without unpickling it."""
 
     def __init__(self, function: Callable[[], Any]):
         self._reference = ray.put(function)
@@ -25,8 +25,8 @@ class Sent:
 
 
 class Controller:
-    """Keeps the workers of a run: as an actor, or in a process that has many runs one after another. Ray ends the
-    workers with the process that it is in.
+    """Keeps the workers of a run, as an actor or in a process that has many runs one after another. Ray ends the
+    workers with the controller's process.
 
     Args:
         plan: the workers to have.
@@ -38,14 +38,16 @@ class Controller:
         self._turned, self._ended = threading.Event(), threading.Event()
 
     def run(self) -> None:
-        """Keep them until their part is over, or until `end`; then none is left.
+        """Keep the workers until they are done, or until `end` is called; on return none is left.
 
         Raises:
             RunFailed: a worker failed for good.
         """
-        from elastic.cluster.group import Group  # it imports Ray Train, which takes seconds, and no driver needs it
+        from elastic.cluster.group import (
+            WorkerGroup,
+        )  # it imports Ray Train, which takes seconds, and no driver needs it
 
-        group = Group(self._plan, self._function)
+        group = WorkerGroup(self._plan, self._function)
         try:
             next_turn = 0.0
             while not self._ended.wait(max(0.0, next_turn - time.monotonic())):
@@ -57,7 +59,7 @@ class Controller:
             group.shutdown()
 
     def turned(self) -> None:
-        """Returns after the next turn."""
+        """Return after the next turn."""
         self._turned.clear()
         self._turned.wait()
 

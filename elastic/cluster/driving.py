@@ -1,4 +1,4 @@
-"""One drive of a run on Ray: its host, its workers, and what is said of them on the way."""
+"""One drive of a run on Ray: its host, its workers, and the console lines and notices on the way."""
 
 from __future__ import annotations
 
@@ -33,15 +33,15 @@ from elastic.worker.vaults import HANG_TIMEOUT_S
 def drive_on_ray(
     run: PreparedRun, epoch: int, console: Console, control: RunControl | None, connect_s: float
 ) -> dict[str, Any]:
-    """Start everything, wait for the end, clean up; returns the contents of result.json. `connect_s` is only reported.
+    """Start everything, wait for the end, clean up; returns the contents of result.json. `connect_s` is only recorded.
 
     Raises:
         ConfigError: the cluster can never have such workers.
         RunFailed: the run ended without finishing.
         Interrupted: a signal stopped it.
     """
-    scaling, there = run.config.scaling, node_resources()
-    nodes = [*there, *node_types()]
+    scaling, present = run.config.scaling, node_resources()
+    nodes = [*present, *node_types()]
     accelerator = choose_accelerator(scaling.accelerator, nodes)
     check_fits(scaling.accelerator, accelerator, scaling.workers_per_node, scaling.cpus_per_worker, nodes)
     settings = host_settings(run.config, new_token(), ray.util.get_node_ip_address())
@@ -68,7 +68,7 @@ def drive_on_ray(
             plan = _group_plan(run, url, settings, accelerator)
             workers = RayWorkers(plan, _function(run, plan, accelerator), here=control is not None)
             _print_start(plan, accelerator, console)
-            missing = awaited(accelerator, there)
+            missing = awaited(accelerator, present)
             if missing:
                 drive.ask(Note("notice", f"waiting for {missing}"))
             try:
@@ -106,8 +106,8 @@ def _group_plan(run: PreparedRun, url: str, settings: HostSettings, accelerator:
 
 
 def _function(run: PreparedRun, plan: GroupPlan, accelerator: str) -> Sent:
-    told = WorkerRun(run.job, run.config, run.plan, run.digest, run.folder.storage.url, plan.url, plan.token)
-    return Sent(training_function(told, accelerator, plan.name if plan.vaults else None))
+    worker_run = WorkerRun(run.job, run.config, run.plan, run.digest, run.folder.storage.url, plan.url, plan.token)
+    return Sent(training_function(worker_run, accelerator, plan.name if plan.vaults else None))
 
 
 def _print_start(plan: GroupPlan, accelerator: str, console: Console) -> None:

@@ -1,4 +1,4 @@
-"""Connecting to Ray: a given or running cluster, else an embedded one that ends with this process."""
+"""Connecting to Ray: to a given or running cluster, or to an embedded one that ends with this process."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _OBJECT_STORE_BYTES = 100 * 1024 * 1024  # nothing large goes through Ray's obje
 
 
 def local_gpus() -> int:
-    """GPUs of this machine that this process may use, without starting CUDA."""
+    """The number of GPUs of this machine that this process may use, found without starting CUDA."""
     folder = Path("/proc/driver/nvidia/gpus")
     count = len(list(folder.iterdir())) if folder.is_dir() else 0
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -38,17 +38,17 @@ def local_gpus() -> int:
 
 
 def running_cluster(address: str | None) -> str | None:
-    """The address of the cluster to join, or None where there is none to be found."""
+    """The address of the cluster to join: a given one, or one that runs on this machine; None if there is none."""
     if address or os.environ.get("RAY_ADDRESS"):
         return address or os.environ["RAY_ADDRESS"]
     return find_running_cluster()
 
 
 def check_embedded(scaling: ScalingOptions) -> None:
-    """Refuse, before anything starts, what a cluster embedded in this machine can never give.
+    """Check, before anything starts, that a cluster on this machine alone can serve the request.
 
     Raises:
-        ConfigError: GPUs are wanted and this machine has too few.
+        ConfigError: GPUs are wanted, and this machine has too few.
     """
     gpus = local_gpus()
     if scaling.accelerator == "gpu" and gpus == 0:
@@ -67,7 +67,7 @@ def preflight(cluster: ClusterOptions, scaling: ScalingOptions) -> str | None:
     """The address to connect to, or None for an embedded cluster, after checks that need no Ray process.
 
     Raises:
-        ConfigError: this machine can never give what is asked.
+        ConfigError: this machine can never serve the request, or no cluster answers at the address.
     """
     address = None if cluster.local_nodes is not None else running_cluster(cluster.address)
     if is_embedded(address):
@@ -80,17 +80,17 @@ def preflight(cluster: ClusterOptions, scaling: ScalingOptions) -> str | None:
 
 
 def check_answers(address: str, wait_s: float = ANSWER_S, option: str = "--cluster.address") -> None:
-    """Ray itself tries for minutes, and says so in words of its own.
+    """Check that a Ray cluster answers. Ray itself tries for minutes, with messages that do not name the option.
 
     Args:
-        option: what the address is of.
+        option: the option that gave the address, for the error.
 
     Raises:
-        ConfigError: nobody listens at host:port, or not the head of a Ray cluster that lets this process in.
+        ConfigError: nothing listens at host:port, or it is not the head of a Ray cluster that admits this process.
     """
     host, _, port = address.rpartition(":")
     if not host or not port.isdecimal() or "://" in address:
-        return  # auto, local, or what Ray alone can read
+        return  # `auto`, `local`, or another form that only Ray can parse
     option = option if not os.environ.get("RAY_ADDRESS") else f"{option} or RAY_ADDRESS"
     try:
         socket.create_connection((host, int(port)), wait_s).close()
@@ -105,23 +105,23 @@ def check_answers(address: str, wait_s: float = ANSWER_S, option: str = "--clust
 
 
 def where_text(address: str | None) -> str:
-    """Where a run goes, for people, by what `preflight` found."""
+    """Where the run goes, as a text for people, from the result of `preflight`."""
     if is_embedded(address):
         return "with a Ray of its own on this machine"
     return f"in the Ray cluster at {address}" if address else "in the Ray cluster that this program has joined"
 
 
 def is_embedded(address: str | None) -> bool:
-    """Whether all nodes will be on this machine, in a cluster of its own, by what `preflight` found."""
+    """Whether the run gets a cluster of its own on this machine, from the result of `preflight`."""
     return address is None and not ray.is_initialized()
 
 
 @contextmanager
 def connected(cluster: ClusterOptions, scaling: ScalingOptions, address: str | None) -> Iterator[None]:
-    """Be connected to a cluster; an embedded one is ended on the way out, a connection made here is closed.
+    """Be connected to a cluster. On the way out an embedded cluster is ended, and a connection made here is closed.
 
     Args:
-        address: what `preflight` found.
+        address: the result of `preflight`.
     """
     if ray.is_initialized():
         yield
@@ -158,7 +158,7 @@ def connected(cluster: ClusterOptions, scaling: ScalingOptions, address: str | N
 
 
 def _local_nodes(count: int, scaling: ScalingOptions) -> Any:
-    """A head without work and `count` worker nodes, each its own raylet on this machine."""
+    """Start a head without CPUs and `count` worker nodes, each a raylet of its own on this machine."""
     cluster = local_cluster(num_cpus=0, include_dashboard=False, object_store_memory=_OBJECT_STORE_BYTES)
     per_node = scaling.workers_per_node or -(-scaling.max_workers // count)
     for _ in range(count):

@@ -1,5 +1,5 @@
-"""`elastic doctor --address`: what `elastic.tools.machine` tries on one machine, on every node of a cluster and between
-all pairs of them."""
+"""`elastic doctor --address`: runs the tests of `elastic.tools.machine` on every node of a cluster, and further ones
+between all pairs of nodes."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ from elastic.tools.storing import examine_storage
 from elastic.worker.sockets import interface_of
 
 REACH_S = 5.0
-MOST_PAIRED = 32  # nodes; beyond that all of them together have to do
+MOST_PAIRED = 32  # nodes; in larger clusters only the sum over all nodes is tested
 
 
 class Examiner:
-    """On each node: looks at it, and takes part in what is tried between nodes."""
+    """Runs on each node: examines it, and takes part in the tests between nodes."""
 
     def __init__(self, gpus: int):
         self._gpus = gpus
@@ -60,12 +60,12 @@ class Examiner:
         return examine_storage(url)
 
     def listen(self) -> tuple[str, int]:
-        """Where others are to knock."""
+        """Open a port for the other nodes to reach; returns its host and port."""
         self._listening = socket.create_server((self._address, 0))
         return self._address, self._listening.getsockname()[1]
 
     def reach(self, host: str, port: int) -> str | None:
-        """What keeps this node from another one's port; None if nothing does."""
+        """Why this node cannot reach that port; None if it can."""
         try:
             socket.create_connection((host, port), REACH_S).close()
         except OSError as error:
@@ -73,11 +73,11 @@ class Examiner:
         return None
 
     def store(self) -> tuple[str, int]:
-        """Where a rendezvous store of this node could be."""
+        """Host and port for a rendezvous store on this node."""
         return self._address, free_port(self._address)
 
     def reduce(self, rank: int, size: int, store: tuple[str, int]) -> dict[str, Any]:
-        """One member's part in a sum over nodes, or `error`."""
+        """Take part in a sum over nodes; returns the prober's answer, or `error`."""
         interface = interface_of(self._address)
         try:
             return self._prober.ask(
@@ -100,7 +100,7 @@ class Examiner:
 
 
 def rounds(names: Sequence[str]) -> list[list[tuple[str, str]]]:
-    """Every pair once, in as few rounds as there can be, in each of which nobody is in two pairs (circle method)."""
+    """All pairs of names, in the fewest rounds in which no name is in two pairs (circle method)."""
     circle: list[str | None] = [*names, *([None] if len(names) % 2 else [])]
     half, found = len(circle) // 2, []
     for _ in range(len(circle) - 1):
@@ -114,7 +114,7 @@ def examine_cluster(address: str, storage: Sequence[str]) -> list[Finding]:
     """Examine every living node of the cluster at `address`.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: no cluster answers there.
     """
     ours = not ray.is_initialized()
     if ours:
@@ -139,16 +139,16 @@ def examine_cluster(address: str, storage: Sequence[str]) -> list[Finding]:
             ray.shutdown()
 
 
-def judge_autoscaler(where: str, told: Autoscaling, reasons: Mapping[str, str]) -> list[Finding]:
-    """What the cluster's autoscaler could not start lately, and what waits in vain for a node."""
+def judge_autoscaler(where: str, report: Autoscaling, reasons: Mapping[str, str]) -> list[Finding]:
+    """Findings about nodes that the autoscaler could not start lately, and about requests that it can never serve."""
     do = "see monitor.log in Ray's folder on the head; docs/clusters.md lists the permissions that it needs"
-    found = [Finding("autoscaler", where, "fail", why, do) for why in failures(told, reasons)]
+    found = [Finding("autoscaler", where, "fail", why, do) for why in failures(report, reasons)]
     do = "give the cluster a larger type of node, or more nodes; or have the run, or whatever asks, ask for less"
-    return [*found, *(Finding("autoscaler", where, "warn", what, do) for what in unserved(told))]
+    return [*found, *(Finding("autoscaler", where, "warn", what, do) for what in unserved(report))]
 
 
 class _Examination:
-    """The examiners of a cluster, by a name of their node for people, and what they found."""
+    """The examiners of a cluster, by a readable name of their node, and their findings."""
 
     def __init__(self) -> None:
         self._actors: dict[str, Any] = {}
@@ -164,7 +164,7 @@ class _Examination:
             self._found += judge_machine(where, s)
             self._found.append(self._clock_of(where))
         self._reach()
-        for findings in self._each(lambda where, actor: actor.compute.remote(where), 2 * START_S).values():
+        for findings in self._ask_all(lambda where, actor: actor.compute.remote(where), 2 * START_S).values():
             self._found += findings
         for round_ in rounds(list(self._actors)) if len(self._actors) <= MOST_PAIRED else ():
             self._reduce(round_)
@@ -183,10 +183,10 @@ class _Examination:
                 actor: Any = ray.remote(num_cpus=0, label_selector=selector)(Examiner)
                 self._actors[name] = actor.remote(int(node["Resources"].get("GPU", 0)))
                 self._home = name if node["NodeID"] == here else self._home
-        return self._each(lambda _, actor: actor.facts.remote(), START_S)
+        return self._ask_all(lambda _, actor: actor.facts.remote(), START_S)
 
-    def _each(self, ask: Callable[[str, Any], Any], timeout_s: float) -> dict[str, Any]:
-        """The answers of all nodes; one that does not answer fails the examination, and is asked no more."""
+    def _ask_all(self, ask: Callable[[str, Any], Any], timeout_s: float) -> dict[str, Any]:
+        """The answers of all nodes by name. A node that does not answer is a finding, and is not asked again."""
         asked = {where: ask(where, actor) for where, actor in self._actors.items()}
         ready, _ = ray.wait(list(asked.values()), num_returns=len(asked), timeout=timeout_s)
         answers = {}
@@ -211,31 +211,31 @@ class _Examination:
         return judge_clock(where, then - (began + ended) / 2, (ended - began) / 2)
 
     def _reach(self) -> None:
-        """Every node must reach the server of a run, which is on the driver's."""
+        """Test that every node reaches a port of the driver's node, where the run's server will be."""
         if self._home not in self._actors:
-            return  # it could not be examined, which was said
+            return  # it could not be examined, which is a finding already
         host, port = ray.get(self._actors[self._home].listen.remote(), timeout=START_S)
-        for where, problem in self._each(lambda _, actor: actor.reach.remote(host, port), START_S).items():
+        for where, problem in self._ask_all(lambda _, actor: actor.reach.remote(host, port), START_S).items():
             do = f"open all TCP ports of {host} to the nodes of the cluster" if problem else ""
             state: Any = "fail" if problem else "ok"
             self._found.append(Finding("ports", where, state, problem or f"reaches the driver's node {host}", do))
 
     def _store(self, url: str) -> None:
-        for where, findings in self._each(lambda _, actor: actor.storage.remote(url), START_S).items():
+        for where, findings in self._ask_all(lambda _, actor: actor.storage.remote(url), START_S).items():
             self._found += [replace(f, where=f"{where}: {f.where}") for f in findings]
 
     def _reduce(self, groups: Sequence[tuple[str, ...]]) -> None:
-        """A sum over each of these groups, all at the same time."""
+        """Run a sum over each of these groups, all at the same time."""
         asked = []
         for names in groups:
             store = ray.get(self._actors[names[0]].store.remote(), timeout=START_S)
             asked.append([self._actors[n].reduce.remote(rank, len(names), store) for rank, n in enumerate(names)])
-        for names, parts in zip(groups, asked, strict=True):
+        for names, pending in zip(groups, asked, strict=True):
             where = " - ".join(names) if len(names) == 2 else f"all {len(names)} nodes"
             try:
-                answers = ray.get(parts, timeout=START_S + 2 * REDUCE_S)
+                answers = ray.get(pending, timeout=START_S + 2 * REDUCE_S)
                 failed = [a["error"] for a in answers if "error" in a]
-            except ray.exceptions.RayError as error:  # a time-out is one, too
+            except ray.exceptions.RayError as error:  # a time-out is a RayError too
                 answers, failed = [], [" ".join(str(error).split())[-300:]]
             self._found.append(judge_reduce(where, answers, failed))
 

@@ -1,4 +1,4 @@
-"""Nodes of a Ray cluster, asked of its head without being a driver: a watcher runs on every node and must be small."""
+"""Asks a Ray cluster's head about its nodes without being a driver: a watcher runs on every node and must be small."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ class ClusterUnreachable(Exception):
 
 
 def check_lets_in(address: str, wait_s: float) -> None:
-    """See whether a Ray cluster's head listens at `address` (host:port), and whether this process has its token.
+    """Check that a Ray cluster's head listens at `address` (host:port), and that this process has its token.
 
     Raises:
-        ClusterUnreachable: it does not, or not within `wait_s`.
+        ClusterUnreachable: the head does not answer within `wait_s`, or refuses the token.
     """
     found: queue.Queue[Exception | None] = queue.Queue()
 
@@ -50,7 +50,7 @@ def check_lets_in(address: str, wait_s: float) -> None:
             found.put(None)
 
     with cpp_lines_hidden():
-        threading.Thread(target=ask, name="ask-head", daemon=True).start()  # who is no head may leave it waiting
+        threading.Thread(target=ask, name="ask-head", daemon=True).start()  # another kind of server may never answer
         try:
             error = found.get(timeout=wait_s)
         except queue.Empty:
@@ -68,8 +68,9 @@ def check_lets_in(address: str, wait_s: float) -> None:
 
 
 def take_own_token() -> None:
-    """For a cluster that this user started on this machine: use the user's token where nothing says whether to, as
-    `ray start` did. Not for one that was only named: it would be told the token."""
+    """Use this user's Ray token if the environment does not say whether to, as `ray start` does. Only for a cluster
+    that
+    this user started on this machine: a cluster that was only named would learn the token."""
     hide_token_hint()
     use_token_if_there_is_one()
 
@@ -89,14 +90,14 @@ class Nodes:
             raise ClusterUnreachable(f"no Ray cluster answers at {address}: {error}") from error
 
     def alive(self) -> dict[str, str]:
-        """Living nodes: id in hex -> address."""
+        """The living nodes: id in hex -> address."""
         try:
             return living_nodes(self._gcs, REQUEST_TIMEOUT_S)
         except ray.exceptions.RayError as error:
             raise ClusterUnreachable(f"the head at {self.address} does not answer: {error}") from error
 
     def drain(self, node: str, deadline: float, reason: str) -> None:
-        """Say that the node goes away at `deadline` (unix seconds): nothing new is placed there."""
+        """Tell the head that the node goes away at `deadline` (unix seconds): nothing new is placed there."""
         try:
             accepted, why = drain_node(self._gcs, node, reason, math.ceil(deadline * 1000), REQUEST_TIMEOUT_S)
         except ray.exceptions.RayError as error:
@@ -120,12 +121,12 @@ def cluster_here() -> str:
 
 
 def own_node(alive: Mapping[str, str], ids_here: set[str], address: str) -> str | None:
-    """Which of the living nodes (id -> address) is this machine's, or None while there is none.
+    """The living node (id -> address) that is this machine's, None if there is none yet.
 
     Raises:
         ConfigError: several are.
     """
-    at_address = {node for node, there in alive.items() if there == address}
+    at_address = {node for node, its_address in alive.items() if its_address == address}
     here = (ids_here & at_address) or at_address or (ids_here & alive.keys())
     if len(here) > 1:
         raise ConfigError(f"{len(here)} nodes of the cluster run on this machine; say which with --node-id")
@@ -135,8 +136,8 @@ def own_node(alive: Mapping[str, str], ids_here: set[str], address: str) -> str 
 def find_running_cluster() -> str | None:
     """The address of the cluster that this user's `ray start` left running on this machine, if it still answers.
 
-    The processes of this machine are not looked through: what they show are also clusters that are a part of another
-    command, and end with it, and those of other users.
+    The processes of this machine are not searched: they include clusters of other users, and clusters that belong to
+    another command and end with it.
     """
     try:
         file = address_file()
@@ -152,7 +153,7 @@ def find_running_cluster() -> str | None:
 
 @contextlib.contextmanager
 def found_cluster_kept() -> Iterator[None]:
-    """What is done inside changes nothing about which cluster `find_running_cluster` finds."""
+    """Inside, starting and ending clusters does not change which one `find_running_cluster` finds."""
     file = address_file()
     before = file.read_bytes() if file.is_file() else None
     try:

@@ -1,7 +1,7 @@
 """The workers of a run on Ray: those that live stay, whatever dies beside them.
 
-The group drops the dead, and asks for what is missing, which also drives Ray's autoscaler. When a place has come its
-actor is made, and warms up while the others train. `pool` decides; this module carries it out.
+The group drops dead workers and requests missing ones, which also drives Ray's autoscaler. When Ray grants a place, the
+worker's actor is created, and warms up while the others train. `pool` decides; this module carries it out.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from elastic.cluster.capacity import excluded_nodes, fits
 from elastic.cluster.controller import Sent
+from elastic.cluster.demands import Demands
 from elastic.cluster.placement_groups import GroupPlan, Placement
 from elastic.cluster.pool import (
     Action,
@@ -34,8 +35,7 @@ from elastic.cluster.pool import (
     notices,
     staying_units,
 )
-from elastic.cluster.sharing import Patience, Standing, share
-from elastic.cluster.standings import Standings
+from elastic.cluster.sharing import Demand, Patience, share
 from elastic.cluster.vaults import Vaults
 from elastic.compat.ray import actor_id, draining_nodes, free_resources, how_it_ended, process_ended
 from elastic.compat.ray_train import RayTrainWorker, WorkerStatus, run_training
@@ -50,7 +50,7 @@ _log = logging.getLogger(__name__)
 
 
 class _Handle:
-    """What carries a unit: its place in a placement, its actor, and what is waited for."""
+    """The Ray objects of a unit: its bundle in a placement group, its actor, and the answer that it waits for."""
 
     def __init__(self, unit: Unit, placement: Placement):
         self.unit = unit
@@ -59,11 +59,11 @@ class _Handle:
         self.pending: Any = placement.group.ready()
 
     def place(self) -> str:
-        """The node that it was given."""
+        """The id of the node on which Ray placed it."""
         return ray.util.placement_group_table(self.placement.group)["bundles_to_node_id"].get(self._bundle, "")
 
     def create(self, resources: dict[str, float], node: str) -> None:
-        """The resources are there: make the actor. Does not wait."""
+        """Create the actor, whose resources are there. Does not wait."""
         strategy = PlacementGroupSchedulingStrategy(
             placement_group=self.placement.group, placement_group_bundle_index=self._bundle
         )
@@ -75,17 +75,17 @@ class _Handle:
         self.pending = self.actor.get_metadata.remote()
 
     def drop(self, *, node_lost: bool = False) -> None:
-        """End the process and give its resources back in one turn."""
+        """End the process and give its resources back in the same turn."""
         if self.actor is not None:
             ray.kill(self.actor)
         self.placement.give_back(self._bundle, node_lost=node_lost)
 
 
-class Group:
-    """Loses and gains workers without restarting the others.
+class WorkerGroup:
+    """The workers of a run. Loses and gains workers without restarting the others.
 
     Args:
-        function: what each of them runs.
+        function: what each worker runs.
     """
 
     def __init__(self, plan: GroupPlan, function: Sent):
@@ -98,12 +98,12 @@ class Group:
         self._vaults = Vaults(plan.name, plan.token, plan.hang_timeout_s, how_it_ended) if plan.vaults else None
         self._deadlines: dict[str, int] = {}  # of nodes that go away
         self._next_nodes = 0.0
-        self._standings = Standings(plan.terms.run)
+        self._demands = Demands(plan.terms.run)
         self._patience = Patience(plan.terms.request_timeout_s)
         self._enough_at = self._had_since = time.monotonic()
 
     def shutdown(self) -> None:
-        """Drop everything."""
+        """End all workers, and give all resources back."""
         for handle in self._handles.values():
             handle.drop()
         self._handles = {}
@@ -111,8 +111,10 @@ class Group:
             self._vaults.close()
 
     def turn(self, timeout_s: float) -> bool:
-        """Absorb what died, ask for what is missing, start what is ready, waiting for so long for what is not; returns
-        whether anyone's part goes on.
+        """Drop dead workers, request missing ones, start those whose resources are there. Waits at most `timeout_s`.
+
+        Returns:
+            whether the run still has workers, or waits for some.
 
         Raises:
             RunFailed: a worker failed for good.
@@ -120,8 +122,8 @@ class Group:
         self._watch_nodes()
         self._carry_out(decide(self._units, self._now_seen(), self._bounds, time.monotonic()))
         self._collect(timeout_s)
-        there = {unit.stage for unit in self._units}
-        return Stage.OVER not in there or Stage.RUNNING in there
+        stages = {unit.stage for unit in self._units}
+        return Stage.OVER not in stages or Stage.RUNNING in stages
 
     # ---- parts of a turn ---------------------------------------------------------------------------------------
 
@@ -177,7 +179,7 @@ class Group:
             node = handle.place()
             if may_be_there(handle.unit, node, self._units, self._seen, self._bounds):
                 handle.create(self._plan.unit, node)
-            else:  # it is asked for again, elsewhere
+            else:  # `decide` will request it again, elsewhere
                 self._remove(handle, node_lost=True)
         elif handle.unit.stage is Stage.STARTING:
             handle.unit = replace(handle.unit, stage=Stage.RUNNING, since=time.monotonic(), node=answer.node_id)
@@ -186,16 +188,16 @@ class Group:
             self._on_status(handle, answer)
 
     def _launch(self, handle: _Handle) -> Any:
-        """Start the training function; nobody waits for it."""
+        """Start the training function; its end shows in polls only."""
         if self._vaults is not None:
-            self._vaults.have(handle.unit.node)
+            self._vaults.ensure(handle.unit.node)
         return run_training(handle.actor, self._plan.terms.run, self._seen.want, self._plan.unit, self._function)
 
     def _on_status(self, handle: _Handle, status: WorkerStatus) -> None:
         if not status.running and status.error is None and status.return_value in ("fenced", "handed over", "unfit"):
             self._remove(handle)
-            self._next_nodes = 0.0  # ask at once how many there are to be, before one is asked for in its place
-            if status.return_value == "unfit":  # by then the server has said for how long
+            self._next_nodes = 0.0  # ask the server at once how many workers to have, before this one is replaced
+            if status.return_value == "unfit":  # after that time the server has told how long to wait
                 self._seen = replace(self._seen, ask_after=time.monotonic() + 2 * NODES_S)
         elif status.error is not None:
             raise RunFailed(f"a worker failed: {status.error}")
@@ -203,7 +205,7 @@ class Group:
             handle.unit = replace(handle.unit, stage=Stage.OVER, since=time.monotonic())
 
     def _absorb(self, handle: _Handle, error: Exception) -> None:
-        """A worker is gone: tell the membership server, give its resources back, and go on."""
+        """Report a lost worker to the membership server, and give its resources back."""
         unit, raised = handle.unit, isinstance(error, ray.exceptions.RayTaskError)
         ended = raised or process_ended(error)
         _log.info("worker %s is gone: %s", unit.id, error)
@@ -213,7 +215,8 @@ class Group:
             self._request(Gone([unit.id], ended, how))
 
     def _watch_nodes(self) -> None:
-        """Once a second: pass on notices of nodes that go away, end evicted workers, help what was restarted."""
+        """Once a second: pass on notices of nodes that go away, end evicted workers, help a restarted server or
+        vault."""
         now = time.monotonic()
         if now < self._next_nodes:
             return
@@ -233,10 +236,10 @@ class Group:
             return
         if found["phase"] == "rebuilding":
             self._request(Existing([u.id for u in running]))
-            self._deadlines = {}  # it knows of no notice either
+            self._deadlines = {}  # a restarted server has forgotten the notices too
         want = self._plan.want(found["max_workers"])
         if want > self._seen.want:
-            self._patience = Patience(self._plan.terms.request_timeout_s)  # more are wanted than was known to fail
+            self._patience = Patience(self._plan.terms.request_timeout_s)  # what failed before was a smaller request
         ask_after = max(self._seen.ask_after, now + found["ask_again_s"])
         self._seen = replace(self._seen, want=want, drained=frozenset(found["drained"]), ask_after=ask_after)
         self._share_cluster(now, found)
@@ -245,7 +248,7 @@ class Group:
                 self._absorb(handle, RuntimeError("evicted"))
 
     def _share_cluster(self, now: float, found: dict[str, Any]) -> None:
-        """Once a second: say how this run stands, and follow from how others do."""
+        """Once a second: publish this run's demand, and follow what the demands of other runs leave it."""
         terms, staying = self._plan.terms, staying_units(self._units, self._seen)
         asked = [u for u in staying if u.stage is Stage.ASKED]
         have = len(staying) - len(asked)
@@ -253,8 +256,8 @@ class Group:
             self._enough_at = now
         if have != self._seen.had:
             self._had_since = now
-        mine = Standing(terms, have, len(asked), now - self._enough_at, now - self._had_since)
-        left = share(mine, self._standings.exchange(mine, now), holds_state=found["holds_state"])
+        mine = Demand(terms, have, len(asked), now - self._enough_at, now - self._had_since)
+        left = share(mine, self._demands.exchange(mine, now), holds_state=found["holds_state"])
         if left.most != found["ceiling"]:
             self._request(Yield(left.most, list(left.to)))
         self._patience = self._patience.after(
@@ -274,7 +277,7 @@ class Group:
         return any(fits(self._plan.unit, has) for node, has in free_resources().items() if node not in closed)
 
     def _request(self, what: str | Request) -> dict[str, Any] | None:
-        """A request to the membership server; None while it is away (it comes back, or the run ends by its lease)."""
+        """Send a request to the membership server. None if it is away: it comes back, or the run ends by its lease."""
         try:
             return self._link.request(what, REQUEST_TIMEOUT_S)
         except OSError as error:

@@ -1,4 +1,4 @@
-"""The host of a run as an actor on the driver's node. Ray starts it again where it dies."""
+"""The host of a run as an actor on the driver's node. Ray starts it again if it dies."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ END_S = 30.0
 
 
 class HostOnRay:
-    """One that stands still is ended, and another one serves at the same address.
+    """Keeps one host serving. If it stops answering it is ended, and another one serves at the same address.
 
     Args:
-        on_loss: called with what happened, where none serves any more.
+        on_loss: called with the reason if no host could be started again.
     """
 
     def __init__(
@@ -47,10 +47,10 @@ class HostOnRay:
         self._make = partial(actor_class.remote, folder_url, options)
 
     def start(self) -> str:
-        """Returns the URL.
+        """Start the host; returns its URL.
 
         Raises:
-            ray.exceptions.RayError: it could not start, or did not within START_S.
+            ray.exceptions.RayError: it failed to start, or took longer than START_S.
         """
         self._host = self._make(self._settings, self._detail)
         url = ray.get(self._host.url.remote(), timeout=START_S)
@@ -60,7 +60,7 @@ class HostOnRay:
         return url
 
     def stop(self) -> None:
-        """Let it write out everything and end. The run is over: that its host does not end well is only told."""
+        """Let the host write everything and end. The run is over by then, so a host that does not end only warns."""
         if self._lookout is not None:
             self._lookout.__exit__()
         if self._host is None:
@@ -82,7 +82,7 @@ class HostOnRay:
             try:
                 ray.get(self._host.url.remote(), timeout=START_S)
                 return
-            except ray.exceptions.RayError as error:  # its address may not be free yet
+            except ray.exceptions.RayError as error:  # the address of the last host may not be free yet
                 ray.kill(self._host)
                 if time.monotonic() > deadline:
                     self._on_loss(f"{why}, and another one did not start: {one_line(error)}")
@@ -90,7 +90,7 @@ class HostOnRay:
 
 
 def _free_port() -> int:
-    """A port that is free now: the host listens on it again when it is restarted."""
+    """A port that is free now. It is fixed, so that a restarted host listens on it again."""
     with socket.socket() as probe:
         probe.bind(("", 0))
         return int(probe.getsockname()[1])

@@ -31,13 +31,13 @@ AGAIN_S = 1.0
 
 @dataclass(frozen=True)
 class WatchOptions:
-    """What a watcher is told.
+    """The options of a watcher.
 
     Args:
-        address: of the cluster's head, or None to find it by this machine's node.
-        node_id: of the node to watch, or None for this machine's.
-        rebalance_s: how long after a rebalance recommendation the node is to be left; None: it is not.
-        grace_s: how long after SIGTERM.
+        address: host:port of the cluster's head, or None to find it by this machine's node.
+        node_id: the node to watch, or None for this machine's.
+        rebalance_s: seconds after a rebalance recommendation until the node must be left; None ignores these.
+        grace_s: seconds after SIGTERM until the node must be left.
         leave: leave at once, as on SIGTERM.
     """
 
@@ -104,23 +104,23 @@ def watch(options: WatchOptions) -> int:
     """
     from elastic.cluster.gcs import ClusterUnreachable, Nodes, cluster_here
 
-    told = threading.Event()
-    with _on_sigterm(told):
+    leave = threading.Event()
+    with _on_sigterm(leave):
         clouds = [] if options.leave else _clouds(options)
         try:
             nodes = Nodes(options.address or cluster_here())
         except ClusterUnreachable as error:
             raise ConfigError(f"{error}; give the head's host:port as --address") from error
-        node = options.node_id or _find_node(nodes, told)
+        node = options.node_id or _find_node(nodes, leave)
         if not options.leave:
-            _say(f"watching node {node} for {' and '.join([*(f'notices of {c.name}' for c in clouds), 'SIGTERM'])}")
+            _print(f"watching node {node} for {' and '.join([*(f'notices of {c.name}' for c in clouds), 'SIGTERM'])}")
         if options.leave:
-            told.set()
-        return _Watcher(options, nodes, node, clouds, told).run()
+            leave.set()
+        return _Watcher(options, nodes, node, clouds, leave).run()
 
 
 def _clouds(options: WatchOptions) -> list[Cloud]:
-    """The one cloud to ask, or none."""
+    """The one cloud to ask for notices, or an empty list."""
     from elastic.notices.clouds import ENDPOINT, Aws, Azure, Gcp, find_cloud
 
     endpoint = (options.endpoint or ENDPOINT).rstrip("/")
@@ -134,8 +134,8 @@ def _clouds(options: WatchOptions) -> list[Cloud]:
     return [find_cloud(list(known.values())) if options.cloud == "auto" else known[options.cloud]]
 
 
-def _find_node(nodes: Nodes, told: threading.Event) -> str:
-    """This machine's node, which may still be starting."""
+def _find_node(nodes: Nodes, leave: threading.Event) -> str:
+    """The id of this machine's node, which may still be starting."""
     from elastic.cluster.gcs import ClusterUnreachable, own_node
     from elastic.compat.ray import address_seen_from, node_ids_here
 
@@ -149,16 +149,16 @@ def _find_node(nodes: Nodes, told: threading.Event) -> str:
             why, node = str(error), None
         if node is not None:
             return node
-        if told.wait(AGAIN_S):
+        if leave.wait(AGAIN_S):
             break
     raise ConfigError(f"{why}; start one with `ray start --address={nodes.address}`, or give --node-id")
 
 
 class _Watcher:
-    """Asks, decides by `to_act_on`, drains; on SIGTERM waits until the node is left."""
+    """Asks for notices, decides by `to_act_on`, drains; on SIGTERM it waits until the node is left."""
 
-    def __init__(self, options: WatchOptions, nodes: Nodes, node: str, clouds: list[Cloud], told: threading.Event):
-        self._options, self._nodes, self._node, self._clouds, self._told = options, nodes, node, clouds, told
+    def __init__(self, options: WatchOptions, nodes: Nodes, node: str, clouds: list[Cloud], leave: threading.Event):
+        self._options, self._nodes, self._node, self._clouds, self._leave = options, nodes, node, clouds, leave
         self._acted_on: Notice | None = None
         self._unclear: list[str] = []
         self._answered = time.monotonic()
@@ -169,26 +169,26 @@ class _Watcher:
         leaving_until: float | None = None
         while self._is_alive():
             seen = self._look()
-            if self._told.is_set():
+            if self._leave.is_set():
                 if leaving_until is None:
                     leaving_until = time.time() + self._options.grace_s
-                    _say(f"told to leave within {self._options.grace_s:g} s")
+                    _print(f"told to leave within {self._options.grace_s:g} s")
                 seen = [*seen, Notice("told to leave", leaving_until)]
             notice = to_act_on(self._acted_on, seen)
             if notice is not None:
                 self._drain(notice)
             if leaving_until is not None and time.time() > leaving_until:
-                _say(f"node {self._node} was not left in time")
+                _print(f"node {self._node} was not left in time")
                 return 0
             if leaving_until is None:
-                self._told.wait(self._options.poll_s)
+                self._leave.wait(self._options.poll_s)
             else:
                 time.sleep(min(AGAIN_S, self._options.poll_s))
-        _say(f"node {self._node} is gone")
+        _print(f"node {self._node} is gone")
         return 0
 
     def _look(self) -> list[Notice]:
-        """Notices there are now; what is unclear is said once, and asked again."""
+        """The present notices. An unclear answer is printed once, and asked for again."""
         seen: list[Notice] = []
         unclear: list[str] = []
         for cloud in self._clouds:
@@ -196,7 +196,7 @@ class _Watcher:
             seen, unclear = [*seen, *notices], [*unclear, *doubts]
         for doubt in unclear:
             if doubt not in self._unclear:
-                _say(f"asking again, as it is not clear whether there is a notice: {doubt}")
+                _print(f"asking again, as it is not clear whether there is a notice: {doubt}")
         self._unclear = unclear
         return seen
 
@@ -207,13 +207,13 @@ class _Watcher:
         try:
             self._nodes.drain(self._node, notice.deadline, notice.what)
         except ClusterUnreachable as error:
-            _say(f"{notice.what}, {remaining_s:.0f} s left, but {error}; trying again")
+            _print(f"{notice.what}, {remaining_s:.0f} s left, but {error}; trying again")
             return
         self._acted_on = notice
-        _say(f"{notice.what}: draining node {self._node}, {remaining_s:.0f} s left")
+        _print(f"{notice.what}: draining node {self._node}, {remaining_s:.0f} s left")
 
     def _is_alive(self) -> bool:
-        """Whether the head knows the node to live. A head that does not answer may be starting again."""
+        """Whether the head lists the node as living. A head that does not answer may be restarting."""
         from elastic.cluster.gcs import ClusterUnreachable
 
         try:
@@ -227,13 +227,13 @@ class _Watcher:
 
 
 @contextmanager
-def _on_sigterm(told: threading.Event) -> Iterator[None]:
-    before = signal.signal(signal.SIGTERM, lambda *_: told.set())
+def _on_sigterm(leave: threading.Event) -> Iterator[None]:
+    before = signal.signal(signal.SIGTERM, lambda *_: leave.set())
     try:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
 
 
-def _say(text: str) -> None:
+def _print(text: str) -> None:
     print(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}", file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""What Ray itself writes to a driver's console, without what the run's own lines say already, or nobody can use."""
+"""Filters Ray's own lines on a driver's console: those that the run's lines repeat, and those that help no user."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from contextlib import contextmanager
 
 from elastic.compat.ray import TOKEN_LOGGER, worker_lines_chosen
 
-#: A line of Ray's own C++ parts: debug, information, warning, error; not those with which a process ends (C).
+#: A log line of Ray's own C++ code: debug, information, warning, error; not the lines with which a process aborts (C).
 _CPP = re.compile(r"\[\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d+ [DIWE] \d+ \d+\] ")
-_ENDED = "A worker died or was killed while executing a task by an unexpected system error."  # an event of the run
+_ENDED = "A worker died or was killed while executing a task by an unexpected system error."  # the ledger has it
 #: Where the useful part of a message ends.
 _TAIL = re.compile(r"\. (Last \d+ lines of the Raylet logs|This can happen when a|Possible reasons include)", re.S)
 
@@ -24,17 +24,17 @@ def _no_hint(record: logging.LogRecord) -> bool:
 
 
 def hide_token_hint() -> None:
-    """Do without Ray's hint that a cluster asks for a token. That one asks for none is worth a warning, and stays."""
+    """Hide Ray's hint that a cluster asks for a token. Its warning that a cluster asks for none stays."""
     logging.getLogger(TOKEN_LOGGER).addFilter(_no_hint)
 
 
 @contextmanager
 def cpp_lines_hidden() -> Iterator[None]:
-    """Inside, Ray's C++ parts of this process are not heard. They write to the descriptor of standard error, and before
-    a driver is connected no setting of Ray's silences them. What else is written there meanwhile comes after."""
+    """Inside, log lines of Ray's C++ code in this process are hidden. It writes to the descriptor of standard error,
+    and no setting of Ray silences it before a driver is connected. All other output is shown when the context ends."""
     try:
         before = os.dup(2)
-    except OSError:  # nobody hears them
+    except OSError:  # standard error is closed, so there is nothing to hide
         yield
         return
     with tempfile.TemporaryFile() as kept:
@@ -50,12 +50,12 @@ def cpp_lines_hidden() -> Iterator[None]:
 
 
 def worth_showing(source: str, lines: Sequence[str]) -> list[str]:
-    """What is left of lines that Ray would show.
+    """The lines to show of those that Ray would print.
 
     Args:
         source: a process id, or `raylet`, `gcs_server`, `autoscaler`.
     """
-    if source == "autoscaler":  # it repeats itself by the hundred; the run says what it waits for, and what failed
+    if source == "autoscaler":  # it repeats itself hundreds of times; the run reports what it waits for and what failed
         return []
     kept = [line for line in lines if not _CPP.match(line)]
     if source != "raylet":
@@ -70,8 +70,8 @@ def _first_sentence(message: str) -> str:
 
 @contextmanager
 def hidden() -> Iterator[None]:
-    """Inside, a connected driver shows of Ray's own lines what matters, and all that workers print; without colours
-    where nobody looks. With RAY_SCHEDULER_EVENTS in the environment, also what the autoscaler says."""
+    """Inside, a connected driver prints all output of workers, but of Ray's own lines only those worth showing. Without
+    a terminal it prints no colours. With RAY_SCHEDULER_EVENTS in the environment the autoscaler's lines are shown."""
 
     def choose(source: str, lines: Sequence[str]) -> Sequence[str]:
         if source == "autoscaler" and "RAY_SCHEDULER_EVENTS" in os.environ:

@@ -1,4 +1,4 @@
-"""What a worker group asks of Ray: how many workers, and the placement groups that they get."""
+"""What a worker group requests from Ray: how many workers, and their placement groups."""
 
 from __future__ import annotations
 
@@ -14,12 +14,20 @@ from elastic.membership.forming import helpful_size
 
 @dataclass(frozen=True)
 class GroupPlan:
-    """What a worker group is to have, for the run hosted at `url`: workers of `unit` resources each.
+    """The workers that the run hosted at `url` is to have.
 
-    `max_workers` is that of the start, of `microbatches` in a step. `name` begins the names of its placement groups,
-    and of vaults where the run has them. `terms` are those of sharing the cluster with other runs; `exclude` are nodes
-    to keep out. `per_node` is the most workers on one node; with `packed`, so many are placed together. A vault that
-    does not answer for `hang_timeout_s` is replaced.
+    Args:
+        max_workers: the most in a world when the run starts.
+        spares: workers to have in addition.
+        microbatches: V, the microbatches of a step.
+        unit: resources of one worker.
+        name: prefix of the names of its placement groups and vaults.
+        terms: how it shares the cluster with other runs.
+        per_node: the most workers on one node; None for no limit.
+        exclude: nodes to keep out.
+        packed: `per_node` workers are placed together on one node.
+        vaults: the run has vaults.
+        hang_timeout_s: seconds after which a vault or controller that does not answer is replaced.
     """
 
     url: str
@@ -37,17 +45,18 @@ class GroupPlan:
     hang_timeout_s: float = 30.0
 
     def want(self, max_workers: int) -> int:
-        """How many workers to have where a world has at most so many: all that help or are needed, and spares."""
+        """How many workers to have if a world has at most `max_workers`: those that help or are needed, and spares."""
         return helpful_size(self.microbatches, max_workers, self.terms.min_workers) + self.spares
 
     @property
     def group_size(self) -> int:
-        """Workers of one placement group."""
+        """The number of workers in one placement group."""
         return self.per_node or 1 if self.packed else 1
 
 
 class Placement:
-    """A placement group: placement for one worker, or for those of one node, which come and go one by one."""
+    """A placement group: it has bundles for one worker, or for all workers of one node, which come and go one by
+    one."""
 
     def __init__(self, plan: GroupPlan, number: int, full_nodes: list[str]):
         size = plan.group_size
@@ -59,12 +68,12 @@ class Placement:
             bundle_label_selector=elsewhere,
         )
         self.free = list(range(size))
-        self.usable = True  # its node is not known to go away
+        self.usable = True  # False once its node is known to go away
         self._size = size
 
     def give_back(self, bundle: int, *, node_lost: bool) -> None:
-        """A worker's place is free again. Placement that nobody is in goes back in the same turn: a dead node's group
-        re-places itself otherwise."""
+        """A worker's bundle is free again. A group without workers is removed in the same turn: otherwise Ray places
+        the group of a dead node again, on another node."""
         self.free.append(bundle)
         self.usable = self.usable and not node_lost
         if len(self.free) == self._size:
@@ -73,14 +82,14 @@ class Placement:
 
 
 def group_prefix(run: str) -> str:
-    """Begins the names of a run's placement groups."""
+    """The prefix of the names of a run's placement groups."""
     return f"elastic/{run}/"
 
 
 def remove_groups(prefix: str) -> None:
-    """Remove the placement groups with names that begin so, which a controller that died left behind."""
+    """Remove the placement groups whose names begin with `prefix`: a controller that died left them behind."""
     groups = [g for g in ray.util.placement_group_table().values() if g["name"].startswith(prefix)]
     for group in groups:
         if group["state"] != "REMOVED":
-            with contextlib.suppress(ValueError):  # it has just gone by itself
+            with contextlib.suppress(ValueError):  # Ray has just removed it
                 remove_placement_group(ray.util.get_placement_group(group["name"]))

@@ -1,8 +1,9 @@
-"""How a run's workers are kept at the number that it wants: what to ask of the cluster, and what to give back. Pure.
+"""How a run's workers are kept at the number that it wants: what to request from the cluster, and what to give back.
+Pure.
 
-A unit is a worker, or what was asked for to become one. Each has a place in a placement, which is a placement group of
-Ray's: one place, or as many as a node is to have together. The controller says what it sees, and carries out what is
-decided.
+A unit is a worker, or the request for one. It has a place in a placement, which stands for one of Ray's placement
+groups: with one place, or with as many as a node is to have together. The controller describes what it sees, and
+carries out what is decided.
 """
 
 from __future__ import annotations
@@ -14,11 +15,11 @@ from enum import Enum
 from elastic.cluster.capacity import full_nodes, may_share
 from elastic.cluster.sharing import Share
 
-DEFAULT_NOTICE_S = 30.0  # of a node that goes away and does not say when
+DEFAULT_NOTICE_S = 30.0  # assumed for a node that goes away without giving a deadline
 
 
 class Stage(Enum):
-    """Life of a unit: its place is asked for, its process starts, it runs, its part is over and the run's with it."""
+    """The life of a unit: its place is requested, its process starts, it runs, it is done, which ends the run."""
 
     ASKED = "asked"
     STARTING = "starting"
@@ -31,11 +32,11 @@ class Unit:
     """One worker and its place.
 
     Args:
-        key: its number; none is used twice.
+        key: its number; no two units of a run have the same.
         placement: the number of its placement group.
         since: when its stage began (monotonic seconds).
         id: of its process, once there is one.
-        node: that it is on, once that is known.
+        node: on which it is, once that is known.
     """
 
     key: int
@@ -48,14 +49,14 @@ class Unit:
 
 @dataclass(frozen=True)
 class Bounds:
-    """What stays the same for all of a run.
+    """Values that are constant during a run.
 
     Args:
         per_node: the most workers on one node; None for no limit.
         together: places of one placement, all on one node.
-        packed: each placement has its node alone; else a node fills up with placements of one place.
-        min_workers: fewer do not train.
-        start_s: longest time in which a process has to start.
+        packed: each placement has a node to itself; otherwise a node fills up with placements of one place.
+        min_workers: the fewest workers that the run trains with.
+        start_s: the longest time that a process may take to start.
     """
 
     per_node: int | None
@@ -67,18 +68,18 @@ class Bounds:
 
 @dataclass(frozen=True)
 class Seen:
-    """What the controller knows beside its units.
+    """What the controller knows besides its units.
 
     Args:
         want: workers that the run can use.
         share: what other runs of the cluster leave it.
         had: workers that it had when it last looked.
-        pausing: more than these were asked for in vain: not for now.
+        pausing: a request for more workers was in vain, so none is made for now.
         draining: nodes that go away.
         drained: processes that hand over and end.
-        excluded: nodes that are kept out.
-        lost_placements: whose node is gone: nobody is placed there any more.
-        ask_after: when more may be asked for, since the last ones could not get ready (monotonic seconds).
+        excluded: nodes to keep out.
+        lost_placements: their node is gone, so no worker is placed there any more.
+        ask_after: when more may be requested, since the last workers could not get ready (monotonic seconds).
     """
 
     want: int
@@ -105,21 +106,21 @@ class GiveUp:
 
 @dataclass(frozen=True)
 class Withdraw:
-    """Ask no more for a place that has not come."""
+    """Withdraw the request for a place that was not granted yet."""
 
     key: int
 
 
 @dataclass(frozen=True)
 class AskIn:
-    """Take a free place of a placement."""
+    """Take a free place of an existing placement."""
 
     placement: int
 
 
 @dataclass(frozen=True)
 class AskAnew:
-    """Ask for another placement, on a node that is none of these, and take so many of its places."""
+    """Request another placement on a node that is not in `elsewhere`, and take `places` of its places."""
 
     elsewhere: tuple[str, ...]
     places: int = 1
@@ -129,10 +130,10 @@ Action = GiveUp | Withdraw | AskIn | AskAnew
 
 
 def decide(units: Sequence[Unit], seen: Seen, bounds: Bounds, now: float) -> list[Action]:
-    """One turn: give up what does not start, give back what is too much, ask for what is missing.
+    """Decide one turn: give up units that do not start, withdraw surplus requests, request missing workers.
 
-    Who is there and too many is let go by the membership server, which knows who holds what. Nothing is asked for once
-    a worker's part is over, since the run's is.
+    Surplus workers are dismissed by the membership server instead, which knows what state each holds. Once a worker is
+    done, nothing is requested: the run is over.
     """
     late = [u for u in units if u.stage is Stage.STARTING and now - u.since > bounds.start_s]
     why = f"the worker did not start within {bounds.start_s:.0f} s"
@@ -155,7 +156,7 @@ def _asks(missing: int, units: Sequence[Unit], seen: Seen, bounds: Bounds) -> li
     free = _free_places(units, seen, bounds)
     one_by_one = bounds.per_node is not None and not bounds.packed
     waits = any(u.stage is Stage.ASKED for u in units)
-    while missing > 0 and not (one_by_one and waits):  # where the last one comes decides which nodes are full
+    while missing > 0 and not (one_by_one and waits):  # the node of the last request decides which nodes are full
         placement = next((placement for placement, places in free.items() if places), None)
         if placement is not None:
             free[placement] -= 1
@@ -170,7 +171,7 @@ def _asks(missing: int, units: Sequence[Unit], seen: Seen, bounds: Bounds) -> li
 
 
 def _free_places(units: Sequence[Unit], seen: Seen, bounds: Bounds) -> dict[int, int]:
-    """Placements that may take more workers, with the number of places that are free."""
+    """The number of free places of each placement that may take more workers."""
     free: dict[int, int] = {}
     for unit in units:
         if unit.placement not in seen.lost_placements and unit.node not in seen.draining:
@@ -179,13 +180,13 @@ def _free_places(units: Sequence[Unit], seen: Seen, bounds: Bounds) -> dict[int,
 
 
 def _full(units: Sequence[Unit], bounds: Bounds) -> list[str]:
-    """Nodes that have as many workers as they may; who is placed together has the node alone."""
+    """Nodes that have as many workers as they may; a packed placement has its node to itself."""
     alone = 1 if bounds.packed else bounds.per_node
     return full_nodes([u.node for u in units if u.node], bounds.per_node and alone)
 
 
 def _wanted(seen: Seen, bounds: Bounds) -> int:
-    """What the run could use, as far as other runs and its own patience let it ask for that now."""
+    """The number of workers to have now, given other runs' demands and its own patience."""
     limits = [seen.want, seen.share.most, seen.share.ask]
     if seen.pausing:
         limits.append(max(seen.had, bounds.min_workers))
@@ -193,19 +194,19 @@ def _wanted(seen: Seen, bounds: Bounds) -> int:
 
 
 def staying_units(units: Iterable[Unit], seen: Seen) -> list[Unit]:
-    """Those that are not known to go."""
+    """The units that are not known to leave."""
     return [u for u in units if u.node not in seen.draining and u.id not in seen.drained]
 
 
 def may_be_there(unit: Unit, node: str, units: Iterable[Unit], seen: Seen, bounds: Bounds) -> bool:
-    """Whether the node on which a place came is one for it: one that joined after it was asked for may be excluded,
-    and placements that were asked for together may have come together."""
+    """Whether a unit may start on the node where its place was granted. A node that joined after the request may be
+    excluded, and placements that were requested together may have come to the same node."""
     others = sum(u.node == node and u.placement != unit.placement for u in units)
     return node not in seen.excluded and may_share(others, bounds.together, bounds.per_node)
 
 
 def closed_nodes(units: Iterable[Unit], seen: Seen, bounds: Bounds) -> set[str]:
-    """Nodes that take no further worker, however much placement they have."""
+    """Nodes that may take no further worker, whatever resources they have free."""
     full = full_nodes([u.node for u in units if u.node], bounds.per_node)
     return {*full, *seen.draining, *seen.excluded}
 
@@ -213,10 +214,10 @@ def closed_nodes(units: Iterable[Unit], seen: Seen, bounds: Bounds) -> set[str]:
 def notices(
     draining: Mapping[str, int], before: Mapping[str, int], units: Iterable[Unit], unix_now: float
 ) -> list[tuple[str, float]]:
-    """The nodes of units that go away, and the seconds that are left, of which the server is not told yet.
+    """(node, remaining seconds) for nodes of units that go away, if the server does not know it yet.
 
     Args:
-        draining, before: deadlines by node, now and when this was last asked, in unix milliseconds; 0 for not known.
+        draining, before: deadlines by node, now and at the last call, in unix milliseconds; 0 if unknown.
     """
     here = {u.node for u in units}
     found = []

@@ -1,4 +1,4 @@
-"""What is known of Ray's references without waiting."""
+"""Looks at Ray's object references without waiting."""
 
 from __future__ import annotations
 
@@ -8,6 +8,6 @@ import ray
 
 
 def is_ready(reference: Any) -> bool:
-    """Whether its value, or its error, is there."""
+    """Whether the reference's value or error is available."""
     ready, _ = ray.wait([reference], timeout=0)
     return bool(ready)

@@ -1,9 +1,9 @@
-"""Several runs on one cluster: who may hold and ask for how many workers. Pure functions of what each run says.
+"""Several runs on one cluster: how many workers each may hold and request. Pure functions of the runs' demands.
 
-First every run gets its `min_workers`: the higher priority first, then the older run. Where a run of higher priority
-lacks some, lower ones shrink to theirs. Where several lack some and hold a part, which might be for ever, the last of
-them save their state and give up their part, if that is enough for the first. What is left goes in the same order to
-those that can use more.
+First every run gets its `min_workers`: higher priority first, then the older run. If a run of higher priority is short
+of workers, lower ones shrink to their minimum. If several runs are short while they hold some workers, they could wait
+for each other for ever: then the last of them in that order save their state and give up their workers, if that is
+enough for the first one. Remaining workers go in the same order to runs that can use more.
 """
 
 from __future__ import annotations
@@ -12,20 +12,20 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 
-#: A run that says nothing new for so long counts no more: its controller is dead, or cut off.
+#: A demand that did not change for so long is ignored: the run's controller is dead, or cut off.
 STALE_S = 10.0
-#: Others shrink for a run that has been short for so long: where there is room, it has its workers by then.
+#: Other runs shrink for a run that was short for so long: if there were free resources, it would have its workers.
 YIELD_AFTER_S = 3.0
-#: A parked run gives up what it holds for one that has been short for so long, as it has itself: others have shrunk by
-#: then, and a lost worker is replaced where there is room.
+#: A parked run gives up its workers for a run if both were short for so long: by then other runs have shrunk, and lost
+#: workers were replaced where there are free resources.
 GIVE_UP_AFTER_S = 10.0
-#: The longest pause between two attempts to get more than is there.
+#: The longest pause between two requests for more workers than the cluster could give.
 LONGEST_PAUSE_S = 3600.0
 
 
 @dataclass(frozen=True)
 class Terms:
-    """What a run asks of a cluster that it shares. `since`: when its driver began, in unix seconds."""
+    """A run's terms on a cluster that it shares. `since`: when its driver began, in unix seconds."""
 
     run: str
     priority: int
@@ -36,12 +36,12 @@ class Terms:
 
 
 @dataclass(frozen=True)
-class Standing:
-    """What a run says of itself once a second.
+class Demand:
+    """What a run publishes about itself once a second.
 
     Args:
         have: workers whose resources it holds.
-        asks: workers that it asks for beside those.
+        asks: workers that it requests in addition.
         short_s: how long it has had fewer than its `min_workers`.
         steady_s: how long it has had as many as now.
     """
@@ -54,20 +54,20 @@ class Standing:
 
     @property
     def short(self) -> bool:
-        """Whether it lacks workers to train with."""
+        """Whether it has too few workers to train."""
         return self.have < self.terms.min_workers
 
     @property
     def order(self) -> tuple[int, float, str]:
-        """The lowest is served first."""
+        """Sort key; the run with the lowest is served first."""
         return (-self.terms.priority, self.terms.since, self.terms.run)
 
     def to_bytes(self, beat: int) -> bytes:
-        """For the standings of the cluster; `beat` makes it another value every time."""
+        """As JSON, to publish. `beat` is a counter, which makes every value different."""
         return json.dumps({"format": 1, "beat": beat, **asdict(self)}).encode()
 
     @classmethod
-    def from_bytes(cls, data: bytes) -> Standing:
+    def from_bytes(cls, data: bytes) -> Demand:
         values = json.loads(data)
         return cls(Terms(**values["terms"]), values["have"], values["asks"], values["short_s"], values["steady_s"])
 
@@ -76,8 +76,8 @@ class Standing:
 class Share:
     """What a run may have now.
 
-    `most`: it shrinks to so many at its next step boundary, for the runs `to`; 0 is for a parked one, which saves its
-    state and lets all go. `ask`: it holds and asks for at most so many, and holds none if that is 0. None: no limit.
+    `most`: it shrinks to so many workers at its next step boundary, for the runs `to`. With 0 a parked run saves its
+    state and lets all go. `ask`: it holds and requests at most so many, and lets all go if that is 0. None: no limit.
     """
 
     most: int | None = None
@@ -85,11 +85,11 @@ class Share:
     ask: int | None = None
 
 
-def share(me: Standing, others: Iterable[Standing], *, holds_state: bool) -> Share:
-    """What `me` may have, given what all other living runs say.
+def share(me: Demand, others: Iterable[Demand], *, holds_state: bool) -> Share:
+    """What `me` may have, given the demands of all other living runs.
 
     Args:
-        holds_state: its workers have trained: what they hold would be lost with them.
+        holds_state: its workers have trained, so that ending them would lose state.
     """
     rivals = [o for o in others if o.terms.accelerator == me.terms.accelerator]
     short = [o for o in rivals if o.short]
@@ -97,7 +97,7 @@ def share(me: Standing, others: Iterable[Standing], *, holds_state: bool) -> Sha
     to = tuple(sorted(o.terms.run for o in waiting if o.terms.priority > me.terms.priority))
     most = me.terms.min_workers if to else None
     if me.short:
-        if any(o.order < me.order for o in short):  # two that each hold a part of what they need would wait for ever
+        if any(o.order < me.order for o in short):  # two runs that each hold some of what they need wait for ever
             first = gives_up_for(me, short)
             if first is not None and holds_state:
                 return Share(0, (first,), me.have)
@@ -107,11 +107,11 @@ def share(me: Standing, others: Iterable[Standing], *, holds_state: bool) -> Sha
     return Share(most, to, me.have if others_first else None)
 
 
-def gives_up_for(me: Standing, short: Sequence[Standing]) -> str | None:
-    """The run for which a short `me` gives up all that it holds, if it does; `short` are the others that lack workers.
+def gives_up_for(me: Demand, short: Sequence[Demand]) -> str | None:
+    """The run for which a short `me` gives up all its workers, None if it does not; `short` are the other short runs.
 
-    That is the first in order, where what the others hold is enough for it. The last in order give up first, and no
-    more than are needed: so what one gave up must have had the time to arrive.
+    That is the first run in order, if the workers of all others are enough for it. The last in order give up first, and
+    no more of them than are needed: so what one run gave up must have had time to arrive.
     """
     first, *others = sorted([me, *short], key=lambda o: o.order)
     lack = first.terms.min_workers - first.have
@@ -125,8 +125,8 @@ def gives_up_for(me: Standing, short: Sequence[Standing]) -> str | None:
 
 @dataclass(frozen=True)
 class Patience:
-    """Requests beyond what a run needs are withdrawn after `timeout_s`, since nodes that could be given back stay
-    while somebody asks. They are made again after a pause, which doubles, or when there is room."""
+    """When to request workers beyond the fewest. A request is withdrawn after `timeout_s`, since idle nodes are not
+    ended while there are requests. It is repeated after a pause, which doubles, or when there are free resources."""
 
     timeout_s: float
     refusals: int = 0
@@ -136,10 +136,10 @@ class Patience:
         return now < self.until
 
     def after(self, now: float, *, waited_s: float, served: bool, room: bool) -> Patience:
-        """One look.
+        """The patience after one look at the cluster.
 
         Args:
-            waited_s: how long the oldest request above `min_workers` waits; 0 for none.
+            waited_s: age of the oldest request above `min_workers`; 0 if there is none.
             served: the run got a worker since the last look, or has too few to train with.
             room: a node could take a worker now.
         """

@@ -72,7 +72,7 @@ def _result(run: PreparedRun, values: dict[str, Any]) -> Result:
 
 
 def drive(run: PreparedRun) -> int:
-    """What a job's command does after validation: train and print where the results are; returns the exit code."""
+    """Train as a job's command does after validation, and print where the results are; returns the exit code."""
     try:
         values = run_prepared(run)
     except ElasticError as error:
@@ -83,11 +83,11 @@ def drive(run: PreparedRun) -> int:
 
 
 def run_prepared(run: PreparedRun, control: RunControl | None = None) -> dict[str, Any]:
-    """Run to its end; returns the contents of result.json. See `ElasticTrainer.fit` for what it raises.
+    """Run to the end; returns the contents of result.json. It raises what `ElasticTrainer.fit` raises.
 
     Args:
-        control: held by another thread of this process, which has many runs one after another: then nothing is printed,
-            and the run is hosted in this process, whose end would be the run's anyway.
+        control: held by another thread of this process, which has many runs one after another. With it nothing is
+            printed, and the run's host is in this process too, since the run could not outlive it anyway.
     """
     if run.finished is not None:
         return run.finished
@@ -125,7 +125,7 @@ def _check_picklable(job: Job) -> None:
 
     try:
         cloudpickle.dumps(job)
-    except Exception as error:  # whatever the object raises: it cannot be sent to the workers
+    except Exception as error:  # any error of the object: it cannot be sent to the workers
         raise ConfigError(
             f"job {type(job).__name__} cannot be pickled to be sent to workers ({type(error).__name__}: {error}); "
             "make such objects inside its methods, not in its fields"
@@ -133,7 +133,7 @@ def _check_picklable(job: Job) -> None:
 
 
 class _Silence(io.StringIO):
-    """Where nobody reads."""
+    """Drops what is written to it."""
 
     def write(self, text: str) -> int:
         return len(text)

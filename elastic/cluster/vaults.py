@@ -1,4 +1,4 @@
-"""Vaults on Ray: an actor on each node that has workers, which keeps copies of their state while they come and go."""
+"""Vaults on Ray: an actor on each node that has workers. It keeps copies of their state while workers come and go."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from elastic.cluster.references import is_ready
 from elastic.snapshot.vault import VaultServer
 
 START_S = 60.0
-FREE_S = 20.0  # Ray gives a process that it ends some seconds, in which one that stands still keeps its address
-_LOOK_S = 2.0  # the most that one look counts: this process may have been stopped itself
+FREE_S = 20.0  # Ray takes some seconds to end a process that does not respond, which keeps its address until then
+_LOOK_S = 2.0  # the most silence that one look counts: this process itself may have been stopped
 
 
 class VaultActor:
-    """Hosts a vault. Owned by the controller of the workers, so that it outlives them, and ends with the run."""
+    """Hosts a vault. The controller of the workers owns it, so that it outlives them and ends with the run."""
 
     def __init__(self, token: str, port: int):
         deadline = time.monotonic() + FREE_S
@@ -49,8 +49,8 @@ class VaultActor:
 @dataclass
 class _Vault:
     actor: Any
-    port: int  # that it was to listen on
-    url: Any  # refs
+    port: int  # the port to listen on; 0 takes a free one
+    url: Any  # this and the next two are object references
     held: Any
     alive: Any = None
     missed: bool = False
@@ -58,7 +58,7 @@ class _Vault:
     looked: float = field(default_factory=time.monotonic)
 
     def listen(self) -> None:
-        """Count for how long it has not answered; once it serves."""
+        """Count for how long it has not answered, from when it first served."""
         now = time.monotonic()
         if not is_ready(self.url):
             self.looked = now
@@ -70,29 +70,29 @@ class _Vault:
 
 
 class Vaults:
-    """The vaults that a controller keeps. Does not wait for them.
+    """The vaults of a run, kept by its controller. No method waits for them.
 
     Args:
-        prefix: of the actors' names; workers of the same run look for them there.
-        hang_timeout_s: one that does not answer for so long is ended and started again.
-        how: makes of Ray's text how a process ended.
+        prefix: of the actors' names, by which workers of the run find them.
+        hang_timeout_s: a vault that does not answer for so long is ended and started again.
+        how: turns Ray's error text into how a process ended.
     """
 
     def __init__(self, prefix: str, token: str, hang_timeout_s: float, how: Callable[[str], str]):
         self._prefix, self._token, self._hang_timeout_s, self._how = prefix, token, hang_timeout_s, how
         self._vaults: dict[str, _Vault] = {}  # by node
 
-    def have(self, node: str) -> None:
-        """Have one on this node."""
+    def ensure(self, node: str) -> None:
+        """Start a vault on this node if it has none."""
         if node not in self._vaults:
             self._start(node, 0)
 
     def keep(self, nodes: Iterable[str]) -> list[tuple[str, str]]:
-        """Start those of these nodes again that died alone or stand still, empty and at the same address. To be called
-        again and again: one that ended since the last call may have ended with its node, so it is left until the next.
+        """Start vaults of these nodes again that died or stopped answering, empty and at the same address. To be called
+        again and again: a vault that ended since the last call may have ended with its node, so it waits for the next.
 
         Returns:
-            of each that was started again, its node, and why.
+            (node, reason) for each that was started again.
         """
         again = {}
         for node in set(nodes) & set(self._vaults):
@@ -108,12 +108,12 @@ class Vaults:
         again = {node: why for node, why in again.items() if node in living}
         for node in again:
             port = self._port(node)
-            ray.kill(self._vaults[node].actor)  # who made an actor takes its name for taken until then
+            ray.kill(self._vaults[node].actor)  # its name stays taken until then
             self._start(node, port)
         return list(again.items())
 
     def close(self) -> None:
-        """End them all."""
+        """End all vaults."""
         for vault in self._vaults.values():
             ray.kill(vault.actor)
         self._vaults = {}
@@ -129,7 +129,7 @@ class Vaults:
         self._vaults[node] = _Vault(actor, port, actor.url.remote(), actor.held.remote())
 
     def _ended(self, node: str) -> str | None:
-        """How its process ended, if it did."""
+        """How its process ended; None if it lives."""
         held = self._vaults[node].held
         if not is_ready(held):
             return None
@@ -140,11 +140,11 @@ class Vaults:
         raise AssertionError("a vault let go of what it holds")
 
     def _port(self, node: str) -> int:
-        """Where it listened, or was to: workers know it by that."""
+        """The port it listened on, or was to listen on: workers know its address."""
         vault = self._vaults[node]
         try:
             return urlsplit(ray.get(vault.url, timeout=0)).port or 0
-        except ray.exceptions.RayError:  # it died before it could say
+        except ray.exceptions.RayError:  # it died before it served
             return vault.port
 
 

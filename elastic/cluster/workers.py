@@ -1,4 +1,4 @@
-"""The workers of a run on Ray, as its drive sees them: a controller keeps them, and is replaced where it is lost."""
+"""The workers of a run on Ray, as its drive uses them: a controller keeps them, and is replaced if it is lost."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import ray
 
 from elastic.cluster.autoscaler import failures, known_reasons, reported, unserved
 from elastic.cluster.controller import Controller, Sent
+from elastic.cluster.demands import withdraw_demand
 from elastic.cluster.placement_groups import GroupPlan, remove_groups
 from elastic.cluster.references import is_ready
-from elastic.cluster.standings import withdraw_standing
 from elastic.compat.ray import session_folder
 from elastic.errors import RunFailed, one_line
 from elastic.membership.driver import DriverLink
@@ -22,7 +22,7 @@ from elastic.run.course import Over
 from elastic.run.lookout import LOOKS, Lookout
 
 END_S = 30.0
-AUTOSCALER_LOOK_S = 5.0  # between two looks at what the autoscaler could not do, while no world was formed
+AUTOSCALER_LOOK_S = 5.0  # between two looks at the autoscaler's failures, until a world was formed
 
 
 class RayWorkers:
@@ -31,57 +31,57 @@ class RayWorkers:
     Args:
         plan: the workers to have.
         function: what each of them runs.
-        here: the controller is no actor of its own: this process is one, which has many runs one after another.
+        here: the controller is a thread of this process, which has many runs one after another, and no actor.
     """
 
     def __init__(self, plan: GroupPlan, function: Sent, *, here: bool):
         self._plan, self._function, self._here = plan, function, here
         self._link = DriverLink(plan.url, plan.token)
         self._looked = time.monotonic()
-        self._said: set[str] = set()  # what the autoscaler could not do, as far as it was said
+        self._reported: set[str] = set()  # failures of the autoscaler that are in the ledger
         self._controller: _Actor | _Here | None = None
 
     def start(self) -> None:
-        """Start a controller, in place of one that is lost."""
+        """Start a controller; ends the last one first."""
         self.end()
         self._controller = (_Here if self._here else _Actor)(self._plan, self._function)
 
     def turn(self, worlds: int) -> None:
-        """While workers are waited for: say why no node comes, once."""
+        """While no world was formed: record once why no node comes."""
         if worlds or time.monotonic() - self._looked < AUTOSCALER_LOOK_S:
             return
         self._looked = time.monotonic()
         try:
-            told = reported(ray.get_runtime_context().gcs_address)
-            found = [*failures(told, known_reasons(session_folder())), *unserved(told, self._plan.unit)]
+            report = reported(ray.get_runtime_context().gcs_address)
+            found = [*failures(report, known_reasons(session_folder())), *unserved(report, self._plan.unit)]
         except (ray.exceptions.RayError, RuntimeError) as error:
             found = [f"the cluster's head does not say what its autoscaler does: {one_line(error)}"]
         for line in found:
-            if line not in self._said:
-                with suppress(OSError):  # the host is away: once more at the next look
+            if line not in self._reported:
+                with suppress(OSError):  # the host is away: tried again at the next look
                     self._link.request(Note("notice", f"the cluster's autoscaler: {line}"))
-                    self._said.add(line)
+                    self._reported.add(line)
 
     def silent(self) -> str:
-        """In what way the controller stands still."""
+        """Why the controller counts as hung; empty if it does not."""
         assert self._controller is not None
         return self._controller.silent
 
     def over(self) -> Over | None:
-        """How the workers have ended."""
+        """How the workers have ended; None while they live."""
         assert self._controller is not None
         return self._controller.over()
 
     def end(self) -> None:
-        """End the workers and their controller, and give their places back."""
+        """End the workers and their controller, and remove their placement groups."""
         if self._controller is not None:
             self._controller.end()
             remove_groups(self._plan.name)
 
     def close(self) -> None:
-        """End all, and say no more that this run is one of the cluster's."""
+        """End everything, and withdraw this run's demand."""
         self.end()
-        withdraw_standing(self._plan.terms.run)
+        withdraw_demand(self._plan.terms.run)
 
 
 class _Actor:
@@ -99,7 +99,7 @@ class _Actor:
         self._lookout = Lookout(what, plan.hang_timeout_s / LOOKS, self._answers, self._stands_still).__enter__()
 
     def _answers(self, timeout_s: float) -> bool:
-        """False where it once did, and stands still now; one that is dead does not, which `over` sees."""
+        """Whether it answers. True before its first answer, and False if it is dead, which `over` finds out."""
         self._ping = self._ping or self._actor.turned.remote()
         ready, _ = ray.wait([self._ping], timeout=timeout_s)
         if ready:
@@ -117,7 +117,7 @@ class _Actor:
         except ray.exceptions.RayActorError:
             return Over(self.silent or "the controller of its workers died, and they with it", again=True)
         except RunFailed as error:
-            return Over(f"the workers failed: {getattr(error, 'cause', error)}")  # without the text of Ray's around it
+            return Over(f"the workers failed: {getattr(error, 'cause', error)}")  # the cause has none of Ray's own text
         except ray.exceptions.RayError as error:
             return Over(f"the controller of its workers failed: {one_line(error)}", again=True)
         return Over()
@@ -144,7 +144,7 @@ class _Here:
     def _run(self) -> None:
         try:
             self._controller.run()
-        except BaseException as error:  # the driver's thread makes the run's failure of it
+        except BaseException as error:  # `over` turns it into the run's failure, on the driver's thread
             self._error = error
 
     def over(self) -> Over | None:
