@@ -1,6 +1,6 @@
 """Elastic: PyTorch training on Ray that does not stop when machines do.
 
-Names are imported when they are used, so that `import elastic` costs nothing.
+Names are imported on first use, so that `import elastic` takes no time.
 """
 
 from __future__ import annotations

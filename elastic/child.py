@@ -1,4 +1,4 @@
-"""What the processes of a run have in common: they end with whoever started them, and only then."""
+"""What all processes of a run have in common: they end with the process that started them, and not before."""
 
 from __future__ import annotations
 
@@ -14,15 +14,16 @@ _MOST_DESCRIPTORS = 1 << 20
 
 
 def ignore_terminal() -> None:
-    """Ctrl-C and the end of a terminal go to all processes there: they are for the one that drives the run, which saves
-    and ends the others. What this process starts ignores them too."""
+    """Ignore Ctrl-C and the end of the terminal. The terminal sends both to all its processes, but only the run's
+    driver
+    is to act on them: it saves and ends the others. Processes that this one starts ignore them too."""
     for number in (signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
 
 
 def end_with_input() -> None:
-    """End this process as soon as its standard input is closed: its other end is held by who started it, and by nobody
-    else. Nothing more can be read from it."""
+    """End this process as soon as its standard input is closed: only the process that started it holds the other end.
+    Nothing more can be read from standard input."""
     life = os.dup(sys.stdin.fileno())
     sys.stdin = open(os.devnull)  # noqa: SIM115
 
@@ -35,13 +36,13 @@ def end_with_input() -> None:
 
 
 def die_with_starter() -> None:
-    """Have the kernel end this process when the thread that started it ends. Linux."""
+    """Have the kernel end this process when the thread that started it ends. Linux only."""
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 
 
 def raise_descriptor_limit() -> None:
-    """Let this process, and what it starts, have as many open files and connections as it may: most machines allow 1024
-    at first, and a run's server has one for each worker and for whoever else connects."""
+    """Raise the soft limit on open files of this process and its children to the hard limit: most machines begin with
+    1024, and a run's server has a connection for each worker and each other client."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = _MOST_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, _MOST_DESCRIPTORS)
     if soft != resource.RLIM_INFINITY and soft < wanted:

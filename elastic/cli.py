@@ -1,4 +1,4 @@
-"""The `elastic` command. Nothing heavy is imported until a verb needs it."""
+"""The `elastic` command. Heavy modules are imported only by the verbs that need them."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def init(file: str) -> str:
     """Write a first job.
 
     Raises:
-        ConfigError: the file exists, or its folder does not.
+        ConfigError: the file exists already, or its folder does not exist.
     """
     path = Path(file)
     if path.suffix != ".py":
@@ -123,7 +123,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _read(line: Sequence[str]) -> argparse.Namespace:
-    """Only a verb that has `rest` takes options of a job beside its own."""
+    """Parse the line. Only verbs with `rest` take options of a job besides their own."""
     reader = parser()
     arguments, rest = reader.parse_known_args(line)
     if rest and not hasattr(arguments, "rest"):
@@ -146,7 +146,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         except ElasticError as error:
             print(printable(error_text(error)), file=sys.stderr)
             return error.exit_code
-    lost = out.broken is not None and not isinstance(out.broken, BrokenPipeError)  # as with `| head`
+    lost = out.broken is not None and not isinstance(out.broken, BrokenPipeError)  # a broken pipe is usual: `| head`
     return 1 if lost else code
 
 

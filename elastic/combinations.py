@@ -1,4 +1,4 @@
-"""Which options of a run cannot work together, and what to do then."""
+"""Which options of a run cannot work together, and what to give instead."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def check_together(config: TrainConfig) -> None:
     """Refuse options that cannot work together.
 
     Raises:
-        ConfigError: which, and what to do.
+        ConfigError: with the options, and what to do.
     """
     _check_changeable(config)
     if config.run.exactness == "bitwise" and config.precision.grad_compression != "off":
@@ -41,11 +41,11 @@ def check_together(config: TrainConfig) -> None:
 
 def _check_changeable(config: TrainConfig) -> None:
     known = {DATA}
-    for part in dataclasses.fields(config):
-        section = part.default_factory
+    for section_field in dataclasses.fields(config):
+        section = section_field.default_factory
         if dataclasses.is_dataclass(section):
             names = (f.name for f in dataclasses.fields(section) if f.metadata["result"])
-            known |= {f"{part.name}.{name}".replace("_", "-") for name in names}
+            known |= {f"{section_field.name}.{name}".replace("_", "-") for name in names}
     for name in config.run.allow_change:
         require(
             name in known or (name.startswith("job.") and len(name) > 4),
@@ -59,27 +59,27 @@ def _check_param_dtype(config: TrainConfig) -> None:
     dtype = config.precision.param_dtype
     if dtype != "off" and config.run.exactness == "bitwise":
         raise ConfigError(
-            f"--precision.param-dtype is {dtype!r}, with which bits are of one strategy; use "
-            " --precision.autocast, or --run.exactness fast"
+            f"--precision.param-dtype is {dtype!r}, with which each strategy computes other bits; use "
+            "--precision.autocast, or --run.exactness fast"
         )
 
 
 def _check_nodes(config: TrainConfig) -> None:
-    each, most = config.scaling.workers_per_node, config.scaling.max_workers
-    if each is None:
+    per_node, most = config.scaling.workers_per_node, config.scaling.max_workers
+    if per_node is None:
         raise ConfigError(
-            "--parallel.strategy is 'hsdp', which shards inside a node; say how many workers each has with "
+            "--parallel.strategy is 'hsdp', which shards inside a node; give the workers of each node with "
             "--scaling.workers-per-node, or use fsdp"
         )
-    if most <= each:
+    if most <= per_node:
         raise ConfigError(
             f"--parallel.strategy is 'hsdp', but --scaling.max-workers {most} fit on one node of "
-            f"--scaling.workers-per-node {each}; use fsdp, or at least {2 * each} workers"
+            f"--scaling.workers-per-node {per_node}; use fsdp, or at least {2 * per_node} workers"
         )
-    if most % each:
+    if most % per_node:
         raise ConfigError(
             f"--parallel.strategy is 'hsdp', but --scaling.max-workers {most} leave a node uneven at "
-            f"--scaling.workers-per-node {each}; give a multiple of {each}"
+            f"--scaling.workers-per-node {per_node}; give a multiple of {per_node}"
         )
 
 

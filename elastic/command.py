@@ -1,4 +1,4 @@
-"""What a job file ends in: `elastic.main(MyJob, config)`."""
+"""The last line of a job file: `elastic.main(MyJob, config)`."""
 
 from __future__ import annotations
 

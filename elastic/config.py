@@ -1,4 +1,4 @@
-"""The configuration of a run: all sections of options together, as JSON and back, and what of it is part of the result.
+"""The configuration of a run: all sections of options, to and from JSON, and which options are part of the result.
 
 Every field carries its help text, whether it is one of the common options shown by `--help`, and whether it is a
 *result* option (part of what the run computes, fixed for the run's life) or an operational one.
@@ -70,10 +70,10 @@ class TrainConfig:
 
 
 def check_kind(config: object) -> None:
-    """Refuse what is no configuration.
+    """Refuse an object that is no configuration.
 
     Raises:
-        ConfigError: what it is.
+        ConfigError: with the type of the object.
     """
     if not isinstance(config, TrainConfig):
         raise ConfigError(
@@ -88,7 +88,7 @@ def to_dict(config: TrainConfig) -> dict[str, Any]:
 
 
 def _listed(value: Any) -> Any:
-    """Options of several values are written as lists; `from_dict` makes tuples of them again."""
+    """Options with several values are written as lists; `from_dict` turns them into tuples again."""
     if isinstance(value, dict):
         return {k: _listed(v) for k, v in value.items()}
     return [_listed(v) for v in value] if isinstance(value, (list, tuple)) else value
@@ -98,7 +98,7 @@ def from_dict(values: dict[str, Any]) -> TrainConfig:
     """Rebuild a configuration from `to_dict`.
 
     Raises:
-        ConfigError: an option that this version does not know.
+        ConfigError: an option that this version does not have.
     """
     parts: dict[str, Any] = {}
     for part in dataclasses.fields(TrainConfig):
@@ -118,8 +118,8 @@ def from_dict(values: dict[str, Any]) -> TrainConfig:
 
 
 def result_options(config: TrainConfig, job_options: dict[str, Any]) -> dict[str, Any]:
-    """Every option that is part of what the run computes, by dotted name, coded as `elastic.values` does it; what
-    cannot be coded is described, and what is secret in a URL is no part of it."""
+    """Every option that is part of what the run computes, by dotted name, coded by `elastic.values`. A value that
+    cannot be coded is described; secrets in URLs are left out."""
     found: dict[str, Any] = {}
     for part in dataclasses.fields(config):
         section = getattr(config, part.name)

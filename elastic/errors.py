@@ -1,4 +1,4 @@
-"""The exceptions a user can meet, and the exit code of each."""
+"""The exceptions that users can meet, and their exit codes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from elastic.redact import redact
 
 
 class ElasticError(Exception):
-    """Base of all errors raised on purpose. `exit_code` is what a command ends with. Secrets are left out of it."""
+    """Base of all errors raised on purpose. `exit_code` is the exit code of the command. Secrets are removed from
+    it."""
 
     exit_code = 1
 
@@ -17,29 +18,29 @@ class ElasticError(Exception):
 
 
 class ConfigError(ElasticError):
-    """Bad input, found before anything was started. One sentence: name, value, fix."""
+    """Bad input, found before anything was started. The text is one sentence: name, value, fix."""
 
     exit_code = 2
 
 
 class StorageError(ElasticError):
-    """Storage answered in a way that a run cannot go on with."""
+    """Storage answered in a way in which the run cannot go on."""
 
 
 class StorageHung(TimeoutError):
-    """Storage did not answer in time. What was asked of it may still be done, at any later time."""
+    """Storage did not answer in time. The request may still be carried out at any later time."""
 
 
 class CheckpointError(ElasticError):
-    """A checkpoint is damaged or does not fit what is asked of it."""
+    """A checkpoint is damaged, or does not fit the request."""
 
 
 class DamagedCheckpoint(CheckpointError):
-    """Bytes of a checkpoint are missing, or are not those that were written: nobody can load it."""
+    """Bytes of a checkpoint are missing, or differ from those that were written: no process can load it."""
 
 
 class SnapshotError(ElasticError):
-    """A vault does not answer, or cannot keep or give what is asked of it."""
+    """A vault does not answer, or cannot store or return a part."""
 
 
 class FencedError(ElasticError):
@@ -55,15 +56,15 @@ class WorldBroken(ElasticError):
 
 
 class Reform(WorldBroken):
-    """This worker leaves its world for one that is made otherwise; nobody failed. The message says why."""
+    """This worker leaves its world so that another one is formed; nobody failed. The message says why."""
 
 
 class CopiesDiffer(ElasticError):
-    """Workers hold different copies of what is to be equal; the message names the first difference."""
+    """Workers hold different copies of what must be equal; the message names the first difference."""
 
 
 class UpdatesDiffer(CopiesDiffer):
-    """Workers were about to apply different updates; none was applied, so their states are still equal."""
+    """Workers were about to apply different updates. None was applied, so their states are still equal."""
 
 
 class NonFiniteError(ElasticError):
@@ -81,19 +82,20 @@ class Interrupted(ElasticError):
 
 
 def error_text(error: ElasticError) -> str:
-    """What a command prints of the error that it ends with; to be interrupted is none."""
+    """The text that a command prints for the error that it ends with. An interruption is not called an error."""
     return str(error) if isinstance(error, Interrupted) else f"error: {error}"
 
 
 def whole_text(error: BaseException) -> str:
-    """What the ledger has of an error: its text where it is one of ours, which says all, else its traceback."""
+    """The text of an error for the ledger: the message of our own errors, which is complete, otherwise the
+    traceback."""
     return str(error) if isinstance(error, ElasticError) else "".join(traceback.format_exception(error)).rstrip()
 
 
 def one_line(error: BaseException) -> str:
-    """An exception's type and what it says: the first line, since torch goes on with hints and tables; but where it
-    quotes the traceback of another process, the last line, which is what was raised there."""
-    said = [line.strip() for line in str(error).splitlines() if line.strip()]
-    if not said:
+    """An exception's type and one line of its message: the first line, since torch appends hints and tables. If the
+    message quotes a traceback of another process, it is the last line, which names what was raised there."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if not lines:
         return type(error).__name__
-    return f"{type(error).__name__}: {said[-1 if any('Traceback (' in line for line in said) else 0]}"
+    return f"{type(error).__name__}: {lines[-1 if any('Traceback (' in line for line in lines) else 0]}"

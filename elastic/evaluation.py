@@ -1,4 +1,4 @@
-"""`elastic evaluate RUN --job FILE`: a run's state on held-out data, in this process."""
+"""`elastic evaluate RUN --job FILE`: evaluates a run's checkpoint on held-out data, in this process."""
 
 from __future__ import annotations
 
@@ -36,18 +36,18 @@ def evaluate_run(
     """Evaluate a checkpoint of a run as the run itself would: the same passes, seeds and number formats.
 
     Args:
-        defaults: of the job's file.
-        argv: options of the job (`--job.x`) that are not to be those of the run, such as what data it takes.
-        step: of the checkpoint; the newest by default.
+        defaults: the configuration in the job's file.
+        argv: options of the job (`--job.x`) that are to differ from the run's, such as the data it takes.
+        step: step of the checkpoint; the newest by default.
         accelerator: cpu or gpu.
 
     Returns:
         `step`, and `eval/...` by name.
 
     Raises:
-        ConfigError: there is no such run, checkpoint or option, or nothing is held out.
-        CheckpointError: it is damaged, or the job has another state.
-        ElasticError: the job's code raised.
+        ConfigError: there is no such run, checkpoint or option, or the job holds no data out.
+        CheckpointError: the checkpoint is damaged, or the job has another state.
+        ElasticError: the job's code raised an exception.
     """
     if accelerator == "gpu" and not torch.cuda.is_available():
         raise ConfigError("--accelerator is 'gpu', but torch finds no GPU here; give cpu")
@@ -62,7 +62,7 @@ def evaluate_run(
     job, _ = parse(job_class, defaults, argv, take(stored, defaults, job_class).job_values)
     seed_all(derive("data", seed))
     with job_code("train_data()"):
-        job.train_data()  # some split it into what is trained on and what is held out
+        job.train_data()  # some jobs split one set here into training data and held-out data
     seed_all(derive("data", seed))
     with job_code("eval_data()"):
         held_out = eval_sets(job)

@@ -1,9 +1,9 @@
-"""Faults by name: `fault.point("step.after_fence", rank, step)` does nothing, unless a test planned something there.
+"""Planned faults for tests: `fault.point("step.after_fence", rank, step)` does nothing, unless a test planned a fault.
 
-A plan is in the environment variable ELASTIC_FAULTS: a JSON list of {"point", "rank", "step", "do", "seconds"}, with
-`do` one of kill (SIGKILL), stop (SIGSTOP), sleep, lock (sleep with the interpreter's lock), hold (while `file` exists),
-raise. Each happens once a process, at that point, rank and step. With `only` (a path) it happens in one process only:
-whoever creates that file first. Points of the run's host have rank -1.
+The plan is in the environment variable ELASTIC_FAULTS: a JSON list of {"point", "rank", "step", "do", "seconds"}, where
+`do` is kill (SIGKILL), stop (SIGSTOP), sleep, lock (sleep while holding the interpreter lock), hold (while `file`
+exists) or raise. Each fault happens once in a process, at that point, rank and step. With `only` (a path) it happens in
+one process only: the first that creates that file. Points in the run's host have rank -1.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ HOLD_S = 60.0
 
 
 class PlannedError(Exception):
-    """Raised by a fault that says `raise`."""
+    """Raised by a fault whose `do` is raise."""
 
 
 _planned: list[dict[str, Any]] = []
 
 
 def read_plan() -> None:
-    """Take the plan from the environment: at import, and in a process that was forked after it."""
+    """Read the plan from the environment: at import, and again in a process that was forked after it."""
     _planned[:] = json.loads(os.environ.get(_VARIABLE, "[]"))
 
 
@@ -35,7 +35,7 @@ read_plan()
 
 
 def point(name: str, rank: int, step: int) -> None:
-    """A place where a fault can be planned. Costs one comparison when there is no plan."""
+    """Mark a place where a test can plan a fault. Costs one comparison if there is no plan."""
     if _planned:
         _act(name, rank, step)
 

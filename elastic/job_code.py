@@ -1,5 +1,5 @@
-"""The job's own code where the command itself calls it, before any worker: what it raises is bad input, and the user
-sees one sentence and the lines of his own files."""
+"""Runs the job's own code where the command calls it, before any worker exists: an exception there is bad input, and
+the user sees one sentence and the lines of the job's own files."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ _PYTHON, _INSTALLED = (
 
 @contextmanager
 def job_code(what: str) -> Iterator[None]:
-    """Inside, some of the job's code runs.
+    """Inside, code of the job runs.
 
     Args:
-        what: for people, such as `train_data()`.
+        what: a name for the error, such as `train_data()`.
 
     Raises:
-        ConfigError: it raised; the sentence names what, the exception and its place, and the job's own part of the
-            traceback follows.
+        ConfigError: the code raised; the sentence has `what`, the exception and its place, and the frames of the job's
+            own files follow.
         Interrupted: by Ctrl-C.
     """
     try:
@@ -42,7 +42,7 @@ def job_code(what: str) -> Iterator[None]:
 
 
 def failure_text(what: str, error: BaseException) -> str:
-    """What a user needs to know of an exception in a job's code: a sentence, then the frames of his files."""
+    """What a user needs to know of an exception in the job's code: a sentence, then the frames of the job's files."""
     found = traceback.TracebackException.from_exception(error)
     place = _place(error, _own(found.stack))
     _cut(found)
@@ -58,13 +58,13 @@ def _place(error: BaseException, frames: list[traceback.FrameSummary]) -> str:
 
 
 def _named(file: str) -> str:
-    """A file, from the working directory where it is in it."""
+    """The path of a file, relative to the working directory if it is inside."""
     path = Path(file)
     return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
 
 
 def _cut(found: traceback.TracebackException) -> None:
-    """Leave the frames of the job's files, here and in what it was raised from."""
+    """Keep only the frames of the job's files, in this traceback and in those of its causes."""
     found.stack[:] = _own(found.stack)
     for inner in (found.__cause__, found.__context__, *(found.exceptions or ())):
         if inner is not None:
@@ -72,7 +72,7 @@ def _cut(found: traceback.TracebackException) -> None:
 
 
 def _own(stack: list[traceback.FrameSummary]) -> list[traceback.FrameSummary]:
-    """The frames of the user's own files; where the job itself is in an installed package, those of all packages."""
+    """The frames of the user's own files. If the job is in an installed package, the frames of all packages."""
     theirs = [f for f in stack if not f.filename.startswith((_OURS, "<frozen", "<string>"))]
     installed = [f for f in theirs if f.filename.startswith(_INSTALLED)]
     return [f for f in theirs if not f.filename.startswith((*_PYTHON, *_INSTALLED))] or installed

@@ -19,7 +19,7 @@ _looking = False
 
 
 class Found(BaseException):
-    """What a job's file would have run, had it not been asked for its job only."""
+    """Raised instead of training, when a job's file is run only to find its job."""
 
     def __init__(self, job_class: type[Job], config: TrainConfig):
         super().__init__(job_class, config)
@@ -27,21 +27,21 @@ class Found(BaseException):
 
 
 def answer(job_class: type[Job], config: TrainConfig) -> None:
-    """Called by whatever a job's file starts training with: where the file is only asked for its job, that is it.
+    """Called by all functions that a job's file can start training with. Ends the file if it is run for its job only.
 
     Raises:
-        Found: it is.
+        Found: `load_job` runs the file; with its job.
     """
     if _looking:
         raise Found(job_class, config)
 
 
 def load_job(text: str, option: str = "--job") -> tuple[type[Job], TrainConfig]:
-    """The job and its defaults: what the file gives to `elastic.main`, or else its one job and `CONFIG`.
+    """The job's class and default configuration: what the file gives to `elastic.main`, or its one job and `CONFIG`.
 
     Args:
-        text: `FILE.py` or `MODULE`, or `FILE.py:CLASS` or `MODULE:CLASS` where there are several.
-        option: where the text came from, for messages.
+        text: `FILE.py` or `MODULE`, or `FILE.py:CLASS` or `MODULE:CLASS` if there are several.
+        option: the option with that text, for errors.
 
     Raises:
         ConfigError: there is no such file, module or class, or there are several.
@@ -82,8 +82,8 @@ def _import(name: str, option: str) -> types.ModuleType:
 
 
 def _run_file(file: str, option: str) -> tuple[types.ModuleType, Found | None]:
-    """Run a file as `python FILE` does, up to where it would train. It is this process's program from then on, so that
-    what is sent to other processes is sent whole."""
+    """Run a file as `python FILE` does, up to where it would train. It becomes this process's `__main__`, so that its
+    classes are pickled by value when they are sent to other processes."""
     global _looking
     path = Path(file).expanduser().absolute()
     try:

@@ -1,7 +1,7 @@
-"""What the workers of one world, and the parts of one run, must have in common; where two differ, in words.
+"""What the workers of one world, and the sessions of one run, must have in common; and where two differ, in words.
 
-A worker describes itself as plain JSON: of its data the length and a few samples, of all else lines of text by subject.
-Lines go packed, so that the first one that differs can be named, unless they are too many: then only their digest does.
+A worker describes itself as JSON: its data by the length and a few samples, everything else by lines of text for each
+subject. Lines are sent compressed, so that the first difference can be named; too many are sent as a digest only.
 """
 
 from __future__ import annotations
@@ -16,11 +16,12 @@ from itertools import zip_longest
 from typing import Any
 
 MAX_PACKED_BYTES = 6000
-#: Floating-point samples may be computed on other machines: they are equal if they differ by no more than this share.
+#: Samples in floating point may be computed on other machines: they count as equal if they differ by at most this
+#: share.
 TOLERANCE = 1e-3
-DATA = "data"  # what --run.allow-change calls a change of it
+DATA = "data"  # the name of the training data in --run.allow-change
 
-#: What a device is, in words.
+#: Names of the fields of a device description, for people.
 DEVICE = {
     "type": "device type",
     "name": "kernels or device name",
@@ -35,7 +36,7 @@ DEVICE = {
 
 
 def packed(lines: Sequence[str]) -> dict[str, Any]:
-    """Lines as a worker sends them."""
+    """Lines of text in the form in which a worker sends them."""
     found: dict[str, Any] = {"digest": digest_of(lines), "count": len(lines)}
     small = base64.b85encode(zlib.compress("\n".join(lines).encode(), 9)).decode()
     return {**found, "lines": small} if len(small) <= MAX_PACKED_BYTES else found
@@ -54,7 +55,7 @@ def _unpacked(one: Mapping[str, Any]) -> list[str] | None:
 
 @lru_cache(maxsize=4096)
 def device_difference(mine: str, other: str) -> str:
-    """How the devices of two workers differ, each described as JSON; empty where they do not."""
+    """How the devices of two workers differ, each described as JSON; empty if they do not."""
     if mine == other:
         return ""
     try:
@@ -67,11 +68,11 @@ def device_difference(mine: str, other: str) -> str:
 
 @lru_cache(maxsize=4096)
 def difference(mine: str, other: str, exact: bool) -> str:
-    """The first thing in which a worker differs from another, whose world it is; empty where they are alike.
+    """The first difference between a worker and another, which is in the world; empty if there is none.
 
     Args:
-        mine, other: descriptions as JSON; an empty one says nothing, and is like any.
-        exact: samples must be the same to the last bit.
+        mine, other: descriptions as JSON; an empty one matches any other.
+        exact: samples must be equal to the last bit.
     """
     if mine == other or not mine or not other:
         return ""
@@ -107,10 +108,10 @@ def _lines(subject: str, mine: Mapping[str, Any], other: Mapping[str, Any]) -> s
 
 
 def changed_sample(mine: Mapping[str, Any], other: Mapping[str, Any], *, exact: bool) -> int | None:
-    """The first sample of those that both descriptions of data know which is not the same; None where all are.
+    """The first sample, of those in both descriptions of data, that differs; None if none does.
 
-    Floating-point samples that were computed on another machine may differ in the last bits: that is no change, unless
-    it is asked for `exact` ones.
+    Samples in floating point that were computed on another machine may differ in their last bits. That counts as a
+    difference only with `exact`.
     """
     for place in sorted(mine["found"].keys() & other["found"].keys(), key=int):
         (bits, shape, figures), (their_bits, their_shape, their_figures) = mine["found"][place], other["found"][place]
@@ -120,7 +121,7 @@ def changed_sample(mine: Mapping[str, Any], other: Mapping[str, Any], *, exact: 
 
 
 def _close(mine: Sequence[float], other: Sequence[float]) -> bool:
-    """The first figure is the mean size of all numbers of a sample, the scale of the others."""
+    """Whether two samples are close. The first figure of each is the mean size of its numbers, the scale for all."""
     if len(mine) != len(other):
         return False
     scale = max((abs(figures[0]) for figures in (mine, other) if figures), default=0.0)
@@ -128,7 +129,7 @@ def _close(mine: Sequence[float], other: Sequence[float]) -> bool:
 
 
 def data_change(data: Mapping[str, Any], before: Any, when: str, *, exact: bool = False) -> str:
-    """How data differ from what they were, in words; empty where they do not, or where that is not known."""
+    """How the data differ from what they were, in words; empty if they do not, or if that is unknown."""
     if not isinstance(before, dict) or not isinstance(before.get("found"), dict):
         return ""
     if data["samples"] != before.get("samples"):
@@ -138,5 +139,5 @@ def data_change(data: Mapping[str, Any], before: Any, when: str, *, exact: bool 
 
 
 def refusal(change: str) -> str:
-    """The sentence for data that may not change."""
+    """The error for data that must not change."""
     return f"{change}; give the same data, another --run.name, or --run.allow-change {DATA}"

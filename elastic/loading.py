@@ -1,4 +1,4 @@
-"""A trained model back in Python: `elastic.load_model(job, "runs/mine")`."""
+"""Loading a trained model into Python: `elastic.load_model(job, "runs/mine")`."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ def load_model(
     generators are left as they were.
 
     Args:
-        job: an instance, or the class: then its options are those of the run.
+        job: an instance, or the class, which is then created with the options of the run.
         run: folder or URL of the run, or the name of one in ./runs.
-        step: of the checkpoint; the newest by default.
+        step: step of the checkpoint; the newest by default.
 
     Raises:
         ConfigError: there is no such run or checkpoint.
-        CheckpointError: it is damaged, or the model of this job has other tensors.
+        CheckpointError: the checkpoint is damaged, or the model of this job has other tensors.
     """
     folder = open_run(find_run(run), read_only=True)
     stored = stored_run(folder)
@@ -61,11 +61,11 @@ def load_model(
 def load_state(
     job: Job, config: TrainConfig, folder: RunFolder, step: int | None, device: torch.device
 ) -> tuple[TrainState, int]:
-    """The whole training state of a run in this process, with what the job itself keeps, and its step.
+    """The whole training state of a run in this process, including the job's own extra state, and its step.
 
     Raises:
         ConfigError: there is no such checkpoint.
-        CheckpointError: it is damaged, or the job has another state.
+        CheckpointError: the checkpoint is damaged, or the job has another state.
     """
     state = _new_state(job, config, device)
     checkpoint = choose(folder.storage, step)
@@ -78,7 +78,7 @@ def load_state(
 
 
 def stored_run(folder: RunFolder) -> dict[str, Any]:
-    """The configuration of a run.
+    """The stored configuration of a run.
 
     Raises:
         ConfigError: there is none, or it cannot be read.

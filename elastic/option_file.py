@@ -1,4 +1,4 @@
-"""A file of options, `--config FILE`: TOML or YAML, as sections or with dotted names, read as what one would type.
+"""A file of options, `--config FILE`: TOML or YAML, in sections or with dotted names, turned into command-line words.
 
 run: {duration: 5ep, exactness: bitwise}
 batch.global-size: 32
@@ -16,13 +16,13 @@ from elastic.usage import FILE
 
 
 def expand(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Put what the files of options say in front of the line, which goes before them.
+    """Put the options of `--config` files in front of the line, whose own options override them.
 
     Returns:
         the line without `--config FILE`, and the files that were read.
 
     Raises:
-        ConfigError: a file that cannot be read.
+        ConfigError: a file cannot be read.
     """
     line: list[str] = []
     files: list[str] = []
@@ -40,10 +40,10 @@ def expand(argv: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def words_of(file: str) -> list[str]:
-    """What a file of options says, as one would type it.
+    """The options in a file, as words of a command line.
 
     Raises:
-        ConfigError: it cannot be read.
+        ConfigError: the file cannot be read.
     """
     try:
         text = Path(file).expanduser().read_text()

@@ -1,4 +1,4 @@
-"""The command line of a job file: options from the dataclasses, help in two lengths, one sentence for bad input."""
+"""The command line of a job file: options from dataclasses, two lengths of help, one sentence for bad input."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Option:
 
 
 def list_options(job_class: type[Job], defaults: TrainConfig) -> Iterator[Option]:
-    """All options of a job: its own first, then those of every job."""
+    """All options of a job: first its own, then those that every job has."""
     if dataclasses.is_dataclass(job_class):
         hints = _hints(job_class)
         for f in dataclasses.fields(job_class):
@@ -41,8 +41,8 @@ def list_options(job_class: type[Job], defaults: TrainConfig) -> Iterator[Option
     for part in dataclasses.fields(defaults):
         section = getattr(defaults, part.name)
         if not dataclasses.is_dataclass(section):
-            told = part.metadata
-            yield Option(f"--{_dashed(part.name)}", "flag", bool, section, told["help"], told["common"])
+            metadata = part.metadata
+            yield Option(f"--{_dashed(part.name)}", "flag", bool, section, metadata["help"], metadata["common"])
             continue
         hints = typing.get_type_hints(type(section))
         for f in dataclasses.fields(section):
@@ -69,7 +69,7 @@ def _kind(hint: Any) -> str:
 
 
 def help_text(job_class: type[Job], defaults: TrainConfig, *, everything: bool) -> str:
-    """The help page: the common options, or all."""
+    """The help page, with the common options or with all."""
     doc = (job_class.__doc__ or "").strip().splitlines()
     lines = [f"{job_class.__name__}: {doc[0]}" if doc and job_class.__doc__ != Job.__doc__ else job_class.__name__, ""]
     options = [o for o in list_options(job_class, defaults) if everything or o.common]
@@ -93,11 +93,11 @@ def parse(
     """Read a command line.
 
     Args:
-        job_values: options of the job where the line does not give them; the default is that of its class.
+        job_values: values of the job's options that the line does not give; the default is that of the class.
 
     Raises:
-        ConfigError: an option or a value that cannot be, with what is near to it.
-        SystemExit: help was asked for (0), or a value of a type of the job's own cannot be read (2, after a message).
+        ConfigError: an option or value is wrong; the error has the nearest right ones.
+        SystemExit: help was asked for (0), or tyro cannot read a value of a type of the job's own (2, after a message).
     """
     for flag, everything in (("--help", False), ("-h", False), ("--help-all", True)):
         if flag in argv:
@@ -128,10 +128,10 @@ def parse(
 
 
 def _own_defaults(job_class: type[Job]) -> dict[str, Any]:
-    """Of each of the job's own options.
+    """The default of each of the job's own options.
 
     Raises:
-        ConfigError: one has none.
+        ConfigError: an option has no default.
     """
     found = option_defaults(job_class)
     if dataclasses.is_dataclass(job_class):
@@ -142,7 +142,7 @@ def _own_defaults(job_class: type[Job]) -> dict[str, Any]:
 
 
 def _own_options(job_class: type[Job], values: Mapping[str, Any]) -> type:
-    """A class of the job's options alone: what the job checks of them, it checks of those that were given."""
+    """A class with the job's options only, so that the job's own checks run once, on the values that were given."""
     hints = _hints(job_class)
     fields: list[Any] = [
         (name, hints[name], dataclasses.field(default_factory=partial(_same, value))) for name, value in values.items()

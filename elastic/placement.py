@@ -1,9 +1,9 @@
-"""What of a tensor is where: the boxes of it that workers, checkpoints and snapshots hold, and what is in two of them.
+"""Which box of each tensor a worker, checkpoint or snapshot holds, and which elements two of them share.
 
-Which box of a tensor a worker holds follows from two things: the tensor's cut, which names the mesh axes that divide
-it, and the worker's part, its index along each axis. What no axis divides is whole everywhere: with ddp all there is.
-Whoever makes new boxes out of old ones (a load, a world of another size, a snapshot) asks `common` for the elements
-that two boxes share, and `copies` for where those lie in memory, row-major. Pure.
+A worker's box of a tensor follows from two things: the tensor's cut, which names the mesh axes that divide it, and the
+worker's part, its index along each axis. A tensor that no axis divides is whole on every worker, as all are with ddp.
+To make new boxes out of old ones (a load, a world of another size, a snapshot), `common` gives the elements that two
+boxes share, and `copies` where those lie in memory, row-major. Pure.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
-#: How often one layout may be cut in another direction: replicas inside shards inside shards need few.
+#: How often a layout may be cut in another direction: replicas within shards within shards need few cuts.
 MAX_CUTS = 16
 
-#: The mesh axes that divide a tensor, each with the dimension that it divides, in this order: each divides what the
-#: ones before it left.
+#: The mesh axes that divide a tensor, each with the dimension that it divides, in order: each divides the boxes that
+#: the axes before it left.
 Cut = tuple[tuple[str, int], ...]
 
 
@@ -41,29 +41,30 @@ class Box:
         return Box((0,) * len(shape), tuple(shape))
 
     def is_in(self, shape: Sequence[int]) -> bool:
-        """Whether it is a box of a tensor of this shape."""
+        """Whether this is a box of a tensor of this shape."""
         return len(self.offsets) == len(self.sizes) == len(shape) and all(
             offset >= 0 and size >= 0 and offset + size <= length
             for offset, size, length in zip(self.offsets, self.sizes, shape)
         )
 
     def chunk(self, dimension: int, index: int, count: int) -> Box:
-        """One of `count` pieces along a dimension, as `torch.chunk` cuts them: the last ones shorter or empty."""
+        """One of `count` pieces along a dimension, as `torch.chunk` cuts them: the last ones may be shorter or
+        empty."""
         size = self.sizes[dimension]
-        each = -(-size // count)
-        return self.rows(dimension, min(size, index * each), min(size, (index + 1) * each))
+        length = -(-size // count)
+        return self.rows(dimension, min(size, index * length), min(size, (index + 1) * length))
 
     def piece(self, index: int, count: int) -> Box:
-        """One of `count` pieces along the first dimension of several rows."""
+        """One of `count` pieces along the first dimension that has several rows."""
         return self if count == 1 else self.chunk(self.divided, index, count)
 
     @property
     def divided(self) -> int:
-        """The first dimension that has several rows; 0 where none has."""
+        """The first dimension that has several rows; 0 if none has."""
         return next((d for d, size in enumerate(self.sizes) if size > 1), 0)
 
     def rows(self, dimension: int, begin: int, end: int) -> Box:
-        """Those from `begin` to `end` along a dimension, counted from where the box begins."""
+        """Rows `begin` to `end` along a dimension, counted from the beginning of the box."""
         offsets, sizes = list(self.offsets), list(self.sizes)
         offsets[dimension], sizes[dimension] = offsets[dimension] + begin, end - begin
         return Box(tuple(offsets), tuple(sizes))
@@ -71,18 +72,18 @@ class Box:
 
 @dataclass(frozen=True, order=True)
 class Part:
-    """What of a state a worker holds.
+    """Which part of the state a worker holds.
 
     Args:
-        axes: (name, index, size) of each mesh axis that divides tensors, in the order of the mesh; none of size 1. No
-            axes: the whole state.
+        axes: (name, index, size) of each mesh axis that divides tensors, in mesh order; none has size 1. Without axes
+            it is the whole state.
     """
 
     axes: tuple[tuple[str, int, int], ...] = ()
 
     @staticmethod
     def of(axes: Iterable[Sequence[Any]]) -> Part:
-        """From the place of a worker along all axes that divide tensors, or from JSON."""
+        """The part of a worker, given its index along all axes that divide tensors, or as parsed from JSON."""
         return Part(tuple((name, index, size) for name, index, size in axes if size > 1))
 
     @staticmethod
@@ -90,7 +91,7 @@ class Part:
         """The inverse of `key`.
 
         Raises:
-            ValueError: it names no part.
+            ValueError: the text names no part.
         """
         found = [word.split("-") for word in key.split(".") if key != "all"]
         part = Part.of((name, int(index), int(size)) for name, index, size in found)
@@ -108,12 +109,12 @@ class Part:
 
     @property
     def siblings(self) -> tuple[Part, ...]:
-        """The parts that together are the whole state, this one among them."""
+        """All parts that together are the whole state, this one included."""
         ways = itertools.product(*(range(size) for *_, size in self.axes))
         return tuple(Part(tuple((n, i, s) for (n, _, s), i in zip(self.axes, way))) for way in ways)
 
     def box(self, shape: Sequence[int], cut: Cut) -> Box:
-        """What this part has of a tensor."""
+        """The box of a tensor that this part holds."""
         box, place = Box.whole(tuple(shape)), {name: (index, size) for name, index, size in self.axes}
         for axis, dimension in cut:
             if axis in place:
@@ -121,14 +122,14 @@ class Part:
         return box
 
     def first(self, cut: Cut) -> Part:
-        """The first of those parts that have the same box of a tensor as this one. The boxes of first parts tile it."""
+        """The first part with the same box of a tensor as this one. The boxes of such first parts tile the tensor."""
         divides = {axis for axis, _ in cut}
         return Part(tuple((name, index if name in divides else 0, size) for name, index, size in self.axes))
 
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """A tensor of a state: the name of its dtype, its whole shape, and how it is cut."""
+    """A tensor of a state: its name, the name of its dtype, its whole shape, and how it is cut."""
 
     name: str
     dtype: str
@@ -137,7 +138,7 @@ class TensorSpec:
 
     @staticmethod
     def of(raw: Sequence[Any]) -> TensorSpec:
-        """From JSON."""
+        """The inverse of `to_json`."""
         name, dtype, shape, cut = raw
         return TensorSpec(name, dtype, tuple(shape), tuple((axis, dimension) for axis, dimension in cut))
 
@@ -145,19 +146,19 @@ class TensorSpec:
         return [self.name, self.dtype, list(self.shape), [list(one) for one in self.cut]]
 
     def box(self, part: Part) -> Box:
-        """What a part has of it."""
+        """The box of it that a part holds."""
         return part.box(self.shape, self.cut)
 
 
 def narrowed(tensor: torch.Tensor, box: Box, within: Box) -> torch.Tensor:
-    """The view of `tensor`, which is the box `within`, on the box `box` inside it."""
+    """A view of `tensor`, which holds the box `within`, on the box `box` inside it."""
     for d, (offset, size, base) in enumerate(zip(box.offsets, box.sizes, within.offsets, strict=True)):
         tensor = tensor.narrow(d, offset - base, size)
     return tensor
 
 
 def common(a: Box, b: Box) -> Box | None:
-    """The elements in both boxes, or None where there are none."""
+    """The elements in both boxes, None if there are none."""
     starts = [max(p, q) for p, q in zip(a.offsets, b.offsets, strict=True)]
     ends = [min(p + m, q + n) for p, m, q, n in zip(a.offsets, a.sizes, b.offsets, b.sizes, strict=True)]
     if any(e <= s for s, e in zip(starts, ends)):
@@ -168,7 +169,7 @@ def common(a: Box, b: Box) -> Box | None:
 def runs(part: Box, whole: Box) -> Iterator[tuple[int, int]]:
     """The contiguous runs of `part` in the row-major elements of `whole`, which contains it: (first, count)."""
     dims = len(part.sizes)
-    inner = dims  # from here on both have the same extent, so that rows follow each other without a gap
+    inner = dims  # from this dimension on both have the same extent, so that rows follow each other without a gap
     while inner > 0 and part.sizes[inner - 1] == whole.sizes[inner - 1]:
         inner -= 1
     inner = max(inner - 1, 0)
@@ -188,29 +189,29 @@ def runs(part: Box, whole: Box) -> Iterator[tuple[int, int]]:
 
 
 def copies(source: Box, target: Box) -> Iterator[tuple[int, int, int]]:
-    """The elements that two boxes share, as runs that are contiguous in both: where in the source, where in
-    the target, how many."""
+    """The elements that two boxes share, as runs that are contiguous in both: (first in the source, first in the
+    target, count)."""
     shared = common(source, target)
     if shared is None:
         return
     # Both lists of runs enumerate the same elements in the same order, cut at different places.
     ahead = runs(shared, target)
-    at, room = 0, 0
+    at, left = 0, 0
     for begin, length in runs(shared, source):
         first, count = begin, length
         while count:
-            if not room:
-                at, room = next(ahead)
-            step = min(count, room)
+            if not left:
+                at, left = next(ahead)
+            step = min(count, left)
             yield first, at, step
-            first, at, count, room = first + step, at + step, count - step, room - step
+            first, at, count, left = first + step, at + step, count - step, left - step
 
 
 def tiles(boxes: list[Box], shape: tuple[int, ...]) -> bool:
     """Whether boxes inside a shape cover each of its elements exactly once.
 
-    Looks for cuts through the whole layout, and for cuts through each part, at most MAX_CUTS deep: O(n log n) whatever
-    the boxes. Layouts that cannot be cut that way (a pinwheel) are none that this project writes; they are refused.
+    Looks for cuts through the whole layout, then for cuts through each side, at most MAX_CUTS deep: O(n log n) for any
+    boxes. Layouts without such cuts (a pinwheel) are refused; this project never writes them.
     """
     full = [b for b in boxes if b.volume]
     if sum(b.volume for b in full) != math.prod(shape):
@@ -219,7 +220,7 @@ def tiles(boxes: list[Box], shape: tuple[int, ...]) -> bool:
 
 
 def _apart(boxes: list[Box], dims: int, depth: int) -> bool:
-    """Whether no two of the boxes share an element; no box is empty."""
+    """Whether no two boxes share an element. No box may be empty."""
     if len(boxes) <= 1:
         return True
     if depth == 0:
@@ -232,7 +233,7 @@ def _apart(boxes: list[Box], dims: int, depth: int) -> bool:
 
 
 def _cut(boxes: list[Box], d: int) -> list[list[Box]]:
-    """The boxes in groups that lie behind each other in dimension d."""
+    """The boxes in groups that follow each other along dimension d without overlap."""
     groups: list[list[Box]] = []
     reached = -1
     for box in sorted(boxes, key=lambda b: b.offsets[d]):

@@ -1,8 +1,8 @@
-"""Keeping secrets out of what is written and said: configuration, ledger, status, results, errors, console.
+"""Removes secrets from everything that is written or shown: configuration, ledger, status, results, errors, console.
 
-Replaced by `***` are what stands before the host or after the `?` of a URL (passwords, signatures), bearer tokens,
-values whose name says that they are secret, and wherever they occur, the secrets that this process was given in its
-environment or in fsspec's configuration.
+`***` replaces: what stands before the host or after the `?` of a URL (passwords, signatures), bearer tokens, values
+whose name says that they are secret, and everywhere the secrets that this process has in its environment or in fsspec's
+configuration.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ _NAME = re.compile(
     re.IGNORECASE,
 )
 _BEARER = re.compile(r"\b(Bearer\s+)[\w.~+/=-]{8,}", re.IGNORECASE)
-# Many write the slashes of a key as they are, and an @ of a password too.
+# Many people write the slashes of a key unescaped, and an @ of a password too.
 _USER = re.compile(r"(?<=://)(?:[^/\s:@'\"]*:[^\s'\"]*?|[^/\s?#@'\"]*)@(?![^/\s?#'\"]*@)")
 _QUERY = re.compile(r"([a-z][a-z0-9+.-]*://[^\s?'\"]+)\?[^\s'\"]+", re.IGNORECASE)
 _PASSWORD = re.compile(r"://[^/\s:@]*:([^\s@]+)@")
-_LEAST = 8  # what is shorter would be found in innocent words
+_LEAST = 8  # letters of a secret: shorter ones would be found in innocent words
 
 
 def redact(text: str) -> str:
@@ -40,15 +40,15 @@ def redact(text: str) -> str:
 
 
 def printable(text: str) -> str:
-    """The text with its control characters spelled out: what is read from storage, or said by a job, may hold some that
-    a terminal would obey."""
+    """The text with its control characters escaped: text from storage or from a job may hold some that a terminal would
+    obey."""
     if text.isprintable():
         return text
     return "".join(c if c in "\n\t" or c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def clean(value: Any) -> Any:
-    """Plain values, with dictionaries and lists in them, without secrets."""
+    """Plain values, including those in dictionaries and lists, without secrets."""
     if isinstance(value, str):
         return redact(value)
     if isinstance(value, Mapping):
@@ -62,11 +62,11 @@ def is_secret(name: str) -> bool:
 
 
 def _known() -> set[str]:
-    """Secrets of this process. fsspec is asked only where something has imported it."""
+    """Secrets of this process. fsspec's configuration is read only if something has imported fsspec."""
     found = {value for name, value in os.environ.items() if is_secret(name)}
     found |= {password for value in os.environ.values() for password in _PASSWORD.findall(value)}
     config = sys.modules.get("fsspec.config")
-    found |= set(_secrets_in(getattr(config, "conf", {})))  # another thread may be in the midst of importing it
+    found |= set(_secrets_in(getattr(config, "conf", {})))  # another thread may be importing it at this moment
     return {value for value in found if len(value) >= _LEAST}
 
 

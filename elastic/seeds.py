@@ -1,4 +1,4 @@
-"""Random seeds as pure functions of what they are for, never of when or where."""
+"""Random seeds as pure functions of what they are used for, never of time or place."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ def seed_all(seed: int) -> None:
 
 
 def seed_job() -> None:
-    """Before a job is made: a model that its `__init__` makes is the same in every process and every part of a run."""
+    """Seed before a job is created: a model made in its `__init__` is then the same in every process and session."""
     seed_all(derive("job"))
 
 
 @contextmanager
 def unseeded() -> Iterator[None]:
-    """Inside, generators may be seeded; behind it Python's, numpy's and torch's go on from where they were."""
+    """Inside, generators may be seeded; afterwards those of Python, numpy and torch have the state from before."""
     python, numpy = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(range(torch.cuda.device_count() if torch.cuda.is_initialized() else 0)):
         try:

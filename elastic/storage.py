@@ -1,4 +1,4 @@
-"""Files of a run, on any fsspec URL, with the one primitive that commits need: create-if-absent.
+"""Files of a run on any fsspec URL, with the one primitive that commits need: create-if-absent.
 
 Local disk: `os.link` of a synced temporary file (EEXIST = refused); rename would overwrite, and fsspec's own local
 create is exists() + open, which races. Object stores: `pipe_file(mode="create")`, which sends If-None-Match.
@@ -29,20 +29,20 @@ _PACKAGE = {
 }
 
 _NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS}  # what file systems without hard links answer
-_CONFLICT_WAITS_S = (0.1, 0.3, 1.0)  # another create of the same name was just going on (409)
+_CONFLICT_WAITS_S = (0.1, 0.3, 1.0)  # pauses while another create of the same name is going on (409)
 _PERMIT = "give a place that you may write to"
 _ATOMIC = "give a local disk, NFS, or a store with conditional writes (If-None-Match)"
 
 
 class Storage:
-    """One folder at a URL; all paths given to it are relative and use `/`.
+    """One folder at a URL. All paths given to its methods are relative and use `/`.
 
     Args:
-        option: the option that the URL came from, for messages.
-        read_only: nothing will be written, so any file system does.
+        option: the option that gave the URL, for errors.
+        read_only: nothing will be written, so a file system without atomic create is fine.
 
     Raises:
-        ConfigError: an unknown scheme, a missing package, or a file system without atomic create.
+        ConfigError: the scheme is unknown, a package is missing, or the file system has no atomic create.
     """
 
     def __init__(self, url: str, *, option: str = "--run.storage", read_only: bool = False):
@@ -91,14 +91,14 @@ class Storage:
         return f"{self.root}/{name}" if name else self.root
 
     def create(self, name: str, data: bytes) -> None:
-        """Create `name` with `data`, durable once this returns.
+        """Create `name` with `data`; it is durable when this returns.
 
-        Two creates of the same bytes may both succeed on object storage: there the answer to a request can be lost, and
-        its repetition is refused, so that what exists is taken for ours if it has our bytes.
+        On object storage two creates of the same bytes may both succeed: the answer to a request can be lost, and its
+        repetition is refused, so an existing object with our bytes counts as ours.
 
         Raises:
-            FileExistsError: somebody created it before; it is untouched.
-            StorageError: a file system that cannot do it.
+            FileExistsError: `name` existed before; it is unchanged.
+            StorageError: the file system has no atomic create.
         """
         path = self.path(name)
         if not self.local:
@@ -132,7 +132,7 @@ class Storage:
                 return
 
     def replace(self, name: str, data: bytes) -> None:
-        """Write `name` whole, over what was there; readers see the old or the new, never a part."""
+        """Write `name` completely, replacing an older one; readers see the old or the new bytes, never a mixture."""
         path = self.path(name)
         if not self.local:
             self.fs.pipe_file(path, data)
@@ -140,7 +140,7 @@ class Storage:
         os.replace(_write_temporary(path, data), path)
 
     def append(self, name: str, data: bytes) -> None:
-        """Append to a local file: all of it, or nothing where that fails."""
+        """Append to a local file: all of `data`, or nothing if that fails."""
         assert self.local, "object storage cannot append"
         path, left = self.path(name), memoryview(data)
         Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -151,7 +151,7 @@ class Storage:
                 while left:
                     left = left[os.write(fd, left) :]
             except OSError:
-                with contextlib.suppress(OSError):  # then its end is torn, which readers tolerate
+                with contextlib.suppress(OSError):  # the file then ends with a partial line, which readers tolerate
                     os.ftruncate(fd, before)
                 raise
         finally:
@@ -180,12 +180,12 @@ class Storage:
         return os.path.getsize(self.path(name)) if self.local else int(self.fs.info(self.path(name))["size"])
 
     def modified(self, name: str) -> float:
-        """When an object was last written, as its storage says: unix seconds."""
+        """When an object was last written, by the clock of its storage: unix seconds."""
         path = self.path(name)
         return os.path.getmtime(path) if self.local else float(self.fs.modified(path).timestamp())
 
     def now(self) -> float:
-        """The time by the clock that `modified` goes by: that of an object written at this moment."""
+        """The present time by the clock of `modified`: that of an object written at this moment."""
         name = f".tmp-clock-{uuid.uuid4().hex}"
         self.replace(name, b"")
         try:
@@ -194,7 +194,7 @@ class Storage:
             self.remove(name)
 
     def names(self, folder: str = "") -> list[str]:
-        """Names directly inside a folder, sorted; empty where there is no such folder."""
+        """Names directly inside a folder, sorted; empty if there is no such folder."""
         path = self.path(folder)
         try:
             if self.local:
@@ -206,7 +206,7 @@ class Storage:
             return []
 
     def sizes(self, folder: str) -> dict[str, int]:
-        """Bytes of each object directly inside a folder, by name; empty where there is no such folder."""
+        """Bytes of each object directly inside a folder, by name; empty if there is no such folder."""
         path = self.path(folder)
         try:
             if self.local:
@@ -236,7 +236,7 @@ class Storage:
         return total
 
     def remove(self, name: str) -> None:
-        """Remove an object or a whole folder; nothing there is fine."""
+        """Remove an object or a whole folder. It is no error if there is none."""
         path = self.path(name)
         if not self.local:
             with contextlib.suppress(FileNotFoundError):
@@ -250,10 +250,10 @@ class Storage:
             Path(path).unlink(missing_ok=True)
 
     def probe(self) -> None:
-        """Find out, before anything depends on it, that this storage can write, create atomically and delete.
+        """Check, before anything depends on it, that this storage can write, create atomically, read and delete.
 
         Raises:
-            ConfigError: it cannot; the message names what failed.
+            ConfigError: it cannot; the message has the failed operation.
         """
         name = f".probe-{uuid.uuid4().hex[:8]}"
         doing, fix = "write", _PERMIT
@@ -271,7 +271,7 @@ class Storage:
                 raise StorageError("other bytes came back")
             doing = "delete"
             self.remove(name)
-        except Exception as error:  # whatever a file system raises: the user sees one sentence
+        except Exception as error:  # file systems raise all kinds of exceptions; the user gets one sentence
             if doing == "write" and isinstance(error, StorageError):
                 doing, fix = "create files atomically", _ATOMIC
             if doing == "refuse to create an existing file":
@@ -280,10 +280,10 @@ class Storage:
             raise self.refusal(doing, error, fix) from error
 
     def try_out(self) -> None:
-        """The same as `probe`, but folders that were not there are not there afterwards either.
+        """Like `probe`, but folders that this creates are removed again.
 
         Raises:
-            ConfigError: it cannot; the message names what failed.
+            ConfigError: it cannot; the message has the failed operation.
         """
         missing = []
         if self.local:
@@ -292,17 +292,17 @@ class Storage:
             self.probe()
         finally:
             for folder in missing:
-                with contextlib.suppress(OSError):  # somebody put something there, or it was never made
+                with contextlib.suppress(OSError):  # another process put something there, or it was never created
                     folder.rmdir()
 
     def refusal(self, doing: str, error: Exception, fix: str = _PERMIT) -> ConfigError:
-        """The one sentence for a storage that cannot do something which a run needs."""
+        """The error for a storage that cannot do something that a run needs."""
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         return ConfigError(f"{self._option} is {self.url!r}, which cannot {doing}: {reason}; {fix}")
 
 
 def _unmeant(url: str) -> str:
-    """Why a place cannot be what its writer meant, and what to write; empty where it can."""
+    """What is probably wrong with a URL, and what to write instead; empty if it looks right."""
     scheme, separator, rest = url.partition("://")
     if not separator:
         one_slash = re.match(r"([a-z][a-z0-9]+):/*", url)
@@ -329,17 +329,17 @@ def _unmeant(url: str) -> str:
 
 
 def _error_code(error: OSError) -> str | None:
-    """The store's own word for what went wrong: one errno stands for many of them."""
+    """The store's own error code, since one errno stands for several of them."""
     response = getattr(error.__cause__, "response", None)
     return response["Error"].get("Code") if response else None
 
 
 def _options(scheme: str) -> dict[str, Any]:
-    """What a file system is opened with, beside what fsspec's own configuration says.
+    """Options for opening a file system, in addition to fsspec's own configuration.
 
-    Listings are never cached: others write too. S3 clients get connections for all requests that are in flight at a
-    time (botocore has 10), and neither hash nor sign bodies: checkpoints carry their own checksums, and hashing took
-    longer than sending.
+    Listings are never cached, since other processes write too. S3 clients get connections for all requests that are in
+    flight at a time (botocore has 10), and neither hash nor sign bodies: checkpoints carry their own checksums, and
+    hashing took longer than sending.
     """
     if scheme not in _ATOMIC_CREATE or scheme == "memory":
         return {}
@@ -376,7 +376,7 @@ def _write_temporary(path: str, data: bytes) -> str:
 
 
 def make_folder(path: str) -> None:
-    """Make a local folder and those above it; all durable: a file in a folder that is lost is lost too."""
+    """Create a local folder and its parents, all durably: a file in a folder that is lost would be lost too."""
     missing = []
     while not os.path.isdir(path):
         missing.append(path)

@@ -9,7 +9,7 @@ from elastic.errors import ConfigError
 
 PROGRESS_UNITS = ("ep", "st", "tok")
 CLOCK_UNITS = {"s": 1.0, "min": 60.0, "h": 3600.0}
-MOST = 10**15  # of epochs, steps and tokens; more is a slip, and floats no longer count it
+MOST = 10**15  # of epochs, steps and tokens: more must be a mistake, and floats do not count so far
 MOST_S = 10 * 365 * 24 * 3600.0  # ten years
 _PATTERN = re.compile(r"^\s*([0-9][0-9_]*(?:\.[0-9]+)?(?:e[0-9]+)?)\s*([a-z]+)\s*$")
 
@@ -31,13 +31,13 @@ class Amount:
         return self.value * CLOCK_UNITS[self.unit]
 
     def steps(self, name: str, global_size: int, dataset_size: int, tokens_per_sample: int | None) -> int:
-        """Steps of an amount of progress, rounded up so that it is covered.
+        """Steps of an amount of progress, rounded up so that they cover it.
 
         Args:
-            name: the option it came from, for messages.
+            name: the option with that amount, for errors.
 
         Raises:
-            ConfigError: the amount is in tokens and the job does not say how many a sample has.
+            ConfigError: the amount is in tokens, and the job does not set how many a sample has.
         """
         if self.unit == "st":
             return max(1, _ceil(self.value))
@@ -59,13 +59,13 @@ def _ceil(x: float) -> int:
 
 
 def parse_amount(name: str, text: str, *, clock: bool) -> Amount:
-    """Read `text` as an amount; `name` is the option it came from.
+    """Parse `text` as an amount; `name` is the option with that text.
 
     Args:
         clock: whether wall-clock units are allowed besides ep, st and tok.
 
     Raises:
-        ConfigError: no number, not above zero and finite, or a unit that is not allowed.
+        ConfigError: the text has no number above zero that is finite, or a unit that is not allowed.
     """
     allowed = (*PROGRESS_UNITS, *CLOCK_UNITS) if clock else PROGRESS_UNITS
     match = _PATTERN.match(text)

@@ -1,6 +1,6 @@
-"""What is wrong with a command line, in one sentence that names the option, its value and the fix. Pure.
+"""Finds what is wrong with a command line: one sentence that names the option, its value and the fix. Pure.
 
-People bring the words of other trainers along (`--epochs 5`, `--lr 0.1`): what they mean here is said.
+People use the option names of other trainers (`--epochs 5`, `--lr 0.1`): the sentence then names ours.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from elastic.errors import ConfigError
 if TYPE_CHECKING:
     from elastic.options import Option
 
-FILE = "--config"  # an option of the line itself: a file of options
+FILE = "--config"  # gives a file of options
 OTHERS = ("--help", "-h", "--help-all")
-_WORDS = [  # words of other trainers, `{}` for the value given, and what to give here
+_WORDS = [  # option names of other trainers, and what to give here; `{}` stands for the value that was given
     ("epochs epoch num-epochs n-epochs max-epochs num-train-epochs", "--run.duration {}ep"),
     ("steps max-steps num-steps max-iters iterations iters train-steps total-steps", "--run.duration {}st"),
     ("batch-size bs train-batch-size batch per-device-train-batch-size", "--batch.global-size {}, that of all workers"),
@@ -65,14 +65,14 @@ _OF_THE_JOB = {"lr", "learning-rate", "weight-decay", "wd", "momentum", "betas",
 
 
 def check_line(options: Sequence[Option], argv: Sequence[str], own: Sequence[str] = ()) -> None:
-    """Refuse a line that cannot be read. Values of other types than numbers, texts, choices and flags are not looked
-    at, nor are options inside options of the job.
+    """Refuse a line that cannot be parsed. Only numbers, texts, choices and flags are checked: not values of other
+    types, nor options inside options of the job.
 
     Args:
-        own: names of options of the job that may have further ones inside them, or take words of their own.
+        own: names of job options that may contain further options, or take words of their own.
 
     Raises:
-        ConfigError: the first thing that is wrong.
+        ConfigError: with the first mistake.
     """
     known = {o.name: o for o in options}
     flags = {_off(o.name): o for o in options if o.hint is bool}
@@ -115,7 +115,7 @@ def check_line(options: Sequence[Option], argv: Sequence[str], own: Sequence[str
 
 
 def last_value(argv: Sequence[str], name: str) -> str | None:
-    """What an option of one value is given, None where it is not given."""
+    """The last value that the line gives to an option of one value, None if it gives none."""
     found = None
     for position, word in enumerate(argv):
         if _parted(word)[0] == name:
@@ -125,13 +125,13 @@ def last_value(argv: Sequence[str], name: str) -> str | None:
 
 
 def _parted(word: str) -> tuple[str, bool, str]:
-    """Name, whether a value is given with it, and that."""
+    """A word's option name, whether it contains a value, and that value."""
     name, given, value = word.partition("=")
     return name.replace("_", "-"), bool(given), value
 
 
 def _off(name: str) -> str:
-    """What turns a flag off."""
+    """The name of the option that turns a flag off."""
     section, dot, leaf = name.removeprefix("--").rpartition(".")
     return f"--{section}{dot}no-{leaf}"
 
@@ -170,7 +170,7 @@ def _reads(kind: Any, text: str) -> bool:
 
 
 def _kinds(hint: Any) -> tuple[Any, ...]:
-    """The plain types that a value may be of; none where one of them is no plain one."""
+    """The plain types that a value may have; empty if one of the types is not plain."""
     if _is_several(hint):
         hint = typing.get_args(hint)[0]
     kinds = typing.get_args(hint) if _is_union(hint) else (hint,)
@@ -183,12 +183,12 @@ def _is_union(hint: Any) -> bool:
 
 
 def _is_several(hint: Any) -> bool:
-    """Whether it takes any number of values: `tuple[T, ...]`."""
+    """Whether the option takes any number of values: `tuple[T, ...]`."""
     return typing.get_origin(hint) is tuple and typing.get_args(hint)[1:] == (...,)
 
 
 def is_plain(hint: Any) -> bool:
-    """Whether values of this type are looked at here; others may take words of their own."""
+    """Whether `check_line` checks values of this type; others may take words of their own."""
     return hint is bool or bool(_kinds(hint))
 
 
@@ -205,7 +205,7 @@ def _wanted(option: Option) -> str:
 
 
 def _meant(name: str, value: str, known: Mapping[str, Option]) -> str:
-    """What someone who wrote this name wanted, to end a sentence with."""
+    """The end of the sentence: what the writer of this name probably meant."""
     word = name.removeprefix("--").removeprefix("no-").lower()
     leaf = word.rpartition(".")[2]
     leaves = [n for n in known if n.rpartition(".")[2].removeprefix("--") == leaf]

@@ -1,6 +1,6 @@
-"""Kinds of values that JSON does not have: which they are, and those of numpy and torch as texts and numbers.
+"""Kinds of values that JSON does not have: which there are, and how those of numpy and torch become texts and numbers.
 
-Imports neither numpy nor torch before there is a value of theirs.
+Imports numpy and torch only when it meets a value of theirs.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 TAG = "$"
-MAX_BYTES = 1 << 20  # of one array or bytes: what is larger is to be a tensor
+MAX_BYTES = 1 << 20  # of one array or bytes object; larger ones must be tensors
 FACTORIES = {"int": int, "float": float, "str": str, "bool": bool, "list": list, "dict": dict, "set": set}
 PATHS: dict[str, type[pathlib.PurePath]] = {
     "path": type(pathlib.Path()),
     "posix path": pathlib.PurePosixPath,
     "windows path": pathlib.PureWindowsPath,
 }
-#: Kinds that a text holds whole: how it is read, and how it is written.
+#: Kinds that a text represents completely: type, how to write it, how to read it.
 TEXTS: dict[str, tuple[type, Callable[[Any], str], Callable[[str], Any]]] = {
     "decimal": (decimal.Decimal, str, decimal.Decimal),
     "fraction": (fractions.Fraction, str, fractions.Fraction),
@@ -37,18 +37,18 @@ TEXTS: dict[str, tuple[type, Callable[[Any], str], Callable[[str], Any]]] = {
     **{name: (kind, str, kind) for name, kind in PATHS.items()},
 }
 TEXT_OF = {kind: (name, write, read) for name, (kind, write, read) in TEXTS.items()}
-#: Of torch, by the names under which it has them.
+#: Kinds of torch's own, by the names of their types.
 TORCH = ("dtype", "layout", "memory_format")
 
 Classes = Mapping[str, type]
 
 
 class ValueRefused(ValueError):
-    """A value that would not come back equal; the text is one sentence that names its place."""
+    """A value that would not be read back equal; the text is one sentence that names its place."""
 
 
 def is_own_kind(cls: Any) -> bool:
-    """Whether values of this class are rebuilt by its name: an enum, a dataclass or a named tuple."""
+    """Whether values of this class are rebuilt by the class's name: an enum, a dataclass or a named tuple."""
     if not isinstance(cls, type):
         return False
     if issubclass(cls, enum.Enum):
@@ -61,20 +61,21 @@ def class_name(cls: type) -> str:
 
 
 def find_class(name: str, known: Classes) -> type | None:
-    """The class of this name. A script that is run is `__main__` in one process and has its own name in another."""
+    """The class of this name. A script's module is `__main__` in the process that runs it, and has its own name in
+    others, so both match."""
     if name in known:
         return known[name]
     main = "__main__."
-    alike = [
+    matching = [
         cls
         for theirs, cls in known.items()
         if name == main + cls.__qualname__ or (theirs.startswith(main) and name.endswith(f".{cls.__qualname__}"))
     ]
-    return alike[0] if len(alike) == 1 else None
+    return matching[0] if len(matching) == 1 else None
 
 
 def classes(*roots: Any) -> dict[str, type]:
-    """The classes, by name, that values like `roots` may be rebuilt of: those in values, in annotations, and in the
+    """The classes, by name, of which values like `roots` may be rebuilt: those in values, in annotations, and in the
     fields of the classes found."""
     found: dict[str, type] = {}
     seen: set[int] = set()
@@ -104,7 +105,7 @@ def classes(*roots: Any) -> dict[str, type]:
 def _hints(cls: type) -> dict[str, Any]:
     try:
         return typing.get_type_hints(cls)
-    except (NameError, TypeError, AttributeError):  # of names that are known to a type checker only
+    except (NameError, TypeError, AttributeError):  # annotations with names that only type checkers know
         return {}
 
 
@@ -171,5 +172,5 @@ def decode_torch(kind: str, of: Any) -> Any:
 
 
 def tagged(kind: str, of: Any, **more: Any) -> dict[str, Any]:
-    """A value of a kind that JSON does not have."""
+    """The code of a value of a kind that JSON does not have."""
     return {TAG: kind, "of": of, **more}

@@ -1,8 +1,8 @@
-"""Values as strict JSON and back, equal and of the same type: options, what optimizers and jobs keep, manifests.
+"""Values as strict JSON and back, equal and of the same type: options, states of optimizers and jobs, manifests.
 
-Plain JSON stands for itself. What JSON does not have is an object with the key `$`, which names its kind. Nothing is
-imported or run to read a value: an enum, a dataclass or a named tuple is made only of a class that the reader has
-already, and a tensor only by the reader itself.
+JSON values stand for themselves. A value of any other kind becomes an object with the key `$`, which names the kind.
+Reading imports and runs nothing: an enum, a dataclass or a named tuple is rebuilt only of a class that the reader
+passes, and a tensor only by the reader's own function.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from elastic.value_kinds import (
 __all__ = ["TAG", "Classes", "ValueRefused", "classes", "decode", "describe", "encode", "same", "show"]
 
 MAX_DEPTH = 60
-_LARGE = 1 << 1024  # Python reads decimals up to a limit only
+_LARGE = 1 << 1024  # larger integers are written in hexadecimal: Python limits the length of decimals that it reads
 
 
 # ---- writing ---------------------------------------------------------------------------------------------------------
@@ -54,13 +54,13 @@ def encode(
     """The value as plain JSON.
 
     Args:
-        where: what the value is called in errors, such as `optimizer.state['weight']`.
-        tensor: called with each tensor and its place (keys and indices, parted by slashes); returns what `decode`
-            is to be given for it. None refuses tensors.
+        where: name of the value in errors, such as `optimizer.state['weight']`.
+        tensor: called with each tensor and its place (keys and indices, separated by slashes); returns what `decode`
+            passes to its own `tensor`. None refuses tensors.
         known: the classes that the reader will have; None for any.
 
     Raises:
-        ValueRefused: part of it cannot be read back equal.
+        ValueRefused: some value inside would not be read back equal.
     """
     return _Encoder(tensor, known).encode(value, where, "", 0)
 
@@ -193,7 +193,7 @@ class _Encoder:
 
 
 def part_of(key: Any, index: int) -> str:
-    """A key as one part of a tensor's place: any text is itself but for what would mean something in a path."""
+    """A key as one component of a tensor's place: characters with a meaning in paths are escaped."""
     if type(key) is not str or not key or len(key) > 200:
         return f"~{index}"
     plain = "".join(c if c.isalnum() or c in "_-+=@ .:" else f"%{ord(c):02x}" for c in key)
@@ -211,11 +211,11 @@ def decode(coded: Any, *, tensor: Callable[[Any], Any] | None = None, known: Cla
     """The value that `encode` was given.
 
     Args:
-        tensor: called with what the writer gave for each tensor.
-        known: the classes that values may be rebuilt of, as `classes` gives them.
+        tensor: called with what the writer's `tensor` returned for each tensor.
+        known: the classes of which values may be rebuilt, as `classes` returns them.
 
     Raises:
-        ValueRefused: it is no coded value, or of a class that is not among those.
+        ValueRefused: `coded` is no coded value, or has a class that is not known.
     """
     try:
         return _Decoder(tensor, known or {}).decode(coded)
@@ -281,7 +281,7 @@ class _Decoder:
         names, of = {f.name for f in dataclasses.fields(cls)}, coded["of"]
         if names != set(of):
             raise ValueRefused(f"a {cls.__name__} was saved with other fields than it has; use the code that saved it")
-        made = object.__new__(cls)  # nothing of the class is run
+        made = object.__new__(cls)  # no code of the class runs
         for name, value in of.items():
             object.__setattr__(made, name, self.decode(value))
         return made
@@ -316,12 +316,12 @@ _SIMPLE: dict[str, Callable[[Any], Any]] = {
 
 
 def same(one: Any, other: Any) -> bool:
-    """Whether two coded values are of one value: the order of keys does not count."""
+    """Whether two coded values represent the same value; the order of keys does not count."""
     return _text(one) == _text(other)
 
 
 def has_tensors(coded: Any) -> bool:
-    """Whether a coded value refers to tensors beside it."""
+    """Whether a coded value refers to tensors."""
     if isinstance(coded, list):
         return any(map(has_tensors, coded))
     if not isinstance(coded, dict):
@@ -330,7 +330,7 @@ def has_tensors(coded: Any) -> bool:
 
 
 def show(coded: Any) -> str:
-    """A coded value as one would write it, for a sentence."""
+    """A coded value as one would write it in Python, for a sentence."""
     if isinstance(coded, list):
         return "[" + ", ".join(map(show, coded)) + "]"
     if not isinstance(coded, dict):
@@ -351,7 +351,7 @@ def show(coded: Any) -> str:
 
 
 def describe(value: Any, where: str) -> Any:
-    """Like `encode`, but what cannot be read back is described: enough to see that it is another one."""
+    """Like `encode`, but a value that cannot be read back is described, well enough to see when it changes."""
     try:
         return encode(value, where)
     except ValueRefused:

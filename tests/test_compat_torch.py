@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor
 from elastic.compat import torch as compat
 from elastic.compat import torch_groups as groups
 from elastic.compat.torch_checkpoint import PICKLED, StorageInfo
-from elastic.compat.torch_world import HOMES, TOLD, hide_world
+from elastic.compat.torch_world import ANSWERS, HOMES, hide_world
 
 #: Bare groups of gloo, for as long as this process lives: taking one apart waits for gloo's thread and holds the
 #: interpreter meanwhile, which that thread may be waiting for, to drop a tensor.
@@ -387,7 +387,7 @@ def test_who_is_neither_torch_nor_of_this_package_sees_one_process_without_a_gro
         dist.all_reduce(torch.ones(2))
     assert (dist.get_rank, dist.all_reduce) == real
     assert {"all_reduce", "all_gather_single", "broadcast"} <= set(HOMES[functional])
-    assert all(hasattr(dist, name) for name in ("all_gather", "barrier", "new_group", "reduce", "send", *TOLD))
+    assert all(hasattr(dist, name) for name in ("all_gather", "barrier", "new_group", "reduce", "send", *ANSWERS))
 
 
 def test_every_method_of_a_group_that_starts_an_operation_is_known() -> None:

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from elastic.membership.protocol import Close, Note, Wish
-from elastic.run.course import END_S, MOST_STARTS, SAVE_S, Ask, Course, End, GiveUp, Over, Say, Seen, Start, decide
+from elastic.run.course import END_S, MOST_STARTS, SAVE_S, Ask, Course, End, GiveUp, Over, Print, Seen, Start, decide
 
 NEW = Course("run", "--run.name run")
 DIED = Over("the controller died", again=True)
@@ -52,7 +52,7 @@ def test_the_first_signal_saves_and_ends_and_the_second_ends_at_once() -> None:
     course, actions = decide(NEW, running, 0.0)
     assert actions == [
         Ask(Wish("stop", "interrupted by SIGINT")),
-        Say("SIGINT: saving and ending; once more ends at once"),
+        Print("SIGINT: saving and ending; once more ends at once"),
     ]
     assert decide(course, running, 1.0)[1] == []
     _, actions = decide(course, replace(running, signals=2), 2.0)

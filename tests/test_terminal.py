@@ -22,7 +22,7 @@ from elastic.observe.ledger import METRICS, read_records
 from elastic.observe.streams import Sturdy
 from elastic.run.folder import RunFolder
 from elastic.run.prepare import prepare
-from elastic.run.signals import heard_by
+from elastic.run.signals import handled_by
 from elastic.storage import Storage
 from elastic.worker.__main__ import main
 from elastic.worker.local import LocalRun
@@ -142,12 +142,12 @@ def test_a_command_that_looks_says_that_its_output_failed_but_not_that_a_pipe_wa
 
 def test_a_hangup_is_heard_unless_it_was_to_be_ignored():
     heard: list[str] = []
-    with heard_by(heard.append):
+    with handled_by(heard.append):
         for _ in range(2):  # the second is no impatience: a shell sends it after its terminal did
             os.kill(os.getpid(), signal.SIGHUP)
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
     try:
-        with heard_by(heard.append):
+        with handled_by(heard.append):
             os.kill(os.getpid(), signal.SIGHUP)
             os.kill(os.getpid(), signal.SIGTERM)
         assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN

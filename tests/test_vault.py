@@ -158,7 +158,7 @@ def test_room_that_is_read_from_is_not_used_again():
 
     newer = store.begin((at(4), Part()), HEAD, 5000, None)
 
-    assert newer.room is not reading.room
+    assert newer.memory is not reading.memory
     store.close(reading)
     assert store.open((at(2), Part())) is None
     assert store.open((at(4), Part())) is None, "it is not whole"

@@ -17,7 +17,7 @@ from elastic.checkpoint.reader import newest_first
 from elastic.errors import Interrupted
 from elastic.membership.protocol import Drain, Leaving
 from elastic.run.prepare import prepare
-from elastic.run.signals import heard_by
+from elastic.run.signals import handled_by
 from elastic.worker.local import LocalRun
 from tests.forked import LONG, WAIT_S, Ran, Watch, configure, fault, local_run, plan, train, wait_until
 from tests.tiny_jobs import Everything
@@ -53,7 +53,10 @@ def signalled(local: LocalRun, said: list[str], then: Callable[[], None]) -> Non
 def test_a_signal_saves_and_ends(number, undisturbed_epoch, tmp_path, gate):
     held, watch, run = gate("held"), Watch(), prepare(JOB, configure(tmp_path, "run", scaling__max_workers=2))
     faults, said = plan(fault("step.forward", 5, 1, "hold", file=held)), []
-    with local_run(run, 2, on_record=watch, say=said.append, environment=faults) as local, heard_by(local.drive.hear):
+    with (
+        local_run(run, 2, on_record=watch, say=said.append, environment=faults) as local,
+        handled_by(local.drive.on_signal),
+    ):
         watch.wait_for_step(4)
         os.kill(os.getpid(), number)
         with pytest.raises(Interrupted) as ended:
@@ -74,7 +77,10 @@ def test_a_signal_saves_and_ends(number, undisturbed_epoch, tmp_path, gate):
 def test_a_second_signal_ends_at_once(tmp_path, gate):
     held, watch, run = gate("held"), Watch(), prepare(JOB, configure(tmp_path, "run", scaling__max_workers=2))
     faults, said = plan(fault("step.forward", 5, 1, "hold", file=held)), []
-    with local_run(run, 2, on_record=watch, say=said.append, environment=faults) as local, heard_by(local.drive.hear):
+    with (
+        local_run(run, 2, on_record=watch, say=said.append, environment=faults) as local,
+        handled_by(local.drive.on_signal),
+    ):
         watch.wait_for_step(4)
         os.kill(os.getpid(), signal.SIGTERM)
         with pytest.raises(Interrupted):

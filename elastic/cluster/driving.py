@@ -23,7 +23,7 @@ from elastic.observe.console import Console
 from elastic.run.drive import Drive
 from elastic.run.host import HostSettings, host_settings, keeper_options, new_token, start_detail
 from elastic.run.prepare import PreparedRun
-from elastic.run.signals import heard_by
+from elastic.run.signals import handled_by
 from elastic.units import parse_amount
 from elastic.worker.hosting import HostHere
 from elastic.worker.run import WorkerRun
@@ -57,7 +57,7 @@ def drive_on_ray(
     drive = Drive(run, listeners, console.print)
     host = HostHere(*arguments) if control is not None else HostOnRay(*arguments, drive.fail)
     try:
-        with heard_by(drive.hear):
+        with handled_by(drive.on_signal):
             url = host.start()
             link = DriverLink(url, settings.token)
             drive.follow(link)

@@ -1,7 +1,7 @@
-"""Every private name, and every name that differs between versions, of torch and of Ray.
+"""Every private name of torch and of Ray, and every name that differs between their versions.
 
-No other module uses one (`tests/test_compat.py` looks). Each has a test that says what is relied on and fails where a
-new version breaks it: `tests/test_compat_torch.py`, `tests/test_compat_ray.py`. The modules are apart from each other
-by what they import: those of torch need no Ray; `ray` imports neither Ray Train nor Ray Tune, whose
-imports take seconds; `ray_train` and `ray_tune` import those.
+No other module uses one (`tests/test_compat.py` checks). Each has a test of what is relied on, which fails if a new
+version breaks it: `tests/test_compat_torch.py`, `tests/test_compat_ray.py`. The modules are divided by what they
+import: those of torch need no Ray; `ray` imports neither Ray Train nor Ray Tune, which take seconds; `ray_train` and
+`ray_tune` do.
 """

@@ -1,4 +1,4 @@
-"""What is used of Ray beyond its public interface, but for Ray Train and Ray Tune, whose imports take seconds.
+"""Names of Ray beyond its public interface, except those of Ray Train and Ray Tune, whose imports take seconds.
 
 Read in Ray 2.60, to which this package is pinned. Importing this takes no longer than importing Ray.
 """
@@ -29,13 +29,13 @@ from ray.experimental.internal_kv import (
     _internal_kv_put,
 )
 
-#: The version whose private names were read.
+#: The version whose private names were checked.
 TESTED = "2.60."
 #: A resource that the head's node has 1 of, and no other node.
 HEAD_RESOURCE: str = HEAD_NODE_RESOURCE_NAME
-#: Name of the logger by which Ray says that a cluster asks for a token.
+#: Name of the logger for Ray's hint that a cluster asks for a token.
 TOKEN_LOGGER: str = token_setup.__name__
-#: Ray's words for an actor whose process the raylet saw end.
+#: Ray's text for an actor whose process the raylet saw end.
 PROCESS_DIED = "its worker process has died"
 _EXIT_DETAIL = re.compile(r"Worker exit detail: (.*?)(?:\. (?:There are some potential|Some common causes)|\n|$)", re.S)
 
@@ -43,23 +43,23 @@ _EXIT_DETAIL = re.compile(r"Worker exit detail: (.*?)(?:\. (?:There are some pot
 
 
 def session_folder() -> str:
-    """Ray's folder for this session on this machine; what a killed driver leaves in it goes away with the session."""
+    """Ray's folder for this session on this machine; files that a killed driver leaves there go with the session."""
     node: Any = ray_worker.global_worker.node
     return str(node.get_session_dir_path())
 
 
 def draining_nodes() -> dict[str, int]:
-    """Nodes that are about to go away: id in hex -> when, in milliseconds of unix time, 0 where that is not known."""
+    """Nodes that are about to go away: id in hex -> deadline in milliseconds of unix time, 0 if unknown."""
     return state.get_draining_nodes() or {}
 
 
 def free_resources() -> dict[str, dict[str, float]]:
-    """What is free on each node: id in hex -> resource -> amount."""
+    """Free resources of each node: id in hex -> resource -> amount."""
     return state.available_resources_per_node()
 
 
 def autoscaler_groups() -> list[dict[str, float]] | None:
-    """Resources of one node of each type that the autoscaler may start; None where it reports no type at all."""
+    """Resources of one node of each type that the autoscaler may start; None if it reports no types."""
     reported = state.get_cluster_config()
     if reported is None or not reported.node_group_configs:
         return None
@@ -68,12 +68,12 @@ def autoscaler_groups() -> list[dict[str, float]] | None:
 
 @dataclass(frozen=True)
 class Autoscaling:
-    """What an autoscaler of version 2 tells of itself; nothing where there is none.
+    """The report of an autoscaler of version 2; empty if there is no such autoscaler.
 
     Args:
-        failed: what it could not start lately: type of node, and why, where it says so.
-        unserved: what is asked for and fits on no node that is there or that it may start: the resources of each bundle
-            that are to be had together.
+        failed: nodes that it could not start lately: (type, reason), the reason empty if it reports none.
+        unserved: requests that fit on no present node and on none that it may start: for each, the resources of the
+            bundles that are requested together.
     """
 
     failed: tuple[tuple[str, str], ...] = ()
@@ -81,10 +81,10 @@ class Autoscaling:
 
 
 def autoscaling(address: str, timeout_s: int) -> Autoscaling:
-    """What the head whose GCS is at `address` (host:port) was told by its autoscaler.
+    """The autoscaler's last report to the head whose GCS is at `address` (host:port).
 
     Raises:
-        ray.exceptions.RayError, RuntimeError: it does not answer.
+        ray.exceptions.RayError, RuntimeError: the head does not answer.
     """
     reply = GetClusterStatusReply()
     reply.ParseFromString(GcsClient(address).get_cluster_status(timeout_s=timeout_s))
@@ -92,9 +92,9 @@ def autoscaling(address: str, timeout_s: int) -> Autoscaling:
 
 
 def read_autoscaling(report: Any) -> Autoscaling:
-    """The same, of Ray's message. Its interface for people leaves out what can be served by no node."""
+    """Read Ray's message. Its public form leaves out requests that no node can serve."""
     groups = [[request] for request in report.infeasible_resource_requests]
-    for group in report.infeasible_gang_resource_requests:  # of several choices, the first is what counts
+    for group in report.infeasible_gang_resource_requests:  # of several alternatives, the first one counts
         groups.append(group.bundle_selectors[0].resource_requests if group.bundle_selectors else group.requests)
     return Autoscaling(
         tuple((launch.ray_node_type_name, launch.reason) for launch in report.failed_instance_requests),
@@ -103,14 +103,14 @@ def read_autoscaling(report: Any) -> Autoscaling:
 
 
 def actor_id(actor: Any) -> str:
-    """The id of an actor, 32 digits in hex, by its handle."""
+    """The id of an actor, given its handle: 32 digits in hex."""
     return actor._actor_id.hex()
 
 
 def local_cluster(**head: Any) -> Any:
-    """Start a head on this machine, with these arguments of `ray start`; more nodes are added with `add_node`.
+    """Start a head on this machine with these arguments of `ray start`; `add_node` adds more nodes.
 
-    A class that Ray has for its own tests; there is no public way to have several nodes on one machine.
+    The class is meant for Ray's own tests; there is no public way to have several nodes on one machine.
     """
     from ray.cluster_utils import Cluster
 
@@ -121,22 +121,22 @@ def local_cluster(**head: Any) -> Any:
 
 
 def put_value(key: bytes, value: bytes, namespace: bytes) -> None:
-    """Keep a value by its key in the store of the head, where every process that is connected can read it."""
+    """Store a value under a key in the head's store, where every connected process can read it."""
     _internal_kv_put(key, value, overwrite=True, namespace=namespace)
 
 
 def get_value(key: bytes, namespace: bytes) -> bytes | None:
-    """The value of a key in the head's store; None where there is none."""
+    """The value of a key in the head's store; None if there is none."""
     return _internal_kv_get(key, namespace=namespace)
 
 
 def list_keys(prefix: bytes, namespace: bytes) -> list[bytes]:
-    """The keys in the head's store that begin so."""
+    """The keys in the head's store that begin with `prefix`."""
     return _internal_kv_list(prefix, namespace=namespace)
 
 
 def delete_value(key: bytes, namespace: bytes) -> None:
-    """Forget a key of the head's store, if it is there."""
+    """Remove a key from the head's store, if it is there."""
     _internal_kv_del(key, namespace=namespace)
 
 
@@ -147,7 +147,7 @@ def connect_to_head(address: str) -> Any:
     """A client of the GCS at `address` (host:port), without becoming a driver.
 
     Raises:
-        ray.exceptions.RayError, RuntimeError: it does not answer.
+        ray.exceptions.RayError, RuntimeError: the head does not answer.
     """
     return GcsClient(address=address)
 
@@ -163,7 +163,7 @@ def living_nodes(client: Any, timeout_s: float) -> dict[str, str]:
 
 
 def drain_node(client: Any, node: str, reason: str, deadline_ms: int, timeout_s: float) -> tuple[bool, str]:
-    """Say that a node (id in hex) goes away at `deadline_ms` of unix time; (whether the head took it, why not).
+    """Tell the head that a node (id in hex) goes away at `deadline_ms` of unix time; (whether accepted, why not).
 
     Raises:
         ray.exceptions.RayError: the head does not answer.
@@ -173,7 +173,7 @@ def drain_node(client: Any, node: str, reason: str, deadline_ms: int, timeout_s:
 
 
 def require_token() -> None:
-    """Look for a token where the environment asks for one: Ray's client would abort the process without.
+    """Check that there is a token if the environment asks for one: otherwise Ray's client would abort the process.
 
     Raises:
         ray.exceptions.AuthenticationError: there is none.
@@ -182,7 +182,7 @@ def require_token() -> None:
 
 
 def use_token_if_there_is_one() -> None:
-    """Use this user's token where nothing says whether to, as `ray start` does."""
+    """Use this user's token if the environment does not say whether to, as `ray start` does."""
     token_setup.maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
 
 
@@ -190,7 +190,7 @@ def use_token_if_there_is_one() -> None:
 
 
 def cluster_addresses_here() -> set[str]:
-    """Addresses (host:port) of the clusters that have nodes on this machine, by the command lines of its processes."""
+    """Addresses (host:port) of the clusters with nodes on this machine, found in command lines of its processes."""
     return set(services.find_gcs_addresses())
 
 
@@ -205,7 +205,7 @@ def address_seen_from(gcs_address: str) -> str:
 
 
 def address_file() -> Path:
-    """Where `ray start` writes the address of the cluster that it started on this machine."""
+    """The file in which `ray start` writes the address of the cluster that it started on this machine."""
     return Path(get_ray_address_file(None))
 
 
@@ -213,24 +213,23 @@ def address_file() -> Path:
 
 
 def process_ended(error: BaseException) -> bool:
-    """Whether Ray knows that an actor's process ended. On a node that it calls dead, which may only be cut off, the
-    process may go on for as long as its lease."""
+    """Whether Ray knows that an actor's process ended. Ray also calls nodes dead that are only cut off; a process there
+    may go on until its lease is over."""
     return isinstance(error, ray.exceptions.ActorDiedError) and PROCESS_DIED in str(error)
 
 
 def how_it_ended(text: str) -> str:
-    """The sentence in which Ray says how an actor's process ended; its hints at what that may be are for its own
-    readers."""
+    """The sentence in which Ray says how an actor's process ended, without Ray's hints about the cause."""
     found = _EXIT_DETAIL.search(text)
     return " ".join(found[1].split()) if found else "ended without a word"
 
 
 @contextmanager
 def worker_lines_chosen(choose: Callable[[str, Sequence[str]], Sequence[str]]) -> Iterator[None]:
-    """Inside, a connected driver shows of the lines of other processes what `choose` leaves of them.
+    """Inside, a connected driver prints only the lines of other processes that `choose` returns.
 
     Args:
-        choose: takes a process id, or `raylet`, `gcs_server`, `autoscaler`, and lines; returns those to show.
+        choose: called with a process id, or `raylet`, `gcs_server`, `autoscaler`, and lines; returns those to print.
     """
     show = ray_worker.print_worker_logs
 

@@ -1,7 +1,8 @@
-"""The inside of Ray Train, under public names: the actors of its workers. Read in Ray 2.60; importing it takes seconds.
+"""The internals of Ray Train, under public names: the actors of its workers. Read in Ray 2.60; its import takes
+seconds.
 
-Ray Train answers a death or a resize by killing all workers, and offers no way to do otherwise. So its controller and
-its worker group are not used, only what a worker runs in.
+Ray Train answers a death or a resize by killing all workers, and offers no other way. So its controller and worker
+group are not used, only the actor class in which a worker runs.
 """
 
 from __future__ import annotations
@@ -18,16 +19,16 @@ __all__ = ["RayTrainWorker", "WorkerStatus", "run_training"]
 
 
 def run_training(actor: Any, name: str, workers: int, resources: Mapping[str, float], function: Any) -> Any:
-    """Have an actor of class `RayTrainWorker` run a function in a thread; a reference to its start, not waited for.
+    """Have an actor of class `RayTrainWorker` run a function in a thread; returns a reference to its start.
 
-    The places that Ray Train gives to workers are all 0: who has which is agreed on in each world. Nothing is to be
-    stored by Ray Train, and its workers meet nowhere.
+    The ranks that Ray Train gives to workers are all 0: each world decides on ranks itself. Ray Train stores nothing,
+    and has no barriers for its workers.
 
     Args:
         name: of the run.
-        workers: that it is to have.
+        workers: the number of workers that the run is to have.
         resources: of one worker.
-        function: what has a method `get` that returns it, on the worker.
+        function: an object whose method `get` returns the function, on the worker.
     """
     scaling: Any = ScalingConfig(
         num_workers=workers, use_gpu=resources.get("GPU", 0) > 0, resources_per_worker=dict(resources)

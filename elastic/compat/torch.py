@@ -1,7 +1,7 @@
-"""What is used of torch beyond its public interface, and what is named differently in its versions.
+"""Names of torch beyond its public interface, and names that differ between its versions.
 
-Read in torch 2.13; 2.11 is the oldest that works. What a step uses of each tensor is bound here as it is, without a
-function around it. What compiled code may run are functions, which the compiler goes into.
+Read in torch 2.13; 2.11 is the oldest version that works. Functions that a step calls for each tensor are bound
+directly, without a wrapper. Functions that compiled code may call are Python functions, which the compiler traces.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ __all__ = ["TorchDispatchMode", "is_traceable_wrapper_subclass", "tree_flatten",
 # ---- tensors -------------------------------------------------------------------------------------------------------
 
 version_of: Callable[[torch.Tensor], int] = operator.attrgetter("_version")
-"""How often a tensor (or one that shares its memory) was written to in place: autograd's counter.
+"""How often a tensor, or one that shares its memory, was written to in place: autograd's counter.
 
-Nothing public counts writes. Writes through `.data`, and by kernels of running statistics, do not move it.
+There is no public counter. Writes through `.data`, and by kernels of running statistics, do not change it.
 """
 
 add_each_: Callable[[list[torch.Tensor], list[torch.Tensor]], None] = torch._foreach_add_
-"""Add the second tensors to the first in place, in one kernel for many; shapes are equal pair by pair.
+"""Add the second tensors to the first in place, in one kernel for many; each pair has equal shapes.
 
-Element by element, so with the bits of a loop of `add_`. Used by torch's own optimizers; there is no public one.
+Elementwise, so it has the bits of a loop of `add_`. torch's own optimizers use it; there is no public one.
 """
 
 multiply_each_: Callable[[list[torch.Tensor], float], None] = torch._foreach_mul_
@@ -44,25 +44,25 @@ norm_of_each: Callable[[list[torch.Tensor]], tuple[torch.Tensor, ...]] = torch._
 
 
 def base_of(tensor: torch.Tensor) -> torch.Tensor | None:
-    """The tensor that autograd takes this one for a view of, or None."""
+    """The tensor of which autograd considers this one a view, or None."""
     return tensor._base
 
 
 def storage_identity(tensor: torch.Tensor) -> int:
-    """Equal for tensors that share memory, or would if they had any: on meta all addresses are 0."""
+    """Equal for tensors that share memory. On meta, where all addresses are 0, for those that would share it."""
     return tensor.untyped_storage()._cdata
 
 
 def values_of_sparse(gradient: torch.Tensor) -> torch.Tensor:
-    """The values of a sparse COO tensor, each index once: shape (indices, *dense dimensions), its dtype.
+    """The values of a sparse COO tensor, each index once: shape (indices, *dense dimensions), same dtype.
 
-    The same memory, and no operation for autograd, which the public `values()` is.
+    They share its memory. Unlike the public `values()`, this is no operation for autograd.
     """
     return gradient.coalesce()._values()
 
 
 def gradient_hooks(tensor: torch.Tensor) -> tuple[Any, Any]:
-    """The hooks on a tensor's gradient, before and after it is accumulated; None, or empty, where there are none."""
+    """The hooks on a tensor's gradient, before and after accumulation; None or empty if there are none."""
     return tensor._backward_hooks, tensor._post_accumulate_grad_hooks
 
 
@@ -72,8 +72,8 @@ def set_gradient_hooks(tensor: torch.Tensor, hooks: tuple[Any, Any]) -> None:
 
 
 def use_count(tensor: torch.Tensor) -> int:
-    """How many in C++ hold the tensor: its Python object, views of it, nodes of the graph. `torch.utils.swap_tensors`
-    refuses what more than its Python object holds."""
+    """How many C++ owners the tensor has: its Python object, its views, nodes of the graph. `torch.utils.swap_tensors`
+    refuses a tensor with other owners than its Python object."""
     return tensor._use_count()  # type: ignore[attr-defined]
 
 
@@ -81,12 +81,12 @@ def use_count(tensor: torch.Tensor) -> int:
 
 
 def makes_tensors(function: Callable[..., Any]) -> bool:
-    """Whether a function of torch makes a tensor from nothing and takes `device`: what `with device:` looks at."""
+    """Whether a function of torch makes a new tensor and takes `device`, as `with device:` decides it."""
     return function in _device_constructors()
 
 
 def written_arguments(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
-    """What an operation (an `OpOverload`) writes to of the arguments that it is called with, by its schema."""
+    """The arguments of a call that the operation (an `OpOverload`) writes to, according to its schema."""
     schema = function._schema
     if not schema.is_mutable:
         return []
@@ -100,8 +100,8 @@ def written_arguments(function: Any, args: Sequence[Any], kwargs: Mapping[str, A
 
 @contextmanager
 def trunc_normal_wrapped(wrap: Callable[[Callable[..., torch.Tensor]], Callable[..., torch.Tensor]]) -> Iterator[None]:
-    """Inside, `nn.init.trunc_normal_`, under whatever name it was imported, calls what `wrap` makes of its inside:
-    `(tensor, mean, std, a, b, generator=...) -> tensor`. Nothing is wrapped in a torch that has no such inside."""
+    """Inside, `nn.init.trunc_normal_`, under any imported name, calls `wrap(inner)` instead of its inner function
+    `(tensor, mean, std, a, b, generator=...) -> tensor`. If this torch has no such function, nothing is wrapped."""
     name = "_no_grad_trunc_normal_"
     kept = getattr(nn.init, name, None)
     if kept is None:
@@ -115,9 +115,10 @@ def trunc_normal_wrapped(wrap: Callable[[Callable[..., torch.Tensor]], Callable[
 
 
 def stop_script_from_specialising() -> None:
-    """What torch.jit makes of a function depends on how often this process has run it, and so do its bits: not now.
+    """Keep torch.jit from specialising functions: its code, and so the bits, would depend on how often this process ran
+    them.
 
-    The public `torch.jit.optimized_execution` holds for one thread, and inside a `with`.
+    The public `torch.jit.optimized_execution` affects one thread only, and only inside a `with`.
     """
     torch._C._jit_set_profiling_executor(False)
     torch._C._set_graph_executor_optimize(False)
@@ -127,40 +128,40 @@ def stop_script_from_specialising() -> None:
 
 
 def own_parameters(module: nn.Module) -> dict[str, nn.Parameter | None]:
-    """The parameters that a module itself has, by attribute; writing to it replaces one without what `setattr` checks.
+    """A module's own parameters, by attribute; writing to this dict skips the checks of `setattr`.
 
-    None for those that are registered as None. Of a ScriptModule it is no dict, and has no `get`.
+    The value is None for a parameter registered as None. For a ScriptModule it is no dict, and has no `get`.
     """
     return module._parameters
 
 
 def own_buffers(module: nn.Module) -> dict[str, torch.Tensor | None]:
-    """The buffers that a module itself has, by attribute, as `own_parameters`."""
+    """A module's own buffers, by attribute; otherwise as `own_parameters`."""
     return module._buffers
 
 
 def own_children(module: nn.Module) -> dict[str, nn.Module | None]:
-    """The modules that a module itself has, by attribute, as `own_parameters`; also those that it has twice."""
+    """A module's own children, by attribute, including repeated ones; otherwise as `own_parameters`."""
     return module._modules
 
 
 def unsaved_buffers(module: nn.Module) -> set[str]:
-    """Attributes of the buffers that a module itself has and that were registered with persistent=False."""
+    """Attributes of a module's own buffers that were registered with persistent=False."""
     return module._non_persistent_buffers_set
 
 
-#: Under which attributes every module has these three.
+#: The attributes with these three dictionaries of a module.
 OWN_DICTS = ("_parameters", "_buffers", "_modules")
 
-#: Layers with running statistics, of which a common public class does not exist. Kernels write to those statistics
-#: without moving the counter of `version_of`.
+#: Layers with running statistics; they have no public base class. Their kernels write to the statistics without
+#: changing the counter of `version_of`.
 NormWithStatistics: type[nn.Module] = _NormBase
 
-#: The last part of the key under which a state dict has what a module's `get_extra_state` returned.
+#: The last component of the key at which a state dict has the result of a module's `get_extra_state`.
 EXTRA_STATE = _EXTRA_STATE_KEY_SUFFIX
 
-#: Wrappers (module, class), and the attributes under which they have the module that they wrap. By name: importing
-#: `torch._dynamo` takes as long as torch itself.
+#: Wrappers (module, class), and the attribute in which each has the wrapped module. By name, since importing
+#: `torch._dynamo` takes as long as importing torch.
 WRAPPERS = {
     ("torch.nn.parallel.distributed", "DistributedDataParallel"): "module",
     ("torch.nn.parallel.data_parallel", "DataParallel"): "module",
@@ -170,18 +171,18 @@ WRAPPERS = {
 
 
 def flat_weights(module: nn.RNNBase) -> list[torch.Tensor | None]:
-    """The list in which a recurrent layer keeps its parameters as well; what it computes with."""
+    """The list in which a recurrent layer keeps its parameters a second time, and with which it computes."""
     return module._flat_weights
 
 
 def list_weights_again(module: nn.RNNBase) -> None:
-    """A recurrent layer's parameters were replaced: have it compute with those it has now."""
+    """After a recurrent layer's parameters were replaced: have it compute with the present ones."""
     module._flat_weights = [module._parameters.get(name) for name in module._flat_weights_names]
 
 
 def forget_weak_weights(module: nn.RNNBase) -> None:
-    """Drop the weak references that a recurrent layer has to its parameters, which could not be swapped with them;
-    it makes them again when it is moved to a device."""
+    """Drop a recurrent layer's weak references to its parameters, which would forbid swapping these. The layer makes
+    them again when it is moved to a device."""
     module._flat_weight_refs = []
 
 
@@ -191,56 +192,56 @@ def is_compiled(module: nn.Module) -> bool:
 
 
 def has_scheduler(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether a scheduler of torch's was made for an optimizer: it wraps `step` to count calls, and marks it."""
+    """Whether a torch scheduler was made for an optimizer: it wraps `step` to count calls, and marks the wrapper."""
     return hasattr(optimizer.step, "_wrapped_by_lr_sched")
 
 
 # ---- torch.compile -------------------------------------------------------------------------------------------------
 
-#: Settings of torch's compiler by which it measures what to generate.
+#: Compiler settings that make torch choose code by measuring it.
 AUTOTUNING = ("max_autotune", "max_autotune_gemm", "max_autotune_pointwise", "coordinate_descent_tuning")
 
 
 def is_compiler_loaded() -> bool:
-    """Whether anything in this process may be compiled; without loading the compiler, which takes seconds."""
+    """Whether this process may have compiled anything. Does not load the compiler, which takes seconds."""
     return "torch._dynamo" in sys.modules
 
 
 def limit_recompiles(limit: int) -> None:
-    """Compile at most `limit` variants of the code of one function, and fail then: torch would go on uncompiled, with
-    other bits."""
+    """Compile at most `limit` variants of one function's code, and raise beyond that: torch would continue uncompiled,
+    with other bits."""
     import torch._dynamo.config as dynamo
 
     dynamo.recompile_limit, dynamo.fail_on_recompile_limit_hit = limit, True
 
 
 def autotuning() -> str | None:
-    """The setting of torch's compiler that is on and has it take what is fastest where it is tried, by its whole name;
-    None where all are off."""
+    """The full name of the first compiler setting that is on and makes torch choose the fastest code by measuring; None
+    if all are off."""
     import torch._inductor.config as inductor
 
     found = next((name for name in AUTOTUNING if getattr(inductor, name, False)), None)
     return None if found is None else f"{inductor.__name__}.{found}"
 
 
-# ---- errors that torch tells by their text alone -------------------------------------------------------------------
+# ---- errors that only their text identifies ------------------------------------------------------------------------
 
 
 def mixes_cut_and_whole(error: BaseException) -> bool:
-    """Whether an operation was given tensors that are cut over workers together with such that are not."""
+    """Whether an operation got sharded tensors together with tensors that are not sharded."""
     return isinstance(error, RuntimeError) and "got mixed torch.Tensor and DTensor" in str(error)
 
 
 def copies_cut_module(error: BaseException) -> bool:
-    """Whether a module that FSDP2 has cut was to be copied."""
+    """Whether code tried to copy a module that FSDP2 has sharded."""
     return isinstance(error, AssertionError) and "FSDP does not support deepcopy" in str(error)
 
 
 def lacks_sharding(error: BaseException) -> bool:
-    """Whether torch has no way to do something with tensors that are cut over workers."""
+    """Whether torch does not implement an operation for sharded tensors."""
     return any(words in str(error) for words in ("sharding strategy", "Sharding propagation failed"))
 
 
 def is_out_of_host_memory(error: BaseException) -> bool:
-    """Whether a tensor found no room in the host's memory, for which torch raises a plain RuntimeError."""
+    """Whether the host has no memory left for a tensor; torch raises a plain RuntimeError for that."""
     return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)

@@ -6,8 +6,8 @@ from torch.distributed.checkpoint.filesystem import _StorageInfo as StorageInfo
 
 __all__ = ["PICKLED", "StorageInfo"]
 
-#: What the pickle in `.metadata` may name beside public classes, by module: where each chunk lies (`StorageInfo`:
-#: relative_path, offset, length in bytes), and what `TensorProperties` is pickled by.
+#: Private names that the pickle in `.metadata` may use besides public classes, by module: the place of each chunk
+#: (`StorageInfo`: relative_path, offset, length in bytes), and functions that pickle `TensorProperties`.
 PICKLED = {
     "torch.distributed.checkpoint.metadata": {"_MEM_FORMAT_ENCODING"},
     "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},

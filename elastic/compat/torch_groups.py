@@ -1,6 +1,6 @@
-"""What is used of torch's process groups beyond their public interface, and what is named differently in its versions.
+"""Names of torch's process groups beyond their public interface, and names that differ between torch's versions.
 
-Read in torch 2.13; 2.11 is the oldest that works.
+Read in torch 2.13; 2.11 is the oldest version that works.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-#: The gather of equal flat tensors, under the name that this torch has for it (renamed in 2.13).
+#: The gather of equal flat tensors, by its name in this torch (renamed in 2.13).
 all_gather_flat: Callable[..., Any] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
-#: What tells DDP not to send buffers in forward passes, under the name that this torch has for it (renamed in 2.13).
+#: The argument that keeps DDP from sending buffers in forward passes, by its name in this torch (renamed in 2.13).
 NO_BUFFER_SYNC: dict[str, Any] = {
     "forward_sync_buffers"
     if "forward_sync_buffers" in inspect.signature(nn.parallel.DistributedDataParallel.__init__).parameters
     else "broadcast_buffers": False
 }
 
-#: Name of the threads in which gloo's operations are carried out, as the kernel has it (15 letters at most).
+#: Name of the threads that run gloo's operations, as the kernel shows it (at most 15 letters).
 GLOO_THREAD = "pt_gloo_runloop"
 
 _OPERATIONS = (
@@ -49,36 +49,36 @@ _OPERATIONS = (
     "reduce_scatter_single_coalesced",
     "scatter",
     "send",
-    "_allgather_base",  # this and what follows are older names, which torch 2.13 has beside its own
+    "_allgather_base",  # this and the following are older names, which torch 2.13 has in addition
     "_reduce_scatter_base",
     "allgather_into_tensor_coalesced",
     "alltoall_base",
     "reduce_scatter_tensor_coalesced",
 )
-#: The methods of a process group that start an operation which gloo has, in this torch.
+#: The methods of a process group that start an operation that gloo implements, in this torch.
 GLOO_OPERATIONS = tuple(name for name in _OPERATIONS if hasattr(dist.ProcessGroup, name))
 
 
 def leaves_unused_gradients() -> bool:
-    """Whether FSDP2 reduces gradients also of parameters that got none on some worker (from 2.13 on)."""
+    """Whether FSDP2 also reduces gradients of parameters that got none on some worker (from torch 2.13 on)."""
     from torch.distributed.fsdp import FSDPModule
 
     return hasattr(FSDPModule, "set_reduce_scatter_unused_params")
 
 
 def count_groups_from_zero() -> None:
-    """Name the next process group 0, in this process. Members find each other under names that count up, and failing
-    to connect leaves the count behind, in some members only."""
+    """Give the next process group of this process the name 0. Members of a group find each other by a name that counts
+    up, and a failed connection leaves the count higher in some members only."""
     dist.distributed_c10d._world.group_count = 0
 
 
 def process_groups() -> list[dist.ProcessGroup]:
-    """All groups of this process that torch knows, in the order in which they were made."""
+    """All groups of this process in torch's tables, in the order in which they were made."""
     return list(dist.distributed_c10d._world.pg_names)
 
 
 def forget_groups() -> None:
-    """Have torch know of no group any more, as `destroy_process_group` does, which would wait for other members."""
+    """Remove all groups from torch's tables, as `destroy_process_group` does, which would wait for other members."""
     c10d: Any = dist.distributed_c10d
     world = c10d._world
     c10d._update_default_pg(None)
@@ -97,8 +97,8 @@ def forget_groups() -> None:
 
 
 def failure_of_group(group: dist.ProcessGroup, device: torch.device) -> str | None:
-    """What the backend of a group found wrong with it on the side, by torch's name; None for nothing, and for backends
-    that do not tell. Waits for no device."""
+    """The name of the error that a group's backend found in the background; None if there is none, or if the backend
+    does not report errors. Waits for no device."""
     get_error = getattr(group._get_backend(device), "get_error", None)
     if get_error is None:
         return None
@@ -107,19 +107,19 @@ def failure_of_group(group: dist.ProcessGroup, device: torch.device) -> str | No
 
 
 def check_reduced(ddp: nn.parallel.DistributedDataParallel) -> None:
-    """See whether DDP has reduced the gradients of the backward pass that has just ended.
+    """Check that DDP has reduced all gradients of the backward pass that has just ended.
 
     Raises:
-        RuntimeError: not all, since some parameters got none.
+        RuntimeError: some parameters got no gradient, so theirs were not reduced.
     """
     ddp.reducer._check_reducer_finalized()
 
 
 class PythonWork(dist.Work):
-    """An operation under way, in Python. A class of its own, for the private name by which C++ asks for the source."""
+    """A pending operation, in Python. It translates the private method name by which C++ asks for the source."""
 
     def source_rank(self) -> int:
-        """The rank that a receive has come from; -1 for none."""
+        """The rank from which a receive came; -1 if it is no receive."""
         raise NotImplementedError
 
     def _source_rank(self) -> int:
@@ -127,24 +127,24 @@ class PythonWork(dist.Work):
 
 
 def source_rank(work: dist.Work) -> int:
-    """The rank that a finished receive has come from.
+    """The rank from which a finished receive came.
 
     Raises:
-        RuntimeError: it is no receive.
+        RuntimeError: the operation is no receive.
     """
     return work._source_rank()
 
 
 class AroundGroup(dist.ProcessGroup):
-    """A process group around another one, `inner`, whose operations a subclass defines.
+    """A process group around another one, `inner`; a subclass defines its operations.
 
-    Overrides by which C++ and `torch.distributed` ask a group for its name, its devices and its backend.
+    It overrides the methods by which C++ and `torch.distributed` ask a group for its name, devices and backend.
     """
 
     inner: dist.ProcessGroup
 
     def __init__(self, rank: int, size: int):
-        super().__init__(rank, size)  # type: ignore[call-arg]  # the one that Python classes may inherit
+        super().__init__(rank, size)  # type: ignore[call-arg]  # the constructor for Python subclasses
 
     def setGroupName(self, name: Any) -> None:
         self.inner._set_group_name(name)

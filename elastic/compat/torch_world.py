@@ -1,7 +1,7 @@
-"""What a job's code sees of `torch.distributed` in a worker: one process, without a process group.
+"""The view of `torch.distributed` that a job's code has in a worker: one process, without a process group.
 
-torch and this package use the real functions, which are asked in the middle of the job's calls too: DDP and FSDP2
-communicate in forward passes. So who calls decides. Read in torch 2.13.
+torch and this package use the real functions, also in the middle of the job's calls: DDP and FSDP2 communicate in
+forward passes. So the caller decides which one runs. Read in torch 2.13.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ import torch
 import torch.distributed as dist
 import torch.distributed._functional_collectives as functional
 
-#: What the job's code is told.
-TOLD: dict[str, Any] = {"is_initialized": False, "get_rank": 0, "get_world_size": 1}
+#: The answers that the job's code gets.
+ANSWERS: dict[str, Any] = {"is_initialized": False, "get_rank": 0, "get_world_size": 1}
 
-#: What it may not call, for there would be no right result.
+#: Functions that the job's code may not call, since no result would be right.
 REFUSED = (
     "all_gather",
     "all_gather_coalesced",
@@ -60,11 +60,11 @@ REFUSED = (
 )
 
 _REAL = ("elastic.", "torch.distributed.", "torch.nn.parallel.")
-_OF_JOBS = ("torch.distributed.nn.",)  # its functions are there for losses
-#: Where these functions are found.
+_OF_JOBS = ("torch.distributed.nn.",)  # functions that losses call
+#: The modules that have these functions.
 HOMES: dict[types.ModuleType, tuple[str, ...]] = {
-    dist: (*TOLD, *REFUSED),
-    dist.distributed_c10d: (*TOLD, *REFUSED),
+    dist: (*ANSWERS, *REFUSED),
+    dist.distributed_c10d: (*ANSWERS, *REFUSED),
     functional: tuple(
         name
         for name, value in vars(functional).items()
@@ -76,13 +76,14 @@ HOMES: dict[types.ModuleType, tuple[str, ...]] = {
 
 
 def hide_world(refuse: Callable[[str], Exception], job: object = None) -> Callable[[], None]:
-    """From now on, in this process, the job's code and the libraries that it uses are told what one process is.
+    """From now on, in this process, the job's code and its libraries get the answers of a single process.
 
     Args:
         refuse: makes the exception for a function that the job may not call, from its name and the place.
-        job: in whose functions names that were imported before are replaced too, as in all modules.
+        job: names that its functions imported before are replaced too, as in all modules.
 
     Returns:
+        a function that undoes it.
         what undoes it.
     """
     replaced: dict[int, Callable[..., Any]] = {}
@@ -94,11 +95,11 @@ def hide_world(refuse: Callable[[str], Exception], job: object = None) -> Callab
 
     for home, names in HOMES.items():
         for name in names:
-            real = vars(home).get(name)  # not every torch has all
+            real = vars(home).get(name)  # some versions of torch do not have all of them
             if real is None or hasattr(real, "hides_world"):
                 continue
             if id(real) not in replaced:
-                replaced[id(real)] = _told(real, TOLD[name]) if name in TOLD else _refusing(real, refuse)
+                replaced[id(real)] = _answering(real, ANSWERS[name]) if name in ANSWERS else _refusing(real, refuse)
             replace(vars(home), name, replaced[id(real)])
     for namespace in _namespaces(job) if replaced else ():
         for name, value in list(namespace.items()):
@@ -112,15 +113,15 @@ def hide_world(refuse: Callable[[str], Exception], job: object = None) -> Callab
     return back
 
 
-def _told(real: Callable[..., Any], shown: Any) -> Callable[..., Any]:
+def _answering(real: Callable[..., Any], shown: Any) -> Callable[..., Any]:
     @functools.wraps(real)
-    def tell(*args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_dynamo_compiling():  # what it traces is the job's code; frames it cannot
+    def answer(*args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_dynamo_compiling():  # it traces the job's code only, and cannot inspect frames
             return shown
         return real(*args, **kwargs) if _is_real(sys._getframe(1)) else shown
 
-    tell.hides_world = True  # type: ignore[attr-defined]
-    return tell
+    answer.hides_world = True  # type: ignore[attr-defined]
+    return answer
 
 
 def _refusing(real: Callable[..., Any], refuse: Callable[[str], Exception]) -> Callable[..., Any]:

@@ -1,1 +1,1 @@
-"""Notices of a cloud that a machine goes away: its end-points, and what their answers mean. No Ray here."""
+"""Notices of a cloud that a machine goes away: its end-points, and what their answers mean. Imports no Ray."""

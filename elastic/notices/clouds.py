@@ -1,6 +1,6 @@
-"""Clients of the notice end-points that clouds offer to their machines, under one link-local address.
+"""Clients of the notice end-points that clouds offer to their machines at one link-local address.
 
-Only the standard library: a watcher runs on every node and must be small. No proxy is ever asked.
+They use the standard library only, since a watcher runs on every node and must be small. They never use a proxy.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ _TOKEN_LIFE_S = 21600  # the most that EC2 allows
 
 
 class NoAnswer(Exception):
-    """The end-point did not answer in time, or broke off."""
+    """The end-point did not answer in time, or ended the connection."""
 
 
 def ask(url: str, headers: dict[str, str], *, method: str = "GET") -> tuple[Answer, dict[str, str]]:
-    """One request; the answer, whatever its status, and its headers in lower case.
+    """Send one request; returns the answer, whatever its status, and its headers by lower-case name.
 
     Raises:
-        NoAnswer: none came within `REQUEST_TIMEOUT_S`.
+        NoAnswer: no complete answer came within `REQUEST_TIMEOUT_S`.
     """
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}), _AnyStatus)
     request = urllib.request.Request(url, headers=headers, method=method)
@@ -47,7 +47,7 @@ def ask(url: str, headers: dict[str, str], *, method: str = "GET") -> tuple[Answ
             body = bytearray()
             while len(body) < MAX_ANSWER_BYTES and (part := reply.read1(MAX_ANSWER_BYTES)):
                 body += part
-                if time.monotonic() > deadline:  # the socket's own time-out begins anew with every byte
+                if time.monotonic() > deadline:  # the socket's own time-out starts again with every byte
                     raise TimeoutError(f"not whole within {REQUEST_TIMEOUT_S:g} s")
             named = {k.lower(): v for k, v in reply.headers.items()}
             return Answer(reply.status, body.decode(errors="replace")), named
@@ -56,7 +56,7 @@ def ask(url: str, headers: dict[str, str], *, method: str = "GET") -> tuple[Answ
 
 
 class _AnyStatus(urllib.request.HTTPErrorProcessor):
-    """A 404 is an answer like others; redirects are not followed."""
+    """Makes a 404 an answer like others; redirects are not followed."""
 
     def http_response(self, request: urllib.request.Request, response: Any) -> Any:
         return response
@@ -68,16 +68,16 @@ class Cloud(Protocol):
     name: ClassVar[str]
 
     def is_here(self) -> bool:
-        """Whether this machine is one of this cloud's, as far as the end-point says."""
+        """Whether this machine belongs to this cloud, as far as the end-point answers."""
         ...
 
     def look(self, now: float) -> tuple[list[Notice], list[str]]:
-        """(notices there are now, what could not be found out). Takes at most a few `REQUEST_TIMEOUT_S`."""
+        """(present notices, errors of requests that failed). Takes at most a few `REQUEST_TIMEOUT_S`."""
         ...
 
 
 class Aws:
-    """EC2's instance metadata service, version 2: every question carries a token that was asked for before."""
+    """EC2's instance metadata service, version 2: every request carries a token that is fetched first."""
 
     name: ClassVar[str] = "aws"
 
@@ -107,12 +107,12 @@ class Aws:
             answer, _ = ask(f"{self._endpoint}/latest/meta-data/{path}", {"X-aws-ec2-metadata-token": self._token})
             if answer.status != 401:
                 return answer
-            self._token = ""  # it is too old
+            self._token = ""  # it has expired
         raise UnclearAnswer("the metadata service refuses the token that it gave")
 
 
 class Gcp:
-    """Google's metadata server; its answers carry the header that questions must."""
+    """Google's metadata server. Its answers carry the same header as requests must."""
 
     name: ClassVar[str] = "gcp"
 
@@ -139,7 +139,7 @@ class Gcp:
 
 
 class Azure:
-    """Azure's scheduled events. Its first answer may take two minutes: until then there is none."""
+    """Azure's scheduled events. The first answer may take two minutes; there are no notices until then."""
 
     name: ClassVar[str] = "azure"
 
@@ -173,7 +173,7 @@ def _answers(question: Callable[[], Answer]) -> bool:
 
 
 def _collect(questions: list[Callable[[], Notice | None]]) -> tuple[list[Notice], list[str]]:
-    """Ask everything: what one end-point lacks must not hide what another says."""
+    """Ask all questions: an end-point that fails must not hide the notice of another."""
     notices, unclear = [], []
     for question in questions:
         try:

@@ -1,4 +1,4 @@
-"""What an answer of a cloud's notice end-point means: pure functions of the answer and of the time.
+"""What the answer of a cloud's notice end-point means: pure functions of the answer and of the time.
 
 Sources: Amazon EC2 User Guide, "Spot Instance interruption notices" and "EC2 instance rebalance recommendations";
 Google Compute Engine, "Preemptible VM instances" and "Query metadata server for maintenance event notices"; Azure,
@@ -14,14 +14,14 @@ from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from typing import Any
 
-#: What Google gives a preempted machine; the notice has no time of its own.
+#: Seconds that Google gives a preempted machine; its notice has no time.
 GCP_PREEMPTION_S = 30.0
-#: What Google gives before it ends a machine for maintenance. With some machine types it is an hour: too early does
-#: no harm, too late does.
+#: Seconds that Google gives before it ends a machine for maintenance. Some machine types get an hour, but leaving too
+#: early does no harm, and leaving too late does.
 GCP_MAINTENANCE_S = 60.0
-#: A new notice counts if it leaves less time than the one that was acted on, by more than clocks and polls differ.
+#: A new notice counts if it leaves less time than the last one by more than this, which covers clocks and polling.
 SOONER_S = 5.0
-#: Kinds of Azure's events after which a machine, or what is in its memory, is gone. Freeze is a pause of seconds.
+#: Azure's kinds of events after which a machine or its memory is gone. A freeze is a pause of seconds.
 _AZURE_GOING = ("Preempt", "Terminate", "Reboot", "Redeploy")
 
 
@@ -35,21 +35,21 @@ class Answer:
 
 @dataclass(frozen=True)
 class Notice:
-    """A machine goes away. `deadline` in unix seconds; `what` is for people."""
+    """A machine goes away. `deadline` is in unix seconds; `what` is a text for people."""
 
     what: str
     deadline: float
 
 
 class UnclearAnswer(Exception):
-    """An answer that is neither a notice nor the lack of one."""
+    """An answer that is neither a notice nor says that there is none."""
 
 
 def spot_action(answer: Answer) -> Notice | None:
     """EC2 `spot/instance-action`: 404 until the interruption notice, two minutes before.
 
     Raises:
-        UnclearAnswer: it says neither.
+        UnclearAnswer: the answer has neither form.
     """
     if answer.status == 404:
         return None
@@ -58,10 +58,10 @@ def spot_action(answer: Answer) -> Notice | None:
 
 
 def rebalance(answer: Answer, allowance_s: float) -> Notice | None:
-    """EC2 `events/recommendations/rebalance`: an interruption is likely. It names no deadline: `allowance_s` after it.
+    """EC2 `events/recommendations/rebalance`: an interruption is likely. The deadline is `allowance_s` after it.
 
     Raises:
-        UnclearAnswer: neither a recommendation nor the lack of one.
+        UnclearAnswer: the answer is neither a recommendation nor a 404.
     """
     if answer.status == 404:
         return None
@@ -72,7 +72,7 @@ def gcp_preempted(answer: Answer, now: float) -> Notice | None:
     """Google `instance/preempted`: TRUE or FALSE.
 
     Raises:
-        UnclearAnswer: neither of them.
+        UnclearAnswer: the answer is neither.
     """
     text = answer.body.strip()
     if answer.status != 200 or text not in ("TRUE", "FALSE"):
@@ -81,10 +81,10 @@ def gcp_preempted(answer: Answer, now: float) -> Notice | None:
 
 
 def gcp_maintenance(answer: Answer, now: float) -> Notice | None:
-    """Google `instance/maintenance-event`. A machine that is migrated while it runs stays.
+    """Google `instance/maintenance-event`. A machine that is migrated while it runs is no loss.
 
     Raises:
-        UnclearAnswer: no event that Google documents.
+        UnclearAnswer: the answer is no event that Google documents.
     """
     text = answer.body.strip()
     if answer.status == 200 and text == "TERMINATE_ON_HOST_MAINTENANCE":
@@ -95,10 +95,10 @@ def gcp_maintenance(answer: Answer, now: float) -> Notice | None:
 
 
 def azure_events(answer: Answer, machine: str, now: float) -> Notice | None:
-    """Azure `scheduledevents`: the soonest event that takes this machine. One that has started has no time left.
+    """Azure `scheduledevents`: the soonest event that ends this machine. An event that has started leaves no time.
 
     Raises:
-        UnclearAnswer: no list of events.
+        UnclearAnswer: the answer is no list of events.
     """
     notices = []
     events = _json_object(answer).get("Events")
@@ -112,7 +112,7 @@ def azure_events(answer: Answer, machine: str, now: float) -> Notice | None:
 
 
 def to_act_on(acted_on: Notice | None, seen: Iterable[Notice]) -> Notice | None:
-    """The notice to act on now: the soonest, if it leaves clearly less time than the one that was acted on."""
+    """The notice to act on now: the soonest, if it leaves clearly less time than the last one acted on."""
     soonest = min(seen, key=lambda n: n.deadline, default=None)
     if soonest is None or (acted_on is not None and soonest.deadline > acted_on.deadline - SOONER_S):
         return None

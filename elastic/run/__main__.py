@@ -1,7 +1,7 @@
 """`python -m elastic.run`: the host of a run in a process of its own, for runs in plain processes.
 
-Reads one line of JSON from standard input, what `RunHost` takes, and serves until that is closed: it ends with
-whoever started it.
+Reads one line of JSON from standard input (the arguments of `RunHost`), and serves until its standard input is closed,
+that is, until the process that started it ends.
 """
 
 from __future__ import annotations

@@ -1,6 +1,5 @@
-"""Storage that answers within a time, or else is said not to: a file system that hangs (NFS without its server, a disk
-that fails) holds up whoever called it for ever, and no call can be broken off. So each is made by a thread that may be
-left behind."""
+"""Storage whose calls end within a time limit. A file system that hangs (NFS without its server, a failing disk) blocks
+its caller for ever, and no call can be cancelled. So each call is made by a thread that can be left behind."""
 
 from __future__ import annotations
 
@@ -16,17 +15,17 @@ from elastic.storage import Storage
 T = TypeVar("T")
 HUNG_S = 60.0
 REMOVAL_S = 600.0  # a checkpoint in an object store is thousands of objects
-AGAIN_S = 5.0  # while nothing has answered since
-_LOOKS = 10  # a time is over after so many turns: one in which this process was stopped is only one of them
+AGAIN_S = 5.0  # time limit after a call hung, until one answers again
+_LOOKS = 10  # the limit is counted in so many turns, so that a turn in which this process was stopped counts once
 
 
 class AnsweringStorage(Storage):
-    """The same storage, whose methods raise `StorageHung` where it does not answer in time. From any thread.
+    """The same storage, with methods that raise `StorageHung` if it does not answer in time. From any thread.
 
-    What was left behind may still be done, at any later time.
+    A call that was left behind may still take effect at any later time.
 
     Args:
-        on_hung: called with what did not answer, each time, before it is raised.
+        on_hung: called with a text for each call that hung, before the exception is raised.
     """
 
     def __init__(self, storage: Storage, on_hung: Callable[[str], None]):
@@ -35,7 +34,7 @@ class AnsweringStorage(Storage):
         self._lock = threading.Lock()
         self._idle: list[_Helper] = []
         self._hangs = False
-        self._left: dict[str, bytes] = {}  # what was being created by who was left behind
+        self._left: dict[str, bytes] = {}  # contents of files whose create hung
 
     def create(self, name: str, data: bytes) -> None:
         try:
@@ -75,7 +74,7 @@ class AnsweringStorage(Storage):
         self._ask(f"remove {name}", REMOVAL_S, super().remove, name)
 
     def close(self) -> None:
-        """End the threads that nobody waits for."""
+        """End the idle threads."""
         with self._lock:
             for helper in self._idle:
                 helper.end()
@@ -93,14 +92,14 @@ class AnsweringStorage(Storage):
                     self._idle.append(helper)
                 return answer.result()
         self._hangs = True
-        helper.end()  # if it ever comes back
-        told = f"{self.url} did not answer for {most_s:g} s, asked to {what}"
-        self._on_hung(told)
-        raise StorageHung(told)
+        helper.end()  # takes effect if its call ever returns
+        text = f"{self.url} did not answer for {most_s:g} s, asked to {what}"
+        self._on_hung(text)
+        raise StorageHung(text)
 
 
 class _Helper:
-    """A thread that makes calls, one after another."""
+    """A thread that makes one call after another."""
 
     def __init__(self) -> None:
         self._calls: queue.SimpleQueue[tuple[Future[Any], Callable[..., Any], tuple[Any, ...]] | None] = (
@@ -121,5 +120,5 @@ class _Helper:
             answer, call, args = one
             try:
                 answer.set_result(call(*args))
-            except BaseException as error:  # whatever it is, it is raised where the answer is waited for
+            except BaseException as error:  # any exception is raised again where the answer is waited for
                 answer.set_exception(error)

@@ -1,4 +1,4 @@
-"""The checkpoints of a run, as its keeper has them: commits shares, says when the next is due, removes what is old."""
+"""The checkpoints of a run, for its keeper: commits shares, decides when the next is due, removes old ones."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from elastic.storage import Storage
 
 @dataclass(frozen=True)
 class Keeping:
-    """What the keeper does for its checkpoints.
+    """Functions of the keeper that its checkpoints use.
 
     Args:
         note: records an event at once.
         send: sends a message to all workers.
-        owns: asks storage whether the run is still this claim's.
-        closed: whether nothing is written any more.
-        flush_rows: no committed step may be missing in the ledger.
+        owns: asks storage whether the run still belongs to this claim.
+        closed: whether nothing may be written any more.
+        flush_rows: writes all rows, so that no committed step is missing in the ledger.
     """
 
     note: Callable[..., None]
@@ -41,10 +41,10 @@ class Keeping:
 
 
 class Checkpoints:
-    """All methods on the keeper's thread, but for `distrust`; `restore` and `failed` are read from any.
+    """All methods are for the keeper's thread, except `distrust`; `restore` and `failed` may be read from any thread.
 
     Args:
-        save_every_s: seconds between checkpoints, 0 for the interval that costs least, None where steps say when.
+        save_every_s: seconds between checkpoints; 0 for the interval that costs least, None if it is given in steps.
     """
 
     def __init__(
@@ -58,14 +58,14 @@ class Checkpoints:
     ):
         self._storage, self._epoch, self._policy, self._every_s = storage, epoch, policy, save_every_s
         self._record, self._keeping = record, keeping
-        self._unloadable: set[Committed] = set()  # for the workers of this claim, marked or not
+        self._unloadable: set[Committed] = set()  # workers of this claim could not load these, marked or not
         self._retention = Retention(storage, policy, self._unloadable)
         self._attempts: dict[tuple[int, str], Attempt] = {}
         self._generation: Generation | None = None  # of the present world
         self._began = time.time()
-        self.restarted = False  # an earlier keeper of this claim may have committed what it could not tell
+        self.restarted = False  # an earlier keeper of this claim may have committed without reporting it
         self.failed: dict[str, Any] | None = None  # the last save that failed: step and error
-        #: Where state comes from when nobody holds any: the newest committed checkpoint.
+        #: Where state comes from when no worker holds any: the newest committed checkpoint.
         self.restore = self._newest()
         self.due_at = self._next_due()
 
@@ -77,15 +77,15 @@ class Checkpoints:
 
     @property
     def step(self) -> int:
-        """Of the newest; 0 where there is none."""
+        """The step of the newest checkpoint; 0 if there is none."""
         return self.restore.step or 0
 
     def recovered(self, began: float | None) -> None:
-        """An earlier keeper of this claim, which `began` then (unix seconds), was replaced by this one."""
+        """This keeper replaces an earlier one of the same claim, which `began` at that time (unix seconds)."""
         self.restarted, self._began = True, began or self._began
 
     def world_formed(self, generation: Generation) -> None:
-        """What the world before was saving will not be whole."""
+        """Forget the attempts of the last world: their shares will not be complete."""
         self._attempts.clear()
         self._generation = generation
         self.due_at = self._next_due()
@@ -97,8 +97,8 @@ class Checkpoints:
         return time.monotonic() + save_interval(self._every_s, self._record.save_costs, elapsed, self._record.faults)
 
     def wish(self, in_world: bool, why: str = "it is time") -> None:
-        """Ask for one, once; the next is due an interval after this one was decided on, or after the world changed
-        meanwhile."""
+        """Ask the workers for a checkpoint, once. The next is due an interval after this one is decided, or after the
+        world changes."""
         self.due_at = float("inf")
         if in_world and not self._keeping.closed():
             self._keeping.send(Wished("save", why))
@@ -106,29 +106,29 @@ class Checkpoints:
     # ---- committing ------------------------------------------------------------------------------------------------
 
     def take_share(self, member_id: str, generation: Generation, share: Share, ranks: Mapping[str, int]) -> None:
-        """A worker's share came: its pack is durable, or is not.
+        """A worker's share arrived: its pack is durable, or could not be saved.
 
         Args:
-            ranks: of the members of the present world, by id.
+            ranks: the rank of each member of the present world, by id.
         """
         step, name = key = (share.step, share.attempt)
         attempt = self._attempts.get(key)
         if attempt is None:
             attempt = self._attempts[key] = Attempt(step, name, generation, share.shares)
             if self.restarted and patiently(self._storage.exists, f"{attempt_folder(step, name)}/{MANIFEST}"):
-                self._note_committed(step, name)  # by the keeper before, which could not tell everyone
+                self._note_committed(step, name)  # the earlier keeper committed it, but may not have told everyone
                 self._decide(attempt, None)
                 return
         what = attempt.take(member_id, share)
         if what == "decided":
             self._send_commit(attempt)
         elif what == "failed":
-            self._decide(attempt, share.error or "a worker's part says nothing of what it holds", no_room=share.no_room)
+            self._decide(attempt, share.error or "a worker's share has no index of its tensors", no_room=share.no_room)
         elif what == "whole":
             self._commit(attempt, ranks)
 
     def note_commits_before(self) -> None:
-        """The keeper before may have died between a commit and its event, and nobody may be left who waits for it."""
+        """Record commits without an event: an earlier keeper may have died in between, and all workers with it."""
         for checkpoint in reversed(list(newest_first(self._storage))):
             if checkpoint.attempt.startswith(f"{self._epoch}-"):
                 self._note_committed(checkpoint.step, checkpoint.attempt)
@@ -142,11 +142,12 @@ class Checkpoints:
             )
 
     def _decide(self, attempt: Attempt, error: str | None, *, anew: bool = False, no_room: bool = False) -> None:
-        """Tell the ledger and the workers what became of an attempt; then there is time to tidy up.
+        """Report the outcome of an attempt to the ledger and the workers, then remove old checkpoints.
 
         Args:
-            anew: what it refers to is of no use: the next one is to have all its bytes.
-            no_room: the storage is full; room is made before the workers hear of it, as they may save again at once.
+            anew: the objects that it refers to are unusable: the next checkpoint must write all bytes.
+            no_room: the storage is full; old files are removed before the workers hear of it, as they may save again at
+                once.
         """
         attempt.decide(error, anew=anew)
         self.due_at = self._next_due()
@@ -162,27 +163,27 @@ class Checkpoints:
         self._prune()
 
     def make_room(self, step: int) -> None:
-        """The storage is full: remove what unfinished attempts left, and what goes anyway when one more is committed,
-        but never the last that can be loaded."""
+        """The storage is full: remove unfinished attempts, and checkpoints that would be removed after one more commit,
+        but never the last one that can be loaded."""
         storage, removed = self._storage, []
         try:
             committed = set(with_manifest(storage))
-            for there in steps_with_attempts(storage):
-                for name in attempts(storage, there):
-                    if self._is_over(there, name) and Committed(there, name) not in committed:
-                        folder = attempt_folder(there, name)
+            for saved in steps_with_attempts(storage):
+                for name in attempts(storage, saved):
+                    if self._is_over(saved, name) and Committed(saved, name) not in committed:
+                        folder = attempt_folder(saved, name)
                         removed += [folder] if storage.names(folder) else []
                         storage.remove(folder)
             policy = replace(self._policy, last=max(1, self._policy.last - 1))
             removed += [c.folder for c in Retention(storage, policy, self._unloadable).prune()]
-        except Exception as problem:  # whatever storage raises: who saves again finds out whether there is room
+        except Exception as problem:  # any error of storage: the next save will find out whether there is space
             self._keeping.note("checkpoint_failed", step=step, detail=f"no room could be made: {problem}")
         if removed:
             self._keeping.note("room_made", step=step, detail={"removed": removed})
 
     def _is_over(self, step: int, name: str) -> bool:
-        """Whether nobody writes to an attempt any more: of the present world, one may be under way of which no share
-        has come yet."""
+        """Whether no worker writes to an attempt any more. One of the present world may be going on although no share
+        of it has arrived."""
         known, match = self._attempts.get((step, name)), ATTEMPT.match(name)
         if known is not None or match is None or self._generation is None:
             return known is not None and known.over
@@ -191,7 +192,7 @@ class Checkpoints:
     def _prune(self) -> None:
         try:
             self._retention.prune()
-        except Exception as problem:  # whatever storage raises: the run does not depend on it, and the next tries again
+        except Exception as problem:  # any error of storage: the run does not depend on it, and the next save retries
             self._keeping.note(
                 "checkpoint_failed", step=self.step, detail=f"old checkpoints could not be removed: {problem}"
             )
@@ -205,17 +206,17 @@ class Checkpoints:
         self._keeping.send(Commit(attempt.step, attempt.name, attempt.error, attempt.anew))
 
     def _commit(self, attempt: Attempt, ranks: Mapping[str, int]) -> None:
-        """Commit an attempt, and tell what became of it."""
+        """Commit an attempt, and report the outcome."""
         if not self._keeping.owns():
             return self._decide(attempt, "a newer claim owns the run")
         if attempt.over:
-            return  # asking found that all was removed
+            return  # while asking, the keeper found that the folder was removed
         began, record, step = time.monotonic(), self._record, attempt.step
         manifest = attempt.manifest(record.last_eval if record.evaluated_step == step else {})
         try:
             self._keeping.flush_rows()
             whole = commit(self._storage, attempt.name, manifest, attempt.ordered(ranks))
-        except Exception as error:  # whatever storage raises: the checkpoint before stays the newest, the run goes on
+        except Exception as error:  # any error of storage: the last checkpoint stays the newest, and the run goes on
             why = f"the checkpoint of step {step} could not be committed: {type(error).__name__}: {error}"
             anew, no_room = isinstance(error, DamagedCheckpoint), is_no_room(error)
             return self._decide(attempt, why, anew=anew, no_room=no_room)
@@ -233,7 +234,7 @@ class Checkpoints:
     # ---- what is gone, and what cannot be loaded ---------------------------------------------------------------------
 
     def removed(self) -> None:
-        """All that there was: save anew, and refer to nothing of it."""
+        """All checkpoints were removed: have a new one saved that refers to none of them."""
         self.restore = self._newest()
         for attempt in self._attempts.values():
             if not attempt.over:
@@ -242,15 +243,15 @@ class Checkpoints:
         self.wish(True, "all that was saved was removed")
 
     def distrust(self, checkpoint: Committed) -> None:
-        """A checkpoint cannot be loaded, so no world that is formed from now on goes back to it. From any thread."""
+        """A checkpoint cannot be loaded: worlds that are formed from now on do not use it. From any thread."""
         self._unloadable.add(checkpoint)
         if (self.restore.step, self.restore.attempt) == (checkpoint.step, checkpoint.attempt):
-            self.restore = RestorePoint()  # until storage was asked; who holds a state keeps it
+            self.restore = RestorePoint()  # until storage was asked; workers that hold state keep it
 
     def unloadable(
         self, checkpoint: Committed, problem: str, *, damaged: bool, found_by: str, generation: str | None = None
     ) -> None:
-        """Say so, mark it where its bytes are not those that were written, and have nothing refer to it any more."""
+        """Report a checkpoint that cannot be loaded, mark it if its bytes are damaged, and have nothing refer to it."""
         if self._keeping.closed():
             return
         self.distrust(checkpoint)
@@ -259,7 +260,7 @@ class Checkpoints:
             try:
                 if patiently(self._storage.exists, f"{checkpoint.folder}/{MANIFEST}"):
                     mark(self._storage, checkpoint, problem)
-            except Exception as error:  # whatever storage raises: it does not count for this claim all the same
+            except Exception as error:  # any error of storage: this claim ignores the checkpoint all the same
                 detail["not_marked"] = f"{type(error).__name__}: {error}"
             self._keeping.note("checkpoint_damaged", generation=generation, step=checkpoint.step, detail=detail)
         else:
@@ -270,7 +271,7 @@ class Checkpoints:
     # ---- removing --------------------------------------------------------------------------------------------------
 
     def prune(self, policy: Policy, *, yes: bool) -> list[dict[str, Any]]:
-        """What this policy does not keep; with `yes` it is removed."""
+        """The checkpoints that this policy does not keep; with `yes` they are removed."""
         retention = Retention(self._storage, policy, self._unloadable)
         gone, needed = retention.plan()
         found = removals(self._storage, gone, set(newest_first(self._storage)), needed)

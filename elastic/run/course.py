@@ -1,7 +1,7 @@
-"""What becomes of a run that is driven: who starts and ends its workers, how often, and how the run ends. Pure.
+"""The course of a run that is driven: when its workers are started, replaced and ended, and how the run ends. Pure.
 
-The workers of a run have one keeper: on Ray the controller, in plain processes the driver itself. Where a controller
-ends, its workers end with it, and another one may take its place. The driver says what it sees, and carries out what
+The workers of a run have one keeper: on Ray the controller, in plain processes the driver itself. When a controller
+ends, its workers end with it, and another one may replace it. The driver describes what it sees, and carries out what
 is decided.
 """
 
@@ -12,17 +12,17 @@ from dataclasses import dataclass, replace
 from elastic.membership.protocol import Close, Note, Request, Wish
 
 MOST_STARTS = 3
-END_S = 30.0  # from the end of the workers to that of the run
-SAVE_S = 60.0  # for a save before workers are ended
+END_S = 30.0  # from the end of the workers until the run must have ended
+SAVE_S = 60.0  # for a checkpoint before workers are ended
 
 
 @dataclass(frozen=True)
 class Over:
-    """The workers have ended, all of them.
+    """All workers have ended.
 
     Args:
-        why: how, for people; empty where their part was over.
-        again: others may be started in their place.
+        why: the reason, for people; empty if they were done.
+        again: other workers may be started.
     """
 
     why: str = ""
@@ -34,12 +34,12 @@ class Seen:
     """What the driver sees.
 
     Args:
-        ended: the host has said how the run ended, or is gone for good.
-        signals: that came so far, with the name of the newest.
+        ended: the host has reported how the run ended, or is gone for good.
+        signals: how many came so far; `signal` is the name of the newest.
         worlds: formed since the driver began.
-        commits: checkpoints committed since then.
-        silent: in what way the keeper of the workers stands still, if it does.
-        over: how the workers that were started last ended, if they have.
+        commits: checkpoints committed since the driver began.
+        silent: why the keeper of the workers counts as hung; empty if it does not.
+        over: how the workers that were started last have ended, None while they live.
     """
 
     ended: bool = False
@@ -53,22 +53,22 @@ class Seen:
 
 @dataclass(frozen=True)
 class Course:
-    """How far it has come.
+    """What was decided so far.
 
     Args:
-        run: its name.
-        resume: what to give the same command, for the run to go on.
-        heeded: signals that were acted on.
-        starts: of workers that formed no world, one after the other, up to those before the present ones.
-        worlds: that there had been when the present workers were started.
-        closing: the host was told to end the run.
-        saving: when the workers were asked to save before they are ended, and the checkpoints until then.
-        over_at: when the workers had ended for good.
+        run: name of the run.
+        resume: options that make the same command resume the run.
+        handled: signals that were acted on.
+        starts: how often in a row workers were started that formed no world, without the present ones.
+        worlds: how many had been formed when the present workers were started.
+        closing: the host was asked to end the run.
+        saving: when the workers were asked for a checkpoint before they are ended, and the commits until then.
+        over_at: when the workers ended for good.
     """
 
     run: str
     resume: str
-    heeded: int = 0
+    handled: int = 0
     starts: int = 0
     worlds: int = 0
     closing: bool = False
@@ -81,63 +81,63 @@ class Course:
 
 @dataclass(frozen=True)
 class Ask:
-    """Tell the host."""
+    """Send a request to the host."""
 
     request: Request
 
 
 @dataclass(frozen=True)
-class Say:
-    """Tell whoever reads the console."""
+class Print:
+    """Print a line on the console."""
 
     text: str
 
 
 @dataclass(frozen=True)
 class Start:
-    """Start workers once more."""
+    """Start workers again."""
 
 
 @dataclass(frozen=True)
 class End:
-    """End the workers, and whoever keeps them."""
+    """End the workers and their keeper."""
 
 
 @dataclass(frozen=True)
 class GiveUp:
-    """The host does not end the run: fail."""
+    """Fail: the host does not end the run."""
 
     message: str
 
 
-Action = Ask | Say | Start | End | GiveUp
+Action = Ask | Print | Start | End | GiveUp
 
 
 def decide(course: Course, seen: Seen, now: float) -> tuple[Course, list[Action]]:
-    """One turn of a driver. `now` is in monotonic seconds."""
+    """Decide one turn of a driver. `now` is in monotonic seconds."""
     if seen.ended:
         return course, []
-    course, actions = _heed(course, seen)
+    course, actions = _handle_signals(course, seen)
     if seen.over is not None:
         course, more = _after(seen.over, course, seen, now)
     elif seen.silent:
-        course, more = _end_those_of_silent(course, seen, now)
+        course, more = _end_workers_of_silent_keeper(course, seen, now)
     else:
         more = []
     return course, actions + more
 
 
-def _heed(course: Course, seen: Seen) -> tuple[Course, list[Action]]:
-    """The first signal saves and ends the run; one before the first step, and a second one, end it at once."""
-    if seen.signals == course.heeded:
+def _handle_signals(course: Course, seen: Seen) -> tuple[Course, list[Action]]:
+    """The first signal saves and ends the run. A signal before the first step, or a second one, ends it at once."""
+    if seen.signals == course.handled:
         return course, []
-    course = replace(course, heeded=seen.signals)
+    course = replace(course, handled=seen.signals)
     if seen.signals > 1:
         return _close(course, Close("stopped", "interrupted twice, nothing saved since the newest checkpoint"))
     if not seen.worlds:
         return _close(course, Close("stopped", f"interrupted by {seen.signal} before the first step"))
     stop = Wish("stop", f"interrupted by {seen.signal}")
-    return course, [Ask(stop), Say(f"{seen.signal}: saving and ending; once more ends at once")]
+    return course, [Ask(stop), Print(f"{seen.signal}: saving and ending; once more ends at once")]
 
 
 def _close(course: Course, request: Close) -> tuple[Course, list[Action]]:
@@ -145,13 +145,13 @@ def _close(course: Course, request: Close) -> tuple[Course, list[Action]]:
 
 
 def _after(over: Over, course: Course, seen: Seen, now: float) -> tuple[Course, list[Action]]:
-    """The workers have ended: start others where that may help, or wait for the end of the run."""
+    """The workers have ended: start others if that may help, or wait for the end of the run."""
     if course.over_at is not None:
         late = now - course.over_at > END_S
         why = over.why or f"the workers of run {course.run} ended, but no result came"
         return course, [GiveUp(why)] if late else []
     if over.again and not course.closing:
-        if course.heeded:
+        if course.handled:
             course, actions = _close(course, Close("stopped", f"interrupted by {seen.signal}, and {over.why}"))
         else:
             return _replace(over.why, course, seen, now)
@@ -172,8 +172,8 @@ def _replace(why: str, course: Course, seen: Seen, now: float) -> tuple[Course, 
     return replace(course, over_at=now), actions
 
 
-def _end_those_of_silent(course: Course, seen: Seen, now: float) -> tuple[Course, list[Action]]:
-    """Workers train on without their keeper, but they end with it: they save what they have before."""
+def _end_workers_of_silent_keeper(course: Course, seen: Seen, now: float) -> tuple[Course, list[Action]]:
+    """Workers train on without their keeper, but end with it: have them save a checkpoint before it is ended."""
     if seen.worlds == course.worlds:
         return course, [End()]
     if course.saving is None:

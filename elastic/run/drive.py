@@ -11,7 +11,7 @@ from typing import Any, Protocol
 from elastic.errors import Interrupted, RunFailed
 from elastic.membership.driver import DriverLink
 from elastic.membership.protocol import Request
-from elastic.run.course import Ask, Course, End, GiveUp, Over, Say, Seen, Start, decide
+from elastic.run.course import Ask, Course, End, GiveUp, Over, Print, Seen, Start, decide
 from elastic.run.prepare import PreparedRun
 
 HOST_LOST_S = 60.0
@@ -20,50 +20,50 @@ TURN_S = 0.05
 
 
 class Launcher(Protocol):
-    """Starts the workers of a run, and looks after them."""
+    """Starts the workers of a run, and supervises them."""
 
     def start(self) -> None:
-        """Start the workers; once more, where those before have ended."""
+        """Start the workers, or others after the last ones have ended."""
 
     def turn(self, worlds: int) -> None:
-        """Look after them; called again and again while the run goes on, `worlds` of which were formed so far."""
+        """Supervise the workers; called repeatedly while the run goes on, with the number of `worlds` formed so far."""
 
     def silent(self) -> str:
-        """In what way whoever keeps the workers stands still; empty where it does not."""
+        """Why the keeper of the workers counts as hung; empty if it does not."""
 
     def over(self) -> Over | None:
-        """How the workers have ended, if all of them have."""
+        """How all workers have ended; None while any lives."""
 
     def end(self) -> None:
-        """End all workers and whoever keeps them, at once."""
+        """End all workers and their keeper at once."""
 
 
 class Drive:
-    """Follows a run, carries out what is decided of its workers, and says how the run ended.
+    """Follows a run, carries out the decisions about its workers, and returns or raises how it ended.
 
     Args:
         listeners: called with every row and event, on another thread.
-        say: called with a line for the console.
+        print_line: called with a line for the console.
     """
 
     def __init__(
         self,
         run: PreparedRun,
         listeners: Sequence[Callable[[dict[str, Any]], None]],
-        say: Callable[[str], None],
+        print_line: Callable[[str], None],
     ):
         self._name, self._resume = run.name, run.again
-        self._listeners, self._say = listeners, say
+        self._listeners, self._print = listeners, print_line
         self._signals: list[str] = []
         self._worlds = self._commits = 0
         self._end: dict[str, Any] | None = None
         self._ended = threading.Event()
         self._follower: threading.Thread | None = None
 
-    # ---- what it hears ---------------------------------------------------------------------------------------------
+    # ---- what it receives ------------------------------------------------------------------------------------------
 
     def follow(self, link: DriverLink) -> None:
-        """Hear from the host of the run, from now on."""
+        """Begin to receive records from the host of the run."""
         self._link = link
         self._follower = threading.Thread(target=self._follow, name="run-follower", daemon=True)
         self._follower.start()
@@ -82,24 +82,24 @@ class Drive:
             self._end = record
             self._ended.set()
 
-    def hear(self, signal: str) -> None:
-        """A signal of this name has come."""
+    def on_signal(self, signal: str) -> None:
+        """A signal of this name came."""
         self._signals.append(signal)
 
     def fail(self, message: str) -> None:
-        """The run is lost, and its host cannot say so."""
+        """The run is lost, and its host cannot report it."""
         self._end = {"status": "failed", "message": message}
         self._ended.set()
 
     @property
     def ended(self) -> bool:
-        """Whether the run has."""
+        """Whether the run has ended."""
         return self._ended.is_set()
 
     # ---- what it does ----------------------------------------------------------------------------------------------
 
     def wait(self, launcher: Launcher, timeout_s: float = float("inf")) -> dict[str, Any]:
-        """Look after the run, whose workers were started, until it ends; returns the contents of result.json.
+        """Supervise the run, whose workers were started, until it ends; returns the contents of result.json.
 
         Raises:
             RunFailed: it failed, every worker ended, or it did not end within `timeout_s`.
@@ -123,8 +123,8 @@ class Drive:
             match action:
                 case Ask(request):
                     self.ask(request)
-                case Say(text):
-                    self._say(text)
+                case Print(text):
+                    self._print(text)
                 case Start():
                     launcher.start()
                 case End():
@@ -134,16 +134,16 @@ class Drive:
         return course
 
     def ask(self, request: Request) -> None:
-        """Tell the host of the run."""
+        """Send a request to the host of the run."""
         try:
-            self._link.request(request, patience_s=HOST_LOST_S)  # it may just be started again
+            self._link.request(request, patience_s=HOST_LOST_S)  # the host may be restarting
         except urllib.error.HTTPError:
             raise
-        except OSError as error:  # if it stays away, the follower says so
-            self._say(f"the host of the run did not take {request.path}: {error}")
+        except OSError as error:  # if it stays away, the follower thread ends the run
+            self._print(f"the host of the run did not take {request.path}: {error}")
 
     def result(self, timeout_s: float = 0.0) -> dict[str, Any]:
-        """The contents of result.json, once the run has ended; it is not looked after meanwhile. Raises what `wait`
+        """The contents of result.json once the run has ended; it is not supervised meanwhile. Raises what `wait`
         raises."""
         if not self._ended.wait(timeout_s):
             raise RunFailed(f"run {self._name} did not end within {timeout_s:.0f} s")
@@ -156,7 +156,7 @@ class Drive:
         return self._end["result"]
 
     def close(self) -> None:
-        """Hear no more."""
+        """Stop following the run."""
         self._ended.set()
         if self._follower is not None:
             self._follower.join(FOLLOWER_END_S)

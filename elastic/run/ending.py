@@ -1,4 +1,4 @@
-"""What ends a run: all members are done, its storage cannot be written, it is another claim's, or it is given up."""
+"""Ends a run: all members are done, its storage cannot be written, another claim owns it, or it is given up."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ from elastic.run.server import Server
 from elastic.run.status import Status
 from elastic.run.summary import result_values
 
-END_S = 900.0  # for a run that ends because its ledger could not be written: workers try to save meanwhile
+END_S = 900.0  # for a run that ends because its ledger cannot be written: workers try to save meanwhile
 ENDING_PATIENCE_S = 5.0
 
 
 class Ending:
-    """Ends a run, once. All methods on the keeper's thread, but for `give_up_with`.
+    """Ends a run, once. All methods are for the keeper's thread, except `give_up_with`.
 
     Args:
-        server: the run's server, as it is when this is called.
+        server: returns the run's server, which changes.
         note: records an event at once.
-        later: has something done on the keeper's thread after what is queued there.
+        later: queues work for the keeper's thread.
     """
 
     def __init__(
@@ -54,29 +54,29 @@ class Ending:
         self._ledger, self._checkpoints, self._status = ledger, checkpoints, status
         self._server, self._note, self._later = server, note, later
         self._done: dict[str, wire.Done] = {}
-        self._stopping: tuple[str, float] | None = None  # why the run is to end, and until when (monotonic)
-        self._given_up: tuple[str, str] | None = None  # status and message, once the state is committed
+        self._stopping: tuple[str, float] | None = None  # why the run is to end, and by when (monotonic seconds)
+        self._given_up: tuple[str, str] | None = None  # status and message to end with once the state is committed
 
     # ---- as planned ------------------------------------------------------------------------------------------------
 
     def give_up_with(self, status: str, message: str) -> None:
-        """The run ends so as soon as the state is committed."""
+        """End the run with this status and message as soon as the state is committed."""
         self._given_up = (status, message)
 
     def member_done(self, member: Member, message: wire.Done) -> None:
-        """A member of the world has said that it is done."""
+        """A member of the world reported that it is done."""
         self._done[member.id] = message
         self.finish_if_done()
 
     def saved_alone(self) -> None:
-        """The state of a parked run is saved, unless an event said why not: it is given up, or lets its workers go."""
+        """A worker of a parked run has saved its state, or an event says why not: end the run or let its workers go."""
         if self._given_up is not None:
             self.close(*self._given_up, {})
         elif not self._outcome.closed:
             self._server().saved_alone(self._checkpoints.restore.newest)
 
     def finish_if_done(self) -> None:
-        """The run is over when every member of the world that still lives has said so."""
+        """End the run if every living member of the world has reported that it is done."""
         world, gone = self._status.world, self._server().gone()
         if world is None or not self._done or any(m.id not in self._done and m.id not in gone for m in world.members):
             return
@@ -112,14 +112,14 @@ class Ending:
             self._ledger.patiently(self._folder.write_result, values)
             self._ledger.compact()
             self._status.write()
-        except Exception as error:  # whatever storage raises: nobody is left who could wait
+        except Exception as error:  # any error of storage: no worker is left that could wait for it
             return self.abandon(self._why(error))
         fault.point("run.closed", -1, step)
         outcome.closed = True
         self.publish({"status": status, "message": message}, values)
 
     def publish(self, end: dict[str, Any], result: dict[str, Any]) -> None:
-        """Tell everyone how the run ended: its status and message, and its result."""
+        """Send everyone how the run ended: its status, message and result."""
         self._outcome.end, server = end, self._server()
         server.send_all(wire.Over(end["status"]))
         server.publish({"kind": "end", **end, "result": result}, keep=True)
@@ -127,8 +127,8 @@ class Ending:
     # ---- in trouble ------------------------------------------------------------------------------------------------
 
     def trouble(self, error: Exception) -> None:
-        """Storage that could not be written for all the time that it was waited for: the workers save what they hold,
-        if that can be, and the run ends. Anything else is a fault of ours, and ends it at once."""
+        """The keeper failed. If storage could not be written in spite of all patience, the workers save what they can
+        and the run ends. Any other error is a bug of ours, and ends the run at once."""
         why = self._why(error)
         if not is_from_storage(error) or self._outcome.closed:
             self.abandon(why)
@@ -145,7 +145,7 @@ class Ending:
             self.abandon(why)
 
     def abandon(self, reason: str) -> None:
-        """Write nothing more, and tell everyone who works for this claim to end, and why."""
+        """Write nothing more, and send all workers and followers of this claim the reason to end."""
         reason, server = redact(reason), self._server()
         self._outcome.closed = True
         server.send_all(wire.Fenced(reason))
@@ -153,7 +153,7 @@ class Ending:
         server.publish({"kind": "end", **self._outcome.end}, keep=True)
 
     def _why(self, error: Exception) -> str:
-        """What ends the run: one sentence where it is the storage, and all there is to know where it is us."""
+        """Why the run ends: one sentence for storage errors, a traceback for bugs."""
         if is_from_storage(error):
             reason = " ".join(f"{type(error).__name__}: {error}".split())
             return f"{self._folder.storage.url} could not be written: {reason}"

@@ -1,4 +1,4 @@
-"""The folder of a run in storage: configuration, status, claims and result."""
+"""The folder of a run in storage: configuration, status, claims, grants and result."""
 
 from __future__ import annotations
 
@@ -40,33 +40,33 @@ _CLAIM = re.compile(r"(\d{6,12})\.json\Z")
 
 
 class DamagedError(ConfigError):
-    """A file of a run's folder is not what anyone of us wrote."""
+    """A file in a run's folder is not as this program writes it."""
 
 
 def newest_claim(names: Iterable[str]) -> int:
-    """The highest epoch of the claims in a listing, 0 where there is none. Editors, desktops, NFS and tools that copy
-    folders leave files of their own beside them."""
+    """The highest epoch of the claims in a listing, 0 if there is none. Other files are ignored: editors, desktops, NFS
+    and copying tools leave some there."""
     return max((int(match[1]) for match in map(_CLAIM.match, names) if match), default=0)
 
 
 def claim_name(folder: str, epoch: int) -> str:
-    """The file of a claim."""
+    """The name of a claim's file."""
     return f"{folder}/{epoch:06d}.json"
 
 
 def claim_values() -> dict[str, Any]:
-    """What a claim says of who made it."""
+    """The contents of a claim: who made it, and when."""
     return {"owner": owner(), "process": identity(), "time": time.time()}
 
 
 def may_live(process: Any, age_s: float) -> bool:
-    """Whether a driver that last gave a sign `age_s` seconds ago may live; of one on this machine it is known."""
+    """Whether a driver may live whose last sign is `age_s` seconds old; on this machine its process is looked up."""
     return age_s < ALIVE_S and not has_ended(process)
 
 
 def storage_age_s(storage: Storage, name: str) -> float:
-    """For how long an object was not written, by the clock of its storage: those of two machines may be minutes apart.
-    It costs writing a file."""
+    """Seconds since an object was written, by the clock of its storage, since clocks of machines may differ by minutes.
+    It writes a file to read that clock."""
     try:
         return max(0.0, storage.now() - storage.modified(name))
     except FileNotFoundError:
@@ -110,10 +110,10 @@ class RunFolder:
         self.storage.replace(CONFIG, _json(values))
 
     def status(self) -> dict[str, Any] | None:
-        """How the run stands.
+        """The status of the run.
 
         Raises:
-            DamagedError: nobody can tell.
+            DamagedError: the file is damaged.
         """
         found = self._read(STATUS)
         wrong = (
@@ -125,7 +125,7 @@ class RunFolder:
         return found
 
     def status_if_whole(self) -> dict[str, Any] | None:
-        """For who drives the run: nothing depends on its status, and the next one is written soon."""
+        """The status, None if it is damaged: a driver does not depend on it, and writes the next one soon."""
         with contextlib.suppress(DamagedError):
             return self.status()
         return None
@@ -140,16 +140,16 @@ class RunFolder:
         self.storage.replace(RESULT, _json(values))
 
     def newest_epoch(self) -> int:
-        """The highest claim's epoch; 0 where nobody ever claimed the run."""
+        """The epoch of the highest claim; 0 if the run was never claimed."""
         return newest_claim(self.storage.names(CLAIMS))
 
     def live_driver(self, *, by_storage: bool = False) -> str | None:
-        """Who seems to be driving the run now, and when that one was last heard of; None where nobody is.
+        """The driver that seems to be alive, and when it last gave a sign; None if there is none.
 
-        Who was killed on this machine is known to be dead at once, elsewhere by its heartbeat.
+        A driver that was killed on this machine is known to be dead at once; elsewhere its heartbeat becomes too old.
 
         Args:
-            by_storage: tell by the storage's clock how old a heartbeat is (see `storage_age_s`), not by this machine's.
+            by_storage: compute the age of a heartbeat by the storage's clock (see `storage_age_s`), not this machine's.
         """
         return self._driver(self.newest_epoch(), by_storage=by_storage)
 
@@ -158,29 +158,29 @@ class RunFolder:
         if claim.get("ended"):
             return None
 
-        def age_s(name: str, said: Any) -> float:
+        def age_s(name: str, written: Any) -> float:
             if by_storage:
                 return storage_age_s(self.storage, name)
-            return max(0.0, time.time() - said) if isinstance(said, (int, float)) else float("inf")
+            return max(0.0, time.time() - written) if isinstance(written, (int, float)) else float("inf")
 
         if status is not None and status["status"] in LIVE_STATES:
             age = age_s(STATUS, status["heartbeat"])
             if may_live(status.get("owner_process"), age):
                 return f"{status.get('owner')} (heartbeat {age:.0f} s ago)"
-        if epoch and (status is None or status.get("epoch") != epoch):  # it starts, and has no status yet
+        if epoch and (status is None or status.get("epoch") != epoch):  # that driver is starting, and has no status yet
             age = age_s(claim_name(CLAIMS, epoch), claim.get("time"))
             if may_live(claim.get("process"), age):
                 return f"{claim.get('owner')} (which claimed it {age:.0f} s ago)"
         return None
 
     def _claim(self, epoch: int) -> dict[str, Any]:
-        """What a claim says; nothing where it is damaged."""
+        """The contents of a claim; empty if it is damaged or missing."""
         with contextlib.suppress(ConfigError):
             return self._read(claim_name(CLAIMS, epoch)) or {}
         return {}
 
     def leave_grant(self, grant: str, secret: str) -> None:
-        """Prove to the run's server that this process may write here: leave the hash of a secret."""
+        """Leave the hash of a secret, which proves to the run's server that this process may write here."""
         values = {"sha256": digest(secret), "time": time.time(), "by": owner()}
         self.storage.create(f"{GRANTS}/{grant}.json", _json(values))
 
@@ -188,7 +188,7 @@ class RunFolder:
         self.storage.remove(f"{GRANTS}/{grant}.json")
 
     def redeem(self, grant: str, secret: str) -> bool:
-        """Whether `grant` was left for this secret, a short while ago. It is removed: it counts once."""
+        """Whether `grant` was left for this secret a short time ago. It is removed, so it counts once."""
         found = self._read(f"{GRANTS}/{grant}.json")
         if found is None or not hmac.compare_digest(found["sha256"], digest(secret)):
             return False
@@ -204,7 +204,7 @@ class RunFolder:
         Raises:
             ConfigError: another driver seems alive, or claimed it at the same moment.
         """
-        epoch = self.newest_epoch()  # first: of two who see nobody here, one is refused below
+        epoch = self.newest_epoch()  # read first: if two drivers see no other one, the create below refuses one of them
         driver = None if take_over else self._driver(epoch, by_storage=True)
         if driver is not None:
             raise ConfigError(
@@ -220,30 +220,30 @@ class RunFolder:
         return epoch + 1
 
     def claimed_at(self, epoch: int) -> float | None:
-        """When this claim was made, as it says: two of one number differ in that. None where there is none."""
+        """The time in this claim, which differs between two claims of one epoch; None if there is none."""
         at = self._claim(epoch).get("time")
         return at if isinstance(at, float) else None
 
     def write_anew(self, epoch: int, config: dict[str, Any] | None, claim: dict[str, Any]) -> None:
-        """The folder of a live run was removed: say again what run it is, and whose.
+        """Write claim and configuration again: the folder of a live run was removed.
 
         Raises:
-            FileExistsError: another command claimed it meanwhile.
+            FileExistsError: another command claimed the run meanwhile.
         """
         self.storage.create(claim_name(CLAIMS, epoch), _json(claim))
         if config is not None:
             self.write_config(config)
 
     def release(self, epoch: int) -> None:
-        """Whoever made this claim is done with it, so the next driver need not wait until it is old."""
+        """Mark the claim as ended, so that the next driver need not wait until it is old."""
         name = claim_name(CLAIMS, epoch)
-        with contextlib.suppress(Exception):  # whatever storage raises: it is soon too old to hold up anyone
-            if self.storage.exists(name):  # else the run was removed
+        with contextlib.suppress(Exception):  # any error of storage: the claim soon becomes too old to block anyone
+            if self.storage.exists(name):  # otherwise the folder was removed
                 self.storage.replace(name, _json({**self._claim(epoch), "ended": time.time()}))
 
 
 def owner() -> str:
-    """Who this process is, for people."""
+    """User, host and process id of this process, as a text for people."""
     try:
         user = getpass.getuser()
     except (KeyError, OSError):

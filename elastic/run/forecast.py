@@ -1,6 +1,6 @@
-"""What snapshots will take of each node's memory, known before anything is started: the model is built without values.
+"""Estimates the memory that snapshots take on each node before anything is started: the model is built on meta.
 
-Workers say it again, exactly, before their first step, and refuse what does not fit then.
+Workers measure it exactly before their first step, and refuse then what does not fit.
 """
 
 from __future__ import annotations
@@ -23,37 +23,37 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class StateSize:
-    """Bytes of a training state, with what the optimizer keeps from its first step on.
+    """Bytes of a training state, including what the optimizer keeps after its first step.
 
     Args:
-        cut: shape, and bytes of an element, of each tensor that a sharded run cuts.
-        whole: of what every worker has whole.
+        cut: (shape, bytes per element) of each tensor that a sharded run shards.
+        whole: bytes of all tensors that every worker holds completely.
     """
 
     cut: tuple[tuple[tuple[int, ...], float], ...]
     whole: int
 
     def of(self, part: Part) -> int:
-        """Bytes of one part."""
+        """Bytes of one part of the state."""
         return self.whole + int(sum(part.box(shape, ROWS).volume * item for shape, item in self.cut))
 
 
 class Unknown(Exception):
-    """The size of the state is not known before workers have built it; the message says why."""
+    """The size of the state is unknown until workers have built it; the message says why."""
 
 
 def measure(job: Job, seed: int) -> StateSize:
     """The size of a job's state.
 
     Raises:
-        Unknown: the model, or its optimizer, cannot be made without memory.
+        Unknown: the model or its optimizer cannot be made without memory.
     """
     import torch
 
     from elastic.parallel.deferred import CannotDefer, build
     from elastic.parallel.probe import state_share
 
-    job = copy.copy(job)  # what it notes while it builds its model is another's
+    job = copy.copy(job)  # what it stores in itself while it builds the model must not reach the real run
     try:
         model = build(job.model, seed).model
         optimizer = job.optimizer(model)
@@ -81,26 +81,26 @@ def measure(job: Job, seed: int) -> StateSize:
 
 
 def snapshot_bytes(size: StateSize, config: TrainConfig, workers: int) -> dict[str, int]:
-    """Bytes that snapshots take of each node in a world of `workers`; empty where none are taken.
+    """Bytes that snapshots take on each node, in a world of `workers`; empty if none are taken.
 
-    Without --scaling.workers-per-node each worker is taken to be on a node of its own.
+    Without --scaling.workers-per-node each worker counts as being on a node of its own.
     """
-    each = config.scaling.workers_per_node
-    nodes = [f"node {rank // (each or 1)}" for rank in range(workers)]
-    layout = lay_out(nodes, config.parallel.strategy, each)
+    per_node = config.scaling.workers_per_node
+    nodes = [f"node {rank // (per_node or 1)}" for rank in range(workers)]
+    layout = lay_out(nodes, config.parallel.strategy, per_node)
     holders = {part: [nodes[layout.ranks[place]] for place in places] for part, places in layout.copies.items()}
     if not needs_copies([*holders.values()]):
         return {}
-    parts = [(there[0], size.of(part)) for part, there in holders.items()]
+    parts = [(its_nodes[0], size.of(part)) for part, its_nodes in holders.items()]
     return memory(parts, partners([Vault(node, node, "") for node in sorted(set(nodes))]))
 
 
 def lines(run: PreparedRun) -> list[str]:
-    """For --dry-run: what snapshots take of a node, for every number of workers; nothing where none are asked for."""
+    """Lines for --dry-run: the memory of a node that snapshots take, by number of workers; empty without snapshots."""
     if run.plan.snapshot_every is None:
         return []
-    each = run.config.scaling.workers_per_node or 1
-    head = f"snapshots, in MiB of the memory of a node with {each} {'workers' if each > 1 else 'worker'}"
+    per_node = run.config.scaling.workers_per_node or 1
+    head = f"snapshots, in MiB of the memory of a node with {per_node} {'workers' if per_node > 1 else 'worker'}"
     try:
         size = measure(run.job, run.config.run.seed)
     except Unknown as reason:
@@ -113,11 +113,11 @@ def lines(run: PreparedRun) -> list[str]:
 
 
 def refuse_what_does_not_fit_here(run: PreparedRun) -> None:
-    """For a run all of whose nodes are this machine: refuse snapshots that its memory cannot hold, before anything is
-    started.
+    """Refuse snapshots that do not fit into this machine's memory, before anything is started. For a run of which all
+    nodes are on this machine.
 
     Raises:
-        ConfigError: the largest world, whose parts are the smallest, needs more than there is.
+        ConfigError: even the largest world, which has the smallest parts, needs more than is available.
     """
     if run.plan.snapshot_every is None:
         return
@@ -126,10 +126,10 @@ def refuse_what_does_not_fit_here(run: PreparedRun) -> None:
     except Unknown:
         return
     need = sum(snapshot_bytes(size, run.config, run.config.scaling.max_workers).values())
-    there = available_bytes()
-    if need > there:
+    available = available_bytes()
+    if need > available:
         raise ConfigError(
             f"--recovery.snapshot-every is {run.config.recovery.snapshot_every!r}, but snapshots take "
-            f"{need / 2**20:,.1f} MiB of this machine, which has {there / 2**20:,.1f} MiB left; leave it off, or use "
-            "several machines"
+            f"{need / 2**20:,.1f} MiB of this machine, which has {available / 2**20:,.1f} MiB left; leave it off, or "
+            "use several machines"
         )

@@ -1,7 +1,8 @@
-"""The keeper of a run: what the membership server relays to. It alone writes the ledger and commits checkpoints.
+"""The keeper of a run, to which the membership server relays messages. It alone writes the ledger and commits
+checkpoints.
 
-The server's thread hands work to the keeper's own thread through a queue, so storage never delays a decision about
-membership.
+The server's thread passes work to the keeper's own thread through a queue, so that storage never delays a decision
+about membership.
 """
 
 from __future__ import annotations
@@ -81,11 +82,11 @@ class RunKeeper:
         self._ownership = Ownership(folder, options, outcome, ledger, self._ending.abandon, self._folder_removed)
 
     def attach(self, server: Server) -> None:
-        """From now on `server` is told."""
+        """Relay to this server from now on."""
         self._server = server
 
     def recover(self) -> Record:
-        """An earlier keeper of this claim died: go on where the ledger ends. To be called before `start`."""
+        """Go on where the ledger of an earlier keeper of this claim ends. To be called before `start`."""
         fault.point("host.recovering", -1, 0)
         record = self._record
         record.replay(read_records(self._storage, METRICS), read_records(self._storage, EVENTS))
@@ -102,7 +103,7 @@ class RunKeeper:
         return record
 
     def start(self, detail: dict[str, Any]) -> None:
-        """Write the first status and event, and start working."""
+        """Write the first status and event, and begin to work."""
         self._thread.start()
         if self._outcome.end is not None:
             self._ending.publish(self._outcome.end, self._folder.result() or {})
@@ -122,7 +123,7 @@ class RunKeeper:
         self._note(STARTED, step=self._claim_step, detail=detail)
 
     def stop(self) -> None:
-        """Write out everything and end the thread."""
+        """Write everything to storage, and end the thread."""
         if self._thread.is_alive():
             self._queue.put(None)
             self._thread.join(60)
@@ -144,7 +145,7 @@ class RunKeeper:
         )
 
     def world_resumed(self, world: World) -> None:
-        """A restarted server found this world in the midst of training."""
+        """A restarted server found that this world is training."""
         self._enter(world)
         self.event(
             "resumed",
@@ -176,7 +177,7 @@ class RunKeeper:
         self._do(lambda: self._storage.replace(name, redact(text).encode()))
 
     def giving_up(self, status: str, message: str) -> None:
-        """The run ends so as soon as the state is committed."""
+        """End the run with this status and message as soon as the state is committed."""
         self._ending.give_up_with(status, message)
 
     def set_status(self, status: str) -> None:
@@ -192,8 +193,8 @@ class RunKeeper:
             case wire.Rows():
                 self._do(lambda: self._take_rows(message.rows))
             case wire.LedgerEvent():
-                said = {"step": message.step, "seconds": message.seconds, "detail": message.detail}
-                known = {name: value for name, value in said.items() if value is not None}
+                fields = {"step": message.step, "seconds": message.seconds, "detail": message.detail}
+                known = {name: value for name, value in fields.items() if value is not None}
                 self.event(message.event, generation=str(generation), member=member.id, **known)
                 if message.event == "restored" and message.step is not None:
                     self._claim_step = min(self._claim_step, message.step)
@@ -213,11 +214,11 @@ class RunKeeper:
                 self._do(lambda: self._ending.member_done(member, message))
 
     def found_damaged(self, step: int, attempt: str, problem: str) -> None:
-        """A check found that a checkpoint has other bytes than were written."""
+        """A check found a checkpoint whose bytes differ from those that were written."""
         self._distrust(Committed(step, attempt), problem, damaged=True, found_by="a check")
 
     def _distrust(self, checkpoint: Committed, problem: str, **how: Any) -> None:
-        self._checkpoints.distrust(checkpoint)  # at once: a world may be formed before the storage has answered
+        self._checkpoints.distrust(checkpoint)  # at once: a world may be formed before storage answers
         self._do(lambda: self._checkpoints.unloadable(checkpoint, problem, **how))
 
     def restore_point(self) -> wire.RestorePoint:
@@ -230,32 +231,32 @@ class RunKeeper:
         return self._status.values()
 
     def recent_rows(self) -> list[dict[str, Any]]:
-        """The newest rows, which need not be in storage yet."""
+        """The newest rows, including those that are not in storage yet."""
         return self._ledger.recent()
 
     def ended(self) -> str | None:
-        """How the run ended, for workers that did not hear of it."""
+        """How the run ended, for workers that missed it; None if it goes on."""
         end = self._outcome.end
         return end["status"] if end is not None else None
 
     def admits(self, grant: str, secret: str) -> bool:
-        """Whether somebody who may write into the run's folder left the hash of this secret there. It counts once."""
+        """Whether a process that may write into the run's folder left the hash of this secret there. It counts once."""
         return self._folder.redeem(grant, secret)
 
     def prune(self, policy: dict[str, Any], *, yes: bool) -> Future[list[dict[str, Any]]]:
         """Remove, between two commits, the checkpoints that the run's policy with these changes does not keep.
 
         Args:
-            yes: else only say which.
+            yes: if False, they are only returned.
         """
         answer: Future[list[dict[str, Any]]] = Future()
 
         def prune() -> None:
             if not answer.set_running_or_notify_cancel():
-                return  # who asked went away
+                return  # the client went away
             try:
                 answer.set_result(self._prune(replace(self._options.retention, **policy), yes=yes))
-            except Exception as error:  # whatever storage raises: who asked is told, and the run goes on
+            except Exception as error:  # any error of storage goes to the client, and the run goes on
                 known = error if isinstance(error, ElasticError) else StorageError(f"{type(error).__name__}: {error}")
                 answer.set_exception(known)
 
@@ -280,7 +281,7 @@ class RunKeeper:
                 break
             try:
                 work()
-            except Exception as error:  # without its keeper a run must not go on
+            except Exception as error:  # a run must not go on without its keeper
                 self._ending.trouble(error)
             now = time.monotonic()
             try:
@@ -292,7 +293,7 @@ class RunKeeper:
                     self._beat()
                 if now >= self._checkpoints.due_at:
                     self._checkpoints.wish(self._status.world is not None)
-            except Exception as error:  # without its keeper a run must not go on
+            except Exception as error:  # a run must not go on without its keeper
                 self._ending.trouble(error)
         self._flush()
         self._ledger.close()
@@ -316,7 +317,7 @@ class RunKeeper:
             self._server.ask_to_stop(f"paused by --run.max-cost {most:g}: the run has cost {cost:.6g}")
 
     def _report_hung(self, what: str) -> None:
-        """The storage does not answer: say so at once. It is in the ledger when that can be written. From any
+        """The storage does not answer: publish it at once, and record it when the ledger can be written. From any
         thread."""
         record = event_of(self._options.epoch, "storage_hung", {"detail": what})
 
@@ -340,7 +341,7 @@ class RunKeeper:
         self._checkpoints.make_room(self._status.last_step())
 
     def _note(self, kind: str, **fields: Any) -> None:
-        """Record an event at once: what is queued may be the end of the run."""
+        """Record an event at once, before queued work: that may be the end of the run."""
         self._record_event(event_of(self._options.epoch, kind, fields))
 
     def _record_event(self, record: dict[str, Any]) -> None:
@@ -350,7 +351,7 @@ class RunKeeper:
             self._spending.add(record)
         try:
             self._ledger.add_event(record)
-        except Exception as error:  # it is written with the next one; what it tells of is to be carried out
+        except Exception as error:  # the event is written with the next one; its consequences must not wait for that
             self._ending.trouble(error)
         self._server.publish(record, keep=True)
 

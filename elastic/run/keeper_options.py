@@ -1,4 +1,4 @@
-"""What the keeper of a run is told when it is made."""
+"""The options of a run's keeper."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from elastic.checkpoint.retention import Policy
 
 @dataclass(frozen=True)
 class KeeperOptions:
-    """What the keeper needs to know of a run. `facts` go into every status (owner, host, git commit, ...).
+    """What the keeper needs to know about a run.
 
     `save_every_s`: seconds between checkpoints, 0 for the interval that costs least, None where steps say when.
     `max_cost`: of the whole run, which is paused then.

@@ -1,4 +1,5 @@
-"""A job's command line, read into a prepared run: files of options, and what a run that is resumed was started with."""
+"""Turns a job's command line into a prepared run: with files of options, and the options that a run was started
+with."""
 
 from __future__ import annotations
 
@@ -20,8 +21,8 @@ from elastic.usage import OTHERS, last_value
 
 
 def prepare_line(job_class: type[Job], defaults: TrainConfig, argv: Sequence[str]) -> PreparedRun:
-    """Read a command line and prepare its run. What stands on the line goes before files of options, these before what
-    the run of that name was started with, and that before the job's own defaults.
+    """Parse a command line and prepare its run. Options on the line override files of options, these override what the
+    run of that name was started with, and that overrides the job's own defaults.
 
     Raises:
         ConfigError: with one sentence that names the option, its value and the fix.
@@ -29,7 +30,7 @@ def prepare_line(job_class: type[Job], defaults: TrainConfig, argv: Sequence[str
     """
     line, files = expand(argv)
     taken = _taken(job_class, defaults, line)
-    if last_value(line, "--batch.global-size") is not None:  # the cut of another batch is another one
+    if last_value(line, "--batch.global-size") is not None:  # another batch needs another number of microbatches
         batch = replace(taken.config.batch, microbatches=defaults.batch.microbatches)
         shown = {name: value for name, value in taken.shown.items() if name != "batch.microbatches"}
         taken = replace(taken, config=replace(taken.config, batch=batch), shown=shown)
@@ -47,7 +48,7 @@ def prepare_line(job_class: type[Job], defaults: TrainConfig, argv: Sequence[str
 def _taken(job_class: type[Job], defaults: TrainConfig, line: Sequence[str]) -> Taken:
     name, storage = last_value(line, "--run.name"), last_value(line, "--run.storage")
     name = defaults.run.name if name is None else name
-    # a new run, or it is refused with the rest of the line, or only help is asked for
+    # without a valid name it is a new run, or is refused later with the rest of the line, or only help is asked for
     if name is None or not RUN_NAME.match(name) or set(OTHERS) & set(line):
         return Taken(defaults)
     url = defaults.run.storage if storage is None else storage

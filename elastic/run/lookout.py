@@ -1,5 +1,5 @@
-"""Whether a process that holds a run together still lives and answers. Ray itself sees one that died, not one that
-stands still."""
+"""Checks that a process which a run depends on still answers. Ray itself notices a process that died, but not one that
+hangs."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from collections.abc import Callable
 
 from elastic.membership.driver import DriverLink
 
-LOOKS = 5  # that must fail, one after the other, before a process that lives is said to stand still
+LOOKS = 5  # that must fail in a row before a living process counts as hung
 POLL_S = 0.05
 
 
 class Lookout:
-    """Looks again and again, on a thread of its own. Looks are counted, not timed: this process may have been stopped
-    itself.
+    """Looks again and again, on a thread of its own. Failed looks are counted rather than timed, since this process may
+    have been stopped itself.
 
     Args:
-        what: it is, for people.
-        look_s: seconds that an answer may take, and between two looks.
-        answers: waits for an answer for at most so many seconds, and for all of them where none comes.
-        lost: called with how it was lost, after LOOKS looks in vain; it ends and replaces it, and counting begins anew.
-        ended: how the process ended, if it did and nobody else replaces it.
+        what: name of the process, for texts.
+        look_s: seconds that an answer may take, and from one look to the next.
+        answers: waits for an answer for at most the given seconds; returns False after all of them without one.
+        lost: called with the reason, after LOOKS failed looks; it replaces the process, and counting starts again.
+        ended: returns how the process ended, if it did and nothing else replaces it.
     """
 
     def __init__(
@@ -61,13 +61,13 @@ class Lookout:
                 if how is not None and not self.stopping.is_set():
                     self._lost(f"{self._what} {how}")
                     missed, due = 0, time.monotonic() + self._look_s
-            except Exception:  # of a machine that is short of something, say: it is told, and looked at again
+            except Exception:  # such as a machine out of some resource: it is printed, and looking goes on
                 traceback.print_exc()
                 missed, due = 0, time.monotonic() + self._look_s
 
 
 def host_answers(link: DriverLink, wait_s: float) -> bool:
-    """False where the host of a run is there and says nothing. Where it is not there, Ray starts it again."""
+    """False if the run's host is there but does not answer. If it is not there, Ray starts it again."""
     try:
         link.request("/group", timeout_s=wait_s)
     except TimeoutError:

@@ -1,4 +1,4 @@
-"""What became of a run so far."""
+"""The outcome of a run so far."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Any
 
 @dataclass
 class Outcome:
-    """What became of a run so far. Changed on the keeper's thread only.
+    """The outcome of a run so far. Changed on the keeper's thread only.
 
     Args:
-        started: when it began, in seconds since 1970.
+        started: when it began, in unix seconds.
         closed: nothing of the run is written any more.
-        end: what everyone hears who asks how it ended.
+        end: the answer to all who ask how the run ended.
     """
 
     started: float

@@ -1,4 +1,4 @@
-"""Whether a run is still this claim's, and what is done where somebody removed its folder."""
+"""Checks that a run still belongs to this claim, and restores its folder if it was removed."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from elastic.run.outcome import Outcome
 
 
 class Ownership:
-    """A claim's hold on its run. All methods on the keeper's thread.
+    """A claim's hold on its run. All methods are for the keeper's thread.
 
     Args:
-        give_up: called with the reason where the run is another claim's.
-        on_removed: called when the folder was removed, and the claim is written anew.
+        give_up: called with the reason if the run belongs to another claim.
+        on_removed: called after the folder was removed and the claim was written again.
     """
 
     def __init__(
@@ -34,7 +34,7 @@ class Ownership:
         self._config, self._new_config = folder.config(), options.new_config
 
     def lasts(self) -> bool:
-        """Ask storage whether the run is still this claim's; if not, it is given up."""
+        """Ask storage whether the run still belongs to this claim; if not, give the run up."""
         if self._outcome.closed:
             return False
         newest, epoch = self._ledger.patiently(self._folder.newest_epoch), self._options.epoch
@@ -49,7 +49,7 @@ class Ownership:
         return not self._outcome.closed
 
     def trained(self) -> None:
-        """The run has trained with its new configuration: that is the one in its folder from now on."""
+        """The run has trained with its new configuration: store that in its folder."""
         if self._new_config is not None:
             self._ledger.patiently(self._folder.write_config, self._new_config)
             self._config, self._new_config = self._new_config, None
@@ -59,7 +59,7 @@ class Ownership:
         self._give_up(f"{url} was removed while this run was live, and claimed by another command")
 
     def _write_anew(self) -> None:
-        """Somebody removed the folder of this run: write anew all that is still known."""
+        """The folder of this run was removed: write everything again that is still known."""
         facts, at = self._options.facts, time.time()
         claim = {"owner": facts.get("owner"), "process": facts.get("owner_process"), "time": at}
         try:

@@ -1,4 +1,4 @@
-"""A checkpoint whose shares are coming in: what each share decides. Pure: no storage, no clock."""
+"""A checkpoint whose shares are arriving: what each share decides. Pure: no storage, no clock."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from elastic.membership.world import Generation
 
 @dataclass
 class Attempt:
-    """An attempt of the world `generation` to save `step`; `shares` of its members make it whole."""
+    """An attempt of the world `generation` to save `step`; it is complete with `shares` shares of its members."""
 
     step: int
     name: str
@@ -27,7 +27,7 @@ class Attempt:
     anew: bool = False
 
     def take(self, member_id: str, share: Share) -> Literal["waits", "whole", "failed", "decided"]:
-        """A member's share came, or came again from one that could not know what became of it."""
+        """A member's share arrived, or arrived again from a member that could not know the outcome."""
         if self.over:
             return "decided"
         if share.error or share.index is None:
@@ -37,12 +37,12 @@ class Attempt:
         return "whole" if len(self.indexes) == self.shares and self.header is not None else "waits"
 
     def decide(self, error: str | None, *, anew: bool = False) -> None:
-        """It was committed, or it never will be; `anew` if the next one is to refer to nothing."""
+        """The attempt was committed, or failed with `error`; `anew`: the next checkpoint must write all bytes."""
         self.over, self.error, self.anew = True, error, anew
         self.indexes.clear()
 
     def manifest(self, metrics: Mapping[str, Any]) -> Manifest:
-        """All of the manifest but the tensors."""
+        """The manifest without its tensors."""
         assert self.header is not None
         return Manifest(
             self.step,
@@ -54,12 +54,12 @@ class Attempt:
         )
 
     def ordered(self, ranks: Mapping[str, int]) -> list[dict[str, Any]]:
-        """The indexes by rank; members that are in no world any more come first, by id."""
+        """The indexes of the shares by rank; those of members that are in no world any more come first, by id."""
         return [self.indexes[i] for i in sorted(self.indexes, key=lambda i: (ranks.get(i, 0), i))]
 
     @property
     def stall_s(self) -> float:
-        """Seconds for which the slowest member's training stood still."""
+        """Seconds for which the training of the slowest member stopped."""
         return max(f["stall_s"] for f in self.facts.values())
 
     @property
@@ -68,7 +68,7 @@ class Attempt:
         return max(f["seconds"] for f in self.facts.values())
 
     def summary(self) -> dict[str, float]:
-        """For the ledger: what it took, of all members together."""
+        """For the ledger: seconds, requests and bytes of all members together."""
         facts = self.facts.values()
         return {
             "stall_s": self.stall_s,

@@ -1,4 +1,4 @@
-"""The numbers of a run, resolved once: everything that options leave open until the data is known."""
+"""The numbers of a run, resolved once: everything that the options leave open until the data is known."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from elastic.units import Amount, parse_amount
 class RunPlan:
     """Steps, microbatches and cadences. All counts are in steps; None means never.
 
-    `checkpoint_every_s` is there where checkpoints go by the clock, in seconds; 0 for the interval that the run finds.
-    So is 0 for `snapshot_every`.
+    `checkpoint_every_s`: seconds between checkpoints, if they go by the clock; 0 for the interval that costs least.
+    `snapshot_every` may be 0 in the same sense.
     """
 
     total_steps: int
@@ -40,7 +40,7 @@ class RunPlan:
 
 
 def evaluation_size(global_size: int, microbatches: int) -> int:
-    """Samples of one pass of an evaluation."""
+    """Samples of one pass of an evaluation: it does not depend on the world."""
     return min(4 * (global_size // microbatches), global_size)
 
 
@@ -50,7 +50,7 @@ def resolve(
     """Resolve a configuration against the data.
 
     Args:
-        stored_microbatches: V of the run that is resumed, which stays unless the user names another.
+        stored_microbatches: V of the run that is resumed, which stays unless the user gives another.
 
     Raises:
         ConfigError: the data and the options do not fit.

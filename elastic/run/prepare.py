@@ -1,4 +1,4 @@
-"""From a job and options to a run that can start: everything that can be refused is refused here."""
+"""Turns a job and options into a run that can start. Everything that can be refused is refused here."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from elastic.run.sameness import Sameness
 from elastic.storage import Storage
 from elastic.values import TAG, describe, show
 
-RAY_PACKAGE = "/_ray_pkg_"  # in the path of each working directory that Ray has unpacked
+RAY_PACKAGE = "/_ray_pkg_"  # part of the path of each working directory that Ray has unpacked
 UNSAVED = "nothing is saved before the run ends or is stopped; --checkpoint.every auto saves while it trains"
 
 
@@ -33,8 +33,8 @@ UNSAVED = "nothing is saved before the run ends or is stopped; --checkpoint.ever
 class PreparedRun:
     """A validated run. `config` has its name and V filled in; `finished` is the result of a run that is over.
 
-    `changed` says that it goes on with other result options than its stored configuration has. `defaults` are those of
-    the job's file, of a run that was started by a command line; `notes` say what else one should know of its options.
+    `changed`: it goes on with other result options than its stored configuration. `defaults`: those of the job's file,
+    if a command line started the run. `notes`: lines about its options to print at the start.
     """
 
     job: Job
@@ -56,18 +56,18 @@ class PreparedRun:
 
     @property
     def again(self) -> str:
-        """What to give the same command, for this run to go on."""
+        """Options that make the same command resume this run."""
         usual = (self.defaults or TrainConfig()).run.storage
         where = "" if self.config.run.storage == usual else f"--run.storage {self.config.run.storage} "
         return f"{where}--run.name {self.name}"
 
 
 def refuse_packages(url: str) -> None:
-    """Refuse a relative folder where the working directory is a package that Ray unpacked: it has another name as soon
-    as a file in it changes, so that the same run would begin anew, and goes away with the cluster.
+    """Refuse a relative folder if the working directory is a package that Ray unpacked: its name changes with every
+    file in it, so that the run would start from the beginning, and it is removed with the cluster.
 
     Raises:
-        ConfigError: it is one.
+        ConfigError: the URL is such a folder.
     """
     if "://" not in url and not os.path.isabs(os.path.expanduser(url)) and RAY_PACKAGE in os.getcwd():
         raise ConfigError(
@@ -78,7 +78,7 @@ def refuse_packages(url: str) -> None:
 
 
 def prepare(job: Job, config: TrainConfig) -> PreparedRun:
-    """Validate and resolve; writes nothing but a probe.
+    """Validate and resolve. Writes nothing but a probe.
 
     Raises:
         ConfigError: with one sentence that names the option, its value and the fix.
@@ -138,7 +138,7 @@ def _long_warmup(config: TrainConfig, plan: RunPlan) -> str:
 
 
 def stored_config(folder: RunFolder) -> dict[str, Any] | None:
-    """What the run was started with, None where it was not.
+    """The stored configuration of a run that was started before, None if it was not.
 
     Raises:
         ConfigError: it cannot be read.
@@ -147,15 +147,15 @@ def stored_config(folder: RunFolder) -> dict[str, Any] | None:
         return folder.config()
     except ConfigError:
         raise
-    except Exception as error:  # whatever a file system raises: the user sees one sentence
+    except Exception as error:  # file systems raise all kinds of exceptions; the user gets one sentence
         raise folder.storage.refusal("read", error) from error
 
 
 def open_run(run: PreparedRun) -> int:
     """Probe the storage, claim the run and write its configuration.
 
-    Where result options changed, the stored one stays until the run has trained with the new ones (`new_config`): with
-    those it may never load its state, and then it is to go on as it was.
+    If result options changed, the stored configuration stays until the run has trained with the new ones
+    (`new_config`): with those it may fail to load its state, and must then be able to go on as before.
 
     Returns:
         the claim's epoch.
@@ -172,7 +172,7 @@ def open_run(run: PreparedRun) -> int:
 
 
 def new_config(run: PreparedRun) -> dict[str, Any] | None:
-    """What replaces the stored configuration after the first step of this claim, if anything does."""
+    """The configuration to store after the first step of this claim, None if it is stored already."""
     return _config_values(run) if run.changed else None
 
 
@@ -191,7 +191,7 @@ def _config_values(run: PreparedRun) -> dict[str, Any]:
 
 
 def git_commit() -> str | None:
-    """The commit of the working directory, with `+` where it was changed, or None outside git."""
+    """The commit of the working directory, with `+` if files were changed; None outside of git."""
     try:
         head = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=True)
         dirty = subprocess.run(["git", "status", "--porcelain"], capture_output=True, text=True, timeout=5, check=True)
@@ -201,7 +201,7 @@ def git_commit() -> str | None:
 
 
 def dry_run(run: PreparedRun) -> str:
-    """Try out the storage, and leave nothing there; what `--dry-run` prints.
+    """Test the storage without leaving anything there; returns what `--dry-run` prints.
 
     Raises:
         ConfigError: the storage cannot be used.
@@ -211,7 +211,7 @@ def dry_run(run: PreparedRun) -> str:
 
 
 def report(run: PreparedRun) -> str:
-    """The resolved options, what each world size would do, and what snapshots would take."""
+    """The resolved options, rounds and efficiency of each world size, and the memory that snapshots take."""
     values = {**cfg.result_options(run.config, job_options(run.job)), **_operational(run.config)}
     lines = [f"run {run.name} in {redact(run.folder.storage.url)}", *run.notes, ""]
     lines += [f"  {typed(name, value)}" for name, value in sorted(values.items()) if value is not None and value != []]
@@ -229,7 +229,7 @@ def report(run: PreparedRun) -> str:
 
 
 def typed(name: str, value: Any) -> str:
-    """An option, coded, as one would type it."""
+    """A coded option as one would type it."""
     if isinstance(value, bool):
         section, _, leaf = name.rpartition(".")
         return f"--{section}.{leaf if value else 'no-' + leaf}"

@@ -1,4 +1,4 @@
-"""Which process of which machine drives a run, so that another one there can tell that it has ended."""
+"""Identifies the process that drives a run, so that other processes on its machine can tell whether it has ended."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 
 def identity() -> dict[str, Any]:
-    """This process, told apart from any other on any machine; empty where /proc does not say."""
+    """A description of this process that differs from that of any other; empty if /proc is not readable."""
     try:
         return {**_here(), "pid": os.getpid(), "started": _started(os.getpid())}
     except OSError:
@@ -16,7 +16,7 @@ def identity() -> dict[str, Any]:
 
 
 def has_ended(process: dict[str, Any] | None) -> bool:
-    """Whether a process that `identity` described is known to have ended. False where this machine cannot know."""
+    """Whether the process that `identity` described has ended. False if this machine cannot know."""
     if not process:
         return False
     try:
@@ -24,7 +24,7 @@ def has_ended(process: dict[str, Any] | None) -> bool:
     except OSError:
         return False
     if any(process.get(key) != value for key, value in here.items()):
-        return False  # another machine, or a container whose processes are not seen here
+        return False  # it is on another machine, or in a container whose processes are not visible here
     try:
         return _started(process["pid"]) != process["started"]
     except OSError:
@@ -37,10 +37,10 @@ def _here() -> dict[str, str]:
 
 
 def _started(pid: int) -> int:
-    """Clock ticks from boot to the start of a living process: a reused pid differs in it.
+    """Clock ticks from boot to the start of a living process; they differ when a pid is reused.
 
     Raises:
-        OSError: it has ended; a zombie has, too.
+        OSError: the process has ended, or is a zombie.
     """
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     if fields[0] in "ZX":

@@ -1,4 +1,4 @@
-"""Whether a run that was started before may go on with other options: what changed, and what it counts as. Pure."""
+"""Decides whether a run may be resumed with other options: which changed, and which count as given. Pure."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from elastic.observe.ledger import finite
 from elastic.redact import HIDDEN, clean
 from elastic.values import ValueRefused, decode, describe, same, show
 
-CODED = "values"  # of a stored configuration whose options are coded: 1; earlier ones were plain JSON
+CODED = "values"  # the key that says that options of a stored configuration are coded; older ones were plain JSON
 
 
 @dataclass(frozen=True)
 class Taken:
-    """Options of a run for a command that goes on with it and does not give them.
+    """Options of a stored run for a command that resumes it without giving them.
 
     Args:
-        config: what stands where the command line says nothing.
-        job_values: the same, of the job's own options, by name.
-        shown: those that are not what the job's file says, coded, by the name one would type without dashes.
+        config: defaults of the command line.
+        job_values: defaults of the job's own options, by name.
+        shown: those that differ from the job's file, coded, by their name on the command line without dashes.
     """
 
     config: TrainConfig
@@ -35,23 +35,24 @@ class Taken:
 
 
 def described_defaults(job_class: type[Job], defaults: TrainConfig) -> dict[str, Any]:
-    """What options are where nobody gives them, by the job's file, coded; it is stored with the run."""
+    """The defaults in the job's file, coded; they are stored with the run."""
     own = {k: describe(v, f"--job.{k}") for k, v in option_defaults(job_class).items()}
     return clean({"config": cfg.to_dict(defaults), "job": own})
 
 
 def take(stored: Mapping[str, Any], defaults: TrainConfig, job_class: type[Job]) -> Taken:
-    """What a run was started with, for whoever resumes it by its name alone.
+    """The options that a run was started with, for a command that resumes it by name alone.
 
-    What the job's file says otherwise than when the run was started counts as given: it was edited since. Options that
-    are meant once are not taken, nor values that hold a secret, which are not stored, nor how a run was debugged.
+    A default in the job's file that changed since the run was started counts as given, since the user edited it. Not
+    taken over are: options for one command only, values that hold a secret, which are not stored, and the operational
+    options of a run in --debug.
 
     Args:
-        stored: the run's configuration, as it was written.
-        defaults: what the job's file says now.
+        stored: the stored configuration of the run.
+        defaults: the present defaults in the job's file.
 
     Raises:
-        ConfigError: what was stored and what the file says now cannot be together.
+        ConfigError: the stored options and the present ones cannot be combined.
     """
     if CODED not in stored:  # older versions wrote plain JSON
         return Taken(defaults)
@@ -82,7 +83,7 @@ def take(stored: Mapping[str, Any], defaults: TrainConfig, job_class: type[Job])
             continue
         try:
             values[name] = decode(value, known=job_classes(job_class))
-        except ValueRefused:  # it was only described; where it is another one now, that is refused by name
+        except ValueRefused:  # the value was only described; if it is another one now, `refuse_changes` names it
             continue
         shown[f"job.{name}".replace("_", "-")] = value
     return Taken(replace(defaults, **sections), values, shown)
@@ -95,12 +96,12 @@ def _may_take(theirs: Any, ours: Any, then: Any) -> bool:
 
 
 def changes(stored: Mapping[str, Any], config: TrainConfig, job: Job) -> dict[str, tuple[Any, Any]]:
-    """Result options that are not what they were: of each by name, what it was and what it is, both coded.
+    """Result options that changed: by name, the value before and the value now, both coded.
 
-    What an older version, or an older job, did not ask, it did as the default does.
+    An option that an older version, or an older job, did not have counts as its default.
 
     Args:
-        stored: the run's (or sweep's) configuration, as it was written.
+        stored: the stored configuration of the run or sweep.
     """
     wanted = cfg.result_options(config, job_options(job))
     before = {**cfg.result_options(TrainConfig(), option_defaults(type(job))), **stored["result"]}
@@ -122,10 +123,10 @@ def _plain(config: TrainConfig, job: Job) -> dict[str, Any]:
 
 
 def refuse_changes(found: Mapping[str, tuple[Any, Any]], allowed: tuple[str, ...], name: str | None) -> None:
-    """Raise for the first option that changed and may not.
+    """Refuse the first option that changed without permission.
 
     Raises:
-        ConfigError: which, and how to go on.
+        ConfigError: with the option, and how to go on.
     """
     for key, (was, now) in found.items():
         if key not in allowed:
@@ -139,7 +140,7 @@ def refuse_changes(found: Mapping[str, tuple[Any, Any]], allowed: tuple[str, ...
 
 
 def is_over(status: Mapping[str, Any] | None, result: Mapping[str, Any] | None, total_steps: int) -> bool:
-    """Whether a run has nothing left to do: it finished, and is to be no longer than it was."""
+    """Whether a run has nothing left to do: it finished, and its duration was not increased."""
     if status is None or status["status"] != "finished":
         return False
     return result is None or result["steps"] >= total_steps

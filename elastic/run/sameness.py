@@ -1,6 +1,6 @@
-"""Whether a run that is resumed has the data it had: what can be told before any worker starts.
+"""Checks, before any worker starts, whether a run that is resumed has the same data as before.
 
-Workers compare again, and among themselves. Here the samples may be out of reach; then it is left to them.
+Workers compare it again, among themselves too. If the samples cannot be read here, it is left to them.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from elastic.run.folder import RunFolder
 
 
 class Sameness:
-    """The data that the newest checkpoint of a run was trained on.
+    """The data that the newest checkpoint of a run was trained with.
 
     Args:
-        folder: of a run that was started before; None for a new one, of which nothing is known.
+        folder: of a run that was started before; None for a new run, which has no earlier data.
     """
 
     def __init__(self, folder: RunFolder | None, config: TrainConfig):
@@ -27,20 +27,20 @@ class Sameness:
         self._allowed = DATA in config.run.allow_change
         self._before: dict[str, Any] | None = None
         self._step = 0
-        self.longer = False  # or shorter than it was, as was allowed
+        self.longer = False  # the data is longer or shorter than before, as was allowed
         if folder is None or self._allowed:
             return
         for checkpoint in newest_first(folder.storage):
             try:
                 manifest = read_manifest(folder.storage, checkpoint)
-            except CheckpointError:  # a worker says so, and takes the one before
+            except CheckpointError:  # a worker will report it, and load the one before
                 continue
             found = manifest.world.get("data")
             self._before, self._step = found if isinstance(found, dict) else None, manifest.step
             return
 
     def load(self, make: Callable[[], Any]) -> Any:
-        """Make the data as workers do: under the run's seed, if they are to be compared."""
+        """Make the data; under the run's seed, as workers do, if it is to be compared."""
         if self._before is not None:
             from elastic.seeds import derive, seed_all
 
@@ -48,10 +48,10 @@ class Sameness:
         return make()
 
     def check_length(self, samples: int, before: dict[str, Any] | None) -> None:
-        """`before` is what the run's configuration says of its data, if it was stored by a version that did.
+        """Compare the number of samples. `before`: the data in the stored configuration, if its version stored that.
 
         Raises:
-            ConfigError: it is another one, and may not be.
+            ConfigError: the number changed, and may not.
         """
         self.longer = before is not None and before["samples"] != samples
         if before is not None and self.longer and not self._allowed:
@@ -59,10 +59,10 @@ class Sameness:
             raise ConfigError(refusal(change))
 
     def check(self, data: Any) -> None:
-        """Compare a few samples.
+        """Compare a few samples with those of the newest checkpoint.
 
         Raises:
-            ConfigError: one is not what it was, and may not change.
+            ConfigError: a sample changed, and may not.
         """
         if self._before is None:
             return

@@ -1,4 +1,4 @@
-"""What a command does with SIGINT, SIGTERM and SIGHUP."""
+"""Handling of SIGINT, SIGTERM and SIGHUP by a command."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from types import FrameType
 
 
 @contextmanager
-def heard_by(handler: Callable[[str], None]) -> Iterator[None]:
+def handled_by(handler: Callable[[str], None]) -> Iterator[None]:
     """Inside, `handler` is called with the name of each SIGINT, SIGTERM and SIGHUP, which do nothing else.
 
-    A SIGHUP that was ignored before, as `nohup` has it, stays so; one after another signal says nothing new, as a
-    terminal that closes sends it, and its shell once more. Only the main thread can handle signals; in another one this
-    does nothing.
+    A SIGHUP that was ignored before, as with `nohup`, stays ignored. A SIGHUP after another signal is dropped: a
+    terminal that closes sends one, and its shell a second one. Only the main thread can handle signals; in another
+    thread this does nothing.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -25,13 +25,13 @@ def heard_by(handler: Callable[[str], None]) -> Iterator[None]:
         numbers.append(signal.SIGHUP)
     came = False
 
-    def hear(number: int, _: FrameType | None) -> None:
+    def handle(number: int, _: FrameType | None) -> None:
         nonlocal came
         if not (came and number == signal.SIGHUP):
             came = True
             handler(signal.Signals(number).name)
 
-    before = {number: signal.signal(number, hear) for number in numbers}
+    before = {number: signal.signal(number, handle) for number in numbers}
     try:
         yield
     finally:
@@ -41,8 +41,8 @@ def heard_by(handler: Callable[[str], None]) -> Iterator[None]:
 
 @contextmanager
 def spared_from_hangups() -> Iterator[None]:
-    """Processes that are started inside never hear of a SIGHUP: it is for this process, which saves and ends them. One
-    that comes meanwhile is heard here afterwards."""
+    """Processes that are started inside never receive a SIGHUP: only this process acts on it, and saves and ends them.
+    A SIGHUP that comes meanwhile is delivered to this process afterwards."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
     try:
         yield

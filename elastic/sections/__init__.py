@@ -1,1 +1,1 @@
-"""The sections of a run's options: frozen dataclasses, each checked by itself when it is made."""
+"""The sections of a run's options: frozen dataclasses, each of which checks itself when it is made."""

@@ -1,4 +1,4 @@
-"""Sections of options that say how a run is operated: on how many workers, where, what is kept and shown."""
+"""Sections of options for operating a run: on how many workers, where, and what is kept and shown."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from elastic.checks import finite, one_of, option, require, whole
 from elastic.prices import check_price
 from elastic.units import parse_amount
 
-MOST_PATIENCE_S = 168 * 3600.0  # a week: what waits for a worker counts in milliseconds of 31 bits
+MOST_PATIENCE_S = 168 * 3600.0  # a week: some waits for a worker count milliseconds in 31 bits
 
 
 @dataclass(frozen=True)
 class ScalingOptions:
-    """How many workers, on what."""
+    """How many workers, and on what hardware."""
 
     min_workers: int = option(1, "fewest workers to train with", common=True)
     max_workers: int = option(2, "most workers to train with (a worker is one GPU, or CPU slots)", common=True)
@@ -111,7 +111,7 @@ class CheckpointOptions:
 
 @dataclass(frozen=True)
 class RecoveryOptions:
-    """What is kept, and how long is waited, for the case of a fault."""
+    """What is kept in case of a fault, and how long the run waits for it."""
 
     snapshot_every: str = option(
         "off", "with fsdp and hsdp, keep copies of the state in two nodes' memory, every so much (ep, st, tok, or auto)"
@@ -157,7 +157,7 @@ class ObserveOptions:
 
 @dataclass(frozen=True)
 class ClusterOptions:
-    """Which Ray cluster."""
+    """Which Ray cluster to use."""
 
     address: str | None = option(
         None, "address of a running Ray cluster (default: RAY_ADDRESS, a running one, or embedded)", once=True

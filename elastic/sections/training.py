@@ -1,4 +1,4 @@
-"""Sections of options that say what is trained: for how long, how exactly, in which batches and formats."""
+"""Sections of options for the training itself: for how long, how exactly, in which batches and formats."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ RUN_NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}\Z")
 
 @dataclass(frozen=True)
 class RunOptions:
-    """What the run is called, where it writes, how long it lasts, how exact it is."""
+    """The run's name, where it writes, how long it lasts, and how exact it is."""
 
     name: str | None = option(
         None, "name of the run; an explicit name resumes (default: <job>-<date>-<4 hex>)", common=True, once=True
@@ -70,7 +70,7 @@ class RunOptions:
 
 @dataclass(frozen=True)
 class BatchOptions:
-    """The global batch and its fixed cut into microbatches."""
+    """The global batch, and its fixed division into microbatches."""
 
     global_size: int = option(64, "samples of one step over all workers (B)", common=True, result=True)
     microbatches: int | None = option(
@@ -99,7 +99,7 @@ class BatchOptions:
 
 @dataclass(frozen=True)
 class OptimOptions:
-    """Learning-rate schedule and clipping; the optimizer itself is the job's."""
+    """Learning-rate schedule and clipping; the job defines the optimizer itself."""
 
     schedule: Literal["constant", "cosine"] = option(
         "constant", "learning rate after warm-up: constant, or cosine down to final-lr", result=True
@@ -119,7 +119,7 @@ class OptimOptions:
 
 @dataclass(frozen=True)
 class PrecisionOptions:
-    """Number formats of compute and communication; parameters stay as the job made them."""
+    """Number formats of compute and communication; the job's own format of parameters stays."""
 
     autocast: Literal["off", "bf16", "fp16"] = option(
         "off", "run forward passes under torch.autocast; fp16 scales the loss", common=True, result=True
@@ -148,7 +148,7 @@ class PrecisionOptions:
 
 @dataclass(frozen=True)
 class DataOptions:
-    """How a worker fetches its microbatches; never what it fetches."""
+    """How a worker fetches its microbatches; this never changes which samples it fetches."""
 
     workers: int = option(0, "loader processes per worker (0: the training thread fetches)")
     prefetch: int = option(2, "microbatches that each loader process prepares ahead")
@@ -160,7 +160,7 @@ class DataOptions:
 
 @dataclass(frozen=True)
 class ParallelOptions:
-    """How a model is spread over workers."""
+    """How a model is distributed over workers."""
 
     strategy: Literal["ddp", "fsdp", "hsdp"] = option(
         "ddp", "ddp: a whole model in each worker; fsdp: one over all; hsdp: one over each node", common=True
@@ -196,7 +196,7 @@ class ParallelOptions:
 
     @property
     def sharded(self) -> bool:
-        """Whether a model is spread over several workers."""
+        """Whether a model is sharded over several workers."""
         return self.strategy != "ddp"
 
 
@@ -205,7 +205,7 @@ class EvalOptions:
     """Evaluation on held-out data."""
 
     every: str | None = option(None, "evaluate every so much (ep, st, tok), and always at the end", common=True)
-    hold: bool = option(False, "after an evaluation wait for leave to go on, as the trials of a sweep do", once=True)
+    hold: bool = option(False, "after an evaluation wait for the driver's permission to go on, as in sweeps", once=True)
 
     def __post_init__(self) -> None:
         if self.every is not None:

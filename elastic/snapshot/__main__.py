@@ -1,7 +1,7 @@
 """`python -m elastic.snapshot`: a vault in a process of its own, for runs in plain processes.
 
-Reads one line of JSON from standard input (token, host, port), and serves until its input is closed: it ends with
-whoever started it.
+Reads one line of JSON from standard input (token, host, port), and serves until its standard input is closed, that is,
+until the process that started it ends.
 """
 
 from __future__ import annotations

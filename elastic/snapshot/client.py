@@ -1,4 +1,4 @@
-"""Talking to a vault."""
+"""The client of a vault."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ CONNECT_S = 2.0
 
 
 class VaultClient:
-    """One connection to a vault; from one thread at a time.
+    """One connection to a vault. For one thread at a time.
 
     Args:
-        timeout_s: longest wait for it to take or to give anything.
+        timeout_s: longest wait in seconds for the vault to take or send anything.
     """
 
     def __init__(self, url: str, token: str, timeout_s: float):
@@ -36,10 +36,10 @@ class VaultClient:
         self._connection.close()
 
     def cut(self) -> None:
-        """Have whatever waits for the vault fail at once. From any thread."""
+        """Make a pending request to the vault fail at once. From any thread."""
         sock = self._connection.sock
         if sock is not None:
-            with contextlib.suppress(OSError):  # it broke by itself
+            with contextlib.suppress(OSError):  # the connection broke by itself
                 sock.shutdown(socket.SHUT_RDWR)
 
     def put(
@@ -51,51 +51,52 @@ class VaultClient:
         xxh3: str,
         keep: SnapshotId | None,
     ) -> None:
-        """Have a part kept. Returns when the vault has it whole.
+        """Store a part of a snapshot. Returns when the vault has all of it.
 
         Args:
-            head, body: its JSON and its tensors' bytes, of which `xxh3` is the hash (64 bits, hexadecimal).
-            keep: the newest complete snapshot; of what else is there, the vault may use the room.
+            head, body: the part's JSON, and the bytes of its tensors. `xxh3` is the hash of both (64 bits,
+                hexadecimal).
+            keep: the newest complete snapshot; the vault may reuse the memory of all others.
 
         Raises:
-            SnapshotError: it has not.
+            SnapshotError: the vault failed, or has no memory for it.
         """
         path = f"/parts/{id}/{part.key}?head={len(head)}&xxh3={xxh3}"
         self._request("PUT", path if keep is None else f"{path}&keep={keep}", head, body).read()
 
     def adopt(self, id: SnapshotId, part: Part, head: bytes, memory: WorkerMemory, keep: SnapshotId | None) -> None:
-        """Have a part kept whose bytes are in this machine's memory. The vault maps it, so nothing may be written to it
-        before `release`.
+        """Store a part whose bytes are in this machine's memory, without a copy. The vault maps that memory, so nothing
+        may be written to it before `release`.
 
         Raises:
-            SnapshotError: the vault cannot, or does not answer.
+            SnapshotError: the vault cannot map it, or does not answer.
         """
         path = f"/adopt/{id}/{part.key}?memory={memory}"
         self._request("POST", path if keep is None else f"{path}&keep={keep}", head).read()
 
     def release(self, memory: WorkerMemory) -> None:
-        """Have the parts in that memory dropped. After it returns, the memory may be written to.
+        """Drop the parts in that memory. After this returns, the memory may be written to.
 
         Raises:
-            SnapshotError: somebody may still read it.
+            SnapshotError: a reader may still use it.
         """
         self._request("POST", "/release", json.dumps({"memory": str(memory)}).encode()).read()
 
     def holdings(self) -> list[Holding]:
-        """The parts that are there whole.
+        """The parts that the vault has completely.
 
         Raises:
-            SnapshotError: the vault does not answer. So do all of these.
+            SnapshotError: the vault does not answer. All further methods raise it too.
         """
         rows = json.loads(self._request("GET", "/parts").read())
         return [Holding(SnapshotId.parse(id), Part.parse(part), self.url) for id, part in rows]
 
     def head(self, id: SnapshotId, part: Part) -> dict[str, Any]:
-        """The head of a part, as it was put."""
+        """The head of a part, as it was stored."""
         return json.loads(self._request("GET", f"/parts/{id}/{part.key}/head").read())
 
     def read_into(self, id: SnapshotId, part: Part, wanted: Sequence[tuple[int, memoryview]]) -> None:
-        """Bytes of a part's tensors: where each piece starts, and what it is to fill."""
+        """Read bytes of a part's tensors: `wanted` has, for each piece, its first byte and the memory to fill."""
         ranges = [[start, start + len(into)] for start, into in wanted]
         answer = self._request("POST", f"/parts/{id}/{part.key}", json.dumps({"ranges": ranges}).encode())
         try:
@@ -112,12 +113,12 @@ class VaultClient:
             raise self._error(error) from error
 
     def forget(self, after: int, before: SnapshotId) -> None:
-        """Have older snapshots than `before`, of later steps than `after`, dropped."""
+        """Drop snapshots that are older than `before` and of later steps than `after`: those steps were undone."""
         self._request("POST", "/forget", json.dumps({"after": after, "before": str(before)}).encode()).read()
 
     def memory(self, memory: WorkerMemory | None = None) -> dict[str, int]:
-        """`held`: bytes that the vault has; `available`: bytes that can still be had on its node; `maps`: whether the
-        vault can map `memory`, 0 or 1."""
+        """`held`: bytes that the vault uses; `available`: bytes that are still available on its node; `maps`: whether
+        the vault can map `memory`, 0 or 1."""
         return json.loads(self._request("GET", "/memory" if memory is None else f"/memory?memory={memory}").read())
 
     def _request(self, method: str, path: str, *body: bytes | memoryview) -> http.client.HTTPResponse:

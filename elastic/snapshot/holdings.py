@@ -1,7 +1,7 @@
-"""Which snapshots there are, from what the vaults say that they hold. Pure.
+"""Which snapshots exist, from the vaults' lists of what they hold. Pure.
 
-A snapshot is complete when every part of it is whole in some vault. Its members have that agreed at a fence before
-anybody frees the room of the one before, so there is always one.
+A snapshot is complete when each of its parts is completely in some vault. The members agree on that at a fence before
+any of them frees the memory of the snapshot before, so there is always a complete one.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ from elastic.placement import Part
 
 @dataclass(frozen=True, order=True)
 class SnapshotId:
-    """The world that took a snapshot (claim and number), and the step. A newer world's is newer, whatever the step:
-    steps of older worlds may have been undone since."""
+    """The world that took a snapshot (epoch and number), and the step. A snapshot of a newer world is newer whatever
+    its
+    step: steps of older worlds may have been undone since."""
 
     epoch: int
     n: int
@@ -29,7 +30,7 @@ class SnapshotId:
         """The inverse of str().
 
         Raises:
-            ValueError: it is none.
+            ValueError: the text is no snapshot id.
         """
         epoch, n, step = map(int, text.split("-"))
         return SnapshotId(epoch, n, step)
@@ -37,7 +38,7 @@ class SnapshotId:
 
 @dataclass(frozen=True)
 class Holding:
-    """A part that a vault has whole."""
+    """A part that a vault has completely."""
 
     id: SnapshotId
     part: Part
@@ -46,7 +47,7 @@ class Holding:
 
 @dataclass(frozen=True)
 class Complete:
-    """A snapshot of which every part is there: for each part, the vaults that have it."""
+    """A snapshot of which every part exists, with the URLs of the vaults that have each part."""
 
     id: SnapshotId
     urls: Mapping[Part, tuple[str, ...]]
@@ -63,7 +64,7 @@ def complete(holdings: Sequence[Holding]) -> list[Complete]:
 
 
 def lost_parts(holdings: Sequence[Holding]) -> str:
-    """For people: why the newest snapshot that anything is left of cannot be used; empty if there is none."""
+    """Why the newest snapshot cannot be used, as a text for people; empty if the vaults hold nothing."""
     if not holdings:
         return ""
     id, parts = max((h.id, h.part.siblings) for h in holdings)
@@ -72,6 +73,5 @@ def lost_parts(holdings: Sequence[Holding]) -> str:
 
 
 def to_free(held: Iterable[SnapshotId], new: SnapshotId, keep: SnapshotId | None) -> set[SnapshotId]:
-    """Snapshots whose room a vault may use again when a part of `new` comes, of which `keep` is the newest that is
-    complete."""
+    """The snapshots whose memory a vault may reuse when a part of `new` arrives; `keep` is the newest complete one."""
     return set(held) - {new} - ({keep} if keep is not None else set())

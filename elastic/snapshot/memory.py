@@ -1,4 +1,4 @@
-"""How much memory this process can still have: of its machine, its container, and its own limit."""
+"""How much memory this process can still get: on its machine, in its container, and below its own limit."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _LIMITS = (
 
 
 def available_bytes() -> int:
-    """Bytes that can still be had without swapping: of the machine, or of what limits this process to less."""
+    """Bytes available without swapping: of the machine, or less if a limit of the container or process says so."""
     lines = Path("/proc/meminfo").read_text().splitlines()
     fields = {line.split(":")[0]: line.split()[1] for line in lines}
     found = int(fields["MemAvailable"]) * 1024
@@ -30,6 +30,6 @@ def available_bytes() -> int:
 
 
 def _cache_bytes(folder: Path) -> int:
-    """Of files, which the kernel gives up first."""
+    """Bytes of cached files, which the kernel frees first."""
     lines = (folder / "memory.stat").read_text().splitlines()
     return sum(int(line.split()[1]) for line in lines if line.split()[0] in ("inactive_file", "active_file"))

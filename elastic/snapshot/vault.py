@@ -1,18 +1,19 @@
-"""A vault: parts of snapshots in the memory of one node, behind a small HTTP server. Outlives the workers of its node.
+"""A vault: parts of snapshots in the memory of one node, behind a small HTTP server. It outlives the node's workers.
 
-    PUT  /parts/<snapshot>/<part>        a part: its head (JSON) and its tensors' bytes, checked by their xxh3
-    POST /adopt/<snapshot>/<part>        a part whose bytes are in memory of a worker of this node; the body is its head
-    POST /release                        parts in that memory are dropped: the worker is about to write to it
-    GET  /parts                          what is here whole: [snapshot, part] each
+    PUT  /parts/<snapshot>/<part>        store a part: its head (JSON) and its tensors' bytes, checked by their xxh3
+    POST /adopt/<snapshot>/<part>        keep a part whose bytes are in the memory of a worker of this node; the body is
+                                         its head
+    POST /release                        drop the parts in that memory: the worker is about to write to it
+    GET  /parts                          the complete parts: a list of [snapshot, part]
     GET  /parts/<snapshot>/<part>/head   a part's head
     POST /parts/<snapshot>/<part>        {"ranges": [[start, end], ...]}: bytes of its tensors, one after another
     POST /forget                         {"after": step, "before": snapshot}: older worlds' steps after it were undone
-    GET  /memory                         bytes held here, bytes that can still be had, and whether this process can map
-                                         the memory of the worker that asks
+    GET  /memory                         bytes held here, bytes still available, and whether this process can map the
+                                         memory of the worker that asks
 
-Every request carries the run's bearer token. Of each part there are two generations at most: room is freed when a part
-of a newer snapshot comes, and never that of the newest complete one, which the sender names. Adopted memory is mapped,
-not copied, so it outlives the worker that made it.
+Every request carries the run's bearer token. There are at most two generations of each part: when a part of a newer
+snapshot arrives, memory of older ones is reused, but never that of the newest complete one, which the sender names.
+Adopted memory is mapped, not copied, so it outlives the worker that made it.
 """
 
 from __future__ import annotations
@@ -40,20 +41,20 @@ from elastic.snapshot.holdings import SnapshotId, to_free
 from elastic.snapshot.memory import available_bytes
 
 READ_BYTES = 8 << 20
-STALLED_S = 60.0  # a sender or reader that moves nothing for so long is given up
+STALLED_S = 60.0  # a sender or reader that moves no byte for so long is given up
 MOST_STRANGERS = 64  # connections that have shown no token yet
-STRANGER_S = 5.0  # from connecting to the token
-MAX_REQUEST_BYTES = 64 << 20  # but for parts
+STRANGER_S = 5.0  # from connecting to showing the token
+MAX_REQUEST_BYTES = 64 << 20  # of all requests except those that store parts
 
 
 @dataclass(eq=False)
 class _Kept:
     head: bytes
-    room: mmap.mmap
+    memory: mmap.mmap
     size: int
     readers: int = 0
     whole: bool = False
-    owner: WorkerMemory | None = None  # the worker's memory that `room` maps; None where the vault made it
+    owner: WorkerMemory | None = None  # the worker's memory that `memory` maps; None if the vault allocated it
 
 
 _Key = tuple[SnapshotId, Part]
@@ -61,35 +62,35 @@ _Key = tuple[SnapshotId, Part]
 
 @dataclass
 class Store:
-    """The parts of one vault. From any thread."""
+    """The parts of one vault. All methods may be called from any thread."""
 
     _parts: dict[_Key, _Kept] = field(default_factory=dict)
     _free: list[mmap.mmap] = field(default_factory=list)
-    _dropped: list[_Kept] = field(default_factory=list)  # adopted parts that somebody still reads
+    _dropped: list[_Kept] = field(default_factory=list)  # adopted parts that are being read
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def begin(self, key: _Key, head: bytes, size: int, keep: SnapshotId | None) -> _Kept:
-        """Make room for a part; nobody sees it before it is whole.
+        """Make memory for a part; readers do not see it before it is complete.
 
         Raises:
-            MemoryError: there is none.
+            MemoryError: not enough is available.
         """
         with self._lock:
             gone = to_free([known for known, _ in self._parts], key[0], keep)
             if gone:
-                self._free = []  # what the round before did not use
+                self._free = []  # pieces that the last snapshot did not use
             self._drop([known for known in self._parts if known[0] in gone or known == key])
-            fits = [room for room in self._free if size <= len(room) <= 2 * size]
-            room = min(fits, key=len, default=None)
-            if room is not None:
-                self._free.remove(room)
+            fits = [piece for piece in self._free if size <= len(piece) <= 2 * size]
+            memory = min(fits, key=len, default=None)
+            if memory is not None:
+                self._free.remove(memory)
             else:
-                self._free = []  # parts have other sizes now
+                self._free = []  # parts have other sizes now, so these pieces fit none
                 left = available_bytes()
                 if size > left:
                     raise MemoryError(f"a part of {size} bytes does not fit into {left} bytes that are left")
-                room = mmap.mmap(-1, max(1, size))
-            kept = self._parts[key] = _Kept(head, room, size)
+                memory = mmap.mmap(-1, max(1, size))
+            kept = self._parts[key] = _Kept(head, memory, size)
             return kept
 
     def adopt(self, key: _Key, head: bytes, memory: WorkerMemory, keep: SnapshotId | None) -> None:
@@ -98,20 +99,20 @@ class Store:
         Raises:
             OSError, ValueError: this process cannot map that memory.
         """
-        room = memory.map()
+        mapped = memory.map()
         with self._lock:
             gone = to_free([known for known, _ in self._parts], key[0], keep)
             self._drop([known for known in self._parts if known[0] in gone or known == key])
-            self._parts[key] = _Kept(head, room, memory.size, whole=True, owner=memory)
+            self._parts[key] = _Kept(head, mapped, memory.size, whole=True, owner=memory)
 
     def release(self, memory: WorkerMemory) -> bool:
-        """Drop the parts in a worker's memory; returns whether nobody reads them, so that it can be written to."""
+        """Drop the parts in a worker's memory; returns whether no reader uses them, so that it may be written to."""
         with self._lock:
             self._drop([key for key, kept in self._parts.items() if kept.owner == memory])
             return all(kept.owner != memory for kept in self._dropped)
 
     def end(self, key: _Key, kept: _Kept, *, whole: bool) -> None:
-        """All of it came, or no more will."""
+        """A part arrived completely, or will not any more."""
         with self._lock:
             if self._parts.get(key) is kept:
                 kept.whole = whole
@@ -119,12 +120,12 @@ class Store:
                     self._drop([key])
 
     def whole(self) -> list[list[str]]:
-        """[snapshot, part] of each whole part."""
+        """[snapshot, part] of each complete part."""
         with self._lock:
             return [[str(id), part.key] for id, part in sorted(self._parts) if self._parts[id, part].whole]
 
     def open(self, key: _Key) -> _Kept | None:
-        """A whole part to read from, until `close`; its room is not used again meanwhile."""
+        """A complete part to read from; its memory is not reused before `close`."""
         with self._lock:
             kept = self._parts.get(key)
             if kept is None or not kept.whole:
@@ -133,21 +134,21 @@ class Store:
             return kept
 
     def close(self, kept: _Kept) -> None:
-        """Read."""
+        """A reader of this part is done."""
         with self._lock:
             kept.readers -= 1
             if kept in self._dropped and not kept.readers:
                 self._dropped.remove(kept)
 
     def forget(self, after: int, before: SnapshotId) -> None:
-        """Drop older snapshots than `before`, of later steps than `after`."""
+        """Drop snapshots that are older than `before` and of later steps than `after`."""
         with self._lock:
             self._drop([key for key in self._parts if key[0].step > after and key[0] < before])
 
     def held_bytes(self) -> int:
-        """Bytes that this vault has from the system."""
+        """Bytes of memory that this vault uses."""
         with self._lock:
-            return sum(len(p.room) for p in self._parts.values()) + sum(map(len, self._free))
+            return sum(len(p.memory) for p in self._parts.values()) + sum(map(len, self._free))
 
     def _drop(self, keys: list[_Key]) -> None:
         for key in keys:
@@ -155,15 +156,15 @@ class Store:
             if part.owner is not None:
                 if part.readers:
                     self._dropped.append(part)
-            elif part.whole and not part.readers:  # else somebody still writes into it, or reads it
-                self._free.append(part.room)
+            elif part.whole and not part.readers:  # otherwise a connection still writes or reads it
+                self._free.append(part.memory)
 
 
 class VaultServer:
     """Serves a store on a thread of its own.
 
     Args:
-        host, port: where to listen; the workers of other nodes must reach it. 0 takes a free port.
+        host, port: address to listen on, which workers of other nodes must reach; port 0 takes a free one.
     """
 
     def __init__(self, token: str, host: str, port: int = 0):
@@ -174,13 +175,13 @@ class VaultServer:
         self._thread = threading.Thread(target=self._server.serve_forever, name="vault", daemon=True)
 
     def start(self) -> str:
-        """Returns the URL."""
+        """Start serving; returns the URL."""
         raise_descriptor_limit()
         self._thread.start()
         return self.url
 
     def stop(self) -> None:
-        """Stop serving; what was kept is gone."""
+        """Stop serving. The parts are lost."""
         self._server.shutdown()
         self._server.server_close()
         self._thread.join(10)
@@ -197,7 +198,7 @@ class _Server(ThreadingHTTPServer):
         super().__init__(*arguments)
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        """Where too many have shown no token yet, who came first has to go."""
+        """If too many connections have shown no token yet, end the oldest of them."""
         with self._lock:
             self._strangers[request] = time.monotonic() + STRANGER_S
             if len(self._strangers) > MOST_STRANGERS:
@@ -205,14 +206,14 @@ class _Server(ThreadingHTTPServer):
         super().process_request(request, client_address)
 
     def service_actions(self) -> None:
-        """Called again and again: turn away who has shown none for too long."""
+        """Called again and again by the server loop: end connections that have shown no token in time."""
         with self._lock:
             for stranger, until in list(self._strangers.items()):
                 if until < time.monotonic():
                     self._turn_away(stranger)
 
     def known(self, request: socket.socket) -> None:
-        """This one has shown a token: it may stay."""
+        """The client of this connection has shown a token: the connection may stay."""
         with self._lock:
             self._strangers.pop(request, None)
 
@@ -222,11 +223,11 @@ class _Server(ThreadingHTTPServer):
 
     def _turn_away(self, stranger: socket.socket) -> None:
         del self._strangers[stranger]
-        with contextlib.suppress(OSError):  # it is gone
+        with contextlib.suppress(OSError):  # the client has closed it already
             stranger.shutdown(socket.SHUT_RDWR)  # which ends its thread
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A connection that broke is a sender that is gone, whose part is dropped: not this node's trouble."""
+        """A broken connection only means that the sender is gone; its part is dropped, and nothing is printed."""
         if not isinstance(sys.exception(), OSError):
             super().handle_error(request, client_address)
 
@@ -239,7 +240,7 @@ class _Handler(BaseHTTPRequestHandler):
     token: str
 
     def log_message(self, format: str, *arguments: Any) -> None:
-        """Nobody reads it."""
+        """Log nothing: no one would read it."""
 
     def do_PUT(self) -> None:
         self._answer(self._put)
@@ -251,9 +252,9 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer(self._post)
 
     def _answer(self, respond: Any) -> None:
-        said = self.headers.get("Authorization", "").encode(errors="replace")
-        if "Origin" in self.headers or not hmac.compare_digest(said, f"Bearer {self.token}".encode()):
-            self.close_connection = True  # a body may follow that nobody reads
+        header = self.headers.get("Authorization", "").encode(errors="replace")
+        if "Origin" in self.headers or not hmac.compare_digest(header, f"Bearer {self.token}".encode()):
+            self.close_connection = True  # an unread body may follow
             self._send(401, {"error": "wrong or missing token, or a web page"})
             return
         assert isinstance(self.server, _Server)
@@ -287,7 +288,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._send(200, {}) if whole else self._send(400, {"error": "the bytes that came are not those that were sent"})
 
     def _receive(self, kept: _Kept, step: int) -> str:
-        digest, view = xxhash.xxh3_64(kept.head), memoryview(kept.room)
+        digest, view = xxhash.xxh3_64(kept.head), memoryview(kept.memory)
         for start in range(0, kept.size, READ_BYTES):
             piece = view[start : min(kept.size, start + READ_BYTES)]
             if self.rfile.readinto(piece) != len(piece):
@@ -297,7 +298,7 @@ class _Handler(BaseHTTPRequestHandler):
         return digest.hexdigest()
 
     def _discard(self, size: int) -> None:
-        """Read what the sender still sends, so that it comes to reading the answer."""
+        """Read the rest of the body, so that the sender comes to read the answer."""
         while size > 0 and (count := len(self.rfile.read(min(size, READ_BYTES)))):
             size -= count
 
@@ -325,7 +326,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._read_part(None)
 
     def _read_part(self, ranges: list[list[int]] | None) -> None:
-        """Send bytes of the tensors, or the head."""
+        """Send these bytes of a part's tensors, or with None its head."""
         id, part = key = self._key()
         kept = self.store.open(key)
         if kept is None:
@@ -335,7 +336,7 @@ class _Handler(BaseHTTPRequestHandler):
             if ranges is None:
                 self._send_bytes(200, memoryview(kept.head))
             else:
-                view = memoryview(kept.room)
+                view = memoryview(kept.memory)
                 self._send_bytes(200, *(view[start:end] for start, end in ranges))
         finally:
             self.store.close(kept)

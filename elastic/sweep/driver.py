@@ -22,7 +22,7 @@ from elastic.errors import ElasticError, Interrupted, error_text
 from elastic.job import Job, job_name, job_options, training_data
 from elastic.run.plan import resolve
 from elastic.run.resuming import CODED
-from elastic.run.signals import heard_by
+from elastic.run.signals import handled_by
 from elastic.sweep.config import SweepConfig
 from elastic.sweep.judge import Judge
 from elastic.sweep.prepare import PreparedSweep, prepare_sweep
@@ -126,7 +126,7 @@ class _Sweeping:
         )
         scratch = tempfile.mkdtemp(prefix="elastic-sweep-", dir=session_folder())
         try:
-            with heard_by(self._hear):
+            with handled_by(self._hear):
                 tuning = Tuning(self._plan(), self._judge, places, scratch)
                 try:
                     self._turn(tuning)

@@ -25,7 +25,7 @@ from elastic.run.drive import HOST_LOST_S, Drive
 from elastic.run.forecast import refuse_what_does_not_fit_here
 from elastic.run.host import host_settings, keeper_options, new_token, start_detail
 from elastic.run.prepare import PreparedRun, open_run
-from elastic.run.signals import heard_by
+from elastic.run.signals import handled_by
 from elastic.units import parse_amount
 from elastic.worker.children import end_process, ended_how, start_module
 from elastic.worker.hosting import HostHere, HostProcess
@@ -273,5 +273,5 @@ def run_local(run: PreparedRun, workers: int, *, timeout_s: float = 600.0, **opt
     """Run to the end; returns the contents of result.json. The first SIGINT or SIGTERM saves and ends the run, a second
     one ends it at once."""
     local = LocalRun(run, workers, **options)
-    with heard_by(local.drive.hear), local:
+    with handled_by(local.drive.on_signal), local:
         return local.wait(timeout_s)
