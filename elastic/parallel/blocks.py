@@ -1,4 +1,5 @@
-"""The blocks of a model: what is sharded, checkpointed and compiled one by one. Any choice gives the same bits."""
+"""The blocks of a model: the modules that are sharded, checkpointed and compiled one by one. Any choice gives the same
+bits."""
 
 from __future__ import annotations
 
@@ -16,23 +17,24 @@ from elastic.compat.torch import autotuning, limit_recompiles, own_buffers, vers
 from elastic.errors import ConfigError
 
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
-#: Where nothing repeats, a module of at most this many bytes is not cut further.
+#: If nothing repeats, a module of at most this many bytes is not divided further.
 BLOCK_BYTES = 64 << 20
-#: Buffers of at most this size are kept for each call that is computed again, whether it writes to them or not.
+#: Buffers of at most this size are kept for each recomputed call, whether it writes to them or not.
 SMALL_BUFFER_BYTES = 64 << 10
 #: Variants of the code of one block: train and eval, with hooks and without, each shape of a batch.
 RECOMPILE_LIMIT = 64
 
 
 def find_blocks(model: nn.Module, classes: Sequence[str] = ()) -> list[nn.Module]:
-    """The blocks, outermost first found, in the model's order.
+    """The blocks of a model, in the model's order; none is inside another.
 
-    By class name where `classes` are given. Else what repeats: children of one container that are of one class. Else
-    by size: going down from the root, the first modules of at most `BLOCK_BYTES` (and at least a sixteenth of that).
-    A found module that shares a parameter with the rest of the model is no block: both must be gathered together.
+    With `classes`, the modules of these classes. Otherwise repeated modules: children of one container that have the
+    same class. Otherwise by size: going down from the root, the first modules of at most `BLOCK_BYTES` (and at least a
+    sixteenth of that). A module that shares a parameter with the rest of the model is no block, since both must be
+    gathered together.
 
     Raises:
-        ConfigError: a class that the model has no module of, or whose modules share parameters with others.
+        ConfigError: no module has that class, or its modules share parameters with others.
     """
     if classes:
         return _named(model, classes)
@@ -43,12 +45,12 @@ def find_blocks(model: nn.Module, classes: Sequence[str] = ()) -> list[nn.Module
 
 
 def _named(model: nn.Module, classes: Sequence[str]) -> list[nn.Module]:
-    there = Counter(type(m).__name__ for m in model.modules() if m is not model)
+    known = Counter(type(m).__name__ for m in model.modules() if m is not model)
     for name in classes:
-        if name not in there:
+        if name not in known:
             raise ConfigError(
                 f"--parallel.blocks names {name!r}, but the model has no module of that class; "
-                f"it has {', '.join(sorted(there))}"
+                f"it has {', '.join(sorted(known))}"
             )
     found = _outermost(model, {m for m in model.modules() if type(m).__name__ in classes and m is not model})
     for module in found:
@@ -109,7 +111,7 @@ def _bytes(module: nn.Module) -> int:
 
 
 def _shares(model: nn.Module, block: nn.Module) -> str | None:
-    """The name of a parameter of the block that the rest of the model has too, or that has no rows to shard."""
+    """The name of a parameter that the block shares with the rest of the model; None if there is none."""
     inside = {id(m) for m in block.modules()}
     mine = {id(p) for p in block.parameters()}
     for prefix, module in model.named_modules(remove_duplicate=False):
@@ -121,8 +123,9 @@ def _shares(model: nn.Module, block: nn.Module) -> str | None:
 
 
 def checkpoint_activations(blocks: Sequence[nn.Module]) -> None:
-    """Make each block forget its activations in forward and compute them again in backward, with the buffers that the
-    call began with: a block may read what it has written, and be called several times in a pass."""
+    """Make each block drop its activations in forward and compute them again in backward, starting from the buffers
+    with
+    which the call began: a block may read what it has written, and may be called several times in a pass."""
     for block in blocks:
         block.forward = partial(_again, _Written(block), block.forward)
 
@@ -141,15 +144,15 @@ def _again(written: _Written, forward: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 class _Written:
-    """The buffers of a block that its calls may write to: small ones, and of large ones those that a call has written
-    to, as their version counters say."""
+    """The buffers of a block that its calls may write to: all small ones, and those large ones that a call wrote to,
+    according to their version counters."""
 
     def __init__(self, block: nn.Module):
         self._block, self._looked = block, False
-        self._large: set[str] = set()  # names of large ones that were written to
+        self._large: set[str] = set()  # names of large buffers that were written to
 
     def begun(self) -> _Begun:
-        """What they are now."""
+        """Copies of these buffers' present values."""
         found = _Begun()
         for prefix, module in self._block.named_modules():
             for key, buffer in own_buffers(module).items():
@@ -160,7 +163,7 @@ class _Written:
         return found
 
     def look(self, began: _Begun) -> None:
-        """A call that began so is over: forget the large ones that it left alone."""
+        """The call that `began` so is over: forget copies of large buffers that it did not write to."""
         for (module, key), (name, buffer, version) in began.versions.items():
             if own_buffers(module).get(key) is not buffer or version_of(buffer) != version:
                 self._large.add(name)
@@ -170,8 +173,8 @@ class _Written:
 
 
 class _Begun(contextlib.AbstractContextManager[None]):
-    """While a call is computed again its buffers are what it began with. They are other tensors, since autograd may
-    have kept those that it left."""
+    """While a call is computed again, its buffers have the values with which it began. They are other tensors, since
+    autograd may have saved those that the call left."""
 
     def __init__(self) -> None:
         self.versions: dict[tuple[nn.Module, str], tuple[str, torch.Tensor, int]] = {}
@@ -194,13 +197,13 @@ def _is_small(buffer: torch.Tensor) -> bool:
 
 
 def compile_blocks(blocks: Sequence[nn.Module], *, exact: bool) -> None:
-    """torch.compile each block in place; names in the model stay as they are.
+    """torch.compile each block in place; module names stay as they are.
 
-    Compiles afresh: what was compiled before would count.
+    Clears what was compiled before, which would count against the limits.
 
     Args:
-        exact: each shape by itself. After some shapes torch would compile for any shape, and after some models of one
-            class stop compiling; such code has other bits. So the latter fails instead.
+        exact: compile each shape by itself. Otherwise torch compiles code for any shape after it has seen some, and
+            stops compiling after some models of one class, and such code has other bits. With `exact` the latter fails.
     """
     torch.compiler.reset()
     if exact:
@@ -210,10 +213,10 @@ def compile_blocks(blocks: Sequence[nn.Module], *, exact: bool) -> None:
 
 
 def check_compiler() -> None:
-    """Refuse what makes compiled code depend on what was fast where it was compiled.
+    """Refuse compiler settings that make the code depend on measurements.
 
     Raises:
-        ConfigError: by name.
+        ConfigError: with the name of the setting.
     """
     setting = autotuning()
     if setting is not None:

@@ -1,4 +1,4 @@
-"""A model's buffers during a step: which ones forward passes changed, and what they were when the step began."""
+"""A model's buffers during a step: which ones forward passes changed, and their values when the step began."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from torch import nn
 
 from elastic.compat.torch import NormWithStatistics, version_of
 
-_MULTIPLIER = 2_654_435_761  # odd, so that moves at two places do not add up to those at two others (Knuth's hash)
+_MULTIPLIER = 2_654_435_761  # odd, so that moves at two places do not cancel those at two others (Knuth's hash)
 
 
 class StepBuffers:
     """Watches the buffers of a model from step to step.
 
-    A change is seen by the tensor's version counter, or by another tensor in its place (`self.mean = ...`), except for
-    running statistics of normalisation layers, whose kernels do not count: those are taken to change in every forward
-    pass in train mode. A buffer that is not saved and has another tensor put in its place is a cache, and left alone.
+    A change shows in the tensor's version counter, or by another tensor in its place (`self.mean = ...`). Kernels of
+    running statistics in normalisation layers do not count, so these are assumed to change in every forward pass in
+    train mode. An unsaved buffer that another tensor replaces is a cache, and left alone.
 
-    Writes through `.data`, and by kernels, move no counter: so values are compared too, in the first step, and from
-    then on of buffers for which that found some.
+    Writes through `.data`, and by kernels, do not change the counter. So values are compared too: of all buffers in the
+    first step, and later of those for which that found such a write.
 
     Args:
-        exact: values of saved buffers are compared in every step.
+        exact: compare the values of saved buffers in every step.
     """
 
     def __init__(self, model: nn.Module, *, exact: bool):
@@ -37,21 +37,21 @@ class StepBuffers:
         }
         self._owners = {name: place for name, place in self._places.items() if name in saved}
         self._norms = _running_statistics(model)
-        #: Buffers that passes change, though they are registered with persistent=False.
+        #: Buffers that passes change although they are registered with persistent=False.
         self.unsaved: set[str] = set()
-        self._hidden: set[str] = set()  # buffers that something writes to without moving their counters
-        self._looks = True  # the first step is not over
+        self._hidden: set[str] = set()  # buffers that are written to without a change of their counters
+        self._looks = True  # whether this is the first step
         self._kept: dict[str, tuple[torch.Tensor, int, torch.Tensor]] = {}
         self._weights: dict[str, torch.Tensor] = {}
 
     @property
     def named(self) -> dict[str, torch.Tensor]:
-        """The buffers by name, in the model's order, as they are now."""
+        """The present buffers by name, in the model's order."""
         now = {name: getattr(module, key) for name, (module, key) in self._owners.items()}
         return {name: now.get(name, first) for name, first in self._first.items()}
 
     def begin(self) -> None:
-        """A step begins: keep what the buffers are now. Without `exact`, only of those that a counter says moved."""
+        """A step begins: keep copies of the buffers. Without `exact`, copy only those whose counter has changed."""
         for name, buffer in self.named.items():
             kept = self._kept.get(name)
             if (
@@ -68,11 +68,11 @@ class StepBuffers:
         return self._kept[name][2]
 
     def versions(self) -> dict[str, tuple[torch.Tensor, int]]:
-        """To be given to `changed_since`."""
+        """Version counters, for `changed_since`."""
         return {name: (buffer, version_of(buffer)) for name, buffer in self.named.items()}
 
     def changed_since(self, versions: dict[str, tuple[torch.Tensor, int]]) -> list[str]:
-        """Names of buffers that something wrote to or replaced, in the model's order."""
+        """Names of buffers that were written to or replaced since `versions`, in the model's order."""
         return [
             name
             for name, buffer in self.named.items()
@@ -90,35 +90,36 @@ class StepBuffers:
         return True
 
     def end(self, touched: Iterable[str]) -> None:
-        """The passes of a step are over; on any worker they changed these buffers."""
+        """The passes of a step are over; `touched`: the buffers that they changed on any worker."""
         self._looks = False
         self.unsaved |= {name for name in touched if name not in self._owners}
 
     def _counts_nothing(self, name: str) -> bool:
-        """Whether passes write to this buffer without moving its counter."""
+        """Whether passes may write to this buffer without changing its counter."""
         module = self._norms.get(name)
         return module is not None and module.training
 
-    def taken(self, versions: dict[str, tuple[torch.Tensor, int]]) -> dict[str, torch.Tensor]:
+    def copies_since(self, versions: dict[str, tuple[torch.Tensor, int]]) -> dict[str, torch.Tensor]:
         """Copies of the buffers that changed since `versions`, by name."""
         return {name: self.named[name].detach().clone() for name in self.changed_since(versions)}
 
     def mask(self, names: Iterable[str]) -> int:
-        """A bit for each of these buffers, for the step's record, which says on every worker what any pass changed."""
+        """One bit for each of these buffers. In the step's record it tells every worker which buffers changed
+        anywhere."""
         order = list(self._first)
         return sum(1 << order.index(name) for name in names)
 
     def masked(self, mask: int) -> list[str]:
-        """The names that `mask` has a bit for, in the model's order."""
+        """The names of the bits in `mask`, in the model's order."""
         return [name for i, name in enumerate(self._first) if mask >> i & 1]
 
     @property
     def words(self) -> int:
-        """64-bit words of such a mask."""
+        """The number of 64-bit words of such a mask."""
         return (len(self._first) + 63) // 64
 
     def weight(self, name: str) -> torch.Tensor:
-        """A whole number for each element of a buffer, other ones for each buffer: the weights of a fingerprint."""
+        """The weights of a buffer's fingerprint: int64, one for each element, different for each buffer."""
         if name not in self._weights:
             buffer = self.before(name)
             places = torch.arange(1, buffer.numel() + 1, device=buffer.device)
@@ -126,7 +127,7 @@ class StepBuffers:
         return self._weights[name]
 
     def undo(self, names: Iterable[str] | None = None) -> None:
-        """Put buffers (all of them by default) back to what they were when the step began."""
+        """Restore buffers (by default all) to their values when the step began."""
         with torch.no_grad():
             for name in self._kept if names is None else names:
                 buffer, _, value = self._kept[name]
@@ -136,8 +137,8 @@ class StepBuffers:
 
     @contextmanager
     def begun(self, names: Iterable[str]) -> Iterator[None]:
-        """While a backward pass computes its forward pass again: these buffers are what that one began with. They are
-        other tensors, since autograd may have kept those that it left."""
+        """While backward computes a forward pass again, these buffers have the values with which that pass began. They
+        are other tensors, since autograd may have saved those that it left."""
         left = {name: getattr(*self._places[name]) for name in names}
         for name in left:
             setattr(*self._places[name], self.before(name).clone())
@@ -149,7 +150,7 @@ class StepBuffers:
 
     @contextmanager
     def unmoved(self) -> Iterator[None]:
-        """Between steps: whatever is done to buffers inside is undone, also where it fails."""
+        """Between steps: undo all changes of buffers made inside, also if an exception ends it."""
         self.begin()
         try:
             yield
@@ -162,7 +163,7 @@ class StepBuffers:
 
 
 def _running_statistics(model: nn.Module) -> dict[str, nn.Module]:
-    """The normalisation layer of each running statistic, by the buffer's name."""
+    """The normalisation layer of each running statistic, by the name of the buffer."""
     return {
         f"{prefix}.{name}" if prefix else name: module
         for prefix, module in model.named_modules()

@@ -1,13 +1,15 @@
-"""Building a model without memory, and filling it tensor by tensor, wherever and however it is cut.
+"""Building a model without memory, and filling it tensor by tensor, on any device and however it is sharded.
 
 The job's `model()` runs with tensors on the meta device. What it does to them (torch's own `reset_parameters`, the
-job's `nn.init` calls, copies of loaded weights) is recorded, and done for real later: for one tensor at a time, on the
-CPU, with every random draw under a seed from (seed, name of the tensor drawn into, how many draws before). So the value
-of a parameter depends on neither rank, world size nor strategy, and no worker ever holds more than one whole tensor.
+job's `nn.init` calls, copies of loaded weights) is recorded and carried out later: for one tensor at a time, on the
+CPU, with every random draw under a seed from (seed, name of the tensor drawn into, number of draws before). So the
+value of a parameter depends on neither rank, world size nor strategy, and no worker ever holds more than one whole
+tensor.
 
-Tensors are filled as the objects that they are: what else knows them (hooks, lists, closures, an optimizer) still does.
+Tensors are filled without being replaced, so that all other references to them (hooks, lists, closures, an optimizer)
+stay valid.
 
-After "deferred initialisation" in torchdistX (https://github.com/pytorch/torchdistx).
+Source of the idea: "deferred initialisation" in torchdistX (https://github.com/pytorch/torchdistx).
 """
 
 from __future__ import annotations
@@ -53,9 +55,9 @@ __all__ = ["META", "CannotDefer", "DeferredModel", "build", "build_eagerly"]
 
 @dataclass
 class DeferredModel:
-    """A model on the meta device (parts of it may be real), and what it takes to fill it.
+    """A model on the meta device (parts of it may be real), and the recorded calls that fill it.
 
-    `model` may be wrapped and cut after this was made: values are asked for by name.
+    `model` may be wrapped and sharded afterwards: values are looked up by name.
     """
 
     model: nn.Module
@@ -63,22 +65,22 @@ class DeferredModel:
     _calls: list[Call] = field(default_factory=list)
     _initial: dict[str, torch.Tensor | Place] = field(default_factory=dict)
     _beside: list[torch.Tensor] = field(default_factory=list)
-    #: Modules that `model()` made and that are no part of the model, such as a teacher.
+    #: Modules that `model()` made but that are not part of the model, such as a teacher.
     others: list[nn.Module] = field(default_factory=list)
 
     def names(self) -> list[str]:
-        """Every parameter and buffer, tied ones once, under their first name."""
+        """The names of all parameters and buffers; tied ones once, by their first name."""
         return list(self._initial)
 
     def value(self, name: str) -> torch.Tensor:
-        """The initial value of a parameter or buffer, on the CPU."""
+        """The initial value of a parameter or buffer, whole, on the CPU."""
         found = self._initial[name]
         return _real(found, self._memory(found.storage)).clone() if isinstance(found, Place) else found
 
     def fill(self, device: torch.device) -> None:
-        """Give every tensor on meta that the job keeps its initial value, on a device; shared memory stays shared.
+        """Give every meta tensor that the job keeps its initial value on `device`; shared memory stays shared.
 
-        Of a model that was cut, that is what there is beside it.
+        If the model was sharded, these are only the tensors outside of it.
         """
         targets = {id(t): t for t in (*self._beside, *_own(self.model)) if t.device == META}
         self._beside = []
@@ -104,7 +106,7 @@ class DeferredModel:
             become(tensor, value)
 
     def _memory(self, storage: int) -> dict[int, torch.UntypedStorage]:
-        """What is in a storage when all that concerns it is done, and what was made on the way."""
+        """The contents of a storage after all recorded calls that affect it, and of storages needed on the way."""
         needed, calls = {storage}, []
         for call in reversed(self._calls):
             if call.writes & needed:
@@ -131,7 +133,7 @@ class DeferredModel:
 
 
 def _real(place: Place, memory: dict[int, torch.UntypedStorage]) -> torch.Tensor:
-    """The real tensor that stands for one on meta: a view of the memory that stands for its storage."""
+    """The real tensor for one on meta: a view of the memory that stands for its storage."""
     if place.storage not in memory:
         memory[place.storage] = torch.zeros(place.size_bytes, dtype=torch.uint8).untyped_storage()
     held = memory[place.storage]
@@ -149,9 +151,10 @@ def _overlaps(place: Place) -> bool:
 
 
 def become(tensor: torch.Tensor, value: torch.Tensor) -> None:
-    """Put a value, on another device, in place of a tensor's. The object stays: its class, marks, flags and hooks."""
+    """Give a tensor the value of another, on another device. The object keeps its class, attributes, flags and
+    hooks."""
     trained, hooks = tensor.requires_grad, gradient_hooks(tensor)
-    new: Any = value.detach().requires_grad_(trained or any(hooks))  # which frozen ones may have too
+    new: Any = value.detach().requires_grad_(trained or any(hooks))  # frozen parameters may have hooks too
     new.__class__ = tensor.__class__
     new.__dict__.update(tensor.__dict__)
     set_gradient_hooks(new, hooks)
@@ -168,7 +171,7 @@ def build(make: Callable[[], nn.Module], seed: int) -> DeferredModel:
     """Build a model on the meta device.
 
     Raises:
-        CannotDefer: it needs real values while it is built.
+        CannotDefer: the model needs real values while it is built.
     """
     recorder, on_meta = Recorder(), OnMeta()
     with Made() as made:
@@ -180,7 +183,7 @@ def build(make: Callable[[], nn.Module], seed: int) -> DeferredModel:
         check_sizes(model)
         if any(isinstance(m, torch.jit.ScriptModule) for m in made.find(nn.Module)):
             raise CannotDefer("the model has ScriptModules, whose tensors are kept outside of Python")
-        if on_meta.error is not None:  # what was done instead is done because there are no values
+        if on_meta.error is not None:  # the job caught it, and took another way only because there are no values
             raise CannotDefer(str(on_meta.error)) from on_meta.error
         kept = [t for t in made.find(torch.Tensor) if not is_traceable_wrapper_subclass(t) and recorder.knows(t)]
         others = _outside(model, made.find(nn.Module))
@@ -210,10 +213,10 @@ def build(make: Callable[[], nn.Module], seed: int) -> DeferredModel:
 
 
 def check_sizes(model: nn.Module) -> None:
-    """Refuse, by name, what takes its sizes from the first batch: nothing can be placed or resumed without them.
+    """Refuse layers that take their sizes from the first batch: nothing can be placed or resumed without sizes.
 
     Raises:
-        ConfigError: which, and what to do.
+        ConfigError: with the parameter, and what to do.
     """
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if is_lazy(tensor):
@@ -226,13 +229,13 @@ def check_sizes(model: nn.Module) -> None:
 
 
 def _check_replaceable(tensor: torch.Tensor, views: int) -> None:
-    """Refuse tensors that cannot be given a value as the objects that they are.
+    """Refuse tensors that cannot be filled without being replaced.
 
     Args:
-        views: how many views of it are kept too; each knows it.
+        views: how many views of it are kept too; each of them refers to it.
 
     Raises:
-        CannotDefer: which are known to others than Python, by whom they would be forgotten.
+        CannotDefer: something outside of Python refers to the tensor, and would lose it.
     """
     if not tensor.is_leaf:
         raise CannotDefer("the model keeps a tensor that was computed from its parameters, with its graph")

@@ -16,10 +16,10 @@ from elastic.compat.torch import stop_script_from_specialising
 
 
 def prepare_process(*, bitwise: bool, threads: int) -> None:
-    """Settings that must be made before the first CUDA call.
+    """Make the settings that must precede the first CUDA call.
 
-    `threads` is torch's thread count on CPU; sums over threads depend on it, so it is part of what a bitwise world
-    must share.
+    `threads` is torch's thread count on the CPU. Sums over threads depend on it, so all members of a bitwise world must
+    have the same.
     """
     torch.set_num_threads(threads)
     if bitwise:
@@ -30,14 +30,15 @@ def prepare_process(*, bitwise: bool, threads: int) -> None:
 
 
 def stop_filling() -> None:
-    """Leave new tensors as they are. In bitwise torch writes NaN into them, so that who reads one before writing it is
-    found when the job is tried; in training that costs one write more for every gathered parameter and buffer."""
+    """Leave new tensors uninitialised. With bitwise settings torch fills them with NaN, so that trying out the job
+    shows code that reads before it writes; in training that would cost a write for every gathered parameter and
+    buffer."""
     deterministic: Any = torch.utils.deterministic
     deterministic.fill_uninitialized_memory = False
 
 
 class ZerosForEmpty(TorchFunctionMode):
-    """Gives zeros where torch's functions would give memory that nobody has written."""
+    """Returns zeros where torch's functions would return uninitialised memory."""
 
     _MAKE = frozenset(
         {torch.empty, torch.empty_like, torch.empty_strided, torch.Tensor.new_empty, torch.Tensor.new_empty_strided}
@@ -49,20 +50,20 @@ class ZerosForEmpty(TorchFunctionMode):
 
 
 def pick_device(accelerator: str, local_index: int) -> torch.device:
-    """The worker's device; also makes it CUDA's current one. Plain processes that are more than there are GPUs share
-    them, as a developer's machine has one: NCCL takes those for workers of other machines."""
+    """The worker's device; with CUDA it becomes the current one. If there are more plain processes than GPUs, they
+    share them, as on a developer's machine: NCCL takes such processes for workers of other hosts."""
     if accelerator != "gpu":
         return torch.device("cpu")
     round_, index = divmod(local_index, torch.cuda.device_count() or 1)
     if round_:
-        os.environ.setdefault("NCCL_HOSTID", f"{platform.node()}-{round_}")  # it refuses two of one device and host
+        os.environ.setdefault("NCCL_HOSTID", f"{platform.node()}-{round_}")  # NCCL refuses one device twice on a host
     device = torch.device("cuda", index)
     torch.cuda.set_device(device)
     return device
 
 
 def describe(device: torch.device) -> dict[str, Any]:
-    """What two workers must share to compute the same bits, as plain JSON."""
+    """What two workers must have in common to compute the same bits, as plain JSON."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
     found = {"type": device.type, "name": name, "torch": torch.__version__, "threads": torch.get_num_threads()}
     if device.type == "cuda":
@@ -76,7 +77,7 @@ def describe(device: torch.device) -> dict[str, Any]:
 
 
 def _precision(kind: str) -> str:
-    """What the job set, or left, of how float32 products and convolutions are rounded on such a device."""
+    """How float32 products and convolutions are rounded on such a device, as the job has set it."""
     backends: Any = torch.backends
     if kind == "cuda":
         matmul = backends.cuda.matmul
@@ -96,7 +97,7 @@ def _precision(kind: str) -> str:
 
 
 def _cublas() -> str:
-    """Version of the cuBLAS that torch's wheels brought, else of the CUDA that torch was built with."""
+    """The version of cuBLAS in torch's wheels, otherwise that of the CUDA with which torch was built."""
     for name in ("nvidia-cublas", "nvidia-cublas-cu12"):
         with suppress(PackageNotFoundError):
             return version(name)
@@ -104,7 +105,7 @@ def _cublas() -> str:
 
 
 def nvidia_driver() -> str:
-    """Version of NVIDIA's kernel driver; empty where there is none."""
+    """The version of NVIDIA's kernel driver; empty if there is none."""
     try:
         with open("/proc/driver/nvidia/version") as file:
             found = re.search(r"Kernel Module(?: for \S+)?\s+(\d[\d.]*)", file.read())
@@ -114,23 +115,23 @@ def nvidia_driver() -> str:
 
 
 def memory_share(device: torch.device) -> float | None:
-    """Share of the device's memory that tensors took at most, or None on CPU."""
+    """The largest share of the device's memory that tensors took; None on CPU."""
     if device.type != "cuda":
         return None
     return torch.cuda.max_memory_allocated(device) / torch.cuda.get_device_properties(device).total_memory
 
 
 def host_wait(device: torch.device) -> None:
-    """Wait until everything is done that was enqueued on the device's present stream."""
+    """Wait until all work is done that was enqueued on the device's current stream."""
     synchronize = getattr(torch.get_device_module(device).current_stream(device), "synchronize", None)
-    if synchronize is not None:  # else nothing is enqueued: it was done when the call returned
+    if synchronize is not None:  # otherwise the device has no queues: all work was done when its call returned
         synchronize()
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until everything is done that was enqueued on any stream of the device.
+    """Wait until all work is done that was enqueued on any stream of the device.
 
     Raises:
-        RuntimeError: something of it failed, so that the device cannot be used by this process any more.
+        RuntimeError: some work failed, after which this process cannot use the device any more.
     """
     torch.get_device_module(device).synchronize(device)

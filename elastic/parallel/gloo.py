@@ -1,12 +1,12 @@
 """Gloo with waits that can be ended.
 
-Gloo tells those who wait in it that a connection ended, but not all of them: a receive of which a part has come, and a
-send that it has just begun, wait on to the end of their time-out (pair.cc: `signalException` passes over what was taken
-out of the queues; measured: of broadcasts of 80 MB whose source is killed, each hangs). So nobody waits inside
-gloo here: who waits for an operation is told when gloo ends it, or when it cannot come to an end any more.
+Gloo tells most waiting operations that a connection ended, but not all: a receive of which a part has arrived, and a
+send that has just begun, wait until their time-out (pair.cc: `signalException` skips operations that were taken out of
+the queues; measured: broadcasts of 80 MB whose source is killed all hang). So no thread waits inside gloo here: a wait
+ends when gloo ends the operation, or when the operation cannot end any more.
 
 An operation that gloo does not end keeps its thread, its tensors and its connections' memory until its time-out, or the
-end of the process. Importing this registers the backend.
+end of the process. Importing this module registers the backend.
 """
 
 from __future__ import annotations
@@ -32,23 +32,23 @@ _groups: list[FreeableGloo] = []
 
 
 class _Wait(PythonWork):
-    """An operation under way, for those who wait for it."""
+    """A pending operation, for the threads that wait for it."""
 
     def __init__(self, group: FreeableGloo):
         super().__init__()
         self._group, self._running = group, group._running
         self._unended = threading.Lock()
         self._end: Future[Any] = Future()
-        self._outcome = self._end.then(_taken)  # C++ sees the error of a callback, but not one that a future was given
+        self._outcome = self._end.then(_value_or_error)  # C++ sees an error of a callback, but no error as a value
         self._failure: str | None = None
         self._source = -1
 
     def follow(self, work: dist.Work) -> None:
-        """Be told by gloo how it ends; it is one of the running until then."""
+        """Have gloo end this wait; until then it counts as running."""
         self._running.add(self)
         try:
             future: Future[Any] = work.get_future()
-        except (RuntimeError, NotImplementedError):  # sends, receives and scattered sums have none
+        except (RuntimeError, NotImplementedError):  # sends, receives and scattered sums have no future
             threading.Thread(target=self._follow_blocked, args=(work,), name="gloo-wait", daemon=True).start()
         else:
             future.add_done_callback(self._take)
@@ -67,7 +67,7 @@ class _Wait(PythonWork):
         failure = None
         try:
             work.wait()
-            with suppress(RuntimeError):  # only a receive has one
+            with suppress(RuntimeError):  # only a receive has a source
                 self._source = source_rank(work)
         except RuntimeError as error:
             self._group.failure = failure = str(error)
@@ -75,16 +75,16 @@ class _Wait(PythonWork):
         self.end(failure=failure)
 
     def end(self, value: Any = None, *, failure: str | None = None) -> None:
-        """Tell those who wait how it ended, unless they were told."""
+        """End the wait with a value or a failure, unless it has ended already."""
         if self._unended.acquire(blocking=False):
             self._failure = failure
             self._end.set_result(value if failure is None else dist.DistBackendError(failure))
 
     def wait(self, timeout: Any = None) -> bool:
-        """Returns True. The time-out is the group's.
+        """Wait for the operation; returns True. The group's time-out applies, not this one.
 
         Raises:
-            DistBackendError: it failed.
+            DistBackendError: the operation failed.
         """
         self.result()
         return True
@@ -102,13 +102,13 @@ class _Wait(PythonWork):
         try:
             return self._outcome.wait()
         except RuntimeError:
-            raise dist.DistBackendError(self._failure) from None  # without the words of the callback around it
+            raise dist.DistBackendError(self._failure) from None  # without the callback's text around it
 
     def source_rank(self) -> int:
         return self._source
 
 
-def _taken(end: Future[Any]) -> Any:
+def _value_or_error(end: Future[Any]) -> Any:
     value = end.value()
     if isinstance(value, dist.DistBackendError):
         raise value
@@ -122,7 +122,7 @@ class FreeableGloo(AroundGloo):
         super().__init__(options.store, options.group_rank, options.group_size, options.timeout)
         self._running: set[_Wait] = set()
         self._freed: str | None = None
-        self.failure: str | None = None  # why one of its operations failed, if any did
+        self.failure: str | None = None  # why an operation failed, if one did
         with _lock:
             _groups.append(self)
 
@@ -140,18 +140,18 @@ class FreeableGloo(AroundGloo):
         return wait
 
     def free(self, why: str) -> None:
-        """Whoever waits, now or later, is told that the group was aborted."""
+        """End all waits, present and future, with the error that the group was aborted."""
         self._freed = f"gloo was aborted: {why}"
         for wait in list(self._running):
             wait.end(failure=self._freed)
 
     @property
     def is_running(self) -> bool:
-        """Whether gloo has not ended all operations."""
+        """Whether gloo has operations that have not ended."""
         return bool(self._running)
 
     def shutdown(self) -> None:
-        """Drop gloo, which closes its connections. One that still runs is kept: dropping it would wait for it."""
+        """Drop the gloo group, which closes its connections. It is kept if an operation runs: dropping would wait."""
         with _lock:
             if self not in _groups:
                 return
@@ -161,7 +161,7 @@ class FreeableGloo(AroundGloo):
         del self.inner
 
 
-#: Those for which gloo says at once that a connection has ended; of others it does so only to who waits.
+#: Operations whose start fails if a connection has ended; other operations report that only when waited for.
 _AT_ONCE = ("recv", "recv_anysource", "send")
 
 
@@ -180,16 +180,16 @@ dist.Backend.register_backend(BACKEND, FreeableGloo, extended_api=True, devices=
 
 
 def groups() -> list[FreeableGloo]:
-    """All that were not shut down."""
+    """All groups that were not shut down."""
     with _lock:
         return list(_groups)
 
 
 def settle(of: Sequence[FreeableGloo], is_connected: Callable[[], bool]) -> None:
-    """Wait until nothing is written to any tensor any more: the operations have ended, or cannot.
+    """Wait until no tensor is written to any more: all operations have ended, or cannot go on.
 
     Args:
-        is_connected: whether any connection of these groups is still open; they were shut down.
+        is_connected: whether any connection of these groups is open; they were shut down before.
     """
     deadline, idle = time.monotonic() + END_S, 0
     while any(group.is_running for group in of) and time.monotonic() < deadline and idle < 2:
@@ -198,9 +198,9 @@ def settle(of: Sequence[FreeableGloo], is_connected: Callable[[], bool]) -> None
 
 
 def _is_working() -> bool:
-    """Whether any of gloo's threads computes, copies or is about to: it does not sleep."""
+    """Whether a gloo thread is computing, copying or about to: it is not asleep."""
     for task in os.listdir("/proc/self/task"):
-        with suppress(FileNotFoundError, ProcessLookupError):  # it has ended
+        with suppress(FileNotFoundError, ProcessLookupError):  # the thread has ended
             with open(f"/proc/self/task/{task}/stat") as file:
                 name, _, rest = file.read().partition("(")[2].rpartition(")")
             if name == GLOO_THREAD and rest.split()[0] != "S":

@@ -1,12 +1,12 @@
-"""Which workers of a world hold which part of the model: (nodes of the members, wish) -> mesh and spares. Pure.
+"""Which workers of a world hold which part of the model: (nodes of the members, strategy) -> mesh and spares. Pure.
 
-    ddp    every worker a whole model                       W x 1
+    ddp    a whole model on every worker                    W x 1
     fsdp   one model over all workers                       1 x W
     hsdp   one model over the workers of a node, one copy   R x S
            for each group of S, so that a lost node leaves
            whole copies
 
-A mesh has `replicas` rows of `shards` workers. What does not fill a row stays outside as a hot spare.
+A mesh has `replicas` rows of `shards` workers. Workers that do not fill a row stay outside as hot spares.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from elastic.placement import Cut, Part
 
 REPLICATE, SHARD = "replicate", "shard"
-ROWS: Cut = ((SHARD, 0),)  # how a parameter is cut
+ROWS: Cut = ((SHARD, 0),)  # how every parameter is sharded
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Layout:
 
     Args:
         ranks: the world's ranks in the mesh, row after row; `ranks[replica * shards + shard]`.
-        spares: ranks outside it, ascending.
+        spares: ranks outside of the mesh, ascending.
     """
 
     replicas: int
@@ -36,7 +36,7 @@ class Layout:
 
     @property
     def size(self) -> int:
-        """Workers in the mesh."""
+        """The number of workers in the mesh."""
         return self.replicas * self.shards
 
     def place_of(self, rank: int) -> int | None:
@@ -44,7 +44,7 @@ class Layout:
         return self.ranks.index(rank) if rank in self.ranks else None
 
     def part(self, place: int) -> Part:
-        """What of the state a place holds."""
+        """The part of the state that a place holds."""
         return Part.of([(SHARD, place % self.shards, self.shards)])
 
     @property
@@ -56,20 +56,20 @@ class Layout:
         return found
 
     def is_first(self, place: int) -> bool:
-        """Whether a place is the first of those that hold its part."""
+        """Whether a place is the first of those that hold the same part."""
         return self.copies[self.part(place)][0] == place
 
 
 def lay_out(nodes: Sequence[str], strategy: str, per_node: int | None) -> Layout:
     """The mesh of a world whose rank r is on `nodes[r]`.
 
-    hsdp takes groups of `per_node` from every node. Two copies or more are worth spares, since a lost node then costs
-    nothing. With a single full group (or none) there would be one copy anyway: then all workers share it, so that none
-    is idle and each holds less.
+    hsdp takes groups of `per_node` workers from every node. With two copies or more it is worth having spares, since a
+    lost node then costs nothing. With at most one full group there would be a single copy: then all workers share it,
+    so that none is idle and each holds less.
 
     Args:
         strategy: ddp, fsdp or hsdp.
-        per_node: workers that hold one copy in hsdp.
+        per_node: the workers that hold one copy together in hsdp.
     """
     everyone = tuple(range(len(nodes)))
     if strategy == "ddp":
@@ -87,7 +87,7 @@ def lay_out(nodes: Sequence[str], strategy: str, per_node: int | None) -> Layout
 
 
 def lockstep(run: range, shard: int, shards: int) -> range:
-    """Deal a row's run of microbatches in rounds: in round k shard s takes `run.start + k * shards + s`.
+    """Deal a row's microbatches in rounds: in round k, shard s takes `run.start + k * shards + s`.
 
     So the leaves of a round are neighbours in the tree, and arrive in its order.
     """
@@ -96,40 +96,40 @@ def lockstep(run: range, shard: int, shards: int) -> range:
 
 @dataclass(frozen=True)
 class Held:
-    """What a worker brings into a new world: its state's step (-1: none) and which part of it."""
+    """What a worker brings into a new world: the step of its state (-1: none), and which part of the state."""
 
     step: int
     part: Part
 
 
 def holders(held: Sequence[Held]) -> dict[Part, list[int]] | None:
-    """Who holds each part of the newest state in memory: ranks, ascending.
+    """The ranks that hold each part of the newest state in memory, ascending.
 
     Returns:
-        None where a part of it is held by nobody, or nobody holds any.
+        None if a part is held by no rank, or no rank holds any state.
     """
     newest = max((h.step for h in held), default=-1)
-    there = [(rank, h.part) for rank, h in enumerate(held) if h.step == newest >= 0]
-    for parts in sorted({part.siblings for _, part in there}, key=len):
-        found = {part: [rank for rank, own in there if own == part] for part in parts}
+    newest_held = [(rank, h.part) for rank, h in enumerate(held) if h.step == newest >= 0]
+    for parts in sorted({part.siblings for _, part in newest_held}, key=len):
+        found = {part: [rank for rank, own in newest_held if own == part] for part in parts}
         if all(found.values()):
             return found
     return None
 
 
 def lost_parts(held: Sequence[Held]) -> str:
-    """For people: which parts of the newest state nobody holds; empty where nobody holds any state."""
+    """The parts of the newest state that no rank holds, as a text for people; empty if no rank holds any state."""
     newest = max((h.step for h in held), default=-1)
-    there = {h.part for h in held if h.step == newest >= 0}
-    if not there:
+    present = {h.part for h in held if h.step == newest >= 0}
+    if not present:
         return ""
-    missing = [part for part in max((part.siblings for part in there), key=len) if part not in there]
+    missing = [part for part in max((part.siblings for part in present), key=len) if part not in present]
     return f"of the state of step {newest}, {', '.join(map(str, missing))} was lost"
 
 
 @dataclass(frozen=True)
 class Move:
-    """What the old part of one rank and the new one of another share of a tensor goes from one to the other."""
+    """One rank sends another the elements of a tensor that its old part shares with the other's new part."""
 
     source: int
     target: int
@@ -138,15 +138,15 @@ class Move:
 
 
 def moves(found: Mapping[Part, Sequence[int]], wants: Mapping[int, Part], cut: Cut) -> list[Move]:
-    """How tensors that are cut so get from those that hold them to those that want them.
+    """How tensors with this cut get from the ranks that hold them to those that need them.
 
     Args:
         found: the ranks that hold each part of the state.
-        wants: the part that each rank is to get.
+        wants: the part that each rank needs.
 
     Returns:
-        moves whose boxes tile the new box of each rank; some share nothing. A rank takes what it holds from itself,
-        all else from those that hold it in turn.
+        moves whose boxes tile the new box of each rank; some share no element. A rank takes what it holds from itself,
+        and everything else from the other holders in turn.
     """
     givers: dict[Part, list[int]] = {}
     for part, ranks in found.items():

@@ -1,4 +1,4 @@
-"""The process groups of a layout: of a row (one copy of the model), of a column (who holds the same shard), of all."""
+"""The process groups of a layout: of a row (one copy of the model), of a column (the same shard), of all."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ class Mesh:
     """A worker's view of its world's mesh.
 
     Args:
-        place: its place in the layout; None for a spare, which has no groups.
-        everyone: the group of all that are in the mesh; None is the default group.
+        place: this worker's place in the layout; None for a spare, which has no groups.
+        everyone: the group of all members of the mesh; None is the default group.
     """
 
     layout: Layout
@@ -33,7 +33,7 @@ class Mesh:
 
     @property
     def part(self) -> Part:
-        """What of the state this worker holds."""
+        """The part of the state that this worker holds."""
         assert self.place is not None, "a spare has no place"
         return self.layout.part(self.place)
 
@@ -49,13 +49,13 @@ class Mesh:
 
     @property
     def column_group(self) -> dist.ProcessGroup | None:
-        """Those with this worker's shard; None where there is one copy only."""
+        """The group of all workers with this worker's shard; None if there is one copy only."""
         assert self.devices is not None
         return self.devices.get_group(REPLICATE) if self.devices.ndim > 1 else None
 
 
 def make_mesh(layout: Layout, rank: int, device: torch.device) -> Mesh:
-    """Connect the groups of a layout. Every rank of the world calls this, spares too."""
+    """Connect the groups of a layout. Every rank of the world calls this, also spares."""
     place = layout.place_of(rank)
     ranks = torch.tensor(layout.ranks, dtype=torch.int64)
     if layout.replicas > 1:

@@ -1,7 +1,7 @@
-"""What the passes of a step did to buffers, put together: one value for each buffer, equal on every worker.
+"""Combines what the passes of a step did to buffers into one value for each buffer, equal on every worker.
 
-Floating buffers move by the mean of their moves in each microbatch. Of an integer buffer all passes that moved it must
-have moved it alike; those that left it alone (a BatchNorm in a branch that is taken now and then) do not count.
+A floating buffer moves by the mean of its moves in all microbatches. An integer buffer must have moved equally in all
+passes that moved it; passes that did not touch it (a BatchNorm in a branch that is taken rarely) do not count.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from elastic.errors import ConfigError
 from elastic.parallel.buffers import StepBuffers
 from elastic.parallel.canonical import CanonicalSum
 
-After = list[dict[str, torch.Tensor]]  # what each pass of a worker left in the buffers that it changed
+After = list[dict[str, torch.Tensor]]  # for each pass of a worker, the buffers that it changed, as it left them
 
 
 def fingerprint(buffers: StepBuffers, after: After) -> torch.Tensor | float:
-    """Of how this worker's passes moved the integer buffers: a float64 scalar on their device, equal on two workers if
-    the moves are. Nothing here waits for the device."""
+    """A hash of how this worker's passes moved integer buffers: a float64 scalar on their device, equal on two workers
+    if their moves are. Does not wait for the device."""
     changed = {name: value for one in after for name, value in one.items()}
     names = [n for n in sorted(changed) if not _is_floating(changed[n]) and changed[n].numel()]
     if any(one[n].shape != buffers.before(n).shape for one in after for n in names if n in one):
-        return 0.0  # which is refused when moves are put together
+        return 0.0  # `reduce_moves` and `average_moves` refuse this
     if not names:
         return 0.0
     weights = torch.cat([buffers.weight(name) for name in names])
@@ -42,16 +42,16 @@ def reduce_moves(
     fingerprints: Sequence[float],
     group: dist.ProcessGroup | None = None,
 ) -> None:
-    """Put the moves of all microbatches together, floating ones summed in the canonical tree.
+    """Combine the moves of all microbatches; floating ones are summed in the canonical tree.
 
     Args:
         touched: buffers that any pass of the step changed, on any rank.
-        after, indices: what each of this rank's microbatches left in the buffers that it changed, and its index.
-        count: microbatches of the step.
-        fingerprints: every rank's fingerprint.
+        after, indices: for each microbatch of this rank, the buffers that it changed, and its index.
+        count: the number of microbatches of the step.
+        fingerprints: the fingerprint of every rank.
 
     Raises:
-        RuntimeError: a buffer has no one value after the step.
+        RuntimeError: an integer buffer would have several values after the step.
     """
     floating, whole = _sorted(buffers, touched, after)
     for index, changed in zip(indices, after):
@@ -70,17 +70,17 @@ def average_moves(
     fingerprints: Sequence[float],
     group: dist.ProcessGroup | None = None,
 ) -> None:
-    """The same for passes over several microbatches: a pass counts as often as it has microbatches, so that the result
-    depends on neither the number of passes nor that of workers, but for last digits.
+    """Combine the moves of passes over several microbatches: a pass counts as often as it has microbatches, so that the
+    result depends on neither the number of passes nor that of workers, except for last digits.
 
     Args:
         touched: buffers that any pass of the step changed, on any rank.
-        after, counts: what each of this rank's passes left in the buffers that it changed, and its microbatches.
-        count: microbatches of the step.
-        fingerprints: every rank's fingerprint.
+        after, counts: for each pass of this rank, the buffers that it changed, and the number of its microbatches.
+        count: the number of microbatches of the step.
+        fingerprints: the fingerprint of every rank.
 
     Raises:
-        RuntimeError: a buffer has no one value after the step.
+        RuntimeError: an integer buffer would have several values after the step.
     """
     floating, whole = _sorted(buffers, touched, after)
     for wide in (torch.float32, torch.float64, torch.complex128):
@@ -100,10 +100,10 @@ def average_moves(
 
 
 def _sorted(buffers: StepBuffers, touched: list[str], after: After) -> tuple[list[str], list[str]]:
-    """The floating ones of these buffers, and the others.
+    """Divide these buffers into floating ones and others.
 
     Raises:
-        ConfigError: a buffer changed its shape.
+        ConfigError: a pass changed the shape of a buffer.
     """
     for changed in after:
         for n, value in changed.items():
@@ -123,7 +123,7 @@ def _move(buffers: StepBuffers, changed: dict[str, torch.Tensor], name: str) -> 
 
 
 def _whole_moves(buffers: StepBuffers, names: Sequence[str], after: After) -> torch.Tensor:
-    """The move of each element of integer buffers, one after another (int64): of the passes that moved it."""
+    """The move of each element of integer buffers, concatenated (int64): that of the passes that moved it."""
     before = _joined([buffers.before(n) for n in names])
     rows = [_joined([changed.get(n, buffers.before(n)) for n in names]) - before for changed in after]
     if len(rows) == 1:
@@ -136,10 +136,10 @@ def _whole_moves(buffers: StepBuffers, names: Sequence[str], after: After) -> to
 def _set_whole(
     buffers: StepBuffers, names: list[str], after: After, fingerprints: Sequence[float], group: dist.ProcessGroup | None
 ) -> None:
-    """Give integer buffers their value.
+    """Give integer buffers their value after the step.
 
     Raises:
-        RuntimeError: passes moved one in several ways.
+        RuntimeError: passes moved a buffer in different ways.
     """
     if not names:
         return
@@ -149,7 +149,7 @@ def _set_whole(
         _check_one(n, [value for value in mine if not torch.equal(value, before)])
     moves = _whole_moves(buffers, names, after)
     sizes = [buffers.before(n).numel() for n in names]
-    if len(set(fingerprints)) > 1:  # everyone knows that, and asks
+    if len(set(fingerprints)) > 1:  # all ranks see this, so all of them take part in the gather
         everyone = moves.new_empty(len(fingerprints) * len(moves))
         all_gather_flat(everyone, moves, group=group)
         rows = [row.split(sizes) for row in everyone.view(len(fingerprints), -1)]
@@ -175,7 +175,7 @@ def _is_floating(tensor: torch.Tensor) -> bool:
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
-    """In which sums lose no digits of this dtype."""
+    """The dtype in which sums of this dtype lose no digits."""
     if dtype.is_complex:
         return torch.complex128
     return torch.float64 if dtype == torch.float64 else torch.float32

@@ -1,6 +1,6 @@
-"""Settings of NCCL, and of torch's watch over it, that a run needs and nobody must know: set where they are not set.
+"""Settings of NCCL, and of torch's watchdog over it, that a run needs: made where the user has not made them.
 
-Each is read when a process makes its first group.
+A process reads each of them when it makes its first group.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Setting:
-    """An environment variable. `why` is for people; `source` says where that is known from."""
+    """An environment variable. `why` is a text for people; `source` says how it is known."""
 
     name: str
     value: str
@@ -68,16 +68,16 @@ WHY_INTERFACE = "NCCL would take the first interface that it finds, which other 
 
 
 def make_settings(interface: str | None) -> None:
-    """Make them in this process, whose node is reached by this network interface."""
+    """Make the settings in this process; `interface` is the network interface of this node's address."""
     for setting in SETTINGS:
         os.environ.setdefault(setting.name, setting.value)
     if interface is not None:
-        os.environ.setdefault(INTERFACE, f"={interface}")  # this one, and not all whose names begin so
+        os.environ.setdefault(INTERFACE, f"={interface}")  # "=": without it NCCL takes all names that begin so
 
 
 def describe_settings() -> list[tuple[str, str, str]]:
-    """Name, value and reason of each setting, as workers with GPUs on this machine would have it: `(yours)` where the
-    user set another value."""
+    """Name, value and reason of each setting, as workers with GPUs on this machine would have it; `(yours)` marks
+    values that the user has set."""
     found = []
     for setting in SETTINGS:
         value = os.environ.get(setting.name, setting.value)
@@ -89,10 +89,10 @@ def describe_settings() -> list[tuple[str, str, str]]:
 
 
 def settings_lines(accelerator: str) -> list[str]:
-    """What `--dry-run` prints of them.
+    """The lines about these settings that `--dry-run` prints.
 
     Args:
-        accelerator: of the run's options; for "auto" it is not known yet whether workers have GPUs.
+        accelerator: as in the run's options; with "auto" it is not known yet whether workers have GPUs.
     """
     if accelerator == "cpu":
         return []

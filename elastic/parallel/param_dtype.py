@@ -1,7 +1,7 @@
-"""Computing in another number format than parameters are kept in, where a model is whole.
+"""Computing in another number format than that in which parameters are kept, for models that are not sharded.
 
-What FSDP2 does as it gathers a cut model's parameters (`MixedPrecisionPolicy`): a block, and what is in no block, sees
-its parameters and its inputs in that format. Gradients reach the parameters in the parameters' own.
+It does what FSDP2 does when it gathers a sharded model's parameters (`MixedPrecisionPolicy`): each block, and the rest
+of the model, sees its parameters and inputs in that format. Gradients arrive in the parameters' own format.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from elastic.errors import ConfigError
 
 
 def check_castable(model: nn.Module) -> None:
-    """Refuse, by name, what must not be computed in another number format.
+    """Refuse layers that must not compute in another number format.
 
     Raises:
-        ConfigError: running statistics beside parameters in another format.
+        ConfigError: a layer has running statistics, which would differ in format from its parameters.
     """
     for name, module in model.named_modules():
         if isinstance(module, NormWithStatistics):
@@ -34,12 +34,12 @@ def check_castable(model: nn.Module) -> None:
 def cast_parameters(model: nn.Module, blocks: Sequence[nn.Module], dtype: torch.dtype) -> None:
     """Let each block, and the rest of the model, run with floating parameters and inputs in this format.
 
-    To be called before blocks are made to forget activations: what is computed again is to be cast again.
+    To be called before activation checkpointing is applied to blocks, so that recomputed passes are cast too.
     """
-    taken: set[nn.Module] = set()
+    assigned: set[nn.Module] = set()
     for module in [*blocks, model]:
-        mine = [m for m in module.modules() if m not in taken]
-        taken.update(mine)
+        mine = [m for m in module.modules() if m not in assigned]
+        assigned.update(mine)
         holders = [
             (m, name) for m in mine for name, p in own_parameters(m).items() if p is not None and p.is_floating_point()
         ]
@@ -54,7 +54,7 @@ def _run(
         return value.to(dtype) if floating else value
 
     kept = [own_parameters(m)[name] for m, name in holders]
-    casts = {id(p): cast(p) for p in kept}  # one for a parameter that several modules share
+    casts = {id(p): cast(p) for p in kept}  # one cast of a parameter that several modules share
     try:
         for (m, name), p in zip(holders, kept):
             own_parameters(m)[name] = casts[id(p)]

@@ -1,4 +1,4 @@
-"""Whether an optimizer works element by element: only then are its bits the same however a parameter is cut."""
+"""Whether an optimizer works element by element: only then does sharding a parameter not change its bits."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ def check_elementwise(optimizer: torch.optim.Optimizer) -> None:
     """Update made-up parameters whole and cut in two, with this optimizer's class and settings, and compare the bits.
 
     Raises:
-        ConfigError: they differ, or the class cannot be built from parameter groups.
+        ConfigError: the bits differ, or the class cannot be built from parameter groups.
     """
     kind = type(optimizer).__name__
     try:
-        whole, cut = _train(optimizer, parts=1), _train(optimizer, parts=2)
+        whole, cut = _train(optimizer, pieces=1), _train(optimizer, pieces=2)
     except (TypeError, ValueError, AttributeError) as error:
         raise ConfigError(
             f"the optimizer {kind} cannot be tried out on parameters that are cut ({error}); let its class take "
@@ -35,16 +35,16 @@ def check_elementwise(optimizer: torch.optim.Optimizer) -> None:
 
 
 def state_share(optimizer: torch.optim.Optimizer) -> list[float]:
-    """Bytes that this optimizer keeps for a byte of a parameter, group by group, from its first step on.
+    """Bytes that this optimizer keeps per byte of a parameter after its first step, for each group.
 
-    Where its class cannot be tried out, those of Adam.
+    If its class cannot be tried out, the values of Adam.
     """
     try:
-        built, found = _build(optimizer, parts=1)
+        built, found = _build(optimizer, pieces=1)
     except (TypeError, ValueError, AttributeError):
         return [2.0] * len(optimizer.param_groups)
-    for pieces in found:
-        for p in (p for ps in pieces for p in ps):
+    for of_group in found:
+        for p in (p for ps in of_group for p in ps):
             p.grad = torch.zeros_like(p)
     built.step()
     shares = []
@@ -58,30 +58,30 @@ def _bytes(tensors: Iterable[torch.Tensor]) -> int:
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
-def _train(optimizer: torch.optim.Optimizer, parts: int) -> list[torch.Tensor]:
-    built, found = _build(optimizer, parts)
+def _train(optimizer: torch.optim.Optimizer, pieces: int) -> list[torch.Tensor]:
+    built, found = _build(optimizer, pieces)
     generator = torch.Generator().manual_seed(1)
     for _ in range(_STEPS):
-        for pieces in found:
-            for shape, ps in zip(_SHAPES, pieces):
+        for of_group in found:
+            for shape, ps in zip(_SHAPES, of_group):
                 gradient = torch.randn(shape, generator=generator)
-                for p, g in zip(ps, gradient.chunk(parts)):
+                for p, g in zip(ps, gradient.chunk(pieces)):
                     p.grad = g.clone()
         built.step()
-    return [torch.cat(ps).detach() for pieces in found for ps in pieces]
+    return [torch.cat(ps).detach() for of_group in found for ps in of_group]
 
 
 def _build(
-    optimizer: torch.optim.Optimizer, parts: int
+    optimizer: torch.optim.Optimizer, pieces: int
 ) -> tuple[torch.optim.Optimizer, list[list[list[torch.Tensor]]]]:
-    """One of the same class and settings for made-up parameters, and those: by group, parameter and part."""
+    """An optimizer of the same class and settings for made-up parameters, and these by group, parameter and piece."""
     generator = torch.Generator().manual_seed(0)
     known = set(inspect.signature(type(optimizer).__init__).parameters)
     found, groups = [], []
     for group in optimizer.param_groups:
         values = [torch.randn(shape, generator=generator) for shape in _SHAPES]
-        pieces = [[piece.clone().requires_grad_() for piece in value.chunk(parts)] for value in values]
+        of_group = [[piece.clone().requires_grad_() for piece in value.chunk(pieces)] for value in values]
         settings = {k: v for k, v in group.items() if k in known and k != "params"}
-        groups.append({"params": [p for ps in pieces for p in ps], **settings})
-        found.append(pieces)
+        groups.append({"params": [p for ps in of_group for p in ps], **settings})
+        found.append(of_group)
     return type(optimizer)(groups), found  # type: ignore[call-arg]

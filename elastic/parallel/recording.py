@@ -1,7 +1,7 @@
-"""Writing down what a job's `model()` does to its tensors, none of which has memory meanwhile.
+"""Records what a job's `model()` does to its tensors, none of which has memory meanwhile.
 
-What is written down names tensors by their storage and how they lie in it, and holds none of them: so the tensors on
-meta that are left afterwards are those that the job keeps.
+The record names tensors by their storage and their layout in it, and holds no reference to them: so the meta tensors
+that exist afterwards are those that the job keeps.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ META = torch.device("meta")
 _IS_META = torch.Tensor.is_meta.__get__  # type: ignore[attr-defined]
 
 _ATEN = torch.ops.aten
-#: Operations that leave nothing of what was in their first argument (where that is all of its storage).
+#: Operations that overwrite their first argument completely (if it is all of its storage).
 _OVERWRITE = (
     _ATEN.normal_.default,
     _ATEN.uniform_.default,
@@ -51,12 +51,12 @@ _UNSET = (
 
 
 class CannotDefer(Exception):
-    """The model does something while it is built that needs real values."""
+    """The model needs real values while it is built."""
 
 
 @dataclass(frozen=True)
 class Place:
-    """A tensor on meta: which storage, and how it lies in it. `size_bytes` is that of the storage."""
+    """A meta tensor: its storage, and its layout in it. `size_bytes` is the size of the storage."""
 
     storage: int
     dtype: torch.dtype
@@ -71,11 +71,11 @@ class Call:
     """One recorded operation.
 
     Args:
-        args, kwargs: with a `Place` for each tensor on meta.
-        reads, writes: storages.
-        versions: real tensors among the arguments, as they were.
-        random: it draws; `key` then says what the draw is for.
-        whole: nothing of what was in the storage before is left.
+        args, kwargs: with a `Place` for each meta tensor.
+        reads, writes: ids of storages.
+        versions: the real tensors among the arguments, with their version counters.
+        random: whether it draws random numbers; then `key` is the key of their seed.
+        whole: whether it overwrites the whole storage.
     """
 
     function: Any
@@ -91,7 +91,7 @@ class Call:
 
 
 def place_of(tensor: torch.Tensor) -> Place:
-    """Where a tensor on meta lies."""
+    """The layout of a meta tensor."""
     shape, stride, offset = tuple(tensor.shape), tuple(tensor.stride()), int(tensor.storage_offset())
     ends = (offset + 1 + sum((n - 1) * s for n, s in zip(shape, stride) if n)) * tensor.element_size()
     size_bytes = max(int(tensor.untyped_storage().nbytes()), int(ends))
@@ -108,11 +108,11 @@ def _placed(tree: Any) -> Any:
 
 
 class OnMeta(TorchFunctionMode):
-    """Like `torch.device("meta")`, but values that are given as data keep their data."""
+    """Like `torch.device("meta")`, but tensors made from given values stay real."""
 
     def __init__(self) -> None:
         super().__init__()
-        #: The first error about a tensor on meta, also of those that the job, or torch, catches and goes on from.
+        #: The first error about a meta tensor, even if the job or torch catches it and continues.
         self.error: Exception | None = None
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -120,10 +120,10 @@ class OnMeta(TorchFunctionMode):
         data = function in (torch.tensor, torch.as_tensor, torch.asarray, torch.scalar_tensor, torch.from_file)
         if makes_tensors(function) and not data and kwargs.get("device") is None:
             kwargs["device"] = META
-        if function == _IS_META:  # some of torch's initialisers do nothing for tensors on meta: ours are not
+        if function == _IS_META:  # some of torch's initialisers skip meta tensors; they must not skip these
             return False
         try:
-            if function is torch.Tensor.data_ptr and args[0].device == META:  # it would be 0, and equal to any other
+            if function is torch.Tensor.data_ptr and args[0].device == META:  # it is 0, and so equal for all tensors
                 raise CannotDefer("the model asks for the address of a tensor while it is built")
             return function(*args, **kwargs)
         except Exception as error:
@@ -133,15 +133,15 @@ class OnMeta(TorchFunctionMode):
 
 
 class Recorder(TorchDispatchMode):
-    """Writes down every operation that makes or changes a meta tensor."""
+    """Records every operation that makes or changes a meta tensor."""
 
     def __init__(self) -> None:
         super().__init__()
         self.calls: list[Call] = []
-        self._known: dict[int, torch.UntypedStorage] = {}  # kept, so that no other gets the same address
+        self._known: dict[int, torch.UntypedStorage] = {}  # kept alive, so that no other storage gets the same address
 
     def knows(self, tensor: torch.Tensor) -> bool:
-        """Whether a tensor lies in a storage that was made under this."""
+        """Whether a tensor is in a storage that was made inside."""
         return tensor.device == META and storage_identity(tensor) in self._known
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -182,7 +182,7 @@ class Recorder(TorchDispatchMode):
         return set(found)
 
     def whole_function(self, function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-        """An initialiser that looks at the values it draws: recorded as one operation on its first argument."""
+        """Wrap an initialiser that reads the values it draws: it is recorded as one operation on its first argument."""
 
         def recorded(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
             if tensor.device != META:
@@ -198,15 +198,15 @@ class Recorder(TorchDispatchMode):
 
 
 def recording_initialisers(recorder: Recorder) -> AbstractContextManager[None]:
-    """Inside, torch's initialiser that looks at what it drew is recorded as one operation. In a torch that has another
-    one, looking at the values is what refuses it."""
+    """Inside, torch's initialiser that reads its own draws is recorded as one operation. If another version of torch
+    reads them in another function, that is refused as reading values."""
     return trunc_normal_wrapped(recorder.whole_function)
 
 
 class Made:
-    """The objects that came into being inside: what a job keeps of them may lie anywhere, in lists, closures, globals.
+    """Finds the objects that are created inside. The job may keep them anywhere: in lists, closures, globals.
 
-    Objects from before are set aside for the collector meanwhile, so that looking takes no longer than what was made.
+    Older objects are frozen for the garbage collector meanwhile, so that looking takes no longer than what was created.
     """
 
     def __enter__(self) -> Made:
@@ -220,5 +220,5 @@ class Made:
             gc.unfreeze()
 
     def find(self, kind: type) -> list[Any]:
-        """Those of a kind; to be asked inside."""
+        """The created objects of a type. To be called inside."""
         return [o for o in gc.get_objects() if issubclass(type(o), kind)]

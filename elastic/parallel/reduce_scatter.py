@@ -1,4 +1,4 @@
-"""What stands in for FSDP2's reduce-scatter: one that hands on the leaves of a round, one that only looks."""
+"""Replacements of FSDP2's reduce-scatter: one passes on the leaves of a round, one only keeps gradients to look at."""
 
 from __future__ import annotations
 
@@ -12,32 +12,33 @@ from elastic.parallel.tree import TreeSum
 
 
 class Leaves:
-    """A reduce-scatter for one group of parameters that sums nothing over workers: it hands on the leaves of a round.
+    """A reduce-scatter for one group of parameters that sums nothing over workers: it passes on the leaves of a round.
 
-    FSDP2 calls it with what `allocate` gave: first the input, then the output, whose views become `.grad`. With a
+    FSDP2 calls it with tensors from `allocate`: first the input, then the output, whose views become `.grad`. With a
     single shard FSDP2 does not call it, and the output holds the leaf. A group that runs several times in one pass is
-    reduced as often; those add up to one leaf, so that its leaves are summed after the pass. Those of a group that runs
-    once are summed as they come: the leaves of a whole model are all of its gradients, on each worker.
+    reduced as often, and these add up to one leaf, so its leaves are summed after the pass. Leaves of a group that runs
+    once are summed as they arrive: the leaves of a whole model would take as much memory as all its gradients.
     """
 
     def __init__(self, shards: int):
         self._shards = shards
         self._allocations = 0
         self._outputs: list[torch.Tensor] = []
-        self._received: torch.Tensor | None = None  # the leaves of this pass
-        self._round: TreeSum[torch.Tensor] | None = None  # or what of them is summed
+        self._received: torch.Tensor | None = None  # leaves of this pass
+        self._round: TreeSum[torch.Tensor] | None = None  # or their sums
         self._first, self._count, self._runs_once = 0, 0, False
         self._pushed = 0
         self._kept: torch.Tensor | None = None
 
     def begin(self, first: int, count: int, *, runs_once: bool) -> None:
-        """Before a backward pass: it makes the leaves of `count` microbatches from `first` on; the rest is padding.
+        """Called before a backward pass that makes the leaves of `count` microbatches from `first` on; others are
+        padding.
 
         Args:
             runs_once: the group ran at most once in the forward pass.
         """
         self._first, self._count, self._runs_once = first, count, runs_once
-        self._allocations, self._outputs, self._received, self._round = 0, [], None, None  # of a pass that broke off
+        self._allocations, self._outputs, self._received, self._round = 0, [], None, None  # of an interrupted pass
 
     def allocate(self, size: Any, *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         made = torch.empty(*size, dtype=dtype, device=device)
@@ -71,10 +72,10 @@ class Leaves:
             self._received = leaves if self._received is None else self._received.add_(leaves)
 
     def push(self, total: CanonicalSum, *, keep: bool) -> None:
-        """After a backward pass: the sums of its leaves go into the sum of the step.
+        """Called after a backward pass: add the sums of its leaves to the sum of the step.
 
         Args:
-            keep: the output of this pass is where `put` will write the sum.
+            keep: `put` will write the sum into the output of this pass.
         """
         if not self._outputs:
             return
@@ -90,7 +91,7 @@ class Leaves:
         self._outputs, self._received, self._round = [], None, None
 
     def put(self, total: CanonicalSum, passes: int) -> None:
-        """After the last pass: write the sum to where `.grad` looks.
+        """Called after the last pass: write the sum to where `.grad` is a view.
 
         Raises:
             RuntimeError: the group ran in some passes only.
@@ -107,7 +108,7 @@ class Leaves:
             self._kept = None
 
     def _summed(self, received: torch.Tensor) -> TreeSum[torch.Tensor]:
-        """The sums of what was received, which may be reused: each is a copy."""
+        """The sums of the leaves in `received`, as copies: its memory may be reused."""
         leaves, found = received.view(self._shards, -1), TreeSum[torch.Tensor](lambda a, b: a.add_(b))
         for i in range(self._count):
             found.push((self._first + i, 1), leaves[i])
@@ -115,13 +116,14 @@ class Leaves:
 
 
 def _use_on_current_stream(tensor: torch.Tensor) -> None:
-    """It was made on FSDP2's own stream: the memory is not to be given out again before this stream is done with it."""
+    """Keep memory that was allocated on FSDP2's own stream from being reused before the current stream is done with
+    it."""
     if tensor.is_cuda:
         tensor.record_stream(torch.cuda.current_stream(tensor.device))
 
 
 class Look:
-    """A reduce-scatter that sends nothing and keeps what it was to send."""
+    """A reduce-scatter that sends nothing, and keeps its inputs."""
 
     def __init__(self) -> None:
         self.seen: list[torch.Tensor] = []

@@ -1,4 +1,5 @@
-"""Who holds the parameters of a model beside its modules. FSDP2 puts others in their place, which nobody else sees."""
+"""Finds objects outside of a model's modules that hold its parameters: FSDP2 replaces these, and they would not see
+it."""
 
 from __future__ import annotations
 
@@ -14,10 +15,10 @@ from elastic.errors import ConfigError
 
 
 def check_references(model: nn.Module, job: object) -> None:
-    """Refuse, by name, what keeps a parameter of a model that is to be cut: it would go on with the whole one.
+    """Refuse objects that hold a parameter of a model that is to be sharded: they would keep the whole one.
 
     Raises:
-        ConfigError: who keeps which.
+        ConfigError: with the holder and the parameter.
     """
     named = {id(p): name for name, p in model.named_parameters()}
     parameters = list(model.parameters())

@@ -1,8 +1,8 @@
 """Data parallelism with a whole model on every worker: how a step's forward and backward passes are run and reduced.
 
 `FastReplica` wraps the model in torch's DDP and runs several microbatches in one pass; `BitwiseReplica` runs one
-microbatch a pass and reduces canonically. Both leave `.grad` holding the sum over the global batch divided by
-`grad_divisor`, equal on every rank, and the record of the step.
+microbatch per pass and reduces canonically. Both leave in `.grad` the sum over the global batch, times a divisor that
+`run` returns, equal on every rank, and return the record of the step.
 """
 
 from __future__ import annotations
@@ -25,15 +25,16 @@ from elastic.parallel.canonical import CanonicalSum, canonical_norm
 from elastic.parallel.moves import average_moves, fingerprint, reduce_moves
 from elastic.parallel.records import Metrics, PendingRecord, Records, StepRecord
 
-#: Runs the user's loss on a model and a batch: (sum, weight, metrics).
+#: Runs the user's loss on a model and a batch; returns (sum, weight, metrics).
 LossFunction = Callable[[nn.Module, Any], tuple[torch.Tensor, Any, Any]]
 
 
 @dataclass(frozen=True)
 class Pass:
-    """One forward/backward: its batch, its first microbatch, and the sample digest of each microbatch in it.
+    """One forward and backward pass: its batch, its first microbatch, and the sample digest of each of its
+    microbatches.
 
-    A padding pass repeats the one before, since others of the row still run theirs; it counts for nothing.
+    A padding pass repeats the pass before, since other workers of the row still run theirs; it does not count.
     """
 
     batch: Any
@@ -44,7 +45,7 @@ class Pass:
 
 
 class NotReduced(Exception):
-    """DDP summed no gradients in a step: a parameter got none in the last pass. `names` are those that have none."""
+    """DDP summed no gradients in a step, because the parameters `names` got none in the last pass."""
 
     def __init__(self, names: list[str]):
         super().__init__(f"no gradient for {', '.join(names[:3]) or 'some parameters'} in the last pass of a step")
@@ -52,13 +53,13 @@ class NotReduced(Exception):
 
 
 class _Replica:
-    """What both modes share."""
+    """Code of both modes."""
 
     model: nn.Module
     _loss: LossFunction
     _buffers: StepBuffers
-    scale = 1.0  # factor on the loss of backward passes; the divisor that `run` returns contains it
-    recomputes = False  # backward passes compute forward passes again
+    scale = 1.0  # factor on the loss in backward passes; the divisor that `run` returns contains it
+    recomputes = False  # whether backward passes compute forward passes again
 
     def _recomputing(self, changed: Iterable[str]) -> AbstractContextManager[None]:
         return self._buffers.begun(changed) if self.recomputes else contextlib.nullcontext()
@@ -68,37 +69,37 @@ class _Replica:
         return [p.grad for p in self.model.parameters() if p.grad is not None]
 
     def has_finite_gradients(self, batch: Any) -> bool:
-        """Whether the gradients of a batch by itself are finite."""
+        """Whether the gradients of this batch alone are finite."""
         self.model.zero_grad(set_to_none=True)
         self._loss(self.model, batch)[0].backward()
         return all(bool(torch.isfinite(dense(g)).all()) for g in self.gradients())
 
     def reshard(self) -> None:
-        """Nothing is sharded."""
+        """Does nothing: no parameter is sharded."""
 
     @property
     def unsaved(self) -> set[str]:
-        """Buffers that passes change, though they are registered with persistent=False."""
+        """Buffers that passes change although they are registered with persistent=False."""
         return self._buffers.unsaved
 
     def undo_buffers(self) -> None:
-        """Put buffers back to what they were before the step's forward passes."""
+        """Restore buffers to their values before the step's forward passes."""
         self._buffers.undo()
 
     def unmoved(self) -> AbstractContextManager[None]:
-        """Buffers are afterwards what they were before: for forward passes that are no training."""
+        """Restores buffers afterwards, for forward passes that do not train."""
         return self._buffers.unmoved()
 
 
 class _LossOf(nn.Module):
-    """A model with the job's loss as its forward pass: what DDP wraps.
+    """A model with the job's loss as its forward pass, which DDP wraps.
 
-    So the loss itself is given the bare model, with its attributes, methods and class, as with one worker, and whatever
-    it calls of it is seen by DDP.
+    So the loss gets the bare model with its attributes, methods and class, as with one worker, and DDP sees everything
+    that the loss calls.
     """
 
     def __init__(self, model: nn.Module, loss: LossFunction, anchor: nn.Parameter | None):
-        """`anchor`: a parameter that every loss is to reach, though it gets no gradient from that."""
+        """`anchor`: a parameter that is made part of every loss's graph, without getting a gradient from it."""
         super().__init__()
         self.model, self._loss, self._anchor = model, loss, anchor
         self.batch: Any = None
@@ -110,8 +111,8 @@ class _LossOf(nn.Module):
 
 
 class _Anchored(torch.autograd.Function):
-    """A loss that reaches a parameter without giving it a gradient, so that DDP's hooks run in every last pass: also in
-    that of a loss which was made of no parameter."""
+    """A loss whose graph has a parameter to which it gives no gradient, so that DDP's hooks run in every last pass,
+    even if the loss was computed from no parameter."""
 
     @staticmethod
     def forward(ctx: Any, loss: torch.Tensor, anchor: torch.Tensor) -> torch.Tensor:
@@ -126,9 +127,9 @@ class FastReplica(_Replica):
     """Native DDP: gradients accumulate without synchronisation until the last pass of the step.
 
     Args:
-        find_unused: parameters may get no gradient in a step; costs a look at the graph of its last pass.
+        find_unused: parameters may get no gradient in a step; costs a walk through the graph of its last pass.
         compression: "bf16" sends gradients as bfloat16.
-        check: raises where what collectives brought is no result.
+        check: raises if a collective brought no result.
     """
 
     def __init__(
@@ -147,7 +148,7 @@ class FastReplica(_Replica):
         self.model, self._loss, self._runs, self._rank, self._device = model, loss, runs, rank, device
         self._world_size, self._count, self._metrics = len(runs), sum(map(len, runs)), Metrics()
         self._buffers, self._check = StepBuffers(model, exact=False), check
-        self.wait_s = 0.0  # seconds of the last step spent in exchanges that nothing hides
+        self.wait_s = 0.0  # seconds of the last step in exchanges that no computation hides
         self._ddp: nn.parallel.DistributedDataParallel | None = None
         self._find_unused = find_unused
         self._trained = [p for p in model.parameters() if p.requires_grad]
@@ -163,7 +164,7 @@ class FastReplica(_Replica):
             if compression == "bf16":
                 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 
-                # As a lambda, because DDP refuses it by name on gloo, which sums bfloat16 well.
+                # A lambda, because DDP refuses the hook by name on gloo, which does sum bfloat16 correctly.
                 self._ddp.register_comm_hook(None, lambda state, bucket: bf16_compress_hook(state, bucket))
 
     def run(self, passes: Iterable[Pass]) -> tuple[StepRecord, float]:
@@ -188,7 +189,7 @@ class FastReplica(_Replica):
             versions = buffers.versions()
             with sync:
                 loss, weight, metrics = self._forward(one.batch)
-                changed = buffers.taken(versions)
+                changed = buffers.copies_since(versions)
                 after.append(changed)
                 counts.append(len(one.digests))
                 records.add(loss, weight, metrics, one.digests, buffers.mask(changed))
@@ -220,7 +221,7 @@ class FastReplica(_Replica):
         return loss, weight, metrics
 
     def _written(self) -> list[tuple[int, int]]:
-        """Which gradients there are, and how often each was written to."""
+        """Identity and version counter of each gradient."""
         grads = [p.grad for p in self._trained]
         return [(0, 0) if g is None else (id(g), version_of(g)) for g in grads]
 
@@ -231,7 +232,7 @@ class FastReplica(_Replica):
             check_reduced(self._ddp)
         except RuntimeError as error:
             raise self._not_reduced() from error
-        if not self._find_unused and self._written() == before:  # the loss reached no parameter, and DDP does not know
+        if not self._find_unused and self._written() == before:  # the loss reached no parameter, which DDP cannot know
             raise self._not_reduced()
 
     def _not_reduced(self) -> NotReduced:
@@ -239,7 +240,7 @@ class FastReplica(_Replica):
         return NotReduced([name for name, p in named if p.requires_grad and p.grad is None])
 
     def norm(self, gradients: list[torch.Tensor]) -> torch.Tensor:
-        """Global L2 norm of the gradients."""
+        """The global L2 norm of the gradients."""
         return nn.utils.get_total_norm([dense(g) for g in gradients])
 
     def close(self) -> None:
@@ -248,12 +249,12 @@ class FastReplica(_Replica):
 
 
 def dense(gradient: torch.Tensor) -> torch.Tensor:
-    """The values of a gradient: of a sparse one those that are there, each row once."""
+    """The values of a gradient; those of a sparse one with each row once."""
     return values_of_sparse(gradient) if gradient.is_sparse else gradient
 
 
 class BitwiseReplica(_Replica):
-    """One pass a microbatch, canonical sums of gradients and of what forward passes did to buffers."""
+    """One pass per microbatch; canonical sums of gradients and of what forward passes did to buffers."""
 
     def __init__(
         self,
@@ -278,7 +279,7 @@ class BitwiseReplica(_Replica):
 
     def run(self, passes: Iterable[Pass]) -> tuple[StepRecord, float]:
         """Run this rank's passes (one microbatch each); see `FastReplica.run`."""
-        self.model.zero_grad(set_to_none=True)  # also what a parameter has that was frozen after the last step
+        self.model.zero_grad(set_to_none=True)  # also gradients of parameters that were frozen after the last step
         buffers = self._buffers
         records = Records(self._runs, self._rank, self._device, buffers.words, self._metrics, self._check)
         before = [version_of(p) for p in self._all_parameters]
@@ -291,7 +292,7 @@ class BitwiseReplica(_Replica):
             assert len(one.digests) == 1, "bitwise runs one microbatch a pass"
             versions = buffers.versions()
             loss, weight, metrics = self._loss(self.model, one.batch)
-            changed = buffers.taken(versions)
+            changed = buffers.copies_since(versions)
             after.append(changed)
             records.add(loss, weight, metrics, one.digests, buffers.mask(changed))
             if one.last:
@@ -315,7 +316,7 @@ class BitwiseReplica(_Replica):
         return record, record.weight * self.scale
 
     def _check_unwritten(self, versions: list[int]) -> None:
-        """Refuse parameters that forward passes write to: only buffers are summed over microbatches, and undone."""
+        """Refuse parameters that forward passes write to: only buffers are combined over microbatches, and restored."""
         for name, p, version in zip(self._names, self._all_parameters, versions):
             if version_of(p) != version:
                 raise ConfigError(
@@ -324,7 +325,7 @@ class BitwiseReplica(_Replica):
                 )
 
     def _take_gradients(self) -> list[torch.Tensor]:
-        """The gradients of one microbatch, zeros where there is none, then one 0/1 for each parameter: has it any."""
+        """The gradients of one microbatch (zeros where there is none), then a mask with 0 or 1 for each parameter."""
         used = torch.tensor(
             [float(p.grad is not None) for p in self._parameters], dtype=torch.float32, device=self._device
         )
@@ -336,11 +337,11 @@ class BitwiseReplica(_Replica):
     def _put_gradients(self, total: list[torch.Tensor]) -> None:
         *gradients, used = total
         for p, gradient, count in zip(self._parameters, gradients, used.tolist()):
-            p.grad = gradient if count else None  # unused in the whole batch: the optimizer leaves it alone
+            p.grad = gradient if count else None  # no microbatch used it, so the optimizer must leave it alone
 
     def norm(self, gradients: list[torch.Tensor]) -> torch.Tensor:
-        """Global L2 norm of the gradients, independent of any cut."""
+        """The global L2 norm of the gradients; it does not depend on sharding."""
         return canonical_norm(gradients)
 
     def close(self) -> None:
-        """Nothing is held."""
+        """Does nothing: it holds no resources."""

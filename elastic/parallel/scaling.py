@@ -1,4 +1,4 @@
-"""The factor on the loss in fp16: gradients too small for the format are made larger, by a power of two."""
+"""The factor on the loss with fp16: a power of two that keeps gradients from being too small for the format."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ LARGEST = 2.0**24
 
 
 class LossScale:
-    """Grows after `GROW_AFTER` steps without overflow, is halved by one. As torch's GradScaler, but with one decision
-    for all workers: an overflow is a global norm that is not finite. Exact, since a power of two rounds nothing."""
+    """Doubles after `GROW_AFTER` steps without overflow, and is halved by an overflow, as in torch's GradScaler. But
+    one
+    decision holds for all workers: an overflow is a global norm that is not finite. Powers of two round nothing."""
 
     def __init__(self, first: float):
         self.factor, self._good = first, 0
 
     def update(self, overflow: bool) -> None:
-        """After a step, which was skipped if gradients overflowed."""
+        """Called after a step; the step was skipped if gradients overflowed."""
         if overflow:
             self.factor, self._good = max(1.0, self.factor / 2), 0
             return
@@ -25,7 +26,7 @@ class LossScale:
             self.factor, self._good = min(LARGEST, self.factor * 2), 0
 
     def values(self) -> dict[str, Any]:
-        """As JSON values, for checkpoints."""
+        """The state as JSON values, for checkpoints."""
         return {"factor": self.factor, "good": self._good}
 
     def load(self, values: dict[str, Any]) -> None:

@@ -1,10 +1,10 @@
-"""Data parallelism with a model cut over the workers of a row: how a step's passes are run and reduced.
+"""Data parallelism with a model that is sharded over the workers of a row: how a step's passes are run and reduced.
 
-The counterparts of `FastReplica` and `BitwiseReplica`. Every worker of a row runs the same number of passes, since
-each gathers parameters from all; what a worker runs beyond its microbatches is padding and counts for nothing.
+The counterparts of `FastReplica` and `BitwiseReplica`. All workers of a row run the same number of passes, since each
+pass gathers parameters from all of them; passes beyond a worker's own microbatches are padding and do not count.
 
-`FastSharded` uses FSDP2's own reduce-scatter. `BitwiseSharded` puts another in its place, which hands on the leaves of
-a round instead of summing them, and sums them in the canonical tree.
+`FastSharded` uses FSDP2's own reduce-scatter. `BitwiseSharded` replaces it by one that passes on the leaves of a round
+instead of summing them, and sums them in the canonical tree.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ from elastic.parallel.wrapping import fsdp_modules, let_go, local
 
 
 class _Sharded:
-    """What both modes share.
+    """Code of both modes.
 
     Args:
         model: as `place_sharded` left it.
         runs: the microbatches of each place of the mesh.
-        check: raises where what collectives brought is no result.
+        check: raises if a collective brought no result.
     """
 
     _exact = False
@@ -64,37 +64,37 @@ class _Sharded:
         self._block_order, self._steps, self._metrics = BlockOrder(model, mesh, device, check), 0, Metrics()
         self.wait_s = 0.0
         self.scale = 1.0
-        self.recomputes = False  # backward passes compute forward passes again
+        self.recomputes = False  # whether backward passes compute forward passes again
 
     def _begin(self) -> Records:
-        self.model.zero_grad(set_to_none=True)  # also what a parameter has that was frozen after the last step
+        self.model.zero_grad(set_to_none=True)  # also gradients of parameters that were frozen after the last step
         self._used.seen.clear()
-        self._block_order.taken()
+        self._block_order.take_hash()
         self._buffers.begin()
         bits = 64 * self._buffers.words + len(self._parameters)
         return Records(self._runs, self._place, self._device, (bits + 63) // 64, self._metrics, self._check)
 
     def _forward(self, batch: Any) -> tuple[torch.Tensor, Any, Any]:
         before = self._block_order.count
-        with nullcontext() if self._steps else self._block_order.each():
+        with nullcontext() if self._steps else self._block_order.comparing_blocks():
             result = self._loss(self.model, batch)
             self._block_order.returned(before)
         self._used.look_at_root()
         return result
 
     def _gather(self, records: Records, *attached: torch.Tensor | float) -> tuple[StepRecord, list[str]]:
-        """The step's record, and the buffers that passes changed. Drops gradients of what nobody used: the optimizer
-        is to leave those parameters alone, as it would in one process.
+        """The step's record, and the buffers that passes changed. Drops the gradients of parameters that no pass used:
+        the optimizer is to leave these alone, as it would in one process.
 
         Args:
-            attached: to the record, of this worker.
+            attached: numbers of this worker to put into the record.
 
         Raises:
             ConfigError: the workers of a row did not run the same blocks.
         """
         first = 64 * self._buffers.words
         records.mark(sum(1 << (first + i) for i in self._used.seen))
-        records.attach(self._block_order.taken(), *attached)
+        records.attach(self._block_order.take_hash(), *attached)
         began = time.perf_counter()
         record = records.gather(self._mesh.everyone).result()
         self.wait_s = time.perf_counter() - began
@@ -111,24 +111,25 @@ class _Sharded:
         return self._buffers.begun(changed) if self.recomputes else nullcontext()
 
     def gradients(self) -> list[torch.Tensor]:
-        """What of the gradients is on this worker; of parameters that no pass of the step used there is none."""
+        """This worker's shards of the gradients, except those of parameters that no pass of the step used."""
         return [local(p.grad) for p in self._parameters if p.grad is not None]
 
     @property
     def unsaved(self) -> set[str]:
-        """Buffers that passes change, though they are registered with persistent=False."""
+        """Buffers that passes change although they are registered with persistent=False."""
         return self._buffers.unsaved
 
     def undo_buffers(self) -> None:
-        """Put buffers back to what they were before the step's forward passes."""
+        """Restore buffers to their values before the step's forward passes."""
         self._buffers.undo()
 
     def unmoved(self) -> AbstractContextManager[None]:
-        """Buffers are afterwards what they were before: for forward passes that are no training."""
+        """Restores buffers afterwards, for forward passes that do not train."""
         return self._buffers.unmoved()
 
     def has_finite_gradients(self, batch: Any) -> bool:
-        """Whether this worker's own gradients of a batch are finite. Everyone of the row calls this at one time."""
+        """Whether this worker's own gradients of a batch are finite. All workers of the row call this at the same
+        time."""
         look = Look()
         for module in fsdp_modules(self.model):
             module.set_custom_reduce_scatter(look)  # type: ignore[arg-type]
@@ -139,17 +140,17 @@ class _Sharded:
         return all(bool(torch.isfinite(t).all()) for t in look.seen)
 
     def reshard(self) -> None:
-        """Free what a forward pass without a backward pass left gathered."""
+        """Free parameters that a forward pass without a backward pass left gathered."""
         for module in fsdp_modules(self.model):
             module.reshard()
 
     def close(self) -> None:
-        """Put this worker's rows back in place of what a pass that broke off has left gathered."""
+        """Put this worker's shards back in place of parameters that an interrupted pass left gathered."""
         let_go(self.model)
 
 
 class FastSharded(_Sharded):
-    """FSDP2 as it is: each pass's gradients are reduce-scattered and added up; copies are summed in the last pass."""
+    """FSDP2 unchanged: each pass's gradients are reduce-scattered and added up; copies are summed in the last pass."""
 
     def run(self, passes: Iterable[Pass]) -> tuple[StepRecord, float]:
         """Run this worker's passes; see `FastReplica.run`."""
@@ -160,7 +161,7 @@ class FastSharded(_Sharded):
             self._root.set_requires_all_reduce(one.last)
             versions = buffers.versions()
             loss, weight, metrics = self._forward(one.batch)
-            changed = buffers.taken(versions)
+            changed = buffers.copies_since(versions)
             if not one.padding:
                 after.append(changed)
                 counts.append(len(one.digests))
@@ -176,19 +177,19 @@ class FastSharded(_Sharded):
         return record, record.weight * self.scale
 
     def _square(self) -> torch.Tensor:
-        """The sum of squares of what of the gradients is on this worker."""
+        """The sum of squares of this worker's shards of the gradients."""
         here = [g for g in self.gradients() if g.numel()]
         if not here:
             return torch.zeros((), device=self._device)
         return torch.stack(norm_of_each(here)).float().square().sum().to(self._device)
 
     def norm(self, gradients: list[torch.Tensor]) -> torch.Tensor:
-        """Global L2 norm of the gradients: of the first copy's, so that it is the same on all."""
+        """The global L2 norm of the gradients: of the first copy, so that it is equal on all workers."""
         return torch.tensor(self._squares[: self._mesh.layout.shards], dtype=torch.float64).sum().sqrt()
 
 
 class BitwiseSharded(_Sharded):
-    """One microbatch a pass; the same sums, in the same order, as `BitwiseReplica`."""
+    """One microbatch per pass; the same sums, in the same order, as `BitwiseReplica`."""
 
     _exact = True
 
@@ -204,10 +205,10 @@ class BitwiseSharded(_Sharded):
         bucket_mb: int,
         check: Callable[[], None],
     ):
-        """`rows` are the microbatches of each row of the mesh; `runs` deals them in rounds, as `lockstep` does."""
+        """`rows`: the microbatches of each row of the mesh; `runs`: their deal in rounds, as by `lockstep`."""
         super().__init__(model, loss, runs=runs, mesh=mesh, device=device, check=check)
         self._rows, self._bucket_bytes = rows, bucket_mb << 20
-        #: How many row sums each part of the mesh has of each parameter.
+        #: For each parameter, the number of row sums on each part of the mesh.
         self._row_sums = [
             [part.box(p.shape, ROWS).sizes[0] * sums_per_row(p.shape) for part in mesh.part.siblings]
             for p in self._parameters
@@ -233,7 +234,7 @@ class BitwiseSharded(_Sharded):
             runs, size = self._block_order.runs(before), min(mesh.layout.shards, run.stop - first)
             for i, leaves in enumerate(self._leaves):
                 leaves.begin(first, size, runs_once=runs[i] == 1)
-            changed = buffers.taken(versions)
+            changed = buffers.copies_since(versions)
             if not one.padding:
                 records.add(loss, weight, metrics, one.digests, buffers.mask(changed))
                 after.append(changed)
@@ -243,7 +244,7 @@ class BitwiseSharded(_Sharded):
             buffers.undo(changed)  # every microbatch starts from the buffers of the step's beginning
             if not one.last:
                 for p in self._parameters:
-                    p.grad = None  # FSDP2 would add to it, in no tree
+                    p.grad = None  # FSDP2 would add to it, which is not the canonical tree
             for leaves, total in zip(self._leaves, sums):
                 leaves.push(total, keep=one.last)
             first, count = first + mesh.layout.shards, count + 1
@@ -259,7 +260,7 @@ class BitwiseSharded(_Sharded):
         return record, record.weight * self.scale
 
     def norm(self, gradients: list[torch.Tensor]) -> torch.Tensor:
-        """Global L2 norm of the gradients, with the bits of `canonical_norm` of the whole ones."""
+        """The global L2 norm of the gradients, with the bits of `canonical_norm` of the whole gradients."""
         shards = self._mesh.layout.shards
         held = [counts for p, counts in zip(self._parameters, self._row_sums) if p.grad is not None]
         lengths = [[counts[s] for counts in held] for s in range(shards)]
@@ -272,5 +273,5 @@ class BitwiseSharded(_Sharded):
             all_gather_flat(gathered, padded, group=self._mesh.row_group)
         else:
             gathered = padded
-        parts = [row[: sum(ls)].split(ls) for row, ls in zip(gathered.view(shards, longest), lengths)]
-        return torch.cat([parts[s][i] for i in range(len(held)) for s in range(shards)]).sum().sqrt()
+        by_shard = [row[: sum(ls)].split(ls) for row, ls in zip(gathered.view(shards, longest), lengths)]
+        return torch.cat([by_shard[s][i] for i in range(len(held)) for s in range(shards)]).sum().sqrt()

@@ -1,4 +1,4 @@
-"""Which parameters of a model that is cut by FSDP2 got a gradient."""
+"""Which parameters of a model that FSDP2 has sharded got a gradient."""
 
 from __future__ import annotations
 
@@ -15,16 +15,17 @@ from elastic.compat.torch import own_parameters
 
 
 class Used:
-    """Which trainable parameters got a gradient since `seen` was cleared, by index.
+    """Collects the indices of trainable parameters that got a gradient since `seen` was cleared.
 
-    FSDP2 reduces zeros for those that got none. What the autograd engine accumulates into are the gathered parameters,
-    which exist from the first forward pass on.
+    FSDP2 reduces zeros for the others. The autograd engine accumulates into the gathered parameters, which exist from
+    the first forward pass on.
     """
 
     def __init__(self, model: nn.Module):
         self.seen: set[int] = set()
         self._counts = True
-        #: Watches what belongs to no block, where the job called other methods of the model than forward().
+        #: Begins to watch parameters outside of blocks, in case the job calls other methods of the model than
+        #: forward().
         self.look_at_root: Callable[[], None] = lambda: None
         indices = {id(p): i for i, p in enumerate(p for p in model.parameters() if p.requires_grad)}
         for module in (m for m in model.modules() if isinstance(m, FSDPModule)):
@@ -62,7 +63,7 @@ class Used:
 
     @contextmanager
     def only_if(self, counts: bool) -> Iterator[None]:
-        """What happens inside counts only if that is true."""
+        """Gradients inside count only if `counts`."""
         self._counts = counts
         try:
             yield
@@ -71,7 +72,7 @@ class Used:
 
 
 def _managed(module: nn.Module) -> Iterator[nn.Module]:
-    """The module and those below it, without those that were cut by themselves."""
+    """The module and its descendants, without those that were sharded by themselves."""
     yield module
     for child in module.children():
         if not isinstance(child, FSDPModule):

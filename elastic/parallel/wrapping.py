@@ -1,4 +1,4 @@
-"""Putting a model in place: whole on one device, or cut over the workers of a mesh by FSDP2."""
+"""Placing a model: whole on one device, or sharded over the workers of a mesh by FSDP2."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Sharding:
-    """How FSDP2 is to work.
+    """How FSDP2 is used.
 
     Args:
-        native: let FSDP2 itself reduce over copies of the model.
-        prefetch: blocks to gather ahead; 0 leaves it to FSDP2.
-        param_dtype, reduce_dtype: None for those of the parameters.
+        native: FSDP2 itself reduces over copies of the model.
+        prefetch: number of blocks to gather ahead; 0 leaves it to FSDP2.
+        param_dtype, reduce_dtype: None for the parameters' own.
     """
 
     native: bool = True
@@ -55,10 +55,10 @@ class Sharding:
 
 
 def check_dense(model: nn.Module) -> None:
-    """Refuse, by name, what makes sparse gradients: only DDP's own reduction sums those.
+    """Refuse layers with sparse gradients: only DDP's own reduction sums those.
 
     Raises:
-        ConfigError: which, and what to do.
+        ConfigError: with the layer, and what to do.
     """
     for name, module in model.named_modules():
         if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.sparse:
@@ -69,10 +69,10 @@ def check_dense(model: nn.Module) -> None:
 
 
 def check_unwritten(model: nn.Module) -> None:
-    """Refuse, by name, what writes to its own parameters in forward passes.
+    """Refuse layers that write to their own parameters in forward passes.
 
     Raises:
-        ConfigError: which, and what to do.
+        ConfigError: with the layer, and what to do.
     """
     for name, module in model.named_modules():
         if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.max_norm is not None:
@@ -83,11 +83,11 @@ def check_unwritten(model: nn.Module) -> None:
 
 
 def check_shardable(model: nn.Module) -> None:
-    """Refuse what FSDP2 cannot cut, by name.
+    """Refuse a model that FSDP2 cannot shard.
 
     Raises:
-        ConfigError: a parameter without dimensions, without elements, with gaps in memory, or with hooks, trained
-            parameters of several dtypes, a ScriptModule, a container in place of a model.
+        ConfigError: a parameter without dimensions or elements, with gaps in memory, or with hooks; trained parameters
+            of several dtypes; a ScriptModule; a container instead of a model.
     """
     for name, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule):
@@ -127,7 +127,7 @@ def check_shardable(model: nn.Module) -> None:
                 f"parameter {name} is a {type(p).__name__}, a class that it loses where it is cut over the workers; "
                 "mark it with an attribute, or use --parallel.strategy ddp"
             )
-        if p.requires_grad:  # gradients are reduced together; what is frozen has none
+        if p.requires_grad:  # gradients are reduced together, and frozen parameters have none
             dtypes.setdefault(p.dtype, name)
     if len(dtypes) > 1:
         (first, one), (second, other) = list(dtypes.items())[:2]
@@ -142,10 +142,10 @@ def check_shardable(model: nn.Module) -> None:
 
 
 def cut_of(name: str, tensor: torch.Tensor) -> Cut:
-    """How this tensor of the state is cut over the workers of a row; empty where each has it whole.
+    """How a tensor of the state is sharded over the workers of a row; empty if each worker has it whole.
 
     Raises:
-        ConfigError: it lies in a way that cannot be saved, such as one term of a sum on each worker.
+        ConfigError: its layout cannot be saved, such as one term of a sum on each worker.
     """
     if not isinstance(tensor, DTensor) or all(p.is_replicate() for p in tensor.placements):
         return ()
@@ -159,12 +159,12 @@ def cut_of(name: str, tensor: torch.Tensor) -> Cut:
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
-    """What of a tensor is on this worker."""
+    """This worker's shard of a tensor, or a tensor that is not sharded itself."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def whole(tensor: torch.Tensor, mesh: Mesh) -> torch.Tensor:
-    """The whole of a tensor; everyone of the row calls this at one time where it is cut."""
+    """The whole of a tensor. If it is sharded, all workers of the row call this at the same time."""
     cut, mine = cut_of("a tensor of the state", tensor), local(tensor).detach()
     boxes = [part.box(tensor.shape, cut) for part in mesh.part.siblings]
     if not cut or len(boxes) == 1:
@@ -180,7 +180,7 @@ def whole(tensor: torch.Tensor, mesh: Mesh) -> torch.Tensor:
 
 
 def place_whole(built: DeferredModel, device: torch.device) -> nn.Module:
-    """Fill a model, whole, on a device; also what `model()` made beside it."""
+    """Fill a model, whole, on a device, and modules that `model()` made besides it."""
     built.fill(device)
     for module in (built.model, *built.others):
         move(module, device)
@@ -188,7 +188,7 @@ def place_whole(built: DeferredModel, device: torch.device) -> nn.Module:
 
 
 def move(module: nn.Module, device: torch.device) -> None:
-    """Bring a module that has values to a device. Buffers stay the objects that they are, as parameters do anyway."""
+    """Move a module that has values to a device. Buffers stay the same objects, as parameters do by themselves."""
     for buffer in module.buffers():
         if buffer.device != device:
             become(buffer, buffer.to(device))
@@ -198,11 +198,11 @@ def move(module: nn.Module, device: torch.device) -> None:
 def place_sharded(
     built: DeferredModel, blocks: Sequence[nn.Module], device: torch.device, mesh: Mesh, how: Sharding, *, fill: bool
 ) -> nn.Module:
-    """Cut a model over the mesh.
+    """Shard a model over the mesh.
 
     Args:
         blocks: modules that are gathered one by one.
-        fill: give parameters their initial values; else they are left for a saved state. Buffers always get theirs.
+        fill: give parameters their initial values; otherwise a saved state will be loaded. Buffers always get theirs.
     """
     model = built.model
     ties, marks = _ties(model), {name: dict(vars(p)) for name, p in model.named_parameters()}
@@ -227,7 +227,7 @@ def place_sharded(
         wrapped.set_gradient_divide_factor(1.0)
         wrapped.set_force_sum_reduction_for_comms(True)
     model.to_empty(device="cpu" if how.offload else device)
-    if how.offload:  # parameters alone: buffers are used where the model runs
+    if how.offload:  # only parameters are offloaded: buffers are used where the model runs
         for module in model.modules():
             for key, buffer in own_buffers(module).items():
                 if buffer is not None:
@@ -235,7 +235,7 @@ def place_sharded(
     _tie_again(model, ties)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            vars(parameter).update(marks[name])  # by which the job may group them for its optimizer
+            vars(parameter).update(marks[name])  # attributes by which the job may group parameters for its optimizer
             if fill:
                 box = mesh.part.box(parameter.shape, ROWS)
                 local(parameter).copy_(narrowed(built.value(name), box, Box.whole(tuple(parameter.shape))))
@@ -248,18 +248,19 @@ def place_sharded(
 
 
 def call_gathered(model: nn.Module, work: Callable[[], T]) -> T:
-    """Call code of the job that uses a model in forward passes, with what belongs to no block gathered meanwhile.
+    """Call code of the job that uses a model in forward passes, with the parameters outside of blocks gathered.
 
-    FSDP2 gathers for `forward()` alone; so the job may call other methods of the model, its parts, or use parameters.
+    FSDP2 gathers them for `forward()` only, but the job may call other methods of the model, its submodules, or use
+    parameters.
 
     Raises:
-        ConfigError: what it returns was made of parameters of a block, outside of the block.
+        ConfigError: the result was computed from parameters of a block, outside of that block.
     """
     if not isinstance(model, FSDPModule):
         return work()
     name = "_with_parameters_gathered"
 
-    def run() -> Any:  # without arguments: FSDP2 would cast them
+    def run() -> Any:  # it takes no arguments, since FSDP2 would cast them
         return tree_map_only(torch.Tensor, _returned, work())
 
     setattr(model, name, run)
@@ -284,8 +285,8 @@ _COPIED = (
 )
 
 
-def refused_where_cut(error: BaseException) -> str | None:
-    """What to say of an error that code of the job meets because parameters are cut; None of any other."""
+def refused_where_sharded(error: BaseException) -> str | None:
+    """The explanation of an error that code of the job gets because parameters are sharded; None for other errors."""
     if mixes_cut_and_whole(error):
         return _MIXED
     if copies_cut_module(error):
@@ -294,19 +295,19 @@ def refused_where_cut(error: BaseException) -> str | None:
 
 
 def let_go(model: nn.Module) -> None:
-    """Put this worker's rows back in place of what a pass that broke off has left gathered."""
-    model.state_dict()  # before which FSDP2 does so, in whatever state it is; its own `reshard` does not always
+    """Put this worker's shards back in place of parameters that an interrupted pass left gathered."""
+    model.state_dict()  # FSDP2 does so before it, in whatever state it is; its own `reshard` does not always
 
 
 def _returned(tensor: torch.Tensor) -> torch.Tensor:
-    """No view: FSDP2 puts a hook on what is returned, which an operation in place on a view would drop."""
-    if isinstance(tensor, DTensor):  # a number and a cut tensor make one, which is no sum of anything
+    """Return no view: FSDP2 puts a hook on the result, which an in-place operation on a view would drop."""
+    if isinstance(tensor, DTensor):  # a number and a sharded tensor give one, which is not the sum of anything
         raise ConfigError(_MIXED)
     return tensor.clone() if base_of(tensor) is not None and tensor.requires_grad else tensor
 
 
 def fsdp_modules(model: nn.Module) -> list[FSDPModule]:
-    """The modules that were cut by themselves, the root among them."""
+    """The modules that were sharded by themselves, the root included."""
     return [m for m in model.modules() if isinstance(m, FSDPModule)]
 
 
@@ -324,7 +325,7 @@ def _ties(model: nn.Module) -> dict[str, str]:
 
 
 def _tie_again(model: nn.Module, ties: dict[str, str]) -> None:
-    """`to_empty` gives every module a tensor of its own, tied or not."""
+    """Share tensors again, since `to_empty` gives every module a tensor of its own."""
     for name, first in ties.items():
         path, _, leaf = name.rpartition(".")
         other, _, kept = first.rpartition(".")

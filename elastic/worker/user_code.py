@@ -15,7 +15,7 @@ from elastic.data.loader import ItemError
 from elastic.errors import ConfigError, RunFailed, WorldBroken, one_line
 from elastic.job import Job
 from elastic.membership.failure import Failure, named
-from elastic.parallel.wrapping import call_gathered, local, refused_where_cut
+from elastic.parallel.wrapping import call_gathered, local, refused_where_sharded
 from elastic.worker.batches import to_device
 from elastic.worker.group import Group
 from elastic.worker.returned import LossValue, check_returned
@@ -119,7 +119,7 @@ class UserCode:
         except Exception as error:
             if not alone and self.group is not None and self.group.failed_by(error):
                 raise WorldBroken(f"{self.where} failed: {one_line(error)}") from error
-            if (sentence := refused_where_cut(error)) is not None:
+            if (sentence := refused_where_sharded(error)) is not None:
                 raise self.mistake(ConfigError(sentence)) from error
             raise self.error(error) from error
 
