@@ -93,7 +93,7 @@ class Ending:
         now, message = time.time(), redact(message)
         outcome.status, outcome.message = status, message
         step, last, seconds = self._status.last_step(), self._status.last_row(), round(now - outcome.started, 3)
-        if not record.ended:  # else an earlier keeper died after it had said so
+        if not record.ended:  # otherwise an earlier keeper recorded the end, and died afterwards
             kind = "run_failed" if status == "failed" else "run_finished"
             self._note(kind, step=step, seconds=seconds, detail=message or status)
         fault.point("run.closing", -1, step)

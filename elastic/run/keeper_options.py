@@ -12,9 +12,11 @@ from elastic.checkpoint.retention import Policy
 class KeeperOptions:
     """What the keeper needs to know about a run.
 
-    `save_every_s`: seconds between checkpoints, 0 for the interval that costs least, None where steps say when.
-    `max_cost`: of the whole run, which is paused then.
-    `new_config`: replaces the run's configuration once it has trained with it.
+    Args:
+        save_every_s: seconds between checkpoints; 0 for the interval that costs least, None if it is given in steps.
+        facts: go into every status (owner, host, git commit, ...).
+        max_cost: of the whole run, which is paused when it is reached.
+        new_config: replaces the run's stored configuration once the run has trained with it.
     """
 
     epoch: int
