@@ -1,4 +1,4 @@
-"""The command line of a sweep: its own options, and all those of the job."""
+"""The command line of a sweep: its own options, and all options of the job."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def parse(argv: Sequence[str], program: str | None = None) -> tuple[Job, TrainCo
     """Read a command line.
 
     Raises:
-        ConfigError: a value that cannot be.
+        ConfigError: a value is wrong.
         SystemExit: help was asked for (0), or the line cannot be read (2).
     """
     own = parser(program)
@@ -77,7 +77,7 @@ def parse(argv: Sequence[str], program: str | None = None) -> tuple[Job, TrainCo
 
 
 def run(argv: Sequence[str], program: str | None = None) -> int:
-    """Like `main`, but returns the exit code: 0 done, 1 no trial came to an end, 2 bad input, 130 interrupted."""
+    """Like `main`, but returns the exit code: 0 done, 1 no trial finished, 2 bad input, 130 interrupted."""
     try:
         job, config, sweep = parse(argv, program)
         from elastic.sweep.prepare import prepare_sweep, trial_table
@@ -95,7 +95,7 @@ def run(argv: Sequence[str], program: str | None = None) -> int:
 
 
 def main(argv: Sequence[str] | None = None, program: str | None = None) -> None:
-    """Read the command line, sweep, and end the process with the sweep's exit code."""
+    """Read the command line, run the sweep, and end the process with its exit code."""
     with sturdy_output():
         code = run(sys.argv[1:] if argv is None else argv, program)
     raise SystemExit(code)

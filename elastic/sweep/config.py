@@ -1,4 +1,4 @@
-"""What a sweep is told: the space, how trials are chosen and cut short, and when it ends."""
+"""The options of a sweep: its search space, how trials are chosen and ended early, and when the sweep ends."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ class StopRule:
 
 
 def parse_stop(text: str) -> StopRule:
-    """Read `metric>=value` or `metric<=value`.
+    """Parse `metric>=value` or `metric<=value`.
 
     Raises:
-        ConfigError: one sentence.
+        ConfigError: the text has neither form.
     """
     match = _STOP.match(text)
     try:
@@ -57,25 +57,25 @@ class SweepConfig:
     """All options of a sweep.
 
     Args:
-        search: the space: a `Domain` or `KIND(values)` by the name of the option.
-        metric: of the evaluation, such as `eval/loss`; `mode` says whether less or more is better.
-        trials: how many; with grids, so many of each combination. None: 10, or 1 of each combination.
+        search: the space: a `Domain` or the text `KIND(values)` for each option, by its name.
+        metric: a metric of the evaluation, such as `eval/loss`; `mode` says whether less or more is better.
+        trials: their number; with grids, that for each combination. None: 10, or 1 for each combination.
         scheduler: none, asha, hyperband or pbt.
-        searcher: random (which grids are part of), or tpe.
-        grace_period: evaluations that each trial is given (asha, hyperband).
-        reduction_factor: one of so many goes on from one rung to the next (asha, hyperband).
-        perturbation_interval: evaluations between two looks at the population (pbt).
-        quantile: the part of the population that is replaced by so many of the best (pbt).
-        resample: the part of values that are drawn anew, not changed a little (pbt).
-        batch: trials that are suggested from the same results (tpe).
-        stop: ends a trial that is good enough.
-        max_concurrent: trials at a time; None for what the cluster has room for.
-        time_budget: no trial is started after it, and those that run are saved and ended (s, min, h).
-        cost_budget: the same for what all trials cost, by --observe.price.
+        searcher: random (which includes grids), or tpe.
+        grace_period: evaluations that every trial gets (asha, hyperband).
+        reduction_factor: at a rung one of so many trials goes on (asha, hyperband).
+        perturbation_interval: evaluations between two comparisons of the population (pbt).
+        quantile: share of the population that is replaced by copies of the same share of the best (pbt).
+        resample: share of values that are drawn again instead of changed a little (pbt).
+        batch: number of trials that are suggested from the same results (tpe).
+        stop: rules that end a trial when it is good enough.
+        max_concurrent: trials at a time; None for as many as the cluster has resources for.
+        time_budget: after it no trial is started, and running ones are saved and ended (s, min, h).
+        cost_budget: the same for the cost of all trials, by --observe.price.
         seed: of everything that is drawn.
-        name: of the sweep; an explicit name goes on with a sweep that was interrupted.
-        plots: write PNGs where matplotlib is installed.
-        take_over: go on with a sweep although another driver seems alive.
+        name: of the sweep; an explicit name resumes a sweep that was interrupted.
+        plots: write PNGs if matplotlib is installed.
+        take_over: resume a sweep although another driver seems alive.
 
     Raises:
         ConfigError: an option, or a combination of options, that cannot work.
@@ -183,7 +183,7 @@ class SweepConfig:
 
     @property
     def total(self) -> int:
-        """How many trials there are to be."""
+        """The number of trials."""
         points = grid_size(self.space)
         per_point = self.trials if self.trials is not None else (1 if points > 1 else DEFAULT_TRIALS)
         return points * per_point
@@ -198,7 +198,7 @@ class SweepConfig:
         return None if budget is None else parse_amount("--time-budget", budget, clock=True).seconds
 
     def fixed(self) -> dict[str, Any]:
-        """What decides which trials there are and how far they go: JSON values that stay for the sweep's life."""
+        """Options that decide which trials there are and how far they go, as JSON values; they never change."""
         return {
             "search": {name: str(domain) for name, domain in self.space.items()},
             "metric": self.metric,

@@ -1,8 +1,8 @@
-"""How far each trial goes: pure functions of what trials reported, whatever the order in which that came.
+"""How far each trial goes: pure functions of the trials' results, whatever the order in which these arrive.
 
-A trial counts its evaluations from 1. At some of them (its gates) it waits for a verdict, which depends on a fixed set
-of results only; while one of those is missing there is no verdict. So the same results give the same verdicts, however
-many trials run at a time, and whoever was killed meanwhile.
+A trial counts its evaluations from 1. At some of them, its gates, it waits for a verdict, which depends on a fixed set
+of results. While one of these is missing, there is no verdict. So equal results give equal verdicts, however many
+trials run at a time, and whatever was killed meanwhile.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ WORST = -math.inf
 
 @dataclass
 class Results:
-    """What is known: scores (greater is better) by trial and evaluation, and how many evaluations ended trials had.
+    """All results: scores (greater is better) by trial and evaluation, and the trials that have ended.
 
-    `total` is the number of evaluations of a whole trial.
+    `total` is the number of evaluations of a complete trial.
     """
 
     total: int
@@ -30,26 +30,26 @@ class Results:
     ended: set[int] = field(default_factory=set)
 
     def report(self, trial: int, evaluation: int, value: float | None, mode: str) -> None:
-        """A result; the first that is heard of an evaluation counts."""
+        """Add a result; only the first for an evaluation counts."""
         score = WORST if value is None or math.isnan(value) else value if mode == "max" else -value
         self.scores.setdefault(trial, {}).setdefault(evaluation, score)
 
     def end(self, trial: int) -> None:
-        """The trial reports nothing any more."""
+        """The trial will report nothing more."""
         self.ended.add(trial)
 
     def score(self, trial: int, evaluation: int) -> float | None:
         return self.scores.get(trial, {}).get(evaluation)
 
     def settled(self, trial: int, evaluation: int) -> bool:
-        """Whether it is known what the trial has at this evaluation, if anything."""
+        """Whether the trial's result at this evaluation is known, or will never come."""
         return trial in self.ended or self.score(trial, evaluation) is not None
 
 
 @dataclass(frozen=True)
 class Verdict:
     """What a trial does at a gate: go on to the evaluation `until`, stop, or take over the state of trial `source` and
-    go on with `options`. `why` is for people."""
+    go on with `options`. `why` is a text for people."""
 
     do: Literal["go", "stop", "exploit"]
     until: int = 0
@@ -60,25 +60,25 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Missing:
-    """There is no verdict before these trials have reported the evaluation that it is about, or have ended."""
+    """There is no verdict before these trials have reported the evaluation in question, or have ended."""
 
     trials: frozenset[int]
 
 
 class Rule(Protocol):
-    """How trials are cut short."""
+    """Decides how far trials go."""
 
     def first(self, trial: int) -> int:
-        """The evaluation of a trial's first gate; the total for none."""
+        """The evaluation of a trial's first gate; the total if it has none."""
         ...
 
     def judge(self, results: Results, trial: int, gate: int) -> Verdict | Missing:
-        """What becomes of a trial that has reported its evaluation `gate`."""
+        """The verdict on a trial that has reported its evaluation `gate`."""
         ...
 
 
 class NoRule:
-    """Every trial goes to its end."""
+    """Every trial is completed."""
 
     def __init__(self, total: int):
         self._total = total
@@ -104,21 +104,21 @@ def _after(gates: Sequence[int], gate: int, total: int) -> int:
 
 
 def percentile(values: Iterable[float], share: float) -> float:
-    """Between the two nearest by linear interpolation, as numpy does."""
+    """The percentile, with linear interpolation between the nearest values, as in numpy."""
     ordered = sorted(values)
     at = share * (len(ordered) - 1)
     low = math.floor(at)
     high = min(low + 1, len(ordered) - 1)
     if ordered[low] == ordered[high]:
-        return ordered[low]  # infinities too
+        return ordered[low]  # also for infinities, whose difference is not a number
     return ordered[low] + (ordered[high] - ordered[low]) * (at - low)
 
 
 class OrderedAsha:
-    """ASHA (Li et al. 2020, arXiv:1810.05934, in the variant that stops) in the order of the trials' numbers.
+    """ASHA (Li et al. 2020, arXiv:1810.05934, the variant that stops trials) in the order of the trials' numbers.
 
-    At a rung a trial is compared with those of lower number that came to it: it goes on if it is not below the
-    (1 - 1/factor) quantile of theirs. So the verdicts are those of ASHA with one trial at a time.
+    At a rung a trial is compared with the trials of lower numbers that reached it: it goes on if it is not below the
+    (1 - 1/factor) quantile of their scores. So the verdicts are those of ASHA with one trial at a time.
     """
 
     def __init__(self, grace: int, factor: int, total: int):
@@ -133,7 +133,7 @@ class OrderedAsha:
             return Missing(missing)
         others = [s for t in range(trial) if (s := results.score(t, gate)) is not None]
         mine = results.score(trial, gate)
-        assert mine is not None, "it is judged by what it reported"
+        assert mine is not None, "a trial is judged at a gate that it has reported"
         cut = percentile(others, 1 - 1 / self._factor) if others else WORST
         if mine < cut or (mine == WORST and others):
             return Verdict("stop", why=f"worse than the best 1/{self._factor} of the {len(others)} before it")
@@ -143,8 +143,8 @@ class OrderedAsha:
 class Hyperband:
     """Hyperband (Li et al. 2018, arXiv:1603.06560): brackets of synchronous successive halving.
 
-    Brackets are filled in the order of the trials' numbers, from the one that halves most to the one that does not
-    halve, and again. At a rung all of a bracket that came to it are compared, and the best 1/factor go on.
+    Brackets are filled in the order of the trials' numbers, from the bracket with most halvings to the one without, and
+    again from the first. At a rung all trials of a bracket that reached it are compared, and the best 1/factor go on.
     """
 
     def __init__(self, grace: int, factor: int, total: int, trials: int):
@@ -173,19 +173,19 @@ class Hyperband:
         missing = frozenset(t for t in members if not results.settled(t, gate))
         if missing:
             return Missing(missing)
-        there = [(s, -t) for t in members if (s := results.score(t, gate)) is not None]
-        best = sorted(there, reverse=True)[: max(1, len(there) // self._factor)]
+        scored = [(s, -t) for t in members if (s := results.score(t, gate)) is not None]
+        best = sorted(scored, reverse=True)[: max(1, len(scored) // self._factor)]
         if -trial in [t for _, t in best]:
             return Verdict("go", _after(gates, gate, self._total))
-        return Verdict("stop", why=f"not of the best {len(best)} of {len(there)} in its bracket")
+        return Verdict("stop", why=f"not of the best {len(best)} of {len(scored)} in its bracket")
 
 
 class Population:
     """Synchronous population based training (Jaderberg et al. 2017, arXiv:1711.09846, appendix A.1).
 
-    Every `interval` evaluations the whole population is compared. Who is in the lowest quantile takes over the state of
-    one of the highest, drawn by seed, evaluation and number, and goes on with that one's options, changed a little or
-    drawn anew.
+    Every `interval` evaluations the whole population is compared. A trial in the lowest quantile takes over the state
+    of one in the highest, drawn by seed, evaluation and number, and goes on with that trial's options, changed a little
+    or drawn again.
     """
 
     def __init__(
@@ -209,7 +209,7 @@ class Population:
         return Verdict("exploit", until, "of the lowest quantile", source, self.options(results, trial, gate))
 
     def options(self, results: Results, trial: int, gate: int) -> Options:
-        """What a trial goes on with after the evaluation `gate` (0: begins with), all gates up to it being known."""
+        """The options of a trial after evaluation `gate` (0: from the start); all results up to it must be known."""
         if gate <= 0:
             return draw(self._space, self._seed, trial)
         lowest, highest = self._quantiles(results, gate)

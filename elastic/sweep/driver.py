@@ -1,4 +1,4 @@
-"""A sweep from its beginning to its end: checks, Ray Tune's turns, and what is left in the sweep's folder."""
+"""A sweep from beginning to end: its checks, the turns of Ray Tune, and the results in its folder."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ from elastic.tools.sweeps import TrialRecord, best_trial, ranking
 
 HEARTBEAT_S = 5.0
 REST_S = 120.0
-KEEP_LAST = 3  # of a trial in a population: another one may still copy the checkpoint of the last gate
+KEEP_LAST = 3  # checkpoints of a trial in a population: another trial may still copy that of the last gate
 
 
 @dataclass(frozen=True)
 class SweepResult:
-    """How a sweep ended: its trials, the best first, and where it lies."""
+    """The result of a sweep: its trials, the best first, and its folder."""
 
     status: str
     trials: list[TrialRecord]
@@ -45,21 +45,21 @@ class SweepResult:
 
 
 def run_sweep(job: Job, config: TrainConfig | None, sweep: SweepConfig) -> SweepResult:
-    """Run a sweep to its end, or go on with one of this name.
+    """Run a sweep to its end, or resume the sweep of this name.
 
     Args:
-        config: the options that trials have in common.
+        config: the options that all trials have in common.
 
     Raises:
         ConfigError: bad input found before anything started.
-        Interrupted: a signal ended it; the same call goes on with it.
-        ElasticError: it cannot go on.
+        Interrupted: a signal ended it; the same call resumes it.
+        ElasticError: the sweep cannot go on.
     """
     return drive_sweep(prepare_sweep(job, config or TrainConfig(), sweep))
 
 
 def drive_sweep(prepared: PreparedSweep) -> SweepResult:
-    """Like `run_sweep`, of a sweep that was prepared."""
+    """Like `run_sweep`, for a sweep that was prepared."""
     if prepared.finished:
         return result_of(prepared, "finished")
     address = preflight(prepared.config.cluster, prepared.config.scaling)
@@ -82,19 +82,19 @@ def drive_sweep(prepared: PreparedSweep) -> SweepResult:
 
 
 def result_of(prepared: PreparedSweep, status: str) -> SweepResult:
-    """What is in the sweep's folder."""
+    """The result of a sweep, read from its folder."""
     metric, mode = prepared.sweep.metric, prepared.sweep.mode
     trials = prepared.folder.trials(metric, mode)
     return SweepResult(status, ranking(trials, mode), best_trial(trials, mode), prepared.folder.storage.url)
 
 
 def slots(config: TrainConfig) -> int:
-    """Trials that the cluster has room for at a time, each with all its workers."""
+    """The number of trials, each with all its workers, for which the cluster has resources at a time."""
     nodes, scaling = node_resources(), config.scaling
     accelerator = choose_accelerator(scaling.accelerator, [*nodes, *node_types()])
     unit = worker_resources(accelerator, scaling.cpus_per_worker)
-    room = sum(int(min(node.get(name, 0) // amount for name, amount in unit.items())) for node in nodes)
-    return max(1, room // (scaling.max_workers + scaling.spares))
+    workers = sum(int(min(node.get(name, 0) // amount for name, amount in unit.items())) for node in nodes)
+    return max(1, workers // (scaling.max_workers + scaling.spares))
 
 
 class _Sweeping:
@@ -102,17 +102,17 @@ class _Sweeping:
 
     def __init__(self, prepared: PreparedSweep):
         self._prepared, self._sweep, self._folder = prepared, prepared.sweep, prepared.folder
-        self._judge = Judge(self._sweep, self._folder, prepared.total, self._say)
+        self._judge = Judge(self._sweep, self._folder, prepared.total, self._print)
         self._signals = 0
         self._left = -1
         self._why = ""  # why no trial is started any more
         self._best: dict[str, Any] | None = self._folder.best
 
-    def _say(self, text: str) -> None:
+    def _print(self, text: str) -> None:
         print(f"[{time.strftime('%H:%M:%S')}] {text}", flush=True)
 
     def run(self) -> SweepResult:
-        """Turn until all trials have ended."""
+        """Take turns until all trials have ended."""
         from elastic.compat.ray import session_folder
         from elastic.sweep.raytune import Tuning
 
@@ -126,7 +126,7 @@ class _Sweeping:
         )
         scratch = tempfile.mkdtemp(prefix="elastic-sweep-", dir=session_folder())
         try:
-            with handled_by(self._hear):
+            with handled_by(self._on_signal):
                 tuning = Tuning(self._plan(), self._judge, places, scratch)
                 try:
                     self._turn(tuning)
@@ -143,7 +143,7 @@ class _Sweeping:
         self._folder.update(status="finished", message="; ".join(n for n in (self._why, *notes) if n), best=self._best)
         return result
 
-    def _hear(self, _: str) -> None:
+    def _on_signal(self, _: str) -> None:
         self._signals += 1
 
     def _turn(self, tuning: Any) -> None:
@@ -151,7 +151,7 @@ class _Sweeping:
         while not tuning.finished:
             tuning.turn()
             if self._signals:
-                self._say("saving the trials that run, and ending; once more ends at once")
+                self._print("saving the trials that run, and ending; once more ends at once")
                 self._rest(tuning)
                 raise Interrupted(f"sweep {self._prepared.name} was interrupted; the same command goes on with it")
             if self._judge.refused:
@@ -162,7 +162,7 @@ class _Sweeping:
                 self._note_best()
                 next_beat = 0.0
             if not self._why and (why := self._over_budget()):
-                self._say(why)
+                self._print(why)
                 self._why, self._judge.closing, next_beat = why, True, 0.0
             if time.monotonic() >= next_beat:
                 next_beat = time.monotonic() + HEARTBEAT_S
@@ -181,20 +181,20 @@ class _Sweeping:
         return ""
 
     def _rest(self, tuning: Any, message: str = "") -> None:
-        """Save what runs, and say that this drive is over."""
+        """Have running trials save and end, and mark the sweep as interrupted."""
         self._judge.closing = True
         tuning.rest_all()
-        deadline, next_telling = time.monotonic() + REST_S, time.monotonic() + 1.0
+        deadline, next_call = time.monotonic() + REST_S, time.monotonic() + 1.0
         while tuning.running and time.monotonic() < deadline and self._signals < 2:
-            if time.monotonic() >= next_telling:  # one may just have been given a place
-                next_telling = time.monotonic() + 1.0
+            if time.monotonic() >= next_call:  # a trial may just have been started
+                next_call = time.monotonic() + 1.0
                 tuning.rest_all()
             tuning.turn()
         self._folder.update(status="interrupted", message=message, best=self._best)
         self._folder.close()
 
     def _note_best(self) -> None:
-        """Pin the last checkpoint of the best trial, and unpin that of the best before."""
+        """Pin the last checkpoint of the best trial, and unpin that of the trial that was best before."""
         found = result_of(self._prepared, "running").best
         storage = self._folder.storage
         newest = next(newest_first(storage.child(found.run)), None) if found is not None else None
@@ -215,7 +215,7 @@ class _Sweeping:
         self._best = best
 
     def _plan(self) -> TrialPlan:
-        """What the trials' actors are told. They are connected to the cluster already, and hold at their gates."""
+        """The plan that all trial actors get. They are connected to the cluster already, and pause at their gates."""
         prepared, sweep = self._prepared, self._sweep
         config = prepared.config
         hold = config.eval.every is not None and (sweep.scheduler != "none" or bool(sweep.stop))
@@ -230,7 +230,7 @@ class _Sweeping:
         return TrialPlan(prepared.job, config, self._folder.storage.url, tuple(sweep.space), sweep.stop_rules)
 
     def _every(self) -> int:
-        """Steps between two evaluations; the same for all trials of a population, which differ in nothing else."""
+        """Steps between two evaluations. They are equal for all trials of a population."""
         job, config = self._prepared.job, self._prepared.config
         _, size = training_data(job)
         plan = resolve(config, dataset_size=size, tokens_per_sample=job.tokens_per_sample)
@@ -238,7 +238,7 @@ class _Sweeping:
         return plan.eval_every
 
     def _leave_reports(self, result: SweepResult) -> list[str]:
-        """Table, plots and TensorBoard; returns what could not be written, and why."""
+        """Write the table, plots and TensorBoard files; returns what could not be written, and why."""
         from elastic.sweep.reports import write_plots, write_table, write_tensorboard
 
         storage, sweep = self._folder.storage, self._sweep
@@ -260,7 +260,7 @@ class _Sweeping:
 
 
 def drive(prepared: PreparedSweep) -> int:
-    """What the command does after validation; returns the exit code."""
+    """Run the sweep as the command does after validation; returns the exit code."""
     from elastic.tools.sweeps import open_sweep, report_text
 
     try:

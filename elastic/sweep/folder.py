@@ -1,4 +1,4 @@
-"""The folder of a sweep, being written: by one driver at a time."""
+"""The folder of a sweep, written by one driver at a time."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class SweepFolder:
         self._ledger: LedgerFile | None = None
 
     def stored(self) -> dict[str, Any] | None:
-        """What an earlier driver wrote into sweep.json."""
+        """The sweep.json of an earlier driver, None if there is none."""
         return read_sweep(self.storage)
 
     def claim(self, values: dict[str, Any], *, take_over: bool) -> None:
@@ -35,7 +35,7 @@ class SweepFolder:
             ConfigError: another driver seems alive, or claimed it at the same moment.
         """
         self.storage.probe()
-        before = newest_claim(self.storage.names(DRIVERS))  # first: of two who see nobody here, one is refused below
+        before = newest_claim(self.storage.names(DRIVERS))  # read first: of two drivers, the create refuses one
         stored = self.stored()
         driver = None if take_over else self._driver(before, stored)
         if driver is not None:
@@ -60,13 +60,13 @@ class SweepFolder:
         self.update(status="running", message="", best=best)
 
     def _driver(self, epoch: int, stored: dict[str, Any] | None) -> str | None:
-        """Who seems to drive the sweep, or begins to; None where nobody does."""
+        """The driver that seems to drive the sweep, or is starting to; None if there is none."""
         runs = stored is not None and stored["status"] == "running"
         if stored and runs and may_live(stored.get("owner_process"), storage_age_s(self.storage, SWEEP)):
             return str(stored["owner"])
         if epoch and (stored is None or stored.get("epoch") != epoch):
             name = claim_name(DRIVERS, epoch)
-            with contextlib.suppress(FileNotFoundError, ValueError):  # who left a damaged one is known to nobody
+            with contextlib.suppress(FileNotFoundError, ValueError):  # a damaged claim does not name its driver
                 claim = json.loads(self.storage.read(name))
                 if may_live(claim["process"], storage_age_s(self.storage, name)):
                     return str(claim["owner"])
@@ -79,30 +79,30 @@ class SweepFolder:
 
     @property
     def seconds(self) -> float:
-        """How long the sweep was driven, by this and by earlier commands."""
+        """Seconds for which the sweep was driven, by this command and earlier ones."""
         return float(self._values["seconds_before"]) + time.monotonic() - self._since
 
     def update(self, **values: Any) -> None:
-        """Write sweep.json anew, with these values changed and a new heartbeat."""
+        """Write sweep.json with these values changed and a new heartbeat."""
         self._values |= {**values, "heartbeat": time.time(), "seconds": round(self.seconds, 3)}
         text = json.dumps(clean(finite({"format": FORMAT, **self._values})), indent=1)
         self.storage.replace(SWEEP, (text + "\n").encode())
 
     def lines(self) -> list[dict[str, Any]]:
-        """All of trials.jsonl."""
+        """All lines of trials.jsonl."""
         return read_records(self.storage, TRIALS)
 
     def trials(self, metric: str, mode: str) -> list[TrialRecord]:
-        """What is known of each trial."""
+        """The record of each trial."""
         return collect(self.lines(), metric, mode)
 
     def note(self, trial: int, kind: str, **values: Any) -> None:
-        """A line about a trial; it is in storage when this returns."""
+        """Add a line about a trial; it is in storage when this returns."""
         assert self._ledger is not None, "claim it first"
         self._ledger.add({"time": time.time(), "trial": trial, "kind": kind, **clean(values)})
         self._ledger.flush()
 
     def close(self) -> None:
-        """Join what object storage has in parts."""
+        """Join the segments that object storage has of the file."""
         if self._ledger is not None:
             self._ledger.compact()

@@ -1,7 +1,6 @@
-"""What a sweep knows and decides while it runs: which trial is next, who waits for whom, and what is written down.
+"""The decisions of a running sweep: which trial is next, which waits for which, and what is recorded.
 
-Everything that decides lies in trials.jsonl before anybody acts on it, so a judge that is made anew goes on where the
-one before was.
+Every decision is in trials.jsonl before anything acts on it, so a new judge goes on where the last one ended.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ Wait = Literal["", "hold", "rest"]
 
 
 def rule_of(config: SweepConfig, total: int) -> Rule:
-    """How trials of `total` evaluations are cut short."""
+    """The rule by which trials of `total` evaluations go on or end early."""
     if config.scheduler == "asha":
         return OrderedAsha(config.grace_period, config.reduction_factor, total)
     if config.scheduler == "hyperband":
@@ -38,29 +37,29 @@ def rule_of(config: SweepConfig, total: int) -> Rule:
 
 
 class Judge:
-    """All methods from one thread.
+    """All methods are for one thread.
 
     Args:
-        total: evaluations of a whole trial.
-        say: shows a line to people.
+        total: the number of evaluations of a complete trial.
+        print_line: prints a line on the console.
     """
 
-    def __init__(self, config: SweepConfig, folder: SweepFolder, total: int, say: Callable[[str], None]):
-        self._config, self._folder, self._say = config, folder, say
+    def __init__(self, config: SweepConfig, folder: SweepFolder, total: int, print_line: Callable[[str], None]):
+        self._config, self._folder, self._print = config, folder, print_line
         self._results = Results(total)
         self._rule = rule_of(config, total)
         self._suggester: Suggester = suggester(config)
         self._values: dict[int, float | None] = {}
         self._names: dict[int, str] = {}
-        self._waiting: dict[int, int] = {}  # trials that wait for a verdict, and at which gate
-        self._held: set[int] = set()  # those of them that keep their state in memory
-        self._resting: set[int] = set()  # those that gave up their place
+        self._waiting: dict[int, int] = {}  # trials that wait for a verdict, with their gate
+        self._held: set[int] = set()  # waiting trials that keep their state in memory
+        self._resting: set[int] = set()  # waiting trials that saved their state and freed their workers
         self._made: list[tuple[int, Verdict]] = []
         self._costs: dict[int, float] = {}
         self._to_start = list(range(config.total))
         self.refused = ""  # why no trial can be judged
-        self.no_more = False  # no trial is started any more
-        self.closing = False  # nor does one go on that rests
+        self.no_more = False  # no further trial is started
+        self.closing = False  # nor does a resting trial go on
         for trial in folder.trials(config.metric, config.mode):
             self._names[trial.number] = trial.run
             for report in trial.reports:
@@ -78,16 +77,16 @@ class Judge:
 
     @property
     def left(self) -> int:
-        """Trials that have not ended."""
+        """The number of trials that have not ended."""
         return self._config.total - len(self._values)
 
     @property
     def cost(self) -> float:
-        """What all trials cost so far, as far as they have said."""
+        """The cost of all trials so far, as far as they have reported it."""
         return sum(self._costs.values())
 
     def start_next(self) -> int | None:
-        """The number of the next trial to start, or to go on with after an interruption; None: not yet, or no more."""
+        """The number of the next trial to start, or to resume after an interruption; None: not now, or no more."""
         if not self._to_start or self.closing:
             self.no_more = True
             return None
@@ -99,29 +98,34 @@ class Judge:
             options = self._suggester.options(number, self._values)
             self._names[number] = name = f"{self._config.name}-{number:04d}"
             self._folder.note(number, "started", run=name, options=options, until=self._rule.first(number))
-            self._say(f"{name} starts with {options_text(options)}")
+            self._print(f"{name} starts with {options_text(options)}")
         return number
 
-    def report(self, number: int, told: dict[str, Any], running: Set[int], places: int) -> Wait:
-        """A trial tells of an evaluation.
+    def report(self, number: int, reported: dict[str, Any], running: Set[int], places: int) -> Wait:
+        """A trial reports an evaluation.
 
         Args:
-            running: trials that have one of the `places`.
+            running: the trials that run now, of which there may be `places`.
 
         Returns:
-            whether it has to wait for a verdict: with its state in memory where all that it waits for run, or have room
-            to; else so that another one can have its place.
+            whether it has to wait for a verdict: "hold", with its state in memory, if all trials that it waits for run
+            or can be started; "rest" if another trial needs its workers.
         """
-        evaluation, value = told["evaluation"], told["metrics"].get(self._config.metric)
-        self._refuse_unknown(told["metrics"])
+        evaluation, value = reported["evaluation"], reported["metrics"].get(self._config.metric)
+        self._refuse_unknown(reported["metrics"])
         if self._results.score(number, evaluation) is None:
             self._results.report(number, evaluation, value, self._config.mode)
             self._folder.note(
-                number, "report", evaluation=evaluation, step=told["step"], metrics=told["metrics"], cost=told["cost"]
+                number,
+                "report",
+                evaluation=evaluation,
+                step=reported["step"],
+                metrics=reported["metrics"],
+                cost=reported["cost"],
             )
-        if told["cost"] is not None:
-            self._costs[number] = told["cost"]
-        if told["waits"]:
+        if reported["cost"] is not None:
+            self._costs[number] = reported["cost"]
+        if reported["waits"]:
             self._waiting[number] = evaluation
         self._judge_all()
         if number not in self._waiting:
@@ -134,60 +138,66 @@ class Judge:
         return "hold"
 
     def _refuse_unknown(self, metrics: Mapping[str, Any]) -> None:
-        """What is not finite is there nevertheless, as None."""
+        """Refuse metrics that evaluations do not have. A value that is not finite is None, but it is there."""
         rules = ((rule.metric, f"--stop is '{rule}'") for rule in self._config.stop_rules)
-        for name, said in ((self._config.metric, f"--metric is {self._config.metric!r}"), *rules):
+        for name, given in ((self._config.metric, f"--metric is {self._config.metric!r}"), *rules):
             if name not in metrics:
                 known = ", ".join(sorted(metrics))
                 self.refused = (
                     self.refused
-                    or f"{said}, but evaluations have {known}; give one of these, with another --sweep.name"
+                    or f"{given}, but evaluations have {known}; give one of these, with another --sweep.name"
                 )
 
     def release(self, number: int) -> bool:
-        """Whether a trial was held, which it is not any more."""
+        """End the hold of a trial; returns whether it was held."""
         held = number in self._held
         self._held.discard(number)
         return held
 
     def rests(self, number: int) -> None:
-        """A trial that waits has given up its place."""
+        """A waiting trial has saved its state and ended its run."""
         self._resting.add(number)
 
-    def ended(self, number: int, told: dict[str, Any]) -> None:
+    def ended(self, number: int, outcome: dict[str, Any]) -> None:
         """A trial has ended by itself."""
         self._results.end(number)
         self._waiting.pop(number, None)
         self._held.discard(number)
         self._resting.discard(number)
-        value = told["metrics"].get(self._config.metric)
-        self._values[number] = None if told["status"] == "failed" else value
-        self._costs[number] = told["cost"] or self._costs.get(number, 0.0)
-        self._folder.note(number, "ended", **{k: v for k, v in told.items() if k != "what"})
+        value = outcome["metrics"].get(self._config.metric)
+        self._values[number] = None if outcome["status"] == "failed" else value
+        self._costs[number] = outcome["cost"] or self._costs.get(number, 0.0)
+        self._folder.note(number, "ended", **{k: v for k, v in outcome.items() if k != "what"})
         shown = "" if value is None else f", {self._config.metric} {value:.6g}"
-        why = f": {told['message'].splitlines()[-1]}" if told["message"] else ""
-        self._say(f"{self._names[number]} {told['status']} after step {told['step']}{shown}{why}")
+        why = f": {outcome['message'].splitlines()[-1]}" if outcome["message"] else ""
+        self._print(f"{self._names[number]} {outcome['status']} after step {outcome['step']}{shown}{why}")
         self._judge_all()
 
     def broke(self, number: int, message: str) -> None:
-        """A trial could not be brought to its end."""
+        """A trial could not be completed."""
         nothing: dict[str, Any] = {"step": 0, "metrics": {}, "weights_sha256": None, "seconds": 0.0, "cost": None}
         self.ended(number, {"status": "failed", "message": message, **nothing})
 
     def give_up(self, why: str) -> None:
-        """The sweep ends early: end the trials that rest, whose state is saved, and those that never had a place."""
+        """The sweep ends early: end the resting trials, whose state is saved, and those that were never started."""
         for trial in self._folder.trials(self._config.metric, self._config.mode):
             number = trial.number
             if number in self._values:
                 continue
             metrics = trial.reports[-1]["metrics"] if trial.reports else {}
-            told = {"step": trial.step, "metrics": metrics, "weights_sha256": None, "seconds": 0.0, "cost": trial.cost}
-            self.ended(number, {"status": "stopped", "message": why, **told})
+            figures = {
+                "step": trial.step,
+                "metrics": metrics,
+                "weights_sha256": None,
+                "seconds": 0.0,
+                "cost": trial.cost,
+            }
+            self.ended(number, {"status": "stopped", "message": why, **figures})
 
     # ---- verdicts --------------------------------------------------------------------------------------------------
 
     def _judge_all(self) -> None:
-        """One verdict may be what another one waits for."""
+        """Judge waiting trials until no verdict is new: one verdict may be what another one waits for."""
         changed = True
         while changed:
             changed = False
@@ -202,23 +212,23 @@ class Judge:
                 if verdict.do == "stop":
                     self._results.end(number)
                 if verdict.do == "exploit":
-                    self._say(
+                    self._print(
                         f"{self._names[number]} takes over {self._names[verdict.source]}, with "
                         f"{options_text(verdict.options)}"
                     )
                 self._made.append((number, verdict))
 
     def verdicts(self) -> list[tuple[int, Verdict]]:
-        """What was decided since this was last asked."""
+        """The verdicts since the last call."""
         made, self._made = self._made, []
         return made
 
     def ready(self) -> list[int]:
-        """Trials that gave up their place and may go on."""
+        """Resting trials that have their verdict and may go on."""
         return [] if self.closing else sorted(n for n in self._resting if n not in self._waiting)
 
     def resumed(self, number: int) -> None:
-        """A trial that rested has a place again."""
+        """A resting trial was started again."""
         self._resting.discard(number)
 
 

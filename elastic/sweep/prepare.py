@@ -1,4 +1,4 @@
-"""What a sweep can be refused for, before anything starts. Imports neither Ray nor torch."""
+"""The checks of a sweep before anything starts. Imports neither Ray nor torch."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ class PreparedSweep:
 
 
 def prepare_sweep(job: Job, config: TrainConfig, sweep: SweepConfig) -> PreparedSweep:
-    """Refuse what can be refused; writes nothing.
+    """Validate a sweep. Writes nothing.
 
     Raises:
-        ConfigError: one sentence.
+        ConfigError: with one sentence.
     """
     check_job(job)
     check_kind(config)
@@ -65,7 +65,7 @@ def prepare_sweep(job: Job, config: TrainConfig, sweep: SweepConfig) -> Prepared
         sweep = replace(sweep, name=name)
     if len(str(sweep.name)) > 90:
         raise ConfigError(f"--sweep.name is {sweep.name!r}; give at most 90 letters, to which trials add their number")
-    suggester(sweep)  # which may not be installed
+    suggester(sweep)  # raises if its package is not installed
     number = sweep.total if sweep.searcher == "random" else 0
     examples = [draw(sweep.space, sweep.seed, n) for n in range(number)]
     total = _evaluations(job, config, sweep, examples)
@@ -82,10 +82,10 @@ def prepare_sweep(job: Job, config: TrainConfig, sweep: SweepConfig) -> Prepared
 
 
 def _evaluations(job: Job, config: TrainConfig, sweep: SweepConfig, examples: list[Options]) -> int:
-    """Try every trial that is known, and both ends of each domain; returns the evaluations of a trial.
+    """Try every trial that is known, or both ends of each domain; returns the number of evaluations of a trial.
 
     Raises:
-        ConfigError: a trial that cannot be, or trials that cannot be compared.
+        ConfigError: a trial is impossible, or trials have different numbers of evaluations.
     """
     _, size = training_data(job)
     begin = draw(sweep.space, sweep.seed, 0)
@@ -115,7 +115,7 @@ def _compare(folder: SweepFolder, job: Job, config: TrainConfig, sweep: SweepCon
     """Whether this sweep was finished before.
 
     Raises:
-        ConfigError: it was started with something else.
+        ConfigError: it was started with other options.
     """
     stored = folder.stored()
     if stored is None:
@@ -137,7 +137,7 @@ def _compare(folder: SweepFolder, job: Job, config: TrainConfig, sweep: SweepCon
 
 
 def trial_table(prepared: PreparedSweep) -> str:
-    """What `--dry-run` prints: the trials that are known before anything has started."""
+    """The text that `--dry-run` prints: all trials that are known before the start."""
     from elastic.tools.text import table
 
     sweep = prepared.sweep

@@ -1,7 +1,7 @@
 """Ray Tune's controller with our searcher, our scheduler and our trial actors.
 
-Tune starts trials, waits for their reports, makes a trial anew whose process died, and pauses it. What a trial is to do
-is decided by `judge.Judge`, in which nothing depends on the order in which reports come.
+Tune starts trials, waits for their reports, restarts a trial whose process died, and pauses trials. `judge.Judge`
+decides what a trial does; nothing in it depends on the order in which reports arrive.
 """
 
 from __future__ import annotations
@@ -37,20 +37,21 @@ from elastic.sweep.judge import Judge
 from elastic.sweep.trial import TrialPlan, TrialRun
 from elastic.tools.sweeps import TRIALS
 
-#: What an actor takes of the head, whose loss ends everything anyway: trials at a time are limited by their number.
+#: The share of the head's resource that an actor takes; it limits how many trials run at a time. Losing the head ends
+#: all.
 SLOT = 0.001
 MAX_FAILURES = 20
-TOLD = "told"
+REPORT = "report"  # the key of a trial's report in Tune's result
 _NEVER = 10**9
 
 
 class TrialActor(Trainable):
-    """Drives a trial's run. `step` returns what the trial has to tell; everything else may be called meanwhile."""
+    """Drives a trial's run. `step` returns the trial's next report; the other methods may be called meanwhile."""
 
     plan: ClassVar[TrialPlan]
 
     def __init__(self, config: dict[str, Any], storage: Any = None):
-        os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"  # paths of the job's are those of the driver
+        os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"  # paths in the job are relative to the driver's folder
         super().__init__(config, storage)
 
     @classmethod
@@ -66,8 +67,8 @@ class TrialActor(Trainable):
         return TrialRun(self.plan, config["trial"], lines)
 
     def step(self) -> dict[str, Any]:
-        told = self._trial.next()
-        return {TOLD: json.dumps(told), "done": told["what"] == "ended"}  # Tune would flatten what is in it
+        report = self._trial.next()
+        return {REPORT: json.dumps(report), "done": report["what"] == "ended"}  # as text, since Tune flattens dicts
 
     def obey(self, verdict: Verdict) -> None:
         self._trial.obey(verdict)
@@ -79,28 +80,29 @@ class TrialActor(Trainable):
         self._trial.end()
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
-        """The actor's process, which has imported everything, drives another trial."""
+        """Drive another trial in this process, which has imported everything."""
         self._trial.end()
         self._trial = self._new_trial(new_config)
         return True
 
 
 class LeanClasses:
-    """Makes actor classes without a runtime environment, which would keep Ray from using processes started ahead, and
-    which all that a trial starts would inherit; and with threads, so that a trial can be told something at any time."""
+    """Makes actor classes without a runtime environment, with which Ray could not use processes that it started ahead,
+    and which everything that a trial starts would inherit; and with threads, so that methods can be called at any
+    time."""
 
     def __init__(self) -> None:
         self._known: dict[type, Any] = {}
 
     def get(self, trainable: type) -> Any:
         if trainable not in self._known:
-            remote: Any = ray.remote  # whose types know only some of its options
+            remote: Any = ray.remote  # its types know only some of its options
             self._known[trainable] = remote(max_concurrency=4)(trainable)
         return self._known[trainable]
 
 
 class Numbers(Searcher):
-    """Names the trials to start by their numbers."""
+    """Suggests trials to start, by their numbers."""
 
     def __init__(self, judge: Judge, gates: Gates):
         super().__init__()
@@ -122,7 +124,7 @@ class Numbers(Searcher):
 
 
 class Gates(FIFOScheduler):
-    """Has trials wait at their gates until there is a verdict."""
+    """Makes trials wait at their gates until there is a verdict."""
 
     def __init__(self, judge: Judge, places: int):
         super().__init__()
@@ -133,26 +135,26 @@ class Gates(FIFOScheduler):
         self._trials[trial.config["trial"]] = trial
 
     def on_trial_error(self, tune_controller: Any, trial: Trial) -> None:
-        """It is made anew, or the searcher hears that it will not be."""
+        """The trial is restarted, or the searcher is told that it failed."""
 
     def last_error(self, number: int) -> str:
-        """The line that says what a trial's process ended with."""
-        file = self._trials[number].error_file  # here at once; it comes to the sweep's storage later
+        """The last line of the error with which a trial's process ended."""
+        file = self._trials[number].error_file  # on this machine; it is copied to the sweep's storage later
         lines = Path(file).read_text().strip().splitlines() if file is not None else []
         return lines[-1].strip() if lines else "nothing"
 
     def on_trial_remove(self, tune_controller: Any, trial: Trial) -> None:
-        """Nothing is kept of it here."""
+        """Does nothing: no data of the trial is kept here."""
 
     def on_trial_result(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> str:
-        number, told = trial.config["trial"], json.loads(result[TOLD])
-        if told["what"] == "resting":
+        number, report = trial.config["trial"], json.loads(result[REPORT])
+        if report["what"] == "resting":
             self._judge.rests(number)
             tune_controller.pause_trial(trial, should_checkpoint=False)
             return TrialScheduler.NOOP
         self._judge.resumed(number)
         running = {n for n, t in self._trials.items() if t.status == Trial.RUNNING}
-        wait = self._judge.report(number, told, running, self._places)
+        wait = self._judge.report(number, report, running, self._places)
         self._deliver(tune_controller, number)
         if wait == "hold":
             return TrialScheduler.NOOP
@@ -161,25 +163,26 @@ class Gates(FIFOScheduler):
         return TrialScheduler.CONTINUE
 
     def on_trial_complete(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> None:
-        self._judge.ended(trial.config["trial"], json.loads(result[TOLD]))
+        self._judge.ended(trial.config["trial"], json.loads(result[REPORT]))
         self._deliver(tune_controller)
 
     def _deliver(self, tune_controller: Any, reporting: int = -1) -> None:
-        """Tell the trials that wait in memory what was decided. Who rests, or is about to, reads it when it is back."""
+        """Send new verdicts to trials that wait in memory. A trial that rests, or will, reads its verdict when
+        resumed."""
         for number, verdict in self._judge.verdicts():
             trial = self._trials[number]
             if number == reporting:
-                self._notify(trial, "obey", verdict)  # and Tune goes on with it by itself
+                self._notify(trial, "obey", verdict)  # Tune lets it take its next step by itself
             elif self._judge.release(number):
                 self._notify(trial, "obey", verdict)
                 step_again(controller_of(tune_controller), trial)
 
     def _notify(self, trial: Trial, what: str, *arguments: Any) -> None:
-        """To a process that may have died; then it is made anew, and reads what was decided."""
+        """Call a method of a trial's actor. If its process has died, the restarted trial reads what was decided."""
         getattr(trial.temporary_state.ray_actor, what).remote(*arguments)
 
     def choose_trial_to_run(self, tune_controller: Any) -> Trial | None:
-        """One that rested and has its verdict, or else the next new one."""
+        """A resting trial that has its verdict, otherwise the next new trial."""
         for number in self._judge.ready():
             if self._trials[number].status in (Trial.PENDING, Trial.PAUSED):
                 return self._trials[number]
@@ -187,7 +190,7 @@ class Gates(FIFOScheduler):
         return next(iter(waiting), None)
 
     def notify_all(self, controller: TuneController, what: str, *arguments: Any) -> None:
-        """Tell every trial that runs; those that are held go on, to hear of it."""
+        """Call a method of every running trial; held ones take their next step, so that they act on it."""
         for number, trial in self._trials.items():
             if trial.status == Trial.RUNNING:
                 self._notify(trial, what, *arguments)
@@ -199,13 +202,13 @@ class Tuning:
     """Ray Tune's controller over our trials. `turn` it until `finished`, then `close` it.
 
     Args:
-        places: trials at a time.
-        scratch: a folder of this machine for what Tune itself writes; nothing of it is read again.
+        places: how many trials run at a time.
+        scratch: a folder on this machine for Tune's own files, which are never read again.
     """
 
     def __init__(self, plan: TrialPlan, judge: Judge, places: int, scratch: str):
         for name in ("ray.tune", "ray.train"):
-            logging.getLogger(name).setLevel(logging.ERROR)  # what matters is in the sweep's own folder
+            logging.getLogger(name).setLevel(logging.ERROR)  # the sweep's own folder has everything that matters
         self._judge = judge
         actor = type("TrialActor", (TrialActor,), {"plan": plan, "__module__": "__main__"})
         experiment = Experiment(
@@ -238,19 +241,19 @@ class Tuning:
 
     @property
     def running(self) -> int:
-        """Trials under way."""
+        """The number of running trials."""
         return sum(t.status == Trial.RUNNING for t in self._controller.get_trials())
 
     def turn(self) -> None:
-        """One turn: start what can be started, and take in one report; waits for it for up to a tenth of a second."""
+        """Take one turn: start trials that can be started, and take in one report; waits for it up to 0.1 s."""
         self._controller.step()
 
     def stop_all(self, why: str) -> None:
-        """Have all trials that run save and end, as stopped."""
+        """Have all running trials save and end, as stopped."""
         self._gates.notify_all(self._controller, "obey", Verdict("stop", why=why))
 
     def rest_all(self) -> None:
-        """Have all trials that run save and end, to go on another time."""
+        """Have all running trials save and end, to be resumed later."""
         self._gates.notify_all(self._controller, "rest")
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""A search space: what may be tried for which option. Values are pure functions of the seed and the trial's number.
+"""A search space: the values to try for each option. They are pure functions of the seed and the trial's number.
 
 job.lr=loguniform(1e-4,1e-2)      batch.global-size=choice(32,64)      optim.schedule=grid(constant,cosine)
 """
@@ -36,7 +36,7 @@ _DIGITS = 6  # of a drawn number: enough to tell trials apart, few enough to be 
 
 @dataclass(frozen=True)
 class Domain:
-    """The values of one option. `randint` excludes `high`, as Ray Tune and numpy do; the others include it."""
+    """The values of one option. `randint` excludes `high`, as in Ray Tune and numpy; the other kinds include it."""
 
     kind: str
     values: tuple[Value, ...]
@@ -47,7 +47,7 @@ class Domain:
 
     @property
     def high(self) -> float:
-        """The greatest value there is."""
+        """The greatest value of the domain."""
         return float(self.values[1]) - (self.kind == "randint")  # type: ignore[arg-type]
 
     @property
@@ -57,13 +57,13 @@ class Domain:
 
     @property
     def examples(self) -> tuple[Value, ...]:
-        """Values that a configuration is tried with before anything starts: all that are listed, else both ends."""
+        """Values to try a configuration with before anything starts: all listed values, or both ends."""
         if self.listed:
             return self.values
         return (self.clip(self.low), self.clip(self.high))
 
     def draw(self, source: random.Random) -> Value:
-        """One value."""
+        """Draw one value."""
         if self.listed:
             return source.choice(self.values)
         if self.kind == "randint":
@@ -73,7 +73,7 @@ class Domain:
         return self.clip(source.uniform(self.low, self.high))
 
     def clip(self, value: float) -> Value:
-        """The nearest value of a domain of numbers."""
+        """The nearest value of a numeric domain."""
         value = min(max(value, self.low), self.high)
         if self.kind == "randint":
             return round(value)
@@ -84,7 +84,7 @@ class Domain:
         return min(max(float(f"{value:.{_DIGITS}g}"), self.low), self.high)
 
     def perturb(self, value: Value, source: random.Random, factors: Sequence[float] = (1.2, 0.8)) -> Value:
-        """A neighbour: of listed values the one before or after, else the value times one of `factors`."""
+        """A neighbour: the listed value before or after, or the value times one of `factors`."""
         if self.listed:
             at = self.values.index(value) + source.choice((-1, 1))
             return self.values[min(max(at, 0), len(self.values) - 1)]
@@ -99,10 +99,10 @@ Space = Mapping[str, Domain]
 
 
 def parse_search(texts: Sequence[str] | Mapping[str, str]) -> dict[str, Domain]:
-    """Read `NAME=KIND(values)`, or a mapping from names to `KIND(values)`.
+    """Parse `NAME=KIND(values)`, or a mapping from names to `KIND(values)`.
 
     Raises:
-        ConfigError: what cannot be read, a name that comes twice, or nothing at all; one sentence.
+        ConfigError: a text cannot be parsed, a name is given twice, or there is none.
     """
     pairs = list(texts.items()) if isinstance(texts, Mapping) else [_split(text) for text in texts]
     found: dict[str, Domain] = {}
@@ -124,10 +124,10 @@ def _split(text: str) -> tuple[str, str]:
 
 
 def parse_domain(name: str, text: str) -> Domain:
-    """Read one `KIND(values)`; bare words are strings, nothing is evaluated.
+    """Parse one `KIND(values)`. Bare words are strings; nothing is evaluated.
 
     Raises:
-        ConfigError: one sentence.
+        ConfigError: the text cannot be parsed.
     """
     where = f"--search {name}={text.strip()}"
     try:
@@ -152,10 +152,10 @@ def _literal(where: str, node: ast.expr) -> Value:
 
 
 def check_domain(where: str, domain: Domain) -> Domain:
-    """Refuse what has no values.
+    """Refuse a domain without values.
 
     Raises:
-        ConfigError: one sentence that begins with `where`.
+        ConfigError: with a sentence that begins with `where`.
     """
     kind, values, wanted = domain.kind, domain.values, KINDS[domain.kind]
     if domain.listed:
@@ -185,14 +185,14 @@ def check_domain(where: str, domain: Domain) -> Domain:
 
 
 def grid_size(space: Space) -> int:
-    """How many combinations of the values of the grids there are; 1 without grids."""
+    """The number of combinations of the grids' values; 1 without grids."""
     return math.prod(len(domain.values) for domain in space.values() if domain.kind == "grid")
 
 
 def draw(space: Space, seed: int, number: int) -> Options:
-    """The options of trial `number` (from 0): grids are gone through, the last one fastest, all else is drawn.
+    """The options of trial `number` (from 0): grids are enumerated, the last one fastest, other options are drawn.
 
-    What is drawn for one option does not depend on the others, so that another one in the space changes nothing.
+    The draw for one option does not depend on the others, so adding an option to the space changes no other values.
     """
     point: Options = {}
     rest = number
@@ -203,19 +203,19 @@ def draw(space: Space, seed: int, number: int) -> Options:
 
 
 def _draw(domain: Domain, seed: int, number: int, name: str) -> Value:
-    return domain.draw(random.Random(f"sweep/{seed}/{number}/{name}"))  # of a string: by its sha512
+    return domain.draw(random.Random(f"sweep/{seed}/{number}/{name}"))  # Python seeds by the text's sha512
 
 
 # ---- options -------------------------------------------------------------------------------------------------------
 
-_OURS = ("run.duration",)  # what cuts trials short counts in evaluations of one length
+_OURS = ("run.duration",)  # schedulers count evaluations, which must be of equal length in all trials
 
 
 def check_names(space: Space, job: Job, config: TrainConfig) -> None:
-    """Refuse names that are no result options of this job, and values that their types do not have.
+    """Refuse names that are no result options of this job, and values that do not fit their types.
 
     Raises:
-        ConfigError: one sentence, with the nearest name.
+        ConfigError: with one sentence, and the nearest name.
     """
     known = searchable(job, config)
     for name, domain in space.items():
@@ -242,7 +242,7 @@ def _unknown(name: str, known: Mapping[str, Any], config: TrainConfig) -> str:
 
 
 def searchable(job: Job, config: TrainConfig) -> dict[str, Any]:
-    """The type of every option that may be searched, by name: all result options."""
+    """The type of every option that may be searched, by name: these are all result options."""
     found: dict[str, Any] = {}
     if dataclasses.is_dataclass(job):
         hints = typing.get_type_hints(type(job))
@@ -288,7 +288,7 @@ def apply(options: Mapping[str, Value], job: Job, config: TrainConfig) -> tuple[
     """The job and the configuration with these options.
 
     Raises:
-        ConfigError: a value that cannot be.
+        ConfigError: a value is not possible.
     """
     own: dict[str, Any] = {}
     parts: dict[str, dict[str, Any]] = {}
@@ -306,6 +306,6 @@ def apply(options: Mapping[str, Value], job: Job, config: TrainConfig) -> tuple[
 
 
 def _as_float(value: Value, hint: Any) -> Value:
-    """A whole number for an option that is no whole number: 1 and 1.0 are the same option."""
+    """Convert a whole number for an option that takes floats: 1 and 1.0 are the same option."""
     takes_whole = hint is int or int in typing.get_args(hint)
     return float(value) if isinstance(value, int) and not isinstance(value, bool) and not takes_whole else value

@@ -1,4 +1,4 @@
-"""Which options each trial has: drawn by seed and number, or suggested by Optuna's TPE from a fixed set of results."""
+"""Chooses each trial's options: drawn by seed and number, or suggested by Optuna's TPE from a fixed set of results."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ class Suggester(Protocol):
         ...
 
     def options(self, number: int, values: Mapping[int, float | None]) -> Options:
-        """The options of a trial, given the last values of those that it needs (None: it failed)."""
+        """The options of a trial, given the last values of the trials that it needs (None: it failed)."""
         ...
 
 
 class Draws:
-    """Random and grid search: nobody waits for anybody."""
+    """Random and grid search: no trial needs the result of another."""
 
     def __init__(self, config: SweepConfig):
         self._config = config
@@ -38,9 +38,8 @@ class Draws:
 class Tpe:
     """Optuna's tree-structured Parzen estimator (Bergstra et al. 2011), asked in batches.
 
-    All trials of a batch are suggested from the results of the batches before. So what is suggested depends on the
-    batch alone, not on how many trials run at a time or which of them is done first.
-
+    All trials of a batch are suggested from the results of earlier batches. So suggestions do not depend on how many
+    trials run at a time, nor on which of them ends first.
     Raises:
         ConfigError: Optuna is not installed.
     """
@@ -60,7 +59,7 @@ class Tpe:
             sampler=optuna.samplers.TPESampler(seed=config.seed),
         )
         self._asked: list[Any] = []
-        self._told = 0
+        self._reported = 0  # trials whose results Optuna has
 
     def _distribution(self, domain: Domain) -> Any:
         kinds = self._optuna.distributions
@@ -76,8 +75,8 @@ class Tpe:
 
     def options(self, number: int, values: Mapping[int, float | None]) -> Options:
         while len(self._asked) <= number:
-            for trial in range(self._told, self.needs(len(self._asked)).stop):
-                self._tell(trial, values[trial])
+            for trial in range(self._reported, self.needs(len(self._asked)).stop):
+                self._report(trial, values[trial])
             self._asked.append(self._study.ask(self._distributions))
         found: dict[str, Any] = self._asked[number].params
         space = self._config.space
@@ -86,13 +85,13 @@ class Tpe:
             for name, d in space.items()
         }
 
-    def _tell(self, trial: int, value: float | None) -> None:
+    def _report(self, trial: int, value: float | None) -> None:
         states = self._optuna.trial.TrialState
         bad = value is None or value != value
         self._study.tell(self._asked[trial], None if bad else value, state=states.FAIL if bad else states.COMPLETE)
-        self._told = trial + 1
+        self._reported = trial + 1
 
 
 def suggester(config: SweepConfig) -> Suggester:
-    """The one that the options ask for."""
+    """The suggester that the options choose."""
     return Tpe(config) if config.searcher == "tpe" else Draws(config)

@@ -1,7 +1,7 @@
-"""One trial: an elastic run that is let go on from gate to gate. Knows nothing of Ray Tune.
+"""One trial: an elastic run that goes on from gate to gate. It does not use Ray Tune.
 
-What a trial is to do lies in the sweep's folder: the options that it began with, and the verdicts so far. So a trial
-whose process died goes on when it is made again, as a run does that is given its name again.
+The sweep's folder has everything that a trial is to do: its first options, and the verdicts so far. So a trial whose
+process died goes on when it is created again, as a run does when it is started again by its name.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ END_S = 600.0
 
 @dataclass(frozen=True)
 class TrialPlan:
-    """What all trials of a sweep have in common: the job and the configuration without the options of each."""
+    """What all trials of a sweep have in common: the job, and the configuration without the options of each trial."""
 
     job: Job
     config: TrainConfig
@@ -45,7 +45,7 @@ class TrialPlan:
 
 @dataclass(frozen=True)
 class Leg:
-    """How far a trial goes, and with which options; `then` is a known verdict at the evaluation `gate`."""
+    """A stretch of a trial: its options, and how far it goes. `then` is a known verdict at the evaluation `gate`."""
 
     options: Options
     until: int
@@ -54,21 +54,21 @@ class Leg:
 
 
 def verdict_of(line: Mapping[str, Any]) -> Verdict:
-    """The verdict that a line of trials.jsonl tells of."""
+    """The verdict in a line of trials.jsonl."""
     return Verdict(line["do"], line["until"], line["why"], line["source"], line["options"])
 
 
 def next_leg(lines: list[dict[str, Any]], is_adopted: Callable[[dict[str, Any]], bool]) -> Leg:
-    """Where a trial stands, by its lines in trials.jsonl.
+    """The present leg of a trial, found from its lines in trials.jsonl.
 
     Args:
-        is_adopted: whether the state that this verdict names was taken over.
+        is_adopted: whether the state that this verdict names has been taken over.
     """
     started = next(line for line in lines if line["kind"] == "started")
     leg = Leg(started["options"], started["until"])
     for line in lines:
         if line["kind"] != "verdict" or line["evaluation"] < leg.until:
-            continue  # said before
+            continue  # repeats an earlier verdict
         verdict = verdict_of(line)
         if verdict.do == "stop" or (verdict.do == "exploit" and not is_adopted(line)):
             return replace(leg, until=line["evaluation"], gate=line["evaluation"], then=verdict)
@@ -77,10 +77,10 @@ def next_leg(lines: list[dict[str, Any]], is_adopted: Callable[[dict[str, Any]],
 
 
 class TrialRun:
-    """Drives the run of one trial. `next` from one thread, all else from any.
+    """Drives the run of one trial. `next` is for one thread, all other methods for any.
 
     Args:
-        number: of the trial; it has a line `started` in the sweep's trials.jsonl.
+        number: of the trial; trials.jsonl has its line `started`.
     """
 
     def __init__(self, plan: TrialPlan, number: int, lines: list[dict[str, Any]]):
@@ -93,22 +93,22 @@ class TrialRun:
         self._events: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._steps = {line["evaluation"]: line["step"] for line in self._lines if line["kind"] == "report"}
-        self._told = set(self._steps)
+        self._reported = set(self._steps)  # evaluations
         self._thread: threading.Thread | None = None
         self._control: RunControl | None = None
         self._run: PreparedRun | None = None
         self._resting = False
         self._wants: Verdict | None = None
         self._at = 0
-        self._leg = Leg(self._started["options"], self._started["until"])  # until it is known what has been done
+        self._leg = Leg(self._started["options"], self._started["until"])  # replaced when `_begin` has read the folder
 
     def _run_storage(self, name: str) -> Storage:
         return Storage(f"{self._plan.folder_url}/{name}")
 
-    # ---- what it is told -------------------------------------------------------------------------------------------
+    # ---- instructions ----------------------------------------------------------------------------------------------
 
     def obey(self, verdict: Verdict) -> None:
-        """Do what was decided of this trial at the gate where it waits, or at any time: stop."""
+        """Carry out a verdict: at the gate where the trial waits, or at any time if it is to stop."""
         with self._lock:
             if verdict.do == "go":
                 self._leg = replace(self._leg, until=verdict.until)
@@ -119,7 +119,7 @@ class TrialRun:
                     self._control.stop(verdict.why or verdict.do)
 
     def rest(self) -> None:
-        """Save and end the run at its next boundary, to go on another time."""
+        """Save and end the run at its next step boundary; it will be resumed later."""
         with self._lock:
             self._resting = True
             if self._control is not None:
@@ -131,10 +131,10 @@ class TrialRun:
         if self._thread is not None:
             self._thread.join(END_S)
 
-    # ---- what it tells ---------------------------------------------------------------------------------------------
+    # ---- reports ---------------------------------------------------------------------------------------------------
 
     def next(self) -> dict[str, Any]:
-        """Wait for the next thing to be told: a report of an evaluation, that it rests, or how the trial ended."""
+        """Wait for the next report: of an evaluation, of resting, or of the trial's end."""
         try:
             if self._run is None and (over := self._begin()) is not None:
                 return self._over(over)
@@ -170,11 +170,11 @@ class TrialRun:
             with self._lock:
                 self._allow()
         waits = self._wants is None and self._leg.until <= evaluation < self._total
-        if evaluation in self._told and not waits:
+        if evaluation in self._reported and not waits:
             return None
-        self._told.add(evaluation)
-        told = {key: event[key] for key in ("evaluation", "step", "metrics")}
-        return {"what": "report", **told, "waits": waits, "cost": self._cost()}
+        self._reported.add(evaluation)
+        figures = {key: event[key] for key in ("evaluation", "step", "metrics")}
+        return {"what": "report", **figures, "waits": waits, "cost": self._cost()}
 
     def _over(self, event: dict[str, Any]) -> dict[str, Any]:
         if "error" in event:
@@ -187,7 +187,7 @@ class TrialRun:
         return {"what": "ended", "status": result["status"], "message": why, **self._figures(result)}
 
     def _figures(self, result: Mapping[str, Any]) -> dict[str, Any]:
-        """What a trial came to, over all its legs and commands."""
+        """The result of a trial, over all its legs and commands."""
         ends = [e for e in self._ledger() if e["kind"] in ("run_finished", "run_failed")]
         metrics = {k: v for k, v in result.get("metrics", {}).items() if k.startswith("eval/")}
         return {
@@ -199,7 +199,7 @@ class TrialRun:
         }
 
     def _cost(self) -> float | None:
-        """What it cost so far, by --observe.price."""
+        """The cost so far, by the prices in the ledger; None without a price."""
         cost = account((), self._ledger()).cost
         return None if cost is None else round(cost, 6)
 
@@ -209,7 +209,7 @@ class TrialRun:
     # ---- legs ------------------------------------------------------------------------------------------------------
 
     def _begin(self) -> dict[str, Any] | None:
-        """Go on where the trial stands; returns how it ended, if that is all that was still to be said."""
+        """Go on where the trial stands; returns its end if only that was left to report."""
         from elastic.tools.adopting import adopted
 
         def is_adopted(line: dict[str, Any]) -> bool:
@@ -218,12 +218,12 @@ class TrialRun:
 
         self._leg = next_leg(self._lines, is_adopted)
         then, newest = self._leg.then, next(newest_first(self._folder.storage), None)
-        there = newest is not None and newest.step >= self._steps.get(self._leg.gate, 1 << 62)
-        if then is not None and then.do == "exploit" and there:  # it came to the gate; the rest is still to be done
+        reached = newest is not None and newest.step >= self._steps.get(self._leg.gate, 1 << 62)
+        if then is not None and then.do == "exploit" and reached:  # it is at the gate, but has not taken over the state
             self._take_over(then, self._leg.gate)
             return None
         result = self._folder.result()
-        if then is not None and then.do == "stop" and result is not None and result["status"] == "stopped" and there:
+        if then is not None and then.do == "stop" and result is not None and result["status"] == "stopped" and reached:
             self._wants = then
             return {"what": "ended", "result": result}
         self._go()
@@ -231,7 +231,7 @@ class TrialRun:
 
     def _take_over(self, verdict: Verdict, gate: int) -> None:
         """Begin the next leg from another trial's state."""
-        from elastic.tools.adopting import adopt  # it imports torch, which the sweep's driver does not need
+        from elastic.tools.adopting import adopt  # it imports torch, which the sweep's driver does without
 
         source = RunFolder(self._run_storage(self._names_of(verdict.source)))
         adopt(self._folder, source, self._steps[gate], timeout_s=ADOPT_S)
@@ -266,7 +266,7 @@ class TrialRun:
         self._thread.start()
 
     def _send_history(self, done: int, step: int) -> None:
-        """Evaluations before the newest checkpoint are not repeated, but where the run waits after one, it is told."""
+        """Report the last evaluation again if the run waits after it; earlier ones are not repeated."""
         if not done or step % self._every or done >= self._total:
             return
         rows = read_records(self._folder.storage, METRICS)
@@ -275,7 +275,7 @@ class TrialRun:
             self._on_record(found)
 
     def _allow(self) -> None:
-        """Let the run go on to the end of its leg; with stop rules, from one evaluation to the next."""
+        """Let the run go on to the end of its leg; with stop rules, only to its next evaluation."""
         if self._control is None or self._run is None:
             return
         until = min(self._leg.until, self._at + 1) if self._plan.stop else self._leg.until
@@ -287,11 +287,11 @@ class TrialRun:
             self._events.put({"what": "ended", "result": result})
         except ElasticError as error:
             self._events.put({"what": "ended", "error": str(error)})
-        except BaseException:  # the trial has failed, and whoever waits for it must hear of it
+        except BaseException:  # the trial has failed, and `next` waits for its end
             self._events.put({"what": "ended", "error": traceback.format_exc()})
 
     def _on_record(self, record: dict[str, Any]) -> None:
-        """On a thread of the run."""
+        """Called on a thread of the run."""
         if "kind" in record or "sample_hash" in record:
             return
         step = record["step"]
