@@ -21,7 +21,7 @@ from elastic.run.plan import RunPlan
 
 def _child() -> int:
     ignore_terminal()
-    faulthandler.enable()  # who dies of a signal in C says where
+    faulthandler.enable()  # a process that a signal kills in C code prints where it was
     specification: dict[str, Any] = json.loads(sys.stdin.buffer.readline())
     end_with_input()
     raise_descriptor_limit()
@@ -51,7 +51,7 @@ def _child() -> int:
     )
     try:
         Session(run, Identity(**specification["identity"])).run()
-    except ElasticError as error:  # the ledger has it whole
+    except ElasticError as error:  # the ledger has the whole text
         print(f"worker {worker}: {str(error).splitlines()[0]}", file=sys.stderr)
         return error.exit_code
     return 0
@@ -135,7 +135,7 @@ def _check_workers(workers: int) -> None:
 
 
 def _refuse_what_has_no_meaning(config: TrainConfig) -> None:
-    """In plain processes there is no cluster, and a GPU is there or not."""
+    """Refuse options that mean nothing in plain processes: cluster options, and GPUs on a machine without one."""
     if config.cluster != ClusterOptions():
         raise ConfigError("--cluster.address and --cluster.local-nodes are for runs on Ray; leave them out here")
     if config.scaling.accelerator == "gpu":

@@ -1,7 +1,7 @@
-"""What the job's code sees of the workers: that it is alone.
+"""The job's code sees no other workers.
 
-Which microbatches a worker has, and how many workers there are, may change at any step. So a job that multiplies by the
-world size, or takes a part of its data by the rank, is told what one process would be told, and is right.
+The microbatches of a worker, and the number of workers, may change at any step. A job that multiplies by the world
+size, or selects data by its rank, gets the answers of a single process, with which it is right.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from elastic.compat.torch_world import hide_world
 from elastic.errors import ConfigError
 from elastic.observe.streams import keep_output_sturdy
 
-#: What launchers such as torchrun tell processes of theirs.
+#: Environment variables that launchers such as torchrun set for their processes.
 OF_LAUNCHERS = (
     "RANK",
     "WORLD_SIZE",
@@ -28,13 +28,13 @@ OF_LAUNCHERS = (
 
 
 def be_alone(job: object = None) -> Callable[[], None]:
-    """From now on the job's code in this process is told that it is the only process.
+    """From now on the job's code in this process sees that it is the only process.
 
     Args:
-        job: if there is one already.
+        job: the job, if it exists already.
 
     Returns:
-        what undoes it.
+        a function that undoes it.
     """
     kept = {name: os.environ.pop(name) for name in OF_LAUNCHERS if name in os.environ}
     show = hide_world(_refusal, job)
@@ -47,7 +47,7 @@ def be_alone(job: object = None) -> Callable[[], None]:
 
 
 def begin_loader() -> None:
-    """What each loader process does first."""
+    """Called first in each loader process."""
     keep_output_sturdy()
     be_alone()
 

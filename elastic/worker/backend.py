@@ -1,4 +1,4 @@
-"""How the members of one world communicate, and how who waits for them is freed: what a `Group` asks of a backend."""
+"""How the members of one world communicate, and how blocked members are freed: the interface of a `Group`'s backend."""
 
 from __future__ import annotations
 
@@ -16,15 +16,16 @@ class Backend(ABC):
     """The connections of one world's members.
 
     Args:
-        world: its name, for people.
-        size: its members.
-        device: where the tensors lie.
-        on_failure: told what the backend finds wrong by itself, from any thread; a thread that waits may never hear.
+        world: name of the world, for texts.
+        size: number of its members.
+        device: device of the tensors.
+        on_failure: called, from any thread, with an error that the backend finds by itself: a thread that waits in an
+            operation may never see it.
     """
 
-    #: Under which torch knows it.
+    #: Its name in torch.
     name: ClassVar[str]
-    #: Whether operations of a freed world seem to succeed, and anything may come of what they left.
+    #: Whether operations of a freed world appear to succeed, with arbitrary results.
     leaves_garbage: ClassVar[bool] = False
 
     def __init__(self, world: str, size: int, device: torch.device, on_failure: Callable[[str], None]):
@@ -34,41 +35,41 @@ class Backend(ABC):
     @staticmethod
     @abstractmethod
     def prepare(address: str) -> None:
-        """Settings of a process whose node has this address, before its first world."""
+        """Make the settings of a process whose node has this address, before its first world."""
 
     @abstractmethod
     def connecting(self) -> AbstractContextManager[None]:
-        """`free` holds for whatever connects in here, and for what was connected in here later.
+        """Inside, groups are connected. `free` frees what connects here, and later what was connected here.
 
         Raises:
-            WorldBroken: it was freed.
+            WorldBroken: the world was freed.
         """
 
     @abstractmethod
     def open(self) -> None:
-        """Connect the groups that torch has made since this was last called, where making them has not. Inside of
+        """Connect the groups that torch has made since the last call, if making them has not done so. Called inside
         `connecting`.
 
         Raises:
-            WorldBroken: it was freed.
+            WorldBroken: the world was freed.
         """
 
     @abstractmethod
     def free(self) -> None:
-        """Let go whoever waits in a group of this world, now or later. From any thread; returns at once."""
+        """Free every thread that waits in a group of this world, now or later. From any thread; returns at once."""
 
     @abstractmethod
     def has_failed(self) -> bool:
         """Whether an operation has failed."""
 
     def report(self) -> str:
-        """What the backend itself knows of where all members are, for people. May take seconds."""
+        """What the backend knows of where all members are, as a text for people. May take seconds."""
         return ""
 
     @abstractmethod
     def close(self) -> None:
-        """Drop all groups that torch knows."""
+        """Drop all groups in torch's tables."""
 
     def broken(self) -> WorldBroken:
-        """What is raised where a freed world connects."""
+        """The error to raise when a freed world connects."""
         return WorldBroken(f"world {self.world} broke while its members connected")

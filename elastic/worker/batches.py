@@ -1,4 +1,4 @@
-"""Batches as jobs make them: whatever holds tensors goes to the device, and keeps its type."""
+"""Moves the batches that a job makes to the device: every object with tensors in it, which keeps its type."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ _NUMBERS = (bytearray, array.array)  # mutable sequences that hold no tensors
 def to_device(batch: Any, device: torch.device) -> Any:
     """A batch with all its tensors on the device.
 
-    What has a method `to` (a PackedSequence, a graph, a tokenizer's output) moves itself. Mappings, sequences, named
-    tuples and dataclasses are rebuilt as what they are, with whatever else they carry. All else is left alone.
+    An object with a method `to` (a PackedSequence, a graph, a tokenizer's output) moves itself. Mappings, sequences,
+    named tuples and dataclasses are rebuilt with their own types, attributes included. Everything else stays as it is.
     """
     if isinstance(batch, torch.Tensor):
         pins = device.type == "cuda" and batch.device.type == "cpu" and not batch.is_pinned()
-        # from memory that is not pinned, the host waits for the copy, and the copy for all that is enqueued
+        # without pinned memory the host waits for the copy, and the copy for all enqueued work
         return (batch.pin_memory() if pins else batch).to(device, non_blocking=True)
-    if callable(getattr(type(batch), "to", None)):  # of its class: an item of a mapping may have that name
+    if callable(getattr(type(batch), "to", None)):  # looked up on the class: a mapping may have an item `to`
         moved = batch.to(device)
-        return batch if moved is None else moved  # one that moves in place may return nothing
+        return batch if moved is None else moved  # a method that moves in place may return nothing
     if isinstance(batch, Mapping):
         return _mapping(batch, {key: to_device(value, device) for key, value in batch.items()})
     if isinstance(batch, tuple):
@@ -44,13 +44,13 @@ def _mapping(batch: Mapping[Any, Any], found: dict[Any, Any]) -> Any:
         return found
     make: Any = type(batch)
     for way in (_with_items, lambda batch, found: make(found)):
-        with contextlib.suppress(Exception):  # its class decides what it can do; a dict has the items in any case
+        with contextlib.suppress(Exception):  # its class may allow neither; the dict below has the items in any case
             return way(batch, found)
     return found
 
 
 def _with_items(batch: Any, found: dict[Any, Any]) -> Any:
-    """A copy, which keeps a default factory and attributes."""
+    """A copy with these items, which keeps a default factory and attributes."""
     changed = copy.copy(batch)
     for key, value in found.items():
         changed[key] = value
@@ -72,10 +72,10 @@ def _sequence(batch: MutableSequence[Any], found: Iterable[Any]) -> Any:
 
 
 def _dataclass(batch: Any, device: torch.device) -> Any:
-    """Its fields, and what __post_init__ made beside them, without calling either."""
+    """Moves the fields, and attributes that __post_init__ made, without calling it or the constructor."""
     changed = copy.copy(batch)
     names = dict.fromkeys([*(field.name for field in dataclasses.fields(batch)), *getattr(batch, "__dict__", ())])
     for name in names:
-        if hasattr(batch, name):  # a field without a default that nobody has set is not there
+        if hasattr(batch, name):  # a field without a default may not be set
             object.__setattr__(changed, name, to_device(getattr(batch, name), device))
     return changed

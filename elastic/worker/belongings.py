@@ -1,5 +1,5 @@
-"""Walking through what a job, an optimizer and a model hold beside their known state: tensors, arrays, generators and
-numbers, by the place where they are."""
+"""Finds what a job, an optimizer and a model hold besides their known state: tensors, arrays, generators and numbers,
+by their place."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from elastic.parallel.wrapping import local
 MAX_DEPTH = 8
 MAX_THINGS = 50_000
 MAX_ITEMS = 2_000  # of one container
-SAMPLED = 1 << 16  # elements of a tensor that are looked at
+SAMPLED = 1 << 16  # elements of a tensor that a digest covers
 _CLOSED = sys.stdlib_module_names | {"torch", "numpy", "elastic", "ray", "fsspec", "tensorboardX", "rich"}
 _OPEN = (nn.Module, torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler, types.SimpleNamespace)
-#: Mappings whose values are there. Others read them from a file, one by one: they are not looked into.
+#: Mappings with values in memory. Other mappings may read values from a file, so they are not searched.
 _IN_MEMORY = (dict, UserDict, ChainMap, types.MappingProxyType)
 _GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
 _KNOWN_OF_OPTIMIZERS = ("state", "param_groups", "defaults")
@@ -34,21 +34,21 @@ Leaf = torch.Tensor | np.ndarray | int | float | Any
 
 
 class Attributes:
-    """What an object has, whatever its class: a job may be a data set too."""
+    """The attributes of an object without its class: a job may be a data set too, and these are not searched."""
 
     def __init__(self, owner: object):
         self.__dict__.update(getattr(owner, "__dict__", {}))
 
 
-Attributes.__module__ = "job"  # one that is looked into
+Attributes.__module__ = "job"  # a module whose objects are searched
 
 
 def leaves(roots: Mapping[str, Any], skip: Iterable[int], main: object) -> dict[str, Leaf]:
     """Tensors, arrays, generators and numbers that can be reached from `roots` through attributes and containers.
 
     Args:
-        skip: ids of objects that are not looked into.
-        main: an optimizer whose state is known; of others it is looked into.
+        skip: ids of objects that are not searched.
+        main: the optimizer whose state is known; other optimizers are searched.
     """
     found: dict[str, Leaf] = {}
     seen = set(skip)
@@ -84,7 +84,7 @@ def _inside(name: str, one: Any, main: object) -> Iterator[tuple[str, Any]]:
 
 
 def _is_open(one: Any) -> bool:
-    """Whether it is looked into: what users write, and modules and optimizers; no data sets, no libraries."""
+    """Whether an object is searched: users' own objects, modules and optimizers, but no data sets and no libraries."""
     if not hasattr(one, "__dict__") or isinstance(one, (type, types.ModuleType)) or callable_only(one):
         return False
     if isinstance(one, _OPEN):
@@ -95,7 +95,7 @@ def _is_open(one: Any) -> bool:
 
 
 def movable(owners: Mapping[str, Any]) -> dict[str, tuple[bool, str]]:
-    """Generators and numbers of some objects: whether it is a generator, and what it is at."""
+    """Generators and numbers in some objects, by place: whether it is a generator, and a digest of its state."""
     found = leaves({name: Attributes(one) for name, one in owners.items()}, (), None)
     return {
         name: (isinstance(leaf, _GENERATORS), digest(leaf))
@@ -105,7 +105,7 @@ def movable(owners: Mapping[str, Any]) -> dict[str, tuple[bool, str]]:
 
 
 def models_of(job: object) -> dict[str, nn.Module]:
-    """The models that a job holds itself, such as a teacher that its `__init__` made, by the place where they are."""
+    """The models in a job's attributes, such as a teacher that its `__init__` made, by their place."""
     found: dict[str, nn.Module] = {}
     for name, value in vars(job).items():
         if isinstance(value, (list, tuple)):
@@ -122,7 +122,7 @@ def callable_only(one: Any) -> bool:
 
 
 def digest(leaf: Leaf) -> str:
-    """Equal where the contents are; of large tensors a sample is looked at."""
+    """A text that is equal for equal contents. Of large tensors and arrays it covers a sample."""
     if isinstance(leaf, torch.Tensor):
         here = local(leaf).detach()
         if here.is_meta or here.layout is not torch.strided:

@@ -1,5 +1,5 @@
-"""The processes of a run without Ray: a module of this package each, told what it is by one line of JSON on its
-standard input. It ends when that is closed, as it is when this process ends in whatever way."""
+"""The processes of a run without Ray: each runs a module of this package, gets its specification as one line of JSON on
+standard input, and ends when that is closed, which happens however this process ends."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from elastic.run.lookout import POLL_S, Lookout
 
 START_S = 60.0
 AGAIN_S = 1.0  # between two starts
-ADDRESSES = 3  # that are tried: somebody else may take a port before the process does
+ADDRESSES = 3  # that are tried, since another process may take a port first
 
 
 def start_module(
@@ -28,7 +28,8 @@ def start_module(
     """Start a module as a child of this process.
 
     Args:
-        arguments: its name and its command line; what it is goes through standard input, so no token is in a listing.
+        arguments: the module's name and its command line. The specification goes through standard input, so that
+            process listings show no token.
         environment: further environment variables.
     """
     process = subprocess.Popen(
@@ -37,16 +38,16 @@ def start_module(
         env={**os.environ, **environment, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
     )
     assert process.stdin is not None
-    with contextlib.suppress(BrokenPipeError):  # it has ended already, and is found so
+    with contextlib.suppress(BrokenPipeError):  # it has ended already, which `poll` shows
         process.stdin.write(json.dumps(specification).encode() + b"\n")
         process.stdin.flush()
     return process
 
 
 def end_process(process: subprocess.Popen[bytes], timeout_s: float) -> None:
-    """Have a child end, and kill it where it does not in time."""
+    """Have a child end; kill it after `timeout_s`."""
     assert process.stdin is not None
-    with contextlib.suppress(BrokenPipeError):  # of what it did not read
+    with contextlib.suppress(BrokenPipeError):  # it did not read everything
         process.stdin.close()
     try:
         process.wait(timeout_s)
@@ -56,7 +57,7 @@ def end_process(process: subprocess.Popen[bytes], timeout_s: float) -> None:
 
 
 def ended_how(returncode: int) -> str:
-    """How a process ended, for people."""
+    """How a process ended, as a text for people."""
     if returncode >= 0:
         return f"exit code {returncode}"
     try:
@@ -67,15 +68,15 @@ def ended_how(returncode: int) -> str:
 
 
 class ChildServer:
-    """A child that serves at one address. Where it dies or stands still, another one takes its place there.
+    """A child that serves at one address. If it dies or hangs, another one replaces it there.
 
     Args:
-        what: it is, for people.
-        module: that runs in it.
-        host: address that it listens on, at a port that was free.
-        look_s: seconds that an answer may take; after `lookout.LOOKS` looks in vain it is replaced.
+        what: its name, for texts.
+        module: the module that runs in it.
+        host: address to listen on, at a port that is free.
+        look_s: seconds that an answer may take; after `lookout.LOOKS` failed looks it is replaced.
         environment: further environment variables.
-        most: restarts.
+        most: largest number of restarts.
     """
 
     def __init__(
@@ -87,19 +88,19 @@ class ChildServer:
         self._take_address()
 
     def specification(self, port: int, why: str) -> dict[str, Any]:
-        """What the process is told; `why` the one before it was replaced."""
+        """What the process reads from standard input; `why` the last one was replaced, empty for the first."""
         raise NotImplementedError
 
     def ask(self, wait_s: float) -> None:
-        """Ask it anything.
+        """Send it any request.
 
         Raises:
-            OSError, ElasticError: it does not answer within that time.
+            OSError, ElasticError: it does not answer within `wait_s`.
         """
         raise NotImplementedError
 
     def replaced(self, why: str) -> None:
-        """Another process takes its place. On a thread of its own."""
+        """Called on a thread of its own when another process has replaced it."""
 
     def wait(self) -> str:
         """Wait until it serves; returns its URL.
@@ -133,7 +134,7 @@ class ChildServer:
         end_process(self.process, START_S)
 
     def kill(self) -> None:
-        """As its node would be lost."""
+        """Kill it, as the loss of its node would."""
         self._lookout.__exit__()
         self.process.kill()
         end_process(self.process, START_S)
@@ -160,7 +161,7 @@ class ChildServer:
         try:
             self.ask(wait_s)
         except (OSError, ElasticError):
-            self._lookout.stopping.wait(began + wait_s - time.monotonic())  # a refusal comes at once
+            self._lookout.stopping.wait(began + wait_s - time.monotonic())  # a refused connection fails at once
             return False
         return True
 

@@ -1,4 +1,4 @@
-"""Whether what a checkpoint would hold comes back: planned, written and read once, before there is anything to lose."""
+"""Checks that the contents of a checkpoint can be read back: planned, encoded and decoded once, before training."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from elastic.errors import CheckpointError, ConfigError
 from elastic.values import same
 from elastic.worker.state import TrainState
 
-MAX_VALUES_BYTES = 16 << 20  # they are part of each manifest, and go to each worker that joins
-_LIVE = ("model/", "optimizer/", "extra/")  # of these a cut tensor has a place in a new mesh
+MAX_VALUES_BYTES = 16 << 20  # values are part of each manifest, and are sent to each worker that joins
+_LIVE = ("model/", "optimizer/", "extra/")  # only sharded tensors of these have a place in a new mesh
 
 
 def check_comes_back(state: TrainState) -> None:
-    """Refuse, by name, what of the state would not come back equal and of its type. Takes milliseconds: tensors are
-    planned, and no bytes of them are read.
+    """Refuse parts of the state that would not be read back equal and with their type. Takes milliseconds: tensors are
+    planned, and none of their bytes are read.
 
     Raises:
-        ConfigError: which, and what to do.
+        ConfigError: with the part, and what to do.
     """
     tensors, values = state.collect()
     for name, tensor in tensors.items():

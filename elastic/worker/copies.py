@@ -1,9 +1,9 @@
-"""Whether all workers hold equal copies: of the update that they are about to apply, and of the state itself.
+"""Compares the copies of all workers: of the update that they are about to apply, and of the state itself.
 
-Every worker of ddp, and every row of hsdp, applies an update that it computed by itself. If two differ, copies drift
-apart and the weights of one of them are saved. So a fingerprint of each update rides on the fence of its step, and
-digests of the state are compared after a join, after the second update of each command, before each checkpoint, and
-every `--run.check-every` steps.
+Every worker with ddp, and every row with hsdp, applies an update that it computed by itself. If two differ, their
+states drift apart, and the weights of one of them are saved. So a fingerprint of each update is part of the fence of
+its step, and digests of the state are compared after a join, after the second update of each command, before each
+checkpoint, and every `--run.check-every` steps.
 """
 
 from __future__ import annotations
@@ -28,25 +28,25 @@ from elastic.worker.state import TrainState
 _MULTIPLIER = -7046029254386353131  # odd, of 64 bits: 2**64 over the golden ratio
 _ROW = 1024
 _PLAIN = (int, float, bool, str, type(None))
-Entry = tuple[str, str, str]  # what is compared, which part of it ("" for what all hold), and a digest
+Entry = tuple[str, str, str]  # what is compared, which part of it ("" if all workers hold it), and its digest
 
 
 # ---- the update ----------------------------------------------------------------------------------------------------
 
 
-def said(fingerprint: int) -> tuple[int, int]:
-    """What a worker says at the fence, whose members hear the largest of each number."""
+def for_fence(fingerprint: int) -> tuple[int, int]:
+    """A fingerprint for the fence, at which the members get the largest of each number."""
     return fingerprint, -fingerprint
 
 
 def equal(largest: Sequence[int]) -> bool:
-    """Whether all who applied anything said the same."""
+    """Whether all members that applied an update had equal fingerprints."""
     return largest[0] == -largest[1] or tuple(largest) == NEUTRAL
 
 
 def update_fingerprint(numbers: Sequence[float], optimizer: torch.optim.Optimizer) -> int:
-    """A non-negative number of 61 bits: of an update's norm and the like, each group's options, and which gradients
-    there are."""
+    """A non-negative number of 61 bits: a hash of an update's norm and other numbers, of each group's options, and of
+    which parameters have gradients."""
     found = xxhash.xxh3_64(struct.pack(f"<{len(numbers)}d", *numbers))
     for group in optimizer.param_groups:
         found.update(repr(_options(group)).encode())
@@ -65,11 +65,11 @@ def _is_plain(value: Any) -> bool:
 def update_entries(
     numbers: Mapping[str, float], optimizer: torch.optim.Optimizer, names: Mapping[int, str], part: str
 ) -> list[Entry]:
-    """The update in detail, for the workers to find what differs.
+    """The update in detail, so that workers can find what differs.
 
     Args:
-        names: of the parameters, by their identity.
-        part: which part of what is cut this worker holds.
+        names: of the parameters, by their id.
+        part: the part of sharded tensors that this worker holds.
     """
     found: list[Entry] = []
     for index, group in enumerate(optimizer.param_groups):
@@ -82,7 +82,8 @@ def update_entries(
 
 
 def update_error(step: int, group: Group, worker_id: str, entries: list[Entry]) -> UpdatesDiffer:
-    """What ends the run where the update of `step` differs. Everyone in the mesh asks at one time."""
+    """The error that ends the run if the update of `step` differs. All workers in the mesh call this at the same
+    time."""
     return UpdatesDiffer(
         _difference(f"the update of step {step}", group, worker_id, entries, "nothing of this step was applied")
     )
@@ -92,20 +93,20 @@ def update_error(step: int, group: Group, worker_id: str, entries: list[Entry]) 
 
 
 def trained_error(group: Group, worker_id: str, trained: Mapping[str, bool]) -> CopiesDiffer:
-    """What ends the run where workers do not train the same parameters. Everyone in the mesh asks at one time."""
+    """The error that ends the run if workers train different parameters. All workers in the mesh call this together."""
     entries = [(f"whether {name} is trained", "", str(value)) for name, value in trained.items()]
     return CopiesDiffer(_difference("the model", group, worker_id, entries, "nothing more was applied"))
 
 
 def check_state(state: TrainState, group: Group, worker_id: str, step: int, *, exact: bool) -> None:
-    """Everyone in the mesh compares its copy of the state of `step`.
+    """Compare the copies of the state of `step` of all workers in the mesh.
 
     Args:
-        exact: what modules keep in `get_extra_state` must be equal too. Forward passes may change that, so in `fast` it
-            depends on a worker's passes as buffers do, and the leading worker's is saved.
+        exact: results of modules' `get_extra_state` must be equal too. Forward passes may change them, so in `fast`
+            they depend on a worker's passes, as buffers do, and those of the leading worker are saved.
 
     Raises:
-        CopiesDiffer: they are not equal. Which is right is not known, so none is to be saved.
+        CopiesDiffer: they differ. None is saved, since nobody knows which one is right.
     """
     entries = state_entries(state, exact=exact)
     rows = group.gather_rows_in_mesh([_digest(entries), _digest([e for e in entries if not e[1]])])
@@ -116,7 +117,7 @@ def check_state(state: TrainState, group: Group, worker_id: str, step: int, *, e
 
 
 def _digest(entries: list[Entry]) -> int:
-    # a worker that has its optimizer's state from others may hold it in another order than they do
+    # workers may hold the entries of the optimizer's state in different orders, if they got it from others
     return xxhash.xxh3_64_intdigest(repr(sorted(entries)).encode()) >> 1
 
 
@@ -136,7 +137,7 @@ def state_entries(state: TrainState, *, exact: bool = True) -> list[Entry]:
 
 
 def tensor_digest(tensor: torch.Tensor) -> str:
-    """Of a tensor's dtype, shape and bytes; of a device's tensors it is computed there."""
+    """A digest of a tensor's dtype, shape and bytes; for a device's tensors it is computed there."""
     head = f"{tensor.dtype} {list(tensor.shape)} "
     flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
     if flat.device.type == "cpu":
@@ -145,9 +146,9 @@ def tensor_digest(tensor: torch.Tensor) -> str:
 
 
 def weighted_sums(data: torch.Tensor) -> int:
-    """Sums over the rows and columns of some bytes, each with a weight of its own, modulo 2**64.
+    """The sums over rows and columns of some bytes, each with a weight of its own, modulo 2**64.
 
-    The order in which a device adds integers does not matter, so the result is the same on all.
+    The order in which a device adds integers does not matter, so all devices get the same result.
 
     Args:
         data: 1-d, uint8, on any device.
@@ -173,7 +174,7 @@ def _difference(what: str, group: Group, worker_id: str, entries: list[Entry], t
 
 
 def first_difference(everyone: Sequence[tuple[str, Sequence[Sequence[str]]]]) -> tuple[str, list[str]] | None:
-    """The first entry that not all workers who hold it agree on, and who differs from most.
+    """The first entry on which workers that hold it differ, and the workers that differ from the majority.
 
     Args:
         everyone: each worker's id and entries.

@@ -14,12 +14,12 @@ from elastic.run.prepare import PreparedRun
 from elastic.worker.local import LOOPBACK, LocalRun
 from elastic.worker.run import Identity, WorkerRun
 
-LONG = "100h"  # who sits at a breakpoint does not hang
+LONG = "100h"  # a worker at a breakpoint must not count as hung
 END_S = 600.0  # for the last save to be committed
 
 
 def drive_here(run: PreparedRun) -> int:
-    """What `--debug` does after validation: train and print where the results are; returns the exit code.
+    """Train as `--debug` does after validation, and print where the results are; returns the exit code.
 
     Raises:
         ElasticError: as `run_here`.
@@ -37,11 +37,11 @@ def drive_here(run: PreparedRun) -> int:
 
 
 def run_here(run: PreparedRun, console: Console) -> dict[str, Any]:
-    """Train in this process, to the end or to the pause that was asked for; returns the contents of result.json.
+    """Train in this process, to the end or to the requested pause; returns the contents of result.json.
 
     Raises:
-        RunFailed: the run ended without finishing; an error of the job's code is not tried again.
-        Interrupted: by Ctrl-C; what was not saved is gone.
+        RunFailed: the run ended without finishing. An error of the job's code is not replayed.
+        Interrupted: by Ctrl-C; progress since the last checkpoint is lost.
     """
     run = replace(run, config=_patient(run.config), plan=replace(run.plan, snapshot_every=None))
     with LocalRun(run, 0, expects=1, on_record=console.record) as local:
@@ -50,9 +50,9 @@ def run_here(run: PreparedRun, console: Console) -> dict[str, Any]:
 
         back = be_alone(run.job)
         identity = Identity(local.worker_id(0), platform.node(), 0, LOOPBACK, _accelerator(run.config))
-        told = WorkerRun(run.job, run.config, run.plan, run.digest, run.folder.storage.url, local.url, local.token)
+        here = WorkerRun(run.job, run.config, run.plan, run.digest, run.folder.storage.url, local.url, local.token)
         try:
-            Session(told, identity).run()
+            Session(here, identity).run()
         except KeyboardInterrupt:
             local.link.request(Close("stopped", "interrupted, nothing saved since the newest checkpoint"))
             raise Interrupted(f"run {run.name} was interrupted, and nothing was saved for it") from None
@@ -62,7 +62,7 @@ def run_here(run: PreparedRun, console: Console) -> dict[str, Any]:
 
 
 def _patient(config: TrainConfig) -> TrainConfig:
-    """The same run by one worker that may stop for as long as it likes."""
+    """The same run with one worker, which may pause for as long as it likes."""
     return replace(
         config,
         run=replace(config.run, max_failures=0),

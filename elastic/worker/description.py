@@ -1,4 +1,4 @@
-"""How a worker describes itself to those that it is to train with: its data, options, model and optimizer."""
+"""A worker's description of its data, options, model and optimizer, for the workers that it is to train with."""
 
 from __future__ import annotations
 
@@ -22,27 +22,27 @@ _PLAIN = (str, int, float, bool, type(None))
 
 
 def describe_worker(data: Mapping[str, Any], **lines: list[str]) -> str:
-    """JSON, as `likeness.difference` compares it.
+    """The description as JSON, for `likeness.difference`.
 
     Args:
-        data: of each set by the name of what made it, as `data.identity.identify` describes it.
-        lines: of everything else, by subject.
+        data: for each data set, by the name of the method that made it, its `data.identity.identify`.
+        lines: for everything else, lines of text by subject.
     """
     return json.dumps({"data": data, "lines": {subject: packed(found) for subject, found in lines.items()}})
 
 
 def describe_options(options: Mapping[str, Any]) -> list[str]:
-    """A line for each option, coded as `elastic.values` does it."""
+    """One line for each option, coded by `elastic.values`."""
     return [f"{name}={show(value)[:_MOST_TEXT]}" for name, value in sorted(comparable(options).items())]
 
 
 def comparable(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options that are the same text in every process: an object without a text of its own is another each time."""
+    """The options whose texts are equal in every process: an object without a text of its own shows its address."""
     return {name: value for name, value in options.items() if " at 0x" not in str(value)}
 
 
 def describe_model(model: nn.Module) -> list[str]:
-    """A line for each parameter and each persistent buffer, in order."""
+    """One line for each parameter and each persistent buffer, in order."""
     lines = []
     for name, parameter in model.named_parameters():
         lines.append(f"parameter {name} {_shape(parameter)}{'' if parameter.requires_grad else ' frozen'}")
@@ -54,8 +54,9 @@ def describe_model(model: nn.Module) -> list[str]:
 
 
 def describe_held(models: Mapping[str, nn.Module]) -> list[str]:
-    """A line for each tensor of models that are no part of the trained one, with a digest of the signs of some of its
-    elements: other kernels change an initial value in its last bits, another model has other signs."""
+    """One line for each tensor of models that are not part of the trained one, with a digest of the signs of some of
+    its
+    elements: other kernels change the last bits of an initial value, but only another model has other signs."""
     return [
         f"{held}.{name} {_shape(tensor)} signs {_signs(tensor)}"
         for held, model in models.items()
@@ -72,7 +73,7 @@ def _signs(tensor: torch.Tensor) -> str:
 
 
 def describe_optimizer(optimizer: torch.optim.Optimizer) -> list[str]:
-    """Its class, and a line for each group."""
+    """The optimizer's class, and one line for each group."""
     kind = type(optimizer)
     lines = [f"class {kind.__module__}.{kind.__qualname__}"]
     for i, group in enumerate(optimizer.param_groups):

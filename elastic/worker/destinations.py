@@ -1,4 +1,5 @@
-"""Where each tensor of a saved state goes: the live one of its name, or new room where there is none like it."""
+"""Finds the place of each tensor of a saved state: the live tensor of that name, or a new one if there is none like
+it."""
 
 from __future__ import annotations
 
@@ -23,12 +24,12 @@ from elastic.worker.weights import weights_alone
 
 
 class Destinations(Keeping):
-    """The places of a saved state in the live one. Names, shapes and values are checked before anything is changed."""
+    """Maps a saved state to the live one. Names, shapes and values are checked before anything is changed."""
 
     # ---- weights alone ---------------------------------------------------------------------------------------------
 
     def weights(self) -> tuple[list[Shard], dict[str, list[str]]]:
-        """The model's tensors by their own names, and further names of those that are tied."""
+        """The model's tensors by their own names, and all names of those that are tied."""
         mine = persistent_entries(self.model)
         names: dict[Hashable, list[str]] = {}
         for one in live_tensors(self.model):
@@ -52,15 +53,15 @@ class Destinations(Keeping):
     def destinations(
         self, entries: Mapping[str, TensorEntry], values: dict[str, Any], *, convert: bool = False
     ) -> list[Shard]:
-        """Where the tensors of a checkpoint go: live ones; what is not there yet is made.
+        """The places of a checkpoint's tensors: live tensors, or new ones where there is none yet.
 
-        Of a checkpoint that has weights alone, all else stays as the job made it.
+        If the checkpoint has weights only, everything else stays as the job made it.
 
         Args:
-            convert: dtypes may be others than were saved; what the optimizer keeps of a parameter is like that then.
+            convert: dtypes may differ from those saved; then the optimizer's state takes the dtype of its parameter.
 
         Raises:
-            CheckpointError: names are not those of this model, optimizer and job.
+            CheckpointError: names differ from those of this model, optimizer and job.
         """
         if weights_alone(values):
             return self._weight_destinations(entries)
@@ -71,10 +72,10 @@ class Destinations(Keeping):
     def _make_room(
         self, heads: Mapping[str, Head], values: dict[str, Any], *, convert: bool = False
     ) -> dict[str, torch.Tensor]:
-        """Where each tensor of a saved state goes, by name."""
+        """The place of each tensor of a saved state, by name."""
         self._check_values(values)
         parameters, referred = self._parameters(), self._referred(values, heads)
-        saved: dict[int, dict[str, str]] = {}  # names of what is kept of a parameter, by its id
+        saved: dict[int, dict[str, str]] = {}  # for each parameter, by id: key of the optimizer's state -> tensor name
         for name in heads:
             if name.startswith("optimizer/") and name not in referred:
                 owner, _, key = name.removeprefix("optimizer/").rpartition("/")
@@ -99,7 +100,7 @@ class Destinations(Keeping):
         return mine
 
     def _kept_of(self, parameter: nn.Parameter, key: str, head: Head, convert: bool) -> torch.Tensor:
-        """What the optimizer keeps of a parameter under a key: what is there if it is like that, else a new one."""
+        """The optimizer's state of a parameter under a key: the present tensor if it fits, otherwise a new one."""
         (shape, dtype), state = head, self.optimizer.state[parameter]
         if convert and dtype.is_floating_point and shape == tuple(parameter.shape):
             dtype = parameter.dtype
@@ -108,7 +109,7 @@ class Destinations(Keeping):
         return state[key]
 
     def _room_for(self, name: str, head: Head, on_cpu: bool, parameters: Mapping[str, nn.Parameter]) -> torch.Tensor:
-        """Room for a tensor that values refer to: cut like the parameter that it is of, if of its shape."""
+        """A tensor for one that values refer to: sharded like the parameter that it belongs to, if it has its shape."""
         shape, dtype = head
         kind, _, rest = name.partition("/")
         owners = [o for o in parameters if rest.startswith(f"{o}/")] if kind == "optimizer" else []
@@ -119,7 +120,7 @@ class Destinations(Keeping):
         return torch.empty(shape, dtype=dtype, device="cpu" if on_cpu else self._device)
 
     def _nested(self) -> dict[str, torch.Tensor]:
-        """Tensors that lie deeper in what the job keeps."""
+        """Tensors that are nested in the job's extra state."""
         found = Collected()
         self._collect_extra(found)
         return {name: t for name, t in found.tensors.items() if name.removeprefix("extra/") not in self._in_place}
@@ -130,8 +131,8 @@ class Destinations(Keeping):
         return torch.device("cpu") if first is None else local(first).device
 
     def _new_state(self, parameter: nn.Parameter, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        """Room for what an optimizer keeps of a parameter: cut like it if of its shape. Scalars such as Adam's step
-        stay on the CPU unless the optimizer itself keeps them on the device."""
+        """A new tensor for the optimizer's state of a parameter, sharded like it if it has its shape. Scalars such as
+        Adam's step stay on the CPU, unless the optimizer itself keeps them on the device."""
         if isinstance(parameter, DTensor) and shape == tuple(parameter.shape):
             return torch.empty_like(parameter, dtype=dtype).detach()
         fused = any(g.get("fused") or g.get("capturable") for g in self.optimizer.param_groups)
@@ -145,8 +146,8 @@ class Destinations(Keeping):
     ) -> dict[str, torch.Tensor]:
         """The live tensors of model and job by name, after comparing their names with those saved.
 
-        A buffer, or a tensor of the job, that changed its shape while training, or came or went, is made to what the
-        writer says; here it may have changed too, where a state of an earlier step is put back.
+        A buffer, or a tensor of the job, that changed its shape, appeared or disappeared while training, is made as it
+        was saved. Here it may have changed too, if a state of an earlier step is put back.
         """
         mine = {f"model/{name}": value for name, value in persistent_entries(self.model).items()}
         extra = self.job.extra_state()
@@ -170,7 +171,7 @@ class Destinations(Keeping):
         return mine
 
     def _reshaped(self, name: str, tensor: torch.Tensor | None, head: Head) -> torch.Tensor:
-        """A buffer, or a tensor of the job, of another shape or dtype than it has here."""
+        """A buffer, or a tensor of the job, with another shape or dtype than it has here."""
         shape, dtype = head
         if name.startswith("extra/"):
             if tensor is None or isinstance(tensor, DTensor) or tensor.dtype != dtype:
@@ -191,7 +192,7 @@ class Destinations(Keeping):
     # ---- before anything is changed --------------------------------------------------------------------------------
 
     def _check_values(self, values: Mapping[str, Any]) -> None:
-        """Refuse values that are none of a training state, or not of this job's."""
+        """Refuse values that are not those of a training state, or not those of this job."""
         kinds: dict[str, type] = {"optimizer": str, "groups": list, "states": dict, "extra": dict}
         if "coded" in values:
             more = {"began": list, "modules": dict, "schedulers": dict, "eval": list, "frozen": list, "changed": dict}
@@ -232,28 +233,28 @@ class Destinations(Keeping):
                     raise CheckpointError(f"the checkpoint has no training state: its {key} is no list")
 
     def _referred(self, values: Mapping[str, Any], heads: Mapping[str, Head]) -> dict[str, bool]:
-        """The tensors that values refer to, by name, and whether they lie on the CPU. Reads all values once."""
+        """The names of the tensors that values refer to, and whether they are on the CPU. Reads all values once."""
         found: dict[str, bool] = {}
         if not is_coded(values):
             return found
 
-        def note(said: Any) -> None:
-            name = said["name"]
+        def note(reference: Any) -> None:
+            name = reference["name"]
             if name not in heads or name.startswith("model/"):
                 raise ValueRefused(f"a value refers to a tensor {str(name)[:100]!r}, which is not among those saved")
-            found[name] = bool(said["cpu"])
+            found[name] = bool(reference["cpu"])
 
-        parts = ("states", "groups", "began", "modules", "buffers", "schedulers", "extra", "state")
+        sections = ("states", "groups", "began", "modules", "buffers", "schedulers", "extra", "state")
         try:
-            for part in parts:
-                decode(values.get(part, {}), tensor=note, known=self._known)
+            for section in sections:
+                decode(values.get(section, {}), tensor=note, known=self._known)
         except ValueRefused as error:
             raise CheckpointError(f"the saved values cannot be read: {error}") from error
         return found
 
 
 def is_coded(values: Mapping[str, Any]) -> bool:
-    """Whether the values of a state are tagged as `elastic.values` does it; earlier ones are plain JSON."""
+    """Whether the values of a state are coded by `elastic.values`; those of earlier versions are plain JSON."""
     return "coded" in values
 
 

@@ -1,4 +1,4 @@
-"""The end of a run, or of this part of it: evaluate, save, and say so with the result."""
+"""The end of a run, or of this session of it: evaluate, save, and report the result."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from elastic.worker.world import World
 
 
 def finish(world: World, stop: Stop) -> str:
-    """Evaluate, save, wait for the commit, and say that this worker is done; returns how.
+    """Evaluate, save, wait for the commit, and report that this worker is done; returns the status.
 
-    Where the run is to stop at once it saves first: the evaluation is left to who goes on from there.
+    If the run is to stop at once, it saves without evaluating; the session that resumes it evaluates.
 
     Raises:
         CheckpointError: the state could not be saved.
@@ -56,7 +56,8 @@ def finish(world: World, stop: Stop) -> str:
 
 
 def _sample(worker: Worker, model: torch.nn.Module) -> str | None:
-    """The job's text; None, with an event, where it raises: the run is trained and saved."""
+    """The result of the job's sample(); None, with an event, if it raises: the run is trained and saved all the
+    same."""
     code = worker.code
     code.where = "sample()"
     model.eval()
@@ -65,7 +66,7 @@ def _sample(worker: Worker, model: torch.nn.Module) -> str | None:
         with torch.no_grad():
             text = code.guard(lambda: call_gathered(model, lambda: worker.job.sample(model)))
             return None if text is None else code.guard(lambda: str(text))
-    except ElasticError as error:  # of the job's code; or another worker's failed, where the model is cut
+    except ElasticError as error:  # in the job's code, or, with a sharded model, in that of another worker
         why = error.__cause__ or error
         detail = f"sample() failed, {type(why).__name__}: {why}\n{error}"
         worker.link.event("sample_failed", worker.holding.applied, detail)

@@ -1,4 +1,4 @@
-"""Moving boxes of tensors between the ranks of a world, many in one collective."""
+"""Moves boxes of tensors between the ranks of a world, many in one collective."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from elastic.parallel.layout import Move, moves
 from elastic.placement import Cut, Part, TensorSpec, common, narrowed
 from elastic.worker.group import Group
 
-BATCH_BYTES = 64 << 20  # that one rank gets at a time
-ALONE_BYTES = 1 << 20  # from here on a whole tensor goes by itself: from its memory into its memory, without a copy
-Piece = tuple[TensorSpec, int, int]  # of each new box of a tensor, the piece with this index, of so many
+BATCH_BYTES = 64 << 20  # that one rank receives at a time
+ALONE_BYTES = 1 << 20  # whole tensors from this size on are sent one by one, directly between their memories
+Piece = tuple[TensorSpec, int, int]  # (tensor, index, count): that piece of `count` of each new box of the tensor
 
 
 def exchange(
@@ -26,50 +26,49 @@ def exchange(
     found: Mapping[Part, Sequence[int]],
     wants: Mapping[int, Part],
 ) -> dict[str, torch.Tensor]:
-    """Give each rank its part of a state out of the memory of those that hold it. Everyone of the world calls this.
+    """Give each rank its part of a state from the memory of ranks that hold it. All ranks of the world call this.
 
     Args:
         held: the boxes that this rank holds, by name.
         found: the ranks that hold each part.
-        wants: the part that each rank is to get; who is not in it gets none.
+        wants: the part that each rank gets; ranks that it does not name get none.
 
     Returns:
         this rank's boxes, by name, on the device of the group.
     """
     plans = {cut: moves(found, wants, cut) for cut in {spec.cut for spec in specs}}
     mine = wants.get(group.rank)
-    taken: dict[str, torch.Tensor] = {}
+    received: dict[str, torch.Tensor] = {}
     if mine is not None:
         for spec in specs:
-            taken[spec.name] = torch.empty(spec.box(mine).sizes, dtype=DTYPES[spec.dtype], device=group.device)
+            received[spec.name] = torch.empty(spec.box(mine).sizes, dtype=DTYPES[spec.dtype], device=group.device)
     parts, sources = {*found, *wants.values()}, {m.source for plan in plans.values() for m in plan}
     same = parts == {Part()} and len(sources) == 1 and {*sources, *wants} == set(range(group.size))
     giver = min(sources) if same else None
     takers = Counter((m.source, m.target) for plan in plans.values() for m in plan if m.source != m.target)
     takers_of_one = 1 if same else max(Counter(source for source, _ in takers).values(), default=1)
-    batch_bytes = max(
-        min(ALONE_BYTES, BATCH_BYTES), BATCH_BYTES // takers_of_one
-    )  # who gives to several has a copy for each of them
+    # a rank that gives to several ranks needs memory for a copy for each of them
+    batch_bytes = max(min(ALONE_BYTES, BATCH_BYTES), BATCH_BYTES // takers_of_one)
     plans = {cut: [m for m in plan if group.rank in (m.source, m.target)] for cut, plan in plans.items()}
     batch: list[Piece] = []
-    room = batch_bytes
+    left = batch_bytes
     for spec in specs:
         size = max(spec.box(part).volume for part in wants.values()) * DTYPES[spec.dtype].itemsize
         count = max(1, -(-size // batch_bytes))
         for index in range(count):
             if parts == {Part()} and size // count >= ALONE_BYTES:
-                _move(group, plans, [(spec, index, count)], held, taken, giver)
+                _move(group, plans, [(spec, index, count)], held, received, giver)
                 continue
-            if batch and room < size // count:
-                _move(group, plans, batch, held, taken, giver)
-                batch, room = [], batch_bytes
+            if batch and left < size // count:
+                _move(group, plans, batch, held, received, giver)
+                batch, left = [], batch_bytes
             batch.append((spec, index, count))
-            room -= size // count
+            left -= size // count
     if batch:
-        _move(group, plans, batch, held, taken, giver)
+        _move(group, plans, batch, held, received, giver)
     host_wait(group.device)
     group.check()
-    return taken
+    return received
 
 
 def _move(
@@ -83,8 +82,9 @@ def _move(
     """Move some pieces.
 
     Args:
+        taken: the boxes that this rank receives.
         plans: the moves from and to this rank.
-        giver: the one rank that gives the same to all others, if there is one.
+        giver: the rank that sends the same to all others, None if ranks send different pieces.
     """
     rank, device = group.rank, group.device
     going: list[list[torch.Tensor]] = [[] for _ in range(group.size)]
@@ -106,7 +106,7 @@ def _move(
             else:
                 going[m.target].append(given.contiguous().reshape(-1).view(torch.uint8))
     if giver is not None:
-        going = going[giver - 1 : giver] if giver else going[1:2]  # what any other gets is what all get
+        going = going[giver - 1 : giver] if giver else going[1:2]  # all ranks get the same, so one list is enough
     flat, places = [t for one in going for t in one], [t for one in coming for t in one]
     lengths = [sum(t.nbytes for t in one) for one in coming]
     sent = flat[0] if len(flat) == 1 else torch.cat([torch.empty(0, dtype=torch.uint8, device=device), *flat])

@@ -1,4 +1,4 @@
-"""What the members of a world agree on at the fence of a step: the largest of each number counts for all. Pure."""
+"""What the members of a world agree on at the fence of a step: they all get the largest of each number. Pure."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 
-NEUTRAL = (-(1 << 62), -(1 << 62))  # the update of a spare, which applies nothing
+NEUTRAL = (-(1 << 62), -(1 << 62))  # the update of a spare, which applies none
 
 
 class Stop(IntEnum):
-    """How a world stops: where `--run.stop-after` said so, or because somebody asked; the latter saves first."""
+    """How a world stops: as `--run.stop-after` planned, or because a stop was requested, which saves first."""
 
     NO = 0
     PAUSE = 1
@@ -19,15 +19,15 @@ class Stop(IntEnum):
 
 @dataclass(frozen=True)
 class Flags:
-    """What one member says, or what all agreed on.
+    """The flags of one member, or those that all agreed on.
 
     Args:
-        update: a number that equal updates have in common, and its negative: they agree if the largest of both do.
-        stop: this part of the run is to end.
-        save: a checkpoint is wished for.
+        update: a fingerprint of the update, and its negative: updates are equal if the largest of both still match.
+        stop: this session of the run is to end.
+        save: a checkpoint was requested.
         leave: the members are to leave the world together.
-        busy: a save is still under way.
-        snapshot: how far this member's part of a snapshot is, and the steps between two; empty where none are taken.
+        busy: a save is going on.
+        snapshot: how far this member's part of a snapshot is, and the steps between two; empty if none are taken.
     """
 
     update: tuple[int, int] = NEUTRAL
@@ -38,11 +38,11 @@ class Flags:
     snapshot: tuple[int, ...] = ()
 
     def pack(self) -> list[int]:
-        """As integers of 64 bits, of which the members find the largest."""
+        """As 64-bit integers, of which the members compute the largest."""
         return [*self.update, int(self.stop), int(self.save), int(self.leave), int(self.busy), *self.snapshot]
 
     @staticmethod
     def unpack(numbers: Sequence[int]) -> Flags:
-        """What all agreed on."""
+        """The flags that all agreed on."""
         first, second, stop, save, leave, busy, *snapshot = numbers
         return Flags((first, second), Stop(stop), bool(save), bool(leave), bool(busy), tuple(snapshot))

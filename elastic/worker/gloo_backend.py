@@ -1,4 +1,5 @@
-"""Worlds of CPUs: gloo. Who waits is freed by shutting down its sockets, and told where gloo forgets to."""
+"""Gloo, for worlds on CPUs. Waiting threads are freed by shutting down its sockets, and directly where gloo fails
+to."""
 
 from __future__ import annotations
 
@@ -18,7 +19,7 @@ FREE_S = 0.02
 
 
 class GlooBackend(Backend):
-    """Gloo connects while torch makes a group; sockets that it opens meanwhile are still to come."""
+    """Gloo connects while torch makes a group, so `free` must also shut down sockets that are still being opened."""
 
     name = gloo.BACKEND
 
@@ -45,12 +46,12 @@ class GlooBackend(Backend):
         finally:
             self._before = None
             if self._freeing is not None:
-                self._freeing.join()  # what is opened from here on is not its business
-        if self.freed:  # by one who may have seen no sockets yet
+                self._freeing.join()  # it must not touch sockets that are opened later
+        if self.freed:  # the thread that freed it may have seen no sockets yet
             raise self.broken()
 
     def open(self) -> None:
-        """They are connected when they are made."""
+        """Does nothing: torch connected the groups when it made them."""
 
     def free(self) -> None:
         self.freed = True
@@ -82,11 +83,11 @@ class GlooBackend(Backend):
     def close(self) -> None:
         """Drop the groups; peers blocked in them are freed."""
         with self._lock:
-            self._closed = True  # what this process connects from here on is another world's
+            self._closed = True  # sockets that this process opens later belong to another world
         if self._freeing is not None:
             self._freeing.join()
         if (groups := gloo.groups()) and any(group.is_running for group in groups):
-            shut_down(self._sockets)  # of several operations under way one has failed
+            shut_down(self._sockets)  # one of several pending operations has failed
             gloo.settle(groups, lambda: any_connected(self._sockets))
         if dist.is_initialized():
             dist.destroy_process_group()

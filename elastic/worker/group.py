@@ -32,7 +32,7 @@ BACKENDS: dict[str, type[Backend]] = {"cpu": GlooBackend, "cuda": NcclBackend}  
 
 
 def backend_of(device: torch.device) -> type[Backend]:
-    """How workers with such devices communicate."""
+    """The backend for workers with such devices."""
     return BACKENDS[device.type]
 
 
@@ -41,9 +41,9 @@ class Group:
     """The process group of one world.
 
     Args:
-        strategy, per_node: how its workers are laid out; see `lay_out`.
-        node: this worker's.
-        on_failure: told what the backend finds wrong by itself, from any thread.
+        strategy, per_node: how workers are laid out; see `lay_out`.
+        node: this worker's node.
+        on_failure: called, from any thread, with an error that the backend finds by itself.
     """
 
     assignment: Assignment
@@ -62,7 +62,7 @@ class Group:
 
     @property
     def freed(self) -> bool:
-        """Whether the world is broken, so that nothing which came out of it is looked at."""
+        """Whether the world is broken, so that results of its collectives must not be used."""
         return self._backend.freed
 
     @property
@@ -84,20 +84,20 @@ class Group:
 
     @property
     def leads(self) -> bool:
-        """Whether this is the one worker that speaks for the world."""
+        """Whether this is the one worker that acts for the world."""
         return self.mesh.place == 0
 
     def connect(self, timeout_s: float) -> None:
         """Connect to all members, in all groups of the layout.
 
         Raises:
-            WorldBroken: not all came.
+            WorldBroken: a member or the store did not answer.
         """
         timeout = timedelta(seconds=timeout_s)
         store = self._reach_store()
         with _connecting(f"connecting world {self.assignment.generation}"):
             store.set_timeout(timeout)
-            count_groups_from_zero()  # or members, some of which failed to connect before, would never find each other
+            count_groups_from_zero()  # otherwise members that failed to connect before would use other names
             with self._backend.connecting():
                 dist.init_process_group(
                     self._backend.name,
@@ -111,11 +111,11 @@ class Group:
                 self._backend.open()
 
     def _reach_store(self) -> dist.Store:
-        """The store where the members find each other.
+        """The store at which the members find each other.
 
-        torch knocks at one that is gone, because its world is over, until a time-out, and cannot be interrupted. So one
-        that refuses us is not knocked at: there may be no server to say that the world is broken. And torch knocks on
-        the side, and is left to it when somebody says so.
+        If the store is gone because its world is over, torch tries to connect until a time-out, and cannot be
+        interrupted. So a store that refuses a plain connection is not given to torch: there may be no server to declare
+        the world broken. And torch connects in a thread of its own, which is left behind when the world breaks.
         """
         host, port = self.assignment.store
         found: list[dist.Store | Exception] = []
@@ -147,14 +147,14 @@ class Group:
         return make_mesh(layout, self.rank, self.device)
 
     def free(self) -> None:
-        """Make whatever blocks in this group raise. From any thread; returns at once."""
+        """Make every operation that blocks in this group raise. From any thread; returns at once."""
         self._woken.set()
         self._backend.free()
 
     @contextmanager
     def collective(self, what: str) -> Iterator[None]:
-        """What communicates, or may: where it raises because of a peer, the world is broken. Any other error is one,
-        but for what may have come of a freed world's garbage.
+        """Wrap operations that communicate, or may: if they raise because of a peer, the world is broken. Any other
+        error is raised unchanged, except those that may come from arbitrary results of a freed world.
 
         Raises:
             WorldBroken: a member was lost, or the group was freed.
@@ -162,18 +162,17 @@ class Group:
         try:
             yield
         except Exception as error:
-            of_torch = isinstance(
-                error, (RuntimeError, ValueError)
-            )  # no others for a peer, or for a group that is gone
+            # errors caused by a peer, or by a group that is gone, have one of these types
+            of_torch = isinstance(error, (RuntimeError, ValueError))
             if isinstance(error, WorldBroken) or not (self.spoils or (of_torch and self.failed_by(error))):
                 raise
             raise WorldBroken(f"{what} failed: {one_line(error)}") from error
 
     def failed_by(self, error: BaseException) -> bool:
-        """Whether a peer or the network made this process raise, and not what it computed: the group knows.
+        """Whether an error came from a peer or the network, and not from this process's computation.
 
-        It was freed, or one of its operations failed: the backend sees it, or it raised an error of a type of its own.
-        A world of one has no peer.
+        It did if the group was freed or one of its operations failed: the backend knows, or the error has torch's own
+        type for it. A world of one has no peer.
         """
         if self.freed:
             return True
@@ -183,29 +182,29 @@ class Group:
 
     @property
     def spoils(self) -> bool:
-        """Whether what this process does now may be of garbage: no error of it is believed."""
+        """Whether this process may be computing with arbitrary results, so that no error is believed."""
         return self.freed and self._backend.leaves_garbage
 
     def report(self) -> str:
-        """What the backend itself knows of where all members are, for people. May take seconds."""
+        """What the backend knows of where all members are, as a text for people. May take seconds."""
         return self._backend.report()
 
     def check(self) -> None:
-        """Raise if the group was freed: what came out of a collective that was aborted is no result.
+        """Raise if the group was freed: the result of an aborted collective must not be used.
 
         Raises:
-            WorldBroken: it was.
+            WorldBroken: it was freed.
         """
         if self.freed:
             raise WorldBroken(f"world {self.assignment.generation} is broken")
 
     def close(self) -> None:
-        """Drop the group; peers blocked in it are freed."""
+        """Drop the group; peers that are blocked in it are freed."""
         self._backend.close()
 
     def agree(self, flags: Flags) -> Flags:
-        """The largest of each flag over all members. This is the fence: it ends when everyone has entered it, and the
-        host waits for it."""
+        """The largest of each flag over all members. This is the fence: it ends when all members have entered it, and
+        the host waits for it."""
         if self.size == 1:
             host_wait(self.device)
             return flags
@@ -217,11 +216,11 @@ class Group:
         return Flags.unpack(agreed)
 
     def gather_ints(self, value: int) -> list[int]:
-        """Every member's value, by rank."""
+        """Every member's value, by rank; int64."""
         return [row[0] for row in self.gather_rows([value])]
 
     def gather_rows(self, values: list[int]) -> list[list[int]]:
-        """Every member's values, by rank."""
+        """Every member's values, by rank; int64, equally many on all ranks."""
         return self._gather(values, self.size, None)
 
     def _gather(self, values: list[int], size: int, group: dist.ProcessGroup | None) -> list[list[int]]:
@@ -234,11 +233,11 @@ class Group:
         return rows
 
     def gather_in_mesh(self, value: int) -> list[int]:
-        """The value of everyone in the mesh, by place."""
+        """The value of each worker in the mesh, by place; int64."""
         return [row[0] for row in self.gather_rows_in_mesh([value])]
 
     def gather_rows_in_mesh(self, values: list[int]) -> list[list[int]]:
-        """The values of everyone in the mesh, by place."""
+        """The values of each worker in the mesh, by place; int64, equally many on all of them."""
         return self._gather(values, self.layout.size, self.mesh.everyone)
 
     def gather_json(self, value: Any) -> list[Any]:
@@ -246,7 +245,7 @@ class Group:
         return self._gather_json(value, self.size, None)
 
     def gather_json_in_mesh(self, value: Any) -> list[Any]:
-        """The JSON value of everyone in the mesh, by place."""
+        """The JSON value of each worker in the mesh, by place."""
         return self._gather_json(value, self.layout.size, self.mesh.everyone)
 
     def _gather_json(self, value: Any, size: int, group: dist.ProcessGroup | None) -> list[Any]:
@@ -262,7 +261,7 @@ class Group:
         return [json.loads(row[:length].tobytes()) for row, length in zip(rows, lengths)]
 
     def send_json(self, value: Any, source: int) -> Any:
-        """A JSON value from `source` to all."""
+        """Send a JSON value from rank `source` to all ranks."""
         with self.collective("sending values"):
             data = json.dumps(value).encode() if self.rank == source else b""
             length = torch.tensor([len(data)], dtype=torch.int64, device=self.device)
@@ -280,7 +279,7 @@ class Group:
 
 @contextmanager
 def _connecting(what: str) -> Iterator[None]:
-    """Nothing is computed in here: whatever fails, some member or the store did not answer."""
+    """Inside nothing is computed: if it fails, a member or the store did not answer."""
     try:
         yield
     except (RuntimeError, ValueError) as error:

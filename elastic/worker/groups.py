@@ -1,7 +1,7 @@
 """An optimizer's parameter groups as saved values: what changed while training, and which parameters are in which.
 
-What `optimizer()` made is the job's own: a group's option is given back only where it was changed since, so that a
-resumed run that may change an option (`--run.allow-change`) has the new one. Learning rates are set by the schedule.
+What `optimizer()` made is the job's own: a saved option of a group is restored only if it was changed since, so that a
+resumed run that may change an option (`--run.allow-change`) gets the new one. The schedule sets learning rates.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Coded = Callable[[Any, str, str], Any]
 
 
 class Groups:
-    """The groups of one optimizer, beside what they were when it was made."""
+    """The groups of one optimizer, together with their values when it was made."""
 
     def __init__(self, optimizer: torch.optim.Optimizer, encode: Coded):
         self._optimizer = optimizer
@@ -32,10 +32,10 @@ class Groups:
         """The parameters of all groups by name.
 
         Args:
-            names: of the model's, by id.
+            names: of the model's parameters, by id.
 
         Raises:
-            ConfigError: one of them is none of the model's.
+            ConfigError: a parameter is not one of the model's.
         """
         found: dict[str, nn.Parameter] = {}
         for i, group in enumerate(self._optimizer.param_groups):
@@ -49,7 +49,8 @@ class Groups:
         return found
 
     def values(self, names: Mapping[int, str], encode: Coded, *, rates: bool) -> dict[str, Any]:
-        """What to save: options and names of each group; and of what changed, what it was (`began`).
+        """The values to save: options and parameter names of each group, and the first values of changed options
+        (`began`).
 
         Args:
             rates: whether learning rates are part of the state.
@@ -64,10 +65,10 @@ class Groups:
         return {"groups": groups, "began": began}
 
     def check(self, values: Mapping[str, Any], parameters: Mapping[str, nn.Parameter]) -> None:
-        """Before anything is changed.
+        """Check saved values before anything is changed.
 
         Raises:
-            CheckpointError: these are not the groups of this optimizer, nor what became of them.
+            CheckpointError: the saved groups do not fit those of this optimizer.
         """
         saved, began = values["groups"], values.get("began", values["groups"])
         if not isinstance(began, list) or not all(isinstance(part, dict) for part in [*saved, *began]):
@@ -94,7 +95,7 @@ class Groups:
         *,
         rates: bool,
     ) -> None:
-        """Give the groups back what they were, with groups that were added while training."""
+        """Restore the groups, including groups that were added while training."""
         groups, saved = self._optimizer.param_groups, values["groups"]
         if "began" not in values:
             _load_plain(groups, saved)
@@ -125,7 +126,7 @@ def _coded(index: int, group: Mapping[str, Any], encode: Coded) -> dict[str, Any
 
 
 def _load_plain(groups: Sequence[dict[str, Any]], saved: Sequence[dict[str, Any]]) -> None:
-    """As earlier versions saved them: as JSON, and without rates."""
+    """Restore groups that an earlier version saved, as plain JSON and without rates."""
     for group, values in zip(groups, saved, strict=True):
         for key, value in values.items():
             if key not in (PARAMS, RATE, "initial_lr"):
@@ -138,7 +139,7 @@ def check_owner(name: str, parameters: Mapping[str, nn.Parameter]) -> None:
 
 
 def _differ(one: Any, other: Any) -> bool:
-    """Whether two coded values may be of two: tensors are not looked into."""
+    """Whether two coded values may differ: the contents of tensors are not compared."""
     return not same(one, other) or has_tensors(one)
 
 

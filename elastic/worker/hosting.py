@@ -1,4 +1,4 @@
-"""Where a run in plain processes is hosted: here, or in a process of its own that is started again when it dies."""
+"""The host of a run in plain processes: in this process, or in one of its own that is restarted when it dies."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ class HostHere:
         self._host, self._detail = RunHost(folder_url, options, settings), detail
 
     def start(self) -> str:
-        """Returns the URL."""
+        """Start the host; returns its URL."""
         return self._host.start(self._detail)
 
     def stop(self) -> None:
-        """Write out everything and stop serving."""
+        """Write everything to storage, and stop serving."""
         self._host.stop()
 
 
 class HostProcess(ChildServer):
-    """The host of a run in a process of its own. One that does not answer for a third of the lease is replaced, so that
-    workers keep their part.
+    """The host of a run in a process of its own. If it does not answer for a third of the lease it is replaced, early
+    enough for workers to go on.
 
     Args:
-        living: ids of the workers whose processes live; a restarted server forms nothing before it knows.
+        living: returns the ids of workers whose processes live; a restarted server forms no world before it knows them.
         environment: further environment variables of the process.
     """
 
@@ -61,17 +61,17 @@ class HostProcess(ChildServer):
         return self.wait()
 
     def specification(self, port: int, why: str) -> dict[str, Any]:
-        """What `elastic.run` reads."""
+        """The JSON that `elastic.run` reads."""
         settings = asdict(replace(self._settings, port=port, restarted=bool(why)))
         detail = {**self._detail, **({"restarted": True, "why": why} if why else {})}
         return {**self._of_run, "settings": settings, "detail": detail}
 
     def ask(self, wait_s: float) -> None:
-        """How its group is."""
+        """Ask for the state of its group."""
         DriverLink(self.url, self._settings.token).request("/group", timeout_s=wait_s)
 
     def replaced(self, why: str) -> None:
-        """Tell the new one who lives, until it needs no more."""
+        """Tell the new server which workers live, until it has formed or found a world."""
         link, deadline = DriverLink(self.url, self._settings.token), time.monotonic() + START_S
         while not self._lookout.stopping.wait(POLL_S) and self.process.poll() is None:
             try:
@@ -79,5 +79,5 @@ class HostProcess(ChildServer):
                     return
                 link.request(Existing(self._living()))
             except OSError:
-                if time.monotonic() > deadline:  # it is not there yet, and will be found to stand still
+                if time.monotonic() > deadline:  # it is not there, which the lookout will find out
                     return

@@ -262,7 +262,7 @@ class WorldSteps:
 
     def says(self, update: Update) -> tuple[int, int]:
         """What this worker says of its update at the fence."""
-        return copies.said(update.fingerprint) if self._stepper.compares else NEUTRAL
+        return copies.for_fence(update.fingerprint) if self._stepper.compares else NEUTRAL
 
     def check_equal(self, update: Update, largest: tuple[int, int]) -> None:
         """After the fence: refuse an update that is not the same on all workers.
