@@ -318,7 +318,7 @@ def test_a_scheduler_of_torch_s_is_followed_and_goes_on_where_it_was(how: Any):
             step(state)
             found.append(state.rates.set(1.0))
             state.job.scheduler.step()
-            state.rates.heed()
+            state.rates.adopt_changes()
         return found
 
     def fresh() -> TrainState:
@@ -358,16 +358,16 @@ def test_a_rate_that_the_job_sets_is_the_new_one_or_is_refused_where_a_schedule_
     state = made()
     step(state)
     state.optimizer.param_groups[0]["lr"] = 0.025
-    state.rates.heed()
+    state.rates.adopt_changes()
     assert state.rates.set(1.0) == 0.025
     assert moved(state, made()).rates.set(1.0) == 0.025
 
     state = made(optim=replace(OptimOptions(), warmup="3st"))
     state.rates.set(0.5)
-    state.rates.heed()
+    state.rates.adopt_changes()
     state.optimizer.param_groups[0]["lr"] = 0.3
     with pytest.raises(ConfigError, match=r"rate of parameter group 0 to 0\.3, which --optim\.warmup 3st would set"):
-        state.rates.heed()
+        state.rates.adopt_changes()
 
 
 def test_a_held_state_is_what_it_was_though_the_job_begins_another():

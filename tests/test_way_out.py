@@ -54,7 +54,7 @@ def test_a_signal_saves_and_ends(number, undisturbed_epoch, tmp_path, gate):
     held, watch, run = gate("held"), Watch(), prepare(JOB, configure(tmp_path, "run", scaling__max_workers=2))
     faults, said = plan(fault("step.forward", 5, 1, "hold", file=held)), []
     with (
-        local_run(run, 2, on_record=watch, say=said.append, environment=faults) as local,
+        local_run(run, 2, on_record=watch, print_line=said.append, environment=faults) as local,
         handled_by(local.drive.on_signal),
     ):
         watch.wait_for_step(4)
@@ -78,7 +78,7 @@ def test_a_second_signal_ends_at_once(tmp_path, gate):
     held, watch, run = gate("held"), Watch(), prepare(JOB, configure(tmp_path, "run", scaling__max_workers=2))
     faults, said = plan(fault("step.forward", 5, 1, "hold", file=held)), []
     with (
-        local_run(run, 2, on_record=watch, say=said.append, environment=faults) as local,
+        local_run(run, 2, on_record=watch, print_line=said.append, environment=faults) as local,
         handled_by(local.drive.on_signal),
     ):
         watch.wait_for_step(4)

@@ -116,7 +116,7 @@ def _run() -> int:
                     run,
                     known.workers,
                     on_record=console.record,
-                    say=console.print,
+                    print_line=console.print,
                     timeout_s=1e9,
                     accelerator=accelerator,
                 )

@@ -1,4 +1,4 @@
-"""What a worker's training state consists of: named tensors, and values in JSON. How it is put back is `state`'s."""
+"""The contents of a worker's training state: named tensors, and values in JSON. `state` restores it."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from elastic.worker.naming import (
 )
 from elastic.worker.rates import Rates
 
-CODED = 1  # of the values: tagged as `elastic.values` does it; earlier ones are plain JSON
+CODED = 1  # format of the values: coded by `elastic.values`; earlier ones are plain JSON
 Head = tuple[tuple[int, ...], torch.dtype]  # whole shape, dtype
 
 
@@ -58,17 +58,17 @@ class Collected:
 class Keeping:
     """Model, optimizer and the job's extra state as named tensors and JSON values.
 
-    Names are `model/<name>`, `optimizer/<parameter name>/<key>` and `extra/<name>`; of tensors that lie deeper in what
-    optimizer, job or modules keep, keys and indices follow. Of a sharded model, parameters, what the optimizer keeps of
-    their shape, and extra tensors made from them are cut along dimension 0; all else is whole.
+    Names are `model/<name>`, `optimizer/<parameter name>/<key>` and `extra/<name>`; for tensors nested in the state of
+    optimizer, job or modules, keys and indices follow. Of a sharded model, parameters, the optimizer's tensors of their
+    shape, and extra tensors made from parameters are sharded along dimension 0; everything else is whole.
 
     Args:
         mesh: of a sharded model.
-        scaler: of a run that scales its loss.
-        optim: who else sets the learning rates.
+        scaler: the loss scale, if the run has one.
+        optim: options that set learning rates.
 
     Raises:
-        ConfigError: part of the state cannot be saved, or is known to nobody.
+        ConfigError: part of the state cannot be saved, or is not part of the model.
     """
 
     def __init__(
@@ -95,11 +95,11 @@ class Keeping:
         self._held: Collected | None = None
         self._unsaved: set[str] = set()
         self._named = list(model.named_parameters())
-        self._arrived: dict[str, torch.Tensor] = {}  # tensors of a state that is being loaded, which values refer to
+        self._arrived: dict[str, torch.Tensor] = {}  # tensors that values refer to, of a state that is being loaded
         check_state_dict(model)
         self.rates = Rates(job, optimizer, optim)
         first, again = job.extra_state(), job.extra_state()
-        #: The job's tensors that are there from the start: restored in place.
+        #: Tensors of the job that exist from the start: these are restored in place.
         self._in_place = {
             name
             for name, value in first.items()
@@ -110,13 +110,14 @@ class Keeping:
         self._shapes |= {f"extra/{k}": head_of(first[k]) for k in self._in_place}
         nested = Collected()
         self._collect_extra(nested)
-        #: The job's tensors that are there from the start, those that lie deeper too.
+        #: Tensors of the job that exist from the start, nested ones included.
         self.began_with = frozenset(nested.tensors)
         self._groups = Groups(optimizer, partial(self._encode, Collected()))
         self._groups.parameters(parameter_names(model))
 
     def _known_classes(self, extra: Mapping[str, Any]) -> Classes:
-        """What values may be rebuilt of: classes of the job, and of the modules that define optimizer and layers."""
+        """Classes of which values may be rebuilt: the job's, and those in modules that define its optimizer and
+        layers."""
         owners = {type(m) for m in with_state_of_their_own(self.model).values()} | {type(self.optimizer)}
         places = [sys.modules.get(c.__module__) for c in owners if not c.__module__.startswith("torch.")]
         near = [v for place in places if place is not None for v in vars(place).values() if isinstance(v, type)]
@@ -125,38 +126,38 @@ class Keeping:
     # ---- what is trained -------------------------------------------------------------------------------------------
 
     def trained(self) -> tuple[bool, ...]:
-        """Of each parameter of the model, in order, whether it is trained now."""
+        """For each parameter of the model, in order, whether it is trained now."""
         return tuple(p.requires_grad for _, p in self._named)
 
     def trained_by_name(self) -> dict[str, bool]:
-        """Of each parameter of the model whether it is trained now."""
+        """For each parameter of the model, by name, whether it is trained now."""
         return {name: p.requires_grad for name, p in self._named}
 
     def parameter_names(self) -> dict[int, str]:
-        """The names of the model's parameters, by their identity."""
+        """The names of the model's parameters, by their id."""
         return parameter_names(self.model)
 
     # ---- what it consists of ---------------------------------------------------------------------------------------
 
     def _parameters(self) -> dict[str, nn.Parameter]:
-        """The model's parameters by each of their names."""
+        """The model's parameters by all of their names."""
         return {one.name: one.tensor for one in live_tensors(self.model) if isinstance(one.tensor, nn.Parameter)}
 
     def keep_buffers(self, names: Iterable[str]) -> None:
-        """From now on these buffers, which are registered with persistent=False, are part of the state."""
+        """From now on these buffers are part of the state, although they are registered with persistent=False."""
         self._unsaved.update(names)
 
     def _buffers(self) -> dict[str, tuple[nn.Module, str]]:
-        """Where each buffer of the model is, by the first of its names."""
+        """The place of each buffer of the model, by the first of its names."""
         found: dict[str, tuple[nn.Module, str]] = {}
         for name, module in self.model.named_modules():
             found |= {f"{name}.{leaf}" if name else leaf: (module, leaf) for leaf in own_buffers(module).keys()}  # noqa: SIM118 - a ScriptModule's are no dict
         return found
 
     def hold_extra(self) -> None:
-        """From now on what the job keeps is what it is now: it is about to begin its own for another state.
+        """Keep the job's present extra state as that to save: the job is about to begin one for another state.
 
-        Where that other state did not come about, the job has the beginnings of it: what is held stays so.
+        If that other state is never completed, the job has only the beginning of it, and the kept one stays.
         """
         if self._held is not None:
             return
@@ -165,7 +166,7 @@ class Keeping:
         self._collect_schedulers(held)
 
     def _encode(self, found: Collected, value: Any, name: str, where: str) -> Any:
-        """A value as it is saved; tensors in it go beside, under names that begin with `name`.
+        """A value as it is saved; tensors in it are added to `found`, with names that begin with `name`.
 
         Raises:
             ConfigError: part of it cannot be saved.
@@ -182,7 +183,7 @@ class Keeping:
             raise ConfigError(f"the training state cannot be saved: {error}") from error
 
     def collect(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-        """All tensors of the state (live ones, not copies; DTensors are those that are cut) and all else as JSON.
+        """All tensors of the state (live ones, not copies; DTensors are sharded), and everything else as JSON values.
 
         Raises:
             ConfigError: part of it cannot be saved.
@@ -205,7 +206,7 @@ class Keeping:
         found.values["changed"] = self._changed(found)
         if self.scaler:
             found.values["loss_scale"] = self.scaler.values()
-        # In name order: workers hold what the optimizer keeps in the order in which they came to it.
+        # In name order: workers may hold the optimizer's tensors in different orders, depending on how they got them.
         tensors = {n: t if cut_of(n, t) else local(t) for n, t in sorted(found.tensors.items())}
         return tensors, found.values
 
@@ -275,7 +276,7 @@ class Keeping:
         }
 
     def _changed(self, found: Collected) -> dict[str, list[str]]:
-        """Buffers and tensors of the job that are not of the shapes and dtypes that they began with, or not there."""
+        """Buffers and tensors of the job whose shapes or dtypes changed since the start, or that have disappeared."""
         kept = {n for n in found.tensors if n.startswith("extra/") and n.removeprefix("extra/") in self._in_place}
         now = {f"model/{one.name}": head_of(one.tensor) for one in live_tensors(self.model) if not one.is_parameter}
         now |= {n: head_of(found.tensors[n]) for n in kept}
@@ -283,38 +284,38 @@ class Keeping:
         return {"other": other, "gone": sorted(set(self._shapes) - set(now))}
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """All tensors of the state: live ones, not copies. DTensors are those that are cut.
+        """All tensors of the state: live ones, not copies. DTensors are sharded.
 
         Raises:
-            ConfigError: one lies over the workers in a way that cannot be saved.
+            ConfigError: the layout of a tensor over the workers cannot be saved.
         """
         return self.collect()[0]
 
     def values(self) -> dict[str, Any]:
-        """Everything of the state that is not a tensor, as JSON values."""
+        """Everything of the state that is no tensor, as JSON values."""
         return self.collect()[1]
 
     def whole(self, tensor: torch.Tensor) -> torch.Tensor:
-        """A tensor of the state, whole; of a sharded one everyone of the row asks at one time."""
+        """The whole of a tensor of the state. If it is sharded, all workers of the row call this at the same time."""
         return tensor if self.mesh is None else whole(tensor, self.mesh)
 
     @property
     def part(self) -> Part:
-        """What of the state this worker holds."""
+        """The part of the state that this worker holds."""
         return Part() if self.mesh is None else self.mesh.part
 
     def specs(self) -> list[TensorSpec]:
-        """What the tensors are, and how they are cut: for those who hold none of them."""
+        """The names, dtypes, shapes and cuts of all tensors, for workers that hold none of them."""
         return [
             TensorSpec(name, dtype_name(name, tensor), tuple(tensor.shape), cut_of(name, tensor))
             for name, tensor in self.tensors().items()
         ]
 
     def shards(self, rank: int, size: int) -> list[Shard]:
-        """What of the state this worker saves.
+        """The shards that this worker saves.
 
         Args:
-            rank, size: among those that hold what is not cut.
+            rank, size: its index among the workers that hold tensors that are not sharded, and their number.
         """
         found, tensors = [], self.tensors()
         learning = {f"model/{n}": p.requires_grad for n, p in self._parameters().items()}
@@ -325,7 +326,7 @@ class Keeping:
         return found
 
     def _shard(self, name: str, tensor: torch.Tensor, rank: int = 0, size: int = 1) -> Shard:
-        """What of a tensor is here."""
+        """This worker's shard of a tensor."""
         if not isinstance(tensor, DTensor):
             return Shard.whole(name, tensor, replica=rank, replicas=size)
         assert self.mesh is not None
@@ -335,7 +336,7 @@ class Keeping:
 
 
 def _is_live(tensor: torch.Tensor, again: Any) -> bool:
-    """Whether what `extra_state()` returned is the job's own tensor, not one made for the answer."""
+    """Whether `extra_state()` returned the job's own tensor, not one that it made for the call."""
     if tensor is again:
         return True
     if not isinstance(again, torch.Tensor):

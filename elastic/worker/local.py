@@ -32,26 +32,26 @@ from elastic.worker.hosting import HostHere, HostProcess
 from elastic.worker.vaults import HANG_TIMEOUT_S, VaultProcess
 
 LOOPBACK = "127.0.0.1"
-END_S = 10.0  # for processes to end by themselves once the run has
-IDLE_S = 2.0  # without any worker process; who ends a run says so before it ends
+END_S = 10.0  # for processes to end by themselves after the run has ended
+IDLE_S = 2.0  # without any worker process: a worker that ends the run reports that before it ends
 
 
 class LocalRun:
     """Starts the workers of a prepared run and waits for its end. Use as a context manager.
 
-    It is the launcher of its drive: it starts workers once, and more where the run is scaled up; nobody replaces those
-    that are lost.
+    It is the launcher of its drive: it starts workers once, and more if the run is scaled up. It does not replace lost
+    workers.
 
     Args:
-        workers: processes to start.
-        host: the address of this machine that the membership server listens on.
+        workers: number of processes to start.
+        host: address on this machine on which the membership server listens.
         on_record: called with every row and event, on another thread.
-        say: called with a line for the console.
+        print_line: called with a line for the console.
         environment: further environment variables of the workers.
-        own_host: host the run in a process of its own, which is started again when it dies; with these further
-            environment variables.
-        in_vaults: further environment variables of the vaults, where snapshots are taken.
-        expects: workers that come; the default is those that are started.
+        own_host: host the run in a process of its own, with these further environment variables; it is restarted if
+            it dies.
+        in_vaults: further environment variables of the vaults, if snapshots are taken.
+        expects: number of workers that will come; by default those that are started.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class LocalRun:
         host: str = LOOPBACK,
         accelerator: str = "cpu",
         on_record: Callable[[dict[str, Any]], None] = lambda record: None,
-        say: Callable[[str], None] = lambda text: None,
+        print_line: Callable[[str], None] = lambda text: None,
         environment: dict[str, str] | None = None,
         own_host: dict[str, str] | None = None,
         in_vaults: dict[str, str] | None = None,
@@ -72,11 +72,11 @@ class LocalRun:
         self._in_vaults = in_vaults or {}
         self._run, self._workers, self._address, self._accelerator = run, workers, host, accelerator
         self._environment, self._own_host = environment or {}, own_host
-        self.drive = Drive(run, [self._note, outlived(on_record)], say)
-        self._wanted = 0  # processes to have, once the run was scaled
-        self._reported: set[int] = set()  # processes that ended, and the server knows
-        self._let_go: set[str] = set()  # workers that end now, if they have not yet
-        self._known, self._idle_since = 0, 0.0  # how many processes had been started when there last was one
+        self.drive = Drive(run, [self._note, outlived(on_record)], print_line)
+        self._wanted = 0  # number of processes to have, after the run was scaled
+        self._reported: set[int] = set()  # ended processes that the server knows
+        self._let_go: set[str] = set()  # workers that were handed over, and end now
+        self._known, self._idle_since = 0, 0.0  # processes started when one last lived, and when that was
         self._epoch = 0
         self.hosting: HostHere | HostProcess | None = None
         self.processes: list[subprocess.Popen[bytes]] = []
@@ -113,10 +113,10 @@ class LocalRun:
 
     def start(self) -> None:
         """Start the workers."""
-        vaults = [self._vault_of(self.node_of(index)) for index in range(self._workers)]  # they start side by side
+        vaults = [self._vault_of(self.node_of(index)) for index in range(self._workers)]  # all start at the same time
         for vault in vaults:
             if vault is not None:
-                vault.wait()  # so that all workers start at one time
+                vault.wait()  # here, so that workers do not start one after another
         for _ in range(self._workers):
             self.add_worker()
 
@@ -150,7 +150,7 @@ class LocalRun:
         return process
 
     def worker_id(self, index: int) -> str:
-        """Of the worker that was started as this one, from 0."""
+        """The id of the worker that was started as number `index`, from 0."""
         return f"w{self._epoch}-{index}"
 
     def _living(self) -> list[str]:
@@ -166,14 +166,14 @@ class LocalRun:
                 if given == "auto"
                 else parse_amount("--recovery.hang-timeout", given, clock=True).seconds
             )
-            tell = partial(self._report_vault, node)
-            self.vaults[node] = VaultProcess(self.token, self._address, self._in_vaults, hang_timeout_s, tell)
+            report = partial(self._report_vault, node)
+            self.vaults[node] = VaultProcess(self.token, self._address, self._in_vaults, hang_timeout_s, report)
         return self.vaults[node]
 
     def node_of(self, index: int) -> str:
-        """Where worker `index` is said to be: with --scaling.workers-per-node, as if so many shared a machine."""
-        each = self._run.config.scaling.workers_per_node
-        return platform.node() if each is None else f"{platform.node()}/{index // each}"
+        """The node of worker `index`; with --scaling.workers-per-node, as if so many workers shared a machine."""
+        per_node = self._run.config.scaling.workers_per_node
+        return platform.node() if per_node is None else f"{platform.node()}/{index // per_node}"
 
     def _note(self, record: dict[str, Any]) -> None:
         if record.get("kind") == "handed_over":
@@ -186,22 +186,22 @@ class LocalRun:
         self.link.request(Wish("stop", detail), patience_s=HOST_LOST_S)
 
     def wait(self, timeout_s: float) -> dict[str, Any]:
-        """Look after the run until it ends; returns the contents of result.json. See `Drive.wait`."""
+        """Supervise the run until it ends; returns the contents of result.json. See `Drive.wait`."""
         return self.drive.wait(self, timeout_s)
 
-    # ---- what its drive asks of a launcher ---------------------------------------------------------------------------
+    # ---- the launcher of its drive -----------------------------------------------------------------------------------
 
     def turn(self, worlds: int) -> None:
-        """Start what is missing, and tell the host who ended."""
+        """Start missing workers after scaling up, and tell the host which processes ended."""
         self._grow()
         self._report_ended()
 
     def silent(self) -> str:
-        """Never: the workers have no keeper but this process."""
+        """Always empty: only this process keeps the workers."""
         return ""
 
     def over(self) -> Over | None:
-        """How they ended, where there is none for a while."""
+        """How the workers have ended, if none has lived for `IDLE_S`."""
         codes = [process.poll() for process in self.processes]
         if None in codes or self._known != len(codes):
             self._known, self._idle_since = len(codes), time.monotonic()
@@ -209,8 +209,8 @@ class LocalRun:
             return None
         how = (f"{self.worker_id(i)}: {ended_how(c)}" for i, c in enumerate(codes) if c is not None)
         return Over(
-            f"every worker of run {self._run.name} ended without a result ({'; '.join(how)}); what they said "
-            f"stands above; give {self._run.again} to go on from the newest checkpoint"
+            f"every worker of run {self._run.name} ended without a result ({'; '.join(how)}); their output is "
+            f"above; give {self._run.again} to go on from the newest checkpoint"
         )
 
     def end(self) -> None:
@@ -219,11 +219,11 @@ class LocalRun:
             process.kill()
 
     def _report_vault(self, node: str, why: str) -> None:
-        with contextlib.suppress(OSError):  # the host is away
+        with contextlib.suppress(OSError):  # the host is away, and the event is lost
             self.link.request(Note("vault_restarted", {"node": node, "why": why}))
 
     def _grow(self) -> None:
-        """After the run was scaled up: start what is missing, once; nobody replaces lost ones here."""
+        """After the run was scaled up, start missing workers, once: lost ones are not replaced."""
         wanted, self._wanted = self._wanted, 0
         if not wanted:
             return
@@ -231,11 +231,11 @@ class LocalRun:
             self.add_worker()
 
     def _report_ended(self) -> None:
-        """Tell the membership server which processes ended, and how, but for those whose part was over."""
+        """Tell the membership server which processes ended, and how, except workers that ended as planned."""
         for index, process in enumerate(self.processes):
             if process.poll() is None or index in self._reported:
                 continue
-            with contextlib.suppress(OSError):  # the host is away: it is told when it is back
+            with contextlib.suppress(OSError):  # the host is away: repeated at the next turn
                 if process.returncode:
                     self.link.request(Gone([self.worker_id(index)], True, ended_how(process.returncode)))
                 self._reported.add(index)
@@ -258,7 +258,7 @@ class LocalRun:
 
 
 def _importable(job_class: type) -> str:
-    """The module that a new process imports to find the job, also where it was started with `python -m`."""
+    """The module that a new process imports to find the job, even if it was started with `python -m`."""
     if job_class.__module__ != "__main__":
         return job_class.__module__
     specification = getattr(sys.modules["__main__"], "__spec__", None)

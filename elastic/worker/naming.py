@@ -1,4 +1,4 @@
-"""Names of a model's live tensors and modules: without what known wrappers put in between, each name once."""
+"""Names of a model's live tensors and modules, without the names of known wrappers; each name occurs once."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from elastic.errors import ConfigError
 
 @dataclass(frozen=True)
 class Live:
-    """A tensor of a model, and where it is: `module` has it as its attribute `leaf`."""
+    """A tensor of a model, and its place: `module` has it as its attribute `leaf`."""
 
     name: str
     tensor: torch.Tensor
@@ -28,7 +28,7 @@ class Live:
 
 
 def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Every module by every name that it has. A wrapper and what it wraps have one name."""
+    """Every module by all of its names. A wrapper and the module that it wraps have one name."""
     yield from _modules(model, "", ())
 
 
@@ -48,7 +48,7 @@ def _wrapped(module: nn.Module) -> str | None:
 
 
 def in_order(model: nn.Module) -> Iterator[Live]:
-    """Parameters and persistent buffers in the model's order, by each of their names."""
+    """Parameters and persistent buffers in the model's order, by all of their names."""
     for prefix, module in named_modules(model):
         kept = {k: b for k, b in own_buffers(module).items() if k not in unsaved_buffers(module)}
         for leaf, tensor in [*own_parameters(module).items(), *kept.items()]:
@@ -57,10 +57,10 @@ def in_order(model: nn.Module) -> Iterator[Live]:
 
 
 def live_tensors(model: nn.Module) -> list[Live]:
-    """Parameters and persistent buffers in name order; those that have several names, by each.
+    """Parameters and persistent buffers in name order, by all of their names.
 
     Raises:
-        ConfigError: two of them have one name.
+        ConfigError: two tensors have one name.
     """
     found: dict[str, Live] = {}
     for one in in_order(model):
@@ -73,7 +73,7 @@ def live_tensors(model: nn.Module) -> list[Live]:
 
 
 def parameter_names(model: nn.Module) -> dict[int, str]:
-    """Names of parameters by id; of those that have several, the first in the model's order."""
+    """Names of parameters by id; if a parameter has several, the first in the model's order."""
     found: dict[int, str] = {}
     for one in in_order(model):
         if one.is_parameter:
@@ -82,7 +82,7 @@ def parameter_names(model: nn.Module) -> dict[int, str]:
 
 
 def persistent_entries(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Live tensors in name order, tied ones once, under their first name."""
+    """Live tensors in name order; tied ones once, by their first name."""
     entries: dict[str, torch.Tensor] = {}
     seen: set[Hashable] = set()
     for one in live_tensors(model):
@@ -94,14 +94,15 @@ def persistent_entries(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def identity_of(tensor: torch.Tensor) -> Hashable:
-    """Equal for tied tensors. Parameters that are cut go by the object: an empty shard has no address."""
+    """A value that is equal for tied tensors. Sharded parameters are identified by object: empty shards have no
+    address."""
     if isinstance(tensor, DTensor) or tensor.layout is not torch.strided or not tensor.numel():
         return id(tensor)
     return tensor.data_ptr(), tuple(tensor.shape), tuple(tensor.stride())
 
 
 def with_state_of_their_own(model: nn.Module) -> dict[str, nn.Module]:
-    """Modules that have state in `get_extra_state`, by their first name."""
+    """Modules that override `get_extra_state`, by their first name."""
     found: dict[int, tuple[str, nn.Module]] = {}
     for name, module in named_modules(model):
         if type(module).get_extra_state is not nn.Module.get_extra_state:
@@ -110,10 +111,10 @@ def with_state_of_their_own(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def check_state_dict(model: nn.Module) -> None:
-    """Refuse, by name, what is in the model's state dict alone: it is saved by nobody.
+    """Refuse entries that only the model's state dict has: they would not be saved.
 
     Raises:
-        ConfigError: which, and what to do.
+        ConfigError: with the entry, and what to do.
     """
     live = live_tensors(model)
     names, identities = {one.name for one in live}, {identity_of(one.tensor) for one in live}
@@ -129,7 +130,7 @@ def check_state_dict(model: nn.Module) -> None:
 
 
 def _plain(model: nn.Module, key: str, path: dict[int, str]) -> str:
-    """A key of the state dict without wrappers."""
+    """A key of the state dict without the names of wrappers."""
     module, parts = model, key.split(".")
     for i, part in enumerate(parts):
         children = own_children(module)

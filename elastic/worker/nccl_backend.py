@@ -1,10 +1,11 @@
-"""Worlds of GPUs: NCCL, through torch. Nothing it says is taken for an answer once a world is broken.
+"""NCCL, for worlds on GPUs, through torch. Once a world is broken, no result of NCCL is trusted.
 
-Its calls return before anything is done, and a peer that is gone raises nothing: kernels wait for it for ever. Who
-waits is freed by aborting the communicators; then all that was enqueued "succeeds" and leaves garbage. An abort takes
-from half a second on, and is fatal where two of one communicator run at a time. What a communicator's making waits for
-cannot be interrupted in every version. So all of that happens in threads of its own, with a limit after which this
-process leaves: it would be of no use to anybody.
+NCCL's calls return before their work is done, and a lost peer raises no error: kernels wait for it for ever. Waiting
+threads are freed by aborting the communicators; then all enqueued work "succeeds" with arbitrary results. An abort
+takes half a second or more, and crashes if two aborts of one communicator run at the same time. What a thread waits for
+while it makes a communicator cannot be interrupted in every version. So all of these run in threads of their own, with
+a time
+limit after which this process exits: its device would be unusable.
 
 Evidence: torch's ProcessGroupNCCL.cpp (2.13), torch issues 119797 and 153960, NCCL issue 863, and NVIDIA's
 nvidia-resiliency-ext, whose in-process restart does the same.
@@ -32,14 +33,14 @@ from elastic.worker.backend import Backend
 from elastic.worker.nccl_report import ask_nccl
 from elastic.worker.sockets import interface_of
 
-ABORT_S = 20.0  # NVIDIA's in-process restart measures 0.5 s, and 0.01 s for each kernel that waits
-CONNECT_S = 2.0  # in which who makes a communicator is to come back, once its world is broken
-LOOK_S = 1.0  # between two looks at what NCCL found wrong
+ABORT_S = 20.0  # NVIDIA's in-process restart measures 0.5 s, and 0.01 s more for each waiting kernel
+CONNECT_S = 2.0  # that a thread making a communicator has to return, after its world broke
+LOOK_S = 1.0  # between two looks at the errors that NCCL found
 POLL_S = 0.01
 
 
 class NcclBackend(Backend):
-    """Communicators are made when a group is first used, so torch knows a group before anything waits in it."""
+    """NCCL makes a communicator when a group is first used, so torch knows each group before a thread waits in it."""
 
     name = "nccl"
     leaves_garbage = True
@@ -63,7 +64,7 @@ class NcclBackend(Backend):
         if self.freed:
             raise self.broken()
         yield
-        if self.freed:  # perhaps when there was nothing yet to abort
+        if self.freed:  # perhaps before there was any group to abort
             raise self.broken()
         self._looking = threading.Thread(target=self._look, name="watch-communicators", daemon=True)
         self._looking.start()
@@ -84,17 +85,17 @@ class NcclBackend(Backend):
             one.item()
 
     def _beside(self, work: Callable[[], None]) -> None:
-        """Do it in another thread, and leave that to itself where it does not come back from a broken world.
+        """Run `work` in another thread, and leave that thread behind if it does not return from a broken world.
 
         Raises:
-            WorldBroken: it does not.
+            WorldBroken: it does not return.
         """
         failed: list[Exception] = []
 
         def attempt() -> None:
             try:
                 work()
-            except Exception as error:  # raised again where it is waited for
+            except Exception as error:  # raised again below
                 failed.append(error)
 
         thread = threading.Thread(target=attempt, name="connect-group", daemon=True)
@@ -118,8 +119,8 @@ class NcclBackend(Backend):
                 self._abort()
 
     def _abort(self) -> None:
-        """Begin to abort each group once, all side by side: communicators that wait for each other's kernels would not
-        end one after another."""
+        """Begin to abort each group, once, all at the same time: communicators whose kernels wait for each other could
+        not be aborted one after another."""
         for group in process_groups():
             if group not in self._aborts:
                 thread = threading.Thread(target=self._abort_one, args=(group,), name="abort-group", daemon=True)
@@ -132,14 +133,14 @@ class NcclBackend(Backend):
 
     @contextmanager
     def _limited(self, what: str) -> Iterator[None]:
-        """What takes too long in here, or fails, ends this process as it stands: its state is lost, or may be wrong.
-        The others go on."""
+        """If something inside takes too long, or fails, end this process at once: its state is lost or may be wrong.
+        The other workers go on."""
         late = threading.Timer(ABORT_S, self._leave, (f"{what} took more than {ABORT_S:g} s",))
         late.daemon = True
         late.start()
         try:
             yield
-        except Exception as error:  # whatever it is: the device cannot be used by this process any more
+        except Exception as error:  # after any error here this process cannot use the device any more
             self._leave(f"{what} failed: {one_line(error)}")
         finally:
             late.cancel()
@@ -149,16 +150,16 @@ class NcclBackend(Backend):
         os._exit(1)
 
     def has_failed(self) -> bool:
-        return False  # its operations fail with errors of their own type, or not at all
+        return False  # NCCL's operations raise errors of torch's own type, or none
 
     def report(self) -> str:
         return ask_nccl()
 
     def close(self) -> None:
-        """Abort, and wait until the device is done. Destroying would wait for the other members, who may wait for this
-        one's next message; whatever was to be applied has been waited for before."""
+        """Abort, and wait until the device is idle. Destroying groups would wait for the other members, which may wait
+        for this one's next message. Work for an update has been waited for before."""
         with self._lock:
-            self._closed.set()  # groups that torch makes from here on are another world's
+            self._closed.set()  # groups that torch makes later belong to another world
             self._abort()
         if self._looking is not None:
             self._looking.join()
@@ -166,7 +167,7 @@ class NcclBackend(Backend):
             with self._limited("aborting the communicators"):
                 for thread in self._aborts.values():
                     thread.join()
-            with self._limited("what the device still had to do"):  # it may write to memory that is given out again
+            with self._limited("what the device still had to do"):  # it may write to memory that is used again
                 synchronize(self.device)
         self._aborts.clear()
         self._connected.clear()
@@ -175,7 +176,7 @@ class NcclBackend(Backend):
     # ---- looking ---------------------------------------------------------------------------------------------------
 
     def _look(self) -> None:
-        """Ask what NCCL found wrong, such as a network that is gone: a thread that waits for a kernel never hears."""
+        """Ask for errors that NCCL found, such as a lost network: a thread that waits for a kernel never sees them."""
         while not self._closed.wait(LOOK_S) and not self.freed:
             for group in list(self._connected):
                 failure = failure_of_group(group, self.device)

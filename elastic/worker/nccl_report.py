@@ -1,7 +1,7 @@
-"""What NCCL itself knows of a hang: of every rank, how many operations it has begun. From 2.24 on it tells on a port.
+"""NCCL's own report of a hang: how many operations each rank has begun. NCCL offers it on a port from version 2.24 on.
 
-Every process of NCCL has a thread that knows of those it has a communicator with, and one of each machine listens, at
-NCCL_RAS_ADDR or on port 28028 of the loopback interface. It speaks lines of text (NCCL, src/ras/client.cc).
+Every process with NCCL has a thread that knows its peers, and one process of each machine listens, at NCCL_RAS_ADDR or
+on port 28028 of the loopback interface. Its protocol is lines of text (NCCL, src/ras/client.cc).
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ import socket
 
 ADDRESS = "NCCL_RAS_ADDR"
 USUAL = "localhost:28028"
-ANSWER_S = 10.0  # it asks all others, and waits 5 s for those that do not answer
+ANSWER_S = 10.0  # the process asks all others, and waits 5 s for those that do not answer
 MOST_BYTES = 4 << 20
 
 
 def ask_nccl() -> str:
-    """NCCL's report, for people; or why there is none."""
+    """NCCL's report as a text for people, or why there is none."""
     address = os.environ.get(ADDRESS, USUAL)
     host, _, port = address.rpartition(":")
     try:

@@ -1,4 +1,4 @@
-"""Finding the microbatch behind a loss or a gradient norm that is not finite."""
+"""Finds the microbatch behind a loss or gradient norm that is not finite."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ _SHOWN = 16
 def first_bad_microbatch(
     finite: Callable[[Any], bool], microbatches: Iterable[tuple[int, Any]], padding: int = 0
 ) -> int:
-    """Run microbatches one by one again; the index of the first whose own gradients are not finite, or -1.
+    """Run microbatches again, one by one; the index of the first whose own gradients are not finite, or -1.
 
     Args:
-        finite: whether the gradients of a batch are.
-        microbatches: (index, batch) of this rank's microbatches, seeded as in training when taken.
-        padding: further passes that others who share the model need, and which count for nothing.
+        finite: returns whether the gradients of a batch are finite.
+        microbatches: (index, batch) of this rank's microbatches, seeded as in training when they are drawn.
+        padding: number of further passes, which other workers of a sharded model need, and which do not count.
     """
     found, batch = -1, None
     for index, batch in microbatches:
@@ -32,8 +32,8 @@ def first_bad_microbatch(
 
 
 def error(step: int, record: StepRecord, norm: float, microbatch: int | None, ids: list[int]) -> NonFiniteError:
-    """The error that ends the run; `ids` are the samples of the pass that `microbatch` begins, or
-    of the whole step where nothing of it has a weight."""
+    """The error that ends the run. `ids`: the samples of the pass that begins with `microbatch`, or of the whole step
+    if all its weights are 0."""
     what = "loss" if record.nonfinite_microbatch is not None else "gradient norm"
     if not math.isfinite(record.weight):
         what = "weight"

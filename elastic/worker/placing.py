@@ -1,4 +1,4 @@
-"""From the job's `model()` to the state of a worker in a world: whole, or this worker's part of it."""
+"""From the job's `model()` to the state of a worker in a world: whole, or this worker's shards."""
 
 from __future__ import annotations
 
@@ -32,20 +32,20 @@ _DTYPES = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Placing:
-    """Builds the state of one worker, once for a whole model, once a world for a cut one."""
+    """Builds the state of a worker: once if the model is whole, once per world if it is sharded."""
 
     def __init__(self, job: Job, config: TrainConfig, device: torch.device):
         self._job, self._config, self._device = job, config, device
         self._next: DeferredModel | None = None
         self._tried: type | None = None
-        #: Why the model is built in real memory, if it is.
+        #: Why the model is built in real memory; empty if it is built on meta.
         self.eager = ""
 
     def warm_up(self) -> None:
-        """Build the model on meta, and refuse what the strategy cannot do with it.
+        """Build the model on meta, and refuse a model that the strategy cannot handle.
 
         Raises:
-            ConfigError: by name, with what to do.
+            ConfigError: with the module or parameter, and what to do.
         """
         parallel = self._config.parallel
         if parallel.offload and self._device.type == "cpu":
@@ -67,21 +67,21 @@ class Placing:
 
     @property
     def model(self) -> torch.nn.Module:
-        """The model as it was built at warm-up, which may be on meta."""
-        assert self._next is not None, "it was placed"
+        """The model as built at warm-up, perhaps on meta."""
+        assert self._next is not None, "the model has been placed already"
         return self._next.model
 
     def whole(self) -> TrainState:
-        """A whole model with its initial values."""
+        """The state with a whole model and its initial values."""
         built = self._take()
         model = place_whole(built, self._device)
         return self._state(model, None)
 
     def sharded(self, mesh: Mesh, *, fill: bool) -> TrainState:
-        """This worker's part of a model, with its initial values if `fill`; else a saved state is to be loaded.
+        """The state with this worker's shards of a model; with initial values if `fill`, otherwise to be loaded.
 
         Raises:
-            ConfigError: in bitwise, an optimizer whose bits depend on the cut.
+            ConfigError: with bitwise, the optimizer's bits depend on sharding.
         """
         built, parallel, precision = self._take(), self._config.parallel, self._config.precision
         how = Sharding(
@@ -100,7 +100,7 @@ class Placing:
         return state
 
     def build_whole(self, error: BaseException | None) -> bool:
-        """From now on build the model in real memory, if this error of a pass is about tensors that have none."""
+        """Build the model in real memory from now on, if this error of a pass is about meta tensors."""
         about = isinstance(error, (RuntimeError, NotImplementedError)) and re.search(r"\bmeta\b", str(error), re.I)
         if self.eager or not about:
             return False

@@ -1,4 +1,5 @@
-"""Whether the bits of a state are those of one run that nothing happened to: what each part of it was made with."""
+"""Tracks whether the bits of a state are those of one undisturbed run: with what each session of the run computed
+it."""
 
 from __future__ import annotations
 
@@ -14,15 +15,15 @@ from elastic.worker.weights import weights_alone
 
 
 class Provenance:
-    """What this part of the run is made with, and what that changed of earlier parts.
+    """With what this session of the run computes, and what that changed since earlier sessions.
 
     Args:
-        exact: bits are promised.
-        device: as `parallel.device.describe` says.
-        data: as `data.identity.identify` says.
+        exact: the run promises bits.
+        device: the result of `parallel.device.describe`.
+        data: the result of `data.identity.identify`.
         options: the result options.
-        remembered: how far samples go by which others were fetched.
-        held: the values of the models that the job holds beside the one it trains, in short.
+        remembered: how far samples depend on which others were fetched before.
+        held: a digest of the models that the job holds besides the one that it trains.
         allowed: names of what may change.
     """
 
@@ -40,8 +41,8 @@ class Provenance:
         self._exact, self._device, self._data = exact, dict(device), dict(data)
         self._options, self._allowed = dict(options), allowed
         self._held = held
-        self.broken: list[str] = []  # why the bits are not those of one run, in words
-        self._said: set[str] = set()
+        self.broken: list[str] = []  # reasons why the bits are not those of one run
+        self._reported: set[str] = set()
         self._remarks: list[str] = []
         if data.get("varies"):
             varies = "samples of train_data() are others each time they are fetched, under one seed"
@@ -55,7 +56,7 @@ class Provenance:
             self._remarks.append(f"{names} changed as samples were fetched; what goes by it depends on the worker")
 
     def header(self) -> dict[str, Any]:
-        """For a checkpoint's manifest."""
+        """The values for a checkpoint's manifest."""
         return {
             "device": self._device,
             "data": self._data,
@@ -65,14 +66,14 @@ class Provenance:
         }
 
     def goes_on_from(self, manifest: Manifest) -> None:
-        """The state is that of a checkpoint.
+        """The state comes from this checkpoint.
 
         Raises:
-            ConfigError: it was trained on other data, which may not change.
+            ConfigError: it was trained with other data, which may not change.
         """
         made, step = manifest.world, manifest.step
         if step == 0 or weights_alone(manifest.values):
-            return  # nothing was trained
+            return  # the checkpoint holds no trained state
         change = data_change(self._data, made.get("data"), f"when step {step} was saved")
         if change and DATA not in self._allowed:
             raise ConfigError(refusal(change))
@@ -81,11 +82,11 @@ class Provenance:
 
     def _earlier(self, made: Mapping[str, Any], step: int) -> list[str]:
         earlier = [str(reason) for reason in made.get("exactness_broken", ())]
-        self._said.update(earlier)
+        self._reported.update(earlier)
         device, options = made.get("device"), made.get("options")
         if not isinstance(device, dict) or not isinstance(options, dict):
             return [*earlier, f"what step {step} was computed with is not known: an older version saved it"]
-        for key in sorted({*device} & {*self._device}):  # an older version knew fewer
+        for key in sorted({*device} & {*self._device}):  # an older version had fewer keys
             if device.get(key) != self._device.get(key):
                 what = f"{DEVICE.get(key, key)} was {device.get(key)!r} and is {self._device.get(key)!r}"
                 earlier.append(f"{what} from step {step} on")
@@ -102,13 +103,13 @@ class Provenance:
         return [*earlier, change] if change else earlier
 
     def agree(self, broken: list[str]) -> list[tuple[str, str]]:
-        """Take over what the member that had the newest state knows.
+        """Take over the reasons known to the member that had the newest state.
 
         Returns:
-            what is to be said now, once: kind of event and detail.
+            events to record now, each once: (kind, detail).
         """
         self.broken = list(dict.fromkeys([*self.broken, *broken]))
         found = [("notice", text) for text in self._remarks] + [("exactness_lost", text) for text in self.broken]
-        new = [(kind, text) for kind, text in found if text not in self._said]
-        self._said.update(text for _, text in new)
+        new = [(kind, text) for kind, text in found if text not in self._reported]
+        self._reported.update(text for _, text in new)
         return new

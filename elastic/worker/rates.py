@@ -1,9 +1,9 @@
-"""Who sets the learning rates: Elastic's schedule, a scheduler of torch's that the job keeps, or nobody else.
+"""What sets the learning rates: Elastic's schedule, a torch scheduler that the job keeps, or nothing.
 
-Elastic sets `lr = initial_lr * share` before each update. A scheduler of torch's that `optimizer()` makes and that is
-an attribute of the job is followed instead: it is stepped by the job in `after_step()`, once a step on every worker,
-so rates are a function of the step; its state is saved. A rate that the job itself changes is the new `initial_lr`
-where no schedule is asked for. Everything else would be overwritten without a word, so it is refused.
+Elastic sets `lr = initial_lr * share` before each update. A torch scheduler that `optimizer()` makes, and that is an
+attribute of the job, is followed instead: the job steps it in `after_step()`, once per step on every worker, so that
+rates are a function of the step; its state is saved. If no schedule is requested, a rate that the job itself changes
+becomes the new `initial_lr`. All other ways of setting rates would be overwritten silently, so they are refused.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Rates:
     """The learning rates of one optimizer.
 
     Raises:
-        ConfigError: a scheduler of torch's drives the optimizer that the job does not keep.
+        ConfigError: a torch scheduler that the job does not keep drives the optimizer.
     """
 
     def __init__(self, job: Job, optimizer: torch.optim.Optimizer, optim: OptimOptions | None = None):
@@ -48,7 +48,7 @@ class Rates:
 
     @property
     def followed(self) -> bool:
-        """Whether rates are those that a scheduler of torch's sets."""
+        """Whether a torch scheduler sets the rates."""
         return bool(self.schedulers)
 
     def _check_unpatched(self) -> None:
@@ -59,10 +59,10 @@ class Rates:
             )
 
     def set(self, share: float) -> float:
-        """Before an update: the rates of this step, of which the first group's is returned.
+        """Called before an update: set the rates of this step; returns that of the first group.
 
         Raises:
-            ConfigError: the job changed them in a way that would be overwritten.
+            ConfigError: the job set rates in a way that would be overwritten.
         """
         groups = self._optimizer.param_groups
         if not self.followed:
@@ -72,16 +72,16 @@ class Rates:
             self._set = [group["lr"] for group in groups]
         return float(groups[0]["lr"])
 
-    def heed(self) -> None:
-        """After an update and `after_step()`: take over what the job did to the rates.
+    def adopt_changes(self) -> None:
+        """Called after an update and `after_step()`: adopt the job's own changes of the rates.
 
         Raises:
-            ConfigError: it would be overwritten.
+            ConfigError: the change would be overwritten.
         """
         if self.followed or self._set is None:
             return
         self._check_unpatched()
-        for group in self._optimizer.param_groups[len(self._set) :]:  # added just now
+        for group in self._optimizer.param_groups[len(self._set) :]:  # groups that were just added
             group.setdefault("initial_lr", float(group["lr"]))
         for i, (group, was) in enumerate(zip(self._optimizer.param_groups, self._set, strict=False)):
             now = group["lr"]
@@ -96,7 +96,7 @@ class Rates:
 
 
 def _asked(job: Job, optim: OptimOptions) -> str:
-    """What sets rates by the step, if anything was asked for."""
+    """What sets rates by the step, as a text; empty if nothing was requested."""
     if type(job).schedule is not Job.schedule:
         return "the job's schedule()"
     if optim.schedule != "constant":
@@ -105,7 +105,8 @@ def _asked(job: Job, optim: OptimOptions) -> str:
 
 
 def _schedulers(job: Job, optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, Any]]:
-    """Schedulers of this optimizer among the job's attributes, by their place; those inside others are theirs."""
+    """Schedulers of this optimizer among the job's attributes, by their place. Schedulers inside others are not
+    listed."""
     waiting: list[tuple[str, Any]] = [(f"job.{k}", v) for k, v in getattr(job, "__dict__", {}).items()]
     seen: set[int] = set()
     while waiting:

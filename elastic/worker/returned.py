@@ -1,7 +1,6 @@
-"""What `loss()` and `evaluate()` returned, looked at before anything is done with it.
+"""Checks what `loss()` and `evaluate()` returned, before it is used.
 
-Only types, shapes and dtypes of tensors are looked at, and values that are on the host already: nothing waits for a
-device.
+It reads only types, shapes and dtypes of tensors, and values that are on the host already: it never waits for a device.
 """
 
 from __future__ import annotations
@@ -24,15 +23,15 @@ _RETURN = 'return (sum, weight, metrics), for example `return F.cross_entropy(x,
 def check_returned(
     name: str, found: Any, device: torch.device, parameters: Iterable[torch.nn.Parameter], *, training: bool
 ) -> LossValue:
-    """The loss, weight and metrics that a function of the job returned.
+    """The loss, weight and metrics that a function of the job returned, after checking them.
 
     Args:
-        name: of the function, for people.
-        parameters: of the model; looked at only where the loss has no graph.
-        training: it is what training goes by; a backward pass follows where gradients are enabled.
+        name: of the function, for errors.
+        parameters: of the model; read only if the loss has no graph.
+        training: the result is for training; a backward pass follows if gradients are enabled.
 
     Raises:
-        ConfigError: what is wrong with it, and how to return it.
+        ConfigError: with what is wrong, and how to return it.
     """
     if not isinstance(found, tuple) or len(found) != 3:
         what = f"a tuple of {len(found)}" if isinstance(found, tuple) else _kind(found)
@@ -48,7 +47,7 @@ def _check_loss(
     name: str, loss: Any, device: torch.device, parameters: Iterable[torch.nn.Parameter], *, training: bool
 ) -> None:
     if not (training and torch.is_grad_enabled()) and _is_number(loss):
-        return  # nothing is done with it but adding it up
+        return  # it is only added up
     if not isinstance(loss, torch.Tensor):
         fix = "return the tensor itself, without .item(), float() or .numpy()" if _is_number(loss) else _RETURN
         raise ConfigError(f"the loss that {name} returned is {_kind(loss)}, but it must be a tensor; {fix}")
@@ -87,11 +86,11 @@ def _check_weight(name: str, weight: Any, device: torch.device) -> None:
             raise ConfigError(f"{what} has a graph, but nothing is learned through it; give it .detach()")
         _check_device(what, weight, device)
         if weight.device.type != "cpu":
-            return  # everyone looks at it with the record of the step
+            return  # it is checked with the record of the step, without waiting for the device
     elif not _is_number(weight):
         raise ConfigError(f"{what} is {_kind(weight)}; {fix}")
     value = float(weight)
-    if value < 0:  # what is not finite is found with the loss, and may be skipped
+    if value < 0:  # a weight that is not finite is found with the loss, and may be skipped
         raise ConfigError(f"{what} is {value:g}; {fix}")
 
 
@@ -136,7 +135,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _kind(value: Any) -> str:
-    """A value for people: its type, and itself where it is short."""
+    """A value as a text for people: its type, and the value itself if that is short."""
     if value is None:
         return "None"
     if isinstance(value, str):

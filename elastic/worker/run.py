@@ -1,4 +1,4 @@
-"""What a worker is told: the run it works for, and who it is. Imports nothing heavy: drivers make these."""
+"""What a worker gets when it starts: its run, and its identity. Imports nothing heavy, since drivers create these."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from elastic.run.plan import RunPlan
 
 @dataclass(frozen=True)
 class WorkerRun:
-    """What a worker needs to know of the run."""
+    """What a worker needs to know about the run."""
 
     job: Job
     config: TrainConfig
@@ -24,8 +24,12 @@ class WorkerRun:
 
 @dataclass(frozen=True)
 class Identity:
-    """Which worker this is. `local_index` is its place among its node's workers, and the index of its GPU; `vault` is
-    the URL of its node's vault, where snapshots are taken."""
+    """Which worker this is.
+
+    Args:
+        local_index: its index among the workers of its node, and the index of its GPU.
+        vault: the URL of its node's vault; empty if no snapshots are taken.
+    """
 
     id: str
     node: str

@@ -182,7 +182,7 @@ class Worker:
     def _check_state(self, update: Update) -> None:
         """After the first updates of a process: refuse what would not come back, or is known to nobody."""
         holding, state = self.holding, self.holding.placed
-        state.rates.heed()
+        state.rates.adopt_changes()
         if holding.checked and self.watch.done:
             return
         holding.savable = False
