@@ -338,7 +338,10 @@ def test_methods_parts_and_parameters_train_alike_where_the_model_is_cut(tmp_pat
     ("job", "sentence"),
     [
         (Copying(), r"the model is copied with deepcopy, which with .* does not go; keep copies of its parameters"),
-        (Noising(), r"optimizer.step\(\) or after_step\(\) draws random numbers for cut parameters \(randn_like\), of"),
+        (
+            Noising(),
+            r"optimizer.step\(\) or after_step\(\) draws random numbers for sharded parameters \(randn_like\), of",
+        ),
         (Mixing(), r"whole tensors are mixed with parameters of the model, of which each worker has rows only"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Saving a worker's training state as checkpoints: of a world together, or of one worker alone."""
+"""Saves a worker's training state as checkpoints: with its world, or alone."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ from elastic.worker.state import TrainState
 
 WhenBusy = Literal["wait", "delay", "skip"]
 UPLOAD_TIMEOUT_S = 3600.0
-LAST_SAVE_S = 600.0  # for which a save is tried again that nobody tries again later
+LAST_SAVE_S = 600.0  # for so long a save is repeated if it is the last chance
 _FIRST_AGAIN_S, _LONGEST_AGAIN_S = 0.1, 10.0
 
 
 class Saving:
-    """Every way in which a worker saves; what outlives a world of it. All methods on the training thread.
+    """All ways in which a worker saves, and their state that outlives a world. All methods are for the training thread.
 
-    A save's share is reported to the keeper, which commits when it has all, after its bytes are durable and after the
-    row of its step was posted: no committed step is missing in the ledger.
+    A save's share is reported to the keeper, which commits when it has all shares. It is reported after its bytes are
+    durable and after the row of its step was posted, so that no committed step is missing in the ledger.
 
     Args:
         on_wait: called about once a second while training waits for an upload, with the seconds so far.
-        made: what the state was computed with, for the manifest.
-        hang_timeout_s: an uploader that moves nothing for so long is replaced.
+        made: returns with what the state was computed, for the manifest.
+        hang_timeout_s: an uploader that moves no byte for so long is replaced.
     """
 
     def __init__(
@@ -55,28 +55,28 @@ class Saving:
         self.link, self.on_wait, self.when_busy, self.made = link, on_wait, when_busy, made
         self.header = {"seed": seed, "config_digest": config_digest}
         self.saver = Saver(storage, device=device, hang_timeout_s=hang_timeout_s, on_restart=self._on_restart)
-        self.overdue = False  # a save was put off, or its world is over: wished for at the next fence
+        self.overdue = False  # a save was delayed, or its world ended: requested again at the next fence
         self.under_way: tuple[int, str] | None = None  # step and attempt that the keeper has not decided on
-        self.committed: tuple[int, str] | None = None  # step and attempt of the newest commit heard of
+        self.committed: tuple[int, str] | None = None  # step and attempt of the newest known commit
         self.generation: Generation | None = None  # of the newest world
-        self.count = 0  # of the saves under that generation
+        self.count = 0  # saves under that generation
 
     def enter(self, group: Group, place: int, state: TrainState) -> WorldSaves:
-        """A world begins, with this worker at a place of its mesh."""
+        """A world begins, with this worker at `place` of its mesh."""
         self.count = 0
         return WorldSaves(self, group.assignment.generation, place, group.layout.size, state)
 
     def alone(self, state: TrainState, generation: Generation) -> WorldSaves:
-        """No world: this worker was the last one in `generation` to hold the state."""
+        """Save without a world: this worker was the last one in `generation` to hold the state."""
         return WorldSaves(self, generation, 0, 1, state, alone=True)
 
     def settle(self) -> float:
-        """To be called before the state is written to; returns the seconds that it waited."""
+        """To be called before the state is written to; returns the seconds that it waited for staging."""
         return self.saver.settle()
 
     def finish_under_way(self, timeout_s: float) -> None:
-        """Give the save that is under way the time to be committed, before this worker ends with an error."""
-        with contextlib.suppress(ElasticError, RunOver):  # the error that ends the worker is the one to be told
+        """Wait for the commit of a pending save, before this worker ends with an error."""
+        with contextlib.suppress(ElasticError, RunOver):  # the worker reports the error with which it ends, not these
             self.note_commits()
             self.await_commit(timeout_s)
 
@@ -85,18 +85,18 @@ class Saving:
         self.saver.close()
 
     def _on_restart(self, save: Save, why: str) -> None:
-        """On the saver's thread."""
+        """Called on the saver's thread."""
         self.link.event("uploader_restarted", save.step, why, generation=self.generation)
 
     def note_commits(self, wait_s: float = 0.0) -> str | None:
-        """Take in what the keeper decided; returns the error of what was under way, if it decided on that."""
+        """Take in the keeper's decisions; returns the error of the pending save, if one of them was about it."""
         while (commit := self.link.next_commit(wait_s)) is not None:
             attempt = (commit.step, commit.attempt)
             if commit.anew:
                 self.saver.refer_to_nothing()
-            if commit.error and (attempt == self.committed or commit.step < 0):  # -1 is all that there was
+            if commit.error and (attempt == self.committed or commit.step < 0):  # -1 means all checkpoints
                 self.committed = None
-            if not commit.error and attempt != self.committed:  # who missed it makes the keeper say it again
+            if not commit.error and attempt != self.committed:  # the keeper repeats a commit for workers that missed it
                 self.committed = attempt
                 self.saver.committed(*attempt)
             if attempt == self.under_way:
@@ -105,11 +105,11 @@ class Saving:
         return None
 
     def await_commit(self, timeout_s: float) -> None:
-        """Wait until the keeper has decided on what is under way.
+        """Wait until the keeper has decided on the pending save.
 
         Raises:
-            CheckpointError: it could not be committed, or was not in time.
-            WorldBroken: a member was lost meanwhile, so it never will be.
+            CheckpointError: it could not be committed, or not in time.
+            WorldBroken: a member was lost meanwhile, so it will not be committed.
         """
         deadline = time.monotonic() + timeout_s
         step = self.under_way[0] if self.under_way else 0
@@ -124,10 +124,10 @@ class Saving:
 
 
 class WorldSaves:
-    """The saves of one world, of one state. Made by `Saving`.
+    """The saves of one state in one world. Made by `Saving`.
 
     Args:
-        rank, size: of this worker among those that save together.
+        rank, size: index of this worker among those that save together, and their number.
         alone: it saves without a world.
     """
 
@@ -146,11 +146,11 @@ class WorldSaves:
         saving.generation = generation
         self._lock = threading.Lock()
         self._over = False
-        self._ended: tuple[Save, dict[str, Any] | None] | None = None  # a save whose report waits for its row
+        self._ended: tuple[Save, dict[str, Any] | None] | None = None  # a save whose report awaits its row
         self._posted_step = -1
 
     def leave(self) -> None:
-        """The world is over. What it was saving will not be committed, so the next one saves again."""
+        """The world is over. Its pending save will not be committed, so the next world saves again."""
         saving = self._saving
         saving.note_commits()
         if saving.under_way is not None:
@@ -164,18 +164,18 @@ class WorldSaves:
 
     @property
     def busy(self) -> bool:
-        """Whether a save is still under way here; the members agree on it at the fence."""
+        """Whether a save is pending here; the members agree on it at the fence."""
         return self._saver.busy
 
     @property
     def overdue(self) -> bool:
-        """Whether a save was put off: wished for at the next fence."""
+        """Whether a save was delayed, so that it is requested again at the next fence."""
         return self._saving.overdue
 
     def save(self, step: int, *, busy: bool) -> None:
-        """The state of `step` is to be saved; `busy` if the members agreed that one of them still is.
+        """Save the state of `step`; `busy` if the members agreed that a save of one of them is pending.
 
-        What the last save was for is not thrown away: this one waits for it, is put off, or is left out, as configured.
+        A pending save is not given up: this one waits for it, is delayed, or is skipped, as configured.
         """
         saving = self._saving
         saving.note_commits()
@@ -190,7 +190,7 @@ class WorldSaves:
         self._begin(step)
 
     def row_posted(self, step: int) -> None:
-        """The row of this step, and all before, are on their way to the ledger."""
+        """The rows of this step and all earlier ones are on their way to the ledger."""
         with self._lock:
             self._posted_step = step
             ended, self._ended = self._ended, None
@@ -200,11 +200,11 @@ class WorldSaves:
     # ---- on the way out --------------------------------------------------------------------------------------------
 
     def finish(self, step: int) -> None:
-        """Save the state of `step`, whose row is posted, and wait until it is committed; again where that failed.
+        """Save the state of `step`, whose row is posted, and wait until it is committed; repeat it if that fails.
 
         Raises:
             CheckpointError: it could not be saved or committed for LAST_SAVE_S.
-            WorldBroken: a member was lost meanwhile, so it never will be.
+            WorldBroken: a member was lost meanwhile, so it will not be committed.
         """
 
         def save() -> None:
@@ -215,7 +215,7 @@ class WorldSaves:
         self._again(save, LAST_SAVE_S)
 
     def _again(self, save: Callable[[], None], timeout_s: float) -> None:
-        """Save until that succeeds. All members hear of each failure, so they all begin anew."""
+        """Repeat a save until it succeeds. All members learn of each failure, so all of them begin again."""
         began, pause = time.monotonic(), _FIRST_AGAIN_S
         while True:
             try:
@@ -238,7 +238,7 @@ class WorldSaves:
 
         Raises:
             CheckpointError: it could not be saved or committed.
-            WorldBroken: a member was lost meanwhile, so it never will be.
+            WorldBroken: a member was lost meanwhile, so it will not be committed.
         """
         deadline = time.monotonic() + timeout_s
 
@@ -261,7 +261,7 @@ class WorldSaves:
             self.row_posted(step)
             self._saving.await_commit(UPLOAD_TIMEOUT_S)
 
-        with contextlib.suppress(CheckpointError):  # which is in the ledger: nobody can save this any more
+        with contextlib.suppress(CheckpointError):  # the ledger has it, and no other worker can save this state
             self._again(save, LAST_SAVE_S)
 
     # ---- parts -----------------------------------------------------------------------------------------------------
@@ -273,7 +273,7 @@ class WorldSaves:
         attempt = f"{self._generation}-{saving.count}{'alone' if self._alone else ''}"
         header = {**saving.header, "made": saving.made(), "values": self._state.values()} if leads else None
         saving.note_commits()
-        refer = saving.under_way is None  # else one may be committed meanwhile, and the one before it pruned
+        refer = saving.under_way is None  # otherwise that save may be committed meanwhile, and an earlier one pruned
         shards = self._state.shards(self._rank, self._size)
         saving.under_way = (step, attempt)
         try:
@@ -286,7 +286,7 @@ class WorldSaves:
             self._on_end(failed, header)
 
     def _await_upload(self) -> None:
-        """Wait for a save that is still under way; each is patient with storage, but not for ever."""
+        """Wait for a pending save. It is patient with storage, but not for ever."""
         seconds = 0
         while self._saver.busy:
             with contextlib.suppress(CheckpointError):
@@ -297,7 +297,7 @@ class WorldSaves:
                 raise CheckpointError(f"the upload before took more than {UPLOAD_TIMEOUT_S:.0f} s")
 
     def _on_end(self, save: Save, header: dict[str, Any] | None) -> None:
-        """On the saver's thread."""
+        """Called on the saver's thread."""
         with self._lock:
             if save.step > self._posted_step:
                 self._ended = (save, header)

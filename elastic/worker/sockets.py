@@ -1,10 +1,10 @@
-"""Gloo's network interface, and the sockets that it opened, to be shut down when a world breaks.
+"""Gloo's network interface, and the sockets that it opened, which are shut down when a world breaks.
 
-Gloo has no working abort (measured: it returns at once, and the collective waits out its time-out). Shutting down
-its connected sockets makes blocked collectives raise at once, also inside DDP; of those that gloo forgets to tell see
-`parallel/gloo.py`. A listening socket must never be touched: that ends the process. While members connect, one of each
-two listens for the other; if that one is dead by then, gloo waits for it to the end of its time-out (measured: 30 of
-30 s), so somebody else comes in its place and goes.
+Gloo has no working abort (measured: it returns at once, and the collective waits until its time-out). Shutting down its
+connected sockets makes blocked collectives raise at once, also inside DDP; for the operations that gloo does not end
+even then, see `parallel/gloo.py`. A listening socket must never be shut down: that ends the process. While members
+connect, one of each two listens for the other. If the other is dead by then, gloo waits for it until its time-out
+(measured: 30 of 30 s); so this process connects in its place and closes at once.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ _SIOCGIFADDR = 0x8915  # netdevice(7)
 
 
 def use_interface_of(address: str) -> None:
-    """Let gloo listen on the interface that has this IPv4 address, unless the user named one.
+    """Have gloo listen on the interface that has this IPv4 address, unless the user named one.
 
-    Left alone it takes the address of the host's name, which on many machines is a loopback address that no other
-    host can reach.
+    By default it takes the address of the host's name, which on many machines is a loopback address that other hosts
+    cannot reach.
     """
     interface = interface_of(address)
     if interface is not None:
@@ -32,12 +32,12 @@ def use_interface_of(address: str) -> None:
 
 
 def interface_of(address: str) -> str | None:
-    """The network interface whose first IPv4 address this is, or None where no interface has it."""
+    """The network interface whose first IPv4 address this is; None if no interface has it."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         for _, name in socket.if_nameindex():
             try:
                 request = fcntl.ioctl(probe.fileno(), _SIOCGIFADDR, struct.pack("256s", name.encode()[:15]))
-            except OSError:  # it has no IPv4 address
+            except OSError:  # the interface has no IPv4 address
                 continue
             if socket.inet_ntoa(request[20:24]) == address:
                 return name
@@ -58,34 +58,37 @@ def open_sockets() -> dict[str, int]:
 
 
 def opened_since(before: dict[str, int]) -> dict[str, int]:
-    """Sockets that came since `before` was taken."""
+    """Sockets that were opened after `before` was taken."""
     return {inode: fd for inode, fd in open_sockets().items() if inode not in before}
 
 
 def shut_down(sockets: dict[str, int]) -> int:
-    """Shut down those that are still the same sockets and do not listen; returns how many."""
+    """Shut down those that are open as the same sockets and do not listen; returns how many."""
     count = 0
     for duplicate, listens in _streams(sockets):
         if not listens:
-            with suppress(OSError):  # already closed by the other side
+            with suppress(OSError):  # the other side has closed it already
                 duplicate.shutdown(socket.SHUT_RDWR)
                 count += 1
     return count
 
 
 def any_connected(sockets: dict[str, int]) -> bool:
-    """Whether any is still the same socket and does not listen."""
+    """Whether any of them is open as the same socket and does not listen."""
     return any(not listens for _, listens in _streams(sockets))
 
 
 def knock(sockets: dict[str, int], size: int) -> int:
-    """Come to each that listens as the members that it waits for, and go at once; returns how many came.
+    """Connect to each listening socket in place of each member that it may wait for, and close at once.
 
-    Gloo tells who comes by a number that it handed out for each member: they count from 0 for each listening socket
-    (gloo/transport/tcp/listener.cc), and are the first 8 bytes of a connection.
+    Gloo identifies a connecting member by a number that it handed out: the numbers count from 0 for each listening
+    socket (gloo/transport/tcp/listener.cc), and are the first 8 bytes of a connection.
 
     Args:
-        size: members of the group.
+        size: number of the group's members.
+
+    Returns:
+        how many connections were accepted.
     """
     count = 0
     for duplicate, listens in _streams(sockets):
@@ -99,7 +102,7 @@ def knock(sockets: dict[str, int], size: int) -> int:
 
 
 def _streams(sockets: dict[str, int]) -> Iterator[tuple[socket.socket, bool]]:
-    """Of those that are still the same, duplicates of the TCP sockets, and whether they listen."""
+    """Duplicates of those that are open as the same TCP sockets, and whether each listens."""
     now = open_sockets()
     for inode, fd in sockets.items():
         if now.get(inode) != fd:

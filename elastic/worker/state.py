@@ -1,4 +1,4 @@
-"""The training state of a worker: what is saved, what a peer is given, and how it is put back."""
+"""The training state of a worker: how it is saved, given to peers, and restored."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ from elastic.worker.weights import weights_alone
 
 
 class TrainState(Destinations):
-    """The training state, to be saved and to be put back."""
+    """The training state of a worker, which can be saved and restored."""
 
     def load(
         self, tensors: Mapping[str, torch.Tensor], values: dict[str, Any], specs: Iterable[TensorSpec] | None = None
     ) -> None:
-        """Put a saved state in place: of what is cut, this worker's part.
+        """Restore a saved state; of sharded tensors, this worker's part.
 
         Args:
-            specs: of all tensors, as `specs()` gives them; needed where some are cut.
+            specs: of all tensors, as `specs()` returns them; needed if some tensors are sharded.
 
         Raises:
-            CheckpointError: names or shapes are not those of this model, optimizer and job.
+            CheckpointError: names or shapes differ from those of this model, optimizer and job.
         """
         if specs is None:
             known = {name: (tuple(t.shape), t.dtype) for name, t in tensors.items()}
@@ -48,10 +48,10 @@ class TrainState(Destinations):
         self.load_values(values)
 
     def load_values(self, values: dict[str, Any]) -> None:
-        """Put in place what is not a tensor, after the tensors, whose `destinations` has checked these values.
+        """Restore everything that is no tensor, after the tensors; `destinations` has checked these values.
 
         Raises:
-            CheckpointError: the job's own `load_extra_state` does not take them.
+            CheckpointError: the job's own `load_extra_state` does not accept them.
         """
         if weights_alone(values):
             return
@@ -86,7 +86,7 @@ class TrainState(Destinations):
                 parameter.requires_grad_(name not in frozen)
 
     def _load_buffers(self, saved: Mapping[str, torch.Tensor]) -> None:
-        """Buffers with persistent=False that passes change."""
+        """Restore buffers that passes change although they are registered with persistent=False."""
         places = self._buffers()
         with torch.no_grad():
             for name in sorted(saved.keys() & places.keys()):
@@ -99,25 +99,25 @@ class TrainState(Destinations):
         self.keep_buffers(saved)
 
     def read_and_written(self, values: dict[str, Any]) -> dict[str, Any]:
-        """Coded values after they were read and written again: the same if all comes back."""
-        tensors, parts = self.tensors(), ("states", "state", "groups", "modules", "schedulers", "extra")
+        """Decode coded values and encode them again; the result is equal if everything can be read back."""
+        tensors, sections = self.tensors(), ("states", "state", "groups", "modules", "schedulers", "extra")
         again: dict[str, Any] = {}
-        for part in parts:
+        for section in sections:
             referred: deque[Any] = deque()
 
-            def note(said: dict[str, Any], referred: deque[Any] = referred) -> torch.Tensor:
-                referred.append(said)
-                return tensors[said["name"]]
+            def note(reference: dict[str, Any], referred: deque[Any] = referred) -> torch.Tensor:
+                referred.append(reference)
+                return tensors[reference["name"]]
 
-            found = decode(values[part], tensor=note, known=self._known)
-            again[part] = encode(found, tensor=partial(_next_of, referred))
+            found = decode(values[section], tensor=note, known=self._known)
+            again[section] = encode(found, tensor=partial(_next_of, referred))
         return again
 
     def _decode(self, coded: Any, values: Mapping[str, Any]) -> Any:
         if not is_coded(values):
             return coded
         try:
-            return decode(coded, tensor=lambda said: self._arrived[said["name"]], known=self._known)
+            return decode(coded, tensor=lambda reference: self._arrived[reference["name"]], known=self._known)
         except ValueRefused as error:
             raise CheckpointError(f"the saved values cannot be read: {error}") from error
 

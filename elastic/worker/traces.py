@@ -1,4 +1,4 @@
-"""Trying the job's code without a trace in what is trained: random numbers, modes, buffers, and what objects keep."""
+"""Tries the job's code without changing what is trained: restores random numbers, modes, buffers and attributes."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from elastic.parallel.wrapping import local
 
 _PLAIN = (bool, int, float, complex, str, bytes, tuple, frozenset, type(None))
 _CONTAINERS = (list, dict, set, deque, Counter, OrderedDict, defaultdict)
-_MOST_ENTRIES, _MOST_BYTES = 10_000, 1 << 20  # larger ones hold data; what changes from pass to pass is small
+_MOST_ENTRIES, _MOST_BYTES = 10_000, 1 << 20  # larger ones hold data; values that change in each pass are small
 _OF_MODULES = frozenset(vars(nn.Module()))
 
 
 class Parameters:
-    """What a model's parameters were. Needs the memory that gradients take later."""
+    """Copies of a model's parameters. They take as much memory as gradients will take later."""
 
     def __init__(self, model: nn.Module):
         here = {name: local(p).detach() for name, p in model.named_parameters()}
         self._kept = {name: (tensor, tensor.clone()) for name, tensor in here.items()}
 
     def written(self) -> list[str]:
-        """The names of those that are others now."""
+        """The names of parameters whose values have changed."""
         return [name for name, (here, before) in self._kept.items() if not torch.equal(here, before)]
 
     def put_back(self) -> None:
@@ -43,14 +43,14 @@ class Parameters:
 def without_trace(
     model: nn.Module, *owners: object, training: bool = False, first: bool = True
 ) -> Iterator[Parameters]:
-    """Forward passes without a graph, after which the model and `owners` are as they were.
+    """Inside, run forward passes without a graph; afterwards the model and `owners` are as they were.
 
-    That holds for parameters and buffers, and for attributes that are plain values, small tensors, or small containers
-    of whatever. What a job changes beyond that (files, objects of its own) stays changed.
+    Restored are parameters and buffers, and attributes that are plain values, small tensors, or small containers of
+    anything. Other changes that a job makes (files, objects of its own) stay.
 
     Args:
-        training: the modules stay in their modes; else they are in evaluation mode.
-        first: parameters are put back too. Later, what a job writes to them is known, and gradients need the memory.
+        training: the modules stay in their modes; otherwise they are put into evaluation mode.
+        first: restore parameters too. Later it is known whether a job writes to them, and gradients need the memory.
     """
     held = [value for owner in owners for value in _own(owner).values() if isinstance(value, nn.Module)]
     modules = [module for top in (model, *held) for module in top.modules()]
@@ -60,7 +60,7 @@ def without_trace(
         with ExitStack() as stack:
             for top in (model, *held):
                 stack.enter_context(StepBuffers(top, exact=True).unmoved())
-            if is_compiler_loaded():  # what is compiled now would be so for shapes that no step has
+            if is_compiler_loaded():  # code compiled now would be for shapes that no step has
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
             stack.enter_context(torch.no_grad())
             parameters = Parameters(model if first else nn.Module())
@@ -71,7 +71,7 @@ def without_trace(
     finally:
         for back in undo:
             back()
-        for module, mode in modes:  # those above come first
+        for module, mode in modes:  # parents come first
             if module.training != mode:
                 module.train(mode)
 
@@ -91,7 +91,7 @@ def _random() -> Callable[[], None]:
 
 
 def _attributes(owner: object) -> Callable[[], None]:
-    """Puts attributes back but those of every module: parameters, buffers, hooks."""
+    """Returns a function that restores attributes, except those that every module has: parameters, buffers, hooks."""
     here = _own(owner)
     names = [n for n in here if isinstance(n, str) and not (isinstance(owner, nn.Module) and n in _OF_MODULES)]
     undo: list[Callable[[], None]] = []

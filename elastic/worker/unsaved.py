@@ -1,9 +1,10 @@
-"""State that nobody saves: what job, optimizer or model keep beside their known state, and change as they train.
+"""Finds state that is not saved: objects of the job, optimizer or model besides their known state that training
+changes.
 
-Looked for in the first two updates of a process, and once more after 16, as slow weights move seldom. What a tensor is
-for cannot be seen, only when it changes. What changes in an update (`optimizer.step()`, `after_step()`) is carried on
-to the next one; what forward passes change is carried on if they read what the passes before left there, else it is a
-cache.
+It looks during the first two updates of a process, and once more 16 updates later, since slow weights move rarely. It
+cannot see what a tensor is for, only when it changes. A change in an update (`optimizer.step()`, `after_step()`)
+carries over to the next update. A change in forward passes carries over if later passes read what earlier ones left
+there; otherwise it is a cache.
 """
 
 from __future__ import annotations
@@ -26,10 +27,10 @@ from elastic.worker.belongings import Attributes, Leaf, digest, leaves, movable
 from elastic.worker.naming import with_state_of_their_own
 from elastic.worker.state import TrainState
 
-UPDATES = 2  # that are looked at
-LATER = 14  # updates after those, after which it is looked once more for what changes seldom
+UPDATES = 2  # that are examined
+LATER = 14  # updates after those, after which rare changes are looked for once more
 _SHOWN = 5
-#: Of tensors, what asks for no values, or overwrites all.
+#: Names of tensor operations that read no values, or overwrite all of them.
 _NO_READS = {
     "__get__",
     "__len__",
@@ -50,7 +51,7 @@ _NO_READS = {
 
 @dataclass(frozen=True)
 class _Seen:
-    """Something at one moment."""
+    """A value at one moment."""
 
     leaf: Leaf
     digest: str
@@ -64,11 +65,11 @@ Look = dict[str, _Seen]
 
 
 class Watch:
-    """Looks at what is held before a step, between its passes and its update, and after that.
+    """Examines everything that is held: before a step, between its passes and its update, and after the update.
 
     Args:
-        data: data sets, which are not looked into.
-        warn: called once with a sentence on numbers that change and may or may not matter.
+        data: data sets, which are not searched.
+        warn: called once with a sentence about numbers that change, and may or may not matter.
     """
 
     def __init__(self, data: Iterable[Any], warn: Callable[[str], None]):
@@ -77,14 +78,14 @@ class Watch:
         self._before: Look = {}
         self._passed: Look | None = None
         self._after: Look = {}
-        self._extra: Look = {}  # what extra_state() had when the first step began
-        self._moved: set[str] = set()  # in its passes
+        self._extra: Look = {}  # the contents of extra_state() when the first step began
+        self._moved: set[str] = set()  # values that changed in its passes
         self._reads: _Reads | None = None
         self._draws = _Draws()
-        self._of_data: dict[str, tuple[bool, str]] = {}  # before the update
+        self._of_data: dict[str, tuple[bool, str]] = {}  # digests of data sets before the update
         self._left = UPDATES
-        self._later, self._seldom = 0, dict[str, str]()  # updates to come, and digests of what has not moved in passes
-        self._same: TrainState | None = None  # the state that those are of
+        self._later, self._rare = 0, dict[str, str]()  # updates until the last look, and digests of unchanged values
+        self._same: TrainState | None = None  # the state to which these digests belong
 
     @property
     def done(self) -> bool:
@@ -94,13 +95,13 @@ class Watch:
         """A step begins."""
         if state is not self._same:
             self._later, self._same = 0, None
-        if self._left and self._state is not state:  # of a model that was built anew
+        if self._left and self._state is not state:  # the model was built again
             self._state, self._left, self._after = state, UPDATES, {}
             self._before = self._look()
             self._extra = self._look_at_extra()
 
     def reading(self) -> AbstractContextManager[Any]:
-        """To be entered for the passes of a step: notes whether they read what the passes before left somewhere."""
+        """To be entered for the passes of a step: records whether they read what earlier passes left."""
         if self._left != 1 or self._state is None or any(map(is_compiled, self._state.model.modules())):
             return nullcontext()
         left = [self._after[name].leaf for name in self._moved if name in self._after]
@@ -110,21 +111,21 @@ class Watch:
         return self._reads
 
     def updating(self) -> AbstractContextManager[Any]:
-        """To be entered for the update of a step: notes whether it draws random numbers for parameters that are cut."""
+        """To be entered for the update of a step: records whether it draws random numbers for sharded parameters."""
         if not self._left or self._state is None or self._state.mesh is None:
             return nullcontext()
         return self._draws
 
     def _was_read(self, leaf: Leaf) -> bool:
         if not isinstance(leaf, torch.Tensor):
-            return True  # that cannot be seen
+            return True  # reads of other objects cannot be seen
         return self._reads is not None and id(leaf) in self._reads.seen
 
     def passed(self) -> None:
-        """Its passes are done, and nothing of its update.
+        """The passes of the step are done, and nothing of its update is.
 
         Raises:
-            ConfigError: what extra_state() returns changes in passes, so it would depend on how many a worker has.
+            ConfigError: passes change a result of extra_state(), which would depend on how many passes a worker has.
         """
         if not self._left or self._state is None:
             return
@@ -136,10 +137,10 @@ class Watch:
             )
 
     def applied(self, step: int, *, skipped: bool) -> None:
-        """Its update is done.
+        """The update of the step is done.
 
         Raises:
-            ConfigError: something changed that is in no saved state: which, and what to do.
+            ConfigError: something changed that is in no saved state; with its place, and what to do.
         """
         if self._later:
             self._look_later(step)
@@ -150,15 +151,15 @@ class Watch:
             return
         if self._draws.seen:
             raise ConfigError(
-                f"optimizer.step() or after_step() draws random numbers for cut parameters ({self._draws.seen}), of "
-                "which every worker has other rows, so they depend on the number of workers; use --parallel.strategy "
-                "ddp"
+                "optimizer.step() or after_step() draws random numbers for sharded parameters "
+                f"({self._draws.seen}), of which every worker has other rows, so they depend on the number of workers; "
+                "use --parallel.strategy ddp"
             )
         if self._left == UPDATES:
             self._report_data()
         self._left -= 1
         carried = _changed(passed, now)
-        if self._left:  # the first update
+        if self._left:  # this was the first update
             found = carried & self._before.keys()
             self._moved = (_changed(self._before, passed) | (passed.keys() - self._before.keys())) & now.keys()
         else:
@@ -167,11 +168,11 @@ class Watch:
         known = self._known()
         tensors = sorted(n for n in found if n in now and not now[n].is_number and not _is_known(now[n].leaf, known))
         if tensors:
-            raise ConfigError(_told(tensors, now, step))
+            raise ConfigError(_problem(tensors, now, step))
         if not self._left:
             self._report_numbers(self._before, self._after, now)
-            still = now.keys() - self._moved - _changed(self._after, passed)
-            self._seldom = {n: now[n].digest for n in still if not now[n].is_number}
+            unmoved = now.keys() - self._moved - _changed(self._after, passed)
+            self._rare = {n: now[n].digest for n in unmoved if not now[n].is_number}
             self._later, self._same = LATER, self._state
             self._state, self._before, self._data = None, {}, []
         self._after = now if self._left else {}
@@ -182,11 +183,11 @@ class Watch:
             return
         self._state, self._same = self._same, None
         now = self._look()
-        names = sorted(n for n, was in self._seldom.items() if n in now and now[n].digest != was)
-        self._state, self._seldom = None, {}
+        names = sorted(n for n, was in self._rare.items() if n in now and now[n].digest != was)
+        self._state, self._rare = None, {}
         held = [n for n in names if not _is_derived(now[n].leaf)]
-        if any(n.startswith("optimizer") for n in held):  # which has no caches of passes
-            raise ConfigError(_told([n for n in held if n.startswith("optimizer")], now, step))
+        if any(n.startswith("optimizer") for n in held):  # an optimizer has no caches of passes
+            raise ConfigError(_problem([n for n in held if n.startswith("optimizer")], now, step))
         if held:
             self._warn(
                 f"{', '.join(held[:_SHOWN])} changed since step {step - LATER} and are part of no saved state: after a "
@@ -206,7 +207,7 @@ class Watch:
         return movable({f"a {type(p).__qualname__} of the data": p for data in self._data for p in parts(data)})
 
     def _report_data(self) -> None:
-        """What after_step() changes of data sets, as for a curriculum, is there in this process alone."""
+        """Warn of changes that after_step() makes to data sets, as for a curriculum: only this process sees them."""
         now = self._look_at_data()
         names = [name for name, was in self._of_data.items() if now.get(name, was) != was]
         if names:
@@ -217,12 +218,12 @@ class Watch:
 
     def _look_at_extra(self) -> Look:
         assert self._state is not None
-        seed_all(0)  # where random numbers are is no state of the job's, and passes and updates seed them anew
+        seed_all(0)  # positions of random generators are no state of the job, since passes and updates seed them
         found, known = leaves({"extra_state()": self._state.job.extra_state()}, (), None), self._known()
         return {n: _Seen(leaf, digest(leaf)) for n, leaf in found.items() if not _is_known(leaf, known)}
 
     def _known(self) -> set[int]:
-        """Where the tensors of the saved state lie in memory."""
+        """The memory addresses of the tensors of the saved state."""
         assert self._state is not None
         model = self._state.model
         tensors = [*self._state.tensors().values(), *model.parameters(), *model.buffers()]
@@ -252,7 +253,7 @@ class Watch:
 
 
 class _Draws(TorchFunctionMode):
-    """Notes an operation on cut tensors that takes random numbers."""
+    """Records an operation on sharded tensors that draws random numbers."""
 
     seen = ""
 
@@ -268,7 +269,7 @@ class _Draws(TorchFunctionMode):
 
 
 class _Reads(TorchFunctionMode):
-    """Notes which of some tensors operations take as an input."""
+    """Records which of some tensors are inputs of operations."""
 
     def __init__(self, watched: set[int]):
         super().__init__()
@@ -292,7 +293,7 @@ def _changed(before: Look, now: Look) -> set[str]:
 
 
 def _is_derived(leaf: Leaf) -> bool:
-    """Part of a graph: computed from parameters in a forward pass, as weight_norm does it."""
+    """Whether it is part of a graph: computed from parameters in a forward pass, as by weight_norm."""
     return isinstance(leaf, torch.Tensor) and leaf.grad_fn is not None
 
 
@@ -312,7 +313,7 @@ def _numbers(extra: Any) -> dict[str, Any]:
     return {k: v for k, v in items if type(v) in (int, float)}
 
 
-def _told(names: list[str], now: Look, step: int) -> str:
+def _problem(names: list[str], now: Look, step: int) -> str:
     name = names[0]
     more = f" (and {len(names) - 1} more)" if names[1:] else ""
     kind = type(now[name].leaf).__name__

@@ -1,4 +1,4 @@
-"""Calling the job's own code: under the run's precision, on the device, with errors that say where they happened."""
+"""Calls the job's own code: in the run's precision, on the device, with errors that name the place."""
 
 from __future__ import annotations
 
@@ -33,28 +33,28 @@ class UserCodeError(RunFailed):
 
 
 class UserCode:
-    """The job as the step loop calls it. `where` says, for people, what is being done."""
+    """The job, as the step loop calls it. `where` describes, for people, what is being done."""
 
     def __init__(self, job: Job, device: torch.device, worker_id: str, *, autocast: str):
-        """`autocast` is off, bf16 or fp16."""
+        """`autocast`: off, bf16 or fp16."""
         self._job, self._device, self._worker_id = job, device, worker_id
         self._autocast = autocast != "off"
         self._dtype = torch.float16 if autocast == "fp16" else torch.bfloat16
         self.where = "warming up"
-        self.rank = ""  # in its present world
-        self.group: Group | None = None  # of its present world
-        self.samples: Sequence[int] | np.ndarray = ()  # that are being worked on
+        self.rank = ""  # in the present world
+        self.group: Group | None = None  # of the present world
+        self.samples: Sequence[int] | np.ndarray = ()  # ids of the samples that are being processed
         self._step = self._microbatch = -1
         self.on_loss: Callable[[], None] = lambda: None  # called when the job's loss has returned
-        self.watches_gradients = False  # whether the job's loss leaves them alone
+        self.watches_gradients = False  # whether to check that the job's loss does not change them
 
     def at(self, step: int, microbatch: int) -> None:
-        """Where the step loop is: step (from 0) and microbatch."""
+        """Set the position of the step loop: step (from 0) and microbatch."""
         self._step, self._microbatch, self.samples = step, microbatch, ()
         self.where = f"step {step + 1}, microbatch {microbatch}"
 
     def doing(self, what: str, step: int) -> None:
-        """Something that is done for a whole step (from 0), or between two."""
+        """Set the position to something that is done for a whole step (from 0), or between two steps."""
         self._step, self._microbatch, self.samples = step, -1, ()
         self.where = what
 
@@ -97,7 +97,7 @@ class UserCode:
             raise self.mistake(error) from None
 
     def mistake(self, error: ConfigError) -> UserCodeError:
-        """The error to end the run with where what the job returned is wrong: one sentence, then where."""
+        """The error that ends the run if the job returned something wrong: one sentence, then the place."""
         message = f"{error} (worker {self._worker_id}{self.rank}, {self.where})"
         return UserCodeError(Failure(type(error).__name__, self._step, self._microbatch, message))
 
@@ -105,12 +105,12 @@ class UserCode:
         """Run some of the job's code.
 
         Args:
-            alone: it sends nothing, so no peer can make it raise.
+            alone: it does not communicate, so no peer can make it raise.
 
         Raises:
-            UserCodeError: it raised.
-            WorldBroken: a peer was lost meanwhile, and it sends: DDP may in forward passes, a cut model does.
-            ConfigError: of ours (or of the job's): it would be so again, and says all in one sentence.
+            UserCodeError: it raised an exception.
+            WorldBroken: a peer was lost meanwhile, and the code communicates: DDP and sharded models do in passes.
+            ConfigError: from our checks or from the job; a replay would raise it too, and its sentence is complete.
         """
         try:
             return work()
@@ -124,7 +124,8 @@ class UserCode:
             raise self.error(error) from error
 
     def error(self, error: BaseException) -> UserCodeError:
-        """The error to leave the world with, and in the end the run. Its first line says all but the traceback."""
+        """The error with which to leave the world, and in the end the run. Only the traceback is not in its first
+        line."""
         kind, line, samples = type(error).__name__, one_line(error), [int(i) for i in self.samples]
         text = "".join(traceback.format_exception(error)).rstrip()
         if isinstance(error, ItemError):
@@ -145,11 +146,11 @@ def _gradients(model: nn.Module) -> list[tuple[str, nn.Parameter, tuple[int, int
 
 
 def _gradient(parameter: nn.Parameter) -> tuple[int, int]:
-    """Which one it is, and how often it was written to."""
+    """The identity of a parameter's gradient, and its version counter."""
     gradient = parameter.grad
     return (0, 0) if gradient is None else (id(gradient), version_of(local(gradient)))
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out, on a device or on the host, where torch raises a plain RuntimeError."""
+    """Whether memory ran out, on a device or on the host, for which torch raises a plain RuntimeError."""
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or is_out_of_host_memory(error)

@@ -1,4 +1,4 @@
-"""The vaults of a run in plain processes: one process for each node that workers are said to be on."""
+"""The vaults of a run in plain processes: one process for each node on which workers count as being."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ HANG_TIMEOUT_S = 30.0
 
 
 class VaultProcess(ChildServer):
-    """A vault in a process of its own. What it kept is gone with it; the next one is empty.
+    """A vault in a process of its own. When it ends its contents are lost, and the next one is empty.
 
     Args:
         environment: further environment variables of the process.
-        hang_timeout_s: one that does not answer for so long is replaced.
-        on_restart: called with why it was replaced, on a thread of its own.
+        hang_timeout_s: a vault that does not answer for so long is replaced.
+        on_restart: called with the reason on a thread of its own, after it was replaced.
     """
 
     def __init__(
@@ -33,11 +33,11 @@ class VaultProcess(ChildServer):
         super().__init__("it", "elastic.snapshot", host, hang_timeout_s / LOOKS, environment)
 
     def specification(self, port: int, why: str) -> dict[str, Any]:
-        """What `elastic.snapshot` reads."""
+        """The JSON that `elastic.snapshot` reads."""
         return {"token": self._token, "host": self._host, "port": port}
 
     def ask(self, wait_s: float) -> None:
-        """What it holds."""
+        """Ask how much memory it uses."""
         client = VaultClient(self.url, self._token, wait_s)
         try:
             client.memory()
@@ -45,5 +45,5 @@ class VaultProcess(ChildServer):
             client.close()
 
     def replaced(self, why: str) -> None:
-        """Say so."""
+        """Report the reason."""
         self._on_restart(why)

@@ -1,4 +1,4 @@
-"""Getting a worker ready: device, data and model, before it asks for a world."""
+"""Gets a worker ready: device, data and model, before it asks for a world."""
 
 from __future__ import annotations
 
@@ -53,10 +53,10 @@ def warm_up(run: WorkerRun, identity: Identity, *, import_s: float = 0.0) -> Wor
     """A worker whose device, data and model are ready.
 
     Args:
-        import_s: seconds that the imports took, which are only reported.
+        import_s: seconds that the imports took, which are only recorded.
 
     Raises:
-        WarmUpError: they cannot be; the membership server knows.
+        WarmUpError: it cannot get ready; the membership server was told why.
     """
     began = time.monotonic()
     bitwise = run.config.run.exactness == "bitwise"
@@ -79,13 +79,13 @@ def warm_up(run: WorkerRun, identity: Identity, *, import_s: float = 0.0) -> Wor
 
 
 def _node() -> dict[str, str]:
-    """What this worker runs on, for its price: as whoever starts nodes says in their environment."""
-    told = {"node_type": os.environ.get("ELASTIC_NODE_TYPE"), "market": os.environ.get("ELASTIC_NODE_MARKET")}
-    return {name: value for name, value in told.items() if value}
+    """The type and market of this worker's node, for its price, from environment variables set by what starts nodes."""
+    given = {"node_type": os.environ.get("ELASTIC_NODE_TYPE"), "market": os.environ.get("ELASTIC_NODE_MARKET")}
+    return {name: value for name, value in given.items() if value}
 
 
 class _WarmUp:
-    """The parts, one after another."""
+    """The parts of the warm-up."""
 
     def __init__(self, run: WorkerRun, identity: Identity, link: WorkerLink, device: Any):
         self._run, self._identity, self._link, self._device = run, identity, link, device
@@ -94,7 +94,7 @@ class _WarmUp:
         self._holding = Holding()
 
     def worker(self) -> Worker:
-        """All of it."""
+        """Create the worker with all its parts."""
         job, config, plan, seed = self._job, self._config, self._plan, self._config.run.seed
         began = time.monotonic()
         storage = Storage(self._run.folder_url)
@@ -105,7 +105,7 @@ class _WarmUp:
             move(model, self._device)
         options = result_options(config, job_options(job))
         lines = {"configuration": describe_options(options), "models of the job": describe_held(held)}
-        seed_all(derive("data", seed))  # a split at random is the same on every worker, and that of what is held out
+        seed_all(derive("data", seed))  # so that a random split is equal on all workers, and matches eval_data()
         data = job.train_data()
         self._check_length(len(data))
         seed_all(derive("data", seed))
@@ -130,10 +130,10 @@ class _WarmUp:
         placing = Placing(job, config, self._device)
         placing.warm_up()
         lines["model"] = describe_model(placing.model)
-        with_moments = 3 * sum(p.nbytes for p in placing.model.parameters())  # of Adam; others take more at a save
+        with_moments = 3 * sum(p.nbytes for p in placing.model.parameters())  # Adam's; others allocate more at a save
         provenance = Provenance(
             exact=self._bitwise,
-            device=describe(self._device),  # with what the job has set by now
+            device=describe(self._device),  # includes settings that the job has made by now
             data=trained,
             options=comparable(options),
             remembered=remembered,
@@ -175,17 +175,17 @@ class _WarmUp:
             watch,
             self._holding,
         )
-        parts = {"data_s": round(data_s, 3), "model_s": round(time.monotonic() - began - data_s, 3)}
-        worker.warm_parts = parts | self._rehearse(worker)
+        timings = {"data_s": round(data_s, 3), "model_s": round(time.monotonic() - began - data_s, 3)}
+        worker.warm_parts = timings | self._rehearse(worker)
         lines |= worker.rehearsal.metrics if self._holding.state is not None else {}
-        said = describe_worker({"train_data()": trained, **of_data}, **lines)
+        description = describe_worker({"train_data()": trained, **of_data}, **lines)
         device = json.dumps(describe(self._device), sort_keys=True)
-        self._link.member = replace(self._link.member, says=said, device=device)
+        self._link.member = replace(self._link.member, says=description, device=device)
         return worker
 
     def _rehearse(self, worker: Worker) -> dict[str, Any]:
-        """Try the job on a whole model; returns what to report of it. A cut one is tried in its first world."""
-        parts: dict[str, Any] = {}
+        """Try the job on a whole model; returns what to record. A sharded one is tried in its first world."""
+        notes: dict[str, Any] = {}
         if (state := self._holding.state) is not None:
             began = time.monotonic()
             try:
@@ -195,15 +195,15 @@ class _WarmUp:
                     raise
                 self._holding.state = worker.with_memory(state)
                 worker.rehearse(None)
-            parts["rehearsal_s"] = round(time.monotonic() - began, 3)
+            notes["rehearsal_s"] = round(time.monotonic() - began, 3)
         if worker.rehearsal.separate:
-            parts["passes"] = f"of one microbatch each: {SEPARATE[worker.rehearsal.separate]}"
+            notes["passes"] = f"of one microbatch each: {SEPARATE[worker.rehearsal.separate]}"
         elif worker.stepper.one_each and not self._bitwise:
-            parts["passes"] = "of one microbatch each: random numbers are drawn for whole batches of samples"
-        return {**parts, "built_whole": worker.placing.eager} if worker.placing.eager else parts
+            notes["passes"] = "of one microbatch each: random numbers are drawn for whole batches of samples"
+        return {**notes, "built_whole": worker.placing.eager} if worker.placing.eager else notes
 
     def _remembered(self, loader: Loader, data: Any) -> Remembered:
-        """Whether samples go by which others this worker has fetched."""
+        """Whether samples depend on which others this worker has fetched before."""
         here = loader.here()
         held = {"train_data()": here.data} | {
             f"a {type(p).__qualname__} in train_data()": p for p in parts(here.data)[1:]
@@ -211,7 +211,7 @@ class _WarmUp:
         return look(here, loader.order.span(0, 0, 1), lambda: movable(held))
 
     def _hang_timeout_s(self) -> float:
-        """For how long a helper process may stand still: as a worker may, where that is given."""
+        """How long a helper process may hang: as long as a worker, if that is configured."""
         given = self._config.recovery.hang_timeout
         return HANG_TIMEOUT_S if given == "auto" else parse_amount("--recovery.hang-timeout", given, clock=True).seconds
 

@@ -1,4 +1,4 @@
-"""The weights of a model by themselves: their hash, and whether a checkpoint has nothing else."""
+"""The weights of a model alone: their hash, and whether a checkpoint has nothing else."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from elastic.worker.naming import persistent_entries
 
 
 def weights_alone(values: Mapping[str, Any]) -> bool:
-    """Whether a checkpoint with these values has weights and nothing else, as an import makes it."""
+    """Whether a checkpoint with these values has weights and nothing else, as `elastic checkpoints import` makes it."""
     return "weights_only" in values
 
 
@@ -22,7 +22,7 @@ def weights_sha256(model: nn.Module, whole: Callable[[torch.Tensor], torch.Tenso
     """sha256 over name, dtype, shape and little-endian bytes of the persistent entries, in name order.
 
     Args:
-        whole: makes a sharded tensor whole, together with everyone who holds a part of it.
+        whole: makes a sharded tensor whole, together with all workers that hold a part of it.
     """
     digest = hashlib.sha256()
     for name, value in persistent_entries(model).items():

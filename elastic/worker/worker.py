@@ -1,4 +1,4 @@
-"""What a worker is made of, from its warm-up to its end: what lives longer than one world."""
+"""The parts of a worker that live longer than one world, from its warm-up to its end."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ NO_WORLD = Generation(-1, -1)
 
 @dataclass(frozen=True)
 class InHand:
-    """An update that waits for the fence: prepared by `steps` in the world of `assignment`."""
+    """An update that waits for the fence; `steps` prepared it in the world of `assignment`."""
 
     update: Update
     steps: WorldSteps
@@ -46,21 +46,21 @@ class InHand:
 
 @dataclass
 class Holding:
-    """The training state that a worker has, and what it knows of it.
+    """The training state of a worker, and what the worker knows about it.
 
     Args:
-        state: of a cut model it is made in the first world; None as long as there is none.
-        applied: updates in the state; -1 where it is no step's.
-        in_hand: the update that is prepared for it.
+        state: None before it is made; a sharded model's is made in the first world.
+        applied: number of updates in the state; -1 if it is not the state of a step.
+        in_hand: the next update, which is prepared.
         began_in: the world in which this worker began its newest step.
-        generation: the newest world that it was in.
-        began_at: updates in the state that this world began with.
-        lost: why the worker has no state any more, until there is a new one.
-        touched: a whole model's state is not as the job made it.
-        open: what belongs after the state's step, an evaluation, may not have been done.
-        evaluated: the step that was evaluated last, and its metrics.
-        checked: the state comes back as it was saved.
-        savable: as far as is known.
+        generation: the newest world of this worker.
+        began_at: number of updates in the state with which this world began.
+        lost: why the worker has no state, until it gets another one.
+        touched: the state of a whole model differs from what the job made.
+        open: an evaluation that belongs to the state's step may not have been done.
+        evaluated: the step of the last evaluation, and its metrics.
+        checked: it was checked that the state can be read back as it was saved.
+        savable: False while the state may be one that cannot be saved.
     """
 
     state: TrainState | None = None
@@ -78,7 +78,7 @@ class Holding:
 
     @property
     def placed(self) -> TrainState:
-        """The state, where there is one.
+        """The state.
 
         Raises:
             RuntimeError: there is none.
@@ -94,18 +94,18 @@ class Holding:
 
     @property
     def standing(self) -> Standing:
-        """What it brings into a new world."""
+        """What this worker brings into a new world."""
         world = self.began_in.generation if self.began_in is not None else NO_WORLD
         return Standing(self.applied, int(self.ready is not None), world.epoch, world.n)
 
     def let_go(self, why: str | None) -> None:
-        """The state is of no use any more, for this reason; its memory is needed."""
+        """Drop the state, which is of no use any more, and free its memory; `why` goes to the ledger."""
         self.state, self.applied, self.lost = None, -1, why
 
 
 @dataclass
 class Worker:
-    """All parts of a worker. `warm_up.warm_up` makes them."""
+    """All parts of a worker, made by `warm_up.warm_up`."""
 
     run: WorkerRun
     device: torch.device
@@ -125,7 +125,7 @@ class Worker:
     warm_s: float = 0.0
     warm_parts: dict[str, Any] = field(default_factory=dict)
     started: float = field(default_factory=time.monotonic)
-    newcomer: bool = False  # others hold the state that this worker is to get
+    newcomer: bool = False  # other workers hold the state that this one is to get
 
     @property
     def job(self) -> Job:
@@ -144,7 +144,7 @@ class Worker:
         return self.config.run.exactness == "bitwise"
 
     def rehearse(self, group: Any) -> None:
-        """Try the job's functions on one batch, together with the members of a world if the model is cut."""
+        """Try the job's functions on one batch; if the model is sharded, together with the members of a world."""
         known = self.rehearsal.separate is not None
         self.rehearsal.run(self.holding.placed.model, self.stepper.tried, group)
         self.stepper.one_each |= bool(self.rehearsal.separate)
@@ -154,7 +154,7 @@ class Worker:
         stop_filling()
 
     def with_memory(self, old: TrainState) -> TrainState:
-        """The same state in a model that is built with memory."""
+        """The same state, in a model that is built with memory."""
         old.hold_extra()
         tensors, values = old.tensors(), old.values()
         state: TrainState = self.code.guard(self.placing.whole)
@@ -166,8 +166,8 @@ class Worker:
 
         Raises:
             FencedError: the run may go on without this worker.
-            UserCodeError: the optimizer or the job raised.
-            ConfigError: what the state holds would not come back.
+            UserCodeError: the optimizer or the job raised an exception.
+            ConfigError: part of the state could not be read back after a save.
         """
         holding, update = self.holding, hand.update
         self.link.check_lease()
@@ -180,7 +180,7 @@ class Worker:
         self._check_state(update)
 
     def _check_state(self, update: Update) -> None:
-        """After the first updates of a process: refuse what would not come back, or is known to nobody."""
+        """After the first updates of a process: refuse state that cannot be read back, or that is not saved."""
         holding, state = self.holding, self.holding.placed
         state.rates.adopt_changes()
         if holding.checked and self.watch.done:
@@ -191,17 +191,17 @@ class Worker:
             check_comes_back(state)
         holding.savable = holding.checked = True
 
-    def roll_forward(self, hand: InHand, said_in: Generation | None = None) -> None:
-        """Apply an update outside of its world. Its row is kept here too: who else has it may be lost."""
+    def roll_forward(self, hand: InHand, posted_in: Generation | None = None) -> None:
+        """Apply an update outside of its world. Its row is kept here too: other members with that row may be lost."""
         self.saving.settle()
         self.snapshots.settle()
         self.apply(hand)
         clock = self.stepper.clock
         seconds = clock.columns(clock.data_s + clock.compute_s + clock.sync_s)
-        self.link.record({**self.row(hand), **seconds}, report=False, generation=said_in)
+        self.link.record({**self.row(hand), **seconds}, report=False, generation=posted_in)
 
     def row(self, hand: InHand) -> dict[str, Any]:
-        """The row of a step, for the ledger, but for its times."""
+        """The row of a step for the ledger, without its times."""
         plan, update = self.plan, hand.update
         record, done = update.record, update.step + 1
         return {
@@ -223,15 +223,15 @@ class Worker:
         }
 
     def evaluation_is_due(self, step: int) -> bool:
-        """Whether the state of this step is to be evaluated, before the end of the run."""
+        """Whether the state of this step is to be evaluated; not asked at the end of the run."""
         every = self.plan.eval_every
         return every is not None and 0 < step < self.plan.total_steps and step % every == 0
 
     def save_alone(self) -> None:
-        """Commit the newest state without a world: the run is given up, or lets its workers go, and no group exists.
+        """Commit the newest state without a world, since no group exists: the run is given up, or lets its workers go.
 
-        An update in hand is applied first. Nobody holds more, and somebody who is lost now may have passed the fence,
-        so that its row is in the ledger.
+        A prepared update is applied first: no worker holds a newer one, and a lost member may have passed the fence, so
+        that the row of this update is in the ledger.
         """
         holding, link = self.holding, self.link
         if holding.ready is not None:
@@ -248,7 +248,7 @@ class Worker:
         link.post(SavedAlone(), holding.generation)
 
     def close(self) -> None:
-        """End what runs beside training."""
+        """End the threads and processes that run beside training."""
         self.saving.close()
         self.snapshots.close()
         self.loader.close()
