@@ -416,4 +416,4 @@ def test_a_run_on_one_node_is_told_that_a_lost_node_takes_all_along(undisturbed_
 
     assert_restored(run, undisturbed_epoch, 4, applied=5)
     (planned,) = Ran(run, None).events("snapshots_planned")
-    assert planned["detail"]["warning"] == "one failure domain only: a lost node takes all copies along"
+    assert planned["detail"]["warning"] == "one failure domain only: when a node is lost, all copies are lost"

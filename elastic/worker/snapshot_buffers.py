@@ -1,5 +1,5 @@
-"""The memory that a worker copies its parts of snapshots to. The vault of its node maps it, so that a part is in the
-node's memory once, not as the worker's copy and as the vault's."""
+"""The memory to which a worker copies its parts of snapshots. The vault of the node maps this memory, so the node
+holds a part once instead of twice (a copy of the worker and one of the vault)."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ from elastic.snapshot.client import VaultClient
 from elastic.snapshot.holdings import SnapshotId
 from elastic.snapshot.memory import available_bytes
 
-RELEASE_S = 1.0  # copying the next part may wait for this
+RELEASE_S = 1.0  # kept short, because copying the next part may wait for it
 
 
 @dataclass(eq=False)
 class Buffer:
-    """One part's bytes. `lent` is set while the vault may map them."""
+    """The bytes of one part. `holds` is the snapshot they belong to, None for a free buffer; `lent` is set while the
+    vault may map them."""
 
     staging: StagingBuffer
     holds: SnapshotId | None = None
@@ -27,11 +28,12 @@ class Buffer:
 
 
 class Buffers:
-    """As a rule two: one has the newest complete snapshot, the other is free or being written. From any thread.
+    """The buffers of one worker, two as a rule: one holds the newest complete snapshot, the other is free or being
+    written. The methods may be called from any thread.
 
     Args:
-        url: of the vault of this worker's node.
-        pinned: for copies from a CUDA device.
+        url: the URL of the vault on this worker's node.
+        pinned: whether to pin the memory, which copies from a CUDA device need.
     """
 
     def __init__(self, url: str, token: str, *, pinned: bool):
@@ -40,42 +42,44 @@ class Buffers:
         self._lock = threading.Lock()
 
     def take(self, id: SnapshotId, size: int) -> Buffer:
-        """A buffer for `size` bytes that nobody reads.
+        """Return a buffer of at least `size` bytes that nobody reads.
 
         Raises:
-            MemoryError, OSError: there is no memory for it.
+            MemoryError, OSError: the node has too little memory left.
         """
         with self._lock:
             free = [b for b in self._buffers if b.holds is None]
             fits = [b for b in free if size <= b.staging.size <= 2 * size]
             if fits:
-                taken = min(fits, key=lambda b: b.staging.size)
+                buffer = min(fits, key=lambda b: b.staging.size)
             else:
-                for buffer in free:  # parts have another size now
-                    self._drop(buffer)
+                for unfit in free:  # the size of the parts has changed
+                    self._drop(unfit)
                 left = available_bytes()
                 if size > left:
                     raise MemoryError(f"a part of {size} bytes does not fit into {left} bytes that are left")
-                taken = Buffer(StagingBuffer(pinned=self._pinned))
-                taken.staging.reserve(max(1, size))
-                self._buffers.append(taken)
-            taken.holds = id
-            return taken
+                buffer = Buffer(StagingBuffer(pinned=self._pinned))
+                buffer.staging.reserve(max(1, size))
+                self._buffers.append(buffer)
+            buffer.holds = id
+            return buffer
 
     def lend(self, buffer: Buffer, size: int) -> WorkerMemory:
-        """The first `size` bytes of a buffer as the vault maps them. Nothing is written to it until it is reclaimed."""
+        """Return the first `size` bytes of a buffer for the vault to map. Nothing is written to the buffer until it is
+        reclaimed."""
         with self._lock:
             buffer.lent = WorkerMemory.of(buffer.staging.fd, max(1, size))
             return buffer.lent
 
     def end(self, buffer: Buffer) -> None:
-        """Its upload has ended. What was only sent from it, or never lent, is in use no more."""
+        """Note that the upload from a buffer has ended. The buffer is free again unless the vault may map it."""
         with self._lock:
             if buffer.lent is None:
                 buffer.holds = None
 
     def reclaim(self, keep: Set[SnapshotId]) -> None:
-        """Free the buffers of all snapshots but these. Waits for the vault, RELEASE_S at most for each."""
+        """Free the buffers of all snapshots except those in `keep`. This waits at most RELEASE_S per buffer for the
+        vault to release it."""
         with self._lock:
             gone = [b for b in self._buffers if b.holds is not None and b.holds not in keep]
         released = [buffer for buffer in gone if self._release(buffer)]
@@ -83,13 +87,13 @@ class Buffers:
             for buffer in gone:
                 if buffer in released:
                     buffer.holds = buffer.lent = None
-                else:  # the vault may still map it: the memory goes with the vault's copy
+                else:  # the vault may map it yet; the memory is freed when the vault unmaps it
                     self._drop(buffer)
             for buffer in [b for b in self._buffers if b.holds is None][1:]:
                 self._drop(buffer)
 
     def close(self) -> None:
-        """Give the memory back; what the vault maps stays with the vault."""
+        """Free the memory. The vault keeps what it has mapped."""
         with self._lock:
             for buffer in list(self._buffers):
                 self._drop(buffer)

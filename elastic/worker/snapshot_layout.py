@@ -1,4 +1,5 @@
-"""The bytes of a worker's part of a snapshot: what lies where, and what of old parts makes a new one. Pure."""
+"""The layout of a worker's part of a snapshot: where each tensor's bytes lie, and which bytes of old parts make up a
+new part. Pure."""
 
 from __future__ import annotations
 
@@ -11,8 +12,8 @@ ALIGNMENT = 64
 
 
 def starts(specs: Sequence[TensorSpec], part: Part) -> list[int]:
-    """Where each tensor's box begins in a part, in bytes; and at the end, the part's size. What several parts have is
-    in the first of them alone."""
+    """Return the offset in bytes of each tensor's box in a part, and as the last item the size of the part. A box that
+    several parts hold takes bytes in the first of them only. Offsets are multiples of ALIGNMENT."""
     found, at = [], 0
     for spec in specs:
         found.append(at)
@@ -23,10 +24,11 @@ def starts(specs: Sequence[TensorSpec], part: Part) -> list[int]:
 
 
 def pieces(specs: Sequence[TensorSpec], old: Part, new: Part) -> Iterator[tuple[int, int, int, int]]:
-    """What of an old part belongs into a new one: index of the tensor, and bytes of its box.
+    """Find the bytes of an old part that belong into a new part.
 
     Yields:
-        tensor, where the piece starts in the old part, where it starts in the new box, and its length.
+        the index of the tensor, the offset of the piece in the old part, its offset in the new box of that tensor,
+        and its length, all three in bytes.
     """
     for i, (spec, start) in enumerate(zip(specs, starts(specs, old), strict=False)):
         if old.first(spec.cut) == old:

@@ -1,4 +1,5 @@
-"""Restoring a sharded state from what the vaults hold: which snapshot, and by what way. For everyone of a world."""
+"""Restoring a sharded state from the vaults: which snapshot to take, and how its bytes are read. All members of a world
+take part."""
 
 from __future__ import annotations
 
@@ -24,7 +25,7 @@ ASKED_AT_ONCE = 32
 
 
 def survey(urls: Iterable[str], token: str) -> dict[str, list[Holding]]:
-    """What the vaults hold, by URL; those that do not answer, whose nodes may be gone, are left out."""
+    """Return what each vault holds, by its URL. Vaults that do not answer are left out: their nodes may be gone."""
 
     def ask(url: str) -> list[Holding] | None:
         vault = VaultClient(url, token, SURVEY_S)
@@ -35,14 +36,15 @@ def survey(urls: Iterable[str], token: str) -> dict[str, list[Holding]]:
         finally:
             vault.close()
 
-    return {url: found for url, found in _each(ask, sorted(set(urls))) if found is not None}
+    return {url: found for url, found in _ask_all(ask, sorted(set(urls))) if found is not None}
 
 
 def forget(urls: Iterable[str], token: str, after: int, before: SnapshotId) -> None:
-    """Have snapshots of steps that were undone dropped: those of older worlds. A vault that does not answer has none
-    that could be used: no snapshot is complete without those that do."""
+    """Make the vaults drop the snapshots of undone steps: those after step `after` that worlds older than `before`
+    took. A vault that does not answer can be ignored, because no snapshot is complete without the vaults that do
+    answer."""
 
-    def tell(url: str) -> None:
+    def send(url: str) -> None:
         vault = VaultClient(url, token, SURVEY_S)
         try:
             vault.forget(after, before)
@@ -51,10 +53,10 @@ def forget(urls: Iterable[str], token: str, after: int, before: SnapshotId) -> N
         finally:
             vault.close()
 
-    _each(tell, sorted(set(urls)))
+    _ask_all(send, sorted(set(urls)))
 
 
-def _each(call: Callable[[str], Any], urls: list[str]) -> list[tuple[str, Any]]:
+def _ask_all(call: Callable[[str], Any], urls: list[str]) -> list[tuple[str, Any]]:
     if not urls:
         return []
     with ThreadPoolExecutor(min(len(urls), ASKED_AT_ONCE), thread_name_prefix="vaults") as pool:
@@ -62,11 +64,12 @@ def _each(call: Callable[[str], Any], urls: list[str]) -> list[tuple[str, Any]]:
 
 
 def choose(near: Sequence[str], far: Sequence[str], token: str) -> tuple[list[Complete], str]:
-    """The complete snapshots, newest first, and why there are none or a newer one is not.
+    """Return the complete snapshots, newest first, and the reason why there is none or why a newer one is not complete
+    (empty if the newest one is complete).
 
     Args:
-        near: vaults of the members' nodes, which answer at once.
-        far: further ones, which are asked only where the newest snapshot is not complete without them.
+        near: the vaults on the nodes of the members, which answer at once.
+        far: further vaults, which are asked only if the newest snapshot is not complete without them.
     """
     holdings = [h for held in survey(near, token).values() for h in held]
     found = complete(holdings)
@@ -80,34 +83,36 @@ def choose(near: Sequence[str], far: Sequence[str], token: str) -> tuple[list[Co
 def load(
     group: Group, make: Callable[[bool], TrainState] | None, found: Complete, own: str, token: str
 ) -> tuple[TrainState | None, int]:
-    """This worker's part in the new mesh, out of a complete snapshot. Everyone of the world calls it, spares too.
+    """Load this worker's part of the new mesh from a complete snapshot. All members of the world call this together,
+    spares too.
 
     Args:
-        make: None where others read this worker's part.
+        make: builds the state that the values are loaded into; None for a worker whose part other workers read.
+        own: the URL of the vault on this worker's node, which is read first.
 
     Returns:
-        the state (None without `make`), and the bytes that were read.
+        the state (None without `make`), and the number of bytes that were read.
 
     Raises:
         SnapshotError: on all workers, if any of them could not read its part.
     """
-    said, problem = None, None
+    head, problem = None, None
     if group.rank == 0:
         try:
-            said = _head(found, token)
+            head = _head(found, token)
         except SnapshotError as error:
             problem = str(error)
-    said, problem = group.send_json([said, problem], 0)
+    head, problem = group.send_json([head, problem], 0)
     if problem is not None:
         raise SnapshotError(problem)
-    specs = [TensorSpec.of(raw) for raw in said["tensors"]]
+    specs = [TensorSpec.of(raw) for raw in head["tensors"]]
     state, read = None, 0
     try:
         if make is not None:
             state = make(False)
             fault.point("snapshot.reading", group.rank, found.id.step)
             tensors, read = _read(found, specs, state.part, own, group.rank, token)
-            state.load(tensors, said["values"], specs)
+            state.load(tensors, head["values"], specs)
     except (SnapshotError, CheckpointError) as error:
         problem = str(error)
     problems = [p for p in group.gather_json(problem) if p]
@@ -134,7 +139,8 @@ def _head(found: Complete, token: str) -> dict[str, Any]:
 def _read(
     found: Complete, specs: list[TensorSpec], mine: Part, own: str, rank: int, token: str
 ) -> tuple[dict[str, torch.Tensor], int]:
-    """The boxes of this worker's part in the new mesh, by name, and the bytes that were read."""
+    """Return the boxes of this worker's part in the new mesh, by tensor name, and the number of bytes that were
+    read."""
     tensors = [torch.empty(spec.box(mine).sizes, dtype=DTYPES[spec.dtype]) for spec in specs]
     flat = [memoryview(t.reshape(-1).view(torch.uint8).numpy().data) for t in tensors]
 
@@ -159,7 +165,8 @@ def _fetch(
     rank: int,
     token: str,
 ) -> None:
-    """From this node's vault if it has the part, else from one of the others."""
+    """Read from the vault on this node if it has the part, otherwise from the others in turn. Workers begin with
+    different vaults, according to their rank, so that no vault serves all of them."""
     turn = rank % len(urls)
     order = sorted([*urls[turn:], *urls[:turn]], key=lambda url: url != own)
     for i, url in enumerate(order):

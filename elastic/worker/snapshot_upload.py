@@ -1,4 +1,5 @@
-"""A worker's part of a snapshot on its way: copied behind the next pass, then sent to the vaults, all on the side."""
+"""The upload of a worker's part of a snapshot: a thread copies it during the next forward and backward pass and then
+sends it to the vaults."""
 
 from __future__ import annotations
 
@@ -24,14 +25,15 @@ from elastic.worker.snapshot_buffers import Buffer, Buffers
 from elastic.worker.snapshot_layout import starts
 
 SETTLE_S = 600.0
-SEND_S = 20.0  # a vault that takes nothing for so long is given up
+SEND_S = 20.0  # the upload fails when a vault accepts no bytes for so long
 CLOSE_S = 60.0
 CALLED_OFF = "called off"
 
 
 @dataclass
 class Upload:
-    """One worker's part of a snapshot on its way. `error` says why it is not in every vault, once it `ended`."""
+    """One worker's part of a snapshot under way. Once `ended` is set, `error` gives the reason if the part is not in
+    every vault."""
 
     id: SnapshotId
     part: Part
@@ -48,7 +50,8 @@ class Upload:
 
     @property
     def head(self) -> bytes:
-        """What the vault keeps beside the bytes: how to read all parts, in the first one; JSON."""
+        """The description that the vault keeps beside the bytes, as JSON. That of the first part tells how to read all
+        parts; the others are empty."""
         if self.part.first(()) != self.part:
             return b"{}"
         return json.dumps({"values": self.values, "tensors": [spec.to_json() for spec in self.specs]}).encode()
@@ -56,8 +59,8 @@ class Upload:
 
 @dataclass
 class _Copying:
-    """An upload, where its bytes go (`places`: where each tensor begins, and the size), and which tensors are copied
-    behind the next pass."""
+    """An upload, the buffer for its bytes, the offsets of the tensors in it (`places`, with the total size last), and
+    the indices of the tensors that are copied during the next pass (`later`)."""
 
     upload: Upload
     buffer: Buffer
@@ -66,30 +69,32 @@ class _Copying:
 
 
 class Sender:
-    """Sends one upload at a time. All methods from the training thread; `on_end` is called from another.
+    """Sends one upload at a time. All methods are called from the training thread; `on_end` is called from another.
 
     Args:
-        own: URL of the vault of this worker's node. It maps what this worker copied; other vaults are sent the bytes.
+        own: the URL of the vault on this worker's node. This vault maps the memory to which the worker copied; the
+            bytes are sent to other vaults.
     """
 
     def __init__(self, own: str, token: str, device: torch.device, on_end: Callable[[Upload], None]):
         self._own, self._token, self._on_end = own, token, on_end
-        self.maps = True  # whether the own vault can
+        self.maps = True  # whether the vault of this node can map memory
         self._cuda = device if device.type == "cuda" else None
         self._stream = torch.cuda.Stream(device) if self._cuda else None
         self._buffers = Buffers(own, token, pinned=self._cuda is not None)
         self._queue: queue.SimpleQueue[_Copying | SnapshotId | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
-        self._unsteady: set[str] = set()  # said to be stable, but written to in a forward pass
+        self._unsteady: set[str] = set()  # declared stable, but written to in a forward pass
         self._vault: VaultClient | None = None
         self._upload: Upload | None = None
         self._cut = threading.Event()
 
     def start(self, upload: Upload) -> None:
-        """Begin with the state as it is now. What a forward pass may move is copied before this returns.
+        """Begin to upload the state as it is now. Tensors that a forward pass may change are copied before this
+        returns.
 
         Raises:
-            MemoryError, OSError: there is no room for the copy.
+            MemoryError, OSError: the node has too little memory left for the copy.
         """
         assert self._upload is None or self._upload.ended.is_set(), "one upload at a time"
         fault.point("snapshot.begin", upload.rank, upload.id.step)
@@ -97,7 +102,7 @@ class Sender:
         copying = _Copying(upload, self._buffers.take(upload.id, places[-1]), places)
         self._cut.clear()
         for i, tensor in enumerate(upload.tensors):
-            if places[i] == places[i + 1]:  # another part has it, or it is empty
+            if places[i] == places[i + 1]:  # another part holds it, or it is empty
                 continue
             if tensor.stable and tensor.name not in self._unsteady:
                 upload.versions[i] = version_of(tensor.tensor)
@@ -113,12 +118,12 @@ class Sender:
         self._queue.put(copying)
 
     def complete(self, id: SnapshotId) -> None:
-        """A snapshot is complete: the memory of those before it can be used again."""
+        """Note that a snapshot is complete: the memory of earlier snapshots can be used again."""
         if self._thread is not None:
             self._queue.put(id)
 
     def settle(self) -> float:
-        """To be called before the state is written to; returns the seconds that it waited.
+        """Wait until the state is copied; call this before the state is written to. Returns the seconds that it waited.
 
         Raises:
             SnapshotError: copying took longer than SETTLE_S.
@@ -132,15 +137,15 @@ class Sender:
         return time.perf_counter() - began
 
     def wait(self, timeout_s: float) -> None:
-        """Give what is under way the time to arrive."""
+        """Wait until the upload under way has ended, for `timeout_s` at most."""
         if self._upload is not None:
             self._upload.ended.wait(timeout_s)
 
     def cancel(self) -> None:
-        """Call off what is under way; returns when it has ended.
+        """Call off the upload under way and wait until it has ended.
 
         Raises:
-            SnapshotError: it did not end.
+            SnapshotError: it did not end within CLOSE_S.
         """
         upload, self._upload = self._upload, None
         if upload is None or upload.ended.is_set():
@@ -154,7 +159,7 @@ class Sender:
                 raise SnapshotError(f"sending the state of step {upload.id.step} was called off and did not end")
 
     def close(self) -> None:
-        """Call off what is under way, and give the memory back."""
+        """Call off the upload under way and free the memory."""
         self.cancel()
         if self._thread is not None:
             self._queue.put(None)
@@ -171,7 +176,7 @@ class Sender:
             upload = work.upload
             try:
                 self._carry_out(work)
-            except Exception as error:  # the run goes on without this snapshot, and its ledger says why
+            except Exception as error:  # the run goes on without this snapshot; the ledger gets the reason
                 known = isinstance(error, SnapshotError)
                 upload.error = str(error) if known else f"{type(error).__name__}: {error}"
                 upload.error = CALLED_OFF if self._cut.is_set() else upload.error

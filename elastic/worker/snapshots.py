@@ -1,8 +1,9 @@
-"""Snapshots as a worker takes part in them: which parts are due, when all members have theirs in every vault, and the
-way back. Where a second failure domain holds the state anyway, none are taken.
+"""A worker's share in the snapshots of a run: when a snapshot is due, when every member's part is in the vaults, and
+how the state is restored. No snapshots are taken where a second failure domain holds the state anyway.
 
-A snapshot begins at a step boundary and is complete when, at some later fence, every member says that its part is in
-the vault of its node and in that of the node's partner. Only then may vaults use the room of the one before.
+A snapshot begins at a step boundary. It is complete when, at some later fence, every member reports that its part is in
+the vault of its node and in the vault of the node's partner. Only then may vaults reuse the memory of the snapshot
+before it.
 """
 
 from __future__ import annotations
@@ -29,16 +30,16 @@ from elastic.worker.group import Group
 from elastic.worker.snapshot_upload import CALLED_OFF, SEND_S, Sender, Upload
 from elastic.worker.state import TrainState
 
-IN_VAULTS, UNDER_WAY, FAILED = 0, 1, 2  # what a member says of its part; the worst counts for all
-GRACE_S = 2.0  # for a part that is under way when the world it is of is broken
+IN_VAULTS, UNDER_WAY, FAILED = 0, 1, 2  # what a member reports of its part; the highest value counts for all
+GRACE_S = 2.0  # for an upload that is under way when its world breaks
 
 
 class Snapshots:
-    """One worker's part in all snapshots of a run. All methods on the training thread.
+    """One worker's parts of all snapshots of a run. All methods are called on the training thread.
 
     Args:
-        every: steps from one to the next; 0 finds it out, None takes none.
-        own: URL of this node's vault.
+        every: steps between snapshots; 0 measures what suits the run, None takes no snapshots.
+        own: the URL of the vault on this node.
     """
 
     def __init__(self, every: int | None, own: str, token: str, link: WorkerLink, device: torch.device):
@@ -46,33 +47,33 @@ class Snapshots:
         self._sender = Sender(own, token, device, self._on_end) if every is not None else None
         self._meter = Meter()
         self._newest: SnapshotId | None = None  # the newest complete one
-        self._near: set[str] = set()  # the vaults of this world
-        self._known: set[str] = set()  # and of the one before
-        self._undone: int | None = None  # steps after it are done again
+        self._near: set[str] = set()  # the URLs of the vaults of this world
+        self._known: set[str] = set()  # the same, with those of the world before
+        self._undone: int | None = None  # steps after this one are computed again
         self._entered = self._active = self._writes = False
         self._state: TrainState | None = None
-        self._attempt: SnapshotId | None = None  # one that is not complete yet
-        self._part: Upload | None = None  # this worker's of it
-        self._free = True  # nobody sends any more
+        self._attempt: SnapshotId | None = None  # the snapshot that is not complete yet
+        self._part: Upload | None = None  # this worker's part of it
+        self._free = True  # no member has an upload under way
         self._agreed_every, self._begun = 0, 0
-        self._troubled = False  # and the ledger knows
+        self._troubled = False  # a skipped snapshot is in the ledger already
 
     @property
     def on(self) -> bool:
         return self._every is not None
 
     def close(self) -> None:
-        """Call off what is under way."""
+        """Call off the upload under way and free the memory."""
         if self._sender is not None:
             self._sender.close()
 
     # ---- worlds ----------------------------------------------------------------------------------------------------
 
     def enter(self, group: Group, state: TrainState | None, step: int) -> None:
-        """A world begins, with everyone at `step`. Everyone calls this, spares too.
+        """Enter a world, all of whose members are at `step`. All members call this together, spares too.
 
         Raises:
-            ConfigError: before the first step of all: snapshots do not fit into memory.
+            ConfigError: before the first step of the run: snapshots do not fit into memory.
         """
         if self._sender is None:
             return
@@ -100,24 +101,24 @@ class Snapshots:
         self._writes = self._active and group.place is not None and layout.is_first(group.place)
         mine = partner.get(self._link.member.node)
         self._urls = (self._own,) if mine is None else (self._own, mine.url)
-        if self._active and step > 0:  # what was lost is to have two copies again
+        if self._active and step > 0:  # so that parts whose copy was lost have two copies again
             self._begin(step)
 
     def _introduction(self, state: TrainState | None) -> dict[str, Any]:
-        member, there = self._link.member, True
+        member, answers = self._link.member, True
         vault = VaultClient(self._own, self._token, SEND_S)
         try:
             with a_byte() as memory:
                 seen = vault.memory(memory)
         except SnapshotError:
-            there, seen = False, {"held": 0, "available": 0, "maps": 1}
+            answers, seen = False, {"held": 0, "available": 0, "maps": 1}
         finally:
             vault.close()
         assert self._sender is not None
         self._sender.maps = bool(seen["maps"])
         return {
             "vault": [member.node, member.host, self._own],
-            "there": there,
+            "there": answers,
             **seen,
             "bytes": 0 if state is None else _bytes_of(state),
             "entered": self._entered,
@@ -125,72 +126,73 @@ class Snapshots:
         }
 
     def _check_vaults(self, need: dict[str, int], rows: list[dict[str, Any]], partner: dict[str, Vault]) -> None:
-        """State what snapshots take of each node; refuse them before the first step, later do without them."""
+        """Record how much memory snapshots need on each node. If it is too much, refuse them before the first step of
+        the run, and later do without them."""
         leads, running = self._group.leads, any(r["entered"] for r in rows)
         vaults = {Vault(*r["vault"]): r for r in rows}
-        there = {v.host: max(int(r["available"]) for o, r in vaults.items() if o.host == v.host) for v in vaults}
+        available = {v.host: max(int(r["available"]) for o, r in vaults.items() if o.host == v.host) for v in vaults}
         for vault, row in vaults.items():
-            there[vault.host] += row["held"]
+            available[vault.host] += row["held"]
         away = sorted(r["vault"][0] for r in rows if not r["there"])
-        what = short_of_memory(need, [*vaults], there)
-        if away:  # it is started again; until then nothing is sent there, and no snapshot is complete
+        short = short_of_memory(need, [*vaults], available)
+        if away:  # the vault is restarted; until then nothing is sent to it, and no snapshot is complete
             if leads:
                 self._post("snapshot_skipped", self._begun, f"the vault of node {away[0]} does not answer")
-        elif what is not None:
+        elif short is not None:
             if not running:
                 raise ConfigError(
-                    f"--recovery.snapshot-every is on, but {what}; leave it off, or use nodes with more memory"
+                    f"--recovery.snapshot-every is on, but {short}; leave it off, or use nodes with more memory"
                 )
             self._active = False
             if leads:
-                self._post("snapshot_skipped", self._begun, f"none in this world: {what}")
+                self._post("snapshot_skipped", self._begun, f"none in this world: {short}")
         elif leads and not running:
-            detail: dict[str, Any] = {"bytes": need, "available": there}
+            detail: dict[str, Any] = {"bytes": need, "available": available}
             detail["partners"] = {node: vault.node for node, vault in sorted(partner.items())}
             if not partner:
-                detail["warning"] = "one failure domain only: a lost node takes all copies along"
+                detail["warning"] = "one failure domain only: when a node is lost, all copies are lost"
             self._post("snapshots_planned", self._begun, detail)
 
     def leave(self) -> None:
-        """The world is over; what is on its way may still arrive."""
+        """Leave the world. An upload under way may go on and arrive."""
         self._state = None
 
     def undone(self, step: int) -> None:
-        """The steps after this one are done again: their snapshots are void, from the next `enter` on."""
+        """Note that the steps after this one are computed again. Their snapshots are void from the next `enter` on."""
         if self._newest is not None and self._newest.step > step:
             self._newest = None
         self._undone = step
 
-    # ---- the way back ----------------------------------------------------------------------------------------------
+    # ---- restoring -------------------------------------------------------------------------------------------------
 
     def find(self, group: Group) -> tuple[list[Complete], str]:
-        """The complete snapshots, newest first, and why there is none, or a newer one is not. Everyone calls this
-        together."""
+        """Return the complete snapshots, newest first, and the reason why there is none or why a newer one is not
+        complete. All members call this together."""
         if self._sender is None:
             return [], ""
         self._sender.wait(GRACE_S)
-        told = group.gather_json([self._own, sorted(self._known)])
-        said = None
+        known_by_all = group.gather_json([self._own, sorted(self._known)])
+        answer = None
         if group.rank == 0:
-            near, far = {own for own, _ in told}, {url for _, known in told for url in known}
+            near, far = {own for own, _ in known_by_all}, {url for _, known in known_by_all for url in known}
             found, reason = snapshot_restore.choose(sorted(near), sorted(far), self._token)
-            said = [[str(c.id), [[part.key, urls] for part, urls in c.urls.items()]] for c in found], reason
-        found, reason = group.send_json(said, 0)
+            answer = [[str(c.id), [[part.key, urls] for part, urls in c.urls.items()]] for c in found], reason
+        found, reason = group.send_json(answer, 0)
         return [
-            Complete(SnapshotId.parse(id), {Part.parse(part): tuple(urls) for part, urls in there})
-            for id, there in found
+            Complete(SnapshotId.parse(id), {Part.parse(part): tuple(urls) for part, urls in parts})
+            for id, parts in found
         ], reason
 
     def load(
         self, group: Group, make: Callable[[bool], TrainState] | None, found: Complete
     ) -> tuple[TrainState | None, int]:
-        """This worker's part of a complete snapshot. Everyone calls this together.
+        """Load this worker's part of a complete snapshot. All members call this together.
 
         Args:
-            make: None where others read this worker's part.
+            make: builds the state that the values are loaded into; None for a worker whose part other workers read.
 
         Returns:
-            the state (None without `make`), and the bytes that were read.
+            the state (None without `make`), and the number of bytes that were read.
 
         Raises:
             SnapshotError: on all workers, if any of them could not read its part.
@@ -201,8 +203,9 @@ class Snapshots:
 
     # ---- in the step loop ------------------------------------------------------------------------------------------
 
-    def says(self) -> tuple[int, ...]:
-        """For the fence: how far this worker's part is, and how many steps it would have between snapshots."""
+    def for_fence(self) -> tuple[int, ...]:
+        """Return the values for the fence: how far the upload of this worker's part is, and how many steps this worker
+        proposes between snapshots. Empty if the run takes no snapshots."""
         if self._every is None:
             return ()
         stage, part = IN_VAULTS, self._part
@@ -212,11 +215,11 @@ class Snapshots:
             stage = FAILED
         return (stage, self._every or self._meter.every())
 
-    def hear(self, said: tuple[int, ...]) -> None:
-        """What all members together say at the fence."""
-        if not said:
+    def agreed(self, values: tuple[int, ...]) -> None:
+        """Take over the result of a fence: the element-wise maximum of all members' `for_fence`."""
+        if not values:
             return
-        stage, self._agreed_every = said
+        stage, self._agreed_every = values
         self._free = stage != UNDER_WAY
         if self._attempt is None or stage == UNDER_WAY:
             return
@@ -228,11 +231,12 @@ class Snapshots:
         self._attempt = None
 
     def settle(self) -> float:
-        """To be called before the state is written to; returns the seconds that it waited."""
+        """Wait until the state is copied; call this before the state is written to. Returns the seconds that it
+        waited."""
         return self._sender.settle() if self._sender is not None else 0.0
 
     def after(self, step: int, seconds: float) -> float:
-        """A step was applied that took so long; take a snapshot if one is due. Returns the seconds that it took."""
+        """Take a snapshot if one is due after a step that took `seconds`. Returns the seconds that this call took."""
         began = time.perf_counter()
         if self._active:
             self._take_if_due(step, seconds)
@@ -246,10 +250,10 @@ class Snapshots:
             self._meter.began()
             self._begin(step)
         elif self._attempt is not None and self._group.leads:
-            self._skip(step, self._generation, f"that of step {self._attempt.step} is still on its way")
+            self._skip(step, self._generation, f"the snapshot of step {self._attempt.step} is still under way")
 
     def columns(self) -> dict[str, int]:
-        """For the row of a step: the step of the newest complete snapshot."""
+        """Return the column for the row of a step: the step of the newest complete snapshot."""
         return {"snapshot": self._newest.step} if self._active and self._newest is not None else {}
 
     # ---- parts -----------------------------------------------------------------------------------------------------
@@ -280,12 +284,12 @@ class Snapshots:
             part.ended.set()
 
     def _on_end(self, part: Upload) -> None:
-        """On the sender's thread."""
+        """Record why an upload failed. Called on the sender's thread."""
         if part.error is not None and part.error != CALLED_OFF:
             self._skip(part.id.step, Generation(part.id.epoch, part.id.n), part.error)
 
     def _skip(self, step: int, generation: Generation, why: str) -> None:
-        """Said once, until one is complete again."""
+        """Record that a snapshot was skipped; once only until a snapshot is complete again."""
         if not self._troubled:
             self._troubled = True
             self._link.event("snapshot_skipped", step, why, generation=generation)
@@ -295,7 +299,7 @@ class Snapshots:
 
 
 def _bytes_of(state: TrainState) -> int:
-    """Bytes of this worker's part, with what the optimizer will keep of it from the first step on."""
+    """Return the bytes of this worker's part, with those of the state that the optimizer adds at the first step."""
     size = sum(shard.tensor.numel() * shard.tensor.element_size() for shard in state.shards(0, 1))
     if state.optimizer.state:
         return size

@@ -60,8 +60,8 @@ def stand_by(worker: Worker, group: Group, begin: Restored) -> str | None:
             if agreed.stop or agreed.leave:
                 break
         worker.stepper.progress(step, Stage.FENCE)
-        agreed = group.agree(Flags(leave=link.wish("leave") is not None, snapshot=worker.snapshots.says()))
-        worker.snapshots.hear(agreed.snapshot)
+        agreed = group.agree(Flags(leave=link.wish("leave") is not None, snapshot=worker.snapshots.for_fence()))
+        worker.snapshots.agreed(agreed.snapshot)
         step += 1
         if agreed.leave:
             break

@@ -138,7 +138,7 @@ class World(SavingWorld):
         clock.sync_s += time.perf_counter() - fence
         steps.check_equal(hand.update, agreed.update)
         fault.point("step.after_fence", group.rank, step + 1)
-        worker.snapshots.hear(agreed.snapshot)
+        worker.snapshots.agreed(agreed.snapshot)
         clock.checkpoint_s += worker.saving.settle()
         clock.snapshot_s += worker.snapshots.settle()
         worker.apply(hand)
@@ -164,7 +164,7 @@ class World(SavingWorld):
             link.wish("save") is not None or self.saves.overdue,
             link.wish("leave") is not None,
             self.saves.busy,
-            worker.snapshots.says(),
+            worker.snapshots.for_fence(),
         )
 
     def _follow_up(self, agreed: Flags) -> None:
