@@ -36,7 +36,7 @@ def elastic(*arguments: object, code: int = 0) -> None:
     assert cli.main(list(map(str, arguments))) == code
 
 
-def while_it_runs(local: LocalRun, script: Callable[[], None]) -> None:
+def while_it_runs(local: LocalRun, script: Callable[[], None], wait_s: float = WAIT_S) -> None:
     """Give commands on the side while this thread looks after the processes; the script stops the run."""
 
     def stopping() -> None:
@@ -47,7 +47,7 @@ def while_it_runs(local: LocalRun, script: Callable[[], None]) -> None:
 
     with ThreadPoolExecutor(1) as pool:
         done = pool.submit(stopping)
-        local.wait(WAIT_S)
+        local.wait(wait_s)
         done.result()
 
 

@@ -13,6 +13,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from elastic import cli
 from elastic.tools.page.access import refusal
 from elastic.tools.page.server import Page, serve
 from tests.forked import WAIT_S
@@ -112,6 +115,15 @@ def test_odd_requests_are_answered_and_change_nothing(tmp_path: Path):
         assert (status, "<title>Elastic" in text, page.token in text) == (200, True, False)
 
     assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+
+
+def test_a_page_of_nothing_or_at_no_port_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    assert cli.main(["page", str(tmp_path / "nosuch")]) == 2
+    assert "which is no folder" in capsys.readouterr().err
+    assert cli.main(["page", str(tmp_path), "--port", "70000"]) == 2
+    with page_of(tmp_path) as page:
+        assert cli.main(["page", str(tmp_path), "--port", str(page.port)]) == 2
+    assert "which cannot be used" in capsys.readouterr().err
 
 
 def test_a_page_of_one_run_shows_that_one_alone(tmp_path: Path):

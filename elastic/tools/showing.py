@@ -57,6 +57,7 @@ def _page(arguments: argparse.Namespace) -> int:
     if not 0 <= arguments.port < 1 << 16:
         raise ConfigError(f"--port is {arguments.port}; give 0 to 65535")
     page = Page(find_run(arguments.url))
+    page.runs.list()  # says what is wrong with the place before anything listens
 
     def ready(link: str) -> None:
         print(f"{page.runs.place}: {link}\nWhoever has the link may steer the runs. Ctrl-C ends the page.", flush=True)
