@@ -1,4 +1,5 @@
-"""Checksums of blocks: xxh3_128 of whole ones, and crc32, which can be put together from parts read by several."""
+"""Checksums of blocks: xxh3_128 for blocks that one worker reads whole, and crc32 for blocks of which several workers
+read pieces, because crc32 of a block can be computed from those of its pieces."""
 
 from __future__ import annotations
 
@@ -11,17 +12,17 @@ import xxhash
 
 from elastic.checkpoint import format
 
-_POLYNOMIAL = 0xEDB88320  # crc32's, reflected
+_POLYNOMIAL = 0xEDB88320  # of crc32, reflected
 
 
 def hash_blocks(data: memoryview | bytes) -> tuple[str, ...]:
-    """xxh3_128 of each block of BLOCK_BYTES."""
+    """Return xxh3_128, in hexadecimal, of each block of BLOCK_BYTES."""
     size = format.BLOCK_BYTES
     return tuple(xxhash.xxh3_128_hexdigest(data[i : i + size]) for i in range(0, max(len(data), 1), size))
 
 
 def hash_pieces(pieces: Iterable[memoryview]) -> str:
-    """xxh3_128 of a block that lies in several places."""
+    """Return xxh3_128, in hexadecimal, of a block whose bytes lie in several pieces."""
     digest = xxhash.xxh3_128()
     for piece in pieces:
         digest.update(piece)
@@ -29,13 +30,14 @@ def hash_pieces(pieces: Iterable[memoryview]) -> str:
 
 
 def crc_blocks(data: memoryview | bytes) -> tuple[int, ...]:
-    """crc32 of each block of BLOCK_BYTES."""
+    """Return crc32 of each block of BLOCK_BYTES."""
     size = format.BLOCK_BYTES
     return tuple(zlib.crc32(data[i : i + size]) for i in range(0, max(len(data), 1), size))
 
 
 def combine_crcs(first: int, second: int, second_length: int) -> int:
-    """crc32 of two pieces of data from those of each; zlib's crc32_combine, by multiplication modulo the polynomial."""
+    """Return crc32 of two adjacent pieces of data from their crc32s and the length of the second piece in bytes. This
+    is the algorithm of zlib's crc32_combine: multiplication modulo the polynomial."""
     return _times(_power(second_length), first) ^ second
 
 
@@ -59,7 +61,7 @@ _SQUARES = _squares()
 
 
 def _power(length: int) -> int:
-    """x^(8 length) modulo the polynomial."""
+    """Return x^(8 length) modulo the polynomial."""
     power, k = 1 << 31, 3
     while length:
         if length & 1:
@@ -70,7 +72,14 @@ def _power(length: int) -> int:
 
 @dataclass(frozen=True)
 class Partial:
-    """A piece of a block that one reader has, `object[start:end]`, and the crc32 of what it got."""
+    """A piece of a block, `object[start:end]`, that one reader read.
+
+    Args:
+        object: the name of the object.
+        block: where the block begins and ends in the object, in bytes.
+        crc: the crc32 of the whole block according to the manifest.
+        found: the crc32 of the bytes that were read.
+    """
 
     object: str
     block: tuple[int, int]
@@ -89,9 +98,9 @@ class Partial:
 
 
 def unproven(partials: Iterable[Partial]) -> set[tuple[str, int]]:
-    """Blocks (object, start) whose pieces do not add up to the block's checksum.
+    """Return the blocks (object, start) whose pieces do not combine to the block's checksum.
 
-    Also those that nobody can prove: pieces that differ between readers, overlap, or do not cover the block.
+    This includes blocks whose pieces differ between readers, overlap, or do not cover the block.
     """
     by_block: dict[tuple[str, int], list[Partial]] = {}
     for partial in partials:

@@ -1,31 +1,34 @@
-"""How often to save, if the run is to find out: the interval that loses least to saving and to faults."""
+"""The interval between saves, if the user leaves it to the run: the one that loses the least time to saving and to
+faults."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 
-FIRST_COST_S = 1.0  # of a save, before any was seen
-PRIOR_S = 4 * 3600.0  # as if so much time had passed with one fault, before the run began
+FIRST_COST_S = 1.0  # the assumed cost of a save before the first one
+PRIOR_S = 4 * 3600.0  # the estimate starts as if so much time with one fault had preceded the run
 SHORTEST_S, LONGEST_S = 10.0, 3600.0
-SLOWED = 0.02  # share of an upload's time that training is slower by
+SLOWED = 0.02  # an upload slows training down by this share of its duration
 
 
 def young_daly(cost_s: float, between_faults_s: float) -> float:
-    """The best interval between saves, to first order: sqrt(2 C M) (Young 1974; Daly 2006)."""
+    """Return the best interval between saves in seconds, to first order: sqrt(2 C M), with the cost C of a save and the
+    mean time M between faults (Young 1974; Daly 2006)."""
     return math.sqrt(2 * cost_s * between_faults_s)
 
 
 def save_cost(stall_s: float, upload_s: float) -> float:
-    """What a save costs the training, in seconds."""
+    """Return the seconds that a save costs the training."""
     return stall_s + SLOWED * upload_s
 
 
 def save_interval(every_s: float | None, costs_s: Sequence[float], elapsed_s: float, faults: int) -> float:
-    """Seconds from one save to the next.
+    """Return the seconds from one save to the next.
 
     Args:
-        every_s: what was asked for; 0 for the best interval, None where the clock does not say (infinity).
+        every_s: the interval that the user gave; 0 for the best interval, None if saves do not go by the clock (then
+            the result is infinity).
         costs_s, elapsed_s, faults: as for `auto_interval`.
     """
     if every_s is None:
@@ -34,10 +37,10 @@ def save_interval(every_s: float | None, costs_s: Sequence[float], elapsed_s: fl
 
 
 def auto_interval(costs_s: Sequence[float], elapsed_s: float, faults: int) -> float:
-    """Seconds between saves, from the costs of the saves and the number of faults so far.
+    """Return the seconds between saves, from the costs of the saves and the number of faults so far.
 
-    The median of the last costs counts, so that one slow save does not. A save is never due more often than every
-    20 times its cost: saving takes at most 5 % of the time, whatever the faults.
+    The cost is the median of the last nine, so that one slow save does not matter. The interval is at least 20 times
+    the cost, so that saving takes at most 5 % of the time, however many faults there are.
     """
     recent = sorted(costs_s[-9:])
     cost = recent[len(recent) // 2] if recent else FIRST_COST_S

@@ -1,4 +1,4 @@
-"""Reading ranges of objects straight into the caller's memory, again where that helps."""
+"""Reading ranges of objects straight into the caller's memory, with retries after errors that may pass."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ _SLICE = 1 << 18
 
 
 class ShortRead(Exception):
-    """An object ends before the bytes that were asked for."""
+    """An object ends before the end of the range that was requested."""
 
 
 class RangeReader:
-    """Reads ranges of objects into memory. From any thread; close it."""
+    """Reads ranges of objects into memory. May be called from any thread; must be closed."""
 
     def __init__(self, storage: Storage):
         self._storage = storage
@@ -30,10 +30,11 @@ class RangeReader:
         self._direct = DirectReads(storage.fs) if storage.is_s3 else None
 
     def read(self, name: str, start: int, views: Sequence[memoryview]) -> None:
-        """Fill `views`, one after the other, with the bytes of `name` from `start`.
+        """Fill `views`, one after the other, with the bytes of the object `name` from `start`.
 
         Raises:
-            DamagedCheckpoint: there is no such object, or it ends before.
+            DamagedCheckpoint: there is no such object, or it ends too early.
+            Exception: the storage's error, if it cannot pass or did not pass in time.
         """
         try:
             patiently(lambda: self._once(name, start, views))

@@ -1,4 +1,4 @@
-"""Errors of storage: which of them pass, how long to wait for that, and how one is told in a sentence."""
+"""Errors of storage: which of them are transient, how long to retry, and how an error becomes one sentence."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from elastic.errors import StorageError
 from elastic.storage import Storage
 
 T = TypeVar("T")
-RETRY_S = 120.0  # a server that restarts is back by then
+RETRY_S = 120.0  # long enough for a server to restart
 _FIRST_WAIT_S, _LONGEST_WAIT_S = 0.1, 5.0
 _PERMANENT = (FileNotFoundError, FileExistsError, PermissionError, NotADirectoryError, IsADirectoryError)
 _NO_USE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EBADF, errno.EINVAL, errno.EFBIG}
 _HOPELESS = ("NoCredentials", "PartialCredentials", "ParamValidation", "InvalidRange", "ExpiredToken", "AccessDenied")
 
-#: Libraries that speak to stores, and those of them whose errors say by their HTTP status whether they pass. S3's do
-#: not: some of its 400 and 409 pass.
+#: Libraries that access object stores, and those of them whose HTTP status shows whether an error is transient. That of
+#: S3's libraries does not: some 400 and 409 of S3 are transient.
 _LIBRARIES = {"aiohttp", "aiobotocore", "botocore", "requests", "urllib3", "gcsfs", "google", "azure", "adlfs"}
 _BY_STATUS = {"aiohttp", "gcsfs", "google", "azure", "adlfs"}
 _FORBIDDEN = "Forbidden: "  # how gcsfs raises a 403: as an OSError that has neither a status nor a number
 _PASSING_STATUS = {408, 425, 429}
-_PASSING_AUTH = ("TransportError", "RefreshError")  # of google.auth: the token server was not reached
+_PASSING_AUTH = ("TransportError", "RefreshError")  # raised by google.auth if it does not reach the token server
 
 
-def _told_by_library(error: BaseException) -> BaseException:
-    """What a library raised, without what its file system put around it."""
+def _unwrapped(error: BaseException) -> BaseException:
+    """Return the error that a library raised, without the RuntimeError in which its file system wraps it."""
     cause = error.__cause__
     return cause if type(error) is RuntimeError and cause is not None and is_from_storage(cause) else error
 
@@ -40,7 +40,7 @@ def _library(error: BaseException) -> str:
 
 
 def _status(error: BaseException) -> int | None:
-    """The HTTP status that a library's error carries: each has another name for it."""
+    """Return the HTTP status of a library's error, whose name differs between libraries."""
     for name in ("status_code", "status", "code"):
         value = getattr(error, name, None)
         if isinstance(value, int) or (isinstance(value, str) and value.isdigit()):
@@ -49,16 +49,19 @@ def _status(error: BaseException) -> int | None:
 
 
 def is_from_storage(error: BaseException) -> bool:
-    """Whether it is a file system's error, or one of a library that speaks to a store."""
-    return isinstance(_told_by_library(error), OSError) or _library(_told_by_library(error)) in _LIBRARIES
+    """Whether the error comes from a file system or from a library that accesses an object store."""
+    return isinstance(_unwrapped(error), OSError) or _library(_unwrapped(error)) in _LIBRARIES
 
 
 @contextlib.contextmanager
 def in_one_sentence(storage: Storage, doing: str) -> Iterator[None]:
-    """What storage raises inside, after all patience, comes out as one sentence.
+    """Turn an error that storage raises inside, after all retries, into one sentence.
+
+    Args:
+        doing: the participle for the sentence, such as "read".
 
     Raises:
-        StorageError: expired keys, a store that is away, a disk that fails.
+        StorageError: for example: the keys have expired, the store does not answer, or the disk fails.
     """
     try:
         yield
@@ -70,7 +73,7 @@ def in_one_sentence(storage: Storage, doing: str) -> Iterator[None]:
 
 
 def is_no_room(error: BaseException) -> bool:
-    """Whether it says that the storage is full."""
+    """Whether the error means that the storage is full."""
     return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -79,8 +82,9 @@ class Cancelled(Exception):
 
 
 def is_transient(error: BaseException) -> bool:
-    """Whether the same request may succeed a little later: 5xx, SlowDown, cut and refused connections, time-outs."""
-    error = _told_by_library(error)
+    """Whether the same request may succeed a little later: after a 5xx status, SlowDown, a broken or refused
+    connection, or a time-out."""
+    error = _unwrapped(error)
     if isinstance(error, _PERMANENT) or any(word in f"{type(error).__name__} {error}" for word in _HOPELESS):
         return False
     if isinstance(error, OSError):
@@ -103,11 +107,16 @@ def patiently(
     on_retry: Callable[[], None] | None = None,
     passes: Callable[[BaseException], bool] = is_transient,
 ) -> T:
-    """Call with `args`, and again after a growing, jittered wait while the error is one that `passes`.
+    """Call with `args`, and retry with exponential backoff and jitter while `passes` holds for the error.
+
+    Args:
+        retry_s: the seconds after which no further attempt begins.
+        cancelled: ends the retries when it is set.
+        on_retry: called before each wait.
 
     Raises:
-        Cancelled: meanwhile it was called off.
-        Exception: whatever the call raised last, if it cannot pass or did not within `retry_s`.
+        Cancelled: `cancelled` was set.
+        Exception: the last error, if it cannot pass or did not pass within `retry_s`.
     """
     deadline, wait = time.monotonic() + retry_s, _FIRST_WAIT_S
     while True:

@@ -1,8 +1,8 @@
-"""Ranges of S3 objects, received straight into the memory they are for, on the threads that want them.
+"""Reading ranges of S3 objects straight into their destination, on the calling threads.
 
-s3fs receives on one thread, through buffers that are copied three times; that thread limits a load. Here each thread
-has a connection of its own and receives into the destination, without the interpreter's lock. All else stays s3fs's
-business: it signs the objects' URLs, and what is answered by anything but the bytes is asked again through it.
+s3fs receives on one thread, through buffers that are copied three times; that thread limits the speed of a load. Here
+each thread has its own connection and receives into the destination without holding the interpreter's lock. s3fs does
+the rest: it signs the URLs, and any request that is not answered with the bytes is repeated through it.
 """
 
 from __future__ import annotations
@@ -19,26 +19,30 @@ from urllib.parse import urlsplit
 
 SIGNED_S = 3600
 _RENEW_S = SIGNED_S / 2
-_TIMEOUTS = ("connect_timeout", "read_timeout")  # in seconds, of the client
-_PASSING = (404, 416)  # and 5xx: of this request, not of asking like this
+_TIMEOUTS = ("connect_timeout", "read_timeout")  # options of the client, in seconds
+_PASSING = (404, 416)  # like 5xx, these concern one request, not the way of asking
 
 
 class DirectReads:
-    """Reads ranges past s3fs where nothing speaks against it. From any thread; close it."""
+    """Reads ranges without s3fs if the file system's options allow it. May be called from any thread; must be
+    closed."""
 
     def __init__(self, fs: Any):
         self._fs = fs
-        self._plain = _is_plain(fs)  # nothing found out since, either
+        self._plain = _is_plain(fs)  # False too once a server has refused a request
         self._urls: dict[str, tuple[float, str]] = {}
         self._lock = threading.Lock()
         self._own = threading.local()
         self._connections: list[http.client.HTTPConnection] = []
 
     def read(self, path: str, start: int, size: int, views: Sequence[memoryview]) -> bool:
-        """Fill `views` with `size` bytes from `start`. False: nothing was read, s3fs has to ask.
+        """Fill `views` with `size` bytes from `start`.
+
+        Returns:
+            False if nothing was read, so that the caller must read through s3fs.
 
         Raises:
-            OSError: the connection broke, or moved nothing for as long as the client's read_timeout.
+            OSError: the connection broke, or no bytes arrived for the client's read_timeout.
         """
         if not self._plain or not size:
             return False
@@ -58,7 +62,7 @@ class DirectReads:
             if isinstance(error, http.client.HTTPException):
                 raise ConnectionResetError(
                     f"{path} was cut off ({type(error).__name__})"
-                ) from None  # may name the signed URL
+                ) from None  # the cause may show the signed URL
             raise
 
     def close(self) -> None:
@@ -123,7 +127,7 @@ def _host_port(scheme: str, place: str) -> tuple[str, int]:
 
 
 def _is_plain(fs: Any) -> bool:
-    """Whether a signed URL is all there is to a request: no proxy, no certificates or headers of the user's own."""
+    """Whether a request needs nothing but its signed URL: the user set no proxy, certificates or headers."""
     given = {**fs.client_kwargs, **fs.config_kwargs}
     if any(given.get(name) is not None for name in ("verify", "proxies", "proxies_config", "client_cert")):
         return False
@@ -132,9 +136,9 @@ def _is_plain(fs: Any) -> bool:
 
 
 def _authorities(fs: Any) -> str:
-    """The file of certificate authorities that botocore would take."""
+    """Return the file of certificate authorities that botocore would use."""
     from botocore.httpsession import get_cert_path
 
-    fs.s3  # noqa: B018 - connects, which makes the session
+    fs.s3  # noqa: B018 - connects, and so makes the session
     chosen = fs.session.get_config_variable("ca_bundle") or os.environ.get("REQUESTS_CA_BUNDLE")
     return str(chosen or get_cert_path(True))

@@ -1,4 +1,4 @@
-"""Host memory that a worker and its uploader share: one buffer, grown when needed, used again for every save."""
+"""Host memory that a worker and its uploader share: one buffer that is reused for every save and grows when needed."""
 
 from __future__ import annotations
 
@@ -9,7 +9,12 @@ import torch
 
 
 class StagingBuffer:
-    """A memfd: no name, no file, and gone with the last process that has it; /dev/shm may be small. Pinned for CUDA."""
+    """A buffer in a memfd, which has no name and is freed with the last process that holds it; /dev/shm may be too
+    small.
+
+    Args:
+        pinned: whether to pin the memory, which copies from a CUDA device need.
+    """
 
     def __init__(self, *, pinned: bool):
         self.fd = os.memfd_create("elastic-staging")
@@ -19,7 +24,11 @@ class StagingBuffer:
         self._bytes = torch.empty(0, dtype=torch.uint8)
 
     def reserve(self, size: int) -> None:
-        """Have room for `size` bytes. What was in it may be lost; nobody may be reading it."""
+        """Make the buffer at least `size` bytes long. Its contents may be lost, so nobody may be reading it.
+
+        Raises:
+            MemoryError: CUDA could not pin the memory.
+        """
         if size <= self.size:
             return
         self._release()
@@ -34,11 +43,11 @@ class StagingBuffer:
                 raise MemoryError(f"CUDA could not pin {size} bytes for staging (error {int(result)})")
 
     def bytes(self, start: int, end: int) -> torch.Tensor:
-        """A view, as uint8."""
+        """Return a view of the bytes, uint8 [end - start]."""
         return self._bytes[start:end]
 
     def view(self) -> memoryview:
-        """All of it."""
+        """Return a view of the whole buffer."""
         assert self._map is not None
         return memoryview(self._map)
 
@@ -46,9 +55,9 @@ class StagingBuffer:
         if self._map is not None and self._pinned:
             torch.cuda.cudart().cudaHostUnregister(self._bytes.data_ptr())
         self._bytes = torch.empty(0, dtype=torch.uint8)
-        self._map, self.size = None, 0  # unmapped when its last view is gone
+        self._map, self.size = None, 0  # the memory is unmapped when its last view is freed
 
     def close(self) -> None:
-        """Give the memory back."""
+        """Free the memory."""
         self._release()
         os.close(self.fd)

@@ -34,8 +34,8 @@ def save_state(
     """Save tensors and JSON values as the checkpoint of `step` in the folder at `url`, and wait until it is committed.
 
     Raises:
-        FileExistsError: there is one of this step and attempt.
-        CheckpointError: it could not be saved.
+        FileExistsError: there is a checkpoint of this step and attempt.
+        CheckpointError: the tensors could not be saved.
     """
     storage = Storage(url)
     saver = Saver(storage)
@@ -52,7 +52,13 @@ def save_state(
 def load_state(
     url: str, step: int | None = None, names: list[str] | None = None
 ) -> tuple[dict[str, torch.Tensor], Manifest]:
-    """The tensors and manifest of the newest checkpoint at `url`, or of the newest of `step`.
+    """Load the newest checkpoint at `url`, or the newest of `step`; undamaged committed checkpoints alone count.
+
+    Args:
+        names: the tensors to load; None for all.
+
+    Returns:
+        the tensors by name, with the dtypes of the checkpoint, on the CPU; and the manifest.
 
     Raises:
         CheckpointError: there is none, or it is damaged.

@@ -1,7 +1,7 @@
-"""Objects on their way to storage, part by part; and removing what is left of those whose writers died.
+"""Uploading objects in parts, and removing the unfinished objects of writers that died.
 
-S3 is spoken to part by part, straight from the caller's memory. A file is written in place, under another name until it
-is whole. Other file systems get their objects in one stream, through fsspec.
+Parts of S3 objects are sent straight from the caller's memory. A file is written under a temporary name until it is
+whole. Objects of other file systems are written as one stream, through fsspec.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ _SLICE = 1 << 18
 
 
 class Upload(Protocol):
-    """An object that is being written; it is there, whole, after `complete`, and not at all before."""
+    """An object that is being written. It exists after `complete`, and then it is whole."""
 
-    parallel: bool  # whether parts may come at the same time and in any order
+    parallel: bool  # whether `put` may be called for several parts at the same time and in any order
 
     def put(self, number: int, offset: int, data: memoryview) -> None: ...
 
@@ -33,7 +33,7 @@ class Upload(Protocol):
 def open_upload(
     storage: Storage, name: str, size: int, part_bytes: int, on_move: Callable[[], None] = lambda: None
 ) -> Upload:
-    """Start writing an object of `size` bytes in parts of `part_bytes`; `on_move` is called as bytes leave."""
+    """Start writing an object of `size` bytes in parts of `part_bytes`; `on_move` is called whenever bytes are sent."""
     if storage.local:
         return _FileUpload(storage.path(name), size)
     if storage.is_s3:
@@ -55,8 +55,8 @@ class _FileUpload:
     def _reserve(self, size: int) -> None:
         try:
             os.posix_fallocate(self._fd, 0, size)
-        except OSError as error:  # where the file system cannot do this, writing finds out
-            if is_no_room(error):  # said before the last bytes are taken, which others need
+        except OSError as error:  # a file system may lack this call; then writing finds out whether it is full
+            if is_no_room(error):  # raised before this file takes the last bytes, which others need
                 self.abort()
                 raise
 
@@ -72,7 +72,7 @@ class _FileUpload:
         sync_folder(os.path.dirname(self._path))
 
     def abort(self) -> None:
-        with contextlib.suppress(OSError):  # it may be closed already
+        with contextlib.suppress(OSError):  # the file may be closed already
             os.close(self._fd)
         with contextlib.suppress(FileNotFoundError):
             os.unlink(self._temporary)
@@ -105,7 +105,7 @@ class _S3Upload:
             self._fs.call_s3(
                 "complete_multipart_upload", **self._where, UploadId=self._id, MultipartUpload={"Parts": parts}
             )
-        except FileNotFoundError:  # no such upload: completed before, and the answer was lost?
+        except FileNotFoundError:  # no such upload: it may have been completed and only the answer been lost
             if self._fs.call_s3("head_object", **self._where)["ContentLength"] != self._size:
                 raise
 
@@ -116,9 +116,9 @@ class _S3Upload:
 
 
 class _Body:
-    """Memory as the body of a request, sent slice by slice without a copy; `bytes` would be copied twice over.
+    """Memory as the body of a request, sent in slices without a copy; a `bytes` object would be copied twice.
 
-    aiohttp takes what is iterable asynchronously; botocore, where it computes checksums, reads.
+    aiohttp iterates over it asynchronously; botocore reads it to compute checksums.
     """
 
     def __init__(self, data: memoryview, on_move: Callable[[], None]):
@@ -164,13 +164,13 @@ class _StreamUpload:
 
 
 def _partial(path: str) -> str:
-    """How the names of unfinished files begin that are to be the object at `path`."""
+    """Return the prefix of the temporary names under which the object at `path` is written."""
     folder, _, name = path.rpartition("/")
     return f"{folder}/.tmp-{name}-"
 
 
 def discard_partial(storage: Storage, name: str) -> None:
-    """Remove what is left of an object whose writer was killed."""
+    """Remove the unfinished uploads of an object whose writer was killed."""
     if storage.local:
         folder, _, start = _partial(storage.path(name)).rpartition("/")
         with contextlib.suppress(FileNotFoundError):
@@ -182,10 +182,11 @@ def discard_partial(storage: Storage, name: str) -> None:
 
 
 def sweep_uploads(storage: Storage, prefix: str, keep: Callable[[str], bool]) -> list[str]:
-    """Abort unfinished multipart uploads below `prefix`, but for objects (relative names) that `keep` keeps.
+    """Abort unfinished multipart uploads below `prefix`, except those of objects for whose relative name `keep` is
+    true.
 
     Returns:
-        the names of those aborted. Nothing where the storage has no such uploads.
+        the names of the objects whose uploads were aborted; empty for storage other than S3.
     """
     if not storage.is_s3:
         return []

@@ -1,4 +1,4 @@
-"""Which microbatches of a step each rank runs. Pure functions; the cut of the batch never depends on the world."""
+"""Which microbatches of a step each rank runs. Pure functions; how the batch is divided never depends on the world."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from elastic.errors import ConfigError
 
 
 def choose_microbatches(global_size: int, max_workers: int) -> int:
-    """V where the user gave none: the smallest divisor of B >= 4 x max workers, else the largest >= max workers.
+    """Choose the number of microbatches if the user gives none: the smallest divisor of `global_size` that is at least
+    4 x max workers, or if there is none, the largest divisor that is at least max workers.
 
     Raises:
         ConfigError: the batch has no divisor that gives every worker a microbatch.
@@ -27,10 +28,10 @@ def choose_microbatches(global_size: int, max_workers: int) -> int:
 
 
 def check_microbatches(microbatches: int, max_workers: int) -> None:
-    """Refuse a cut that leaves a worker of the largest world without work.
+    """Refuse a number of microbatches that leaves a worker of the largest world without work.
 
     Raises:
-        ConfigError: V < max workers.
+        ConfigError: there are fewer microbatches than max workers.
     """
     if microbatches < max_workers:
         raise ConfigError(
@@ -40,28 +41,29 @@ def check_microbatches(microbatches: int, max_workers: int) -> None:
 
 
 def deal(count: int, world_size: int) -> list[range]:
-    """A contiguous run of `count` microbatches for each rank, their lengths equal to within one."""
+    """Divide `count` microbatches into one contiguous range for each rank; their lengths differ by one at most."""
     bounds = [count * rank // world_size for rank in range(world_size + 1)]
     return [range(a, b) for a, b in itertools.pairwise(bounds)]
 
 
 def rounds(count: int, world_size: int) -> int:
-    """Microbatches that the busiest rank runs one after another."""
+    """Return how many microbatches the busiest rank runs one after another."""
     return -(-count // world_size)
 
 
 def efficiency(count: int, world_size: int) -> float:
-    """Share of the ranks' rounds that have work: 1.0 where the world size divides the microbatches."""
+    """Return the share of the ranks' rounds that have work: 1.0 if the world size divides the number of
+    microbatches."""
     return count / (rounds(count, world_size) * world_size)
 
 
 def batch_table(microbatches: int, max_workers: int) -> list[tuple[int, int, float]]:
-    """(workers, rounds, efficiency) for every world size up to the largest."""
+    """Return (workers, rounds, efficiency) for every world size up to the largest."""
     return [(w, rounds(microbatches, w), efficiency(microbatches, w)) for w in range(1, max_workers + 1)]
 
 
 def batch_line(global_size: int, microbatches: int, max_workers: int) -> str:
-    """The first console line: how a global batch is cut."""
+    """Return the first console line, which shows how a global batch is divided."""
     return (
         f"global {global_size} = {microbatches} microbatches x {global_size // microbatches}; "
         f"{max_workers} workers -> {rounds(microbatches, max_workers)} rounds"

@@ -1,8 +1,9 @@
-"""What data are: their length and a few samples, in numbers that workers and the parts of a run can compare.
+"""A description of a dataset: its length and fingerprints of a few samples, which workers and the claims of a run
+compare.
 
-Each sample is fetched under a seed of its own, so that augmentation does not matter. Its bits are hashed, and beside
-them its structure (types, shapes, whole numbers, texts) and a few figures of its floating-point numbers, which may be
-computed on machines that differ in the last bits.
+Each sample is fetched under a seed of its own, so that random augmentation does not change it. A fingerprint has a hash
+of the sample's bits, a hash of its structure (types, shapes, whole numbers, texts), and a few figures of its
+floating-point numbers, because machines may compute these with different last bits.
 """
 
 from __future__ import annotations
@@ -27,9 +28,9 @@ from elastic.data.samples import untouched
 from elastic.seeds import derive, seed_all
 
 SOME, POINTS = 4, 5
-MOST_NUMBERS = 1 << 20  # of one array that figures are made from
+MOST_NUMBERS = 1 << 20  # the most elements of one array from which figures are made
 MAX_DEPTH = 20
-BUDGET_S = 5.0  # no further sample is fetched after it
+BUDGET_S = 5.0  # after this time no further sample is fetched
 _BY_TEXT = (
     datetime.date,
     datetime.time,
@@ -45,21 +46,21 @@ _BY_TEXT = (
 )
 
 
-class _CannotTellError(Exception):
-    """A value of which nothing is known but that it is there."""
+class _NotComparableError(Exception):
+    """A value that has no bits to be compared."""
 
 
 def places(count: int, some: int = SOME) -> list[int]:
-    """The samples that stand for `count`: first, last, and some between."""
+    """Return the ids of the samples that represent `count` samples: the first, the last, and `some` between them."""
     between = (derive("identity", count, i) % count for i in range(some))
     return sorted({0, count - 1, *between}) if count else []
 
 
 def identify(data: Any, some: int = SOME) -> dict[str, Any]:
-    """Describe map-style data: `samples`, their number; `found`, by place: bits, structure and figures.
+    """Describe map-style data: `samples` is their number, `found` has the `fingerprint` of some samples by id.
 
-    `varies` is there where a sample is another one each time, though under one seed. A sample that cannot be fetched,
-    or is made of what cannot be compared, is left out: that is said where it is used.
+    `varies` is set if the first sample differs from one fetch to the next under the same seed. A sample that cannot be
+    fetched or compared is left out; the step that uses the sample reports the error.
     """
     count, began = len(data), time.monotonic()
     trial = untouched(data)
@@ -80,22 +81,23 @@ def _fetch(data: Any, place: int) -> list[Any] | None:
     seed_all(derive("identity", place))
     try:
         return fingerprint(data[place])
-    except Exception:  # of the job's data: the step that needs this sample says it with all there is to know
+    except Exception:  # raised by the job's data; the step that needs this sample reports it in full
         return None
 
 
 def fingerprint(sample: Any) -> list[Any] | None:
-    """(bits, structure, figures) of a sample; None where it is made of what cannot be compared."""
+    """Return (bits, structure, figures) of a sample: two hashes in hexadecimal and a list of floats; None if it
+    contains a value that cannot be compared."""
     walk = _Walk()
     try:
         walk.take(sample, 0)
-    except _CannotTellError:
+    except _NotComparableError:
         return None
     return [walk.bits.hexdigest(), walk.structure.hexdigest(), walk.figures()]
 
 
 class _Walk:
-    """Goes through a sample, part by part."""
+    """Walks through a sample, value by value, and hashes it."""
 
     def __init__(self) -> None:
         self.bits, self.structure = hashlib.blake2b(digest_size=8), hashlib.blake2b(digest_size=4)
@@ -103,43 +105,44 @@ class _Walk:
 
     def take(self, value: Any, depth: int) -> None:
         if depth > MAX_DEPTH:
-            raise _CannotTellError
+            raise _NotComparableError
         if isinstance(value, torch.Tensor):
             self._tensor(value, depth)
         elif isinstance(value, (np.ndarray, np.generic)):
             self._array(np.asarray(value), depth)
         elif isinstance(value, enum.Enum):
-            self._say(f"{type(value).__name__}.{value.name}")
+            self._hash(f"{type(value).__name__}.{value.name}")
         elif value is None or isinstance(value, (bool, int)):
-            self._say(f"{type(value).__name__} {value}")
+            self._hash(f"{type(value).__name__} {value}")
         elif isinstance(value, float):
             self._numbers("float", np.asarray([value]))
         elif isinstance(value, complex):
             self._numbers("complex", np.asarray([value.real, value.imag]))
-        elif isinstance(value, (str, pathlib.PurePath)):  # a folder may have another name on another machine
+        elif isinstance(value, (str, pathlib.PurePath)):  # a path may have another folder on another machine
             text = str(value)
-            self._say(f"text {pathlib.PurePath(text).name if text.startswith('/') else text}")
+            self._hash(f"text {pathlib.PurePath(text).name if text.startswith('/') else text}")
         elif isinstance(value, (bytes, bytearray, memoryview)):
-            self._say("bytes", bytes(value))
+            self._hash("bytes", bytes(value))
         elif isinstance(value, _BY_TEXT):
-            self._say(f"{type(value).__name__} {value!r}")
+            self._hash(f"{type(value).__name__} {value!r}")
         elif isinstance(value, Mapping):
             self._named(value, sorted(value, key=repr), depth)
         elif isinstance(value, (list, tuple)):
-            self._say(f"{type(value).__name__} {len(value)}")
-            for part in value:
-                self.take(part, depth + 1)
+            self._hash(f"{type(value).__name__} {len(value)}")
+            for item in value:
+                self.take(item, depth + 1)
         elif isinstance(value, AbstractSet):
-            self._say(f"set {sorted(map(_of_one, value))}")
+            self._hash(f"set {sorted(map(_bits_of, value))}")
         elif all(hasattr(value, name) for name in ("tobytes", "mode", "size")):  # an image of PIL's
-            self._say(f"image {value.mode} {value.size}", value.tobytes())
+            self._hash(f"image {value.mode} {value.size}", value.tobytes())
         elif dataclasses.is_dataclass(value) or hasattr(value, "__dict__"):
             self._object(value, depth)
         else:
-            raise _CannotTellError
+            raise _NotComparableError
 
     def figures(self) -> list[float]:
-        """Mean size, mean and a few of all floating-point numbers, if there are any."""
+        """Return the mean absolute value, the mean, and a few of all floating-point numbers; empty if there are
+        none."""
         if not self._floats:
             return []
         numbers = np.concatenate(self._floats)
@@ -147,7 +150,7 @@ class _Walk:
         means = [np.abs(numbers).mean(), numbers.mean()] if len(numbers) else []
         return [float(f"{x:.6g}") for x in (*means, *chosen)]
 
-    def _say(self, text: str, more: bytes = b"") -> None:
+    def _hash(self, text: str, more: bytes = b"") -> None:
         head = f"{text}\n".encode()
         for digest in (self.bits, self.structure):
             digest.update(head)
@@ -158,16 +161,16 @@ class _Walk:
         step = max(1, values.size // MOST_NUMBERS)
         flat = np.ascontiguousarray(values).reshape(-1)[::step].astype(np.float64)
         finite = np.isfinite(flat)
-        self._say(f"{kind} {values.shape} {int(finite.sum())}")
+        self._hash(f"{kind} {values.shape} {int(finite.sum())}")
         self._floats.append(np.where(finite, flat, 0.0))
 
     def _tensor(self, value: torch.Tensor, depth: int) -> None:
         if value.layout is not torch.strided or value.is_quantized or value.is_nested:
-            raise _CannotTellError
+            raise _NotComparableError
         value = torch.view_as_real(value.resolve_conj()) if value.is_complex() else value
         value = value.detach().cpu().resolve_neg()
         wide = value.float() if value.dtype.is_floating_point and value.dtype.itemsize < 4 else value
-        self._say(f"tensor {value.dtype}")
+        self._hash(f"tensor {value.dtype}")
         self._array(wide.numpy(), depth)
 
     def _array(self, value: np.ndarray, depth: int) -> None:
@@ -178,26 +181,26 @@ class _Walk:
         elif value.dtype.kind == "f":
             self._numbers(str(value.dtype), value)
         else:
-            self._say(f"{value.dtype} {value.shape}", np.ascontiguousarray(value).tobytes())
+            self._hash(f"{value.dtype} {value.shape}", np.ascontiguousarray(value).tobytes())
 
     def _object(self, value: Any, depth: int) -> None:
         if callable(value) or isinstance(value, type):
-            raise _CannotTellError
+            raise _NotComparableError
         named = dict(getattr(value, "__dict__", {}))
         if dataclasses.is_dataclass(value):
             named |= {f.name: getattr(value, f.name, None) for f in dataclasses.fields(value)}
-        self._say(type(value).__qualname__)
+        self._hash(type(value).__qualname__)
         self._named(named, sorted(named), depth)
 
     def _named(self, values: Mapping[Any, Any], names: Iterable[Any], depth: int) -> None:
-        self._say(f"{len(values)} named")
+        self._hash(f"{len(values)} named")
         for name in names:
             self.take(name, depth + 1)
             self.take(values[name], depth + 1)
 
 
-def _of_one(value: Any) -> str:
+def _bits_of(value: Any) -> str:
     found = fingerprint(value)
     if found is None:
-        raise _CannotTellError
+        raise _NotComparableError
     return str(found[0])

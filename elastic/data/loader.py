@@ -1,7 +1,7 @@
-"""Fetching microbatches: by key, under seeds from (seed, epoch, sample id), in this process or in loader processes.
+"""Fetching microbatches by key, under seeds from (seed, epoch, sample id), in this process or in loader processes.
 
-What comes back depends on the key alone. Loader processes outlive a change of the world: they are fed from a plan
-that can be replaced at any step, and what they had prepared for the old plan is thrown away.
+The result depends on the key alone. Loader processes outlive a change of the world: their queue of keys can be replaced
+at any step, and results for old keys are dropped.
 """
 
 from __future__ import annotations
@@ -21,15 +21,22 @@ from elastic.errors import one_line
 from elastic.job import Job
 from elastic.seeds import derive, seed_all
 
-SHOWN = 16  # samples that are named
-TRIES = 3  # to have one span from loader processes
+SHOWN = 16  # the most sample ids that are shown in a message
+TRIES = 3  # attempts to get one span from loader processes
 
 
 @dataclass(frozen=True)
 class Span:
-    """Consecutive microbatches of one step: their samples, and (once fetched) one collated batch of all.
+    """Consecutive microbatches of one step.
 
-    `digests` has xxh3_64 over the little-endian int64 sample ids of each microbatch, as signed 64-bit integers.
+    Args:
+        step: from 0.
+        first: the index of the first microbatch in the step.
+        first_position: the position of the first sample in the endless order.
+        ids: int64 [microbatches x microbatch size], the sample ids.
+        digests: for each microbatch xxh3_64 over its little-endian int64 sample ids, as a signed 64-bit integer.
+        batch: one collated batch of all samples, once it is fetched.
+        error: why a loader process has no batch.
     """
 
     step: int
@@ -38,11 +45,11 @@ class Span:
     ids: np.ndarray
     digests: tuple[int, ...]
     batch: Any = None
-    error: ItemError | None = None  # of a loader process, where there is no batch
+    error: ItemError | None = None
 
 
 class Order:
-    """The microbatches of a run by (step, index)."""
+    """The samples of a run's microbatches, by step and index of the microbatch."""
 
     def __init__(self, *, seed: int, dataset_size: int, global_size: int, microbatches: int):
         self.seed, self.dataset_size = seed, dataset_size
@@ -51,24 +58,25 @@ class Order:
         self._step, self._ids = -1, np.empty(0, dtype=np.int64)
 
     def span(self, step: int, first: int, count: int) -> Span:
-        """Microbatches `first` to `first + count - 1` of `step` (from 0)."""
-        if step != self._step:  # the ids of a step are made together: that takes as long as those of one microbatch
+        """Return the microbatches `first` to `first + count - 1` of `step` (from 0), not fetched."""
+        if step != self._step:  # the ids of all its microbatches take no longer than those of one
             positions = np.arange(step * self.global_size, (step + 1) * self.global_size, dtype=np.int64)
             self._step, self._ids = step, sample_ids(self.seed, self.dataset_size, positions)
         begin = first * self.size
         position, ids = step * self.global_size + begin, self._ids[begin : begin + count * self.size]
-        parts = ids.astype("<i8").reshape(count, self.size)
-        digests = (xxhash.xxh3_64_intdigest(part.tobytes()) for part in parts)
+        rows = ids.astype("<i8").reshape(count, self.size)
+        digests = (xxhash.xxh3_64_intdigest(row.tobytes()) for row in rows)
         return Span(step, first, position, ids, tuple(d - (1 << 64) if d >= 1 << 63 else d for d in digests))
 
 
 class ItemError(Exception):
-    """An exception of the data, and of which samples: of one, or of all that are collated together.
+    """An exception that the job's data raised.
 
     Args:
-        kind: the type of the exception.
-        line: the last line of what Python prints of it.
-        text: all of that.
+        kind: the name of the exception's type.
+        line: the last line of its traceback.
+        text: the whole traceback.
+        samples: the ids of the sample that was fetched, or of all samples that were fetched or collated together.
     """
 
     def __init__(self, kind: str, line: str, text: str, samples: tuple[int, ...]):
@@ -77,7 +85,7 @@ class ItemError(Exception):
 
     @classmethod
     def of(cls, error: Exception, samples: Sequence[int]) -> ItemError:
-        """What was raised while these samples were under way."""
+        """Wrap an exception that was raised while these samples were fetched or collated."""
         text = "".join(traceback.format_exception(error)).rstrip()
         return cls(type(error).__name__, one_line(error), text, tuple(samples))
 
@@ -86,22 +94,29 @@ class ItemError(Exception):
 
 
 class Fetcher:
-    """Fetches and collates the samples of a span, seeded by what they are. `at`: those under way."""
+    """Fetches and collates the samples of a span, under seeds that depend on the samples alone.
+
+    Args:
+        data: a map-style dataset.
+        seed: the seed of the run.
+
+    `at` has the ids of the samples that are being fetched or collated.
+    """
 
     def __init__(self, data: Any, collate_fn: Callable[[Any], Any], seed: int, dataset_size: int):
         self.data, self.collate_fn, self.seed, self.dataset_size = data, collate_fn, seed, dataset_size
         self._fetches_together = fetches_together(data)
-        self._makes_batches: bool | None = None  # its method returns no lists; not known before the first call
+        self._makes_batches: bool | None = None  # whether `__getitems__` returns no list; unknown before the first call
         self.at: Sequence[int] = ()
 
     def __getitem__(self, span: Span) -> Span:
-        """The span with its batch.
+        """Fetch a span and return it with its batch.
 
         Raises:
             ItemError: the dataset or collate_fn raised.
         """
         try:
-            samples = self._together(span) if self._fetches_together else self._each(span)
+            samples = self._together(span) if self._fetches_together else self._one_by_one(span)
             self.at = span.ids.tolist()
             seed_all(derive("collate", self.seed, self._epoch(span, 0), span.digests[0]))
             return replace(span, batch=self.collate_fn(samples))
@@ -110,19 +125,20 @@ class Fetcher:
         finally:
             self.at = ()
 
-    def _each(self, span: Span) -> list[Any]:
+    def _one_by_one(self, span: Span) -> list[Any]:
         ids = span.ids.tolist()
 
-        def seed(i: int) -> int:  # asked for right before a sample is fetched
+        def seed(i: int) -> int:  # called right before the sample is fetched
             self.at = ids[i : i + 1]
             return derive("item", self.seed, self._epoch(span, i), ids[i])
 
         return fetch_each(self.data, ids, seed)
 
     def _together(self, span: Span) -> Any:
-        """By the dataset's own method, a microbatch at a time: how many are in a span depends on the world.
+        """Fetch by the dataset's `__getitems__`, called for one microbatch at a time, because the number of
+        microbatches in a span depends on the world.
 
-        A dataset that makes whole batches of its own, which are no lists, makes one of all.
+        If the method returns whole batches instead of lists of samples, it is called once for the span.
         """
         if self._makes_batches is None:
             self._makes_batches = not isinstance(self._fetch(span, 0, 1), list)
@@ -140,20 +156,20 @@ class Fetcher:
     def _epoch(self, span: Span, place: int) -> int:
         return (span.first_position + place) // self.dataset_size
 
-    # ---- to be tried -------------------------------------------------------------------------------------------
+    # ---- trials before training --------------------------------------------------------------------------------
 
     @property
     def collates_plainly(self) -> bool:
-        """Whether batches are made by torch's own function."""
+        """Whether batches are made by torch's `default_collate`."""
         return getattr(self.collate_fn, "__func__", None) is Job.collate_fn
 
     @property
     def makes_batches(self) -> bool:
-        """Whether the dataset makes whole batches, as far as is known."""
+        """Whether the dataset makes whole batches; False before the first fetch."""
         return bool(self._makes_batches)
 
     def one(self, sample: int) -> Any:
-        """A sample as it is in the first epoch; of a dataset that fetches several together, as that returns it."""
+        """Fetch one sample under its seed of the first epoch; by `__getitems__` if the dataset has it."""
         seed_all(derive("item", self.seed, 0, sample))
         if not self._fetches_together:
             return self.data[sample]
@@ -162,40 +178,41 @@ class Fetcher:
         return found if self._makes_batches else found[0]
 
     def collate(self, samples: list[Any]) -> Any:
-        """A batch, under one seed."""
+        """Collate samples under a fixed seed."""
         seed_all(derive("collate", self.seed, 0))
         return self.collate_fn(samples)
 
     def with_halves(self, span: Span) -> list[tuple[int, Any]]:
-        """How many samples, and their batch: of a span, of its first half, of the other; without halves where the
-        dataset makes whole batches."""
-        samples = self._together(span) if self._fetches_together else self._each(span)
+        """Return (number of samples, their batch) for a span, its first half and its second half; without the halves if
+        the dataset makes whole batches."""
+        samples = self._together(span) if self._fetches_together else self._one_by_one(span)
         if self._makes_batches:
             return [(len(span.ids), self.collate_fn(samples))]
         batches = []
-        for part in [samples, *halves(samples)]:
+        for chosen in [samples, *halves(samples)]:
             seed_all(derive("collate", self.seed, self._epoch(span, 0), span.digests[0]))
-            batches.append((len(part), self.collate_fn(list(part))))
+            batches.append((len(chosen), self.collate_fn(list(chosen))))
         return batches
 
     def draws_together(self, span: Span) -> bool:
-        """Whether random numbers are drawn for several samples at once: by `collate_fn`, or by a dataset that makes
-        whole batches. Then what a sample becomes depends on those beside it.
+        """Whether `collate_fn`, or a dataset that makes whole batches, draws random numbers for several samples at
+        once. If so, a sample depends on those beside it in the batch.
 
         Args:
-            span: one microbatch, to be tried on.
+            span: one microbatch, on which this is tried.
         """
         default = self.collates_plainly
         if default and not self._fetches_together:
             return False
-        samples: Any = self._together(span) if self._fetches_together else self._each(span)
+        samples: Any = self._together(span) if self._fetches_together else self._one_by_one(span)
         if self._makes_batches and draws(lambda: self.data.__getitems__(span.ids.tolist())):
             return True
         return not default and draws(lambda: self.collate_fn(samples))
 
 
 class _Served:
-    """What loader processes fetch from: errors come back as values, so that torch does not make others of them."""
+    """The dataset that loader processes fetch from. It returns errors as values, because torch would re-raise
+    exceptions as others."""
 
     def __init__(self, fetcher: Fetcher):
         self._fetcher = fetcher
@@ -207,24 +224,24 @@ class _Served:
             return replace(span, error=error)
 
     def unsendable(self, span: Span, error: Exception) -> Span:
-        """What is sent in place of a span that cannot be."""
+        """Return the span to send in place of one that cannot be pickled."""
         line = f"what collate_fn() returns cannot be sent from a loader process: {one_line(error)}"
         text = f"{line}; make it of tensors, arrays and plain values, or give --data.workers 0"
         return replace(span, batch=None, error=ItemError(type(error).__name__, line, text, tuple(span.ids.tolist())))
 
 
 def nothing() -> None:
-    """What there is to do before."""
+    """Do nothing; the default of `begin`, at module level so that it can be pickled."""
 
 
 class Loader:
     """Serves one rank's microbatches step after step.
 
     Args:
-        workers: loader processes; 0 fetches on the calling thread.
-        prefetch: microbatches that each process prepares ahead.
-        on_restart: called with what happened when loader processes had to be started again.
-        begin: what each loader process calls first; to be found by its name.
+        workers: the number of loader processes; 0 fetches on the calling thread.
+        prefetch: the number of spans that each process prepares ahead.
+        on_restart: called with a description after loader processes had to be restarted.
+        begin: called first in each loader process; it is pickled by name.
     """
 
     def __init__(
@@ -244,43 +261,44 @@ class Loader:
         self._spans: list[tuple[int, int]] = []
         self._processes: LoaderProcesses | None = None
         self._awaited: Sequence[int] = ()
-        self._draws: bool | None = None  # not known before it is asked
+        self._draws: bool | None = None  # unknown before `draws_together`
         if workers:
-            parts = {
+            sent = {
                 f"train_data(), a {type(fetcher.data).__qualname__},": fetcher.data,
                 "collate_fn(), with the job whose method it is,": fetcher.collate_fn,
             }
-            self._processes = LoaderProcesses(_Served(fetcher), parts, count=workers, prefetch=prefetch, begin=begin)
+            self._processes = LoaderProcesses(_Served(fetcher), sent, count=workers, prefetch=prefetch, begin=begin)
 
     def draws_together(self) -> bool:
-        """Whether what a sample becomes depends on which others are fetched beside it; see `Fetcher`."""
+        """Whether a sample depends on those beside it in its batch; see `Fetcher.draws_together`. False if the first
+        microbatch cannot be fetched."""
         if self._draws is None:
             try:
                 self._draws = self.here().draws_together(self.order.span(0, 0, 1))
-            except Exception:  # a sample that cannot be had: its step says so, with all there is to know
+            except Exception:  # a sample cannot be fetched; its step reports that in full
                 self._draws = False
         return self._draws
 
     def first_batches(self, count: int, step: int = 0) -> list[tuple[int, Any]]:
-        """The first microbatches of a step as one batch, to be tried, and their halves; see `Fetcher.with_halves`.
-        Nothing where they cannot be had."""
+        """Return the first `count` microbatches of a step as one batch, with its halves; see `Fetcher.with_halves`.
+        Empty if they cannot be fetched."""
         try:
             return self.here().with_halves(self.order.span(step, 0, count))
         except Exception:  # as above
             return []
 
     def here(self) -> Fetcher:
-        """Fetches in this process, without a trace in what others are sent."""
-        one = self._fetcher
+        """Return a fetcher for this process. Its dataset is a copy if loader processes are sent the original."""
+        fetcher = self._fetcher
         if self._processes is None:
-            return one
-        return Fetcher(untouched(one.data), one.collate_fn, one.seed, one.dataset_size)
+            return fetcher
+        return Fetcher(untouched(fetcher.data), fetcher.collate_fn, fetcher.seed, fetcher.dataset_size)
 
     def start(self, step: int, spans: list[tuple[int, int]]) -> None:
-        """From `step` on, serve these (first, count) spans of every step.
+        """Serve these spans, given as (first microbatch, count), of every step from `step` on.
 
         Raises:
-            ConfigError: loader processes cannot be sent the data.
+            ConfigError: the data cannot be sent to loader processes.
         """
         self._spans, self._source = spans, self._keys(step, spans)
         if self._processes is not None:
@@ -290,14 +308,14 @@ class Loader:
         for s in range(step, self._total_steps):
             for first, count in spans:
                 yield self.order.span(s, first, count)
-        while True:  # processes look ahead of the last step; what they fetch then is never asked for
+        while True:  # processes prefetch beyond the last step; nobody asks for those spans
             yield self.order.span(self._total_steps, *spans[0])
 
     def next(self, step: int, first: int, count: int) -> Span:
-        """The next span, which the caller knows to be (step, first, count).
+        """Return the next span, which must be the one of (step, first, count).
 
         Raises:
-            ItemError: the training data did, or the processes that fetch it die again and again.
+            ItemError: the job's data raised, or loader processes died TRIES times over this span.
         """
         if self._processes is None:
             return self._fetcher[_find(self._source, step, first, count)]
@@ -314,7 +332,7 @@ class Loader:
         for tried in range(1, TRIES + 1):
             try:
                 return _find(processes.answers(), step, first, count)
-            except Exception as error:  # of torch's and the system's; fetching is pure, so it is done again
+            except Exception as error:  # raised by torch or the system; fetching is pure, so it can be repeated
                 self._source = self._keys(step, self._spans)
                 line = one_line(error)
                 how = f"a loader process is gone while samples of step {step + 1}, microbatch {first} were awaited: "
@@ -327,7 +345,7 @@ class Loader:
         raise AssertionError("it returned or raised")
 
     def waits_for(self) -> list[int]:
-        """The samples that are being fetched just now, for those who look on. From any thread."""
+        """Return the ids of the samples that are awaited just now, SHOWN at most. May be called from any thread."""
         return list(self._awaited or self._fetcher.at)[:SHOWN]
 
     def close(self) -> None:

@@ -18,13 +18,14 @@ _SHIFT = np.uint64(33)
 
 
 def sample_ids(seed: int, dataset_size: int, positions: np.ndarray) -> np.ndarray:
-    """Samples at positions of the endless order: one permutation after another, one an epoch.
+    """Return the sample ids at some positions of the endless order, in which each epoch is one permutation of all
+    samples.
 
     Args:
-        positions: int64 array, any shape, each >= 0.
+        positions: int64 array of any shape with values >= 0.
 
     Returns:
-        int64 array of the same shape, each in `[0, dataset_size)`.
+        int64 array of the same shape with values in `[0, dataset_size)`.
     """
     positions = np.asarray(positions, dtype=np.int64)
     epochs = positions // dataset_size
@@ -36,7 +37,7 @@ def sample_ids(seed: int, dataset_size: int, positions: np.ndarray) -> np.ndarra
 
 
 def permute(seed: int, epoch: int, n: int, positions: np.ndarray) -> np.ndarray:
-    """The permutation of `[0, n)` that belongs to (seed, epoch), at `positions` (int64 in `[0, n)`)."""
+    """Return the permutation of `[0, n)` of (seed, epoch) at `positions` (int64 array, values in `[0, n)`)."""
     bits = max(2, (n - 1).bit_length())
     keys = _round_keys(seed, epoch)
     out = _feistel(positions.astype(np.uint64), bits, keys)
@@ -53,7 +54,7 @@ def _round_keys(seed: int, epoch: int) -> np.ndarray:
 
 
 def _feistel(x: np.ndarray, bits: int, keys: np.ndarray) -> np.ndarray:
-    """An alternating Feistel network on `bits` bits: each round adds a keyed hash of one part to the other."""
+    """An alternating Feistel network on `bits` bits: each round adds a keyed hash of one half to the other half."""
     low_bits = np.uint64(bits // 2)
     low_mask = np.uint64((1 << (bits // 2)) - 1)
     high_mask = np.uint64((1 << (bits - bits // 2)) - 1)

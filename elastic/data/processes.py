@@ -1,7 +1,7 @@
-"""Loader processes: torch's, sent by value what they need, made again when one of them dies.
+"""Loader processes: those of torch's DataLoader, with the dataset pickled by value, restarted when one of them dies.
 
-What a job defines in a script or a notebook can be imported by no other process, so it goes there by value, and so do
-its batches on their way back. Tensors go through shared memory, as torch sends them.
+No other process can import what a job defines in a script or a notebook, so the dataset is sent to the processes by
+value, and so are the batches that they return. Tensors go through torch's shared memory.
 """
 
 from __future__ import annotations
@@ -35,35 +35,36 @@ DYING_S = GONE_S = 1.0
 
 
 class LoaderProcesses:
-    """Processes that work off a queue of keys, in order; its source can be replaced at any time.
+    """Processes that answer a queue of keys in order. The source of the keys can be replaced at any time.
 
     Args:
-        dataset: answers a key, in each of the processes; it raises nothing.
-        parts: what may keep it from being sent, by name, for people.
-        prefetch: keys that each process works off ahead.
-        begin: what each calls first.
+        dataset: maps a key to its answer, in each of the processes; it must not raise.
+        sent: objects in the dataset that may not be picklable, by the name for an error message.
+        count: the number of processes.
+        prefetch: the number of keys that each process answers ahead.
+        begin: called first in each process.
     """
 
     def __init__(
         self,
         dataset: Any,
-        parts: dict[str, Any],
+        sent: dict[str, Any],
         *,
         count: int,
         prefetch: int,
         begin: Callable[[], None],
     ):
-        self._dataset, self._parts, self._count, self._prefetch = dataset, parts, count, prefetch
+        self._dataset, self._sent, self._count, self._prefetch = dataset, sent, count, prefetch
         self._begin = begin
         self._keys = _Keys()
         self._answers: Iterator[Any] | None = None
         self._processes: list[BaseProcess] = []
-        # Where they and we listen. One that is killed leaves its folder behind; one that was inherited is not ours.
+        # The folder of multiprocessing's sockets, which a killed worker leaves behind. An inherited one is not ours.
         self._folder = util.get_temp_dir() if multiprocessing.parent_process() is None else ""
         self._life: tuple[Connection, Connection] | None = Pipe(duplex=False)
 
     def feed(self, source: Iterator[Any]) -> None:
-        """From now on these keys are worked off, after those that were begun before."""
+        """Replace the source of the keys. Keys that were taken from the old source are answered first."""
         self._keys.source = source
         if self._answers is None:
             self._start()
@@ -73,7 +74,7 @@ class LoaderProcesses:
         before = set(multiprocessing.active_children())
         begin = partial(_begin, self._begin, self._life[0], os.getpid(), self._folder)
         loader: DataLoader[Any] = DataLoader(
-            _Sent(self._dataset, self._parts, self._count),
+            _Sent(self._dataset, self._sent, self._count),
             batch_size=None,
             sampler=self._keys,
             num_workers=self._count,
@@ -86,23 +87,23 @@ class LoaderProcesses:
         self._processes = [p for p in multiprocessing.active_children() if p not in before]
 
     def answers(self) -> Iterator[Any]:
-        """The answers, in the order of the keys. Whatever this raises says that the processes are of no use any more:
-        `restart` them."""
+        """Return the answers in the order of the keys. If the iterator raises, the processes can no longer be used:
+        call `restart`."""
         assert self._answers is not None, "feed them first"
         return self._answers
 
     def restart(self, source: Iterator[Any]) -> str:
-        """End them, and start others with these keys.
+        """End the processes and start new ones with these keys.
 
         Returns:
-            how those ended that had died, for people.
+            a description of how the dead processes ended, for a message.
         """
         how = self._end()
         self.feed(source)
         return how
 
     def _end(self) -> str:
-        wait([p.sentinel for p in self._processes], DYING_S)  # its connections end before it does
+        wait([p.sentinel for p in self._processes], DYING_S)  # a dying process closes its connections before it ends
         codes = [p.exitcode for p in self._processes if p.exitcode is not None]
         for process in self._processes:
             process.kill()
@@ -110,12 +111,12 @@ class LoaderProcesses:
             process.join(END_S)
         held: list[Any] = [self._answers]
         self._answers, self._processes = None, []
-        # A process that was killed may have held a lock, for which torch waits when it ends the others.
+        # On a thread, because torch, when it ends the others, waits for a lock that a killed process may have held.
         threading.Thread(target=held.clear, name="drop-loader", daemon=True).start()
-        return ", ".join(map(_told, codes)) or "they did not answer as they should"
+        return ", ".join(map(_exit_text, codes)) or "they did not answer as they should"
 
     def close(self) -> None:
-        """End them."""
+        """End the processes."""
         self._answers = None
         if self._life is not None:
             for end in self._life:
@@ -135,16 +136,16 @@ class _Keys(Sampler[Any]):
 
 
 class _Sent(Dataset[Any]):
-    """A dataset on its way to a process: there it is `_There`, here it is never asked."""
+    """A dataset that is sent to a process: it is unpickled there as a `_Received`, and never used here."""
 
-    def __init__(self, dataset: Any, parts: dict[str, Any], count: int):
-        self._dataset, self._parts, self._count = dataset, parts, count
+    def __init__(self, dataset: Any, sent: dict[str, Any], count: int):
+        self._dataset, self._sent, self._count = dataset, sent, count
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
         try:
-            return _There, (_by_value(self._dataset),)
+            return _Received, (_by_value(self._dataset),)
         except Exception as error:
-            found = [(name, why) for name, part in self._parts.items() if (why := _why_unsendable(part)) is not None]
+            found = [(name, why) for name, value in self._sent.items() if (why := _why_unsendable(value)) is not None]
             name, why = found[0] if found else ("the training data", one_line(error))
             raise ConfigError(
                 f"{name} cannot be sent to loader processes ({why}): make what cannot be sent, such as open files and "
@@ -152,7 +153,7 @@ class _Sent(Dataset[Any]):
             ) from error
 
 
-class _There(Dataset[Any]):
+class _Received(Dataset[Any]):
     """A dataset in a loader process."""
 
     def __init__(self, data: bytes):
@@ -163,10 +164,11 @@ class _There(Dataset[Any]):
         return _Answer(self, self._dataset[key])
 
     def pickled(self, value: Any) -> bytes:
-        """By name until that fails, then by value; for what cannot be sent, what the dataset makes of that."""
+        """Pickle an answer: by name until that fails once, from then on by value. If that fails too, send what the
+        dataset's `unsendable` returns."""
         with contextlib.suppress(Exception):
             return self._pickle(value)
-        self._pickle = _by_value  # not tried again: each try would leave descriptors of tensors open
+        self._pickle = _by_value  # for good, because each failed attempt leaves descriptors of tensors open
         try:
             return _by_value(value)
         except Exception as error:
@@ -174,13 +176,13 @@ class _There(Dataset[Any]):
 
 
 class _Answer:
-    """An answer on its way back."""
+    """An answer that is sent back."""
 
-    def __init__(self, there: _There, value: Any):
-        self._there, self._value = there, value
+    def __init__(self, dataset: _Received, value: Any):
+        self._dataset, self._value = dataset, value
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-        return pickle.loads, (self._there.pickled(self._value),)
+        return pickle.loads, (self._dataset.pickled(self._value),)
 
 
 def _by_name(value: Any) -> bytes:
@@ -188,7 +190,7 @@ def _by_name(value: Any) -> bytes:
 
 
 def _by_value(value: Any) -> bytes:
-    """Pickled, with the definitions of what no other process can import; tensors as torch sends them."""
+    """Pickle a value together with the definitions that no other process can import; tensors as torch sends them."""
     import cloudpickle
 
     buffer = io.BytesIO()
@@ -198,17 +200,17 @@ def _by_value(value: Any) -> bytes:
     return buffer.getvalue()
 
 
-def _why_unsendable(part: Any) -> str | None:
+def _why_unsendable(value: Any) -> str | None:
     import cloudpickle
 
     try:
-        cloudpickle.dumps(part)
-    except Exception as error:  # whatever its own way of being pickled raises
+        cloudpickle.dumps(value)
+    except Exception as error:  # an object's own pickling may raise anything
         return one_line(error)
     return None
 
 
-def _told(exit_code: int) -> str:
+def _exit_text(exit_code: int) -> str:
     if exit_code >= 0:
         return f"exit code {exit_code}"
     with contextlib.suppress(ValueError):
@@ -217,9 +219,11 @@ def _told(exit_code: int) -> str:
 
 
 def _begin(begin: Callable[[], None], life: Connection, worker: int, folder: str, _: int) -> None:
-    """The beginning of a loader process. The other end of `life` is the worker's alone, so it closes when that dies.
+    """Begin a loader process, and have it end when its worker dies: only the worker holds the other end of `life`, so
+    that end closes then.
 
-    torch's own watch does not help: it looks at the parent, which is the fork server, which lives as long as we do.
+    torch's own check does not help: it watches the parent, but the parent is the fork server, which may outlive the
+    worker.
     """
     torch.set_num_threads(1)
     begin()
@@ -235,12 +239,12 @@ def _end_with(life: Connection, worker: int, folder: str) -> None:
 
 
 def _is_gone(process: int) -> bool:
-    """Whether a process that closed what it had open ended, which takes a moment, or goes on."""
+    """Whether a process that closed its connections has ended, which takes a moment, rather than goes on."""
     deadline = time.monotonic() + GONE_S
     while time.monotonic() < deadline:
         try:
             state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
-        except (FileNotFoundError, ProcessLookupError):  # the latter: it ended while this was read
+        except (FileNotFoundError, ProcessLookupError):  # the latter: it ended while its file was read
             return Path("/proc/self").exists()
         if state in "ZX":
             return True

@@ -1,4 +1,5 @@
-"""Samples by id, each drawn under a seed of its own, so that it does not matter which others are fetched beside it."""
+"""Fetching samples by id, each under a seed of its own, so that a sample does not depend on which others are
+fetched."""
 
 from __future__ import annotations
 
@@ -13,25 +14,25 @@ from torch.utils.data import Dataset, StackDataset, Subset
 
 from elastic.seeds import seed_all
 
-_MOST_PARTS = 64  # datasets in a list that are looked at one by one
+_MOST_INNER = 64  # longer lists are not searched for inner datasets
 
 
 def fetches_together(data: Any) -> bool:
-    """Whether a dataset has a way of its own to fetch several samples in one call.
+    """Whether a dataset has its own method to fetch several samples in one call.
 
-    torch's Subset and StackDataset have the method only to pass the call on.
+    The method of torch's Subset and StackDataset only passes the call on, so their inner datasets decide.
     """
     method = getattr(type(data), "__getitems__", None)
     if isinstance(data, Subset) and method is Subset.__getitems__:
         return fetches_together(data.dataset)
     if isinstance(data, StackDataset) and method is StackDataset.__getitems__:
-        parts = data.datasets.values() if isinstance(data.datasets, dict) else data.datasets
-        return any(map(fetches_together, parts))
+        inner = data.datasets.values() if isinstance(data.datasets, dict) else data.datasets
+        return any(map(fetches_together, inner))
     return callable(getattr(data, "__getitems__", None))
 
 
 def fetch_each(data: Any, ids: Sequence[int], seed_of: Callable[[int], int]) -> list[Any]:
-    """Samples one by one, that at `place` of `ids` under `seed_of(place)`."""
+    """Fetch samples one by one; the one at index `i` of `ids` under the seed `seed_of(i)`."""
     samples = []
     for place, sample in enumerate(ids):
         seed_all(seed_of(place))
@@ -40,7 +41,7 @@ def fetch_each(data: Any, ids: Sequence[int], seed_of: Callable[[int], int]) -> 
 
 
 def draws(work: Callable[[], object]) -> bool:
-    """Whether some work, which is done once under a seed, takes random numbers."""
+    """Whether `work` draws random numbers. It is called once, under a fixed seed."""
     seed_all(0)
     before = random_state()
     work()
@@ -48,29 +49,30 @@ def draws(work: Callable[[], object]) -> bool:
 
 
 def random_state() -> tuple[object, ...]:
-    """Where Python's, numpy's and torch's random numbers are; to be compared and hashed."""
+    """Return the states of Python's, numpy's and torch's global generators; they can be compared and hashed."""
     _, keys, *rest = tuple(np.random.get_state(legacy=True))
     return random.getstate(), np.asarray(keys).tobytes(), *rest, torch.get_rng_state().numpy().tobytes()
 
 
 def untouched(data: Any) -> Any:
-    """A dataset to try samples of, without a trace in the one that is sent to other processes later.
+    """Return a copy of a dataset from which samples can be tried, so that the original, which is sent to other
+    processes later, stays as it is.
 
-    Many open their files at the first sample, once in each process, and keep on themselves what cannot be sent. Of
-    datasets, and of those they are made of, the copy has its own attributes; what these hold is shared.
+    Many datasets open their files at the first sample and then hold what cannot be sent to another process. The copy is
+    shallow: it, and every dataset in it, has its own attributes, but shares their values.
     """
     try:
         return _copied(data) if _is_dataset(data) else data
-    except Exception:  # what its class makes of being copied: then it is tried itself
+    except Exception:  # its class does not allow copies, so the dataset itself is tried
         return data
 
 
-def parts(data: Any) -> list[Any]:
-    """A dataset, and those that it is made of."""
+def nested_datasets(data: Any) -> list[Any]:
+    """Return a dataset and, at any depth, the datasets that it holds."""
     found, seen = [data], {id(data)}
-    for one in found:
-        values = list(getattr(one, "__dict__", {}).values())
-        lists = [v for v in values if isinstance(v, (list, tuple)) and len(v) <= _MOST_PARTS]
+    for dataset in found:
+        values = list(getattr(dataset, "__dict__", {}).values())
+        lists = [v for v in values if isinstance(v, (list, tuple)) and len(v) <= _MOST_INNER]
         for value in [*values, *(inner for some in lists for inner in some)]:
             if _is_dataset(value) and id(value) not in seen:
                 seen.add(id(value))
@@ -81,8 +83,8 @@ def parts(data: Any) -> list[Any]:
 def _copied(data: Any) -> Any:
     changed = copy.copy(data)
     for name, value in list(vars(changed).items()):
-        if isinstance(value, (list, tuple)) and len(value) <= _MOST_PARTS and any(map(_is_dataset, value)):
-            setattr(changed, name, type(value)([untouched(part) for part in value]))
+        if isinstance(value, (list, tuple)) and len(value) <= _MOST_INNER and any(map(_is_dataset, value)):
+            setattr(changed, name, type(value)([untouched(item) for item in value]))
         elif _is_dataset(value):
             setattr(changed, name, untouched(value))
     return changed
@@ -97,6 +99,6 @@ def _is_dataset(value: Any) -> bool:
 
 
 def halves(samples: list[Any]) -> list[list[Any]]:
-    """The first and the other half of at least two samples; of fewer there are none."""
+    """Return the first and the second half of the samples; an empty list for fewer than two samples."""
     middle = len(samples) // 2
     return [samples[:middle], samples[middle:]] if middle else []

@@ -1,4 +1,5 @@
-"""The ledger of a run as its keeper writes it: rows once each, events at once, and what is shown to who follows."""
+"""The writer of a run's ledger, in the keeper: each row is written once, events at once, and the newest rows are kept
+for those who follow the run."""
 
 from __future__ import annotations
 
@@ -18,22 +19,23 @@ from elastic.storage import Storage
 
 T = TypeVar("T")
 RECENT_ROWS = 100
-LEDGER_S = RETRY_S  # for which a ledger is waited for that cannot be written
+LEDGER_S = RETRY_S  # how long writing is retried
 _CAN_WAIT = ("worker_warm", "restored")  # kinds of events that are written with the next rows
 
 
 def event_of(epoch: int, kind: str, fields: dict[str, Any]) -> dict[str, Any]:
-    """An event as the ledger has it; one of no world belongs to the claim: its generation is `epoch-0`."""
+    """Return an event as the ledger stores it. An event without a world gets the generation of the claim, `epoch-0`."""
     given = {k: clean(v) for k, v in fields.items() if v is not None}
     return {"time": time.time(), "kind": kind, "generation": f"{epoch}-0", **given}
 
 
 class LedgerWriter:
-    """All methods on the keeper's thread, but for `recent`. A storage that is away for a while is waited for.
+    """Writes the rows and events of one claim. All methods but `recent` are called on the keeper's thread. Storage that
+    does not answer is retried for `patience_s` seconds.
 
     Args:
-        tensorboard: write its event files too.
-        on_full: called once when the storage is full, to make room.
+        tensorboard: write TensorBoard's event files too.
+        on_full: called once when the storage is full, to free some of it.
     """
 
     def __init__(
@@ -56,17 +58,17 @@ class LedgerWriter:
         self._recent: deque[dict[str, Any]] = deque(maxlen=RECENT_ROWS)
 
     def recent(self) -> list[dict[str, Any]]:
-        """The newest rows, which need not be in storage yet. From any thread."""
+        """Return the newest rows, which need not be in storage yet. May be called from any thread."""
         return list(self._recent)
 
     def add_rows(self, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Take in rows; returns those that are new."""
+        """Queue rows to be written; returns those that are new."""
         fault.point("ledger.rows", -1, rows[0]["step"])
         new = []
         for row in rows:
             self._to_confirm.append(row_key(row))
             if not self._record.take_row(row):
-                continue  # sent again by who could not know that it had arrived
+                continue  # a worker sends a row again if it does not know that the row arrived
             new.append(row)
             self._rows.add(row)
             self._recent.append(row)
@@ -76,7 +78,8 @@ class LedgerWriter:
         return new
 
     def add_event(self, event: dict[str, Any]) -> None:
-        """Write an event, so that nobody hears of what the ledger does not know."""
+        """Write an event. Most kinds are written at once, so that nobody learns of an event before it is in the
+        ledger."""
         self._events.add(event)
         if event["kind"] not in _CAN_WAIT:
             self.patiently(self._events.flush)
@@ -86,7 +89,7 @@ class LedgerWriter:
         self.patiently(self._rows.flush)
 
     def flush(self, confirm: Callable[[list[RowKey]], None]) -> None:
-        """Write what is queued; `confirm` is told of rows that are in storage now."""
+        """Write all that is queued, and call `confirm` with the keys of the rows that are now in storage."""
         self.flush_rows()
         self.patiently(self._events.flush)
         if self._board:
@@ -97,14 +100,14 @@ class LedgerWriter:
             self._to_confirm = []
 
     def compact(self) -> None:
-        """The end: all in one file each."""
+        """Merge all rows into one file and all events into another, at the end of the claim."""
         self.patiently(self._rows.compact)
         self.patiently(self._events.compact)
         if self._board:
             self._board.flush()
 
     def patiently(self, call: Callable[..., T], *args: Any) -> T:
-        """Whatever storage raises is waited for: a full disk gets room, and a permission comes back."""
+        """Call, and retry after any error of storage: a full disk may be freed, and a permission may be restored."""
 
         def attempt() -> T:
             try:
@@ -120,6 +123,6 @@ class LedgerWriter:
         return patiently(attempt, retry_s=self.patience_s, passes=is_from_storage)
 
     def close(self) -> None:
-        """Write out what others can read meanwhile, and no more."""
+        """Close the TensorBoard files. Queued rows and events are not written."""
         if self._board:
             self._board.close()

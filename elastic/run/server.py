@@ -8,7 +8,7 @@ from elastic.membership.protocol import HostMessage
 
 
 class Server(Protocol):
-    """Implemented by `membership.server.MembershipServer`. All methods from any thread."""
+    """Implemented by `membership.server.MembershipServer`. All methods may be called from any thread."""
 
     @property
     def url(self) -> str: ...
@@ -25,7 +25,7 @@ class Server(Protocol):
 
 
 class NoServer:
-    """Before there is a server nobody is there to hear, and nobody is gone."""
+    """Stands in before the server is started: it drops all messages and reports no lost worker."""
 
     url = ""
 

@@ -1,4 +1,4 @@
-"""How far a run is, as its folder and whoever asks its server are told."""
+"""The status of a run, for its folder and for those who ask its server."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from elastic.run.summary import status_values
 
 
 class Status:
-    """A run's status. `values` and `last_step` are read from any thread.
+    """A run's status. `values` and `last_step` may be called from any thread.
 
     Args:
-        server: the run's server, as it is when this is called.
+        server: returns the run's present server.
     """
 
     def __init__(
@@ -38,10 +38,11 @@ class Status:
     ):
         self._folder, self._options, self._outcome, self._record = folder, options, outcome, record
         self._ledger, self._checkpoints, self._server = ledger, checkpoints, server
-        self.world: World | None = None  # the present one
+        self.world: World | None = None  # the present world
 
     def last_row(self) -> dict[str, Any]:
-        """Of the newest step: where this claim did none, all were done before it."""
+        """Return the row of the newest step. If this claim has done no step yet, the row is read from the ledger; empty
+        if there is none or the storage does not answer."""
         if self._record.last_row is not None:
             return self._record.last_row
         try:
@@ -49,16 +50,16 @@ class Status:
         except Exception as error:
             if not is_from_storage(error):
                 raise
-            return {}  # what is written next says that it does not answer
+            return {}  # the next write reports that the storage does not answer
         return next((r for r in reversed(rows) if "sample_hash" in r and r["step"] == self.last_step()), {})
 
     def last_step(self) -> int:
-        """The newest step that is recorded; where this claim did none, that of the newest checkpoint."""
+        """Return the newest recorded step; if this claim has done none yet, the step of the newest checkpoint."""
         row = self._record.last_row
         return row["step"] if row else self._checkpoints.step
 
     def values(self) -> dict[str, Any]:
-        """The status as JSON values."""
+        """Return the status as JSON values."""
         outcome, kept = self._outcome, self._checkpoints
         url = self._server().url if outcome.status in LIVE_STATES else None
         return status_values(

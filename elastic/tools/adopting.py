@@ -1,4 +1,4 @@
-"""Taking over the state of another run: what a trial does that goes on from another one's checkpoint."""
+"""Taking over the state of another run. A trial of a sweep does this to continue from another trial's checkpoint."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ POLL_S = 0.05
 
 
 def adopted(storage: Storage, step: int, source: str) -> bool:
-    """Whether the run has the state of `source` at this step, or has gone on since."""
+    """Whether the run has taken over the state of `source` at this step, or has a checkpoint of a later step."""
     for checkpoint in newest_first(storage):
         if checkpoint.step > step:
             return True
@@ -33,13 +33,15 @@ def adopted(storage: Storage, step: int, source: str) -> bool:
 
 
 def adopt(folder: RunFolder, source: RunFolder, step: int, *, timeout_s: float) -> None:
-    """Make the checkpoint of `source` at `step` the newest one of a run, which whoever calls this drives.
+    """Make the checkpoint of `source` at `step` the newest one of the run in `folder`, which the caller must drive.
 
-    Of the optimizer its tensors are taken, but no options such as its weight decay: those are the run's own. The ledger
-    goes on: what was counted is what this run and then its source did with the same samples.
+    The optimizer's tensors are taken over, but not its options such as weight decay: the run keeps its own. The ledger
+    continues: it counts the samples of this run up to here, although the state comes from the source's steps over the
+    same samples.
 
     Raises:
-        CheckpointError: the source has no such checkpoint within `timeout_s`, it is damaged, or of another model.
+        CheckpointError: the source has no such checkpoint within `timeout_s` seconds, or the checkpoint is damaged or
+            of another model.
     """
     if adopted(folder.storage, step, source.storage.url):
         return
@@ -71,7 +73,8 @@ def adopt(folder: RunFolder, source: RunFolder, step: int, *, timeout_s: float) 
 
 
 def _check_fits(storage: Storage, theirs: Manifest, source: str) -> None:
-    """A run whose newest checkpoint cannot be loaded would go on from its own one before."""
+    """Refuse a checkpoint with other weights than the run's. The run could not load it and would silently go on from
+    its own last checkpoint."""
     own = next(newest_first(storage), None)
     if own is None:
         return
@@ -86,7 +89,7 @@ def _check_fits(storage: Storage, theirs: Manifest, source: str) -> None:
 
 
 def _without_options(values: dict[str, Any]) -> list[dict[str, Any]]:
-    """The parameter groups, without the options of those that `optimizer()` makes."""
+    """Return the parameter groups; those that `optimizer()` makes are without their options."""
     groups = values.get("groups", [])
     made = len(values.get("began", groups))
     return [{k: v for k, v in group.items() if k == "params"} for group in groups[:made]] + groups[made:]
@@ -97,12 +100,12 @@ def _nothing(done: int) -> None:
 
 
 def _tag(source: str) -> str:
-    """Part of an attempt's name: letters and digits only."""
+    """Return the part of an attempt's name that stands for `source`, of letters and digits only."""
     return "adopts" + "".join(c for c in source.rpartition("/")[2] if c.isalnum())[-30:]
 
 
 def _await(storage: Storage, step: int, timeout_s: float) -> Committed:
-    """A save ends beside the training: wait for its commit."""
+    """Wait for the commit of the step's checkpoint, because a save may end after its step."""
     deadline = time.monotonic() + timeout_s
     while True:
         found = next((c for c in newest_first(storage) if c.step == step), None)

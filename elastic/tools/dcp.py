@@ -1,9 +1,10 @@
-"""torch.distributed.checkpoint's format, written and read on any storage, a tensor at a time, without running a pickle.
+"""The format of torch.distributed.checkpoint (DCP), written and read on any storage, one tensor at a time, without
+unpickling anything but data classes.
 
-A folder of `__0_N.distcp`, in which each chunk of a tensor is a `torch.save` of its own, and `.metadata`, written last:
-the pickle of a `Metadata` that says which chunk lies where. Its names are those that `dcp.load({"model": ...})` asks
-for. Reading, the pickle is taken by an unpickler that knows the few data classes of that format and nothing else, and
-chunks by `torch.load(weights_only=True)`.
+A checkpoint is a folder of files `__0_N.distcp`, in which each chunk of a tensor is its own `torch.save`, and of
+`.metadata`, which is written last: the pickle of a `Metadata` that says where each chunk lies. The names are those that
+`dcp.load({"model": ...})` asks for. `.metadata` is read by an unpickler that accepts only the few data classes of the
+format, and chunks are read by `torch.load(weights_only=True)`.
 """
 
 from __future__ import annotations
@@ -54,13 +55,14 @@ _CLASSES = {
 
 
 def exported_name(saved: str) -> str:
-    """`model/a.b` as `model.a.b`, `optimizer/a.b/exp_avg` as `optimizer.state.a.b.exp_avg`: the flat names of torch."""
+    """Return torch's flat name of a saved tensor: `model.a.b` for `model/a.b`, `optimizer.state.a.b.exp_avg` for
+    `optimizer/a.b/exp_avg`."""
     kind, _, rest = saved.partition("/")
     return f"optimizer.state.{rest.replace('/', '.')}" if kind == "optimizer" else f"{kind}.{rest}"
 
 
 def write(output: Output, batches: Iterable[list[tuple[str, torch.Tensor]]], note: str, text: str) -> list[str]:
-    """Write tensors, and `text` as the entry `note`; returns the names of the files."""
+    """Write tensors, and `text` as the entry `note`; returns the names of the files, `.metadata` last."""
     entries: dict[str, Any] = {}
     places: dict[MetadataIndex, StorageInfo] = {}
     files: list[str] = []
@@ -94,7 +96,7 @@ def write(output: Output, batches: Iterable[list[tuple[str, torch.Tensor]]], not
 
 @dataclass(frozen=True)
 class Opened:
-    """A checkpoint of DCP: its tensors, and the names of its entries that are none."""
+    """A checkpoint of DCP: its tensors, and the names of its other entries."""
 
     storage: Storage
     tensors: Mapping[str, TensorStorageMetadata]
@@ -102,10 +104,10 @@ class Opened:
     places: Mapping[MetadataIndex, StorageInfo]
 
     def text(self, name: str) -> str:
-        """An entry that is a string.
+        """Read an entry that is a string.
 
         Raises:
-            CheckpointError: it is something else, or cannot be read.
+            CheckpointError: the entry is something else, or cannot be read.
         """
         found = self._load(name, self._place(MetadataIndex(name)))
         if not isinstance(found, str):
@@ -113,10 +115,10 @@ class Opened:
         return found
 
     def tensor(self, name: str) -> torch.Tensor:
-        """A whole tensor, put together from its chunks.
+        """Read a whole tensor from its chunks, on the CPU.
 
         Raises:
-            CheckpointError: a chunk that is missing, damaged, or not what `.metadata` says.
+            CheckpointError: a chunk is missing, damaged, or of another dtype or shape than `.metadata` says.
         """
         entry = self.tensors[name]
         places = [self._place(MetadataIndex(name, chunk.offsets)) for chunk in entry.chunks]
@@ -151,7 +153,7 @@ class Opened:
             reader.close()
         try:
             return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-        except Exception as error:  # whatever torch raises on bytes that are no saved tensor
+        except Exception as error:  # torch may raise anything on bytes that are no saved tensor
             reason = " ".join(str(error).split())[:200]
             raise CheckpointError(f"{place.relative_path}: {name!r} cannot be read: {reason}") from error
 
@@ -161,10 +163,10 @@ def is_dcp(storage: Storage) -> bool:
 
 
 def open_dcp(storage: Storage) -> Opened:
-    """Read `.metadata` and check what it says.
+    """Read and check `.metadata`.
 
     Raises:
-        CheckpointError: it holds something else than DCP's data classes, or what cannot be true.
+        CheckpointError: it holds something else than DCP's data classes, or impossible shapes or chunks.
     """
     size = patiently(storage.size, METADATA)
     if size > MOST_METADATA_BYTES:
@@ -182,7 +184,7 @@ def open_dcp(storage: Storage) -> Opened:
                 others.add(name)
     except CheckpointError:
         raise
-    except Exception as error:  # whatever a hostile or torn pickle leads to
+    except Exception as error:  # a hostile or incomplete pickle may lead to any error
         raise CheckpointError(f"{METADATA} cannot be read: {' '.join(str(error).split())[:200]}") from error
     return Opened(storage, tensors, frozenset(others), found.storage_data)
 
@@ -196,7 +198,7 @@ def _check(name: str, entry: TensorStorageMetadata) -> None:
 
 
 class _Unpickler(pickle.Unpickler):
-    """Finds the data classes of DCP and nothing else, so that a pickle can call nothing else."""
+    """Finds only the data classes of DCP, so that a pickle cannot call anything else."""
 
     def find_class(self, module: str, name: str) -> Any:
         if name not in (*_CLASSES.get(module, ()), *PICKLED.get(module, ())):

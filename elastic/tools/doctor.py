@@ -1,4 +1,4 @@
-"""`elastic doctor`: would a run work here? A table of what was tried, and what to do about what was not right."""
+"""`elastic doctor`: checks whether a run would work here, and prints a table of findings with remedies."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 
 
 def add_doctor(verbs: Any, examine_cluster: Callable[[str, Sequence[str]], list[Finding]]) -> None:
-    """Add the verb. `examine_cluster` takes an address and URLs of storage; it is above what this module may know."""
+    """Add the verb. `examine_cluster` takes a cluster's address and URLs of storage; it is passed in because this
+    module may not import the package that has it."""
     text = "say whether a run would work on this machine or on a cluster, and what to do if not"
     parser = verbs.add_parser("doctor", help=text, description=text[0].upper() + text[1:] + ".")
     parser.add_argument("--storage", action="append", default=[], metavar="URL", help="try out this place for runs too")
@@ -40,7 +41,7 @@ def run_doctor(examine_cluster: Callable[[str, Sequence[str]], list[Finding]], a
 
 
 def text_of(found: Sequence[Finding]) -> str:
-    """The table, with what to do below each line that is not right."""
+    """Return the table, with a remedy below each finding that has one."""
     from elastic.tools.text import table
 
     words = {"ok": "ok", "warn": "look", "fail": "FAIL"}

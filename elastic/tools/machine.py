@@ -1,4 +1,4 @@
-"""What training needs of a machine, and whether this one has it. Needs no Ray; torch is in a process of its own."""
+"""Checks whether a machine has what training needs. They run without Ray; torch is imported in a process of its own."""
 
 from __future__ import annotations
 
@@ -23,14 +23,21 @@ from elastic.parallel.nccl import INTERFACE
 from elastic.run.versions import versions
 
 GIB = 1 << 30
-START_S = 120.0  # torch is imported
+START_S = 120.0  # long enough to import torch
 REDUCE_S = 30.0
-_SAME = ("python", "torch", "ray", "elastic-train")  # the others may differ without harm
+_SAME = ("python", "torch", "ray", "elastic-train")  # only these must have the same version on all machines
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What a check found, on which machine or between which. Only `fail` keeps a run from working; `do` helps."""
+    """The result of a check.
+
+    Args:
+        where: the machine, or "all" for a check between machines.
+        state: only "fail" means that a run would not work.
+        found: one line for people.
+        do: how to correct it; empty if nothing has to be done.
+    """
 
     check: str
     where: str
@@ -40,14 +47,14 @@ class Finding:
 
 
 class Unanswered(Exception):
-    """A prober died, hung, or found something broken; the message says what."""
+    """A prober died, took too long, or found a fault; the message describes it."""
 
 
 class Prober:
     """A `prober` process. Use as a context manager; ask from one thread at a time.
 
     Args:
-        environment: changes to this process's environment.
+        environment: variables that are added to those of this process.
     """
 
     def __init__(self, environment: Mapping[str, str] | None = None):
@@ -71,10 +78,10 @@ class Prober:
         self._answers.put(b"")
 
     def ask(self, within_s: float = START_S, **request: Any) -> dict[str, Any]:
-        """Have something tried.
+        """Send a request and return the answer.
 
         Raises:
-            Unanswered: it failed, or took longer than `within_s`; then the process is ended.
+            Unanswered: the check failed, or took longer than `within_s` seconds; then the process is killed.
         """
         assert self._process.stdin is not None
         try:
@@ -88,17 +95,17 @@ class Prober:
             raise Unanswered(f"{request['do']} took longer than {within_s:g} s") from None
         if not line:
             raise Unanswered(
-                f"{request['do']} ended its process with code {self._process.wait(10)}: {self._last_words()}"
+                f"{request['do']} ended its process with code {self._process.wait(10)}: {self._last_line()}"
             )
         answer = json.loads(line)
         if "error" in answer:
             raise Unanswered(answer["error"])
         return answer
 
-    def _last_words(self) -> str:
+    def _last_line(self) -> str:
         self._errors.seek(0)
         lines = [line.strip() for line in self._errors.read().decode(errors="replace").splitlines() if line.strip()]
-        return lines[-1] if lines else "it said nothing"
+        return lines[-1] if lines else "it printed nothing"
 
     def __enter__(self) -> Prober:
         return self
@@ -123,7 +130,7 @@ class Prober:
 
 
 def facts() -> dict[str, Any]:
-    """What can be known of this machine without torch; `time` is unix seconds, sizes are bytes."""
+    """Return what can be found out about this machine without torch; `time` is unix seconds, sizes are bytes."""
     folder = tempfile.gettempdir()
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return {
@@ -139,7 +146,7 @@ def facts() -> dict[str, Any]:
 
 
 def judge_machine(where: str, seen: Mapping[str, Any]) -> list[Finding]:
-    """What `facts` says of a machine, judged."""
+    """Judge a machine's disk and limit of open files by its `facts`."""
     free, files = seen["disk_free"], seen["files"]
     text = f"{free / GIB:.1f} GiB free in {seen['folder']}"
     state: Literal["ok", "warn", "fail"] = "fail" if free < GIB else "warn" if free < 10 * GIB else "ok"
@@ -158,7 +165,7 @@ def judge_machine(where: str, seen: Mapping[str, Any]) -> list[Finding]:
 
 
 def judge_versions(seen: Mapping[str, Mapping[str, str | None]]) -> list[Finding]:
-    """Whether all machines have the same versions of what must be the same."""
+    """Judge whether all machines have the same versions of the packages in `_SAME`."""
     found = []
     for name in _SAME:
         having: dict[str, list[str]] = {}
@@ -173,7 +180,7 @@ def judge_versions(seen: Mapping[str, Mapping[str, str | None]]) -> list[Finding
 
 
 def judge_clock(where: str, offset_s: float, unsure_s: float) -> Finding:
-    """How far a machine's clock is from this one's; the answer took twice `unsure_s` to come."""
+    """Judge how far a machine's clock is from this machine's. `unsure_s` is half the time that the answer took."""
     off = max(0.0, abs(offset_s) - unsure_s)
     state: Literal["ok", "warn", "fail"] = "fail" if off > 30 else "warn" if off > 1 else "ok"
     do = "" if state == "ok" else "let chrony or systemd-timesyncd set the clock: heartbeats and signatures go by it"
@@ -181,7 +188,7 @@ def judge_clock(where: str, offset_s: float, unsure_s: float) -> Finding:
 
 
 def examine_computing(where: str, prober: Prober, gpus: int = 0) -> list[Finding]:
-    """Device, its memory and a product, tried out. `gpus`: as many as the cluster says there are."""
+    """Check the device, its memory and a matrix product. `gpus` is the number of GPUs that the cluster reports."""
     try:
         seen = prober.ask(do="device")
     except Unanswered as why:
@@ -195,7 +202,7 @@ def examine_computing(where: str, prober: Prober, gpus: int = 0) -> list[Finding
 
 
 def judge_device(where: str, seen: Mapping[str, Any], gpus: int) -> Finding:
-    """Whether torch sees as many GPUs as there are said to be."""
+    """Judge whether torch sees as many GPUs as the cluster reports."""
     names = ", ".join(sorted(set(seen["names"])))
     have = len(seen["memory"])
     if have < gpus:
@@ -205,7 +212,7 @@ def judge_device(where: str, seen: Mapping[str, Any], gpus: int) -> Finding:
 
 
 def judge_memory(where: str, seen: Mapping[str, Any]) -> list[Finding]:
-    """Whether the memory of the GPUs is free."""
+    """Judge whether the memory of the GPUs is free."""
     found = []
     for i, (free, total) in enumerate(seen["memory"]):
         used = free < 0.9 * total
@@ -216,7 +223,8 @@ def judge_memory(where: str, seen: Mapping[str, Any]) -> list[Finding]:
 
 
 def judge_nccl(where: str, seen: Mapping[str, Any]) -> list[Finding]:
-    """NCCL's version, and what workers set for it: whether the user set something else. Nothing without GPUs."""
+    """Judge NCCL's version, and whether the user set variables of NCCL that workers would set otherwise. Empty without
+    GPUs."""
     if "nccl" not in seen:
         return []
     version = str(seen["nccl"])
@@ -231,7 +239,7 @@ def judge_nccl(where: str, seen: Mapping[str, Any]) -> list[Finding]:
 
 
 def examine_reduce(where: str, probers: Sequence[Prober], store: tuple[str, int], interfaces: Sequence[str]) -> Finding:
-    """A sum over several probers of this machine."""
+    """Check an all-reduce between several probers of this machine."""
     failed: list[str] = []
     answers: list[dict[str, Any]] = []
 
@@ -260,7 +268,7 @@ def examine_reduce(where: str, probers: Sequence[Prober], store: tuple[str, int]
 
 
 def judge_reduce(where: str, answers: Sequence[Mapping[str, Any]], failed: Sequence[str]) -> Finding:
-    """How a sum over machines went, by what each of them said."""
+    """Judge an all-reduce by the answers of the probers, and by the messages of those that failed."""
     if failed:
         do = "let these reach each other on every TCP port (security group, firewall, GLOO_SOCKET_IFNAME)"
         return Finding("all-reduce", where, "fail", failed[0], do)
@@ -271,14 +279,14 @@ def judge_reduce(where: str, answers: Sequence[Mapping[str, Any]], failed: Seque
 
 
 def free_port(host: str) -> int:
-    """A port of this address that is free now."""
+    """Return a port of this address that is free now."""
     with socket.socket() as probe:
         probe.bind((host, 0))
         return int(probe.getsockname()[1])
 
 
 def examine_machine() -> list[Finding]:
-    """This machine alone: what runs in plain processes, or on a cluster embedded here, need."""
+    """Check this machine alone, for runs in plain processes or on a Ray cluster within this machine."""
     seen = facts()
     where, gpus = seen["name"], _driver_gpus()
     found = [*judge_versions({where: seen["versions"]}), *judge_machine(where, seen)]
@@ -293,14 +301,14 @@ def examine_machine() -> list[Finding]:
         first = stack.enter_context(Prober())
         second = stack.enter_context(Prober({"CUDA_VISIBLE_DEVICES": "1"} if gpus > 1 else hidden))
         found += examine_computing(where, first, gpus)
-        if gpus == 1:  # two cannot share it
+        if gpus == 1:  # two processes cannot share it in one all-reduce
             first = stack.enter_context(Prober(hidden))
         found.append(examine_reduce(where, (first, second), store, ("lo", "lo")))
     return found
 
 
 def _driver_gpus() -> int:
-    """GPUs that the driver knows and this process may use."""
+    """Return the number of GPUs that the driver lists and this process may use."""
     folder = "/proc/driver/nvidia/gpus"
     count = len(os.listdir(folder)) if os.path.isdir(folder) else 0
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")

@@ -1,4 +1,4 @@
-"""Marking what a check found: no listing, resume, retention or restore counts a damaged checkpoint from then on."""
+"""Marking damaged checkpoints that a check found. From then on no listing, resume, retention or restore counts them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from elastic.tools.target import hold
 
 @dataclass(frozen=True)
 class Marked:
-    """Steps whose checkpoints were marked now, those whose marks were taken away, and why that was not done."""
+    """The steps whose checkpoints were marked, those whose marks were removed, and the reason if neither was
+    possible."""
 
     marked: tuple[int, ...] = ()
     unmarked: tuple[int, ...] = ()
@@ -25,7 +26,8 @@ class Marked:
 
 
 def mark_found(folder: RunFolder, checked: Sequence[Committed], found: Verified) -> Marked:
-    """Mark the damaged ones of those that were checked, and count again those that are whole. A live run is asked."""
+    """Mark the checkpoints in `checked` that are damaged, and remove the marks of those that are whole. If the run is
+    live, its driver is asked to mark them; it is not asked to remove marks."""
     marks, bad = marked(folder.storage), dict[Committed, str]()
     for damage in found.damages:
         bad.setdefault(Committed(damage.step, damage.attempt), f"{damage.object}: {damage.problem}")
@@ -46,7 +48,7 @@ def mark_found(folder: RunFolder, checked: Sequence[Committed], found: Verified)
                 held.check()
                 for c in whole:
                     unmark(folder.storage, c)
-    except Exception as error:  # who may only read is told what there is all the same
+    except Exception as error:  # someone who may only read the storage gets the findings nevertheless
         if not isinstance(error, ElasticError) and not is_from_storage(error):
             raise
         return Marked(problem=f"{type(error).__name__}: {error}")

@@ -1,9 +1,9 @@
-"""`python -m elastic.tools.prober`: tries what training needs of a machine, in a process that may hang or die of it.
+"""`python -m elastic.tools.prober`: checks what training needs of a machine, in a process that may hang or die.
 
-Reads requests, a line of JSON each, from standard input and answers each with a line, until that is closed:
+It reads requests from standard input, one line of JSON each, and answers each with one line, until the input is closed:
 
-    {"do": "device"}                                     what there is to compute on
-    {"do": "matmul"}                                     a product whose every number is known
+    {"do": "device"}                                     the devices that torch sees
+    {"do": "matmul"}                                     a matrix product whose result is known
     {"do": "reduce", "rank": .., "size": .., "store": [host, port], "interface": .., "timeout_s": ..}
 """
 
@@ -39,8 +39,8 @@ def _wait(device: torch.device) -> None:
 
 
 def device() -> dict[str, Any]:
-    """Kind and name, and of each GPU the free and the whole memory, bytes; where there are any, NCCL's version and what
-    workers set for it."""
+    """Return the type and names of the devices, and for each GPU its free and its total memory in bytes. With GPUs also
+    NCCL's version and the variables that workers set for it."""
     count = torch.cuda.device_count()
     memory = [torch.cuda.mem_get_info(i) for i in range(count)]
     names = [torch.cuda.get_device_name(i) for i in range(count)]
@@ -51,10 +51,10 @@ def device() -> dict[str, Any]:
 
 
 def matmul() -> dict[str, Any]:
-    """A product of whole numbers small enough that float32 holds every partial sum.
+    """Multiply two matrices of whole numbers that are so small that float32 holds every partial sum exactly.
 
     Raises:
-        ArithmeticError: a number of it is wrong.
+        ArithmeticError: a number of the product is wrong.
     """
     place = _device()
     size = _GPU_SIZE if place.type == "cuda" else _CPU_SIZE

@@ -1,4 +1,5 @@
-"""Whether a place can store runs: everything that a run does there, tried one by one, each named as its permission."""
+"""Checks whether runs can be stored in a place: each operation of a run is tried there and reported under the name of
+its permission."""
 
 from __future__ import annotations
 
@@ -16,9 +17,9 @@ _PART_BYTES = 5 << 20  # S3's least part
 
 
 def examine_storage(url: str) -> list[Finding]:
-    """Try out a folder or URL of runs; leaves nothing behind.
+    """Check a folder or URL of runs. Nothing is left behind.
 
-    What could not be tried, because something that it needs failed before, is left out.
+    Operations that need one that failed before are left out.
     """
     where = redact(url)
     try:
@@ -35,7 +36,7 @@ def examine_storage(url: str) -> list[Finding]:
         action = permission if storage.is_s3 else doing
         try:
             work()
-        except Exception as error:  # whatever a file system raises: it is what is asked
+        except Exception as error:  # a file system may raise anything, and the error is the result of the check
             reason = redact(" ".join(f"{type(error).__name__}: {error}".split()))
             on = f"arn:aws:s3:::{bucket}" if "List" in permission and "Parts" not in permission else objects
             do = f"let this user {doing} there"

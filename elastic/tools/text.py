@@ -11,7 +11,7 @@ from typing import Any
 from elastic.errors import ConfigError
 from elastic.redact import printable
 
-FORMAT = 1  # of what --json prints
+FORMAT = 1  # version of the JSON that --json prints
 
 _SIZES = {
     "B": 1,
@@ -28,7 +28,7 @@ _AGES = {"s": 1.0, "min": 60.0, "h": 3600.0, "d": 86400.0, "w": 604800.0}
 
 
 def size_text(size: float) -> str:
-    """512 B, 1.5 KiB, 20.0 MiB."""
+    """Format a size in bytes: 512 B, 1.5 KiB, 20.0 MiB."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if size < 1024:
             return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
@@ -37,7 +37,7 @@ def size_text(size: float) -> str:
 
 
 def age_text(seconds: float) -> str:
-    """5s, 12min, 3.0h, 30d."""
+    """Format a duration: 5s, 12min, 3.0h, 30d."""
     if seconds < 60:
         return f"{max(seconds, 0):.0f}s"
     if seconds < 3600:
@@ -46,10 +46,10 @@ def age_text(seconds: float) -> str:
 
 
 def parse_size(option: str, text: str) -> int:
-    """Bytes of "5GB" or "500MiB".
+    """Return the bytes of a size such as "5GB" or "500MiB".
 
     Raises:
-        ConfigError: no number above 0, or no unit of bytes.
+        ConfigError: the text has no number above 0, or no unit of bytes.
     """
     match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]+)\s*", text)
     size = int(float(match[1]) * _SIZES.get(match[2].upper(), 0)) if match else 0
@@ -59,10 +59,10 @@ def parse_size(option: str, text: str) -> int:
 
 
 def parse_age(option: str, text: str) -> float:
-    """Seconds of "30d" or "12h".
+    """Return the seconds of a duration such as "30d" or "12h".
 
     Raises:
-        ConfigError: no number, or no unit of s, min, h, d and w.
+        ConfigError: the text has no number, or none of the units s, min, h, d and w.
     """
     match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([a-z]+)\s*", text)
     if not match or match[2] not in _AGES:
@@ -71,7 +71,7 @@ def parse_age(option: str, text: str) -> float:
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[object]], right: str = "") -> str:
-    """Columns under their names; those named in `right` (comma-separated) are aligned to the right."""
+    """Format rows under a header. The columns whose names are in `right` (comma-separated) are aligned to the right."""
     cells = [[str(c) for c in row] for row in [header, *rows]]
     widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
     to_right = [name in right.split(",") for name in header]
@@ -82,7 +82,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]], right: str = 
 
 
 def show(arguments: argparse.Namespace, values: Mapping[str, Any], text: Callable[[], str]) -> None:
-    """Print what a verb found: as JSON, with the number of its format, where `--json` was given."""
+    """Print the result of a verb: as JSON with the version of its format if `--json` was given, otherwise as text."""
     from elastic.observe.ledger import finite
 
     print(json.dumps({"format": FORMAT, **finite(values)}, indent=1) if arguments.json else printable(text()))

@@ -6,7 +6,8 @@ import math
 
 
 def factor(step: int, total_steps: int, *, schedule: str, warmup_steps: int, final: float) -> float:
-    """Factor on the learning rate at `step` (from 0): linear warm-up, then constant or cosine down to `final`."""
+    """Return the factor on the learning rate at `step` (from 0): a linear warm-up, then constant, or a half cosine down
+    to `final` at the last step."""
     if step < warmup_steps:
         return (step + 1) / warmup_steps
     if schedule == "constant":

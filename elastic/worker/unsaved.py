@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 from torch.overrides import TorchFunctionMode
 
 from elastic.compat.torch import is_compiled
-from elastic.data.samples import parts
+from elastic.data.samples import nested_datasets
 from elastic.errors import ConfigError
 from elastic.parallel.wrapping import local
 from elastic.seeds import seed_all
@@ -204,7 +204,9 @@ class Watch:
         return {n: _Seen(leaf, digest(leaf)) for n, leaf in found.items() if not _is_known(leaf, known)}
 
     def _look_at_data(self) -> dict[str, tuple[bool, str]]:
-        return movable({f"a {type(p).__qualname__} of the data": p for data in self._data for p in parts(data)})
+        return movable(
+            {f"a {type(p).__qualname__} of the data": p for data in self._data for p in nested_datasets(data)}
+        )
 
     def _report_data(self) -> None:
         """Warn of changes that after_step() makes to data sets, as for a curriculum: only this process sees them."""

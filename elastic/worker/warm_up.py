@@ -13,7 +13,7 @@ from elastic.config import result_options
 from elastic.data.identity import identify
 from elastic.data.loader import Fetcher, Loader, Order
 from elastic.data.memory import Remembered, look
-from elastic.data.samples import parts
+from elastic.data.samples import nested_datasets
 from elastic.errors import ElasticError, RunFailed, WarmUpError, whole_text
 from elastic.job import eval_sets, job_options
 from elastic.likeness import digest_of
@@ -206,7 +206,7 @@ class _WarmUp:
         """Whether samples depend on which others this worker has fetched before."""
         here = loader.here()
         held = {"train_data()": here.data} | {
-            f"a {type(p).__qualname__} in train_data()": p for p in parts(here.data)[1:]
+            f"a {type(p).__qualname__} in train_data()": p for p in nested_datasets(here.data)[1:]
         }
         return look(here, loader.order.span(0, 0, 1), lambda: movable(held))
 
