@@ -26,7 +26,8 @@ from elastic.run.versions import versions
 from elastic.storage import Storage
 from elastic.units import parse_amount
 
-#: A restarted host counts on from the newest world in the ledger, plus this: those that did not get into it.
+#: A restarted host numbers worlds from the newest one in the ledger plus this, because later worlds may be missing
+#: there.
 UNKNOWN_WORLDS = 1000
 
 
@@ -35,9 +36,11 @@ class HostSettings:
     """How a run is hosted.
 
     Args:
-        host, port: where to listen; workers must reach it. 0 takes a free port.
-        hang_s: fixed hang time-out, or None for one that goes by the steps seen.
-        restarted: an earlier host of this claim died; workers may be in the midst of a world.
+        limits: the limits of the run's worlds.
+        token: the bearer token of the run.
+        host, port: the address on which to listen; workers must reach it. Port 0 takes a free port.
+        hang_s: a fixed time-out for hung workers in seconds, or None for one that follows the duration of the steps.
+        restarted: whether an earlier host of this claim died; workers may then be in a world.
     """
 
     limits: Limits
@@ -49,7 +52,7 @@ class HostSettings:
 
 
 class RunHost:
-    """The one process that decides worlds and writes the ledger of a run."""
+    """The membership server and the keeper of a run, which decide its worlds and write its ledger."""
 
     def __init__(self, folder_url: str, options: KeeperOptions, settings: HostSettings):
         self.keeper = RunKeeper(RunFolder(Storage(folder_url)), options)
@@ -77,24 +80,28 @@ class RunHost:
         self.keeper.attach(self.server)
 
     def start(self, detail: dict[str, Any]) -> str:
-        """Start serving; returns the URL."""
+        """Start serving; returns the server's URL. `detail` goes into the event of the start."""
         self.server.start()
         self.keeper.start(detail)
         return self.server.url
 
     def stop(self) -> None:
-        """Write out everything and stop serving."""
+        """Write everything that is queued and stop serving."""
         self.keeper.stop()
         self.server.stop()
 
 
 def import_store() -> None:
-    """torch takes seconds to import; the first world needs its store, so it is imported meanwhile."""
+    """Import torch.distributed, for the store of the first world. It takes seconds, so it is done in advance."""
     import torch.distributed  # noqa: F401
 
 
 def _new_store(host: str) -> tuple[int, Callable[[], None]]:
-    """A rendezvous store for one world; dropping its server frees everyone who still waits in it."""
+    """Start a rendezvous store for one world.
+
+    Returns:
+        its port, and a function that drops its server, which frees all members that wait in it.
+    """
     import torch.distributed as dist
 
     listening = socket.create_server((host, 0))  # torch itself would listen on every address of the machine
@@ -104,12 +111,12 @@ def _new_store(host: str) -> tuple[int, Callable[[], None]]:
 
 
 def new_token() -> str:
-    """A bearer token for one run."""
+    """Make a bearer token for one run."""
     return secrets.token_urlsafe(24)
 
 
 def host_settings(config: TrainConfig, token: str, host: str) -> HostSettings:
-    """The settings that a run's options ask for."""
+    """Make the settings of a host from a run's options."""
     recovery, scaling = config.recovery, config.scaling
 
     def seconds(name: str, text: str) -> float:
@@ -131,7 +138,8 @@ def host_settings(config: TrainConfig, token: str, host: str) -> HostSettings:
 
 
 def start_detail(run: PreparedRun) -> dict[str, Any]:
-    """What the event of the start says of the run; the account needs to know how its batches are dealt."""
+    """Return the detail of the event of the start. The account of worker-seconds reads from it how batches are
+    dealt."""
     prices = read_prices(run.config.observe.price).to_json()
     return {
         "changed_code": run.changed_code or None,
@@ -142,7 +150,7 @@ def start_detail(run: PreparedRun) -> dict[str, Any]:
 
 
 def keeper_options(run: PreparedRun, epoch: int, **facts: Any) -> KeeperOptions:
-    """What the keeper of this run needs to know."""
+    """Make the keeper's options for this run. `facts` are added to those in its status."""
     keep = run.config.checkpoint
     return KeeperOptions(
         epoch=epoch,

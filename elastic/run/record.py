@@ -1,4 +1,5 @@
-"""What the ledger says about the present claim: kept up row by row, and replayed by a restarted keeper."""
+"""The state of the present claim according to the ledger. It is updated with each row and event, and a restarted keeper
+rebuilds it from them."""
 
 from __future__ import annotations
 
@@ -15,13 +16,13 @@ _GONE = ("member_lost", "member_evicted", "handed_over")
 
 
 class Spans:
-    """A set of whole numbers that come mostly one after another."""
+    """A set of whole numbers, compact if they are mostly consecutive."""
 
     def __init__(self) -> None:
-        self._spans: list[list[int]] = []  # first and last of each
+        self._spans: list[list[int]] = []  # the first and the last number of each run of consecutive numbers
 
     def add(self, number: int) -> bool:
-        """Returns whether it is new."""
+        """Add a number; returns whether it is new."""
         spans = self._spans
         after = bisect_right(spans, number, key=lambda span: span[0])
         if after and number <= spans[after - 1][1]:
@@ -40,7 +41,7 @@ class Spans:
 
 
 class Record:
-    """The claim of `epoch`: which rows and checkpoints it has, its newest row, stalls and faults."""
+    """The claim of `epoch`: its rows and checkpoints, its newest row, its stalls and faults."""
 
     def __init__(self, epoch: int):
         self._epoch = epoch
@@ -51,19 +52,20 @@ class Record:
         self.stalls: list[dict[str, Any]] = []
         self.started: float | None = None
         self.claim_step: int | None = None
-        self.worlds = 0  # the highest number of a world
+        self.worlds = 0  # the highest number of a world so far
         self.gone: frozenset[str] = frozenset()
         self.committed: set[tuple[int, str]] = set()
-        self.save_costs: list[float] = []  # seconds that each committed checkpoint cost the training
-        self.faults = 0  # losses that broke a world
+        self.save_costs: list[float] = []  # the seconds that each committed checkpoint cost the training
+        self.faults = 0  # the number of lost members that broke a world
         self.ended = False
-        self.max_workers: int | None = None  # if the claim was scaled
+        self.max_workers: int | None = None  # set once the claim was scaled
         self._broken = False
 
     def take_row(self, row: dict[str, Any]) -> bool:
-        """Returns whether the row is new; one that was sent twice counts once.
+        """Take in a row; returns whether it is new. A row that is sent twice counts once.
 
-        An evaluation is repeated when a world broke that some of its members had ended with: that counts once too.
+        An evaluation also counts once if it is repeated, which happens when its world broke after some members had
+        finished it.
         """
         generation, step, evaluation = row_key(row)
         if not self._rows.setdefault((generation, evaluation), Spans()).add(step):
@@ -78,23 +80,23 @@ class Record:
             stall = max(0.0, row["time"] - self.last_row["time"] - self.last_row["step_s"])
             self.stalls.append({"step": row["step"], "seconds": round(stall, 4)})
         if self.last_row is not None and step <= min(self.last_row["step"], self.evaluated_step):
-            self.evaluated_step = -1  # steps are done again, from a checkpoint before it
+            self.evaluated_step = -1  # the steps are done again from a checkpoint before that evaluation
         self._broken = False
         self.last_row = row
         return True
 
     def saved(self, step: int, attempt: str, cost_s: float) -> None:
-        """A checkpoint was committed."""
+        """Note a committed checkpoint and the seconds that it cost the training."""
         self.committed.add((step, attempt))
         self.save_costs.append(cost_s)
 
     def broken(self, *, lost: bool) -> None:
-        """The world broke; `lost`: because a member was."""
+        """Note that the world broke; `lost` if the reason is a lost member."""
         self._broken = True
         self.faults += lost
 
     def replay(self, rows: Iterable[dict[str, Any]], events: Iterable[dict[str, Any]]) -> None:
-        """Take in what an earlier keeper of this claim wrote."""
+        """Take in the rows and events that an earlier keeper of this claim wrote; those of other claims are ignored."""
         ours = [r for r in (*rows, *events) if self._is_ours(r)]
         for record in sorted(ours, key=lambda r: r["time"]):
             if "kind" in record:
@@ -111,10 +113,10 @@ class Record:
             self.started, self.claim_step = event["time"], event["step"]
         elif kind == "world_formed":
             self.worlds = max(self.worlds, generation.n)
-            self.gone -= frozenset(event["detail"].get("ids", ()))  # who was only silent, and was heard again
+            self.gone -= frozenset(event["detail"].get("ids", ()))  # members that had only been silent
         elif kind == "checkpoint_committed":
             self._take_commit(event["step"], event.get("seconds", 0.0), event["detail"])
-        elif kind == "restored" and self.claim_step is not None:  # from below where it began: that was damaged
+        elif kind == "restored" and self.claim_step is not None:  # lower if the newest checkpoint was damaged
             self.claim_step = min(self.claim_step, event["step"])
         elif kind == "scaled":
             self.max_workers = event["detail"]["max_workers"]
@@ -128,5 +130,5 @@ class Record:
     def _take_commit(self, step: int, seconds: float, detail: dict[str, Any]) -> None:
         if "stall_s" in detail:
             self.saved(step, detail["attempt"], save_cost(detail["stall_s"], seconds))
-        else:  # a keeper found it committed by the one before, which had died with the figures
+        else:  # a restarted keeper found this commit of the one before, whose figures are lost
             self.committed.add((step, detail["attempt"]))

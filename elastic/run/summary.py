@@ -1,4 +1,4 @@
-"""What a run says of itself: the contents of status.json and result.json, from its record. Pure."""
+"""The contents of a run's status.json and result.json. Pure functions."""
 
 from __future__ import annotations
 
@@ -24,7 +24,13 @@ def status_values(
     checkpoint_failed: Mapping[str, Any] | None,
     facts: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """status.json. `now` is its heartbeat, unix seconds; `server` is there while the run is live."""
+    """Return the contents of status.json.
+
+    Args:
+        now: the time of this heartbeat, unix seconds.
+        server: the URL of the server; None once the run has ended.
+        checkpoint: the step of the newest checkpoint.
+    """
     return {
         "status": status,
         "message": message,
@@ -53,13 +59,13 @@ def result_values(
     result: Mapping[str, Any],
     facts: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """result.json.
+    """Return the contents of result.json.
 
     Args:
-        account: of the whole run, all claims.
-        last: the row of the newest step, of whichever claim.
-        seconds: that this claim took.
-        result: what the workers said at the end; nothing where they did not come to that.
+        account: the account of the whole run, with all claims.
+        last: the row of the newest step, in whichever claim it was done.
+        seconds: the duration of this claim.
+        result: the values that the workers reported at the end; empty if they did not get there.
     """
     return {
         "status": status,

@@ -1,4 +1,4 @@
-"""Removing what is not needed any more: checkpoints of one run, or whole runs. Never of a live one."""
+"""Removing checkpoints of a run, or whole runs, that are no longer needed. Live runs remove their own checkpoints."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from elastic.storage import Storage
 from elastic.tools.live import LiveRun
 from elastic.tools.target import Hold, hold, list_names, refuse_live
 
-_RUN = {CONFIG, STATUS, CLAIMS}  # a folder with any of these is a run, though it was never started, or half removed
+_RUN = {CONFIG, STATUS, CLAIMS}  # a folder with any of these is a run, even if it was never started or is half removed
 PRUNE_S = 600.0
 Total = Callable[[int], Callable[[int], None]]
 
@@ -50,10 +50,11 @@ def policy_of(
     metric: str | None = None,
     mode: Literal["min", "max"] | None = None,
 ) -> Policy:
-    """What a run keeps, as it was configured, but for what is given here. `every` is in steps.
+    """Return the policy of a run as it was configured, with the values that are given here instead. `every` is in
+    steps.
 
     Raises:
-        ConfigError: a value that cannot be, or one that only the run itself can turn into steps.
+        ConfigError: a value is too small, or only the run itself can convert the configured one into steps.
     """
     check_keep(last, every, best)
     stored = folder.config()
@@ -74,16 +75,17 @@ def policy_of(
 
 
 def prune_checkpoints(folder: RunFolder, policy: Policy, *, yes: bool) -> list[Removal]:
-    """Remove the checkpoints that the policy does not keep, and all that unfinished saves left behind.
+    """Remove the checkpoints that the policy does not keep, and the remains of unfinished saves.
 
-    May be interrupted anywhere: manifests go first, so that nothing torn is listed, and the next time does the rest.
+    It may be interrupted anywhere: manifests are removed first, so that no incomplete checkpoint is listed, and the
+    next call removes the rest.
 
     Args:
-        yes: else only say what would be removed.
+        yes: if False, nothing is removed, and the result is what would be.
 
     Raises:
         ConfigError: the run is live.
-        FencedError: somebody began to drive it meanwhile.
+        FencedError: another command began to drive the run meanwhile.
     """
     if not yes:
         refuse_live(folder, "prune")
@@ -102,7 +104,7 @@ def _prune_held(storage: Storage, policy: Policy, held: Hold) -> list[Removal]:
             mark(storage, checkpoint, retention.damaged[checkpoint])
     for removal in going:
         attempt = Committed(removal.step, removal.attempt)
-        for name in storage.names(attempt.folder):  # what the retention of a live run must leave alone
+        for name in storage.names(attempt.folder):  # objects that the retention of a live run may not remove
             if f"{attempt.folder}/{name}" not in needed:
                 storage.remove(f"{attempt.folder}/{name}")
         if attempt in marks:
@@ -115,23 +117,23 @@ def _prune_held(storage: Storage, policy: Policy, held: Hold) -> list[Removal]:
 
 
 def prune_live(live: LiveRun, given: dict[str, Any], *, yes: bool) -> list[Removal]:
-    """Have a live run remove the checkpoints that its policy, with what is `given` of it, does not keep.
+    """Have a live run remove the checkpoints that its policy, with the `given` values replaced, does not keep.
 
-    Its keeper does so between two commits. Attempts that are being written, and all newer than the newest committed
-    checkpoint, stay.
+    Its keeper does so between two commits. Attempts that are being written, and all attempts newer than the newest
+    committed checkpoint, are kept.
 
     Raises:
-        ElasticError: it cannot be asked, or could not.
+        ElasticError: the run cannot be reached, or could not remove them.
     """
     answer = live.ask(Prune(Kept(**given), yes), timeout_s=PRUNE_S)
     return [Removal(**removal) for removal in answer["removals"]]
 
 
 def check_keep(last: int | None, every: int | None, best: int | None) -> None:
-    """Refuse what cannot be kept.
+    """Refuse numbers that are too small.
 
     Raises:
-        ConfigError: a number that is too small.
+        ConfigError: with the option and its least value.
     """
     for option, value, least in (("--keep-last", last, 1), ("--keep-every", every, 1), ("--keep-best", best, 0)):
         if value is not None and value < least:
@@ -139,11 +141,12 @@ def check_keep(last: int | None, every: int | None, best: int | None) -> None:
 
 
 def _removals(storage: Storage, policy: Policy, epoch: int) -> tuple[list[Removal], set[str]]:
-    """What goes, and the objects that stay in it. Unfinished attempts of claims before `epoch` have no writer left."""
+    """Return the attempts to remove, and the names of the objects in them that are needed elsewhere. Unfinished
+    attempts of claims before `epoch` can be removed, because they have no writer any more."""
     gone, needed = Retention(storage, policy).plan()
     committed = set(newest_first(storage))
     found = {Committed(s, a) for s in steps_with_attempts(storage) for a in attempts(storage, s)}
-    pinned = {a for a in marked(storage) if a.step in pins(storage)}  # somebody may still mend those
+    pinned = {a for a in marked(storage) if a.step in pins(storage)}  # their objects may yet be restored by hand
     dead = {a for a in found - committed - pinned if _is_before([FOLDER, step_folder(a.step), a.attempt], epoch)}
     return removals(storage, dead | set(gone), set(with_manifest(storage)), needed), needed
 
@@ -159,7 +162,16 @@ def _is_before(parts: Sequence[str], epoch: int) -> bool:
 
 @dataclass(frozen=True)
 class RunFacts:
-    """What decides on a run. `last` is when it was last driven (unix seconds); `score` is lower where better."""
+    """The facts that decide whether a run is removed.
+
+    Args:
+        last: when the run was last driven, unix seconds.
+        live: who drives it now.
+        pinned: the steps of its pinned checkpoints.
+        group: the job and the metric; the best run of each group is kept.
+        score: the value of the metric, negated if greater is better.
+        problem: why the run cannot be read.
+    """
 
     name: str
     status: str
@@ -173,7 +185,7 @@ class RunFacts:
 
 @dataclass(frozen=True)
 class Decision:
-    """What becomes of a run, and why."""
+    """What is done with a run, and the reason."""
 
     name: str
     status: str
@@ -183,7 +195,8 @@ class Decision:
 
 
 def decide(runs: Iterable[RunFacts], now: float, older_than_s: float, *, keep_final: bool) -> list[Decision]:
-    """Which runs go: not driven for `older_than_s`, not live, not pinned, not the best of its job, and readable."""
+    """Decide what is done with each run. A run is removed if it is readable, not live, not pinned, not the best of its
+    group, and was not driven for `older_than_s` seconds; with `keep_final` its newest checkpoint is kept."""
     runs = sorted(runs, key=lambda r: r.name)
     best: dict[str, RunFacts] = {}
     for run in runs:
@@ -211,10 +224,10 @@ def decide(runs: Iterable[RunFacts], now: float, older_than_s: float, *, keep_fi
 
 
 def look_at_runs(url: str) -> tuple[Storage, list[RunFacts]]:
-    """The runs in a folder.
+    """Find the runs in a folder.
 
     Raises:
-        ConfigError: it cannot be listed, or is a run itself.
+        ConfigError: the folder cannot be listed, or is a run itself.
     """
     storage = Storage(url, option="URL")
     names = list_names(storage)
@@ -227,12 +240,12 @@ def look_at_runs(url: str) -> tuple[Storage, list[RunFacts]]:
 def _may_be_run(folder: RunFolder) -> bool:
     try:
         return bool(_RUN & set(folder.storage.names()))
-    except Exception:  # whatever keeps it from being listed: `look_at` says so
+    except Exception:  # storage may raise anything; `look_at` reports the problem
         return True
 
 
 def look_at(name: str, folder: RunFolder) -> RunFacts:
-    """What decides on one run."""
+    """Read the facts that decide on one run."""
     try:
         status, config, result = folder.status() or {}, folder.config() or {}, folder.result() or {}
         last = float(status.get("heartbeat", 0.0))
@@ -249,14 +262,15 @@ def look_at(name: str, folder: RunFolder) -> RunFacts:
         group = f"{job} by {metric} ({mode})"
         pinned = tuple(sorted(pins(folder.storage)))
         return RunFacts(name, status.get("status", "?"), last, folder.live_driver(), pinned, group, score)
-    except Exception as error:  # whatever is in it, or keeps it from being read: the others are looked at
+    except Exception as error:  # a damaged file or storage may raise anything; the other runs must be looked at
         return RunFacts(name, "?", time.time(), problem=f"{type(error).__name__}: {error}")
 
 
 def prune_runs(storage: Storage, decisions: Sequence[Decision], on_total: Total = silent) -> list[tuple[str, str]]:
-    """Carry out what was decided; returns the runs that could not be, and why.
+    """Carry out decisions; returns the names of the runs for which this failed, with the reasons.
 
-    May be interrupted anywhere: the records that make a run go last, so the next time does the rest.
+    It may be interrupted anywhere: the files by which a folder is a run are removed last, so that the next call removes
+    the rest.
     """
     chosen = [d for d in decisions if d.do != "keep"]
     on_run = on_total(len(chosen))
@@ -274,7 +288,7 @@ def prune_runs(storage: Storage, decisions: Sequence[Decision], on_total: Total 
                     _remove_run(folder, held)
         except ElasticError as error:
             problems.append((decision.name, str(error)))
-        except Exception as error:  # whatever storage raises: the others are pruned
+        except Exception as error:  # storage may raise anything; the other runs must be pruned
             problems.append((decision.name, f"{type(error).__name__}: {error}"))
         on_run(1)
     return problems

@@ -1,4 +1,4 @@
-"""What a tool works on: the folder of a run, one of its checkpoints, and the hold that a change needs."""
+"""The objects that tools work on: the folder of a run, one of its checkpoints, and a claim on a run to change it."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ _MOST_LOOKED_AT = 100
 
 
 def open_run(url: str, *, read_only: bool = False) -> RunFolder:
-    """The folder of a run, or a folder that `checkpoint.state.save_state` wrote.
+    """Open the folder of a run, or a folder that `checkpoint.state.save_state` wrote.
 
     Raises:
-        ConfigError: there is none at `url`, or it cannot be listed.
+        ConfigError: `url` is no such folder, or cannot be listed.
     """
     storage = Storage(url, option="URL", read_only=read_only)
     names = list_names(storage)
@@ -33,7 +33,7 @@ def open_run(url: str, *, read_only: bool = False) -> RunFolder:
 
 
 def _what_it_is(url: str, storage: Storage, names: list[str]) -> str:
-    """What a place is that is no run, and what to give instead."""
+    """Describe a folder that is no run, and what to give instead."""
     if CLAIMS in names:
         return (
             "which is half a run: a command claimed it and was ended before it wrote config.json; start it again by "
@@ -51,25 +51,25 @@ def _what_it_is(url: str, storage: Storage, names: list[str]) -> str:
 
 
 def _near(url: str) -> list[str]:
-    """Runs beside this place, or in the usual one, whose names are much alike."""
+    """Find runs with similar names beside this folder, or in the usual folder."""
     place, slash, name = url.rstrip("/").rpartition("/")
     beside = Storage(place if slash else USUAL, option="URL", read_only=True)
-    with contextlib.suppress(Exception):  # whatever a file system raises: this is a hint
-        alike = get_close_matches(name, beside.names(), _HINTS)
+    with contextlib.suppress(Exception):  # a file system may raise anything, and this is only a hint
+        similar = get_close_matches(name, beside.names(), _HINTS)
         prefix = f"{place}/" if slash else ""
-        return [f"{prefix}{n}" for n in alike if beside.exists(f"{n}/{CONFIG}")]
+        return [f"{prefix}{n}" for n in similar if beside.exists(f"{n}/{CONFIG}")]
     return []
 
 
 def list_names(storage: Storage) -> list[str]:
-    """Names directly at a storage's root.
+    """Return the names directly at a storage's root.
 
     Raises:
-        ConfigError: it cannot be listed; one sentence.
+        ConfigError: the storage cannot be listed.
     """
     try:
         return storage.names()
-    except Exception as error:  # whatever a file system raises: the user sees one sentence
+    except Exception as error:  # a file system may raise anything; the user sees one sentence
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise ConfigError(
             f"URL is {storage.url!r}, which cannot be listed: {reason}; give the folder of a run"
@@ -77,7 +77,7 @@ def list_names(storage: Storage) -> list[str]:
 
 
 def choose(storage: Storage, step: int | None) -> Committed:
-    """The newest committed checkpoint, or the newest of `step`.
+    """Return the newest committed checkpoint, or the newest of `step`.
 
     Raises:
         ConfigError: there is none.
@@ -94,16 +94,16 @@ def choose(storage: Storage, step: int | None) -> Committed:
 
 @dataclass(frozen=True)
 class Hold:
-    """A claim on a run that nobody drives: whoever held it before can commit nothing more."""
+    """A claim on a run that nobody drives. Earlier claims can no longer commit anything."""
 
     folder: RunFolder
     epoch: int
 
     def check(self) -> None:
-        """Ask whether the run is still ours.
+        """Check that the run has no newer claim.
 
         Raises:
-            FencedError: somebody began to drive it.
+            FencedError: another command has claimed it.
         """
         newest = self.folder.newest_epoch()
         if newest > self.epoch:
@@ -115,10 +115,10 @@ class Hold:
 
 @contextmanager
 def hold(folder: RunFolder, doing: str) -> Iterator[Hold]:
-    """Claim a run that nobody drives, to change it inside.
+    """Claim a run that nobody drives, and release it at the end.
 
     Raises:
-        ConfigError: somebody drives it, and the owner is named; or claimed it at this moment.
+        ConfigError: the run is live, or was claimed at this moment; with the name of the owner.
     """
     refuse_live(folder, doing)
     with claimed(folder, take_over=False) as held:
@@ -127,10 +127,10 @@ def hold(folder: RunFolder, doing: str) -> Iterator[Hold]:
 
 @contextmanager
 def claimed(folder: RunFolder, *, take_over: bool) -> Iterator[Hold]:
-    """A claim that is released in the end, so that the next driver need not wait.
+    """Claim a run, and release it at the end so that the next driver need not wait.
 
     Raises:
-        ConfigError: somebody drives the run, or claimed it at this moment.
+        ConfigError: the run is live, or was claimed at this moment.
     """
     held = Hold(folder, folder.claim(take_over=take_over))
     try:
@@ -140,10 +140,10 @@ def claimed(folder: RunFolder, *, take_over: bool) -> Iterator[Hold]:
 
 
 def refuse_live(folder: RunFolder, doing: str) -> None:
-    """Refuse to change a run that is live: only its own keeper may, and tools have no way to ask it.
+    """Refuse to change a live run, because only its own keeper may.
 
     Raises:
-        ConfigError: somebody drives it; the owner is named.
+        ConfigError: the run is live; with the name of its owner.
     """
     driver = folder.live_driver()
     if driver is not None:
