@@ -52,9 +52,9 @@ def load_model(
         checkpoint = choose(folder.storage, step)
         manifest = read_manifest(folder.storage, checkpoint)
         weights = {name: entry for name, entry in manifest.tensors.items() if name.startswith(WEIGHTS)}
-        check_objects(folder.storage, checkpoint.folder, weights)
-        shards = state.destinations(weights, {"weights_only": True})
-        load(folder.storage, checkpoint.folder, replace(manifest, tensors=weights), shards)
+        alone = replace(manifest, tensors=weights)
+        check_objects(folder.storage, checkpoint.folder, alone)
+        load(folder.storage, checkpoint.folder, alone, state.destinations(weights, {"weights_only": True}))
     return state.model.eval()
 
 
@@ -70,7 +70,7 @@ def load_state(
     state = _new_state(job, config, device)
     checkpoint = choose(folder.storage, step)
     manifest = read_manifest(folder.storage, checkpoint)
-    check_objects(folder.storage, checkpoint.folder, manifest.tensors)
+    check_objects(folder.storage, checkpoint.folder, manifest)
     shards = state.destinations(manifest.tensors, manifest.values)
     load(folder.storage, checkpoint.folder, manifest, shards)
     state.load_values(manifest.values)

@@ -24,6 +24,9 @@ MAX_CUTS = 16
 #: the axes before it left.
 Cut = tuple[tuple[str, int], ...]
 
+#: How a box is cut out of a tensor: (dimension, index, count), one after another, as `Box.chunk` cuts.
+Pieces = tuple[tuple[int, int, int], ...]
+
 
 @dataclass(frozen=True)
 class Box:
@@ -113,13 +116,14 @@ class Part:
         ways = itertools.product(*(range(size) for *_, size in self.axes))
         return tuple(Part(tuple((n, i, s) for (n, _, s), i in zip(self.axes, way))) for way in ways)
 
+    def pieces(self, cut: Cut) -> Pieces:
+        """How the box of this part is cut out of a tensor."""
+        place = {name: (index, size) for name, index, size in self.axes}
+        return tuple((dimension, *place[axis]) for axis, dimension in cut if axis in place)
+
     def box(self, shape: Sequence[int], cut: Cut) -> Box:
         """The box of a tensor that this part holds."""
-        box, place = Box.whole(tuple(shape)), {name: (index, size) for name, index, size in self.axes}
-        for axis, dimension in cut:
-            if axis in place:
-                box = box.chunk(dimension, *place[axis])
-        return box
+        return cut_box(shape, self.pieces(cut))
 
     def first(self, cut: Cut) -> Part:
         """The first part with the same box of a tensor as this one. The boxes of such first parts tile the tensor."""
@@ -148,6 +152,14 @@ class TensorSpec:
     def box(self, part: Part) -> Box:
         """The box of it that a part holds."""
         return part.box(self.shape, self.cut)
+
+
+def cut_box(shape: Sequence[int], pieces: Pieces) -> Box:
+    """The box that these pieces cut out of a tensor."""
+    box = Box.whole(tuple(shape))
+    for dimension, index, count in pieces:
+        box = box.chunk(dimension, index, count)
+    return box
 
 
 def narrowed(tensor: torch.Tensor, box: Box, within: Box) -> torch.Tensor:

@@ -16,11 +16,14 @@ from typing import Any
 
 import pytest
 import torch
+import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import elastic
-from elastic.checkpoint.format import BLOCK_BYTES, Manifest, attempt_folder, parse_manifest, seal
+from elastic.checkpoint.chunks import all_chunks
+from elastic.checkpoint.format import BLOCK_BYTES, Manifest, attempt_folder, seal
+from elastic.checkpoint.parsing import parse_manifest
 from elastic.checkpoint.reader import Committed
 from elastic.checkpoint.saver import Saver
 from elastic.checkpoint.writer import commit
@@ -84,6 +87,13 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Storage, dict[str, An
     return storage, json.loads(storage.read(NEWEST)), weights_sha256(state.model)
 
 
+def listed(storage: Storage, raw: dict[str, Any]) -> dict[str, Any]:
+    """The same manifest as format 3 had it: with a list of all chunks."""
+    manifest = parse_manifest(seal(json.dumps({k: v for k, v in raw.items() if k != "checksum"}).encode()), "here")
+    found = all_chunks(storage, attempt_folder(2, ATTEMPT), manifest)
+    return json.loads(json.dumps({**manifest.head, "format": 3, "tensors": {n: asdict(e) for n, e in found.items()}}))
+
+
 def restored(storage: Storage, raw: dict[str, Any]) -> tuple[int, TrainState, list[dict[str, Any]]]:
     """What a worker makes of the run with this manifest as its newest."""
     raw = {k: v for k, v in raw.items() if k != "checksum"}
@@ -112,8 +122,10 @@ def put(raw: dict[str, Any], path: tuple[Any, ...], value: Any) -> dict[str, Any
     return raw
 
 
-def test_what_is_mutated_below_is_believed(run):
+@pytest.mark.parametrize("form", [3, 4])
+def test_what_is_mutated_below_is_believed(run, form):
     storage, raw, sha = run
+    raw = listed(storage, raw) if form == 3 else raw
 
     step, state, said = restored(storage, raw)
 
@@ -146,8 +158,23 @@ LIES: list[tuple[tuple[Any, ...], Any, str]] = [
     (("values", "extra", "more"), {"$": "torch.load", "of": "x"}, "is of the kind torch.load, which is not known"),
     (("values", "extra"), {}, "load_extra_state() does not take the saved values: KeyError: 'updates'"),
     (("values", "loss_scale"), {"factor": "x", "good": 0}, "its loss_scale is none"),
-    (("tensors", "model/nobody"), {"dtype": "int64", "shape": [0], "chunks": []}, "unexpected ['nobody']"),
-    (("tensors", "else"), {"dtype": "int64", "shape": [0], "chunks": []}, "'else', which is part of no training state"),
+    (("families", 0, "tensors", "optimizer/zz"), ["int64", [0]], "is not tiled by its chunks"),
+    (("families", 0, "tensors", "model/../x"), ["int64", [0]], "is not a plain relative name"),
+    (("families", 0, "tensors", "model/first.weight", 0), "float8", "has the unknown dtype 'float8'"),
+    (("families", 0, "tensors", "model/first.weight", 1), [8, 9], "its packs"),
+    (("families", 0, "cut"), [[0, 2]], "cannot be cut as"),
+    (("families", 0, "cut"), [[7, 1]], "cannot be cut as"),
+    (("families",), [], "family 0, which there is not"),
+    (("packs",), {}, "has parts in no pack"),
+    (("packs", "rank-0000.pack", 0), 1 << 40, "its packs 1099511627776"),
+    (("packs", "rank-0000.pack", 2), "0" * 32, "rank-0000.index has other bytes than were written"),
+    (("packs", "rank-0000.pack", 1), 7, "rank-0000.index has other bytes than were written"),
+    (("packs", "rank-0000.pack", 3, 0, 1), 1, "part 1 of family 0, which there is not"),
+    (("packs", "rank-0000.pack", 3, 0, 2), 1, "is not tiled by its chunks"),
+    (("packs", "rank-0000.pack", 3, 0, 4), 1, "is not tiled by its chunks"),
+    (("packs", "rank-0000.pack", 3, 0, 5), 1, "is not tiled by its chunks: it has no row 1 to cut at"),
+    (("packs", "rank-0000.pack", 4), {"../rank-0000.pack": [1, 1]}, "rank-0000.pack refers to"),
+    (("packs", "../rank-0000.pack"), [0, 0, "0" * 32, [], {}], "it names the pack '../rank-0000.pack'"),
 ]
 
 
@@ -208,13 +235,92 @@ def huge(size: int, piece: int, pack: str) -> dict[str, Any]:
     return {"dtype": "uint8", "shape": [size], "chunks": chunks}
 
 
+LISTED_LIES: list[tuple[tuple[Any, ...], Any, str]] = [
+    (("tensors", "model/nobody"), {"dtype": "int64", "shape": [0], "chunks": []}, "unexpected ['nobody']"),
+    (("tensors", "else"), {"dtype": "int64", "shape": [0], "chunks": []}, "'else', which is part of no training state"),
+]
+
+
+@pytest.mark.parametrize(("path", "value", "said"), LISTED_LIES, ids=[said for _, _, said in LISTED_LIES])
+def test_tensors_that_are_part_of_no_state_are_refused_by_name(run, path, value, said):
+    storage, raw, sha = run
+
+    assert said in refused(storage, put(listed(storage, raw), path, value), sha)
+
+
+def test_a_tensor_larger_than_the_packs_takes_no_memory_and_what_packs_promise_must_be_there(run):
+    storage, raw, sha = run
+    lie = put(raw, ("families", 0, "tensors", "optimizer/first.weight/exp_avg", 1), [1 << 36])
+    first = raw["packs"]["rank-0000.pack"][0]
+    with at_most(512 * MIB):
+        assert "its packs" in refused(storage, lie, sha)
+        more = first + 4 * ((1 << 36) - math.prod(raw["families"][0]["tensors"]["optimizer/first.weight/exp_avg"][1]))
+        said = refused(storage, put(lie, ("packs", "rank-0000.pack", 0), more), sha)
+
+    assert "rank-0000.pack is too short for the tensor 'extra" in said
+    assert f"it has {first} of {more} bytes" in said
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda raw: raw["starts"].pop(), "its lists have different lengths"),
+        (lambda raw: raw["tensors"].reverse(), "its tensors are not in order"),
+        (lambda raw: raw["tensors"].__setitem__(0, -1), "its tensors are not in order"),
+        (lambda raw: raw["starts"].__setitem__(0, raw["ends"][0] + 1), "ends before it begins"),
+        (lambda raw: raw["packs"].__setitem__(0, 1), "it names the packs"),
+        (lambda raw: raw["elsewhere"].append("../x"), "it names the packs"),
+        (lambda raw: raw.update(hashes=raw["hashes"][:-1]), "not as many checksums"),
+        (lambda raw: raw.update(hashes="x" * len(raw["hashes"])), "block hashes that are none"),
+        (lambda raw: raw.update(crcs="x" * len(raw["crcs"])), "invalid literal for int()"),
+        (lambda raw: raw.update(crcs="0" * len(raw["crcs"])), ""),
+        (
+            lambda raw: raw.update(
+                starts=raw["starts"][1:] + raw["starts"][:1], ends=raw["ends"][1:] + raw["ends"][:1]
+            ),
+            "",
+        ),
+        (
+            lambda raw: raw.update(starts=[s + 1 for s in raw["starts"]], ends=[e + 1 for e in raw["ends"]]),
+            "a chunk up to",
+        ),
+        (lambda raw: raw.update(ends=[e + 1 for e in raw["ends"]]), "lie in the same bytes of rank-0000.pack"),
+        (lambda raw: raw.update(format=2), "it has format 2, this version reads 1; install a newer"),
+        (lambda raw: raw.clear(), "KeyError"),
+        (lambda raw: [raw[c].pop(0) for c in ("tensors", "starts", "ends", "packs")], "not as many checksums"),
+    ],
+)
+def test_an_index_that_lies_is_refused_with_what_is_wrong(run, change, said):
+    """Its hash in the manifest is right all the same."""
+    storage, raw, sha = run
+    path = f"{attempt_folder(2, ATTEMPT)}/rank-0000.index"
+    before = storage.read(path)
+    lie = json.loads(before)
+    change(lie)
+    data = json.dumps(lie).encode()
+    storage.replace(path, data)
+    proof = [len(data), xxhash.xxh3_128_hexdigest(data)]
+    changed = put(put(raw, ("packs", "rank-0000.pack", 1), proof[0]), ("packs", "rank-0000.pack", 2), proof[1])
+    try:
+        if said:
+            problem = refused(storage, changed, sha)
+            assert said in problem
+            assert path in problem
+        else:  # crcs alone are for readers of parts; places that are swapped are found by the hashes of blocks
+            step, state, _ = restored(storage, changed)
+            assert weights_sha256(state.model) == sha
+            assert step in (1, 2)
+    finally:
+        storage.replace(path, before)
+
+
 @pytest.mark.parametrize("pieces", [1, 4096])
 def test_an_optimizer_s_tensor_larger_than_its_object_takes_no_memory(run, pieces):
     """Room for what an optimizer keeps is made as the checkpoint says, as nobody else knows its shape."""
     storage, raw, sha = run
     lie = huge(1 << 36, (1 << 36) // pieces, "rank-0000.pack")
     with at_most(512 * MIB):
-        said = refused(storage, put(raw, ("tensors", "optimizer/first.weight/exp_avg"), lie), sha)
+        said = refused(storage, put(listed(storage, raw), ("tensors", "optimizer/first.weight/exp_avg"), lie), sha)
 
     assert "is too short for the tensor 'optimizer/first.weight/exp_avg'" in said or "lie in the same bytes" in said
 
@@ -222,6 +328,7 @@ def test_an_optimizer_s_tensor_larger_than_its_object_takes_no_memory(run, piece
 def test_tensors_that_lie_in_the_same_bytes_are_refused(run):
     """A thousand tensors in one object of a megabyte would take a gigabyte."""
     storage, raw, sha = run
+    raw = listed(storage, raw)
     places = raw["tensors"]["model/first.weight"]["chunks"][0]
 
     said = refused(
@@ -271,9 +378,10 @@ def _places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]
 @given(st.data())
 def test_whatever_is_changed_a_restore_ends_with_one_of_the_two_and_says_why(run, data):
     storage, raw, sha = run
-    changed = copy.deepcopy(raw)
+    old = data.draw(st.booleans())
+    changed = listed(storage, raw) if old else copy.deepcopy(raw)
     for _ in range(data.draw(st.integers(1, 3))):
-        part = data.draw(st.sampled_from(["values", "tensors"]))
+        part = data.draw(st.sampled_from(["values", "tensors"] if old else ["values", "families", "packs"]))
         inside = [p for p in _places(changed.get(part), (part,)) if len(p) > 1]
         if not inside:
             continue  # an earlier change took it away

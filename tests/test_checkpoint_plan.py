@@ -2,23 +2,40 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import pytest
 import torch
+import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from elastic.checkpoint import blocks
 from elastic.checkpoint import format as fmt
 from elastic.checkpoint.blocks import Partial, combine_crcs, crc_blocks, hash_blocks, unproven
-from elastic.checkpoint.format import ITEM_BYTES, Chunk, Manifest, TensorEntry
+from elastic.checkpoint.families import index_name, merge
+from elastic.checkpoint.fields import ITEM_BYTES
+from elastic.checkpoint.format import Chunk, Manifest, TensorEntry, seal
 from elastic.checkpoint.loader import load, load_together
-from elastic.checkpoint.plan import Held, plan_load, plan_reads, plan_save, read_bytes, wanted_bytes
+from elastic.checkpoint.pack_index import PackIndex, Place
+from elastic.checkpoint.parsing import parse_manifest
+from elastic.checkpoint.plan import (
+    Held,
+    numbers_of,
+    plan_lines,
+    plan_load,
+    plan_reads,
+    plan_save,
+    read_bytes,
+    statement,
+    wanted_bytes,
+)
 from elastic.checkpoint.tensors import DTYPES, Shard, tensor_bytes
 from elastic.errors import CheckpointError, DamagedCheckpoint
 from elastic.placement import Box, common, narrowed, runs, tiles
 from elastic.storage import Storage
+from jobs.bench import manifest as manifest_bench
 from tests.fresh import examples
 
 FOLDER = "checkpoints/step-00000001/1-1-a"
@@ -58,7 +75,8 @@ def layouts(draw, shapes):
             if name in everywhere:
                 held.append(Held(name, dtype, shape, Box.whole(shape), rank, world))
             else:
-                held.append(Held(name, dtype, shape, cut(shape, dims[name], ways)[way], replica, replicas))
+                box, pieces = cut(shape, dims[name], ways)[way], ((dims[name], way, ways),)
+                held.append(Held(name, dtype, shape, box, replica, replicas, pieces))
         ranks.append(held)
     return ranks
 
@@ -82,14 +100,16 @@ def content(shapes):
 
 
 def saved(tensors, ranks):
-    """Packs and entries, as workers and keeper make them, without processes."""
+    """Packs and entries, as workers and keeper make them, without processes; and what all say of their packs."""
     packs: dict[str, bytes] = {}
+    said = []
     entries: dict[str, TensorEntry] = {}
     for rank, held in enumerate(ranks):
-        pack = bytearray()
+        pack, lines, places = bytearray(), plan_lines(held), {}
         for h in held:
             entries.setdefault(h.name, TensorEntry(h.dtype, h.shape, ()))
-        for write in plan_save(held):
+        writes = plan_save(held)
+        for write, number in zip(writes, numbers_of(lines, writes), strict=True):
             h = held[write.source]
             data = bytes(tensor_bytes(narrowed(tensors[h.name], write.box, Box.whole(h.shape))))
             assert (write.start, write.end) == (len(pack), len(pack) + len(data)), "no gaps"
@@ -104,8 +124,14 @@ def saved(tensors, ranks):
                 crc_blocks(data),
             )
             entries[h.name] = TensorEntry(h.dtype, h.shape, (*entries[h.name].chunks, chunk))
-        packs[f"rank-{rank:04d}.pack"] = bytes(pack)
-    return packs, entries
+            places[number] = Place(chunk.pack, chunk.start, chunk.end, chunk.hashes, chunk.crcs)
+        name = f"rank-{rank:04d}.pack"
+        packs[name] = bytes(pack)
+        index = PackIndex.of(name, places).to_json()
+        proof = [len(index), xxhash.xxh3_128_hexdigest(index)] if places else [0, "0" * 32]
+        packs[index_name(name)] = index
+        said.append(statement(name, proof, PackIndex.of(name, places).ends_by_pack(), lines, held))
+    return packs, entries, said
 
 
 @pytest.fixture
@@ -121,12 +147,14 @@ def small_units(monkeypatch):
 def test_every_byte_is_saved_once_and_read_once_whatever_the_layouts(case, data):
     shapes, before, after = case
     tensors = content(shapes)
-    packs, entries = saved(tensors, before)
+    packs, entries, said = saved(tensors, before)
+    assert _found_again(packs, said, shapes) == {n: set(e.chunks) for n, e in entries.items()}
 
     for name, (shape, dtype) in shapes.items():
         assert tiles([c.box for c in entries[name].chunks], shape)
         assert sum(c.end - c.start for c in entries[name].chunks) == math.prod(shape) * ITEM_BYTES[dtype]
-    assert sum(map(len, packs.values())) == sum(t.nbytes for t in tensors.values())
+    stored = sum(len(data) for name, data in packs.items() if name.endswith(".pack"))
+    assert stored == sum(t.nbytes for t in tensors.values())
 
     partials = []
     for held in after:
@@ -162,6 +190,25 @@ def test_every_byte_is_saved_once_and_read_once_whatever_the_layouts(case, data)
         assert unproven(partials) == set(), "all readers together prove every block that they share"
 
 
+def _found_again(packs, said, shapes):
+    """The chunks of each tensor, as the manifest's formulas and the indexes of the packs give them."""
+    placement = parse_manifest(manifest_of(said), "here").placement
+    found = {name: set() for name in shapes}
+    for name, (shape, dtype) in shapes.items():
+        for pack, box in placement.pieces(name):
+            index = PackIndex.parse(packs[pack.index_name], pack.name)
+            found[name].add(index.chunk(placement.number_in(pack, name), box, box.volume * ITEM_BYTES[dtype]))
+            for wanted in cut(shape, 0, 3):
+                parts = [(p.name, b) for p, b in placement.pieces(name, wanted)]
+                assert ((pack.name, box) in parts) == (common(box, wanted) is not None), "no index is read in vain"
+    return found
+
+
+def manifest_of(said):
+    head = Manifest(1, 0, "", {}, {}).head
+    return seal(json.dumps({**head, **merge(said)}).encode())
+
+
 def _irregular(partials):
     """Whether some block is not wanted whole, or in pieces that overlap: it is then read again, whole."""
     by_block: dict[tuple[str, int], set[tuple[int, int]]] = {}
@@ -178,6 +225,14 @@ def _irregular(partials):
         if at != ends[key][1]:
             return True
     return False
+
+
+def test_a_manifest_hardly_grows_with_the_number_of_shards():
+    few, many = manifest_bench.measure(16), manifest_bench.measure(512)
+
+    assert many["manifest_mb"] - few["manifest_mb"] < 496 * 150e-6, "bytes a shard"
+    assert many["said_mb"] - few["said_mb"] < 496 * 300e-6
+    assert many["index_mb"] < few["index_mb"]
 
 
 @pytest.mark.usefixtures("small_units")
@@ -245,13 +300,17 @@ def stored(tmp_path, small_units):
     shapes = {"w": ((12, 8), "float32"), "b": ((7,), "float16"), "n": ((), "int64")}
     tensors = content(shapes)
     ranks = [
-        [Held(n, d, s, cut(s, 0, 3)[r], 0 if s else r, 1 if s else 3) for n, (s, d) in shapes.items()] for r in range(3)
+        [
+            Held(n, d, s, cut(s, 0, 3)[r], 0 if s else r, 1 if s else 3, ((0, r, 3),) if s else ())
+            for n, (s, d) in shapes.items()
+        ]
+        for r in range(3)
     ]
-    packs, entries = saved(tensors, ranks)
+    packs, _, said = saved(tensors, ranks)
     storage = Storage(str(tmp_path))
     for name, data in packs.items():
         storage.create(f"{FOLDER}/{name}", data)
-    return storage, Manifest(1, 0, "", {}, {}, entries), tensors
+    return storage, parse_manifest(manifest_of(said), "here"), tensors
 
 
 def _halves(tensors, rank):

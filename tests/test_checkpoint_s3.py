@@ -187,13 +187,14 @@ def test_what_a_killed_uploader_left_is_swept_once_a_newer_checkpoint_is_committ
 
     assert [key.rpartition("checkpoints/")[2] for key in rig.unfinished()] == ["step-00000004/1-1-1/rank-0000.pack"]
     left = {path.rpartition("checkpoints/")[2] for path in rig.storage.fs.find(rig.storage.root)}
-    assert left == {"step-00000003/1-1-1/rank-0000.pack", "step-00000003/1-1-1/manifest.json"}
+    assert left == {f"step-00000003/1-1-1/{name}" for name in ("rank-0000.pack", "rank-0000.index", "manifest.json")}
     assert rig.newest() == 3
 
 
 def whole(*steps: int) -> list[str]:
     """The objects of these checkpoints."""
-    return [f"step-{step:08d}/1-1-1/{name}" for step in steps for name in ("manifest.json", "rank-0000.pack")]
+    names = ("manifest.json", "rank-0000.index", "rank-0000.pack")
+    return [f"step-{step:08d}/1-1-1/{name}" for step in steps for name in names]
 
 
 @pytest.mark.parametrize("point", UPLOADER_POINTS)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from elastic.checkpoint.chunks import all_chunks
 from elastic.checkpoint.reader import newest_first, read_manifest
 from elastic.membership.protocol import Leaving
 from elastic.run.prepare import prepare
@@ -324,9 +325,9 @@ def test_a_checkpoint_of_a_cut_state_has_every_row_once_from_whoever_holds_it(tm
 
     assert found.state() == whole.state()
     (checkpoint,) = newest_first(found.storage)
-    manifest = read_manifest(found.storage, checkpoint)
-    assert len({c.pack for t in manifest.tensors.values() for c in t.chunks}) == 4, "everyone writes"
-    up = manifest.tensors["model/layers.0.up.weight"]
+    tensors = all_chunks(found.storage, checkpoint.folder, read_manifest(found.storage, checkpoint))
+    assert len({c.pack for t in tensors.values() for c in t.chunks}) == 4, "everyone writes"
+    up = tensors["model/layers.0.up.weight"]
     assert sorted(c.offsets[0] for c in up.chunks) == [0, 11]
     (ours,) = found.events("checkpoint_committed")
     (theirs,) = whole.events("checkpoint_committed")

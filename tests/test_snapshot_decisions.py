@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from elastic.checkpoint.format import ITEM_BYTES
+from elastic.checkpoint.fields import ITEM_BYTES
 from elastic.parallel.layout import ROWS, SHARD
 from elastic.parallel.probe import state_share
 from elastic.placement import Part, TensorSpec

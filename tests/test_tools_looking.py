@@ -15,6 +15,7 @@ import torch
 
 from elastic import cli
 from elastic.checkpoint import format
+from elastic.checkpoint.chunks import all_chunks
 from elastic.checkpoint.format import MANIFEST, seal
 from elastic.checkpoint.reader import newest_first
 from elastic.checkpoint.state import save_state
@@ -175,7 +176,7 @@ def test_verify_reads_each_block_once_and_names_the_one_that_is_damaged(monkeypa
     manifest = save_state(url, 1, {"a": whole, "b": torch.ones(3)})
     storage = Storage(url)
     committed = list(newest_first(storage))
-    [chunk] = manifest.tensors["a"].chunks
+    [chunk] = all_chunks(storage, committed[0].folder, manifest)["a"].chunks
     seen: list[int] = []
 
     good = verify(storage, committed, lambda total: seen.append)

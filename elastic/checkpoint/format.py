@@ -1,59 +1,47 @@
 """The manifest of a checkpoint: plain JSON, validated before anything in it is believed. No pickle, and no torch.
 
 checkpoints/step-00000120/<epoch>-<n>-<id>/rank-0003.pack   raw little-endian bytes of boxes of tensors
+checkpoints/step-00000120/<epoch>-<n>-<id>/rank-0003.index  where in the pack each tensor lies, and checksums of blocks
 checkpoints/step-00000120/<epoch>-<n>-<id>/manifest.json    written last, create-if-absent: that is the commit
 
-Format 2 has its own checksum as its first entry. For each block it has, beside the xxh3_128, a crc32: those of parts
-can be combined, so readers that each need a part of a block verify it together. A chunk may lie in a pack of an
-earlier checkpoint. Format 1 had none of this.
+The manifest says how tensors are cut, which pack has which part, and has a hash of each index. Until format 3 there
+were no indexes: it listed all chunks, each with its place and its checksums.
+
+Its own checksum is its first entry. For each block there is, beside the xxh3_128, a crc32: those of parts can be
+combined, so readers that each need a part of a block verify it together. A chunk may lie in a pack of an earlier
+checkpoint. Format 1 had none of this.
 """
 
 from __future__ import annotations
 
-import itertools
-import json
 import math
 import re
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import xxhash
 
-from elastic.errors import CheckpointError, DamagedCheckpoint
-from elastic.placement import Box, tiles
+from elastic.checkpoint.families import Placement
+from elastic.checkpoint.fields import ITEM_BYTES
+from elastic.placement import Box
 
-FORMAT = 3  # 2 has checksums that can be combined; 3 has values as `elastic.values` writes them
-READABLE = (1, 2, 3)
-_READS = "1, 2 and 3"
+if TYPE_CHECKING:
+    from elastic.checkpoint.pack_index import PackIndex
+
+#: 2 has checksums that can be combined; 3 has values as `elastic.values` writes them; 4 has chunks by formula, and
+#: what is listed of them in indexes.
+FORMAT = 4
+READABLE = (1, 2, 3, 4)
 BLOCK_BYTES = 16 << 20
 MAX_MANIFEST_BYTES = 256 << 20
-MAX_NAME = 1000
-MAX_DIMS = 32
 FOLDER = "checkpoints"
 MANIFEST = "manifest.json"
 ATTEMPT = re.compile(r"^(\d{1,9})-(\d{1,9})-([A-Za-z0-9]{1,40})\Z")
-_PACK = re.compile(r"^(step-\d{8,18}/\d{1,9}-\d{1,9}-[A-Za-z0-9]{1,40}/)?rank-\d{4,9}\.pack\Z")
+ELSEWHERE = re.compile(r"^step-\d{8,18}/\d{1,9}-\d{1,9}-[A-Za-z0-9]{1,40}/rank-\d{4,9}\.pack\Z")
+OWN_PACK = re.compile(r"^rank-\d{4,9}\.pack\Z")
+XXH3 = re.compile(r"^[0-9a-f]{32}\Z")
 _STEP = re.compile(r"^step-(\d{8,18})\Z")
-_SEAL = re.compile(rb'\{"checksum": "([0-9a-f]{32})", ')
-_XXH3 = re.compile(r"^[0-9a-f]{32}\Z")
-
-#: Bytes of an element, by the name of its dtype.
-ITEM_BYTES = {
-    "float32": 4,
-    "float64": 8,
-    "float16": 2,
-    "bfloat16": 2,
-    "int64": 8,
-    "int32": 4,
-    "int16": 2,
-    "int8": 1,
-    "uint8": 1,
-    "bool": 1,
-    "complex64": 8,
-    "complex128": 16,
-    "float8_e4m3fn": 1,
-    "float8_e5m2": 1,
-}
+SEAL = re.compile(rb'\{"checksum": "([0-9a-f]{32})", ')
 
 
 @dataclass(frozen=True)
@@ -79,11 +67,11 @@ class Chunk:
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """A tensor: dtype, global shape, and the chunks that tile it."""
+    """A tensor: dtype, global shape, and the chunks that tile it, as far as they are known."""
 
     dtype: str
     shape: tuple[int, ...]
-    chunks: tuple[Chunk, ...]
+    chunks: tuple[Chunk, ...] = ()
 
     @property
     def nbytes(self) -> int:
@@ -94,8 +82,12 @@ class TensorEntry:
 class Manifest:
     """Everything of a checkpoint that is not tensor bytes.
 
-    `metrics` are those of the evaluation at this step. `nonce` is drawn for each commit: who reads it back knows whose
-    commit it was.
+    Args:
+        tensors: by name; until format 3 with all their chunks.
+        metrics: those of the evaluation at this step.
+        nonce: is drawn for each commit: who reads it back knows whose commit it was.
+        placement: which pack has what of them; None until format 3.
+        indexes: those that were read so far, by the names of their packs.
     """
 
     step: int
@@ -107,20 +99,30 @@ class Manifest:
     metrics: dict[str, float] = field(default_factory=dict)
     nonce: str = ""
     format: int = FORMAT
+    placement: Placement | None = field(default=None, repr=False)
+    indexes: dict[str, PackIndex] = field(default_factory=dict, compare=False, repr=False)
 
-    def to_json(self) -> bytes:
-        found = asdict(self)
-        found["tensors"] = dict(sorted(found["tensors"].items()))
-        return seal(json.dumps(dict(sorted(found.items()))).encode())  # values keep the order of their keys
+    @property
+    def head(self) -> dict[str, Any]:
+        """All but the tensors, as JSON."""
+        names = ("step", "seed", "config_digest", "world", "values", "metrics", "nonce", "format")
+        return {name: getattr(self, name) for name in names}
 
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors."""
         return sum(entry.nbytes for entry in self.tensors.values())
 
-    def packs(self, folder: str) -> dict[str, int]:
+    def objects(self, folder: str) -> dict[str, int]:
         """Every object that this checkpoint, which lies in `folder`, reads from, and the least size it must have."""
         found: dict[str, int] = {}
+        if self.placement is not None:
+            for pack in self.placement.packs.values():
+                found.update({f"{folder}/{pack.name}": pack.size} if pack.size else {})
+                found.update({f"{folder}/{pack.index_name}": pack.index[0]} if pack.index[0] else {})
+                for name, (_, end) in pack.elsewhere.items():
+                    path = pack_path(folder, name)
+                    found[path] = max(found.get(path, 0), end)
         for entry in self.tensors.values():
             for chunk in entry.chunks:
                 path = pack_path(folder, chunk.pack)
@@ -133,8 +135,8 @@ def seal(data: bytes) -> bytes:
     return b'{"checksum": "%s", %s' % (xxhash.xxh3_128_hexdigest(data).encode(), data[1:])
 
 
-def _is_sealed(data: bytes) -> bool:
-    match = _SEAL.match(data)
+def is_sealed(data: bytes) -> bool:
+    match = SEAL.match(data)
     return match is not None and xxhash.xxh3_128_hexdigest(b"{" + data[match.end() :]).encode() == match[1]
 
 
@@ -162,155 +164,3 @@ def parse_step(name: str) -> int | None:
 def block_count(length: int) -> int:
     """Blocks of a chunk of `length` bytes; an empty one has one, which is empty."""
     return max(1, -(-length // BLOCK_BYTES))
-
-
-def check_name(name: str) -> None:
-    """Refuse tensor names that could climb out of the folder or mean something to a URL.
-
-    Raises:
-        CheckpointError: the name is absolute or very long, has an empty or `..` part, or control characters.
-    """
-    parts = name.split("/")
-    plain = name and len(name) <= MAX_NAME and "://" not in name
-    if not plain or any(p in ("", ".", "..") for p in parts) or any(ord(c) < 32 for c in name):
-        raise CheckpointError(f"tensor name {name[:MAX_NAME]!r} is not a plain relative name")
-
-
-# ---- reading -------------------------------------------------------------------------------------------------------
-
-
-class _NewerFormat(CheckpointError):
-    pass
-
-
-def parse_manifest(data: bytes, where: str) -> Manifest:
-    """Read and validate a manifest. Time and memory are bounded by a constant times its size.
-
-    Raises:
-        DamagedCheckpoint: anything in it that cannot be true.
-        CheckpointError: a newer format.
-    """
-    if len(data) > MAX_MANIFEST_BYTES:
-        raise DamagedCheckpoint(f"{where} has more than {MAX_MANIFEST_BYTES} bytes, more than a manifest can have")
-    try:
-        raw = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise DamagedCheckpoint(f"{where} is not JSON: {error}") from error
-    if _SEAL.match(data) and not _is_sealed(data):
-        raise DamagedCheckpoint(f"{where} has other bytes than were written")
-    try:
-        manifest = _manifest(raw, where)
-    except _NewerFormat:
-        raise
-    except CheckpointError as error:
-        raise DamagedCheckpoint(f"{where}: {error}") from error
-    except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
-        raise DamagedCheckpoint(f"{where} does not say what a manifest says: {error!r}"[:1000]) from error
-    if manifest.format > 1 and not _is_sealed(data):
-        raise DamagedCheckpoint(f"{where} has other bytes than were written")
-    return manifest
-
-
-def _manifest(raw: Any, where: str) -> Manifest:
-    if not isinstance(raw, dict):
-        raise CheckpointError("it is not a JSON object")
-    version = raw.get("format")
-    if type(version) is not int or version < 1:
-        raise CheckpointError(f"it has format {str(version)[:100]}")
-    if version not in READABLE:
-        raise _NewerFormat(f"{where} has format {version}, this version reads {_READS}; install a newer elastic-train")
-    step = _int(raw["step"])
-    if step < 0:
-        raise CheckpointError(f"it has step {step}")
-    tensors = {name: _tensor(name, entry, version) for name, entry in raw["tensors"].items()}
-    _check_apart(tensors)
-    metrics = {_text(k): float(_number(v)) for k, v in raw.get("metrics", {}).items()}
-    for part in ("world", "values"):
-        if not isinstance(raw[part], dict):
-            raise CheckpointError(f"its {part} is a {type(raw[part]).__name__}, not an object")
-    return Manifest(
-        step,
-        _int(raw["seed"]),
-        _text(raw["config_digest"]),
-        raw["world"],
-        raw["values"],
-        tensors,
-        metrics,
-        _text(raw.get("nonce", "")),
-        version,
-    )
-
-
-def _tensor(name: str, raw: Any, version: int) -> TensorEntry:
-    check_name(name)
-    dtype, shape = raw["dtype"], _ints(raw["shape"])
-    if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
-        raise CheckpointError(f"tensor {name!r} has the unknown dtype {str(dtype)[:100]!r}")
-    item = ITEM_BYTES[dtype]
-    if len(shape) > MAX_DIMS or any(s < 0 for s in shape) or math.prod(max(s, 1) for s in shape) * item >= 1 << 63:
-        raise CheckpointError(f"tensor {name!r} has the shape {str(shape)[:200]}")
-    chunks = tuple(_chunk(name, c, shape, item, version) for c in raw["chunks"])
-    if not tiles([c.box for c in chunks], shape):
-        raise CheckpointError(f"tensor {name!r} is not tiled by its chunks")
-    return TensorEntry(dtype, shape, chunks)
-
-
-def _check_apart(tensors: dict[str, TensorEntry]) -> None:
-    """No two chunks lie in the same bytes: tensors are no larger than the objects that hold them."""
-    places = sorted(
-        (chunk.pack, chunk.start, chunk.end, name)
-        for name, entry in tensors.items()
-        for chunk in entry.chunks
-        if chunk.end > chunk.start
-    )
-    for (pack, _, end, one), (other_pack, start, _, other) in itertools.pairwise(places):
-        if pack == other_pack and start < end:
-            raise CheckpointError(f"tensors {one!r} and {other!r} lie in the same bytes of {pack}")
-
-
-def _chunk(name: str, raw: Any, shape: tuple[int, ...], item: int, version: int) -> Chunk:
-    offsets, sizes = _ints(raw["offsets"]), _ints(raw["sizes"])
-    pack, start, end = _text(raw["pack"]), _int(raw["start"]), _int(raw["end"])
-    hashes = tuple(map(_text, _list(raw["hashes"])))
-    crcs = _ints(raw["crcs"]) if version > 1 else ()
-    if not _PACK.match(pack) or (version == 1 and "/" in pack):
-        raise CheckpointError(f"tensor {name!r} names the pack {pack[:200]!r}")
-    if not Box(offsets, sizes).is_in(shape):
-        raise CheckpointError(f"tensor {name!r} has a chunk outside its shape {shape}")
-    length = end - start
-    if start < 0 or end >= 1 << 63 or length != math.prod(sizes) * item:
-        raise CheckpointError(f"tensor {name!r} has a chunk of {length} bytes that should have another length")
-    blocks = block_count(length)
-    if len(hashes) != blocks or not all(map(_XXH3.match, hashes)):
-        raise CheckpointError(f"tensor {name!r} has a chunk with {len(hashes)} block hashes, or what are none")
-    if version > 1 and (len(crcs) != blocks or not all(0 <= c < 1 << 32 for c in crcs)):
-        raise CheckpointError(f"tensor {name!r} has a chunk with {len(crcs)} block checksums, or what are none")
-    return Chunk(offsets, sizes, pack, start, end, hashes, crcs)
-
-
-def _int(value: Any) -> int:
-    if type(value) is not int:
-        raise TypeError(f"{str(value)[:100]!r} should be a whole number")
-    return value
-
-
-def _number(value: Any) -> float:
-    if type(value) not in (int, float):
-        raise TypeError(f"{str(value)[:100]!r} should be a number")
-    return value
-
-
-def _text(value: Any) -> str:
-    if not isinstance(value, str):
-        raise TypeError(f"{str(value)[:100]!r} should be a text")
-    return value
-
-
-def _list(value: Any) -> list[Any]:
-    if not isinstance(value, list):
-        raise TypeError(f"{str(value)[:100]!r} should be a list")
-    return value
-
-
-def _ints(value: Any) -> tuple[int, ...]:
-    return tuple(map(_int, _list(value)))

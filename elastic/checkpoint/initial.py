@@ -15,7 +15,8 @@ from typing import Any
 
 from elastic.checkpoint import format
 from elastic.checkpoint.downloads import RangeReader
-from elastic.checkpoint.format import ITEM_BYTES, MAX_DIMS, Chunk, TensorEntry, block_count
+from elastic.checkpoint.fields import ITEM_BYTES, MAX_DIMS
+from elastic.checkpoint.format import Chunk, TensorEntry, block_count
 from elastic.checkpoint.loader import IN_FLIGHT, fill
 from elastic.checkpoint.patience import patiently
 from elastic.checkpoint.tensors import Shard

@@ -6,16 +6,17 @@ import threading
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
 from elastic.checkpoint.blocks import Partial, hash_pieces, unproven
+from elastic.checkpoint.chunks import find_chunks
 from elastic.checkpoint.downloads import RangeReader
-from elastic.checkpoint.format import Manifest, TensorEntry
-from elastic.checkpoint.patience import patiently
+from elastic.checkpoint.format import Manifest, TensorEntry, pack_path
 from elastic.checkpoint.plan import BlockPart, Read, plan_load, plan_reads, read_bytes, read_limit, wanted_bytes
+from elastic.checkpoint.reader import missing_objects
 from elastic.checkpoint.tensors import DTYPES, Shard, dtype_name
 from elastic.errors import CheckpointError, DamagedCheckpoint
 from elastic.storage import Storage
@@ -59,11 +60,12 @@ def load(
     report = LoadReport()
     for shard in shards:
         _check(folder, manifest.tensors.get(shard.name), shard, convert)
+    tensors = find_chunks(storage, folder, manifest, [shard.wanted for shard in shards])
     reader = RangeReader(storage)
     try:
         with ThreadPoolExecutor(in_flight, "checkpoint-read") as pool:
-            for batch in _batches(manifest.tensors, shards):
-                _Batch(reader, pool, in_flight, folder, manifest.tensors, batch, alone, report).run()
+            for batch in _batches(tensors, shards):
+                _Batch(reader, pool, in_flight, folder, tensors, batch, alone, report).run()
     finally:
         reader.close()
     return report
@@ -114,7 +116,8 @@ def load_together(
     everyone = gather([problem, [p.to_json() for p in report.partials]])
     bad = unproven(Partial.from_json(raw) for _, partials in everyone for raw in partials)
     if bad and not any(found for found, _ in everyone):
-        mine = [s for s in shards if _touches(manifest.tensors, folder, s, bad)]
+        tensors = find_chunks(storage, folder, manifest, [shard.wanted for shard in shards])
+        mine = [s for s in shards if _touches(tensors, folder, s, bad)]
         try:  # whole blocks now, each proven by itself; who has damage finds it, or it was damaged on the way
             again = load(storage, folder, manifest, mine, convert=convert, in_flight=in_flight)
             report.refetched += [f"{where}@{start}" for where, start in sorted(bad)] + again.refetched
@@ -149,43 +152,36 @@ def load_all(
         CheckpointError: as `load`; also objects that are smaller than the manifest says, before memory is taken.
     """
     chosen = {name: manifest.tensors[name] for name in (manifest.tensors if names is None else names)}
-    check_objects(storage, folder, chosen)
+    check_objects(storage, folder, replace(manifest, tensors=chosen))
     found = {name: torch.empty(entry.shape, dtype=DTYPES[entry.dtype]) for name, entry in chosen.items()}
     load(storage, folder, manifest, [Shard.whole(name, tensor) for name, tensor in found.items()])
     return found
 
 
-def check_objects(storage: Storage, folder: str, tensors: Mapping[str, TensorEntry]) -> None:
+def check_objects(storage: Storage, folder: str, manifest: Manifest) -> None:
     """Before memory is taken for tensors: find out whether the objects that they lie in are there and long enough.
 
     Raises:
-        CheckpointError: one is not, and which tensor misses it.
+        DamagedCheckpoint: one is not, and which tensor misses it.
     """
-    packs = Manifest(0, 0, "", {}, {}, dict(tensors)).packs(folder)
-
-    def size(path: str) -> int:
-        try:
-            return patiently(storage.size, path)
-        except FileNotFoundError:
-            return -1
-
-    with ThreadPoolExecutor(max(1, min(len(packs), IN_FLIGHT)), "checkpoint-size") as pool:
-        sizes = dict(zip(packs, pool.map(size, packs)))
-    for path, least in packs.items():
-        if sizes[path] < 0:
-            raise DamagedCheckpoint(f"{path} is missing, which holds the tensor {_user(tensors, folder, path)!r}")
-        if sizes[path] < least:
-            name = _user(tensors, folder, path, sizes[path])
-            raise DamagedCheckpoint(f"{path} is too short for the tensor {name!r}")
+    for path, size, least in missing_objects(storage, folder, manifest):
+        if size is None:
+            raise DamagedCheckpoint(f"{path} is missing, which holds {_user(manifest, folder, path, -1)}")
+        user = _user(manifest, folder, path, size)
+        raise DamagedCheckpoint(f"{path} is too short for {user}: it has {size} of {least} bytes")
 
 
-def _user(tensors: Mapping[str, TensorEntry], folder: str, path: str, size: int = -1) -> str:
-    """A tensor that has bytes of an object beyond `size`."""
-    return next(
-        name
-        for name, entry in tensors.items()
-        if Manifest(0, 0, "", {}, {}, {name: entry}).packs(folder).get(path, -1) > size
-    )
+def _user(manifest: Manifest, folder: str, path: str, size: int) -> str:
+    """What has bytes of an object beyond `size`."""
+    for name, entry in manifest.tensors.items():
+        if any(pack_path(folder, chunk.pack) == path and chunk.end > size for chunk in entry.chunks):
+            return f"the tensor {name!r}"
+    placement = manifest.placement
+    if placement is not None and path.endswith(".pack"):
+        own = placement.packs.get(path.removeprefix(f"{folder}/"))
+        first = placement.tensor_in(own) if own is not None else None
+        return f"the tensor {first!r}" if first is not None else "a tensor that did not change"
+    return "the places of tensors"
 
 
 def _check(folder: str, entry: TensorEntry | None, shard: Shard, convert: bool) -> None:

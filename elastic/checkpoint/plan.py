@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from elastic.checkpoint import format
-from elastic.checkpoint.format import ITEM_BYTES, TensorEntry, check_name, pack_path
+from elastic.checkpoint.families import Family, Point, Stretch, Ways, share_point
+from elastic.checkpoint.fields import ITEM_BYTES, check_name
+from elastic.checkpoint.format import TensorEntry, pack_path
 from elastic.errors import CheckpointError
-from elastic.placement import Box, copies
+from elastic.placement import Box, Pieces, copies, cut_box
 
 ALIGNMENT = 64
 SPLIT_BYTES = 1 << 20  # replicas share the writing of boxes larger than this; smaller ones one of them writes
@@ -19,7 +23,11 @@ LEAST_READ_BYTES = 2 << 20  # what a connection carries while it waits for a fir
 
 @dataclass(frozen=True)
 class Held:
-    """A box of a tensor that a rank holds, as one of `replicas` ranks that hold the same list of boxes."""
+    """A box of a tensor that a rank holds, as one of `replicas` ranks that hold the same list of boxes.
+
+    Args:
+        cut: how the box is cut out of the tensor.
+    """
 
     name: str
     dtype: str
@@ -27,6 +35,7 @@ class Held:
     box: Box
     replica: int = 0
     replicas: int = 1
+    cut: Pieces = ()
 
     @property
     def nbytes(self) -> int:
@@ -43,7 +52,61 @@ class Write:
     end: int
 
 
-def plan_save(held: Sequence[Held], last: Callable[[int, Box], bool] | None = None) -> list[Write]:
+@dataclass(frozen=True)
+class Line:
+    """The boxes of a family that a rank holds (by number in `held`, in the order of names), and what of them it writes.
+
+    All ranks that share a line compute the same of it, so it takes no message.
+    """
+
+    members: tuple[int, ...]
+    ways: Ways
+    part: int
+    replica: int
+    first: Point
+    last: Point
+
+    def stretch(self, family: int = 0) -> Stretch:
+        return Stretch(family, self.part, self.first, self.last)
+
+    def family(self, held: Sequence[Held]) -> Family:
+        return Family(self.ways, {held[i].name: (held[i].dtype, held[i].shape) for i in self.members})
+
+
+def plan_lines(held: Sequence[Held]) -> list[Line]:
+    """The families that a rank holds parts of, and which stretch of each it writes.
+
+    Raises:
+        CheckpointError: a name that is none, a box outside its tensor.
+    """
+    groups: dict[tuple[Pieces, int, int], list[int]] = {}
+    for i, h in enumerate(held):
+        check_name(h.name)
+        if not h.box.is_in(h.shape):
+            raise CheckpointError(f"tensor {h.name!r} of shape {h.shape} has no box {h.box}")
+        if h.box.volume and h.box != cut_box(h.shape, h.cut):
+            raise CheckpointError(f"tensor {h.name!r} of shape {h.shape}, cut as {h.cut}, has not the box {h.box}")
+        groups.setdefault((h.cut, h.replica, h.replicas), []).append(i)
+    lines = []
+    for (cut, replica, replicas), numbers in groups.items():
+        numbers.sort(key=lambda i: held[i].name)
+        for one, other in itertools.pairwise(numbers):
+            if held[one].name == held[other].name:
+                raise CheckpointError(f"tensor {held[one].name!r} is there twice")
+        sizes = [held[i].nbytes for i in numbers]
+        rows = [_rows(held[i].box, size) for i, size in zip(numbers, sizes)]
+        first, last = (share_point(rows, sizes, r, replicas) for r in (replica, replica + 1))
+        part = 0
+        for _, index, count in cut:
+            part = part * count + index
+        ways = tuple((dimension, count) for dimension, _, count in cut)
+        lines.append(Line(tuple(numbers), ways, part, replica, first, last))
+    return lines
+
+
+def plan_save(
+    held: Sequence[Held], last: Callable[[int, Box], bool] | None = None, lines: Sequence[Line] | None = None
+) -> list[Write]:
     """What one rank writes, and where in its pack; boxes (source, box) of which `last` says so at its end.
 
     Boxes that several ranks hold are written once: their bytes, in the order of names, are cut into as many equal
@@ -56,7 +119,13 @@ def plan_save(held: Sequence[Held], last: Callable[[int, Box], bool] | None = No
     Raises:
         CheckpointError: a name that is none, a box outside its tensor.
     """
-    mine = [(source, box) for source, box in _share(held) if box.volume]
+    mine = []
+    for line in plan_lines(held) if lines is None else lines:
+        stretch = line.stretch()
+        for tensor in range(line.first[0], min(line.last[0] + 1, len(line.members))):
+            source = line.members[tensor]
+            piece = stretch.piece(held[source].box, tensor)
+            mine += [(source, piece)] if piece is not None else []
 
     def place(item: tuple[int, Box]) -> tuple[bool, int, str, tuple[int, ...]]:
         h, box = held[item[0]], item[1]
@@ -72,35 +141,39 @@ def plan_save(held: Sequence[Held], last: Callable[[int, Box], bool] | None = No
     return writes
 
 
-def _share(held: Sequence[Held]) -> Iterator[tuple[int, Box]]:
-    groups: dict[tuple[int, int], list[int]] = {}
-    for i, h in enumerate(held):
-        check_name(h.name)
-        if not h.box.is_in(h.shape):
-            raise CheckpointError(f"tensor {h.name!r} of shape {h.shape} has no box {h.box}")
-        groups.setdefault((h.replica, h.replicas), []).append(i)
-    for (replica, replicas), members in groups.items():
-        members.sort(key=lambda i: (held[i].name, held[i].box.offsets))
-        total = sum(held[i].nbytes for i in members)
-        first, last = total * replica // replicas, total * (replica + 1) // replicas
-        at = 0
-        for i in members:
-            box, size = held[i].box, held[i].nbytes
-            if size:
-                rows = _rows(box, size)
-                begin, end = (min(rows, max(0, _nearest((x - at) * rows, size))) for x in (first, last))
-                if end > begin:
-                    yield i, box.rows(box.divided, begin, end) if end - begin < rows else box
-            at += size
+def numbers_of(lines: Sequence[Line], writes: Sequence[Write]) -> list[int]:
+    """The tensor of each write, by its number among those of all lines: as the index of a pack counts them."""
+    number = {source: n for n, source in enumerate(i for line in lines for i in line.members)}
+    return [number[write.source] for write in writes]
+
+
+def statement(
+    pack: str,
+    index: Sequence[Any],
+    used: Mapping[str, Sequence[int]],
+    lines: Sequence[Line],
+    held: Sequence[Held],
+) -> dict[str, Any]:
+    """What a rank says of its pack, as JSON. Of the ranks that hold a family, the first lists its tensors.
+
+    Args:
+        index: size and hash of the pack's index.
+        used: bytes and end of each pack that it names.
+    """
+    families = [line.family(held) for line in lines]
+    return {
+        "pack": pack,
+        "bytes": used.get(pack, (0, 0))[0],
+        "index": list(index),
+        "families": [f.to_json() for f, line in zip(families, lines) if not line.part and not line.replica],
+        "stretches": [[f.digest, *line.stretch().to_json()[1:]] for f, line in zip(families, lines)],
+        "elsewhere": {path: list(found) for path, found in used.items() if path != pack},
+    }
 
 
 def _rows(box: Box, size: int) -> int:
     """Parts that a box can be cut into: rows of its first dimension that has several, or one."""
     return box.sizes[box.divided] if size >= SPLIT_BYTES and box.sizes else 1
-
-
-def _nearest(a: int, b: int) -> int:
-    return (2 * a + b) // (2 * b)
 
 
 # ---- loading -------------------------------------------------------------------------------------------------------

@@ -16,10 +16,10 @@ from elastic.checkpoint.format import (
     MAX_MANIFEST_BYTES,
     Manifest,
     attempt_folder,
-    parse_manifest,
     parse_step,
     step_folder,
 )
+from elastic.checkpoint.parsing import parse_manifest
 from elastic.checkpoint.patience import patiently
 from elastic.errors import CheckpointError, DamagedCheckpoint
 from elastic.storage import Storage
@@ -83,6 +83,21 @@ def read_manifest(storage: Storage, checkpoint: Committed) -> Manifest:
     if manifest.step != checkpoint.step:
         raise DamagedCheckpoint(f"{where} is of step {manifest.step}")
     return manifest
+
+
+def missing_objects(storage: Storage, folder: str, manifest: Manifest) -> Iterator[tuple[str, int | None, int]]:
+    """The objects of a checkpoint that are not there (size None) or too short: path, size and least size of each."""
+    sizes: dict[str, dict[str, int]] = {}
+    for path, least in sorted(manifest.objects(folder).items()):
+        where, _, name = path.rpartition("/")
+        if where not in sizes:
+            sizes[where] = patiently(storage.sizes, where)
+        size = sizes[where].get(name)
+        if size is None:
+            with contextlib.suppress(FileNotFoundError):  # it may be newer than the list
+                size = patiently(storage.size, path)
+        if size is None or size < least:
+            yield path, size, least
 
 
 # ---- marks ---------------------------------------------------------------------------------------------------------

@@ -207,7 +207,7 @@ class Retention:
             known = Known()
             try:
                 manifest = read_manifest(self._storage, checkpoint)
-                packs, own = manifest.packs(checkpoint.folder), f"{checkpoint.folder}/"
+                packs, own = manifest.objects(checkpoint.folder), f"{checkpoint.folder}/"
                 elsewhere = frozenset(p for p in packs if not p.startswith(own))
                 known = Known(manifest.metrics, elsewhere, packs)
             except DamagedCheckpoint as error:

@@ -13,17 +13,17 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
 from elastic import fault
-from elastic.checkpoint.format import Chunk, TensorEntry, attempt_folder
+from elastic.checkpoint.format import Chunk, attempt_folder
 from elastic.checkpoint.patience import Cancelled, is_no_room
-from elastic.checkpoint.plan import Write, plan_save
+from elastic.checkpoint.plan import Line, Write, numbers_of, plan_lines, plan_save, statement
 from elastic.checkpoint.staging import StagingBuffer
-from elastic.checkpoint.tensors import Shard, dtype_name
+from elastic.checkpoint.tensors import Shard
 from elastic.checkpoint.uploader import (
     HANG_TIMEOUT_S,
     IN_FLIGHT,
@@ -54,6 +54,7 @@ class Save:
     attempt: str
     rank: int
     shards: list[Shard]
+    lines: list[Line]
     writes: list[Write]
     tail: int
     stall_s: float = 0.0
@@ -149,9 +150,10 @@ class Saver:
         def is_known(source: int, box: Box) -> bool:
             return shards[source].frozen and (shards[source].name, box.offsets, box.sizes) in self._frozen
 
-        writes = plan_save(held, last=is_known)
+        lines = plan_lines(held)
+        writes = plan_save(held, is_known, lines)
         tail = next((w.start for w in writes if is_known(w.source, w.box)), writes[-1].end if writes else 0)
-        save = Save(step, attempt, rank, list(shards), writes, tail)
+        save = Save(step, attempt, rank, list(shards), lines, writes, tail)
         self._buffer.reserve(save.size)
         self._save = save  # only now: where memory ran out, none is under way
         self._progress = Progress()
@@ -249,14 +251,15 @@ class Saver:
                 self._uploader.close()
 
     def _carry_out(self, save: Save, later: list[Write]) -> None:
-        chunks = [(w.start, w.end) for w in save.writes]
-        known = [list(self._frozen[save.key(w)].hashes) for w in save.writes if w.start >= save.tail]
+        known = [self._frozen[save.key(w)] for w in save.writes if w.start >= save.tail]
         job = UploadJob(
-            f"{attempt_folder(save.step, save.attempt)}/{save.pack}",
+            attempt_folder(save.step, save.attempt),
+            save.pack,
             save.size,
-            chunks,
+            [(w.start, w.end) for w in save.writes],
+            numbers_of(save.lines, save.writes),
             save.tail,
-            known,
+            [(c.pack, c.start, c.end, list(c.hashes), list(c.crcs)) for c in known],
             save.rank,
             save.step,
             self._in_flight,
@@ -286,7 +289,7 @@ class Saver:
                 if not save.staged.is_set():
                     self._stage(save, later, lambda ready, tail: None)
                 if not left:
-                    return {"error": f"{job.name} could not be uploaded: {lost}, as those before"}
+                    return {"error": f"{job.path} could not be uploaded: {lost}, as those before"}
                 self._on_restart(save, str(lost))
                 job = replace(job, again=True)
         raise AssertionError("one of them returns")
@@ -363,24 +366,17 @@ class Saver:
             room.copy_(source.contiguous().view(-1).view(torch.uint8))
 
     def _finish(self, save: Save, answer: dict[str, Any]) -> None:
-        index: dict[str, TensorEntry] = {}
         written: dict[_Key, Chunk] = {}
+        home = f"{attempt_folder(save.step, save.attempt)}/{save.pack}".partition("/")[2]
         for i, write in enumerate(save.writes):
-            shard, key = save.shards[write.source], save.key(write)
+            key = save.key(write)
             if write.start >= save.tail and not answer["uploaded"]:
-                chunk = written[key] = self._frozen[key]
-            else:
-                place = (save.pack, write.start, write.end, tuple(answer["hashes"][i]), tuple(answer["crcs"][i]))
-                chunk = Chunk(write.box.offsets, write.box.sizes, *place)
-                if shard.frozen:
-                    home = f"{attempt_folder(save.step, save.attempt)}/{save.pack}".partition("/")[2]
-                    written[key] = Chunk(write.box.offsets, write.box.sizes, home, *place[1:])
-            before = index[shard.name].chunks if shard.name in index else ()
-            index[shard.name] = TensorEntry(dtype_name(shard.name, shard.tensor), shard.shape, (*before, chunk))
-        for shard in save.shards:  # an empty box is written by nobody; its tensor exists all the same
-            if not shard.box.volume and shard.name not in index:
-                index[shard.name] = TensorEntry(dtype_name(shard.name, shard.tensor), shard.shape, ())
+                written[key] = self._frozen[key]
+            elif save.shards[write.source].frozen:
+                proofs = tuple(answer["hashes"][i]), tuple(answer["crcs"][i])
+                written[key] = Chunk(write.box.offsets, write.box.sizes, home, write.start, write.end, *proofs)
         self._written[save.step, save.attempt] = written
-        save.index = {name: asdict(entry) for name, entry in index.items()}
+        held = [shard.held for shard in save.shards]
+        save.index = statement(save.pack, answer["index"], answer["used"], save.lines, held)
         save.facts = {k: answer[k] for k in ("bytes", "seconds", "cpu_s", "requests", "retries")}
         save.facts["stall_s"] = round(save.stall_s, 6)

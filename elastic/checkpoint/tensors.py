@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import torch
 
-from elastic.checkpoint.format import ITEM_BYTES
+from elastic.checkpoint.fields import ITEM_BYTES
 from elastic.checkpoint.plan import Held, Wanted
 from elastic.errors import CheckpointError
-from elastic.placement import Box
+from elastic.placement import Box, Pieces
 
 DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in ITEM_BYTES}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -31,6 +31,7 @@ class Shard:
             pass: parameters and the optimizer's state are, buffers that a forward pass moves are not.
         frozen: it hardly ever changes; where its bytes are those of the newest committed checkpoint, they are not
             written again.
+        cut: how the box is cut out of the whole, of one that is saved.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Shard:
     replicas: int = 1
     stable: bool = False
     frozen: bool = False
+    cut: Pieces = ()
 
     @staticmethod
     def whole(
@@ -62,7 +64,9 @@ class Shard:
 
     @property
     def held(self) -> Held:
-        return Held(self.name, dtype_name(self.name, self.tensor), self.shape, self.box, self.replica, self.replicas)
+        return Held(
+            self.name, dtype_name(self.name, self.tensor), self.shape, self.box, self.replica, self.replicas, self.cut
+        )
 
     @property
     def wanted(self) -> Wanted:

@@ -24,6 +24,7 @@ from typing import Any
 
 from elastic import fault
 from elastic.checkpoint.blocks import crc_blocks, hash_blocks
+from elastic.checkpoint.pack_index import PackIndex, Place, put_index
 from elastic.checkpoint.patience import Cancelled, is_no_room, patiently
 from elastic.checkpoint.uploads import Upload, discard_partial, open_upload
 from elastic.child import die_with_starter, ignore_terminal
@@ -46,20 +47,30 @@ _TELL_S = 0.2
 class UploadJob:
     """A pack to upload: the first `size` bytes of the shared memory, in which `chunks` are [start, end) each.
 
-    Those from `tail` on need no upload if they have the `known` hashes, chunk by chunk. `again`: an uploader before
-    may have left a part of it.
+    Those from `tail` on need no upload if they have the hashes of `known`, chunk by chunk, which say where those lie:
+    (pack, start, end, hashes, crcs). `again`: an uploader before may have left a part of it.
+
+    Args:
+        name: of the object, in its folder.
+        numbers: of the tensors of the chunks, as the index counts them.
     """
 
+    folder: str
     name: str
     size: int
     chunks: list[tuple[int, int]]
+    numbers: list[int]
     tail: int
-    known: list[list[str]]
+    known: list[tuple[str, int, int, list[str], list[int]]]
     rank: int
     step: int
     in_flight: int = IN_FLIGHT
     part_bytes: int = PART_BYTES
     again: bool = False
+
+    @property
+    def path(self) -> str:
+        return f"{self.folder}/{self.name}"
 
 
 class UploaderLost(Exception):
@@ -105,10 +116,11 @@ class Progress:
 
 
 def perform(storage: Storage, job: UploadJob, data: memoryview, progress: Progress) -> dict[str, Any]:
-    """Hash and upload a pack while it is being staged.
+    """Hash and upload a pack while it is being staged, and its index.
 
     Returns:
-        `hashes` and `crcs` of each chunk's blocks, `uploaded` (whether the tail was too), and what it took.
+        `hashes` and `crcs` of each chunk's blocks, `uploaded` (whether the tail was too), what the index says of packs
+        (`index`: its size and hash; `used`: bytes and end of each pack that it names), and what it took.
 
     Raises:
         Cancelled: the worker called it off; nothing is left of the object.
@@ -122,10 +134,11 @@ def perform(storage: Storage, job: UploadJob, data: memoryview, progress: Progre
         progress.await_ready(0, tail=True)
         for i in tail:
             hashes[i] = hash_blocks(data[slice(*job.chunks[i])])
-    uploaded = not tail or [list(hashes[i]) for i in tail] != job.known
+    uploaded = not tail or [list(hashes[i]) for i in tail] != [list(known[3]) for known in job.known]
     size = job.size if uploaded else job.tail
     counts = {"requests": 0, "retries": 0}
     crcs: dict[int, tuple[int, ...]] = {}
+    said: dict[str, Any] = {}
 
     def prove() -> None:
         for i, (start, end) in enumerate(job.chunks):
@@ -135,6 +148,13 @@ def perform(storage: Storage, job: UploadJob, data: memoryview, progress: Progre
                 hashes[i] = hash_blocks(view)
             crcs[i] = crc_blocks(view)
             progress.move()
+        places = {}
+        for i, number in enumerate(job.numbers):
+            places[number] = Place(job.name, *job.chunks[i], hashes[i], crcs[i])
+            if i >= len(job.chunks) - len(tail) and not uploaded:
+                pack, start, end, known, known_crcs = job.known[i - len(job.chunks) + len(tail)]
+                places[number] = Place(pack, start, end, tuple(known), tuple(known_crcs))
+        said.update(put_index(storage, job.folder, PackIndex.of(job.name, places), progress.cancelled))
 
     if size:
         _upload(storage, job, data[:size], progress, counts, prove)
@@ -144,6 +164,7 @@ def perform(storage: Storage, job: UploadJob, data: memoryview, progress: Progre
     return {
         "hashes": [hashes[i] for i in range(len(job.chunks))],
         "crcs": [crcs[i] for i in range(len(job.chunks))],
+        **said,
         "uploaded": uploaded,
         "bytes": size,
         "seconds": round(time.monotonic() - began, 4),
@@ -159,8 +180,8 @@ def _upload(
     even = -(-len(data) // job.in_flight)  # a small pack in as many parts as can fly
     part = min(part, max(even, min(LEAST_PART_BYTES, part)))
     if job.again:
-        discard_partial(storage, job.name)
-    upload: Upload = open_upload(storage, job.name, len(data), part, progress.move)
+        discard_partial(storage, job.path)
+    upload: Upload = open_upload(storage, job.path, len(data), part, progress.move)
 
     def retried() -> None:
         counts["retries"] += 1
@@ -343,7 +364,7 @@ def main() -> None:
         except Cancelled:
             answer = {"error": "called off"}
         except Exception as error:  # whatever storage raises: the worker tells the run
-            what = f"{job.name} could not be uploaded: {type(error).__name__}: {error}"
+            what = f"{job.path} could not be uploaded: {type(error).__name__}: {error}"
             answer = {"error": what, "no_room": is_no_room(error)}
         answers.write(answer)
 

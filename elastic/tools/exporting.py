@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from elastic.checkpoint.format import ITEM_BYTES, Manifest, TensorEntry
+from elastic.checkpoint.fields import ITEM_BYTES
+from elastic.checkpoint.format import Manifest, TensorEntry
 from elastic.checkpoint.initial import SUFFIX
 from elastic.checkpoint.loader import load
 from elastic.checkpoint.reader import Committed, read_manifest

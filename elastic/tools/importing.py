@@ -5,24 +5,18 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from elastic.checkpoint.blocks import crc_blocks, hash_blocks
-from elastic.checkpoint.format import (
-    MANIFEST,
-    Chunk,
-    Manifest,
-    TensorEntry,
-    attempt_folder,
-    check_name,
-    step_folder,
-)
+from elastic.checkpoint.fields import check_name
+from elastic.checkpoint.format import MANIFEST, Manifest, attempt_folder, step_folder
 from elastic.checkpoint.initial import SUFFIX, open_initial
 from elastic.checkpoint.loader import fill
-from elastic.checkpoint.plan import Held, plan_save
+from elastic.checkpoint.pack_index import PackIndex, Place, put_index
+from elastic.checkpoint.plan import Held, numbers_of, plan_lines, plan_save, statement
 from elastic.checkpoint.reader import newest_first
 from elastic.checkpoint.tensors import DTYPES, NAMES, Shard, tensor_bytes
 from elastic.checkpoint.writer import commit
@@ -127,7 +121,7 @@ def write_checkpoint(
     """
     folder = attempt_folder(manifest.step, attempt)
     try:
-        index = _write_pack(storage, f"{folder}/{PACK}", source, names, on_total)
+        index = _write_pack(storage, folder, source, names, on_total)
         held.check()
         with held_back():  # an interruption between the commit and here would remove what is committed
             return commit(storage, attempt, manifest, [index])
@@ -142,41 +136,33 @@ def write_checkpoint(
 
 def _write_pack(
     storage: Storage,
-    path: str,
+    folder: str,
     source: Source,
     names: dict[str, str],
     on_total: Callable[[int], Callable[[int], None]],
 ) -> dict[str, Any]:
-    """Stream the tensors into one pack; returns its index."""
+    """Stream the tensors into one pack; returns what there is to say of it."""
     held = []
     for name, theirs in names.items():
         dtype, shape = source.tensors[theirs]
         held.append(Held(name, dtype, shape, Box.whole(shape)))
-    writes = plan_save(held)
-    index = {h.name: TensorEntry(h.dtype, h.shape, ()) for h in held}
+    lines = plan_lines(held)
+    writes = plan_save(held, lines=lines)
+    places: dict[int, Place] = {}
+    numbers = iter(numbers_of(lines, writes))
     total = writes[-1].end if writes else 0
     on_bytes = on_total(total)
-    if not total:
-        return {name: asdict(entry) for name, entry in index.items()}
-    with Stream(storage, path, total) as stream:
+    with Stream(storage, f"{folder}/{PACK}", total) if total else contextlib.nullcontext() as stream:
         for some in grouped(writes, [w.end - w.start for w in writes], BATCH_BYTES):
             tensors = source.read([names[held[w.source].name] for w in some])
             for write, tensor in zip(some, tensors, strict=True):
                 data = tensor_bytes(tensor)
-                chunk = Chunk(
-                    write.box.offsets,
-                    write.box.sizes,
-                    PACK,
-                    write.start,
-                    write.end,
-                    hash_blocks(data),
-                    crc_blocks(data),
-                )
-                entry = index[held[write.source].name]
-                index[held[write.source].name] = replace(entry, chunks=(chunk,))
+                places[next(numbers)] = Place(PACK, write.start, write.end, hash_blocks(data), crc_blocks(data))
+                assert stream is not None
                 stream.write(data)
                 on_bytes(len(data))
-    return {name: asdict(entry) for name, entry in index.items()}
+    said = put_index(storage, folder, PackIndex.of(PACK, places))
+    return statement(PACK, said["index"], said["used"], lines, held)
 
 
 def _names(source: Source, prefix: str, url: str) -> dict[str, str]:

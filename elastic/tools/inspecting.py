@@ -8,21 +8,24 @@ from __future__ import annotations
 import threading
 import time
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import xxhash
 
 from elastic.checkpoint import format
+from elastic.checkpoint.chunks import all_chunks, unreadable
 from elastic.checkpoint.downloads import RangeReader
-from elastic.checkpoint.format import ATTEMPT, MANIFEST, Manifest, pack_path
+from elastic.checkpoint.families import index_name
+from elastic.checkpoint.format import ATTEMPT, MANIFEST, Manifest, TensorEntry, pack_path
 from elastic.checkpoint.patience import patiently
 from elastic.checkpoint.reader import (
     Committed,
     attempts,
     marked,
+    missing_objects,
     problem_of,
     read_manifest,
     steps_with_attempts,
@@ -138,6 +141,7 @@ def describe(storage: Storage, checkpoint: Committed) -> dict[str, Any]:
         CheckpointError: it cannot be read.
     """
     manifest = read_manifest(storage, checkpoint)
+    found = all_chunks(storage, checkpoint.folder, manifest)
     tensors = {
         name: {
             "dtype": entry.dtype,
@@ -154,11 +158,10 @@ def describe(storage: Storage, checkpoint: Committed) -> dict[str, Any]:
                 for c in entry.chunks
             ],
         }
-        for name, entry in sorted(manifest.tensors.items())
+        for name, entry in sorted(found.items())
     }
-    whole = {k: v for k, v in asdict(manifest).items() if k != "tensors"}
     head = {"attempt": checkpoint.attempt, "folder": checkpoint.folder, "bytes": manifest.nbytes}
-    return {**head, **whole, "tensors": tensors}
+    return {**head, **manifest.head, "tensors": tensors}
 
 
 # ---- verifying -----------------------------------------------------------------------------------------------------
@@ -183,7 +186,7 @@ def verify(
         manifest, found = _outside(storage, checkpoint)
         damages += found
         lost = {d.object for d in found}
-        for name, entry in sorted(manifest.tensors.items()) if manifest else ():
+        for name, entry in sorted(_chunks(storage, checkpoint, manifest, lost, damages).items()) if manifest else ():
             for chunk in entry.chunks:
                 path = pack_path(checkpoint.folder, chunk.pack)
                 for number, xxh3 in enumerate(chunk.hashes) if path not in lost else ():
@@ -236,15 +239,22 @@ def _outside(storage: Storage, checkpoint: Committed) -> tuple[Manifest | None, 
     world = manifest.world.get("generation")
     if world is not None and world != generation_of(checkpoint.attempt):
         found.append(damage(where, f"it is of world {world}: moved here from another attempt"))
-    for path, least in sorted(manifest.packs(checkpoint.folder).items()):
-        try:
-            size = patiently(storage.size, path)
-        except FileNotFoundError:
-            found.append(damage(path, "is missing"))
-            continue
-        if size < least:
-            found.append(damage(path, f"has {size} bytes of at least {least}"))
+    for path, there, least in missing_objects(storage, checkpoint.folder, manifest):
+        found.append(damage(path, "is missing" if there is None else f"has {there} bytes of at least {least}"))
     return manifest, found
+
+
+def _chunks(
+    storage: Storage, checkpoint: Committed, manifest: Manifest, lost: Collection[str], damages: list[Damage]
+) -> Mapping[str, TensorEntry]:
+    """All tensors with the chunks that are known; adds the damage of indexes that are not among those `lost`."""
+    problems = unreadable(storage, checkpoint.folder, manifest)
+    for pack, problem in problems.items():
+        path = f"{checkpoint.folder}/{index_name(pack)}"
+        if path not in lost:
+            said = problem.removeprefix(path).lstrip(": ")
+            damages.append(Damage(checkpoint.step, checkpoint.attempt, path, said))
+    return all_chunks(storage, checkpoint.folder, manifest, skip=problems)
 
 
 def _problem(reader: RangeReader, block: _Block) -> str | None:

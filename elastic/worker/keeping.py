@@ -21,7 +21,7 @@ from elastic.job import Job, job_classes
 from elastic.parallel.mesh import Mesh
 from elastic.parallel.scaling import LossScale
 from elastic.parallel.wrapping import cut_of, fsdp_modules, local, whole
-from elastic.placement import Part, TensorSpec
+from elastic.placement import Part, TensorSpec, cut_box
 from elastic.values import Classes, ValueRefused, classes, encode, part_of
 from elastic.worker.groups import Groups
 from elastic.worker.naming import (
@@ -331,8 +331,9 @@ class Keeping:
             return Shard.whole(name, tensor, replica=rank, replicas=size)
         assert self.mesh is not None
         shape, mesh = tuple(tensor.shape), self.mesh
-        box = mesh.part.box(shape, cut_of(name, tensor))
-        return Shard(name, local(tensor), shape, box.offsets, mesh.replica, mesh.layout.replicas)
+        pieces = mesh.part.pieces(cut_of(name, tensor))
+        box = cut_box(shape, pieces)
+        return Shard(name, local(tensor), shape, box.offsets, mesh.replica, mesh.layout.replicas, cut=pieces)
 
 
 def _is_live(tensor: torch.Tensor, again: Any) -> bool:

@@ -229,7 +229,7 @@ class _Stored:
             if self._make is not None:
                 manifest = read_manifest(self._storage, checkpoint)
             if self._group.leads:
-                check_objects(self._storage, checkpoint.folder, manifest.tensors)
+                check_objects(self._storage, checkpoint.folder, manifest)
         except CheckpointError as error:
             problem = error
         self._raise_together(problem)

@@ -281,7 +281,7 @@ class WorldSaves:
                 step, attempt, shards, rank=self._rank, refer=refer, on_end=lambda save: self._on_end(save, header)
             )
         except (OSError, MemoryError) as error:
-            failed = Save(step, attempt, self._rank, [], [], 0)
+            failed = Save(step, attempt, self._rank, [], [], [], 0)
             failed.error = f"no memory to stage the state of step {step}: {error}"
             self._on_end(failed, header)
 

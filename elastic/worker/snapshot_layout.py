@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from elastic.checkpoint.format import ITEM_BYTES
+from elastic.checkpoint.fields import ITEM_BYTES
 from elastic.placement import Part, TensorSpec, copies
 
 ALIGNMENT = 64

@@ -47,7 +47,7 @@ SHAPES = {
 STORES = ("simulated", "seaweed")
 ENGINES = ("dcp.save", "dcp.async_save", "torch.save", "here")  # as in `jobs.bench.checkpoint_engines`
 SAVES_ONLY, ONE_WORLD = "dcp.async_save", "torch.save"  # what dcp.load loads; what no other world size can load
-_METADATA = ("manifest.json", ".metadata")
+_METADATA = ("manifest.json", ".index", ".metadata")
 
 
 def main() -> None:

@@ -57,7 +57,14 @@ class Ours:
 
     def _shards(self, state: State) -> list[Shard]:
         return [
-            Shard(name, t, (t.shape[0] * self._world, *t.shape[1:]), (t.shape[0] * self._rank, 0), stable=True)
+            Shard(
+                name,
+                t,
+                (t.shape[0] * self._world, *t.shape[1:]),
+                (t.shape[0] * self._rank, 0),
+                stable=True,
+                cut=((0, self._rank, self._world),) if self._world > 1 else (),
+            )
             for name, t in state.items()
         ]
 
