@@ -52,8 +52,8 @@ class LedgerWriter:
         self._rows = LedgerFile(storage, METRICS, epoch)
         self._events = LedgerFile(storage, EVENTS, epoch)
         self.patience_s = LEDGER_S
-        self._wants_board = tensorboard
-        self._board: TensorBoard | None = None
+        self._wants_tensorboard = tensorboard
+        self._tensorboard: TensorBoard | None = None
         self._to_confirm: list[RowKey] = []
         self._recent: deque[dict[str, Any]] = deque(maxlen=RECENT_ROWS)
 
@@ -72,9 +72,9 @@ class LedgerWriter:
             new.append(row)
             self._rows.add(row)
             self._recent.append(row)
-            if self._wants_board:
-                self._board = self._board or TensorBoard(self._storage, self._epoch)
-                self._board.row(row)
+            if self._wants_tensorboard:
+                self._tensorboard = self._tensorboard or TensorBoard(self._storage, self._epoch)
+                self._tensorboard.row(row)
         return new
 
     def add_event(self, event: dict[str, Any]) -> None:
@@ -92,8 +92,8 @@ class LedgerWriter:
         """Write all that is queued, and call `confirm` with the keys of the rows that are now in storage."""
         self.flush_rows()
         self.patiently(self._events.flush)
-        if self._board:
-            self._board.flush()
+        if self._tensorboard:
+            self._tensorboard.flush()
         if self._to_confirm:
             fault.point("ledger.recorded", -1, self._to_confirm[-1][1])
             confirm(self._to_confirm)
@@ -103,8 +103,8 @@ class LedgerWriter:
         """Merge all rows into one file and all events into another, at the end of the claim."""
         self.patiently(self._rows.compact)
         self.patiently(self._events.compact)
-        if self._board:
-            self._board.flush()
+        if self._tensorboard:
+            self._tensorboard.flush()
 
     def patiently(self, call: Callable[..., T], *args: Any) -> T:
         """Call, and retry after any error of storage: a full disk may be freed, and a permission may be restored."""
@@ -124,5 +124,5 @@ class LedgerWriter:
 
     def close(self) -> None:
         """Close the TensorBoard files. Queued rows and events are not written."""
-        if self._board:
-            self._board.close()
+        if self._tensorboard:
+            self._tensorboard.close()

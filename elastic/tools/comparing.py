@@ -1,4 +1,4 @@
-"""`elastic compare RUN RUN`: did two runs train on the same samples, to the same bits, and where do they part?"""
+"""`elastic compare RUN RUN`: whether two runs trained on the same samples with the same bits, and where they differ."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from elastic.tools.text import show, table
 
 _SAMPLES = ("first_position", "count", "sample_hash")
 _BITS = ("loss", "grad_norm")
-_MOST = 12  # options in a table
+_MOST = 12  # the most options in a table
 
 
 def compare_runs(arguments: argparse.Namespace) -> int:
-    """Carry out the verb; returns 0 where samples and bits of all common steps are the same, else 1."""
+    """Carry out the verb; returns 0 if samples and bits of all common steps are the same, otherwise 1."""
     from elastic.redact import redact
     from elastic.tools.target import open_run
 
     folders = [open_run(url, read_only=True) for url in (arguments.url, arguments.other)]
-    first, second = (_told(folder) for folder in folders)
+    first, second = (_read(folder) for folder in folders)
     found = compare(first, second)
     found["runs"] = [redact(folder.storage.url) for folder in folders]
     show(arguments, found, lambda: text_of(found))
     return 0 if found["same_samples"] and found["same_bits"] else 1
 
 
-def _told(folder: RunFolder) -> dict[str, Any]:
+def _read(folder: RunFolder) -> dict[str, Any]:
     history = kept_history(r for r in read_records(folder.storage, METRICS) if _is_row(r))
     return {"rows": history, "config": folder.config() or {}, "result": folder.result() or {}}
 
@@ -40,22 +40,24 @@ def _is_row(row: dict[str, Any]) -> bool:
 
 
 def compare(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
-    """What two runs have in common. Pure.
+    """Compare two runs. Pure.
 
     Args:
-        first, second: `rows` (those that count, by step), `config` and `result` (contents of the files) of each.
+        first, second: for each run its `rows` (those that count, by step), `config` and `result` (contents of the
+            files).
 
     Returns:
-        Steps of each and common ones; the first step whose samples differ, and the first whose loss or norm does, with
-        both values; the options that differ, and whether they are result options. `same_bits` is None without a step.
+        the numbers of steps of each run and of common steps; the first step with different samples; the first step with
+        another loss or norm, with both values; the options that differ, and whether they are result options.
+        `same_bits` is None without a common step.
     """
-    rows = [{row["step"]: row for row in told["rows"]} for told in (first, second)]
+    rows = [{row["step"]: row for row in run["rows"]} for run in (first, second)]
     common = sorted(rows[0].keys() & rows[1].keys())
     pairs = [(step, rows[0][step], rows[1][step]) for step in common]
     samples = next((step for step, a, b in pairs if any(a.get(k) != b.get(k) for k in _SAMPLES)), None)
     parted = next((p for p in pairs if any(p[1].get(k) != p[2].get(k) for k in _BITS)), None)
-    hashes = [told["result"].get("weights_sha256") for told in (first, second)]
-    ends = [told["result"].get("steps") for told in (first, second)]
+    hashes = [run["result"].get("weights_sha256") for run in (first, second)]
+    ends = [run["result"].get("steps") for run in (first, second)]
     comparable = None not in hashes and ends[0] == ends[1]
     return {
         "steps": [len(r) for r in rows],
@@ -72,12 +74,12 @@ def compare(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, An
             {"option": name, "result_option": result, "values": values}
             for name, result, values in _options(first["config"], second["config"])
         ],
-        "figures": [_figures(told) for told in (first, second)],
+        "figures": [_figures(run) for run in (first, second)],
     }
 
 
 def _apart(a: Mapping[str, Any], b: Mapping[str, Any]) -> float:
-    """How far two losses are apart, as a share of the larger one."""
+    """Return the difference of two losses as a share of the larger one."""
     x, y = number(a.get("loss")), number(b.get("loss"))
     most = max(abs(x), abs(y))
     return abs(x - y) / most if most > 0 else 0.0
@@ -97,7 +99,7 @@ def _names(found: Any) -> list[str]:
 
 
 def _flat(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Options by their dotted names, as they are typed."""
+    """Return the options of a config by the dotted names under which they are typed."""
     job = config.get("job") if isinstance(config.get("job"), dict) else {}
     sections = {**(config.get("config") or {}), "job": (job or {}).get("options") or {}}
     return {
@@ -108,8 +110,8 @@ def _flat(config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _figures(told: Mapping[str, Any]) -> dict[str, Any]:
-    rows, result = told["rows"], told["result"]
+def _figures(run: Mapping[str, Any]) -> dict[str, Any]:
+    rows, result = run["rows"], run["result"]
     seconds = sum(s for r in rows if (s := number(r.get("step_s"))) > 0)
     stalls = result.get("stalls") or []
     return {
@@ -123,7 +125,7 @@ def _figures(told: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def text_of(found: Mapping[str, Any]) -> str:
-    """For people."""
+    """Format a comparison for people."""
     names = found["runs"]
     common = found["common_steps"]
     if not common:
@@ -136,8 +138,8 @@ def text_of(found: Mapping[str, Any]) -> str:
     if found["parts_at"] is None:
         lines.append(f"bits     loss and gradient norm are the same in all {common} common steps")
     else:
-        told = ", ".join(f"{k} {a!r} and {b!r}" for k, (a, b) in found["values"].items())
-        lines.append(f"bits     they part at step {found['parts_at']}: {told}")
+        values = ", ".join(f"{k} {a!r} and {b!r}" for k, (a, b) in found["values"].items())
+        lines.append(f"bits     they part at step {found['parts_at']}: {values}")
         lines.append(f"         losses are at most {found['largest_difference']:.2g} of their size apart")
     if found["same_weights"] is not None:
         lines.append(

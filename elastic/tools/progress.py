@@ -1,4 +1,4 @@
-"""A progress bar on the terminal, and interruptions that come where they do no harm."""
+"""Progress bars on the terminal, and contexts that delay or convert signals."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from elastic.redact import printable
 
 @contextmanager
 def progress(doing: str, total: int, *, unit: str = "bytes") -> Iterator[Callable[[int], None]]:
-    """Gives a function to call with each amount done. Draws on standard error, and only where that is a terminal."""
+    """Show a progress bar on standard error if that is a terminal. Yields a function to call with each amount done."""
     if not sys.stderr.isatty():
         yield lambda amount: None
         return
@@ -39,7 +39,8 @@ def progress(doing: str, total: int, *, unit: str = "bytes") -> Iterator[Callabl
 
 
 def redrawn(find: Callable[[], str], every_s: float = 2.0) -> None:
-    """Show a text on the terminal, found again and again, until Ctrl-C; the last one stays."""
+    """Show the text that `find` returns, again every `every_s` seconds, until Ctrl-C. The last text stays on the
+    terminal."""
     from rich.console import Console
     from rich.live import Live
     from rich.text import Text
@@ -55,7 +56,7 @@ def redrawn(find: Callable[[], str], every_s: float = 2.0) -> None:
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """Inside, SIGTERM interrupts as Ctrl-C does, so that what is half done is cleaned up."""
+    """Inside, SIGTERM raises KeyboardInterrupt as Ctrl-C does, so that unfinished work is cleaned up."""
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt
@@ -66,7 +67,8 @@ def interruptible() -> Iterator[None]:
 
 @contextmanager
 def held_back() -> Iterator[list[int]]:
-    """Inside, Ctrl-C and SIGTERM wait; gives the list of those that came, for the caller to act on afterwards."""
+    """Inside, Ctrl-C and SIGTERM are only noted. Yields the list of the signals that arrived, for the caller to handle
+    afterwards."""
     came: list[int] = []
 
     def note(number: int, frame: FrameType | None) -> None:
@@ -79,7 +81,7 @@ def held_back() -> Iterator[list[int]]:
 @contextmanager
 def _handling(number: int, handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
-        yield  # signals come to the main thread alone
+        yield  # only the main thread may set handlers
         return
     before = signal.signal(number, handler)
     try:

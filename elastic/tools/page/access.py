@@ -1,11 +1,11 @@
-"""Who may use the page: whoever has the link that the command printed. Pure."""
+"""Access to the page: everyone who has the link that the command printed may use it. Pure."""
 
 from __future__ import annotations
 
 import hmac
 from collections.abc import Mapping
 
-#: Nothing from elsewhere, nothing inline: what a run says can neither load nor run anything.
+#: Nothing from other origins and nothing inline, so that text from a run cannot load or run anything.
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; base-uri 'none'; "
     "form-action 'none'; frame-ancestors 'none'"
@@ -20,9 +20,10 @@ HEADERS = {
 
 
 def refusal(method: str, path: str, headers: Mapping[str, str], port: int, token: str) -> tuple[int, str] | None:
-    """Why a request is refused: a status and a sentence; None where it may be answered.
+    """Return the HTTP status and the sentence with which a request is refused, or None if it may be answered.
 
-    A name that somebody else's name server made to point here would be another host, another page another origin.
+    The check of the host refuses foreign names that were made to resolve to this machine (DNS rebinding); the check of
+    the origin refuses other pages.
     """
     hosts = {f"{name}:{port}" for name in ("127.0.0.1", "localhost", "[::1]")}
     if headers.get("Host", "").lower() not in hosts:

@@ -1,4 +1,4 @@
-"""What the page's buttons ask: checked, then carried out as the commands of the same names do it."""
+"""The requests of the page's buttons: they are checked, then carried out by the commands of the same names."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from elastic.errors import ConfigError
 from elastic.tools import live
 
 MAX_BYTES = 4096
-MOST_S = 600.0  # that what was asked is waited for, as with the commands
+MOST_S = 600.0  # how long a request may take, as with the commands
 _FIELDS: dict[str, dict[str, type]] = {
     "stop": {},
     "checkpoint": {},
@@ -21,10 +21,10 @@ VERBS = tuple(_FIELDS)
 
 
 def read(verb: str, body: bytes) -> dict[str, Any]:
-    """The fields of a request.
+    """Parse the fields of a request.
 
     Raises:
-        ConfigError: it is no such request.
+        ConfigError: the body is no request of this verb.
     """
     try:
         found = json.loads(body)
@@ -41,21 +41,24 @@ def read(verb: str, body: bytes) -> dict[str, Any]:
     return found
 
 
-def carry_out(verb: str, run: live.LiveRun, fields: dict[str, Any], say: Callable[[str], None]) -> str:
-    """Ask the run and wait; returns what came of it.
+def carry_out(verb: str, run: live.LiveRun, fields: dict[str, Any], report: Callable[[str], None]) -> str:
+    """Send a request to a run and wait for the result, which is returned as a sentence.
+
+    Args:
+        report: called with a sentence for each progress.
 
     Raises:
-        ElasticError: the run refused it, went away, or takes too long.
+        ElasticError: the run refused the request, ended, or takes too long.
     """
     if verb == "stop":
-        found = live.stop(run, say, MOST_S)
+        found = live.stop(run, report, MOST_S)
         return f"{found['status']} after step {found['step']} of {found['total_steps']}"
     if verb == "checkpoint":
-        return f"checkpoint of step {live.checkpoint(run, say, MOST_S)['step']} committed"
+        return f"checkpoint of step {live.checkpoint(run, report, MOST_S)['step']} committed"
     if verb == "scale":
-        found = live.scale(run, fields["max_workers"], say, MOST_S)
+        found = live.scale(run, fields["max_workers"], report, MOST_S)
         if "world_size" not in found:
             return f"{found['status']} after step {found['step']}, before its world could change"
         return f"a world of {found['world_size']} at step {found['step']}"
-    found = live.drain(run, fields["worker"], 0.0, say, MOST_S)
+    found = live.drain(run, fields["worker"], 0.0, report, MOST_S)
     return f"worker {found['worker']} has handed over after step {found['step']}"

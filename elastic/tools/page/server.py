@@ -1,12 +1,12 @@
 """`elastic page`: a small server on the loopback address. Static files, JSON and server-sent events.
 
-GET  /                  the page and its files, without a token: nothing of any run is in them
-GET  /api/runs          the runs that there are
-GET  /api/run?run=      a whole look at one (`looking.Onlooker`)
-GET  /api/stream?run=   server-sent events: `runs` every few seconds, `run` each time that it changed
-POST /api/VERB          stop, checkpoint, scale, drain (`asking`): lines of JSON that say how it goes
+GET  /                  the page and its files, without a token, because they contain nothing of any run
+GET  /api/runs          the list of runs
+GET  /api/run?run=      everything that is shown of one run (`looking.Onlooker`)
+GET  /api/stream?run=   server-sent events: `runs` every few seconds, `run` whenever the run has changed
+POST /api/VERB          stop, checkpoint, scale, drain (`asking`): lines of JSON that report the progress
 
-What is refused is answered by a status and {"error": one sentence}.
+A refused request is answered by an HTTP status and {"error": one sentence}.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ from elastic.tools.page.asking import MAX_BYTES, VERBS, carry_out, read
 from elastic.tools.registry import list_runs
 from elastic.tools.target import list_names, open_run
 
-LOOK_S = 1.0  # between two looks at a run that somebody watches
+LOOK_S = 1.0  # between two reads of a run that somebody watches
 LIST_S = 5.0
-MOST_LOOK_S = 30.0  # a storage that hangs is said to
-KEPT = 16  # runs that are kept in memory after somebody looked at them
+MOST_LOOK_S = 30.0  # after this time the page reports that the storage does not answer
+KEPT = 16  # the most runs that are kept in memory after somebody looked at them
 _STATIC = {
     "": ("index.html", "text/html"),
     "page.css": ("page.css", "text/css"),
@@ -49,7 +49,7 @@ _STATIC = {
 
 
 class Runs:
-    """The runs of a place, which may be a run itself. Used from threads: what it reads may take its time."""
+    """The runs of a folder, which may also be a single run. Its methods read storage, so they are called on threads."""
 
     def __init__(self, url: str):
         self.storage = Storage(url, option="URL", read_only=True)
@@ -61,7 +61,7 @@ class Runs:
         self._newest: dict[str, tuple[float, dict[str, Any]]] = {}
 
     def list(self) -> dict[str, Any]:
-        """What stands beside the run on the page."""
+        """Return the list of runs for the page."""
         if self.alone:
             runs = [{"name": self._name, "status": "", "step": 0, "total_steps": None, "problem": ""}]
         else:
@@ -69,9 +69,10 @@ class Runs:
         return {"place": self.place, "alone": self.alone, "runs": runs}
 
     def url_of(self, name: str) -> str:
-        """
+        """Return the URL of a run.
+
         Raises:
-            ConfigError: no name of a run in this place.
+            ConfigError: `name` cannot be the name of a run in this folder.
         """
         if self.alone and name == self._name:
             return self.storage.url
@@ -80,7 +81,7 @@ class Runs:
         return f"{self.storage.url}/{name}"
 
     def look(self, name: str) -> dict[str, Any]:
-        """A look at a run, at most as old as `LOOK_S`: however many watch it, it is read once."""
+        """Return what is shown of a run, at most LOOK_S seconds old. A run is read once, however many watch it."""
         url = self.url_of(name)
         with self._lock:
             if name not in self._looks:
@@ -99,7 +100,7 @@ class Runs:
 
 
 class Page:
-    """The server. `token` opens it; whoever has it may do what the user who started it may."""
+    """The server. Everyone who has `token` may do what the user who started the server may do."""
 
     def __init__(self, url: str, token: str | None = None):
         self.runs = Runs(url)
@@ -134,7 +135,7 @@ class Page:
             return _error(409, redact(str(error)))
         except ElasticError as error:
             return _error(400, redact(str(error)))
-        except OSError as error:  # of storage
+        except OSError as error:  # from storage
             return _error(502, redact(one_line(error)))
         return answer
 
@@ -155,29 +156,33 @@ class Page:
             self.runs.url_of(name)
         answer = web.StreamResponse(headers={**HEADERS, "Content-Type": "text/event-stream"})
         await answer.prepare(request)
-        listed_at, told = float("-inf"), ""
+        listed_at, sent = float("-inf"), ""
         while request.transport is not None and not request.transport.is_closing():
             if time.monotonic() - listed_at >= LIST_S:
                 listed_at = time.monotonic()
-                await self._tell(answer, "runs", self.runs.list)
+                await self._send(answer, "runs", self.runs.list)
             if name:
                 began = time.monotonic()
-                told = await self._tell(answer, "run", lambda: self.runs.look(name), told)
+                sent = await self._send(answer, "run", lambda: self.runs.look(name), sent)
                 await asyncio.sleep(max(LOOK_S, 3 * (time.monotonic() - began)))
             else:
                 await asyncio.sleep(LIST_S)
         return answer
 
-    async def _tell(self, answer: web.StreamResponse, kind: str, find: Callable[[], Any], told: str = "") -> str:
-        """Send what was found, unless it was told before; returns what of it counts as news."""
+    async def _send(self, answer: web.StreamResponse, kind: str, find: Callable[[], Any], sent: str = "") -> str:
+        """Send an event with what `find` returns, unless it equals `sent`, the result of the call before.
+
+        Returns:
+            the text by which the next call decides whether something changed; the run's age is not in it.
+        """
         try:
             found = await _aside(find)
         except (ElasticError, OSError) as error:
             kind, found = "problem", {"error": redact(one_line(error))}
         text = json.dumps(finite(found), allow_nan=False)
         news = text if kind != "run" else json.dumps(finite({**found, "age_s": None}), allow_nan=False)
-        if news == told:
-            await answer.write(b": nothing new\n\n")  # finds out whether anybody listens
+        if news == sent:
+            await answer.write(b": nothing new\n\n")  # this fails if the browser has gone
         else:
             await answer.write(f"event: {kind}\ndata: {text}\n\n".encode())
         return news
@@ -219,10 +224,10 @@ def _error(status: int, sentence: str) -> web.Response:
 
 
 async def _aside(find: Callable[..., Any], *arguments: Any) -> Any:
-    """Have a thread find something, which reads storage.
+    """Call a function that reads storage on a thread.
 
     Raises:
-        ElasticError: it takes too long.
+        ElasticError: the call takes longer than MOST_LOOK_S.
     """
     try:
         return await asyncio.wait_for(asyncio.to_thread(find, *arguments), MOST_LOOK_S)
@@ -231,10 +236,10 @@ async def _aside(find: Callable[..., Any], *arguments: Any) -> Any:
 
 
 async def serve(page: Page, port: int, ready: Callable[[str], None], until: asyncio.Event | None = None) -> None:
-    """Serve until cancelled or told to end. `ready` is called with the link.
+    """Serve until the task is cancelled or `until` is set. `ready` is called with the link.
 
     Raises:
-        ConfigError: the port is taken.
+        ConfigError: the port cannot be used.
     """
     runner = web.AppRunner(page.application(), access_log=None, shutdown_timeout=1.0)
     await runner.setup()

@@ -1,4 +1,4 @@
-"""A look at a run as one file that needs no server: the live page with its data in it."""
+"""A run as one HTML file that needs no server: the live page with its data included."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from elastic.observe.ledger import finite
 
 
 def static(name: str) -> str:
-    """One of the page's own files."""
+    """Return the text of one of the page's files."""
     return (files("elastic.tools.page") / "static" / name).read_text()
 
 
 def single_page(run: dict[str, Any]) -> str:
-    """The whole page, with a look at a run (`looking.Onlooker`) in it."""
-    # A `<` could end the element that the data is in; in JSON it may be spelled out.
+    """Return the whole page, with what is shown of a run (the result of `looking.Onlooker.look`) in it."""
+    # A `<` in the data could end the script element; JSON allows to escape it.
     data = json.dumps(finite({**run, "looked_at": time.time()}), allow_nan=False).replace("<", "\\u003c")
     page = static("index.html")
     page = page.replace('<link rel="icon" href="icon.svg" type="image/svg+xml">\n', "")
