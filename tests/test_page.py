@@ -117,6 +117,20 @@ def test_odd_requests_are_answered_and_change_nothing(tmp_path: Path):
     assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
 
 
+def test_the_end_of_a_log_is_shown_and_no_other_file(tmp_path: Path):
+    shutil.copytree(STORED, tmp_path / "mine")
+    (tmp_path / "mine" / "logs").mkdir()
+    (tmp_path / "mine" / "logs" / "w1-0.txt").write_text("a long line\n" * 10_000 + "the last \N{SNOWMAN}\n")
+    with page_of(tmp_path) as page:
+        assert request(page, "/api/run?run=mine")[1]["logs"] == ["w1-0"]
+        status, found = request(page, "/api/logs?run=mine&worker=w1-0")
+        assert (status, found["text"].endswith("the last \N{SNOWMAN}\n")) == (200, True)
+        assert 60_000 < len(found["text"]) <= 65_536
+        assert found["text"].startswith("a long line\n")
+        for worker in ("", "w1", "../status.json", "w1-0.txt", "nosuch"):
+            assert request(page, f"/api/logs?run=mine&worker={worker}")[0] == 400
+
+
 def test_a_page_of_nothing_or_at_no_port_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert cli.main(["page", str(tmp_path / "nosuch")]) == 2
     assert "which is no folder" in capsys.readouterr().err

@@ -22,6 +22,7 @@ from elastic.tools.inspecting import list_checkpoints
 from elastic.tools.live import LiveRun, NotLive, connect
 from elastic.tools.registry import ASK_S, recorded, state_of
 
+LOGS = "logs"  # of a run's folder: what its workers printed, a file each
 ACCOUNT_S = 15.0  # it goes through the whole ledger: at most one part in twenty of the time is spent on it
 AGAIN_S = 10.0  # a server that could not be reached is asked again after so long
 CHECKPOINTS_S = 10.0  # listing them is many round trips to object storage
@@ -54,6 +55,7 @@ class Onlooker:
         self._not_asked: str | None = None
         self._ask_at = self._list_at = 0.0
         self._checkpoints: list[dict[str, Any]] = []
+        self._logs: list[str] = []
         self._config: dict[str, Any] | None = None
         self._account: dict[str, Any] | None = None
         self._account_at = float("-inf")
@@ -78,7 +80,7 @@ class Onlooker:
                 self.history.add_recent(seen["rows"])
                 status = seen["status"]
             found = self._view(url, status, seen, result.result() or {})
-            found["checkpoints"] = saved.result()
+            found["checkpoints"], found["logs"] = saved.result(), self._logs
             return found
 
     def _keep_account(
@@ -101,6 +103,7 @@ class Onlooker:
     def _saved(self) -> list[dict[str, Any]]:
         if time.monotonic() >= self._list_at:
             self._checkpoints = [asdict(c) for c in list_checkpoints(self.folder.storage)]
+            self._logs = [n.removesuffix(".txt") for n in self.folder.storage.names(LOGS) if n.endswith(".txt")]
             self._list_at = time.monotonic() + CHECKPOINTS_S
         return self._checkpoints
 

@@ -4,6 +4,7 @@ GET  /                  the page and its files, without a token, because they co
 GET  /api/runs          the list of runs
 GET  /api/run?run=      everything that is shown of one run (`looking.Onlooker`)
 GET  /api/stream?run=   server-sent events: `runs` every few seconds, `run` whenever the run has changed
+GET  /api/logs?run=&worker=  the newest lines that a worker printed
 POST /api/VERB          stop, checkpoint, scale, drain (`asking`): lines of JSON that report the progress
 
 A refused request is answered by an HTTP status and {"error": one sentence}.
@@ -29,7 +30,7 @@ from elastic.redact import redact
 from elastic.run.folder import CONFIG, STATUS
 from elastic.storage import Storage
 from elastic.tools.live import NotLive, connect
-from elastic.tools.looking import Onlooker
+from elastic.tools.looking import LOGS, Onlooker
 from elastic.tools.page.access import HEADERS, refusal
 from elastic.tools.page.asking import MAX_BYTES, VERBS, carry_out, read
 from elastic.tools.registry import list_runs
@@ -38,6 +39,7 @@ from elastic.tools.target import list_names, open_run
 LOOK_S = 1.0  # between two reads of a run that somebody watches
 LIST_S = 5.0
 MOST_LOOK_S = 30.0  # after this time the page reports that the storage does not answer
+LOG_BYTES = 64 << 10  # of a worker's log, the newest that are shown
 KEPT = 16  # the most runs that are kept in memory after somebody looked at them
 _STATIC = {
     "": ("index.html", "text/html"),
@@ -98,6 +100,20 @@ class Runs:
                 self._newest[name] = (time.monotonic(), found)
             return found
 
+    def log(self, name: str, worker: str) -> dict[str, Any]:
+        """The end of what a worker printed.
+
+        Raises:
+            ConfigError: there is no such worker, or it printed nothing.
+        """
+        storage = open_run(self.url_of(name), read_only=True).storage
+        if f"{worker}.txt" not in storage.names(LOGS):  # so it is no path either
+            raise ConfigError(f"there is no log of a worker {worker[:100]!r}")
+        file = f"{LOGS}/{worker}.txt"
+        size = storage.size(file)
+        lines = storage.read(file, max(0, size - LOG_BYTES), size).decode(errors="replace").split("\n")
+        return {"text": redact("\n".join(lines[1:] if size > LOG_BYTES else lines))}
+
 
 class Page:
     """The server. Everyone who has `token` may do what the user who started the server may do."""
@@ -112,6 +128,7 @@ class Page:
         app.router.add_get("/api/runs", self._runs)
         app.router.add_get("/api/run", self._run)
         app.router.add_get("/api/stream", self._stream)
+        app.router.add_get("/api/logs", self._logs)
         for verb in VERBS:
             app.router.add_post(f"/api/{verb}", self._act)
         for name in _STATIC:
@@ -149,6 +166,9 @@ class Page:
 
     async def _run(self, request: web.Request) -> web.Response:
         return _json(await _aside(self.runs.look, request.query.get("run", "")))
+
+    async def _logs(self, request: web.Request) -> web.Response:
+        return _json(await _aside(self.runs.log, request.query.get("run", ""), request.query.get("worker", "")))
 
     async def _stream(self, request: web.Request) -> web.StreamResponse:
         name = request.query.get("run", "")

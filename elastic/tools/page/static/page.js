@@ -226,7 +226,7 @@ function charts(run) {
 function lower(run) {
   return element("div", { class: "grid" },
     element("div", { class: "stack" }, members(run), accountCard(run), healthCard(run)),
-    element("div", { class: "stack" }, logsCard(run), events(run), stallsCard(run), checkpoints(run), result(run)));
+    element("div", { class: "stack" }, events(run), logsCard(run), stallsCard(run), checkpoints(run), result(run)));
 }
 
 function members(run) {
@@ -243,7 +243,6 @@ function members(run) {
     w.phase && w.state === "in the world" ? w.phase : [w.state, w.phase].filter(Boolean).join(", "),
     ...(memory ? [w.memory || ""] : []),
     ...(live ? [element("span", {},
-      run.has_logs ? element("button", { class: "small", "data-key": `log ${w.id}`, "aria-label": `Logs of worker ${w.id}`, onclick: () => readLog(w.id) }, "Logs") : null, " ",
       element("button", { class: "small", "data-key": `drain ${w.id}`, "aria-label": `Drain worker ${w.id}`, onclick: () => ask({ title: `Drain worker ${w.id}?`, text: `It hands over between two steps and ends; another one is asked for in its place.`, yes: "Drain" }, () => act("drain", { worker: w.id })) }, "Drain"))] : []),
   ])));
 }
@@ -287,13 +286,22 @@ function events(run) {
 }
 
 function logsCard(run) {
-  return logs && logs.run === chosen ? card(`Log of ${logs.worker}`, "", element("pre", { class: "log", tabindex: 0, "data-scroll": "log" }, logs.text)) : null;
+  if (!run.logs.length || inlined) return null;
+  const shown = logs && logs.run === chosen ? logs : null;
+  const few = run.logs.slice(-40); // the newest workers; the command has all
+  return card("Logs", `${run.logs.length} workers`,
+    element("div", { class: "actions" }, few.map((worker) => element("button", { class: "small", "data-key": `log ${worker}`, "aria-pressed": String(!!shown && shown.worker === worker), onclick: () => readLog(worker) }, worker.slice(0, 14)))),
+    shown ? element("pre", { class: "log", tabindex: 0, "data-scroll": "log", "aria-label": `Log of worker ${shown.worker}` }, shown.text) : null);
 }
 
 async function readLog(worker) {
-  const response = await fetch(`api/logs?run=${encodeURIComponent(chosen)}&worker=${encodeURIComponent(worker)}`, { headers: headers() });
-  logs = { run: chosen, worker, text: response.ok ? (await response.json()).text || "nothing was printed" : await sentence(response) };
+  const run = chosen;
+  const response = await fetch(`api/logs?run=${encodeURIComponent(run)}&worker=${encodeURIComponent(worker)}`, { headers: headers() });
+  if (run !== chosen) return;
+  logs = { run, worker, text: response.ok ? (await response.json()).text || "nothing was printed" : await sentence(response) };
   showRun(newest);
+  const pre = document.querySelector("pre.log");
+  if (pre) pre.scrollTop = pre.scrollHeight;
 }
 
 function result(run) {
