@@ -1,6 +1,6 @@
-"""The course of a run as a person looks at it: curves, sizes of worlds, marked events, stalls. Pure.
+"""The course of a run, as tools show it: curves, world sizes, marked events, stalls. Pure.
 
-Time is counted while somebody drives the run: what passed between two commands is left out.
+Time counts only while a command drives the run: the time between two commands is left out.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from typing import Any
 
 from elastic.observe.ledger import COLUMNS, finite
 
-BUCKETS = 400  # points of a curve: more than a picture has room for
-MOST_CURVES = 8  # of a job's own metrics, and of its evaluations
+BUCKETS = 400  # the most points of a curve, as many as a picture can show
+MOST_CURVES = 8  # the most curves of the job's own metrics, and the most of its evaluations
 MOST_EVENTS = 200
 PARTS = {
     "compute": ("compute_s",),
@@ -24,7 +24,7 @@ PARTS = {
     "restore": ("connect_s", "restore_s"),
     "other": ("other_s",),
 }
-_PAUSE_S = 5.0  # between the last record of one command and the first of the next
+_PAUSE_S = 5.0  # a longer time between the records of two commands counts as a pause
 _LOST = ("member_lost", "member_evicted", "world_broken")
 _TONES = {
     "bad": (
@@ -54,7 +54,8 @@ _MARKS = {
 
 
 def number(value: Any) -> float:
-    """A finite number of a ledger that anybody may have written, or else NaN."""
+    """Return a value of a ledger as a float; NaN if it is no finite number, because anybody may have written the
+    file."""
     if isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300:
         return float(value)
     return math.nan
@@ -63,7 +64,7 @@ def number(value: Any) -> float:
 def _column(values: list[Any]) -> array[float]:
     try:
         return array("d", values)
-    except (TypeError, OverflowError):  # some are none
+    except (TypeError, OverflowError):  # some values are no numbers
         return array("d", map(number, values))
 
 
@@ -73,7 +74,8 @@ def _generation(record: dict[str, Any]) -> tuple[int, int]:
 
 
 class History:
-    """Kept up as records come. Of a step that was done again, the row of the highest generation counts."""
+    """The history of one run, updated as records arrive. If a step was done again, the row of its highest generation
+    counts."""
 
     def __init__(self) -> None:
         self._steps, self._times = array("q"), array("d")
@@ -85,16 +87,16 @@ class History:
         self._evaluations: dict[str, dict[int, float]] = {}
         self.events: list[dict[str, Any]] = []
         self._stalls: list[dict[str, Any]] = []
-        self.row: dict[str, Any] = {}  # the newest
+        self.row: dict[str, Any] = {}  # the newest row
         self.redone = 0
 
-    # ---- taking in ---------------------------------------------------------------------------------------------
+    # ---- adding records ----------------------------------------------------------------------------------------
 
     def add_rows(self, rows: Iterable[dict[str, Any]]) -> None:
-        """Rows of `metrics.jsonl`, in the order written. What no run wrote is left out."""
-        fresh: list[dict[str, Any]] = []  # taken in together, column by column: ten times as fast
+        """Add rows of `metrics.jsonl`, in the order in which they were written. Invalid rows are left out."""
+        fresh: list[dict[str, Any]] = []  # added together, column by column, which is ten times as fast
         step, at, keys = self.step, self._times[-1] if self._times else 0.0, 0
-        said: Any = ""
+        last: Any = ""  # the generation of the last row, as it is written
         for row in rows:
             if "sample_hash" not in row:
                 self._add_evaluation(row)
@@ -102,12 +104,12 @@ class History:
             this, time = row.get("step"), number(row.get("time"))
             if not isinstance(this, int) or not 0 <= this < 1 << 60 or math.isnan(time):
                 continue
-            if row.get("generation") != said or this <= step:
-                said = row.get("generation")
+            if row.get("generation") != last or this <= step:
+                last = row.get("generation")
                 generation = _generation(row)
                 if generation < self._newest or (generation == self._newest and this <= step):
-                    said = ""
-                    continue  # of a world that was given up meanwhile, or there already
+                    last = ""
+                    continue  # the row is of a world that was given up meanwhile, or was added before
                 self._take(fresh)
                 if this <= step:
                     self._drop_from(this)
@@ -125,7 +127,7 @@ class History:
         self._take(fresh)
 
     def add_recent(self, rows: Iterable[dict[str, Any]]) -> None:
-        """Rows that the run's server told, before they are in the ledger: as far as none between is missing."""
+        """Add rows from the run's server that may not be in the ledger yet, up to the first gap."""
         step, next_ones = self.step, []
         for row in rows:
             if "sample_hash" not in row:
@@ -157,8 +159,8 @@ class History:
         for name, column in (("time", self._times), *self._curves.items(), ("step_s", self._parts["step"])):
             column.extend(_column([row.get(name) for row in rows]))
         for name, columns in PARTS.items():
-            parts = [_column([row.get(c, 0.0) for row in rows]) for c in columns]
-            self._parts[name].extend(parts[0] if len(parts) == 1 else array("d", map(math.fsum, zip(*parts))))
+            terms = [_column([row.get(c, 0.0) for row in rows]) for c in columns]
+            self._parts[name].extend(terms[0] if len(terms) == 1 else array("d", map(math.fsum, zip(*terms))))
         self._amounts.extend(_column([row.get("tokens") or row.get("samples") for row in rows]))
         sizes = [row.get("world_size") for row in rows]
         self._worlds.extend([s if isinstance(s, int) and 0 <= s < 1 << 31 else 0 for s in sizes])
@@ -173,19 +175,20 @@ class History:
             del column[keep:]
 
     def add_events(self, events: Iterable[dict[str, Any]]) -> None:
-        """Events of `events.jsonl`, in the order written."""
+        """Add events of `events.jsonl`, in the order in which they were written. Invalid events are left out."""
         for event in events:
             if isinstance(event.get("kind"), str) and not math.isnan(number(event.get("time"))):
                 self.events.append(event)
 
-    # ---- looking -----------------------------------------------------------------------------------------------
+    # ---- results -----------------------------------------------------------------------------------------------
 
     @property
     def step(self) -> int:
         return self._steps[-1] if self._steps else 0
 
     def rate(self, last: int = 50) -> tuple[float | None, float | None]:
-        """Steps and samples (or tokens) a second over the newest steps of the present world."""
+        """Return the steps and the samples (or tokens) per second over the `last` steps of the present world; None if
+        they cannot be computed."""
         first = max(0, len(self._times) - last)
         while first < len(self._times) and self._worlds[first] != self._worlds[-1]:
             first += 1
@@ -195,7 +198,7 @@ class History:
         return (len(self._times) - 1 - first) / elapsed, None if math.isnan(amount) else amount / elapsed
 
     def clock(self) -> Callable[[float], float]:
-        """From unix seconds to seconds during which the run was driven."""
+        """Return a function from unix seconds to the seconds for which the run had been driven by then."""
         begins, ends = self._spells()
         if not begins:
             return lambda at: 0.0
@@ -212,7 +215,7 @@ class History:
         return driven
 
     def _spells(self) -> tuple[list[float], list[float]]:
-        """When each command that drove the run began, and when it was last heard of."""
+        """Return when each command that drove the run began, and the times of their last records; unix seconds."""
         starts = sorted(e["time"] for e in self.events if e["kind"] == "run_started")
         times = sorted((*(e["time"] for e in self.events), *self._times[:: max(1, len(self._times) // 5000)]))
         times += [self._times[-1]] if self._times else []
@@ -228,7 +231,7 @@ class History:
         return begins, [*ends, times[-1]]
 
     def worlds(self) -> list[tuple[float, int, str]]:
-        """When the number of workers that train changed (unix seconds), to what, and the generation."""
+        """Return the changes of the number of workers that train: time (unix seconds), number, generation."""
         found: list[tuple[float, int, str]] = []
         newest = ""
         for event in self.events:
@@ -243,7 +246,8 @@ class History:
         return found
 
     def marks(self) -> list[dict[str, Any]]:
-        """What happened to the members, for a picture: time (unix seconds), tone and a word each."""
+        """Return what happened to the members, for a picture: for each event the time (unix seconds), the tone, a word
+        and the step."""
         found, size = [], 0
         for event in self.events:
             kind, detail, word = event["kind"], event.get("detail"), _MARKS.get(event["kind"])
@@ -265,13 +269,13 @@ class History:
         return found
 
     def step_at(self, at: float) -> int:
-        """The newest step that was done at this time."""
+        """Return the newest step that was done at this time (unix seconds)."""
         before = bisect_right(self._times, at)
         return self._steps[before - 1] if before else 0
 
     def stalls(self) -> list[dict[str, Any]]:
-        """Each time that steps stood still because a world was followed by another: before which step, for how long,
-        and what happened meanwhile."""
+        """Return the stalls between two worlds: the step before which each happened, its seconds, and what happened
+        meanwhile."""
         found = []
         words = {"world_formed": "", "worker_warm": "", "restored": "", "checkpoint_committed": ""}
         starts = {e["time"] for e in self.events if e["kind"] == "run_started"}
@@ -282,16 +286,16 @@ class History:
             if any(e["time"] in starts for e in between):
                 continue  # the run was started again
             why = dict.fromkeys(_why(e) for e in between if words.get(e["kind"], e["kind"]))
-            told = ", ".join(word for word in why if word) or "members were taken in"
-            found.append({"step": stall["step"], "seconds": max(0.0, round(stall["seconds"], 4)), "why": told})
+            reason = ", ".join(word for word in why if word) or "members were taken in"
+            found.append({"step": stall["step"], "seconds": max(0.0, round(stall["seconds"], 4)), "why": reason})
         return found
 
     def totals(self) -> dict[str, float]:
-        """Seconds of all steps, by where they went."""
+        """Return the seconds of all steps, by what they were spent on."""
         return {name: math.fsum(filter(math.isfinite, column)) for name, column in self._parts.items()}
 
     def view(self) -> dict[str, Any]:
-        """Everything above as JSON values, small enough to be sent again and again."""
+        """Return all of this as JSON values, small enough to be sent repeatedly."""
         driven = self.clock()
         rate, amount_rate = self.rate()
         edges = _edges(len(self._steps))
@@ -351,7 +355,7 @@ def _why(event: dict[str, Any]) -> str:
 
 
 def _edges(count: int) -> list[tuple[int, int]]:
-    """As many buckets of about equal size as a picture has room for."""
+    """Divide `count` points into at most BUCKETS ranges of about equal size."""
     buckets = min(count, BUCKETS)
     return [(i * count // buckets, (i + 1) * count // buckets) for i in range(buckets)]
 
@@ -361,7 +365,7 @@ def _thinned(steps: list[int]) -> list[int]:
 
 
 def _bands(curve: array[float], edges: list[tuple[int, int]]) -> dict[str, list[float | None]]:
-    """Mean, least and most of each bucket; None where it has no number."""
+    """Return the mean, the least and the greatest value of each bucket; None for a bucket without a finite number."""
     mean: list[float | None] = []
     low: list[float | None] = []
     high: list[float | None] = []
