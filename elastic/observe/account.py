@@ -1,8 +1,9 @@
-"""The account of a run: what each of its worker-seconds went into, and what that cost. Pure, from the ledger alone.
+"""The account of a run: what each of its worker-seconds was spent on, and what that cost. Pure, from the ledger alone.
 
-A worker's time begins with its process, as far as it said (`worker_warm` has the seconds that it took to get ready),
-and ends when it was lost or handed over, or with its claim. Every second between has one of the causes of `causes`:
-the parts add up to the whole. What a ledger of an earlier version does not tell is `unknown`.
+A worker's time begins with its process, as far as that is recorded (`worker_warm` has the seconds that the worker took
+to get ready), and ends when the worker was lost or handed over, or with its claim. Every second between has exactly one
+of the causes in `causes`, so that the causes add up to the whole. Seconds that a ledger of an earlier version does not
+explain have the cause `unknown`.
 """
 
 from __future__ import annotations
@@ -20,17 +21,17 @@ FORMAT = 1
 
 @dataclass
 class Interruption:
-    """What training was interrupted by, and what that took of all workers until it went on.
+    """An interruption of the training, and what it took from all workers until training went on.
 
     Args:
-        kind: lost (a worker was), broken (its connections were, or the job raised), regrouped (workers came or went as
-            planned), or restarted (another command went on with the run).
-        time: when it was known, unix seconds.
-        step: the newest step then.
-        members: workers that were lost.
-        generation: of the world that went on; None if none did.
+        kind: "lost" (a worker was lost), "broken" (connections broke, or the job raised), "regrouped" (workers joined
+            or left as planned), or "restarted" (another command continued the run).
+        time: when the interruption was recorded, unix seconds.
+        step: the newest step at that time.
+        members: the ids of the workers that were lost.
+        generation: the generation of the world that went on; None if no world did.
         seconds: worker-seconds by cause.
-        costs: the same in money.
+        costs: money by cause.
     """
 
     kind: str
@@ -53,16 +54,17 @@ class Interruption:
 
 @dataclass(frozen=True)
 class Account:
-    """What the worker-seconds of a run went into.
+    """The worker-seconds of a run by cause.
 
     Args:
-        begin, end: of all that is accounted for, unix seconds; None for a run without workers so far.
-        whole_s: worker-seconds: the sum of all workers' times.
-        seconds: the same by cause, in the order of `CAUSES`; all causes are there.
-        costs: money by cause; None where nothing has a price.
-        on_demand_cost: of the same worker-seconds at prices on demand; None where none are known for all of them.
-        unpriced_s: worker-seconds that no price is known for.
-        interruptions: in the order in which they came.
+        begin, end: the time that is accounted for, unix seconds; None for a run without workers so far.
+        whole_s: the sum of all workers' times, in seconds.
+        seconds: the same by cause, with all causes, in the order of `CAUSES`.
+        costs: money by cause; None if no price is known.
+        on_demand_cost: the cost of the same worker-seconds at on-demand prices; None unless these are known for all of
+            them.
+        unpriced_s: the worker-seconds for which no price is known.
+        interruptions: in the order in which they happened.
     """
 
     begin: float | None
@@ -76,17 +78,17 @@ class Account:
 
     @property
     def goodput(self) -> float | None:
-        """Share of the worker-seconds that trained steps which count; None without any."""
+        """The share of the worker-seconds that were spent on steps which count; None without worker-seconds."""
         return self.seconds[PRODUCTIVE] / self.whole_s if self.whole_s > 0 else None
 
     @property
     def cost(self) -> float | None:
-        """Of all of it, as far as it has a price."""
+        """The cost of all worker-seconds for which a price is known; None if there are none."""
         return None if self.costs is None else math.fsum(self.costs.values())
 
     def to_json(self) -> dict[str, Any]:
-        """JSON values, all of them finite."""
-        told = {
+        """Return the account as JSON values; all numbers are finite."""
+        return {
             "format": FORMAT,
             "begin": self.begin,
             "end": self.end,
@@ -113,7 +115,6 @@ class Account:
             ],
             "causes": CAUSES,
         }
-        return told
 
 
 def _rounded(found: dict[str, float]) -> dict[str, float]:
@@ -129,27 +130,27 @@ def account(
     live: bool = False,
     microbatches: int | None = None,
 ) -> Account:
-    """The account of a run from its ledger.
+    """Compute the account of a run from its ledger.
 
     Args:
-        rows, events: of all claims, as `read_records` returns them; what is no record of a ledger is left out. Without
-            rows the whole is known, and not what it went into.
-        prices: other ones than the ledger tells.
-        until: up to when the newest claim is accounted for, unix seconds, where it has not said how it ended: now for a
-            live run, the last heartbeat for one whose driver was killed; the default is its newest record.
-        live: it goes on.
-        microbatches: V, for ledgers of earlier versions that do not tell.
+        rows, events: the records of all claims, as `read_records` returns them; invalid ones are left out. Without rows
+            the sum of worker-seconds is known, but not their causes.
+        prices: used instead of those in the ledger.
+        until: the end of the account if the newest claim recorded no end, unix seconds: now for a live run, the last
+            heartbeat for a run whose driver was killed; by default the time of the newest record.
+        live: whether the run goes on.
+        microbatches: the number of microbatches per step, for ledgers of earlier versions that do not record it.
     """
     from elastic.observe.timeline import Timeline
 
-    told = [e for e in _whole(events) if isinstance(e.get("kind"), str)]
-    timeline = Timeline(prices or _prices_told(told), microbatches)
-    timeline.take(_whole(rows), told, until, live=live)
+    known = [e for e in _with_time(events) if isinstance(e.get("kind"), str)]
+    timeline = Timeline(prices or _recorded_prices(known), microbatches)
+    timeline.take(_with_time(rows), known, until, live=live)
     return timeline.account()
 
 
-def _prices_told(events: Sequence[dict[str, Any]]) -> Prices:
-    """Those of the newest command that gave any."""
+def _recorded_prices(events: Sequence[dict[str, Any]]) -> Prices:
+    """Return the prices of the newest command that gave any."""
     for event in reversed(events):
         detail = event.get("detail")
         if event["kind"] == "run_started" and isinstance(detail, dict) and "prices" in detail:
@@ -157,6 +158,6 @@ def _prices_told(events: Sequence[dict[str, Any]]) -> Prices:
     return Prices()
 
 
-def _whole(records: Iterable[dict[str, Any]]) -> Sequence[dict[str, Any]]:
-    """Those that have a time."""
+def _with_time(records: Iterable[dict[str, Any]]) -> Sequence[dict[str, Any]]:
+    """Return the records that have a finite time."""
     return [r for r in records if isinstance(r.get("time"), (int, float)) and math.isfinite(r["time"])]

@@ -1,4 +1,4 @@
-"""The account of a run that lies in storage."""
+"""The account of a run whose ledger is read from storage."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from elastic.storage import Storage
 def account_of_run(
     folder: RunFolder, *, rows: list[dict[str, Any]] | None = None, events: list[dict[str, Any]] | None = None
 ) -> Account:
-    """The account of a run up to now; of one whose driver was killed, up to its last heartbeat.
+    """Compute the account of a run up to now; if its driver was killed, up to its last heartbeat.
 
     Args:
-        rows, events: its ledger, where it was read already.
+        rows, events: the run's ledger, if it was read already.
 
     Raises:
-        ConfigError: its status or its configuration is damaged.
+        ConfigError: the run's status or configuration is damaged.
     """
     rows = read_records(folder.storage, METRICS) if rows is None else rows
     events = read_records(folder.storage, EVENTS) if events is None else events
@@ -36,32 +36,33 @@ def account_of_run(
 
 
 def account_of_events(storage: Storage) -> Account:
-    """The whole of an account, without what it went into: rows are not read."""
+    """Compute the account of a run without its rows: worker-seconds and cost are known, but not their causes."""
     return account((), read_records(storage, EVENTS))
 
 
 def _microbatches(config: dict[str, Any] | None) -> int | None:
-    """V as the run's configuration has it, for ledgers that do not tell."""
+    """Return the number of microbatches in the run's configuration, for ledgers that do not record it."""
     batch: Any = ((config or {}).get("config") or {}).get("batch")
     found = batch.get("microbatches") if isinstance(batch, dict) else None
     return found if isinstance(found, int) and found > 0 else None
 
 
 class Spending:
-    """What a run costs as it goes on: from the events that were there, and those that come.
+    """The cost of a run while it goes on.
 
     Args:
-        events: of the claims before.
+        most: the cost at which the run is to stop.
+        events: the events of earlier claims.
     """
 
     def __init__(self, most: float, events: list[dict[str, Any]]):
         self.most, self._events = most, list(events)
 
     def add(self, event: dict[str, Any]) -> None:
-        """Something has happened."""
+        """Add an event of this claim."""
         self._events.append(event)
 
     def over(self, now: float) -> float | None:
-        """What it has cost by now, unix seconds, if that is as much as it may."""
+        """Return the cost at `now` (unix seconds) if it has reached `most`, otherwise None."""
         cost = account((), self._events, until=now, live=True).cost
         return cost if cost is not None and cost >= self.most else None
