@@ -16,6 +16,10 @@ if TYPE_CHECKING:  # for type checkers and editors
     from elastic.config import TrainConfig as TrainConfig
     from elastic.job import Job as Job
     from elastic.loading import load_model as load_model
+    from elastic.observe.callbacks import Callback as Callback
+    from elastic.observe.callbacks import JSONLines as JSONLines
+    from elastic.observe.trackers import MLflow as MLflow
+    from elastic.observe.trackers import WandB as WandB
     from elastic.sweep.config import SweepConfig as SweepConfig
     from elastic.sweep.driver import SweepResult as SweepResult
     from elastic.sweep.driver import run_sweep as run_sweep
@@ -38,6 +42,10 @@ _HOMES = {
     "ClusterOptions": "elastic.config",
     "Job": "elastic.job",
     "load_model": "elastic.loading",
+    "Callback": "elastic.observe.callbacks",
+    "JSONLines": "elastic.observe.callbacks",
+    "WandB": "elastic.observe.trackers",
+    "MLflow": "elastic.observe.trackers",
     "SweepConfig": "elastic.sweep.config",
     "SweepResult": "elastic.sweep.driver",
     "main": "elastic.command",

@@ -13,7 +13,7 @@ from elastic.config import TrainConfig, from_dict
 from elastic.errors import ConfigError, ElasticError
 from elastic.job import Job, eval_sets
 from elastic.job_code import job_code
-from elastic.loading import load_state, stored_run
+from elastic.loading import load_state, stored_run, tell_plan
 from elastic.options import parse
 from elastic.parallel.device import pick_device, prepare_process
 from elastic.run.plan import evaluation_size
@@ -60,6 +60,7 @@ def evaluate_run(
     if other:
         raise ConfigError(f"{other[0]} is no option of the job; --job.... alone can be others than the run's here")
     job, _ = parse(job_class, defaults, argv, take(stored, defaults, job_class).job_values)
+    tell_plan(job, stored)
     seed_all(derive("data", seed))
     with job_code("train_data()"):
         job.train_data()  # some jobs split one set here into training data and held-out data
@@ -71,7 +72,7 @@ def evaluate_run(
     state, at = load_state(job, config, folder, step, device)
     code = UserCode(job, device, "evaluate", autocast=config.precision.autocast)
     code.doing(f"the evaluation after step {at}", at - 1)
-    size = evaluation_size(config.batch.global_size, config.batch.microbatches or 1)
+    size = evaluation_size(config.batch.global_size, config.batch.microbatches or 1, config.eval.batch_size)
     found: dict[str, Any] = {"step": at}
     try:
         for name, data in held_out.items():

@@ -20,6 +20,8 @@ from elastic.values import ValueRefused, classes, decode, encode
 if TYPE_CHECKING:
     import torch
 
+    from elastic.observe.callbacks import Callback
+
 
 @runtime_checkable
 class MapDataset(Protocol):
@@ -34,19 +36,49 @@ class MapDataset(Protocol):
 
 
 #: What `Job.loss` and `Job.evaluate` return: the loss summed over the batch (a scalar tensor with a graph), the
-#: weight it is divided by (a number of samples or tokens), and further sums to be divided by the same weight.
-LossResult = tuple["torch.Tensor", "float | torch.Tensor", Mapping[str, "float | torch.Tensor"]]
+#: weight it is divided by (a number of samples or tokens), and further sums to be divided by the same weight, or each,
+#: as a pair (sum, weight), by one of its own.
+LossResult = tuple["torch.Tensor", "float | torch.Tensor", Mapping[str, Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """How long a run is. All counts are over all workers.
+
+    Args:
+        total_steps: updates of the whole run.
+        batch_size: samples of a step.
+        samples: of the training data.
+    """
+
+    total_steps: int
+    batch_size: int
+    samples: int
+
+    @property
+    def steps_per_epoch(self) -> float:
+        """Steps of one pass over the training data: no whole number where the last batch goes on in the next epoch."""
+        return self.samples / self.batch_size
+
+
+def tell(job: Job, plan: Plan) -> None:
+    """Let a job know how long its run is; what it has under that name itself stays."""
+    if not hasattr(type(job), "plan") and isinstance(vars(job).get("plan", plan), Plan):
+        object.__setattr__(job, "plan", plan)  # a frozen dataclass too
 
 
 class Job:
     """One training job. Subclass it; make it a dataclass to give it `--job.*` options.
 
-    Every method runs in the workers; `train_data` and `eval_data` also run once in the driver, which needs their
-    length. Nothing here may depend on the rank or on the world size: the same job runs at any.
+    Every method but `callbacks` runs in the workers; `train_data` and `eval_data` also run once in the driver, which
+    needs their length. Nothing here may depend on the rank or on the world size: the same job runs at any.
     """
 
     #: Tokens in one sample, if the job has tokens: allows durations in `tok` and token counts in the ledger.
     tokens_per_sample: int | None = None
+
+    #: How long the run is; known before `model` is called, unless the job has something else of this name.
+    plan: Plan
 
     #: Classes of the modules that are sharded, checkpointed and compiled one by one; empty to have them found.
     blocks: tuple[str, ...] = ()
@@ -62,17 +94,44 @@ class Job:
         """
         raise NotImplementedError(_lacks(self, "model"))
 
-    def optimizer(self, model: torch.nn.Module) -> torch.optim.Optimizer:
-        """Build the one optimizer over the model's parameters, which have their values, or (with fsdp and hsdp) their
-        part of them. Further state made from parameters, such as an EMA, is begun here. With fsdp and hsdp this is
-        called again for every world.
+    def frozen(self) -> torch.nn.Module | Sequence[torch.nn.Module] | Mapping[str, torch.nn.Module] | None:
+        """Models that are used and never trained: a teacher, a reference, an encoder. Called once in each worker,
+        before `model`; they have values. Keep them on the job too (`self.teacher = ...`).
+
+        They are put on the device, in evaluation mode and without gradients, whole in each worker. They are no part of
+        any state: never saved, moved or compared again. A worker whose models have other values than those of the
+        others is left out before it begins."""
+        return None
+
+    def has_source(self, name: str) -> bool:
+        """Whether `model` gives the parameter of this name its values from a source that will be there for later
+        commands, and for workers that join: a file of weights, or the seed. Those that are frozen when `model` returns
+        are left out of checkpoints and snapshots then, as the base of an adapter is; a digest of each is saved, and a
+        source that changed is refused. They must stay frozen."""
+        return False
+
+    def optimizer(
+        self, model: torch.nn.Module
+    ) -> torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | Mapping[str, torch.optim.Optimizer]:
+        """Build the optimizer over the model's parameters, which have their values, or (with fsdp and hsdp) their part
+        of them; or several, in a list or dict, each with parameters of its own: they make one update. Further state
+        made from parameters, such as an EMA, is begun here. With fsdp and hsdp this is called again for every world.
 
         A scheduler of torch's that is made here, kept as an attribute of the job and stepped in `after_step` is
-        followed: its state is saved too."""
+        followed: its state is saved too. One that `scheduler` returns is stepped by Elastic."""
         raise NotImplementedError(_lacks(self, "optimizer"))
 
     def schedule(self, step: int, total_steps: int) -> float | None:
         """Factor on the learning rates at `step` (from 0), or None for what `--optim.*` says."""
+        return None
+
+    def scheduler(self, optimizer: Any) -> Any:
+        """A scheduler of torch's or transformers' (`LambdaLR`, `OneCycleLR`, `SequentialLR`, `get_scheduler(...)`) for
+        what `optimizer` returned, or several in a list; None for what `schedule` and `--optim.*` say. Nobody steps it
+        but Elastic: rates are those after as many calls of its `step()` as there were steps, also after a resume.
+
+        A `ReduceLROnPlateau` is asked after each evaluation of `--eval.every`, with `--checkpoint.best-metric`. What it
+        decides is part of the saved state."""
         return None
 
     def train_data(self) -> MapDataset:
@@ -98,8 +157,14 @@ class Job:
         raise NotImplementedError(_lacks(self, "loss"))
 
     def evaluate(self, model: torch.nn.Module, batch: Any) -> LossResult:
-        """Like `loss`, for held-out data: the model is in eval mode and no graph is kept."""
+        """Like `loss`, for held-out data: the model is in eval mode and no graph is kept. It may take a third argument,
+        the name of the set (`""` where `eval_data` returns one without a name)."""
         return self.loss(model, batch)
+
+    def evaluated(self, sums: Mapping[str, float], name: str) -> Mapping[str, float]:
+        """Further figures of a held-out set, from the sums over all of it (`loss`, `weight`, and each metric): an F1
+        score, a perplexity. They go before means of the same name. Called on every worker, with the same sums."""
+        return {}
 
     def after_step(self, model: torch.nn.Module, step: int) -> None:
         """Called after the update of `step` (1 for the first), for an EMA and the like. Must be deterministic. With
@@ -115,9 +180,18 @@ class Job:
         """Takes back the values of `extra_state`; its tensors are already restored in place, but for those that it
         makes anew at each call, or that were not there at first: these are among the values."""
 
-    def sample(self, model: torch.nn.Module) -> str | None:
-        """A text to print at the end, made by the trained model (in eval mode). If it raises, that is an event."""
+    def sample(self, model: torch.nn.Module, step: int) -> str | Mapping[str, Any] | None:
+        """What the model (in eval mode, without gradients) makes after `step`: a text, or texts and pictures by name.
+
+        Called at the end and, with `--eval.sample-every`, on the way, where callbacks hear of it. A picture is an array
+        or a tensor of shape (height, width) or (height, width, 1, 3 or 4), uint8 or floating-point from 0 to 1. If it
+        raises, that is an event."""
         return None
+
+    def callbacks(self) -> Sequence[Callback]:
+        """Callbacks that hear of rows, evaluations, checkpoints, events and samples: see `elastic.Callback`. Called
+        once by each command, in the driver, before anything is started; never in workers."""
+        return ()
 
 
 _NEEDED = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -12,13 +13,16 @@ from elastic.checkpoint.loader import check_objects, load
 from elastic.checkpoint.reader import read_manifest
 from elastic.config import ParallelOptions, TrainConfig, from_dict
 from elastic.errors import ConfigError
-from elastic.job import Job
+from elastic.job import Job, tell
+from elastic.parallel.wrapping import move
 from elastic.run.folder import RunFolder
+from elastic.run.plan import resolve
 from elastic.run.prepare import stored_config
 from elastic.run.resuming import take
-from elastic.seeds import seed_job, unseeded
+from elastic.seeds import derive, seed_all, seed_job, unseeded
 from elastic.tools.places import find_run
 from elastic.tools.target import choose, open_run
+from elastic.worker.belongings import frozen_of
 from elastic.worker.placing import Placing
 from elastic.worker.state import TrainState
 
@@ -48,6 +52,7 @@ def load_model(
         if isinstance(job, type):
             seed_job()
             job = job(**take(stored, TrainConfig(), job).job_values)
+        tell_plan(job, stored)
         state = _new_state(job, from_dict(stored["config"]), torch.device(device))
         checkpoint = choose(folder.storage, step)
         manifest = read_manifest(folder.storage, checkpoint)
@@ -89,8 +94,18 @@ def stored_run(folder: RunFolder) -> dict[str, Any]:
     return stored
 
 
+def tell_plan(job: Job, stored: Mapping[str, Any]) -> None:
+    """Let a job know how long its run is, where its configuration says how many samples it has."""
+    if "data" in stored:
+        config, samples = from_dict(stored["config"]), stored["data"]["samples"]
+        tell(job, resolve(config, dataset_size=samples, tokens_per_sample=job.tokens_per_sample).told)
+
+
 def _new_state(job: Job, config: TrainConfig, device: torch.device) -> TrainState:
     plain = replace(config, parallel=ParallelOptions(blocks=config.parallel.blocks), recovery=TrainConfig().recovery)
+    seed_all(derive("frozen", config.run.seed))
+    for model in frozen_of(job).values():
+        move(model, device)
     placing = Placing(job, plain, device)
     placing.warm_up()
     return placing.whole()

@@ -90,7 +90,7 @@ class CodeGPT(elastic.Job):
                 "resume it with the Python it was started with, or start another run"
             )
 
-    def sample(self, model):
+    def sample(self, model, step):
         from jobs.gpt import generate
 
         prompt = b"def "

@@ -103,7 +103,7 @@ class Building(elastic.Job):
         if self.bank:
             model.bank = torch.cat([model.bank, model.last.bias.detach()])
 
-    def sample(self, model):
+    def sample(self, model, step):
         told = [f"seen {int(model.norm.num_batches_tracked)}", f"mean {float(model.norm.running_mean.abs().sum())}"]
         if self.hook:
             moved = (model.first.weight - 1).abs().sum(1)
@@ -137,7 +137,7 @@ class Scripted(Building):
         x, y = batch
         return functional.mse_loss(model(x), y, reduction="sum"), len(x), {}
 
-    def sample(self, model):
+    def sample(self, model, step):
         return None
 
 

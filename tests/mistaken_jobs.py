@@ -139,7 +139,7 @@ class Evaluated(Plain):
         }
         return found.get(self.how, lambda: (total, weight, metrics))()
 
-    def sample(self, model):
+    def sample(self, model, step):
         if self.how == "sample":
             raise ValueError("no text today")
         return {"a": 1} if self.how == "sample-dict" else None

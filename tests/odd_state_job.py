@@ -133,7 +133,7 @@ class OddState(Plain):
     def load_extra_state(self, values):
         self.kept = values["kept"]
 
-    def sample(self, model):
+    def sample(self, model, step):
         return f"scales {len(model.scaled.scales)}"
 
 
@@ -159,7 +159,7 @@ class Counted(Plain):
     def model(self):
         return Counting(FEATURES, 3)
 
-    def sample(self, model):
+    def sample(self, model, step):
         return f"seen {model.seen}"
 
 

@@ -218,7 +218,7 @@ class Normalised(Quiet):
         model.register_buffer("table", torch.linspace(0, 1, 12))
         return model
 
-    def sample(self, model):
+    def sample(self, model, step):
         return f"{int(model[1].num_batches_tracked)} batches"
 
 

@@ -95,7 +95,7 @@ def made(job: elastic.Job | None = None, seed: int = 0, **options: Any) -> Train
 def step(state: TrainState) -> None:
     for p in state.model.parameters():
         p.grad = torch.ones_like(p) if p.requires_grad else None
-    state.rates.set(1.0)
+    state.rates.set(0, 1.0)
     state.optimizer.step()
 
 
@@ -316,9 +316,9 @@ def test_a_scheduler_of_torch_s_is_followed_and_goes_on_where_it_was(how: Any):
         found = []
         for _ in range(steps):
             step(state)
-            found.append(state.rates.set(1.0))
+            found.append(state.rates.set(0, 1.0))
             state.job.scheduler.step()
-            state.rates.adopt_changes()
+            state.rates.adopt_changes(1)
         return found
 
     def fresh() -> TrainState:
@@ -358,16 +358,16 @@ def test_a_rate_that_the_job_sets_is_the_new_one_or_is_refused_where_a_schedule_
     state = made()
     step(state)
     state.optimizer.param_groups[0]["lr"] = 0.025
-    state.rates.adopt_changes()
-    assert state.rates.set(1.0) == 0.025
-    assert moved(state, made()).rates.set(1.0) == 0.025
+    state.rates.adopt_changes(1)
+    assert state.rates.set(0, 1.0) == 0.025
+    assert moved(state, made()).rates.set(0, 1.0) == 0.025
 
     state = made(optim=replace(OptimOptions(), warmup="3st"))
-    state.rates.set(0.5)
-    state.rates.adopt_changes()
+    state.rates.set(0, 0.5)
+    state.rates.adopt_changes(1)
     state.optimizer.param_groups[0]["lr"] = 0.3
     with pytest.raises(ConfigError, match=r"rate of parameter group 0 to 0\.3, which --optim\.warmup 3st would set"):
-        state.rates.adopt_changes()
+        state.rates.adopt_changes(1)
 
 
 def test_a_held_state_is_what_it_was_though_the_job_begins_another():
@@ -384,7 +384,10 @@ def test_a_held_state_is_what_it_was_though_the_job_begins_another():
 @pytest.mark.parametrize(
     ("make", "said"),
     [
-        (lambda model: [torch.optim.SGD(model.parameters(), 0.1)], "returned a list, but one torch.optim.Optimizer"),
+        (
+            lambda model: list(model.parameters()),
+            "returned a list or dict with a Parameter, which is no torch",
+        ),
         (
             lambda model: torch.optim.LBFGS(model.parameters()),
             r"returned LBFGS, whose step\(\) computes the loss again",

@@ -43,7 +43,7 @@ def trained(job: elastic.Job, steps: int = 3) -> list[str]:
             for _ in range(2):
                 model(torch.full((2, 3), float(step + 1))).sum().backward()
         watch.passed()
-        state.rates.set(1.0)
+        state.rates.set(0, 1.0)
         state.optimizer.step()
         job.after_step(model, step + 1)
         watch.applied(step + 1, skipped=False)

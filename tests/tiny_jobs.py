@@ -188,7 +188,7 @@ class Everything(Plain):
     def load_extra_state(self, values):
         self.updates = values["updates"]
 
-    def sample(self, model):
+    def sample(self, model, step):
         import torch
 
         with torch.no_grad():

@@ -196,6 +196,11 @@ def has_scheduler(optimizer: torch.optim.Optimizer) -> bool:
     return hasattr(optimizer.step, "_wrapped_by_lr_sched")
 
 
+def mark_stepped(optimizer: torch.optim.Optimizer) -> None:
+    """Say that an optimizer was stepped: its schedulers are, as often as needed, and would warn of coming first."""
+    optimizer._opt_called = True  # type: ignore[attr-defined]
+
+
 # ---- torch.compile -------------------------------------------------------------------------------------------------
 
 #: Compiler settings that make torch choose code by measuring it.

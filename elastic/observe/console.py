@@ -85,7 +85,10 @@ def event_text(event: dict[str, Any]) -> str:
     if event.get("seconds") is not None:
         words.append(f"{event['seconds']:.2f}s")
     detail = event.get("detail")
-    if event["kind"] == "worker_warm":
+    if event["kind"] == "sample" and isinstance(detail, dict):
+        words += [f"{name}: {text.splitlines()[0] if text else ''}" for name, text in detail["texts"].items()]
+        words += detail["pictures"].values()
+    elif event["kind"] == "worker_warm":
         words.append(f"on {event['node'][:12]}, process {event['pid']}")
     elif isinstance(detail, dict):
         words += [f"{k}={v}" for k, v in detail.items() if v is not None]

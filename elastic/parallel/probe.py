@@ -8,8 +8,10 @@ from collections.abc import Iterable
 import torch
 
 from elastic.errors import ConfigError
+from elastic.parallel.optimizers import Together, parts_of
 
 _SHAPES = ((7, 13), (5,))
+_MATRICES = ((7, 13), (5, 3))  # for those that take nothing else
 _STEPS = 3
 
 
@@ -39,6 +41,8 @@ def state_share(optimizer: torch.optim.Optimizer) -> list[float]:
 
     If its class cannot be tried out, the values of Adam.
     """
+    if isinstance(optimizer, Together):
+        return [share for part in parts_of(optimizer) for share in state_share(part)]
     try:
         built, found = _build(optimizer, pieces=1)
     except (TypeError, ValueError, AttributeError):
@@ -63,12 +67,16 @@ def _train(optimizer: torch.optim.Optimizer, pieces: int) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(1)
     for _ in range(_STEPS):
         for of_group in found:
-            for shape, ps in zip(_SHAPES, of_group):
+            for shape, ps in zip(_shapes(optimizer), of_group):
                 gradient = torch.randn(shape, generator=generator)
                 for p, g in zip(ps, gradient.chunk(pieces)):
                     p.grad = g.clone()
         built.step()
     return [torch.cat(ps).detach() for of_group in found for ps in of_group]
+
+
+def _shapes(optimizer: torch.optim.Optimizer) -> tuple[tuple[int, ...], ...]:
+    return _MATRICES if all(p.dim() == 2 for g in optimizer.param_groups for p in g["params"]) else _SHAPES
 
 
 def _build(
@@ -79,7 +87,7 @@ def _build(
     known = set(inspect.signature(type(optimizer).__init__).parameters)
     found, groups = [], []
     for group in optimizer.param_groups:
-        values = [torch.randn(shape, generator=generator) for shape in _SHAPES]
+        values = [torch.randn(shape, generator=generator) for shape in _shapes(optimizer)]
         of_group = [[piece.clone().requires_grad_() for piece in value.chunk(pieces)] for value in values]
         settings = {k: v for k, v in group.items() if k in known and k != "params"}
         groups.append({"params": [p for ps in of_group for p in ps], **settings})

@@ -12,7 +12,7 @@ the first step of a world, a second gather brings those; if they differ, everyon
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,6 +24,13 @@ import xxhash
 from elastic.compat.torch_groups import all_gather_flat
 from elastic.errors import ConfigError
 from elastic.parallel.tree import tree_sum_of_rows
+
+OWN_WEIGHT = "\0weight"  # ends the name of the column that a metric is divided by
+
+
+def names_of(columns: Iterable[str]) -> list[str]:
+    """The metrics among columns, without their weights."""
+    return [name for name in columns if not name.endswith(OWN_WEIGHT)]
 
 
 @dataclass(frozen=True)
@@ -47,8 +54,12 @@ class StepRecord:
         return self.loss_sum / self.weight if self.weight else float("nan")
 
     def mean_metrics(self) -> dict[str, float]:
-        """Each metric divided by the weight."""
-        return {name: value / self.weight if self.weight else float("nan") for name, value in self.metrics.items()}
+        """Each metric divided by the weight, or by its own."""
+        found = {}
+        for name in names_of(self.metrics):
+            weight = self.metrics.get(name + OWN_WEIGHT, self.weight)
+            found[name] = self.metrics[name] / weight if weight else float("nan")
+        return found
 
 
 _MIXED = -1  # in place of the hash of a rank's names: its microbatches do not agree
@@ -272,7 +283,7 @@ def _mark(names: list[str]) -> int:
 
 
 def _listed(names: list[str]) -> str:
-    return ", ".join(names) or "none"
+    return ", ".join(names_of(names)) or "none"
 
 
 def _signed(word: int) -> int:

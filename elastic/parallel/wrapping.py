@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import torch
@@ -196,13 +197,21 @@ def move(module: nn.Module, device: torch.device) -> None:
 
 
 def place_sharded(
-    built: DeferredModel, blocks: Sequence[nn.Module], device: torch.device, mesh: Mesh, how: Sharding, *, fill: bool
+    built: DeferredModel,
+    blocks: Sequence[nn.Module],
+    device: torch.device,
+    mesh: Mesh,
+    how: Sharding,
+    *,
+    fill: bool,
+    sourced: Mapping[str, Callable[[torch.Tensor], None]] = MappingProxyType({}),
 ) -> nn.Module:
     """Shard a model over the mesh.
 
     Args:
         blocks: modules that are gathered one by one.
         fill: give parameters their initial values; otherwise a saved state will be loaded. Buffers always get theirs.
+        sourced: parameters that no saved state has, by name: they always get theirs, and this is called with the value.
     """
     model = built.model
     ties, marks = _ties(model), {name: dict(vars(p)) for name, p in model.named_parameters()}
@@ -236,9 +245,11 @@ def place_sharded(
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             vars(parameter).update(marks[name])  # attributes by which the job may group parameters for its optimizer
-            if fill:
-                box = mesh.part.box(parameter.shape, ROWS)
-                local(parameter).copy_(narrowed(built.value(name), box, Box.whole(tuple(parameter.shape))))
+            if fill or name in sourced:
+                box, value = mesh.part.box(parameter.shape, ROWS), built.value(name)
+                local(parameter).copy_(narrowed(value, box, Box.whole(tuple(parameter.shape))))
+                if name in sourced:
+                    sourced[name](value)
         for name, buffer in model.named_buffers():
             buffer.copy_(built.value(name))
     built.fill(device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 import urllib.error
@@ -10,9 +11,10 @@ from typing import Any, Protocol
 
 from elastic.errors import Interrupted, RunFailed
 from elastic.membership.driver import DriverLink
-from elastic.membership.protocol import Request
+from elastic.membership.protocol import Note, Request
 from elastic.run.course import Ask, Course, End, GiveUp, Over, Print, Seen, Start, decide
-from elastic.run.prepare import PreparedRun
+from elastic.run.prepare import PreparedRun, started_with
+from elastic.run.telling import Telling
 
 HOST_LOST_S = 60.0
 FOLLOWER_END_S = 30.0
@@ -53,7 +55,9 @@ class Drive:
         print_line: Callable[[str], None],
     ):
         self._name, self._resume = run.name, run.again
-        self._listeners, self._print = listeners, print_line
+        self._print = print_line
+        self._telling = Telling(run.callbacks, run.folder.storage, started_with(run), self._warn, print_line)
+        self._listeners = [*listeners, self._telling.hear]
         self._signals: list[str] = []
         self._worlds = self._commits = 0
         self._end: dict[str, Any] | None = None
@@ -82,6 +86,13 @@ class Drive:
             self._end = record
             self._ended.set()
 
+    def _warn(self, name: str, what: str) -> None:
+        """A callback of the job's does not work. Called on its thread."""
+        self._print(f"warning: callback {name} {what}")
+        if not self.ended:
+            with contextlib.suppress(OSError):  # the host is away, or has ended meanwhile
+                self._link.request(Note("callback_failed", {"callback": name, "why": what}))
+
     def on_signal(self, signal: str) -> None:
         """A signal of this name came."""
         self._signals.append(signal)
@@ -89,6 +100,7 @@ class Drive:
     def fail(self, message: str) -> None:
         """The run is lost, and its host cannot report it."""
         self._end = {"status": "failed", "message": message}
+        self._telling.hear({"kind": "end", **self._end})
         self._ended.set()
 
     @property
@@ -156,7 +168,8 @@ class Drive:
         return self._end["result"]
 
     def close(self) -> None:
-        """Stop following the run."""
+        """Stop following the run, and wait for the job's callbacks."""
         self._ended.set()
         if self._follower is not None:
             self._follower.join(FOLLOWER_END_S)
+        self._telling.close()

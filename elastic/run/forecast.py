@@ -51,12 +51,13 @@ def measure(job: Job, seed: int) -> StateSize:
     import torch
 
     from elastic.parallel.deferred import CannotDefer, build
+    from elastic.parallel.optimizers import together
     from elastic.parallel.probe import state_share
 
     job = copy.copy(job)  # what it stores in itself while it builds the model must not reach the real run
     try:
         model = build(job.model, seed).model
-        optimizer = job.optimizer(model)
+        optimizer = together(job.optimizer(model))
         shares = {
             id(p): share
             for group, share in zip(optimizer.param_groups, state_share(optimizer), strict=True)

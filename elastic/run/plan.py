@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from elastic.config import TrainConfig
 from elastic.data.deal import check_microbatches, choose_microbatches
 from elastic.errors import ConfigError
+from elastic.job import Plan
 from elastic.units import Amount, parse_amount
 
 
@@ -32,16 +33,23 @@ class RunPlan:
     keep_every: int | None = None
     snapshot_every: int | None = None
     check_every: int | None = None
+    sample_every: int | None = None
+    eval_batch: int | None = None
+
+    @property
+    def told(self) -> Plan:
+        """What the job is told of it."""
+        return Plan(self.total_steps, self.global_size, self.dataset_size)
 
     @property
     def eval_size(self) -> int:
         """Samples of one pass of an evaluation, the same in every world."""
-        return evaluation_size(self.global_size, self.microbatches)
+        return evaluation_size(self.global_size, self.microbatches, self.eval_batch)
 
 
-def evaluation_size(global_size: int, microbatches: int) -> int:
-    """Samples of one pass of an evaluation: it does not depend on the world."""
-    return min(4 * (global_size // microbatches), global_size)
+def evaluation_size(global_size: int, microbatches: int, given: int | None) -> int:
+    """Samples of one pass of an evaluation: it does not depend on the world. `given`: what the user asked for."""
+    return given or min(4 * (global_size // microbatches), global_size)
 
 
 def resolve(
@@ -104,4 +112,6 @@ def resolve(
         keep_every=steps("--checkpoint.keep-every", config.checkpoint.keep_every),
         snapshot_every=snapshots,
         check_every=steps("--run.check-every", config.run.check_every),
+        sample_every=steps("--eval.sample-every", config.eval.sample_every),
+        eval_batch=config.eval.batch_size,
     )

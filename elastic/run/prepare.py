@@ -14,7 +14,9 @@ from elastic.checkpoint.initial import open_initial
 from elastic.config import TrainConfig
 from elastic.data.deal import batch_line, batch_table
 from elastic.errors import ConfigError
-from elastic.job import Job, check_job, held_out_sizes, job_name, job_options, source_hash, training_data
+from elastic.job import Job, check_job, held_out_sizes, job_name, job_options, source_hash, tell, training_data
+from elastic.job_code import job_code
+from elastic.observe.callbacks import Callback
 from elastic.parallel.nccl import settings_lines
 from elastic.redact import clean, redact
 from elastic.run import forecast
@@ -34,7 +36,7 @@ class PreparedRun:
     """A validated run. `config` has its name and V filled in; `finished` is the result of a run that is over.
 
     `changed`: it goes on with other result options than its stored configuration. `defaults`: those of the job's file,
-    if a command line started the run. `notes`: lines about its options to print at the start.
+    if a command line started the run. `notes`: lines about its options to print at the start. `callbacks`: the job's.
     """
 
     job: Job
@@ -48,6 +50,7 @@ class PreparedRun:
     changed: bool = False
     defaults: TrainConfig | None = None
     notes: tuple[str, ...] = ()
+    callbacks: tuple[Callback, ...] = ()
 
     @property
     def name(self) -> str:
@@ -127,7 +130,36 @@ def prepare(job: Job, config: TrainConfig) -> PreparedRun:
             sameness.check(data)
     notes = () if plan.warmup_steps <= plan.total_steps else (_long_warmup(config, plan),)
     digest = cfg.digest(wanted)
-    return PreparedRun(job, config, plan, folder, digest, source, finished, changed_code, changed, notes=notes)
+    tell(job, plan.told)
+    callbacks = _callbacks(job) if finished is None else ()
+    return PreparedRun(
+        job, config, plan, folder, digest, source, finished, changed_code, changed, notes=notes, callbacks=callbacks
+    )
+
+
+def _callbacks(job: Job) -> tuple[Callback, ...]:
+    """
+    Raises:
+        ConfigError: one is none, or the package of a tracker is not installed.
+    """
+    with job_code("callbacks()"):
+        found = tuple(job.callbacks())
+    for one in found:
+        if not isinstance(one, Callback):
+            kind = f"the class {one.__name__}" if isinstance(one, type) else f"a {type(one).__name__}"
+            raise ConfigError(f"callbacks() returned {kind}; give instances of classes derived from elastic.Callback")
+    return found
+
+
+def started_with(run: PreparedRun) -> dict[str, Any]:
+    """What callbacks are told of a run when it begins: as JSON has it, without what is secret in URLs."""
+    options = {**cfg.result_options(run.config, job_options(run.job)), **_operational(run.config)}
+    return {
+        "run": run.name,
+        "folder": redact(run.folder.storage.url),
+        "total_steps": run.plan.total_steps,
+        "options": options,
+    }
 
 
 def _long_warmup(config: TrainConfig, plan: RunPlan) -> str:

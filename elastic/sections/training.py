@@ -205,11 +205,29 @@ class EvalOptions:
     """Evaluation on held-out data."""
 
     every: str | None = option(None, "evaluate every so much (ep, st, tok), and always at the end", common=True)
+    batch_size: int | None = option(
+        None, "samples of one forward pass of an evaluation (default: four microbatches)", result=True
+    )
+    sample_every: str | None = option(
+        None, "have the job make a sample every so much (ep, st, tok); at the end it does anyway"
+    )
+    patience: int | None = option(
+        None, "end after this many evaluations in which --checkpoint.best-metric became no better", result=True
+    )
+    min_delta: float = option(0.0, "how much better a figure must be to count for --eval.patience", result=True)
     hold: bool = option(False, "after an evaluation wait for the driver's permission to go on, as in sweeps", once=True)
 
     def __post_init__(self) -> None:
         if self.every is not None:
             parse_amount("--eval.every", self.every, clock=False)
+        if self.batch_size is not None:
+            whole("--eval.batch-size", self.batch_size, 1)
+        if self.sample_every is not None:
+            parse_amount("--eval.sample-every", self.sample_every, clock=False)
+        if self.patience is not None:
+            whole("--eval.patience", self.patience, 1)
+            require(self.every is not None, "--eval.patience", self.patience, "give --eval.every too")
+        finite("--eval.min-delta", self.min_delta, 0)
         require(
             not self.hold or self.every is not None, "--eval.hold", self.hold, "give --eval.every too, or leave it out"
         )

@@ -17,6 +17,8 @@ import xxhash
 from torch import nn
 
 from elastic.compat.torch import OWN_DICTS
+from elastic.errors import ConfigError
+from elastic.parallel.optimizers import parts_of
 from elastic.parallel.wrapping import local
 
 MAX_DEPTH = 8
@@ -48,7 +50,7 @@ def leaves(roots: Mapping[str, Any], skip: Iterable[int], main: object) -> dict[
 
     Args:
         skip: ids of objects that are not searched.
-        main: the optimizer whose state is known; other optimizers are searched.
+        main: the optimizer whose state is known, as is that of its parts; other optimizers are searched.
     """
     found: dict[str, Leaf] = {}
     seen = set(skip)
@@ -75,7 +77,8 @@ def _inside(name: str, one: Any, main: object) -> Iterator[tuple[str, Any]]:
     elif isinstance(one, (list, tuple, set, frozenset, deque)):
         yield from ((f"{name}[{i}]", v) for i, v in zip(range(MAX_ITEMS), one))
     elif _is_open(one):
-        known = _KNOWN_OF_OPTIMIZERS if one is main else ()
+        is_main = isinstance(main, torch.optim.Optimizer) and any(one is part for part in (main, *parts_of(main)))
+        known = _KNOWN_OF_OPTIMIZERS if is_main else ()
         for key, value in list(vars(one).items()):
             if key in OWN_DICTS and isinstance(value, dict):
                 yield from ((f"{name}.{k}", v) for k, v in value.items())
@@ -115,6 +118,28 @@ def models_of(job: object) -> dict[str, nn.Module]:
         elif isinstance(value, nn.Module):
             found[name] = value
     return found
+
+
+def frozen_of(job: Any) -> dict[str, nn.Module]:
+    """What the job's `frozen()` returned, by name: in evaluation mode, and without gradients.
+
+    Raises:
+        ConfigError: it is no module, or has no values.
+    """
+    found = job.frozen()
+    if isinstance(found, (list, tuple)):
+        found = {str(i): one for i, one in enumerate(found)}
+    elif not isinstance(found, Mapping):
+        found = {} if found is None else {"": found}
+    for name, model in found.items():
+        if not isinstance(model, nn.Module):
+            raise ConfigError(
+                f"frozen() returned a {type(model).__name__}, which is no torch.nn.Module; return modules, by name"
+            )
+        if any(t.is_meta for t in (*model.parameters(), *model.buffers())):
+            raise ConfigError(f"frozen() {name} has tensors on the meta device, which have no values; load them there")
+        model.eval().requires_grad_(False)
+    return dict(found)
 
 
 def callable_only(one: Any) -> bool:

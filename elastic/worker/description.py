@@ -13,6 +13,7 @@ from torch.nn.parameter import is_lazy
 
 from elastic.compat.torch import unsaved_buffers
 from elastic.likeness import packed
+from elastic.parallel.optimizers import parts_of
 from elastic.parallel.wrapping import local
 from elastic.values import show
 
@@ -64,6 +65,20 @@ def describe_held(models: Mapping[str, nn.Module]) -> list[str]:
     ]
 
 
+def describe_frozen(models: Mapping[str, nn.Module]) -> list[str]:
+    """A line for each tensor of models that are never trained, with a digest of all its bytes."""
+    return [
+        f"{held}.{name} {_shape(tensor)} {_bytes_digest(tensor)}"
+        for held, model in models.items()
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]
+    ]
+
+
+def _bytes_digest(tensor: torch.Tensor) -> str:
+    flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    return xxhash.xxh3_64_hexdigest(memoryview(flat.numpy()))  # type: ignore[arg-type]
+
+
 def _signs(tensor: torch.Tensor) -> str:
     if tensor.is_meta or is_lazy(tensor) or tensor.layout is not torch.strided:
         return "unknown"
@@ -73,9 +88,9 @@ def _signs(tensor: torch.Tensor) -> str:
 
 
 def describe_optimizer(optimizer: torch.optim.Optimizer) -> list[str]:
-    """The optimizer's class, and one line for each group."""
-    kind = type(optimizer)
-    lines = [f"class {kind.__module__}.{kind.__qualname__}"]
+    """The optimizer's class, or the classes of its parts, and one line for each group."""
+    kinds = map(type, parts_of(optimizer))
+    lines = [f"class {kind.__module__}.{kind.__qualname__}" for kind in kinds]
     for i, group in enumerate(optimizer.param_groups):
         options = [f"{k}={v!r}" for k, v in sorted(group.items()) if _is_plain(v)]
         lines.append(f"group {i} of {len(group['params'])} parameters, {', '.join(options)}"[:_MOST_TEXT])

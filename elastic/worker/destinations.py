@@ -15,10 +15,11 @@ from elastic.checkpoint.format import TensorEntry
 from elastic.checkpoint.tensors import DTYPES, Shard
 from elastic.compat.torch import own_buffers, own_children, own_parameters
 from elastic.errors import CheckpointError
+from elastic.parallel.optimizers import kind_of
 from elastic.parallel.wrapping import local
 from elastic.values import ValueRefused, decode
 from elastic.worker.groups import check_owner
-from elastic.worker.keeping import CODED, Collected, Head, Keeping, head_of
+from elastic.worker.keeping import CODED, EARLY_STOP, Collected, Head, Keeping, head_of
 from elastic.worker.naming import identity_of, live_tensors, named_modules, persistent_entries, with_state_of_their_own
 from elastic.worker.weights import weights_alone
 
@@ -45,8 +46,9 @@ class Destinations(Keeping):
             found.append(replace(shard, name=next((n for n in names if n in entries), names[0])))
         tied = {f"model/{n}" for names in aliases.values() for n in names}
         wanted = {s.name for s in found}
-        _same_names("model", wanted, set(entries) - (tied - wanted))
-        return found
+        elsewhere = {shard.name for shard in found if shard.name.removeprefix("model/") in self.sources} - set(entries)
+        _same_names("model", wanted - elsewhere, set(entries) - (tied - wanted))
+        return [shard for shard in found if shard.name not in elsewhere]
 
     # ---- a whole state ---------------------------------------------------------------------------------------------
 
@@ -74,7 +76,7 @@ class Destinations(Keeping):
     ) -> dict[str, torch.Tensor]:
         """The place of each tensor of a saved state, by name."""
         self._check_values(values)
-        parameters, referred = self._parameters(), self._referred(values, heads)
+        parameters, referred = self.parameters(), self._referred(values, heads)
         saved: dict[int, dict[str, str]] = {}  # for each parameter, by id: key of the optimizer's state -> tensor name
         for name in heads:
             if name.startswith("optimizer/") and name not in referred:
@@ -149,7 +151,7 @@ class Destinations(Keeping):
         A buffer, or a tensor of the job, that changed its shape, appeared or disappeared while training, is made as it
         was saved. Here it may have changed too, if a state of an earlier step is put back.
         """
-        mine = {f"model/{name}": value for name, value in persistent_entries(self.model).items()}
+        mine = {f"model/{name}": value for name, value in self._entries().items()}
         extra = self.job.extra_state()
         mine |= {f"extra/{k}": extra[k] for k in self._in_place if isinstance(extra.get(k), torch.Tensor)}
         buffers = {f"model/{one.name}": one for one in live_tensors(self.model) if not one.is_parameter}
@@ -202,13 +204,13 @@ class Destinations(Keeping):
             raise CheckpointError(f"the checkpoint has no training state: its values lack {', '.join(wrong)}")
         if values.get("coded", CODED) != CODED:
             raise CheckpointError("the values of the checkpoint are of a newer version; install a newer elastic-train")
-        mine = type(self.optimizer).__name__
+        mine = kind_of(self.optimizer)
         if values["optimizer"] != mine:
             raise CheckpointError(
                 f"the saved state is of the optimizer {values['optimizer'][:100]}, this job's is {mine}; use that one, "
                 "or start another run"
             )
-        parameters = self._parameters()
+        parameters = self.parameters()
         self._groups.check(values, parameters)
         for owner, state in values["states"].items():
             check_owner(owner, parameters)
@@ -218,13 +220,27 @@ class Destinations(Keeping):
             self._check_plain(values)
         else:
             _same_names("states of modules", set(with_state_of_their_own(self.model)), set(values["modules"]))
-            _same_names("schedulers", set(self.rates.schedulers), set(values["schedulers"]))
+            _same_names("schedulers", set(self.rates.schedulers), set(values["schedulers"]) - {EARLY_STOP})
             texts = [*values["eval"], *values["frozen"]]
             if not all(isinstance(t, str) for t in texts) or not all(map(_is_names, values["changed"].values())):
                 raise CheckpointError("the checkpoint has no training state: where names should be, there are none")
+        self._check_sources(values)
         scale = values.get("loss_scale", {"factor": 1.0, "good": 0})
         if not isinstance(scale, dict) or any(type(scale.get(k)) not in (int, float) for k in ("factor", "good")):
             raise CheckpointError("the checkpoint has no training state: its loss_scale is none")
+
+    def _check_sources(self, values: Mapping[str, Any]) -> None:
+        """Refuse a state whose left-out parameters came from other sources than those of this model."""
+        saved = values.get("sources", {})
+        if not isinstance(saved, dict) or not all(isinstance(value, str) for value in saved.values()):
+            raise CheckpointError("the checkpoint has no training state: its sources are none")
+        _same_names("list of parameters that come from elsewhere (has_source())", set(self.sources), set(saved))
+        other = next((name for name, value in sorted(saved.items()) if self.sources[name] != value), None)
+        if other is not None:
+            raise CheckpointError(
+                f"the parameter {other} comes from elsewhere (has_source()), and its source has other values than when "
+                "this state was saved; put the source back, or start another run"
+            )
 
     def _check_plain(self, values: Mapping[str, Any]) -> None:
         for group, saved in zip(self.optimizer.param_groups, values["groups"]):

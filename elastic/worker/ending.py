@@ -4,17 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
-from elastic.errors import ElasticError
 from elastic.membership.protocol import Done
 from elastic.membership.stage import Stage
 from elastic.parallel.device import describe
-from elastic.parallel.wrapping import call_gathered
-from elastic.seeds import derive, seed_all
 from elastic.worker.flags import Stop
+from elastic.worker.sampling import sample
 from elastic.worker.weights import weights_sha256
-from elastic.worker.worker import Worker
 from elastic.worker.world import World
 
 
@@ -28,12 +23,14 @@ def finish(world: World, stop: Stop) -> str:
         WorldBroken: a member was lost meanwhile.
     """
     worker, holding, group = world.worker, world.worker.holding, world.group
-    if stop is not Stop.AT_ONCE or world.is_trained:
+    if worker.evaluation_is_due(world.step) and stop is Stop.PAUSE:
+        world.evaluate_and_decide()
+    elif stop is not Stop.AT_ONCE or world.is_trained:
         world.evaluate()
     worker.stepper.progress(world.step - 1, Stage.CHECKPOINT)
     world.check_state()
     world.saves.finish(world.step)
-    status = "stopped" if stop and not world.is_trained else "finished"
+    status = "stopped" if stop and not (world.is_trained or world.stops_early) else "finished"
     with group.collective("gathering the weights"):
         sha = weights_sha256(world.state.model, world.state.whole)
     group.check()
@@ -49,25 +46,9 @@ def finish(world: World, stop: Stop) -> str:
         "hardware": {**describe(worker.device), "workers": group.size},
     }
     if status == "finished" and (group.leads or worker.config.parallel.sharded):
-        result["sample"] = _sample(worker, world.state.model)
+        result["sample"] = sample(worker, world.state.model, world.step, leads=group.leads)
     message = worker.link.wish("stop") or "" if stop else ""
+    if world.stops_early and not world.is_trained:
+        message = f"ended early: {worker.config.checkpoint.best_metric} has become no better"
     worker.link.post(Done(group.rank, status, message, result))
     return status
-
-
-def _sample(worker: Worker, model: torch.nn.Module) -> str | None:
-    """The result of the job's sample(); None, with an event, if it raises: the run is trained and saved all the
-    same."""
-    code = worker.code
-    code.where = "sample()"
-    model.eval()
-    seed_all(derive("sample", worker.config.run.seed))
-    try:
-        with torch.no_grad():
-            text = code.guard(lambda: call_gathered(model, lambda: worker.job.sample(model)))
-            return None if text is None else code.guard(lambda: str(text))
-    except ElasticError as error:  # in the job's code, or, with a sharded model, in that of another worker
-        why = error.__cause__ or error
-        detail = f"sample() failed, {type(why).__name__}: {why}\n{error}"
-        worker.link.event("sample_failed", worker.holding.applied, detail)
-        return None

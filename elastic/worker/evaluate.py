@@ -74,7 +74,7 @@ def evaluate(
                 batch = code.guard(partial(held_out_batch, job, data, ids, (seed, name, index)), alone=True)
                 seed_all(derive("eval", seed, name, index))
                 with each():
-                    loss, weight, metrics = code.evaluate(model, batch)
+                    loss, weight, metrics = code.evaluate(model, batch, name)
                 on_pass()
                 if padding and len(records) == len(runs[rank]):
                     continue  # others of the row still gather parameters
@@ -95,6 +95,7 @@ def evaluate(
             "samples or tokens"
         )
     found = {"loss": record.loss, **record.mean_metrics()}
+    found |= code.evaluated(name, record.loss_sum, record.weight, record.metrics)
     return dict(zip(figures(name, found), found.values()))
 
 

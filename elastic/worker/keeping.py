@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import inspect
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -19,10 +19,12 @@ from elastic.config import OptimOptions
 from elastic.errors import ConfigError
 from elastic.job import Job, job_classes
 from elastic.parallel.mesh import Mesh
+from elastic.parallel.optimizers import kind_of, parts_of, together
 from elastic.parallel.scaling import LossScale
 from elastic.parallel.wrapping import cut_of, fsdp_modules, local, whole
 from elastic.placement import Part, TensorSpec, cut_box
 from elastic.values import Classes, ValueRefused, classes, encode, part_of
+from elastic.worker.following import Patience
 from elastic.worker.groups import Groups
 from elastic.worker.naming import (
     check_state_dict,
@@ -34,6 +36,7 @@ from elastic.worker.naming import (
 )
 from elastic.worker.rates import Rates
 
+EARLY_STOP = "early stopping"
 CODED = 1  # format of the values: coded by `elastic.values`; earlier ones are plain JSON
 Head = tuple[tuple[int, ...], torch.dtype]  # whole shape, dtype
 
@@ -63,9 +66,12 @@ class Keeping:
     shape, and extra tensors made from parameters are sharded along dimension 0; everything else is whole.
 
     Args:
+        optimizer: what the job's `optimizer()` returned.
         mesh: of a sharded model.
         scaler: the loss scale, if the run has one.
         optim: options that set learning rates.
+        patience: decides after evaluations whether training ends, if anything does.
+        sources: digests of parameters that are not part of the state, since `model()` gives them their values.
 
     Raises:
         ConfigError: part of the state cannot be saved, or is not part of the model.
@@ -75,29 +81,22 @@ class Keeping:
         self,
         job: Job,
         model: nn.Module,
-        optimizer: torch.optim.Optimizer,
+        optimizer: Any,
         mesh: Mesh | None = None,
         scaler: LossScale | None = None,
         optim: OptimOptions | None = None,
+        patience: Patience | None = None,
+        sources: Mapping[str, str] = MappingProxyType({}),
     ):
-        if not isinstance(optimizer, torch.optim.Optimizer):
-            raise ConfigError(
-                f"optimizer() returned a {type(optimizer).__name__}, but one torch.optim.Optimizer is needed; give one "
-                "all parameters, in groups where they differ"
-            )
-        closure = inspect.signature(optimizer.step).parameters.get("closure")
-        if closure is not None and closure.default is closure.empty:
-            raise ConfigError(
-                f"optimizer() returned {type(optimizer).__name__}, whose step() computes the loss again, several times "
-                "in an update, through a closure that it must be given; give one that needs none, such as SGD or AdamW"
-            )
-        self.job, self.model, self.optimizer, self.mesh, self.scaler = job, model, optimizer, mesh, scaler
+        self.optimizer = optimizer = together(optimizer)
+        self.job, self.model, self.mesh, self.scaler = job, model, mesh, scaler
         self._held: Collected | None = None
         self._unsaved: set[str] = set()
         self._named = list(model.named_parameters())
         self._arrived: dict[str, torch.Tensor] = {}  # tensors that values refer to, of a state that is being loaded
         check_state_dict(model)
-        self.rates = Rates(job, optimizer, optim)
+        self.rates, self.patience = Rates(job, optimizer, optim), patience
+        self.sources = dict(sources)
         first, again = job.extra_state(), job.extra_state()
         #: Tensors of the job that exist from the start: these are restored in place.
         self._in_place = {
@@ -118,12 +117,28 @@ class Keeping:
     def _known_classes(self, extra: Mapping[str, Any]) -> Classes:
         """Classes of which values may be rebuilt: the job's, and those in modules that define its optimizer and
         layers."""
-        owners = {type(m) for m in with_state_of_their_own(self.model).values()} | {type(self.optimizer)}
+        owners: set[type] = {type(m) for m in with_state_of_their_own(self.model).values()}
+        owners |= {type(part) for part in parts_of(self.optimizer)}
         places = [sys.modules.get(c.__module__) for c in owners if not c.__module__.startswith("torch.")]
         near = [v for place in places if place is not None for v in vars(place).values() if isinstance(v, type)]
         return {**classes(dict(extra), *near), **job_classes(type(self.job))}
 
     # ---- what is trained -------------------------------------------------------------------------------------------
+
+    def _entries(self) -> dict[str, torch.Tensor]:
+        """The model's tensors that are saved, by name.
+
+        Raises:
+            ConfigError: one that is said to come from elsewhere is trained.
+        """
+        found = persistent_entries(self.model)
+        for name in self.sources:
+            if (one := found.pop(name, None)) is not None and one.requires_grad:
+                raise ConfigError(
+                    f"has_source() says that {name} need not be saved, but it is trained; leave it frozen, or let "
+                    "has_source() return False for it"
+                )
+        return found
 
     def trained(self) -> tuple[bool, ...]:
         """For each parameter of the model, in order, whether it is trained now."""
@@ -139,7 +154,7 @@ class Keeping:
 
     # ---- what it consists of ---------------------------------------------------------------------------------------
 
-    def _parameters(self) -> dict[str, nn.Parameter]:
+    def parameters(self) -> dict[str, nn.Parameter]:
         """The model's parameters by all of their names."""
         return {one.name: one.tensor for one in live_tensors(self.model) if isinstance(one.tensor, nn.Parameter)}
 
@@ -191,9 +206,11 @@ class Keeping:
         for module in fsdp_modules(self.model):  # a forward pass that failed leaves parameters gathered
             module.reshard()
         found = Collected()
-        for name, value in persistent_entries(self.model).items():
+        for name, value in self._entries().items():
             found.add(f"model/{name}", value.detach())
-        found.values = {"coded": CODED, "optimizer": type(self.optimizer).__name__}
+        found.values = {"coded": CODED, "optimizer": kind_of(self.optimizer)}
+        if self.sources:
+            found.values["sources"] = dict(sorted(self.sources.items()))
         self._collect_optimizer(found)
         self._collect_model(found)
         if self._held is not None:
@@ -252,7 +269,7 @@ class Keeping:
             buffers = {name: getattr(*place) for name, place in self._buffers().items() if name in self._unsaved}
             found.values["buffers"] = self._encode(found, buffers, "buffers", "the buffers with persistent=False")
         found.values["eval"] = [name for name, module in named_modules(self.model) if not module.training]
-        found.values["frozen"] = [n for n, p in self._parameters().items() if not p.requires_grad]
+        found.values["frozen"] = [n for n, p in self.parameters().items() if not p.requires_grad]
 
     def _collect_extra(self, found: Collected) -> None:
         rest = {}
@@ -272,8 +289,13 @@ class Keeping:
     def _collect_schedulers(self, found: Collected) -> None:
         found.values["schedulers"] = {
             name: self._encode(found, one.state_dict(), f"schedulers/{part_of(name, 0)}", f"{name}.state_dict()")
-            for name, one in self.rates.schedulers.items()
+            for name, one in self.stateful.items()
         }
+
+    @property
+    def stateful(self) -> dict[str, Any]:
+        """What decides on rates or on the end, and has state, by name."""
+        return {**self.rates.schedulers, **({EARLY_STOP: self.patience} if self.patience is not None else {})}
 
     def _changed(self, found: Collected) -> dict[str, list[str]]:
         """Buffers and tensors of the job whose shapes or dtypes changed since the start, or that have disappeared."""
@@ -318,7 +340,7 @@ class Keeping:
             rank, size: its index among the workers that hold tensors that are not sharded, and their number.
         """
         found, tensors = [], self.tensors()
-        learning = {f"model/{n}": p.requires_grad for n, p in self._parameters().items()}
+        learning = {f"model/{n}": p.requires_grad for n, p in self.parameters().items()}
         for name, tensor in tensors.items():
             shard = self._shard(name, tensor, rank, size)
             stable = name in learning or name.startswith("optimizer/")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
 
@@ -12,7 +14,9 @@ from elastic.job import Job
 from elastic.parallel import modes
 from elastic.parallel.blocks import check_compiler, checkpoint_activations, compile_blocks, find_blocks
 from elastic.parallel.deferred import CannotDefer, DeferredModel, build, build_eagerly
+from elastic.parallel.matrices import is_muon
 from elastic.parallel.mesh import Mesh
+from elastic.parallel.optimizers import parts_of
 from elastic.parallel.param_dtype import cast_parameters, check_castable
 from elastic.parallel.probe import check_elementwise
 from elastic.parallel.references import check_references
@@ -26,6 +30,9 @@ from elastic.parallel.wrapping import (
     place_whole,
 )
 from elastic.seeds import derive, seed_all
+from elastic.worker.belongings import digest
+from elastic.worker.following import Patience
+from elastic.worker.naming import parameter_names
 from elastic.worker.state import TrainState
 
 _DTYPES = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -37,7 +44,7 @@ class Placing:
     def __init__(self, job: Job, config: TrainConfig, device: torch.device):
         self._job, self._config, self._device = job, config, device
         self._next: DeferredModel | None = None
-        self._tried: type | None = None
+        self._tried: set[type] = set()
         #: Why the model is built in real memory; empty if it is built on meta.
         self.eager = ""
 
@@ -74,8 +81,12 @@ class Placing:
     def whole(self) -> TrainState:
         """The state with a whole model and its initial values."""
         built = self._take()
+        sourced, digests = self._sourced(built.model)
         model = place_whole(built, self._device)
-        return self._state(model, None)
+        for name, parameter in model.named_parameters():
+            if name in sourced:
+                sourced[name](parameter)
+        return self._state(model, None, digests)
 
     def sharded(self, mesh: Mesh, *, fill: bool) -> TrainState:
         """The state with this worker's shards of a model; with initial values if `fill`, otherwise to be loaded.
@@ -92,11 +103,16 @@ class Placing:
             param_dtype=self._param_dtype,
             reduce_dtype=_DTYPES[precision.grad_compression],
         )
-        model = place_sharded(built, find_blocks(built.model, self._classes()), self._device, mesh, how, fill=fill)
-        state = self._state(model, mesh)
-        if self._config.run.exactness == "bitwise" and self._tried is not type(state.optimizer):
-            check_elementwise(state.optimizer)
-            self._tried = type(state.optimizer)
+        sourced, digests = self._sourced(built.model)
+        blocks = find_blocks(built.model, self._classes())
+        model = place_sharded(built, blocks, self._device, mesh, how, fill=fill, sourced=sourced)
+        state = self._state(model, mesh, digests)
+        kinds = {type(part) for part in parts_of(state.optimizer) if not is_muon(part)}
+        if self._config.run.exactness == "bitwise" and not kinds <= self._tried:
+            for part in parts_of(state.optimizer):
+                if not is_muon(part):  # whose products are over whole matrices
+                    check_elementwise(part)
+            self._tried = kinds
         return state
 
     def build_whole(self, error: BaseException | None) -> bool:
@@ -107,12 +123,35 @@ class Placing:
         self.eager, self._next = f"a pass failed: {error}".splitlines()[0], None
         return True
 
-    def _state(self, model: torch.nn.Module, mesh: Mesh | None) -> TrainState:
+    def _sourced(self, model: torch.nn.Module) -> tuple[dict[str, Callable[[torch.Tensor], None]], dict[str, str]]:
+        """What to do with the value of each parameter that is in no saved state, by the model's name for it: its digest
+        goes into the other dictionary, under the name that it is known by.
+
+        Raises:
+            ConfigError: their values are to come from --checkpoint.init-from, which is read once.
+        """
+        digests: dict[str, str] = {}
+        known, sourced = parameter_names(model), dict[str, Callable[[torch.Tensor], None]]()
+        for name, parameter in model.named_parameters():
+            if not parameter.requires_grad and self._job.has_source(known[id(parameter)]):
+                sourced[name] = partial(_note, digests, known[id(parameter)])
+        if sourced and self._config.checkpoint.init_from is not None:
+            raise ConfigError(
+                f"has_source() says that {known[id(dict(model.named_parameters())[next(iter(sourced))])]} need not be "
+                "saved, but --checkpoint.init-from is read once, when a run begins; load these weights in model(), or "
+                "let has_source() return False"
+            )
+        return sourced, digests
+
+    def _state(self, model: torch.nn.Module, mesh: Mesh | None, sources: Mapping[str, str]) -> TrainState:
         precision = self._config.precision
         modes.begin(model)
         scaled = "fp16" in (precision.autocast, precision.param_dtype)
         scaler = LossScale(precision.loss_scale) if scaled else None
-        return TrainState(self._job, model, self._job.optimizer(model), mesh, scaler, self._config.optim)
+        least, keep = self._config.eval, self._config.checkpoint
+        patience = None if least.patience is None else Patience(least.patience, least.min_delta, keep.best_mode)
+        optimizer = self._job.optimizer(model)
+        return TrainState(self._job, model, optimizer, mesh, scaler, self._config.optim, patience, sources)
 
     @property
     def _param_dtype(self) -> torch.dtype | None:
@@ -149,3 +188,7 @@ class Placing:
                 self.eager = str(error)
         seed_all(derive("model", seed))
         return build_eagerly(self._job.model, seed)
+
+
+def _note(digests: dict[str, str], name: str, value: torch.Tensor) -> None:
+    digests[name] = digest(value)

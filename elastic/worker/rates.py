@@ -1,4 +1,5 @@
-"""What sets the learning rates: Elastic's schedule, a torch scheduler that the job keeps, or nothing.
+"""What sets the learning rates: Elastic's schedule, what the job's `scheduler()` returned, a torch scheduler that the
+job keeps and steps itself, or nothing.
 
 Elastic sets `lr = initial_lr * share` before each update. A torch scheduler that `optimizer()` makes, and that is an
 attribute of the job, is followed instead: the job steps it in `after_step()`, once per step on every worker, so that
@@ -18,6 +19,8 @@ from elastic.compat.torch import has_scheduler
 from elastic.config import OptimOptions
 from elastic.errors import ConfigError
 from elastic.job import Job
+from elastic.parallel.optimizers import Together, parts_of
+from elastic.worker.following import Followed, Plateau, made_by
 
 INSTEAD = "let the job's schedule(step, total_steps) return the factor on initial_lr instead"
 _CONTAINERS = (list, tuple, dict)
@@ -34,14 +37,28 @@ class Rates:
         self._job, self._optimizer = job, optimizer
         optim = optim or OptimOptions()
         self._asked = _asked(job, optim)
-        self.schedulers = dict(_schedulers(job, optimizer))
+        own = made_by(job, optimizer)
+        #: Asked after evaluations, if the job returned one.
+        self.plateau = Plateau(own[0]) if own and isinstance(own[0], ReduceLROnPlateau) else None
+        self._walk = Followed(own, optimizer) if own and self.plateau is None else None
+        self.schedulers: dict[str, Any] = {
+            name: one for name, one in _schedulers(job, optimizer) if not any(one is mine for mine in own)
+        }
+        if own:
+            twice = self._asked or next(iter(self.schedulers), "")
+            if twice:
+                raise ConfigError(f"the learning rate is set twice: by scheduler() and by {twice}; leave one out")
+            if self.plateau is not None:
+                self.schedulers["scheduler()"] = self.plateau
+            else:
+                self._asked = "scheduler()"
         self._set: list[float] | None = None
         if self.schedulers and self._asked:
             name, one = next(iter(self.schedulers.items()))
             raise ConfigError(
                 f"the learning rate is set twice: by {name} ({type(one).__name__}) and by {self._asked}; leave one out"
             )
-        if not self.schedulers:
+        if not self.schedulers and self._walk is None:
             self._check_unpatched()
             for group in optimizer.param_groups:
                 group.setdefault("initial_lr", float(group["lr"]))
@@ -52,35 +69,53 @@ class Rates:
         return bool(self.schedulers)
 
     def _check_unpatched(self) -> None:
-        if has_scheduler(self._optimizer):
+        if any(map(has_scheduler, parts_of(self._optimizer))):
             raise ConfigError(
                 "the optimizer has a scheduler of torch's that is no attribute of the job, so its state could not be "
                 f"saved; make it in optimizer() and keep it as one (self.scheduler = ...), or {INSTEAD}"
             )
 
-    def set(self, share: float) -> float:
-        """Called before an update: set the rates of this step; returns that of the first group.
+    def forget(self) -> None:
+        """Another state was put in place."""
+        self._set = None
+        if self._walk is not None:
+            self._walk.forget()
+
+    def set(self, step: int, share: float) -> float:
+        """Called before the update of `step` (from 0): set its rates; returns that of the first group.
+
+        Args:
+            share: of the full rates, by the schedule.
 
         Raises:
             ConfigError: the job set rates in a way that would be overwritten.
         """
         groups = self._optimizer.param_groups
-        if not self.followed:
+        if self._walk is not None:
+            self._walk.go_to(step)
+            self._set = [group["lr"] for group in groups]
+        elif not self.followed:
             for group in groups:
                 group.setdefault("initial_lr", float(group["lr"]))
                 group["lr"] = group["initial_lr"] * share
             self._set = [group["lr"] for group in groups]
         return float(groups[0]["lr"])
 
-    def adopt_changes(self) -> None:
+    def adopt_changes(self, step: int) -> None:
         """Called after an update and `after_step()`: adopt the job's own changes of the rates.
+
+        Args:
+            step: the next one, from 0.
 
         Raises:
             ConfigError: the change would be overwritten.
         """
+        if isinstance(self._optimizer, Together):
+            self._optimizer.check_groups()
         if self.followed or self._set is None:
             return
-        self._check_unpatched()
+        if self._walk is None:
+            self._check_unpatched()
         for group in self._optimizer.param_groups[len(self._set) :]:  # groups that were just added
             group.setdefault("initial_lr", float(group["lr"]))
         for i, (group, was) in enumerate(zip(self._optimizer.param_groups, self._set, strict=False)):
@@ -93,6 +128,8 @@ class Rates:
                     f"would set to another at the next step; change group['initial_lr'], or {INSTEAD}"
                 )
             group["initial_lr"] = float(now)
+        if self._walk is not None:  # now, so that groups are alike on all workers, whoever has begun the next step
+            self._walk.go_to(step)
 
 
 def _asked(job: Job, optim: OptimOptions) -> str:
@@ -115,7 +152,7 @@ def _schedulers(job: Job, optimizer: torch.optim.Optimizer) -> Iterator[tuple[st
             continue
         seen.add(id(one))
         if isinstance(one, (LRScheduler, ReduceLROnPlateau)):
-            if one.optimizer is optimizer:
+            if any(one.optimizer is part for part in (optimizer, *parts_of(optimizer))):
                 yield name, one
         elif isinstance(one, _CONTAINERS) and len(one) <= 100 and name.count("[") < 3:
             items = one.items() if isinstance(one, dict) else enumerate(one)

@@ -26,6 +26,7 @@ from elastic.errors import ConfigError
 from elastic.job import Job, MapDataset
 from elastic.parallel.buffers import StepBuffers
 from elastic.parallel.device import ZerosForEmpty
+from elastic.parallel.records import OWN_WEIGHT, names_of
 from elastic.parallel.wrapping import fsdp_modules
 from elastic.seeds import derive, seed_all
 from elastic.worker.belongings import Attributes, digest, leaves
@@ -118,7 +119,8 @@ def mistake(name: str, found: Sequence[Sums]) -> str | None:
             f"{other.loss:.6g} for {half}, with the weight {whole.weight:g} each time, which counts none of them; "
             "return the number of samples or tokens as the weight"
         )
-    for key in whole.metrics if weight == "sum" else ():
+    counted = [key for key in names_of(whole.metrics) if key + OWN_WEIGHT not in whole.metrics]
+    for key in counted if weight == "sum" else ():
         values = [s.metrics[key] for s in found if key in s.metrics]
         if len(values) == len(found) and growth(*values) == "mean":
             return (
@@ -148,6 +150,7 @@ class Rehearsal:
         self._seed = config.run.seed
         #: Why passes have one microbatch each, by its place in `SEPARATE`; None before `run`.
         self.separate: int | None = None
+        self._unknown = False  # evaluations may have figures that one batch does not show
         self._batch: Any = None  # of the first microbatches
         #: A line for each metric, by what returned it, as far as that was tried.
         self.metrics: dict[str, list[str]] = {}
@@ -209,7 +212,7 @@ class Rehearsal:
             if agreed(_finite(again)):
                 raise self._code.mistake(ConfigError(_UNWRITTEN))
         self._batch = batches[0][1]
-        self.metrics["result of loss()"] = [f"metric {name}" for name in sorted(found[0].metrics)]
+        self.metrics["result of loss()"] = [f"metric {name}" for name in sorted(names_of(found[0].metrics))]
         if len(found) < 3:
             return 0
         self._refuse("loss()", loss, batches, found, agreed)
@@ -319,7 +322,9 @@ class Rehearsal:
                 )
             )
 
-    def _try_evaluate(self, evaluate: Function, agreed: Callable[[bool], bool], parameters: Parameters) -> None:
+    def _try_evaluate(
+        self, evaluate: Callable[..., LossValue], agreed: Callable[[bool], bool], parameters: Parameters
+    ) -> None:
         own, keys = type(self._job).evaluate is not Job.evaluate, set[str]()
         for name, held_out in self._eval_sets.items():
             which = f"eval_data()[{name!r}]" if name else "eval_data()"
@@ -332,7 +337,8 @@ class Rehearsal:
                 (len(cut), self._code.guard(partial(held_out_batch, self._job, data, cut, seeds), alone=True))
                 for cut in cuts
             ]
-            found = _passes(evaluate, batches, derive("eval", self._seed, name, 0))
+            own_set = partial(evaluate, of=name)
+            found = _passes(own_set, batches, derive("eval", self._seed, name, 0))
             if written := parameters.written():
                 raise self._code.mistake(
                     ConfigError(
@@ -340,19 +346,31 @@ class Rehearsal:
                         "training, on each worker another one; leave the optimizer and gradients out of it"
                     )
                 )
-            self._check_kept("evaluate()", partial(held_out_batch, self._job, data, ids, seeds), evaluate)
+            self._check_kept("evaluate()", partial(held_out_batch, self._job, data, ids, seeds), own_set)
             if len(found) == 3:
-                self._refuse("evaluate()", evaluate, batches, found, agreed)
-            for key in figures(name, ("loss", *found[0].metrics)):
+                self._refuse("evaluate()", own_set, batches, found, agreed)
+            more = self._try_evaluated(name, found[0])
+            for key in figures(name, dict.fromkeys(("loss", *names_of(found[0].metrics), *more))):
                 if key in keys:
                     raise ConfigError(f"two held-out figures would be {key}; rename a metric, or a set of eval_data()")
                 keys.add(key)
         self._check_best(keys)
         self.metrics["result of evaluate()"] = [f"figure {key}" for key in sorted(keys)]
 
+    def _try_evaluated(self, name: str, found: Sums) -> dict[str, float]:
+        """Further figures from the sums of one batch, from which they need not be possible: a score divides by what the
+        whole set has."""
+        try:
+            return self._code.evaluated(name, found.loss, found.weight, found.metrics)
+        except UserCodeError as error:
+            if error.failure.kind == ConfigError.__name__:
+                raise
+            self._unknown = True
+            return {}
+
     def _check_best(self, keys: set[str]) -> None:
         keep, best = self._config.checkpoint.keep_best, self._config.checkpoint.best_metric
-        if keep and best not in keys:
+        if keep and best not in keys and not self._unknown:
             raise ConfigError(
                 f"--checkpoint.keep-best is {keep}, by --checkpoint.best-metric {best}, but evaluations have "
                 f"{', '.join(sorted(keys)) or 'no figures, since nothing is held out'}; give one of them"

@@ -14,6 +14,7 @@ import torch
 
 from elastic.errors import ConfigError
 from elastic.observe.ledger import COLUMNS
+from elastic.parallel.records import OWN_WEIGHT
 
 LossValue = tuple[Any, Any, Mapping[str, Any]]
 
@@ -23,7 +24,8 @@ _RETURN = 'return (sum, weight, metrics), for example `return F.cross_entropy(x,
 def check_returned(
     name: str, found: Any, device: torch.device, parameters: Iterable[torch.nn.Parameter], *, training: bool
 ) -> LossValue:
-    """The loss, weight and metrics that a function of the job returned, after checking them.
+    """The loss, weight and metrics that a function of the job returned, after checking them; with an entry for each
+    weight of a metric.
 
     Args:
         name: of the function, for errors.
@@ -40,6 +42,20 @@ def check_returned(
     _check_loss(name, loss, device, parameters, training=training)
     _check_weight(name, weight, device)
     _check_metrics(name, metrics, device, training=training)
+    pairs = any(isinstance(value, tuple) for value in metrics.values())
+    return (loss, weight, _with_weights(name, metrics, device)) if pairs else found
+
+
+def _with_weights(name: str, metrics: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    """A column for each metric, and one for the weight of each that has its own."""
+    found: dict[str, Any] = {}
+    for key, value in metrics.items():
+        if not isinstance(value, tuple):
+            found[key] = value
+            continue
+        found[key], own = value
+        _check_weight(name, own, device, of=f"metric {key!r}")
+        found[key + OWN_WEIGHT] = own
     return found
 
 
@@ -74,8 +90,8 @@ def _check_loss(
         )
 
 
-def _check_weight(name: str, weight: Any, device: torch.device) -> None:
-    what = f"the weight that {name} returned"
+def _check_weight(name: str, weight: Any, device: torch.device, of: str = "") -> None:
+    what = f"the weight {f'of {of} ' if of else ''}that {name} returned"
     fix = "return the number of samples or tokens that the loss was summed over"
     if isinstance(weight, torch.Tensor):
         if weight.numel() != 1:
@@ -101,6 +117,8 @@ def _check_metrics(name: str, metrics: Any, device: torch.device, *, training: b
             "none"
         )
     for key, value in metrics.items():
+        if isinstance(value, tuple) and len(value) == 2:
+            value = value[0]
         if not isinstance(key, str) or not key:
             raise ConfigError(f"{name} returned a metric named {key!r}; give each metric a name that is text")
         what = f"metric {key!r} that {name} returned"

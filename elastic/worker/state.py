@@ -56,7 +56,7 @@ class TrainState(Destinations):
         if weights_alone(values):
             return
         self._held = None
-        parameters = self._parameters()
+        parameters = self.parameters()
         for name, state in values["states"].items():
             self.optimizer.state[parameters[name]].update(self._decode(state, values))
         self._groups.load(values, parameters, lambda v: self._decode(v, values), rates=self.rates.followed)
@@ -65,8 +65,11 @@ class TrainState(Destinations):
             for key in [k for k in self.optimizer.state if not isinstance(k, torch.Tensor)]:
                 del self.optimizer.state[key]
             self.optimizer.state.update(self._decode(values.get("state", {}), values))
+            kept = self.stateful
             for name, coded in values["schedulers"].items():
-                self.rates.schedulers[name].load_state_dict(self._decode(coded, values))
+                if name in kept:
+                    kept[name].load_state_dict(self._decode(coded, values))
+        self.rates.forget()
         extra = self._decode(values["extra"], values)
         _call("load_extra_state()", partial(self.job.load_extra_state, extra))
         self._arrived = {}

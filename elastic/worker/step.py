@@ -26,6 +26,8 @@ from elastic.membership.protocol import LedgerEvent
 from elastic.membership.stage import OF_A_STEP, Position, Stage
 from elastic.parallel.device import describe
 from elastic.parallel.layout import Layout, lockstep
+from elastic.parallel.matrices import Matrices
+from elastic.parallel.optimizers import kind_of
 from elastic.parallel.records import StepRecord
 from elastic.parallel.replicated import BitwiseReplica, FastReplica, NotReduced, Pass
 from elastic.parallel.sharded import BitwiseSharded, FastSharded
@@ -136,6 +138,7 @@ class WorldSteps:
         self._loader.start(applied, self._spans)
         self._step = self._pass = 0
         self._code.on_loss = self._after_loss
+        self._matrices = Matrices(state.optimizer, state.mesh)
         with group.collective("wrapping the model"):
             self._replica = self._wrap(group, rows)
 
@@ -244,17 +247,26 @@ class WorldSteps:
                 scale *= optim.clip_norm / (norm + 1e-6)
             if scale != 1.0:
                 _multiply(gradients, scale)
+            if self._matrices.any:
+                with self._group.collective("gathering whole matrices"):
+                    self._matrices.prepare()
+                self._group.check()
         else:
             overflow = scaler is not None and scaler.factor > 1 and abs(record.loss) < float("inf")
             if not overflow:
                 self._on_nonfinite(step, record, norm)
             replica.undo_buffers()
         share = self._code.guard(lambda: stepper.run.job.schedule(step, plan.total_steps))
+        if share is not None and not isinstance(share, (int, float)):
+            raise ConfigError(
+                f"schedule() returned a {type(share).__name__}, but it is to return a factor on the learning rates, or "
+                "None; return a scheduler of torch's from scheduler(optimizer)"
+            )
         if share is None:
             share = factor(
                 step, plan.total_steps, schedule=optim.schedule, warmup_steps=plan.warmup_steps, final=optim.final_lr
             )
-        lr = self._state.rates.set(share)
+        lr = self._state.rates.set(step, share)
         clock.sync_s = replica.wait_s
         clock.compute_s = time.perf_counter() - began - clock.data_s - clock.sync_s
         fingerprint = copies.update_fingerprint((record.loss, norm, divisor), self._state.optimizer)
@@ -294,12 +306,13 @@ class WorldSteps:
     def _optimize(self) -> None:
         optimizer = self._state.optimizer
         try:
-            optimizer.step()
+            with self._matrices.used():
+                optimizer.step()
         except (NotImplementedError, RuntimeError) as error:
             if not (self._config.parallel.sharded and lacks_sharding(error)):
                 raise
             raise ConfigError(
-                f"the optimizer {type(optimizer).__name__} cannot update parameters that are cut over the workers "
+                f"the optimizer {kind_of(optimizer)} cannot update parameters that are cut over the workers "
                 f"({str(error).splitlines()[0]}); leave out fused=True, use one that works element by element, or use "
                 "--parallel.strategy ddp"
             ) from error

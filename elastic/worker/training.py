@@ -34,6 +34,9 @@ def _train(world: World) -> str | None:
         world.do_what_is_due()
     while not world.is_trained and not agreed.stop:
         worker.link.check()
+        if world.stops_early:
+            agreed = world.group.agree(Flags(stop=Stop.PAUSE))  # spares wait at every fence
+            break
         if worker.config.eval.hold and worker.evaluation_is_due(world.step):
             agreed = world.hold()
         if not agreed.stop and not agreed.leave:

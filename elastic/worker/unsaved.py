@@ -228,7 +228,9 @@ class Watch:
         """The memory addresses of the tensors of the saved state."""
         assert self._state is not None
         model = self._state.model
-        tensors = [*self._state.tensors().values(), *model.parameters(), *model.buffers()]
+        elsewhere = {id(p) for name, p in self._state.parameters().items() if name in self._state.sources}
+        trained = [p for p in model.parameters() if id(p) not in elsewhere]
+        tensors = [*self._state.tensors().values(), *trained, *model.buffers()]
         return {_place(t) for t in tensors} | {id(t) for t in tensors}
 
     def _report_numbers(self, first: Look, second: Look, third: Look) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,6 +17,7 @@ from elastic.data.loader import ItemError
 from elastic.errors import ConfigError, RunFailed, WorldBroken, one_line
 from elastic.job import Job
 from elastic.membership.failure import Failure, named
+from elastic.parallel.records import names_of
 from elastic.parallel.wrapping import call_gathered, local, refused_where_sharded
 from elastic.worker.batches import to_device
 from elastic.worker.group import Group
@@ -46,6 +49,7 @@ class UserCode:
         self.samples: Sequence[int] | np.ndarray = ()  # ids of the samples that are being processed
         self._step = self._microbatch = -1
         self.on_loss: Callable[[], None] = lambda: None  # called when the job's loss has returned
+        self._named: bool | None = None  # whether the job's evaluate() takes the name of the set
         self.watches_gradients = False  # whether to check that the job's loss does not change them
 
     def at(self, step: int, microbatch: int) -> None:
@@ -78,9 +82,38 @@ class UserCode:
         """`Job.loss`, checked, outside a step and without a graph."""
         return self._on_batch(self._job.loss, "loss()", model, batch, training=True)
 
-    def evaluate(self, model: nn.Module, batch: Any) -> LossValue:
-        """`Job.evaluate`, checked."""
-        return self._on_batch(self._job.evaluate, "evaluate()", model, batch, training=False)
+    def evaluate(self, model: nn.Module, batch: Any, of: str = "") -> LossValue:
+        """`Job.evaluate`, checked; `of` is the name of the held-out set, which it is given if it takes three."""
+        function: Callable[..., Any] = self._job.evaluate
+        if self._named is None:
+            try:
+                inspect.signature(function).bind(model, batch, of)
+                self._named = True
+            except TypeError:
+                self._named = False
+        named = partial(_called_with, function, of) if self._named else function
+        return self._on_batch(named, "evaluate()", model, batch, training=False)
+
+    def evaluated(self, of: str, loss: float, weight: float, metrics: Mapping[str, float]) -> dict[str, float]:
+        """`Job.evaluated`, checked: further figures of a held-out set, from the sums over all of it.
+
+        Raises:
+            UserCodeError: it raised, or returned something else than numbers.
+        """
+        if type(self._job).evaluated is Job.evaluated:
+            return {}
+        sums = {"loss": loss, "weight": weight, **{name: metrics[name] for name in names_of(metrics)}}
+        found = self.guard(lambda: self._job.evaluated(sums, of), alone=True)
+        if not isinstance(found, Mapping) or not all(
+            isinstance(k, str) and k and isinstance(v, (int, float)) for k, v in found.items()
+        ):
+            raise self.mistake(
+                ConfigError(
+                    f"evaluated() returned {str(found)[:100]!r}, but it is to return numbers by name, which it "
+                    "computes from the sums"
+                )
+            )
+        return {name: float(value) for name, value in found.items()}
 
     def _on_batch(
         self, function: Callable[..., Any], name: str, model: nn.Module, batch: Any, *, training: bool
@@ -139,6 +172,10 @@ class UserCode:
         where = self.where + (f", {named(samples)}" if samples else "")
         message = f"worker {self._worker_id}{self.rank} failed at {where}: {line}\n{text}{hint}"
         return UserCodeError(Failure(kind, self._step, self._microbatch, message, samples=tuple(samples)))
+
+
+def _called_with(function: Callable[..., Any], of: str, model: nn.Module, batch: Any) -> Any:
+    return function(model, batch, of)
 
 
 def _gradients(model: nn.Module) -> list[tuple[str, nn.Parameter, tuple[int, int]]]:

@@ -15,7 +15,7 @@ from elastic.data.loader import Fetcher, Loader, Order
 from elastic.data.memory import Remembered, look
 from elastic.data.samples import nested_datasets
 from elastic.errors import ElasticError, RunFailed, WarmUpError, whole_text
-from elastic.job import eval_sets, job_options
+from elastic.job import eval_sets, job_options, tell
 from elastic.likeness import digest_of
 from elastic.membership.client import WorkerLink
 from elastic.membership.stage import Position, Stage
@@ -25,10 +25,11 @@ from elastic.seeds import derive, seed_all
 from elastic.storage import Storage
 from elastic.units import parse_amount
 from elastic.worker.alone import begin_loader
-from elastic.worker.belongings import models_of, movable
+from elastic.worker.belongings import frozen_of, models_of, movable
 from elastic.worker.comeback import check_comes_back
 from elastic.worker.description import (
     comparable,
+    describe_frozen,
     describe_held,
     describe_model,
     describe_optimizer,
@@ -97,14 +98,18 @@ class _WarmUp:
         """Create the worker with all its parts."""
         job, config, plan, seed = self._job, self._config, self._plan, self._config.run.seed
         began = time.monotonic()
+        tell(job, plan.told)
         storage = Storage(self._run.folder_url)
         code = UserCode(job, self._device, self._identity.id, autocast=config.precision.autocast)
         snapshots = Snapshots(plan.snapshot_every, self._identity.vault, self._run.token, self._link, self._device)
-        held = models_of(job)
-        for model in held.values():
+        seed_all(derive("frozen", seed))
+        frozen = frozen_of(job)
+        lines = {"frozen()": describe_frozen(frozen)}
+        held = {name: model for name, model in models_of(job).items() if not any(model is f for f in frozen.values())}
+        for model in [*held.values(), *frozen.values()]:
             move(model, self._device)
         options = result_options(config, job_options(job))
-        lines = {"configuration": describe_options(options), "models of the job": describe_held(held)}
+        lines |= {"configuration": describe_options(options), "models of the job": describe_held(held)}
         seed_all(derive("data", seed))  # so that a random split is equal on all workers, and matches eval_data()
         data = job.train_data()
         self._check_length(len(data))
@@ -137,7 +142,7 @@ class _WarmUp:
             data=trained,
             options=comparable(options),
             remembered=remembered,
-            held=digest_of(lines["models of the job"]),
+            held=digest_of([*lines["models of the job"], *lines["frozen()"]]),
             allowed=config.run.allow_change,
         )
         if not config.parallel.sharded:

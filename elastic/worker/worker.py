@@ -182,7 +182,7 @@ class Worker:
     def _check_state(self, update: Update) -> None:
         """After the first updates of a process: refuse state that cannot be read back, or that is not saved."""
         holding, state = self.holding, self.holding.placed
-        state.rates.adopt_changes()
+        state.rates.adopt_changes(holding.applied)
         if holding.checked and self.watch.done:
             return
         holding.savable = False

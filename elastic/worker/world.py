@@ -8,7 +8,7 @@ import time
 from typing import Any
 
 from elastic import fault
-from elastic.errors import CheckpointError, ElasticError
+from elastic.errors import CheckpointError, ConfigError, ElasticError
 from elastic.membership.client import RunOver
 from elastic.membership.stage import Position, Stage
 from elastic.worker.evaluate import evaluate
@@ -16,6 +16,7 @@ from elastic.worker.flags import Flags, Stop
 from elastic.worker.group import Group
 from elastic.worker.rehearsal import SEPARATE
 from elastic.worker.restore import Restored
+from elastic.worker.sampling import sample
 from elastic.worker.state import TrainState
 from elastic.worker.worker import InHand, Worker
 
@@ -94,6 +95,7 @@ class World(SavingWorld):
         #: Where this claim began: lower than was thought where that checkpoint could not be loaded.
         self.claim_step = min(self.assignment.claim_step, begin.step)
         self.before: dict[str, Any] = {}  # what came before the next step, for its row
+        self._told: set[tuple[str, int]] = set()  # what was decided after which step
         try:
             if worker.config.parallel.sharded:
                 worker.stepper.progress(self.step - 1, Stage.EVALUATE)
@@ -172,7 +174,9 @@ class World(SavingWorld):
         plan, step = self.worker.plan, self.step
         if not self.is_trained and not agreed.stop and not agreed.leave:  # else those do it who go on from here
             if self.worker.evaluation_is_due(step):
-                self.evaluate()
+                self.evaluate_and_decide()
+            if plan.sample_every and step % plan.sample_every == 0:
+                self.sample()
             if agreed.save or (plan.checkpoint_every and step % plan.checkpoint_every == 0):
                 self.save(busy=agreed.busy)
         if step >= LOOK_AGAIN and step & (step - 1) == 0 and self.worker.stepper.joins and not self.is_trained:
@@ -197,7 +201,7 @@ class World(SavingWorld):
     def do_what_is_due(self) -> None:
         """What belongs after the state's step, and was broken off there: evaluation and checkpoint."""
         if self.worker.evaluation_is_due(self.step):
-            self.evaluate()
+            self.evaluate_and_decide()
         every = self.worker.plan.checkpoint_every
         if every is None or self.step <= 0 or self.is_trained or self.step % every:
             return
@@ -238,6 +242,38 @@ class World(SavingWorld):
             row["eval_s"] = round(time.monotonic() - began, 6)
             worker.link.record({**row, **found}, report=self.group.leads)
         return found
+
+    def evaluate_and_decide(self) -> dict[str, float]:
+        """Evaluate the state, and decide by that on the learning rate and on the end of training: on all members alike,
+        from the figures of all. What was decided for this step before a break is decided again."""
+        found, state = self.evaluate(), self.state
+        deciding = {"rate_reduced": state.rates.plateau, "stops_early": state.patience}
+        metric = self.worker.config.checkpoint.best_metric
+        for kind, one in deciding.items():
+            if one is None:
+                continue
+            if metric not in found:
+                raise ConfigError(
+                    f"--checkpoint.best-metric is {metric!r}, which no evaluation has, but the rate or the end "
+                    f"goes by it; give one of {', '.join(found) or 'none, as there is no eval_data()'}"
+                )
+            said = one.decide(self.step, found[metric])
+            if said and self.group.leads and (kind, self.step) not in self._told:
+                self._told.add((kind, self.step))
+                self.worker.link.event(kind, self.step, f"{metric} {found[metric]:g}: {said}")
+        return found
+
+    @property
+    def stops_early(self) -> bool:
+        """Whether training ends here, as evaluations have become no better."""
+        return self.state.patience is not None and self.state.patience.over
+
+    def sample(self) -> None:
+        """Have the job make its sample, on all members: who leads tells of it, and the others would wait anyway."""
+        self.worker.stepper.progress(self.step - 1, Stage.EVALUATE)
+        with self.steps.unmoved():
+            sample(self.worker, self.state.model, self.step, leads=self.group.leads)
+        self.steps.reshard()
 
     def save(self, *, busy: bool) -> None:
         """Begin a checkpoint of the state; `busy` if the members agreed that one of them still saves."""

@@ -300,7 +300,7 @@ class RandomJob(elastic.Job):
     def load_extra_state(self, values: Mapping[str, Any]) -> None:
         self.updates, self.seen = values["updates"], values["seen"]
 
-    def sample(self, model: nn.Module) -> str:
+    def sample(self, model: nn.Module, step: int) -> str:
         parameters = sum(p.numel() for p in model.parameters())
         return f"{parameters} parameters, {self.updates} updates, {len(self.seen)} seen"
 
