@@ -58,14 +58,13 @@ class Browser:
         assert "exceptionDetails" not in told, told
         return told["result"].get("value")
 
-    async def until(self, expression: str) -> Any:
-        """Wait until an expression is true in the page; returns its value."""
+    async def until(self, expression: str) -> None:
+        """Wait until an expression is true in the page."""
         deadline = time.monotonic() + WAIT_S
-        while not (value := await self.js(expression)):
+        while not await self.js(f"!!({expression})"):
             text = await self.js("document.body.innerText")
             assert time.monotonic() < deadline, f"{expression}\n{self.errors}\n{text}"
             await asyncio.sleep(0.05)
-        return value
 
     async def size(self, width: int, height: int) -> None:
         await self.call(
