@@ -116,6 +116,7 @@ async def steer(page: Page, folder: Path) -> None:
         assert await tab.js("document.querySelectorAll('.toast').length") == 0, "nothing was asked"
         await push("Checkpoint", yes=True)
         await tab.until("/checkpoint of step \\d+ committed/.test(document.getElementById('toasts').innerText)")
+        assert await tab.js("document.querySelectorAll('.toast').length") == 1, "it was asked once"
         await push("Scale", yes=False)
         await tab.js("document.querySelector('[data-key=Scale]').click()")
         await tab.js("document.querySelector('#ask input').value = 2")

@@ -75,6 +75,8 @@ class Onlooker:
             seen = self._ask(status)
             self.history.add_rows(rows.result())
             self.history.add_events(events.result())
+            if any(e.get("kind") == "checkpoint_committed" for e in events.result()):
+                self._list_at = 0.0  # the next look shows it
             self._keep_account(status, rows.result(), events.result())
             if seen is not None:
                 self.history.add_recent(seen["rows"])

@@ -94,8 +94,8 @@ function ask({ title, text, yes, bad, field, value }, then) {
   input.required = input.disabled = !field;
   input.disabled = !field;
   if (field) { dialog.querySelector("label span").textContent = field; input.value = value; }
-  dialog.returnValue = "";
-  dialog.onclose = () => { if (dialog.returnValue === "yes") then(Number(input.value)); };
+  // Not when it has closed: that is told later, and a dialog that was opened again meanwhile would hear it too.
+  dialog.querySelector("form").onsubmit = (event) => { if (event.submitter && event.submitter.value === "yes") then(Number(input.value)); };
   dialog.showModal();
   (field ? input : dialog.querySelector("button[value=no]")).focus();
 }
