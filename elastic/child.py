@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import faulthandler
 import os
 import resource
 import signal
@@ -19,6 +20,12 @@ def ignore_terminal() -> None:
     is to act on them: it saves and ends the others. Processes that this one starts ignore them too."""
     for number in (signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
+
+
+def show_stack_at_death() -> None:
+    """Have this process print its stacks to standard error when it dies of a signal in C."""
+    if not faulthandler.is_enabled():
+        faulthandler.enable(file=2)
 
 
 def end_with_input() -> None:

@@ -80,6 +80,9 @@ class Job:
     #: How long the run is; known before `model` is called, unless the job has something else of this name.
     plan: Plan
 
+    #: FLOPs of one sample's forward and backward pass, for the utilisation that is shown; None has them counted.
+    flops_per_sample: float | None = None
+
     #: Classes of the modules that are sharded, checkpointed and compiled one by one; empty to have them found.
     blocks: tuple[str, ...] = ()
 

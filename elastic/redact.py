@@ -17,7 +17,7 @@ HIDDEN = "***"
 _NAME = re.compile(
     r"secret|passw|passphrase|credential|authorization|cookie|connection[_-]?string|conn\w*[_-]?string|webhook|"
     r"(api|private|encryption|signing|storage|account|openai|shared|master|ssh)[_-]?key|access[_-]?key$|"
-    r"(^|[_-])(token|sas|signature|jwt|dsn)$|[a-z0-9][_-](pwd|pat)$",
+    r"(^|[_-])(token|sas|signature|jwt|dsn|notify)$|[a-z0-9][_-](pwd|pat)$",
     re.IGNORECASE,
 )
 _BEARER = re.compile(r"\b(Bearer\s+)[\w.~+/=-]{8,}", re.IGNORECASE)

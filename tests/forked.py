@@ -190,12 +190,14 @@ class ForkedProcess:
             self.stdin = _Input(self._start_worker)
 
     def _start_worker(self, specification: bytes) -> IO[bytes]:
-        namespace = None
+        namespace, values = None, json.loads(specification)
+        if {STDOUT, STDERR} & set(self._environment):  # a test's own
+            values["output"] = []
         if self._places:
-            values = json.loads(specification)
             host = self._places[values["identity"]["local_index"]]
             values["identity"] |= {"node": host.name, "host": host.address}
-            specification, namespace = json.dumps(values).encode() + b"\n", host.name
+            namespace = host.name
+        specification = json.dumps(values).encode() + b"\n"
         reading, writing = _context.Pipe(duplex=False)
         life = os.fdopen(os.dup(writing.fileno()), "wb")
         self._start(_work, reading, self._environment, namespace)

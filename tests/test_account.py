@@ -16,7 +16,7 @@ from elastic.errors import ConfigError
 from elastic.observe.account import account
 from elastic.observe.causes import CAUSES
 from elastic.observe.ledger import read_records
-from elastic.prices import read_prices
+from elastic.prices import ANY, Price, Prices, read_prices
 from elastic.storage import Storage
 
 V = 8
@@ -194,6 +194,10 @@ def test_each_second_of_each_worker_has_the_cause_that_it_had(history: History) 
     )
     priced = account(history.rows, history.events, prices=read_prices(["3.6"]))
     assert priced.cost == pytest.approx(history.whole / 1000)
+    changing = Prices((Price(ANY, ANY, 3.6), Price(ANY, ANY, 3.6, since=1010.0)))  # then steps are looked at one by one
+    apart = account(history.rows, history.events, prices=changing)
+    assert apart.seconds == pytest.approx(found.seconds, abs=1e-6)
+    assert apart.costs == pytest.approx(priced.costs, abs=1e-6)
 
 
 _NUMBERS = st.one_of(st.none(), st.floats(), st.integers(-5, 2**40), st.booleans(), st.text(max_size=3))

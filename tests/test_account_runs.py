@@ -14,24 +14,25 @@ from tests.tiny_jobs import Everything
 pytestmark = [pytest.mark.processes, pytest.mark.usefixtures("fork_server"), pytest.mark.timeout(120)]
 
 
-def test_a_run_that_lost_a_worker_pauses_at_its_most_cost_goes_on_and_accounts_for_every_second(tmp_path, monkeypatch):
+def test_a_run_that_lost_a_worker_goes_on_pauses_at_its_most_cost_and_accounts_for_every_second(tmp_path, monkeypatch):
     monkeypatch.setattr(keeper, "HEARTBEAT_S", 0.1)
     options = {"run__duration": "100000st", "observe__price": ("node=7200/h", "3600"), "eval__every": "2st"}
 
-    limited = configure(tmp_path, "run", **options, run__max_cost=6.0)
-    paused = train(Everything(), limited, 2, faults=[fault("step.forward", step=4, rank=1)])
-    resumed = train(Everything(), configure(tmp_path, "run", **options, run__stop_after="4st"), 2)
+    limited = configure(tmp_path, "run", **options, run__stop_after="8st")
+    first = train(Everything(), limited, 2, faults=[fault("step.forward", step=4, rank=1)])
+    paused = train(Everything(), configure(tmp_path, "run", **options, run__max_cost=0.01), 2)
 
-    assert paused.failure is resumed.failure is None
+    assert first.failure is paused.failure is None
+    assert first.result["steps"] == 8
     assert paused.result["status"] == "stopped"
-    assert paused.result["message"].startswith("paused by --run.max-cost 6: the run has cost ")
-    assert paused.result["cost"] >= 6.0
-    assert resumed.result["steps"] == paused.result["steps"] + 4
+    assert paused.result["message"].startswith("paused by --run.max-cost 0.01: the run has cost ")
+    assert paused.result["steps"] >= 8
 
-    found = account_of_run(resumed.run.folder)
+    found = account_of_run(paused.run.folder)
     assert math.fsum(found.seconds.values()) == pytest.approx(found.whole_s)
     assert found.cost == pytest.approx(found.whole_s), "the price of a worker is 1 a second"
-    assert resumed.result["cost"] == pytest.approx(found.cost, abs=1e-4)
+    assert paused.result["cost"] == pytest.approx(found.cost, abs=1e-4)
+    assert paused.result["cost"] > first.result["cost"] > 0
     assert found.seconds["unknown"] == found.seconds["left_over"] == found.seconds["under_way"] == 0
     named = ("startup/data", "startup/model", "productive", "evaluation", "sync", "detect", "form", "restore", "ending")
     assert all(found.seconds[cause] > 0 for cause in named), found.seconds

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import inspect
 import subprocess
 import sys
@@ -213,3 +214,16 @@ def test_tunes_controller_has_what_sweeps_use_of_it() -> None:
 def test_a_trial_that_is_neither_continued_nor_stopped_keeps_its_actor() -> None:
     execute = inspect.getsource(TuneController._execute_action)
     assert "elif decision == TrialScheduler.NOOP:\n            pass" in execute
+
+
+def test_a_worker_prints_with_pythons_own_print_and_lines_are_heard_before_some_are_left_out() -> None:
+    from ray._private.ray_logging import global_worker_stdstream_dispatcher as dispatcher
+    from ray.train.v2._internal.logging import patch_print
+
+    assert patch_print._original_print is builtins.print
+    assert "builtins.print = redirected_print" in inspect.getsource(patch_print.patch_print_function)
+    heard: list[Any] = []
+    with compat.worker_lines_heard(lambda *told: heard.append(told)):
+        dispatcher.emit({"ip": "10.0.0.1", "pid": 7, "lines": ["hello"], "is_err": False})
+    dispatcher.emit({"ip": "10.0.0.1", "pid": 7, "lines": ["later"], "is_err": False})
+    assert heard == [("10.0.0.1", "7", ["hello"])]

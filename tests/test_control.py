@@ -368,8 +368,11 @@ def test_runs_are_listed_with_what_became_of_them_and_filtered(left, capsys):
     assert told("--name", "[ab]", "--status", "finished") == {"a": "finished"}
     elastic("runs", runs)
     table = capsys.readouterr().out.splitlines()
-    assert table[0].split() == ["run", "status", "job", "step", "workers", "heartbeat", "owner"]
+    assert table[0].split() == ["run", "status", "job", "step", "workers", "heartbeat", "disk", "owner"]
     assert table[2].split()[:5] == ["b", "running", "codegpt", "7/9", "2"]
+    elastic("runs", runs, "--status", "lost,failed", "--exit-code", code=1)
+    assert "c " in capsys.readouterr().out
+    elastic("runs", runs, "--status", "failed", "--exit-code", code=0)
     elastic("runs", runs, "--status", "dead", code=2)
     assert "--status is 'dead'; give some of running, parked, lost" in capsys.readouterr().err
     elastic("runs", runs / "a", code=2)

@@ -163,6 +163,7 @@ def test_a_report_is_told_written_as_one_page_and_drawn(run: Path, tmp_path: Pat
     told = capsys.readouterr().out
     assert "step 4 of 8" in told
     assert "where steps took their time" in told
+    assert re.search(r"^waiting for data +\d+\.\d% +< 2 % +poor +let other processes fetch", told, re.MULTILINE)
     text = page.read_text()
     assert not re.search(r"(src|href)=\"(?!#)|https?://(?!www\.w3\.org/2000/svg)|@import|url\((?!#)", text)
     assert sorted(p.name for p in plots.iterdir()) == ["account.png", "overview.png", "steps.png"]

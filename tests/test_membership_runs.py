@@ -288,9 +288,9 @@ def test_all_but_a_checkpoint_is_lost_and_new_workers_go_on_from_it(undisturbed,
     assert ran.sha == undisturbed.sha
     assert gaps_and_doubles(ran.rows, B) == []
     assert ran.column("generation")[:5] == ["1-1"] * 4 + ["1-2"], "what was not in the checkpoint was done again"
-    assert [e["detail"] for e in ran.events("process_ended")] == [
-        "killed by SIGKILL, perhaps since memory ran out (see dmesg)"
-    ] * 2
+    deaths = [e["detail"] for e in ran.events("process_ended")]
+    assert len(deaths) == 2
+    assert all(told.startswith("killed by SIGKILL: ") for told in deaths)
 
 
 def test_a_slow_survivor_is_awaited_and_not_left_behind(undisturbed, tmp_path):

@@ -80,6 +80,8 @@ MEANT: dict[str, set[str]] = {
     "--scaling.request-timeout": {"0.001s"},
     "--observe.log-every": {HUGE, "1.5"},
     "--run.max-cost": {"None"},
+    "--observe.port": {"None"},
+    "--observe.notify": {"None", "true"},  # a program of every machine
     "--observe.price": {HUGE, "0", "1.5"},
     "--cluster.local-nodes": {"None"},
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 from pathlib import Path
 
@@ -101,7 +102,8 @@ def test_an_error_in_the_job_ends_the_run_with_its_traceback(cluster: LocalClust
         "class Data(Images):\n    pass\n\n\n"
         "class Bad(Digits):\n"
         "    def train_data(self):\n        return Data(held_out=False)\n\n"
-        "    def after_step(self, model, step):\n        raise ZeroDivisionError('on purpose')\n\n\n"
+        "    def after_step(self, model, step):\n"
+        "        print('about to fail')\n        raise ZeroDivisionError('on purpose')\n\n\n"
         "if __name__ == '__main__':\n    elastic.main(Bad)\n"
     )
     run = ForkedCommand(
@@ -121,6 +123,9 @@ def test_an_error_in_the_job_ends_the_run_with_its_traceback(cluster: LocalClust
     assert "ZeroDivisionError: on purpose" in run.output
     assert "failed at the update of step 1: ZeroDivisionError: on purpose" in run.output
     assert result(tmp_path / "bad")["status"] == "failed"
+    (log,) = (tmp_path / "bad" / "logs").iterdir()
+    said = re.findall(r"^\d{4}-\d\d-\d\d [\d:]+ \[rank 0, \w+\] about to fail$", log.read_text(), re.MULTILINE)
+    assert len(said) == 4, "it is repeated three times, and Ray shows what is said again only once"
 
 
 def test_the_trainer_works_inside_a_notebook(cluster: LocalCluster, tmp_path: Path) -> None:

@@ -263,7 +263,9 @@ def check_elastic(words: list[str]) -> None:
         run_mine()
     if "runs/lr" in words:
         sweep_lr()
-    assert cli.main(words[1:]) == (1 if words[1] in ("stop", "scale", "drain", "checkpoint") else 0), "nobody drives it"
+    assert cli.main(words[1:]) == (1 if words[1] in ("stop", "scale", "drain", "checkpoint", "stacks") else 0), (
+        "nobody drives it"
+    )
 
 
 def run_mine() -> None:
@@ -281,6 +283,8 @@ def run_mine() -> None:
         row = {"format": 1, "step": 200, "time": time.time(), "generation": "1-1", "sample_hash": "0"}
         row |= {"loss": 1.0, "world_size": 1}
         Path("runs/mine/metrics.jsonl").write_text(json.dumps(row) + "\n")
+        Path("runs/mine/logs").mkdir()
+        Path("runs/mine/logs/w1-0.txt").write_text("2026-11-29 01:02:03 [rank 0, here] hello\n")
         shutil.copytree("runs/mine", "runs/twin")
 
 

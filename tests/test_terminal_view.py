@@ -48,6 +48,7 @@ def test_a_screen_of_any_size_is_filled_and_not_overrun(run: Path, width: int, h
     assert all(len(line) <= width for line in lines)
     assert lines[0].startswith("exact  stopped")
     assert any("step 4 of 8" in line for line in lines)
+    assert height < 24 or any(line.startswith("   health ") for line in lines)
 
 
 def test_a_run_that_ended_is_watched_to_its_end_in_lines_and_as_json(run: Path, capsys):

@@ -27,7 +27,7 @@ from elastic.checkpoint.blocks import crc_blocks, hash_blocks
 from elastic.checkpoint.pack_index import PackIndex, Place, put_index
 from elastic.checkpoint.patience import Cancelled, is_no_room, patiently
 from elastic.checkpoint.uploads import Upload, discard_partial, open_upload
-from elastic.child import die_with_starter, ignore_terminal
+from elastic.child import die_with_starter, ignore_terminal, show_stack_at_death
 from elastic.storage import Storage
 
 PART_BYTES = 16 << 20
@@ -345,6 +345,7 @@ def main() -> None:
     if os.getppid() != parent:
         sys.exit(1)  # it died before we asked
     ignore_terminal()
+    show_stack_at_death()
     os.nice(5)
     answers = _Answers(os.dup(1))
     os.dup2(2, 1)  # whatever a library prints is no answer

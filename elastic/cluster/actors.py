@@ -16,7 +16,7 @@ from typing import Any
 import cloudpickle
 import ray
 
-from elastic.child import die_with_starter
+from elastic.child import die_with_starter, show_stack_at_death
 from elastic.cluster.capacity import visible_devices
 from elastic.cluster.vaults import vault_url
 from elastic.errors import ElasticError, FencedError, RunFailed, WarmUpError, one_line
@@ -24,6 +24,8 @@ from elastic.run.host import HostSettings, RunHost, import_store
 from elastic.run.keeper_options import KeeperOptions
 from elastic.worker.linking import link_of
 from elastic.worker.run import Identity, WorkerRun
+
+MARKET_LABEL = "ray.io/market-type"  # spot or on-demand
 
 
 class HostActor:
@@ -34,6 +36,7 @@ class HostActor:
     """
 
     def __init__(self, folder_url: str, options: KeeperOptions, settings: HostSettings, detail: dict[str, Any]):
+        show_stack_at_death()
         threading.Thread(target=import_store, name="import-torch", daemon=True).start()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Ray's own deprecated call inside this property
@@ -62,10 +65,16 @@ def training_function(run: WorkerRun, accelerator: str, vaults: str | None) -> C
     packed, bare = cloudpickle.dumps(run.job), replace(run, job=None)  # type: ignore[arg-type]
 
     def train() -> str:
+        from elastic.compat.ray_train import print_once
+
         began = time.monotonic()
+        print_once()
+        show_stack_at_death()
         _die_with_raylet()
         runtime = ray.get_runtime_context()
         node = runtime.get_node_id()
+        if market := (runtime.get_node_labels() or {}).get(MARKET_LABEL):
+            os.environ.setdefault("ELASTIC_NODE_MARKET", str(market))
         identity = Identity(
             id=str(runtime.get_actor_id())[:12],
             node=node,

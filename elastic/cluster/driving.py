@@ -14,6 +14,8 @@ from elastic.cluster.control import RunControl
 from elastic.cluster.controller import Sent
 from elastic.cluster.embedded import node_resources
 from elastic.cluster.hosting import HostOnRay
+from elastic.cluster.metrics import RayMetrics
+from elastic.cluster.outputs import WorkersOutput
 from elastic.cluster.placement_groups import GroupPlan, group_prefix
 from elastic.cluster.sharing import Terms
 from elastic.cluster.workers import RayWorkers
@@ -22,6 +24,7 @@ from elastic.membership.protocol import Note
 from elastic.observe.console import Console
 from elastic.run.drive import Drive
 from elastic.run.host import HostSettings, host_settings, keeper_options, new_token, start_detail
+from elastic.run.logs import RunLogs
 from elastic.run.prepare import PreparedRun
 from elastic.run.signals import handled_by
 from elastic.units import parse_amount
@@ -53,13 +56,19 @@ def drive_on_ray(
     }
     options = keeper_options(run, epoch, ray_job_id=ray.get_runtime_context().get_job_id())
     arguments = run.folder.storage.url, options, settings, detail
-    listeners = [outlived(console.record)] + ([outlived(control.on_record)] if control is not None else [])
+    logs = RunLogs(run.folder.storage)
+    output = WorkersOutput(logs)
+    metrics = RayMetrics(run.name, run.plan.total_steps)
+    listeners = [outlived(console.record), output.on_record, outlived(metrics.on_record)] + (
+        [outlived(control.on_record)] if control is not None else []
+    )
     drive = Drive(run, listeners, console.print)
     host = HostHere(*arguments) if control is not None else HostOnRay(*arguments, drive.fail)
     try:
-        with handled_by(drive.on_signal):
+        with handled_by(drive.on_signal), logs, output.heard(), logs.telling_of_deaths():
             url = host.start()
             link = DriverLink(url, settings.token)
+            output.link = link
             drive.follow(link)
             if control is not None:
                 control.attach(link)

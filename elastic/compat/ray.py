@@ -225,6 +225,23 @@ def how_it_ended(text: str) -> str:
 
 
 @contextmanager
+def worker_lines_heard(hear: Callable[[str, str, list[str]], None]) -> Iterator[None]:
+    """Inside, `hear` is told each line that another process prints: its node's address, its process id, and lines. They
+    come before Ray leaves out what several print alike."""
+    name = f"elastic-{id(hear)}"
+    dispatcher: Any = ray_worker.global_worker_stdstream_dispatcher
+
+    def take(data: dict[str, Any]) -> None:
+        hear(str(data.get("ip")), str(data.get("pid")), list(data.get("lines", ())))
+
+    dispatcher.add_handler(name, take)
+    try:
+        yield
+    finally:
+        dispatcher.remove_handler(name)
+
+
+@contextmanager
 def worker_lines_chosen(choose: Callable[[str, Sequence[str]], Sequence[str]]) -> Iterator[None]:
     """Inside, a connected driver prints only the lines of other processes that `choose` returns.
 

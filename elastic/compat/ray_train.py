@@ -7,15 +7,23 @@ group are not used, only the actor class in which a worker runs.
 
 from __future__ import annotations
 
+import builtins
 from collections.abc import Mapping
 from typing import Any
 
 from ray.train.v2._internal.execution.context import DistributedContext, TrainRunContext
 from ray.train.v2._internal.execution.worker_group.poll import WorkerStatus
 from ray.train.v2._internal.execution.worker_group.worker import RayTrainWorker
+from ray.train.v2._internal.logging import patch_print
 from ray.train.v2.api.config import RunConfig, ScalingConfig
 
-__all__ = ["RayTrainWorker", "WorkerStatus", "run_training"]
+__all__ = ["RayTrainWorker", "WorkerStatus", "print_once", "run_training"]
+
+
+def print_once() -> None:
+    """On a worker: have `print` print. Ray Train replaces it by one that logs each line too, where a console handler
+    prints it again."""
+    builtins.print = patch_print._original_print
 
 
 def run_training(actor: Any, name: str, workers: int, resources: Mapping[str, float], function: Any) -> Any:

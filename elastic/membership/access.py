@@ -13,7 +13,7 @@ import time
 
 GRANT_S = 3600.0
 #: The routes that a granted secret opens, besides the one that grants it.
-CONTROL = frozenset({"/run", "/wish", "/scale", "/drain", "/prune", "/damaged"})
+CONTROL = frozenset({"/run", "/wish", "/scale", "/drain", "/prune", "/damaged", "/stacks"})
 
 
 def digest(secret: str) -> str:

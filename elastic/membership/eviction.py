@@ -259,6 +259,13 @@ class Watchman:
         await self._save_stacks(world)
         self._keeper.event("world_stalled", generation=str(world.generation), step=step + 1, detail=detail)
 
+    async def stacks_now(self) -> dict[str, str]:
+        """The stacks of every worker that answers within `STACKS_S`."""
+        self._stacks.clear()
+        self._connections.broadcast(Dump())
+        await asyncio.sleep(STACKS_S)
+        return dict(sorted(self._stacks.items()))
+
     async def _save_stacks(self, world: World) -> None:
         self._connections.send_to_world(world, Dump())
         await asyncio.sleep(STACKS_S)

@@ -14,6 +14,8 @@ POST /notice   {"node": ..., "remaining_s": ...}: a node goes away
 POST /yield    {"max_workers": ... or null, "to": [...]}: keep at most so many, as other runs of the cluster need theirs
 POST /expected {"ids": [...]}: after a restart, the workers that exist
 POST /grant    {"id": ..., "secret": ...}: a secret whose hash is in the run's folder opens the routes below, and /wish
+GET  /metrics  figures for Prometheus; open to programs of this machine
+GET  /stacks   where each worker is now: the stacks of all its threads
 GET  /run      status, group and workers, for the commands that show them
 POST /scale    {"max_workers": ..., "by": ...}
 POST /drain    {"worker": a worker's id or its beginning, "seconds": ..., "by": ...}: it hands over and ends
@@ -85,6 +87,8 @@ class Routes:
         router.add_post(asked.Existing.path, self._expected)
         router.add_post(asked.Grant.path, self._grant)
         router.add_get("/run", self._run)
+        router.add_get("/stacks", self._stacks)
+        router.add_get("/metrics", self._metrics)
         router.add_post(asked.Scale.path, self._scale)
         router.add_post(asked.Drain.path, self._drain)
         router.add_post(asked.Prune.path, self._prune)
@@ -133,6 +137,13 @@ class Routes:
                 "workers": people(state, self._watchman.phases()),
             }
         )
+
+    async def _metrics(self, _: web.Request) -> web.Response:
+        return web.Response(text=self._keeper.metrics(), content_type="text/plain")
+
+    async def _stacks(self, _: web.Request) -> web.Response:
+        async with self._granting:
+            return web.json_response({"stacks": await self._watchman.stacks_now()})
 
     async def _scale(self, request: web.Request) -> web.Response:
         scale, limits = await _read(asked.Scale, request), self._state().limits
@@ -184,7 +195,8 @@ class Routes:
         died = f"{reason}: {gone.detail}" if gone.detail else reason
         for member_id in gone.ids:
             if gone.detail:
-                self._keeper.event("process_ended", member=member_id, detail=gone.detail)
+                words = f"{gone.detail}\n{gone.said}" if gone.said else gone.detail
+                self._keeper.event("process_ended", member=member_id, detail=words)
             self._handle(Lost(member_id, time.monotonic(), died, dead=gone.ended, died=gone.ended))
         return web.json_response({"ok": True})
 

@@ -58,6 +58,7 @@ from elastic.membership.wire import Refused
 from elastic.membership.world import Generation, Member
 
 TICK_S = 0.05
+_HERE = ("127.0.0.1", "::1")
 MAX_REQUEST_BYTES = 4 << 20
 MOST_REASON_BYTES = 120  # of the reason that a WebSocket is closed with
 BEHIND_S = 0.1  # if a turn of the loop is late by this much, messages may have arrived that were not read yet
@@ -192,7 +193,7 @@ class MembershipServer:
             raise web.HTTPForbidden(text="a web page may ask nothing of a run")
         if self._access.allows(request.headers.get("Authorization", ""), request.path):
             self._door.known(request.transport)
-        elif request.path != "/grant":
+        elif request.path != "/grant" and not (request.path == "/metrics" and request.remote in _HERE):
             raise web.HTTPUnauthorized(text="wrong or missing token")
         try:
             if request.path != "/worker":
@@ -341,6 +342,7 @@ class MembershipServer:
             member=member.id,
             node=member.node,
             pid=member.pid,
+            host=member.host or None,
             seconds=join.warm_s,
             detail={"device": member.device, **join.warm_parts},
         )

@@ -17,6 +17,8 @@ from elastic.redact import printable, redact
 LEAST_BAR, MOST_BAR = 10, 40  # columns
 HISTORY_S = 15.0  # between two lines of progress that a terminal keeps, under which the newest one is redrawn
 _TOLD_ALWAYS = ("parked", "resumed", "run_finished")  # beside what went wrong, where quiet was asked for
+#: Events that tell of a death in several lines.
+DEATHS = ("process_ended", "last_words")
 _UNTOLD = ("end", "restored")  # in the ledger; on the console the world's line tells enough
 
 
@@ -71,8 +73,8 @@ def eval_text(row: dict[str, Any]) -> str:
     return f"step {row['step']}  eval: " + "  ".join(values)
 
 
-def event_text(event: dict[str, Any]) -> str:
-    """An event as one line."""
+def event_text(event: dict[str, Any], *, whole: bool = False) -> str:
+    """An event as one line; `whole`: with all lines of what it tells."""
     words = [event["kind"].replace("_", " ")]
     if event["kind"] == "run_finished" and event.get("detail") != "finished":
         words = ["run paused"]
@@ -93,7 +95,7 @@ def event_text(event: dict[str, Any]) -> str:
     elif isinstance(detail, dict):
         words += [f"{k}={v}" for k, v in detail.items() if v is not None]
     elif detail:
-        words.append(str(detail).splitlines()[0])
+        words.append(str(detail) if whole else str(detail).splitlines()[0])
     return " ".join(words)
 
 

@@ -54,6 +54,7 @@ COLUMNS = frozenset(
         "restore_s",
         "held_s",
         "idle",
+        "gradient_bytes",
         "eval_s",
         "snapshot",
         "kind",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import atexit
 import errno
+import faulthandler
 import io
 import os
 import select
@@ -182,9 +183,22 @@ def keep_output_sturdy() -> None:
         atexit.register(stream.flush)  # a line that has no end yet
 
 
+def _fall_silent() -> None:
+    """At the end of the process: what libraries print there shall not come after the command's last line."""
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(AttributeError, OSError, ValueError):
+            stream.flush()
+    for number in (1, 2):
+        with suppress(OSError):
+            _to_nowhere(number)
+
+
 @contextmanager
 def sturdy_output(patience_s: float | None = PATIENCE_S) -> Iterator[Sturdy]:
-    """Inside, standard output and error cannot break the command, which is this whole process; yields the output."""
+    """Inside, standard output and error cannot break the command, which is this whole process; yields the output. What
+    is printed after the process has begun to end is not shown."""
+    if not faulthandler.is_enabled():
+        faulthandler.enable(file=2)
     before = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = out, err = _sturdy(patience_s)
     try:
@@ -193,3 +207,5 @@ def sturdy_output(patience_s: float | None = PATIENCE_S) -> Iterator[Sturdy]:
         out.flush()
         err.flush()
         sys.stdout, sys.stderr = before
+        atexit.unregister(_fall_silent)
+        atexit.register(_fall_silent)  # the newest is called first

@@ -9,7 +9,7 @@ from typing import Any
 
 from elastic.storage import Storage
 
-_SKIP = {"step", "time", "format", "generation", "first_position", "count", "sample_hash"}
+_SKIP = {"step", "time", "format", "generation", "first_position", "count", "sample_hash", "gradient_bytes"}
 
 
 class TensorBoard:

@@ -125,26 +125,6 @@ class _Book:
             self.on_demand += on_demand.cost(begin, end) / _sharers(on_demand, worker.kind)
 
 
-class _Span:
-    """The same workers' time in many pieces: where prices do not change it is charged at once, in the end."""
-
-    def __init__(self, book: _Book, kinds: Mapping[Kind, int]):
-        self._book, self._kinds = book, kinds
-        self._at_once = book.constant(kinds)
-        self._found: dict[tuple[str, Tag], float] = defaultdict(float)
-
-    def add(self, begin: float, end: float, parts: Iterable[Charge]) -> None:
-        if not self._at_once:
-            return self._book.add_kinds(self._kinds, begin, end, parts)
-        for cause, share, tag in parts:
-            self._found[cause, tag] += (end - begin) * share
-        return None
-
-    def close(self) -> None:
-        for (cause, tag), seconds in self._found.items():
-            self._book.add_kinds(self._kinds, 0.0, seconds, [(cause, 1.0, tag)])
-
-
 def _sharers(tariff: Tariff, kind: Kind) -> int:
     return kind[2] if tariff.of_node else 1
 
@@ -396,21 +376,27 @@ class Timeline:
         }
         size = len(claim.last_ids) - len(world.idle)
         kinds, spare = Counter(w.kind for w in training), Counter(w.kind for w in idle)
-        span = _Span(self._book, kinds)
+        together = self._book.constant(kinds)
         for segment in world_segments(
-            world.formed, claim.now, world.rows, world.evaluations, redone, tail, size, claim.deal
+            world.formed,
+            claim.now,
+            world.rows,
+            world.evaluations,
+            redone,
+            tail,
+            size,
+            claim.deal,
+            together=together,
         ):
-            before, after = segment.begin == world.formed, segment.end == claim.now
             parts: list[Charge] = []
             for cause, share in segment.shares.items():
                 tag: Tag = segment.redone
-                if before and cause in ("form", "restore") and world.rows:
+                if segment.first and cause in ("form", "restore") and world.rows:
                     tag = world.because
-                elif after and cause == tail:
+                elif segment.last and cause == tail:
                     tag = claim.pending
                 parts.append((cause, share, tag))
-            span.add(segment.begin, segment.end, parts)
-        span.close()
+            self._book.add_kinds(kinds, segment.begin, segment.end, parts)
         self._book.add_kinds(spare, world.formed, claim.now, [("spare", 1.0, None)])
         for worker in members:
             worker.since = max(worker.since, claim.now)

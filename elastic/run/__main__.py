@@ -11,7 +11,7 @@ import sys
 import threading
 
 from elastic.checkpoint.retention import Policy
-from elastic.child import ignore_terminal
+from elastic.child import ignore_terminal, show_stack_at_death
 from elastic.membership.state import Limits
 from elastic.run.host import HostSettings, RunHost, import_store
 from elastic.run.keeper_options import KeeperOptions
@@ -19,6 +19,7 @@ from elastic.run.keeper_options import KeeperOptions
 
 def main() -> int:
     ignore_terminal()
+    show_stack_at_death()
     specification = json.loads(sys.stdin.readline())
     threading.Thread(target=import_store, name="import-torch", daemon=True).start()
     limits = Limits(**specification["settings"].pop("limits"))

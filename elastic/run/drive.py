@@ -13,6 +13,7 @@ from elastic.errors import Interrupted, RunFailed
 from elastic.membership.driver import DriverLink
 from elastic.membership.protocol import Note, Request
 from elastic.run.course import Ask, Course, End, GiveUp, Over, Print, Seen, Start, decide
+from elastic.run.notifying import Notifier
 from elastic.run.prepare import PreparedRun, started_with
 from elastic.run.telling import Telling
 
@@ -58,6 +59,8 @@ class Drive:
         self._print = print_line
         self._telling = Telling(run.callbacks, run.folder.storage, started_with(run), self._warn, print_line)
         self._listeners = [*listeners, self._telling.hear]
+        to = run.config.observe.notify
+        self._notifier = None if to is None else Notifier(run.name, to, print_line)
         self._signals: list[str] = []
         self._worlds = self._commits = 0
         self._end: dict[str, Any] | None = None
@@ -82,6 +85,8 @@ class Drive:
         self._commits += kind == "checkpoint_committed"
         for listener in self._listeners:
             listener(record)
+        if self._notifier is not None:
+            self._notifier.hear(record)
         if kind == "end":
             self._end = record
             self._ended.set()
@@ -99,8 +104,10 @@ class Drive:
 
     def fail(self, message: str) -> None:
         """The run is lost, and its host cannot report it."""
-        self._end = {"status": "failed", "message": message}
-        self._telling.hear({"kind": "end", **self._end})
+        self._end = {"kind": "end", "status": "failed", "message": message}
+        self._telling.hear(self._end)
+        if self._notifier is not None:
+            self._notifier.hear(self._end)
         self._ended.set()
 
     @property
@@ -120,6 +127,8 @@ class Drive:
         course, deadline = Course(self._name, self._resume), time.monotonic() + timeout_s
         while not self._ended.wait(TURN_S):
             launcher.turn(self._worlds)
+            if self._notifier is not None:
+                self._notifier.tick()
             course = self._turn(course, launcher)
             if time.monotonic() > deadline:
                 raise RunFailed(f"run {self._name} did not end within {timeout_s:.0f} s")
@@ -173,3 +182,5 @@ class Drive:
         if self._follower is not None:
             self._follower.join(FOLLOWER_END_S)
         self._telling.close()
+        if self._notifier is not None:
+            self._notifier.close()

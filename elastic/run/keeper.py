@@ -23,6 +23,7 @@ from elastic.errors import ElasticError, FencedError, StorageError
 from elastic.membership import protocol as wire
 from elastic.membership.outbox import RowKey
 from elastic.membership.world import Generation, Member, World
+from elastic.observe.figures import Figures, exposition
 from elastic.observe.ledger import EVENTS, METRICS, read_records
 from elastic.redact import redact
 from elastic.run.accounts import Spending
@@ -65,6 +66,7 @@ class RunKeeper:
             storage, options.epoch, options.retention, options.save_every_s, record, keeping
         )
         self._claim_step = checkpoints.step
+        self._figures = Figures(options.total_steps)
         self._spending: Spending | None = None
         self._status = Status(folder, options, outcome, record, ledger, checkpoints, lambda: self._server)
         self._ending = Ending(
@@ -234,6 +236,10 @@ class RunKeeper:
         """The newest rows, including those that are not in storage yet."""
         return self._ledger.recent()
 
+    def metrics(self) -> str:
+        """The run's figures, for Prometheus."""
+        return exposition(str(self._options.facts.get("run", "")), self._figures.values())
+
     def ended(self) -> str | None:
         """How the run ended, for workers that missed it; None if it goes on."""
         end = self._outcome.end
@@ -347,6 +353,7 @@ class RunKeeper:
     def _record_event(self, record: dict[str, Any]) -> None:
         if self._outcome.closed:
             return
+        self._figures.hear(record)
         if self._spending is not None:
             self._spending.add(record)
         try:
@@ -361,6 +368,7 @@ class RunKeeper:
         if any("sample_hash" in row for row in rows):
             self._ownership.trained()
         for row in self._ledger.add_rows(rows):
+            self._figures.hear(row)
             self._server.publish(row, keep="sample_hash" not in row)
 
     def _take_share(self, member: Member, generation: Generation, share: wire.Share) -> None:

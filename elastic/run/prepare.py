@@ -21,6 +21,7 @@ from elastic.parallel.nccl import settings_lines
 from elastic.redact import clean, redact
 from elastic.run import forecast
 from elastic.run.folder import RunFolder
+from elastic.run.notifying import check_target
 from elastic.run.plan import RunPlan, resolve
 from elastic.run.resuming import CODED, changes, described_defaults, is_over, refuse_changes
 from elastic.run.sameness import Sameness
@@ -93,6 +94,7 @@ def prepare(job: Job, config: TrainConfig) -> PreparedRun:
         name = f"{job_name(job)}-{time.strftime('%Y%m%d')}-{secrets.token_hex(2)}"
         config = replace(config, run=replace(config.run, name=name))
     refuse_packages(config.run.storage)
+    check_target(config.observe.notify)
     storage = Storage(config.run.storage)
     if storage.in_process:
         raise ConfigError(

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass
 from typing import Literal
 
 from elastic.checks import finite, one_of, option, require, whole
+from elastic.errors import ConfigError
 from elastic.prices import check_price
 from elastic.units import parse_amount
 
@@ -135,6 +137,23 @@ class RecoveryOptions:
                 require(ok, name, text, f"give a time from {least_s:g}s to {MOST_PATIENCE_S / 3600:g}h")
 
 
+def check_notify(to: str) -> None:
+    """Refuse what is neither a URL nor a command; whether there is such a one is another matter.
+
+    Raises:
+        ConfigError: in one sentence, without the rest of a URL, which may be secret.
+    """
+    name, fix = "--observe.notify", "give an http(s) URL, or a command, such as 'python tell.py'"
+    if "://" in to:
+        require(to.startswith(("http://", "https://")) and len(to) > 8, name, to.partition("://")[0] + "://...", fix)
+        return
+    try:
+        words = shlex.split(to)
+    except ValueError as error:
+        raise ConfigError(f"{name} is {to!r}, which is no command ({error}); {fix}") from error
+    require(bool(words), name, to, fix)
+
+
 @dataclass(frozen=True)
 class ObserveOptions:
     """What is shown and recorded."""
@@ -142,12 +161,22 @@ class ObserveOptions:
     log_every: float = option(2.0, "seconds between console lines")
     quiet: bool = option(False, "on the console only what goes wrong, and how the run ends")
     tensorboard: bool = option(True, "write TensorBoard event files into the run's folder")
+    port: int | None = option(
+        None, "port of the run's server in plain processes, with /metrics for Prometheus (default: any)", once=True
+    )
+    notify: str | None = option(
+        None, "URL or command told when the run ends, is parked for long, was lost, or cannot save", once=True
+    )
     price: tuple[str, ...] = option(
         (), "prices: of a worker for an hour (0.40), of a node (g5.xlarge=0.40/h), or a .json file of prices with times"
     )
 
     def __post_init__(self) -> None:
         finite("--observe.log-every", self.log_every, 0, above=True)
+        if self.port is not None:
+            whole("--observe.port", self.port, 1, 65535)
+        if self.notify is not None:
+            check_notify(self.notify)
         given: object = self.price
         if not isinstance(given, (tuple, list)):  # earlier versions had one number
             object.__setattr__(self, "price", () if given is None else (str(given),))

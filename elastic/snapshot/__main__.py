@@ -9,12 +9,13 @@ from __future__ import annotations
 import json
 import sys
 
-from elastic.child import ignore_terminal
+from elastic.child import ignore_terminal, show_stack_at_death
 from elastic.snapshot.vault import VaultServer
 
 
 def main() -> int:
     ignore_terminal()
+    show_stack_at_death()
     VaultServer(**json.loads(sys.stdin.readline())).start()
     sys.stdin.read()
     return 0

@@ -1,4 +1,4 @@
-"""The verbs of `elastic` for live runs: runs, status, stop, scale, drain, checkpoint."""
+"""The verbs of `elastic` for live runs: runs, status, logs, stacks, stop, scale, drain, checkpoint."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from dataclasses import asdict
 from typing import Any
 
 from elastic.errors import ConfigError
+from elastic.redact import printable
 from elastic.tools.places import USUAL, find_run
 from elastic.tools.text import show
 
@@ -34,12 +35,19 @@ def add_control(verbs: Any) -> None:
     parser = add("runs", _runs, "list runs with their status; lost is one whose heartbeat stopped", waits=False)
     parser.add_argument("--status", default="", metavar="A,B", help="only runs with one of these, such as running,lost")
     parser.add_argument("--job", default="*", metavar="PATTERN", help="only runs of such jobs")
+    parser.add_argument("--exit-code", action="store_true", help="exit with 1 if there is any, for scripts and cron")
     parser.add_argument("--name", default="*", metavar="PATTERN", help="only runs of such names")
     orders = ("name", "status", "step", "heartbeat", "size", "cost")
     parser.add_argument("--sort", choices=orders, default="name", help="in this order (default name)")
     parser.add_argument("--watch", action="store_true", help="show them again and again, until Ctrl-C")
     parser = add("status", _status, "show a run: its world, workers, newest rows and events", waits=False)
     parser.add_argument("--last", type=int, default=5, metavar="N", help="rows and events to show (default 5)")
+    parser = add("logs", _logs, "show what the workers of a run printed, also those that died", waits=False)
+    parser.add_argument("worker", metavar="WORKER", nargs="?", help="its id, or the beginning of it (default all)")
+    parser.add_argument("--last", type=int, metavar="N", help="only the newest lines of each (default all)")
+    parser.add_argument("--follow", action="store_true", help="go on as more is printed, until the run ends")
+    parser = add("stacks", _stacks, "show where each worker of a live run is: the stacks of its threads", waits=False)
+    parser.add_argument("worker", metavar="WORKER", nargs="?", help="its id, or the beginning of it (default all)")
     add("stop", _stop, "save a live run and end it, at its next step boundary")
     parser = add("scale", _scale, "give a live run another number of workers; no step is lost")
     parser.add_argument("--max-workers", type=int, required=True, metavar="N", help="most workers from now on")
@@ -73,7 +81,7 @@ def _runs(arguments: argparse.Namespace) -> int:
         return 0
     found = look()
     show(arguments, {"runs": [asdict(r) for r in found]}, lambda: _runs_text(found, arguments.url))
-    return 0
+    return 1 if arguments.exit_code and found else 0
 
 
 def _runs_text(found: Sequence[Any], url: str) -> str:
@@ -111,6 +119,34 @@ def _status(arguments: argparse.Namespace) -> int:
     with foreign_is_named(arguments.url):
         found = look_at_run(folder, last=arguments.last)
         show(arguments, found, lambda: text_of(found))
+    return 0
+
+
+def _logs(arguments: argparse.Namespace) -> int:
+    from elastic.tools.logs import follow_logs, logs_text, read_logs
+    from elastic.tools.target import open_run
+
+    if arguments.last is not None and arguments.last < 0:
+        raise ConfigError(f"--last is {arguments.last}; give 0 or more")
+    if arguments.follow and arguments.json:
+        raise ConfigError("--follow is given with --json, which is printed once; leave one of them out")
+    folder = open_run(arguments.url, read_only=True)
+    found = read_logs(folder.storage, arguments.worker, arguments.last)
+    show(arguments, {"logs": found}, lambda: logs_text(found))
+    if arguments.follow:
+        for text in follow_logs(folder, arguments.worker, found):
+            print(printable(text), flush=True)
+    return 0
+
+
+def _stacks(arguments: argparse.Namespace) -> int:
+    from elastic.tools.live import connect
+    from elastic.tools.logs import of_worker
+    from elastic.tools.target import open_run
+
+    found = connect(open_run(arguments.url), "ask for its stacks").stacks()
+    found = of_worker(found, arguments.worker)
+    show(arguments, {"stacks": found}, lambda: "\n".join(f"== worker {w}\n{text}" for w, text in found.items()))
     return 0
 
 

@@ -67,6 +67,15 @@ class LiveRun:
         """
         return self._request("/run")
 
+    def stacks(self) -> dict[str, str]:
+        """Where each worker is now: the stacks of its threads, by its id.
+
+        Raises:
+            OSError: the server cannot be reached.
+        """
+        found = self._request("/stacks")["stacks"]
+        return {str(worker): str(text) for worker, text in found.items()}
+
     def ask(self, request: Request, timeout_s: float = 10.0) -> dict[str, Any]:
         """Have something done.
 

@@ -13,6 +13,7 @@ from typing import Any
 from elastic.errors import ConfigError, one_line
 from elastic.observe.account import Account
 from elastic.observe.console import event_text
+from elastic.observe.health import GOOD, NOTED, POOR, Health, Sign
 from elastic.observe.history import History
 from elastic.observe.ledger import EVENTS, METRICS, Follower
 from elastic.redact import redact
@@ -59,6 +60,7 @@ class Onlooker:
         self._config: dict[str, Any] | None = None
         self._account: dict[str, Any] | None = None
         self._account_at = float("-inf")
+        self._health = Health()
 
     def look(self) -> dict[str, Any]:
         """Everything that a person may want to see, as JSON values.
@@ -77,12 +79,14 @@ class Onlooker:
             self.history.add_events(events.result())
             if any(e.get("kind") == "checkpoint_committed" for e in events.result()):
                 self._list_at = 0.0  # the next look shows it
+            self._health.add(rows.result(), events.result())
             self._keep_account(status, rows.result(), events.result())
             if seen is not None:
                 self.history.add_recent(seen["rows"])
                 status = seen["status"]
             found = self._view(url, status, seen, result.result() or {})
             found["checkpoints"], found["logs"] = saved.result(), self._logs
+            found["health"] = [shown_sign(sign) for sign in self._health.signs()]
             return found
 
     def _keep_account(
@@ -170,6 +174,21 @@ class Onlooker:
             "account": self._account,
             "history": course,
         }
+
+
+def shown_sign(sign: Sign) -> dict[str, Any]:
+    """A sign of how the run is doing, with its value as text and a tone that says how it looks."""
+    value, number = sign.value, ""
+    if value is not None and sign.unit == "share":
+        number = f"{value:.1%}"
+    elif value is not None:
+        size = next((f"{value / size:.3g} {name}" for size, name in _LARGE if value >= size), f"{value:.4g} ")
+        number = f"{size}{sign.unit}".strip()
+    return {**sign.to_json(), "number": value, "value": number, "tone": _TONES[sign.verdict]}
+
+
+_LARGE = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"))
+_TONES = {GOOD: "good", POOR: "bad", NOTED: ""}
 
 
 def as_shown(found: Account) -> dict[str, Any]:

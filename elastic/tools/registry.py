@@ -190,7 +190,7 @@ def recorded(status: dict[str, Any]) -> list[dict[str, Any]]:
 
 def text_of(run: dict[str, Any]) -> str:
     """`look_at_run` for people."""
-    from elastic.observe.console import eval_text, event_text, row_text
+    from elastic.observe.console import DEATHS, eval_text, event_text, row_text
     from elastic.tools.text import age_text, table
 
     total = run["total_steps"] or 0
@@ -212,7 +212,7 @@ def text_of(run: dict[str, Any]) -> str:
         ]
         lines += ["", table(("worker", "node", "process", "rank", "state", "phase"), rows, "process,rank")]
     told = [(r["time"], row_text(r, total, None, None) if "loss" in r else eval_text(r)) for r in run["rows"]]
-    told += [(e["time"], event_text(e)) for e in run["events"]]
+    told += [(e["time"], event_text(e, whole=e["kind"] in DEATHS)) for e in run["events"]]
     if told:
         lines += ["", *(f"[{_clock(at)}] {text}" for at, text in sorted(told, key=lambda t: t[0]))]
     return "\n".join(lines)

@@ -39,7 +39,11 @@ def report_text(run: dict[str, Any], written: list[str]) -> str:
     parts = [
         _head(run),
         _figures(run),
-        *(text for text in (_split(run), _account(run), _stalls(run), _saves(run), _members(run)) if text),
+        *(
+            text
+            for text in (_split(run), _health(run), _account(run), _stalls(run), _saves(run), _members(run))
+            if text
+        ),
         *([f"written: {', '.join(written)}"] if written else []),
     ]
     return "\n\n".join(parts)
@@ -91,6 +95,11 @@ def _split(run: dict[str, Any]) -> str:
         return ""
     rows = [(name, seconds_text(totals[name]), f"{totals[name] / whole:.1%}") for name in PARTS if totals[name] > 0]
     return table(("where steps took their time", "seconds", "share"), rows, "seconds,share")
+
+
+def _health(run: dict[str, Any]) -> str:
+    rows = [(h["name"], h["value"], h["goal"], h["verdict"], h["advice"]) for h in run["health"] if h["value"]]
+    return table(("how it is doing", "value", "goal", "", "what to try"), rows, "value") if rows else ""
 
 
 def _account(run: dict[str, Any]) -> str:

@@ -159,7 +159,7 @@ def picture(run: dict[str, Any], width: int, height: int) -> Any:
     room -= curve + 4
     split = _split(course, width)
     account = _account(run, width)
-    for part in (split, account):
+    for part in (split, account, _health(run, width)):
         if part is not None and room > 3:
             parts.append(part)
             room -= 1
@@ -251,6 +251,18 @@ def _account(run: dict[str, Any], width: int) -> Any:
     cost = "" if account["cost"] is None else f"cost {account['cost']:.4g}  "
     parts = [f"{c['cause']} {c['share']:.0%}" for c in account["causes"] if c["share"] >= 0.005]
     return Text(f"{'account':>9} {cost}{'  '.join(parts)}"[:width], style="dim", no_wrap=True)
+
+
+def _health(run: dict[str, Any], width: int) -> Any:
+    """What is not as it should be, and what to try."""
+    from rich.text import Text
+
+    poor = [f"{h['name']} {h['value']} (goal {h['goal']}): {h['advice']}" for h in run["health"] if h["tone"] == "bad"]
+    if not poor:
+        return None
+    text = Text.assemble((f"{'health':>9} ", "dim"), ("  ".join(poor), _STYLES["warn"]), no_wrap=True)
+    text.truncate(width)
+    return text
 
 
 def _member(worker: dict[str, Any], width: int) -> Any:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import faulthandler
 import importlib
 import json
 import sys
 from typing import Any
 
-from elastic.child import end_with_input, ignore_terminal, raise_descriptor_limit
+from elastic.child import end_with_input, ignore_terminal, raise_descriptor_limit, show_stack_at_death
 from elastic.config import ClusterOptions, TrainConfig, from_dict
 from elastic.errors import ConfigError, ElasticError, error_text
 from elastic.job import with_options
@@ -17,12 +16,14 @@ from elastic.job_code import job_code
 from elastic.job_file import load_job
 from elastic.observe.streams import keep_output_sturdy, sturdy_output
 from elastic.run.plan import RunPlan
+from elastic.worker.spool import take_output
 
 
 def _child() -> int:
     ignore_terminal()
-    faulthandler.enable()  # a process that a signal kills in C code prints where it was
+    show_stack_at_death()
     specification: dict[str, Any] = json.loads(sys.stdin.buffer.readline())
+    take_output(specification["output"])
     end_with_input()
     raise_descriptor_limit()
     keep_output_sturdy()

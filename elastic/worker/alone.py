@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 
+from elastic.child import show_stack_at_death
 from elastic.compat.torch_world import hide_world
 from elastic.errors import ConfigError
 from elastic.observe.streams import keep_output_sturdy
@@ -48,6 +49,7 @@ def be_alone(job: object = None) -> Callable[[], None]:
 
 def begin_loader() -> None:
     """Called first in each loader process."""
+    show_stack_at_death()
     keep_output_sturdy()
     be_alone()
 

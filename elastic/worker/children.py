@@ -6,7 +6,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -16,6 +15,7 @@ from typing import Any
 
 from elastic.errors import ElasticError, RunFailed
 from elastic.run.lookout import POLL_S, Lookout
+from elastic.worker.deaths import ended_how
 
 START_S = 60.0
 AGAIN_S = 1.0  # between two starts
@@ -54,17 +54,6 @@ def end_process(process: subprocess.Popen[bytes], timeout_s: float) -> None:
     except subprocess.TimeoutExpired:
         process.kill()
         process.wait()
-
-
-def ended_how(returncode: int) -> str:
-    """How a process ended, as a text for people."""
-    if returncode >= 0:
-        return f"exit code {returncode}"
-    try:
-        name = signal.Signals(-returncode).name
-        return f"killed by {name}" + (", perhaps since memory ran out (see dmesg)" if name == "SIGKILL" else "")
-    except ValueError:
-        return f"killed by signal {-returncode}"
 
 
 class ChildServer:

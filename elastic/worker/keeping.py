@@ -144,6 +144,11 @@ class Keeping:
         """For each parameter of the model, in order, whether it is trained now."""
         return tuple(p.requires_grad for _, p in self._named)
 
+    @property
+    def gradient_bytes(self) -> int:
+        """Of the gradients of the whole model."""
+        return sum(p.numel() * p.element_size() for p in self.model.parameters() if p.requires_grad)
+
     def trained_by_name(self) -> dict[str, bool]:
         """For each parameter of the model, by name, whether it is trained now."""
         return {name: p.requires_grad for name, p in self._named}

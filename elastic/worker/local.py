@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import platform
+import signal
 import subprocess
 import sys
 import time
@@ -24,16 +25,25 @@ from elastic.run.course import Over
 from elastic.run.drive import HOST_LOST_S, Drive
 from elastic.run.forecast import refuse_what_does_not_fit_here
 from elastic.run.host import host_settings, keeper_options, new_token, start_detail
+from elastic.run.logs import RunLogs
 from elastic.run.prepare import PreparedRun, open_run
 from elastic.run.signals import handled_by
 from elastic.units import parse_amount
-from elastic.worker.children import end_process, ended_how, start_module
+from elastic.worker.children import end_process, start_module
+from elastic.worker.deaths import Memory, ended_how
 from elastic.worker.hosting import HostHere, HostProcess
+from elastic.worker.spool import ERR, Spool
 from elastic.worker.vaults import HANG_TIMEOUT_S, VaultProcess
 
 LOOPBACK = "127.0.0.1"
+HEAR_S = 0.25  # between two looks at what workers print
 END_S = 10.0  # for processes to end by themselves after the run has ended
 IDLE_S = 2.0  # without any worker process: a worker that ends the run reports that before it ends
+
+
+def echo(worker: str, stream: str, line: str) -> None:
+    """Show a line that a worker printed, on the same stream."""
+    print(f"[{worker}] {line}", file=sys.stderr if stream == ERR else sys.stdout, flush=True)
 
 
 class LocalRun:
@@ -47,6 +57,7 @@ class LocalRun:
         host: address on this machine on which the membership server listens.
         on_record: called with every row and event, on another thread.
         print_line: called with a line for the console.
+        show: called with a worker, the stream, and a line that it printed there.
         environment: further environment variables of the workers.
         own_host: host the run in a process of its own, with these further environment variables; it is restarted if
             it dies.
@@ -63,6 +74,7 @@ class LocalRun:
         accelerator: str = "cpu",
         on_record: Callable[[dict[str, Any]], None] = lambda record: None,
         print_line: Callable[[str], None] = lambda text: None,
+        show: Callable[[str, str, str], None] = echo,
         environment: dict[str, str] | None = None,
         own_host: dict[str, str] | None = None,
         in_vaults: dict[str, str] | None = None,
@@ -72,7 +84,9 @@ class LocalRun:
         self._in_vaults = in_vaults or {}
         self._run, self._workers, self._address, self._accelerator = run, workers, host, accelerator
         self._environment, self._own_host = environment or {}, own_host
-        self.drive = Drive(run, [self._note, outlived(on_record)], print_line)
+        self.logs = RunLogs(run.folder.storage)
+        self._show, self._spool, self._memory, self._next_hearing = show, Spool(), Memory(), 0.0
+        self.drive = Drive(run, [self._note, self.logs.on_record, outlived(on_record)], print_line)
         self._wanted = 0  # number of processes to have, after the run was scaled
         self._reported: set[int] = set()  # ended processes that the server knows
         self._let_go: set[str] = set()  # workers that were handed over, and end now
@@ -94,7 +108,9 @@ class LocalRun:
         run = self._run
         refuse_what_does_not_fit_here(run)
         self._epoch, self.token = open_run(run), new_token()
+        self.logs.__enter__()
         settings = host_settings(run.config, self.token, self._address)
+        settings = replace(settings, port=run.config.observe.port or 0)
         settings = replace(settings, limits=replace(settings.limits, expects=self._expects))
         arguments = (
             run.folder.storage.url,
@@ -135,6 +151,7 @@ class LocalRun:
             "folder_url": run.folder.storage.url,
             "server_url": self.url,
             "token": self.token,
+            "output": self._spool.open(self.worker_id(index)),
             "identity": {
                 "id": self.worker_id(index),
                 "node": self.node_of(index),
@@ -187,13 +204,19 @@ class LocalRun:
 
     def wait(self, timeout_s: float) -> dict[str, Any]:
         """Supervise the run until it ends; returns the contents of result.json. See `Drive.wait`."""
-        return self.drive.wait(self, timeout_s)
+        with self.logs.telling_of_deaths():
+            return self.drive.wait(self, timeout_s)
 
     # ---- the launcher of its drive -----------------------------------------------------------------------------------
 
     def turn(self, worlds: int) -> None:
         """Start missing workers after scaling up, and tell the host which processes ended."""
         self._grow()
+        if time.monotonic() >= self._next_hearing:
+            self._next_hearing = time.monotonic() + HEAR_S
+            self._memory.look()
+            for worker in self._spool.workers:
+                self._hear(worker)
         self._report_ended()
 
     def silent(self) -> str:
@@ -208,10 +231,15 @@ class LocalRun:
         if not codes or time.monotonic() - self._idle_since <= IDLE_S:
             return None
         how = (f"{self.worker_id(i)}: {ended_how(c)}" for i, c in enumerate(codes) if c is not None)
-        return Over(
-            f"every worker of run {self._run.name} ended without a result ({'; '.join(how)}); their output is "
-            f"above; give {self._run.again} to go on from the newest checkpoint"
+        why = (
+            f"every worker of run {self._run.name} ended without a result ({'; '.join(how)}); give {self._run.again} "
+            "to go on from the newest checkpoint"
         )
+        for worker in map(self.worker_id, range(len(codes))):
+            self._hear(worker, ended=True)
+            if words := self.logs.last_words(worker):
+                return Over(f"{why}\nworker {worker}: {words}")
+        return Over(why)
 
     def end(self) -> None:
         """End the workers at once."""
@@ -235,10 +263,20 @@ class LocalRun:
         for index, process in enumerate(self.processes):
             if process.poll() is None or index in self._reported:
                 continue
+            worker = self.worker_id(index)
+            self._hear(worker, ended=True)
             with contextlib.suppress(OSError):  # the host is away: repeated at the next turn
                 if process.returncode:
-                    self.link.request(Gone([self.worker_id(index)], True, ended_how(process.returncode)))
+                    memory = self._memory.ran_out() if process.returncode == -signal.SIGKILL else None
+                    how = ended_how(process.returncode, memory)
+                    self.link.request(Gone([worker], True, how, self.logs.last_words(worker)))
                 self._reported.add(index)
+
+    def _hear(self, worker: str, *, ended: bool = False) -> None:
+        """What a worker has printed goes into its log, and is shown."""
+        found = self._spool.read(worker, ended=ended)
+        for (stream, _), line in zip(found, self.logs.add(worker, [line for _, line in found])):
+            self._show(worker, stream, line)
 
     def __exit__(self, *_: object) -> None:
         deadline = time.monotonic() + (END_S if self.drive.ended else 0.0)
@@ -248,12 +286,16 @@ class LocalRun:
             if process.poll() is None:
                 process.kill()
             end_process(process, END_S)
+        for worker in self._spool.workers:
+            self._hear(worker, ended=True)
+        self._spool.close()
         for vault in self.vaults.values():
             vault.stop()
         if self.hosting is not None:
             self.hosting.stop()
         self.drive.close()
         if self._epoch:
+            self.logs.__exit__()
             self._run.folder.release(self._epoch)
 
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from elastic.config import TrainConfig
 from elastic.data.identity import fingerprint
@@ -36,6 +37,7 @@ from elastic.worker.returned import LossValue
 from elastic.worker.traces import Parameters, without_trace
 from elastic.worker.user_code import UserCode, UserCodeError
 
+FORWARD_AND_BACKWARD = 3  # a backward pass has twice the products of its forward pass
 _CLOSE = 1e-3  # of a sum: what counts as rounding
 _APART = 1e-4  # of the larger half: halves nearer than that say nothing
 
@@ -154,6 +156,8 @@ class Rehearsal:
         self._batch: Any = None  # of the first microbatches
         #: A line for each metric, by what returned it, as far as that was tried.
         self.metrics: dict[str, list[str]] = {}
+        #: Of a forward and backward pass; 0 where they could not be counted, None before it was tried.
+        self.flops_per_sample: float | None = job.flops_per_sample
 
     def run(self, model: nn.Module, microbatches: int, group: Group | None) -> None:
         """Try everything on a model in place. Nothing is left of it.
@@ -199,7 +203,7 @@ class Rehearsal:
             return 0  # no batch can be had, perhaps on one node alone: the first step says why
         seed = derive("rehearsal", self._seed)
         try:
-            found = _passes(loss, batches, seed)
+            found = self._counted(loss, batches, seed)
             if found and not self._config.data.workers:  # what comes from other processes is a copy
                 self._check_kept("loss()", lambda: self._loader.first_batches(microbatches)[0][1], loss)
         except UserCodeError as error:
@@ -221,6 +225,22 @@ class Rehearsal:
         for step in () if self._config.run.exactness == "bitwise" else _OTHERS:
             separate = separate or self._try_another(loss, microbatches, step, agreed)
         return separate
+
+    def _counted(self, loss: Function, batches: Batches, seed: int) -> list[Sums]:
+        """The passes; of a whole model their FLOPs are counted on the way, if the job does not say how many there are.
+        A cut model's members must all do the same, and counting may fail on one."""
+        samples = sum(count for count, _ in batches)
+        if self.flops_per_sample is None and not self._config.parallel.sharded and samples:
+            counter: Any = FlopCounterMode(display=False)
+            try:
+                with counter:
+                    found = _passes(loss, batches, seed)
+            except UserCodeError:  # perhaps what counts does not go with the model
+                self.flops_per_sample = 0.0
+            else:
+                self.flops_per_sample = FORWARD_AND_BACKWARD * counter.get_total_flops() / samples
+                return found
+        return _passes(loss, batches, seed)
 
     def _try_another(self, loss: Function, microbatches: int, step: int, agreed: Callable[[bool], bool]) -> int:
         batches = self._loader.first_batches(microbatches, step)

@@ -155,6 +155,7 @@ class Session:
         if begin.moved:
             world.check_state()
         world.before = {
+            "gradient_bytes": worker.holding.placed.gradient_bytes,
             "connect_s": round(connected - began, 4),
             "restore_s": round(time.monotonic() - connected, 4),
             **({"idle": list(group.layout.spares)} if group.layout.spares else {}),

@@ -81,7 +81,9 @@ def warm_up(run: WorkerRun, identity: Identity, *, import_s: float = 0.0) -> Wor
 
 def _node() -> dict[str, str]:
     """The type and market of this worker's node, for its price, from environment variables set by what starts nodes."""
-    given = {"node_type": os.environ.get("ELASTIC_NODE_TYPE"), "market": os.environ.get("ELASTIC_NODE_MARKET")}
+    known = os.environ
+    node_type = known.get("ELASTIC_NODE_TYPE") or known.get("RAY_CLOUD_INSTANCE_TYPE_NAME")  # Ray's autoscaler sets it
+    given = {"node_type": node_type, "market": known.get("ELASTIC_NODE_MARKET")}
     return {name: value for name, value in given.items() if value}
 
 
@@ -201,6 +203,8 @@ class _WarmUp:
                 self._holding.state = worker.with_memory(state)
                 worker.rehearse(None)
             notes["rehearsal_s"] = round(time.monotonic() - began, 3)
+        if worker.rehearsal.flops_per_sample:
+            notes["flops_per_sample"] = worker.rehearsal.flops_per_sample
         if worker.rehearsal.separate:
             notes["passes"] = f"of one microbatch each: {SEPARATE[worker.rehearsal.separate]}"
         elif worker.stepper.one_each and not self._bitwise:

@@ -64,6 +64,7 @@ class Gone:
     ids: list[str]
     ended: bool
     detail: str | None = None
+    said: str = ""
 
 
 @dataclass(frozen=True)
