@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
+from elastic import adapters
 from elastic.errors import ConfigError
 from elastic.job_code import job_code
 from elastic.values import ValueRefused, classes, decode, encode
@@ -112,6 +113,16 @@ class Job:
         are left out of checkpoints and snapshots then, as the base of an adapter is; a digest of each is saved, and a
         source that changed is refused. They must stay frozen."""
         return False
+
+    def initial_weights(self) -> str | None:
+        """Where a fresh run takes the model's weights from: a safetensors file, a folder of them, or the URL of either.
+        None: they are what `model()` makes. `--checkpoint.init-from` goes before this. A worker reads its own part."""
+        return None
+
+    def weight_name(self, name: str) -> str | None:
+        """The name that one of the model's weights has in the files that a fresh run takes them from; None if it is
+        made here, as `model()` says. The default knows models that peft has put adapters into."""
+        return adapters.source_name(name)
 
     def optimizer(
         self, model: torch.nn.Module

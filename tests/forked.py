@@ -91,6 +91,24 @@ def stop_fork_server() -> None:
     resource_tracker._resource_tracker._stop()
 
 
+@contextmanager
+def forking_with(*modules: str) -> Iterator[None]:
+    """Inside, workers are forks of another process, which has imported these modules too: for what few tests need, and
+    what would make all others wait."""
+    other = forkserver.ForkServer()
+    other.set_forkserver_preload(_OF_WORKERS + list(modules))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(forkserver, "_forkserver", other)
+        patch.setattr(forkserver, "ensure_running", other.ensure_running)
+        patch.setattr(forkserver, "connect_to_new_process", other.connect_to_new_process)
+        first = _context.Process(target=_nothing)
+        first.start()
+        first.join()
+        assert first.exitcode == 0
+        yield
+        other._stop()
+
+
 def fork(target: Callable[..., Any], *arguments: Any) -> Any:
     """A process that calls this function of a module."""
     process = _context.Process(target=target, args=arguments)

@@ -13,7 +13,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from elastic.checkpoint.initial import load_initial, open_initial
+import elastic
+from elastic.checkpoint.initial import initial_source, load_initial, open_initial
 from elastic.checkpoint.tensors import Shard, tensor_bytes
 from elastic.errors import CheckpointError, ConfigError
 from elastic.storage import Storage
@@ -145,6 +146,38 @@ def test_a_tied_tensor_is_found_under_any_of_its_names(tmp_path):
 
     assert mine["input.weight"].tolist() == [1, 1]
     assert (found.missing, found.unexpected) == ([], [])
+
+
+class Adapted(elastic.Job):
+    def __init__(self, url):
+        self.url = str(url)
+
+    def initial_weights(self):
+        return self.url
+
+
+def test_weights_of_a_model_with_adapters_have_the_names_of_the_base_and_adapters_are_made_here(tmp_path):
+    """As peft names them; a head that is trained whole begins as what the base has."""
+    file = write(tmp_path / "w.safetensors", {"q.weight": torch.ones(2), "head.weight": torch.full((2,), 2.0)})
+    names = {
+        "base_model.model.q.base_layer.weight": 1,
+        "base_model.model.q.lora_A.default.weight": 0,
+        "base_model.model.head.original_module.weight": 2,
+        "base_model.model.head.modules_to_save.default.weight": 2,
+    }
+    mine, job = {name: torch.zeros(2) for name in names}, Adapted(file)
+    source = initial_source(job, None)
+
+    found = load_initial(
+        source, [Shard.whole(n, t) for n, t in mine.items()], partial=False, named=Adapted(file).weight_name
+    )
+
+    assert {name: int(t[0]) for name, t in mine.items()} == names
+    assert (found.missing, found.unexpected) == ([], [])
+    with pytest.raises(CheckpointError, match=r"initial_weights\(\) is .*lacks 1 .*\['new'\].*weight_name\(\) return"):
+        load_initial(source, [Shard.whole(n, torch.zeros(2)) for n in ("q.weight", "new")], partial=False)
+    assert initial_source(Plain(), None) is None
+    assert initial_source(Plain(), str(file)).option == "--checkpoint.init-from", "the option goes before the job"
 
 
 @pytest.mark.parametrize(

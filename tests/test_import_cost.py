@@ -14,7 +14,11 @@ import pytest
 @pytest.mark.processes
 @pytest.mark.parametrize(
     "line",
-    ["import elastic", "import elastic.job, elastic.config", "from elastic import Job, TrainConfig, RunOptions, main"],
+    [
+        "import elastic",
+        "import elastic.job, elastic.config",
+        "from elastic import Job, TrainConfig, RunOptions, hf, main",
+    ],
 )
 def test_importing_what_a_job_file_needs_imports_neither_torch_nor_ray(line):
     program = f"{line}\nimport json, sys\nprint(json.dumps(sorted(sys.modules)))"
@@ -23,7 +27,7 @@ def test_importing_what_a_job_file_needs_imports_neither_torch_nor_ray(line):
 
     loaded = set(json.loads(done.stdout))
     assert "elastic" in loaded
-    assert {"torch", "ray", "numpy", "aiohttp", "tyro"} & loaded == set()
+    assert {"torch", "ray", "numpy", "aiohttp", "tyro", "transformers"} & loaded == set()
 
 
 @pytest.mark.processes

@@ -8,10 +8,10 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from elastic.checkpoint import format
 from elastic.checkpoint.downloads import RangeReader
@@ -21,7 +21,11 @@ from elastic.checkpoint.loader import IN_FLIGHT, fill
 from elastic.checkpoint.patience import patiently
 from elastic.checkpoint.tensors import Shard
 from elastic.errors import CheckpointError, ConfigError
+from elastic.job_code import job_code
 from elastic.storage import Storage
+
+if TYPE_CHECKING:
+    from elastic.job import Job
 
 SUFFIX = ".safetensors"
 MAX_HEADER_BYTES = 100_000_000
@@ -51,6 +55,7 @@ class Source:
     storage: Storage
     files: tuple[str, ...]
     entries: Mapping[str, tuple[str, TensorEntry]] = field(repr=False)
+    option: str = OPTION
 
 
 @dataclass(frozen=True)
@@ -64,6 +69,19 @@ class Initialised:
 
     def to_json(self) -> dict[str, Any]:
         return dict(self.__dict__)
+
+
+def initial_source(job: Job, init_from: str | None) -> Source | None:
+    """The files that a fresh run of a job starts from: those of the option, else the job's own, else None.
+
+    Raises:
+        ConfigError: they cannot be read.
+    """
+    if init_from is not None:
+        return open_initial(init_from)
+    with job_code("initial_weights()"):
+        own = job.initial_weights()
+    return None if own is None else open_initial(own, option="initial_weights()")
 
 
 def open_initial(url: str, *, option: str = OPTION) -> Source:
@@ -99,7 +117,7 @@ def open_initial(url: str, *, option: str = OPTION) -> Source:
             f"{option} is {url!r}, which cannot be read: {' '.join(reason.split())}; give a safetensors file, a folder "
             "of them, or the URL of either"
         ) from error
-    return Source(url, storage, tuple(files), entries)
+    return Source(url, storage, tuple(files), entries, option)
 
 
 def _header(storage: Storage, file: str) -> dict[str, TensorEntry]:
@@ -133,39 +151,47 @@ def _entry(file: str, name: str, raw: dict[str, Any], base: int, total: int) -> 
 
 
 def load_initial(
-    source: Source, shards: Sequence[Shard], *, partial: bool, aliases: Mapping[str, Iterable[str]] | None = None
+    source: Source,
+    shards: Sequence[Shard],
+    *,
+    partial: bool,
+    aliases: Mapping[str, Iterable[str]] | None = None,
+    named: Callable[[str], str | None] = lambda name: name,
 ) -> Initialised:
     """Fill a model's tensors, converting dtypes.
 
     Args:
         partial: leave tensors as they are that the files lack.
         aliases: further names of tied tensors, by the name of the shard.
+        named: the name in the files of a tensor of the model, or None to leave it as it is.
 
     Raises:
         CheckpointError: a tensor that the files lack, unless `partial`; none in common; another shape.
     """
     found: dict[str, str] = {}
-    for shard in shards:
-        names = (shard.name, *(aliases or {}).get(shard.name, ()))
+    wanted = {s.name: [t for n in (s.name, *(aliases or {}).get(s.name, ())) if (t := named(n))] for s in shards}
+    for name, names in wanted.items():
         known = next((n for n in names if n in source.entries), None)
         if known is not None:
-            found[shard.name] = known
-    missing = sorted({s.name for s in shards} - found.keys())
-    used = {n for s in shards for n in (s.name, *(aliases or {}).get(s.name, ()))}
-    unexpected = sorted(source.entries.keys() - used)
+            found[name] = known
+    missing = sorted({name for name, names in wanted.items() if names} - found.keys())
+    unexpected = sorted(source.entries.keys() - {n for names in wanted.values() for n in names})
     if not found or (missing and not partial):
         raise CheckpointError(
-            f"{OPTION} is {source.url!r}, which lacks {len(missing)} of the model's tensors, such as {missing[:3]} (it "
-            f"has {sorted(source.entries)[:3]}); "
-            + (
-                "give other weights"
-                if not found
-                else "give --checkpoint.init-partial to leave those as the job made them"
-            )
+            f"{source.option} is {source.url!r}, which lacks {len(missing)} of the model's tensors, such as "
+            f"{missing[:3]} (it has {sorted(source.entries)[:3]}); {_instead(source, bool(found))}"
         )
     entries = {name: source.entries[known][1] for name, known in found.items()}
     fill(source.storage, entries, [s for s in shards if s.name in found])
     return Initialised(source.url, hashes(source), missing, unexpected)
+
+
+def _instead(source: Source, some: bool) -> str:
+    if not some:
+        return "give other weights"
+    if source.option == OPTION:
+        return "give --checkpoint.init-partial to leave those as the job made them"
+    return "let the job's weight_name() return the name that each has there, or None to leave it as model() makes it"
 
 
 def hashes(source: Source) -> dict[str, str]:

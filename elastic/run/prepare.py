@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from elastic import config as cfg
-from elastic.checkpoint.initial import open_initial
+from elastic.checkpoint.initial import initial_source
 from elastic.config import TrainConfig
 from elastic.data.deal import batch_line, batch_table
 from elastic.errors import ConfigError
@@ -111,8 +111,8 @@ def prepare(job: Job, config: TrainConfig) -> PreparedRun:
     tokens = job.tokens_per_sample
     if stored is not None:
         sameness.check_length(dataset_size, stored.get("data"))
-    if stored is None and config.checkpoint.init_from is not None:
-        open_initial(config.checkpoint.init_from)
+    if stored is None:
+        initial_source(job, config.checkpoint.init_from)
     stored_v = stored["config"]["batch"]["microbatches"] if stored else None
     allow_v = "batch.microbatches" in config.run.allow_change or "batch.global-size" in config.run.allow_change
     plan = resolve(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,10 +20,10 @@ from elastic.errors import ConfigError
 from elastic.storage import Storage
 from elastic.tools import dcp
 from elastic.tools.output import Output
+from elastic.tools.pretrained import Pretrained
 
 WEIGHTS = "model/"
 NOTE = "elastic"  # where the values of a checkpoint lie in an export of all of it
-INDEX = "model.safetensors.index.json"
 BATCH_BYTES = 256 << 20
 CODES = {
     "float64": "F64",
@@ -75,6 +75,7 @@ def export(
     full: bool = False,
     dtype: str | None = None,
     max_shard_bytes: int | None = None,
+    pretrained: Pretrained | None = None,
     on_total: Callable[[int], Callable[[int], None]] = lambda total: lambda done: None,
 ) -> Exported:
     """Write a checkpoint to `out`: a file *.safetensors, or else a folder that is not there yet.
@@ -86,6 +87,7 @@ def export(
         full: all of the state, with what an import needs to go on from it, instead of the weights alone.
         dtype: convert floating-point weights to this.
         max_shard_bytes: start another file of safetensors where one would have more tensor bytes.
+        pretrained: make a folder that `from_pretrained` opens.
         on_total: as in `inspecting.verify`, for bytes of tensors written.
 
     Raises:
@@ -102,26 +104,40 @@ def export(
         raise ConfigError(f"--max-shard-size cuts a folder of safetensors, but OUT is {out!r} as {kind}; leave it out")
     if kind == "dcp" and out.endswith(SUFFIX):
         raise ConfigError(f"OUT is {out!r}, but dcp is a folder; give the name of one")
+    if pretrained is not None and (full or out.endswith(SUFFIX)):
+        raise ConfigError(
+            f"OUT is {out!r} as {'all of a state' if full else 'one file'}, but --hf and --adapter make a folder of "
+            "weights; give the name of one, without --full"
+        )
     manifest = read_manifest(storage, checkpoint)
-    items = _items(manifest, full, dtype, dcp.exported_name if kind == "dcp" else lambda name: name)
+    named: Callable[[str], str | None] = dcp.exported_name if kind == "dcp" else lambda name: name
+    files: Mapping[str, bytes] = {}
+    if pretrained is not None:
+        named, files = pretrained.named(manifest, WEIGHTS), pretrained.files(manifest, dtype)
+    items = _items(manifest, full, dtype, named)
     note = _note(manifest, items) if full else None
     with Output(out, folder=not out.endswith(SUFFIX), option="OUT") as output:
         on_bytes = on_total(sum(item.nbytes for item in items))
         source = _Source(storage, checkpoint.folder, manifest, on_bytes)
         if kind == "dcp":
             assert note is not None
-            files = dcp.write(output, source.batches(items), NOTE, json.dumps(note))
+            written = dcp.write(output, source.batches(items), NOTE, json.dumps(note))
         else:
-            files = _write_safetensors(output, source, items, manifest.step, note, max_shard_bytes)
-    return Exported(manifest.step, files, len(items), sum(item.nbytes for item in items))
+            for name, data in files.items():
+                output.put(name, data)
+            stem = pretrained.stem if pretrained is not None else "model"
+            written = _write_safetensors(output, source, items, manifest.step, note, max_shard_bytes, stem)
+    return Exported(manifest.step, [*files, *written], len(items), sum(item.nbytes for item in items))
 
 
-def _items(manifest: Manifest, full: bool, dtype: str | None, named: Callable[[str], str]) -> list[Item]:
+def _items(manifest: Manifest, full: bool, dtype: str | None, named: Callable[[str], str | None]) -> list[Item]:
     found = []
     for saved, entry in sorted(manifest.tensors.items()):
         if not full and not saved.startswith(WEIGHTS):
             continue
-        name = named(saved) if full else saved.removeprefix(WEIGHTS)
+        name = named(saved if full else saved.removeprefix(WEIGHTS))
+        if name is None:
+            continue
         converted = dtype if dtype is not None and DTYPES[entry.dtype].is_floating_point else entry.dtype
         found.append(Item(name, saved, entry, converted))
     if not found:
@@ -175,7 +191,13 @@ def grouped(items: Sequence[Any], sizes: Sequence[int], most: int) -> Iterator[l
 
 
 def _write_safetensors(
-    output: Output, source: _Source, items: list[Item], step: int, note: dict[str, Any] | None, most: int | None
+    output: Output,
+    source: _Source,
+    items: list[Item],
+    step: int,
+    note: dict[str, Any] | None,
+    most: int | None,
+    stem: str,
 ) -> list[str]:
     for item in items:
         if item.dtype not in CODES:
@@ -187,9 +209,9 @@ def _write_safetensors(
     if output.name:
         names = [output.name]
     elif len(shards) == 1:
-        names = ["model" + SUFFIX]
+        names = [stem + SUFFIX]
     else:
-        names = [f"model-{n:05d}-of-{len(shards):05d}{SUFFIX}" for n in range(1, len(shards) + 1)]
+        names = [f"{stem}-{n:05d}-of-{len(shards):05d}{SUFFIX}" for n in range(1, len(shards) + 1)]
     for name, shard in zip(names, shards, strict=True):
         metadata = {"format": "pt", "step": str(step)}
         if note is not None and name == names[0]:
@@ -206,8 +228,8 @@ def _write_safetensors(
     if len(names) > 1:
         places = {item.name: name for name, shard in zip(names, shards) for item in shard}
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
-        output.put(INDEX, (json.dumps(index, indent=2) + "\n").encode())
-        names.append(INDEX)
+        names.append(f"{stem}{SUFFIX}.index.json")
+        output.put(names[-1], (json.dumps(index, indent=2) + "\n").encode())
     return names
 
 

@@ -40,6 +40,9 @@ def add_verbs(verbs: Any) -> None:
     parser.add_argument("--format", choices=("safetensors", "dcp"), default="safetensors")
     parser.add_argument("--full", action="store_true", help="everything, so that an import can go on from it")
     parser.add_argument("--dtype", help=f"convert floating-point weights: {', '.join(_DTYPES)}, ...")
+    what = "a folder for from_pretrained: tokenizer and config are taken from this folder, or this name on the hub"
+    parser.add_argument("--hf", metavar="FOLDER", help=what)
+    parser.add_argument("--adapter", action="store_true", help="adapters alone, for PeftModel.from_pretrained")
     parser.add_argument("--max-shard-size", metavar="SIZE", help="cut a folder of safetensors (default 5GB)")
     _step(parser)
     parser = add("import", _import, "commit safetensors or a DCP folder as a checkpoint of a run, which may be new")
@@ -221,6 +224,7 @@ def _export(arguments: argparse.Namespace) -> int:
 
     from elastic.checkpoint.initial import SUFFIX
     from elastic.tools.exporting import export
+    from elastic.tools.pretrained import Pretrained
     from elastic.tools.sweeps import best_run
     from elastic.tools.target import choose, open_run
     from elastic.tools.text import parse_size, size_text
@@ -231,8 +235,9 @@ def _export(arguments: argparse.Namespace) -> int:
     storage = open_run(url, read_only=True).storage
     checkpoint = choose(storage, step)
     size = arguments.max_shard_size
+    pretrained = Pretrained(arguments.hf, arguments.adapter) if arguments.hf or arguments.adapter else None
     if size is None and arguments.format == "safetensors" and not arguments.out.endswith(SUFFIX):
-        size = "5GB"
+        size = None if arguments.adapter else "5GB"  # peft reads one file
     with ExitStack() as stack:
         found = export(
             storage,
@@ -242,6 +247,7 @@ def _export(arguments: argparse.Namespace) -> int:
             full=arguments.full,
             dtype=arguments.dtype,
             max_shard_bytes=None if size is None else parse_size("--max-shard-size", size),
+            pretrained=pretrained,
             on_total=_bar("exporting", "bytes", stack),
         )
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from elastic.checkpoint.format import Manifest
-from elastic.checkpoint.initial import load_initial, open_initial
+from elastic.checkpoint.initial import initial_source, load_initial
 from elastic.checkpoint.loader import check_objects, load_together, raise_first, told
 from elastic.checkpoint.patience import in_one_sentence
 from elastic.checkpoint.reader import Committed, newest_first, read_manifest, refuse_to_begin_anew
@@ -157,11 +157,13 @@ def _initialise(state: TrainState, options: CheckpointOptions, link: WorkerLink,
         CheckpointError: they do not fit.
         ConfigError: they cannot be read.
     """
-    if options.init_from is None:
-        return
     began = time.monotonic()
+    source = initial_source(state.job, options.init_from)
+    if source is None:
+        return
     shards, aliases = state.weights()
-    found = load_initial(open_initial(options.init_from), shards, partial=options.init_partial, aliases=aliases)
+    named = state.job.weight_name
+    found = load_initial(source, shards, partial=options.init_partial, aliases=aliases, named=named)
     if not post:
         return
     link.event("initialised", 0, found.to_json(), seconds=round(time.monotonic() - began, 4))
