@@ -224,7 +224,7 @@ def test_adapters_train_to_the_same_bits_cut_killed_and_resized_and_peft_opens_t
     out = export(resumed, tmp_path / "adapter", "--adapter", "--hf", source)
 
     assert (plain.failure, paused.failure, resumed.failure) == (None, None, None)
-    assert len(paused.events("member_lost")) == 1
+    assert paused.events("member_lost"), "also who took its place, at the same step"
     assert resumed.sha == plain.sha
     assert plain.column("loss")[-1] < plain.column("loss")[0]
     assert plain.events("initialised")[0]["detail"]["missing"] == []
@@ -278,7 +278,7 @@ def test_a_real_encoder_trains_to_the_same_bits_cut_killed_and_resized_and_opens
     out = export(resumed, tmp_path / "out", "--hf", minilm(), *(["--adapter"] if rank else []))
 
     assert (killed.failure, paused.failure, resumed.failure) == (None, None, None)
-    assert len(killed.events("member_lost")) == 1
+    assert killed.events("member_lost")
     assert resumed.sha == killed.sha
     assert killed.events("initialised")[0]["detail"]["missing"] == []
     mine = elastic.load_model(job, resumed.storage.url)
