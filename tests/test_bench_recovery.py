@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from jobs.bench import here, overhead
 from jobs.bench import recovery as recovery_bench
 from jobs.bench.peers.notes import PHASES, Notes, read, recovery, split
 from jobs.bench.peers.torchrun import _lines
+from jobs.bench.report import interval_of_median
 from jobs.bench.sizes import width_of
 from jobs.bench.stalls import Ledger
 from jobs.bench.steady import CONFIG, build_model
@@ -143,6 +145,15 @@ def test_an_interpreter_without_torchft_is_refused(
     assert found.out == ""
 
 
+def test_where_a_median_lies_is_known_from_six_on():
+    """Among n values, those that are left out on one side are all beyond it in at most 1 of 40 samples."""
+    ends = {5: (-math.inf, math.inf), 6: (1, 6), 9: (2, 8), 20: (6, 15), 100: (40, 61)}
+    assert {n: interval_of_median(range(n, 0, -1)) for n in ends} == ends
+    assert not overhead.Enough(width_percent=0.5).reached([1.0, 1.1, 1.2, 1.3, 1.4], 0.0)
+    assert overhead.Enough(width_percent=0.5).reached([1.0, 1.1, 1.2, 1.3, 1.4, 1.5], 0.0)
+    assert overhead.Enough(width_percent=0.4, limit_s=60.0).reached([1.0, 1.5], 61.0)
+
+
 @pytest.fixture
 def forks(fork_server: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs in plain processes start their workers as forks, which is faster."""
@@ -152,7 +163,7 @@ def forks(fork_server: None, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.processes
 @pytest.mark.usefixtures("forks")
 def test_whole_and_bare_steps_take_turns():
-    found = overhead.measure(overhead.Waiting(pause=0.002), CONFIG, workers=2, pairs=2)
+    found = overhead.measure(overhead.Waiting(pause=0.002), CONFIG, 2, overhead.Enough(most=2))
     assert {len(seconds) for seconds in found.values()} == {2}
     assert min(found["bare_s"]) > 0.002
     assert min(found["whole_cpu_s"]) > 0

@@ -336,24 +336,29 @@ class DependsOnWorker(Quiet):
 
 
 @pytest.mark.parametrize(
-    ("what", "exactness", "said", "applied"),
+    ("what", "options", "said", "applied", "saved"),
     [
         (
             "rate",
-            "fast",
+            {"run__exactness": "fast"},
             "the update of step 3 is not the same on all workers: lr of parameter group 0 differs on w",
-            2,
+            3,
+            [],
         ),
-        ("rate", "bitwise", "nothing of this step was applied", 2),
-        ("weights", "fast", "the state of step 2 is not the same on all workers: model/2.weight differs on w", 2),
+        ("rate", {"run__exactness": "bitwise"}, "it was applied, so this state was not saved", 3, []),
+        ("rate", {"parallel__strategy": "fsdp"}, "nothing of this step was applied", 2, [2]),
+        (
+            "weights",
+            {"run__exactness": "fast"},
+            "the state of step 2 is not the same on all workers: model/2.weight differs on w",
+            2,
+            [],
+        ),
     ],
 )
-def test_copies_that_differ_end_the_run_by_name(what, exactness, said, applied, tmp_path):
-    options = {**OPTIONS, "run__exactness": exactness}
-
-    ran = train(DependsOnWorker(what=what), configure(tmp_path, "run", **options), 2)
+def test_copies_that_differ_end_the_run_by_name(what, options, said, applied, saved, tmp_path):
+    ran = train(DependsOnWorker(what=what), configure(tmp_path, "run", **OPTIONS | options), 2)
 
     assert said in ran.failure
     assert ran.rows[-1]["step"] == applied
-    committed = [e["step"] for e in ran.events("checkpoint_committed")]
-    assert committed == ([2] if what == "rate" else [])  # states that differ are not saved
+    assert [e["step"] for e in ran.events("checkpoint_committed")] == saved  # states that differ are not saved

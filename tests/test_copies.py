@@ -43,7 +43,7 @@ def test_a_tensor_s_digest_has_its_dtype_shape_and_bytes(dtype, shape):
 
 @given(st.lists(st.integers(0, 3), min_size=1, max_size=6), st.booleans())
 def test_the_fence_says_whether_all_who_apply_said_the_same(fingerprints, spare):
-    said = [copies.for_fence(f) for f in fingerprints] + [NEUTRAL] * spare
+    said = [copies.for_all(f) for f in fingerprints] + [NEUTRAL] * spare
 
     largest = [max(column) for column in zip(*said)]
 

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from elastic.errors import RunFailed
-from elastic.membership.protocol import Scale, Wish, Yield
+from elastic.membership.protocol import Acknowledge, Scale, Wish, Yield
+from elastic.membership.server import MembershipServer
 from elastic.observe.ledger import gaps_and_doubles
 from elastic.run.prepare import PreparedRun, prepare
 from elastic.worker.local import LocalRun
-from tests.forked import LONG, WAIT_S, B, Ran, Watch, configure, fault, local_run, plan, sample_at, train
+from tests.forked import LONG, WAIT_S, B, Ran, Watch, configure, fault, local_run, plan, sample_at, train, wait_until
 from tests.tiny_jobs import Everything, Plain
 
 pytestmark = [pytest.mark.processes, pytest.mark.usefixtures("fork_server")]
@@ -34,8 +37,8 @@ def rungs(ran: Ran, generation: str) -> list[str]:
 
 
 def assert_same_training(ran: Ran, undisturbed: Ran, *sizes: list[int]) -> None:
-    """`sizes` are what the world sizes of the steps may be: of a step that was lost at the fence, survivors may or may
-    not have all in hand."""
+    """`sizes` are what the world sizes of the steps may be: where one is lost that had all of a step in hand, the
+    others may or may not have it too."""
     assert ran.sha == undisturbed.sha
     assert ran.column("loss") == undisturbed.column("loss")
     assert gaps_and_doubles(ran.rows, B) == []
@@ -68,12 +71,12 @@ def test_with_too_few_the_run_is_parked_in_memory_and_resumed_when_another_comes
 
 @pytest.mark.parametrize(
     ("point", "steps"),
-    [("step.forward", [5]), ("step.before_fence", [5, 6]), ("step.after_fence", [6]), ("eval.begin", [6])],
+    [("step.forward", [5]), ("step.before_fence", [5, 6]), ("step.after_fence", [5, 6]), ("eval.begin", [6])],
 )
 def test_parked_for_too_long_a_run_ends_with_its_newest_step_saved_and_goes_on_when_started_again(
     point, steps, undisturbed, tmp_path
 ):
-    """Who waits at the fence may have all of step 6 in hand, running statistics too: then it is saved with that step.
+    """Where one is lost that had all of step 6 in hand, the others may have applied it: then that step is saved.
     What comes after the step, an evaluation, is done when the run goes on."""
     options = {"recovery__max_wait": "0.3s", "eval__every": "3st"}
     run = prepared(tmp_path, most=3, least=3, **options)
@@ -226,6 +229,56 @@ def test_a_joiner_with_another_device_is_taken_into_a_fast_world(tmp_path, gate)
     assert gaps_and_doubles(ran.rows, B) == []
 
 
+# ---- steps without a fence ---------------------------------------------------------------------------------------
+
+
+def test_who_lacks_an_update_takes_the_state_that_has_it_and_if_that_is_lost_makes_it_again(
+    tmp_path, gate, monkeypatch
+):
+    """Who is held in `step.reduce` has given its gradients, and does not look at the sum before it knows of the loss;
+    the others go on."""
+    heard: list[str] = []  # generations that somebody knows to be broken
+    take = MembershipServer._from_worker
+
+    def note(server: MembershipServer, member: str, message: Any, generation: Any) -> None:
+        heard.extend([str(message.generation)] if isinstance(message, Acknowledge) else [])
+        take(server, member, message, generation)
+
+    monkeypatch.setattr(MembershipServer, "_from_worker", note)
+    first, others, behind = gate("first"), gate("others"), gate("behind")
+    came = tmp_path / "rank 1 has applied step 9"
+    faults = [
+        *(fault("step.reduce", 6, rank, "hold", file=others) for rank in (1, 2, 3)),
+        fault("step.forward", 7, 0, "hold", file=first),
+        fault("step.reduce", 9, 0, "hold", file=behind),
+        fault("step.forward", 10, 1, "sleep", seconds=0, only=came),
+    ]
+    config, watch = configure(tmp_path, "run", run__exactness="fast", scaling__max_workers=4), Watch()
+    run = prepare(Plain(), config)
+    with local_run(run, 4, on_record=watch, environment=plan(*faults)) as local:
+
+        def lose(rank: int, generation: str, left: int) -> None:
+            pids = watch.wait_for(event("world_formed", generation=generation))["detail"]["pids"]
+            os.kill(pids[rank], signal.SIGKILL)
+            wait_until(lambda: heard.count(generation) == left, "the others to know of it")
+
+        watch.wait_for_step(6)
+        lose(0, "1-1", left=3)
+        first.unlink()
+        others.unlink()
+        wait_until(came.exists, "step 10")
+        lose(2, "1-2", left=2)
+        behind.unlink()
+        local.wait(WAIT_S)
+
+    ran, alone = Ran(run, None), train(Plain(), configure(tmp_path, "alone", run__exactness="fast"), 1)
+    done = [(r["step"], r["generation"]) for r in ran.rows if "sample_hash" in r and r["step"] in (6, 9)]
+    assert done == [(6, "1-1"), (6, "1-2"), (9, "1-2")]
+    assert (rungs(ran, "1-2"), rungs(ran, "1-3")) == ([], ["peer"])
+    assert gaps_and_doubles(ran.rows, B) == []
+    assert ran.column("loss") == pytest.approx(alone.column("loss"), rel=1e-4)
+
+
 # ---- several losses, and slow workers --------------------------------------------------------------------------
 
 
@@ -238,7 +291,8 @@ def test_uneven_worlds_lose_one_worker_after_another(undisturbed, tmp_path):
 
     ran = train(Everything(), configure(tmp_path, "run"), workers=4, faults=faults)
 
-    assert_same_training(ran, undisturbed, *([4] * n + [3] * (8 - n) + [2] * 4 for n in (3, 4)))
+    sizes = ([4] * n + [3] * (m - n) + [2] * (12 - m) for n in (3, 4) for m in (7, 8))
+    assert_same_training(ran, undisturbed, *sizes)
 
 
 @pytest.mark.parametrize("point", ["world.assigned", "world.connected"])

@@ -99,12 +99,15 @@ def test_what_each_rank_tells_beside_is_known_to_all_and_in_no_sum(told):
         for i in range(count):
             _add(records, *values[i])
         records.attach(torch.tensor(value, dtype=torch.float64), 7.0)
+        records.say([count, -count, 1 << 62])
 
     longest = max(count for count, _ in told)
     found = PendingRecord(ranks[0], torch.stack([r._matrix(longest) for r in ranks]), None).result()
 
     assert list(map(repr, found.attached)) == [repr((value, 7.0)) for _, value in told]
-    assert dataclasses.replace(found, attached=()) == _gathered(runs, values)
+    counts = [count for count, _ in told]
+    assert found.said == (max(counts), -min(counts), 1 << 62), "of what ranks say, all know the largest"
+    assert dataclasses.replace(found, attached=(), said=()) == _gathered(runs, values)
 
 
 def test_several_microbatches_of_one_pass_count_once_and_keep_their_digests():

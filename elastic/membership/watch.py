@@ -93,7 +93,7 @@ def excuse(
 
 
 def caught_up(progress: Mapping[str, Progress]) -> dict[str, Progress]:
-    """The least progress of each member. If one is in a step, all have passed the fence of the step before: an earlier
+    """The least progress of each member. If one is in a step, all have done their part of the step before: an earlier
     place that a member reported, and that may take long, is over."""
     furthest = max((p.step for p in progress.values()), default=-1)
 

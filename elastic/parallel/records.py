@@ -12,7 +12,7 @@ the first step of a world, a second gather brings those; if they differ, everyon
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -39,6 +39,7 @@ class StepRecord:
 
     Args:
         attached: what each rank attached, by rank.
+        said: of what ranks said, the largest of each number.
     """
 
     loss_sum: float
@@ -48,6 +49,7 @@ class StepRecord:
     changed_buffers: int = 0
     nonfinite_microbatch: int | None = None
     attached: tuple[tuple[float, ...], ...] = ()
+    said: tuple[int, ...] = ()
 
     @property
     def loss(self) -> float:
@@ -96,6 +98,7 @@ class Records:
     _names: list[str] | None = None
     _others: list[str] | None = None  # those of a microbatch that has other ones than the first
     _attached: tuple[torch.Tensor | float, ...] = ()
+    _said: tuple[int, ...] = ()
 
     def add(
         self, loss: torch.Tensor, weight: Any, metrics: Mapping[str, Any], digests: tuple[int, ...], changed: int = 0
@@ -125,6 +128,10 @@ class Records:
         """Numbers of this rank (scalars on its device, or here), which all ranks are to know. All tell as many."""
         self._attached = values
 
+    def say(self, numbers: Sequence[int]) -> None:
+        """Whole numbers of 64 bits, of each of which all ranks are to know the largest. All say as many."""
+        self._said = tuple(numbers)
+
     def gather(self, group: dist.ProcessGroup | None) -> PendingRecord:
         """Start the all-gather; call `result` on what comes back after the backward pass."""
         assert self._names is not None
@@ -142,20 +149,25 @@ class Records:
         agreed = self.metrics.names
         values = self._rows if self._names == agreed else [[*v[:2], *(0.0 for _ in agreed)] for v in self._rows]
         mark = _MIXED if self._others is not None else _mark(self._names or [])
-        mine = self._table(height, [[*words, mark] for words in self._words], values, len(self._attached))
-        width = mine.shape[1]
+        said = self._said
+        mine = self._table(height, [[*words, mark] for words in self._words], values, len(self._attached), said)
+        width = mine.shape[1] - len(said)
         for column, given in enumerate(self._attached, width - len(self._attached)):
             value = given.detach() if isinstance(given, torch.Tensor) else torch.tensor(given, dtype=torch.float64)
             mine[0, column] = value.double().view(torch.int64)
         return mine
 
-    def _table(self, height: int, words: list[list[int]], values: list[list[Any]], more: int) -> torch.Tensor:
-        """A row for each microbatch: words, then values; zeros below, and in `more` columns."""
+    def _table(
+        self, height: int, words: list[list[int]], values: list[list[Any]], more: int, last: tuple[int, ...] = ()
+    ) -> torch.Tensor:
+        """A row for each microbatch: words, then values; zeros below, and in `more` columns. The first row has `last`
+        at its end."""
         first, count = len(words[0]), len(values)
-        shape = height, first + len(values[0]) + more
+        shape = height, first + len(values[0]) + more + len(last)
         host = torch.zeros(shape, dtype=torch.int64, pin_memory=self.device.type == "cuda")
         integers = host.numpy()
         integers[:count, :first] = words
+        integers[0, shape[1] - len(last) :] = last
         floats, computed = integers.view(np.float64), []
         for column, here in enumerate(zip(*values), first):
             if any(isinstance(v, torch.Tensor) for v in here):
@@ -202,11 +214,11 @@ class PendingRecord:
         host = gathered.numpy()  # numpy costs a tenth of torch for arrays as small as these
         rows = self._in_order(host)
         words = 2 + self.records.buffer_words
-        end = rows.shape[1] - len(self.records._attached)
+        said_from = rows.shape[1] - len(self.records._said)
+        end = said_from - len(self.records._attached)
         sums = rows[:, words:end].copy().view(np.float64)
-        attached = (
-            tuple(map(tuple, host[:, 0, end:].copy().view(np.float64).tolist())) if self.records._attached else ()
-        )
+        attached = host[:, 0, end:said_from].copy().view(np.float64).tolist() if self.records._attached else []
+        said = host[:, 0, said_from:].max(0).tolist() if self.records._said else []
         if (host[:, 0, words - 1] != _mark(self.records.metrics.names)).any():
             sums = np.concatenate([sums[:, :2], self._agree(host[:, 0, words - 1].tolist())], 1)
         self._check_weights(sums[:, 1])
@@ -219,7 +231,10 @@ class PendingRecord:
         digest = xxhash.xxh3_64_hexdigest(rows[:, 0].astype("<i8").tobytes())
         finite = np.isfinite(sums[:, :2]).all(1)
         first_bad = None if finite.all() else int(finite.argmin())
-        return StepRecord(total[0], total[1], dict(zip(names, total[2:])), digest, changed, first_bad, attached)
+        metrics = dict(zip(names, total[2:]))
+        return StepRecord(
+            total[0], total[1], metrics, digest, changed, first_bad, tuple(map(tuple, attached)), tuple(said)
+        )
 
     def _in_order(self, host: np.ndarray) -> np.ndarray:
         """The rows of the whole step, by microbatch."""

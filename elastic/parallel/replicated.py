@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -60,6 +60,8 @@ class _Replica:
     _buffers: StepBuffers
     scale = 1.0  # factor on the loss in backward passes; the divisor that `run` returns contains it
     recomputes = False  # whether backward passes compute forward passes again
+    #: Called before the last backward pass of a whole model; the record has the largest of each number.
+    says: Callable[[], Sequence[int]]
 
     def _recomputing(self, changed: Iterable[str]) -> AbstractContextManager[None]:
         return self._buffers.begun(changed) if self.recomputes else contextlib.nullcontext()
@@ -148,6 +150,8 @@ class FastReplica(_Replica):
         self.model, self._loss, self._runs, self._rank, self._device = model, loss, runs, rank, device
         self._world_size, self._count, self._metrics = len(runs), sum(map(len, runs)), Metrics()
         self._buffers, self._check = StepBuffers(model, exact=False), check
+        self.says = tuple
+        self._norm: torch.Tensor | None = None
         self.wait_s = 0.0  # seconds of the last step in exchanges that no computation hides
         self._ddp: nn.parallel.DistributedDataParallel | None = None
         self._find_unused = find_unused
@@ -195,6 +199,7 @@ class FastReplica(_Replica):
                 records.add(loss, weight, metrics, one.digests, buffers.mask(changed))
                 if one.last:
                     records.attach(fingerprint(buffers, after))
+                    records.say(self.says())
                     pending = records.gather(None)
                     before = self._written() if self._ddp is not None and not self._find_unused else []
                 with self._recomputing(changed):
@@ -203,6 +208,7 @@ class FastReplica(_Replica):
         assert pending is not None, "a rank without a microbatch"
         self._check_reduced(before)
         began = time.perf_counter()
+        self._norm = _norm(self.gradients())  # enqueued before the host waits for the record, and so for both
         record = pending.result()
         buffers.end(touched := buffers.masked(record.changed_buffers))
         if touched:
@@ -240,12 +246,17 @@ class FastReplica(_Replica):
         return NotReduced([name for name, p in named if p.requires_grad and p.grad is None])
 
     def norm(self, gradients: list[torch.Tensor]) -> torch.Tensor:
-        """The global L2 norm of the gradients."""
-        return nn.utils.get_total_norm([dense(g) for g in gradients])
+        """The global L2 norm of the gradients that the step has left."""
+        found, self._norm = self._norm, None
+        return _norm(gradients) if found is None else found
 
     def close(self) -> None:
         """Drop the wrapper, whose reducer holds the process group."""
         self._ddp = None
+
+
+def _norm(gradients: list[torch.Tensor]) -> torch.Tensor:
+    return nn.utils.get_total_norm([dense(g) for g in gradients])
 
 
 def dense(gradient: torch.Tensor) -> torch.Tensor:
@@ -275,6 +286,7 @@ class BitwiseReplica(_Replica):
         self._parameters = [p for p in self._all_parameters if p.requires_grad]
         self._buffers, self._check = StepBuffers(model, exact=True), check
         self._count, self._metrics = sum(map(len, runs)), Metrics()
+        self.says = tuple
         self.wait_s = 0.0
 
     def run(self, passes: Iterable[Pass]) -> tuple[StepRecord, float]:
@@ -297,6 +309,7 @@ class BitwiseReplica(_Replica):
             records.add(loss, weight, metrics, one.digests, buffers.mask(changed))
             if one.last:
                 records.attach(fingerprint(buffers, after))
+                records.say(self.says())
                 pending = records.gather(None)
             with self._recomputing(changed):
                 (loss * self.scale if self.scale != 1 else loss).backward()

@@ -2,8 +2,8 @@
 
 Every worker with ddp, and every row with hsdp, applies an update that it computed by itself. If two differ, their
 states drift apart, and the weights of one of them are saved. So a fingerprint of each update is part of the fence of
-its step, and digests of the state are compared after a join, after the second update of each command, before each
-checkpoint, and every `--run.check-every` steps.
+its step, or of the record of the next step where steps have no fence, and digests of the state are compared after a
+join, after the second update of each command, before each checkpoint, and every `--run.check-every` steps.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ Entry = tuple[str, str, str]  # what is compared, which part of it ("" if all wo
 # ---- the update ----------------------------------------------------------------------------------------------------
 
 
-def for_fence(fingerprint: int) -> tuple[int, int]:
-    """A fingerprint for the fence, at which the members get the largest of each number."""
+def for_all(fingerprint: int) -> tuple[int, int]:
+    """A fingerprint for the fence or a record, from which the members get the largest of each number."""
     return fingerprint, -fingerprint
 
 
@@ -63,19 +63,22 @@ def _is_plain(value: Any) -> bool:
 
 
 def update_entries(
-    numbers: Mapping[str, float], optimizer: torch.optim.Optimizer, names: Mapping[int, str], part: str
+    numbers: Mapping[str, float],
+    optimizer: torch.optim.Optimizer,
+    names: Mapping[int, str] | None = None,
+    part: str = "",
 ) -> list[Entry]:
     """The update in detail, so that workers can find what differs.
 
     Args:
-        names: of the parameters, by their id.
+        names: of the parameters, by their id; without names there are no entries for gradients, which are gone.
         part: the part of sharded tensors that this worker holds.
     """
     found: list[Entry] = []
     for index, group in enumerate(optimizer.param_groups):
-        for p in group["params"]:
+        for p in group["params"] if names is not None else ():
             value = tensor_digest(dense(local(p.grad))) if p.grad is not None else "none"
-            name, which = names.get(id(p), "a parameter"), part if isinstance(p, DTensor) else ""
+            name, which = (names or {}).get(id(p), "a parameter"), part if isinstance(p, DTensor) else ""
             found.append((f"the gradient of {name}", which, value))
         found += [(f"{key} of parameter group {index}", "", repr(value)) for key, value in _options(group)]
     return found + [(name, "", value.hex()) for name, value in numbers.items()]
@@ -87,6 +90,12 @@ def update_error(step: int, group: Group, worker_id: str, entries: list[Entry]) 
     return UpdatesDiffer(
         _difference(f"the update of step {step}", group, worker_id, entries, "nothing of this step was applied")
     )
+
+
+def applied_error(step: int, group: Group, worker_id: str, entries: list[Entry]) -> CopiesDiffer:
+    """What ends the run where it is seen a step later. Everyone in the mesh asks at one time."""
+    what = f"the update of step {step}"
+    return CopiesDiffer(_difference(what, group, worker_id, entries, "it was applied, so this state was not saved"))
 
 
 # ---- the state -----------------------------------------------------------------------------------------------------

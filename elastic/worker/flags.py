@@ -1,4 +1,6 @@
-"""What the members of a world agree on at the fence of a step: they all get the largest of each number. Pure."""
+"""What the members of a world agree on in a step, at its fence or with its record: they all get the largest of each
+number. Pure.
+"""
 
 from __future__ import annotations
 

@@ -49,14 +49,18 @@ def restore(worker: Worker, group: Group) -> Restored:
         holding.lost = f"workers hold step {max(plan.held)}, the newest checkpoint is of step " + str(
             group.assignment.restore.newest
         )
+    elif plan.held[group.rank] < 0:  # also where it holds a step that was made again
+        holding.applied = -1
     step, goes_on, source = _bring(worker, group)
-    holding.began_at = step
+    holding.began_at, holding.agreed_in = step, group.assignment.generation
+    # an evaluation that a break interrupted is done again, by everyone or by nobody
+    said = [*holding.evaluated, holding.open, worker.provenance.broken, holding.row]
+    evaluated, found, holding.open, broken, row = group.send_json(said, source)
+    holding.evaluated = (evaluated, found)
+    if goes_on and row is not None and row["step"] == step != plan.held[group.rank]:
+        worker.record(row, report=False)  # whose state it is may be lost before the ledger has it
     if group.leads or group.rank == source:  # who holds the newest state has its rows; who leads may be new
         link.report_rows()
-    # an evaluation that a break interrupted is done again, by everyone or by nobody
-    said = [*holding.evaluated, holding.open, worker.provenance.broken]
-    evaluated, found, holding.open, broken = group.send_json(said, source)
-    holding.evaluated = (evaluated, found)
     for kind, text in worker.provenance.agree(broken):
         if group.leads:
             link.event(kind, step, text)
@@ -67,7 +71,7 @@ def _settle_update(worker: Worker, group: Group) -> Plan:
     """Decide with everyone what becomes of the states, and apply or undo the update that a broken world had in hand."""
     holding = worker.holding
     rows = group.gather_rows(list(astuple(holding.standing)))
-    plan = decide([Standing(*row) for row in rows], group.assignment.restore.newest)
+    plan = decide([Standing(*row) for row in rows], group.assignment.restore.newest, fenced=worker.fenced)
     if holding.ready is not None and plan.applies[group.rank]:
         worker.roll_forward(holding.ready)
     worker.stepper.undo()

@@ -13,7 +13,8 @@ class Standing:
     Args:
         applied: updates in its state, -1 where it holds none.
         ready: it has the next update in hand, prepared but not applied; 0 or 1.
-        epoch, n: the generation of the world in which it began its newest step, -1 before its first.
+        epoch, n: the generation of the newest world whose members agreed on this state, or on one from which this
+            worker came to it in that world; -1 before its first.
     """
 
     applied: int
@@ -57,16 +58,29 @@ class Plan:
         return self.held[rank] < 0 <= max(self.held)
 
 
-def decide(standings: Sequence[Standing], committed: int) -> Plan:
+def decide(standings: Sequence[Standing], committed: int, *, fenced: bool) -> Plan:
     """How the members of a new world come to one state.
 
     Args:
         standings: what each rank brings along.
         committed: the step of the newest committed checkpoint, -1 where there is none.
+        fenced: every step has a fence. Else each worker holds all of the state.
     """
     apply = tuple(_applies(standing, standings) for standing in standings)
     held = tuple(s.applied + does for s, does in zip(standings, apply, strict=True))
+    if not fenced:
+        held = _of_one_world(held, standings)
     return Plan(apply, held, outdated=0 <= max(held) < committed)
+
+
+def _of_one_world(held: Sequence[int], everyone: Sequence[Standing]) -> tuple[int, ...]:
+    """Without fences two worlds may have made the newest step: one member applied it, and the others went on without
+    it and made it again. In `fast` their last bits differ. The newer world's counts, as do its rows."""
+    newest = max(held)
+    world = max((s.epoch, s.n) for s, step in zip(everyone, held, strict=True) if step == newest)
+    return tuple(
+        -1 if step == newest and (s.epoch, s.n) != world else step for s, step in zip(everyone, held, strict=True)
+    )
 
 
 def _applies(mine: Standing, everyone: Sequence[Standing]) -> bool:

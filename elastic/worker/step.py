@@ -1,14 +1,14 @@
 """One training step of one worker: prepare an update with everyone else, and apply it.
 
-What is prepared is complete: once the fence is passed, the update needs nobody. A step that is not applied leaves no
-trace: gradients are dropped and buffers put back.
+What is prepared is complete: the update needs nobody. A step that is not applied leaves no trace: gradients are
+dropped and buffers put back.
 """
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
@@ -24,7 +24,7 @@ from elastic.errors import ConfigError, Reform
 from elastic.membership.client import WorkerLink
 from elastic.membership.protocol import LedgerEvent
 from elastic.membership.stage import OF_A_STEP, Position, Stage
-from elastic.parallel.device import describe
+from elastic.parallel.device import describe, host_wait
 from elastic.parallel.layout import Layout, lockstep
 from elastic.parallel.matrices import Matrices
 from elastic.parallel.optimizers import kind_of
@@ -137,6 +137,7 @@ class WorldSteps:
         self._singles = max(len(self._runs[p]) for p in row) - len(self._own_run) if cut else 0
         self._loader.start(applied, self._spans)
         self._step = self._pass = 0
+        self._last: Update | None = None  # that was applied
         self._code.on_loss = self._after_loss
         self._matrices = Matrices(state.optimizer, state.mesh)
         with group.collective("wrapping the model"):
@@ -205,8 +206,11 @@ class WorldSteps:
 
     # ---- steps -------------------------------------------------------------------------------------------------
 
-    def prepare(self, step: int) -> Update:
+    def prepare(self, step: int, says: Callable[[], Sequence[int]] = tuple) -> Update:
         """Forward, backward, reduce, scale and clip: all that the update needs.
+
+        Args:
+            says: what this worker says in the record, where the model is whole; asked as late as that can be.
 
         Raises:
             WorldBroken: a member was lost.
@@ -225,6 +229,8 @@ class WorldSteps:
         began = time.perf_counter()
         scaler = self._state.scaler
         replica.scale = scaler.factor if scaler else 1.0
+        if isinstance(replica, (FastReplica, BitwiseReplica)):
+            replica.says = says
         try:
             with self._group.collective(f"step {step + 1}"):
                 record, divisor = replica.run(self._passes(step))
@@ -239,6 +245,7 @@ class WorldSteps:
         gradients = replica.gradients()
         with self._group.collective("the norm"):
             norm = float(replica.norm(gradients)) / divisor if gradients and divisor else float("nan")
+            host_wait(self._group.device)  # for the collectives that average buffers, too
         self._group.check()
         finite = abs(record.loss) < float("inf") and (abs(norm) < float("inf") or not gradients)
         if finite:
@@ -272,9 +279,13 @@ class WorldSteps:
         fingerprint = copies.update_fingerprint((record.loss, norm, divisor), self._state.optimizer)
         return Update(step, record, lr, norm, not finite, fingerprint)
 
-    def says(self, update: Update) -> tuple[int, int]:
-        """What this worker says of its update at the fence."""
-        return copies.for_fence(update.fingerprint) if self._stepper.compares else NEUTRAL
+    def says(self, update: Update | None) -> tuple[int, int]:
+        """What this worker says of its update, if there is one."""
+        return copies.for_all(update.fingerprint) if self._stepper.compares and update is not None else NEUTRAL
+
+    def says_of_last(self) -> tuple[int, int]:
+        """What this worker says of the update that it applied last, if it did in this world."""
+        return self.says(self._last)
 
     def check_equal(self, update: Update, largest: tuple[int, int]) -> None:
         """After the fence: refuse an update that is not the same on all workers.
@@ -283,11 +294,19 @@ class WorldSteps:
             CopiesDiffer: it is not.
         """
         if not copies.equal(largest):
-            numbers = {"the loss": update.record.loss, "the gradient norm": update.norm}
-            entries = copies.update_entries(
-                numbers, self._state.optimizer, self._state.parameter_names(), str(self._state.part)
-            )
+            names, part = self._state.parameter_names(), str(self._state.part)
+            entries = copies.update_entries(_numbers(update), self._state.optimizer, names, part)
             raise copies.update_error(update.step + 1, self._group, self._link.member.id, entries)
+
+    def check_last(self, largest: tuple[int, int]) -> None:
+        """With the record of a step: refuse to go on from an update that was not the same on all workers.
+
+        Raises:
+            CopiesDiffer: it was not.
+        """
+        if self._last is not None and not copies.equal(largest):
+            entries = copies.update_entries(_numbers(self._last), self._state.optimizer)
+            raise copies.applied_error(self._last.step + 1, self._group, self._link.member.id, entries)
 
     def apply(self, update: Update) -> None:
         """The update itself. Until it returns, the state is neither the old nor the new one."""
@@ -299,7 +318,7 @@ class WorldSteps:
             self._code.doing(f"the update of step {update.step + 1}", update.step)
             self._code.guard(self._optimize)
             self._code.guard(lambda: self._stepper.run.job.after_step(self._state.model, update.step + 1))
-        self._stepper.unfinished = None
+        self._stepper.unfinished, self._last = None, update
         self._stepper.steps_done += 1
         self._stepper.clock.compute_s += time.perf_counter() - began
 
@@ -370,6 +389,10 @@ class WorldSteps:
                 yield index, batch
 
         return nonfinite.first_bad_microbatch(self._replica.has_finite_gradients, microbatches(), self._singles)
+
+
+def _numbers(update: Update) -> dict[str, float]:
+    return {"the loss": update.record.loss, "the gradient norm": update.norm}
 
 
 def _multiply(gradients: list[torch.Tensor], factor: float) -> None:

@@ -30,7 +30,7 @@ class Clock:
 
 @dataclass(frozen=True)
 class Update:
-    """A step with all in hand for its update, which waits for the fence. `skip`: leave it out, it is not finite."""
+    """A step with all in hand for its update. `skip`: leave it out, it is not finite."""
 
     step: int
     record: StepRecord

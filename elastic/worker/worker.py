@@ -37,7 +37,7 @@ NO_WORLD = Generation(-1, -1)
 
 @dataclass(frozen=True)
 class InHand:
-    """An update that waits for the fence; `steps` prepared it in the world of `assignment`."""
+    """An update that is to be applied; `steps` prepared it in the world of `assignment`."""
 
     update: Update
     steps: WorldSteps
@@ -52,7 +52,9 @@ class Holding:
         state: None before it is made; a sharded model's is made in the first world.
         applied: number of updates in the state; -1 if it is not the state of a step.
         in_hand: the next update, which is prepared.
-        began_in: the world in which this worker began its newest step.
+        row: of the state's step, if it is known.
+        agreed_in: the newest world whose members agreed on this state, or on an earlier one from which this worker
+            went on in that world.
         generation: the newest world of this worker.
         began_at: number of updates in the state with which this world began.
         lost: why the worker has no state, until it gets another one.
@@ -66,7 +68,8 @@ class Holding:
     state: TrainState | None = None
     applied: int = -1
     in_hand: InHand | None = None
-    began_in: Assignment | None = None
+    row: dict[str, Any] | None = None
+    agreed_in: Generation = NO_WORLD
     generation: Generation = NO_WORLD
     began_at: int = -1
     lost: str | None = None
@@ -95,7 +98,7 @@ class Holding:
     @property
     def standing(self) -> Standing:
         """What this worker brings into a new world."""
-        world = self.began_in.generation if self.began_in is not None else NO_WORLD
+        world = self.agreed_in
         return Standing(self.applied, int(self.ready is not None), world.epoch, world.n)
 
     def let_go(self, why: str | None) -> None:
@@ -142,6 +145,12 @@ class Worker:
     @property
     def bitwise(self) -> bool:
         return self.config.run.exactness == "bitwise"
+
+    @property
+    def fenced(self) -> bool:
+        """Whether no worker holds all of the state: then every step has a fence, or a part of it could be lost with the
+        only one that came to it."""
+        return self.config.parallel.sharded
 
     def rehearse(self, group: Any) -> None:
         """Try the job's functions on one batch; if the model is sharded, together with the members of a world."""
@@ -198,7 +207,12 @@ class Worker:
         self.apply(hand)
         clock = self.stepper.clock
         seconds = clock.columns(clock.data_s + clock.compute_s + clock.sync_s)
-        self.link.record({**self.row(hand), **seconds}, report=False, generation=posted_in)
+        self.record({**self.row(hand), **seconds}, report=False, generation=posted_in)
+
+    def record(self, row: dict[str, Any], *, report: bool, generation: Generation | None = None) -> None:
+        """Keep the row of the newest step; see `WorkerLink.record`."""
+        self.holding.row = row
+        self.link.record(row, report=report, generation=generation)
 
     def row(self, hand: InHand) -> dict[str, Any]:
         """The row of a step for the ledger, without its times."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import time
+from dataclasses import replace
 from typing import Any
 
 from elastic import fault
@@ -18,6 +19,7 @@ from elastic.worker.rehearsal import SEPARATE
 from elastic.worker.restore import Restored
 from elastic.worker.sampling import sample
 from elastic.worker.state import TrainState
+from elastic.worker.update import Update
 from elastic.worker.worker import InHand, Worker
 
 LAST_COMMIT_S = 60.0  # for a save that is under way when an error ends the run
@@ -125,20 +127,17 @@ class World(SavingWorld):
     # ---- a step ------------------------------------------------------------------------------------------------
 
     def take_step(self) -> Flags:
-        """One step of training; returns what all members agreed on at its fence."""
+        """One step of training; returns what all members agreed on with it."""
         began = time.perf_counter()
         worker, group, steps, step = self.worker, self.group, self.steps, self.step
         stepper, holding = worker.stepper, worker.holding
-        holding.began_in = self.assignment
         worker.watch.begin(self.state)
         with worker.watch.reading():
-            hand = holding.in_hand = InHand(steps.prepare(step), steps, self.assignment)
-        clock, fence = stepper.clock, time.perf_counter()
-        stepper.progress(step, Stage.FENCE)
+            update = steps.prepare(step, tuple if worker.fenced else self._said_with_record)
+            hand = holding.in_hand = InHand(update, steps, self.assignment)
+        clock = stepper.clock
         fault.point("step.before_fence", group.rank, step + 1)
-        agreed = group.agree(self._flags(hand))
-        clock.sync_s += time.perf_counter() - fence
-        steps.check_equal(hand.update, agreed.update)
+        agreed = self._agree_at_fence(update) if worker.fenced else self._agree_with_record(update)
         fault.point("step.after_fence", group.rank, step + 1)
         worker.snapshots.agreed(agreed.snapshot)
         clock.checkpoint_s += worker.saving.settle()
@@ -150,18 +149,40 @@ class World(SavingWorld):
             self._follow_up(agreed)
             clock.snapshot_s += worker.snapshots.after(self.step, time.perf_counter() - began)
         finally:
-            worker.link.record(row | clock.columns(time.perf_counter() - began), report=group.leads)
+            worker.record(row | clock.columns(time.perf_counter() - began), report=group.leads)
         self.saves.row_posted(self.step)  # only now, so that no committed step is missing in the ledger
         return agreed
 
-    def _flags(self, hand: InHand) -> Flags:
-        """What this member says at the fence of a step."""
+    def _agree_at_fence(self, update: Update, said: Flags | None = None) -> Flags:
+        """Wait until all members have all that they need for the update in hand."""
+        steps, clock, began = self.steps, self.worker.stepper.clock, time.perf_counter()
+        self.worker.stepper.progress(update.step, Stage.FENCE)
+        agreed = self.group.agree(said or self._flags(steps.says(update)))
+        clock.sync_s += time.perf_counter() - began
+        steps.check_equal(update, agreed.update)
+        return agreed
+
+    def _said_with_record(self) -> list[int]:
+        return self._flags(self.steps.says_of_last()).pack()
+
+    def _agree_with_record(self, update: Update) -> Flags:
+        """What the record of the step has of all members. Nobody waits for the others' updates: who lacks one, since
+        somebody was lost, takes the state of those who have it. Only a world that ends with this step is left together.
+        """
+        agreed = Flags.unpack(update.record.said)
+        self.steps.check_last(agreed.update)
+        if not agreed.stop and not agreed.leave:
+            return agreed
+        return self._agree_at_fence(update, replace(agreed, update=self.steps.says(update)))
+
+    def _flags(self, update: tuple[int, int]) -> Flags:
+        """What this member says in a step, and of an update."""
         worker, plan, link = self.worker, self.worker.plan, self.worker.link
-        steps_here = hand.update.step + 1 - self.claim_step
+        steps_here = self.step + 1 - self.claim_step
         pause = plan.stop_after_steps is not None and steps_here >= plan.stop_after_steps
         pause |= plan.stop_after_s is not None and time.monotonic() - worker.started >= plan.stop_after_s
         return Flags(
-            self.steps.says(hand.update),
+            update,
             Stop.AT_ONCE if link.wish("stop") is not None else Stop.PAUSE if pause else Stop.NO,
             link.wish("save") is not None or self.saves.overdue,
             link.wish("leave") is not None,

@@ -1,9 +1,10 @@
 """What the machinery costs in steps without a fault: the same processes run steps with it and without, in turns.
 
-    python -m jobs.bench.overhead [--pairs 30] [--json FILE]
+    python -m jobs.bench.overhead [--width 0.5] [--limit 600] [--json FILE]
 
 Blocks of steps alternate within one run of plain processes, so that both kinds meet the same processes, memory and
-neighbours; a pair is a block and the one after it. A bare step fetches, runs forward and backward passes under DDP,
+neighbours; a pair is a block and the one after it. The run ends when it is known well enough where the median of the
+pairs lies, or says that it was not in the given time. A bare step fetches, runs forward and backward passes under DDP,
 clips and updates. A whole step has besides: the record of the step and its small collective, the fence, progress for
 the watcher, guards around the job's code, and the row and its way into the ledger. Heartbeats (one a second) go on in
 both.
@@ -12,8 +13,8 @@ both.
 from __future__ import annotations
 
 import argparse
-import statistics
 import tempfile
+import threading
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -22,12 +23,15 @@ from typing import Any
 from elastic.config import BatchOptions, ObserveOptions, OptimOptions, RunOptions, ScalingOptions, TrainConfig
 from elastic.run.prepare import prepare
 from elastic.worker.local import LocalRun
-from jobs.bench.report import median, table, write_json
+from jobs.bench.report import interval_of_median, median, table, write_json
 from jobs.bench.steady import CONFIG, Steady
 from jobs.codegpt import CodeGPT
 
 BLOCK_STEPS = 10
 CLIP_NORM = 1.0
+MOST_STEPS = 1_000_000
+START_S = 120.0
+LOOK_S = 1.0
 
 
 def alternate(times: str) -> None:
@@ -98,63 +102,108 @@ class Waiting(Steady):
         return super().model()
 
 
+@dataclass(frozen=True)
+class Enough:
+    """When to stop: `most` pairs of blocks, or as many as give the median of what whole steps take more an interval
+    that is narrower than `width_percent`, or `limit_s` after the first step."""
+
+    width_percent: float = 0.5
+    limit_s: float = 600.0
+    most: int | None = None
+
+    def reached(self, share: list[float], since_s: float) -> bool:
+        """Whether pairs with these shares, in percent, will do."""
+        low, high = interval_of_median(share)
+        return len(share) >= (self.most or 10**9) or high - low <= self.width_percent or since_s > self.limit_s
+
+
 def measure(
-    job: Any, config: TrainConfig, workers: int, pairs: int, *, accelerator: str = "cpu"
+    job: Any, config: TrainConfig, workers: int, enough: Enough, *, accelerator: str = "cpu"
 ) -> dict[str, list[float]]:
     """Seconds, and processor seconds of rank 0, of a bare and of a whole step in each pair of blocks."""
     with tempfile.TemporaryDirectory(prefix="elastic-bench-") as name:
         times = Path(name) / "times"
+        times.touch()
         job = replace(job, times=str(times))
-        steps = BLOCK_STEPS * 2 * (pairs + 1)
         config = replace(
             config,
-            run=RunOptions(storage=name, duration=f"{steps}st"),
+            run=RunOptions(storage=name, duration=f"{MOST_STEPS}st"),
             optim=OptimOptions(clip_norm=CLIP_NORM),
             scaling=ScalingOptions(max_workers=workers),
             observe=ObserveOptions(tensorboard=False),
         )
-        environment = {"OMP_NUM_THREADS": "1"}
+        environment, over = {"OMP_NUM_THREADS": "1"}, threading.Event()
         with LocalRun(prepare(job, config), workers, environment=environment, accelerator=accelerator) as local:
-            local.wait(1800)
-        wall, cpu = zip(*(map(float, line.split()) for line in times.read_text().splitlines()), strict=True)
+            looking = threading.Thread(target=_stop_when, args=(local, times, enough, over), daemon=True)
+            looking.start()
+            try:
+                local.wait(enough.limit_s + START_S)
+            finally:
+                over.set()
+                looking.join()
+        found = _read(times)
+    return {name: seconds[: enough.most] for name, seconds in found.items()}
+
+
+def _stop_when(local: LocalRun, times: Path, enough: Enough, over: threading.Event) -> None:
+    """Stop the run when there are enough pairs."""
+    first: float | None = None
+    while not over.wait(LOOK_S):
+        if first is None and times.stat().st_size:
+            first = time.monotonic()
+        if first is not None and enough.reached(shares(_read(times)), time.monotonic() - first):
+            return local.stop()
+
+
+def _read(times: Path) -> dict[str, list[float]]:
+    """What `measure` returns, of the pairs that are whole so far."""
+    text = times.read_text()
+    lines = text[: text.rfind("\n") + 1].splitlines()
+    wall, cpu = (_typical([float(line.split()[column]) for line in lines]) for column in (0, 1))
+    pairs = len(wall) // 2
     return {
-        "whole_s": _typical(wall)[::2],
-        "bare_s": _typical(wall)[1::2],
-        "whole_cpu_s": _typical(cpu)[::2],
-        "bare_cpu_s": _typical(cpu)[1::2],
+        "whole_s": wall[: 2 * pairs : 2],
+        "bare_s": wall[1 : 2 * pairs : 2],
+        "whole_cpu_s": cpu[: 2 * pairs : 2],
+        "bare_cpu_s": cpu[1 : 2 * pairs : 2],
     }
 
 
-def _typical(at: tuple[float, ...]) -> list[float]:
+def shares(found: dict[str, list[float]]) -> list[float]:
+    """What a whole step takes more than a bare one, of each pair, in percent of the latter."""
+    return [100 * (whole / bare - 1) for whole, bare in zip(found["whole_s"], found["bare_s"], strict=True)]
+
+
+def _typical(at: list[float]) -> list[float]:
     """Median step of each block after the first two, which warm up; a block's first step follows one of the others."""
     ends = range(3 * BLOCK_STEPS, len(at) + 1, BLOCK_STEPS)
     return [median(at[i] - at[i - 1] for i in range(end - BLOCK_STEPS + 1, end)) for end in ends]
 
 
-def _row(name: str, found: dict[str, list[float]]) -> list[Any]:
-    def more(whole: str, bare: str) -> list[float]:
-        return [w - b for w, b in zip(found[whole], found[bare], strict=True)]
+def _row(name: str, found: dict[str, list[float]], enough: Enough) -> list[Any]:
+    def more(whole: str, bare: str) -> float:
+        return median(w - b for w, b in zip(found[whole], found[bare], strict=True))
 
-    extra = more("whole_s", "bare_s")
-    share = [100 * e / b for e, b in zip(extra, found["bare_s"], strict=True)]
-    quarters = statistics.quantiles(share, n=4)
+    share = shares(found)
+    low, high = interval_of_median(share)
     return [
         name,
         len(share),
         1e3 * median(found["bare_s"]),
         1e3 * median(found["whole_s"]),
-        1e3 * median(extra),
+        1e3 * more("whole_s", "bare_s"),
         median(share),
-        quarters[0],
-        quarters[2],
-        1e3 * median(more("whole_cpu_s", "bare_cpu_s")),
+        low,
+        high,
+        1e3 * more("whole_cpu_s", "bare_cpu_s"),
+        "" if high - low <= enough.width_percent else f"wider than {enough.width_percent:g} %",
     ]
 
 
-HEAD = ["steps that", "pairs", "bare ms", "whole ms", "more ms", "more %", "quartile", "quartile", "more CPU ms"]
+HEAD = ["steps that", "pairs", "bare ms", "whole ms", "more ms", "more %", "from", "to", "more CPU ms", ""]
 
 
-def run(pairs: int) -> dict[str, Any]:
+def run(enough: Enough) -> dict[str, Any]:
     """Print the table; returns its figures."""
     kinds = {
         "compute, 2 workers": (
@@ -164,21 +213,23 @@ def run(pairs: int) -> dict[str, Any]:
         ),
         "wait 0.1 s, 3 workers": (Waiting(pause=0.1), CONFIG, 3),
     }
-    found = {name: measure(*parts, pairs) for name, parts in kinds.items()}
-    rows = [_row(name, figures) for name, figures in found.items()]
-    print(f"\nsteps without a fault, fast, in turns of {BLOCK_STEPS}: medians of pairs of blocks")
+    found = {name: measure(*parts, enough) for name, parts in kinds.items()}
+    rows = [_row(name, figures, enough) for name, figures in found.items()]
+    print(
+        f"\nsteps without a fault, fast, in turns of {BLOCK_STEPS}: medians of pairs of blocks; that of `more %` lies "
+        "between `from` and `to` with 95 % certainty"
+    )
     print(table(HEAD, rows))
     return {"head": HEAD, "rows": rows, "seconds": found}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pairs", type=int, default=30)
+    parser.add_argument("--width", type=float, default=0.5, help="of the interval, in percent of a step")
+    parser.add_argument("--limit", type=float, default=600.0, help="seconds for each of the two kinds of steps")
     parser.add_argument("--json")
     arguments = parser.parse_args()
-    if arguments.pairs < 2:
-        parser.error(f"--pairs is {arguments.pairs}; give at least 2, since one pair has no spread")
-    write_json(arguments.json, run(arguments.pairs))
+    write_json(arguments.json, run(Enough(arguments.width, arguments.limit)))
 
 
 if __name__ == "__main__":

@@ -126,7 +126,7 @@ def main() -> None:
     if "sizes" in arguments.parts:
         figures["sizes"] = sizes.run([50, 200, 1000], 3)
     if "overhead" in arguments.parts:
-        figures["overhead"] = overhead.run(30)
+        figures["overhead"] = overhead.run(overhead.Enough())
     write_json(arguments.json, figures)
 
 

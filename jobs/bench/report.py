@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import platform
 import statistics
 import threading
@@ -13,6 +14,17 @@ from typing import Any
 
 def median(values: Iterable[float]) -> float:
     return statistics.median(list(values))
+
+
+def interval_of_median(values: Iterable[float]) -> tuple[float, float]:
+    """Where the median of what these are a sample of lies, with 95 % certainty, whatever their distribution: from one
+    of them to another. Both ends are infinite for fewer than 6, of which all may be on one side."""
+    ordered = sorted(values)
+    low, beyond = 0, 0.5 ** len(ordered)
+    while beyond <= 0.025:
+        low += 1
+        beyond += math.comb(len(ordered), low) / 2 ** len(ordered)
+    return (ordered[low - 1], ordered[-low]) if low else (-math.inf, math.inf)
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
