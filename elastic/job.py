@@ -298,6 +298,8 @@ def option_defaults(cls: type[Job]) -> dict[str, Any]:
     if not dataclasses.is_dataclass(cls):
         return found
     for f in dataclasses.fields(cls):
+        if not f.init:
+            continue  # made by the job itself
         if f.default is not dataclasses.MISSING:
             found[f.name] = f.default
         elif f.default_factory is not dataclasses.MISSING:

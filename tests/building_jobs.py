@@ -190,3 +190,41 @@ class Noising(Building):
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(0.01 * torch.randn_like(parameter))
+
+
+class FollowingBlock(Block):
+    def __init__(self) -> None:
+        super().__init__()
+        self.teacher = copy.deepcopy(self.up).requires_grad_(False)
+
+    def forward(self, x):
+        follow(self.teacher, self.up)
+        return super().forward(x)
+
+
+class Following(Building):
+    """A teacher of a block follows in its forward pass."""
+
+    def model(self):
+        model = super().model()
+        model.blocks[0] = FollowingBlock()
+        return model
+
+
+class FollowingInLoss(Building):
+    """A teacher follows in the loss."""
+
+    def model(self):
+        model = super().model()
+        model.copy = copy.deepcopy(model.first).requires_grad_(False)
+        return model
+
+    def loss(self, model, batch):
+        follow(model.copy, model.first)
+        return super().loss(model, batch)
+
+
+@torch.no_grad()
+def follow(teacher: nn.Module, student: nn.Module) -> None:
+    for mine, its in zip(teacher.parameters(), student.parameters()):
+        mine.data.lerp_(its, 0.01)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, field
 
 from tests.tiny_jobs import Plain
@@ -80,6 +81,16 @@ def train(model):
     return loss.detach()
 
 
+def large_unless_compiled():
+    """As attention is that is compiled so that scores are never whole in memory."""
+    import torch
+
+    torch.compiler.is_dynamo_compiling()
+    if torch._dynamo.eval_frame._stance.stance == "force_eager":
+        raise torch.OutOfMemoryError("no memory left")
+    return torch.tensor(2.0)
+
+
 @dataclass
 class Carrying(Plain):
     """Its passes leave something to those after them, or to whoever gets their samples the next time."""
@@ -88,6 +99,18 @@ class Carrying(Plain):
 
     def __post_init__(self):
         self.passes, self.average = 0, []
+
+    def model(self):
+        import torch
+
+        model = super().model()
+        if self.how in ("follows", "rebinds"):  # a teacher, which is what it follows at first
+            model[1].teacher = copy.deepcopy(model[0]).requires_grad_(False)
+        if self.how == "begins":
+            model[1].register_buffer("begun", torch.tensor(False))
+        if self.how in ("queue", "passes"):
+            model[1].register_buffer("next", torch.tensor(6))
+        return model
 
     def train_data(self):
         data = super().train_data()
@@ -102,6 +125,7 @@ class Carrying(Plain):
         return list(features), torch.tensor(labels), torch.tensor(ids)
 
     def logits(self, model, features, ids):
+        import numpy as np
         import torch
 
         if self.how == "in place":
@@ -109,8 +133,27 @@ class Carrying(Plain):
         if model.training and self.how == "counts":
             self.passes += 1
             return model(features) / self.passes
-        if model.training and self.how == "writes":
-            model[0].weight.data.mul_(0.9)
+        with torch.no_grad():
+            if model.training and self.how == "writes":
+                model[0].weight.data.mul_(0.9)
+            if self.how == "registers" and not hasattr(model[1], "mean"):
+                model[1].register_buffer("mean", features.mean(0))
+                model[1].register_buffer("table", features.mean(0), persistent=False)  # a cache
+            if model.training and self.how in ("queue", "passes"):
+                model[1].next.copy_((model[1].next + (len(features) if self.how == "queue" else 1)) % 7)
+            if model.training and self.how == "clamps":
+                model[0].weight.clamp_(-0.2, 0.2)
+            if model.training and self.how == "begins" and not model[1].begun:  # as ActNorm does
+                model[0].bias.copy_(-features.mean() + model[0].bias * 0)
+                model[1].begun.fill_(True)
+            if model.training and self.how in ("follows", "rebinds"):
+                for mine, its in zip(model[1].teacher.parameters(), model[0].parameters()):
+                    if self.how == "follows":
+                        mine.data.lerp_(its, 0.01)
+                    else:
+                        mine.data = 0.99 * mine.data + 0.01 * its.data
+        if self.how == "entropy":
+            return model(features) * float(np.random.default_rng().random())
         if self.how == "harmless":  # a count that nothing goes by, and what is drawn
             self.passes += 1
             return model(features) * (1 + torch.rand(()))
@@ -136,6 +179,7 @@ class Evaluated(Plain):
             "mean": lambda: (total / weight, weight, metrics),
             "names": lambda: (total, weight, {"far/loss": total}),
             "trains": lambda: (train(model), weight, metrics),
+            "large": lambda: (large_unless_compiled(), weight, metrics),
         }
         return found.get(self.how, lambda: (total, weight, metrics))()
 

@@ -57,6 +57,7 @@ def train(
     passes_of: Callable[[int], Sequence[Pass]],
     *,
     nudge: float = 0.0,
+    noise: int = 1,
 ) -> Trained:
     """Train a job from its first step to its last.
 
@@ -64,23 +65,24 @@ def train(
         make: a new job each time.
         passes_of: the forward passes of a step (from 0), in any order.
         nudge: the largest relative change of initial values, and of gradients before an update.
+        noise: decides which changes those are.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(config.scaling.cpus_per_worker)
     torch.use_deterministic_algorithms(config.run.exactness == "bitwise")
     try:
-        return _Training(make, config, plan, nudge).run(passes_of)
+        return _Training(make, config, plan, nudge, noise).run(passes_of)
     finally:
         torch.use_deterministic_algorithms(False)
         torch.set_num_threads(threads)
 
 
 class _Training:
-    def __init__(self, make: Callable[[], Job], config: TrainConfig, plan: RunPlan, nudge: float):
+    def __init__(self, make: Callable[[], Job], config: TrainConfig, plan: RunPlan, nudge: float, noise: int):
         self.config, self.plan, self.seed = config, plan, config.run.seed
         self.job, self.model = make(), None
         self.model = self.job.model()
-        self.nudge, self.noise = nudge, torch.Generator().manual_seed(1)
+        self.nudge, self.noise = nudge, torch.Generator().manual_seed(noise)
         _take_values(self.model, _initial_values(make(), config))
         for p in self.model.parameters():
             self.change(p.detach())

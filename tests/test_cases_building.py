@@ -21,7 +21,18 @@ from elastic.parallel.device import prepare_process
 from elastic.parallel.references import check_references
 from elastic.parallel.wrapping import place_whole
 from elastic.worker.placing import Placing
-from tests.building_jobs import Building, Container, Copying, Lazy, Listed, Mixing, Noising, Scripted
+from tests.building_jobs import (
+    Building,
+    Container,
+    Copying,
+    Following,
+    FollowingInLoss,
+    Lazy,
+    Listed,
+    Mixing,
+    Noising,
+    Scripted,
+)
 from tests.forked import configure, train
 
 CPU = torch.device("cpu")
@@ -343,6 +354,11 @@ def test_methods_parts_and_parameters_train_alike_where_the_model_is_cut(tmp_pat
             r"optimizer.step\(\) or after_step\(\) draws random numbers for sharded parameters \(randn_like\), of",
         ),
         (Mixing(), r"whole tensors are mixed with parameters of the model, of which each worker has rows only"),
+        (
+            Following(),
+            r"loss\(\) changes .* \(blocks.0.teacher.bias, blocks.0.teacher.weight\) while they are gathered, and",
+        ),
+        (FollowingInLoss(), r"loss\(\) changes .* \(copy.bias, copy.weight\) while they are gathered, and with"),
     ],
 )
 def test_what_a_cut_model_cannot_do_is_told_in_a_sentence(tmp_path, job, sentence):

@@ -168,6 +168,9 @@ class Remembering(Noisy):
             x = self.kept[i]
         elif self.how == "one buffer":
             x = self.buffer.copy_(x)
+        elif self.how == "refers to a count":
+            self.kept["count"] = self.kept.get("count", 0) + 1
+            return x, y, self.kept
         return x, y
 
 
@@ -194,6 +197,7 @@ def remembered(data, job):
     [
         (Remembering("keeps drawn"), Augmented(), KEPT),
         (Remembering("mixes"), Augmented(), VALUES),
+        (Remembering("refers to a count"), Augmented(), VALUES),
         (Noisy(), Memorable("mixes"), VALUES),
         (Remembering("draws itself", random.Random(0)), Augmented(), "train_data().own is a generator of its own"),
         (Remembering("draws itself", np.random.default_rng(0)), Augmented(), "train_data().own is a generator"),

@@ -6,7 +6,9 @@ import copy
 import math
 import random
 import re
+import sys
 from collections import deque
+from dataclasses import replace
 from fractions import Fraction
 
 import numpy as np
@@ -21,8 +23,9 @@ from elastic.data.samples import halves
 from elastic.errors import ConfigError, RunFailed
 from elastic.observe.ledger import COLUMNS
 from elastic.worker.evaluate import held_out_batch
-from elastic.worker.rehearsal import Rehearsal, Sums, adds_up, counts, mistake
+from elastic.worker.rehearsal import Rehearsal
 from elastic.worker.returned import check_returned
+from elastic.worker.sums import Sums, adds_up, counts, mistake
 from elastic.worker.traces import without_trace
 from elastic.worker.user_code import UserCode
 from tests.error_jobs import FaultySamples
@@ -150,6 +153,11 @@ def one(_):
     return 1
 
 
+def surely(losses, of, weight=len, metrics=None):
+    """What this batch leaves no doubt of."""
+    return mistake("loss()", triple(losses, of, weight, metrics), sure=True)
+
+
 several = st.lists(st.floats(0.01, 100), min_size=2, max_size=9)
 apart = several.filter(lambda v: abs(mean(halves(v)[0]) - mean(halves(v)[1])) > 0.01 * max(v))
 
@@ -172,6 +180,24 @@ def test_a_mean_with_a_count_is_found_and_a_sum_with_a_one(losses):
     assert "metric 'm' that loss() returned is a mean" in (
         mistake("loss()", triple(losses, sum, len, {"n": len, "m": mean})) or ""
     )
+    assert surely(losses, mean)
+    assert surely(losses, sum, one)
+
+
+def test_a_sum_that_lies_between_those_of_its_halves_by_chance_is_no_mean():
+    """As where a model takes another branch by what the batch begins with."""
+    found = [Sums(3, 5.19088, 3, {}), Sums(1, 0.725303, 1, {}), Sums(2, 6.10489, 2, {})]
+    assert mistake("loss()", found)
+    assert mistake("loss()", found, sure=True) is None
+
+
+def test_sums_in_short_number_formats_add_up_by_their_own_digits():
+    here = triple([0.37, 1.41, 2.93, 7.7, 11.3], lambda cut: float(torch.tensor(sum(cut)).bfloat16()), one)
+    assert not adds_up(here)
+    assert mistake("loss()", here) is None
+    short = [replace(sums, close=4 * torch.finfo(torch.bfloat16).eps) for sums in here]
+    assert adds_up(short)
+    assert "which counts none of them" in (mistake("loss()", short) or "")
 
 
 @given(
@@ -239,10 +265,12 @@ def rehearse(job, exactness="fast"):
     order = Order(seed=0, dataset_size=len(data), global_size=30, microbatches=10)
     loader = Loader(Fetcher(data, job.collate_fn, 0, len(data)), order, workers=0, prefetch=0, total_steps=1)
     code = UserCode(job, CPU, "w", autocast="off")
+    rehearsal = Rehearsal(job, config, code, loader, job.eval_data(), eval_size=6)
     try:
-        Rehearsal(job, config, code, loader, job.eval_data(), eval_size=6).run(model, 1, None)
+        rehearsal.run(model, 1, None)
     finally:
-        assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
+        assert all(torch.equal(model.state_dict()[n], t) for n, t in before.items())
+    return rehearsal
 
 
 @pytest.mark.parametrize(
@@ -253,8 +281,25 @@ def rehearse(job, exactness="fast"):
             "fast",
             "goes by what the pass before left in job.passes; a step has several passes, which workers share",
         ),
-        (Carrying(how="writes"), "fast", "goes by what the pass before left in model.0.weight; a step has several"),
-        (Carrying(how="writes"), "bitwise", "loss() changes parameters of the model (0.weight), so their values"),
+        (Carrying(how="writes"), "fast", "loss() changes parameters of the model (0.weight) again in each pass, but a"),
+        (
+            Carrying(how="follows"),
+            "fast",
+            "(1.teacher.weight, 1.teacher.bias) again in each pass, but a step has several",
+        ),
+        (Carrying(how="rebinds"), "bitwise", "(1.teacher.weight, 1.teacher.bias) again in each pass, but a step has"),
+        (
+            Carrying(how="begins"),
+            "fast",
+            "loss() changes parameters of the model (0.bias) again in each pass, but a step",
+        ),
+        (
+            Carrying(how="queue"),
+            "fast",
+            "a pass moves the integer buffer 1.next by how many samples it has, but a step",
+        ),
+        (Carrying(how="registers"), "fast", "the model has 1.mean, which model() did not make, so a resumed run or a"),
+        (Carrying(how="clamps"), "bitwise", "loss() changes parameters of the model (0.weight) but a step has several"),
         (Carrying(how="in place"), "fast", "loss() writes to the tensors of its batch, which are those that the data"),
         (
             Evaluated(how="trains"),
@@ -268,10 +313,24 @@ def test_what_a_pass_leaves_to_those_after_it_is_refused_by_name(job, exactness,
         rehearse(job, exactness)
 
 
-def test_counts_that_nothing_goes_by_and_own_random_numbers_are_let_alone():
+def test_what_comes_to_the_same_however_many_passes_there_are_is_let_alone():
     job = Carrying(how="harmless")
-    rehearse(job, "bitwise")
+    assert rehearse(job, "bitwise").unseeded == ""
     assert job.passes == 0
+    rehearse(Carrying(how="clamps"), "fast")
+    rehearse(Carrying(how="passes"), "fast")
+
+
+def test_a_trial_needs_no_more_memory_than_a_step_in_which_something_is_compiled():
+    torch.compile(lambda x: x, backend="eager")  # loads the compiler
+    rehearse(Evaluated(how="large"))
+
+
+def test_random_numbers_that_no_seed_decides_are_found():
+    assert rehearse(Carrying(how="entropy"), "fast").unseeded == ""
+    assert (
+        "loss() returns another value each time for one batch" in rehearse(Carrying(how="entropy"), "bitwise").unseeded
+    )
 
 
 class Forgetful(torch.nn.Module):
@@ -322,6 +381,13 @@ def test_a_trial_leaves_nothing_behind():
         assert everything() != before
 
     assert everything() == before
+
+
+def test_a_job_that_exits_has_failed_and_says_where():
+    """The end of a worker's process would say nothing, and be followed by that of the next."""
+    code = UserCode(Plain(), CPU, "w", autocast="off")
+    with pytest.raises(RunFailed, match="worker w failed at warming up: SystemExit: no batch today"):
+        code.guard(lambda: sys.exit("no batch today"))
 
 
 @pytest.mark.parametrize("how", ["backward", "zero-grad"])

@@ -84,6 +84,10 @@ def test_an_option_that_is_new_counts_as_its_default_and_one_that_is_gone_is_a_c
     assert list(changes(stored(old()), TrainConfig(), new(more=Color.BLUE))) == ["job.more"]
     assert list(changes(stored(new()), TrainConfig(), old())) == ["job.more"]
 
+    derived = ("derived", int, field(init=False, default=0))  # which the job makes by itself
+    made = make_dataclass("Made", [("lr", float, 0.1), derived], bases=(Job,))
+    assert changes(stored(made()), TrainConfig(), made()) == {}
+
 
 def test_a_run_is_over_unless_it_is_to_be_longer():
     finished, result = {"status": "finished"}, {"steps": 6}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+from collections import Counter
 from types import SimpleNamespace
 from typing import Any
 
@@ -46,6 +47,7 @@ def trained(job: elastic.Job, steps: int = 3) -> list[str]:
         state.rates.set(0, 1.0)
         state.optimizer.step()
         job.after_step(model, step + 1)
+        state.check_parts()
         watch.applied(step + 1, skipped=False)
         check_comes_back(state)
         state.optimizer.zero_grad()
@@ -203,9 +205,81 @@ class CountsPasses(Base):
         self.seen = values["seen"]
 
 
+class Metric:
+    """As those of torchmetrics are: an object of the job's, to which `update` adds."""
+
+    def __init__(self):
+        self.total, self.count = torch.tensor(0.0), torch.tensor(0)
+
+    def update(self, values):
+        self.total += values.sum()
+        self.count += len(values)
+
+
+class Measures(Base):
+    """Adds to a metric in passes, or draws from a generator of its own."""
+
+    def __init__(self, what):
+        self.held = what
+
+    def model(self):
+        model = super().model()
+        model.register_forward_hook(lambda module, args, out: self.look(out.detach()))
+        return model
+
+    def look(self, out):
+        if isinstance(self.held, Metric):
+            self.held.update(out)
+        else:
+            torch.rand(1, generator=self.held)
+
+
+class InPasses(Base):
+    """Its passes, in which `trained` calls the model, change what is saved."""
+
+    def __init__(self, what):
+        self.what, self.center = what, torch.zeros(2)
+
+    def model(self):
+        model = super().model()
+        model.register_forward_hook(lambda module, args, out: self.change(out.detach()))
+        return model
+
+    def optimizer(self, model):
+        self.options = super().optimizer(model)
+        if self.what == "scheduler":
+            self.scheduler = torch.optim.lr_scheduler.ExponentialLR(self.options, 0.9)
+        return self.options
+
+    def change(self, out):
+        if self.what == "center":
+            self.center.lerp_(out.mean(0), 0.1)
+        elif self.what == "scheduler":
+            self.scheduler.step()
+        elif self.what == "rate":
+            self.options.param_groups[0]["lr"] *= 0.9
+        else:
+            self.options.param_groups[0]["weight_decay"] *= 0.9
+
+    def extra_state(self):
+        return {"center": self.center}
+
+
 @pytest.mark.parametrize(
     ("job", "said"),
     [
+        (
+            InPasses("center"),
+            r"extra_state\(\): center \(a tensor\) changed in passes, of which every worker has others",
+        ),
+        (InPasses("scheduler"), r"job.scheduler \(a scheduler\) changed in passes, .*; change it in after_step\(\)"),
+        (InPasses("rate"), r"the job set the learning rate of parameter group 0 to 0.08\d* in a pass, of which a step"),
+        (InPasses("decay"), r"'weight_decay' of parameter group 0 changed in passes, of which every worker has others"),
+        (
+            Measures(Metric()),
+            r"job\.held\.count \(a Tensor\) \(and 1 more\) .* return the sums as metrics of loss\(\) or",
+        ),
+        (Measures(torch.Generator()), r"job\.held \(a Generator\) .* draw from random, numpy or torch instead"),
         (Average(), r"job\.average\.0\.bias \(a Parameter\) \(and 3 more\) changed in step 1 .*extra_state\(\)"),
         (LateAverage(), r"job\.kept\['a'\]\[0\] \(a Tensor\) \(and 3 more\) changed in step 2"),
         (Wraps(), r"optimizer\.inner\.state\[0\]\['exp_avg'\] .* changed in step 2 .*keep it in optimizer\.state"),
@@ -290,7 +364,7 @@ class Curriculum(Base):
         self.data = SimpleNamespace(noise=0.0)
 
     def after_step(self, model, step):
-        self.data.noise = 0.5 * step
+        self.data.noise = 0.5 * (step // 2)
 
 
 def test_what_an_update_changes_of_data_is_told_once():
@@ -303,9 +377,19 @@ def test_what_an_update_changes_of_data_is_told_once():
 class Numbers(Base):
     updates, other = 0, 0.0
 
+    def __init__(self):
+        self.counts = Counter()
+
     def after_step(self, model, step):
         self.updates += 1
         self.other += 0.5
+        self.counts["steps"] = 100 + step
+
+    def extra_state(self):
+        return {"counts": self.counts}
+
+    def load_extra_state(self, values):
+        self.counts = values["counts"]
 
 
 def test_numbers_that_change_are_told_once_as_they_may_not_matter():
@@ -338,6 +422,32 @@ class Counting(Base):
 
 def test_numbers_that_a_module_s_own_state_has_are_known():
     assert trained(Counting()) == []
+
+
+class Grows(Base):
+    """A layer is put into the model, or one is taken out, long after the first steps."""
+
+    def __init__(self, more):
+        self.more = more
+
+    def after_step(self, model, step):
+        model.cache = nn.Identity()  # which has nothing that is saved
+        if step == 4 and self.more:
+            model.append(nn.Linear(2, 2))
+        elif step == 4:
+            del model[1]
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (True, r"the model has 3\.bias \(and 1 more\), which model\(\) did not make, so a resumed run or a worker"),
+        (False, r"the model no longer has 1\.bias \(and 1 more\), which model\(\) makes, so the state of a resumed"),
+    ],
+)
+def test_a_model_that_gets_or_loses_parts_is_refused_in_the_step_that_does_it(more, said):
+    with pytest.raises(ConfigError, match=said):
+        trained(Grows(more), 4)
 
 
 class Sparse(Base):

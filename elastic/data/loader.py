@@ -84,7 +84,7 @@ class ItemError(Exception):
         self.kind, self.line, self.text, self.samples = kind, line, text, samples
 
     @classmethod
-    def of(cls, error: Exception, samples: Sequence[int]) -> ItemError:
+    def of(cls, error: BaseException, samples: Sequence[int]) -> ItemError:
         """Wrap an exception that was raised while these samples were fetched or collated."""
         text = "".join(traceback.format_exception(error)).rstrip()
         return cls(type(error).__name__, one_line(error), text, tuple(samples))
@@ -120,7 +120,7 @@ class Fetcher:
             self.at = span.ids.tolist()
             seed_all(derive("collate", self.seed, self._epoch(span, 0), span.digests[0]))
             return replace(span, batch=self.collate_fn(samples))
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise ItemError.of(error, self.at) from error
         finally:
             self.at = ()

@@ -53,10 +53,12 @@ def look(fetcher: Fetcher, span: Span, held: Callable[[], Mapping[str, tuple[boo
         if len(first) < len(set(ids)):
             return found  # samples take too long to have them twice
         between = held()
-        overwritten = [i for i in first if fingerprint(first[i].sample) != first[i].print]
+        others_now = [i for i in first if fingerprint(first[i].sample) != first[i].print]
         second = _fetched(fetcher, ids[-2::-1][:AGAIN] or ids, held, until)
+        # fetched again it is as it was: memory that samples share; else it is a count or the like that they refer to
+        overwritten = [i for i in others_now if i in second and second[i].print == first[i].print]
         fetched = held()
-        batches = [] if overwritten else _collated(fetcher, [first[i].sample for i in ids])
+        batches = [] if others_now else _collated(fetcher, [first[i].sample for i in ids])
         after = held()
     except Exception:  # of the job's: the step that has it says so, with all there is to know
         return found

@@ -294,7 +294,7 @@ class BitwiseReplica(_Replica):
         self.model.zero_grad(set_to_none=True)  # also gradients of parameters that were frozen after the last step
         buffers = self._buffers
         records = Records(self._runs, self._rank, self._device, buffers.words, self._metrics, self._check)
-        before = [version_of(p) for p in self._all_parameters]
+        before = [(version_of(p), p.data_ptr()) for p in self._all_parameters]
         gradients = CanonicalSum(self._runs, self._rank, None, self._bucket_bytes)
         buffers.begin()
         after: list[dict[str, torch.Tensor]] = []
@@ -328,10 +328,10 @@ class BitwiseReplica(_Replica):
         self.wait_s = time.perf_counter() - began
         return record, record.weight * self.scale
 
-    def _check_unwritten(self, versions: list[int]) -> None:
-        """Refuse parameters that forward passes write to: only buffers are combined over microbatches, and restored."""
-        for name, p, version in zip(self._names, self._all_parameters, versions):
-            if version_of(p) != version:
+    def _check_unwritten(self, before: list[tuple[int, int]]) -> None:
+        """Refuse parameters that forward passes write to: only buffers are summed over microbatches, and undone."""
+        for name, p, seen in zip(self._names, self._all_parameters, before):
+            if (version_of(p), p.data_ptr()) != seen:
                 raise ConfigError(
                     f"parameter {name} is written to in forward passes, so its values depend on who runs which "
                     "microbatch; change it in after_step(), make it a buffer, or use --run.exactness fast"

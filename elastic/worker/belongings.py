@@ -29,7 +29,7 @@ _CLOSED = sys.stdlib_module_names | {"torch", "numpy", "elastic", "ray", "fsspec
 _OPEN = (nn.Module, torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler, types.SimpleNamespace)
 #: Mappings with values in memory. Other mappings may read values from a file, so they are not searched.
 _IN_MEMORY = (dict, UserDict, ChainMap, types.MappingProxyType)
-_GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
+GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
 _KNOWN_OF_OPTIMIZERS = ("state", "param_groups", "defaults")
 
 Leaf = torch.Tensor | np.ndarray | int | float | Any
@@ -63,7 +63,7 @@ def leaves(roots: Mapping[str, Any], skip: Iterable[int], main: object) -> dict[
         if id(one) in seen:
             continue
         seen.add(id(one))
-        if isinstance(one, (torch.Tensor, np.ndarray, *_GENERATORS)):
+        if isinstance(one, (torch.Tensor, np.ndarray, *GENERATORS)):
             found[name] = one
         elif depth < MAX_DEPTH:
             waiting.extend((path, inner, depth + 1) for path, inner in _inside(name, one, main))
@@ -101,9 +101,9 @@ def movable(owners: Mapping[str, Any]) -> dict[str, tuple[bool, str]]:
     """Generators and numbers in some objects, by place: whether it is a generator, and a digest of its state."""
     found = leaves({name: Attributes(one) for name, one in owners.items()}, (), None)
     return {
-        name: (isinstance(leaf, _GENERATORS), digest(leaf))
+        name: (isinstance(leaf, GENERATORS), digest(leaf))
         for name, leaf in found.items()
-        if isinstance(leaf, (*_GENERATORS, int, float))
+        if isinstance(leaf, (*GENERATORS, int, float))
     }
 
 

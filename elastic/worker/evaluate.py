@@ -125,5 +125,5 @@ def held_out_batch(job: Job, data: MapDataset, ids: list[int], key: tuple[int | 
         at = ids
         seed_all(derive("eval-collate", *key))
         return job.collate_fn(samples)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ItemError.of(error, at) from error

@@ -27,11 +27,13 @@ from elastic.values import Classes, ValueRefused, classes, encode, part_of
 from elastic.worker.following import Patience
 from elastic.worker.groups import Groups
 from elastic.worker.naming import (
+    check_same_names,
     check_state_dict,
     live_tensors,
     named_modules,
     parameter_names,
     persistent_entries,
+    registrations,
     with_state_of_their_own,
 )
 from elastic.worker.rates import Rates
@@ -95,6 +97,7 @@ class Keeping:
         self._named = list(model.named_parameters())
         self._arrived: dict[str, torch.Tensor] = {}  # tensors that values refer to, of a state that is being loaded
         check_state_dict(model)
+        self._made, self._registered = tuple(persistent_entries(model)), registrations()
         self.rates, self.patience = Rates(job, optimizer, optim), patience
         self.sources = dict(sources)
         first, again = job.extra_state(), job.extra_state()
@@ -152,6 +155,17 @@ class Keeping:
     def trained_by_name(self) -> dict[str, bool]:
         """For each parameter of the model, by name, whether it is trained now."""
         return {name: p.requires_grad for name, p in self._named}
+
+    def check_parts(self) -> None:
+        """After an update: refuse a model that has got or lost parameters or buffers, which no checkpoint could give
+        back to what model() makes.
+
+        Raises:
+            ConfigError: which.
+        """
+        if (now := registrations()) != self._registered:
+            check_same_names(self.model, self._made)
+            self._registered = now
 
     def parameter_names(self) -> dict[int, str]:
         """The names of the model's parameters, by their id."""

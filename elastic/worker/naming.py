@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator
+from collections.abc import Collection, Hashable, Iterator
 from dataclasses import dataclass
+from functools import cache
+from typing import Any
 
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
+from torch.nn.modules.module import (
+    register_module_buffer_registration_hook,
+    register_module_module_registration_hook,
+    register_module_parameter_registration_hook,
+)
 
 from elastic.compat.torch import EXTRA_STATE, WRAPPERS, own_buffers, own_children, own_parameters, unsaved_buffers
 from elastic.errors import ConfigError
@@ -139,3 +146,45 @@ def _plain(model: nn.Module, key: str, path: dict[int, str]) -> str:
             return ".".join([p for p in (path[id(module)],) if p] + parts[i:])
         module = child
     return path[id(module)]
+
+
+def check_same_names(model: nn.Module, made: Collection[str]) -> None:
+    """Refuse a model that has other parameters or persistent buffers than it was made with.
+
+    Raises:
+        ConfigError: which, and what to do.
+    """
+    now = persistent_entries(model).keys()
+    if more := [name for name in now if name not in made]:
+        raise ConfigError(
+            f"the model has {more[0]}{_others(more)}, which model() did not make, so a resumed run or a worker that "
+            "joins would have no place for it; make it in model(), with its shape, and use it when it is needed"
+        )
+    if fewer := [name for name in made if name not in now]:
+        raise ConfigError(
+            f"the model no longer has {fewer[0]}{_others(fewer)}, which model() makes, so the state of a resumed run "
+            "or of a worker that joins would be another; keep it, and leave it out of forward()"
+        )
+
+
+def _others(names: list[str]) -> str:
+    return f" (and {len(names) - 1} more)" if names[1:] else ""
+
+
+def registrations() -> int:
+    """How often anything was registered with a module of this process: while it is the same, no model has other parts
+    than before."""
+    return _counter()[0]
+
+
+@cache
+def _counter() -> list[int]:
+    count = [0]
+
+    def note(module: nn.Module, name: str, value: Any) -> None:
+        count[0] += 1
+
+    register_module_parameter_registration_hook(note)
+    register_module_buffer_registration_hook(note)
+    register_module_module_registration_hook(note)
+    return count

@@ -102,6 +102,13 @@ class Provenance:
         change = data_change(self._data, made.get("data"), f"up to step {step}", exact=True)
         return [*earlier, change] if change else earlier
 
+    def lose(self, reason: str) -> bool:
+        """Bits are not those of one run, for this reason; returns whether that was not known."""
+        new = self._exact and reason not in self.broken
+        if new:
+            self.broken.append(reason)
+        return new
+
     def agree(self, broken: list[str]) -> list[tuple[str, str]]:
         """Take over the reasons known to the member that had the newest state.
 

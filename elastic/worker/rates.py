@@ -62,11 +62,16 @@ class Rates:
             self._check_unpatched()
             for group in optimizer.param_groups:
                 group.setdefault("initial_lr", float(group["lr"]))
+        self.note()
 
     @property
     def followed(self) -> bool:
         """Whether a torch scheduler sets the rates."""
         return bool(self.schedulers)
+
+    def note(self) -> None:
+        """The rates are what they are to be; passes are to leave them so."""
+        self._noted = [group["lr"] for group in self._optimizer.param_groups]
 
     def _check_unpatched(self) -> None:
         if any(map(has_scheduler, parts_of(self._optimizer))):
@@ -80,6 +85,7 @@ class Rates:
         self._set = None
         if self._walk is not None:
             self._walk.forget()
+        self.note()
 
     def set(self, step: int, share: float) -> float:
         """Called before the update of `step` (from 0): set its rates; returns that of the first group.
@@ -88,17 +94,24 @@ class Rates:
             share: of the full rates, by the schedule.
 
         Raises:
-            ConfigError: the job set rates in a way that would be overwritten.
+            ConfigError: the job changed them in passes, which would be overwritten.
         """
         groups = self._optimizer.param_groups
         if self._walk is not None:
             self._walk.go_to(step)
             self._set = [group["lr"] for group in groups]
         elif not self.followed:
+            for i, (group, was) in enumerate(zip(groups, self._noted, strict=False)):
+                if group["lr"] is not was and group["lr"] != was:
+                    raise ConfigError(
+                        f"the job set the learning rate of parameter group {i} to {float(group['lr']):g} in a pass, of "
+                        f"which a step has several, on several workers; set it in after_step(), or {INSTEAD}"
+                    )
             for group in groups:
                 group.setdefault("initial_lr", float(group["lr"]))
                 group["lr"] = group["initial_lr"] * share
             self._set = [group["lr"] for group in groups]
+        self.note()
         return float(groups[0]["lr"])
 
     def adopt_changes(self, step: int) -> None:
@@ -130,6 +143,7 @@ class Rates:
             group["initial_lr"] = float(now)
         if self._walk is not None:  # now, so that groups are alike on all workers, whoever has begun the next step
             self._walk.go_to(step)
+        self.note()
 
 
 def _asked(job: Job, optim: OptimOptions) -> str:

@@ -1,9 +1,8 @@
 """Before training: what the job's loss() and evaluate() return, tried on one batch and on its two halves.
 
-A sum over samples grows with them, a mean does not. So a mean returned as the sum shows itself, and a weight that does
-not count. Found out only where there is no doubt: the numbers do not depend on chance, the halves differ, and the whole
-lies where no sum can lie. Losses that are neither pass, such as contrastive ones or those with a penalty for each call;
-but how many passes a step has would change them, so their passes have one microbatch each.
+Mistakes are told only where there is no doubt: the numbers do not depend on chance, the halves differ, and the whole
+lies where no sum can lie, and where a mean does. How many passes a step has would change losses that are neither, so
+their passes have one microbatch each.
 """
 
 from __future__ import annotations
@@ -11,6 +10,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -19,6 +19,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from elastic.compat.torch import is_compiler_loaded
 from elastic.config import TrainConfig
 from elastic.data.identity import fingerprint
 from elastic.data.loader import Loader
@@ -27,19 +28,19 @@ from elastic.errors import ConfigError
 from elastic.job import Job, MapDataset
 from elastic.parallel.buffers import StepBuffers
 from elastic.parallel.device import ZerosForEmpty
-from elastic.parallel.records import OWN_WEIGHT, names_of
+from elastic.parallel.records import names_of
 from elastic.parallel.wrapping import fsdp_modules
 from elastic.seeds import derive, seed_all
 from elastic.worker.belongings import Attributes, digest, leaves
 from elastic.worker.evaluate import figures, held_out_batch
 from elastic.worker.group import Group
+from elastic.worker.naming import check_same_names, persistent_entries
 from elastic.worker.returned import LossValue
-from elastic.worker.traces import Parameters, without_trace
-from elastic.worker.user_code import UserCode, UserCodeError
+from elastic.worker.sums import CLOSE, Sums, adds_up, counts, mistake
+from elastic.worker.traces import GatheredWrites, Parameters, without_trace
+from elastic.worker.user_code import UserCode, UserCodeError, is_out_of_memory
 
 FORWARD_AND_BACKWARD = 3  # a backward pass has twice the products of its forward pass
-_CLOSE = 1e-3  # of a sum: what counts as rounding
-_APART = 1e-4  # of the larger half: halves nearer than that say nothing
 
 _SAME = 1e-5  # of a loss: what may be otherwise if the same is computed twice
 _SHOWN = 3
@@ -52,6 +53,10 @@ SEPARATE = (
     "the weights of loss() count passes, not samples",
 )
 _NOT_ADDITIVE, _COUNTS_PASSES = 1, 2
+_UNSEEDED = (
+    "loss() returns another value each time for one batch, under one seed: it takes random numbers, or the time, from "
+    "where Elastic does not seed; draw from random, numpy or torch, without generators of your own"
+)
 _UNWRITTEN = (
     "the model or loss() reads a tensor that it has not written, as torch.empty() and empty_like() give: the loss is "
     "NaN where such memory holds NaN; make it with torch.zeros()"
@@ -59,78 +64,25 @@ _UNWRITTEN = (
 
 
 @dataclass(frozen=True)
-class Sums:
-    """What a pass returned, as numbers."""
+class _Twice:
+    """What came of two passes: the losses, what else changed, and parameters that were written to: by the first pass,
+    by the second as well, and while they were gathered."""
 
-    samples: int
-    loss: float
-    weight: float
-    metrics: Mapping[str, float]
+    losses: list[float]
+    changed: list[str]
+    written: list[str]
+    again: list[str]
+    lost: list[str]
+    counted: dict[str, torch.Tensor]  # by how much integer buffers moved in the second one
 
-    def near(self, other: Sums) -> bool:
-        """Whether another pass over the same samples found the same."""
-        mine, theirs = ([s.loss, s.weight, *s.metrics.values()] for s in (self, other))
-        return len(mine) == len(theirs) and all(math.isclose(a, b, rel_tol=1e-4) for a, b in zip(mine, theirs))
+    @property
+    def apart(self) -> float:
+        """How far the losses are apart."""
+        return abs(self.losses[1] - self.losses[0]) if self.losses else 0.0
 
 
 Batches = list[tuple[int, Any]]  # how many samples, and their batch: of all, of the first half, of the other
-Function = Callable[[Any], LossValue]
-
-
-def growth(whole: float, first: float, other: float) -> str:
-    """How a number of all samples comes from those of two halves: sum, mean, same, or "" where it is not clear."""
-    if not all(map(math.isfinite, (whole, first, other))) or first * other <= 0:
-        return ""
-    if abs(whole - first - other) <= _CLOSE * abs(first + other):
-        return "sum"
-    if whole == first == other:
-        return "same"
-    low, high = sorted((first, other))
-    spread = high - low
-    return "mean" if spread > _APART * max(-low, high) and low + 0.01 * spread < whole < high - 0.01 * spread else ""
-
-
-def counts(found: Sequence[Sums]) -> bool:
-    """Whether the weight counts something in samples, rather than being the same for any number of them."""
-    return growth(*(s.weight for s in found)) != "same"
-
-
-def adds_up(found: Sequence[Sums]) -> bool:
-    """Whether the loss of a batch is the sum of those of its halves, as far as can be known."""
-    whole, *parts = (s.loss for s in found)
-    if not all(map(math.isfinite, (whole, *parts))):
-        return True
-    return abs(whole - sum(parts)) <= _CLOSE * sum(map(abs, parts))
-
-
-def mistake(name: str, found: Sequence[Sums]) -> str | None:
-    """What is surely wrong with what a function of the job returned for a batch and its halves, or None."""
-    whole, first, other = found
-    weight = growth(whole.weight, first.weight, other.weight)
-    loss = growth(whole.loss, first.loss, other.loss)
-    half = f"{first.samples} and {other.samples} of them"
-    if weight == "sum" and loss == "mean":
-        return (
-            f"{name} returned a mean, {whole.loss:.6g} for {whole.samples} samples, {first.loss:.6g} and "
-            f"{other.loss:.6g} for {half}, but it is to return the sum, which is divided by the weight "
-            f'({whole.weight:g} here); make it with reduction="sum", or multiply it by the weight'
-        )
-    if weight == "same" and loss == "sum":
-        return (
-            f"{name} returned a sum, {whole.loss:.6g} for {whole.samples} samples, {first.loss:.6g} and "
-            f"{other.loss:.6g} for {half}, with the weight {whole.weight:g} each time, which counts none of them; "
-            "return the number of samples or tokens as the weight"
-        )
-    counted = [key for key in names_of(whole.metrics) if key + OWN_WEIGHT not in whole.metrics]
-    for key in counted if weight == "sum" else ():
-        values = [s.metrics[key] for s in found if key in s.metrics]
-        if len(values) == len(found) and growth(*values) == "mean":
-            return (
-                f"metric {key!r} that {name} returned is a mean, {values[0]:.6g} for {whole.samples} samples, "
-                f"{values[1]:.6g} and {values[2]:.6g} for {half}, but it is to be the sum, which is divided by the "
-                "weight; count instead, or multiply it by the weight"
-            )
-    return None
+Function = Callable[..., LossValue]
 
 
 class Rehearsal:
@@ -154,6 +106,9 @@ class Rehearsal:
         self.separate: int | None = None
         self._unknown = False  # evaluations may have figures that one batch does not show
         self._batch: Any = None  # of the first microbatches
+        self._half: Any = None  # of that
+        #: Why the bits of a run cannot come back, if loss() shows it.
+        self.unseeded = ""
         #: A line for each metric, by what returned it, as far as that was tried.
         self.metrics: dict[str, list[str]] = {}
         #: Of a forward and backward pass; 0 where they could not be counted, None before it was tried.
@@ -179,19 +134,23 @@ class Rehearsal:
             if max(known) >= 0:
                 self.separate = max(known)
                 return
-        where = self._code.where
+        where, made = self._code.where, tuple(persistent_entries(model))
         try:
             with without_trace(model, self._job) as parameters:
                 try:
                     self._code.where = "a trial of loss() before the first step"
-                    separate = self._try_loss(partial(self._code.try_loss, model), microbatches, agreed)
+                    separate = self._try_loss(_in_memory(partial(self._code.try_loss, model)), microbatches, agreed)
                     parameters.put_back()
-                    self._try_evaluate(partial(self._code.evaluate, model), agreed, parameters)
+                    self._try_evaluate(_in_memory(partial(self._code.evaluate, model)), agreed, parameters)
                 finally:
                     for module in fsdp_modules(model):
                         module.reshard()
             self._code.where = "a trial of loss() in training mode before the first step"
             self._try_twice(model, agreed)
+            try:
+                check_same_names(model, made)
+            except ConfigError as error:
+                raise self._code.mistake(error) from None
         finally:
             self._code.where = where
         self.separate = separate
@@ -215,11 +174,12 @@ class Rehearsal:
                 again = _passes(loss, batches, seed)
             if agreed(_finite(again)):
                 raise self._code.mistake(ConfigError(_UNWRITTEN))
-        self._batch = batches[0][1]
+        self._batch, self._half = batches[0][1], batches[1][1] if len(batches) > 1 else None
         self.metrics["result of loss()"] = [f"metric {name}" for name in sorted(names_of(found[0].metrics))]
         if len(found) < 3:
             return 0
-        self._refuse("loss()", loss, batches, found, agreed)
+        others = self._others(loss, microbatches, agreed) if agreed(mistake("loss()", found) is not None) else []
+        self._refuse("loss()", loss, [found, *others], batches, agreed)
         separate = self._why_separate(loss, batches, found, agreed)
         # what is special about the loss may be about some samples only; in bitwise every pass has one microbatch anyway
         for step in () if self._config.run.exactness == "bitwise" else _OTHERS:
@@ -242,6 +202,21 @@ class Rehearsal:
                 return found
         return _passes(loss, batches, seed)
 
+    def _others(self, loss: Function, microbatches: int, agreed: Callable[[bool], bool]) -> list[list[Sums]]:
+        """What the loss of further batches is."""
+        found = []
+        for step in _OTHERS:
+            batches = self._loader.first_batches(microbatches, step)
+            if agreed(not batches):
+                break
+            try:
+                sums = _passes(loss, batches, derive("rehearsal", self._seed))
+            except UserCodeError:
+                break  # as with the first
+            if len(sums) == 3:
+                found.append(sums)
+        return found
+
     def _try_another(self, loss: Function, microbatches: int, step: int, agreed: Callable[[bool], bool]) -> int:
         batches = self._loader.first_batches(microbatches, step)
         if agreed(not batches):
@@ -258,6 +233,14 @@ class Rehearsal:
         suspect = not adds_up(found)
         if not agreed(suspect):
             return 0
+        if self._config.precision.autocast != "off":  # which rounds, perhaps otherwise where there are fewer samples
+            with (
+                self._code.without_autocast(),
+                suppress(UserCodeError),
+            ):  # it goes by the number format: then that counts
+                suspect = suspect and not adds_up(_passes(loss, batches, derive("rehearsal", self._seed)))
+            if not agreed(suspect):
+                return 0
         again = _passes(loss, batches, derive("rehearsal again", self._seed))
         chance = not all(a.near(b) for a, b in zip(found, again))
         return _NOT_ADDITIVE if agreed(suspect and not chance) else 0
@@ -269,7 +252,7 @@ class Rehearsal:
         where, self._code.where = self._code.where, f"a trial of loss() before step {step + 1}"
         try:
             with without_trace(model, self._job, first=False):
-                trial = partial(self._code.try_loss, model)
+                trial = _in_memory(partial(self._code.try_loss, model))
                 separate = self._try_another(trial, microbatches, step, agreed)
         finally:
             self._code.where = where
@@ -282,47 +265,94 @@ class Rehearsal:
         buffers may carry something on."""
         if self._batch is None:
             return
-        first, changed, written = self._two_passes(model, self._batch)
-        if written and self._config.run.exactness == "bitwise":
+        exact = self._config.run.exactness == "bitwise"
+        first = self._passes_in_training(model, self._batch, self._batch)
+        self._refuse_writes(first, agreed, exact=exact)
+        if agreed(bool(first.written)) and self._half is not None:  # as what is initialised by the first batch
+            self._refuse_writes(self._passes_in_training(model, self._batch, self._half), agreed, exact=exact)
+        counting = [name for name, moved in first.counted.items() if int(moved.abs().max()) > 1]
+        if agreed(bool(counting)) and self._half is not None:
+            self._refuse_counts(first, self._passes_in_training(model, self._half, self._half), agreed)
+        apart = first.apart > _SAME * abs(first.losses[0]) if first.losses else False
+        if not agreed(apart or (exact and first.apart > 0)):
+            return
+        again = self._passes_in_training(model, self._batch, self._batch)
+        chance = max((abs(a - b) for a, b in zip(first.losses, again.losses)), default=math.inf)
+        if apart and chance <= 0.01 * first.apart:
+            kept = _listed(first.changed) or "an object"
             raise self._code.mistake(
                 ConfigError(
-                    f"loss() changes parameters of the model ({_listed(written)}), so their values depend on who runs "
-                    "which microbatch; change them in after_step(), or use --run.exactness fast"
+                    f"loss() returned {first.losses[0]:.6g} for a batch, and {first.losses[1]:.6g} for the same batch "
+                    f"and the same random numbers right after that: it goes by what the pass before left in {kept}; a "
+                    "step has several passes, which workers share, so change it in after_step(), or make it a buffer"
                 )
             )
-        apart = bool(first) and abs(first[1] - first[0]) > _SAME * abs(first[0])
-        if not agreed(apart):
-            return
-        again, *_ = self._two_passes(model, self._batch)
-        chance = max((abs(a - b) for a, b in zip(first, again)), default=math.inf)
-        if apart and chance <= 0.01 * abs(first[1] - first[0]):
-            kept = _listed(changed) or "an object"
+        if agreed(exact and chance > 0):
+            self.unseeded = _UNSEEDED
+
+    def _refuse_writes(self, found: _Twice, agreed: Callable[[bool], bool], *, exact: bool) -> None:
+        """Refuse a loss that writes to parameters, unless that is the same however often it is done."""
+        where = "a step has several passes, which workers share; change them in after_step()"
+        for names, why in (
+            (found.lost, "while they are gathered, and with --parallel.strategy fsdp and hsdp such changes are lost"),
+            (found.again, f"again in each pass, but {where}"),
+            (found.written if exact else [], f"but {where}, or use --run.exactness fast"),
+        ):
+            if agreed(bool(names)):
+                listed = _listed(names) or "seen on another worker"
+                raise self._code.mistake(ConfigError(f"loss() changes parameters of the model ({listed}) {why}"))
+
+    def _refuse_counts(self, whole: _Twice, half: _Twice, agreed: Callable[[bool], bool]) -> None:
+        """Refuse integer buffers that move by the samples of a pass: a step has several passes, all of which begin with
+        the buffers of its beginning."""
+        names = [
+            name
+            for name, moved in whole.counted.items()
+            if half.losses and not torch.equal(moved, half.counted.get(name, torch.zeros_like(moved)))
+        ]
+        if agreed(bool(names)):
             raise self._code.mistake(
                 ConfigError(
-                    f"loss() returned {first[0]:.6g} for a batch, and {first[1]:.6g} for the same batch and the same "
-                    f"random numbers right after that: it goes by what the pass before left in {kept}; a step has "
-                    "several passes, which workers share, so change it in after_step(), or make it a buffer"
+                    f"a pass moves the integer buffer {_listed(names)} by how many samples it has, but a step has "
+                    "several passes, which all begin with the buffers of the step's beginning, so it would be that of "
+                    "one pass; count the samples of a step in after_step(), and keep queues of samples by steps"
                 )
             )
 
-    def _two_passes(self, model: nn.Module, batch: Any) -> tuple[list[float], list[str], list[str]]:
-        """The losses of one batch, twice in a row, in training mode; what was changed meanwhile, and which parameters.
-        Nothing where they cannot be had: the first step says why."""
+    def _passes_in_training(self, model: nn.Module, *batches: Any) -> _Twice:
+        """Two passes, one after the other, in training mode, after parameters have moved as in an update. No losses
+        where they cannot be had: the first step says why."""
         losses: list[float] = []
+        written, again, lost = list[str](), list[str](), GatheredWrites(model)
+        counted: dict[str, torch.Tensor] = {}
         with without_trace(model, self._job, training=True) as parameters:
+            parameters.move()
             before = self._held(model)
             try:
-                for _ in range(2):
+                for batch in batches:
                     with StepBuffers(model, exact=True).unmoved(), torch.set_grad_enabled(not fsdp_modules(model)):
+                        begun = _integers(model)
                         seed_all(derive("rehearsal", self._seed))
-                        losses.append(float(self._code.try_loss(model, _own(batch))[0].detach()))
+                        trial = _in_memory(partial(self._code.try_loss, model, looking=lost.looking))
+                        losses.append(float(trial(_own(batch))[0].detach()))
+                        now = _integers(model)
+                        counted = {
+                            n: now[n] - b
+                            for n, b in begun.items()
+                            if n in now and now[n].shape == b.shape and not torch.equal(now[n], b)
+                        }
+                    if len(losses) == 1:
+                        written = parameters.written()
+                        after = parameters.copies(written)
+                again = parameters.others(after)
             except UserCodeError:
                 losses = []
             finally:
                 for module in fsdp_modules(model):
                     module.reshard()
-            after, written = self._held(model), parameters.written()
-        return losses, sorted(name for name, was in before.items() if after.get(name, was) != was), written
+            held = self._held(model)
+        changed = sorted(name for name, was in before.items() if held.get(name, was) != was)
+        return _Twice(losses, changed, written, again, sorted(lost.names), counted)
 
     def _held(self, model: nn.Module) -> dict[str, str]:
         found = leaves({"job": Attributes(self._job), "model": model}, (), None)
@@ -350,15 +380,10 @@ class Rehearsal:
             which = f"eval_data()[{name!r}]" if name else "eval_data()"
             self._code.where = f"a trial of evaluate() on {which} before the first step"
             data = untouched(held_out) if self._config.data.workers else held_out
-            ids = list(range(min(self.eval_size, len(data))))
-            cuts = [ids, *halves(ids)] if own else [ids]
-            seeds = (self._seed, name, 0)
-            batches = [
-                (len(cut), self._code.guard(partial(held_out_batch, self._job, data, cut, seeds), alone=True))
-                for cut in cuts
-            ]
+            seed, fetch = derive("eval", self._seed, name, 0), partial(self._held_out, name, data, own)
             own_set = partial(evaluate, of=name)
-            found = _passes(own_set, batches, derive("eval", self._seed, name, 0))
+            batches = fetch(0)
+            found = _passes(own_set, batches, seed)
             if written := parameters.written():
                 raise self._code.mistake(
                     ConfigError(
@@ -366,9 +391,12 @@ class Rehearsal:
                         "training, on each worker another one; leave the optimizer and gradients out of it"
                     )
                 )
-            self._check_kept("evaluate()", partial(held_out_batch, self._job, data, ids, seeds), own_set)
+            self._check_kept("evaluate()", partial(_whole, fetch), own_set)
             if len(found) == 3:
-                self._refuse("evaluate()", own_set, batches, found, agreed)
+                more_batches = range(self.eval_size, min(len(data) - 1, 4 * self.eval_size), self.eval_size)
+                unclear = agreed(mistake("evaluate()", found) is not None)
+                others = [_passes(own_set, fetch(first), seed) for first in (more_batches if unclear else ())]
+                self._refuse("evaluate()", own_set, [found, *others], batches, agreed)
             more = self._try_evaluated(name, found[0])
             for key in figures(name, dict.fromkeys(("loss", *names_of(found[0].metrics), *more))):
                 if key in keys:
@@ -388,6 +416,15 @@ class Rehearsal:
             self._unknown = True
             return {}
 
+    def _held_out(self, name: str, data: MapDataset, own: bool, first: int) -> Batches:
+        """A batch of a held-out set, and its halves if it has an evaluate() of its own."""
+        ids = list(range(first, min(first + self.eval_size, len(data))))
+        key = (self._seed, name, 0)
+        return [
+            (len(cut), self._code.guard(partial(held_out_batch, self._job, data, cut, key), alone=True))
+            for cut in ([ids, *halves(ids)] if own else [ids])
+        ]
+
     def _check_best(self, keys: set[str]) -> None:
         keep, best = self._config.checkpoint.keep_best, self._config.checkpoint.best_metric
         if keep and best not in keys and not self._unknown:
@@ -397,14 +434,54 @@ class Rehearsal:
             )
 
     def _refuse(
-        self, name: str, function: Function, batches: Batches, found: list[Sums], agreed: Callable[[bool], bool]
+        self,
+        name: str,
+        function: Function,
+        found: Sequence[list[Sums]],
+        batches: Batches,
+        agreed: Callable[[bool], bool],
     ) -> None:
-        """Raise if there is a mistake, and no chance in it: under another seed everything is the same."""
-        sentence = None if self._loader.draws_together() else mistake(name, found)  # mixed samples make no sums
+        """Raise if there is a mistake, and no chance in it: the first batch leaves no doubt or all have it, and under
+        another seed everything is the same.
+
+        Args:
+            found: for each batch that was tried.
+            batches: the first one.
+        """
+        first, *others = found
+        sentence = None if self._loader.draws_together() else mistake(name, first)  # mixed samples make no sums
+        sure = mistake(name, first, sure=True) is not None
+        if not sure and not (others and all(mistake(name, other) for other in others)):
+            sentence = None
         if agreed(sentence is not None):
             again = _passes(function, batches, derive("rehearsal again", self._seed))
-            if sentence is not None and all(a.near(b) for a, b in zip(found, again)):
+            if sentence is not None and all(a.near(b) for a, b in zip(first, again)):
                 raise self._code.mistake(ConfigError(sentence))
+
+
+def _in_memory(function: Function) -> Function:
+    """Nothing is compiled in trials, but what is compiled in a step may need far less memory there, as flex_attention
+    does: so where memory runs out, it is tried once more as in a step."""
+
+    def call(batch: Any, **more: Any) -> LossValue:
+        with suppress(_OutOfMemory):
+            return attempt(batch, **more)
+        with torch.compiler.set_stance("default"):
+            return function(batch, **more)
+
+    def attempt(batch: Any, **more: Any) -> LossValue:
+        try:
+            return function(batch, **more)
+        except UserCodeError as error:
+            if is_compiler_loaded() and error.__cause__ is not None and is_out_of_memory(error.__cause__):
+                raise _OutOfMemory from None  # without the frames, which hold what was computed
+            raise
+
+    return call
+
+
+class _OutOfMemory(Exception):
+    pass
 
 
 def _passes(function: Function, batches: Batches, seed: int) -> list[Sums]:
@@ -412,8 +489,27 @@ def _passes(function: Function, batches: Batches, seed: int) -> list[Sums]:
     for samples, batch in batches:
         seed_all(seed)
         loss, weight, metrics = function(_own(batch))
-        found.append(Sums(samples, float(loss), float(weight), {k: float(v) for k, v in metrics.items()}))
+        figures = {k: float(v) for k, v in metrics.items()}
+        found.append(Sums(samples, float(loss), float(weight), figures, max(CLOSE, _rounding(loss))))
     return found
+
+
+def _integers(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Copies of the buffers with whole numbers, of the sizes that they have now."""
+    named = model.named_buffers()
+    return {
+        n: b.detach().long().clone() for n, b in named if not b.is_floating_point() and not b.is_complex() and b.numel()
+    }
+
+
+def _whole(fetch: Callable[[int], Batches]) -> Any:
+    return fetch(0)[0][1]
+
+
+def _rounding(loss: Any) -> float:
+    """How much of a sum may be lost in its number format."""
+    short = isinstance(loss, torch.Tensor) and loss.is_floating_point()
+    return 4 * torch.finfo(loss.dtype).eps if short else 0.0
 
 
 def _finite(found: Sequence[Sums]) -> bool:

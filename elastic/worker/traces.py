@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import random
 from collections import Counter, OrderedDict, defaultdict, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 from elastic.compat.torch import is_compiler_loaded, version_of
 from elastic.parallel.buffers import StepBuffers
-from elastic.parallel.wrapping import local
+from elastic.parallel.wrapping import fsdp_modules, local
+from elastic.worker.belongings import SAMPLED, digest
 
 _PLAIN = (bool, int, float, complex, str, bytes, tuple, frozenset, type(None))
 _CONTAINERS = (list, dict, set, deque, Counter, OrderedDict, defaultdict)
-_MOST_ENTRIES, _MOST_BYTES = 10_000, 1 << 20  # larger ones hold data; values that change in each pass are small
+_MOST_ENTRIES, _MOST_BYTES = 10_000, 1 << 20  # larger ones hold data; what changes from pass to pass is small
+_MOVED = 1.125  # a power of two and an eighth of it: times that nothing of a short number is lost
 _OF_MODULES = frozenset(vars(nn.Module()))
 
 
@@ -26,17 +30,98 @@ class Parameters:
     """Copies of a model's parameters. They take as much memory as gradients will take later."""
 
     def __init__(self, model: nn.Module):
-        here = {name: local(p).detach() for name, p in model.named_parameters()}
-        self._kept = {name: (tensor, tensor.clone()) for name, tensor in here.items()}
+        self._kept = {name: (p, p.data, local(p).detach().clone()) for name, p in model.named_parameters()}
+        self._factor = 1.0
+
+    def move(self) -> None:
+        """Change what is trained by a little, as an update does: what follows it from pass to pass moves then too."""
+        self._factor = _MOVED
+        for parameter, _, _ in self._kept.values():
+            if self._is_moved(parameter):
+                local(parameter).detach().mul_(_MOVED)
 
     def written(self) -> list[str]:
-        """The names of parameters whose values have changed."""
-        return [name for name, (here, before) in self._kept.items() if not torch.equal(here, before)]
+        """The names of those that are others now than they were, or than `move` has made them."""
+        return [
+            name
+            for name, (parameter, _, before) in self._kept.items()
+            if not torch.equal(
+                local(parameter).detach(), before * self._factor if self._is_moved(parameter) else before
+            )
+        ]
+
+    def copies(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
+        """The present values of these."""
+        return {name: local(self._kept[name][0]).detach().clone() for name in names}
+
+    def others(self, copies: Mapping[str, torch.Tensor]) -> list[str]:
+        """The names of those that are others now than these copies, by more than rounding."""
+        return [name for name, copy in copies.items() if _differ(local(self._kept[name][0]).detach(), copy)]
 
     def put_back(self) -> None:
-        for name in self.written():
-            here, before = self._kept[name]
-            here.copy_(before)
+        for parameter, data, before in self._kept.values():
+            if local(parameter).data_ptr() != local(data).data_ptr():  # `p.data = ...` was called
+                parameter.data = data
+            if not torch.equal(here := local(parameter).detach(), before):
+                here.copy_(before)
+        self._factor = 1.0
+
+    def _is_moved(self, parameter: nn.Parameter) -> bool:
+        return self._factor != 1 and parameter.requires_grad and parameter.is_floating_point()
+
+
+def _differ(one: torch.Tensor, other: torch.Tensor) -> bool:
+    if not one.is_floating_point() or not one.numel():
+        return not torch.equal(one, other)
+    apart = (one.float() - other.float()).abs().max()
+    return not bool(apart <= 8 * torch.finfo(one.dtype).eps * other.float().abs().max())
+
+
+class GatheredWrites:
+    """Which parameters of a cut model a pass writes to while they are gathered. Such writes are lost."""
+
+    def __init__(self, model: nn.Module):
+        self._model = model
+        cut = {id(m) for m in fsdp_modules(model) if m is not model}
+        self._blocks = [(name, module) for name, module in model.named_modules() if id(module) in cut]
+        self._begun: dict[str, dict[str, str]] = {}
+        self.names: set[str] = set()
+
+    @contextmanager
+    def looking(self) -> Iterator[None]:
+        """To be entered where what belongs to no block is gathered."""
+        if not isinstance(self._model, FSDPModule):
+            yield
+            return
+        with ExitStack() as stack:
+            for name, block in self._blocks:
+                before, after = self._hooks(name)
+                # FSDP2's own hooks gather before the one, and give up what they gathered after the other
+                stack.callback(block.register_forward_pre_hook(before).remove)
+                stack.callback(block.register_forward_hook(after, prepend=True).remove)
+            self._begin("", self._model)
+            yield
+            self._end("", self._model)
+
+    def _hooks(self, name: str) -> tuple[Callable[..., None], Callable[..., None]]:
+        return (lambda module, _: self._begin(name, module)), (lambda module, *_: self._end(name, module))
+
+    def _begin(self, name: str, module: nn.Module) -> None:
+        self._begun[name] = _digests(name, module)
+
+    def _end(self, name: str, module: nn.Module) -> None:
+        before, now = self._begun.pop(name, {}), _digests(name, module)
+        self.names |= {key for key, was in before.items() if now.get(key, was) != was}
+
+
+def _digests(name: str, module: nn.Module) -> dict[str, str]:
+    """Of what of a module is gathered now. FSDP2 has to resize that, and what numpy has seen cannot be resized."""
+    named = module.named_parameters(prefix=name)
+    gathered = {key: p.detach() for key, p in named if not isinstance(p, DTensor)}
+    return {
+        key: f"{version_of(p)} {digest(p.reshape(-1)[:: max(1, p.numel() // SAMPLED)].clone())}"
+        for key, p in gathered.items()
+    }
 
 
 @contextmanager

@@ -9,6 +9,7 @@ there; otherwise it is a cache.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from elastic.data.samples import nested_datasets
 from elastic.errors import ConfigError
 from elastic.parallel.wrapping import local
 from elastic.seeds import seed_all
-from elastic.worker.belongings import Attributes, Leaf, digest, leaves, movable
+from elastic.worker.belongings import GENERATORS, Attributes, Leaf, digest, leaves, movable
 from elastic.worker.naming import with_state_of_their_own
 from elastic.worker.state import TrainState
 
@@ -78,11 +79,13 @@ class Watch:
         self._before: Look = {}
         self._passed: Look | None = None
         self._after: Look = {}
-        self._extra: Look = {}  # the contents of extra_state() when the first step began
-        self._moved: set[str] = set()  # values that changed in its passes
+        self._extra: Look = {}  # what extra_state() had when the first step began
+        self._saved: dict[str, str] = {}  # and what is saved that passes are not to change, when a step began
+        self._moved: set[str] = set()  # in its passes
         self._reads: _Reads | None = None
         self._draws = _Draws()
-        self._of_data: dict[str, tuple[bool, str]] = {}  # digests of data sets before the update
+        self._of_data: dict[str, tuple[bool, str]] = {}  # before the update
+        self._data_told = False  # that it changes them
         self._left = UPDATES
         self._later, self._rare = 0, dict[str, str]()  # updates until the last look, and digests of unchanged values
         self._same: TrainState | None = None  # the state to which these digests belong
@@ -99,6 +102,8 @@ class Watch:
             self._state, self._left, self._after = state, UPDATES, {}
             self._before = self._look()
             self._extra = self._look_at_extra()
+        if self._left and self._state is not None:
+            self._saved = self._look_at_saved()
 
     def reading(self) -> AbstractContextManager[Any]:
         """To be entered for the passes of a step: records whether they read what earlier passes left."""
@@ -125,15 +130,20 @@ class Watch:
         """The passes of the step are done, and nothing of its update is.
 
         Raises:
-            ConfigError: passes change a result of extra_state(), which would depend on how many passes a worker has.
+            ConfigError: what extra_state() returns, a scheduler of torch's or an option of a group changes in passes,
+                so it would depend on how many a worker has.
         """
         if not self._left or self._state is None:
             return
         self._passed, self._of_data = self._look(), self._look_at_data()
-        if self._left == UPDATES and (moved := _changed(self._extra, self._look_at_extra())):
+        now = self._look_at_saved()
+        moved = [name for name, was in self._saved.items() if now.get(name, was) != was]
+        if self._left == UPDATES:
+            moved += sorted(_changed(self._extra, self._look_at_extra()))
+        if moved:
             raise ConfigError(
-                f"{sorted(moved)[0]} changed in passes, of which every worker has others, so it depends on the number "
-                "of workers; change it in after_step(), or make it a buffer of the model"
+                f"{moved[0]} changed in passes, of which every worker has others, so it depends on the number of "
+                "workers; change it in after_step(), or make it a buffer of the model"
             )
 
     def applied(self, step: int, *, skipped: bool) -> None:
@@ -155,8 +165,7 @@ class Watch:
                 f"({self._draws.seen}), of which every worker has other rows, so they depend on the number of workers; "
                 "use --parallel.strategy ddp"
             )
-        if self._left == UPDATES:
-            self._report_data()
+        self._report_data()
         self._left -= 1
         carried = _changed(passed, now)
         if self._left:  # this was the first update
@@ -168,7 +177,7 @@ class Watch:
         known = self._known()
         tensors = sorted(n for n in found if n in now and not now[n].is_number and not _is_known(now[n].leaf, known))
         if tensors:
-            raise ConfigError(_problem(tensors, now, step))
+            raise ConfigError(_problem(tensors, now, step, in_passes=tensors[0] not in carried))
         if not self._left:
             self._report_numbers(self._before, self._after, now)
             unmoved = now.keys() - self._moved - _changed(self._after, passed)
@@ -212,7 +221,8 @@ class Watch:
         """Warn of changes that after_step() makes to data sets, as for a curriculum: only this process sees them."""
         now = self._look_at_data()
         names = [name for name, was in self._of_data.items() if now.get(name, was) != was]
-        if names:
+        if names and not self._data_told:
+            self._data_told = True
             self._warn(
                 f"{', '.join(sorted(names)[:_SHOWN])} changed in an update: loader processes have it as it was, and "
                 "after a resume or a join it begins anew; set it from the saved state, and give --data.workers 0"
@@ -223,6 +233,25 @@ class Watch:
         seed_all(0)  # positions of random generators are no state of the job, since passes and updates seed them
         found, known = leaves({"extra_state()": self._state.job.extra_state()}, (), None), self._known()
         return {n: _Seen(leaf, digest(leaf)) for n, leaf in found.items() if not _is_known(leaf, known)}
+
+    def _look_at_saved(self) -> dict[str, str]:
+        """Schedulers, options of groups but their rates, and tensors of extra_state() that are none of the model's."""
+        assert self._state is not None
+        model = self._state.model
+        own = {id(t) for t in (*model.parameters(), *model.buffers())}
+        tensors, values = self._state.collect()
+        extra = {
+            f"{name.replace('extra/', 'extra_state(): ', 1)} (a tensor)": digest(tensor)
+            for name, tensor in tensors.items()
+            if name.startswith("extra/") and id(tensor) not in own
+        }
+        schedulers = {f"{name} (a scheduler)": json.dumps(value) for name, value in values["schedulers"].items()}
+        groups = {
+            f"{key!r} of parameter group {i}": json.dumps(value)
+            for i, group in enumerate(values["groups"])
+            for key, value in group.items()
+        }
+        return schedulers | groups | extra
 
     def _known(self) -> set[int]:
         """The memory addresses of the tensors of the saved state."""
@@ -313,21 +342,31 @@ def _is_known(leaf: Leaf, known: set[int]) -> bool:
 
 
 def _numbers(extra: Any) -> dict[str, Any]:
+    """By their names, and those inside by their places."""
     items = extra.items() if isinstance(extra, Mapping) else {"": extra}.items()
-    return {k: v for k, v in items if type(v) in (int, float)}
+    inside = leaves({"": extra}, (), None)
+    return {k: v for k, v in [*inside.items(), *items] if type(v) in (int, float)}
 
 
-def _problem(names: list[str], now: Look, step: int) -> str:
-    name = names[0]
+def _problem(names: list[str], now: Look, step: int, *, in_passes: bool = False) -> str:
+    name, leaf = names[0], now[names[0]].leaf
     more = f" (and {len(names) - 1} more)" if names[1:] else ""
-    kind = type(now[name].leaf).__name__
+    what = f"{name} (a {type(leaf).__name__}){more} changed in step {step} and is part of no saved state"
+    if in_passes and isinstance(leaf, GENERATORS):
+        return (
+            f"{what}; passes draw from it, of which every worker has others: draw from random, numpy or torch instead, "
+            "which are seeded for each pass"
+        )
+    if in_passes and not name.startswith("model"):
+        return (
+            f"{what}; passes change it, of which every worker has others: of a metric return the sums as metrics of "
+            "loss() or evaluate(), which are divided by the weight, and register what later passes need as a buffer "
+            "of the model"
+        )
     if name.startswith("optimizer"):
         way = "keep it in optimizer.state, under the parameter that it belongs to, or use an optimizer that does"
     elif name.startswith("model"):
         way = "register it as a buffer, or return it from get_extra_state()"
     else:
         way = "return it from extra_state(), or register it as a buffer of the model"
-    return (
-        f"{name} (a {kind}){more} changed in step {step} and is part of no saved state, so a resumed run or a worker "
-        f"that joins would go on without it; {way}"
-    )
+    return f"{what}, so a resumed run or a worker that joins would go on without it; {way}"

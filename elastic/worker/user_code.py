@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -78,9 +79,25 @@ class UserCode:
         self.on_loss()
         return result
 
-    def try_loss(self, model: nn.Module, batch: Any) -> LossValue:
-        """`Job.loss`, checked, outside a step and without a graph."""
-        return self._on_batch(self._job.loss, "loss()", model, batch, training=True)
+    def try_loss(
+        self, model: nn.Module, batch: Any, looking: Callable[[], AbstractContextManager[None]] = nullcontext
+    ) -> LossValue:
+        """`Job.loss`, checked, outside a step and without a graph. `looking` is entered right around it."""
+
+        def loss(model: nn.Module, batch: Any) -> Any:
+            with looking():
+                return self._job.loss(model, batch)
+
+        return self._on_batch(loss, "loss()", model, batch, training=True)
+
+    @contextmanager
+    def without_autocast(self) -> Iterator[None]:
+        """Inside, the job's functions compute in the number formats of their tensors."""
+        kept, self._autocast = self._autocast, False
+        try:
+            yield
+        finally:
+            self._autocast = kept
 
     def evaluate(self, model: nn.Module, batch: Any, of: str = "") -> LossValue:
         """`Job.evaluate`, checked; `of` is the name of the held-out set, which it is given if it takes three."""
@@ -141,7 +158,7 @@ class UserCode:
             alone: it does not communicate, so no peer can make it raise.
 
         Raises:
-            UserCodeError: it raised an exception.
+            UserCodeError: it raised an exception, or called `sys.exit()`.
             WorldBroken: a peer was lost meanwhile, and the code communicates: DDP and sharded models do in passes.
             ConfigError: from our checks or from the job; a replay would raise it too, and its sentence is complete.
         """
@@ -149,7 +166,7 @@ class UserCode:
             return work()
         except (UserCodeError, ConfigError, WorldBroken):
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             if not alone and self.group is not None and self.group.failed_by(error):
                 raise WorldBroken(f"{self.where} failed: {one_line(error)}") from error
             if (sentence := refused_where_sharded(error)) is not None:

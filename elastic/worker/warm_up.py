@@ -67,7 +67,7 @@ def warm_up(run: WorkerRun, identity: Identity, *, import_s: float = 0.0) -> Wor
     link = link_of(run, identity)
     try:
         worker = _WarmUp(run, identity, link, device).worker()
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         gap = " " if isinstance(error, ElasticError) else "\n"
         message = f"worker {identity.id} could not get ready:{gap}{whole_text(error)}"
         link.unfit(message)

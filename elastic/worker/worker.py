@@ -160,6 +160,10 @@ class Worker:
         if group is not None and group.leads and self.rehearsal.separate and not known:
             detail = f"passes are of one microbatch each: {SEPARATE[self.rehearsal.separate]}"
             self.link.event("notice", self.holding.applied, detail)
+        unseeded = self.rehearsal.unseeded
+        new = bool(unseeded) and self.provenance.lose(unseeded)
+        if new and group is not None and group.leads:  # without a world the first one says it when it begins
+            self.link.event("exactness_lost", self.holding.applied, unseeded)
         stop_filling()
 
     def with_memory(self, old: TrainState) -> TrainState:
@@ -192,6 +196,9 @@ class Worker:
         """After the first updates of a process: refuse state that cannot be read back, or that is not saved."""
         holding, state = self.holding, self.holding.placed
         state.rates.adopt_changes(holding.applied)
+        savable, holding.savable = holding.savable, False
+        state.check_parts()
+        holding.savable = savable
         if holding.checked and self.watch.done:
             return
         holding.savable = False
