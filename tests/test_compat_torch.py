@@ -373,6 +373,9 @@ def test_who_is_neither_torch_nor_of_this_package_sees_one_process_without_a_gro
         try:
             assert (dist.is_initialized(), dist.get_rank(), dist.get_world_size()) == (False, 0, 1)
             assert eval("ask()", {"__name__": "torch.distributed.fsdp", "ask": dist.is_initialized})
+            mode = eval("lambda f: f()", {"__name__": "torch.utils._device"})  # as torch.set_default_device() has one
+            ours = eval("lambda: mode(ask)", {"__name__": "elastic.a", "mode": mode, "ask": dist.is_initialized})
+            assert (ours(), mode(dist.is_initialized)) == (True, False)
             for call in (dist.all_reduce, gathers, lambda t: functional.all_reduce(t, "sum", None)):
                 with pytest.raises(RuntimeError, match=r"torch\.distributed\..*all_.*\(\) \(.*\.py, line \d+\)"):
                     call(torch.ones(2))

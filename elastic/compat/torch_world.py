@@ -61,6 +61,7 @@ REFUSED = (
 
 _REAL = ("elastic.", "torch.distributed.", "torch.nn.parallel.")
 _OF_JOBS = ("torch.distributed.nn.",)  # functions that losses call
+_BETWEEN = ("torch.utils._device", "torch.overrides")  # frames of function modes, such as torch.set_default_device()
 #: The modules that have these functions.
 HOMES: dict[types.ModuleType, tuple[str, ...]] = {
     dist: (*ANSWERS, *REFUSED),
@@ -84,7 +85,6 @@ def hide_world(refuse: Callable[[str], Exception], job: object = None) -> Callab
 
     Returns:
         a function that undoes it.
-        what undoes it.
     """
     replaced: dict[int, Callable[..., Any]] = {}
     undo: list[Callable[[], None]] = []
@@ -118,7 +118,7 @@ def _answering(real: Callable[..., Any], shown: Any) -> Callable[..., Any]:
     def answer(*args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_dynamo_compiling():  # it traces the job's code only, and cannot inspect frames
             return shown
-        return real(*args, **kwargs) if _is_real(sys._getframe(1)) else shown
+        return real(*args, **kwargs) if _is_real(_caller(sys._getframe(1))) else shown
 
     answer.hides_world = True  # type: ignore[attr-defined]
     return answer
@@ -127,13 +127,19 @@ def _answering(real: Callable[..., Any], shown: Any) -> Callable[..., Any]:
 def _refusing(real: Callable[..., Any], refuse: Callable[[str], Exception]) -> Callable[..., Any]:
     @functools.wraps(real)
     def call(*args: Any, **kwargs: Any) -> Any:
-        if not _is_real(frame := sys._getframe(1)):
+        if not _is_real(frame := _caller(sys._getframe(1))):
             module = real.__module__.removesuffix(".distributed_c10d")
             raise refuse(f"{module}.{real.__name__}() ({frame.f_code.co_filename}, line {frame.f_lineno})")
         return real(*args, **kwargs)
 
     call.hides_world = True  # type: ignore[attr-defined]
     return call
+
+
+def _caller(frame: types.FrameType) -> types.FrameType:
+    while frame.f_globals.get("__name__") in _BETWEEN and frame.f_back is not None:
+        frame = frame.f_back
+    return frame
 
 
 def _is_real(frame: types.FrameType) -> bool:
