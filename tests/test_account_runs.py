@@ -20,19 +20,20 @@ def test_a_run_that_lost_a_worker_goes_on_pauses_at_its_most_cost_and_accounts_f
 
     limited = configure(tmp_path, "run", **options, run__stop_after="8st")
     first = train(Everything(), limited, 2, faults=[fault("step.forward", step=4, rank=1)])
-    paused = train(Everything(), configure(tmp_path, "run", **options, run__max_cost=0.01), 2)
+    most = round(first.result["cost"] + 1, 2)  # a second of a worker more
+    paused = train(Everything(), configure(tmp_path, "run", **options, run__max_cost=most), 2)
 
     assert first.failure is paused.failure is None
     assert first.result["steps"] == 8
     assert paused.result["status"] == "stopped"
-    assert paused.result["message"].startswith("paused by --run.max-cost 0.01: the run has cost ")
+    assert paused.result["message"].startswith(f"paused by --run.max-cost {most}: the run has cost ")
     assert paused.result["steps"] >= 8
 
     found = account_of_run(paused.run.folder)
     assert math.fsum(found.seconds.values()) == pytest.approx(found.whole_s)
     assert found.cost == pytest.approx(found.whole_s), "the price of a worker is 1 a second"
     assert paused.result["cost"] == pytest.approx(found.cost, abs=1e-4)
-    assert paused.result["cost"] > first.result["cost"] > 0
+    assert paused.result["cost"] > most > first.result["cost"] > 0
     assert found.seconds["unknown"] == found.seconds["left_over"] == found.seconds["under_way"] == 0
     named = ("startup/data", "startup/model", "productive", "evaluation", "sync", "detect", "form", "restore", "ending")
     assert all(found.seconds[cause] > 0 for cause in named), found.seconds

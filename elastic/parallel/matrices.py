@@ -21,7 +21,7 @@ from elastic.placement import Box, narrowed
 
 def is_muon(optimizer: torch.optim.Optimizer) -> bool:
     """Whether it is torch's own Muon."""
-    return type(optimizer) is getattr(torch.optim, "Muon", None)  # which torch has since 2.9
+    return type(optimizer) is torch.optim.Muon
 
 
 class Matrices:
