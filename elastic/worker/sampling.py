@@ -72,8 +72,8 @@ def parted(found: Any) -> tuple[dict[str, str], dict[str, bytes]]:
     for name, one in found.items():
         if isinstance(one, (np.ndarray, torch.Tensor)):
             pictures[str(name)] = png(one, str(name))
-        elif isinstance(one, str):
-            texts[str(name)] = one
+        elif isinstance(one, (str, int, float)):
+            texts[str(name)] = str(one)
         else:
             raise ConfigError(
                 f"sample()[{name!r}] is a {type(one).__name__}; return a text, or a picture as an array of shape "
