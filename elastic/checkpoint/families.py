@@ -141,11 +141,11 @@ def share_point(rows: Sequence[int], sizes: Sequence[int], replica: int, replica
         rows: of each tensor, between which it can be cut.
         sizes: bytes of each.
     """
-    goal = sum(sizes) * replica // replicas
-    if not replica or not goal:
-        return 0, 0
     if replica == replicas:
         return len(sizes), 0
+    goal = sum(sizes) * replica // replicas
+    if not goal:
+        return 0, 0
     at = 0
     for tensor, size in enumerate(sizes):
         if at + size > goal:
