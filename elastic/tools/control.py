@@ -69,7 +69,8 @@ def _runs(arguments: argparse.Namespace) -> int:
     states = [s.strip() for s in arguments.status.split(",") if s.strip()]
 
     def look() -> list[Any]:
-        found = list_runs(arguments.url, states=states, job=arguments.job, name=arguments.name, sizes=True)
+        sizes = True if arguments.sort in ("size", "cost") else None
+        found = list_runs(arguments.url, states=states, job=arguments.job, name=arguments.name, sizes=sizes)
         return sorted(found, key=ORDERS[arguments.sort])
 
     if arguments.watch:

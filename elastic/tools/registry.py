@@ -64,14 +64,15 @@ def state_of(status: dict[str, Any], now: float) -> str:
 
 
 def list_runs(
-    url: str, *, states: Sequence[str] = (), job: str = "*", name: str = "*", sizes: bool = False
+    url: str, *, states: Sequence[str] = (), job: str = "*", name: str = "*", sizes: bool | None = False
 ) -> list[Listed]:
     """The runs in a folder, by name.
 
     Args:
         states: only runs in one of these; none means all.
         job, name: patterns such as `code*` of the names of the job and of the run.
-        sizes: look at all that each holds, too, and what it cost.
+        sizes: look at all that each holds, too, and what it cost; None does where that is on a disk, since an object
+            store answers hundreds of requests for it.
 
     Raises:
         ConfigError: a state that there is not, or a folder that cannot be listed or is a run itself.
@@ -82,6 +83,7 @@ def list_runs(
     storage = Storage(url, option="URL", read_only=True)
     if storage.local and not os.path.isdir(storage.root):
         raise ConfigError(f"URL is {url!r}, which is no folder; give that of --run.storage")
+    sizes = storage.local if sizes is None else sizes
     names = list_names(storage)
     if {CONFIG, STATUS, CLAIMS} & set(names):
         raise ConfigError(f"URL is {url!r}, which is a run; give the folder of runs, or use elastic status")
