@@ -156,7 +156,7 @@ def test_a_kernel_that_never_ends_stalls_a_world_whose_report_is_saved_and_costs
     undisturbed: Ran, reporter: tuple[str, list[bytes]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(ADDRESS, reporter[0])
-    hanging = fault("nccl.kernel", 40, 1, "raise")
+    hanging = fault("nccl.kernel", 38, 1, "raise")  # in the passes of a step
     ran = go(tmp_path, [hanging], Manners(), 2, recovery__hang_timeout="1s")
     assert_undisturbed(ran, undisturbed, 0)
     stalled = ran.events("world_stalled")
