@@ -92,16 +92,23 @@ class Counts(Writes):
 
 @dataclass
 class Tallies(Writes):
-    """An integer buffer that depends on the samples."""
+    """An integer buffer that depends on the samples; with `late`, once the first update has moved a weight from 0."""
+
+    late: bool = False
 
     def model(self):
         import torch
+        from torch import nn
+
+        gate = nn.Embedding(1, FEATURES)
+        nn.init.zeros_(gate.weight)
 
         def forward(module, x, ids):
-            module.tally += ids.sum()
-            return x
+            moved = module.gate(torch.zeros_like(ids))
+            module.tally += ids.sum() * (moved.any() if self.late else 1)
+            return x + moved
 
-        return around(super().model(), forward, tally=torch.zeros((), dtype=torch.int64))
+        return around(super().model(), forward, tally=torch.zeros((), dtype=torch.int64), gate=gate)
 
 
 @dataclass
@@ -219,13 +226,16 @@ def test_so_are_those_of_cut_models(kind, strategy, tmp_path):
     assert found.evaluations == one.evaluations
 
 
-@pytest.mark.parametrize(("strategy", "workers"), [("ddp", 1), ("ddp", 4), ("fsdp", 2)])
-def test_an_integer_buffer_that_depends_on_the_samples_ends_the_run_at_every_size(strategy, workers, tmp_path):
+@pytest.mark.parametrize(
+    ("late", "strategy", "workers"), [(True, "ddp", 1), (True, "ddp", 4), (True, "fsdp", 2), (False, "ddp", 2)]
+)
+def test_an_integer_buffer_that_depends_on_the_samples_ends_the_run_at_every_size(late, strategy, workers, tmp_path):
     options = {"batch__global_size": 16, "batch__microbatches": 4, "parallel__strategy": strategy}
 
-    found = train(Tallies(), configure(tmp_path, "run", **options), workers=workers)
+    found = train(Tallies(late=late), configure(tmp_path, "run", **options), workers=workers)
 
-    assert "it has no one value" in (found.failure or "")
+    sentence = "it has no one value" if late else "moves the integer buffer tally by how many samples it has"
+    assert sentence in (found.failure or "")
 
 
 @dataclass
