@@ -179,3 +179,16 @@ def test_an_evaluation_that_a_broken_world_repeats_counts_once_and_one_after_los
 
     again = [row(2, "1-3"), evaluation(3, "1-3"), row(3, "1-3")]
     assert all(map(record.take_row, again))
+
+    record.restored(3)
+    assert not record.take_row(evaluation(3, "1-4")), "the same state is evaluated again"
+    record.restored(2)
+    assert all(map(record.take_row, [evaluation(3, "1-5"), row(3, "1-5")])), "the step before it was the last one left"
+
+    fresh = Record(1)
+    restored = {"kind": "restored", "time": 3.5, "step": 2, "generation": "1-2", "detail": {"rung": "snapshot"}}
+    rows = [row(1), row(2), evaluation(3), row(3)]
+    for i, one in enumerate(rows):
+        one["time"] = float(i)
+    fresh.replay([*rows, {**evaluation(3, "1-2"), "time": 4.0, "eval/loss": 0.5}], [restored])
+    assert fresh.last_eval == {"eval/loss": 0.5}

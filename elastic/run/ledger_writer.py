@@ -14,7 +14,7 @@ from elastic.membership.outbox import RowKey, row_key
 from elastic.observe.ledger import EVENTS, METRICS, LedgerFile
 from elastic.observe.tensorboard import TensorBoard
 from elastic.redact import clean
-from elastic.run.record import Record
+from elastic.run.record import RESTORED, Record
 from elastic.storage import Storage
 
 T = TypeVar("T")
@@ -80,6 +80,8 @@ class LedgerWriter:
     def add_event(self, event: dict[str, Any]) -> None:
         """Write an event. Most kinds are written at once, so that nobody learns of an event before it is in the
         ledger."""
+        if event["kind"] == RESTORED:
+            self._record.restored(event["step"])
         self._events.add(event)
         if event["kind"] not in _CAN_WAIT:
             self.patiently(self._events.flush)

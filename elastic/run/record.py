@@ -11,7 +11,7 @@ from elastic.checkpoint.cadence import save_cost
 from elastic.membership.outbox import row_key
 from elastic.membership.world import Generation
 
-STARTED, ENDED = "run_started", ("run_finished", "run_failed")
+STARTED, RESTORED, ENDED = "run_started", "restored", ("run_finished", "run_failed")
 _GONE = ("member_lost", "member_evicted", "handed_over")
 
 
@@ -85,6 +85,12 @@ class Record:
         self.last_row = row
         return True
 
+    def restored(self, step: int) -> None:
+        """Note that a world goes on from the state of `step`. An evaluation of a later one is made again: the row of
+        its step comes after it, too late to tell it from a repetition."""
+        if step < self.evaluated_step:
+            self.evaluated_step = -1
+
     def saved(self, step: int, attempt: str, cost_s: float) -> None:
         """Note a committed checkpoint and the seconds that it cost the training."""
         self.committed.add((step, attempt))
@@ -116,8 +122,10 @@ class Record:
             self.gone -= frozenset(event["detail"].get("ids", ()))  # members that had only been silent
         elif kind == "checkpoint_committed":
             self._take_commit(event["step"], event.get("seconds", 0.0), event["detail"])
-        elif kind == "restored" and self.claim_step is not None:  # lower if the newest checkpoint was damaged
-            self.claim_step = min(self.claim_step, event["step"])
+        elif kind == RESTORED:
+            self.restored(event["step"])
+            if self.claim_step is not None:  # lower if the newest checkpoint was damaged
+                self.claim_step = min(self.claim_step, event["step"])
         elif kind == "scaled":
             self.max_workers = event["detail"]["max_workers"]
         elif kind in ENDED:
