@@ -261,7 +261,7 @@ def test_an_encoder_gets_a_head_and_the_folder_that_is_exported_opens_with_the_s
 @pytest.mark.long
 @pytest.mark.processes
 @pytest.mark.usefixtures("workers")
-@pytest.mark.parametrize("rank", [0, 4])
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.minutes), 4])
 def test_a_real_encoder_trains_to_the_same_bits_cut_killed_and_resized_and_opens_again(tmp_path, rank):
     from peft import PeftModel
     from transformers import AutoModelForSequenceClassification
