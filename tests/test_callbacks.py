@@ -209,5 +209,6 @@ def test_pictures_are_png_of_the_given_values():
         with pytest.raises(ConfigError, match=r"sample\(\)\['p'\] is .*; give a picture as uint8"):
             png(wrong, "p")
     assert parted("text") == ({"sample": "text"}, {})
-    with pytest.raises(ConfigError, match=r"sample\(\)\['n'\] is a int; return a text, or a picture"):
-        parted({"n": 3})
+    assert parted({"n": 3}) == ({"n": "3"}, {})
+    with pytest.raises(ConfigError, match=r"sample\(\)\['n'\] is a list; return a text, or a picture"):
+        parted({"n": [3]})
