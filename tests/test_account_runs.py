@@ -38,6 +38,7 @@ def test_a_run_that_lost_a_worker_goes_on_pauses_at_its_most_cost_and_accounts_f
     named = ("startup/data", "startup/model", "productive", "evaluation", "sync", "detect", "form", "restore", "ending")
     assert all(found.seconds[cause] > 0 for cause in named), found.seconds
     lost, restarted = found.interruptions
-    assert (lost.kind, lost.step, lost.generation, len(lost.members)) == ("lost", 3, "1-2", 1)
+    assert (lost.kind, lost.generation, len(lost.members)) == ("lost", "1-2", 1)
+    assert 0 <= lost.step <= 3, "the newest step of which a row had come"
     assert lost.cost > 0
     assert (restarted.kind, restarted.generation) == ("restarted", "2-1")
