@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from elastic.data.deal import deal
-from elastic.parallel.canonical import _buckets, canonical_norm, sums_by_halves
+from elastic.parallel.canonical import _buckets, canonical_norm, row_sums, sums_by_halves, sums_per_row
 from elastic.parallel.tree import TreeSum, blocks, tree_sum_of_rows
 
 
@@ -192,3 +192,13 @@ def test_buckets_hold_every_tensor_once_in_order_and_one_dtype_each(sizes, limit
         inside = tensors[part]
         assert len({t.dtype for t in inside}) == 1
         assert len(inside) == 1 or sum(t.nbytes for t in inside) <= limit
+
+
+@pytest.mark.parametrize("shape", [(), (5,), (3, 4), (2, 40_000)])
+def test_the_norm_of_complex_gradients_has_both_their_parts(shape):
+    torch.manual_seed(0)
+    gradients = [torch.randn(shape, dtype=torch.complex64), torch.randn(3)]
+
+    assert canonical_norm(gradients).item() == pytest.approx(torch.nn.utils.get_total_norm(gradients).item(), rel=1e-6)
+    sums = row_sums(gradients[:1])
+    assert len(sums) == (shape[0] if shape else 1) * sums_per_row(shape, torch.complex64)

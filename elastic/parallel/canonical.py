@@ -143,7 +143,9 @@ def row_sums(tensors: Tensors) -> torch.Tensor:
 def _pieces(tensor: torch.Tensor) -> Tensors:
     """The rows of dim 0 in pieces of their width. A piece is shorter than torch's grain (32,768): of a longer row that
     is the only one, several threads sum parts."""
-    return list(tensor.reshape(tensor.shape[0] if tensor.dim() else 1, -1).split(_PIECE, dim=1))
+    rows = tensor.shape[0] if tensor.dim() else 1
+    values = torch.view_as_real(tensor) if tensor.is_complex() else tensor  # whose squares are of both its parts
+    return list(values.reshape(rows, -1).split(_PIECE, dim=1))
 
 
 def sums_by_halves(pieces: Tensors, together: int) -> Tensors:
@@ -172,6 +174,7 @@ def sums_by_halves(pieces: Tensors, together: int) -> Tensors:
     return [torch.cat(parts) for parts in sums]
 
 
-def sums_per_row(shape: tuple[int, ...]) -> int:
+def sums_per_row(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> int:
     """How many sums `row_sums` makes of each row of a tensor of this shape: none of rows without elements."""
-    return -(-math.prod(shape[1:]) // _PIECE)
+    values = math.prod(shape[1:]) * (2 if dtype.is_complex else 1)
+    return -(-values // _PIECE)

@@ -210,7 +210,7 @@ class BitwiseSharded(_Sharded):
         self._rows, self._bucket_bytes = rows, bucket_mb << 20
         #: For each parameter, the number of row sums on each part of the mesh.
         self._row_sums = [
-            [part.box(p.shape, ROWS).sizes[0] * sums_per_row(p.shape) for part in mesh.part.siblings]
+            [part.box(p.shape, ROWS).sizes[0] * sums_per_row(p.shape, p.dtype) for part in mesh.part.siblings]
             for p in self._parameters
         ]
         self._leaves = []
