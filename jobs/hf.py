@@ -35,8 +35,8 @@ def load_rows(data: str, split: str):
 
 
 @dataclass
-class Language(hf.CausalLM):
-    """Fine-tune a causal language model: rows of text, of prompt and completion, or of messages."""
+class Rows:
+    """Where a job's rows come from."""
 
     data: str = field(default="", metadata={"help": "file, folder, or name on the hub of the rows"})
     split: str = field(default="train", metadata={"help": "split to train on, such as train[:95%]"})
@@ -47,6 +47,11 @@ class Language(hf.CausalLM):
 
     def held_out(self):
         return load_rows(self.data, self.eval_split) if self.eval_split else None
+
+
+@dataclass
+class Language(Rows, hf.CausalLM):
+    """Fine-tune a causal language model: rows of text, of prompt and completion, or of messages."""
 
 
 if __name__ == "__main__":
