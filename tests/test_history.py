@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from elastic import cli
 from elastic.observe.history import BUCKETS, History
-from elastic.observe.ledger import METRICS, Follower, LedgerFile, to_line
+from elastic.observe.ledger import METRICS, Follower, LedgerFile, read_records, to_line
 from elastic.storage import Storage
 
 STORED = Path(__file__).parent / "stored_runs" / "format-3" / "exact"
@@ -183,9 +183,13 @@ def test_the_data_of_a_page_cannot_end_the_element_that_it_is_in(run: Path, tmp_
 
 
 def test_a_run_of_many_steps_is_reported_at_once(run: Path, capsys):
-    line = to_line({"format": 1, **row(7_654_321)})
+    told = next(r for r in read_records(Storage(str(STORED)), METRICS) if "sample_hash" in r)
+    line = to_line({**told, "step": 7_654_321, "time": 1_795_000_000.5})
     with (run / METRICS).open("w") as ledger:
-        ledger.writelines(line.replace("7654321", str(step)) for step in range(1, STEPS + 1))
+        ledger.writelines(
+            line.replace("7654321", str(step)).replace("1795000000", str(1_795_000_000 + step))
+            for step in range(1, STEPS + 1)
+        )
     cli.main(["report", str(STORED)])  # imports
     capsys.readouterr()
 

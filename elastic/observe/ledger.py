@@ -212,12 +212,13 @@ def _tail_of(storage: Storage, name: str, count: int) -> list[dict[str, Any]]:
 def _parse(lines: Iterable[bytes]) -> list[dict[str, Any]]:
     records = []
     for line in lines:
-        # A torn tail: the writer died, or is, in the middle of a line.
-        with contextlib.suppress(ValueError, RecursionError):
+        try:
             # What others wrote may have NaN, which Python's own reader takes.
             record = json.loads(line) if b"NaN" in line or b"Infinity" in line else orjson.loads(line)
-            if isinstance(record, dict):
-                records.append(record)
+        except (ValueError, RecursionError):
+            continue  # a torn tail: the writer died, or is, in the middle of a line
+        if isinstance(record, dict):
+            records.append(record)
     return records
 
 

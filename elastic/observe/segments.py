@@ -7,15 +7,16 @@ differ, so segments are fitted into the world's own time, one after another, wha
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from operator import itemgetter
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from elastic.observe.causes import PRODUCTIVE
 
 Parts = Mapping[str, float]
+Column = np.ndarray[Any, np.dtype[np.float64]]  # a value for each piece
 
 
 class Segment(NamedTuple):
@@ -58,42 +59,6 @@ def number(value: Any) -> float:
     return 0.0
 
 
-def step_parts(row: dict[str, Any], eval_s: float, workers: int, deal: Deal) -> dict[str, float]:
-    """What a step's seconds went into, averaged over the workers that computed it; nothing where it does not say.
-
-    The row is that of one worker. Who has a microbatch less than others waits for them when gradients are summed: that
-    is imbalance, not synchronisation.
-    """
-    step_s = number(row.get("step_s"))
-    if step_s <= 0:
-        return {}
-    compute, sync = number(row.get("compute_s")), number(row.get("sync_s"))
-    parts = {"data": number(row.get("data_s")), "evaluation": eval_s}
-    for cause, column in _OF_STEPS:
-        if column in row:
-            parts[cause] = number(row[column])
-    count = deal.microbatches
-    if not count or workers < 1 or count < workers:
-        parts[PRODUCTIVE], parts["sync"] = compute, sync
-    else:
-        most, own = -(-count // workers), count // workers  # of the busiest worker; of the first, whose row it is
-        busy = min(compute if deal.padded else compute * most / own, compute + sync)
-        parts[PRODUCTIVE] = useful = busy * count / (most * workers)
-        parts["imbalance"], parts["sync"] = busy - useful, compute + sync - busy
-    rest = step_s - sum(parts.values())
-    if rest > 0:
-        parts["other" if deal.complete else "unknown"] = rest
-    return parts
-
-
-_OF_STEPS = (("checkpoint", "checkpoint_s"), ("snapshot", "snapshot_s"))
-
-
-def _shares(parts: Mapping[str, float]) -> Parts:
-    whole = sum(parts.values())
-    return {cause: part / whole for cause, part in parts.items() if part > 0} if whole > 0 else {"unknown": 1.0}
-
-
 def _eval_s(row: dict[str, Any], evaluation: dict[str, Any] | None) -> float:
     """Of the evaluation, if it is a part of the step and not of what came after."""
     if evaluation is None:
@@ -108,12 +73,113 @@ def after_s(row: dict[str, Any], evaluation: dict[str, Any] | None) -> float:
     return found if evaluation is None else found + _eval_s(row, evaluation)
 
 
-class _Piece(NamedTuple):
-    begin: float
-    end: float
-    parts: Parts
-    row: dict[str, Any]
-    redone: str | None
+@dataclass(frozen=True)
+class _Pieces:
+    """What a world did, one after another: its steps, and evaluations that are no part of one. Each field has one
+    value for each of the n pieces, in the order in which they ended.
+
+    Args:
+        rows: of the steps; empty for an evaluation.
+        begin, end: unix seconds, float64 of shape (n,).
+        parts: what the seconds went into by cause, each float64 of shape (n,); only their ratios matter.
+        redone: the world in which the step was done again.
+    """
+
+    rows: list[dict[str, Any]]
+    begin: Column
+    end: Column
+    parts: dict[str, Column]
+    redone: list[str | None]
+
+    @classmethod
+    def of(
+        cls,
+        rows: Sequence[dict[str, Any]],
+        evaluations: Mapping[int, dict[str, Any]],
+        redone_in: Mapping[int, str],
+        workers: int,
+        deal: Deal,
+    ) -> _Pieces:
+        eval_s, apart = np.zeros(len(rows)), dict(evaluations)
+        if evaluations:
+            for i, row in enumerate(rows):
+                if row["step"] in evaluations and (seconds := _eval_s(row, evaluations[row["step"]])):
+                    eval_s[i] = seconds
+                    del apart[row["step"]]
+        step_s = _column(rows, "step_s")
+        parts = _step_parts(rows, step_s, eval_s, workers, deal)
+        end = np.array([row["time"] for row in rows], dtype=float)
+        end += _column(rows, "checkpoint_s") + _column(rows, "snapshot_s") + eval_s
+        begin = end - step_s
+        redone = [redone_in.get(row["step"]) for row in rows] if redone_in else [None] * len(rows)
+        if redone_in:
+            again = np.array([world is not None for world in redone], dtype=bool)
+            parts = {cause: np.where(again, 0.0, part) for cause, part in parts.items()} | {"redone": again * 1.0}
+        if apart:
+            ends = np.array([e["time"] for e in apart.values()], dtype=float)
+            begin = np.concatenate((begin, ends - _column(list(apart.values()), "eval_s")))
+            end = np.concatenate((end, ends))
+            parts = {cause: np.concatenate((part, np.zeros(len(apart)))) for cause, part in parts.items()}
+            parts["evaluation"][len(rows) :] = 1.0
+        order = np.argsort(end, kind="stable")
+        whole = [*rows, *({} for _ in apart)]
+        whole_redone = [*redone, *(None for _ in apart)]
+        if (order[1:] < order[:-1]).any():
+            whole, whole_redone = [whole[i] for i in order], [whole_redone[i] for i in order]
+        return cls(whole, begin[order], end[order], {c: part[order] for c, part in parts.items()}, whole_redone)
+
+
+def _column(rows: Sequence[dict[str, Any]], name: str) -> Column:
+    """`number` of one column; zeros where rows lack it."""
+    values = [row.get(name, 0.0) for row in rows]
+    if not set(map(type, values)) <= {float, int}:
+        values = list(map(number, values))
+    found = np.array(values, dtype=float)
+    found[~((found > 0) & (found < math.inf))] = 0.0
+    return found
+
+
+def _step_parts(
+    rows: Sequence[dict[str, Any]], step_s: Column, eval_s: Column, workers: int, deal: Deal
+) -> dict[str, Column]:
+    """What each step's seconds went into, averaged over the workers that computed it; zeros where it does not say.
+
+    A row is that of one worker. Who has a microbatch less than others waits for them when gradients are summed: that
+    is imbalance, not synchronisation.
+    """
+    compute, sync = _column(rows, "compute_s"), _column(rows, "sync_s")
+    parts = {"data": _column(rows, "data_s"), "evaluation": eval_s}
+    parts |= {cause: _column(rows, f"{cause}_s") for cause in ("checkpoint", "snapshot")}
+    count = deal.microbatches
+    if not count or workers < 1 or count < workers:
+        parts[PRODUCTIVE], parts["sync"] = compute, sync
+    else:
+        most, own = -(-count // workers), count // workers  # of the busiest worker; of the first, whose row it is
+        busy = np.minimum(compute if deal.padded else compute * most / own, compute + sync)
+        parts[PRODUCTIVE] = useful = busy * count / (most * workers)
+        parts["imbalance"], parts["sync"] = busy - useful, compute + sync - busy
+    parts["other" if deal.complete else "unknown"] = np.maximum(0.0, step_s - sum(parts.values()))
+    return {cause: np.where(step_s > 0, part, 0.0) for cause, part in parts.items()}
+
+
+def _gap_parts(rows: Sequence[dict[str, Any]], seconds: Column, rest: str) -> dict[str, Column]:
+    """What the `seconds` before each step went into: at the beginning of a world it was connected and the state
+    restored."""
+    parts, left = {}, seconds
+    for cause, name in (("form", "connect_s"), ("restore", "restore_s"), ("held", "held_s")):
+        parts[cause] = np.minimum(left, _column(rows, name))
+        left = left - parts[cause]
+    parts[rest] = parts.get(rest, 0.0) + left
+    return parts
+
+
+def _shares(parts: Mapping[str, float]) -> Parts:
+    whole = sum(parts.values())
+    return {cause: part / whole for cause, part in parts.items() if part > 0} if whole > 0 else {"unknown": 1.0}
+
+
+def _at(parts: Mapping[str, Column], i: int) -> Parts:
+    return _shares({cause: float(part[i]) for cause, part in parts.items()})
 
 
 def world_segments(
@@ -136,64 +202,38 @@ def world_segments(
         redone_in: for steps that were done again later, in which world.
         tail: the cause of what comes after the last row.
         workers: that train in it.
-        together: steps that count are put together into one segment; there may be a hundred thousand.
+        together: steps that count, and what came between them, are put together into one segment; there may be a
+            hundred thousand.
     """
-    cursor, first = begin, True
-    totals: dict[str, float] = defaultdict(float)
-    for piece in _pieces(rows, evaluations, redone_in, workers, deal):
-        piece_begin, piece_end, parts, row, redone = piece
-        at = cursor
-        if piece_begin > cursor:  # one that was applied after the break is before it all the same
-            at = min(piece_begin, max(cursor, end - max(0.0, piece_end - piece_begin)))
-        if at > cursor:
-            yield Segment(cursor, at, _gap(at - cursor, row, deal, first=first), first=first)
-        stop = min(max(piece_end, at), end)
-        if stop > at:
-            whole = sum(parts.values()) if together and redone is None else 0.0
-            if whole > 0:
-                scale = (stop - at) / whole
-                for cause, part in parts.items():
-                    totals[cause] += part * scale
-            else:
-                yield Segment(at, stop, _shares(parts), redone)
-        cursor, first = max(cursor, stop), False
-    if totals:
-        yield Segment(0.0, sum(totals.values()), _shares(totals))
+    pieces = _Pieces.of(rows, evaluations, redone_in, workers, deal)
+    rest = "other" if deal.complete else "unknown"
+    after = np.maximum(begin, np.minimum(pieces.end, end))  # as they are ordered by their ends
+    before = np.concatenate(([begin], after[:-1])) if len(after) else after
+    # One that was applied after the break is before it all the same.
+    latest = np.maximum(before, end - np.maximum(0.0, pieces.end - pieces.begin))
+    at = np.where(pieces.begin > before, np.minimum(pieces.begin, latest), before)
+    stop = np.minimum(np.maximum(pieces.end, at), end)
+    lengths, gaps = np.maximum(0.0, stop - at), np.maximum(0.0, at - before)
+    gap_parts = _gap_parts(pieces.rows, gaps, rest)
+    apart = np.ones(len(after), dtype=bool)  # pieces that are told one by one
+    if together and len(after):
+        wholes = sum(pieces.parts.values())
+        apart = np.array([world is not None for world in pieces.redone], dtype=bool) | (wholes <= 0)
+        scale = np.where(apart, 0.0, lengths) / np.where(apart, 1.0, wholes)
+        totals = {cause: float((part * scale).sum()) for cause, part in pieces.parts.items()}
+        for cause, part in gap_parts.items():
+            totals[cause] = totals.get(cause, 0.0) + float(part[1:].sum())
+        if (seconds := sum(totals.values())) > 0:
+            yield Segment(0.0, seconds, _shares(totals))
+    for i in np.flatnonzero(apart | (np.arange(len(after)) == 0)).tolist():
+        if gaps[i] > 0 and i == 0:
+            first = _at(_gap_parts(pieces.rows[:1], gaps[:1], "form"), 0)
+            yield Segment(float(before[i]), float(at[i]), first, first=True)
+        elif gaps[i] > 0 and not together:
+            yield Segment(float(before[i]), float(at[i]), _at(gap_parts, i))
+        if lengths[i] > 0 and apart[i]:
+            yield Segment(float(at[i]), float(stop[i]), _at(pieces.parts, i), pieces.redone[i])
+    cursor = float(after[-1]) if len(after) else begin
     if end > cursor:
-        shares = _gap(end - cursor, {}, deal, first=True) if first and tail == "form" else {tail: 1.0}
-        yield Segment(cursor, end, shares, first=first, last=True)
-
-
-def _pieces(
-    rows: Sequence[dict[str, Any]],
-    evaluations: Mapping[int, dict[str, Any]],
-    redone_in: Mapping[int, str],
-    workers: int,
-    deal: Deal,
-) -> list[_Piece]:
-    pieces, apart = [], dict(evaluations)
-    for row in rows:
-        step = row["step"]
-        evaluation = evaluations.get(step)
-        eval_s = _eval_s(row, evaluation)
-        if eval_s:
-            del apart[step]
-        redone = redone_in.get(step)
-        parts = {"redone": 1.0} if redone is not None else step_parts(row, eval_s, workers, deal)
-        finish = row["time"] + after_s(row, evaluation)
-        pieces.append(_Piece(finish - number(row.get("step_s")), finish, parts, row, redone))
-    for evaluation in apart.values():
-        seconds = number(evaluation.get("eval_s"))
-        pieces.append(_Piece(evaluation["time"] - seconds, evaluation["time"], {"evaluation": 1.0}, {}, None))
-    return sorted(pieces, key=itemgetter(1))
-
-
-def _gap(seconds: float, row: dict[str, Any], deal: Deal, *, first: bool) -> Parts:
-    """What came before a step: at the beginning of a world it was connected and the state restored."""
-    rest = "form" if first else "other" if deal.complete else "unknown"
-    parts, left = {}, seconds
-    for cause, column in (("form", "connect_s"), ("restore", "restore_s"), ("held", "held_s")):
-        parts[cause] = min(left, number(row.get(column)))
-        left -= parts[cause]
-    parts[rest] = parts.get(rest, 0.0) + left
-    return _shares(parts) if sum(parts.values()) > 0 else {rest: 1.0}
+        shares = {"form": 1.0} if not len(after) and tail == "form" else {tail: 1.0}
+        yield Segment(cursor, end, shares, first=not len(after), last=True)

@@ -156,16 +156,22 @@ class Timeline:
         self._evaluations: dict[str, dict[int, dict[str, Any]]] = defaultdict(dict)
         self._last: dict[int, float] = {}  # the newest time of a claim's rows
         kept: dict[int, tuple[int, int]] = {}
+        told, generation, place = None, "", None  # of the last row: there may be a hundred thousand of a generation
         for row in rows:
-            step, place = row.get("step"), epoch_of(row.get("generation"))
-            if not isinstance(step, int) or place is None:
+            step = row.get("step")
+            if row.get("generation") != told:
+                told = row.get("generation")
+                generation, place = str(told), epoch_of(told)
+            if place is None or not isinstance(step, int):
                 continue
-            generation = str(row["generation"])
-            into = self._rows if "sample_hash" in row else self._evaluations
-            into[generation].setdefault(step, row)
-            if "sample_hash" in row and place > kept.get(step, (-1, -1)):
-                kept[step] = place
-            self._last[place[0]] = max(self._last.get(place[0], -math.inf), row["time"])
+            if "sample_hash" not in row:
+                self._evaluations[generation].setdefault(step, row)
+            else:
+                self._rows[generation].setdefault(step, row)
+                if step not in kept or place > kept[step]:
+                    kept[step] = place
+            if row["time"] > self._last.get(place[0], -math.inf):
+                self._last[place[0]] = row["time"]
         for generation, found in self._rows.items():
             newest, (epoch, _) = found[max(found)], epoch_of(generation) or (0, 0)
             evaluation = self._evaluations.get(generation, {}).get(newest["step"])
