@@ -34,10 +34,12 @@ def slow_job(
     *options: str,
     pause_s: float = 0.04,
     faults: Any = (),
+    sick_node: str = "",
 ) -> Command:
-    """A run of tests.slow_job in `bitwise`, whose workers have these faults planned."""
+    """A run of tests.slow_job in `bitwise`, whose workers have these faults planned, and fail on the sick node."""
     # its workers get them from Ray's runtime environment, as those of a submitted job do
     variables = {"SLOW_JOB_PAUSE_S": str(pause_s), "ELASTIC_FAULTS": json.dumps(list(faults))}
+    variables |= {"SLOW_JOB_SICK_NODE": sick_node} if sick_node else {}
     return ForkedCommand(
         "-m",
         "tests.slow_job",

@@ -23,6 +23,11 @@ class Slow(Digits):
     """Learns noise, slowly."""
 
     def train_data(self):
+        if sick := os.environ.get("SLOW_JOB_SICK_NODE"):
+            import ray
+
+            if ray.get_runtime_context().get_node_id() == sick:
+                raise OSError("/data is not mounted on this node")
         return Noise(1437)
 
     def eval_data(self):

@@ -80,6 +80,7 @@ def test_a_run_is_looked_at_saved_scaled_both_ways_drained_and_stopped_without_a
     assert [(w["id"], w["rank"], w["state"]) for w in status["workers"]] == [
         (f"w1-{i}", i, "in the world") for i in range(3)
     ]
+    assert all(w["memory_bytes"] > 50 << 20 and w["device_memory"] is None for w in status["workers"])
     assert len(status["rows"]) == len(status["events"]) == 5
     assert seen["saved"]["step"] >= status["step"]
     assert seen["saved"]["step"] in seen["checkpoints"]

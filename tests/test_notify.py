@@ -44,7 +44,7 @@ def test_what_is_worth_a_message() -> None:
     hear(10 + PARKED_S, "notice")
     hear(11 + PARKED_S, "notice")
     hear(12 + PARKED_S, "world_formed")
-    hear(13 + PARKED_S, "node_quarantined", node="n7", detail="a GPU fell off the bus")
+    hear(13 + PARKED_S, "node_quarantined", detail={"node": "n7", "why": "3 workers could not get ready"})
     hear(14 + PARKED_S, **FINISHED)
 
     assert told[0].startswith("run mine was lost (no heartbeat since 2001-09-")
@@ -53,7 +53,7 @@ def test_what_is_worth_a_message() -> None:
         "run mine saves again: step 7",
         "run mine is parked for more than 10 minutes: 1 workers, waiting for at least 2",
         "run mine goes on after it was parked",
-        "run mine takes no workers of node n7 any more: a GPU fell off the bus",
+        "run mine takes no workers of node n7 any more: 3 workers could not get ready",
         "run mine finished after step 9",
     ]
     failed = {"kind": "end", "status": "failed", "message": "Traceback (most recent\n  File\nValueError: no"}

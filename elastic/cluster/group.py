@@ -35,6 +35,7 @@ from elastic.cluster.pool import (
     notices,
     staying_units,
 )
+from elastic.cluster.quarantine import MOST_FAILURES, Quarantine
 from elastic.cluster.sharing import Demand, Patience, share
 from elastic.cluster.vaults import Vaults
 from elastic.compat.ray import actor_id, draining_nodes, free_resources, how_it_ended, process_ended
@@ -97,6 +98,8 @@ class WorkerGroup:
         self._numbers = itertools.count()
         self._vaults = Vaults(plan.name, plan.token, plan.hang_timeout_s, how_it_ended) if plan.vaults else None
         self._deadlines: dict[str, int] = {}  # of nodes that go away
+        self._quarantine = Quarantine()
+        self._ready: frozenset[str] = frozenset()  # workers that got ready, as the server last said
         self._next_nodes = 0.0
         self._demands = Demands(plan.terms.run)
         self._patience = Patience(plan.terms.request_timeout_s)
@@ -197,7 +200,9 @@ class WorkerGroup:
         if not status.running and status.error is None and status.return_value in ("fenced", "handed over", "unfit"):
             self._remove(handle)
             self._next_nodes = 0.0  # ask the server at once how many workers to have, before this one is replaced
-            if status.return_value == "unfit":  # after that time the server has told how long to wait
+            if status.return_value == "unfit":
+                self._count_failure(handle.unit)
+                # after that time the server has told how long to wait
                 self._seen = replace(self._seen, ask_after=time.monotonic() + 2 * NODES_S)
         elif status.error is not None:
             raise RunFailed(f"a worker failed: {status.error}")
@@ -210,9 +215,22 @@ class WorkerGroup:
         ended = raised or process_ended(error)
         _log.info("worker %s is gone: %s", unit.id, error)
         self._remove(handle, node_lost=isinstance(error, ray.exceptions.RayActorError) and not ended)
+        if ended and unit.id not in self._ready:
+            self._count_failure(unit)
         if unit.id:
             how = one_line(error) if raised else how_it_ended(str(error)) if ended else ""
             self._request(Gone([unit.id], ended, how))
+
+    def _count_failure(self, unit: Unit) -> None:
+        """A worker could not get ready: its node may be the reason."""
+        before = self._quarantine
+        training = [u.node for u in self._units if u.id in self._ready]
+        self._quarantine = before.after_failure(unit.node, training)
+        for node in self._quarantine.nodes - before.nodes:
+            why = f"{MOST_FAILURES} workers in a row could not get ready on it, while others train elsewhere"
+            _log.warning("node %s takes no more workers of this run: %s", node, why)
+            self._request(Note("node_quarantined", {"node": node, "why": why}))
+            self._seen = replace(self._seen, excluded=(*self._seen.excluded, node))
 
     def _watch_nodes(self) -> None:
         """Once a second: pass on notices of nodes that go away, end evicted workers, help a restarted server or
@@ -230,13 +248,18 @@ class WorkerGroup:
         for node, left_s in notices(deadlines, self._deadlines, self._units, time.time()):
             self._request(Leaving(node, left_s))
         self._deadlines = deadlines
-        self._seen = replace(self._seen, draining=frozenset(deadlines), excluded=tuple(excluded))
+        closed = (*excluded, *sorted(self._quarantine.nodes))
+        self._seen = replace(self._seen, draining=frozenset(deadlines), excluded=closed)
         found = self._request("/group")
         if found is None:
             return
         if found["phase"] == "rebuilding":
             self._request(Existing([u.id for u in running]))
             self._deadlines = {}  # a restarted server has forgotten the notices too
+        self._ready = frozenset((*found["members"], *found["waiting"]))
+        for unit in running:
+            if unit.id in self._ready:
+                self._quarantine = self._quarantine.after_success(unit.node)
         want = self._plan.want(found["max_workers"])
         if want > self._seen.want:
             self._patience = Patience(self._plan.terms.request_timeout_s)  # what failed before was a smaller request

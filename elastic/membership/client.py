@@ -185,6 +185,10 @@ class WorkerLink:
         """Set this worker's position for the next heartbeat. Costs one assignment, no message."""
         self._watcher.position = position
 
+    def show_device_memory(self, share: float | None) -> None:
+        """Set the share of the device's memory for the next heartbeat. Costs one assignment, no message."""
+        self._watcher.device_memory = share
+
     def show_place(self, place: Callable[[], tuple[str, list[int]]]) -> None:
         """Set what heartbeats call for a description of where this worker is and the sample ids that it waits for."""
         self._watcher.place = place

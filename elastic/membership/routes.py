@@ -28,7 +28,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TypeVar
 
 from aiohttp import web
@@ -41,7 +41,7 @@ from elastic.membership.events import Drained, Event, Expected, Lost, Notice, Sc
 from elastic.membership.eviction import Watchman
 from elastic.membership.execution import Executor
 from elastic.membership.keeper import Keeper
-from elastic.membership.state import State, describe, people
+from elastic.membership.state import Memory, State, describe, people
 from elastic.membership.wire import Refused
 
 T = TypeVar("T")
@@ -55,6 +55,7 @@ class Routes:
     Args:
         handle: takes an event.
         state: returns the present state.
+        memory: what workers last said of theirs, by id.
     """
 
     def __init__(
@@ -66,10 +67,11 @@ class Routes:
         access: Access,
         handle: Callable[[Event], None],
         state: Callable[[], State],
+        memory: Mapping[str, Memory],
     ):
         self._keeper, self._connections, self._executor = keeper, connections, executor
         self._watchman, self._access = watchman, access
-        self._handle, self._state = handle, state
+        self._handle, self._state, self._memory = handle, state, memory
         self._granting = asyncio.Lock()
 
     def add_to(self, router: web.UrlDispatcher) -> None:
@@ -134,7 +136,7 @@ class Routes:
                 "status": self._keeper.status(),
                 "rows": self._keeper.recent_rows(),
                 "group": describe(state, time.monotonic()),
-                "workers": people(state, self._watchman.phases()),
+                "workers": people(state, self._watchman.phases(), self._memory),
             }
         )
 
@@ -160,7 +162,7 @@ class Routes:
 
     async def _drain(self, request: web.Request) -> web.Response:
         drain, now = await _read(asked.Drain, request), time.monotonic()
-        workers = people(self._state(), {})
+        workers = people(self._state())
         found = [w for w in workers if w["id"] == drain.worker] or [
             w for w in workers if w["id"].startswith(drain.worker)
         ]

@@ -52,7 +52,7 @@ from elastic.membership.execution import Executor
 from elastic.membership.keeper import Keeper
 from elastic.membership.protocol import BEAT_S, MAX_MESSAGE_BYTES, SILENT_S
 from elastic.membership.routes import Routes
-from elastic.membership.state import State
+from elastic.membership.state import Memory, State
 from elastic.membership.watch import Progress
 from elastic.membership.wire import Refused
 from elastic.membership.world import Generation, Member
@@ -90,8 +90,16 @@ class MembershipServer:
         self._connections, self._door = Connections(), Door()
         self._executor = Executor(keeper, self._connections, host, new_store)
         self._watchman = Watchman(keeper, self._connections, hang_s, self._give_up, self._handle)
+        self._memory: dict[str, Memory] = {}
         self._routes = Routes(
-            keeper, self._connections, self._executor, self._watchman, self._access, self._handle, lambda: self._state
+            keeper,
+            self._connections,
+            self._executor,
+            self._watchman,
+            self._access,
+            self._handle,
+            lambda: self._state,
+            self._memory,
         )
         self._members: dict[str, Member] = {}
         self._reported_done: frozenset[str] = frozenset()
@@ -309,6 +317,7 @@ class MembershipServer:
         match message:
             case wire.Beat():
                 self._connections.send(member_id, wire.BeatHeard(message.sent))
+                self._memory[member_id] = Memory(message.memory_bytes, message.device_memory)
                 if message.at is not None:
                     self._note_progress(member_id, message.at, now)
             case wire.Join():

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 from elastic.membership.commands import GiveUp
 from elastic.membership.events import Registered
@@ -182,8 +183,17 @@ def holds_state(state: State) -> bool:
     return inside or waits or bool(state.late) or state.phase is Phase.REBUILDING
 
 
-def people(state: State, phases: Mapping[str, str]) -> list[dict[str, Any]]:
-    """Every present worker, by rank, with node, state and phase: what commands show to people."""
+class Memory(NamedTuple):
+    """What a worker uses: resident bytes of its process, and a share of its device's memory (None on CPU)."""
+
+    resident_bytes: int | None = None
+    device: float | None = None
+
+
+def people(
+    state: State, phases: Mapping[str, str] = MappingProxyType({}), memory: Mapping[str, Memory] = MappingProxyType({})
+) -> list[dict[str, Any]]:
+    """Every present worker, by rank, with node, state, phase and memory: what commands show to people."""
 
     def waits(name: str) -> str:
         return "does not answer" if name in state.quiet else "waiting"
@@ -210,6 +220,8 @@ def people(state: State, phases: Mapping[str, str]) -> list[dict[str, Any]]:
             "rank": rank,
             "state": where if going(state, m) is None else f"{where}, to go",
             "phase": phase,
+            "memory_bytes": memory.get(m.id, Memory()).resident_bytes,
+            "device_memory": memory.get(m.id, Memory()).device,
         }
         for m, rank, where, phase in found
     ]

@@ -11,11 +11,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import queue
+import resource
 import sys
 import threading
 import time
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 
 import aiohttp
 
@@ -79,6 +81,7 @@ class Watcher:
         fenced: why this worker must not go on.
         over: how the run ended.
         position: how far this worker is.
+        device_memory: see `Beat`; asked of the device by the training thread, since it may wait.
         place: returns where it is in words, and the ids of the samples that it waits for.
         closing: no further message will be sent.
     """
@@ -106,6 +109,7 @@ class Watcher:
         self._leased = time.monotonic()  # when the newest answered beat was sent: the lease counts from there
         self.position = ENTERED
         self.next_beat = 0.0
+        self.device_memory: float | None = None
         self.place: Callable[[], tuple[str, list[int]]] = lambda: ("", [])
         self._loop = asyncio.new_event_loop()
         self._posted = asyncio.Event()
@@ -214,7 +218,8 @@ class Watcher:
 
     def _beat(self) -> Beat:
         assignment = self.assignment
-        return Beat(time.monotonic(), None if assignment is None else self._whereabouts(assignment))
+        at = None if assignment is None else self._whereabouts(assignment)
+        return Beat(time.monotonic(), at, _resident_bytes(), self.device_memory)
 
     def _whereabouts(self, assignment: Assignment) -> Whereabouts:
         """How far this worker is in its world."""
@@ -300,6 +305,15 @@ class Watcher:
             f"the membership server at {self._url} was silent for {time.monotonic() - self._leased:.0f} s, much longer "
             f"than --recovery.lease {self._lease_s:g}s: others may have gone on with the run{self._refusal}"
         )
+
+
+def _resident_bytes() -> int | None:
+    """Resident memory of this process; None where the kernel does not say."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except OSError:
+        return None
+    return pages * resource.getpagesize()
 
 
 def stacks() -> str:

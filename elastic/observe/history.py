@@ -36,6 +36,7 @@ _TONES = {
         "world_stalled",
         "fallback_restart",
         "sample_failed",
+        "node_quarantined",
     ),
     "warn": ("notice", "handed_over", "parked", "member_late", "yielded", "checkpoint_skipped", "snapshot_skipped"),
     "good": ("world_formed", "resumed", "run_finished", "worker_warm"),

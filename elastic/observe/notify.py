@@ -52,10 +52,9 @@ class Attention:
             self._failing = False
             return [self._say("checkpoints_saved", f"saves again: step {record.get('step')}", record)]
         elif kind == "node_quarantined":
-            where = record.get("node", "a node")
-            return [
-                self._say("node_quarantined", f"takes no workers of node {where} any more: {_line(detail)}", record)
-            ]
+            where = detail if isinstance(detail, dict) else {}
+            text = f"takes no workers of node {where.get('node')} any more: {_line(where.get('why'))}"
+            return [self._say("node_quarantined", text, where)]
         return []
 
     def tick(self, now: float) -> list[Message]:

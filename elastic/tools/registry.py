@@ -193,7 +193,7 @@ def recorded(status: dict[str, Any]) -> list[dict[str, Any]]:
 def text_of(run: dict[str, Any]) -> str:
     """`look_at_run` for people."""
     from elastic.observe.console import DEATHS, eval_text, event_text, row_text
-    from elastic.tools.text import age_text, table
+    from elastic.tools.text import age_text, workers_table
 
     total = run["total_steps"] or 0
     world = run["world"]
@@ -208,11 +208,7 @@ def text_of(run: dict[str, Any]) -> str:
     if run["not_asked"]:
         lines.append(f"(from its folder alone: {run['not_asked']})")
     if run["workers"]:
-        rows = [
-            (w["id"], w["node"][:16], w["pid"], "" if w["rank"] is None else w["rank"], w["state"], w["phase"])
-            for w in run["workers"]
-        ]
-        lines += ["", table(("worker", "node", "process", "rank", "state", "phase"), rows, "process,rank")]
+        lines += ["", workers_table(run["workers"])]
     told = [(r["time"], row_text(r, total, None, None) if "loss" in r else eval_text(r)) for r in run["rows"]]
     told += [(e["time"], event_text(e, whole=e["kind"] in DEATHS)) for e in run["events"]]
     if told:

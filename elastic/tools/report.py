@@ -9,7 +9,7 @@ from typing import Any
 from elastic.observe.console import seconds_text
 from elastic.observe.history import PARTS
 from elastic.tools.output import write_file
-from elastic.tools.text import age_text, show, size_text, table
+from elastic.tools.text import age_text, show, size_text, table, workers_table
 
 _MOST = 12  # stalls, events and checkpoints in a table
 
@@ -163,8 +163,4 @@ def _saves(run: dict[str, Any]) -> str:
 
 
 def _members(run: dict[str, Any]) -> str:
-    rows = [
-        (w["id"], w["node"][:16], w["pid"], "" if w["rank"] is None else w["rank"], w["state"], w["phase"])
-        for w in run["workers"]
-    ]
-    return table(("worker", "node", "process", "rank", "state", "phase"), rows, "process,rank") if rows else ""
+    return workers_table(run["workers"]) if run["workers"] else ""

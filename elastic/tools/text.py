@@ -27,6 +27,22 @@ _SIZES = {
 _AGES = {"s": 1.0, "min": 60.0, "h": 3600.0, "d": 86400.0, "w": 604800.0}
 
 
+def workers_table(workers: Sequence[Mapping[str, Any]]) -> str:
+    """A run's workers, a line each, as `membership.state.people` describes them."""
+    heads = ("worker", "node", "process", "rank", "state", "phase", "memory")
+    rows = [
+        (w["id"], w["node"][:16], w["pid"], "" if w["rank"] is None else w["rank"], w["state"], w["phase"], _memory(w))
+        for w in workers
+    ]
+    return table(heads, rows, "process,rank,memory")
+
+
+def _memory(worker: Mapping[str, Any]) -> str:
+    resident, device = worker.get("memory_bytes"), worker.get("device_memory")
+    words = [size_text(resident) if resident else "", f"{device:.0%} of the device" if device is not None else ""]
+    return ", ".join(word for word in words if word)
+
+
 def size_text(size: float) -> str:
     """Format a size in bytes: 512 B, 1.5 KiB, 20.0 MiB."""
     for unit in ("B", "KiB", "MiB", "GiB"):

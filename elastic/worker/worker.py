@@ -225,6 +225,8 @@ class Worker:
         """The row of a step for the ledger, without its times."""
         plan, update = self.plan, hand.update
         record, done = update.record, update.step + 1
+        device_memory = memory_share(self.device)
+        self.link.show_device_memory(device_memory)
         return {
             "step": done,
             "time": time.time(),
@@ -235,7 +237,7 @@ class Worker:
             "generation": str(hand.assignment.generation),
             "samples": done * plan.global_size,
             "tokens": done * plan.global_size * plan.tokens_per_sample if plan.tokens_per_sample else None,
-            "device_memory": memory_share(self.device),
+            "device_memory": device_memory,
             "first_position": update.step * plan.global_size,
             "count": plan.global_size,
             "sample_hash": record.sample_hash,

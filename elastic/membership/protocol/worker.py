@@ -63,11 +63,20 @@ class Hello:
 
 @dataclass(frozen=True)
 class Beat:
-    """A worker lives. `sent`: time of its own clock, which the answer repeats. `at`: where it is, if in a world."""
+    """A worker lives.
+
+    Args:
+        sent: time of its own clock, which the answer repeats.
+        at: where it is, if in a world.
+        memory_bytes: resident memory of its process.
+        device_memory: the largest share of its device's memory that tensors took; None on CPU.
+    """
 
     kind: ClassVar[str] = "beat"
     sent: float
     at: Whereabouts | None = None
+    memory_bytes: Natural | None = None
+    device_memory: float | None = None
 
 
 @dataclass(frozen=True)

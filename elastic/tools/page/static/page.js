@@ -229,11 +229,13 @@ function lower(run) {
     element("div", { class: "stack" }, events(run), logsCard(run), stallsCard(run), checkpoints(run), result(run)));
 }
 
+const memoryText = (w) => [w.memory_bytes ? bytesText(w.memory_bytes) : "", typeof w.device_memory === "number" ? `${Math.round(100 * w.device_memory)} % of the device` : ""].filter(Boolean).join(", ");
+
 function members(run) {
   if (!run.workers.length) return null;
   const live = LIVE.includes(run.status) && run.asked && !inlined;
   const heads = [["rank", "num"], ["worker", ""], ["node", ""], ["phase", ""]];
-  const memory = run.workers.some((w) => w.memory);
+  const memory = run.workers.some((w) => w.memory_bytes);
   if (memory) heads.push(["memory", "num"]);
   if (live) heads.push(["", "num"]);
   return card("Members", run.world ? `world ${run.world.generation}` : "", table(heads, run.workers.map((w) => [
@@ -241,7 +243,7 @@ function members(run) {
     element("span", { title: `process ${w.pid}` }, element("code", {}, String(w.id).slice(0, 14))),
     element("span", { title: w.node }, String(w.host || w.node).slice(0, 18)),
     w.phase && w.state === "in the world" ? w.phase : [w.state, w.phase].filter(Boolean).join(", "),
-    ...(memory ? [w.memory || ""] : []),
+    ...(memory ? [memoryText(w)] : []),
     ...(live ? [element("span", {},
       element("button", { class: "small", "data-key": `drain ${w.id}`, "aria-label": `Drain worker ${w.id}`, onclick: () => ask({ title: `Drain worker ${w.id}?`, text: `It hands over between two steps and ends; another one is asked for in its place.`, yes: "Drain" }, () => act("drain", { worker: w.id })) }, "Drain"))] : []),
   ])));
