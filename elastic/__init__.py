@@ -14,7 +14,12 @@ if TYPE_CHECKING:  # for type checkers and editors
     from elastic.cluster.trainer import Result as Result
     from elastic.command import main as main
     from elastic.config import TrainConfig as TrainConfig
+    from elastic.data.samplers import ByLength as ByLength
+    from elastic.data.samplers import Curriculum as Curriculum
+    from elastic.data.samplers import Sequential as Sequential
+    from elastic.data.samplers import Weighted as Weighted
     from elastic.job import Job as Job
+    from elastic.job import Plan as Plan
     from elastic.loading import load_model as load_model
     from elastic.observe.callbacks import Callback as Callback
     from elastic.observe.callbacks import JSONLines as JSONLines
@@ -41,6 +46,11 @@ _HOMES = {
     "ObserveOptions": "elastic.config",
     "ClusterOptions": "elastic.config",
     "Job": "elastic.job",
+    "Plan": "elastic.job",
+    "ByLength": "elastic.data.samplers",
+    "Curriculum": "elastic.data.samplers",
+    "Sequential": "elastic.data.samplers",
+    "Weighted": "elastic.data.samplers",
     "load_model": "elastic.loading",
     "Callback": "elastic.observe.callbacks",
     "JSONLines": "elastic.observe.callbacks",

@@ -11,8 +11,9 @@ import torch
 
 from elastic.config import TrainConfig, from_dict
 from elastic.errors import ConfigError, ElasticError
-from elastic.job import Job, eval_sets
+from elastic.job import Job
 from elastic.job_code import job_code
+from elastic.job_data import eval_sets
 from elastic.loading import load_state, stored_run, tell_plan
 from elastic.options import parse
 from elastic.parallel.device import pick_device, prepare_process

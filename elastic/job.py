@@ -19,6 +19,7 @@ from elastic.job_code import job_code
 from elastic.values import ValueRefused, classes, decode, encode
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
 
     from elastic.observe.callbacks import Callback
@@ -50,16 +51,24 @@ class Plan:
         total_steps: updates of the whole run.
         batch_size: samples of a step.
         samples: of the training data.
+        microbatch_size: samples of each of the parts into which a batch is cut, at every number of workers.
+        seed: of the run.
     """
 
     total_steps: int
     batch_size: int
     samples: int
+    microbatch_size: int = 1
+    seed: int = 0
 
     @property
     def steps_per_epoch(self) -> float:
         """Steps of one pass over the training data: no whole number where the last batch goes on in the next epoch."""
         return self.samples / self.batch_size
+
+
+#: The index of the sample at each of some positions (int64 arrays of one shape), for `Job.sampler`.
+Sampler = Callable[["np.ndarray", Plan], "np.ndarray"]
 
 
 def tell(job: Job, plan: Plan) -> None:
@@ -71,8 +80,8 @@ def tell(job: Job, plan: Plan) -> None:
 class Job:
     """One training job. Subclass it; make it a dataclass to give it `--job.*` options.
 
-    Every method but `callbacks` runs in the workers; `train_data` and `eval_data` also run once in the driver, which
-    needs their length. Nothing here may depend on the rank or on the world size: the same job runs at any.
+    Every method but `callbacks` runs in the workers; `train_data`, `sampler` and `eval_data` also run once in the
+    driver. Nothing here may depend on the rank or on the world size: the same job runs at any.
     """
 
     #: Tokens in one sample, if the job has tokens: allows durations in `tok` and token counts in the ledger.
@@ -151,6 +160,16 @@ class Job:
     def train_data(self) -> MapDataset:
         """The training data, map-style."""
         raise NotImplementedError(_lacks(self, "train_data"))
+
+    def sampler(self, data: Any) -> Sampler | None:
+        """Which sample of `data`, which is what `train_data` returned, is at each position of the run; None for a new
+        permutation of all of them each epoch. A step takes the next `batch_size` positions, from 0, whoever runs it.
+
+        `elastic.Sequential()`, `elastic.Weighted(weights)`, `elastic.ByLength(lengths)`, `elastic.Curriculum(...)`, or
+        a function of (int64 positions, `Plan`) that returns the index at each. It must depend on nothing else: it is
+        asked in any order, on every worker, and again after faults and by later commands. Called once in each worker
+        and in the driver."""
+        return None
 
     def eval_data(self) -> MapDataset | Mapping[str, MapDataset] | None:
         """Held-out data, map-style; several by name; or None."""
@@ -343,72 +362,3 @@ def _source_file(cls: type) -> Path | None:
     except (TypeError, OSError):
         return None
     return Path(file) if file and Path(file).is_file() else None
-
-
-_INSTEAD = {
-    "DataLoader": "return the loader's dataset itself: `return loader.dataset` (batching and order are Elastic's)",
-    "IterableDataset": "return a map-style dataset, for example `return list(stream)` if it fits in memory",
-    "Ray Dataset": "return rows by index, for example `return dataset.to_pandas().to_dict('records')`",
-}
-
-
-def check_dataset(where: str, data: object) -> MapDataset:
-    """Refuse what is not map-style, with the line to write instead.
-
-    Raises:
-        ConfigError: a DataLoader, an IterableDataset, a Ray Dataset, or anything without `len` and indexing.
-    """
-    names = {f"{c.__module__}.{c.__name__}" for c in type(data).__mro__}
-    found = None
-    if any(n.startswith("torch.utils.data") and n.endswith(".DataLoader") for n in names):
-        found = "DataLoader"
-    elif any(n.startswith("torch.utils.data") and n.endswith(".IterableDataset") for n in names):
-        found = "IterableDataset"
-    elif any(n.startswith("ray.data") for n in names):
-        found = "Ray Dataset"
-    if found:
-        article = "an" if found[0] == "I" else "a"
-        raise ConfigError(f"{where} returned {article} {found}, but data must be map-style; {_INSTEAD[found]}")
-    if not (hasattr(data, "__len__") and hasattr(data, "__getitem__")):
-        raise ConfigError(
-            f"{where} returned a {type(data).__name__}, which has no __len__ and __getitem__; "
-            "return a map-style dataset"
-        )
-    return data
-
-
-def eval_sets(job: Job) -> dict[str, MapDataset]:
-    """The job's held-out data by name (`""` where there is one without a name), checked."""
-    data = job.eval_data()
-    if data is None:
-        return {}
-    named = dict(data) if isinstance(data, Mapping) else {"": data}
-    return {name: check_dataset(f"eval_data()[{name!r}]" if name else "eval_data()", d) for name, d in named.items()}
-
-
-def training_data(job: Job, call: Callable[[Callable[[], Any]], Any] | None = None) -> tuple[MapDataset, int]:
-    """The job's training data and how many samples it has, for the command itself.
-
-    Args:
-        call: what is to call `train_data`.
-
-    Raises:
-        ConfigError: it is not map-style, or the job's code raised.
-    """
-    with job_code("train_data()"):
-        data = job.train_data() if call is None else call(job.train_data)
-    checked = check_dataset("train_data()", data)
-    with job_code("the length of what train_data() returned"):
-        return checked, len(checked)
-
-
-def held_out_sizes(job: Job) -> dict[str, int]:
-    """How many samples the job holds out, by name, for the command itself.
-
-    Raises:
-        ConfigError: some are not map-style, or the job's code raised.
-    """
-    with job_code("eval_data()"):
-        sets = eval_sets(job)
-    with job_code("the length of what eval_data() returned"):
-        return {name: len(data) for name, data in sets.items()}

@@ -94,7 +94,10 @@ def _data(name: str, mine: Mapping[str, Any] | None, other: Mapping[str, Any] | 
     if mine["samples"] != other["samples"]:
         return f"its {name} has {mine['samples']} samples, the world's {other['samples']}"
     place = changed_sample(mine, other, exact=exact)
-    return "" if place is None else f"its {name} has another sample {place} than the world's"
+    if place is not None:
+        return f"its {name} has another sample {place} than the world's"
+    moved = changed_order(mine, other)
+    return "" if moved is None else f"its sampler() gives another sample than the world's at position {moved}"
 
 
 def _lines(subject: str, mine: Mapping[str, Any], other: Mapping[str, Any]) -> str:
@@ -120,6 +123,12 @@ def changed_sample(mine: Mapping[str, Any], other: Mapping[str, Any], *, exact: 
     return None
 
 
+def changed_order(mine: Mapping[str, Any], other: Mapping[str, Any]) -> int | None:
+    """The first position, of those in both descriptions of data, at which another sample is; None if none is."""
+    one, two = mine.get("order", {}), other.get("order", {})
+    return next((int(at) for at in sorted(one.keys() & two.keys(), key=int) if one[at] != two[at]), None)
+
+
 def _close(mine: Sequence[float], other: Sequence[float]) -> bool:
     """Whether two samples are close. The first figure of each is the mean size of its numbers, the scale for all."""
     if len(mine) != len(other):
@@ -135,7 +144,10 @@ def data_change(data: Mapping[str, Any], before: Any, when: str, *, exact: bool 
     if data["samples"] != before.get("samples"):
         return f"train_data() has {data['samples']} samples, and had {before.get('samples')} {when}"
     place = changed_sample(data, before, exact=exact)
-    return "" if place is None else f"sample {place} of train_data() is not what it was {when}"
+    if place is not None:
+        return f"sample {place} of train_data() is not what it was {when}"
+    moved = changed_order(data, before)
+    return "" if moved is None else f"the sample at position {moved} of the order is not the one that it was {when}"
 
 
 def refusal(change: str) -> str:

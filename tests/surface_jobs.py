@@ -211,3 +211,44 @@ class Counted(Plain):
         assert name in ("near", "far")
         f1 = 2 * sums["hits"] / (sums["called"] + sums["ones"])
         return {"f1": f1, "perplexity": 2 ** (sums["loss"] / sums["weight"])}
+
+
+@dataclass
+class Drawn(Plain):
+    """Draws by weight, so that an epoch has samples several times; samples are drawn with noise."""
+
+    scale: float = field(default=1.0, metadata={"help": "how much heavier late samples are"})
+
+    def sampler(self, data):
+        return elastic.Weighted([1.0 + self.scale * i for i in range(len(data))])
+
+
+@dataclass
+class Ordered(Plain):
+    """Gives each position a sample by a function of its own, or does not."""
+
+    order: str = field(default="once", metadata={"help": "how it is wrong"})
+    driver: int = field(default=0, metadata={"help": "the process in which it is right"})
+
+    def sampler(self, data):
+
+        count, asked = len(data), []
+
+        def function(positions, plan):
+            asked.append(positions)
+            if self.order == "late" and positions[0] > 2 * plan.batch_size:
+                raise KeyError("no more")
+            if self.order == "in-workers" and positions[0] == 6 * plan.batch_size and os.getpid() != self.driver:
+                return positions
+            return {
+                "in-workers": positions % count,
+                "once": positions % count,
+                "late": positions % count,
+                "outside": positions % (count + 1),
+                "short": positions[:1] % count,
+                "halves": positions / 2,
+                "by-call": (positions + len(asked)) % count,
+                "by-process": (positions + os.getpid()) % count,
+            }[self.order]
+
+        return None if self.order == "none" else list(range(count)) if self.order == "list" else function

@@ -8,7 +8,8 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from elastic import Job
 from elastic.errors import ConfigError
-from elastic.job import check_dataset, eval_sets, job_name, job_options, source_hash
+from elastic.job import job_name, job_options, source_hash
+from elastic.job_data import check_dataset, eval_sets
 from elastic.run.prepare import prepare
 from tests.forked import configure
 from tests.tiny_jobs import Plain, Samples

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from elastic.errors import CheckpointError, ConfigError
-from elastic.job import check_dataset
+from elastic.job_data import check_dataset
 from elastic.worker.naming import persistent_entries
 from elastic.worker.state import TrainState
 from jobs import codegpt, digits

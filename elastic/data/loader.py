@@ -9,6 +9,7 @@ from __future__ import annotations
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ import xxhash
 from elastic.data.order import sample_ids
 from elastic.data.processes import LoaderProcesses
 from elastic.data.samples import draws, fetch_each, fetches_together, halves, untouched
-from elastic.errors import one_line
+from elastic.errors import ConfigError, one_line
 from elastic.job import Job
 from elastic.seeds import derive, seed_all
 
@@ -49,10 +50,24 @@ class Span:
 
 
 class Order:
-    """The samples of a run's microbatches, by step and index of the microbatch."""
+    """The samples of a run's microbatches, by step and index of the microbatch.
 
-    def __init__(self, *, seed: int, dataset_size: int, global_size: int, microbatches: int):
+    Args:
+        ids: the job's own order, from int64 positions to sample ids; by default each epoch is a new permutation.
+    """
+
+    def __init__(
+        self,
+        *,
+        seed: int,
+        dataset_size: int,
+        global_size: int,
+        microbatches: int,
+        ids: Callable[[np.ndarray], np.ndarray] | None = None,
+    ):
         self.seed, self.dataset_size = seed, dataset_size
+        self.ids = ids or partial(sample_ids, seed, dataset_size)
+        self.own = ids is not None
         self.global_size, self.microbatches = global_size, microbatches
         self.size = global_size // microbatches
         self._step, self._ids = -1, np.empty(0, dtype=np.int64)
@@ -61,7 +76,7 @@ class Order:
         """Return the microbatches `first` to `first + count - 1` of `step` (from 0), not fetched."""
         if step != self._step:  # the ids of all its microbatches take no longer than those of one
             positions = np.arange(step * self.global_size, (step + 1) * self.global_size, dtype=np.int64)
-            self._step, self._ids = step, sample_ids(self.seed, self.dataset_size, positions)
+            self._step, self._ids = step, self.ids(positions)
         begin = first * self.size
         position, ids = step * self.global_size + begin, self._ids[begin : begin + count * self.size]
         rows = ids.astype("<i8").reshape(count, self.size)
@@ -99,12 +114,22 @@ class Fetcher:
     Args:
         data: a map-style dataset.
         seed: the seed of the run.
+        by_position: an epoch may have a sample several times: what is drawn for it goes by its position too.
 
     `at` has the ids of the samples that are being fetched or collated.
     """
 
-    def __init__(self, data: Any, collate_fn: Callable[[Any], Any], seed: int, dataset_size: int):
+    def __init__(
+        self,
+        data: Any,
+        collate_fn: Callable[[Any], Any],
+        seed: int,
+        dataset_size: int,
+        *,
+        by_position: bool = False,
+    ):
         self.data, self.collate_fn, self.seed, self.dataset_size = data, collate_fn, seed, dataset_size
+        self.by_position = by_position
         self._fetches_together = fetches_together(data)
         self._makes_batches: bool | None = None  # whether `__getitems__` returns no list; unknown before the first call
         self.at: Sequence[int] = ()
@@ -118,7 +143,7 @@ class Fetcher:
         try:
             samples = self._together(span) if self._fetches_together else self._one_by_one(span)
             self.at = span.ids.tolist()
-            seed_all(derive("collate", self.seed, self._epoch(span, 0), span.digests[0]))
+            seed_all(derive("collate", self.seed, self._when(span, 0), span.digests[0]))
             return replace(span, batch=self.collate_fn(samples))
         except (Exception, SystemExit) as error:
             raise ItemError.of(error, self.at) from error
@@ -130,7 +155,7 @@ class Fetcher:
 
         def seed(i: int) -> int:  # called right before the sample is fetched
             self.at = ids[i : i + 1]
-            return derive("item", self.seed, self._epoch(span, i), ids[i])
+            return derive("item", self.seed, self._when(span, i), ids[i])
 
         return fetch_each(self.data, ids, seed)
 
@@ -148,13 +173,14 @@ class Fetcher:
 
     def _fetch(self, span: Span, first: int, count: int) -> Any:
         size = len(span.ids) // len(span.digests)
-        seed_all(derive("items", self.seed, self._epoch(span, first * size), span.digests[first]))
+        seed_all(derive("items", self.seed, self._when(span, first * size), span.digests[first]))
         ids = span.ids[first * size : (first + count) * size].tolist()
         self.at = tuple(ids)
         return self.data.__getitems__(ids)
 
-    def _epoch(self, span: Span, place: int) -> int:
-        return (span.first_position + place) // self.dataset_size
+    def _when(self, span: Span, place: int) -> int:
+        position = span.first_position + place
+        return position if self.by_position else position // self.dataset_size
 
     # ---- trials before training --------------------------------------------------------------------------------
 
@@ -190,7 +216,7 @@ class Fetcher:
             return [(len(span.ids), self.collate_fn(samples))]
         batches = []
         for chosen in [samples, *halves(samples)]:
-            seed_all(derive("collate", self.seed, self._epoch(span, 0), span.digests[0]))
+            seed_all(derive("collate", self.seed, self._when(span, 0), span.digests[0]))
             batches.append((len(chosen), self.collate_fn(list(chosen))))
         return batches
 
@@ -292,7 +318,8 @@ class Loader:
         fetcher = self._fetcher
         if self._processes is None:
             return fetcher
-        return Fetcher(untouched(fetcher.data), fetcher.collate_fn, fetcher.seed, fetcher.dataset_size)
+        data = untouched(fetcher.data)
+        return Fetcher(data, fetcher.collate_fn, fetcher.seed, fetcher.dataset_size, by_position=fetcher.by_position)
 
     def start(self, step: int, spans: list[tuple[int, int]]) -> None:
         """Serve these spans, given as (first microbatch, count), of every step from `step` on.
@@ -308,8 +335,8 @@ class Loader:
         for s in range(step, self._total_steps):
             for first, count in spans:
                 yield self.order.span(s, first, count)
-        while True:  # processes prefetch beyond the last step; nobody asks for those spans
-            yield self.order.span(self._total_steps, *spans[0])
+        while True:  # processes prefetch beyond the last step; nobody asks for those spans, nor a sampler for them
+            yield self.order.span(self._total_steps - 1, *spans[0])
 
     def next(self, step: int, first: int, count: int) -> Span:
         """Return the next span, which must be the one of (step, first, count).
@@ -332,6 +359,8 @@ class Loader:
         for tried in range(1, TRIES + 1):
             try:
                 return _find(processes.answers(), step, first, count)
+            except ConfigError:  # a sampler's, which is asked again in vain
+                raise
             except Exception as error:  # raised by torch or the system; fetching is pure, so it can be repeated
                 self._source = self._keys(step, self._spans)
                 line = one_line(error)

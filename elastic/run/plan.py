@@ -35,11 +35,13 @@ class RunPlan:
     check_every: int | None = None
     sample_every: int | None = None
     eval_batch: int | None = None
+    seed: int = 0
 
     @property
     def told(self) -> Plan:
         """What the job is told of it."""
-        return Plan(self.total_steps, self.global_size, self.dataset_size)
+        microbatch = self.global_size // self.microbatches
+        return Plan(self.total_steps, self.global_size, self.dataset_size, microbatch, self.seed)
 
     @property
     def eval_size(self) -> int:
@@ -114,4 +116,5 @@ def resolve(
         check_every=steps("--run.check-every", config.run.check_every),
         sample_every=steps("--eval.sample-every", config.eval.sample_every),
         eval_batch=config.eval.batch_size,
+        seed=config.run.seed,
     )

@@ -14,8 +14,9 @@ from elastic.checkpoint.initial import initial_source
 from elastic.config import TrainConfig
 from elastic.data.deal import batch_line, batch_table
 from elastic.errors import ConfigError
-from elastic.job import Job, check_job, held_out_sizes, job_name, job_options, source_hash, tell, training_data
+from elastic.job import Job, check_job, job_name, job_options, source_hash, tell
 from elastic.job_code import job_code
+from elastic.job_data import held_out_sizes, training_data
 from elastic.observe.callbacks import Callback
 from elastic.parallel.nccl import settings_lines
 from elastic.redact import clean, redact
@@ -119,6 +120,11 @@ def prepare(job: Job, config: TrainConfig) -> PreparedRun:
         config, dataset_size=dataset_size, tokens_per_sample=tokens, stored_microbatches=None if allow_v else stored_v
     )
     config = replace(config, batch=replace(config.batch, microbatches=plan.microbatches))
+    tell(job, plan.told)
+    if type(job).sampler is not Job.sampler:
+        from elastic.data.samplers import check_sampler  # imports torch
+
+        check_sampler(job, data, plan.told)
     wanted = cfg.result_options(config, job_options(job))
     finished, changed_code, changed, source = None, False, False, source_hash(job)
     if stored is not None:
@@ -132,7 +138,6 @@ def prepare(job: Job, config: TrainConfig) -> PreparedRun:
             sameness.check(data)
     notes = () if plan.warmup_steps <= plan.total_steps else (_long_warmup(config, plan),)
     digest = cfg.digest(wanted)
-    tell(job, plan.told)
     callbacks = _callbacks(job) if finished is None else ()
     return PreparedRun(
         job, config, plan, folder, digest, source, finished, changed_code, changed, notes=notes, callbacks=callbacks

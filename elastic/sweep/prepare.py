@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 
 from elastic.config import TrainConfig, check_kind
 from elastic.errors import ConfigError
-from elastic.job import Job, check_job, held_out_sizes, job_name, training_data
+from elastic.job import Job, check_job, job_name
+from elastic.job_data import held_out_sizes, training_data
 from elastic.run.plan import resolve
 from elastic.run.resuming import changes
 from elastic.storage import Storage

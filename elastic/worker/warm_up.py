@@ -13,9 +13,11 @@ from elastic.config import result_options
 from elastic.data.identity import identify
 from elastic.data.loader import Fetcher, Loader, Order
 from elastic.data.memory import Remembered, look
+from elastic.data.samplers import positions_to_ids, signs
 from elastic.data.samples import nested_datasets
 from elastic.errors import ElasticError, RunFailed, WarmUpError, whole_text
-from elastic.job import eval_sets, job_options, tell
+from elastic.job import job_options, tell
+from elastic.job_data import eval_sets
 from elastic.likeness import digest_of
 from elastic.membership.client import WorkerLink
 from elastic.membership.stage import Position, Stage
@@ -118,10 +120,14 @@ class _WarmUp:
         seed_all(derive("data", seed))
         held_out = eval_sets(job)
         order = Order(
-            seed=seed, dataset_size=plan.dataset_size, global_size=plan.global_size, microbatches=plan.microbatches
+            seed=seed,
+            dataset_size=plan.dataset_size,
+            global_size=plan.global_size,
+            microbatches=plan.microbatches,
+            ids=positions_to_ids(job, data, plan.told),
         )
         loader = Loader(
-            Fetcher(data, job.collate_fn, seed, plan.dataset_size),
+            Fetcher(data, job.collate_fn, seed, plan.dataset_size, by_position=order.own),
             order,
             workers=config.data.workers,
             prefetch=config.data.prefetch,
@@ -130,7 +136,7 @@ class _WarmUp:
             begin=begin_loader,
         )
         remembered = self._remembered(loader, data)
-        trained = identify(data)
+        trained = identify(data) | {"order": signs(order.ids, plan.told)}
         of_data = {f"eval_data() {name}".rstrip(): identify(d, some=0) for name, d in held_out.items()}
         watch = Watch([data, *held_out.values()], self._warn_of_unsaved)
         data_s = time.monotonic() - began
