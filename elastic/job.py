@@ -6,17 +6,12 @@ import dataclasses
 import hashlib
 import inspect
 import re
-import sys
-import types
-import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from elastic import adapters
 from elastic.errors import ConfigError
-from elastic.job_code import job_code
-from elastic.values import ValueRefused, classes, decode, encode
 
 if TYPE_CHECKING:
     import numpy as np
@@ -284,70 +279,6 @@ def job_name(job: Job) -> str:
     stem = module.rsplit(".", 1)[-1].replace("_", "-").strip("-")
     name = stem if stem and stem != "main" else type(job).__name__.lower()
     return re.sub(r"[^A-Za-z0-9.-]", "", name)[:60] or "job"
-
-
-def job_options(job: Job) -> dict[str, Any]:
-    """The job's own options (its dataclass fields), by name."""
-    if not dataclasses.is_dataclass(job):
-        return {}
-    return {f.name: getattr(job, f.name) for f in dataclasses.fields(job) if f.init}
-
-
-def job_classes(cls: type[Job], *values: Any) -> dict[str, type]:
-    """Enums, dataclasses and named tuples that a job's values may be rebuilt of, by name: those of its options'
-    defaults and annotations, of these values, and those at the top of the modules that define it."""
-    owners = [c for c in cls.__mro__ if issubclass(c, Job) and c is not Job]
-    places = [*owners, *(sys.modules.get(c.__module__) for c in owners)]
-    functions = [f for c in owners for f in vars(c).values() if isinstance(f, types.FunctionType)]
-    spaces = [*(vars(place) for place in places if place is not None), *(f.__globals__ for f in functions)]
-    named = [v for space in spaces for v in space.values() if isinstance(v, type)]
-    return classes(*_hints(cls), option_defaults(cls), *values, *named)
-
-
-def _hints(cls: type[Job]) -> list[Any]:
-    try:
-        return list(typing.get_type_hints(cls).values())
-    except (NameError, TypeError, AttributeError):  # of names that are known to a type checker only
-        return []
-
-
-def option_defaults(cls: type[Job]) -> dict[str, Any]:
-    """What the job's own options are where they are not given, by name; those without a default are left out."""
-    found: dict[str, Any] = {}
-    if not dataclasses.is_dataclass(cls):
-        return found
-    for f in dataclasses.fields(cls):
-        if not f.init:
-            continue  # made by the job itself
-        if f.default is not dataclasses.MISSING:
-            found[f.name] = f.default
-        elif f.default_factory is not dataclasses.MISSING:
-            with job_code(f"the default of {cls.__name__}.{f.name}"):
-                found[f.name] = f.default_factory()
-    return found
-
-
-def coded_options(job: Job) -> dict[str, Any]:
-    """The job's own options as JSON, for `with_options` in another process, where they are not the defaults.
-
-    Raises:
-        ConfigError: a value that cannot be sent.
-    """
-    found, defaults = {}, option_defaults(type(job))
-    for name, value in job_options(job).items():
-        if name in defaults and value is defaults[name]:
-            continue
-        try:
-            coded = encode(value, f"--job.{name.replace('_', '-')}", known=job_classes(type(job)))
-        except ValueRefused as error:
-            raise ConfigError(f"{error}; it is sent to the workers as an option") from error
-        found[name] = coded
-    return found
-
-
-def with_options(cls: type[Job], coded: Mapping[str, Any]) -> Job:
-    """The job that `coded_options` was given."""
-    return cls(**decode(dict(coded), known=job_classes(cls)))
 
 
 def source_hash(job: Job) -> str | None:

@@ -1,16 +1,13 @@
-"""A job's data, as the command and the workers ask for them: checked, with the line to write instead of what is no
-data."""
+"""The data sets of a job: checked to be map-style, and measured for the command."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from elastic.errors import ConfigError
+from elastic.job import Job, MapDataset
 from elastic.job_code import job_code
-
-if TYPE_CHECKING:
-    from elastic.job import Job, MapDataset
 
 _INSTEAD = {
     "DataLoader": "return the loader's dataset itself: `return loader.dataset` (batching and order are Elastic's)",

@@ -12,8 +12,9 @@ from typing import Any
 
 from elastic.config import TrainConfig
 from elastic.errors import ConfigError
-from elastic.job import Job, option_defaults
+from elastic.job import Job
 from elastic.job_code import job_code
+from elastic.job_options import option_defaults
 from elastic.usage import FILE, check_line, is_plain
 
 

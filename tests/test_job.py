@@ -8,8 +8,9 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from elastic import Job
 from elastic.errors import ConfigError
-from elastic.job import job_name, job_options, source_hash
+from elastic.job import job_name, source_hash
 from elastic.job_data import check_dataset, eval_sets
+from elastic.job_options import job_options
 from elastic.run.prepare import prepare
 from tests.forked import configure
 from tests.tiny_jobs import Plain, Samples

@@ -14,7 +14,8 @@ import pytest
 from elastic import config as cfg
 from elastic.config import OptimOptions, TrainConfig
 from elastic.errors import ConfigError
-from elastic.job import Job, coded_options, job_options, with_options
+from elastic.job import Job
+from elastic.job_options import coded_options, job_options, with_options
 from elastic.observe.ledger import finite
 from elastic.run.resuming import CODED, changes, is_over, refuse_changes
 

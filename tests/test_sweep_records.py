@@ -15,8 +15,8 @@ import pytest
 from elastic import cli
 from elastic.config import BatchOptions, EvalOptions, RunOptions, TrainConfig, result_options
 from elastic.errors import ConfigError
-from elastic.job import job_options
 from elastic.job_file import load_job
+from elastic.job_options import job_options
 from elastic.run.process import identity
 from elastic.storage import Storage
 from elastic.sweep.command import parse, run

@@ -22,7 +22,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from elastic.job import Job, job_classes, option_defaults
+from elastic.job import Job
+from elastic.job_options import job_classes, option_defaults
 from elastic.values import ValueRefused, classes, decode, describe, encode, same, show
 
 

@@ -24,16 +24,8 @@ from elastic.checkpoint.patience import Cancelled, is_no_room
 from elastic.checkpoint.plan import Line, Write, numbers_of, plan_lines, plan_save, statement
 from elastic.checkpoint.staging import StagingBuffer
 from elastic.checkpoint.tensors import Shard
-from elastic.checkpoint.uploader import (
-    HANG_TIMEOUT_S,
-    IN_FLIGHT,
-    PART_BYTES,
-    Progress,
-    Uploader,
-    UploaderLost,
-    UploadJob,
-    perform,
-)
+from elastic.checkpoint.uploader import IN_FLIGHT, PART_BYTES, Progress, UploadJob, perform
+from elastic.checkpoint.uploader_client import HANG_TIMEOUT_S, Uploader, UploaderLost
 from elastic.compat.torch import version_of
 from elastic.errors import CheckpointError
 from elastic.placement import Box, narrowed

@@ -14,9 +14,10 @@ from elastic.checkpoint.initial import initial_source
 from elastic.config import TrainConfig
 from elastic.data.deal import batch_line, batch_table
 from elastic.errors import ConfigError
-from elastic.job import Job, check_job, job_name, job_options, source_hash, tell
+from elastic.job import Job, check_job, job_name, source_hash, tell
 from elastic.job_code import job_code
 from elastic.job_data import held_out_sizes, training_data
+from elastic.job_options import job_options
 from elastic.observe.callbacks import Callback
 from elastic.parallel.nccl import settings_lines
 from elastic.redact import clean, redact

@@ -11,7 +11,8 @@ from typing import Any
 from elastic import config as cfg
 from elastic.config import TrainConfig
 from elastic.errors import ConfigError
-from elastic.job import Job, job_classes, job_options, option_defaults
+from elastic.job import Job
+from elastic.job_options import job_classes, job_options, option_defaults
 from elastic.observe.ledger import finite
 from elastic.redact import HIDDEN, clean
 from elastic.values import ValueRefused, decode, describe, same, show

@@ -19,8 +19,9 @@ from elastic.cluster.capacity import choose_accelerator, worker_resources
 from elastic.cluster.embedded import connected, node_resources, preflight
 from elastic.config import ClusterOptions, TrainConfig
 from elastic.errors import ElasticError, Interrupted, error_text
-from elastic.job import Job, job_name, job_options
+from elastic.job import Job, job_name
 from elastic.job_data import training_data
+from elastic.job_options import job_options
 from elastic.run.plan import resolve
 from elastic.run.resuming import CODED
 from elastic.run.signals import handled_by

@@ -11,9 +11,9 @@ from typing import Any
 from elastic.child import end_with_input, ignore_terminal, raise_descriptor_limit, show_stack_at_death
 from elastic.config import ClusterOptions, TrainConfig, from_dict
 from elastic.errors import ConfigError, ElasticError, error_text
-from elastic.job import with_options
 from elastic.job_code import job_code
 from elastic.job_file import load_job
+from elastic.job_options import with_options
 from elastic.observe.streams import keep_output_sturdy, sturdy_output
 from elastic.run.plan import RunPlan
 from elastic.worker.spool import take_output

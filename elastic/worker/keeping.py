@@ -17,7 +17,8 @@ from elastic.checkpoint.tensors import Shard, dtype_name
 from elastic.compat.torch import EXTRA_STATE, own_buffers
 from elastic.config import OptimOptions
 from elastic.errors import ConfigError
-from elastic.job import Job, job_classes
+from elastic.job import Job
+from elastic.job_options import job_classes
 from elastic.parallel.mesh import Mesh
 from elastic.parallel.optimizers import kind_of, parts_of, together
 from elastic.parallel.scaling import LossScale

@@ -18,7 +18,7 @@ from typing import Any
 
 from elastic.config import to_dict
 from elastic.errors import ConfigError
-from elastic.job import coded_options
+from elastic.job_options import coded_options
 from elastic.membership.driver import DriverLink, outlived
 from elastic.membership.protocol import Gone, Note, Wish
 from elastic.run.course import Over

@@ -12,7 +12,7 @@ import torch
 
 from elastic import fault
 from elastic.checkpoint.saver import Save, Saver
-from elastic.checkpoint.uploader import HANG_TIMEOUT_S
+from elastic.checkpoint.uploader_client import HANG_TIMEOUT_S
 from elastic.errors import CheckpointError, ElasticError
 from elastic.membership.client import RunOver, WorkerLink
 from elastic.membership.protocol import Share

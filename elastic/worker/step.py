@@ -18,32 +18,28 @@ import xxhash
 
 from elastic import fault
 from elastic.compat.torch import lacks_sharding, multiply_each_
-from elastic.data.deal import deal
 from elastic.data.loader import Loader
 from elastic.errors import ConfigError, Reform
 from elastic.membership.client import WorkerLink
 from elastic.membership.protocol import LedgerEvent
 from elastic.membership.stage import OF_A_STEP, Position, Stage
 from elastic.parallel.device import describe, host_wait
-from elastic.parallel.layout import Layout, lockstep
 from elastic.parallel.matrices import Matrices
 from elastic.parallel.optimizers import kind_of
 from elastic.parallel.records import StepRecord
 from elastic.parallel.replicated import BitwiseReplica, FastReplica, NotReduced, Pass
-from elastic.parallel.sharded import BitwiseSharded, FastSharded
 from elastic.seeds import derive, seed_all
 from elastic.worker import copies, nonfinite
 from elastic.worker.flags import NEUTRAL
 from elastic.worker.group import Group
+from elastic.worker.replicas import Replica, wrap
 from elastic.worker.run import WorkerRun
 from elastic.worker.schedule import factor
+from elastic.worker.share import Share, Span, longest_pass, spans_of
 from elastic.worker.state import TrainState
 from elastic.worker.unsaved import UPDATES
 from elastic.worker.update import Clock, Update
 from elastic.worker.user_code import UserCode
-
-Span = tuple[int, int]  # (first microbatch, how many)
-Replica = FastReplica | BitwiseReplica | FastSharded | BitwiseSharded
 
 
 class Stepper:
@@ -95,25 +91,18 @@ class Stepper:
 
     def spans_of(self, run: range) -> list[Span]:
         """The passes of a run of microbatches."""
-        if self.one_each:
-            return [(i, 1) for i in run]
-        plan, config = self.run.plan, self.run.config
-        microbatch = plan.global_size // plan.microbatches
-        most = -(-plan.microbatches // config.scaling.max_workers)
-        if config.batch.pass_size is not None:
-            most = max(1, config.batch.pass_size // microbatch)
-        return [(i, min(most, run.stop - i)) for i in range(run.start, run.stop, most)]
+        return spans_of(run, self.run.plan, self.run.config, one_each=self.one_each)
 
     @property
     def joins(self) -> bool:
         """Whether a pass may have several microbatches."""
-        return any(count > 1 for _, count in self.spans_of(range(self.run.plan.microbatches)))
+        return longest_pass(self.run.plan, self.run.config, one_each=self.one_each) > 1
 
     @property
     def tried(self) -> int:
-        """Microbatches in the smallest batch that has two samples and that a pass may have; else one."""
+        """The number of microbatches in the smallest batch that has two samples and that a pass may have; else 1."""
         plan = self.run.plan
-        longest = max(count for _, count in self.spans_of(range(plan.microbatches)))
+        longest = longest_pass(plan, self.run.config, one_each=self.one_each)
         return 1 if plan.global_size > plan.microbatches else min(2, longest)
 
 
@@ -127,21 +116,18 @@ class WorldSteps:
         self._trained = state.trained()
         self._agree(group)
         self._one_each = stepper.one_each
-        self._runs, rows = self._deal(group.layout)
-        self._own_run = self._runs[place]
-        first = place // group.layout.shards * group.layout.shards
-        row = range(first, first + group.layout.shards)
-        self._spans = stepper.spans_of(self._own_run)
-        cut = self._config.parallel.sharded
-        self._padding = max(len(stepper.spans_of(self._runs[p])) for p in row) - len(self._spans) if cut else 0
-        self._singles = max(len(self._runs[p]) for p in row) - len(self._own_run) if cut else 0
-        self._loader.start(applied, self._spans)
+        self._share = Share.of(
+            stepper.run.plan, self._config, group.layout, place, bitwise=stepper.bitwise, one_each=stepper.one_each
+        )
+        self._loader.start(applied, self._share.spans)
         self._step = self._pass = 0
         self._last: Update | None = None  # that was applied
         self._code.on_loss = self._after_loss
         self._matrices = Matrices(state.optimizer, state.mesh)
         with group.collective("wrapping the model"):
-            self._replica = self._wrap(group, rows)
+            self._replica = wrap(
+                state.model, self._code.loss, self._config, group, self._share, find_unused=stepper.find_unused
+            )
 
     def _agree(self, group: Group) -> None:
         """What members must decide alike before they begin.
@@ -161,36 +147,6 @@ class WorldSteps:
             self._link.post(LedgerEvent("copies_not_compared", detail=detail))
         if len({row[2] for row in rows}) > 1:
             raise copies.trained_error(group, self._link.member.id, self._state.trained_by_name())
-
-    def _deal(self, layout: Layout) -> tuple[list[range], list[range]]:
-        """The microbatches of each place of the mesh, and of each of its rows."""
-        rows = deal(self._plan.microbatches, layout.replicas)
-        if self._stepper.bitwise:
-            return [lockstep(row, s, layout.shards) for row in rows for s in range(layout.shards)], rows
-        return deal(self._plan.microbatches, layout.size), rows
-
-    def _wrap(self, group: Group, rows: list[range]) -> Replica:
-        parallel, model, loss = self._config.parallel, self._state.model, self._code.loss
-        common: dict[str, Any] = {"runs": self._runs, "device": group.device, "check": group.check}
-        replica: Replica
-        if parallel.sharded and self._stepper.bitwise:
-            replica = BitwiseSharded(model, loss, rows=rows, mesh=group.mesh, bucket_mb=parallel.bucket_mb, **common)
-        elif parallel.sharded:
-            replica = FastSharded(model, loss, mesh=group.mesh, **common)
-        elif self._stepper.bitwise:
-            replica = BitwiseReplica(model, loss, rank=group.rank, bucket_mb=parallel.bucket_mb, **common)
-        else:
-            replica = FastReplica(
-                model,
-                loss,
-                rank=group.rank,
-                bucket_mb=parallel.bucket_mb,
-                find_unused=self._stepper.find_unused,
-                compression=self._config.precision.grad_compression,
-                **common,
-            )
-        replica.recomputes = parallel.activation_checkpointing
-        return replica
 
     def close(self) -> None:
         """Drop what holds the world's process group."""
@@ -338,7 +294,7 @@ class WorldSteps:
 
     def _passes(self, step: int) -> Iterator[Pass]:
         progress, clock = self._stepper.progress, self._stepper.clock
-        passes = [(span, False) for span in self._spans] + [(self._spans[-1], True)] * self._padding
+        passes = [(span, False) for span in self._share.spans] + [(self._share.spans[-1], True)] * self._share.padding
         for i, ((first, count), padding) in enumerate(passes):
             began = time.perf_counter()
             self._pass = i
@@ -373,13 +329,13 @@ class WorldSteps:
             found = [m for m in self._group.gather_in_mesh(bad) if m >= 0]
             microbatch = min(found, default=None)
         else:  # the loss is known for each pass
-            spans = [span for run in self._runs for span in self._stepper.spans_of(run)]
+            spans = [span for run in self._share.runs for span in self._stepper.spans_of(run)]
             count = next(n for first, n in spans if first == microbatch)
         ids = [] if microbatch is None else self._loader.order.span(step, microbatch, count).ids.tolist()
         raise nonfinite.error(step, record, norm, microbatch, ids)
 
     def _find_bad(self, step: int) -> int:
-        indices = self._own_run
+        indices = self._share.own
 
         def microbatches() -> Iterator[tuple[int, Any]]:
             self._loader.start(step, [(i, 1) for i in indices])
@@ -388,7 +344,7 @@ class WorldSteps:
                 seed_all(derive("step", self._config.run.seed, step, index))
                 yield index, batch
 
-        return nonfinite.first_bad_microbatch(self._replica.has_finite_gradients, microbatches(), self._singles)
+        return nonfinite.first_bad_microbatch(self._replica.has_finite_gradients, microbatches(), self._share.singles)
 
 
 def _numbers(update: Update) -> dict[str, float]:

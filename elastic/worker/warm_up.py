@@ -8,7 +8,7 @@ import time
 from dataclasses import replace
 from typing import Any
 
-from elastic.checkpoint.uploader import HANG_TIMEOUT_S
+from elastic.checkpoint.uploader_client import HANG_TIMEOUT_S
 from elastic.config import result_options
 from elastic.data.identity import identify
 from elastic.data.loader import Fetcher, Loader, Order
@@ -16,8 +16,9 @@ from elastic.data.memory import Remembered, look
 from elastic.data.samplers import positions_to_ids, signs
 from elastic.data.samples import nested_datasets
 from elastic.errors import ElasticError, RunFailed, WarmUpError, whole_text
-from elastic.job import job_options, tell
+from elastic.job import tell
 from elastic.job_data import eval_sets
+from elastic.job_options import job_options
 from elastic.likeness import digest_of
 from elastic.membership.client import WorkerLink
 from elastic.membership.stage import Position, Stage

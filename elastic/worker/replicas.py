@@ -1,0 +1,55 @@
+"""Chooses what computes the gradients of a world: of a whole or a sharded model, exactly or fast."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from elastic.config import TrainConfig
+from elastic.parallel.replicated import BitwiseReplica, FastReplica
+from elastic.parallel.sharded import BitwiseSharded, FastSharded
+from elastic.worker.group import Group
+from elastic.worker.share import Share
+
+Replica = FastReplica | BitwiseReplica | FastSharded | BitwiseSharded
+
+
+def wrap(
+    model: nn.Module,
+    loss: Callable[..., Any],
+    config: TrainConfig,
+    group: Group,
+    share: Share,
+    *,
+    find_unused: bool,
+) -> Replica:
+    """Wrap a model for the steps of one world. All members call this at one time.
+
+    Args:
+        loss: the job's `loss`, guarded.
+        share: the microbatches of this worker and of the others.
+        find_unused: look in every pass for parameters that get no gradient.
+    """
+    parallel, bitwise = config.parallel, config.run.exactness == "bitwise"
+    common: dict[str, Any] = {"runs": share.runs, "device": group.device, "check": group.check}
+    replica: Replica
+    if parallel.sharded and bitwise:
+        replica = BitwiseSharded(model, loss, rows=share.rows, mesh=group.mesh, bucket_mb=parallel.bucket_mb, **common)
+    elif parallel.sharded:
+        replica = FastSharded(model, loss, mesh=group.mesh, **common)
+    elif bitwise:
+        replica = BitwiseReplica(model, loss, rank=group.rank, bucket_mb=parallel.bucket_mb, **common)
+    else:
+        replica = FastReplica(
+            model,
+            loss,
+            rank=group.rank,
+            bucket_mb=parallel.bucket_mb,
+            find_unused=find_unused,
+            compression=config.precision.grad_compression,
+            **common,
+        )
+    replica.recomputes = parallel.activation_checkpointing
+    return replica
