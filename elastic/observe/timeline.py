@@ -1,33 +1,25 @@
-"""Who worked when in a run, and what each one's time is charged to: the ledger read from first event to last."""
+"""Who worked when in a run, and what each worker's time is charged to: the ledger read from first event to last."""
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections import Counter, defaultdict, deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter, deque
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from elastic.observe.account import Account, Interruption
 from elastic.observe.causes import CAUSES
-from elastic.observe.segments import Deal, after_s, number, world_segments
-from elastic.prices import ON_DEMAND, Prices, Tariff
+from elastic.observe.charges import Book, Charge, Kind, Tag
+from elastic.observe.claims import Rows, by_claim, seen_alive, workers_by_node
+from elastic.observe.segments import Deal, number, world_segments
+from elastic.prices import Prices
 
 _LOST = ("member_lost", "world_broken")
 _ENDED = ("run_finished", "run_failed")
 _RE_FORMING, _LEFT_OUT = "re-forming:", "left out:"
 _PHASES = ("import", "data", "model", "rehearsal")
-
-Kind = tuple[str, str, int]  # type and market of a worker's node, and how many workers share it
-Tag = int | str | None  # the interruption that it is charged to, by its place, or by the world that went on
-Charge = tuple[str, float, Tag]  # cause, share
-
-
-def epoch_of(generation: Any) -> tuple[int, int] | None:
-    """The numbers of a generation such as "2-7"; None for what is none."""
-    first, _, second = str(generation).partition("-")
-    return (int(first), int(second)) if first.isdecimal() and second.isdecimal() else None
 
 
 @dataclass
@@ -76,64 +68,11 @@ class _Claim:
     now: float = -math.inf
 
 
-class _Book:
-    """Charges, by cause and by what they are for."""
-
-    def __init__(self, prices: Prices):
-        self._prices = prices
-        self.charges: dict[tuple[str, Tag], list[float]] = defaultdict(lambda: [0.0, 0.0])
-        self.whole_s = self.unpriced_s = self.on_demand = 0.0
-        self.on_demand_known = bool(prices)
-        self.begin, self.end = math.inf, -math.inf
-
-    def add(self, workers: Sequence[_Worker], begin: float, end: float, parts: Iterable[Charge]) -> None:
-        """The time of all these workers from `begin` to `end` went into these parts of it."""
-        if end > begin:
-            self.add_kinds(Counter(w.kind for w in workers), begin, end, parts)
-
-    def add_kinds(self, kinds: Mapping[Kind, int], begin: float, end: float, parts: Iterable[Charge]) -> None:
-        """The same, for so many workers of each kind."""
-        seconds, money = (end - begin) * sum(kinds.values()), 0.0
-        if self._prices:
-            money = sum(count * self._money(kind, begin, end) for kind, count in kinds.items())
-        for cause, share, tag in parts:
-            found = self.charges[cause, tag]
-            found[0] += seconds * share
-            found[1] += money * share
-
-    def constant(self, kinds: Iterable[Kind]) -> bool:
-        """Whether what these cost never changes."""
-        tariffs = [self._prices.tariff(kind[0], kind[1]) for kind in kinds]
-        return all(tariff is None or len(tariff.since) == 1 for tariff in tariffs)
-
-    def _money(self, kind: Kind, begin: float, end: float) -> float:
-        tariff = self._prices.tariff(kind[0], kind[1])
-        return 0.0 if tariff is None else tariff.cost(begin, end) / _sharers(tariff, kind)
-
-    def lived(self, worker: _Worker, begin: float, end: float) -> None:
-        """All of a worker's time."""
-        self.whole_s += end - begin
-        self.begin, self.end = min(self.begin, begin), max(self.end, end)
-        if not self._prices:
-            return
-        if self._prices.tariff(worker.kind[0], worker.kind[1]) is None:
-            self.unpriced_s += end - begin
-        on_demand = self._prices.tariff(worker.kind[0], ON_DEMAND)
-        if on_demand is None:
-            self.on_demand_known = False
-        else:
-            self.on_demand += on_demand.cost(begin, end) / _sharers(on_demand, worker.kind)
-
-
-def _sharers(tariff: Tariff, kind: Kind) -> int:
-    return kind[2] if tariff.of_node else 1
-
-
 class Timeline:
     """Reads a ledger; `take` it, then ask for the account."""
 
     def __init__(self, prices: Prices, microbatches: int | None = None):
-        self._prices, self._microbatches, self._book = prices, microbatches, _Book(prices)
+        self._prices, self._microbatches, self._book = prices, microbatches, Book(prices)
         self._interruptions: list[Interruption] = []
         self._led_to: dict[str, int | None] = {}  # by the generation of the world that went on
         self._until: float | None = None
@@ -144,39 +83,12 @@ class Timeline:
     ) -> None:
         """Read all of it."""
         self._until, self._live = until, live
-        self._sort_rows(rows)
-        claims = _claims(events)
-        self._sharing = {epoch: _sharing(found) for epoch, found in claims}
-        self._seen_alive = {a: _seen_alive(found) for (a, _), (_, found) in itertools.pairwise(claims)}
+        self._rows = Rows(rows)
+        claims = by_claim(events)
+        self._sharing = {epoch: workers_by_node(found) for epoch, found in claims}
+        self._seen_alive = {a: seen_alive(found) for (a, _), (_, found) in itertools.pairwise(claims)}
         for place, (epoch, found) in enumerate(claims):
             self._read(epoch, found, first=place == 0, newest=place == len(claims) - 1)
-
-    def _sort_rows(self, rows: Iterable[dict[str, Any]]) -> None:
-        self._rows: dict[str, dict[int, dict[str, Any]]] = defaultdict(dict)
-        self._evaluations: dict[str, dict[int, dict[str, Any]]] = defaultdict(dict)
-        self._last: dict[int, float] = {}  # the newest time of a claim's rows
-        kept: dict[int, tuple[int, int]] = {}
-        told, generation, place = None, "", None  # of the last row: there may be a hundred thousand of a generation
-        for row in rows:
-            step = row.get("step")
-            if row.get("generation") != told:
-                told = row.get("generation")
-                generation, place = str(told), epoch_of(told)
-            if place is None or not isinstance(step, int):
-                continue
-            if "sample_hash" not in row:
-                self._evaluations[generation].setdefault(step, row)
-            else:
-                self._rows[generation].setdefault(step, row)
-                if step not in kept or place > kept[step]:
-                    kept[step] = place
-            if row["time"] > self._last.get(place[0], -math.inf):
-                self._last[place[0]] = row["time"]
-        for generation, found in self._rows.items():
-            newest, (epoch, _) = found[max(found)], epoch_of(generation) or (0, 0)
-            evaluation = self._evaluations.get(generation, {}).get(newest["step"])
-            self._last[epoch] = max(self._last[epoch], newest["time"] + after_s(newest, evaluation))
-        self._kept = {step: f"{epoch}-{n}" for step, (epoch, n) in kept.items()}
 
     # ---- one claim -------------------------------------------------------------------------------------------------
 
@@ -245,7 +157,9 @@ class Timeline:
         shares["startup/other"] = left
         if seconds > 0:
             shares = {cause: part / seconds for cause, part in shares.items()}
-            self._book.add([worker], worker.since, claim.now, [(cause, share, tag) for cause, share in shares.items()])
+            self._book.add(
+                {worker.kind: 1}, worker.since, claim.now, [(cause, share, tag) for cause, share in shares.items()]
+            )
         worker.since = claim.now
 
     def _new(self, claim: _Claim, member: str, node: str, detail: Any, born: float) -> _Worker:
@@ -272,11 +186,11 @@ class Timeline:
         for member in ids:
             claim.workers[member].silent = False
         generation = str(event.get("generation"))
-        rows = sorted(self._rows.get(generation, {}).values(), key=lambda r: r["step"])
+        rows = sorted(self._rows.steps.get(generation, {}).values(), key=lambda r: r["step"])
         told = rows[0].get("idle", ()) if rows else ()
         idle = frozenset(ids[rank] for rank in told if isinstance(rank, int) and 0 <= rank < len(ids))
         claim.world = _World(
-            generation, ids, claim.now, rows, self._evaluations.get(generation, {}), claim.pending, idle
+            generation, ids, claim.now, rows, self._rows.evaluations.get(generation, {}), claim.pending, idle
         )
         self._led_to[generation] = claim.pending
         if claim.pending is not None:
@@ -337,7 +251,7 @@ class Timeline:
 
     def _leave_over(self, claim: _Claim, events: list[dict[str, Any]], *, newest: bool) -> None:
         """The claim has no end: its driver was killed, or it is live."""
-        last = max(claim.now, self._last.get(claim.epoch, -math.inf))
+        last = max(claim.now, self._rows.last.get(claim.epoch, -math.inf))
         until = self._until if newest else self._seen_alive.get(claim.epoch)
         until = last if until is None else max(last, until)
         live = newest and self._live
@@ -349,7 +263,7 @@ class Timeline:
         claim.now = until
         for worker in claim.workers.values():
             if worker.alive:
-                self._book.add([worker], worker.since, until, [("left_over", 1.0, None)])
+                self._book.add({worker.kind: 1}, worker.since, until, [("left_over", 1.0, None)])
                 self._die(claim, worker)
 
     # ---- charges ---------------------------------------------------------------------------------------------------
@@ -362,7 +276,7 @@ class Timeline:
         if worker.alive:
             worker.alive = False
             worker.since = max(worker.since, claim.now)
-            self._book.lived(worker, worker.born, worker.since)
+            self._book.lived(worker.kind, worker.born, worker.since)
             worker.born = worker.since
 
     def _end_world(self, claim: _Claim, tail: str, *, standing: bool = False) -> None:
@@ -378,7 +292,9 @@ class Timeline:
         idle = [w for w in members if w.id in world.idle]
         training = [w for w in members if w.id not in world.idle]
         redone = {
-            step: kept for step in (row["step"] for row in world.rows) if (kept := self._kept[step]) != world.generation
+            step: kept
+            for step in (row["step"] for row in world.rows)
+            if (kept := self._rows.kept[step]) != world.generation
         }
         size = len(claim.last_ids) - len(world.idle)
         kinds, spare = Counter(w.kind for w in training), Counter(w.kind for w in idle)
@@ -402,8 +318,8 @@ class Timeline:
                 elif segment.last and cause == tail:
                     tag = claim.pending
                 parts.append((cause, share, tag))
-            self._book.add_kinds(kinds, segment.begin, segment.end, parts)
-        self._book.add_kinds(spare, world.formed, claim.now, [("spare", 1.0, None)])
+            self._book.add(kinds, segment.begin, segment.end, parts)
+        self._book.add(spare, world.formed, claim.now, [("spare", 1.0, None)])
         for worker in members:
             worker.since = max(worker.since, claim.now)
 
@@ -413,7 +329,7 @@ class Timeline:
             if not worker.alive or (claim.world is not None and worker.id in claim.world.ids):
                 continue
             cause, tag = self._waited_for(claim, worker, joined)
-            self._book.add([worker], worker.since, claim.now, [(cause, 1.0, tag)])
+            self._book.add({worker.kind: 1}, worker.since, claim.now, [(cause, 1.0, tag)])
             worker.since = max(worker.since, claim.now)
 
     def _waited_for(self, claim: _Claim, worker: _Worker, joined: frozenset[str]) -> tuple[str, Tag]:
@@ -451,52 +367,6 @@ class Timeline:
             unpriced_s=book.unpriced_s if self._prices else 0.0,
             interruptions=tuple(self._interruptions),
         )
-
-
-def _claims(events: Sequence[dict[str, Any]]) -> list[tuple[int, list[dict[str, Any]]]]:
-    """Events by claim. Earlier versions wrote those of no world without a generation: then the order tells."""
-    found: dict[int, list[dict[str, Any]]] = defaultdict(list)
-    early: list[dict[str, Any]] = []  # of a claim whose number comes later
-    epoch = 0
-    for event in events:
-        place = epoch_of(event.get("generation"))
-        if place is not None:
-            epoch = place[0]
-            found[epoch] += [*early, event]
-            early = []
-        elif early or event["kind"] == "run_started" or not epoch:
-            early.append(event)
-        else:
-            found[epoch].append(event)
-    if early:
-        found[epoch + 1] += early
-    return sorted(found.items())
-
-
-def _sharing(events: Sequence[dict[str, Any]]) -> dict[str, int]:
-    """The most workers that each node had at a time."""
-    homes: dict[str, str] = {}
-    here: Counter[str] = Counter()
-    most: dict[str, int] = {}
-    for event in events:
-        member = str(event.get("member"))
-        if event["kind"] == "worker_warm" and member not in homes:
-            homes[member] = node = str(event.get("node", ""))
-            here[node] += 1
-            most[node] = max(most.get(node, 1), here[node])
-        elif event["kind"] in ("member_lost", "handed_over") and member in homes:
-            here[homes.pop(member)] -= 1
-    return most
-
-
-def _seen_alive(later: Sequence[dict[str, Any]]) -> float | None:
-    """When the claim before was last seen alive, as the next one found it."""
-    for event in later:
-        if event["kind"] == "run_started":
-            detail = event.get("detail")
-            beat = detail.get("heartbeat_before") if isinstance(detail, dict) else None
-            return number(beat) or None
-    return None
 
 
 def _first_line(detail: Any) -> str:

@@ -7,43 +7,37 @@ their passes have one microbatch each.
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from elastic.compat.torch import is_compiler_loaded
 from elastic.config import TrainConfig
 from elastic.data.identity import fingerprint
 from elastic.data.loader import Loader
 from elastic.data.samples import halves, untouched
 from elastic.errors import ConfigError
 from elastic.job import Job, MapDataset
-from elastic.parallel.buffers import StepBuffers
 from elastic.parallel.device import ZerosForEmpty
 from elastic.parallel.records import names_of
 from elastic.parallel.wrapping import fsdp_modules
-from elastic.seeds import derive, seed_all
-from elastic.worker.belongings import Attributes, digest, leaves
+from elastic.seeds import derive
 from elastic.worker.evaluate import figures, held_out_batch
 from elastic.worker.group import Group
 from elastic.worker.naming import check_same_names, persistent_entries
+from elastic.worker.repeats import UNSEEDED, Repeats
 from elastic.worker.returned import LossValue
-from elastic.worker.sums import CLOSE, Sums, adds_up, counts, mistake
-from elastic.worker.traces import GatheredWrites, Parameters, without_trace
-from elastic.worker.user_code import UserCode, UserCodeError, is_out_of_memory
+from elastic.worker.sums import Sums, adds_up, counts, mistake
+from elastic.worker.traces import Parameters, without_trace
+from elastic.worker.trials import Agreed, Batches, Function, in_memory, listed, passes
+from elastic.worker.user_code import UserCode, UserCodeError
 
 FORWARD_AND_BACKWARD = 3  # a backward pass has twice the products of its forward pass
 
-_SAME = 1e-5  # of a loss: what may be otherwise if the same is computed twice
-_SHOWN = 3
 _OTHERS = (1, 3, 7)  # steps (from 0) of which a batch is tried beside that of the first one
 
 #: Why passes have one microbatch each, so that a step is the same at every number of workers; the first is no reason.
@@ -53,36 +47,10 @@ SEPARATE = (
     "the weights of loss() count passes, not samples",
 )
 _NOT_ADDITIVE, _COUNTS_PASSES = 1, 2
-_UNSEEDED = (
-    "loss() returns another value each time for one batch, under one seed: it takes random numbers, or the time, from "
-    "where Elastic does not seed; draw from random, numpy or torch, without generators of your own"
-)
 _UNWRITTEN = (
     "the model or loss() reads a tensor that it has not written, as torch.empty() and empty_like() give: the loss is "
     "NaN where such memory holds NaN; make it with torch.zeros()"
 )
-
-
-@dataclass(frozen=True)
-class _Twice:
-    """What came of two passes: the losses, what else changed, and parameters that were written to: by the first pass,
-    by the second as well, and while they were gathered."""
-
-    losses: list[float]
-    changed: list[str]
-    written: list[str]
-    again: list[str]
-    lost: list[str]
-    counted: dict[str, torch.Tensor]  # by how much integer buffers moved in the second one
-
-    @property
-    def apart(self) -> float:
-        """How far the losses are apart."""
-        return abs(self.losses[1] - self.losses[0]) if self.losses else 0.0
-
-
-Batches = list[tuple[int, Any]]  # how many samples, and their batch: of all, of the first half, of the other
-Function = Callable[..., LossValue]
 
 
 class Rehearsal:
@@ -127,7 +95,7 @@ class Rehearsal:
             UserCodeError: evaluate() raised, or what it or loss() returned is not what it should be.
             ConfigError: two figures of an evaluation would have one name, or none has that of --checkpoint.best-metric.
         """
-        agreed: Callable[[bool], bool] = bool
+        agreed: Agreed = bool
         if group is not None:
             agreed = partial(_on_any, group)
             known = group.gather_in_mesh(-1 if self.separate is None else self.separate)
@@ -139,14 +107,17 @@ class Rehearsal:
             with without_trace(model, self._job) as parameters:
                 try:
                     self._code.where = "a trial of loss() before the first step"
-                    separate = self._try_loss(_in_memory(partial(self._code.try_loss, model)), microbatches, agreed)
+                    separate = self._try_loss(in_memory(partial(self._code.try_loss, model)), microbatches, agreed)
                     parameters.put_back()
-                    self._try_evaluate(_in_memory(partial(self._code.evaluate, model)), agreed, parameters)
+                    self._try_evaluate(in_memory(partial(self._code.evaluate, model)), agreed, parameters)
                 finally:
                     for module in fsdp_modules(model):
                         module.reshard()
             self._code.where = "a trial of loss() in training mode before the first step"
-            self._try_twice(model, agreed)
+            if self._batch is not None:
+                exact = self._config.run.exactness == "bitwise"
+                repeats = Repeats(self._job, self._code, self._seed, exact=exact)
+                self.unseeded = UNSEEDED if repeats.check(model, self._batch, self._half, agreed) else ""
             try:
                 check_same_names(model, made)
             except ConfigError as error:
@@ -155,7 +126,7 @@ class Rehearsal:
             self._code.where = where
         self.separate = separate
 
-    def _try_loss(self, loss: Function, microbatches: int, agreed: Callable[[bool], bool]) -> int:
+    def _try_loss(self, loss: Function, microbatches: int, agreed: Agreed) -> int:
         """Returns why passes are to have one microbatch each, by its place in `SEPARATE`, as far as is known."""
         batches = self._loader.first_batches(microbatches)
         if agreed(not batches):
@@ -171,7 +142,7 @@ class Rehearsal:
             return 0  # in evaluation mode it need not work; and if it fails in training, the first step says so
         if agreed(self._config.run.exactness == "bitwise" and not _finite(found)):
             with ZerosForEmpty():
-                again = _passes(loss, batches, seed)
+                again = passes(loss, batches, seed)
             if agreed(_finite(again)):
                 raise self._code.mistake(ConfigError(_UNWRITTEN))
         self._batch, self._half = batches[0][1], batches[1][1] if len(batches) > 1 else None
@@ -194,15 +165,15 @@ class Rehearsal:
             counter: Any = FlopCounterMode(display=False)
             try:
                 with counter:
-                    found = _passes(loss, batches, seed)
+                    found = passes(loss, batches, seed)
             except UserCodeError:  # perhaps what counts does not go with the model
                 self.flops_per_sample = 0.0
             else:
                 self.flops_per_sample = FORWARD_AND_BACKWARD * counter.get_total_flops() / samples
                 return found
-        return _passes(loss, batches, seed)
+        return passes(loss, batches, seed)
 
-    def _others(self, loss: Function, microbatches: int, agreed: Callable[[bool], bool]) -> list[list[Sums]]:
+    def _others(self, loss: Function, microbatches: int, agreed: Agreed) -> list[list[Sums]]:
         """What the loss of further batches is."""
         found = []
         for step in _OTHERS:
@@ -210,24 +181,24 @@ class Rehearsal:
             if agreed(not batches):
                 break
             try:
-                sums = _passes(loss, batches, derive("rehearsal", self._seed))
+                sums = passes(loss, batches, derive("rehearsal", self._seed))
             except UserCodeError:
                 break  # as with the first
             if len(sums) == 3:
                 found.append(sums)
         return found
 
-    def _try_another(self, loss: Function, microbatches: int, step: int, agreed: Callable[[bool], bool]) -> int:
+    def _try_another(self, loss: Function, microbatches: int, step: int, agreed: Agreed) -> int:
         batches = self._loader.first_batches(microbatches, step)
         if agreed(not batches):
             return 0
         try:
-            found = _passes(loss, batches, derive("rehearsal", self._seed))
+            found = passes(loss, batches, derive("rehearsal", self._seed))
         except UserCodeError:
             return 0  # as with the first
         return self._why_separate(loss, batches, found, agreed) if len(found) == 3 else 0
 
-    def _why_separate(self, loss: Function, batches: Batches, found: list[Sums], agreed: Callable[[bool], bool]) -> int:
+    def _why_separate(self, loss: Function, batches: Batches, found: list[Sums], agreed: Agreed) -> int:
         if agreed(not counts(found)):
             return _COUNTS_PASSES
         suspect = not adds_up(found)
@@ -238,125 +209,27 @@ class Rehearsal:
                 self._code.without_autocast(),
                 suppress(UserCodeError),
             ):  # it goes by the number format: then that counts
-                suspect = suspect and not adds_up(_passes(loss, batches, derive("rehearsal", self._seed)))
+                suspect = suspect and not adds_up(passes(loss, batches, derive("rehearsal", self._seed)))
             if not agreed(suspect):
                 return 0
-        again = _passes(loss, batches, derive("rehearsal again", self._seed))
+        again = passes(loss, batches, derive("rehearsal again", self._seed))
         chance = not all(a.near(b) for a, b in zip(found, again))
         return _NOT_ADDITIVE if agreed(suspect and not chance) else 0
 
     def look_again(self, model: nn.Module, microbatches: int, step: int, group: Group) -> bool:
         """Whether a batch of a later step (from 0) shows that passes are to have one microbatch each. All members call
         this at one time, and all get the same answer."""
-        agreed: Callable[[bool], bool] = partial(_on_any, group) if fsdp_modules(model) else bool
+        agreed: Agreed = partial(_on_any, group) if fsdp_modules(model) else bool
         where, self._code.where = self._code.where, f"a trial of loss() before step {step + 1}"
         try:
             with without_trace(model, self._job, first=False):
-                trial = _in_memory(partial(self._code.try_loss, model))
+                trial = in_memory(partial(self._code.try_loss, model))
                 separate = self._try_another(trial, microbatches, step, agreed)
         finally:
             self._code.where = where
             for module in fsdp_modules(model):
                 module.reshard()
         return _on_any(group, separate > 0)
-
-    def _try_twice(self, model: nn.Module, agreed: Callable[[bool], bool]) -> None:
-        """Refuse a loss that goes by what earlier passes left: which those were depends on the number of workers. Only
-        buffers may carry something on."""
-        if self._batch is None:
-            return
-        exact = self._config.run.exactness == "bitwise"
-        first = self._passes_in_training(model, self._batch, self._batch)
-        self._refuse_writes(first, agreed, exact=exact)
-        if agreed(bool(first.written)) and self._half is not None:  # as what is initialised by the first batch
-            self._refuse_writes(self._passes_in_training(model, self._batch, self._half), agreed, exact=exact)
-        counting = [name for name, moved in first.counted.items() if int(moved.abs().max()) > 1]
-        if agreed(bool(counting)) and self._half is not None:
-            self._refuse_counts(first, self._passes_in_training(model, self._half, self._half), agreed)
-        apart = first.apart > _SAME * abs(first.losses[0]) if first.losses else False
-        if not agreed(apart or (exact and first.apart > 0)):
-            return
-        again = self._passes_in_training(model, self._batch, self._batch)
-        chance = max((abs(a - b) for a, b in zip(first.losses, again.losses)), default=math.inf)
-        if apart and chance <= 0.01 * first.apart:
-            kept = _listed(first.changed) or "an object"
-            raise self._code.mistake(
-                ConfigError(
-                    f"loss() returned {first.losses[0]:.6g} for a batch, and {first.losses[1]:.6g} for the same batch "
-                    f"and the same random numbers right after that: it goes by what the pass before left in {kept}; a "
-                    "step has several passes, which workers share, so change it in after_step(), or make it a buffer"
-                )
-            )
-        if agreed(exact and chance > 0):
-            self.unseeded = _UNSEEDED
-
-    def _refuse_writes(self, found: _Twice, agreed: Callable[[bool], bool], *, exact: bool) -> None:
-        """Refuse a loss that writes to parameters, unless that is the same however often it is done."""
-        where = "a step has several passes, which workers share; change them in after_step()"
-        for names, why in (
-            (found.lost, "while they are gathered, and with --parallel.strategy fsdp and hsdp such changes are lost"),
-            (found.again, f"again in each pass, but {where}"),
-            (found.written if exact else [], f"but {where}, or use --run.exactness fast"),
-        ):
-            if agreed(bool(names)):
-                listed = _listed(names) or "seen on another worker"
-                raise self._code.mistake(ConfigError(f"loss() changes parameters of the model ({listed}) {why}"))
-
-    def _refuse_counts(self, whole: _Twice, half: _Twice, agreed: Callable[[bool], bool]) -> None:
-        """Refuse integer buffers that move by the samples of a pass: a step has several passes, all of which begin with
-        the buffers of its beginning."""
-        names = [
-            name
-            for name, moved in whole.counted.items()
-            if half.losses and not torch.equal(moved, half.counted.get(name, torch.zeros_like(moved)))
-        ]
-        if agreed(bool(names)):
-            raise self._code.mistake(
-                ConfigError(
-                    f"a pass moves the integer buffer {_listed(names)} by how many samples it has, but a step has "
-                    "several passes, which all begin with the buffers of the step's beginning, so it would be that of "
-                    "one pass; count the samples of a step in after_step(), and keep queues of samples by steps"
-                )
-            )
-
-    def _passes_in_training(self, model: nn.Module, *batches: Any) -> _Twice:
-        """Two passes, one after the other, in training mode, after parameters have moved as in an update. No losses
-        where they cannot be had: the first step says why."""
-        losses: list[float] = []
-        written, again, lost = list[str](), list[str](), GatheredWrites(model)
-        counted: dict[str, torch.Tensor] = {}
-        with without_trace(model, self._job, training=True) as parameters:
-            parameters.move()
-            before = self._held(model)
-            try:
-                for batch in batches:
-                    with StepBuffers(model, exact=True).unmoved(), torch.set_grad_enabled(not fsdp_modules(model)):
-                        begun = _integers(model)
-                        seed_all(derive("rehearsal", self._seed))
-                        trial = _in_memory(partial(self._code.try_loss, model, looking=lost.looking))
-                        losses.append(float(trial(_own(batch))[0].detach()))
-                        now = _integers(model)
-                        counted = {
-                            n: now[n] - b
-                            for n, b in begun.items()
-                            if n in now and now[n].shape == b.shape and not torch.equal(now[n], b)
-                        }
-                    if len(losses) == 1:
-                        written = parameters.written()
-                        after = parameters.copies(written)
-                again = parameters.others(after)
-            except UserCodeError:
-                losses = []
-            finally:
-                for module in fsdp_modules(model):
-                    module.reshard()
-            held = self._held(model)
-        changed = sorted(name for name, was in before.items() if held.get(name, was) != was)
-        return _Twice(losses, changed, written, again, sorted(lost.names), counted)
-
-    def _held(self, model: nn.Module) -> dict[str, str]:
-        found = leaves({"job": Attributes(self._job), "model": model}, (), None)
-        return {name: digest(leaf) for name, leaf in found.items()}
 
     def _check_kept(self, name: str, fetch: Callable[[], Any], use: Callable[[Any], object]) -> None:
         """Refuse a function that writes to samples which the data set keeps: the next to get them has others."""
@@ -372,9 +245,7 @@ class Rehearsal:
                 )
             )
 
-    def _try_evaluate(
-        self, evaluate: Callable[..., LossValue], agreed: Callable[[bool], bool], parameters: Parameters
-    ) -> None:
+    def _try_evaluate(self, evaluate: Callable[..., LossValue], agreed: Agreed, parameters: Parameters) -> None:
         own, keys = type(self._job).evaluate is not Job.evaluate, set[str]()
         for name, held_out in self._eval_sets.items():
             which = f"eval_data()[{name!r}]" if name else "eval_data()"
@@ -383,11 +254,11 @@ class Rehearsal:
             seed, fetch = derive("eval", self._seed, name, 0), partial(self._held_out, name, data, own)
             own_set = partial(evaluate, of=name)
             batches = fetch(0)
-            found = _passes(own_set, batches, seed)
+            found = passes(own_set, batches, seed)
             if written := parameters.written():
                 raise self._code.mistake(
                     ConfigError(
-                        f"evaluate() changes parameters of the model ({_listed(written)}), so each evaluation would be "
+                        f"evaluate() changes parameters of the model ({listed(written)}), so each evaluation would be "
                         "training, on each worker another one; leave the optimizer and gradients out of it"
                     )
                 )
@@ -395,7 +266,7 @@ class Rehearsal:
             if len(found) == 3:
                 more_batches = range(self.eval_size, min(len(data) - 1, 4 * self.eval_size), self.eval_size)
                 unclear = agreed(mistake("evaluate()", found) is not None)
-                others = [_passes(own_set, fetch(first), seed) for first in (more_batches if unclear else ())]
+                others = [passes(own_set, fetch(first), seed) for first in (more_batches if unclear else ())]
                 self._refuse("evaluate()", own_set, [found, *others], batches, agreed)
             more = self._try_evaluated(name, found[0])
             for key in figures(name, dict.fromkeys(("loss", *names_of(found[0].metrics), *more))):
@@ -439,7 +310,7 @@ class Rehearsal:
         function: Function,
         found: Sequence[list[Sums]],
         batches: Batches,
-        agreed: Callable[[bool], bool],
+        agreed: Agreed,
     ) -> None:
         """Raise if there is a mistake, and no chance in it: the first batch leaves no doubt or all have it, and under
         another seed everything is the same.
@@ -454,78 +325,17 @@ class Rehearsal:
         if not sure and not (others and all(mistake(name, other) for other in others)):
             sentence = None
         if agreed(sentence is not None):
-            again = _passes(function, batches, derive("rehearsal again", self._seed))
+            again = passes(function, batches, derive("rehearsal again", self._seed))
             if sentence is not None and all(a.near(b) for a, b in zip(first, again)):
                 raise self._code.mistake(ConfigError(sentence))
-
-
-def _in_memory(function: Function) -> Function:
-    """Nothing is compiled in trials, but what is compiled in a step may need far less memory there, as flex_attention
-    does: so where memory runs out, it is tried once more as in a step."""
-
-    def call(batch: Any, **more: Any) -> LossValue:
-        with suppress(_OutOfMemory):
-            return attempt(batch, **more)
-        with torch.compiler.set_stance("default"):
-            return function(batch, **more)
-
-    def attempt(batch: Any, **more: Any) -> LossValue:
-        try:
-            return function(batch, **more)
-        except UserCodeError as error:
-            if is_compiler_loaded() and error.__cause__ is not None and is_out_of_memory(error.__cause__):
-                raise _OutOfMemory from None  # without the frames, which hold what was computed
-            raise
-
-    return call
-
-
-class _OutOfMemory(Exception):
-    pass
-
-
-def _passes(function: Function, batches: Batches, seed: int) -> list[Sums]:
-    found = []
-    for samples, batch in batches:
-        seed_all(seed)
-        loss, weight, metrics = function(_own(batch))
-        figures = {k: float(v) for k, v in metrics.items()}
-        found.append(Sums(samples, float(loss), float(weight), figures, max(CLOSE, _rounding(loss))))
-    return found
-
-
-def _integers(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Copies of the buffers with whole numbers, of the sizes that they have now."""
-    named = model.named_buffers()
-    return {
-        n: b.detach().long().clone() for n, b in named if not b.is_floating_point() and not b.is_complex() and b.numel()
-    }
 
 
 def _whole(fetch: Callable[[int], Batches]) -> Any:
     return fetch(0)[0][1]
 
 
-def _rounding(loss: Any) -> float:
-    """How much of a sum may be lost in its number format."""
-    short = isinstance(loss, torch.Tensor) and loss.is_floating_point()
-    return 4 * torch.finfo(loss.dtype).eps if short else 0.0
-
-
 def _finite(found: Sequence[Sums]) -> bool:
     return all(math.isfinite(s.loss) for s in found)
-
-
-def _listed(names: list[str]) -> str:
-    return ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
-
-
-def _own(batch: Any) -> Any:
-    """A copy to be written to, where it can be copied."""
-    try:
-        return copy.deepcopy(batch)
-    except Exception:  # of a class of the job's: then it is tried itself
-        return batch
 
 
 def _on_any(group: Group, here: bool) -> bool:

@@ -1,0 +1,108 @@
+"""The records of a ledger sorted by claim and by world. Pure.
+
+Each command that drives a run claims it, under a number that grows (the epoch); the worlds of a claim are numbered too,
+so that a generation is "epoch-number".
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from elastic.observe.segments import after_s, number
+
+
+def epoch_of(generation: Any) -> tuple[int, int] | None:
+    """Return the two numbers of a generation such as "2-7", or None for any other value."""
+    first, _, second = str(generation).partition("-")
+    return (int(first), int(second)) if first.isdecimal() and second.isdecimal() else None
+
+
+class Rows:
+    """The rows of `metrics.jsonl` by the world that wrote them. Rows without a step or a generation are left out.
+
+    Args:
+        rows: each with a finite `time`.
+    """
+
+    def __init__(self, rows: Iterable[dict[str, Any]]):
+        #: Rows of steps, by generation and step.
+        self.steps: dict[str, dict[int, dict[str, Any]]] = defaultdict(dict)
+        #: Rows of evaluations, by generation and step.
+        self.evaluations: dict[str, dict[int, dict[str, Any]]] = defaultdict(dict)
+        #: The end of the newest row of each claim, unix seconds, by epoch.
+        self.last: dict[int, float] = {}
+        kept: dict[int, tuple[int, int]] = {}
+        written, generation, place = None, "", None  # by the last row: a hundred thousand may be of one generation
+        for row in rows:
+            step = row.get("step")
+            if row.get("generation") != written:
+                written = row.get("generation")
+                generation, place = str(written), epoch_of(written)
+            if place is None or not isinstance(step, int):
+                continue
+            if "sample_hash" not in row:
+                self.evaluations[generation].setdefault(step, row)
+            else:
+                self.steps[generation].setdefault(step, row)
+                if step not in kept or place > kept[step]:
+                    kept[step] = place
+            if row["time"] > self.last.get(place[0], -math.inf):
+                self.last[place[0]] = row["time"]
+        for generation, found in self.steps.items():
+            newest, (epoch, _) = found[max(found)], epoch_of(generation) or (0, 0)
+            evaluation = self.evaluations.get(generation, {}).get(newest["step"])
+            self.last[epoch] = max(self.last[epoch], newest["time"] + after_s(newest, evaluation))
+        #: The generation whose update of a step counts, by step: the newest one.
+        self.kept = {step: f"{epoch}-{n}" for step, (epoch, n) in kept.items()}
+
+
+def by_claim(events: Sequence[dict[str, Any]]) -> list[tuple[int, list[dict[str, Any]]]]:
+    """Sort events into claims: (epoch, its events), ascending.
+
+    Earlier versions wrote events outside of a world without a generation; their order tells the claim.
+    """
+    found: dict[int, list[dict[str, Any]]] = defaultdict(list)
+    early: list[dict[str, Any]] = []  # of a claim whose number comes later
+    epoch = 0
+    for event in events:
+        place = epoch_of(event.get("generation"))
+        if place is not None:
+            epoch = place[0]
+            found[epoch] += [*early, event]
+            early = []
+        elif early or event["kind"] == "run_started" or not epoch:
+            early.append(event)
+        else:
+            found[epoch].append(event)
+    if early:
+        found[epoch + 1] += early
+    return sorted(found.items())
+
+
+def workers_by_node(events: Sequence[dict[str, Any]]) -> dict[str, int]:
+    """Return the largest number of workers that each node had at one time, from the events of a claim."""
+    homes: dict[str, str] = {}
+    here: Counter[str] = Counter()
+    most: dict[str, int] = {}
+    for event in events:
+        member = str(event.get("member"))
+        if event["kind"] == "worker_warm" and member not in homes:
+            homes[member] = node = str(event.get("node", ""))
+            here[node] += 1
+            most[node] = max(most.get(node, 1), here[node])
+        elif event["kind"] in ("member_lost", "handed_over") and member in homes:
+            here[homes.pop(member)] -= 1
+    return most
+
+
+def seen_alive(later: Sequence[dict[str, Any]]) -> float | None:
+    """Return when a claim was last seen alive, unix seconds, as the first event of the claim after it tells."""
+    for event in later:
+        if event["kind"] == "run_started":
+            detail = event.get("detail")
+            beat = detail.get("heartbeat_before") if isinstance(detail, dict) else None
+            return number(beat) or None
+    return None
