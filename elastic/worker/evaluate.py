@@ -1,4 +1,4 @@
-"""Evaluation on held-out data: dealt and summed like a training step, so its figures are as exact."""
+"""Evaluation on held-out data: dealt and summed like a training step, so that its figures are as exact."""
 
 from __future__ import annotations
 
@@ -38,24 +38,27 @@ def evaluate(
     each: Callable[[], AbstractContextManager[None]],
     on_pass: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
-    """Evaluate one held-out set.
+    """Evaluate one held-out set, together with all members of the world.
 
     Args:
-        group: that of the world, None where this process is alone.
-        size: samples of one forward pass; the cut does not depend on the world.
+        name: of the set; "" for a set without a name.
+        group: that of the world; None if this process is alone.
+        size: the number of samples in one forward pass. How the set is cut does not depend on the world.
+        seed: of the run.
         each: entered around each pass.
-        on_pass: called after each.
+        on_pass: called after each pass.
 
     Returns:
         `eval/loss` and `eval/<metric>`, or `eval/<name>/...` for a named set: means over the set.
 
     Raises:
-        ConfigError: there are none, since nothing has a weight, or metrics differ by name; on every rank.
-        UserCodeError: the job's code raised, or returned what it should not.
+        ConfigError: on every rank: all weights are 0, or the metrics of two passes have different names.
+        UserCodeError: the job's code raised, or returned a wrong value.
     """
     parts = [range(i, min(i + size, len(data))) for i in range(0, len(data), size)]
     places = 1 if group is None else group.layout.size
-    if group is None or len(parts) < places:  # too few to give everyone one: everyone does all, nothing is gathered
+    # Too few passes to give one to everyone: every worker runs all of them, and nothing is gathered.
+    if group is None or len(parts) < places:
         runs, rank = [range(len(parts))], 0
     else:
         assert group.place is not None, "a spare evaluates nothing"
@@ -77,7 +80,7 @@ def evaluate(
                     loss, weight, metrics = code.evaluate(model, batch, name)
                 on_pass()
                 if padding and len(records) == len(runs[rank]):
-                    continue  # others of the row still gather parameters
+                    continue  # a padding pass: others of the row still gather parameters
                 digest = xxhash.xxh3_64_intdigest(np.asarray(ids, "<i8").tobytes()) >> 1
                 records.add(loss, weight, metrics, (digest,))
     finally:
@@ -100,19 +103,24 @@ def evaluate(
 
 
 def figures(name: str, metrics: Iterable[str]) -> list[str]:
-    """What the figures of a held-out set with this name are called."""
+    """Return the names of the figures of a held-out set."""
     return [f"eval/{name}/{metric}" if name else f"eval/{metric}" for metric in metrics]
 
 
 def held_out_batch(job: Job, data: MapDataset, ids: list[int], key: tuple[int | str, ...]) -> Any:
-    """A batch of held-out samples, under seeds of theirs, or of the part with this key where they come together.
+    """Read and collate a batch of held-out samples.
+
+    Args:
+        ids: indices of the samples.
+        key: (seed of the run, name of the set, index of the batch). Each sample is read under a seed of its own;
+            samples that are read together, and collate_fn, get seeds of the batch.
 
     Raises:
         ItemError: the dataset or collate_fn raised.
     """
     at = ids
 
-    def seed(place: int) -> int:  # asked for right before a sample is fetched
+    def seed(place: int) -> int:  # called right before a sample is read
         nonlocal at
         at = ids[place : place + 1]
         return derive("eval-item", *key[:2], ids[place])

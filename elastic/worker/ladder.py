@@ -1,7 +1,8 @@
-"""Where a state comes from when nobody holds all of it in memory: snapshots and checkpoints, newest first.
+"""Restores a state that the members do not hold in memory: from snapshots and checkpoints, newest first.
 
-Everyone of a world goes down together, spares too: a rung that one of them cannot take, none takes. Each part of the
-state is read once, by the first worker that is to hold it; who else is to hold it takes it from there.
+The sources are the rungs of a ladder. All members of a world, spares too, try the same rung; if it fails on one of
+them, all go on to the next. Each part of the state is read once, by the first worker that is to hold it, and the other
+holders of the part receive it from there.
 """
 
 from __future__ import annotations
@@ -32,21 +33,28 @@ Make = Callable[[bool], TrainState]
 
 @dataclass
 class Found:
-    """What the rungs had; `state` is None where others read this worker's part. `open`: what belongs after the step, an
-    evaluation, may not have been done."""
+    """What was restored.
+
+    Args:
+        step: the number of updates in the state.
+        state: this worker's part; None if another worker reads it.
+        rung: "snapshot", "checkpoint" or "fresh".
+        open: an evaluation that belongs after this step may not have been done.
+        manifest: of the checkpoint that was read.
+    """
 
     step: int
     state: TrainState | None
     rung: str
     open: bool = False
-    manifest: Manifest | None = None  # of the checkpoint that the state is from
+    manifest: Manifest | None = None
 
 
 def next_rung(snapshot: int | None, checkpoint: int | None) -> Literal["snapshot", "checkpoint", "fresh"]:
-    """What leaves the least to be done again; of equals the snapshot, which is faster.
+    """Choose the source with the newest step; on a tie the snapshot, which is faster.
 
     Args:
-        snapshot, checkpoint: steps of the newest ones that were not tried yet, if any.
+        snapshot, checkpoint: the steps of the newest ones that were not tried yet; None if there is none.
     """
     if snapshot is not None and (checkpoint is None or snapshot >= checkpoint):
         return "snapshot"
@@ -54,7 +62,7 @@ def next_rung(snapshot: int | None, checkpoint: int | None) -> Literal["snapshot
 
 
 def post_restored(link: WorkerLink, step: int, began: float, detail: dict[str, Any]) -> None:
-    """Say where the state came from, and how long that took since `began` (monotonic)."""
+    """Report where the state came from, and the seconds since `began` (monotonic)."""
     seconds = round(time.monotonic() - began, 4)
     detail = {k: v for k, v in detail.items() if v is not None}
     link.event("restored", step, detail, seconds=seconds)
@@ -69,13 +77,14 @@ def descend(
     snapshots: Snapshots,
     lost: str | None,
 ) -> Found:
-    """Take the first rung that holds.
+    """Restore from the first rung that works on all members.
 
     Args:
-        lost: why the state is not in memory, if any of it was.
+        make: makes an empty state for this worker; its argument says whether the values are initialised.
+        lost: why the state is not in memory, if it was there before.
 
     Raises:
-        CheckpointError: there are checkpoints, and nothing can be loaded.
+        CheckpointError: there are checkpoints, and none can be loaded.
         StorageError: storage cannot be read.
     """
     with in_one_sentence(storage, "read"):
@@ -125,7 +134,7 @@ def _descend(
             detail = {"rung": "snapshot", "snapshot": str(found.id), "bytes": size}
             return done(found.id.step, state, detail, open=True)
         if stored.look():
-            continue  # now it is known which there are
+            continue  # the list may hold a checkpoint that is newer than the one the keeper named
         if rung == "fresh":
             break
         checkpoint = stored.pop()
@@ -151,11 +160,12 @@ def _descend(
 
 
 def _initialise(state: TrainState, options: CheckpointOptions, link: WorkerLink, *, post: bool = True) -> None:
-    """A fresh start: give the model (or this worker's part of it) the weights that the run is to start from, if it is.
+    """Give a fresh model (or this worker's part of it) the weights that the run starts from, if the job or an option
+    names any.
 
     Raises:
-        CheckpointError: they do not fit.
-        ConfigError: they cannot be read.
+        CheckpointError: the weights do not fit the model.
+        ConfigError: the weights cannot be read.
     """
     began = time.monotonic()
     source = initial_source(state.job, options.init_from)
@@ -170,14 +180,17 @@ def _initialise(state: TrainState, options: CheckpointOptions, link: WorkerLink,
 
 
 def _post_unloadable(link: WorkerLink, checkpoint: Committed, error: CheckpointError) -> None:
-    """Tell the keeper: nothing is to count this checkpoint any more; it is marked if it is damaged."""
+    """Tell the keeper that this checkpoint counts no more; it is marked as damaged if it is."""
     damaged = isinstance(error, DamagedCheckpoint)
     link.post(Unloadable(checkpoint.step, checkpoint.attempt, str(error), damaged))
 
 
 class _Stored:
-    """The committed checkpoints that were not tried yet, newest first. Before they are listed, the newest is what the
-    keeper says: listing takes its time, and a snapshot may do."""
+    """The committed checkpoints that were not tried yet, newest first.
+
+    Listing them takes time, and a snapshot may make it needless. So until `look` is called, the newest step is the one
+    that the keeper named when the world formed.
+    """
 
     def __init__(self, group: Group, make: Make | None, storage: Storage, convert: bool, link: WorkerLink):
         self._group, self._make, self._storage, self._convert, self._link = group, make, storage, convert, link
@@ -185,17 +198,17 @@ class _Stored:
         self._listed: list[Committed] | None = None
         self._state: TrainState | None = None
         self._filled = False
-        self.problem = ""  # of the newest that could not be loaded
+        self.problem = ""  # of the newest checkpoint that could not be loaded
 
     @property
     def step(self) -> int | None:
-        """Of the newest."""
+        """The step of the newest one; None if there is none."""
         if self._listed is None:
             return self._said
         return self._listed[0].step if self._listed else None
 
     def look(self) -> bool:
-        """List them; the lowest rank says which there are. Returns False where that was done before."""
+        """List the checkpoints on the lowest rank and tell all members. Returns False if that was done before."""
         if self._listed is not None:
             return False
         group = self._group
@@ -204,18 +217,23 @@ class _Stored:
         return True
 
     def pop(self) -> Committed:
+        """Take the newest one off the list."""
         assert self._listed, "there is none"
         return self._listed.pop(0)
 
     def drop(self) -> None:
-        """Give back the memory of a state that could not be loaded."""
+        """Free the memory of a state that could not be loaded."""
         self._state = None
 
     def load(self, checkpoint: Committed) -> tuple[TrainState | None, int, Manifest | None]:
-        """This worker's part and the checkpoint's manifest (None where others read it), and the bytes that it read.
+        """Load a checkpoint together with all members.
+
+        Returns:
+            This worker's part of the state (None if another worker reads it), the number of bytes that it read, and the
+            manifest (None if another worker reads the part).
 
         Raises:
-            CheckpointError: on all workers, if any of them could not load.
+            CheckpointError: on all members, if one of them could not load its part.
         """
         try:
             manifest = self._read(checkpoint)
@@ -243,8 +261,9 @@ class _Stored:
         shards: list[Shard] = []
         problem: CheckpointError | None = None
         if self._make is not None and (self._state is None or (alone and not self._filled)):
-            self._state = None  # one at a time
-            self._state, self._filled = self._make(alone), alone  # of weights alone, all else is as the job makes it
+            self._state = None  # drop the old one first: two states may not fit in memory
+            # A checkpoint of weights alone has values for nothing else: the job must initialise the rest.
+            self._state, self._filled = self._make(alone), alone
         state = self._state
         try:
             if state is not None:
@@ -264,7 +283,7 @@ class _Stored:
         return state, report.read_bytes
 
     def refuse_to_begin_anew(self) -> None:
-        """As `reader.refuse_to_begin_anew`, on all workers; the lowest rank looks."""
+        """Call `reader.refuse_to_begin_anew` on the lowest rank, and raise its error on all members."""
         problem = None
         try:
             if self._group.rank == 0:

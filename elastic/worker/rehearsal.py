@@ -1,8 +1,8 @@
-"""Before training: what the job's loss() and evaluate() return, tried on one batch and on its two halves.
+"""Before training: tries the job's loss() and evaluate() on one batch and on its two halves.
 
-Mistakes are told only where there is no doubt: the numbers do not depend on chance, the halves differ, and the whole
-lies where no sum can lie, and where a mean does. How many passes a step has would change losses that are neither, so
-their passes have one microbatch each.
+A mistake is reported only without doubt: the numbers do not depend on chance, the halves differ, and the number of the
+whole batch lies where a mean may lie and a sum may not. A loss that is neither sum nor mean would change with the
+number of passes in a step; with such a loss each pass has one microbatch.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ from elastic.worker.traces import Parameters, without_trace
 from elastic.worker.trials import Agreed, Batches, Function, in_memory, listed, passes
 from elastic.worker.user_code import UserCode, UserCodeError
 
-FORWARD_AND_BACKWARD = 3  # a backward pass has twice the products of its forward pass
+FORWARD_AND_BACKWARD = 3  # a backward pass has twice the matrix products of its forward pass
 
-_OTHERS = (1, 3, 7)  # steps (from 0) of which a batch is tried beside that of the first one
+_OTHERS = (1, 3, 7)  # further steps (from 0) whose first batches are tried
 
-#: Why passes have one microbatch each, so that a step is the same at every number of workers; the first is no reason.
+#: Why each pass has one microbatch, which makes a step the same at every number of workers; "" is no reason.
 SEPARATE = (
     "",
     "the loss of a batch is not the sum of the losses of its parts",
@@ -54,7 +54,7 @@ _UNWRITTEN = (
 
 
 class Rehearsal:
-    """Tries the job's functions, once in a process."""
+    """Tries the job's functions, once per process."""
 
     def __init__(
         self,
@@ -66,34 +66,41 @@ class Rehearsal:
         *,
         eval_size: int,
     ):
-        """`eval_size`: samples of one pass of an evaluation."""
+        """Nothing is tried yet.
+
+        Args:
+            eval_size: the number of samples in one pass of an evaluation.
+        """
         self._job, self._config, self._code, self._loader = job, config, code, loader
         self._eval_sets, self.eval_size = eval_sets, eval_size
         self._seed = config.run.seed
-        #: Why passes have one microbatch each, by its place in `SEPARATE`; None before `run`.
+        #: The index in `SEPARATE` of why each pass has one microbatch; None before `run`.
         self.separate: int | None = None
         self._unknown = False  # evaluations may have figures that one batch does not show
-        self._batch: Any = None  # of the first microbatches
-        self._half: Any = None  # of that
-        #: Why the bits of a run cannot come back, if loss() shows it.
+        self._batch: Any = None  # the first microbatches of the run
+        self._half: Any = None  # half of their samples
+        #: A sentence if loss() shows that the bits of a run cannot be repeated.
         self.unseeded = ""
-        #: A line for each metric, by what returned it, as far as that was tried.
+        #: Lines about each metric, by the function that returned it, as far as it was tried.
         self.metrics: dict[str, list[str]] = {}
-        #: Of a forward and backward pass; 0 where they could not be counted, None before it was tried.
+        #: FLOPs of a forward and backward pass per sample; 0 if they could not be counted, None before they were.
         self.flops_per_sample: float | None = job.flops_per_sample
 
     def run(self, model: nn.Module, microbatches: int, group: Group | None) -> None:
-        """Try everything on a model in place. Nothing is left of it.
+        """Try loss() and evaluate() on a model. The model and the job are afterwards what they were.
 
-        Losses that depend on the pass before are refused, and what writes to samples that the data set keeps.
+        A loss that depends on the pass before it is refused, and so is a function that writes to samples which the data
+        set keeps.
 
         Args:
-            microbatches: how many of the first step the batch for loss() is made of.
-            group: of those that share a cut model; they do this at one time, unless one of them has done it before.
+            microbatches: the number of microbatches of the first step that make the batch for loss().
+            group: the group of workers that share a sharded model. All of them call this at one time; nothing is tried
+                if one of them has done it before.
 
         Raises:
-            UserCodeError: evaluate() raised, or what it or loss() returned is not what it should be.
-            ConfigError: two figures of an evaluation would have one name, or none has that of --checkpoint.best-metric.
+            UserCodeError: evaluate() raised, or it or loss() returned a wrong value.
+            ConfigError: two figures of an evaluation would have the same name, or none has that of
+                --checkpoint.best-metric.
         """
         agreed: Agreed = bool
         if group is not None:
@@ -127,19 +134,19 @@ class Rehearsal:
         self.separate = separate
 
     def _try_loss(self, loss: Function, microbatches: int, agreed: Agreed) -> int:
-        """Returns why passes are to have one microbatch each, by its place in `SEPARATE`, as far as is known."""
+        """Try loss() in evaluation mode, and return the index in `SEPARATE` of why passes have one microbatch."""
         batches = self._loader.first_batches(microbatches)
         if agreed(not batches):
-            return 0  # no batch can be had, perhaps on one node alone: the first step says why
+            return 0  # no batch can be read, perhaps on one node only: the first step reports why
         seed = derive("rehearsal", self._seed)
         try:
             found = self._counted(loss, batches, seed)
-            if found and not self._config.data.workers:  # what comes from other processes is a copy
+            if found and not self._config.data.workers:  # batches of loader processes are copies
                 self._check_kept("loss()", lambda: self._loader.first_batches(microbatches)[0][1], loss)
         except UserCodeError as error:
             if error.failure.kind == ConfigError.__name__:
                 raise
-            return 0  # in evaluation mode it need not work; and if it fails in training, the first step says so
+            return 0  # loss() need not work in evaluation mode; if it fails in training too, the first step reports why
         if agreed(self._config.run.exactness == "bitwise" and not _finite(found)):
             with ZerosForEmpty():
                 again = passes(loss, batches, seed)
@@ -152,21 +159,25 @@ class Rehearsal:
         others = self._others(loss, microbatches, agreed) if agreed(mistake("loss()", found) is not None) else []
         self._refuse("loss()", loss, [found, *others], batches, agreed)
         separate = self._why_separate(loss, batches, found, agreed)
-        # what is special about the loss may be about some samples only; in bitwise every pass has one microbatch anyway
+        # Some samples may make the loss special, so further batches are tried. In bitwise each pass has one microbatch
+        # anyway.
         for step in () if self._config.run.exactness == "bitwise" else _OTHERS:
             separate = separate or self._try_another(loss, microbatches, step, agreed)
         return separate
 
     def _counted(self, loss: Function, batches: Batches, seed: int) -> list[Sums]:
-        """The passes; of a whole model their FLOPs are counted on the way, if the job does not say how many there are.
-        A cut model's members must all do the same, and counting may fail on one."""
+        """Run the passes, and count the FLOPs of a whole model on the way, unless the job tells them.
+
+        With a sharded model FLOPs are not counted: its members must all do the same, and counting may fail on one of
+        them.
+        """
         samples = sum(count for count, _ in batches)
         if self.flops_per_sample is None and not self._config.parallel.sharded and samples:
             counter: Any = FlopCounterMode(display=False)
             try:
                 with counter:
                     found = passes(loss, batches, seed)
-            except UserCodeError:  # perhaps what counts does not go with the model
+            except UserCodeError:  # counting may be what fails, as with kernels of the job's own
                 self.flops_per_sample = 0.0
             else:
                 self.flops_per_sample = FORWARD_AND_BACKWARD * counter.get_total_flops() / samples
@@ -174,7 +185,7 @@ class Rehearsal:
         return passes(loss, batches, seed)
 
     def _others(self, loss: Function, microbatches: int, agreed: Agreed) -> list[list[Sums]]:
-        """What the loss of further batches is."""
+        """Return the sums of the loss for further batches."""
         found = []
         for step in _OTHERS:
             batches = self._loader.first_batches(microbatches, step)
@@ -183,7 +194,7 @@ class Rehearsal:
             try:
                 sums = passes(loss, batches, derive("rehearsal", self._seed))
             except UserCodeError:
-                break  # as with the first
+                break  # as with the first batch
             if len(sums) == 3:
                 found.append(sums)
         return found
@@ -195,7 +206,7 @@ class Rehearsal:
         try:
             found = passes(loss, batches, derive("rehearsal", self._seed))
         except UserCodeError:
-            return 0  # as with the first
+            return 0  # as with the first batch
         return self._why_separate(loss, batches, found, agreed) if len(found) == 3 else 0
 
     def _why_separate(self, loss: Function, batches: Batches, found: list[Sums], agreed: Agreed) -> int:
@@ -204,11 +215,12 @@ class Rehearsal:
         suspect = not adds_up(found)
         if not agreed(suspect):
             return 0
-        if self._config.precision.autocast != "off":  # which rounds, perhaps otherwise where there are fewer samples
+        if self._config.precision.autocast != "off":  # autocast rounds, and perhaps differently for fewer samples
             with (
                 self._code.without_autocast(),
                 suppress(UserCodeError),
-            ):  # it goes by the number format: then that counts
+                # without autocast the job may fail, for its number formats: then the rounded sums decide
+            ):
                 suspect = suspect and not adds_up(passes(loss, batches, derive("rehearsal", self._seed)))
             if not agreed(suspect):
                 return 0
@@ -217,8 +229,10 @@ class Rehearsal:
         return _NOT_ADDITIVE if agreed(suspect and not chance) else 0
 
     def look_again(self, model: nn.Module, microbatches: int, step: int, group: Group) -> bool:
-        """Whether a batch of a later step (from 0) shows that passes are to have one microbatch each. All members call
-        this at one time, and all get the same answer."""
+        """Return whether a batch of a later step (from 0) shows that each pass is to have one microbatch.
+
+        All members call this at one time, and all get the same answer.
+        """
         agreed: Agreed = partial(_on_any, group) if fsdp_modules(model) else bool
         where, self._code.where = self._code.where, f"a trial of loss() before step {step + 1}"
         try:
@@ -232,9 +246,10 @@ class Rehearsal:
         return _on_any(group, separate > 0)
 
     def _check_kept(self, name: str, fetch: Callable[[], Any], use: Callable[[Any], object]) -> None:
-        """Refuse a function that writes to samples which the data set keeps: the next to get them has others."""
+        """Refuse a function that writes to samples which the data set keeps: the next to read them would get changed
+        samples."""
         if type(self._job).collate_fn is Job.collate_fn:
-            return  # torch's own copies
+            return  # torch's default_collate copies samples
         before = fingerprint(batch := fetch())
         use(batch)
         if before is not None and before != (after := fingerprint(fetch())) and after == fingerprint(fetch()):
@@ -277,8 +292,10 @@ class Rehearsal:
         self.metrics["result of evaluate()"] = [f"figure {key}" for key in sorted(keys)]
 
     def _try_evaluated(self, name: str, found: Sums) -> dict[str, float]:
-        """Further figures from the sums of one batch, from which they need not be possible: a score divides by what the
-        whole set has."""
+        """Return the figures that the job makes from the sums of one batch; none if evaluated() raises.
+
+        It may raise on one batch, for example if a score divides by what only the whole set has.
+        """
         try:
             return self._code.evaluated(name, found.loss, found.weight, found.metrics)
         except UserCodeError as error:
@@ -288,7 +305,7 @@ class Rehearsal:
             return {}
 
     def _held_out(self, name: str, data: MapDataset, own: bool, first: int) -> Batches:
-        """A batch of a held-out set, and its halves if it has an evaluate() of its own."""
+        """Return a batch of a held-out set, and its halves if the job has its own evaluate()."""
         ids = list(range(first, min(first + self.eval_size, len(data))))
         key = (self._seed, name, 0)
         return [
@@ -312,15 +329,18 @@ class Rehearsal:
         batches: Batches,
         agreed: Agreed,
     ) -> None:
-        """Raise if there is a mistake, and no chance in it: the first batch leaves no doubt or all have it, and under
-        another seed everything is the same.
+        """Raise if the results show a mistake that is no chance.
+
+        That is so if the first batch leaves no doubt or all batches show it, and if another seed gives the same
+        numbers.
 
         Args:
-            found: for each batch that was tried.
-            batches: the first one.
+            found: the sums of each batch that was tried, of the whole batch and its halves.
+            batches: the first batch and its halves.
         """
         first, *others = found
-        sentence = None if self._loader.draws_together() else mistake(name, first)  # mixed samples make no sums
+        # samples that are drawn together may differ between the batch and its halves
+        sentence = None if self._loader.draws_together() else mistake(name, first)
         sure = mistake(name, first, sure=True) is not None
         if not sure and not (others and all(mistake(name, other) for other in others)):
             sentence = None
@@ -339,5 +359,5 @@ def _finite(found: Sequence[Sums]) -> bool:
 
 
 def _on_any(group: Group, here: bool) -> bool:
-    """Whether it is so on any worker that shares the model. All call this at one time."""
+    """Return whether `here` is true on any worker that shares the model. All of them call this at one time."""
     return any(group.gather_in_mesh(int(here)))

@@ -33,19 +33,27 @@ UNSEEDED = (
 
 @dataclass(frozen=True)
 class _Twice:
-    """What came of two passes: the losses, what else changed, and parameters that were written to: by the first pass,
-    by the second as well, and while they were gathered."""
+    """The results of two passes over one batch.
+
+    Args:
+        losses: of both passes; empty if they failed.
+        changed: names of the objects of model and job that differ afterwards.
+        written: names of the parameters that the first pass wrote to.
+        again: names of those that the second pass wrote to as well.
+        lost: names of those that a pass wrote to while they were gathered.
+        counted: by how much the second pass moved each integer buffer, by name.
+    """
 
     losses: list[float]
     changed: list[str]
     written: list[str]
     again: list[str]
     lost: list[str]
-    counted: dict[str, torch.Tensor]  # by how much integer buffers moved in the second one
+    counted: dict[str, torch.Tensor]
 
     @property
     def apart(self) -> float:
-        """How far the losses are apart."""
+        """The distance between the two losses."""
         return abs(self.losses[1] - self.losses[0]) if self.losses else 0.0
 
 
@@ -75,7 +83,8 @@ class Repeats:
         """
         first = self._passes_in_training(model, batch, batch)
         self._refuse_writes(first, agreed)
-        if agreed(bool(first.written)) and half is not None:  # as what is initialised by the first batch
+        # buffers and parameters that the first batch initialises, and further batches leave alone
+        if agreed(bool(first.written)) and half is not None:
             self._refuse_writes(self._passes_in_training(model, batch, half), agreed)
         counting = [name for name, moved in first.counted.items() if int(moved.abs().max()) > 1]
         if agreed(bool(counting)) and half is not None:
@@ -97,7 +106,7 @@ class Repeats:
         return agreed(self._exact and chance > 0)
 
     def _refuse_writes(self, found: _Twice, agreed: Agreed) -> None:
-        """Refuse a loss that writes to parameters, unless that is the same however often it is done."""
+        """Refuse a loss that writes to parameters; in `fast` it may, if a second pass changes nothing more."""
         where = "a step has several passes, which workers share; change them in after_step()"
         for names, why in (
             (found.lost, "while they are gathered, and with --parallel.strategy fsdp and hsdp such changes are lost"),
@@ -109,8 +118,11 @@ class Repeats:
                 raise self._code.mistake(ConfigError(f"loss() changes parameters of the model ({which}) {why}"))
 
     def _refuse_counts(self, whole: _Twice, half: _Twice, agreed: Agreed) -> None:
-        """Refuse integer buffers that move by the samples of a pass: a step has several passes, all of which begin with
-        the buffers of its beginning."""
+        """Refuse integer buffers that a pass moves by its number of samples.
+
+        A step has several passes, and all begin with the buffers of the step's beginning, so the buffer would count one
+        pass.
+        """
         names = [
             name
             for name, moved in whole.counted.items()
@@ -126,8 +138,11 @@ class Repeats:
             )
 
     def _passes_in_training(self, model: nn.Module, *batches: Any) -> _Twice:
-        """Two passes, one after the other, in training mode, after parameters have moved as in an update. No losses
-        where they cannot be had: the first step says why."""
+        """Run two passes, one after the other, in training mode; no losses if one of them fails, which the first step
+        reports.
+
+        Parameters are moved first, as by an update: what follows them from pass to pass moves then too.
+        """
         losses: list[float] = []
         written, again, lost = list[str](), list[str](), GatheredWrites(model)
         counted: dict[str, torch.Tensor] = {}
@@ -166,7 +181,7 @@ class Repeats:
 
 
 def _integers(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Copies of the buffers with whole numbers, of the sizes that they have now."""
+    """Return copies of the integer buffers, with their present sizes."""
     named = model.named_buffers()
     return {
         n: b.detach().long().clone() for n, b in named if not b.is_floating_point() and not b.is_complex() and b.numel()

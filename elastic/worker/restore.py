@@ -1,4 +1,4 @@
-"""Bringing all members of a new world to one state, as `restore_plan` decides."""
+"""Brings all members of a new world to one state, as `restore_plan` decides."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from elastic.worker.worker import Worker
 
 @dataclass(frozen=True)
 class Restored:
-    """The state that a world begins with.
+    """The state with which a world begins.
 
     Args:
-        step: updates in it.
-        goes_on: a member held it in memory: nothing is done again.
+        step: the number of updates in it.
+        goes_on: a member held it in memory, so no step is done again.
         moved: some member has a state that it did not hold before.
     """
 
@@ -33,7 +33,9 @@ class Restored:
 
 
 def restore(worker: Worker, group: Group) -> Restored:
-    """The newest state that any member holds, else a checkpoint, else a fresh start. All members call this together.
+    """Restore the newest state that a member holds, else a snapshot or checkpoint, else begin fresh.
+
+    All members call this at one time.
 
     Raises:
         WorldBroken: a member was lost meanwhile.
@@ -49,17 +51,17 @@ def restore(worker: Worker, group: Group) -> Restored:
         holding.lost = f"workers hold step {max(plan.held)}, the newest checkpoint is of step " + str(
             group.assignment.restore.newest
         )
-    elif plan.held[group.rank] < 0:  # also where it holds a step that was made again
+    elif plan.held[group.rank] < 0:  # also if its newest step was made again by another world
         holding.applied = -1
     step, goes_on, source = _bring(worker, group)
     holding.began_at, holding.agreed_in = step, group.assignment.generation
-    # an evaluation that a break interrupted is done again, by everyone or by nobody
+    # all or none do an evaluation again that was interrupted: one that has the figures gives them to all
     said = [*holding.evaluated, holding.open, worker.provenance.broken, holding.row]
     evaluated, found, holding.open, broken, row = group.send_json(said, source)
     holding.evaluated = (evaluated, found)
     if goes_on and row is not None and row["step"] == step != plan.held[group.rank]:
-        worker.record(row, report=False)  # whose state it is may be lost before the ledger has it
-    if group.leads or group.rank == source:  # who holds the newest state has its rows; who leads may be new
+        worker.record(row, report=False)  # the worker that held this state may be lost before its row is in the ledger
+    if group.leads or group.rank == source:  # the source has the rows of the newest state; the leader may be new
         link.report_rows()
     for kind, text in worker.provenance.agree(broken):
         if group.leads:
@@ -68,7 +70,7 @@ def restore(worker: Worker, group: Group) -> Restored:
 
 
 def _settle_update(worker: Worker, group: Group) -> Plan:
-    """Decide with everyone what becomes of the states, and apply or undo the update that a broken world had in hand."""
+    """Decide together what becomes of the members' states; apply or undo the update that this worker had prepared."""
     holding = worker.holding
     rows = group.gather_rows(list(astuple(holding.standing)))
     plan = decide([Standing(*row) for row in rows], group.assignment.restore.newest, fenced=worker.fenced)
@@ -80,16 +82,16 @@ def _settle_update(worker: Worker, group: Group) -> Plan:
 
 
 def _bring(worker: Worker, group: Group) -> tuple[int, bool, int]:
-    """The state that members hold in memory, else that of the ladder. Who lacks its part of it takes it from others.
+    """Restore the newest state: from members' memory if they hold all of it, else down the ladder.
 
-    Where the model is cut, everyone makes its part anew, for the new mesh, and the old parts stay as they are until all
-    have the new ones.
+    Members that lack their part of the state receive it from others. A sharded model is made anew by every member, for
+    the new mesh; the old parts stay in memory until all members have their new ones.
 
     Returns:
-        the step, whether its state was in memory, and the rank of one that had it.
+        The step, whether its state was in memory, and the rank of a member that had it.
     """
     began, holding, layout, cut = time.monotonic(), worker.holding, group.layout, worker.config.parallel.sharded
-    if not cut and holding.applied < 0 and holding.touched:  # half an update, or half a state
+    if not cut and holding.applied < 0 and holding.touched:  # it holds half an update, or half of a received state
         holding.state = None
         holding.state = worker.code.guard(worker.placing.whole)
         holding.touched = False
@@ -125,7 +127,7 @@ def _bring(worker: Worker, group: Group) -> tuple[int, bool, int]:
 
 
 def _descend(worker: Worker, group: Group, make: ladder.Make, lost: str | None) -> tuple[int, str]:
-    """Have the first worker of each part read it, and note that later steps are done again; returns step and rung."""
+    """Restore down the ladder, and record that later steps are undone. Returns the step and the rung."""
     holding, snapshots = worker.holding, worker.snapshots
     if worker.config.parallel.sharded:
         holding.let_go(lost)
@@ -153,13 +155,13 @@ def _take(
     *,
     rebuilt: bool,
 ) -> None:
-    """Give those who want it their part of the state of `step`. Everyone of the world calls this, spares too.
+    """Give the members that lack it their part of the state of `step`. All members call this, spares too.
 
     Args:
         found: the ranks that hold each part.
-        wants: the part that each rank is to get.
-        source: the rank that tells all what there is beside tensors.
-        rebuilt: the old states are kept until all have the new ones.
+        wants: the part that each rank is to receive, by rank.
+        source: the rank that sends everything beside tensors.
+        rebuilt: keep the old states until all members have their new ones.
     """
     holding, rank = worker.holding, group.rank
     old = holding.placed if any(rank in ranks for ranks in found.values()) else None
@@ -175,6 +177,6 @@ def _take(
             holding.applied, holding.touched = -1, True
         state.load(tensors, said["values"], specs)
     if rebuilt:
-        group.gather_ints(step)  # nobody drops the old state before everybody has the new one
+        group.gather_ints(step)  # a barrier: no member drops its old state before all have their new one
     if state is not None:
         holding.state, holding.applied = state, step

@@ -1,4 +1,4 @@
-"""What a new world does with the states that its members bring along. A pure decision, equal on all ranks."""
+"""Decides what a new world does with the states that its members bring along. Pure, and equal on all ranks."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ class Standing:
     """What a worker brings into a new world.
 
     Args:
-        applied: updates in its state, -1 where it holds none.
-        ready: it has the next update in hand, prepared but not applied; 0 or 1.
+        applied: the number of updates in its state; -1 if it holds none.
+        ready: 1 if it has prepared the next update and not applied it, else 0.
         epoch, n: the generation of the newest world whose members agreed on this state, or on one from which this
-            worker came to it in that world; -1 before its first.
+            worker came to it in that world; -1 before its first world.
     """
 
     applied: int
@@ -25,13 +25,13 @@ class Standing:
 
 @dataclass(frozen=True)
 class Plan:
-    """What becomes of the states.
+    """What becomes of the members' states.
 
     Args:
-        applies: of each rank, whether it applies the update that it has in hand; the others drop theirs.
-        held: updates in the state of each rank after that, -1 where it holds none.
-        outdated: these states count for nothing, since a newer checkpoint was committed. Those who hold them waited
-            while others went on, and were lost.
+        applies: for each rank, whether it applies the update that it has prepared; the others drop theirs.
+        held: for each rank, the number of updates in its state after that; -1 if it holds none.
+        outdated: no state counts, since a newer checkpoint was committed: the members with these states waited while
+            others went on, and those others were lost.
     """
 
     applies: tuple[bool, ...]
@@ -40,12 +40,12 @@ class Plan:
 
     @property
     def applied(self) -> tuple[int, ...]:
-        """Updates in the state of each rank from which the world goes on, -1 where it is to get one."""
+        """For each rank, the updates in the state from which the world goes on; -1 if the rank is to receive one."""
         return (-1,) * len(self.held) if self.outdated else self.held
 
     @property
     def newest(self) -> int:
-        """Updates in the newest state that a member holds, -1 where none holds any."""
+        """The updates in the newest state that a member holds; -1 if none holds any."""
         return max(self.applied)
 
     @property
@@ -54,17 +54,17 @@ class Plan:
         return min(self.applied) != self.newest or self.newest < 0
 
     def is_newcomer(self, rank: int) -> bool:
-        """Whether the rank holds nothing, and others do."""
+        """Return whether a rank holds nothing while others hold a state."""
         return self.held[rank] < 0 <= max(self.held)
 
 
 def decide(standings: Sequence[Standing], committed: int, *, fenced: bool) -> Plan:
-    """How the members of a new world come to one state.
+    """Decide how the members of a new world come to one state.
 
     Args:
-        standings: what each rank brings along.
-        committed: the step of the newest committed checkpoint, -1 where there is none.
-        fenced: every step has a fence. Else each worker holds all of the state.
+        standings: what each rank brings along, by rank.
+        committed: the step of the newest committed checkpoint; -1 if there is none.
+        fenced: every step has a fence. If not, each worker holds all of the state.
     """
     apply = tuple(_applies(standing, standings) for standing in standings)
     held = tuple(s.applied + does for s, does in zip(standings, apply, strict=True))
@@ -74,8 +74,11 @@ def decide(standings: Sequence[Standing], committed: int, *, fenced: bool) -> Pl
 
 
 def _of_one_world(held: Sequence[int], everyone: Sequence[Standing]) -> tuple[int, ...]:
-    """Without fences two worlds may have made the newest step: one member applied it, and the others went on without
-    it and made it again. In `fast` their last bits differ. The newer world's counts, as do its rows."""
+    """Return `held` with -1 for ranks whose newest step was made again by a newer world.
+
+    Without fences one member may apply an update while the others go on without it and make the same step again. In
+    `fast` the two differ in their last bits. The step of the newer world counts, as its rows in the ledger do.
+    """
     newest = max(held)
     world = max((s.epoch, s.n) for s, step in zip(everyone, held, strict=True) if step == newest)
     return tuple(
@@ -84,11 +87,12 @@ def _of_one_world(held: Sequence[int], everyone: Sequence[Standing]) -> tuple[in
 
 
 def _applies(mine: Standing, everyone: Sequence[Standing]) -> bool:
-    """Whether a worker applies the update that it has in hand.
+    """Return whether a worker applies the update that it has prepared.
 
-    Where one passed the fence, everyone of its world had prepared the update. Where nobody did, it is applied if all
-    who hold the newest state have it: who passed may be lost by now, with its row in the ledger, or come later. Who
-    holds that state from an older world, which went on without it, has no say in this.
+    If one member of its world is past the fence, all members of that world had prepared the update, so it is applied.
+    If none is, it is applied only if all members with the newest state have prepared it: a member that passed the fence
+    may be lost by now, with its row in the ledger, or may come later. A member that has this state from an older world,
+    which went on without it, has no say.
     """
     newest = max(s.applied for s in everyone)
     holders = [s for s in everyone if s.applied == newest]

@@ -38,13 +38,19 @@ from elastic.worker.user_code import UserCodeError
 from elastic.worker.warm_up import warm_up
 from elastic.worker.world import LAST_COMMIT_S, SavingWorld, World
 
-FINAL = (ConfigError, CheckpointError, CopiesDiffer, NonFiniteError)  # they would be so for any worker
-COLLECTIVE_TIMEOUT_S = 1800.0  # the last resort: the membership server notices a hang long before
+FINAL = (ConfigError, CheckpointError, CopiesDiffer, NonFiniteError)  # these errors would come on any worker
+COLLECTIVE_TIMEOUT_S = 1800.0  # seconds; the last resort: the membership server notices a hang long before
 
 
 @dataclass(frozen=True)
 class Departure:
-    """Why a worker left a world: its own error, what of the world failed, or to have another one made."""
+    """Why a worker left a world.
+
+    Args:
+        failure: the worker's own error.
+        why: the reason to form another world, if nothing failed.
+        broke: the description of a failed collective or connection.
+    """
 
     failure: Failure | None = None
     why: str = ""
@@ -55,23 +61,30 @@ class Session:
     """Trains until the run is finished or paused, in one world after another."""
 
     def __init__(self, run: WorkerRun, identity: Identity, *, import_s: float = 0.0):
-        """Warm up: device, data and model are ready when this returns. `import_s` is only reported.
+        """Warm up: when this returns, the device, the data and the model are ready.
+
+        Args:
+            import_s: seconds that the process took for its imports; only reported.
 
         Raises:
-            WarmUpError: they cannot be; the membership server knows.
+            WarmUpError: the worker cannot be made ready; the membership server was told.
         """
         self.worker = warm_up(run, identity, import_s=import_s)
-        self._departure: Departure | None = None  # from a world that is not closed yet
+        self._departure: Departure | None = None  # why this worker left a world that is not closed yet
 
     def run(self) -> str:
-        """Train; returns how this worker's part ended: finished, stopped, failed or handed over.
+        """Train until this worker's part ends.
+
+        Returns:
+            How it ended: "finished", "stopped", "failed" or "handed over".
 
         Raises:
-            NonFiniteError: a loss or norm is not finite, and such steps are not to be skipped.
-            CopiesDiffer: what is to be equal on all workers is not.
+            NonFiniteError: a loss or norm is not finite, and the run does not skip such steps.
+            CopiesDiffer: the copies of the state differ between workers.
             CheckpointError: no committed checkpoint can be loaded.
             ConfigError: the newest checkpoint was trained on other data.
-            FencedError: the run went on without this worker, or may have: the membership server was silent too long.
+            FencedError: the run went on without this worker, or may have: the membership server was silent for too
+                long.
             RunFailed: an error came too often.
             WarmUpError: this worker failed before its first step; the others may go on without it.
         """
@@ -96,15 +109,15 @@ class Session:
             self.worker.close()
 
     def _ask(self, departure: Departure) -> None:
-        """Ask for another world than the one that was left."""
+        """Ask the membership server for a new world, and say why the last one was left."""
         worker, holding, link = self.worker, self.worker.holding, self.worker.link
         if departure.failure is not None:
-            link.report_rows(holding.generation)  # this may end the run
+            link.report_rows(holding.generation)  # this may end the run: an error that came too often
         failure, why, broke = departure.failure, departure.why, departure.broke
         link.ask(worker.warm_s, worker.warm_parts, holding.applied, failure, why=why, broke=broke)
 
     def _join(self, at_leaving: ExitStack) -> Group:
-        """Wait for the world that was asked for; returns its group, not connected yet."""
+        """Wait for the world that was asked for, and return its group, which is not connected yet."""
         worker, holding, link = self.worker, self.worker.holding, self.worker.link
         assignment = link.next_world(worker.save_alone)
         code, scaling = worker.code, worker.config.scaling
@@ -129,13 +142,18 @@ class Session:
         self.worker.code.group = None
         self.worker.link.free_with(None)
         self.worker.snapshots.leave()
-        if self._departure is not None:  # before closing, which may take long: peers that wait for this one are freed
+        # ask before closing, which may take long: peers that wait for this worker are freed at once
+        if self._departure is not None:
             departure, self._departure = self._departure, None
             self._ask(departure)
         group.close()
 
     def _live_in(self, group: Group, at_leaving: ExitStack) -> str | None:
-        """From the first connection of a world to its last step; returns how the run ended, or None to join again."""
+        """Connect a world, restore the state, and train.
+
+        Returns:
+            How the run ended, or None if this worker is to join another world.
+        """
         worker, assignment = self.worker, group.assignment
         worker.link.free_with(group.free, group.report)
         began = time.monotonic()
@@ -163,10 +181,11 @@ class Session:
         return train(world)
 
     def _save_and_leave(self, group: Group, begin: Restored, at_leaving: ExitStack) -> None:
-        """This world was formed to save what its members hold: an error ends the run, or a member is to be left out.
+        """Save what the members of this world hold: it was formed because an error ends the run, or a member must
+        leave.
 
         Raises:
-            RunFailed: with the error.
+            RunFailed: with the error that ends the run.
         """
         failing, holding = group.assignment.failing, self.worker.holding
         if group.place is not None:
@@ -177,16 +196,16 @@ class Session:
             else:
                 world.save_newest()
         if failing is not None:
-            group.gather_ints(holding.applied)  # nobody ends the run before all have saved
+            group.gather_ints(holding.applied)  # a barrier: no member may end the run before all have saved
             raise RunFailed(failing)
 
     # ---- errors ------------------------------------------------------------------------------------------------
 
     def _depart(self, group: Group, error: Exception) -> Departure:
-        """What an error in a world means for this worker: why it asks for another one.
+        """Decide what an error in a world means for this worker, and return why it asks for another world.
 
         Raises:
-            Exception: the error itself, where it ends this worker's part.
+            Exception: the error itself, if it ends this worker's part.
         """
         if group.spoils and not isinstance(error, (WorldBroken, FencedError, RunOver)):
             return Departure(broke=f"world {group.assignment.generation} is broken; then {one_line(error)}")
@@ -194,7 +213,8 @@ class Session:
             return Departure(why=str(error)) if isinstance(error, Reform) else Departure(broke=str(error))
         if isinstance(error, UserCodeError):
             return Departure() if self._build_whole(error) else Departure(error.failure)
-        if isinstance(error, (NonFiniteError, CopiesDiffer)):  # of all members; what could be saved is
+        # these come on all members in the same step, and `train` has saved what could be saved
+        if isinstance(error, (NonFiniteError, CopiesDiffer)):
             raise error
         if isinstance(error, (ElasticError, RunOver)):
             failure = self._to_save_first(group, error)
@@ -202,12 +222,17 @@ class Session:
                 self.worker.saving.finish_under_way(LAST_COMMIT_S)
                 raise error
             return Departure(failure)
-        # ours, or in what belongs to no call of the job's: it counts like the job's
+        # A bug of ours, or an error in the job's code outside of a guarded call: it counts against --run.max-failures
+        # like an error of the job.
         return Departure(self.worker.code.error(error).failure)
 
     def _to_save_first(self, group: Group, error: Exception) -> Failure | None:
-        """An error that is nobody's of the job: where what is held is whole, and newer than what is saved, all members
-        save it before the error ends the run. They come together for that: who else has the error is not known."""
+        """Return a failure that makes all members save their state before this error ends the run, or None.
+
+        For errors that are not the job's, such as a full disk. A failure is returned only if this worker's state is
+        whole and newer than the newest checkpoint. All members form a world for the save, because nobody knows which of
+        them have the error too.
+        """
         holding = self.worker.holding
         over = isinstance(error, (RunOver, FencedError)) or group.assignment.failing is not None
         if over or not holding.savable or holding.applied <= max(self._saved_step(group), 0):
@@ -217,12 +242,19 @@ class Session:
         return Failure(type(error).__name__, holding.applied, -1, str(error), fatal=True)
 
     def _saved_step(self, group: Group) -> int:
-        """Of the newest checkpoint when the world began: one that is newer than its state could not be loaded."""
+        """Return the step of the newest checkpoint that could be loaded when the world began.
+
+        A checkpoint that is newer than the state with which the world began could not be loaded.
+        """
         return min(group.assignment.restore.newest, self.worker.holding.began_at)
 
     def _build_whole(self, error: UserCodeError) -> bool:
-        """Whether the error was that model() left something without memory: then the same state is in a model that was
-        built with memory when this returns, or when the next world has cut it."""
+        """Build the model in real memory if the error came from a model() that left a tensor on the meta device.
+
+        Returns:
+            Whether it was that error. The same state is then in a model with memory when this returns, or, for a
+            sharded model, when the next world has sharded it.
+        """
         worker, holding = self.worker, self.worker.holding
         if holding.applied < 0 or not worker.placing.build_whole(error.__cause__):
             return False
@@ -235,24 +267,25 @@ class Session:
 
     @property
     def _is_dispensable(self) -> bool:
-        """Whether the others can do without this worker: it was to get their state, and has done no step."""
+        """Whether the others can go on without this worker: it was to receive their state and has done no step."""
         return self.worker.newcomer and self.worker.stepper.fresh
 
     def _report_end(self, error: Exception) -> None:
-        """Say what ends this worker's part.
+        """Report the error that ends this worker's part to the membership server.
 
         Raises:
             WarmUpError: it failed before its first step, which may have ended only its own part.
         """
         worker, link, generation = self.worker, self.worker.link, self.worker.holding.generation
-        if isinstance(error, FencedError) or generation.n < 0:  # others go on with the run, or it was in no world
+        # the others go on with the run, or this worker was in no world yet
+        if isinstance(error, FencedError) or generation.n < 0:
             return
         message, fresh = whole_text(error), worker.stepper.fresh
         if self._is_dispensable:
             told = f"worker {link.member.id} could not take part: {message}"
             link.unfit(told)
             raise WarmUpError(told) from error
-        link.report_rows(generation)  # this may end the run, before who reports has said all
+        link.report_rows(generation)  # before `Failed`: this may end the run, and then the ledger must have all rows
         link.post(Failed(message, fresh, isinstance(error, FINAL)), generation)
         if fresh:
             raise WarmUpError(message) from error

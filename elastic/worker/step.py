@@ -1,7 +1,7 @@
-"""One training step of one worker: prepare an update with everyone else, and apply it.
+"""One training step of one worker: prepare an update together with all workers, then apply it alone.
 
-What is prepared is complete: the update needs nobody. A step that is not applied leaves no trace: gradients are
-dropped and buffers put back.
+A prepared update is complete: applying it needs no other worker. A step that is not applied leaves no trace: its
+gradients are dropped and its buffers are put back.
 """
 
 from __future__ import annotations
@@ -43,18 +43,19 @@ from elastic.worker.user_code import UserCode
 
 
 class Stepper:
-    """What outlives a world of how this worker does its steps. `enter` a world to do some."""
+    """What a worker keeps for its steps across worlds. `enter` a world to take steps in it."""
 
     def __init__(self, run: WorkerRun, code: UserCode, loader: Loader, link: WorkerLink):
         self.run, self.code, self.loader, self.link = run, code, loader, link
         self.bitwise = run.config.run.exactness == "bitwise"
-        #: A pass has one microbatch: else what is drawn for all of a batch would depend on the world.
+        #: Each pass has one microbatch. What a pass draws at random for its whole batch would otherwise depend on the
+        #: world.
         self.one_each = self.bitwise or loader.draws_together()
         self.steps_done = 0
         self.find_unused = run.config.parallel.find_unused
-        self.compares = True  # the devices of the newest world round alike
+        self.compares = True  # whether the devices of all workers in the newest world round alike
         self.clock = Clock()
-        self.unfinished: Replica | None = None  # of a step that is not applied
+        self.unfinished: Replica | None = None  # the replica of a step that is not applied yet
 
     @property
     def fresh(self) -> bool:
@@ -62,26 +63,30 @@ class Stepper:
         return not self.steps_done
 
     def enter(self, group: Group, place: int, applied: int, state: TrainState) -> WorldSteps:
-        """Begin a world, at this place of its mesh, with a state of `applied` updates.
+        """Begin a world.
+
+        Args:
+            place: this worker's place in the world's mesh.
+            applied: the number of updates in the state.
 
         Raises:
             WorldBroken: a member was lost meanwhile.
-            CopiesDiffer: its members do not train the same parameters.
+            CopiesDiffer: the members do not train the same parameters.
         """
         return WorldSteps(self, group, place, applied, state)
 
     def undo(self) -> None:
-        """Put back what an unfinished step did to buffers; nothing if the last step was applied."""
+        """Put back the buffers that an unfinished step changed; nothing happens if the last step was applied."""
         if self.unfinished is not None:
             self.unfinished.undo_buffers()
             self.unfinished = None
 
     def progress(self, step: int, stage: Stage, count: int = 0) -> None:
-        """Tell the watcher where this worker is. The first step of a process builds and compiles things."""
+        """Report the position of this worker. The first step of a process may take long: it builds and compiles."""
         self.link.progress(Position(step, stage, count, first=stage in OF_A_STEP and not self.steps_done))
 
     def check_state(self, step: int, group: Group, state: TrainState) -> None:
-        """Compare the copies of the state with all workers.
+        """Compare the copies of the state over all workers, unless their devices round differently.
 
         Raises:
             CopiesDiffer: they are not equal.
@@ -90,7 +95,7 @@ class Stepper:
             copies.check_state(state, group, self.link.member.id, step, exact=self.bitwise)
 
     def spans_of(self, run: range) -> list[Span]:
-        """The passes of a run of microbatches."""
+        """Cut a run of microbatches into passes."""
         return spans_of(run, self.run.plan, self.run.config, one_each=self.one_each)
 
     @property
@@ -121,7 +126,7 @@ class WorldSteps:
         )
         self._loader.start(applied, self._share.spans)
         self._step = self._pass = 0
-        self._last: Update | None = None  # that was applied
+        self._last: Update | None = None  # the update that was applied last in this world
         self._code.on_loss = self._after_loss
         self._matrices = Matrices(state.optimizer, state.mesh)
         with group.collective("wrapping the model"):
@@ -130,10 +135,10 @@ class WorldSteps:
             )
 
     def _agree(self, group: Group) -> None:
-        """What members must decide alike before they begin.
+        """Agree with all members on what must be alike: one microbatch per pass, unused parameters, comparable devices.
 
         Raises:
-            CopiesDiffer: they do not train the same parameters.
+            CopiesDiffer: the members do not train the same parameters.
         """
         device = xxhash.xxh3_64_intdigest(json.dumps(describe(group.device), sort_keys=True).encode()) >> 1
         trained = xxhash.xxh3_64_intdigest(bytes(self._trained)) >> 1
@@ -141,7 +146,7 @@ class WorldSteps:
         rows = group.gather_rows_in_mesh([int(stepper.find_unused), device, trained, int(stepper.one_each)])
         stepper.find_unused = any(row[0] for row in rows)
         stepper.one_each = any(row[3] for row in rows)
-        stepper.compares = len({row[1] for row in rows}) == 1  # other kernels round otherwise
+        stepper.compares = len({row[1] for row in rows}) == 1  # other kernels round differently
         if not stepper.compares and group.leads:
             detail = "its workers' devices differ, so that the copies of the model may differ in last bits"
             self._link.post(LedgerEvent("copies_not_compared", detail=detail))
@@ -153,26 +158,28 @@ class WorldSteps:
         self._replica.close()
 
     def reshard(self) -> None:
-        """After forward passes of others (evaluation, a sample): free what they left gathered."""
+        """Free the parameters that forward passes outside of a step (evaluation, sample) left gathered."""
         self._replica.reshard()
 
     def unmoved(self) -> AbstractContextManager[None]:
-        """Buffers are afterwards what they were before: for forward passes between steps."""
+        """A context for forward passes between steps: buffers have their old values when it is left."""
         return self._replica.unmoved()
 
     # ---- steps -------------------------------------------------------------------------------------------------
 
     def prepare(self, step: int, says: Callable[[], Sequence[int]] = tuple) -> Update:
-        """Forward, backward, reduce, scale and clip: all that the update needs.
+        """Run the forward and backward passes, reduce the gradients, scale and clip them.
 
         Args:
-            says: what this worker says in the record, where the model is whole; asked as late as that can be.
+            step: the number of updates applied so far.
+            says: returns what this worker says with the step's record, where the model is whole (ddp). It is called as
+                late as possible, so that the answer is fresh.
 
         Raises:
             WorldBroken: a member was lost.
-            Reform: the world must be made otherwise for this step.
+            Reform: the world must be formed again for this step.
             UserCodeError: the job's code raised.
-            NonFiniteError: loss or norm is not finite, and such steps are not to be skipped.
+            NonFiniteError: loss or norm is not finite, and the run does not skip such steps.
         """
         replica, clock, stepper = self._replica, Clock(), self._stepper
         if (trained := self._state.trained()) != self._trained:
@@ -201,7 +208,7 @@ class WorldSteps:
         gradients = replica.gradients()
         with self._group.collective("the norm"):
             norm = float(replica.norm(gradients)) / divisor if gradients and divisor else float("nan")
-            host_wait(self._group.device)  # for the collectives that average buffers, too
+            host_wait(self._group.device)  # also waits for the collectives that average buffers
         self._group.check()
         finite = abs(record.loss) < float("inf") and (abs(norm) < float("inf") or not gradients)
         if finite:
@@ -236,18 +243,22 @@ class WorldSteps:
         return Update(step, record, lr, norm, not finite, fingerprint)
 
     def says(self, update: Update | None) -> tuple[int, int]:
-        """What this worker says of its update, if there is one."""
+        """Return what this worker says about an update: its fingerprint, or a neutral value if there is none to
+        compare."""
         return copies.for_all(update.fingerprint) if self._stepper.compares and update is not None else NEUTRAL
 
     def says_of_last(self) -> tuple[int, int]:
-        """What this worker says of the update that it applied last, if it did in this world."""
+        """Return what this worker says about the update that it applied last in this world."""
         return self.says(self._last)
 
     def check_equal(self, update: Update, largest: tuple[int, int]) -> None:
-        """After the fence: refuse an update that is not the same on all workers.
+        """Refuse, after the fence, an update that differs between workers.
+
+        Args:
+            largest: the largest value that any worker said, element by element.
 
         Raises:
-            CopiesDiffer: it is not.
+            CopiesDiffer: the updates differ.
         """
         if not copies.equal(largest):
             names, part = self._state.parameter_names(), str(self._state.part)
@@ -255,17 +266,20 @@ class WorldSteps:
             raise copies.update_error(update.step + 1, self._group, self._link.member.id, entries)
 
     def check_last(self, largest: tuple[int, int]) -> None:
-        """With the record of a step: refuse to go on from an update that was not the same on all workers.
+        """Refuse to go on from an update that differed between workers, as the record of the step after it shows.
+
+        Args:
+            largest: the largest value that any worker said, element by element.
 
         Raises:
-            CopiesDiffer: it was not.
+            CopiesDiffer: the updates differed.
         """
         if self._last is not None and not copies.equal(largest):
             entries = copies.update_entries(_numbers(self._last), self._state.optimizer)
             raise copies.applied_error(self._last.step + 1, self._group, self._link.member.id, entries)
 
     def apply(self, update: Update) -> None:
-        """The update itself. Until it returns, the state is neither the old nor the new one."""
+        """Apply an update. Until this returns, the state is neither the old nor the new one."""
         began = time.perf_counter()
         if self._state.scaler is not None:
             self._state.scaler.update(update.skip)
@@ -328,7 +342,7 @@ class WorldSteps:
                 bad = self._find_bad(step)
             found = [m for m in self._group.gather_in_mesh(bad) if m >= 0]
             microbatch = min(found, default=None)
-        else:  # the loss is known for each pass
+        else:  # each pass has a loss of its own in the record
             spans = [span for run in self._share.runs for span in self._stepper.spans_of(run)]
             count = next(n for first, n in spans if first == microbatch)
         ids = [] if microbatch is None else self._loader.order.span(step, microbatch, count).ids.tolist()
@@ -361,7 +375,7 @@ def _multiply(gradients: list[torch.Tensor], factor: float) -> None:
 
 
 def _changes(names: list[str], before: tuple[bool, ...], now: tuple[bool, ...]) -> str:
-    """Which parameters are trained now and were not, or are no longer."""
+    """Describe which parameters are trained now that were not before ("+"), and the other way round ("-")."""
     more = [name for name, was, trained in zip(names, before, now) if trained and not was]
     fewer = [name for name, was, trained in zip(names, before, now) if was and not trained]
     found = (("+", more), ("-", fewer))

@@ -1,4 +1,4 @@
-"""What a worker does in a world: it trains, or it stands by."""
+"""What a worker does in a world: a member with a place trains, a spare stands by."""
 
 from __future__ import annotations
 
@@ -14,10 +14,13 @@ from elastic.worker.world import World, hold, is_paused
 
 
 def train(world: World) -> str | None:
-    """Step until the end, a pause, or (None) until the members leave this world together.
+    """Train until the run ends or pauses.
+
+    Returns:
+        How the run ended, or None if the members leave this world together for another one.
 
     Raises:
-        NonFiniteError, UpdatesDiffer: of all members, in the same step; the state before is saved.
+        NonFiniteError, UpdatesDiffer: on all members, in the same step; the state before that step is saved.
     """
     try:
         return _train(world)
@@ -35,7 +38,8 @@ def _train(world: World) -> str | None:
     while not world.is_trained and not agreed.stop:
         worker.link.check()
         if world.stops_early:
-            agreed = world.group.agree(Flags(stop=Stop.PAUSE))  # spares wait at every fence
+            # early stopping is decided without a fence, but spares wait at every fence
+            agreed = world.group.agree(Flags(stop=Stop.PAUSE))
             break
         if worker.config.eval.hold and worker.evaluation_is_due(world.step):
             agreed = world.hold()
@@ -48,10 +52,10 @@ def _train(world: World) -> str | None:
 
 
 def stand_by(worker: Worker, group: Group, begin: Restored) -> str | None:
-    """A spare holds nothing and waits at every fence, so that it is there when a place is free.
+    """Stand by as a spare: hold no state, and wait at every fence, so that it can take a place when one is free.
 
     Returns:
-        how its part ended, or None where the members leave this world together.
+        How its part ended, or None if the members leave this world together.
     """
     link, plan, step = worker.link, worker.plan, begin.step
     paused = is_paused(worker, begin, min(group.assignment.claim_step, begin.step))
@@ -71,6 +75,7 @@ def stand_by(worker: Worker, group: Group, begin: Restored) -> str | None:
     if agreed.leave and not agreed.stop and step < plan.total_steps:
         return None
     status = "stopped" if step < plan.total_steps else "finished"
-    last = group.size + group.rank  # the result is the lowest rank's, which is to be one that trained
+    # The result is that of the lowest rank; a spare ranks behind all, so that it is of one that trained.
+    last = group.size + group.rank
     link.post(Done(last, status, "", {}))
     return status

@@ -19,12 +19,14 @@ _SHOWN = 3
 
 Batches = list[tuple[int, Any]]  # (number of samples, batch): of all samples, of the first half, of the other half
 Function = Callable[..., LossValue]
-Agreed = Callable[[bool], bool]  # whether something is so on any worker that shares the model
+Agreed = Callable[[bool], bool]  # returns whether something is so on any worker that shares the model
 
 
 def in_memory(function: Function) -> Function:
-    """Nothing is compiled in trials, but what is compiled in a step may need far less memory there, as flex_attention
-    does: so where memory runs out, it is tried once more as in a step."""
+    """Wrap a function so that it is called once more, compiled, if memory runs out.
+
+    Trials compile nothing, since that takes long. But compiled code may need far less memory, as flex_attention does.
+    """
 
     def call(batch: Any, **more: Any) -> LossValue:
         with suppress(_OutOfMemory):
@@ -37,7 +39,7 @@ def in_memory(function: Function) -> Function:
             return function(batch, **more)
         except UserCodeError as error:
             if is_compiler_loaded() and error.__cause__ is not None and is_out_of_memory(error.__cause__):
-                raise _OutOfMemory from None  # without the frames, which hold what was computed
+                raise _OutOfMemory from None  # `from None`: the frames of the first error hold what was computed
             raise
 
     return call
@@ -48,6 +50,7 @@ class _OutOfMemory(Exception):
 
 
 def passes(function: Function, batches: Batches, seed: int) -> list[Sums]:
+    """Call the function on a copy of each batch, under one seed, and return the sums."""
     found = []
     for samples, batch in batches:
         seed_all(seed)
@@ -58,18 +61,19 @@ def passes(function: Function, batches: Batches, seed: int) -> list[Sums]:
 
 
 def _rounding(loss: Any) -> float:
-    """How much of a sum may be lost in its number format."""
+    """Return which share of a sum its number format may lose."""
     short = isinstance(loss, torch.Tensor) and loss.is_floating_point()
     return 4 * torch.finfo(loss.dtype).eps if short else 0.0
 
 
 def listed(names: list[str]) -> str:
+    """Join the first names for a message."""
     return ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
 
 
 def own(batch: Any) -> Any:
-    """A copy to be written to, where it can be copied."""
+    """Return a deep copy, or the batch itself if its class cannot be copied."""
     try:
         return copy.deepcopy(batch)
-    except Exception:  # of a class of the job's: then it is tried itself
+    except Exception:  # of a class of the job's; then the batch itself is tried
         return batch

@@ -1,4 +1,4 @@
-"""What one step has in hand, and what its time went into."""
+"""An update that is ready to be applied, and the seconds that its step took."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from elastic.parallel.records import StepRecord
 
 @dataclass
 class Clock:
-    """Seconds of a step, by what they were spent on."""
+    """The seconds that one step spent, by cause."""
 
     data_s: float = 0.0
     compute_s: float = 0.0
@@ -19,22 +19,35 @@ class Clock:
     other_s: float = 0.0
 
     def columns(self, step_s: float) -> dict[str, float]:
-        """Seconds of a step, and what they went into, for its row."""
+        """Return the columns of the step's row: `step_s` and the seconds by cause, rounded to microseconds.
+
+        Args:
+            step_s: seconds of the whole step; what no cause explains becomes `other_s`.
+        """
         told = self.data_s + self.compute_s + self.sync_s + self.checkpoint_s + self.snapshot_s
         self.other_s = max(0.0, step_s - told)
         columns = {"step_s": step_s, **asdict(self)}
-        if not self.snapshot_s:  # most runs take none
+        if not self.snapshot_s:  # most runs take no snapshots: no column then
             del columns["snapshot_s"]
         return {name: round(seconds, 6) for name, seconds in columns.items()}
 
 
 @dataclass(frozen=True)
 class Update:
-    """A step with all in hand for its update. `skip`: leave it out, it is not finite."""
+    """An update that this worker can apply without any other worker: its gradients are reduced, scaled and clipped.
+
+    Args:
+        step: the number of updates applied before it.
+        record: the losses and metrics of the step, over all workers.
+        lr: the learning rate of the first parameter group.
+        norm: the global gradient norm before clipping; NaN if no parameter has a gradient.
+        skip: do not change the state, since the loss or the norm is not finite.
+        fingerprint: a hash of what is applied; equal on all workers if they apply the same.
+    """
 
     step: int
     record: StepRecord
     lr: float
     norm: float
     skip: bool
-    fingerprint: int  # equal on all workers if what they apply is
+    fingerprint: int

@@ -1,4 +1,4 @@
-"""One world of a member: all that lives exactly as long as it."""
+"""A world as one of its members sees it: everything that lives exactly as long as the world does."""
 
 from __future__ import annotations
 
@@ -22,38 +22,39 @@ from elastic.worker.state import TrainState
 from elastic.worker.update import Update
 from elastic.worker.worker import InHand, Worker
 
-LAST_COMMIT_S = 60.0  # for a save that is under way when an error ends the run
+LAST_COMMIT_S = 60.0  # seconds for a save that is under way when an error ends the run
 HOLD_POLL_S = 0.01
-LOOK_AGAIN = 16  # updates; a batch is tried again after so many, and twice, four, eight times as many
-EARLY_CHECK = 2  # updates of a command after which copies are compared first: drift mostly begins with training
+LOOK_AGAIN = 16  # updates; a batch is tried again after so many, and after twice, four, eight times as many
+# Copies are compared first after so many updates of a command: if they drift apart, it mostly begins with training.
+EARLY_CHECK = 2
 
 
 class SavingWorld:
-    """A formed and restored world, as far as it takes to save its state. `close` it when it is over.
+    """A formed and restored world, as far as saving its state needs it. `close` it when it is over.
 
     Args:
-        place: of this worker in the world's mesh.
-        begin: the state that the world begins with.
+        place: this worker's place in the world's mesh.
+        begin: the state with which the world begins.
     """
 
     def __init__(self, worker: Worker, group: Group, place: int, begin: Restored):
         self.worker, self.group, self.assignment, self.begin = worker, group, group.assignment, begin
         self.state: TrainState = worker.holding.placed
-        #: Of the newest checkpoint when this world began: one that is newer than its state could not be loaded.
+        #: The step of the newest checkpoint when this world began; a newer one than its state could not be loaded.
         self.saved_step = min(self.assignment.restore.newest, begin.step)
         self.saves = worker.saving.enter(group, place, self.state)
 
     def close(self) -> None:
-        """Give up what is of this world alone."""
+        """Drop everything that belongs to this world alone."""
         self.saves.leave()
 
     @property
     def step(self) -> int:
-        """Updates in the state."""
+        """The number of updates in the state."""
         return self.worker.holding.applied
 
     def check_state(self) -> None:
-        """Compare the copies of the state with all members.
+        """Compare the copies of the state over all members.
 
         Raises:
             CopiesDiffer: they are not equal.
@@ -61,43 +62,44 @@ class SavingWorld:
         self.worker.stepper.check_state(self.step, self.group, self.state)
 
     def make_safe(self) -> None:
-        """Before the world is left: of a single sharded copy, a worker that is let go takes its part along."""
+        """Save before this world is left, if a leaving worker takes the only copy of its part of the state with it."""
         if self.group.layout.shards > 1 and self.group.layout.replicas == 1:
             self.worker.stepper.progress(self.step - 1, Stage.CHECKPOINT)
             self.check_state()
-            with contextlib.suppress(CheckpointError):  # which is in the ledger; then the one before has to do
+            with contextlib.suppress(CheckpointError):  # The ledger has the error; the checkpoint before must do then.
                 self.saves.make_safe(self.step, LAST_COMMIT_S)
 
     def save_newest(self, *, compare: bool = True) -> None:
-        """An error ends the run: make the newest state safe, together with all members, if it is not yet.
+        """An error ends the run: save the newest state together with all members, unless it is saved already.
 
         Args:
-            compare: the copies first. Where updates differ, so do the rates that were set for them.
+            compare: compare the copies of the state first. After UpdatesDiffer they differ anyway: so do the rates that
+                were set for the updates.
         """
         if self.step > max(self.saved_step, 0):
             self.worker.stepper.progress(self.step - 1, Stage.CHECKPOINT)
-            with contextlib.suppress(ElasticError, RunOver):  # the error that ends the run is the one to be told
+            with contextlib.suppress(ElasticError, RunOver):  # the error that ends the run is the one to report
                 if compare:
                     self.check_state()
                 self.saves.make_safe(self.step, LAST_COMMIT_S)
 
 
 class World(SavingWorld):
-    """A world in which this worker trains: its model is wrapped, its microbatches are dealt."""
+    """A world in which this worker trains: its model is wrapped and its microbatches are dealt."""
 
     def __init__(self, worker: Worker, group: Group, place: int, begin: Restored):
         """Wrap the model and deal the microbatches, together with all members.
 
         Raises:
             WorldBroken: a member was lost meanwhile.
-            CopiesDiffer: the members' copies of the state, or what they train of it, are not equal.
-            UserCodeError: the job raised when a cut model was tried.
+            CopiesDiffer: the members' states differ, or they train different parameters.
+            UserCodeError: the job raised while its functions were tried on a sharded model.
         """
         super().__init__(worker, group, place, begin)
-        #: Where this claim began: lower than was thought where that checkpoint could not be loaded.
+        #: The step at which this claim began; lower than the driver knew if that checkpoint could not be loaded.
         self.claim_step = min(self.assignment.claim_step, begin.step)
-        self.before: dict[str, Any] = {}  # what came before the next step, for its row
-        self._told: set[tuple[str, int]] = set()  # what was decided after which step
+        self.before: dict[str, Any] = {}  # columns for the row of the next step: what happened before it
+        self._told: set[tuple[str, int]] = set()  # (event, step) of decisions that are in the ledger already
         try:
             if worker.config.parallel.sharded:
                 worker.stepper.progress(self.step - 1, Stage.EVALUATE)
@@ -121,13 +123,13 @@ class World(SavingWorld):
 
     @property
     def is_paused(self) -> bool:
-        """Whether this part of the run is done: its last update was applied when this world began."""
+        """Whether this part of the run was already over when this world began (`--run.stop-after`)."""
         return is_paused(self.worker, self.begin, self.claim_step)
 
     # ---- a step ------------------------------------------------------------------------------------------------
 
     def take_step(self) -> Flags:
-        """One step of training; returns what all members agreed on with it."""
+        """Take one training step, and return what all members agreed on with it."""
         began = time.perf_counter()
         worker, group, steps, step = self.worker, self.group, self.steps, self.step
         stepper, holding = worker.stepper, worker.holding
@@ -150,11 +152,18 @@ class World(SavingWorld):
             clock.snapshot_s += worker.snapshots.after(self.step, time.perf_counter() - began)
         finally:
             worker.record(row | clock.columns(time.perf_counter() - began), report=group.leads)
-        self.saves.row_posted(self.step)  # only now, so that no committed step is missing in the ledger
+        self.saves.row_posted(self.step)  # only now, so that the ledger has the row of every committed step
         return agreed
 
     def _agree_at_fence(self, update: Update, said: Flags | None = None) -> Flags:
-        """Wait until all members have all that they need for the update in hand."""
+        """Wait until all members hold a prepared update, and return what they agreed on.
+
+        Args:
+            said: what this member says; by default its wishes and the fingerprint of the update.
+
+        Raises:
+            CopiesDiffer: the members' updates are not equal.
+        """
         steps, clock, began = self.steps, self.worker.stepper.clock, time.perf_counter()
         self.worker.stepper.progress(update.step, Stage.FENCE)
         agreed = self.group.agree(said or self._flags(steps.says(update)))
@@ -166,8 +175,10 @@ class World(SavingWorld):
         return self._flags(self.steps.says_of_last()).pack()
 
     def _agree_with_record(self, update: Update) -> Flags:
-        """What the record of the step has of all members. Nobody waits for the others' updates: who lacks one, since
-        somebody was lost, takes the state of those who have it. Only a world that ends with this step is left together.
+        """Return what all members said with the record of this step, without waiting at a fence.
+
+        Without a fence (ddp) a member may be lost while others apply this update and some cannot; those who lack it
+        take the state of one that has it. Only a step after which the members leave together ends with a fence.
         """
         agreed = Flags.unpack(update.record.said)
         self.steps.check_last(agreed.update)
@@ -176,7 +187,11 @@ class World(SavingWorld):
         return self._agree_at_fence(update, replace(agreed, update=self.steps.says(update)))
 
     def _flags(self, update: tuple[int, int]) -> Flags:
-        """What this member says in a step, and of an update."""
+        """Return what this member says in a step.
+
+        Args:
+            update: the fingerprint of an update, as `WorldSteps.says` returns it.
+        """
         worker, plan, link = self.worker, self.worker.plan, self.worker.link
         steps_here = self.step + 1 - self.claim_step
         pause = plan.stop_after_steps is not None and steps_here >= plan.stop_after_steps
@@ -191,9 +206,10 @@ class World(SavingWorld):
         )
 
     def _follow_up(self, agreed: Flags) -> None:
-        """What belongs after an update: evaluation, checkpoint, comparison."""
+        """Do what is due after an update: evaluation, sample, checkpoint, comparison of the copies."""
         plan, step = self.worker.plan, self.step
-        if not self.is_trained and not agreed.stop and not agreed.leave:  # else those do it who go on from here
+        # at a pause or in another world, those who go on from here do it
+        if not self.is_trained and not agreed.stop and not agreed.leave:
             if self.worker.evaluation_is_due(step):
                 self.evaluate_and_decide()
             if plan.sample_every and step % plan.sample_every == 0:
@@ -207,7 +223,7 @@ class World(SavingWorld):
             self.check_state()
 
     def _look_again(self) -> None:
-        """Whether the loss of a batch of now is the sum of those of its parts, as that of the first ones was."""
+        """Try loss() on a batch of now: it may no longer add up over microbatches, as it did on the first batches."""
         worker, stepper, step = self.worker, self.worker.stepper, self.step
         stepper.progress(step - 1, Stage.EVALUATE)
         if worker.rehearsal.look_again(self.state.model, stepper.tried, step, self.group):
@@ -220,7 +236,7 @@ class World(SavingWorld):
     # ---- between steps -----------------------------------------------------------------------------------------
 
     def do_what_is_due(self) -> None:
-        """What belongs after the state's step, and was broken off there: evaluation and checkpoint."""
+        """Do the evaluation and the checkpoint that belong after the state's step, and that an interruption cut off."""
         if self.worker.evaluation_is_due(self.step):
             self.evaluate_and_decide()
         every = self.worker.plan.checkpoint_every
@@ -228,10 +244,10 @@ class World(SavingWorld):
             return
         if self.saved_step != self.step:
             self.save(busy=False)
-            self.saves.row_posted(self.step)  # reported when the world began
+            self.saves.row_posted(self.step)  # its row was reported when the world began
 
     def evaluate(self) -> dict[str, float]:
-        """The metrics of the state, found together with all members; once a step."""
+        """Evaluate the state together with all members, once per step, and return the figures by name."""
         worker, holding, step = self.worker, self.worker.holding, self.step
         if holding.evaluated[0] == step:
             return holding.evaluated[1]
@@ -265,8 +281,14 @@ class World(SavingWorld):
         return found
 
     def evaluate_and_decide(self) -> dict[str, float]:
-        """Evaluate the state, and decide by that on the learning rate and on the end of training: on all members alike,
-        from the figures of all. What was decided for this step before a break is decided again."""
+        """Evaluate the state, and decide by a figure on the learning rate and on the end of training.
+
+        All members decide alike, since all have the same figures. After an interruption the same decision is made
+        again.
+
+        Raises:
+            ConfigError: no evaluation has the figure that decides.
+        """
         found, state = self.evaluate(), self.state
         deciding = {"rate_reduced": state.rates.plateau, "stops_early": state.patience}
         metric = self.worker.config.checkpoint.best_metric
@@ -286,18 +308,22 @@ class World(SavingWorld):
 
     @property
     def stops_early(self) -> bool:
-        """Whether training ends here, as evaluations have become no better."""
+        """Whether training ends here, because evaluations have stopped getting better."""
         return self.state.patience is not None and self.state.patience.over
 
     def sample(self) -> None:
-        """Have the job make its sample, on all members: who leads tells of it, and the others would wait anyway."""
+        """Have the job make its sample on all members, which would wait for it anyway; only the leader reports it."""
         self.worker.stepper.progress(self.step - 1, Stage.EVALUATE)
         with self.steps.unmoved():
             sample(self.worker, self.state.model, self.step, leads=self.group.leads)
         self.steps.reshard()
 
     def save(self, *, busy: bool) -> None:
-        """Begin a checkpoint of the state; `busy` if the members agreed that one of them still saves."""
+        """Begin a checkpoint of the state.
+
+        Args:
+            busy: the members agreed that one of them is still saving.
+        """
         began, worker = time.perf_counter(), self.worker
         worker.stepper.progress(self.step - 1, Stage.CHECKPOINT)
         worker.link.granted("save")
@@ -306,7 +332,7 @@ class World(SavingWorld):
         worker.stepper.clock.checkpoint_s += time.perf_counter() - began
 
     def hold(self) -> Flags:
-        """Keep the state in memory until the driver lets the run go on; returns what all members agreed on."""
+        """Keep the state in memory until the driver lets the run go on, and return what all members agreed on."""
         began = time.monotonic()
         agreed = hold(self.worker, self.group, self.step, self._save_held)
         self.before["held_s"] = round(time.monotonic() - began, 6)
@@ -314,32 +340,35 @@ class World(SavingWorld):
 
     def _save_held(self) -> None:
         self.save(busy=False)
-        self.saves.row_posted(self.step)  # reported before, or when the world began
+        self.saves.row_posted(self.step)  # its row was reported before the hold, or when the world began
 
     # ---- on the way out ----------------------------------------------------------------------------------------
 
     def drop_update(self) -> None:
-        """The update in hand is not applied: the state is as if its step had not begun."""
+        """Do not apply the prepared update: put the state back to before its step."""
         self.worker.holding.in_hand = None
         self.steps.reshard()
         self.worker.stepper.undo()
 
 
 def is_paused(worker: Worker, begin: Restored, claim_step: int) -> bool:
-    """Whether a world begins where `--run.stop-after` ends this part of the run."""
+    """Whether a world begins at the step at which `--run.stop-after` ends this part of the run."""
     most = worker.plan.stop_after_steps
     return worker.holding.open and most is not None and begin.step - claim_step >= most
 
 
 def hold(worker: Worker, group: Group, step: int, save: Any) -> Flags:
-    """Wait at `step`, with the state in memory, until the run may go on or is to stop or to leave.
+    """Wait at `step`, with the state in memory, until the run may go on, or is to stop or to leave this world.
 
     Args:
-        save: called when a checkpoint was wished for meanwhile.
+        save: called when somebody asked for a checkpoint meanwhile.
+
+    Returns:
+        What all members agreed on.
     """
     link = worker.link
     if group.leads:
-        link.report_rows()  # somebody decides by them
+        link.report_rows()  # the driver decides by these rows whether the run goes on
     while True:
         worker.stepper.progress(step - 1, Stage.HELD)
         wishes = [link.wish(name) is not None for name in ("stop", "save", "leave")]
