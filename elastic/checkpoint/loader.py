@@ -1,4 +1,5 @@
-"""Loading: exactly the bytes that are wanted, many requests at a time, into their destination, every block verified."""
+"""Loading: reads exactly the wanted bytes, many requests at a time, into their destination, and verifies every
+block."""
 
 from __future__ import annotations
 
@@ -22,12 +23,20 @@ from elastic.errors import CheckpointError, DamagedCheckpoint
 from elastic.storage import Storage
 
 IN_FLIGHT = 32
-STAGED_BYTES = 256 << 20  # of host memory at a time, for what cannot be read straight into its destination
+STAGED_BYTES = 256 << 20  # host memory at a time, for boxes that cannot be read straight into their destination
 
 
 @dataclass
 class LoadReport:
-    """What a load took. `partials` are for `unproven`, together with those of the ranks that read the rest."""
+    """What a load took.
+
+    Args:
+        wanted_bytes: of the boxes that were asked for.
+        read_bytes: that were requested.
+        refetched: the blocks ("object@start") that had to be read twice.
+        partials: checksums of parts of blocks, for `unproven`, together with those of the ranks that read the other
+            parts.
+    """
 
     wanted_bytes: int = 0
     read_bytes: int = 0
@@ -48,14 +57,17 @@ def load(
 ) -> LoadReport:
     """Fill the shards' tensors from the checkpoint in `folder`.
 
-    A block of which only a part is wanted cannot be verified by itself. `alone`, it is read whole; else only the part
-    is, and the report's partials tell whether all readers together got what was written (`load_together`).
+    A block of which only a part is wanted cannot be verified by itself. Such a block is read whole if `alone`. If not,
+    only the part is read, and all readers' partials together tell whether the bytes are those that were written (see
+    `load_together`).
 
     Args:
-        convert: let a destination have another dtype than was saved.
+        convert: let a destination have another dtype than the saved tensor.
+        in_flight: requests at a time.
 
     Raises:
-        CheckpointError: a tensor that is missing, has another shape or dtype, or was damaged: which object and block.
+        CheckpointError: a tensor is missing or has another shape or dtype.
+        DamagedCheckpoint: the bytes of a block are not those that were written.
     """
     report = LoadReport()
     for shard in shards:
@@ -72,10 +84,13 @@ def load(
 
 
 def fill(storage: Storage, entries: Mapping[str, TensorEntry], shards: Sequence[Shard]) -> LoadReport:
-    """Fill the shards from objects (named from the storage's root) that have no checksums, converting dtypes.
+    """Fill the shards from objects without checksums, converting dtypes.
+
+    Args:
+        entries: by name; their packs are paths from the root of the storage.
 
     Raises:
-        CheckpointError: another shape, or an object that is missing or short.
+        CheckpointError: a tensor has another shape, or an object is missing or short.
     """
     report = LoadReport()
     for shard in shards:
@@ -100,13 +115,14 @@ def load_together(
     convert: bool = False,
     in_flight: int = IN_FLIGHT,
 ) -> LoadReport:
-    """Like `load`, for all ranks of a world that read different boxes: no byte is read twice, every block verified.
+    """Load like `load`, on all ranks of a world, which want different boxes: no byte is read twice, and every block is
+    verified.
 
     Args:
-        gather: a collective: takes a JSON value, returns those of all ranks.
+        gather: a collective that takes a JSON value and returns those of all ranks.
 
     Raises:
-        CheckpointError: on all ranks, if any of them could not load.
+        CheckpointError: on all ranks, if one of them could not load.
     """
     report, problem = LoadReport(), None
     try:
@@ -118,7 +134,9 @@ def load_together(
     if bad and not any(found for found, _ in everyone):
         tensors = find_chunks(storage, folder, manifest, [shard.wanted for shard in shards])
         mine = [s for s in shards if _touches(tensors, folder, s, bad)]
-        try:  # whole blocks now, each proven by itself; who has damage finds it, or it was damaged on the way
+        # Read whole blocks now, each verified by itself. That finds the damage, unless the bytes were damaged on their
+        # way.
+        try:
             again = load(storage, folder, manifest, mine, convert=convert, in_flight=in_flight)
             report.refetched += [f"{where}@{start}" for where, start in sorted(bad)] + again.refetched
             report.read_bytes += again.read_bytes
@@ -131,12 +149,13 @@ def load_together(
 
 
 def told(error: CheckpointError) -> list[Any]:
-    """An error as it is gathered from all ranks: JSON."""
+    """Return an error as JSON, as all ranks gather it."""
     return [str(error), isinstance(error, DamagedCheckpoint)]
 
 
 def raise_first(told_by_all: Iterable[list[Any] | None]) -> None:
-    """Raise what the first rank told that has an error, damage before what only some cannot use."""
+    """Raise the first error that a rank told; damage goes before errors of another kind, which other ranks may not
+    have."""
     problems = sorted((found for found in told_by_all if found), key=lambda found: not found[1])
     if problems:
         text, damaged = problems[0]
@@ -146,10 +165,10 @@ def raise_first(told_by_all: Iterable[list[Any] | None]) -> None:
 def load_all(
     storage: Storage, folder: str, manifest: Manifest, names: Sequence[str] | None = None
 ) -> dict[str, torch.Tensor]:
-    """Whole tensors on the CPU, by name: all, or those named.
+    """Load whole tensors to the CPU, by name: all, or those named.
 
     Raises:
-        CheckpointError: as `load`; also objects that are smaller than the manifest says, before memory is taken.
+        CheckpointError: as `load`; objects that are too short are found before memory is taken.
     """
     chosen = {name: manifest.tensors[name] for name in (manifest.tensors if names is None else names)}
     check_objects(storage, folder, replace(manifest, tensors=chosen))
@@ -159,10 +178,10 @@ def load_all(
 
 
 def check_objects(storage: Storage, folder: str, manifest: Manifest) -> None:
-    """Before memory is taken for tensors: find out whether the objects that they lie in are there and long enough.
+    """Check, before memory is taken for tensors, that all objects of a checkpoint are there and long enough.
 
     Raises:
-        DamagedCheckpoint: one is not, and which tensor misses it.
+        DamagedCheckpoint: one is missing or too short; the message names it and a tensor that needs it.
     """
     for path, size, least in missing_objects(storage, folder, manifest):
         if size is None:
@@ -172,7 +191,7 @@ def check_objects(storage: Storage, folder: str, manifest: Manifest) -> None:
 
 
 def _user(manifest: Manifest, folder: str, path: str, size: int) -> str:
-    """What has bytes of an object beyond `size`."""
+    """Describe what has bytes of an object beyond `size`."""
     for name, entry in manifest.tensors.items():
         if any(pack_path(folder, chunk.pack) == path and chunk.end > size for chunk in entry.chunks):
             return f"the tensor {name!r}"
@@ -206,7 +225,7 @@ def _direct(entry: TensorEntry, tensor: torch.Tensor) -> bool:
 
 
 def _batches(tensors: Mapping[str, TensorEntry], shards: Sequence[Shard]) -> list[list[Shard]]:
-    """What is read together: all that goes straight to its place, and a bounded amount at a time of the rest."""
+    """Group the shards that are read together: all that need no staging, and STAGED_BYTES at a time of the others."""
     direct = [s for s in shards if _direct(tensors[s.name], s.tensor)]
     batches, room = [direct], 0
     for shard in (s for s in shards if not _direct(tensors[s.name], s.tensor)):
@@ -220,7 +239,7 @@ def _batches(tensors: Mapping[str, TensorEntry], shards: Sequence[Shard]) -> lis
 
 
 class _Batch:
-    """Reads that run at the same time, and the verification of each block when its last byte is there."""
+    """Reads that run at the same time. Each block is verified when its last byte is there."""
 
     def __init__(
         self,
@@ -239,7 +258,7 @@ class _Batch:
         self._in_flight = in_flight
         wanted = [s.wanted for s in shards]
         self._shards = shards
-        self._homes: list[torch.Tensor] = [  # each box, contiguous, on the CPU, in the dtype that was saved
+        self._homes: list[torch.Tensor] = [  # each box: contiguous, on the CPU, in the saved dtype
             s.tensor.detach()
             if _direct(tensors[s.name], s.tensor)
             else torch.empty(s.tensor.shape, dtype=DTYPES[tensors[s.name].dtype])
@@ -247,7 +266,7 @@ class _Batch:
         ]
         self._views = [_memory(home) for home in self._homes]
         self._parts = plan_load(tensors, folder, wanted)
-        # Without crc32 (format 1) or without others, a part of a block is proven by reading the whole block.
+        # Without a crc32 (format 1) or without other readers, a part of a block is verified by reading the whole block.
         self._scratch = [p for p in self._parts if proven and not p.whole and (alone or p.crc is None)]
         lone = {id(p) for p in self._scratch}
         self._others = [p for p in self._parts if id(p) not in lone]
@@ -256,6 +275,7 @@ class _Batch:
         report.wanted_bytes += wanted_bytes(tensors, wanted)
 
     def run(self) -> None:
+        """Read and verify everything, then copy what was staged to its destination."""
         reads = plan_reads(self._others, read_limit(self._others, self._in_flight))
         jobs = [self._pool.submit(self._read, read) for read in reads]
         jobs += [self._pool.submit(self._read_whole, part) for part in self._scratch]
@@ -330,7 +350,7 @@ class _Batch:
 
 
 def _in_order(part: BlockPart, views: Sequence[memoryview]) -> list[memoryview]:
-    """The block's bytes once each, although several boxes may want them."""
+    """Return the block's bytes once each, although several boxes may want them."""
     found, at = [], part.start
     for segment, view in zip(part.segments, views):
         if segment.start + segment.length > at:

@@ -1,4 +1,4 @@
-"""Who writes which bytes, and which byte ranges a reader needs. Pure: boxes and numbers, no tensors, no files."""
+"""Which rank writes which bytes of a checkpoint, and which byte ranges a reader needs. Pure: no tensors, no files."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ from elastic.errors import CheckpointError
 from elastic.placement import Box, Pieces, copies, cut_box
 
 ALIGNMENT = 64
-SPLIT_BYTES = 1 << 20  # replicas share the writing of boxes larger than this; smaller ones one of them writes
+SPLIT_BYTES = 1 << 20  # larger boxes are written by all replicas together, smaller ones by one of them
 READ_BYTES = 16 << 20
-LEAST_READ_BYTES = 2 << 20  # what a connection carries while it waits for a first byte; smaller requests only wait more
+# what a connection carries while it waits for a first byte: smaller requests would only wait more often
+LEAST_READ_BYTES = 2 << 20
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,8 @@ class Held:
     """A box of a tensor that a rank holds, as one of `replicas` ranks that hold the same list of boxes.
 
     Args:
+        shape: of the whole tensor.
+        replica: the index of this rank among those ranks.
         cut: how the box is cut out of the tensor.
     """
 
@@ -39,12 +42,14 @@ class Held:
 
     @property
     def nbytes(self) -> int:
+        """The bytes of the box."""
         return self.box.volume * ITEM_BYTES[self.dtype]
 
 
 @dataclass(frozen=True)
 class Write:
-    """A box that this rank writes: of the held box `source`, to bytes `[start, end)` of its pack."""
+    """A box that this rank writes: a piece of the held box with the index `source`, to bytes `[start, end)` of its
+    pack."""
 
     source: int
     box: Box
@@ -54,9 +59,17 @@ class Write:
 
 @dataclass(frozen=True)
 class Line:
-    """The boxes of a family that a rank holds (by number in `held`, in the order of names), and what of them it writes.
+    """The boxes of one family that a rank holds, and the stretch of them that it writes.
 
-    All ranks that share a line compute the same of it, so it takes no message.
+    A family is the tensors that are sharded in the same way. All ranks that share a line compute the same line, so they
+    exchange no message.
+
+    Args:
+        members: indices of the held boxes, in the order of tensor names.
+        ways: (dimension, number of shards) of each cut.
+        part: the index of this rank's part among all parts of the family.
+        replica: the index of this rank among the ranks that hold the same part.
+        first, last: where the stretch begins and ends.
     """
 
     members: tuple[int, ...]
@@ -67,17 +80,19 @@ class Line:
     last: Point
 
     def stretch(self, family: int = 0) -> Stretch:
+        """The stretch that this rank writes, as the manifest describes it."""
         return Stretch(family, self.part, self.first, self.last)
 
     def family(self, held: Sequence[Held]) -> Family:
+        """The family, with the dtype and global shape of each tensor."""
         return Family(self.ways, {held[i].name: (held[i].dtype, held[i].shape) for i in self.members})
 
 
 def plan_lines(held: Sequence[Held]) -> list[Line]:
-    """The families that a rank holds parts of, and which stretch of each it writes.
+    """Sort the boxes that a rank holds into families, and choose which stretch of each this rank writes.
 
     Raises:
-        CheckpointError: a name that is none, a box outside its tensor.
+        CheckpointError: an invalid or repeated name, or a box that lies outside of its tensor.
     """
     groups: dict[tuple[Pieces, int, int], list[int]] = {}
     for i, h in enumerate(held):
@@ -107,17 +122,21 @@ def plan_lines(held: Sequence[Held]) -> list[Line]:
 def plan_save(
     held: Sequence[Held], last: Callable[[int, Box], bool] | None = None, lines: Sequence[Line] | None = None
 ) -> list[Write]:
-    """What one rank writes, and where in its pack; boxes (source, box) of which `last` says so at its end.
+    """Plan what one rank writes, and where in its pack.
 
     Boxes that several ranks hold are written once: their bytes, in the order of names, are cut into as many equal
-    runs as there are replicas, at rows. Needs no message: all replicas of a list of boxes cut it alike.
+    stretches as there are replicas, at rows. That takes no message, since all replicas cut alike.
 
-    The pack has no gaps, so that neighbours are read in one piece: boxes whose bytes are a multiple of 64 come first
-    and lie at multiples of 64, the others follow by the size of their elements, at multiples of that. (Boxes at the
-    end may lie anywhere.)
+    The pack has no gaps, so that neighbours are read with one request. Boxes whose bytes are a multiple of 64 come
+    first, at multiples of 64; the others follow, sorted by the size of their elements, at multiples of it. Boxes at the
+    end may lie anywhere.
+
+    Args:
+        last: returns whether a piece (index of the held box, box) is to lie at the end of the pack.
+        lines: those of `plan_lines`, if they are known already.
 
     Raises:
-        CheckpointError: a name that is none, a box outside its tensor.
+        CheckpointError: as `plan_lines`.
     """
     mine = []
     for line in plan_lines(held) if lines is None else lines:
@@ -142,7 +161,7 @@ def plan_save(
 
 
 def numbers_of(lines: Sequence[Line], writes: Sequence[Write]) -> list[int]:
-    """The tensor of each write, by its number among those of all lines: as the index of a pack counts them."""
+    """Return the number of each write's tensor among the tensors of all lines: the index of a pack counts them so."""
     number = {source: n for n, source in enumerate(i for line in lines for i in line.members)}
     return [number[write.source] for write in writes]
 
@@ -154,11 +173,11 @@ def statement(
     lines: Sequence[Line],
     held: Sequence[Held],
 ) -> dict[str, Any]:
-    """What a rank says of its pack, as JSON. Of the ranks that hold a family, the first lists its tensors.
+    """Return what a rank tells the keeper about its pack, as JSON. The first rank of each family lists its tensors.
 
     Args:
-        index: size and hash of the pack's index.
-        used: bytes and end of each pack that it names.
+        index: [size, hash] of the pack's index.
+        used: [bytes, end] of each pack that the index names.
     """
     families = [line.family(held) for line in lines]
     return {
@@ -172,7 +191,7 @@ def statement(
 
 
 def _rows(box: Box, size: int) -> int:
-    """Parts that a box can be cut into: rows of its first dimension that has several, or one."""
+    """Return into how many pieces a box can be cut: the rows of its first dimension that has several, or 1."""
     return box.sizes[box.divided] if size >= SPLIT_BYTES and box.sizes else 1
 
 
@@ -189,7 +208,12 @@ class Wanted:
 
 @dataclass(frozen=True)
 class Segment:
-    """Bytes `[start, start + length)` of an object, which are those from `at` of the wanted box `wanted`."""
+    """Bytes `[start, start + length)` of an object.
+
+    Args:
+        wanted: the index of the wanted box that they belong to.
+        at: the first of these bytes within that box.
+    """
 
     start: int
     length: int
@@ -199,7 +223,7 @@ class Segment:
 
 @dataclass(frozen=True)
 class BlockPart:
-    """What a reader needs of one block of one object, and how to know that it is what was written."""
+    """What a reader needs of one block of one object, and the checksums of the whole block."""
 
     object: str
     start: int
@@ -211,7 +235,7 @@ class BlockPart:
 
     @property
     def whole(self) -> bool:
-        """Whether all of the block is needed."""
+        """Whether the reader needs the whole block."""
         at = self.start
         for segment in self.segments:
             if segment.start > at:
@@ -222,7 +246,11 @@ class BlockPart:
 
 @dataclass(frozen=True)
 class Read:
-    """One request: bytes `[start, end)` of an object, and for which parts (index of the part, its segment)."""
+    """One request: bytes `[start, end)` of an object.
+
+    Args:
+        segments: (index of the part, segment of it) for all that the request reads.
+    """
 
     object: str
     start: int
@@ -231,13 +259,13 @@ class Read:
 
 
 def plan_load(tensors: Mapping[str, TensorEntry], folder: str, wanted: Sequence[Wanted]) -> list[BlockPart]:
-    """The parts of blocks that hold the wanted boxes, in the order of objects and places.
+    """Return the parts of blocks that hold the wanted boxes, by object and place.
 
     Args:
-        folder: the checkpoint's, which its packs are named from.
+        folder: the folder of the checkpoint, from which its packs are named.
 
     Raises:
-        CheckpointError: a tensor that is not in the checkpoint, or a box outside it.
+        CheckpointError: a tensor that is not in the checkpoint, or a box that lies outside of it.
     """
     parts: dict[tuple[str, int, int], tuple[BlockPart, list[Segment]]] = {}
     for index, want in enumerate(wanted):
@@ -264,7 +292,7 @@ def plan_load(tensors: Mapping[str, TensorEntry], folder: str, wanted: Sequence[
 
 
 def _by_block(base: int, offset: int, length: int, wanted: int, at: int) -> Iterator[tuple[int, Segment]]:
-    """The bytes `[offset, offset + length)` of a chunk, cut at its blocks."""
+    """Cut the bytes `[offset, offset + length)` of a chunk at its blocks."""
     while length:
         number, inside = divmod(offset, format.BLOCK_BYTES)
         step = min(length, format.BLOCK_BYTES - inside)
@@ -273,15 +301,16 @@ def _by_block(base: int, offset: int, length: int, wanted: int, at: int) -> Iter
 
 
 def read_limit(parts: Sequence[BlockPart], in_flight: int) -> int:
-    """Bytes of a request: so many that all `in_flight` have work, from LEAST_READ_BYTES to READ_BYTES."""
+    """Return the most bytes of a request: few enough that all `in_flight` have work, from LEAST_READ_BYTES to
+    READ_BYTES."""
     total = sum(s.length for p in parts for s in p.segments)
     return min(READ_BYTES, max(LEAST_READ_BYTES, -(-total // in_flight)))
 
 
 def plan_reads(parts: Sequence[BlockPart], limit: int = READ_BYTES) -> list[Read]:
-    """Requests for all segments: neighbours together, cut into equal pieces of at most `limit` bytes.
+    """Plan the requests for all segments: neighbours are read together, in equal pieces of at most `limit` bytes.
 
-    A byte that several wanted boxes need is asked for once for each of them.
+    A byte that several wanted boxes need is requested once for each of them.
     """
     order = sorted(
         ((i, s) for i, part in enumerate(parts) for s in part.segments),
@@ -298,7 +327,7 @@ def plan_reads(parts: Sequence[BlockPart], limit: int = READ_BYTES) -> list[Read
 
 
 def _cut(path: str, run: list[tuple[int, Segment]], limit: int) -> Iterator[Read]:
-    """A run of segments that follow each other, in equal requests."""
+    """Cut a run of adjacent segments into requests of equal size."""
     start = run[0][1].start
     length = run[-1][1].start + run[-1][1].length - start
     count = -(-length // limit)
@@ -319,10 +348,10 @@ def _cut(path: str, run: list[tuple[int, Segment]], limit: int) -> Iterator[Read
 
 
 def read_bytes(reads: Sequence[Read]) -> int:
-    """Bytes that will be asked for."""
+    """Return the bytes that these requests ask for."""
     return sum(r.end - r.start for r in reads)
 
 
 def wanted_bytes(tensors: Mapping[str, TensorEntry], wanted: Sequence[Wanted]) -> int:
-    """Bytes that were wanted."""
+    """Return the bytes of the wanted boxes."""
     return sum(math.prod(w.box.sizes) * ITEM_BYTES[tensors[w.name].dtype] for w in wanted)

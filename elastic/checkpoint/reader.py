@@ -24,42 +24,43 @@ from elastic.checkpoint.patience import patiently
 from elastic.errors import CheckpointError, DamagedCheckpoint
 from elastic.storage import Storage
 
-#: Marks of checkpoints that were found damaged lie beside them, so that one listing says which those are.
+#: The marks of damaged checkpoints lie in one folder beside the checkpoints: one listing shows all of them.
 MARKS = f"{FOLDER}/damaged"
 _MARK = re.compile(r"^(step-\d{8,18})\.(.+)\.json\Z")
 
 
 @dataclass(frozen=True)
 class Committed:
-    """A committed checkpoint: where it is and which world wrote it."""
+    """A committed checkpoint: its step, and the attempt (named by the world that wrote it) which was committed."""
 
     step: int
     attempt: str
 
     @property
     def folder(self) -> str:
+        """The folder of its objects, from the root of the storage."""
         return attempt_folder(self.step, self.attempt)
 
 
 def steps_with_attempts(storage: Storage) -> list[int]:
-    """Steps that have a folder, committed or not, ascending."""
+    """Return the steps that have a folder, committed or not, ascending."""
     return sorted(s for s in map(parse_step, storage.names(FOLDER)) if s is not None)
 
 
 def attempts(storage: Storage, step: int) -> list[str]:
-    """The attempts of a step, committed or not, highest generation first."""
+    """Return the attempts of a step, committed or not, those of the newest world first."""
     found = [m for m in map(ATTEMPT.match, storage.names(step_folder(step))) if m]
     return [m[0] for m in sorted(found, key=lambda m: (int(m[1]), int(m[2]), m[3]), reverse=True)]
 
 
 def newest_first(storage: Storage) -> Iterator[Committed]:
-    """All committed checkpoints that are not marked as damaged: highest step first, then highest generation."""
+    """Yield the committed checkpoints that are not marked as damaged: highest step first, then newest world."""
     damaged = marked(storage)
     return (checkpoint for checkpoint in with_manifest(storage) if checkpoint not in damaged)
 
 
 def with_manifest(storage: Storage) -> Iterator[Committed]:
-    """All committed checkpoints, marked or not: highest step first, then highest generation."""
+    """Yield all committed checkpoints, marked or not: highest step first, then newest world."""
     for step in reversed(patiently(steps_with_attempts, storage)):
         for attempt in patiently(attempts, storage, step):
             folder = attempt_folder(step, attempt)
@@ -68,10 +69,10 @@ def with_manifest(storage: Storage) -> Iterator[Committed]:
 
 
 def read_manifest(storage: Storage, checkpoint: Committed) -> Manifest:
-    """The validated manifest of a committed checkpoint.
+    """Read and validate the manifest of a committed checkpoint.
 
     Raises:
-        DamagedCheckpoint: it has other bytes than were written.
+        DamagedCheckpoint: its bytes are not those that were written.
         CheckpointError: it is missing, or of a newer format.
     """
     where = f"{checkpoint.folder}/{MANIFEST}"
@@ -86,7 +87,7 @@ def read_manifest(storage: Storage, checkpoint: Committed) -> Manifest:
 
 
 def missing_objects(storage: Storage, folder: str, manifest: Manifest) -> Iterator[tuple[str, int | None, int]]:
-    """The objects of a checkpoint that are not there (size None) or too short: path, size and least size of each."""
+    """Yield the objects of a checkpoint that are missing or too short: (path, size or None, least size), in bytes."""
     sizes: dict[str, dict[str, int]] = {}
     for path, least in sorted(manifest.objects(folder).items()):
         where, _, name = path.rpartition("/")
@@ -94,7 +95,7 @@ def missing_objects(storage: Storage, folder: str, manifest: Manifest) -> Iterat
             sizes[where] = patiently(storage.sizes, where)
         size = sizes[where].get(name)
         if size is None:
-            with contextlib.suppress(FileNotFoundError):  # it may be newer than the list
+            with contextlib.suppress(FileNotFoundError):  # the object may be newer than the listing
                 size = patiently(storage.size, path)
         if size is None or size < least:
             yield path, size, least
@@ -104,7 +105,7 @@ def missing_objects(storage: Storage, folder: str, manifest: Manifest) -> Iterat
 
 
 def marked(storage: Storage) -> set[Committed]:
-    """The checkpoints that were found damaged: nothing counts them."""
+    """Return the checkpoints that are marked as damaged; nothing loads or counts them."""
     found = set()
     for name in patiently(storage.names, MARKS):
         match = _MARK.match(name)
@@ -115,28 +116,28 @@ def marked(storage: Storage) -> set[Committed]:
 
 
 def mark(storage: Storage, checkpoint: Committed, problem: str) -> None:
-    """Let nothing count a damaged checkpoint from now on. Its objects stay: others may read some of them."""
+    """Mark a checkpoint as damaged. Its objects stay, since other checkpoints may refer to some of them."""
     with contextlib.suppress(FileExistsError):
         patiently(storage.create, _mark(checkpoint), json.dumps({"problem": problem, "time": time.time()}).encode())
 
 
 def unmark(storage: Storage, checkpoint: Committed) -> None:
-    """It is whole again, or removed."""
+    """Remove the mark of a checkpoint that is whole again or was removed."""
     patiently(storage.remove, _mark(checkpoint))
 
 
 def problem_of(storage: Storage, checkpoint: Committed) -> str:
-    """Why a checkpoint was marked."""
-    with contextlib.suppress(FileNotFoundError, ValueError, KeyError, TypeError):  # a foreign or a damaged file
+    """Return why a checkpoint was marked."""
+    with contextlib.suppress(FileNotFoundError, ValueError, KeyError, TypeError):  # a foreign or damaged mark
         return str(json.loads(patiently(storage.read, _mark(checkpoint)))["problem"])
     return "was found damaged"
 
 
 def refuse_to_begin_anew(storage: Storage) -> None:
-    """Nothing can be loaded: where there were checkpoints once, a run that began anew would lose them silently.
+    """Refuse a fresh start where damaged checkpoints are left: it would lose them without a word.
 
     Raises:
-        CheckpointError: all that there are were found damaged.
+        CheckpointError: all checkpoints that there are were found damaged.
     """
     damaged = marked(storage)
     left = next((checkpoint for checkpoint in with_manifest(storage) if checkpoint in damaged), None)

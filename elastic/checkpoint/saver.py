@@ -1,9 +1,9 @@
-"""Saving without stopping: copy what is due behind the next forward and backward pass, upload it beside the training.
+"""Saving beside the training: the state is copied behind the next forward and backward pass, then uploaded.
 
-save = saver.start(step, attempt, shards, on_end)    the state as it is now
-...                                                  forward and backward passes run
-saver.settle()                                       before anything writes to what is saved
-...                                                  `on_end(save)` comes when its bytes are durable, or are not
+save = saver.start(step, attempt, shards, on_end)    the state as it is now ...
+forward and backward passes run saver.settle()                                       before anything writes to what is
+saved ...                                                  `on_end(save)` is called when its bytes are durable, or
+failed
 """
 
 from __future__ import annotations
@@ -33,14 +33,27 @@ from elastic.storage import Storage
 
 SETTLE_S = 600.0
 CLOSE_S = 5.0
-UPLOADERS = 3  # that try a save, if each dies or stands still
+UPLOADERS = 3  # attempts of a save, each with a fresh process, if uploaders die or stand still
 _NOTIFY_BYTES = 32 << 20
 _Key = tuple[str, tuple[int, ...], tuple[int, ...]]
 
 
 @dataclass
 class Save:
-    """One rank's part of a save that is under way. `index` or `error` is there when it `ended`."""
+    """One rank's part of a save.
+
+    Args:
+        lines, writes: what this rank writes, as `plan` decides.
+        tail: the first byte of what an earlier checkpoint may have already; it is uploaded only if it changed.
+        stall_s: seconds that training waited.
+        index: what the rank tells about its pack, when the save has succeeded.
+        error: why the save failed.
+        no_room: it failed because storage is full.
+        facts: bytes, seconds, requests and retries, for the ledger.
+        staged: set when the state may be written to.
+        ended: set when `index` or `error` is there.
+        versions: of the tensors that are copied later, by index: a tensor that changes meanwhile spoils the save.
+    """
 
     step: int
     attempt: str
@@ -52,7 +65,7 @@ class Save:
     stall_s: float = 0.0
     index: dict[str, Any] | None = None
     error: str | None = None
-    no_room: bool = False  # that is why
+    no_room: bool = False
     facts: dict[str, Any] = field(default_factory=dict)
     staged: threading.Event = field(default_factory=threading.Event)
     ended: threading.Event = field(default_factory=threading.Event)
@@ -60,23 +73,28 @@ class Save:
 
     @property
     def size(self) -> int:
+        """The bytes of the pack."""
         return self.writes[-1].end if self.writes else 0
 
     @property
     def pack(self) -> str:
+        """The name of the pack."""
         return f"rank-{self.rank:04d}.pack"
 
     def key(self, write: Write) -> _Key:
+        """Identify the box of a write across saves."""
         return self.shards[write.source].name, write.box.offsets, write.box.sizes
 
 
 class Saver:
-    """A rank's saves, one at a time. All methods from one thread; `on_end` is called from another.
+    """A rank's saves, one at a time. All methods are called from one thread; `on_end` is called from another.
 
     Args:
-        in_flight: parts uploaded at a time.
-        hang_timeout_s: an uploader that moves nothing for so long is replaced.
-        on_restart: called from another thread with a save and what became of the uploader that another one replaces.
+        device: where the state lies.
+        in_flight: the parts that are uploaded at a time.
+        part_bytes: the size of a part.
+        hang_timeout_s: an uploader that moves no bytes for so many seconds is replaced.
+        on_restart: called from another thread when an uploader was replaced, with the save and why.
     """
 
     def __init__(
@@ -100,13 +118,17 @@ class Saver:
         self._thread: threading.Thread | None = None
         self._save: Save | None = None
         self._progress = Progress()
-        self._unsteady: set[str] = set()  # said to be stable, but written to in a forward pass
-        self._frozen: dict[_Key, Chunk] = {}  # boxes of frozen tensors, where the newest committed checkpoint has them
+        self._unsteady: set[str] = set()  # shards that were said to be stable, but a forward pass wrote to
+        # the boxes of frozen tensors that the newest committed checkpoint has, and where
+        self._frozen: dict[_Key, Chunk] = {}
         self._written: dict[tuple[int, str], dict[_Key, Chunk]] = {}
 
     def reserve(self, size: int) -> None:
-        """Have staging memory for saves of `size` bytes; a larger one takes more. Before the first save: with CUDA it
-        is pinned, a quarter of a second for each GiB, which no step is to wait for."""
+        """Take staging memory for saves of `size` bytes; a larger save takes more.
+
+        Call it before the first save: with CUDA the memory is pinned, which takes a quarter of a second per GiB, and no
+        step is to wait for that.
+        """
         self._buffer.reserve(size)
 
     @property
@@ -124,13 +146,15 @@ class Saver:
         refer: bool = True,
         on_end: Callable[[Save], None] | None = None,
     ) -> Save:
-        """Begin to save the state as it is now. What is not stable is copied before this returns.
+        """Begin to save the state as it is now. Shards that are not stable are copied before this returns.
 
         Args:
-            refer: whether what was last told to be `committed` is the newest; nothing refers to it else.
+            rank: names the pack.
+            refer: the checkpoint that was last `committed` is the newest one, so this save may refer to its packs.
+            on_end: called from another thread when the save has ended.
 
         Raises:
-            CheckpointError: names or dtypes that checkpoints do not have.
+            CheckpointError: a name or dtype that checkpoints cannot have.
         """
         assert not self.busy, "one save at a time"
         began = time.perf_counter()
@@ -147,7 +171,7 @@ class Saver:
         tail = next((w.start for w in writes if is_known(w.source, w.box)), writes[-1].end if writes else 0)
         save = Save(step, attempt, rank, list(shards), lines, writes, tail)
         self._buffer.reserve(save.size)
-        self._save = save  # only now: where memory ran out, none is under way
+        self._save = save  # only now: no save is under way if memory ran out
         self._progress = Progress()
         later = []
         for write in writes:
@@ -167,7 +191,7 @@ class Saver:
         return save
 
     def settle(self) -> float:
-        """Wait until nothing of the state is still to be copied; returns the seconds it took.
+        """Wait until the whole state is copied, and return the seconds that took.
 
         Raises:
             CheckpointError: it took longer than SETTLE_S.
@@ -183,10 +207,10 @@ class Saver:
         return waited
 
     def wait(self, timeout_s: float) -> Save:
-        """Wait until the save that is under way has ended; returns it.
+        """Wait until the save that is under way has ended, and return it.
 
         Raises:
-            CheckpointError: it did not within `timeout_s`.
+            CheckpointError: it did not end within `timeout_s`.
         """
         assert self._save is not None, "nothing was saved"
         if not self._save.ended.wait(timeout_s):
@@ -194,7 +218,7 @@ class Saver:
         return self._save
 
     def cancel(self) -> None:
-        """Call off the save that is under way; it ends soon, with an error. The state may be written to at once."""
+        """Call off the save that is under way. It ends soon, with an error; the state may be written to at once."""
         if self.busy:
             self.settle()
             self._progress.cancel()
@@ -203,16 +227,16 @@ class Saver:
                     self._uploader.send({"do": "cancel"})
 
     def committed(self, step: int, attempt: str) -> None:
-        """A save of this rank is the newest committed: frozen tensors may refer to it from now on."""
+        """Note that a save of this rank is the newest committed one: later saves may refer to its frozen tensors."""
         self._frozen = self._written.pop((step, attempt), {})
         self._written = {key: chunks for key, chunks in self._written.items() if key[0] > step}
 
     def refer_to_nothing(self) -> None:
-        """What was written before is of no use any more: the next save has all its bytes."""
+        """Forget what was written before: the next save writes all its bytes."""
         self._frozen, self._written = {}, {}
 
     def close(self) -> None:
-        """Call off what is under way, end the uploader and give the memory back."""
+        """Call off the save that is under way, end the uploader and free the memory."""
         self.cancel()
         if self._thread is not None:
             if self._save is not None and not self._save.ended.wait(CLOSE_S) and self._uploader is not None:
@@ -265,12 +289,12 @@ class Saver:
             answer = self._upload(save, job, later)
         if "error" in answer:
             save.error, save.no_room = answer["error"], answer.get("no_room", False)
-            self._drop_uploader()  # the next one starts afresh, and with the credentials of then
+            self._drop_uploader()  # the next one starts afresh, and with the credentials of that time
             return
         self._finish(save, answer)
 
     def _upload(self, save: Save, job: UploadJob, later: list[Write]) -> dict[str, Any]:
-        """Stage and upload; an uploader that dies or stands still is replaced by one that begins anew."""
+        """Stage and upload. An uploader that dies or stands still is replaced by one that begins anew."""
         for left in reversed(range(UPLOADERS)):
             try:
                 return self._through_uploader(save, job, later)
@@ -319,7 +343,8 @@ class Saver:
         self._uploader.send({"do": "staged", "ready": ready, "tail": tail})
 
     def _stage(self, save: Save, later: list[Write], announce: Callable[[int, bool], None]) -> None:
-        """Copy what was left for later: the tail first, since it decides what is uploaded; then from the front."""
+        """Copy what was left for later: the tail first, since its hashes decide what is uploaded, then from the
+        front."""
         done = 0
         with torch.no_grad(), torch.cuda.stream(self._stream):
             for write in (w for w in later if w.start >= save.tail):
@@ -354,7 +379,7 @@ class Saver:
         room = self._buffer.bytes(write.start, write.end)
         if write.start % source.element_size() == 0:
             room.view(source.dtype).view(source.shape).copy_(source, non_blocking=self._cuda is not None)
-        else:  # only frozen tensors lie like that
+        else:  # only frozen tensors, at the end of the pack, are not aligned
             room.copy_(source.contiguous().view(-1).view(torch.uint8))
 
     def _finish(self, save: Save, answer: dict[str, Any]) -> None:

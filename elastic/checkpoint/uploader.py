@@ -1,7 +1,8 @@
 """The uploader: a process beside a worker that hashes and uploads what the worker staged in shared memory.
 
-A process of its own, so that uploading takes neither the worker's interpreter lock nor its life: it imports no torch,
-knows no group, and the kernel ends it with the thread that started it. Both ends talk in lines of JSON.
+It is a process of its own so that uploading takes neither the worker's interpreter lock nor, if it crashes, the
+worker's life. It imports no torch, knows no group, and the kernel ends it with the thread that started it. Both ends
+exchange lines of JSON.
 """
 
 from __future__ import annotations
@@ -28,22 +29,26 @@ from elastic.child import die_with_starter, ignore_terminal, show_stack_at_death
 from elastic.storage import Storage
 
 PART_BYTES = 16 << 20
-LEAST_PART_BYTES = 5 << 20  # S3 takes no smaller ones
+LEAST_PART_BYTES = 5 << 20  # S3 takes no smaller parts
 IN_FLIGHT = 16
-_MOST_PARTS = 10_000  # S3's limit
+_MOST_PARTS = 10_000  # S3 takes no more parts of one object
 TELL_S = 0.2  # seconds between lines that tell the worker that bytes moved
 
 
 @dataclass(frozen=True)
 class UploadJob:
-    """A pack to upload: the first `size` bytes of the shared memory, in which `chunks` are [start, end) each.
-
-    Those from `tail` on need no upload if they have the hashes of `known`, chunk by chunk, which say where those lie:
-    (pack, start, end, hashes, crcs). `again`: an uploader before may have left a part of it.
+    """A pack to upload: the first `size` bytes of the shared memory.
 
     Args:
-        name: of the object, in its folder.
-        numbers: of the tensors of the chunks, as the index counts them.
+        folder, name: the path of the object.
+        size: bytes.
+        chunks: bytes [start, end) of each box of a tensor.
+        numbers: the tensor of each chunk, as the pack's index counts them.
+        tail: the chunks from this byte on need no upload if they have the hashes in `known`.
+        known: where an earlier checkpoint has the chunks of the tail: (pack, start, end, hashes, crcs).
+        rank, step: for messages and faults.
+        in_flight: parts that are uploaded at a time.
+        again: an earlier uploader may have left a part of the object.
     """
 
     folder: str
@@ -61,11 +66,12 @@ class UploadJob:
 
     @property
     def path(self) -> str:
+        """The path of the object, from the root of the storage."""
         return f"{self.folder}/{self.name}"
 
 
 class Progress:
-    """How far staging is, whether the upload is called off, and how often something moved. From any thread."""
+    """How far staging is, whether the upload is called off, and how often something moved. Safe from any thread."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
@@ -74,44 +80,49 @@ class Progress:
         self.cancelled = threading.Event()
 
     def advance(self, ready: int, tail: bool) -> None:
-        """The tail comes first, then bytes from the front."""
+        """Note that the tail, or the bytes below `ready`, are staged."""
         with self._changed:
             self._ready, self._tail = ready, tail
             self._changed.notify_all()
 
     def move(self) -> None:
-        """Bytes were hashed or sent, or storage was asked again: this stands not still."""
+        """Note that bytes were hashed or sent, or that a request was retried: the uploader does not stand still."""
         self.moved += 1
 
     def cancel(self) -> None:
+        """Call the upload off; all that wait are freed."""
         with self._changed:
             self.cancelled.set()
             self._changed.notify_all()
 
     def await_ready(self, upto: int, *, tail: bool = False) -> None:
-        """Wait until bytes below `upto`, or the tail, are staged.
+        """Wait until the bytes below `upto`, or those of the tail, are staged.
 
         Raises:
-            Cancelled: they never will be.
+            Cancelled: the upload was called off.
         """
         with self._changed:
             self._changed.wait_for(
                 lambda: self.cancelled.is_set() or (self._tail if tail else self._ready >= upto)
-            )  # staging ends or cancels; the worker's death ends this process
+            )  # staging ends or is cancelled; if the worker dies, so does this process
         if self.cancelled.is_set():
             raise Cancelled
 
 
 def perform(storage: Storage, job: UploadJob, data: memoryview, progress: Progress) -> dict[str, Any]:
-    """Hash and upload a pack while it is being staged, and its index.
+    """Hash a pack and upload it while it is being staged, then upload its index.
+
+    Args:
+        data: the shared memory.
 
     Returns:
-        `hashes` and `crcs` of each chunk's blocks, `uploaded` (whether the tail was too), what the index says of packs
-        (`index`: its size and hash; `used`: bytes and end of each pack that it names), and what it took.
+        `hashes` and `crcs` of each chunk's blocks; `uploaded`: whether the tail was uploaded too; `index`: size and
+        hash of the index; `used`: bytes and end of each pack that the index names; and `bytes`, `seconds`, `cpu_s`,
+        `requests` and `retries`.
 
     Raises:
-        Cancelled: the worker called it off; nothing is left of the object.
-        Exception: what storage raised, after all patience.
+        Cancelled: the worker called the upload off; nothing is left of the object.
+        Exception: what storage raised after all retries.
     """
     began, cpu = time.monotonic(), time.process_time()
     fault.point("upload.begin", job.rank, job.step)
@@ -164,7 +175,7 @@ def _upload(
     storage: Storage, job: UploadJob, data: memoryview, progress: Progress, counts: dict[str, int], prove: Any
 ) -> None:
     part = max(job.part_bytes, -(-len(data) // _MOST_PARTS))
-    even = -(-len(data) // job.in_flight)  # a small pack in as many parts as can fly
+    even = -(-len(data) // job.in_flight)  # a small pack is cut into as many parts as can be in flight
     part = min(part, max(even, min(LEAST_PART_BYTES, part)))
     if job.again:
         discard_partial(storage, job.path)
@@ -204,28 +215,28 @@ def _upload(
                     if done.done():
                         done.result()
             except BaseException:
-                progress.cancel()  # whoever still waits is freed, and the pool can end
+                progress.cancel()  # frees the threads that still wait for staging, so that the pool can end
                 pool.shutdown(wait=True, cancel_futures=True)
                 raise
         fault.point("upload.before_complete", job.rank, job.step)
         patiently(upload.complete, cancelled=progress.cancelled, on_retry=progress.move)
     except BaseException:
-        with contextlib.suppress(Exception):  # what is left of it is swept later; the first error is what counts
+        with contextlib.suppress(Exception):  # what is left is swept later; the first error is the one to report
             upload.abort()
         raise
 
 
 def main() -> None:
-    """The uploader's process: jobs on standard input, answers on standard output."""
+    """Run the uploader's process: it reads jobs from standard input and writes answers to standard output."""
     url, memory, parent = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
     die_with_starter()
     if os.getppid() != parent:
-        sys.exit(1)  # it died before we asked
+        sys.exit(1)  # the worker died before the kernel was asked to tell us
     ignore_terminal()
     show_stack_at_death()
     os.nice(5)
     answers = _Answers(os.dup(1))
-    os.dup2(2, 1)  # whatever a library prints is no answer
+    os.dup2(2, 1)  # what libraries print must not mix with answers
     answers.write({"moved": 0})
     jobs: queue.SimpleQueue[tuple[UploadJob, int, Progress]] = queue.SimpleQueue()
     threading.Thread(target=_listen, args=(jobs,), daemon=True).start()
@@ -241,24 +252,26 @@ def main() -> None:
                 answer = perform(storage, job, memoryview(shared), progress)
         except Cancelled:
             answer = {"error": "called off"}
-        except Exception as error:  # whatever storage raises: the worker tells the run
+        except Exception as error:  # any error of storage: the worker reports it
             what = f"{job.path} could not be uploaded: {type(error).__name__}: {error}"
             answer = {"error": what, "no_room": is_no_room(error)}
         answers.write(answer)
 
 
 class _Answers:
-    """Lines of JSON to the worker: an answer to each job, and before it every now and then that something moved."""
+    """Writes lines of JSON to the worker: an answer to each job, and before it, now and then, that something moved."""
 
     def __init__(self, fd: int):
         self._file, self._lock = os.fdopen(fd, "w", buffering=1), threading.Lock()
 
     def write(self, message: dict[str, Any]) -> None:
+        """Write one message."""
         with self._lock:
             self._file.write(json.dumps(message) + "\n")
 
     @contextlib.contextmanager
     def telling(self, progress: Progress) -> Iterator[None]:
+        """While this context is open, tell the worker every TELL_S whether something moved."""
         ended = threading.Event()
 
         def tell() -> None:

@@ -1,4 +1,4 @@
-"""The uploader process as its worker sees it: started, given packs, watched, and ended where it stands still."""
+"""The uploader process as its worker sees it: starts it, gives it packs, watches it, and ends it if it stands still."""
 
 from __future__ import annotations
 
@@ -24,14 +24,17 @@ _SLOWEST = 16 << 20  # bytes per second of a disk's sync
 
 
 class UploaderLost(Exception):
-    """The uploader process died, or stood still and was ended. The message says which."""
+    """The uploader process died, or stood still and was ended; the message says which."""
 
 
 class Uploader:
-    """The process, as its worker sees it. It ends with the thread that made it.
+    """A running uploader process. It ends with the thread that made it.
 
     Args:
-        hang_timeout_s: one that moves nothing for so long, and for the time in which its pack may be synced, is ended.
+        storage_url: where it uploads to.
+        memory: the file descriptor of the shared memory.
+        hang_timeout_s: a process that moves no bytes for so many seconds (and those in which its pack may be synced) is
+            ended.
     """
 
     def __init__(self, storage_url: str, memory: int, hang_timeout_s: float = HANG_TIMEOUT_S):
@@ -47,13 +50,14 @@ class Uploader:
 
     @property
     def alive(self) -> bool:
+        """Whether the process still runs."""
         return self._process.poll() is None
 
     def send(self, message: dict[str, Any]) -> None:
-        """Tell it something; if it is dead, `answer` says so.
+        """Send a message. If the process is dead, `answer` raises.
 
         Raises:
-            UploaderLost: it does not take it.
+            UploaderLost: the process does not read, and was ended.
         """
         data = json.dumps(message).encode() + b"\n"
         with self._lock, contextlib.suppress(BrokenPipeError):
@@ -72,20 +76,23 @@ class Uploader:
     def start(self, job: UploadJob, memory_size: int) -> None:
         """Have a pack uploaded.
 
+        Args:
+            memory_size: of the shared memory, in bytes.
+
         Raises:
-            UploaderLost: it does not take it.
+            UploaderLost: as `send`.
         """
         self._patience_s = self._hang_timeout_s + job.size / _SLOWEST
         self.send({"do": "upload", "job": asdict(job), "memory": memory_size})
 
     def answer(self, cancelled: threading.Event) -> dict[str, Any]:
-        """Wait for how the upload ended: the values of `perform`, or `error`.
+        """Wait until the upload has ended, and return what `perform` returned, or `error`.
 
         Args:
-            cancelled: set where the upload is called off: then it is to end soon.
+            cancelled: set when the upload is called off: then the process must end it within CALLED_OFF_S.
 
         Raises:
-            UploaderLost: it died, or stood still and was ended.
+            UploaderLost: the process died, or stood still and was ended.
         """
         assert self._process.stdout is not None
         fd, moved, off = self._process.stdout.fileno(), time.monotonic(), False
@@ -120,11 +127,12 @@ class Uploader:
         return UploaderLost(f"the uploader process stood still for {seconds:.0f} s")
 
     def kill(self) -> None:
-        """End it, whatever it is doing; who waits for an answer gets one. From any thread."""
+        """End the process, whatever it does; a thread that waits for an answer gets UploaderLost. Safe from any
+        thread."""
         self._process.kill()
 
     def close(self) -> None:
-        """End it and give back what it took."""
+        """End the process and close its pipes."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._process.kill()

@@ -1,4 +1,4 @@
-"""Committing: the manifest, from what all ranks say of their packs, created only if it is not there."""
+"""Committing: makes the manifest from what all ranks tell about their packs, and creates it only if there is none."""
 
 from __future__ import annotations
 
@@ -19,22 +19,27 @@ from elastic.storage import Storage
 
 
 def commit(storage: Storage, attempt: str, manifest: Manifest, indexes: Sequence[Mapping[str, Any]]) -> Manifest:
-    """Create the manifest from what all ranks say of their packs. Only the keeper of a run calls this.
+    """Create the manifest. Only the keeper of a run calls this.
+
+    Args:
+        attempt: the name of the attempt that is committed.
+        manifest: all fields but the tensors.
+        indexes: what each rank tells about its pack, as `plan.statement` returns it.
 
     Returns:
-        the manifest as it is read back.
+        The manifest as it will be read back.
 
     Raises:
         FileExistsError: somebody else committed this attempt.
-        CheckpointError: ranks that differ in what they say of one tensor.
-        DamagedCheckpoint: a manifest that could not be read again, or that refers to an object that is not whole.
+        CheckpointError: two ranks tell different things about one tensor.
+        DamagedCheckpoint: the manifest could not be read back, or refers to an object that is missing or damaged.
     """
     folder = attempt_folder(manifest.step, attempt)
     name = f"{folder}/{MANIFEST}"
     head = replace(manifest, nonce=secrets.token_hex(8)).head
-    whole = {**dict(sorted(head.items())), **merge(indexes)}  # values keep the order of their keys
+    whole = {**dict(sorted(head.items())), **merge(indexes)}  # the keys inside of `values` keep their order
     data = seal(json.dumps(whole, separators=(",", ":")).encode())
-    found = parse_manifest(data, name)  # nothing is committed that could not be read again
+    found = parse_manifest(data, name)  # before the commit: no manifest may be committed that cannot be read back
     assert found.placement is not None
     elsewhere = {path for pack in found.placement.packs.values() for path in pack.elsewhere}
     damaged = {c.folder for c in marked(storage)} if elsewhere else set()

@@ -1,8 +1,9 @@
 """Canonical gradient reduction for replicated models: the same bits at every world size.
 
-Each microbatch's gradients are a leaf. A rank sums the aligned blocks of its run; for every bucket the ranks
-exchange slices of their blocks (`all_to_all_single`), each folds its slice in tree order, and the slices are
-gathered. All sums are element by element, so neither the bucket size nor the slice boundaries reach the result.
+The gradients of a microbatch are a leaf of a binary tree, and all sums follow that tree. A rank sums the aligned blocks
+of its own microbatches. For every bucket of tensors the ranks exchange slices of their blocks (`all_to_all_single`),
+each rank sums its slice over all blocks in tree order, and the sums are gathered. All sums are element by element, so
+neither the size of buckets nor the boundaries of slices change the result.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from elastic.parallel.tree import Block, TreeSum, blocks
 
 Tensors = list[torch.Tensor]
 _PIECE = 16384
-_TOGETHER = 1 << 24  # elements: 64 MiB of float32, whose launches cost less than what they move
+_TOGETHER = 1 << 24  # elements: 64 MiB of float32; a launch for so many costs less than moving them
 
 
 def _add(left: Tensors, right: Tensors) -> Tensors:
@@ -29,11 +30,12 @@ def _add(left: Tensors, right: Tensors) -> Tensors:
 
 
 class CanonicalSum:
-    """Sums lists of tensors (one list a microbatch) over all ranks, in tree order.
+    """Sums lists of tensors, one list per microbatch, over all ranks in tree order.
 
     Args:
-        runs: the microbatches of each rank, as dealt; strided ones are not summed before the exchange.
-        bucket_bytes: temporary memory of the exchange is about three times this.
+        runs: the microbatches of each rank, as dealt. Those of a strided run are not summed before the exchange.
+        rank: of this process, in `runs`.
+        bucket_bytes: the size of a bucket; the exchange takes about three times this memory.
     """
 
     def __init__(self, runs: list[range], rank: int, group: dist.ProcessGroup | None, bucket_bytes: int):
@@ -41,24 +43,32 @@ class CanonicalSum:
         self._sum: TreeSum[Tensors] = TreeSum(_add)
 
     def push(self, microbatch: int, leaf: Tensors, count: int = 1) -> None:
-        """Take the leaf of the next microbatch of this rank (or the sum of an aligned block of `count`); its memory
-        now belongs to the sum."""
+        """Add the leaf of the next microbatch of this rank, or the sum of an aligned block of `count` microbatches.
+
+        Args:
+            leaf: tensors of the same shapes and dtypes in every call. Their memory belongs to the sum from now on.
+        """
         self._sum.push((microbatch, count), leaf)
 
     def reduce(self) -> Tensors:
-        """The sum over all ranks' leaves, equal on every rank."""
+        """Return the sum of all ranks' leaves; its bits are equal on every rank."""
         if len(self._runs) == 1:
             return self._sum.total()
         parts = [tensors for _, tensors in self._sum.parts()]
         result: Tensors = []
         for bucket in _buckets(parts[0], self._bucket_bytes):
             result.extend(self._exchange([part[bucket] for part in parts]))
-            for part in parts:  # the parts are summed: let the memory go bucket by bucket
+            # the sums of this bucket are made: free its parts, so that memory does not grow by a whole model
+            for part in parts:
                 part[bucket] = [t.new_empty(0) for t in part[bucket]]
         return result
 
     def _exchange(self, parts: list[Tensors]) -> Tensors:
-        """Sum one bucket: `parts` holds this rank's blocks of it."""
+        """Sum one bucket over all ranks.
+
+        Args:
+            parts: the sums of this rank's blocks, in the order of its blocks; lists of tensors of one dtype.
+        """
         world_size = len(self._runs)
         like = parts[0]
         length = sum(t.numel() for t in like)
@@ -95,7 +105,7 @@ class CanonicalSum:
 
 
 def _buckets(tensors: Tensors, limit: int) -> Iterable[slice]:
-    """Consecutive tensors of one dtype, together at most `limit` bytes (or a single larger tensor)."""
+    """Yield consecutive tensors of one dtype: together at most `limit` bytes, or a single larger tensor."""
     start, size = 0, 0
     for i, t in enumerate(tensors):
         bytes_ = t.numel() * t.element_size()
@@ -116,21 +126,21 @@ def _split(flat: torch.Tensor, like: Tensors) -> Tensors:
 
 
 def canonical_norm(tensors: Tensors) -> torch.Tensor:
-    """Global L2 norm (float64 scalar) whose bits do not depend on how dim 0 is cut.
+    """Return the global L2 norm, a float64 scalar, whose bits do not depend on how dim 0 is sharded.
 
-    Squares are summed within each row of dim 0, which a cut leaves whole, and the row sums of all tensors then in
-    float64.
+    Squares are summed within each row of dim 0, which sharding leaves whole; then the row sums of all tensors are
+    summed in float64.
     """
     return row_sums(tensors).sum().sqrt()
 
 
 def row_sums(tensors: Tensors) -> torch.Tensor:
-    """Sums of squares within each row of dim 0, row after row and tensor after tensor: float64, `sums_per_row` for each
-    row. A row's sum has the same bits whatever other rows are there.
+    """Return the sums of squares within each row of dim 0: float64 [rows of all tensors * `sums_per_row`], row after
+    row and tensor after tensor.
 
-    On a CPU that was measured for torch's sum. On CUDA the kernel of torch's sum goes by the number of rows and by
-    their alignment (`set_block_dimension` and `split_across_warps` in ATen's Reduce.cuh): there, halves of the rows are
-    added element by element.
+    The sum of a row has the same bits whatever other rows are there. On a CPU torch's sum was measured to have that
+    property. On CUDA it has not: its kernel depends on the number of rows and on their alignment (`set_block_dimension`
+    and `split_across_warps` in ATen's Reduce.cuh), so there the halves of rows are added element by element.
     """
     rows = [_pieces(t) for t in tensors if t.numel()]
     flat = [piece for pieces in rows for piece in pieces]
@@ -141,18 +151,22 @@ def row_sums(tensors: Tensors) -> torch.Tensor:
 
 
 def _pieces(tensor: torch.Tensor) -> Tensors:
-    """The rows of dim 0 in pieces of their width. A piece is shorter than torch's grain (32,768): of a longer row that
-    is the only one, several threads sum parts."""
+    """Cut the rows of dim 0 into pieces [rows, _PIECE or less].
+
+    A piece is shorter than torch's grain size (32,768): torch lets several threads sum parts of a longer row if it is
+    the only one.
+    """
     rows = tensor.shape[0] if tensor.dim() else 1
-    values = torch.view_as_real(tensor) if tensor.is_complex() else tensor  # whose squares are of both its parts
+    # the square of a complex number is the sum of those of its two parts
+    values = torch.view_as_real(tensor) if tensor.is_complex() else tensor
     return list(values.reshape(rows, -1).split(_PIECE, dim=1))
 
 
 def sums_by_halves(pieces: Tensors, together: int) -> Tensors:
-    """Sums of squares of each row of each piece [rows, width], at least float32: the second half of a row is added to
-    its first until one element is left.
+    """Return the sums of squares of each row of each piece [rows, width], in float32 or wider.
 
-    Pieces of one width are summed together, in launches for `together` elements: their memory is needed once more.
+    The second half of a row is added to its first half, until one element is left. Pieces of one width are summed
+    together, in launches of `together` elements, which take that much memory once more.
     """
     sums: list[Tensors] = [[] for _ in pieces]
     groups: dict[tuple[int, torch.dtype], list[tuple[int, torch.Tensor]]] = {}
@@ -175,6 +189,6 @@ def sums_by_halves(pieces: Tensors, together: int) -> Tensors:
 
 
 def sums_per_row(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> int:
-    """How many sums `row_sums` makes of each row of a tensor of this shape: none of rows without elements."""
+    """Return how many sums `row_sums` makes of each row of a tensor of this shape; 0 for rows without elements."""
     values = math.prod(shape[1:]) * (2 if dtype.is_complex else 1)
     return -(-values // _PIECE)

@@ -1,12 +1,13 @@
 """What every worker must know of a step besides gradients: loss, weight, metrics and sample hash of each microbatch.
 
-Each rank contributes one row of int64 a microbatch (float64 values as their bits), one small all-gather brings all
-rows to all ranks, and everyone sums them in the same tree. The gather is started before the last backward pass, so
-it hides under it.
+Each rank contributes one row of int64 per microbatch (float64 values as their bits). One small all-gather brings all
+rows to all ranks, and every rank sums them in the same tree. The gather starts before the last backward pass, which
+hides it.
 
-A row has a column for each metric, and how many there are is the job's to say, on each rank by itself. So rows have
-columns for those that everyone has agreed upon, and a hash of the names that this rank has. If all have others, as in
-the first step of a world, a second gather brings those; if they differ, everyone sees it in the same step.
+A row has a column for each metric, but each rank learns the number of metrics from the job by itself. So rows have
+columns for the names on which all ranks agreed before, and a hash of the names that this rank has now. If all ranks
+have the same new names, as in the first step of a world, a second gather brings their values. If the names differ, all
+ranks see that in the same step.
 """
 
 from __future__ import annotations
@@ -25,21 +26,26 @@ from elastic.compat.torch_groups import all_gather_flat
 from elastic.errors import ConfigError
 from elastic.parallel.tree import tree_sum_of_rows
 
-OWN_WEIGHT = "\0weight"  # ends the name of the column that a metric is divided by
+OWN_WEIGHT = "\0weight"  # ends the name of the column with the weight that a metric is divided by
 
 
 def names_of(columns: Iterable[str]) -> list[str]:
-    """The metrics among columns, without their weights."""
+    """Return the metrics among columns, without their weights."""
     return [name for name in columns if not name.endswith(OWN_WEIGHT)]
 
 
 @dataclass(frozen=True)
 class StepRecord:
-    """Sums over a whole step or evaluation: identical on every rank, and at every world size in bitwise.
+    """Sums over a whole step or evaluation: identical on every rank, and in bitwise at every world size.
 
     Args:
-        attached: what each rank attached, by rank.
-        said: of what ranks said, the largest of each number.
+        loss_sum, weight: of all samples.
+        metrics: sums by name.
+        sample_hash: a hash of the samples of all microbatches, in their order.
+        changed_buffers: the union of all masks.
+        nonfinite_microbatch: the first whose loss or weight is not finite.
+        attached: the numbers that each rank attached, by rank.
+        said: the largest of each number that ranks said.
     """
 
     loss_sum: float
@@ -53,10 +59,11 @@ class StepRecord:
 
     @property
     def loss(self) -> float:
+        """The mean loss; NaN if no sample has a weight."""
         return self.loss_sum / self.weight if self.weight else float("nan")
 
     def mean_metrics(self) -> dict[str, float]:
-        """Each metric divided by the weight, or by its own."""
+        """Return each metric divided by the weight, or by a weight of its own."""
         found = {}
         for name in names_of(self.metrics):
             weight = self.metrics.get(name + OWN_WEIGHT, self.weight)
@@ -64,12 +71,16 @@ class StepRecord:
         return found
 
 
-_MIXED = -1  # in place of the hash of a rank's names: its microbatches do not agree
+_MIXED = -1  # instead of the hash of a rank's names, if its microbatches have different names
 
 
 @dataclass
 class Metrics:
-    """The names of the metrics that all ranks of a world agreed upon; `source` is what gives them, for people."""
+    """The names of the metrics on which all ranks of a world agreed.
+
+    Args:
+        source: the function that returns them, for messages.
+    """
 
     source: str = "loss()"
     names: list[str] = field(default_factory=list)
@@ -77,14 +88,14 @@ class Metrics:
 
 @dataclass
 class Records:
-    """Collects the rows of one rank's microbatches, then gathers those of all.
+    """Collects the rows of one rank's microbatches, then gathers those of all ranks.
 
     Args:
-        runs: the microbatches of each rank, as dealt; together they are all, each once.
-        rank: this rank.
-        buffer_words: 64-bit words of the mask of what passes changed or used.
-        metrics: kept from step to step by whoever makes these; brought up to date by `PendingRecord.result`.
-        check: raises where what a gather brought is no result, since it was aborted.
+        runs: the microbatches of each rank, as dealt: each microbatch exactly once.
+        rank: of this process, in `runs`.
+        buffer_words: the size of the mask that a pass may set bits of, in 64-bit words.
+        metrics: kept from step to step by the caller; `PendingRecord.result` brings the names up to date.
+        check: raises if the group was aborted, so that what a gather brought is no result.
     """
 
     runs: list[range]
@@ -96,14 +107,20 @@ class Records:
     _words: list[list[int]] = field(default_factory=list)
     _rows: list[list[Any]] = field(default_factory=list)
     _names: list[str] | None = None
-    _others: list[str] | None = None  # those of a microbatch that has other ones than the first
+    _others: list[str] | None = None  # the names of a microbatch that has other metrics than the first
     _attached: tuple[torch.Tensor | float, ...] = ()
     _said: tuple[int, ...] = ()
 
     def add(
         self, loss: torch.Tensor, weight: Any, metrics: Mapping[str, Any], digests: tuple[int, ...], changed: int = 0
     ) -> None:
-        """One forward pass over `len(digests)` microbatches; the sums go into the row of the first."""
+        """Add one forward pass.
+
+        Args:
+            loss, weight: sums over the pass.
+            digests: a hash of the samples of each of its microbatches. The sums go into the row of the first.
+            changed: a mask, for example of the buffers that the pass changed.
+        """
         names = sorted(metrics)
         if self._names is None:
             self._names = names
@@ -120,20 +137,21 @@ class Records:
         return len(self._words)
 
     def mark(self, mask: int) -> None:
-        """Set further bits of the mask."""
+        """Set further bits of the mask of the last pass."""
         for i in range(self.buffer_words):
             self._words[-1][1 + i] |= _signed(mask >> (64 * i))
 
     def attach(self, *values: torch.Tensor | float) -> None:
-        """Numbers of this rank (scalars on its device, or here), which all ranks are to know. All tell as many."""
+        """Set numbers of this rank which all ranks shall know: scalars on its device or on the host, as many on every
+        rank."""
         self._attached = values
 
     def say(self, numbers: Sequence[int]) -> None:
-        """Whole numbers of 64 bits, of each of which all ranks are to know the largest. All say as many."""
+        """Set whole numbers of 64 bits, as many on every rank: all ranks get the largest of each."""
         self._said = tuple(numbers)
 
     def gather(self, group: dist.ProcessGroup | None) -> PendingRecord:
-        """Start the all-gather; call `result` on what comes back after the backward pass."""
+        """Start the all-gather, and return it; call its `result` after the backward pass."""
         assert self._names is not None
         assert len(self._words) == len(self.runs[self.rank])
         mine = self._matrix(max(map(len, self.runs)))
@@ -144,8 +162,11 @@ class Records:
         return PendingRecord(self, everyone, work, mine, group)
 
     def _matrix(self, height: int) -> torch.Tensor:
-        """This rank's rows on its device, int64. Nothing here waits for a device: the numbers go there in one copy from
-        pinned memory, and what the model computed is there already."""
+        """Make this rank's rows on its device: int64 [height, columns].
+
+        Nothing here waits for the device: numbers of the host go there in one copy from pinned memory, and what the
+        model computed is there already.
+        """
         agreed = self.metrics.names
         values = self._rows if self._names == agreed else [[*v[:2], *(0.0 for _ in agreed)] for v in self._rows]
         mark = _MIXED if self._others is not None else _mark(self._names or [])
@@ -160,8 +181,11 @@ class Records:
     def _table(
         self, height: int, words: list[list[int]], values: list[list[Any]], more: int, last: tuple[int, ...] = ()
     ) -> torch.Tensor:
-        """A row for each microbatch: words, then values; zeros below, and in `more` columns. The first row has `last`
-        at its end."""
+        """Make a table with one row per microbatch: words, then values, then `more` columns of zeros; zeros below.
+
+        Args:
+            last: further columns at the end of the first row.
+        """
         first, count = len(words[0]), len(values)
         shape = height, first + len(values[0]) + more + len(last)
         host = torch.zeros(shape, dtype=torch.int64, pin_memory=self.device.type == "cuda")
@@ -183,7 +207,7 @@ class Records:
 
 
 def _detached(value: Any) -> Any:
-    """A number, or a float64 scalar where the model computed it."""
+    """Return a number, or a float64 scalar on the device if the model computed it there."""
     if not isinstance(value, torch.Tensor):
         return float(value)
     value = value.detach()
@@ -192,7 +216,12 @@ def _detached(value: Any) -> Any:
 
 @dataclass
 class PendingRecord:
-    """An all-gather under way."""
+    """An all-gather under way.
+
+    Args:
+        everyone: the rows of all ranks: int64 [ranks, height, columns].
+        work: the handle to wait for; None if there is one rank.
+    """
 
     records: Records
     everyone: torch.Tensor
@@ -201,17 +230,17 @@ class PendingRecord:
     group: dist.ProcessGroup | None = None
 
     def result(self) -> StepRecord:
-        """Wait, and sum in tree order over the microbatches of the whole step.
+        """Wait for the gather, and sum in tree order over the microbatches of the whole step.
 
         Raises:
-            ConfigError: on every rank, where metrics differ by name, or a weight is negative.
+            ConfigError: on every rank: ranks have metrics with different names, or a weight is negative.
             WorldBroken: the gather was aborted, as `Records.check` says.
         """
         if self.work is not None:
             self.work.wait()
         gathered = self.everyone.cpu()
         self.records.check()
-        host = gathered.numpy()  # numpy costs a tenth of torch for arrays as small as these
+        host = gathered.numpy()  # for arrays as small as these numpy takes a tenth of torch's time
         rows = self._in_order(host)
         words = 2 + self.records.buffer_words
         said_from = rows.shape[1] - len(self.records._said)
@@ -222,7 +251,7 @@ class PendingRecord:
         if (host[:, 0, words - 1] != _mark(self.records.metrics.names)).any():
             sums = np.concatenate([sums[:, :2], self._agree(host[:, 0, words - 1].tolist())], 1)
         self._check_weights(sums[:, 1])
-        with np.errstate(all="ignore"):  # who looks at the sum finds what is not finite
+        with np.errstate(all="ignore"):  # the caller looks at the sums for what is not finite
             total = tree_sum_of_rows(sums).tolist()
         changed = 0
         for i in range(self.records.buffer_words):
@@ -237,7 +266,7 @@ class PendingRecord:
         )
 
     def _in_order(self, host: np.ndarray) -> np.ndarray:
-        """The rows of the whole step, by microbatch."""
+        """Return the rows of the whole step, by microbatch: int64 [microbatches, columns]."""
         order = [microbatch for run in self.records.runs for microbatch in run]
         rows = np.empty((len(order), host.shape[2]), np.int64)
         rows[order] = np.concatenate([host[rank, : len(run)] for rank, run in enumerate(self.records.runs)])
@@ -253,7 +282,11 @@ class PendingRecord:
             )
 
     def _agree(self, marks: list[int]) -> np.ndarray:
-        """All ranks have other metrics than in the step before: the values of those, float64, by microbatch."""
+        """Return the values of new metrics on which all ranks agree: float64 [microbatches, metrics].
+
+        Raises:
+            ConfigError: the ranks, or the microbatches of one rank, have different names.
+        """
         records = self.records
         if marks.count(marks[0]) < len(marks) or marks[0] == _MIXED:
             mine = [records._names, *([records._others] if records._others is not None else [])]
@@ -273,7 +306,7 @@ class PendingRecord:
         return self._in_order(gathered.numpy()).view(np.float64)
 
     def _gather(self, mine: torch.Tensor) -> torch.Tensor:
-        """Tensors of one shape, of all ranks."""
+        """Gather tensors of one shape from all ranks: [ranks, *shape]."""
         if len(self.records.runs) == 1:
             return mine.unsqueeze(0)
         everyone = torch.empty(len(self.records.runs), *mine.shape, dtype=mine.dtype, device=mine.device)
@@ -281,7 +314,7 @@ class PendingRecord:
         return everyone
 
     def _gather_objects(self, value: Any) -> list[Any]:
-        """A JSON value of each rank."""
+        """Gather a JSON value of each rank."""
         device, data = self.records.device, json.dumps(value).encode()
         lengths = self._gather(torch.tensor([len(data)], device=device)).view(-1).tolist()
         self.records.check()
@@ -293,7 +326,7 @@ class PendingRecord:
 
 
 def _mark(names: list[str]) -> int:
-    """A hash of names that no `_MIXED` is."""
+    """Hash names to a number that is never `_MIXED`."""
     return xxhash.xxh3_64_intdigest(json.dumps(names).encode()) >> 1
 
 
