@@ -1,4 +1,4 @@
-"""What a job has told to others while it trains: callbacks in the driver, and JSON lines as the simplest of them.
+"""Callbacks: what a job has the driver tell to others while it trains. JSON lines are the simplest of them.
 
 Trackers of other projects are in `trackers`.
 """
@@ -14,45 +14,75 @@ from typing import Any, TextIO
 from elastic.errors import ConfigError
 from elastic.observe.ledger import to_line
 
-#: What a step's row has beside figures.
+#: The columns of a step's row that are no figures.
 NO_FIGURES = frozenset(("step", "time", "format", "generation", "first_position", "count", "sample_hash"))
 
 
 class Callback:
-    """Hears of a run in the driver: never in workers, each record once, on a thread of its own.
+    """Receives the records of a run: in the driver, never in workers; each record once, on a thread of its own.
 
-    Nothing that it does ends or slows the training: an error is told once by a warning, and it is called again with the
-    next record; if it is slow, records wait for it. At the end of the run it is waited for, for a minute.
+    A callback can neither end nor slow the training. If it raises, a warning tells the first error, and it is called
+    again with the next record. If it is slow, records wait for it; at the end of the run the driver waits for it for up
+    to a minute.
 
-    A step is told when it is first done. One that is done again, since the state after the newest checkpoint was lost,
-    is not told again, by no later command of the run either: its row in the ledger counts, which in `bitwise` says the
-    same, and in `fast` differs by rounding. `on_event` hears that it happened (`restored`, with the step).
+    A step is reported when it is done first. A step that is done again, because the state after the newest checkpoint
+    was lost, is not reported again, not even by a later command of the run. In the ledger the row that was written last
+    counts: in `bitwise` it says the same, in `fast` it differs by rounding. `on_event` is told that steps were done
+    again (`restored`, with the step).
     """
 
     def on_start(self, run: dict[str, Any]) -> None:
-        """The run begins or goes on: `run` (its name), `folder`, `total_steps`, `options`, all as JSON has them."""
+        """The run begins or goes on.
+
+        Args:
+            run: `run` (its name), `folder`, `total_steps` and `options`, as JSON values.
+        """
 
     def on_row(self, row: dict[str, Any]) -> None:
-        """A row of `metrics.jsonl`: a step's `step`, `loss`, `lr`, `grad_norm`, the job's metrics, and more."""
+        """A step was taken.
+
+        Args:
+            row: a row of `metrics.jsonl`: `step`, `loss`, `lr`, `grad_norm`, the job's metrics, and more.
+        """
 
     def on_eval(self, row: dict[str, Any]) -> None:
-        """An evaluation: `step`, `time`, and `eval/...` for each figure."""
+        """The state was evaluated.
+
+        Args:
+            row: `step`, `time`, and `eval/...` for each figure.
+        """
 
     def on_checkpoint(self, event: dict[str, Any]) -> None:
-        """A checkpoint was committed: an event with `step`, `seconds`, and `detail`."""
+        """A checkpoint was committed.
+
+        Args:
+            event: with `step`, `seconds` and `detail`.
+        """
 
     def on_event(self, event: dict[str, Any]) -> None:
-        """Any other event of the ledger: `kind`, `time`, `generation`, and more."""
+        """Something else happened.
+
+        Args:
+            event: an event of the ledger: `kind`, `time`, `generation`, and more.
+        """
 
     def on_sample(self, step: int, sample: dict[str, str | bytes]) -> None:
-        """What `Job.sample` made at a step, by name: texts, and pictures as PNG."""
+        """`Job.sample` made something.
+
+        Args:
+            sample: by name: texts, and pictures as PNG.
+        """
 
     def on_end(self, end: dict[str, Any]) -> None:
-        """How this command ended: `status`, `message`, and `result`, what `result.json` has."""
+        """This command ends.
+
+        Args:
+            end: `status`, `message`, and `result`, which is what `result.json` has.
+        """
 
 
 def figures(row: Mapping[str, Any]) -> dict[str, float]:
-    """The numbers of a row by what trackers call them: `train/loss`, `eval/...`."""
+    """Return the numbers of a row by the names that trackers use: `train/loss`, `eval/...`."""
     return {
         name if "/" in name else f"train/{name}": value
         for name, value in row.items()
@@ -61,9 +91,13 @@ def figures(row: Mapping[str, Any]) -> dict[str, float]:
 
 
 def need(package: str, who: str) -> None:
-    """
+    """Check that a package is installed.
+
+    Args:
+        who: needs it, for the message.
+
     Raises:
-        ConfigError: the package is not installed.
+        ConfigError: it is not.
     """
     if importlib.util.find_spec(package) is None:
         raise ConfigError(
@@ -72,7 +106,7 @@ def need(package: str, who: str) -> None:
 
 
 class JSONLines(Callback):
-    """Appends all that it hears to a file: a line of JSON each, with what it is (`row`, `eval`, ...) as `is`.
+    """Appends what it receives to a file: one line of JSON per record, with the kind (`row`, `eval`, ...) as `is`.
 
     Args:
         path: on the driver's machine; its folder is made.

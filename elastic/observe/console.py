@@ -1,4 +1,4 @@
-"""What a person sees: one readable line every few seconds, every event, an ETA."""
+"""The console: one readable line every few seconds, every event, and an estimate of the time that is left."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from elastic.observe.streams import Sturdy
 from elastic.redact import printable, redact
 
 LEAST_BAR, MOST_BAR = 10, 40  # columns
-HISTORY_S = 15.0  # between two lines of progress that a terminal keeps, under which the newest one is redrawn
-_TOLD_ALWAYS = ("parked", "resumed", "run_finished")  # beside what went wrong, where quiet was asked for
-#: Events that tell of a death in several lines.
+HISTORY_S = 15.0  # seconds between two lines of progress that stay above the one that is redrawn
+_TOLD_ALWAYS = ("parked", "resumed", "run_finished")  # shown even if --quiet was given, beside what went wrong
+#: Events of a death, which are shown in several lines.
 DEATHS = ("process_ended", "last_words")
-_UNTOLD = ("end", "restored")  # in the ledger; on the console the world's line tells enough
+_UNTOLD = ("end", "restored")  # events that are not shown: the line of the world says enough
 
 
 def seconds_text(seconds: float) -> str:
-    """1.2s, 3m10s, 2h05m."""
+    """Return seconds as "1.2s", "3m10s" or "2h05m"."""
     if seconds < 60:
         return f"{seconds:.1f}s"
     minutes, s = divmod(round(seconds), 60)
@@ -36,12 +36,12 @@ def seconds_text(seconds: float) -> str:
 def row_text(
     row: dict[str, Any], total_steps: int, rate: float | None, samples_rate: float | None, width: int | None = None
 ) -> str:
-    """A row as one line, with the job's own metrics.
+    """Return a row as one line, with the job's own metrics.
 
     Args:
-        rate: steps/s.
-        samples_rate: samples/s, or tokens/s where rows have tokens.
-        width: columns that there are; what matters more goes before what matters less, as far as it fits.
+        rate: steps per second.
+        samples_rate: samples per second, or tokens per second if rows have tokens.
+        width: columns of the terminal; what matters less is left out if it does not fit.
     """
     own = {k: v for k, v in row.items() if k not in COLUMNS and isinstance(v, (int, float))}
     parts = [(0, f"step {row['step']}/{total_steps}"), (1, f"loss {_number(row.get('loss'))}")]
@@ -68,13 +68,17 @@ def _joined(parts: list[tuple[int, str]]) -> str:
 
 
 def eval_text(row: dict[str, Any]) -> str:
-    """An evaluation row as one line."""
+    """Return the row of an evaluation as one line."""
     values = [f"{k.removeprefix('eval/')} {_number(v)}" for k, v in row.items() if k.startswith("eval/")]
     return f"step {row['step']}  eval: " + "  ".join(values)
 
 
 def event_text(event: dict[str, Any], *, whole: bool = False) -> str:
-    """An event as one line; `whole`: with all lines of what it tells."""
+    """Return an event as one line.
+
+    Args:
+        whole: with all lines of its detail.
+    """
     words = [event["kind"].replace("_", " ")]
     if event["kind"] == "run_finished" and event.get("detail") != "finished":
         words = ["run paused"]
@@ -100,7 +104,7 @@ def event_text(event: dict[str, Any], *, whole: bool = False) -> str:
 
 
 def result_text(values: dict[str, Any], folder: str) -> str:
-    """How a run ended, for a person: figures, hash, sample, and where everything lies."""
+    """Return how a run ended, for people: figures, hash, sample, and where everything lies."""
     metrics = "  ".join(f"{k.removeprefix('eval/')} {_number(v)}" for k, v in values.get("metrics", {}).items())
     lines = [f"{values['status']} after step {values['steps']}" + (f"; held-out: {metrics}" if metrics else "")]
     if values.get("sample"):
@@ -117,14 +121,14 @@ def _number(value: Any) -> str:
 
 
 class Console:
-    """Prints records of a run; on a terminal the newest line is redrawn at the bottom, and some stay above it.
+    """Prints the records of a run. On a terminal the newest line is redrawn at the bottom, and some stay above it.
 
-    Output that breaks turns it off, and nothing else.
+    If writing fails, the console turns itself off; the run goes on.
 
     Args:
-        every_s: least time between two progress lines.
-        live: whether the newest line may be redrawn where `out` is a terminal; not where others write to it too.
-        quiet: tell only what went wrong, and how the run ended.
+        every_s: the least seconds between two lines of progress.
+        live: redraw the newest line if `out` is a terminal; False if others write to it too.
+        quiet: show only what went wrong, and how the run ended.
     """
 
     def __init__(
@@ -136,7 +140,7 @@ class Console:
         self._recent: deque[tuple[float, int, float]] = deque(maxlen=50)
         self._last_line = 0.0
         self._live: Any = None
-        self._newest = ""  # line of progress that was redrawn and is not kept yet
+        self._newest = ""  # the line of progress that was drawn and is not kept yet
         if live and not quiet and self._out.isatty() and os.environ.get("TERM", "dumb") not in ("dumb", "unknown"):
             from rich.console import Console as RichConsole
             from rich.live import Live
@@ -145,7 +149,7 @@ class Console:
             self._live.start()
 
     def print(self, text: str) -> None:
-        """Print a line, but for the secrets in it."""
+        """Print a line, with secrets replaced."""
         text = printable(redact(text))
         if self._live is not None:
             self._live.console.print(text, highlight=False, markup=False, soft_wrap=True)
@@ -153,7 +157,7 @@ class Console:
             print(text, file=self._out, flush=True)
 
     def record(self, record: dict[str, Any]) -> None:
-        """Show a row or an event as it arrives."""
+        """Show a row or an event."""
         if "kind" in record:
             if record["kind"] not in _UNTOLD and (not self._quiet or self._tells_always(record["kind"])):
                 self.print(f"[{time.strftime('%H:%M:%S', time.localtime(record['time']))}] {event_text(record)}")
@@ -177,7 +181,7 @@ class Console:
         amount_rate = (last[2] - first[2]) / elapsed if elapsed > 0 else None
         now = time.monotonic()
         if self._live is not None:
-            with contextlib.suppress(OSError, ValueError):  # rich asks the standard streams, which may be others
+            with contextlib.suppress(OSError, ValueError):  # rich asks the standard streams, which may be closed
                 self._live.console.width = os.get_terminal_size(self._out.fileno()).columns
             width = self._live.console.width
             text = row_text(row, self._total, rate, amount_rate, width)
@@ -193,13 +197,13 @@ class Console:
             self.print(row_text(row, self._total, rate, amount_rate))
 
     def _keep(self) -> None:
-        """Leave the newest line of progress above the one that is redrawn."""
+        """Keep the newest line of progress above the one that is redrawn."""
         text, self._newest = self._newest, ""
         if text:
             self.print(text)
 
     def close(self) -> None:
-        """Leave the terminal as it was, with the newest line of progress in its history."""
+        """Restore the terminal, with the newest line of progress in its history."""
         if self._live is not None:
             self._keep()
             self._live.stop()
@@ -207,7 +211,7 @@ class Console:
 
 
 def _bar(row: dict[str, Any], total: int, text: str, width: int) -> Any:
-    """The text, and a bar where there is room beside it: one line."""
+    """Make one line of the text and, if it fits beside it, a bar."""
     from rich.progress_bar import ProgressBar
     from rich.table import Table
     from rich.text import Text

@@ -1,4 +1,4 @@
-"""A run as figures for Prometheus: from its records, in its text format, or for whoever else keeps figures. Pure."""
+"""A run as figures in Prometheus' text format, and for others that collect figures. Pure, from its records."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ _OF_ROWS = {
 
 
 class Figures:
-    """Keeps them up, record by record.
+    """Computes the figures, record by record.
 
     Args:
         total_steps: of the whole run.
@@ -59,13 +59,15 @@ class Figures:
 
     def __init__(self, total_steps: int):
         self._known: dict[str, float] = {name: 0.0 for name, (kind, _) in FIGURES.items() if kind == COUNTER}
-        del self._known["elastic_samples_total"], self._known["elastic_tokens_total"]  # those of the run, once known
+        # these count the whole run, and are known only from its first row on
+        del self._known["elastic_samples_total"], self._known["elastic_tokens_total"]
         self._known |= {"elastic_total_steps": total_steps, "elastic_world_size": 0, "elastic_parked": 0}
         self._broken = False
-        self._last: tuple[float, float] | None = None  # when the newest step ended, and how long it took
+        # when the newest step ended (unix seconds), and the seconds that it took
+        self._last: tuple[float, float] | None = None
 
     def hear(self, record: Mapping[str, Any]) -> None:
-        """A row or event has come."""
+        """Take in a row or an event."""
         if "kind" in record:
             self._hear_event(str(record["kind"]), record)
         elif "sample_hash" in record:
@@ -107,12 +109,12 @@ class Figures:
             known["elastic_world_size"] = 0.0
 
     def values(self) -> dict[str, float]:
-        """What is known now, by name."""
+        """Return the figures that are known now, by name."""
         return dict(self._known)
 
 
 def exposition(run: str, values: Mapping[str, float]) -> str:
-    """Figures in Prometheus' text format, each with the label `run`."""
+    """Return figures in Prometheus' text format, each with the label `run`."""
     label = run.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
     lines = []
     for name, (kind, meaning) in FIGURES.items():

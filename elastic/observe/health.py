@@ -1,6 +1,6 @@
-"""How a run is doing, as practitioners watch it: figures with a goal, a verdict, and what to try. Pure, from rows.
+"""How well a run uses its machines: figures with a goal, a verdict and advice. Pure, from rows.
 
-Goals are those of the field: most of a device's memory in use, most of a step computing, hardly any waiting for
+The goals are those of the field: most of a device's memory in use, most of a step computing, and hardly any waiting for
 gradients or data.
 """
 
@@ -16,10 +16,10 @@ from typing import Any
 
 from elastic.observe.segments import number
 
-RECENT = 200  # steps that figures are made of
-_BEST = 0.95  # quantile that counts as the best that was reached
+RECENT = 200  # the newest steps from which figures are computed
+_BEST = 0.95  # the quantile of a figure that counts as the best this run has reached
 GOOD, POOR, NOTED = "good", "poor", "noted"
-#: Dense peak in FLOP/s of bfloat16 tensor cores, by a part of the device's name (NVIDIA's data sheets).
+#: Dense peak FLOP/s of bfloat16 tensor cores, by a part of the device's name; source: NVIDIA's data sheets.
 PEAKS = {
     "H200": 989e12,
     "H100 PCIe": 756e12,
@@ -39,11 +39,11 @@ class Sign:
     """One figure.
 
     Args:
-        value: None where it is not known.
-        unit: "share" (0 to 1), or what `value` counts.
-        goal: for people; empty where there is none.
-        verdict: good, poor, or noted where there is no goal.
-        advice: what to try; empty where nothing needs to be.
+        value: None if it is not known.
+        unit: "share" (0 to 1), or the unit of `value`.
+        goal: for people; empty if there is none.
+        verdict: "good", "poor", or "noted" if there is no goal.
+        advice: what to try; empty if nothing needs to change.
     """
 
     name: str
@@ -54,16 +54,16 @@ class Sign:
     advice: str = ""
 
     def to_json(self) -> dict[str, Any]:
-        """JSON values."""
+        """Return the figure as JSON values."""
         return asdict(self)
 
 
 def health(rows: Sequence[dict[str, Any]], events: Sequence[dict[str, Any]] = ()) -> tuple[Sign, ...]:
-    """The signs of a run.
+    """Return the figures of a run.
 
     Args:
-        rows: in the order written; the newest steps count.
-        events: with `worker_warm`, which says what workers run on and how many FLOPs a sample takes.
+        rows: in the order written; the newest RECENT steps count.
+        events: `worker_warm` says what workers run on, and how many FLOPs a sample takes.
     """
     steps = [r for r in rows if "sample_hash" in r and number(r.get("step_s")) > 0][-RECENT:]
     shares = {name: _share(steps, name) for name in ("compute_s", "sync_s", "data_s")}
@@ -117,15 +117,15 @@ def health(rows: Sequence[dict[str, Any]], events: Sequence[dict[str, Any]] = ()
 
 
 class Health:
-    """Keeps what the signs are made of, as rows and events come."""
+    """Keeps what the figures are computed from, as rows and events arrive."""
 
     def __init__(self) -> None:
         self._rows: deque[dict[str, Any]] = deque(maxlen=RECENT)
-        self._sized: list[dict[str, Any]] = []  # the newest row that says how large gradients are
+        self._sized: list[dict[str, Any]] = []  # the newest row that has the bytes of the gradients
         self._warm: list[dict[str, Any]] = []
 
     def add(self, rows: Iterable[dict[str, Any]], events: Iterable[dict[str, Any]]) -> None:
-        """New ones of either have come."""
+        """Take in new rows and events."""
         for row in rows:
             if "sample_hash" in row:
                 self._rows.append(row)
@@ -134,7 +134,7 @@ class Health:
         self._warm = [e for e in events if e.get("kind") == "worker_warm"][-1:] or self._warm
 
     def signs(self) -> tuple[Sign, ...]:
-        """How the run is doing now."""
+        """Return the figures as of now."""
         return health([*self._sized, *self._rows], self._warm)
 
 
@@ -171,7 +171,7 @@ def _share(steps: Sequence[dict[str, Any]], name: str) -> float | None:
 
 
 def _bandwidth(rows: Sequence[dict[str, Any]], steps: Sequence[dict[str, Any]]) -> list[Sign]:
-    """Of the gradients, against the best that this run has reached: what the wires can do, as far as it has shown."""
+    """Compare the bandwidth of the gradients with the best that this run has reached: the network can do that much."""
     size = next((v for r in reversed(rows) if (v := _finite(r.get("gradient_bytes")))), None)
     waits = [(number(r.get("sync_s")), int(number(r.get("world_size")))) for r in steps]
     rates = sorted(2 * (w - 1) / w * size / s for s, w in waits if s > 0 and w > 1) if size else []
@@ -220,7 +220,7 @@ def _speed(steps: Sequence[dict[str, Any]], warm: dict[str, Any]) -> list[Sign]:
 
 
 def _peak(device: Any) -> float | None:
-    """What a device can do, where it is known; `device`: as `worker_warm` has it."""
+    """Return the peak FLOP/s of a device (as `worker_warm` describes it), or None if it is not known."""
     try:
         name = str(json.loads(device)["name"])
     except (TypeError, ValueError, KeyError):
@@ -229,7 +229,8 @@ def _peak(device: Any) -> float | None:
 
 
 def _trend(steps: Sequence[dict[str, Any]], name: str) -> tuple[str, str, str]:
-    """Goal, verdict and advice for a figure that should not run away: its newest against what it was."""
+    """Judge a figure that should not run away, by comparing its newest values with earlier ones: goal, verdict,
+    advice."""
     values = [v for r in steps if (v := _finite(r.get(name))) is not None]
     lost = any(name in r and _finite(r[name]) is None for r in steps[-10:])
     if lost:

@@ -1,9 +1,9 @@
 """The append-only record of a run: rows (`metrics.jsonl`) and events (`events.jsonl`).
 
-Local disk is appended to. Object storage cannot append: there, records go as segments
-`metrics.jsonl.d/<claim>-<start>-<first>.jsonl`, created if absent, and are compacted into the one file at the end. So
-do those of a local file that cannot be appended to, and those after an append that hung: where it is done later, lines
-are there twice. One reader hides the difference; it tolerates a torn tail.
+A local file is appended to. Object storage cannot append: there, records are written as segments
+`metrics.jsonl.d/<claim>-<start>-<first>.jsonl`, each created if absent, and compacted into the one file at the end.
+Segments also hold the records of a local file that cannot be appended to, and those after an append that hung: if that
+append is done later, its lines are there twice. The readers here hide the difference and tolerate a torn last line.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from elastic.storage import Storage
 METRICS = "metrics.jsonl"
 EVENTS = "events.jsonl"
 FORMAT = 1
-#: What rows of a ledger have by themselves; `eval/...` are evaluations, and what has a kind is an event.
+#: Columns that rows of a ledger have by themselves. `eval/...` are evaluations; a record with a kind is an event.
 COLUMNS = frozenset(
     (
         "format",
@@ -67,7 +67,7 @@ _SEGMENT = re.compile(r"\d+-\d+-\d+\.jsonl\Z")
 
 
 def to_line(record: dict[str, Any]) -> str:
-    """One record as a line of strict JSON: NaN and infinities become null."""
+    """Return a record as one line of strict JSON: NaN and infinities become null."""
     try:
         return json.dumps(record, allow_nan=False) + "\n"
     except ValueError:
@@ -75,6 +75,7 @@ def to_line(record: dict[str, Any]) -> str:
 
 
 def finite(value: Any) -> Any:
+    """Return a JSON value with None for each number in it that is not finite."""
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, dict):
@@ -83,22 +84,23 @@ def finite(value: Any) -> Any:
 
 
 class LedgerFile:
-    """One of the two files, being written. Only the keeper of a run has one."""
+    """The writer of one of the two files. Only the keeper of a run has one."""
 
     def __init__(self, storage: Storage, name: str, epoch: int):
         self._storage, self._name, self._epoch = storage, name, epoch
         self._pending: list[str] = []
         self._written = 0
         self._appends = storage.can_append
-        self._whole = False  # the local file ends with a line that was written whole
-        self._began_ms = int(time.time() * 1000)  # a restarted keeper of the same claim goes on after the first
+        self._whole = False  # the last line of the local file is whole
+        # milliseconds; a restarted keeper of the same claim sorts behind the first
+        self._began_ms = int(time.time() * 1000)
 
     def add(self, record: dict[str, Any]) -> None:
         """Queue a record for the next flush."""
         self._pending.append(to_line({"format": FORMAT, **record}))
 
     def flush(self) -> None:
-        """Write what is queued."""
+        """Write the queued records."""
         if not self._pending:
             return
         data = "".join(self._pending).encode()
@@ -127,11 +129,11 @@ class LedgerFile:
         try:
             self._storage.create(f"{self._name}.d/{name}", data)
         except StorageHung:
-            self._began_ms += 1  # the next has another name, as it may have more lines
+            self._began_ms += 1  # the next segment gets another name: it may have more lines
             raise
 
     def compact(self) -> None:
-        """Join segments into the one file; a crash in between leaves records twice at worst, never lost."""
+        """Join the segments into the one file. A crash in between may leave records twice, but never loses any."""
         self.flush()
         if not _segments(self._storage, self._name):
             return
@@ -151,14 +153,14 @@ def _ends_torn(storage: Storage, name: str) -> bool:
 
 
 def _lines(storage: Storage, name: str) -> Iterator[bytes]:
-    """All lines of the file and its segments; where there are segments, without what a broken compaction doubled."""
+    """Yield all lines of the file and its segments, without those that a broken compaction left twice."""
     segments = _segments(storage, name)
     seen: set[bytes] = set()
     for part in (name, *(f"{name}.d/{segment}" for segment in segments)):
         try:
             lines = storage.read(part).split(b"\n")
         except FileNotFoundError:
-            continue  # never compacted yet
+            continue  # the file was never compacted yet
         for line in lines:
             if line and line not in seen:
                 yield line
@@ -167,20 +169,23 @@ def _lines(storage: Storage, name: str) -> Iterator[bytes]:
 
 
 def read_records(storage: Storage, name: str) -> list[dict[str, Any]]:
-    """All records of `metrics.jsonl` or `events.jsonl`, in the order written, without doubles of a compaction."""
+    """Read all records of `metrics.jsonl` or `events.jsonl`, in the order written, each once."""
     return _parse(_lines(storage, name))
 
 
 def read_tail(storage: Storage, name: str, count: int) -> list[dict[str, Any]]:
-    """The newest `count` records, oldest first, or all if there are fewer. Reads from the end, as much as it needs:
-    segments side by side, ever more of them, as one may have a single record and each is a round trip."""
+    """Read the newest `count` records, oldest first; all if there are fewer.
+
+    It reads from the end, and no more than it needs. Segments are read in parallel and in growing numbers, since a
+    segment may hold one record, and each costs a round trip.
+    """
 
     def read(segment: str) -> list[dict[str, Any]]:
         return _parse(storage.read(f"{name}.d/{segment}").split(b"\n"))
 
     found: list[dict[str, Any]] = []
     with (
-        contextlib.suppress(FileNotFoundError),  # compacted at this moment: the one file has them all
+        contextlib.suppress(FileNotFoundError),  # compacted at this moment: the one file has its records
         ThreadPoolExecutor(_AT_ONCE, "ledger") as pool,
     ):
         segments, batch = _segments(storage, name), 1
@@ -190,7 +195,7 @@ def read_tail(storage: Storage, name: str, count: int) -> list[dict[str, Any]]:
             batch = min(2 * batch, _AT_ONCE)
     if len(found) >= count:
         return found[len(found) - count :]
-    older = [r for r in _tail_of(storage, name, count) if r not in found]  # a broken compaction left them twice
+    older = [r for r in _tail_of(storage, name, count) if r not in found]  # a broken compaction left these twice
     return (older + found)[max(0, len(older) + len(found) - count) :]
 
 
@@ -198,12 +203,12 @@ def _tail_of(storage: Storage, name: str, count: int) -> list[dict[str, Any]]:
     try:
         size = storage.size(name)
     except FileNotFoundError:
-        return []  # never compacted yet
+        return []  # the file was never compacted yet
     block = _TAIL_BYTES
     while True:
         start = max(0, size - block)
         lines = storage.read(name, start, size).split(b"\n")
-        found = _parse(lines[1:] if start else lines)  # the first line may have begun before
+        found = _parse(lines[1:] if start else lines)  # the first line may have begun before `start`
         if not start or len(found) >= count:
             return found
         block *= 4
@@ -223,17 +228,18 @@ def _parse(lines: Iterable[bytes]) -> list[dict[str, Any]]:
 
 
 class Follower:
-    """Reads a ledger that is being written: each call of `new` gives what came since the last one."""
+    """Reads a ledger that is being written: each call of `new` returns what came since the last one."""
 
     def __init__(self, storage: Storage, name: str):
         self._storage, self._name = storage, name
         self._read_to = 0
         self._segments: set[str] = set()
-        self._seen: set[int] = set()  # lines, by their hash: a compaction writes all of them again, elsewhere
+        self._seen: set[int] = set()  # hashes of lines: a compaction writes all of them again, elsewhere
 
     def new(self) -> list[dict[str, Any]]:
-        """Records that were not there yet, in the order written. A line without an end waits for it."""
-        segments = _segments(self._storage, self._name)  # first: what is compacted meanwhile is read from the one file
+        """Return the new records, in the order written. A line without an end is returned once it has one."""
+        # list the segments first: what is compacted meanwhile is then read from the one file
+        segments = _segments(self._storage, self._name)
         lines = self._lines_of_the_file(compacted=bool(self._segments - set(segments)))
         for segment in segments:
             if segment not in self._segments:
@@ -269,7 +275,7 @@ def _generation(row: dict[str, Any]) -> tuple[int, int]:
 
 
 def kept_history(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The steps that the final weights are made of: for each step the row of the highest generation."""
+    """Return the steps of which the final weights are made: for each step the row of the newest world."""
     kept: dict[int, dict[str, Any]] = {}
     for row in rows:
         if "sample_hash" in row and (row["step"] not in kept or _generation(row) >= _generation(kept[row["step"]])):
@@ -278,7 +284,8 @@ def kept_history(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def gaps_and_doubles(rows: Iterable[dict[str, Any]], global_size: int) -> list[str]:
-    """What is wrong with a history: positions lost or applied twice. Empty for a run that counted each sample once."""
+    """Return what is wrong with a history: samples that were lost or applied twice. Empty if each counted exactly
+    once."""
     problems = []
     for expected, row in enumerate(kept_history(rows), start=1):
         if row["step"] != expected:

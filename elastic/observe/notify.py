@@ -1,4 +1,4 @@
-"""Of what happens to a run, what somebody should be told who does not look. Pure."""
+"""Decides which events of a run are worth a message to somebody who does not watch it. Pure."""
 
 from __future__ import annotations
 
@@ -11,19 +11,23 @@ PARKED_S = 600.0
 
 @dataclass(frozen=True)
 class Message:
-    """What is to be told: `kind` for programs, `text` for people, in one line."""
+    """A message: `kind` for programs, `text` for people, in one line."""
 
     kind: str
     text: str
     facts: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self, run: str) -> dict[str, Any]:
-        """What is sent: chat services show its `text`."""
+        """Return the message as JSON values; chat services show its `text`."""
         return {"format": 1, "text": self.text, "kind": self.kind, "run": run, **self.facts}
 
 
 class Attention:
-    """Hears the records of a run, and says what is worth a message. `run`: its name."""
+    """Takes in the records of a run, and returns the messages to send.
+
+    Args:
+        run: its name.
+    """
 
     def __init__(self, run: str):
         self._run = run
@@ -32,7 +36,11 @@ class Attention:
         self._why = ""
 
     def hear(self, record: dict[str, Any], now: float) -> list[Message]:
-        """A row or event has come. `now`: monotonic seconds."""
+        """Take in a row or an event.
+
+        Args:
+            now: monotonic seconds.
+        """
         kind, detail = record.get("kind"), record.get("detail")
         if kind == "end":
             return [self._ended(record)]
@@ -58,7 +66,11 @@ class Attention:
         return []
 
     def tick(self, now: float) -> list[Message]:
-        """Time has passed."""
+        """Note that time has passed.
+
+        Args:
+            now: monotonic seconds.
+        """
         if self._parked_at is None or self._told_parked or now - self._parked_at < PARKED_S:
             return []
         self._told_parked = True
@@ -80,7 +92,7 @@ class Attention:
 
 
 def _line(detail: Any) -> str:
-    """What it comes down to: of a traceback the last line, of anything else the first."""
+    """Return the essence of a detail: the last line of a traceback, the first line of anything else."""
     lines = [line for line in str(detail or "").splitlines() if line.strip()]
     if not lines:
         return ""

@@ -1,7 +1,8 @@
-"""The time of one world cut into segments, each with what it went into, from the rows of the world. Pure.
+"""Cuts the time of one world into segments and says what each was spent on, from the rows of the world. Pure.
 
-A row's `time` is that of its update; `step_s` is longer by what followed it: an evaluation, a save. Clocks of machines
-differ, so segments are fitted into the world's own time, one after another, whatever their times say.
+The `time` of a row is that of its update; what followed the update, such as an evaluation or a save, is part of
+`step_s` too. The clocks of machines differ, so segments are fitted into the world's own time, one after another,
+whatever their times say.
 """
 
 from __future__ import annotations
@@ -20,13 +21,13 @@ Column = np.ndarray[Any, np.dtype[np.float64]]  # a value for each piece
 
 
 class Segment(NamedTuple):
-    """Some of a world's time.
+    """A part of a world's time.
 
     Args:
-        begin, end: unix seconds; of several that were put together, only how long they are together.
+        begin, end: unix seconds. For steps that were put together only the difference counts.
         shares: of its seconds, by cause; they add up to 1.
         redone: the world in which this step was done again.
-        first, last: nothing of the world comes before, or after.
+        first, last: it is the first or the last one of the world.
     """
 
     begin: float
@@ -42,9 +43,9 @@ class Deal:
     """How a step's microbatches are dealt, as far as it is known.
 
     Args:
-        microbatches: V; None where it is not known.
-        padded: whoever has fewer passes than others makes as many nevertheless.
-        complete: the ledger tells of evaluations, holds and snapshots.
+        microbatches: in a step; None if it is not known.
+        padded: workers with fewer passes than others make up the number with passes that count for nothing.
+        complete: the ledger has the seconds of evaluations, holds and snapshots.
     """
 
     microbatches: int | None = None
@@ -53,14 +54,14 @@ class Deal:
 
 
 def number(value: Any) -> float:
-    """Of seconds in a record: 0 for what is none."""
+    """Return seconds from a record: 0 for a value that is no positive finite number."""
     if type(value) is float or type(value) is int:
         return float(value) if 0 < value < math.inf else 0.0
     return 0.0
 
 
 def _eval_s(row: dict[str, Any], evaluation: dict[str, Any] | None) -> float:
-    """Of the evaluation, if it is a part of the step and not of what came after."""
+    """Return the seconds of an evaluation that is part of the step; 0 if it came after the step."""
     if evaluation is None:
         return 0.0
     seconds = number(evaluation.get("eval_s"))
@@ -68,7 +69,7 @@ def _eval_s(row: dict[str, Any], evaluation: dict[str, Any] | None) -> float:
 
 
 def after_s(row: dict[str, Any], evaluation: dict[str, Any] | None) -> float:
-    """How long a step went on after its update, which is the time of its row."""
+    """Return the seconds that a step went on after its update, which is the time of its row."""
     found = number(row.get("checkpoint_s")) + (number(row["snapshot_s"]) if "snapshot_s" in row else 0.0)
     return found if evaluation is None else found + _eval_s(row, evaluation)
 
@@ -194,12 +195,13 @@ def world_segments(
     *,
     together: bool = False,
 ) -> Iterator[Segment]:
-    """All of the time of a world from `begin` to `end`, without a gap.
+    """Yield all of the time of a world from `begin` to `end`, without a gap.
 
     Args:
+        begin, end: unix seconds.
         rows: of the world's steps.
         evaluations: of the world, by step.
-        redone_in: for steps that were done again later, in which world.
+        redone_in: the world in which a step was done again, by step.
         tail: the cause of what comes after the last row.
         workers: that train in it.
         together: steps that count, and what came between them, are put together into one segment; there may be a

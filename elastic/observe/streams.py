@@ -1,6 +1,7 @@
 """Standard output and error that may break: a terminal that closes, a pipe that nobody reads, a full disk.
 
-A run outlives who watches it, so what cannot be written is dropped, and neither raises nor holds up whoever prints.
+A run outlives the people who watch it. So what cannot be written is dropped, and neither raises nor blocks the thread
+that prints.
 """
 
 from __future__ import annotations
@@ -21,20 +22,20 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, TextIO
 
-PATIENCE_S = 5.0  # for a terminal that takes nothing, such as that of a laptop that sleeps
+PATIENCE_S = 5.0  # seconds for a terminal that takes nothing, such as that of a laptop that sleeps
 _PIECE = 4096
-_LOOK_S = 0.1  # a terminal may say that it has room and take nothing
+_LOOK_S = 0.1  # seconds; a terminal may say that it has room and take nothing
 
 
 class Sturdy(io.TextIOBase):
     """A text stream whose writes never raise.
 
-    A reader that takes nothing for `patience_s` is waited for no more: what it does not take at once is dropped, until
-    it takes something again. One that is gone (or a disk that is full) is not tried again.
+    If its reader takes nothing for `patience_s`, nobody waits for it any more: text that it does not take at once is
+    dropped, until it takes something again. A reader that is gone, and a full disk, are not tried again.
 
     Args:
         patience_s: None waits for as long as it takes.
-        on_break: called once, when it has broken, with the reason.
+        on_break: called once with the reason, when writing failed.
     """
 
     def __init__(
@@ -44,8 +45,9 @@ class Sturdy(io.TextIOBase):
         on_break: Callable[[OSError], None] | None = None,
     ):
         self._on_break = on_break
-        self._stream = stream = stream or open(os.devnull, "w")  # noqa: SIM115  # None: the process was started without it
-        self._lock = threading.RLock()  # a signal handler may print while its own thread does
+        # None: the process was started without this stream
+        self._stream = stream = stream or open(os.devnull, "w")  # noqa: SIM115
+        self._lock = threading.RLock()  # a signal handler may print while its own thread is printing
         self._line = ""
         self._write = _writer(stream, self)
         self._patience_s = float("inf") if patience_s is None else patience_s
@@ -93,9 +95,10 @@ class Sturdy(io.TextIOBase):
 
 
 def _writer(stream: TextIO, owner: Sturdy) -> Callable[[str, float], bool]:
-    """A function that writes text while some of it is taken within so many seconds, and says whether all of it was."""
+    """Return a function that writes text within so many seconds, as long as some of it is taken, and returns whether
+    all was."""
     encoding, errors = getattr(stream, "encoding", None) or "utf-8", "backslashreplace"
-    if not _has_descriptor(stream):  # a notebook's, say, which takes what it gets
+    if not _has_descriptor(stream):  # such as a notebook's stream, which takes everything
 
         def write_through(text: str, _: float) -> bool:
             try:
@@ -137,14 +140,17 @@ def _has_descriptor(stream: TextIO) -> bool:
 
 
 def _without_waiting(descriptor: int, owner: object) -> Callable[[bytes], int]:
-    """Writes what can be written at once. Others share the descriptor and expect it to wait, so it stays as it is."""
+    """Return a function that writes what can be written at once, and returns how many bytes that was.
+
+    The descriptor itself stays blocking: other processes share it and expect that.
+    """
     mode = os.fstat(descriptor).st_mode
     if stat.S_ISSOCK(mode):
         connection = socket.socket(fileno=os.dup(descriptor))
         weakref.finalize(owner, connection.close)
         return lambda data: connection.send(data, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
     if stat.S_ISFIFO(mode) or stat.S_ISCHR(mode):
-        with suppress(OSError):  # of another container, or nobody reads it any more: then it is found out by writing
+        with suppress(OSError):  # it belongs to another container, or nobody reads it any more: writing will tell
             own = os.open(f"/proc/self/fd/{descriptor}", os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY)
             weakref.finalize(owner, os.close, own)
             return lambda data: os.write(own, data)
@@ -152,14 +158,15 @@ def _without_waiting(descriptor: int, owner: object) -> Callable[[bytes], int]:
 
 
 def _to_nowhere(descriptor: int) -> None:
-    """Whatever else writes there, at the end of the process too, shall not fail for it."""
+    """Send to /dev/null whatever is still written to a descriptor, also at the end of the process, so that it cannot
+    fail."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, descriptor)
     os.close(nowhere)
 
 
 def _sturdy(patience_s: float | None) -> tuple[Sturdy, Sturdy]:
-    """Standard output and error of this whole process."""
+    """Replace standard output and error of this process, and return both."""
 
     def sturdy(stream: TextIO | None, name: str) -> Sturdy:
         def tell(error: OSError) -> None:
@@ -171,20 +178,20 @@ def _sturdy(patience_s: float | None) -> tuple[Sturdy, Sturdy]:
         return Sturdy(stream, patience_s, tell)
 
     for stream in (sys.stdout, sys.stderr):
-        with suppress(AttributeError, OSError, ValueError):  # it is broken: that comes out at the first line
+        with suppress(AttributeError, OSError, ValueError):  # it is broken already: the first line will tell
             stream.flush()
     return sturdy(sys.stdout, "output"), sturdy(sys.stderr, "error")
 
 
 def keep_output_sturdy() -> None:
-    """From here to the end of this process what the job prints cannot fail, as it goes where its driver's goes."""
+    """From now on, what the job prints cannot fail. It goes where the driver's output goes."""
     sys.stdout, sys.stderr = both = _sturdy(PATIENCE_S)
     for stream in both:
         atexit.register(stream.flush)  # a line that has no end yet
 
 
 def _fall_silent() -> None:
-    """At the end of the process: what libraries print there shall not come after the command's last line."""
+    """Drop what libraries print at the end of the process, after the command's last line."""
     for stream in (sys.stdout, sys.stderr):
         with suppress(AttributeError, OSError, ValueError):
             stream.flush()
@@ -195,8 +202,10 @@ def _fall_silent() -> None:
 
 @contextmanager
 def sturdy_output(patience_s: float | None = PATIENCE_S) -> Iterator[Sturdy]:
-    """Inside, standard output and error cannot break the command, which is this whole process; yields the output. What
-    is printed after the process has begun to end is not shown."""
+    """While this context is open, standard output and error cannot break the command. Yields the output.
+
+    The command must be this whole process. What is printed after the process has begun to end is not shown.
+    """
     if not faulthandler.is_enabled():
         faulthandler.enable(file=2)
     before = sys.stdout, sys.stderr
@@ -208,4 +217,4 @@ def sturdy_output(patience_s: float | None = PATIENCE_S) -> Iterator[Sturdy]:
         err.flush()
         sys.stdout, sys.stderr = before
         atexit.unregister(_fall_silent)
-        atexit.register(_fall_silent)  # the newest is called first
+        atexit.register(_fall_silent)  # functions run in reverse order, so this one before those registered so far

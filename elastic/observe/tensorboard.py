@@ -1,4 +1,4 @@
-"""TensorBoard event files of a run, written from its rows."""
+"""Writes TensorBoard event files of a run, from its rows."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _SKIP = {"step", "time", "format", "generation", "first_position", "count", "sam
 
 
 class TensorBoard:
-    """Writes scalars to `<run>/tensorboard/`; for object storage into a temporary folder that is uploaded."""
+    """Writes scalars to `<run>/tensorboard/`; in object storage by way of a temporary folder that is uploaded."""
 
     def __init__(self, storage: Storage, epoch: int):
         from tensorboardX import SummaryWriter
@@ -31,13 +31,14 @@ class TensorBoard:
                 self._writer.add_scalar(tag, value, row["step"], walltime=row["time"])
 
     def flush(self) -> None:
-        """Make what was added visible in storage."""
+        """Write and, if need be, upload what was added."""
         self._writer.flush()
         if self._temporary:
             for file in Path(self._temporary).iterdir():
                 self._storage.upload(f"tensorboard/{file.name}", str(file))
 
     def close(self) -> None:
+        """Write what was added and remove the temporary folder."""
         self.flush()
         self._writer.close()
         if self._temporary:

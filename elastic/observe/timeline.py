@@ -27,7 +27,11 @@ class _Worker:
     """A worker of a claim.
 
     Args:
-        born, since: unix seconds; up to `since` its time is charged.
+        kind: type and market of its node, and how many workers share the node.
+        born: when its process began, unix seconds.
+        since: its time is charged up to here, unix seconds.
+        going: it was told to leave.
+        silent: it does not answer and is in no world.
     """
 
     id: str
@@ -53,35 +57,54 @@ class _World:
 
 @dataclass
 class _Claim:
-    """What is known of a claim while its events are read."""
+    """What is known of a claim while its events are read.
+
+    Args:
+        epoch: its number.
+        deal: how microbatches are dealt.
+        workers: by member id.
+        world: the one that stands, if any.
+        last_ids: the members of the newest world.
+        worlds: how many were formed.
+        parked: its workers wait, since there are too few of them.
+        pending: the interruption that no world has ended yet, by its index.
+        vacant: interruptions whose lost workers are not replaced yet, by index.
+        now: the time of the newest event, unix seconds.
+    """
 
     epoch: int
     deal: Deal
     workers: dict[str, _Worker] = field(default_factory=dict)
-    world: _World | None = None  # while it stands
-    last_ids: frozenset[str] = frozenset()  # of the newest world
+    world: _World | None = None
+    last_ids: frozenset[str] = frozenset()
     worlds: int = 0
     parked: bool = False
-    pending: int | None = None  # from the fault to the world that goes on
+    pending: int | None = None
     vacant: deque[int] = field(default_factory=deque)
     ended: bool = False
     now: float = -math.inf
 
 
 class Timeline:
-    """Reads a ledger; `take` it, then ask for the account."""
+    """Reads a ledger: call `take` once, then `account`."""
 
     def __init__(self, prices: Prices, microbatches: int | None = None):
         self._prices, self._microbatches, self._book = prices, microbatches, Book(prices)
         self._interruptions: list[Interruption] = []
-        self._led_to: dict[str, int | None] = {}  # by the generation of the world that went on
+        self._led_to: dict[str, int | None] = {}  # the interruption that led to a world, by the world's generation
         self._until: float | None = None
         self._live = False
 
     def take(
         self, rows: Iterable[dict[str, Any]], events: Sequence[dict[str, Any]], until: float | None, *, live: bool
     ) -> None:
-        """Read all of it."""
+        """Read the whole ledger.
+
+        Args:
+            rows, events: of all claims, each with a finite `time`.
+            until: the end of the newest claim, if it recorded none, unix seconds.
+            live: the run goes on.
+        """
         self._until, self._live = until, live
         self._rows = Rows(rows)
         claims = by_claim(events)
@@ -180,7 +203,7 @@ class Timeline:
             worker = claim.workers.get(member)
             if worker is None:
                 self._new(claim, member, "", {}, claim.now)
-            elif not worker.alive:  # it was only silent
+            elif not worker.alive:  # it was only silent, and answers again
                 worker.alive = worker.silent = True
         self._wait(claim, claim.workers.values(), frozenset(ids))
         for member in ids:
@@ -205,7 +228,7 @@ class Timeline:
         within = stands or (world is not None and lost is not None and lost.id in world.ids)
         if within:
             kind = "lost" if event["kind"] == "member_lost" else "broken"
-            if claim.pending is not None:  # it came while workers were about to leave as planned
+            if claim.pending is not None:  # a worker was lost while the members were about to leave as planned
                 planned = self._interruptions[claim.pending]
                 planned.kind, planned.reason = kind, _first_line(event.get("detail"))
             else:
@@ -220,7 +243,7 @@ class Timeline:
         if claim.pending is not None:
             found = self._interruptions[claim.pending]
             found.members.append(lost.id)
-            if found.kind == "broken":  # others noticed before it was known why
+            if found.kind == "broken":  # others noticed the break before the cause was known
                 found.kind, found.reason = "lost", found.reason or _first_line(event.get("detail"))
             claim.vacant.append(claim.pending)
 
@@ -250,7 +273,7 @@ class Timeline:
         claim.world, claim.ended = None, True
 
     def _leave_over(self, claim: _Claim, events: list[dict[str, Any]], *, newest: bool) -> None:
-        """The claim has no end: its driver was killed, or it is live."""
+        """End a claim that has no end in the ledger: its driver was killed, or it is live."""
         last = max(claim.now, self._rows.last.get(claim.epoch, -math.inf))
         until = self._until if newest else self._seen_alive.get(claim.epoch)
         until = last if until is None else max(last, until)
@@ -280,7 +303,7 @@ class Timeline:
             worker.born = worker.since
 
     def _end_world(self, claim: _Claim, tail: str, *, standing: bool = False) -> None:
-        """All members' time in the world is charged, up to now."""
+        """Charge all members' time in the world, up to now."""
         world = claim.world
         assert world is not None
         members = [claim.workers[i] for i in world.ids if claim.workers[i].alive]
@@ -345,7 +368,7 @@ class Timeline:
     # ---- what it comes to ------------------------------------------------------------------------------------------
 
     def account(self) -> Account:
-        """What was read so far."""
+        """Return the account of what was read."""
         book = self._book
         seconds, costs = dict.fromkeys(CAUSES, 0.0), dict.fromkeys(CAUSES, 0.0)
         for (cause, tag), (spent, money) in book.charges.items():

@@ -10,14 +10,14 @@ from typing import Any
 
 from elastic.observe.callbacks import Callback, figures, need
 
-_MOST = 500  # characters of a parameter's value that MLflow takes everywhere
+_MOST = 500  # characters of a parameter's value that every version of MLflow takes
 
 
 class WandB(Callback):
-    """Weights & Biases: one run there for a run here, however often it is resumed.
+    """Weights & Biases. A run has one run there, however often it is resumed.
 
     Args:
-        project: None for what `WANDB_PROJECT` says.
+        project: by default the one that `WANDB_PROJECT` names.
         init: further arguments of `wandb.init`, such as `entity`, `tags` or `mode="offline"`.
 
     Raises:
@@ -71,11 +71,11 @@ class WandB(Callback):
 
 
 class MLflow(Callback):
-    """MLflow: one run there for a run here, however often it is resumed.
+    """MLflow. A run has one run there, however often it is resumed.
 
     Args:
         experiment: its name; made if there is none.
-        uri: of the tracking server; None for what `MLFLOW_TRACKING_URI` says.
+        uri: of the tracking server; by default the one that `MLFLOW_TRACKING_URI` names.
 
     Raises:
         ConfigError: the package `mlflow` (or `mlflow-skinny`) is not installed.
