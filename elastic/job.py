@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 class MapDataset(Protocol):
     """A map-style dataset: `len(d)` samples, `d[i]` one of them; optionally `__getitems__(list of i)`.
 
-    What is drawn at random in `d[i]` goes by run, epoch and sample; in `__getitems__` by the samples of a microbatch.
+    Random numbers that `d[i]` draws are seeded by run, epoch and sample; those of `__getitems__` by the samples of a
+    microbatch.
     """
 
     def __len__(self) -> int: ...
@@ -32,15 +33,15 @@ class MapDataset(Protocol):
     def __getitem__(self, index: int) -> Any: ...
 
 
-#: What `Job.loss` and `Job.evaluate` return: the loss summed over the batch (a scalar tensor with a graph), the
-#: weight it is divided by (a number of samples or tokens), and further sums to be divided by the same weight, or each,
-#: as a pair (sum, weight), by one of its own.
+#: What `Job.loss` and `Job.evaluate` return: the loss summed over the batch (a scalar tensor with a graph); the weight
+#: by which it is divided (a number of samples or tokens); and metrics: sums that are divided by the same weight, or
+#: pairs (sum, weight) with a weight of their own.
 LossResult = tuple["torch.Tensor", "float | torch.Tensor", Mapping[str, Any]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """How long a run is. All counts are over all workers.
+    """The length of a run. All counts are over all workers.
 
     Args:
         total_steps: updates of the whole run.
@@ -58,7 +59,8 @@ class Plan:
 
     @property
     def steps_per_epoch(self) -> float:
-        """Steps of one pass over the training data: no whole number where the last batch goes on in the next epoch."""
+        """Steps of one pass over the training data; a fraction if the last batch of an epoch goes on in the next
+        one."""
         return self.samples / self.batch_size
 
 
@@ -67,9 +69,9 @@ Sampler = Callable[["np.ndarray", Plan], "np.ndarray"]
 
 
 def tell(job: Job, plan: Plan) -> None:
-    """Let a job know how long its run is; what it has under that name itself stays."""
+    """Set `job.plan`, unless the job uses that name for something of its own."""
     if not hasattr(type(job), "plan") and isinstance(vars(job).get("plan", plan), Plan):
-        object.__setattr__(job, "plan", plan)  # a frozen dataclass too
+        object.__setattr__(job, "plan", plan)  # works for a frozen dataclass too
 
 
 class Job:
@@ -79,81 +81,100 @@ class Job:
     driver. Nothing here may depend on the rank or on the world size: the same job runs at any.
     """
 
-    #: Tokens in one sample, if the job has tokens: allows durations in `tok` and token counts in the ledger.
+    #: Tokens in one sample, if the job has tokens: allows durations in `tok`, and token counts in the ledger.
     tokens_per_sample: int | None = None
 
-    #: How long the run is; known before `model` is called, unless the job has something else of this name.
+    #: The length of the run; set before `model` is called, unless the job uses this name for something of its own.
     plan: Plan
 
     #: FLOPs of one sample's forward and backward pass, for the utilisation that is shown; None has them counted.
     flops_per_sample: float | None = None
 
-    #: Classes of the modules that are sharded, checkpointed and compiled one by one; empty to have them found.
+    #: Classes of the modules that are sharded, checkpointed and compiled one by one; empty has Elastic find them.
     blocks: tuple[str, ...] = ()
 
     def model(self) -> torch.nn.Module:
         """Build the model, in float32, without naming a device.
 
-        Its tensors have no values yet (they are on the meta device): what initialises them is recorded and done later,
-        each parameter under a seed from the run's and its name. What needs values here is built on the CPU, whole, and
-        under one seed. With fsdp and hsdp this is called again for every world. Unless they are cut, parameters and
-        buffers stay the objects that they are here, with their hooks; what is kept beside the model, such as a teacher,
-        gets its values too. Modules that are left in evaluation mode here stay in it while training.
+        Tensors that are made here have no values yet (they are on the meta device). Their initialisation is recorded
+        and done later, each parameter under a seed made from the run's seed and its name. What needs values here is
+        built on the CPU, whole, and under one seed. With fsdp and hsdp this is called again for every world. Parameters
+        and buffers that are not sharded stay the objects that they are here, with their hooks. A model that is kept
+        beside this one, such as a teacher, gets its values too. Modules that are left in evaluation mode here stay in
+        it while training.
         """
         raise NotImplementedError(_lacks(self, "model"))
 
     def frozen(self) -> torch.nn.Module | Sequence[torch.nn.Module] | Mapping[str, torch.nn.Module] | None:
-        """Models that are used and never trained: a teacher, a reference, an encoder. Called once in each worker,
-        before `model`; they have values. Keep them on the job too (`self.teacher = ...`).
+        """Return models that are used and never trained: a teacher, a reference, an encoder.
 
-        They are put on the device, in evaluation mode and without gradients, whole in each worker. They are no part of
-        any state: never saved, moved or compared again. A worker whose models have other values than those of the
-        others is left out before it begins."""
+        Called once in each worker, before `model`; these models have values. Keep them on the job too (`self.teacher =
+        ...`).
+
+        They are moved to the device, in evaluation mode and without gradients, whole in each worker. They are no part
+        of the state: they are never saved or moved, and compared only once. A worker whose models have other values
+        than those of the other workers is left out before it begins.
+        """
         return None
 
     def has_source(self, name: str) -> bool:
-        """Whether `model` gives the parameter of this name its values from a source that will be there for later
-        commands, and for workers that join: a file of weights, or the seed. Those that are frozen when `model` returns
-        are left out of checkpoints and snapshots then, as the base of an adapter is; a digest of each is saved, and a
-        source that changed is refused. They must stay frozen."""
+        """Whether `model` can give this parameter its values again, in a later command or on a worker that joins: from
+        a file of weights, or from the seed.
+
+        Such parameters, if they are frozen when `model` returns, are left out of checkpoints and snapshots, like the
+        base of an adapter. A digest of each is saved, and a source that has changed is refused. They must stay frozen.
+        """
         return False
 
     def initial_weights(self) -> str | None:
-        """Where a fresh run takes the model's weights from: a safetensors file, a folder of them, or the URL of either.
-        None: they are what `model()` makes. `--checkpoint.init-from` goes before this. A worker reads its own part."""
+        """Return where a fresh run takes the model's weights from: a safetensors file, a folder of them, or the URL of
+        either.
+
+        None: the weights are those that `model()` makes. `--checkpoint.init-from` overrides this. Each worker reads
+        only its own part.
+        """
         return None
 
     def weight_name(self, name: str) -> str | None:
-        """The name that one of the model's weights has in the files that a fresh run takes them from; None if it is
-        made here, as `model()` says. The default knows models that peft has put adapters into."""
+        """Return the name of one of the model's weights in the files that a fresh run starts from.
+
+        None: the weight is made by `model()`. The default knows models into which peft has put adapters.
+        """
         return adapters.source_name(name)
 
     def optimizer(
         self, model: torch.nn.Module
     ) -> torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | Mapping[str, torch.optim.Optimizer]:
-        """Build the optimizer over the model's parameters, which have their values, or (with fsdp and hsdp) their part
-        of them; or several, in a list or dict, each with parameters of its own: they make one update. Further state
-        made from parameters, such as an EMA, is begun here. With fsdp and hsdp this is called again for every world.
+        """Build the optimizer over the model's parameters, which have their values; with fsdp and hsdp, this worker's
+        part of them.
 
-        A scheduler of torch's that is made here, kept as an attribute of the job and stepped in `after_step` is
-        followed: its state is saved too. One that `scheduler` returns is stepped by Elastic."""
+        It may be several optimizers in a list or dict, each with parameters of its own; together they make one update.
+        Further state made from parameters, such as an EMA, is begun here. With fsdp and hsdp this is called again for
+        every world.
+
+        A torch scheduler that is made here, kept as an attribute of the job and stepped in `after_step` is followed:
+        its state is saved too. A scheduler that `scheduler` returns is stepped by Elastic.
+        """
         raise NotImplementedError(_lacks(self, "optimizer"))
 
     def schedule(self, step: int, total_steps: int) -> float | None:
-        """Factor on the learning rates at `step` (from 0), or None for what `--optim.*` says."""
+        """Return the factor on the learning rates at `step` (from 0), or None for what `--optim.*` says."""
         return None
 
     def scheduler(self, optimizer: Any) -> Any:
-        """A scheduler of torch's or transformers' (`LambdaLR`, `OneCycleLR`, `SequentialLR`, `get_scheduler(...)`) for
-        what `optimizer` returned, or several in a list; None for what `schedule` and `--optim.*` say. Nobody steps it
-        but Elastic: rates are those after as many calls of its `step()` as there were steps, also after a resume.
+        """Return a scheduler of torch or transformers (`LambdaLR`, `OneCycleLR`, `SequentialLR`, `get_scheduler(...)`)
+        for what `optimizer` returned, or several in a list. None: `schedule` and `--optim.*` decide.
+
+        Only Elastic steps it: the rates are those after as many calls of its `step()` as there were steps, also after a
+        resume.
 
         A `ReduceLROnPlateau` is asked after each evaluation of `--eval.every`, with `--checkpoint.best-metric`. What it
-        decides is part of the saved state."""
+        decides is part of the saved state.
+        """
         return None
 
     def train_data(self) -> MapDataset:
-        """The training data, map-style."""
+        """Return the training data, map-style."""
         raise NotImplementedError(_lacks(self, "train_data"))
 
     def sampler(self, data: Any) -> Sampler | None:
@@ -167,58 +188,84 @@ class Job:
         return None
 
     def eval_data(self) -> MapDataset | Mapping[str, MapDataset] | None:
-        """Held-out data, map-style; several by name; or None."""
+        """Return held-out data, map-style; or several sets by name; or None."""
         return None
 
     def collate_fn(self, samples: Sequence[Any]) -> Any:
-        """Make a batch of samples; the default is torch's `default_collate`. Mappings, named tuples, dataclasses, and
-        what has a method `to`, are moved to the device as what they are. If it draws at random (mixup), passes have one
-        microbatch each, so that the draws do not depend on the number of workers."""
+        """Make a batch of samples; by default with torch's `default_collate`.
+
+        Mappings, named tuples, dataclasses, and objects with a method `to` keep their type when they are moved to the
+        device. If this draws random numbers (mixup), each pass has one microbatch, so that the draws do not depend on
+        the number of workers.
+        """
         from torch.utils.data import default_collate
 
         return default_collate(list(samples))
 
     def loss(self, model: torch.nn.Module, batch: Any) -> LossResult:
-        """The summed loss of one batch, its weight, and further sums, as `LossResult` says. Metrics have the same names
-        for every batch, none that a row of `metrics.jsonl` has anyway. Both this and `evaluate` are tried on a batch
-        before training, in evaluation mode."""
+        """Return the loss summed over one batch, its weight, and metrics, as `LossResult` describes.
+
+        Metrics must have the same names for every batch, and none of a column that a row of `metrics.jsonl` has anyway.
+        This and `evaluate` are tried on a batch before training, in evaluation mode.
+        """
         raise NotImplementedError(_lacks(self, "loss"))
 
     def evaluate(self, model: torch.nn.Module, batch: Any) -> LossResult:
-        """Like `loss`, for held-out data: the model is in eval mode and no graph is kept. It may take a third argument,
-        the name of the set (`""` where `eval_data` returns one without a name)."""
+        """Like `loss`, for held-out data: the model is in evaluation mode, and no graph is kept.
+
+        It may take a third argument, the name of the set (`""` if `eval_data` returns one set without a name).
+        """
         return self.loss(model, batch)
 
     def evaluated(self, sums: Mapping[str, float], name: str) -> Mapping[str, float]:
-        """Further figures of a held-out set, from the sums over all of it (`loss`, `weight`, and each metric): an F1
-        score, a perplexity. They go before means of the same name. Called on every worker, with the same sums."""
+        """Return further figures of a held-out set, such as an F1 score or a perplexity; they replace means of the same
+        name.
+
+        Called on every worker, with the same sums.
+
+        Args:
+            sums: over the whole set: `loss`, `weight`, and each metric.
+            name: of the set.
+        """
         return {}
 
     def after_step(self, model: torch.nn.Module, step: int) -> None:
-        """Called after the update of `step` (1 for the first), for an EMA and the like. Must be deterministic. With
-        fsdp and hsdp parameters are DTensors here, of which each worker has a part: work element by element."""
+        """Called after the update of `step` (from 1), for an EMA and the like. It must be deterministic.
+
+        With fsdp and hsdp parameters are DTensors here, of which each worker has a part: work element by element.
+        """
 
     def extra_state(self) -> Mapping[str, Any]:
-        """Named state beside model and optimizer. Tensors of the job's own are saved, and restored in place. Everything
-        else comes back through `load_extra_state`, equal and of its type: numbers, texts, lists, tuples, dictionaries
-        with any keys, paths, enums, dataclasses, arrays, tensors in them. What cannot be kept is refused by name."""
+        """Return named state beside model and optimizer.
+
+        Tensors of the job's own are saved, and restored in place. Everything else comes back through
+        `load_extra_state`, equal and of its type: numbers, texts, lists, tuples, dictionaries with any keys, paths,
+        enums, dataclasses, arrays, and tensors in them. A value that cannot be saved is refused by name.
+        """
         return {}
 
     def load_extra_state(self, values: Mapping[str, Any]) -> None:
-        """Takes back the values of `extra_state`; its tensors are already restored in place, but for those that it
-        makes anew at each call, or that were not there at first: these are among the values."""
+        """Take back the values of `extra_state`.
+
+        Its tensors are restored in place already, but for those that it makes anew at each call, or that were not there
+        at first: these are among the values.
+        """
 
     def sample(self, model: torch.nn.Module, step: int) -> str | Mapping[str, Any] | None:
-        """What the model (in eval mode, without gradients) makes after `step`: a text, or texts and pictures by name.
+        """Return what the model makes after `step`, in evaluation mode and without gradients: a text, or texts and
+        pictures by name.
 
-        Called at the end and, with `--eval.sample-every`, on the way, where callbacks hear of it. A picture is an array
-        or a tensor of shape (height, width) or (height, width, 1, 3 or 4), uint8 or floating-point from 0 to 1. If it
-        raises, that is an event."""
+        Called at the end and, with `--eval.sample-every`, on the way; callbacks receive it. A picture is an array or a
+        tensor of shape (height, width) or (height, width, 1, 3 or 4), uint8, or floating-point from 0 to 1. If this
+        raises, the error is recorded as an event, and training goes on.
+        """
         return None
 
     def callbacks(self) -> Sequence[Callback]:
-        """Callbacks that hear of rows, evaluations, checkpoints, events and samples: see `elastic.Callback`. Called
-        once by each command, in the driver, before anything is started; never in workers."""
+        """Return callbacks that receive rows, evaluations, checkpoints, events and samples: see `elastic.Callback`.
+
+        Called once by each command, in the driver, before anything is started; never in workers.
+        """
         return ()
 
 
@@ -235,10 +282,10 @@ def _lacks(job: Job, name: str) -> str:
 
 
 def check_job_class(given: object) -> None:
-    """Refuse what is given to `elastic.main` in place of a job's class.
+    """Refuse what is not a job class, as the argument of `elastic.main`.
 
     Raises:
-        ConfigError: an instance, or something else.
+        ConfigError: it is an instance of a job, or something else.
     """
     if isinstance(given, Job):
         name = type(given).__name__
@@ -250,10 +297,10 @@ def check_job_class(given: object) -> None:
 
 
 def check_job(job: object) -> None:
-    """Refuse what is no job, and a job without one of the methods that every job needs.
+    """Refuse what is not a job, and a job without one of the methods that every job needs.
 
     Raises:
-        ConfigError: a class, something else, or which method.
+        ConfigError: it is a class, something else, or lacks a method.
     """
     if isinstance(job, type) and issubclass(job, Job):
         raise ConfigError(f"the class {job.__name__} was given as the job; give an instance: {job.__name__}()")
@@ -271,7 +318,7 @@ def _shown(given: object) -> str:
 
 
 def job_name(job: Job) -> str:
-    """A short name of the job: its module's, or its class's where the module says nothing."""
+    """Return a short name of the job: that of its module, or of its class if the module is called `main`."""
     module = type(job).__module__
     if module == "__main__":
         file = _source_file(type(job))
@@ -282,7 +329,7 @@ def job_name(job: Job) -> str:
 
 
 def source_hash(job: Job) -> str | None:
-    """sha256 of the file that defines the job, or None where there is no file."""
+    """Return the sha256 of the file that defines the job, as hexadecimal digits; None if there is no file."""
     file = _source_file(type(job))
     return hashlib.sha256(file.read_bytes()).hexdigest() if file else None
 

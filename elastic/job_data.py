@@ -17,7 +17,10 @@ _INSTEAD = {
 
 
 def check_dataset(where: str, data: object) -> MapDataset:
-    """Refuse what is not map-style, with the line to write instead.
+    """Refuse a dataset that is not map-style; the message has the line to write instead.
+
+    Args:
+        where: what returned it, for messages.
 
     Raises:
         ConfigError: a DataLoader, an IterableDataset, a Ray Dataset, or anything without `len` and indexing.
@@ -42,7 +45,11 @@ def check_dataset(where: str, data: object) -> MapDataset:
 
 
 def eval_sets(job: Job) -> dict[str, MapDataset]:
-    """The job's held-out data by name (`""` where there is one without a name), checked."""
+    """Return the job's held-out data by name (`""` for a set without a name), checked.
+
+    Raises:
+        ConfigError: a set is not map-style.
+    """
     data = job.eval_data()
     if data is None:
         return {}
@@ -51,10 +58,10 @@ def eval_sets(job: Job) -> dict[str, MapDataset]:
 
 
 def training_data(job: Job, call: Callable[[Callable[[], Any]], Any] | None = None) -> tuple[MapDataset, int]:
-    """The job's training data and how many samples it has, for the command itself.
+    """Return the job's training data and its number of samples, for the command itself.
 
     Args:
-        call: what is to call `train_data`.
+        call: calls `train_data`; by default it is called directly.
 
     Raises:
         ConfigError: it is not map-style, or the job's code raised.
@@ -67,10 +74,10 @@ def training_data(job: Job, call: Callable[[Callable[[], Any]], Any] | None = No
 
 
 def held_out_sizes(job: Job) -> dict[str, int]:
-    """How many samples the job holds out, by name, for the command itself.
+    """Return how many samples each held-out set has, by name, for the command itself.
 
     Raises:
-        ConfigError: some are not map-style, or the job's code raised.
+        ConfigError: a set is not map-style, or the job's code raised.
     """
     with job_code("eval_data()"):
         sets = eval_sets(job)

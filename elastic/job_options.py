@@ -1,4 +1,4 @@
-"""The options of a job (its dataclass fields): their defaults, their values as JSON, and a job made of them again."""
+"""The options of a job (its dataclass fields): their defaults, their values as JSON, and a job made from them again."""
 
 from __future__ import annotations
 
@@ -16,15 +16,18 @@ from elastic.values import ValueRefused, classes, decode, encode
 
 
 def job_options(job: Job) -> dict[str, Any]:
-    """The job's own options (its dataclass fields), by name."""
+    """Return the job's own options (its dataclass fields), by name."""
     if not dataclasses.is_dataclass(job):
         return {}
     return {f.name: getattr(job, f.name) for f in dataclasses.fields(job) if f.init}
 
 
 def job_classes(cls: type[Job], *values: Any) -> dict[str, type]:
-    """Enums, dataclasses and named tuples that a job's values may be rebuilt of, by name: those of its options'
-    defaults and annotations, of these values, and those at the top of the modules that define it."""
+    """Return the enums, dataclasses and named tuples of which a job's values may be made, by name.
+
+    They are those of its options' defaults and annotations, those in `values`, and those at the top of the modules that
+    define the job.
+    """
     owners = [c for c in cls.__mro__ if issubclass(c, Job) and c is not Job]
     places = [*owners, *(sys.modules.get(c.__module__) for c in owners)]
     functions = [f for c in owners for f in vars(c).values() if isinstance(f, types.FunctionType)]
@@ -36,18 +39,22 @@ def job_classes(cls: type[Job], *values: Any) -> dict[str, type]:
 def _hints(cls: type[Job]) -> list[Any]:
     try:
         return list(typing.get_type_hints(cls).values())
-    except (NameError, TypeError, AttributeError):  # of names that are known to a type checker only
+    except (NameError, TypeError, AttributeError):  # an annotation has names that only a type checker knows
         return []
 
 
 def option_defaults(cls: type[Job]) -> dict[str, Any]:
-    """What the job's own options are where they are not given, by name; those without a default are left out."""
+    """Return the default of each of the job's own options that has one, by name.
+
+    Raises:
+        ConfigError: a default factory raised.
+    """
     found: dict[str, Any] = {}
     if not dataclasses.is_dataclass(cls):
         return found
     for f in dataclasses.fields(cls):
         if not f.init:
-            continue  # made by the job itself
+            continue  # the job sets it itself
         if f.default is not dataclasses.MISSING:
             found[f.name] = f.default
         elif f.default_factory is not dataclasses.MISSING:
@@ -57,7 +64,7 @@ def option_defaults(cls: type[Job]) -> dict[str, Any]:
 
 
 def coded_options(job: Job) -> dict[str, Any]:
-    """The job's own options as JSON, for `with_options` in another process, where they are not the defaults.
+    """Return the job's own options that are not the defaults, as JSON, for `with_options` in another process.
 
     Raises:
         ConfigError: a value that cannot be sent.
@@ -75,5 +82,5 @@ def coded_options(job: Job) -> dict[str, Any]:
 
 
 def with_options(cls: type[Job], coded: Mapping[str, Any]) -> Job:
-    """The job that `coded_options` was given."""
+    """Make the job whose options `coded_options` returned."""
     return cls(**decode(dict(coded), known=job_classes(cls)))

@@ -1,4 +1,5 @@
-"""From a checkpoint to files that other programs read: safetensors (huggingface), or torch.distributed.checkpoint."""
+"""Exports a checkpoint to files that other programs read: safetensors (Hugging Face), or
+torch.distributed.checkpoint."""
 
 from __future__ import annotations
 
@@ -23,7 +24,7 @@ from elastic.tools.output import Output
 from elastic.tools.pretrained import Pretrained
 
 WEIGHTS = "model/"
-NOTE = "elastic"  # where the values of a checkpoint lie in an export of all of it
+NOTE = "elastic"  # the name under which a full export has the values of the checkpoint
 BATCH_BYTES = 256 << 20
 CODES = {
     "float64": "F64",
@@ -44,7 +45,7 @@ CODES = {
 
 @dataclass(frozen=True)
 class Item:
-    """A tensor to export: under which name, which one of the checkpoint, and in which dtype."""
+    """A tensor to export: its name there, its name in the checkpoint, and its dtype."""
 
     name: str
     saved: str
@@ -53,12 +54,13 @@ class Item:
 
     @property
     def nbytes(self) -> int:
+        """The bytes of the exported tensor."""
         return math.prod(self.entry.shape) * ITEM_BYTES[self.dtype]
 
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written: files, tensors and bytes of tensors."""
+    """What was written: the step, the files, and the number and bytes of tensors."""
 
     step: int
     files: list[str]
@@ -78,21 +80,21 @@ def export(
     pretrained: Pretrained | None = None,
     on_total: Callable[[int], Callable[[int], None]] = lambda total: lambda done: None,
 ) -> Exported:
-    """Write a checkpoint to `out`: a file *.safetensors, or else a folder that is not there yet.
+    """Write a checkpoint to `out`: a file *.safetensors, or else a folder that does not exist yet.
 
     Every byte is verified on the way. Memory is bounded by the largest tensor plus BATCH_BYTES and some parts.
 
     Args:
-        kind: safetensors, or dcp, which is always full.
-        full: all of the state, with what an import needs to go on from it, instead of the weights alone.
-        dtype: convert floating-point weights to this.
-        max_shard_bytes: start another file of safetensors where one would have more tensor bytes.
+        kind: "safetensors", or "dcp", which is always full.
+        full: export the whole state, from which an import can resume, instead of the weights alone.
+        dtype: convert floating-point weights to this dtype.
+        max_shard_bytes: begin another file of safetensors when one would have more bytes of tensors.
         pretrained: make a folder that `from_pretrained` opens.
         on_total: as in `inspecting.verify`, for bytes of tensors written.
 
     Raises:
-        ConfigError: options that do not go together, or there is something at `out`.
-        CheckpointError: the checkpoint is damaged: which object and block.
+        ConfigError: options that do not go together, or `out` exists.
+        CheckpointError: the checkpoint is damaged; the message names the object and the block.
     """
     full = full or kind == "dcp"
     if full and dtype is not None:
@@ -148,7 +150,7 @@ def _items(manifest: Manifest, full: bool, dtype: str | None, named: Callable[[s
 
 
 def _note(manifest: Manifest, items: Sequence[Item]) -> dict[str, Any]:
-    """What a full export has beside tensors; `names` leads back to those of the checkpoint."""
+    """Return what a full export has beside tensors; `names` leads back to the names in the checkpoint."""
     return {
         "format": 1,
         "step": manifest.step,
@@ -161,13 +163,14 @@ def _note(manifest: Manifest, items: Sequence[Item]) -> dict[str, Any]:
 
 
 class _Source:
-    """Tensors of a checkpoint, many at a time where they are small."""
+    """Reads the tensors of a checkpoint, many small ones at a time."""
 
     def __init__(self, storage: Storage, folder: str, manifest: Manifest, on_bytes: Callable[[int], None]):
         self._storage, self._folder, self._manifest, self._on_bytes = storage, folder, manifest, on_bytes
 
     def batches(self, items: Sequence[Item]) -> Iterator[list[tuple[str, torch.Tensor]]]:
-        """(name, tensor) in the order of `items`, at most BATCH_BYTES or one tensor at a time."""
+        """Yield lists of (name, tensor) in the order of `items`: at most BATCH_BYTES at a time, or one larger
+        tensor."""
         for some in grouped(items, [item.nbytes for item in items], BATCH_BYTES):
             tensors = [torch.empty(i.entry.shape, dtype=DTYPES[i.dtype]) for i in some]
             shards = [Shard.whole(i.saved, tensor) for i, tensor in zip(some, tensors)]
@@ -177,7 +180,7 @@ class _Source:
 
 
 def grouped(items: Sequence[Any], sizes: Sequence[int], most: int) -> Iterator[list[Any]]:
-    """Runs of neighbours of at most `most` bytes; what is larger comes alone."""
+    """Yield runs of neighbours of at most `most` bytes; a larger item comes alone."""
     group: list[Any] = []
     room = most
     for item, size in zip(items, sizes, strict=True):
@@ -216,7 +219,7 @@ def _write_safetensors(
         metadata = {"format": "pt", "step": str(step)}
         if note is not None and name == names[0]:
             metadata[NOTE] = json.dumps(note)
-        # The widest elements first, so that all lie at multiples of their size.
+        # The widest elements first, so that each tensor lies at a multiple of its element size.
         ordered = sorted(shard, key=lambda i: (-ITEM_BYTES[i.dtype], i.name))
         header = _header(ordered, metadata)
         with output.stream(name, len(header) + sum(i.nbytes for i in ordered)) as stream:
@@ -234,7 +237,8 @@ def _write_safetensors(
 
 
 def _header(items: Sequence[Item], metadata: dict[str, str]) -> bytes:
-    """Length and JSON of a file of safetensors, padded so that the tensors begin at a multiple of 8 bytes."""
+    """Return the length and the JSON of a safetensors header, padded so that the tensors begin at a multiple of 8
+    bytes."""
     entries: dict[str, Any] = {"__metadata__": metadata}
     at = 0
     for item in items:

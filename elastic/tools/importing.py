@@ -1,4 +1,4 @@
-"""From safetensors or torch.distributed.checkpoint to a committed checkpoint of a run that is not live."""
+"""Imports safetensors or torch.distributed.checkpoint as a committed checkpoint of a run that is not live."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ Read = Callable[[list[str]], Iterator[torch.Tensor]]
 
 @dataclass(frozen=True)
 class Source:
-    """What is imported: tensors (dtype and shape by the name in the source), how to read some of them, and the note of
-    a full export."""
+    """What is imported: the dtype and shape of each tensor by its name in the source, a function that reads some of
+    them, and the note of a full export."""
 
     tensors: Mapping[str, tuple[str, tuple[int, ...]]]
     read: Read
@@ -65,17 +65,17 @@ def import_checkpoint(
     prefix: str = "",
     on_total: Callable[[int], Callable[[int], None]] = lambda total: lambda done: None,
 ) -> Imported:
-    """Commit what lies at `source_url` as a checkpoint of the run at `url`, which may be a new one.
+    """Commit what lies at `source_url` as a checkpoint of the run at `url`, which may be a new run.
 
-    A full export gives a full checkpoint, of its own step. All else is weights: a run that resumes from them makes its
-    optimizer's state anew.
+    A full export becomes a full checkpoint, of its own step. Any other source has weights only: a run that resumes from
+    them makes the state of its optimizer anew.
 
     Args:
-        step: of the checkpoint; else that of a full export, or 0.
-        prefix: of other sources, take only tensors whose names begin with this, and cut it off.
+        step: of the checkpoint; by default that of a full export, or 0.
+        prefix: for sources without a note: take only tensors whose names begin with this, and cut it off.
 
     Raises:
-        ConfigError: a source that cannot be read, a step that has a checkpoint, or a live run, naming its owner.
+        ConfigError: the source cannot be read, the step has a checkpoint, or the run is live (with its owner).
         CheckpointError: the source is damaged.
         FencedError: somebody began to drive the run meanwhile; nothing was imported.
     """
@@ -114,19 +114,21 @@ def write_checkpoint(
     held: Hold,
     on_total: Callable[[int], Callable[[int], None]],
 ) -> Manifest:
-    """Write tensors as one pack and commit it, unless somebody claimed the run meanwhile; what fails leaves nothing.
+    """Write tensors as one pack and commit it, unless somebody claimed the run meanwhile. An error leaves nothing
+    behind.
 
     Args:
-        names: which tensors are taken: the name in the checkpoint -> the name in the source.
+        names: the tensors to take: name in the checkpoint -> name in the source.
+        held: the claim on the run.
     """
     folder = attempt_folder(manifest.step, attempt)
     try:
         index = _write_pack(storage, folder, source, names, on_total)
         held.check()
-        with held_back():  # an interruption between the commit and here would remove what is committed
+        with held_back():  # an interruption after the commit would remove what is committed
             return commit(storage, attempt, manifest, [index])
     except BaseException:
-        with contextlib.suppress(Exception):  # the first error is what counts
+        with contextlib.suppress(Exception):  # the first error is the one to report
             if not storage.exists(f"{folder}/{MANIFEST}"):
                 storage.remove(folder)
                 if not storage.names(step_folder(manifest.step)):
@@ -141,7 +143,7 @@ def _write_pack(
     names: dict[str, str],
     on_total: Callable[[int], Callable[[int], None]],
 ) -> dict[str, Any]:
-    """Stream the tensors into one pack; returns what there is to say of it."""
+    """Stream the tensors into one pack, and return what a rank tells about its pack (`plan.statement`)."""
     held = []
     for name, theirs in names.items():
         dtype, shape = source.tensors[theirs]
@@ -166,7 +168,7 @@ def _write_pack(
 
 
 def _names(source: Source, prefix: str, url: str) -> dict[str, str]:
-    """Which tensors are taken: the name in the checkpoint -> the name in the source."""
+    """Choose the tensors to take: name in the checkpoint -> name in the source."""
     if source.note is not None:
         if prefix:
             raise ConfigError(f"--prefix is {prefix!r}, but {url} is a full export, which is taken whole; leave it out")
@@ -190,10 +192,10 @@ def _names(source: Source, prefix: str, url: str) -> dict[str, str]:
 
 
 def open_source(url: str) -> Source:
-    """Find out what lies at `url`: a folder of DCP, or safetensors.
+    """Open what lies at `url`: a folder of DCP, or safetensors.
 
     Raises:
-        ConfigError: neither; one sentence.
+        ConfigError: it is neither.
     """
     if not url.endswith(SUFFIX):
         storage = Storage(url, option="SOURCE", read_only=True)
@@ -230,16 +232,16 @@ def _safetensors_source(url: str) -> Source:
 
 
 def _metadata(storage: Storage, file: str) -> dict[str, Any]:
-    """The free part of a header that `open_initial` has found to be one."""
+    """Return the free part of a header, which `open_initial` has checked."""
     length = int.from_bytes(storage.read(file, 0, 8), "little")
     return json.loads(storage.read(file, 8, 8 + length)).get("__metadata__") or {}
 
 
 def _parse_note(text: Any, url: str) -> dict[str, Any]:
-    """What a full export says of itself.
+    """Parse the note of a full export.
 
     Raises:
-        ConfigError: it is not what we write.
+        ConfigError: it is not as `exporting` writes it.
     """
     try:
         note = json.loads(text)

@@ -1,6 +1,6 @@
-"""Looking at the checkpoints of a run: which there are, what is in one, and whether all bytes are those written.
+"""Inspects the checkpoints of a run: lists them, describes one, and verifies every byte.
 
-Needs no model, and no torch.
+It needs no model, and no torch.
 """
 
 from __future__ import annotations
@@ -40,7 +40,14 @@ IN_FLIGHT = 16
 
 @dataclass(frozen=True)
 class Listed:
-    """A committed checkpoint in a list. `state` is complete, damaged or verified; `problem` says what is wrong."""
+    """A committed checkpoint in a list.
+
+    Args:
+        bytes: of its tensors.
+        age_s: seconds since it was committed.
+        state: "complete", "damaged" or "verified".
+        problem: what is wrong with it.
+    """
 
     step: int
     generation: str
@@ -54,7 +61,7 @@ class Listed:
 
 @dataclass(frozen=True)
 class Damage:
-    """What is wrong: in which object, and from which to which byte where it is one block of it."""
+    """One fault of a checkpoint: the object, and the bytes [start, end) if one block of it is wrong."""
 
     step: int
     attempt: str
@@ -72,7 +79,7 @@ class Damage:
 
 @dataclass(frozen=True)
 class Verified:
-    """What was read and what was found."""
+    """What was read, and the faults that were found."""
 
     checkpoints: int
     blocks: int
@@ -90,16 +97,16 @@ class _Block:
 
 
 def generation_of(attempt: str) -> str:
-    """The world that an attempt belongs to, by its name."""
+    """Return the generation of the world that an attempt belongs to, from its name."""
     match = ATTEMPT.match(attempt)
     assert match is not None
     return f"{match[1]}-{match[2]}"
 
 
 def list_checkpoints(storage: Storage) -> list[Listed]:
-    """All committed checkpoints, newest first, and whether their objects are there and long enough.
+    """List all committed checkpoints, newest first, and check that their objects are there and long enough.
 
-    What a live run prunes meanwhile is left out. Those that are marked as damaged are there, and say why.
+    Those that a live run prunes meanwhile are left out. Those that are marked as damaged are listed, with the reason.
     """
     pinned, marks, now = pins(storage), marked(storage), time.time()
 
@@ -128,14 +135,14 @@ def list_checkpoints(storage: Storage) -> list[Listed]:
 
 
 def unfinished(storage: Storage) -> list[str]:
-    """Folders of attempts that are not committed."""
+    """Return the folders of attempts that are not committed."""
     committed = set(with_manifest(storage))
     found = [Committed(s, a) for s in steps_with_attempts(storage) for a in attempts(storage, s)]
     return [c.folder for c in found if c not in committed]
 
 
 def describe(storage: Storage, checkpoint: Committed) -> dict[str, Any]:
-    """Everything that a manifest says, but for checksums.
+    """Return everything that a manifest says, without checksums.
 
     Raises:
         CheckpointError: it cannot be read.
@@ -174,11 +181,12 @@ def verify(
 ) -> Verified:
     """Read every block that the checkpoints refer to, once each, and compare it with its checksums.
 
-    A block that is not what was written is read a second time before it is called damaged. A checkpoint that a live run
-    prunes meanwhile is not damaged.
+    A wrong block is read a second time before it is called damaged. A checkpoint that a live run prunes meanwhile is
+    not damaged.
 
     Args:
-        on_total: is told how many bytes will be read, and gives what is called with each number of bytes read.
+        on_total: called with the bytes that will be read; returns a function that is called with each amount of bytes
+            read.
     """
     damages: list[Damage] = []
     users: dict[_Block, dict[Committed, str]] = {}
@@ -225,7 +233,7 @@ def verify(
 
 
 def _outside(storage: Storage, checkpoint: Committed) -> tuple[Manifest | None, list[Damage]]:
-    """The manifest, and what is wrong with it or with the presence and length of the objects that it refers to."""
+    """Read a manifest, and find what is wrong with it or with the presence and length of its objects."""
 
     def damage(name: str, problem: str) -> Damage:
         return Damage(checkpoint.step, checkpoint.attempt, name, problem)
@@ -247,7 +255,8 @@ def _outside(storage: Storage, checkpoint: Committed) -> tuple[Manifest | None, 
 def _chunks(
     storage: Storage, checkpoint: Committed, manifest: Manifest, lost: Collection[str], damages: list[Damage]
 ) -> Mapping[str, TensorEntry]:
-    """All tensors with the chunks that are known; adds the damage of indexes that are not among those `lost`."""
+    """Return all tensors with their chunks, as far as these are known, and add the damage of indexes that are not in
+    `lost`."""
     problems = unreadable(storage, checkpoint.folder, manifest)
     for pack, problem in problems.items():
         path = f"{checkpoint.folder}/{index_name(pack)}"

@@ -1,4 +1,5 @@
-"""Asking a live run: its membership server is found by the run's folder, and convinced by a grant left there."""
+"""Asks a live run: finds its membership server by the run's folder, and proves by a grant left there that it may
+ask."""
 
 from __future__ import annotations
 
@@ -28,19 +29,20 @@ class NotLive(ElasticError):
 
 
 class LiveRun:
-    """A connection to the server of a live run. Use `connect`. A server that was restarted is convinced again."""
+    """A connection to the server of a live run; made by `connect`. A server that was restarted gets a new grant."""
 
     def __init__(self, folder: RunFolder, address: str):
         self.folder, self._address = folder, address
         self._secret = secrets.token_urlsafe(32)
         self._link = DriverLink(address, self._secret)
-        self.servers = 0  # that were convinced: one that was restarted does not know what another one was asked
+        # how many servers took a grant; a restarted one does not know what was asked of the one before
+        self.servers = 0
 
     def convince(self, timeout_s: float = 10.0) -> None:
-        """Show the server that this process may write into the run's folder.
+        """Prove to the server that this process may write into the run's folder.
 
         Raises:
-            OSError: it cannot be reached, or was not convinced.
+            OSError: the server cannot be reached, or did not accept the proof.
         """
         grant = secrets.token_hex(16)
         self.folder.leave_grant(grant, self._secret)
@@ -60,15 +62,15 @@ class LiveRun:
         return self._link.request(what, timeout_s)
 
     def look(self) -> dict[str, Any]:
-        """Status, group and workers, as the server sees them now.
+        """Return status, group and workers, as the server sees them now.
 
         Raises:
-            OSError: it cannot be reached.
+            OSError: the server cannot be reached.
         """
         return self._request("/run")
 
     def stacks(self) -> dict[str, str]:
-        """Where each worker is now: the stacks of its threads, by its id.
+        """Return the stacks of all threads of each worker, by its id.
 
         Raises:
             OSError: the server cannot be reached.
@@ -77,11 +79,11 @@ class LiveRun:
         return {str(worker): str(text) for worker, text in found.items()}
 
     def ask(self, request: Request, timeout_s: float = 10.0) -> dict[str, Any]:
-        """Have something done.
+        """Send a request, and return the server's answer.
 
         Raises:
-            ConfigError: the server says that it cannot be.
-            NotLive: it cannot be reached any more.
+            ConfigError: the server refuses it.
+            NotLive: the server cannot be reached any more.
         """
         try:
             return self._request(request, timeout_s)
@@ -96,10 +98,13 @@ class LiveRun:
 
 
 def connect(folder: RunFolder, doing: str, timeout_s: float = 10.0) -> LiveRun:
-    """Reach the server of a live run, within `timeout_s`.
+    """Connect to the server of a live run, within `timeout_s`.
+
+    Args:
+        doing: what for, for messages.
 
     Raises:
-        NotLive: nobody drives the run, or its server cannot be reached; one sentence.
+        NotLive: nobody drives the run, or its server cannot be reached.
     """
     url = folder.storage.url
     status, driver = folder.status(), folder.live_driver()
@@ -124,13 +129,14 @@ def connect(folder: RunFolder, doing: str, timeout_s: float = 10.0) -> LiveRun:
         raise NotLive(
             f"run {url} is driven by {driver}, but its server {address} cannot be reached: {_reason(error)}; {where}"
         ) from error
-    except Exception as error:  # whatever storage raises: one sentence
+    except Exception as error:  # storage may raise anything; the user sees one sentence
         raise NotLive(f"run {url} is steered by who may write into its folder: {_reason(error)}") from error
     return live
 
 
 def _host(address: Any) -> str | None:
-    """The host of a server's address, which whoever may write into the folder may have written."""
+    """Return the host of a server's address, or None for an invalid one: anybody who may write into the folder may have
+    written it."""
     try:
         parts = urlsplit(address)
         if parts.scheme != "http" or not parts.port or parts.hostname is None:
@@ -156,11 +162,11 @@ def _reason(error: Exception) -> str:
 
 
 class _Watch:
-    """Looks at the run again and again until something is so, and says what changes.
+    """Watches a run until a condition holds, and prints what changes.
 
     Args:
         doing: what the run has to do, for messages.
-        ask: asks it once more, if the server was restarted.
+        ask: asks the run again, if its server was restarted.
     """
 
     def __init__(self, live: LiveRun, say: Say, timeout_s: float, doing: str, ask: Callable[[], object]):
@@ -170,7 +176,7 @@ class _Watch:
         self._unreached_since: float | None = None
 
     def look(self) -> dict[str, Any] | None:
-        """What the server sees, after a short while; None once the run has ended.
+        """Return what the server sees, after POLL_S; None if the run has ended.
 
         Raises:
             NotLive: the server is gone, but the run has not ended.
@@ -218,7 +224,7 @@ class _Watch:
 
 
 def stop(live: LiveRun, say: Say, timeout_s: float) -> dict[str, Any]:
-    """Have the run save and end at its next step boundary, and wait for that; returns its last status."""
+    """Have the run save and end at its next step boundary, wait for that, and return its last status."""
 
     def ask() -> None:
         live.ask(Wish("stop", f"stopped by {owner()}"))
@@ -237,7 +243,7 @@ def _outcome(live: LiveRun, watch: _Watch) -> dict[str, Any]:
 
 
 def checkpoint(live: LiveRun, say: Say, timeout_s: float) -> dict[str, Any]:
-    """Have the run save at its next step boundary, and wait until that is committed; returns the step.
+    """Have the run save at its next step boundary, wait until that is committed, and return the step.
 
     Raises:
         ElasticError: it could not be saved.
@@ -249,7 +255,7 @@ def checkpoint(live: LiveRun, say: Say, timeout_s: float) -> dict[str, Any]:
 
     watch, asked_at = _Watch(live, say, timeout_s, "commit a checkpoint", ask), -AGAIN_S
     while True:
-        if time.monotonic() - asked_at > AGAIN_S:  # a save under way may have made it leave this one out
+        if time.monotonic() - asked_at > AGAIN_S:  # a save that was under way may have made the run skip this one
             ask()
             asked_at = time.monotonic()
         seen = watch.look()
@@ -264,7 +270,7 @@ def checkpoint(live: LiveRun, say: Say, timeout_s: float) -> dict[str, Any]:
 
 
 def scale(live: LiveRun, max_workers: int, say: Say, timeout_s: float) -> dict[str, Any]:
-    """Give the run another max_workers, and wait until its world is as large as that makes it."""
+    """Give the run another max_workers, and wait until its world has the size that follows from it."""
     from elastic.membership.forming import helpful_size
 
     config = (live.folder.config() or {}).get("config", {})
@@ -272,7 +278,8 @@ def scale(live: LiveRun, max_workers: int, say: Say, timeout_s: float) -> dict[s
     least = config.get("scaling", {}).get("min_workers", 1)
     wanted = helpful_size(config.get("batch", {}).get("microbatches"), max_workers, least)
     say(f"--scaling.max-workers is {max_workers}, was {was}; waiting for a world of {wanted}")
-    watch = _Watch(live, say, timeout_s, f"have a world of {wanted}", lambda: None)  # that is in the ledger
+    # nothing to ask again: the new number is in the ledger
+    watch = _Watch(live, say, timeout_s, f"have a world of {wanted}", lambda: None)
     while True:
         seen = watch.look()
         if seen is None:
@@ -283,7 +290,12 @@ def scale(live: LiveRun, max_workers: int, say: Say, timeout_s: float) -> dict[s
 
 
 def drain(live: LiveRun, worker: str, seconds: float, say: Say, timeout_s: float) -> dict[str, Any]:
-    """Have a worker hand over and end, and wait for that. For `seconds` it stays if nobody can take its place."""
+    """Have a worker hand over and end, and wait for that.
+
+    Args:
+        worker: its id, or the beginning of it.
+        seconds: for so long it stays if no other worker can take its place.
+    """
 
     def ask(whom: str) -> dict[str, Any]:
         return live.ask(Drain(whom, seconds, owner()))

@@ -1,4 +1,4 @@
-"""What the workers of a run printed, from its folder: see `elastic.run.logs` for the files."""
+"""Reads what the workers of a run printed, from its folder: see `elastic.run.logs` for the files."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ T = TypeVar("T")
 
 
 def read_logs(storage: Storage, worker: str | None = None, last: int | None = None) -> dict[str, list[str]]:
-    """Lines by worker.
+    """Return lines by worker.
 
     Args:
         worker: its id, or the beginning of it; None for all.
-        last: the newest lines of each; None for all.
+        last: the number of newest lines of each; None for all.
 
     Raises:
         ConfigError: there is no such worker, or none printed anything.
@@ -42,10 +42,13 @@ def read_logs(storage: Storage, worker: str | None = None, last: int | None = No
 
 
 def of_worker(known: dict[str, T], worker: str | None) -> dict[str, T]:
-    """What is known of one worker, by its id or the beginning of it.
+    """Return what is known of one worker.
+
+    Args:
+        worker: its id, or the beginning of it; None for all.
 
     Raises:
-        ConfigError: it is none, or there are several.
+        ConfigError: no worker or several have such an id.
     """
     if worker is None:
         return known
@@ -57,7 +60,8 @@ def of_worker(known: dict[str, T], worker: str | None) -> dict[str, T]:
 
 
 def logs_text(found: dict[str, list[str]]) -> str:
-    """Lines of all workers in the order in which they came, each with its worker where there are several."""
+    """Return the lines of all workers in the order in which they came; with several workers, each line has its worker's
+    id."""
     if len(found) == 1:
         return "\n".join(next(iter(found.values())))
     lines = []
@@ -70,7 +74,7 @@ def logs_text(found: dict[str, list[str]]) -> str:
 
 
 def follow_logs(folder: RunFolder, worker: str | None, seen: dict[str, list[str]]) -> Iterator[str]:
-    """What is printed from now on, until the run ends: some lines at a time."""
+    """Yield what is printed from now on, some lines at a time, until the run ends."""
     known, over = dict(seen), False
     while not over:
         over = folder.live_driver() is None
@@ -85,7 +89,7 @@ def follow_logs(folder: RunFolder, worker: str | None, seen: dict[str, list[str]
 
 
 def _after(before: list[str], now: list[str]) -> list[str]:
-    """Lines that are new: what was there is the beginning, or lines in its midst were left out meanwhile."""
+    """Return the new lines. The old lines are the beginning of the new ones, unless some were dropped meanwhile."""
     if now[: len(before)] == before:
         return now[len(before) :]
     last = before[-3:]

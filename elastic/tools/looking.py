@@ -1,5 +1,7 @@
-"""One look at a run, whole: from its folder, and where it is live, from its server. Every tool that shows a run shows
-this: the report, the terminal, the page."""
+"""One complete look at a run: from its folder and, if it is live, from its server.
+
+All tools that show a run show this: the report, the terminal, the page.
+"""
 
 from __future__ import annotations
 
@@ -23,18 +25,18 @@ from elastic.tools.inspecting import list_checkpoints
 from elastic.tools.live import LiveRun, NotLive, connect
 from elastic.tools.registry import ASK_S, recorded, state_of
 
-LOGS = "logs"  # of a run's folder: what its workers printed, a file each
-ACCOUNT_S = 15.0  # it goes through the whole ledger: at most one part in twenty of the time is spent on it
-AGAIN_S = 10.0  # a server that could not be reached is asked again after so long
-CHECKPOINTS_S = 10.0  # listing them is many round trips to object storage
+LOGS = "logs"  # in a run's folder: what its workers printed, one file each
+ACCOUNT_S = 15.0  # seconds; reading the whole ledger may take at most one part in twenty of the time
+AGAIN_S = 10.0  # seconds before a server that could not be reached is asked again
+CHECKPOINTS_S = 10.0  # seconds; listing checkpoints takes many round trips to object storage
 
 
 @contextmanager
 def foreign_is_named(url: str) -> Iterator[None]:
-    """Inside, what stumbles over a folder's contents says whose fault that is.
+    """While this context is open, an error from a folder's contents says that they are to blame.
 
     Raises:
-        ConfigError: what is in the folder was written by no run.
+        ConfigError: the folder's contents were not written by a run.
     """
     try:
         yield
@@ -46,7 +48,7 @@ def foreign_is_named(url: str) -> Iterator[None]:
 
 
 class Onlooker:
-    """Looks at one run, again and again: what is read once is not read again."""
+    """Looks at one run repeatedly; what was read once is not read again."""
 
     def __init__(self, folder: RunFolder):
         self.folder = folder
@@ -63,13 +65,13 @@ class Onlooker:
         self._health = Health()
 
     def look(self) -> dict[str, Any]:
-        """Everything that a person may want to see, as JSON values.
+        """Return everything that people may want to see, as JSON values.
 
         Raises:
-            ConfigError: it is no run, or what is in the folder was written by no run.
+            ConfigError: it is no run, or its folder's contents were not written by a run.
         """
         url = redact(self.folder.storage.url)
-        with foreign_is_named(url), ThreadPoolExecutor(4, "look") as pool:  # each is a round trip or more to storage
+        with foreign_is_named(url), ThreadPoolExecutor(4, "look") as pool:  # each takes a round trip or more to storage
             rows, events = pool.submit(self._rows.new), pool.submit(self._events.new)
             saved, result = pool.submit(self._saved), pool.submit(self.folder.result)
             status = self.folder.status()
@@ -78,7 +80,7 @@ class Onlooker:
             self.history.add_rows(rows.result())
             self.history.add_events(events.result())
             if any(e.get("kind") == "checkpoint_committed" for e in events.result()):
-                self._list_at = 0.0  # the next look shows it
+                self._list_at = 0.0  # the next look lists the checkpoint that was just committed
             self._health.add(rows.result(), events.result())
             self._keep_account(status, rows.result(), events.result())
             if seen is not None:
@@ -92,7 +94,11 @@ class Onlooker:
     def _keep_account(
         self, status: dict[str, Any] | None, rows: list[dict[str, Any]], events: list[dict[str, Any]]
     ) -> None:
-        """Have an account that is not old. `rows` and `events` are the new ones: at the first look, all."""
+        """Update the account if it is old.
+
+        Args:
+            rows, events: the new ones; all of them at the first look.
+        """
         live = status is not None and state_of(status, time.time()) in LIVE_STATES
         if not live and not rows and not events and self._account is not None:
             return
@@ -177,7 +183,7 @@ class Onlooker:
 
 
 def shown_sign(sign: Sign) -> dict[str, Any]:
-    """A sign of how the run is doing, with its value as text and a tone that says how it looks."""
+    """Return a figure of the run's health, with its value as text and the tone in which to show it."""
     value, number = sign.value, ""
     if value is not None and sign.unit == "share":
         number = f"{value:.1%}"
@@ -192,7 +198,7 @@ _TONES = {GOOD: "good", POOR: "bad", NOTED: ""}
 
 
 def as_shown(found: Account) -> dict[str, Any]:
-    """An account as people read it: what there is, the most first."""
+    """Return an account as people read it: without causes of zero seconds, the largest first."""
     told = found.to_json()
     whole = told["worker_seconds"]
     causes = [

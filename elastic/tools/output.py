@@ -1,4 +1,4 @@
-"""Writing objects that are there whole or not at all: streamed in parts, in parallel, in bounded memory."""
+"""Writes objects that exist whole or not at all: streamed in parts, in parallel, in bounded memory."""
 
 from __future__ import annotations
 
@@ -21,12 +21,13 @@ from elastic.tools.progress import held_back
 
 PART_BYTES = 16 << 20
 IN_FLIGHT = 8
-_MOST_PARTS = 10_000  # S3's limit
+_MOST_PARTS = 10_000  # S3 takes no more parts of one object
 _RETRY_S = 120.0
 
 
 class Stream:
-    """One object of a known size, written from its beginning. Use as a context manager; an exception leaves nothing."""
+    """Writes one object of a known size from its beginning. Use as a context manager; an exception leaves nothing
+    behind."""
 
     def __init__(self, storage: Storage, name: str, size: int):
         self._size, self._at, self._number = size, 0, 0
@@ -82,18 +83,18 @@ class Stream:
         self._cancelled.set()
         with held_back():  # an impatient second Ctrl-C would leave a part behind
             self._pool.shutdown(cancel_futures=True)
-            with contextlib.suppress(Exception):  # the first error is what counts
+            with contextlib.suppress(Exception):  # the first error is the one to report
                 self._upload.abort()
 
 
 class Output:
     """A file or a folder that a tool makes. Use as a context manager; an exception or an interruption removes it.
 
-    A local folder is made under another name and then renamed. In object storage, where that is not possible, the
-    object that makes the others count is to be written last.
+    A local folder is made under another name and then renamed. Object storage cannot rename, so there the caller must
+    write last the object that makes the others count.
 
     Raises:
-        ConfigError: there is something already.
+        ConfigError: the file or folder exists already.
     """
 
     def __init__(self, url: str, *, folder: bool, option: str):
@@ -114,13 +115,13 @@ class Output:
             raise ConfigError(f"{option} is {url!r}, which exists and is left as it is; give another name")
 
     def stream(self, name: str, size: int) -> Stream:
-        """An object of `size` bytes to write; it is there when its context ends."""
+        """Return a stream that writes an object of `size` bytes; the object exists when its context ends."""
         fault.point("output.file", -1, len(self._written))
         self._written.append(name)
         return Stream(self.storage, name, size)
 
     def put(self, name: str, data: bytes) -> None:
-        """A small object."""
+        """Write a small object."""
         with self.stream(name, len(data)) as stream:
             stream.write(memoryview(data))
 
@@ -147,12 +148,12 @@ class Output:
                 shutil.rmtree(self.storage.root, ignore_errors=True)
                 return
             for name in self._written:
-                with contextlib.suppress(Exception):  # the first error is what counts
+                with contextlib.suppress(Exception):  # the first error is the one to report
                     self.storage.remove(name)
 
 
 def write_file(path: str, make: Callable[[], bytes], option: str) -> str:
-    """Make a local file for a person, and the folders above it; returns its path.
+    """Write a local file for a person, with the folders above it, and return its path.
 
     Raises:
         ConfigError: it cannot be written.

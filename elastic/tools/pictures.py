@@ -1,5 +1,5 @@
-"""Pictures of a run: loss and workers over time with what happened marked, where steps took their time, stalls, and
-what the time of the workers went into."""
+"""Pictures of a run: loss and workers over time with marked events, the time of steps and of workers by cause,
+stalls."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ PART_COLOURS = {
 _UNITS = ((2 * 86400, 86400, "d"), (2 * 3600, 3600, "h"), (180, 60, "min"), (0, 1, "s"))
 _MOST_STALLS = 16
 _LEAST_SHARE = 0.001
-_NEAR = 0.085  # of the width: labels nearer to each other than this go on different lines
+_NEAR = 0.085  # of the width; labels that are nearer to each other go on different lines
 _LABEL_LINES = 3
 
 Draw = Callable[[], bytes]
 
 
 def matplotlib_figure() -> Any:
-    """The class of figures.
+    """Return matplotlib's class of figures.
 
     Raises:
         ConfigError: matplotlib is not installed.
@@ -41,7 +41,7 @@ def matplotlib_figure() -> Any:
         from matplotlib.figure import Figure
     except ModuleNotFoundError as error:
         if error.name != "matplotlib":
-            raise  # one of what it needs itself
+            raise  # matplotlib is installed, but not something that it needs
         raise ConfigError(
             "pictures need matplotlib, which is not installed; install it with: pip install 'elastic-train[report]'"
         ) from error
@@ -49,7 +49,7 @@ def matplotlib_figure() -> Any:
 
 
 def pictures(run: dict[str, Any]) -> dict[str, Draw]:
-    """Functions that draw the pictures of a look at a run (`looking.Onlooker`) as PNG, by file name.
+    """Return functions that draw the pictures of a run (the result of `looking.Onlooker.look`) as PNG, by file name.
 
     Raises:
         ConfigError: matplotlib is not installed.
@@ -67,7 +67,11 @@ def pictures(run: dict[str, Any]) -> dict[str, Draw]:
 
 
 def overview(run: dict[str, Any], *, title: str | None = None) -> bytes:
-    """Loss above, workers below, over the same time; what happened is marked in both. `title`: instead of its state."""
+    """Draw the loss above and the workers below, over the same time; events are marked in both.
+
+    Args:
+        title: by default the state of the run.
+    """
     course = run["history"]
     size, unit = _unit(course["elapsed_s"])
     figure = figure_of(10, 5.4)
@@ -125,7 +129,7 @@ def _draw_worlds(axes: Any, course: dict[str, Any], size: float) -> int:
 
 
 def _draw_marks(above: Any, below: Any, marks: list[dict[str, Any]], size: float, width: float) -> None:
-    lines = [-1.0] * _LABEL_LINES  # where the newest label of each line stands
+    lines = [-1.0] * _LABEL_LINES  # where the newest label of each line ends
     said: set[str] = set()
     for mark in marks:
         at, colour = mark["elapsed"] / size, TONES[mark["tone"]]
@@ -133,7 +137,7 @@ def _draw_marks(above: Any, below: Any, marks: list[dict[str, Any]], size: float
             axes.axvline(at, color=colour, linewidth=1.1, linestyle=(0, (3, 2)), alpha=0.75, zorder=1)
         free = [n for n, taken in enumerate(lines) if at - taken > _NEAR * width or taken < 0]
         if not free:
-            continue  # its line is there, its word would lie upon others
+            continue  # the event has its line; its word would lie upon other words
         lines[free[0]] = at
         said.add(mark["word"])
         left = at < width * 0.93
@@ -151,7 +155,7 @@ def _draw_marks(above: Any, below: Any, marks: list[dict[str, Any]], size: float
 
 
 def steps(run: dict[str, Any]) -> bytes:
-    """Where steps took their time, stacked, over the steps."""
+    """Draw what the time of steps was spent on, stacked, over the steps."""
     course = run["history"]
     figure = figure_of(10, 3.8)
     axes = figure.subplots()
@@ -176,7 +180,7 @@ def steps(run: dict[str, Any]) -> bytes:
 
 
 def account(run: dict[str, Any]) -> bytes:
-    """What the time of all workers went into."""
+    """Draw what the time of all workers was spent on."""
     found = run["account"]
     causes = [c for c in found["causes"] if c["share"] >= _LEAST_SHARE][::-1]
     figure = figure_of(10, 1.3 + 0.34 * len(causes))
@@ -203,7 +207,7 @@ def account(run: dict[str, Any]) -> bytes:
 
 
 def stalls(run: dict[str, Any]) -> bytes:
-    """The longest stalls, and what happened meanwhile."""
+    """Draw the longest stalls, and what happened meanwhile."""
     worst = sorted(run["history"]["stalls"], key=lambda s: -s["seconds"])[:_MOST_STALLS]
     worst.sort(key=lambda s: -s["step"])
     figure = figure_of(10, 1.3 + 0.34 * len(worst))
@@ -234,6 +238,7 @@ def stalls(run: dict[str, Any]) -> bytes:
 
 
 def short(text: str, most: int) -> str:
+    """Shorten a text to at most `most` characters."""
     return text if len(text) <= most else text[: most - 1] + "…"
 
 
@@ -242,14 +247,17 @@ def _unit(seconds: float) -> tuple[float, str]:
 
 
 def figure_of(width: float, height: float) -> Any:
+    """Make a figure; width and height in inches."""
     return matplotlib_figure()(figsize=(width, height), layout="constrained", facecolor=PAPER)
 
 
 def titled(axes: Any, text: str) -> None:
+    """Set the title of axes."""
     axes.set_title(text.replace("$", r"\$"), loc="left", color=INK, fontsize=12, fontweight="bold", pad=10)
 
 
 def png_of(figure: Any) -> bytes:
+    """Render a figure as PNG."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     for axes in figure.axes:
@@ -259,7 +267,7 @@ def png_of(figure: Any) -> bytes:
         axes.xaxis.label.set_color(MUTED)
         axes.yaxis.label.set_color(MUTED)
         axes.set_axisbelow(True)
-        if not axes.patches:  # of bars that lie
+        if not axes.patches:  # of horizontal bars
             axes.grid(axis="y", color=GRID, linewidth=0.8)
         for text in axes.get_legend().get_texts() if axes.get_legend() else ():
             text.set(color=INK, fontsize=9)
@@ -271,7 +279,7 @@ def png_of(figure: Any) -> bytes:
 
 
 def caption(run: dict[str, Any]) -> str:
-    """How it went, in a line."""
+    """Return the state of the run in one line."""
     course = run["history"]
     stalled = sum(s["seconds"] for s in course["stalls"])
     return f"{run['step']} steps in {seconds_text(course['elapsed_s'])}, {seconds_text(stalled)} of them stalls"

@@ -1,4 +1,5 @@
-"""What `from_pretrained` needs beside weights: config, generation options, tokenizer; and how it names the weights."""
+"""What `from_pretrained` needs beside weights (config, generation options, tokenizer), and the names of weights
+there."""
 
 from __future__ import annotations
 
@@ -37,9 +38,9 @@ class Pretrained:
     """A folder that `from_pretrained` opens.
 
     Args:
-        folder: which config and tokenizer are copied from, or its name on the hub; a config that the job keeps in its
-            checkpoints goes before the one in there.
-        adapter: the adapters alone, for `PeftModel.from_pretrained`, instead of a model.
+        folder: the folder, or name on the hub, from which config and tokenizer are copied. A config that the job keeps
+            in its checkpoints has precedence.
+        adapter: write the adapters alone, for `PeftModel.from_pretrained`, instead of a model.
     """
 
     folder: str | None
@@ -47,14 +48,15 @@ class Pretrained:
 
     @property
     def stem(self) -> str:
-        """What files of weights are called."""
+        """The beginning of the names of the files with weights."""
         return "adapter_model" if self.adapter else "model"
 
     def named(self, manifest: Manifest, weights: str) -> Callable[[str], str | None]:
-        """The name that a weight has there, or None for one that is left out.
+        """Return a function from a weight's name in the checkpoint to its name in the folder; None if the weight is
+        left out.
 
         Raises:
-            ConfigError: the checkpoint has adapters and a whole model is wanted, or the other way.
+            ConfigError: the checkpoint has adapters and a whole model is wanted, or the other way round.
         """
         wrapped = any(name.startswith(weights + adapters.PREFIX) for name in manifest.tensors)
         if self.adapter and not wrapped:
@@ -67,10 +69,10 @@ class Pretrained:
         return adapters.adapter_name if self.adapter else lambda name: name
 
     def files(self, manifest: Manifest, dtype: str | None) -> dict[str, bytes]:
-        """Small files by name.
+        """Return the small files by name.
 
         Args:
-            dtype: what weights were converted to, if they were.
+            dtype: to which weights were converted, if they were.
 
         Raises:
             ConfigError: there is no config.
@@ -94,7 +96,7 @@ class Pretrained:
 
 
 def _kept(manifest: Manifest) -> Mapping[str, str]:
-    """The files that a job of `elastic.hf` keeps in its checkpoints."""
+    """Return the files that a job of `elastic.hf` keeps in its checkpoints."""
     extra: Any = manifest.values.get("extra") or {}
     coded = extra.get(FILES) if isinstance(extra, dict) else None
     return decode(coded) if coded is not None else {}

@@ -1,4 +1,4 @@
-"""Which runs there are and how each is doing: from their folders, and where one is live, from its server too."""
+"""Lists runs and tells how each is doing: from its folder and, if it is live, from its server."""
 
 from __future__ import annotations
 
@@ -23,14 +23,20 @@ from elastic.tools.live import NotLive, connect
 from elastic.tools.target import list_names
 
 STATES = ("running", "parked", "lost", "finished", "stopped", "failed", "new", "unreadable")
-ASK_S = 2.0  # who is not there, or behind a firewall, is not waited for
+ASK_S = 2.0  # seconds; a server that is gone or behind a firewall may not hold up the list for longer
 _IN_FLIGHT = 32
 
 
 @dataclass(frozen=True)
 class Listed:
-    """A run in a list. `workers` is the size of its newest world; `age_s` that of its heartbeat; `bytes` all that its
-    folder holds; `cost` what it cost so far, where it was given a price."""
+    """A run in a list.
+
+    Args:
+        workers: the size of its newest world.
+        age_s: the age of its heartbeat, in seconds.
+        bytes: of everything in its folder.
+        cost: what it has cost so far, if prices are known.
+    """
 
     name: str
     status: str
@@ -45,7 +51,7 @@ class Listed:
     cost: float | None = None
 
 
-#: What a list may be sorted by: a key for each; what is unknown comes last.
+#: The keys by which a list may be sorted; unknown values come last.
 ORDERS: dict[str, Callable[[Listed], Any]] = {
     "name": lambda r: r.name,
     "status": lambda r: (STATES.index(r.status), r.name),
@@ -57,7 +63,7 @@ ORDERS: dict[str, Callable[[Listed], Any]] = {
 
 
 def state_of(status: dict[str, Any], now: float) -> str:
-    """A run's state: what it wrote last, but `lost` where a live one has not been heard of."""
+    """Return a run's state: the one it wrote last, but `lost` if a live run has not been heard of."""
     state = str(status["status"])
     silent = now - status["heartbeat"] >= ALIVE_S or has_ended(status.get("owner_process"))
     return "lost" if state in LIVE_STATES and silent else state
@@ -66,16 +72,16 @@ def state_of(status: dict[str, Any], now: float) -> str:
 def list_runs(
     url: str, *, states: Sequence[str] = (), job: str = "*", name: str = "*", sizes: bool | None = False
 ) -> list[Listed]:
-    """The runs in a folder, by name.
+    """Return the runs in a folder, sorted by name.
 
     Args:
-        states: only runs in one of these; none means all.
-        job, name: patterns such as `code*` of the names of the job and of the run.
-        sizes: look at all that each holds, too, and what it cost; None does where that is on a disk, since an object
-            store answers hundreds of requests for it.
+        states: only runs in one of these states; empty means all.
+        job, name: patterns such as `code*` for the name of the job and of the run.
+        sizes: find the bytes and the cost of each run too. None does so on a disk only, since an object store answers
+            hundreds of requests for it.
 
     Raises:
-        ConfigError: a state that there is not, or a folder that cannot be listed or is a run itself.
+        ConfigError: an unknown state, or a folder that cannot be listed or is a run itself.
     """
     unknown = sorted(set(states) - set(STATES))
     if unknown:
@@ -102,12 +108,12 @@ def _look(storage: Storage, name: str, now: float, states: Sequence[str], job: s
         return found
     try:
         return replace(found, bytes=folder.storage.usage(), cost=_cost(folder))
-    except Exception as error:  # whatever keeps it from being read: the others are listed
+    except Exception as error:  # a damaged file or storage may raise anything; the other runs must be listed
         return replace(found, problem=redact(f"{type(error).__name__}: {error}"))
 
 
 def _cost(folder: RunFolder) -> float | None:
-    """Of a run that ended, what it said; of another, what its events tell."""
+    """Return what a run cost: from its result if it has ended, otherwise from its events."""
     result = folder.result()
     cost = account_of_events(folder.storage).cost if result is None else result.get("cost")
     return float(cost) if isinstance(cost, (int, float)) else None
@@ -131,19 +137,19 @@ def _listed(folder: RunFolder, name: str, now: float) -> Listed | None:
         )
     except NotADirectoryError:
         return None  # a file beside the runs
-    except Exception as error:  # whatever is in it, or keeps it from being read: the others are listed
+    except Exception as error:  # a damaged file or storage may raise anything; the other runs must be listed
         return Listed(name, "unreadable", problem=redact(f"{type(error).__name__}: {error}"))
 
 
 def look_at_run(folder: RunFolder, *, last: int) -> dict[str, Any]:
-    """How one run is doing: status, workers, and the `last` rows and events, read from the ledger's end.
+    """Return how one run is doing: status, workers, and the `last` rows and events, read from the end of the ledger.
 
-    A live run's server is asked; where it cannot be, `not_asked` says why, and what its folder says has to do.
+    The server of a live run is asked. If it cannot be, `not_asked` has the reason, and the run's folder must suffice.
 
     Raises:
-        ConfigError: it never wrote a status.
+        ConfigError: the run never wrote a status.
     """
-    with ThreadPoolExecutor(4, "status") as pool:  # each is a round trip or two to object storage
+    with ThreadPoolExecutor(4, "status") as pool:  # each takes a round trip or two to object storage
         tail = pool.submit(read_tail, folder.storage, METRICS, last)
         history = pool.submit(read_tail, folder.storage, EVENTS, last)
         saved = pool.submit(lambda: next(newest_first(folder.storage), None))
@@ -185,13 +191,13 @@ def _ask(folder: RunFolder, status: dict[str, Any]) -> tuple[dict[str, Any] | No
 
 
 def recorded(status: dict[str, Any]) -> list[dict[str, Any]]:
-    """The members of a live run's newest world, by rank; their phases are not known."""
+    """Return the members of a live run's newest world, by rank; their phases are not known."""
     members = status.get("members", ()) if status["status"] in LIVE_STATES else ()
     return [{**member, "rank": rank, "state": "recorded", "phase": ""} for rank, member in enumerate(members)]
 
 
 def text_of(run: dict[str, Any]) -> str:
-    """`look_at_run` for people."""
+    """Format the result of `look_at_run` for people."""
     from elastic.observe.console import DEATHS, eval_text, event_text, row_text
     from elastic.tools.text import age_text, workers_table
 

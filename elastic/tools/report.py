@@ -11,11 +11,11 @@ from elastic.observe.history import PARTS
 from elastic.tools.output import write_file
 from elastic.tools.text import age_text, show, size_text, table, workers_table
 
-_MOST = 12  # stalls, events and checkpoints in a table
+_MOST = 12  # the most stalls, events and checkpoints in a table
 
 
 def report_run(arguments: argparse.Namespace) -> int:
-    """Carry out the verb for a run; returns the exit code."""
+    """Carry out the verb for a run, and return the exit code."""
     from elastic.tools.looking import Onlooker
     from elastic.tools.target import open_run
 
@@ -35,7 +35,12 @@ def report_run(arguments: argparse.Namespace) -> int:
 
 
 def report_text(run: dict[str, Any], written: list[str]) -> str:
-    """For people."""
+    """Format the report for people.
+
+    Args:
+        run: the result of `looking.Onlooker.look`.
+        written: the paths of files that were written.
+    """
     parts = [
         _head(run),
         _figures(run),

@@ -1,5 +1,5 @@
-"""Pictures of a sweep, while it runs too: the objective over time, the trials' curves, the metric over each option, and
-how much each option matters."""
+"""Pictures of a sweep, also while it runs: the objective over time, the trials' curves, the metric over each option,
+and how much each option matters."""
 
 from __future__ import annotations
 
@@ -22,26 +22,26 @@ from elastic.tools.pictures import (
 )
 from elastic.tools.sweeps import TrialRecord, better
 
-_NAMED = ("#2457d6", "#e39b17", "#16a37f", "#8b62e0", "#0aa2c0")  # the best trials, in a legend
+_NAMED = ("#2457d6", "#e39b17", "#16a37f", "#8b62e0", "#0aa2c0")  # colours of the best trials, which have a legend
 _OTHERS = "#b9c0cb"
-_MOST_GROUPS = 4  # that values of an option are put into, to see what they explain
+_MOST_GROUPS = 4  # groups of an option's values whose ranks are compared
 _LEAST_TRIALS = 4
-_OUT = 1.5  # of the middle half of all values: what is farther away does not set the scale
+_OUT = 1.5  # in spans of the middle half of all values: what is farther away does not set the scale
 
 
 def is_number(value: Any) -> bool:
-    """Whether it is a finite number."""
+    """Whether a value is a finite number."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def curve_of(trial: TrialRecord, metric: str) -> list[tuple[int, float]]:
-    """Step and value of each report that has the metric."""
+    """Return the step and value of each report that has the metric."""
     found = [(r["step"], r["metrics"].get(metric)) for r in trial.reports]
     return [(step, value) for step, value in found if is_number(value)]
 
 
 def scale(values: Sequence[float]) -> tuple[float, float] | None:
-    """What an axis should show: all but outliers. None where there is nothing. Pure."""
+    """Return the range that an axis should show: all values but outliers; None without values. Pure."""
     ordered = sorted(v for v in values if is_number(v))
     if not ordered:
         return None
@@ -53,11 +53,12 @@ def scale(values: Sequence[float]) -> tuple[float, float] | None:
 
 
 def importance(trials: Sequence[TrialRecord], names: Sequence[str]) -> dict[str, float] | None:
-    """How much of the trials' order each option explains: from 0 for none to 1 for all of it. Pure.
+    """Return how much of the trials' order each option explains, from 0 (nothing) to 1 (all of it). Pure.
 
-    The trials are ranked by their value; those of an option are put into at most four groups, and what lies between the
-    groups is compared with the whole, less what chance would put there (epsilon squared). So a best value in the middle
-    counts as much as one at an end. None with fewer than four trials.
+    The trials are ranked by their values. For each option they are put into at most four groups of similar values, and
+    the variance of ranks between the groups is compared with the whole variance, less what chance would put there
+    (epsilon squared, as in the Kruskal-Wallis test). So a best value in the middle counts as much as one at an end.
+    None with fewer than four trials.
     """
     known = sorted(
         (t for t in trials if is_number(t.value) and t.status != "failed"), key=lambda t: float(t.value or 0)
@@ -81,7 +82,7 @@ def importance(trials: Sequence[TrialRecord], names: Sequence[str]) -> dict[str,
 
 
 def _groups(trials: Sequence[TrialRecord], name: str) -> list[list[TrialRecord]]:
-    """Trials with about the same value of an option: numbers by their order, anything else by what it is."""
+    """Group trials with similar values of an option: numbers by their order, other values by equality."""
     values = [t.options.get(name) for t in trials]
     kinds = {str(v) for v in values}
     if not all(map(is_number, values)) or len(kinds) <= _MOST_GROUPS:
@@ -97,11 +98,11 @@ def _groups(trials: Sequence[TrialRecord], name: str) -> list[list[TrialRecord]]
 def sweep_pictures(
     name: str, ranked: Sequence[TrialRecord], search: Mapping[str, str], metric: str, mode: str
 ) -> dict[str, Callable[[], bytes]]:
-    """Functions that draw the pictures as PNG, by file name.
+    """Return functions that draw the pictures as PNG, by file name.
 
     Args:
         ranked: the trials, the best first; some may still run.
-        search: what is searched, as `sweep.json` spells it: `loguniform(...)` for instance.
+        search: the searched options, as `sweep.json` writes them, for example `loguniform(...)`.
 
     Raises:
         ConfigError: matplotlib is not installed.
@@ -129,7 +130,7 @@ def _limit(axes: Any, values: Sequence[float]) -> None:
 
 
 def _objective(name: str, ranked: Sequence[TrialRecord], metric: str, mode: str) -> bytes:
-    """Every report over time, the best so far, and when trials failed."""
+    """Draw every report over time, the best value so far, and when trials failed."""
     figure = figure_of(9, 4.4)
     axes = figure.subplots()
     told = sorted(
@@ -158,7 +159,8 @@ def _objective(name: str, ranked: Sequence[TrialRecord], metric: str, mode: str)
 
 
 def _curves(name: str, ranked: Sequence[TrialRecord], metric: str) -> bytes:
-    """The metric of each trial over its steps: the best few by name, the others grey, failed ones to their cross."""
+    """Draw the metric of each trial over its steps: the best few with names, the others grey, failed ones up to a
+    cross."""
     figure = figure_of(9, 4.6)
     axes = figure.subplots()
     best = _best(ranked)
@@ -203,7 +205,7 @@ def _told(trial: TrialRecord, is_best: bool) -> str:
 
 
 def _slices(name: str, ranked: Sequence[TrialRecord], search: Mapping[str, str], metric: str) -> bytes:
-    """The metric over the values of each option, on one scale; failed trials are apart, below."""
+    """Draw the metric over the values of each option, on one scale; failed trials are apart, below."""
     figure = figure_of(max(7.0, 3.6 * len(search) + 1.0), 4.0)
     panels = figure.subplots(1, len(search), squeeze=False, sharey=True)[0]
     good = [t for t in ranked if is_number(t.value) and t.status != "failed"]
@@ -254,7 +256,7 @@ def _slices(name: str, ranked: Sequence[TrialRecord], search: Mapping[str, str],
 
 
 def _importance(name: str, weights: Mapping[str, float], metric: str, trials: int) -> bytes:
-    """How much of the trials' order each option explains."""
+    """Draw how much of the trials' order each option explains."""
     ordered = sorted(weights.items(), key=lambda item: item[1])
     figure = figure_of(8, 1.4 + 0.36 * len(ordered))
     axes = figure.subplots()

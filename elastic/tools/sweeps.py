@@ -1,9 +1,8 @@
-"""What a sweep left behind: reading its folder, the ranking of its trials, and `elastic report`.
+"""Reads what a sweep left behind: its folder, the ranking of its trials, and the text of `elastic report`.
 
 <storage>/<sweep>/sweep.json      what was searched and how, who drives it, how it stands, and the best trial
-<storage>/<sweep>/trials.jsonl    a line an event: started, report, verdict, ended
-<storage>/<sweep>/drivers/        one file for each command that drove it
-<storage>/<sweep>/<sweep>-0003/   a run like any other
+<storage>/<sweep>/trials.jsonl    a line an event: started, report, verdict, ended <storage>/<sweep>/drivers/        one
+file for each command that drove it <storage>/<sweep>/<sweep>-0003/   a run like any other
 """
 
 from __future__ import annotations
@@ -29,8 +28,14 @@ SWEEP, TRIALS, DRIVERS = "sweep.json", "trials.jsonl", "drivers"
 
 @dataclass
 class TrialRecord:
-    """What is known of a trial. `options` are those it has now, `started_with` those it began with; `value` is the
-    newest of the sweep's metric, `best` the best of them."""
+    """What is known of a trial.
+
+    Args:
+        options: those that it has now.
+        started_with: those that it began with.
+        value: the newest value of the sweep's metric.
+        best: its best value.
+    """
 
     number: int
     run: str
@@ -50,10 +55,10 @@ class TrialRecord:
 
 
 def read_sweep(storage: Storage) -> dict[str, Any] | None:
-    """The contents of sweep.json, or None where there is no sweep.
+    """Return the contents of sweep.json, or None if there is no sweep.
 
     Raises:
-        ConfigError: of a format that this version does not know.
+        ConfigError: it has a format that this version does not know.
     """
     try:
         found = json.loads(storage.read(SWEEP))
@@ -68,10 +73,10 @@ def read_sweep(storage: Storage) -> dict[str, Any] | None:
 
 
 def open_sweep(url: str) -> tuple[Storage, dict[str, Any]]:
-    """The folder of a sweep, and its sweep.json.
+    """Open the folder of a sweep, and return it with its sweep.json.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: there is no sweep.
     """
     storage = Storage(url, option="SWEEP", read_only=True)
     found = read_sweep(storage)
@@ -81,12 +86,12 @@ def open_sweep(url: str) -> tuple[Storage, dict[str, Any]]:
 
 
 def read_trials(storage: Storage, metric: str, mode: str) -> list[TrialRecord]:
-    """All trials of a sweep, by number."""
+    """Return all trials of a sweep, by number."""
     return collect(read_records(storage, TRIALS), metric, mode)
 
 
 def collect(lines: Iterable[dict[str, Any]], metric: str, mode: str) -> list[TrialRecord]:
-    """The trials that these lines tell of. A driver that was killed may have left some twice."""
+    """Return the trials that these lines describe. A driver that was killed may have left some lines twice."""
     found: dict[int, TrialRecord] = {}
     for line in lines:
         number, kind = line["trial"], line["kind"]
@@ -119,13 +124,13 @@ def collect(lines: Iterable[dict[str, Any]], metric: str, mode: str) -> list[Tri
 
 
 def better(one: float | None, other: float | None, mode: str) -> float | None:
-    """The better of two values, either of which may be missing or no number."""
+    """Return the better of two values; either may be None or NaN."""
     values = [v for v in (one, other) if v is not None and not math.isnan(v)]
     return (min(values) if mode == "min" else max(values)) if values else None
 
 
 def ranking(trials: Iterable[TrialRecord], mode: str) -> list[TrialRecord]:
-    """The best first, by the newest value of each; those without any last."""
+    """Sort trials by their newest values, the best first; those without a value come last."""
 
     def key(trial: TrialRecord) -> tuple[bool, float, int]:
         value = trial.value
@@ -136,19 +141,19 @@ def ranking(trials: Iterable[TrialRecord], mode: str) -> list[TrialRecord]:
 
 
 def best_trial(trials: Iterable[TrialRecord], mode: str) -> TrialRecord | None:
-    """The best of those that ended and did not fail; its last checkpoint is the one to keep."""
+    """Return the best trial that ended and did not fail; its last checkpoint is the one to keep."""
     ended = [t for t in trials if t.status in ("finished", "stopped") and t.value is not None]
     return next(iter(ranking(ended, mode)), None)
 
 
 def state_of(sweep: dict[str, Any], now: float) -> str:
-    """A sweep's state: what it wrote last, but `lost` where a running one has not been heard of."""
+    """Return a sweep's state: the one it wrote last, but `lost` if a running sweep has not been heard of."""
     silent = now - sweep["heartbeat"] >= ALIVE_S or has_ended(sweep.get("owner_process"))
     return "lost" if sweep["status"] == "running" and silent else str(sweep["status"])
 
 
 def best_run(url: str) -> tuple[str, int] | None:
-    """Where `url` is a sweep: the URL of its best run, and the step of its pinned checkpoint. None: it is no sweep.
+    """Return the URL of a sweep's best run and the step of its pinned checkpoint; None if `url` is no sweep.
 
     Raises:
         ConfigError: the sweep has no best trial yet.
@@ -166,7 +171,7 @@ def best_run(url: str) -> tuple[str, int] | None:
 
 
 def report(arguments: argparse.Namespace) -> int:
-    """Carry out the verb; returns the exit code."""
+    """Carry out the verb, and return the exit code."""
     storage, sweep = open_sweep(arguments.url)
     trials = ranking(read_trials(storage, sweep["metric"], sweep["mode"]), sweep["mode"])
     written = []
@@ -192,7 +197,7 @@ def report(arguments: argparse.Namespace) -> int:
 
 
 def report_text(url: str, sweep: dict[str, Any], ranked: list[TrialRecord]) -> str:
-    """The ranking for people."""
+    """Format the ranking for people."""
     from elastic.tools.text import age_text, table
 
     state, metric = state_of(sweep, time.time()), sweep["metric"]

@@ -1,4 +1,4 @@
-"""`elastic watch RUN`: a run on a terminal, live; where there is none, lines as its own command prints them."""
+"""`elastic watch RUN`: a live run on a terminal; without a terminal, lines as the run's own command prints them."""
 
 from __future__ import annotations
 
@@ -17,14 +17,15 @@ from elastic.run.folder import LIVE_STATES
 from elastic.tools.text import FORMAT, age_text
 
 EVERY_S = 1.0
-LINES_S = 2.0  # between two lines of progress where there is no terminal
-_DOTS = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))  # of a braille character, from the top, left and right
+LINES_S = 2.0  # seconds between two lines of progress without a terminal
+# bits of the dots of a braille character: rows from the top, columns from the left
+_DOTS = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))
 _BARS = " ▁▂▃▄▅▆▇█"
 _STYLES = {"bad": "red", "warn": "yellow", "good": "green", "save": "magenta", "plain": "dim"}
 
 
 def watch_run(arguments: argparse.Namespace) -> int:
-    """Carry out the verb; returns the exit code: 1 for a run that failed or was lost."""
+    """Carry out the verb, and return the exit code: 1 for a run that failed or was lost."""
     from elastic.tools.looking import Onlooker, foreign_is_named
     from elastic.tools.target import open_run
 
@@ -82,7 +83,7 @@ def _screen(onlooker: Any) -> dict[str, Any]:
                 time.sleep(EVERY_S)
                 run = onlooker.look()
         except KeyboardInterrupt:
-            pass  # that is how one leaves
+            pass  # Ctrl-C is how one leaves
     terminal.print(picture(run, terminal.width, terminal.height))
     return run
 
@@ -91,7 +92,7 @@ def _screen(onlooker: Any) -> dict[str, Any]:
 
 
 def braille(values: Sequence[float | None], width: int, height: int) -> list[str]:
-    """A curve as lines of text, the highest first: 2 by 4 dots to a character. Pure."""
+    """Return a curve as lines of text, the highest first: each character has 2 by 4 dots. Pure."""
     cells = [[0] * width for _ in range(height)]
     known = [v for v in values if v is not None and math.isfinite(v)]
     if not known:
@@ -118,7 +119,7 @@ def braille(values: Sequence[float | None], width: int, height: int) -> list[str
 
 
 def over_time(times: Sequence[float], values: Sequence[float | None], end: float, count: int) -> list[float | None]:
-    """Values at `count` times from 0 to `end`, taken from lines between those that are known. Pure."""
+    """Return values at `count` times from 0 to `end`, interpolated between those that are known. Pure."""
     known = [(t, v) for t, v in zip(times, values, strict=True) if v is not None]
     found: list[float | None] = []
     after = 0
@@ -135,7 +136,7 @@ def over_time(times: Sequence[float], values: Sequence[float | None], end: float
 
 
 def bars(worlds: Sequence[Sequence[Any]], end: float, width: int) -> str:
-    """Sizes of worlds over time as one line of bars. Pure."""
+    """Return the sizes of worlds over time as one line of bars. Pure."""
     most = max((size for _, size, _ in worlds), default=0)
     found, at = "", 0
     for x in range(width):
@@ -147,7 +148,7 @@ def bars(worlds: Sequence[Sequence[Any]], end: float, width: int) -> str:
 
 
 def picture(run: dict[str, Any], width: int, height: int) -> Any:
-    """The whole screen: what matters more is above, and what has no room is left out."""
+    """Return the whole screen. What matters more is above; what does not fit is left out."""
     from rich.console import Group
     from rich.text import Text
 
@@ -254,7 +255,7 @@ def _account(run: dict[str, Any], width: int) -> Any:
 
 
 def _health(run: dict[str, Any], width: int) -> Any:
-    """What is not as it should be, and what to try."""
+    """Return the figures that miss their goals, and what to try."""
     from rich.text import Text
 
     poor = [f"{h['name']} {h['value']} (goal {h['goal']}): {h['advice']}" for h in run["health"] if h["tone"] == "bad"]

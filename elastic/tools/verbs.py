@@ -1,4 +1,4 @@
-"""The verbs of `elastic` that work on stored runs: how they are called and what they print."""
+"""The verbs of `elastic` for stored runs: their options, and what they print."""
 
 from __future__ import annotations
 
@@ -75,10 +75,10 @@ def _step(parser: argparse.ArgumentParser, default: str = "the newest") -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Carry out a verb; returns the exit code.
+    """Carry out a verb, and return the exit code.
 
     Raises:
-        ElasticError: one sentence that says what is wrong.
+        ElasticError: the message is one sentence for the user.
     """
     from elastic.tools.progress import interruptible
 
@@ -198,7 +198,7 @@ def _verify(arguments: argparse.Namespace) -> int:
 
     folder = open_run(arguments.url, read_only=True)
     if not any(arguments.step in (None, c.step) for c in with_manifest(folder.storage)):
-        choose(folder.storage, arguments.step)  # says what there is
+        choose(folder.storage, arguments.step)  # raises with a list of the steps that there are
     found, marks = _verified(folder, arguments.step)
 
     def text() -> str:
@@ -230,14 +230,14 @@ def _export(arguments: argparse.Namespace) -> int:
     from elastic.tools.text import parse_size, size_text
 
     url, step = arguments.url, arguments.step
-    if (best := best_run(url)) is not None:  # of a sweep, its best trial
+    if (best := best_run(url)) is not None:  # of a sweep: its best trial
         url, step = best[0], best[1] if step is None else step
     storage = open_run(url, read_only=True).storage
     checkpoint = choose(storage, step)
     size = arguments.max_shard_size
     pretrained = Pretrained(arguments.hf, arguments.adapter) if arguments.hf or arguments.adapter else None
     if size is None and arguments.format == "safetensors" and not arguments.out.endswith(SUFFIX):
-        size = None if arguments.adapter else "5GB"  # peft reads one file
+        size = None if arguments.adapter else "5GB"  # peft reads one file only
     with ExitStack() as stack:
         found = export(
             storage,
@@ -305,7 +305,7 @@ def _pin(arguments: argparse.Namespace) -> int:
     else:
         step = choose(storage, arguments.step).step
         pin(storage, step)
-        if step not in {c.step for c in newest_first(storage)}:  # a live run's own retention was quicker
+        if step not in {c.step for c in newest_first(storage)}:  # the retention of a live run was faster
             unpin(storage, step)
             raise CheckpointError(f"the checkpoint of step {step} was removed by its run at this moment; pin another")
     values = {"step": step, "pinned": not arguments.unpin}
