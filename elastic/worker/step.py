@@ -121,17 +121,17 @@ class WorldSteps:
         self._trained = state.trained()
         self._agree(group)
         self._one_each = stepper.one_each
-        self._share = Share.of(
+        self.share = Share.of(
             stepper.run.plan, self._config, group.layout, place, bitwise=stepper.bitwise, one_each=stepper.one_each
         )
-        self._loader.start(applied, self._share.spans)
+        self._loader.start(applied, self.share.spans)
         self._step = self._pass = 0
         self._last: Update | None = None  # the update that was applied last in this world
         self._code.on_loss = self._after_loss
         self._matrices = Matrices(state.optimizer, state.mesh)
         with group.collective("wrapping the model"):
             self._replica = wrap(
-                state.model, self._code.loss, self._config, group, self._share, find_unused=stepper.find_unused
+                state.model, self._code.loss, self._config, group, self.share, find_unused=stepper.find_unused
             )
 
     def _agree(self, group: Group) -> None:
@@ -308,7 +308,7 @@ class WorldSteps:
 
     def _passes(self, step: int) -> Iterator[Pass]:
         progress, clock = self._stepper.progress, self._stepper.clock
-        passes = [(span, False) for span in self._share.spans] + [(self._share.spans[-1], True)] * self._share.padding
+        passes = [(span, False) for span in self.share.spans] + [(self.share.spans[-1], True)] * self.share.padding
         for i, ((first, count), padding) in enumerate(passes):
             began = time.perf_counter()
             self._pass = i
@@ -343,13 +343,13 @@ class WorldSteps:
             found = [m for m in self._group.gather_in_mesh(bad) if m >= 0]
             microbatch = min(found, default=None)
         else:  # each pass has a loss of its own in the record
-            spans = [span for run in self._share.runs for span in self._stepper.spans_of(run)]
+            spans = [span for run in self.share.runs for span in self._stepper.spans_of(run)]
             count = next(n for first, n in spans if first == microbatch)
         ids = [] if microbatch is None else self._loader.order.span(step, microbatch, count).ids.tolist()
         raise nonfinite.error(step, record, norm, microbatch, ids)
 
     def _find_bad(self, step: int) -> int:
-        indices = self._share.own
+        indices = self.share.own
 
         def microbatches() -> Iterator[tuple[int, Any]]:
             self._loader.start(step, [(i, 1) for i in indices])
@@ -358,7 +358,7 @@ class WorldSteps:
                 seed_all(derive("step", self._config.run.seed, step, index))
                 yield index, batch
 
-        return nonfinite.first_bad_microbatch(self._replica.has_finite_gradients, microbatches(), self._share.singles)
+        return nonfinite.first_bad_microbatch(self._replica.has_finite_gradients, microbatches(), self.share.singles)
 
 
 def _numbers(update: Update) -> dict[str, float]:

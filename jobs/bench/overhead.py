@@ -63,14 +63,14 @@ def _bare_step(world: Any) -> None:
     import torch
 
     steps, state = world.steps, world.state
-    step, replica = world.step, steps._replica
+    step, replica, spans = world.step, steps._replica, steps.share.spans
     replica.model.zero_grad(set_to_none=True)
-    for i, (first, count) in enumerate(steps._spans):
+    for i, (first, count) in enumerate(spans):
         batch = steps._loader.next(step, first, count).batch
         if replica._ddp is not None:
-            replica._ddp.require_backward_grad_sync = i == len(steps._spans) - 1
+            replica._ddp.require_backward_grad_sync = i == len(spans) - 1
         loss, weight, _ = replica._forward(batch)
-        (loss / (weight * len(steps._spans))).backward()
+        (loss / (weight * len(spans))).backward()
     torch.nn.utils.clip_grad_norm_(state.model.parameters(), CLIP_NORM)
     state.optimizer.step()
     loss.item()
