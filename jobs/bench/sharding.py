@@ -7,9 +7,6 @@ python -m jobs.bench.sharding --json sharding.json
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
@@ -20,115 +17,41 @@ from threading import Event
 from typing import Any
 
 from elastic import (
-    BatchOptions,
     CheckpointOptions,
-    ObserveOptions,
-    OptimOptions,
     ParallelOptions,
     RecoveryOptions,
     RunOptions,
     ScalingOptions,
-    TrainConfig,
 )
 from elastic.observe.ledger import METRICS, kept_history, read_records
 from elastic.run.prepare import prepare
 from elastic.worker.local import LocalRun
-from jobs.bench.report import PeakMemory, median, table, write_json
+from jobs.bench.report import median, table, write_json
 from jobs.bench.snapshot_cost import measure as snapshot_cost
 from jobs.bench.steady import CONFIG as STEADY
 from jobs.bench.steady import Steady
-from jobs.codegpt import CodeGPT
+from jobs.bench.steps import BLOCK, bare, here
 
-BLOCK = 128
-WARM_STEPS = 5
+LOOP = "jobs.bench.bare_fsdp"
 WORKERS = {"fsdp": 2, "hsdp": 4}  # hsdp as 2 nodes of 2
 KILL_WORKERS, KILL_AT, KILL_STEPS, SAVE_EVERY = 4, 25, 60, 10
-
-
-class StepsAlone(CodeGPT):
-    """Without evaluation."""
-
-    def eval_data(self) -> None:
-        return None
-
-
-def _rate(times: list[float], global_size: int) -> float:
-    """Samples/s over the median step after warm-up."""
-    gaps = [b - a for a, b in zip(times[WARM_STEPS:], times[WARM_STEPS + 1 :], strict=False)]
-    return global_size / median(gaps)
-
-
-def bare(folder: Path, strategy: str, *, steps: int, size: str, global_size: int, passes: int) -> dict[str, float]:
-    """Samples/s and peak MiB of a bare FSDP2 loop."""
-    out = folder / "bare.json"
-    subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc-per-node",
-            str(WORKERS[strategy]),
-            "-m",
-            "jobs.bench.bare_fsdp",
-            "--steps",
-            str(steps),
-            "--global-size",
-            str(global_size),
-            "--passes",
-            str(passes),
-            "--replicas",
-            "2" if strategy == "hsdp" else "1",
-            "--size",
-            size,
-            "--block",
-            str(BLOCK),
-            "--out",
-            str(out),
-        ],
-        check=True,
-        timeout=600,
-        stderr=subprocess.DEVNULL,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    found = json.loads(out.read_text())
-    return {"rate": _rate(found["times"], global_size), "peak_mib": found["peak_mib"]}
-
-
-def here(
-    folder: Path, strategy: str, *, steps: int, size: str, global_size: int, microbatches: int, exactness: str
-) -> dict[str, float]:
-    """Samples/s and peak MiB of a run here."""
-    workers = WORKERS[strategy]
-    config = TrainConfig(
-        run=RunOptions(storage=str(folder), duration=f"{steps}st", exactness=exactness),  # type: ignore[arg-type]
-        batch=BatchOptions(global_size=global_size, microbatches=microbatches),
-        optim=OptimOptions(clip_norm=1.0),
-        parallel=ParallelOptions(strategy=strategy),  # type: ignore[arg-type]
-        scaling=ScalingOptions(max_workers=workers, workers_per_node=2),
-        observe=ObserveOptions(tensorboard=False),
-    )
-    run = prepare(StepsAlone(size=size, block=BLOCK), config)
-    with LocalRun(run, workers, environment={"OMP_NUM_THREADS": "1"}) as local:
-        memory = PeakMemory(lambda: [p.pid for p in local.processes])
-        local.wait(600)
-        peak = memory.close()
-    rows = read_records(run.folder.storage, METRICS)
-    return {"rate": _rate([r["time"] for r in rows if "sample_hash" in r], global_size), "peak_mib": peak}
 
 
 def steps_part(strategies: list[str], pairs: int, steps: int, size: str, tokens: int, global_size: int) -> Any:
     """Interleaved runs, strategy by strategy: bare, fast; bare with the passes of bitwise, bitwise."""
     rows, v = [], global_size * BLOCK // tokens
     for strategy in strategies:
+        workers = WORKERS[strategy]
         common: dict[str, Any] = {"steps": steps, "size": size, "global_size": global_size}
+        loop = {**common, "replicas": 2 if strategy == "hsdp" else 1}
+        run = {**common, "strategy": strategy, "workers_per_node": 2}
         with tempfile.TemporaryDirectory(prefix="elastic-bench-") as name:
             folder = Path(name)
             kinds: dict[str, Callable[[], dict[str, float]]] = {
-                "bare": partial(bare, folder, strategy, passes=1, **common),
-                "fast": partial(here, folder, strategy, microbatches=v, exactness="fast", **common),
-                "bare, same passes": partial(bare, folder, strategy, passes=v // WORKERS[strategy], **common),
-                "bitwise": partial(here, folder, strategy, microbatches=v, exactness="bitwise", **common),
+                "bare": partial(bare, folder, LOOP, workers, passes=1, **loop),
+                "fast": partial(here, folder, workers, microbatches=v, exactness="fast", **run),
+                "bare, same passes": partial(bare, folder, LOOP, workers, passes=v // workers, **loop),
+                "bitwise": partial(here, folder, workers, microbatches=v, exactness="bitwise", **run),
             }
             found: dict[str, list[dict[str, float]]] = {kind: [] for kind in kinds}
             for pair in range(pairs):

@@ -16,8 +16,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -26,6 +24,7 @@ from typing import Any
 
 from jobs.bench import here
 from jobs.bench.report import median, table, write_json
+from jobs.bench.steps import torchrun
 
 SMALLEST_MB = 1
 STEPS = 5  # of each world
@@ -40,26 +39,8 @@ def width_of(megabytes: float) -> int:
 def bandwidth(folder: Path, megabytes: int = 200) -> float:
     """Bytes a second at which gloo broadcasts one tensor from rank 0 to two others, median of some rounds."""
     out = folder / "bandwidth.json"
-    subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc-per-node",
-            str(here.WORKERS),
-            "-m",
-            "jobs.bench.sizes",
-            "--broadcast",
-            str(megabytes),
-            "--json",
-            str(out),
-        ],
-        check=True,
-        timeout=120,
-        stderr=subprocess.DEVNULL,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+    arguments = ["--broadcast", str(megabytes), "--json", str(out)]
+    torchrun("jobs.bench.sizes", here.WORKERS, *arguments, timeout_s=120)
     return megabytes * 1e6 / median(json.loads(out.read_text())["seconds"])
 
 

@@ -19,86 +19,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from elastic.config import BatchOptions, ObserveOptions, OptimOptions, RunOptions, ScalingOptions, TrainConfig
 from elastic.observe.ledger import EVENTS, METRICS, read_records
-from elastic.run.prepare import prepare
 from elastic.storage import Storage
-from elastic.worker.local import LocalRun
-from jobs.bench.report import PeakMemory, median, table, write_json
-from jobs.codegpt import CodeGPT
+from jobs.bench.report import median, table, write_json
+from jobs.bench.steps import BLOCK, bare, here
 
 WORKERS = 2
-WARM_STEPS = 5
-BLOCK = 128
+LOOP = "jobs.bench.bare_loop"
 PARTS = ("import_s", "data_s", "model_s")
-
-
-def bare(folder: Path, *, steps: int, size: str, global_size: int, passes: int) -> dict[str, float]:
-    """Samples/s and peak MiB of the bare loop."""
-    out = folder / "bare.json"
-    subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc-per-node",
-            str(WORKERS),
-            "-m",
-            "jobs.bench.bare_loop",
-            "--steps",
-            str(steps),
-            "--global-size",
-            str(global_size),
-            "--passes",
-            str(passes),
-            "--size",
-            size,
-            "--block",
-            str(BLOCK),
-            "--out",
-            str(out),
-        ],
-        check=True,
-        timeout=600,
-        stderr=subprocess.DEVNULL,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    found = json.loads(out.read_text())
-    return {"rate": _rate(found["times"], global_size), "peak_mib": found["peak_mib"]}
-
-
-def here(
-    folder: Path, *, steps: int, size: str, global_size: int, microbatches: int, exactness: str
-) -> dict[str, float]:
-    """Samples/s and peak MiB of a run here, in plain processes like the bare loop."""
-    config = TrainConfig(
-        run=RunOptions(storage=str(folder), duration=f"{steps}st", exactness=exactness),  # type: ignore[arg-type]
-        batch=BatchOptions(global_size=global_size, microbatches=microbatches),
-        optim=OptimOptions(clip_norm=1.0),
-        scaling=ScalingOptions(max_workers=WORKERS),
-        observe=ObserveOptions(tensorboard=False),
-    )
-    run = prepare(_NoEvaluation(size=size, block=BLOCK), config)
-    with LocalRun(run, WORKERS, environment={"OMP_NUM_THREADS": "1"}) as local:
-        memory = PeakMemory(lambda: [p.pid for p in local.processes])
-        local.wait(600)
-        peak = memory.close()
-    rows = read_records(run.folder.storage, METRICS)
-    return {"rate": _rate([r["time"] for r in rows if "sample_hash" in r], global_size), "peak_mib": peak}
-
-
-class _NoEvaluation(CodeGPT):
-    """The steps alone."""
-
-    def eval_data(self) -> None:
-        return None
-
-
-def _rate(times: list[float], global_size: int) -> float:
-    """Samples/s over the median step after warm-up."""
-    gaps = [b - a for a, b in zip(times[WARM_STEPS:], times[WARM_STEPS + 1 :], strict=False)]
-    return global_size / median(gaps)
 
 
 def steps_part(pairs: int, steps: int, size: str, tokens: list[int], global_size: int) -> dict[str, Any]:
@@ -109,13 +37,15 @@ def steps_part(pairs: int, steps: int, size: str, tokens: list[int], global_size
     with tempfile.TemporaryDirectory(prefix="elastic-bench-") as name:
         folder = Path(name)
         kinds: dict[str, Callable[[], dict[str, float]]] = {
-            "bare": partial(bare, folder, passes=1, **common),
-            "fast": partial(here, folder, microbatches=batch_tokens // 512, exactness="fast", **common),
+            "bare": partial(bare, folder, LOOP, WORKERS, passes=1, **common),
+            "fast": partial(here, folder, WORKERS, microbatches=batch_tokens // 512, exactness="fast", **common),
         }
         for t in tokens:
             v = batch_tokens // t
-            kinds[f"bare, {t} tokens a pass"] = partial(bare, folder, passes=v // WORKERS, **common)
-            kinds[f"bitwise, {t} tokens a pass"] = partial(here, folder, microbatches=v, exactness="bitwise", **common)
+            kinds[f"bare, {t} tokens a pass"] = partial(bare, folder, LOOP, WORKERS, passes=v // WORKERS, **common)
+            kinds[f"bitwise, {t} tokens a pass"] = partial(
+                here, folder, WORKERS, microbatches=v, exactness="bitwise", **common
+            )
         for pair in range(pairs):
             for kind, measure in kinds.items():
                 found.setdefault(kind, []).append(measure())
