@@ -41,7 +41,8 @@ settings.load_profile("reproducible")
 
 def pytest_configure(config: pytest.Config) -> None:
     """Have a temporary folder of our own: what other processes put into the common one is no leak of ours."""
-    pytest.register_assert_rewrite("tests.forked", "tests.ray_cluster")  # an assertion in these says what it compared
+    # an assertion in these says what it compared
+    pytest.register_assert_rewrite("tests.forked", "tests.ray_cluster", "tests.storage_contract")
     for number, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
         if signal.getsignal(number) is signal.SIG_IGN:  # as where tests are begun in the background, or with nohup
             signal.signal(number, usual)

@@ -1,4 +1,4 @@
-"""Files of a run on a real S3: what a folder does (`test_storage`), this does too, or says in one sentence why not."""
+"""Files of a run on a real S3, beyond what every storage does (`test_storage`): faults, races, wrong keys."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from elastic.errors import ConfigError
 from elastic.run.folder import RunFolder
 from elastic.storage import Storage
 from jobs.bench.seaweed import credentials
+from tests.storage_contract import *  # noqa: F403
 
 pytestmark = pytest.mark.processes
 ROOT = Path(__file__).parent.parent
@@ -35,54 +36,6 @@ def as_user(monkeypatch, user: str, secret: str | None = None) -> None:
     S3FileSystem.clear_instance_cache()
 
 
-def test_what_was_created_is_read_back_whole_and_in_ranges(storage):
-    storage.create("a/b/pack", b"0123456789")
-
-    assert storage.read("a/b/pack") == b"0123456789"
-    assert storage.read("a/b/pack", 2, 5) == b"234"
-    assert storage.read("a/b/pack", 7) == b"789"
-    assert storage.read("a/b/pack", 8, 100) == b"89"
-    assert storage.size("a/b/pack") == 10
-    assert storage.exists("a/b/pack")
-    assert not storage.can_append
-
-
-def test_a_second_create_is_refused_and_replace_writes_over(storage):
-    storage.create("manifest.json", b"first")
-
-    with pytest.raises(FileExistsError):
-        storage.create("manifest.json", b"second, and longer")
-    assert storage.read("manifest.json") == b"first"
-
-    storage.replace("manifest.json", b"now")
-    assert storage.read("manifest.json") == b"now"
-    assert storage.names() == ["manifest.json"]
-
-
-def test_what_is_not_there_is_said_to_be_not_there(storage):
-    with pytest.raises(FileNotFoundError):
-        storage.read("nothing")
-    with pytest.raises(FileNotFoundError):
-        storage.read("no/folder/either", 0, 4)
-
-    assert not storage.exists("nothing")
-    assert storage.names("no/folder") == []
-    storage.remove("nothing")
-
-
-def test_names_are_those_directly_inside_and_a_folder_is_removed_whole(storage):
-    for name in ("steps/1/pack", "steps/1/manifest.json", "steps/10/pack", "a"):
-        storage.create(name, b"x")
-    assert storage.names() == ["a", "steps"]
-    assert storage.names("steps/1") == ["manifest.json", "pack"]
-    assert storage.child("steps").read("10/pack") == b"x"
-
-    storage.remove("steps/1")
-
-    assert storage.names("steps/1") == []
-    assert storage.read("steps/10/pack") == b"x"
-
-
 def test_what_another_process_wrote_is_seen_at_once(storage):
     assert storage.names() == []
     code = "import sys; from elastic.storage import Storage; Storage(sys.argv[1]).create('there', b'x')"
@@ -91,30 +44,6 @@ def test_what_another_process_wrote_is_seen_at_once(storage):
 
     assert storage.names() == ["there"]
     assert storage.exists("there")
-
-
-def test_of_writers_that_race_to_create_a_file_exactly_one_wins(storage):
-    rounds, racers = 4, 4
-    barrier = threading.Barrier(racers)
-
-    def race(racer: int) -> list[int]:
-        won = []
-        for i in range(rounds):
-            barrier.wait(30)
-            try:
-                storage.create(f"claims/{i:06d}.json", f"racer {racer} round {i}".encode())
-            except FileExistsError:
-                continue
-            won.append(i)
-        return won
-
-    with ThreadPoolExecutor(racers) as pool:
-        wins = list(pool.map(race, range(racers)))
-
-    assert sorted(i for won in wins for i in won) == list(range(rounds))
-    for racer, won in enumerate(wins):
-        for i in won:
-            assert storage.read(f"claims/{i:06d}.json") == f"racer {racer} round {i}".encode()
 
 
 def test_of_two_drivers_that_claim_a_run_at_one_moment_one_is_refused(storage):
@@ -174,12 +103,6 @@ def test_a_bad_request_is_no_file_that_exists(bucket):
     with pytest.raises(OSError, match=r".") as caught:
         Storage(f"{bucket}/runs").create("x" * 5000, b"a key that is too long")
     assert not isinstance(caught.value, FileExistsError)
-
-
-def test_a_place_that_can_be_written_passes_the_probe_and_stays_empty(storage):
-    storage.probe()
-
-    assert not any(name.startswith(".probe") for name in storage.names())
 
 
 def refusal(url: str) -> str:

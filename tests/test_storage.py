@@ -18,6 +18,7 @@ from elastic.errors import ConfigError
 from elastic.run.prepare import prepare
 from elastic.storage import Storage
 from tests.forked import configure
+from tests.storage_contract import *  # noqa: F403
 from tests.tiny_jobs import Plain
 
 
@@ -36,120 +37,17 @@ def folder(tmp_path):
     return Storage(str(tmp_path / "runs"))
 
 
-def test_what_was_created_is_read_back_whole_and_in_ranges(storage):
-    storage.create("a/b/pack", b"0123456789")
-
-    assert storage.read("a/b/pack") == b"0123456789"
-    assert storage.read("a/b/pack", 2, 5) == b"234"
-    assert storage.read("a/b/pack", 7) == b"789"
-    assert storage.read("a/b/pack", 8, 100) == b"89"
-    assert storage.size("a/b/pack") == 10
-    assert storage.exists("a/b/pack")
-
-
-def test_a_second_create_is_refused_and_changes_nothing(storage):
-    storage.create("manifest.json", b"first")
-
-    with pytest.raises(FileExistsError):
-        storage.create("manifest.json", b"second, and longer")
-
-    assert storage.read("manifest.json") == b"first"
-    assert storage.names() == ["manifest.json"]
-
-
-def test_replace_writes_over_what_was_there(storage):
-    storage.replace("status.json", b"long long ago")
-
-    storage.replace("status.json", b"now")
-
-    assert storage.read("status.json") == b"now"
-    assert storage.names() == ["status.json"]
-
-
-def test_what_is_not_there_is_said_to_be_not_there(storage):
-    with pytest.raises(FileNotFoundError):
-        storage.read("nothing")
-    with pytest.raises(FileNotFoundError):
-        storage.read("no/folder/either", 0, 4)
-
-    assert not storage.exists("nothing")
-    assert storage.names() == []
-    assert storage.names("no/folder") == []
-    storage.remove("nothing")
-
-
-def test_names_are_those_directly_inside_sorted(storage):
-    for name in ("b/2", "b/1", "a", "b/c/3"):
-        storage.create(name, b"x")
-
-    assert storage.names() == ["a", "b"]
-    assert storage.names("b") == ["1", "2", "c"]
-    assert storage.child("b").names() == ["1", "2", "c"]
-    assert storage.child("b").read("c/3") == b"x"
-
-
-def test_a_folder_is_removed_whole_and_only_it(storage):
-    for name in ("steps/1/pack", "steps/1/manifest.json", "steps/10/pack"):
-        storage.create(name, b"x")
-
-    storage.remove("steps/1")
-    storage.remove("steps/10/pack")
-
-    assert not storage.exists("steps/1/pack")
-    assert not storage.exists("steps/10/pack")
-    assert "1" not in storage.names("steps")
-
-
-def test_an_upload_is_the_file_s_bytes(storage, tmp_path):
-    file = tmp_path / "events.tfevents"
-    file.write_bytes(bytes(range(256)))
-
-    storage.upload("tensorboard/events", str(file))
-
-    assert storage.read("tensorboard/events") == bytes(range(256))
-
-
-def test_a_place_that_can_be_written_passes_the_probe_and_stays_empty(storage):
-    storage.probe()
-
-    assert storage.names() == []
-
-
 def test_only_a_folder_can_append(folder):
     folder.append("deep/metrics.jsonl", b"one\n")
     folder.append("deep/metrics.jsonl", b"two\n")
 
     assert folder.can_append
     assert folder.read("deep/metrics.jsonl") == b"one\ntwo\n"
-    memory = Storage("memory://never/written")
-    assert not memory.can_append
-    with pytest.raises(AssertionError, match="cannot append"):
-        memory.append("metrics.jsonl", b"one\n")
-
-
-def test_of_threads_that_race_to_create_a_file_exactly_one_wins(folder):
-    rounds, racers = 50, 4
-    barrier = threading.Barrier(racers)
-
-    def race(racer: int) -> list[int]:
-        won = []
-        for i in range(rounds):
-            barrier.wait(30)
-            try:
-                folder.create(f"claims/{i:06d}.json", f"racer {racer} round {i}".encode())
-            except FileExistsError:
-                continue
-            won.append(i)
-        return won
-
-    with ThreadPoolExecutor(racers) as pool:
-        wins = list(pool.map(race, range(racers)))
-
-    assert sorted(i for won in wins for i in won) == list(range(rounds))
-    for racer, won in enumerate(wins):
-        for i in won:
-            assert folder.read(f"claims/{i:06d}.json") == f"racer {racer} round {i}".encode()
-    assert sorted(os.listdir(folder.path("claims"))) == folder.names("claims"), "temporary files are left"
+    for url in ("memory://never/written", "s3://never-written/runs"):
+        other = Storage(url)
+        assert not other.can_append
+        with pytest.raises(AssertionError, match="cannot append"):
+            other.append("metrics.jsonl", b"one\n")
 
 
 _RACER = """
