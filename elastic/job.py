@@ -68,7 +68,7 @@ class Plan:
 Sampler = Callable[["np.ndarray", Plan], "np.ndarray"]
 
 
-def tell(job: Job, plan: Plan) -> None:
+def set_plan(job: Job, plan: Plan) -> None:
     """Set `job.plan`, unless the job uses that name for something of its own."""
     if not hasattr(type(job), "plan") and isinstance(vars(job).get("plan", plan), Plan):
         object.__setattr__(job, "plan", plan)  # works for a frozen dataclass too

@@ -13,7 +13,7 @@ from elastic.checkpoint.loader import check_objects, load
 from elastic.checkpoint.reader import read_manifest
 from elastic.config import ParallelOptions, TrainConfig, from_dict
 from elastic.errors import ConfigError
-from elastic.job import Job, tell
+from elastic.job import Job, set_plan
 from elastic.parallel.wrapping import move
 from elastic.run.folder import RunFolder
 from elastic.run.plan import resolve
@@ -98,7 +98,7 @@ def tell_plan(job: Job, stored: Mapping[str, Any]) -> None:
     """Let a job know how long its run is, where its configuration says how many samples it has."""
     if "data" in stored:
         config, samples = from_dict(stored["config"]), stored["data"]["samples"]
-        tell(job, resolve(config, dataset_size=samples, tokens_per_sample=job.tokens_per_sample).told)
+        set_plan(job, resolve(config, dataset_size=samples, tokens_per_sample=job.tokens_per_sample).for_job)
 
 
 def _new_state(job: Job, config: TrainConfig, device: torch.device) -> TrainState:

@@ -14,7 +14,7 @@ from torch.optim import lr_scheduler as of_torch
 
 from elastic.config import OptimOptions
 from elastic.errors import ConfigError
-from elastic.job import Job, Plan, tell
+from elastic.job import Job, Plan, set_plan
 from elastic.worker.following import Patience, Plateau
 from elastic.worker.state import TrainState
 from tests.forked import configure, fault, train
@@ -120,9 +120,9 @@ def test_a_job_is_told_its_plan_unless_it_has_one_of_its_own():
         plan = "mine"
 
     job, own = Job(), Own()
-    tell(job, Plan(12, 30, 100))
-    tell(job, Plan(24, 50, 100))
-    tell(own, Plan(12, 30, 100))
+    set_plan(job, Plan(12, 30, 100))
+    set_plan(job, Plan(24, 50, 100))
+    set_plan(own, Plan(12, 30, 100))
 
     assert (job.plan.total_steps, job.plan.steps_per_epoch, own.plan) == (24, 2.0, "mine")
 

@@ -128,7 +128,7 @@ def load_together(
     try:
         report = load(storage, folder, manifest, shards, convert=convert, alone=False, in_flight=in_flight)
     except CheckpointError as error:
-        problem = told(error)
+        problem = error_json(error)
     everyone = gather([problem, [p.to_json() for p in report.partials]])
     bad = unproven(Partial.from_json(raw) for _, partials in everyone for raw in partials)
     if bad and not any(found for found, _ in everyone):
@@ -142,13 +142,13 @@ def load_together(
             report.read_bytes += again.read_bytes
             report.requests += again.requests
         except CheckpointError as error:
-            problem = told(error)
+            problem = error_json(error)
         everyone = gather([problem, []])
     raise_first(found for found, _ in everyone)
     return report
 
 
-def told(error: CheckpointError) -> list[Any]:
+def error_json(error: CheckpointError) -> list[Any]:
     """Return an error as JSON, as all ranks gather it."""
     return [str(error), isinstance(error, DamagedCheckpoint)]
 

@@ -274,14 +274,14 @@ class _Answers:
         """While this context is open, tell the worker every TELL_S whether something moved."""
         ended = threading.Event()
 
-        def tell() -> None:
+        def report() -> None:
             before = -1
             while not ended.wait(TELL_S):
                 if progress.moved != before:
                     before = progress.moved
                     self.write({"moved": before})
 
-        thread = threading.Thread(target=tell, name="tell-moves", daemon=True)
+        thread = threading.Thread(target=report, name="tell-moves", daemon=True)
         thread.start()
         try:
             yield

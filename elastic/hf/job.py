@@ -106,12 +106,12 @@ class Pretrained(Job):
                 target_modules=list(self.lora_targets) or None,
             ),
         )
-        told = {
+        fields = {
             **made.peft_config["default"].to_dict(),
             "base_model_name_or_path": self.pretrained,
             "inference_mode": True,
         }
-        plain = {k: sorted(v) if isinstance(v, set) else v for k, v in told.items()}
+        plain = {k: sorted(v) if isinstance(v, set) else v for k, v in fields.items()}
         self._files[ADAPTER_CONFIG] = json.dumps(plain, indent=2, sort_keys=True)
         return made
 

@@ -134,8 +134,8 @@ def _chat(tokenizer: Any, messages: Sequence[Mapping[str, Any]]) -> tuple[list[i
     if not tokenizer.chat_template:
         raise ConfigError("rows() gave messages, but the tokenizer has no chat template; set one in tokenizer()")
     if _MARKED.search(tokenizer.chat_template):
-        told = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
-        ids, said = list(told["input_ids"]), list(told["assistant_masks"])
+        encoded = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
+        ids, said = list(encoded["input_ids"]), list(encoded["assistant_masks"])
         return ids, [i if s else IGNORED for i, s in zip(ids, said)]
 
     def tokens(part: Sequence[Mapping[str, Any]], **options: Any) -> list[int]:

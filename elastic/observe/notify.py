@@ -50,9 +50,9 @@ class Attention:
         if kind == "parked":
             self._parked_at, self._why = self._parked_at or now, str(detail or "")
         elif kind == "world_formed":
-            self._parked_at, told = None, self._told_parked
+            self._parked_at, was_told = None, self._told_parked
             self._told_parked = False
-            return [self._say("resumed", "goes on after it was parked", record)] if told else []
+            return [self._say("resumed", "goes on after it was parked", record)] if was_told else []
         elif kind == "checkpoint_failed" and not self._failing:
             self._failing = True
             return [self._say("checkpoints_failing", f"cannot save: {_line(detail)}", record)]

@@ -169,13 +169,13 @@ def _sturdy(patience_s: float | None) -> tuple[Sturdy, Sturdy]:
     """Replace standard output and error of this process, and return both."""
 
     def sturdy(stream: TextIO | None, name: str) -> Sturdy:
-        def tell(error: OSError) -> None:
+        def warn(error: OSError) -> None:
             if stream is not None and _has_descriptor(stream):
                 _to_nowhere(stream.fileno())
             if not isinstance(error, BrokenPipeError) and name == "output":
                 print(f"warning: standard output cannot be written and is left alone: {error}", file=sys.stderr)
 
-        return Sturdy(stream, patience_s, tell)
+        return Sturdy(stream, patience_s, warn)
 
     for stream in (sys.stdout, sys.stderr):
         with suppress(AttributeError, OSError, ValueError):  # it is broken already: the first line will tell

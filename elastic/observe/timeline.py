@@ -130,9 +130,9 @@ class Timeline:
         started = next((e for e in events if e["kind"] == "run_started"), {})
         detail = started.get("detail")
         detail = detail if isinstance(detail, dict) else {}
-        told = detail.get("microbatches")
-        complete = isinstance(told, int)
-        return Deal(told if complete else self._microbatches, bool(detail.get("padded")), complete)
+        microbatches = detail.get("microbatches")
+        complete = isinstance(microbatches, int)
+        return Deal(microbatches if complete else self._microbatches, bool(detail.get("padded")), complete)
 
     def _take(self, claim: _Claim, event: dict[str, Any]) -> None:
         kind, detail = event["kind"], event.get("detail")
@@ -169,8 +169,8 @@ class Timeline:
         member, seconds = event.get("member"), number(event.get("seconds"))
         if not isinstance(member, str) or (member in claim.workers and claim.workers[member].alive):
             return
-        told = event.get("detail")
-        detail = told if isinstance(told, dict) else {}
+        detail = event.get("detail")
+        detail = detail if isinstance(detail, dict) else {}
         worker = self._new(claim, member, str(event.get("node", "")), detail, claim.now - seconds)
         tag = claim.pending if not claim.worlds else claim.vacant.popleft() if claim.vacant else None
         shares, left = {}, seconds
@@ -210,8 +210,8 @@ class Timeline:
             claim.workers[member].silent = False
         generation = str(event.get("generation"))
         rows = sorted(self._rows.steps.get(generation, {}).values(), key=lambda r: r["step"])
-        told = rows[0].get("idle", ()) if rows else ()
-        idle = frozenset(ids[rank] for rank in told if isinstance(rank, int) and 0 <= rank < len(ids))
+        spares = rows[0].get("idle", ()) if rows else ()
+        idle = frozenset(ids[rank] for rank in spares if isinstance(rank, int) and 0 <= rank < len(ids))
         claim.world = _World(
             generation, ids, claim.now, rows, self._rows.evaluations.get(generation, {}), claim.pending, idle
         )

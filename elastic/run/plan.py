@@ -38,7 +38,7 @@ class RunPlan:
     seed: int = 0
 
     @property
-    def told(self) -> Plan:
+    def for_job(self) -> Plan:
         """What the job is told of it."""
         microbatch = self.global_size // self.microbatches
         return Plan(self.total_steps, self.global_size, self.dataset_size, microbatch, self.seed)

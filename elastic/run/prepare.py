@@ -14,7 +14,7 @@ from elastic.checkpoint.initial import initial_source
 from elastic.config import TrainConfig
 from elastic.data.deal import batch_line, batch_table
 from elastic.errors import ConfigError
-from elastic.job import Job, check_job, job_name, source_hash, tell
+from elastic.job import Job, check_job, job_name, set_plan, source_hash
 from elastic.job_code import job_code
 from elastic.job_data import held_out_sizes, training_data
 from elastic.job_options import job_options
@@ -121,7 +121,7 @@ def prepare(job: Job, config: TrainConfig) -> PreparedRun:
         config, dataset_size=dataset_size, tokens_per_sample=tokens, stored_microbatches=None if allow_v else stored_v
     )
     config = replace(config, batch=replace(config.batch, microbatches=plan.microbatches))
-    tell(job, plan.told)
+    set_plan(job, plan.for_job)
     if type(job).sampler is not Job.sampler:
         from elastic.data.samplers import check_sampler  # imports torch
 

@@ -140,19 +140,19 @@ class Onlooker:
         self, url: str, status: dict[str, Any] | None, seen: dict[str, Any] | None, result: dict[str, Any]
     ) -> dict[str, Any]:
         now = time.time()
-        told = status or {}
+        last = status or {}
         state = "new" if status is None else state_of(status, now)
         group = seen["group"] if seen else {}
         options = (self._config or {}).get("config") or {}
         course = self.history.view()
-        step = max(int(told.get("step") or 0), self.history.step)
-        total = told.get("total_steps")
+        step = max(int(last.get("step") or 0), self.history.step)
+        total = last.get("total_steps")
         rate = course["rate"] if state in LIVE_STATES else None
         for event in course["events"]:
             event["text"] = redact(event_text(event))
         return {
             "run": url,
-            "name": str(told.get("run") or url.rstrip("/").rsplit("/", 1)[-1]),
+            "name": str(last.get("run") or url.rstrip("/").rsplit("/", 1)[-1]),
             "job": str(((self._config or {}).get("job") or {}).get("name", "")),
             "status": state,
             "asked": seen is not None,
@@ -161,18 +161,18 @@ class Onlooker:
             "total_steps": total,
             "eta_s": (total - step) / rate if rate and isinstance(total, int) else None,
             "age_s": None if status is None else round(now - status["heartbeat"], 1),
-            "owner": told.get("owner"),
-            "host": told.get("host"),
-            "message": told.get("message"),
-            "git_commit": told.get("git_commit"),
-            "world": told.get("world"),
+            "owner": last.get("owner"),
+            "host": last.get("host"),
+            "message": last.get("message"),
+            "git_commit": last.get("git_commit"),
+            "world": last.get("world"),
             "phase": group.get("phase"),
             "max_workers": group.get("max_workers") or (options.get("scaling") or {}).get("max_workers"),
             "min_workers": group.get("min_workers") or (options.get("scaling") or {}).get("min_workers"),
             "microbatches": (options.get("batch") or {}).get("microbatches"),
             "exactness": (options.get("run") or {}).get("exactness"),
             "strategy": (options.get("parallel") or {}).get("strategy"),
-            "workers": seen["workers"] if seen else recorded(told) if status else [],
+            "workers": seen["workers"] if seen else recorded(last) if status else [],
             "row": {k: v for k, v in self.history.row.items() if k != "sample_hash"},
             "result": {
                 k: result.get(k) for k in ("status", "steps", "metrics", "weights_sha256", "cost", "worker_hours")
@@ -199,18 +199,18 @@ _TONES = {GOOD: "good", POOR: "bad", NOTED: ""}
 
 def as_shown(found: Account) -> dict[str, Any]:
     """Return an account as people read it: without causes of zero seconds, the largest first."""
-    told = found.to_json()
-    whole = told["worker_seconds"]
+    values = found.to_json()
+    whole = values["worker_seconds"]
     causes = [
         {
             "cause": cause,
-            "meaning": told["causes"][cause],
+            "meaning": values["causes"][cause],
             "seconds": seconds,
             "share": seconds / whole if whole else 0.0,
-            "cost": None if told["costs"] is None else told["costs"].get(cause, 0.0),
+            "cost": None if values["costs"] is None else values["costs"].get(cause, 0.0),
         }
-        for cause, seconds in told["seconds"].items()
+        for cause, seconds in values["seconds"].items()
         if seconds > 0
     ]
     names = ("worker_seconds", "goodput", "cost", "on_demand_cost", "unpriced_seconds", "interruptions")
-    return {**{name: told[name] for name in names}, "causes": sorted(causes, key=lambda c: -c["seconds"])}
+    return {**{name: values[name] for name in names}, "causes": sorted(causes, key=lambda c: -c["seconds"])}

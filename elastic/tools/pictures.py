@@ -188,10 +188,10 @@ def account(run: dict[str, Any]) -> bytes:
     colours = [TONES["good"] if c["cause"] == "productive" else PART_COLOURS["other"] for c in causes]
     axes.barh([c["cause"] for c in causes], [100 * c["share"] for c in causes], color=colours, height=0.62)
     for place, c in enumerate(causes):
-        told = f"{c['share']:.1%}  {seconds_text(c['seconds'])}" + ("" if c["cost"] is None else f"  {c['cost']:.3g}")
+        label = f"{c['share']:.1%}  {seconds_text(c['seconds'])}" + ("" if c["cost"] is None else f"  {c['cost']:.3g}")
         inside = c["share"] > 0.7 * found["causes"][0]["share"]
         axes.annotate(
-            told,
+            label,
             (0 if inside else 100 * c["share"], place),
             xytext=(6, 0),
             textcoords="offset points",
@@ -217,10 +217,10 @@ def stalls(run: dict[str, Any]) -> bytes:
     )
     most = max(s["seconds"] for s in worst) or 1.0
     for place, stall in enumerate(worst):
-        told = f"{stall['seconds']:.2f} s  {short(stall['why'], 70)}"
+        label = f"{stall['seconds']:.2f} s  {short(stall['why'], 70)}"
         inside = stall["seconds"] > 0.55 * most
         axes.annotate(
-            told,
+            label,
             (0 if inside else stall["seconds"], place),
             xytext=(6, 0),
             textcoords="offset points",

@@ -215,10 +215,10 @@ def text_of(run: dict[str, Any]) -> str:
         lines.append(f"(from its folder alone: {run['not_asked']})")
     if run["workers"]:
         lines += ["", workers_table(run["workers"])]
-    told = [(r["time"], row_text(r, total, None, None) if "loss" in r else eval_text(r)) for r in run["rows"]]
-    told += [(e["time"], event_text(e, whole=e["kind"] in DEATHS)) for e in run["events"]]
-    if told:
-        lines += ["", *(f"[{_clock(at)}] {text}" for at, text in sorted(told, key=lambda t: t[0]))]
+    records = [(r["time"], row_text(r, total, None, None) if "loss" in r else eval_text(r)) for r in run["rows"]]
+    records += [(e["time"], event_text(e, whole=e["kind"] in DEATHS)) for e in run["events"]]
+    if records:
+        lines += ["", *(f"[{_clock(at)}] {text}" for at, text in sorted(records, key=lambda t: t[0]))]
     return "\n".join(lines)
 
 

@@ -133,7 +133,7 @@ def _objective(name: str, ranked: Sequence[TrialRecord], metric: str, mode: str)
     """Draw every report over time, the best value so far, and when trials failed."""
     figure = figure_of(9, 4.4)
     axes = figure.subplots()
-    told = sorted(
+    reports = sorted(
         (r["time"], r["metrics"][metric], t.status)
         for t in ranked
         for r in t.reports
@@ -141,19 +141,19 @@ def _objective(name: str, ranked: Sequence[TrialRecord], metric: str, mode: str)
     )
     titled(axes, f"{name}: {metric} over time")
     axes.set(xlabel="minutes", ylabel=metric)
-    if told:
-        began, best, line = told[0][0], None, []
-        for at, value, _ in told:
+    if reports:
+        began, best, line = reports[0][0], None, []
+        for at, value, _ in reports:
             best = better(best, value, mode)
             line.append(((at - began) / 60, best))
-        good = [((at - began) / 60, value) for at, value, status in told if status != "failed"]
-        failed = [((at - began) / 60, value) for at, value, status in told if status == "failed"]
+        good = [((at - began) / 60, value) for at, value, status in reports if status != "failed"]
+        failed = [((at - began) / 60, value) for at, value, status in reports if status == "failed"]
         if good:
             axes.scatter(*zip(*good), s=18, color=_OTHERS, label="a trial's evaluation")
         if failed:
             axes.scatter(*zip(*failed), s=26, marker="x", color=TONES["bad"], label="of a trial that failed")
         axes.step(*zip(*line), where="post", color=LOSS, linewidth=1.8, label="best so far")
-        _limit(axes, [value for _, value, _ in told])
+        _limit(axes, [value for _, value, _ in reports])
         axes.legend(frameon=False, loc="upper right")
     return png_of(figure)
 
@@ -246,8 +246,8 @@ def _slices(name: str, ranked: Sequence[TrialRecord], search: Mapping[str, str],
         axes.set_xlabel(option)
     panels[0].set_ylabel(metric)
     panels[0].set_ylim(2 * below - limits[0] if failed else limits[0], limits[1])
-    told = ["star: the best", *(["cross below: failed"] if failed else [])]
-    titled(panels[0], f"{name}: {metric} by option  ({', '.join(told)})")
+    legend = ["star: the best", *(["cross below: failed"] if failed else [])]
+    titled(panels[0], f"{name}: {metric} by option  ({', '.join(legend)})")
     if shown is not None:
         bar = figure.colorbar(shown, ax=list(panels), pad=0.01)
         bar.set_label("steps", color=MUTED)

@@ -48,15 +48,15 @@ def _lines_of_json(onlooker: Any) -> dict[str, Any]:
 
 
 def _lines(onlooker: Any) -> dict[str, Any]:
-    told, console = -1, None
+    shown, console = -1, None
     try:
         while True:
             run: dict[str, Any] = onlooker.look()
             console = console or Console(run["total_steps"] or 0, LINES_S, live=False)
             events = onlooker.history.events
-            for event in events[max(0, len(events) - 10) if told < 0 else told :]:
+            for event in events[max(0, len(events) - 10) if shown < 0 else shown :]:
                 console.record(event)
-            told = len(events)
+            shown = len(events)
             if onlooker.history.row:
                 console.record(onlooker.history.row)
             if run["status"] not in LIVE_STATES:
@@ -191,20 +191,20 @@ def _bar(run: dict[str, Any], width: int) -> Any:
     from rich.text import Text
 
     total, course = run["total_steps"] or 0, run["history"]
-    told = [f"step {run['step']:,}" + (f" of {total:,}" if total else "")]
-    told += [f"{course['amount_rate']:,.0f} {course['amount']}/s"] if course["amount_rate"] else []
-    told += (
+    words = [f"step {run['step']:,}" + (f" of {total:,}" if total else "")]
+    words += [f"{course['amount_rate']:,.0f} {course['amount']}/s"] if course["amount_rate"] else []
+    words += (
         [f"ETA {seconds_text(run['eta_s'])}"] if run["eta_s"] else [f"driven for {seconds_text(course['elapsed_s'])}"]
     )
     saved = run["checkpoints"][0] if run["checkpoints"] else None
-    told += [f"saved at {saved['step']:,} ({age_text(saved['age_s'])} ago)"] if saved else ["nothing saved"]
-    words = "  ".join(told)
-    room = width - len(words) - 2
+    words += [f"saved at {saved['step']:,} ({age_text(saved['age_s'])} ago)"] if saved else ["nothing saved"]
+    line = "  ".join(words)
+    room = width - len(line) - 2
     text = Text(no_wrap=True, overflow="crop")
     if total and room >= 10:
         done = min(room, round(room * run["step"] / total))
         text.append("━" * done, "blue").append("━" * (room - done), "bright_black").append("  ")
-    text.append(words)
+    text.append(line)
     return text
 
 
@@ -226,8 +226,8 @@ def _curves(run: dict[str, Any], width: int, height: int) -> list[Any]:
     found.append(Text("  ".join([" " * labels + f" {now}", *evaluated]), style="bold", no_wrap=True, overflow="crop"))
     sizes = bars(course["worlds"], course["elapsed_s"], room)
     inside = sum(w["rank"] is not None for w in run["workers"])
-    told = f"workers {inside}" if run["status"] in LIVE_STATES else "workers"
-    found.append(Text.assemble((told.rjust(labels), "dim"), " ", (sizes, "cyan"), no_wrap=True))
+    label = f"workers {inside}" if run["status"] in LIVE_STATES else "workers"
+    found.append(Text.assemble((label.rjust(labels), "dim"), " ", (sizes, "cyan"), no_wrap=True))
     return found
 
 
@@ -270,8 +270,8 @@ def _member(worker: dict[str, Any], width: int) -> Any:
     from rich.text import Text
 
     rank = "-" if worker["rank"] is None else str(worker["rank"])
-    told = f"{rank:>9} {worker['id'][:14]:<14}  {worker['node'][:16]:<16}  {worker['state']}  {worker['phase']}"
-    return Text(printable(told)[:width], no_wrap=True)
+    line = f"{rank:>9} {worker['id'][:14]:<14}  {worker['node'][:16]:<16}  {worker['state']}  {worker['phase']}"
+    return Text(printable(line)[:width], no_wrap=True)
 
 
 def _event(event: dict[str, Any], width: int) -> Any:

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from elastic.checkpoint.format import Manifest
 from elastic.checkpoint.initial import initial_source, load_initial
-from elastic.checkpoint.loader import check_objects, load_together, raise_first, told
+from elastic.checkpoint.loader import check_objects, error_json, load_together, raise_first
 from elastic.checkpoint.patience import in_one_sentence
 from elastic.checkpoint.reader import Committed, newest_first, read_manifest, refuse_to_begin_anew
 from elastic.checkpoint.tensors import Shard
@@ -293,4 +293,4 @@ class _Stored:
         self._raise_together(problem)
 
     def _raise_together(self, problem: CheckpointError | None) -> None:
-        raise_first(self._group.gather_json(told(problem) if problem else None))
+        raise_first(self._group.gather_json(error_json(problem) if problem else None))

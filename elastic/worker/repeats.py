@@ -154,7 +154,7 @@ class Repeats:
                     with StepBuffers(model, exact=True).unmoved(), torch.set_grad_enabled(not fsdp_modules(model)):
                         begun = _integers(model)
                         seed_all(derive("rehearsal", self._seed))
-                        trial = in_memory(partial(self._code.try_loss, model, looking=lost.looking))
+                        trial = in_memory(partial(self._code.try_loss, model, watching=lost.watching))
                         losses.append(float(trial(own(batch))[0].detach()))
                         now = _integers(model)
                         counted = {

@@ -282,9 +282,9 @@ class Session:
             return
         message, fresh = whole_text(error), worker.stepper.fresh
         if self._is_dispensable:
-            told = f"worker {link.member.id} could not take part: {message}"
-            link.unfit(told)
-            raise WarmUpError(told) from error
+            message = f"worker {link.member.id} could not take part: {message}"
+            link.unfit(message)
+            raise WarmUpError(message) from error
         link.report_rows(generation)  # before `Failed`: this may end the run, and then the ledger must have all rows
         link.post(Failed(message, fresh, isinstance(error, FINAL)), generation)
         if fresh:

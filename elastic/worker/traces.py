@@ -88,7 +88,7 @@ class GatheredWrites:
         self.names: set[str] = set()
 
     @contextmanager
-    def looking(self) -> Iterator[None]:
+    def watching(self) -> Iterator[None]:
         """To be entered where what belongs to no block is gathered."""
         if not isinstance(self._model, FSDPModule):
             yield

@@ -24,8 +24,8 @@ class Clock:
         Args:
             step_s: seconds of the whole step; what no cause explains becomes `other_s`.
         """
-        told = self.data_s + self.compute_s + self.sync_s + self.checkpoint_s + self.snapshot_s
-        self.other_s = max(0.0, step_s - told)
+        explained = self.data_s + self.compute_s + self.sync_s + self.checkpoint_s + self.snapshot_s
+        self.other_s = max(0.0, step_s - explained)
         columns = {"step_s": step_s, **asdict(self)}
         if not self.snapshot_s:  # most runs take no snapshots: no column then
             del columns["snapshot_s"]

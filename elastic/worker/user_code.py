@@ -80,12 +80,12 @@ class UserCode:
         return result
 
     def try_loss(
-        self, model: nn.Module, batch: Any, looking: Callable[[], AbstractContextManager[None]] = nullcontext
+        self, model: nn.Module, batch: Any, watching: Callable[[], AbstractContextManager[None]] = nullcontext
     ) -> LossValue:
         """`Job.loss`, checked, outside a step and without a graph. `looking` is entered right around it."""
 
         def loss(model: nn.Module, batch: Any) -> Any:
-            with looking():
+            with watching():
                 return self._job.loss(model, batch)
 
         return self._on_batch(loss, "loss()", model, batch, training=True)

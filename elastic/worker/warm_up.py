@@ -16,7 +16,7 @@ from elastic.data.memory import Remembered, look
 from elastic.data.samplers import positions_to_ids, signs
 from elastic.data.samples import nested_datasets
 from elastic.errors import ElasticError, RunFailed, WarmUpError, whole_text
-from elastic.job import tell
+from elastic.job import set_plan
 from elastic.job_data import eval_sets
 from elastic.job_options import job_options
 from elastic.likeness import digest_of
@@ -103,7 +103,7 @@ class _WarmUp:
         """Create the worker with all its parts."""
         job, config, plan, seed = self._job, self._config, self._plan, self._config.run.seed
         began = time.monotonic()
-        tell(job, plan.told)
+        set_plan(job, plan.for_job)
         storage = Storage(self._run.folder_url)
         code = UserCode(job, self._device, self._identity.id, autocast=config.precision.autocast)
         snapshots = Snapshots(plan.snapshot_every, self._identity.vault, self._run.token, self._link, self._device)
