@@ -182,8 +182,8 @@ def test_drawn_samples_are_the_same_for_every_world_through_deaths_and_a_resume(
     assert moved.result["exactness_held"] is True
     assert moved.column("loss") == alone.column("loss")
     assert gaps_and_doubles(moved.rows, B) == []
-    told = alone.run.plan.told
-    ids = positions_to_ids(Drawn(), range(told.samples), told)(np.arange(12 * B))
+    plan = alone.run.plan.for_job
+    ids = positions_to_ids(Drawn(), range(plan.samples), plan)(np.arange(12 * B))
     assert len(set(ids[:60].tolist())) < 60  # some twice in less than an epoch
     parts = [xxhash.xxh3_64_intdigest(row.astype("<i8").tobytes()) for row in ids.reshape(-1, 3)]
     steps = np.array(parts, dtype=np.uint64).reshape(12, 10)

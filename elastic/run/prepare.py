@@ -125,7 +125,7 @@ def prepare(job: Job, config: TrainConfig) -> PreparedRun:
     if type(job).sampler is not Job.sampler:
         from elastic.data.samplers import check_sampler  # imports torch
 
-        check_sampler(job, data, plan.told)
+        check_sampler(job, data, plan.for_job)
     wanted = cfg.result_options(config, job_options(job))
     finished, changed_code, changed, source = None, False, False, source_hash(job)
     if stored is not None:

@@ -125,7 +125,7 @@ class _WarmUp:
             dataset_size=plan.dataset_size,
             global_size=plan.global_size,
             microbatches=plan.microbatches,
-            ids=positions_to_ids(job, data, plan.told),
+            ids=positions_to_ids(job, data, plan.for_job),
         )
         loader = Loader(
             Fetcher(data, job.collate_fn, seed, plan.dataset_size, by_position=order.own),
@@ -137,7 +137,7 @@ class _WarmUp:
             begin=begin_loader,
         )
         remembered = self._remembered(loader, data)
-        trained = identify(data) | {"order": signs(order.ids, plan.told)}
+        trained = identify(data) | {"order": signs(order.ids, plan.for_job)}
         of_data = {f"eval_data() {name}".rstrip(): identify(d, some=0) for name, d in held_out.items()}
         watch = Watch([data, *held_out.values()], self._warn_of_unsaved)
         data_s = time.monotonic() - began
