@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from elastic.config import TrainConfig, from_dict
+from elastic.data.preparing import prepare_here
 from elastic.errors import ConfigError, ElasticError
 from elastic.job import Job
 from elastic.job_code import job_code
@@ -62,6 +63,7 @@ def evaluate_run(
         raise ConfigError(f"{other[0]} is no option of the job; --job.... alone can be others than the run's here")
     job, _ = parse(job_class, defaults, argv, take(stored, defaults, job_class).job_values)
     tell_plan(job, stored)
+    prepare_here(job, config)
     seed_all(derive("data", seed))
     with job_code("train_data()"):
         job.train_data()  # some jobs split one set here into training data and held-out data

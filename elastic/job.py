@@ -173,6 +173,11 @@ class Job:
         """
         return None
 
+    def prepare(self) -> None:
+        """Called once on each node by each command, before data are opened: downloads, unpacks or tokenizes what
+        `train_data` reads from the node's disks. Other workers of the node wait for it. It must do nothing where all is
+        there already, since later commands call it too, and repair what a process left that died in it."""
+
     def train_data(self) -> MapDataset:
         """Return the training data, map-style."""
         raise NotImplementedError(_lacks(self, "train_data"))

@@ -17,6 +17,7 @@ from pathlib import Path
 #: Threads of this project: daemons, so that a crash cannot hang on them, but never to be left running.
 OUR_THREADS = ("membership-server", "membership-link", "run-keeper", "run-follower", "lookout", "controller", "vault")
 FOLDER_PREFIX = "elastic-"
+KEPT = "elastic-prepared-"  # one folder a user, of which each command removes what is old
 _CHANGED_BY_OTHERS = (
     "PYTEST_CURRENT_TEST",
     "PYTEST_VERSION",
@@ -44,7 +45,9 @@ def take() -> Snapshot:
         processes=descendants(os.getpid()),
         threads={t.ident or 0: t.name for t in threading.enumerate() if not t.daemon or t.name in OUR_THREADS},
         environment={k: v for k, v in os.environ.items() if k not in _CHANGED_BY_OTHERS},
-        temporary=frozenset(n for n in os.listdir(tempfile.gettempdir()) if n.startswith(FOLDER_PREFIX)),
+        temporary=frozenset(
+            n for n in os.listdir(tempfile.gettempdir()) if n.startswith(FOLDER_PREFIX) and not n.startswith(KEPT)
+        ),
         process_group=distributed is not None and distributed.is_available() and distributed.is_initialized(),
     )
 

@@ -252,3 +252,21 @@ class Ordered(Plain):
             }[self.order]
 
         return None if self.order == "none" else list(range(count)) if self.order == "list" else function
+
+
+@dataclass
+class Prepared(Plain):
+    """Has data only after it was prepared."""
+
+    folder: str = field(default="", metadata={"help": "where that is noted"})
+    fails: bool = field(default=False, metadata={"help": "the disk is full"})
+
+    def prepare(self):
+        if self.fails:
+            raise OSError("the disk is full")
+        with open(f"{self.folder}/calls", "a") as calls:
+            calls.write(f"{os.getpid()}\n")
+
+    def train_data(self):
+        assert Path(self.folder, "calls").exists()
+        return super().train_data()

@@ -115,7 +115,8 @@ def _group_plan(run: PreparedRun, url: str, settings: HostSettings, accelerator:
 
 
 def _function(run: PreparedRun, plan: GroupPlan, accelerator: str) -> Sent:
-    worker_run = WorkerRun(run.job, run.config, run.plan, run.digest, run.folder.storage.url, plan.url, plan.token)
+    where = (run.folder.storage.url, plan.url, plan.token)
+    worker_run = WorkerRun(run.job, run.config, run.plan, run.digest, *where, prepared=run.prepared)
     return Sent(training_function(worker_run, accelerator, plan.name if plan.vaults else None))
 
 

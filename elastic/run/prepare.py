@@ -13,6 +13,7 @@ from elastic import config as cfg
 from elastic.checkpoint.initial import initial_source
 from elastic.config import TrainConfig
 from elastic.data.deal import batch_line, batch_table
+from elastic.data.preparing import prepare_here
 from elastic.errors import ConfigError
 from elastic.job import Job, check_job, job_name, set_plan, source_hash
 from elastic.job_code import job_code
@@ -40,6 +41,7 @@ class PreparedRun:
 
     `changed`: it goes on with other result options than its stored configuration. `defaults`: those of the job's file,
     if a command line started the run. `notes`: lines about its options to print at the start. `callbacks`: the job's.
+    `prepared`: the key under which this node was prepared.
     """
 
     job: Job
@@ -54,6 +56,7 @@ class PreparedRun:
     defaults: TrainConfig | None = None
     notes: tuple[str, ...] = ()
     callbacks: tuple[Callback, ...] = ()
+    prepared: str = ""
 
     @property
     def name(self) -> str:
@@ -106,6 +109,7 @@ def prepare(job: Job, config: TrainConfig) -> PreparedRun:
     folder = RunFolder(storage.child(str(config.run.name)))
     stored = stored_config(folder) if resumes else None
     sameness = Sameness(folder if stored is not None else None, config)
+    prepared = prepare_here(job, config)
     data, dataset_size = training_data(job, sameness.load)
     for name, samples in held_out_sizes(job).items():
         if samples == 0:
@@ -141,7 +145,18 @@ def prepare(job: Job, config: TrainConfig) -> PreparedRun:
     digest = cfg.digest(wanted)
     callbacks = _callbacks(job) if finished is None else ()
     return PreparedRun(
-        job, config, plan, folder, digest, source, finished, changed_code, changed, notes=notes, callbacks=callbacks
+        job,
+        config,
+        plan,
+        folder,
+        digest,
+        source,
+        finished,
+        changed_code,
+        changed,
+        notes=notes,
+        callbacks=callbacks,
+        prepared=prepared,
     )
 
 

@@ -152,10 +152,18 @@ class DataOptions:
 
     workers: int = option(0, "loader processes per worker (0: the training thread fetches)")
     prefetch: int = option(2, "microbatches that each loader process prepares ahead")
+    prepare_timeout: str = option("1h", "wait so long for another process of the node in the job's prepare()")
 
     def __post_init__(self) -> None:
         whole("--data.workers", self.workers, 0, 1024)
         whole("--data.prefetch", self.prefetch, 1, 65536)
+        timeout = parse_amount("--data.prepare-timeout", self.prepare_timeout, clock=True)
+        require(
+            timeout.is_clock and timeout.seconds >= 1,
+            "--data.prepare-timeout",
+            self.prepare_timeout,
+            "give a time of at least 1s, in s, min or h",
+        )
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ import time
 from dataclasses import dataclass, replace
 
 from elastic.config import TrainConfig, check_kind
+from elastic.data.preparing import prepare_here
 from elastic.errors import ConfigError
 from elastic.job import Job, check_job, job_name
 from elastic.job_data import held_out_sizes, training_data
@@ -53,6 +54,7 @@ def prepare_sweep(job: Job, config: TrainConfig, sweep: SweepConfig) -> Prepared
         raise ConfigError(
             f"--run.stop-after is {config.run.stop_after!r}; give a sweep --time-budget or --stop instead"
         )
+    prepare_here(job, config)
     if not held_out_sizes(job):
         raise ConfigError(f"--metric is {sweep.metric!r}, but eval_data() of this job is None; give it held-out data")
     if config.eval.every is None and (sweep.scheduler != "none" or sweep.stop):

@@ -49,6 +49,7 @@ def _child() -> int:
         specification["folder_url"],
         specification["server_url"],
         specification["token"],
+        specification["prepared"],
     )
     try:
         Session(run, Identity(**specification["identity"])).run()

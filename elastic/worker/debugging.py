@@ -50,7 +50,8 @@ def run_here(run: PreparedRun, console: Console) -> dict[str, Any]:
 
         back = be_alone(run.job)
         identity = Identity(local.worker_id(0), platform.node(), 0, LOOPBACK, _accelerator(run.config))
-        here = WorkerRun(run.job, run.config, run.plan, run.digest, run.folder.storage.url, local.url, local.token)
+        where = (run.folder.storage.url, local.url, local.token)
+        here = WorkerRun(run.job, run.config, run.plan, run.digest, *where, prepared=run.prepared)
         try:
             Session(here, identity).run()
         except KeyboardInterrupt:

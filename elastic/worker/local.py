@@ -151,6 +151,7 @@ class LocalRun:
             "folder_url": run.folder.storage.url,
             "server_url": self.url,
             "token": self.token,
+            "prepared": run.prepared,
             "output": self._spool.open(self.worker_id(index)),
             "identity": {
                 "id": self.worker_id(index),

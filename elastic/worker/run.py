@@ -20,6 +20,7 @@ class WorkerRun:
     folder_url: str
     server_url: str
     token: str = field(repr=False)
+    prepared: str = ""  # the key under which nodes are prepared
 
 
 @dataclass(frozen=True)

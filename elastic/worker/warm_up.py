@@ -13,6 +13,7 @@ from elastic.config import result_options
 from elastic.data.identity import identify
 from elastic.data.loader import Fetcher, Loader, Order
 from elastic.data.memory import Remembered, look
+from elastic.data.preparing import prepare_node, timeout_s
 from elastic.data.samplers import positions_to_ids, signs
 from elastic.data.samples import nested_datasets
 from elastic.errors import ElasticError, RunFailed, WarmUpError, whole_text
@@ -107,6 +108,7 @@ class _WarmUp:
         storage = Storage(self._run.folder_url)
         code = UserCode(job, self._device, self._identity.id, autocast=config.precision.autocast)
         snapshots = Snapshots(plan.snapshot_every, self._identity.vault, self._run.token, self._link, self._device)
+        prepare_node(job, self._run.prepared, timeout_s=timeout_s(config), say=self._say_waiting)
         seed_all(derive("frozen", seed))
         frozen = frozen_of(job)
         lines = {"frozen()": describe_frozen(frozen)}
@@ -237,6 +239,9 @@ class _WarmUp:
                 f"train_data() has {samples} samples on node {self._link.member.node}, but {self._plan.dataset_size} "
                 "where the run was started; give every node the same data"
             )
+
+    def _say_waiting(self, sentence: str) -> None:
+        self._link.event("notice", self._holding.applied, f"worker {self._identity.id} {sentence}")
 
     def _warn_of_unsaved(self, sentence: str) -> None:
         self._link.event("unsaved_numbers", self._holding.applied, sentence)
