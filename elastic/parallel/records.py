@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -325,8 +326,13 @@ class PendingRecord:
         return [json.loads(row[:length].tobytes()) for row, length in zip(gathered.numpy(), lengths)]
 
 
-def _mark(names: list[str]) -> int:
+def _mark(names: Sequence[str]) -> int:
     """Hash names to a number that is never `_MIXED`."""
+    return _mark_of(tuple(names))
+
+
+@lru_cache(maxsize=64)  # a job has the same names in every step
+def _mark_of(names: tuple[str, ...]) -> int:
     return xxhash.xxh3_64_intdigest(json.dumps(names).encode()) >> 1
 
 

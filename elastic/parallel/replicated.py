@@ -245,6 +245,9 @@ class FastReplica(_Replica):
         named = self.model.named_parameters()
         return NotReduced([name for name, p in named if p.requires_grad and p.grad is None])
 
+    def gradients(self) -> list[torch.Tensor]:
+        return [p.grad for p in self._trained if p.grad is not None]
+
     def norm(self, gradients: list[torch.Tensor]) -> torch.Tensor:
         """The global L2 norm of the gradients that the step has left."""
         found, self._norm = self._norm, None

@@ -50,7 +50,7 @@ def update_fingerprint(numbers: Sequence[float], optimizer: torch.optim.Optimize
     found = xxhash.xxh3_64(struct.pack(f"<{len(numbers)}d", *numbers))
     for group in optimizer.param_groups:
         found.update(repr(_options(group)).encode())
-        found.update(bytes(p.grad is not None for p in group["params"]))
+        found.update(bytes([p.grad is not None for p in group["params"]]))
     return found.intdigest() >> 3
 
 
@@ -59,7 +59,9 @@ def _options(group: Mapping[str, Any]) -> list[tuple[str, Any]]:
 
 
 def _is_plain(value: Any) -> bool:
-    return isinstance(value, _PLAIN) or (isinstance(value, (tuple, list)) and all(map(_is_plain, value)))
+    if type(value) in _PLAIN or isinstance(value, _PLAIN):  # the first is quicker
+        return True
+    return isinstance(value, (tuple, list)) and all(map(_is_plain, value))
 
 
 def update_entries(

@@ -37,6 +37,7 @@ from elastic.worker.vaults import HANG_TIMEOUT_S, VaultProcess
 
 LOOPBACK = "127.0.0.1"
 HEAR_S = 0.25  # between two looks at what workers print
+LOOK_S = 1.0  # between two looks at how much memory is left
 END_S = 10.0  # for processes to end by themselves after the run has ended
 IDLE_S = 2.0  # without any worker process: a worker that ends the run reports that before it ends
 
@@ -85,7 +86,8 @@ class LocalRun:
         self._run, self._workers, self._address, self._accelerator = run, workers, host, accelerator
         self._environment, self._own_host = environment or {}, own_host
         self.logs = RunLogs(run.folder.storage)
-        self._show, self._spool, self._memory, self._next_hearing = show, Spool(), Memory(), 0.0
+        self._show, self._spool, self._memory = show, Spool(), Memory()
+        self._next_hearing = self._next_look = 0.0
         self.drive = Drive(run, [self._note, self.logs.on_record, outlived(on_record)], print_line)
         self._wanted = 0  # number of processes to have, after the run was scaled
         self._reported: set[int] = set()  # ended processes that the server knows
@@ -215,9 +217,11 @@ class LocalRun:
         self._grow()
         if time.monotonic() >= self._next_hearing:
             self._next_hearing = time.monotonic() + HEAR_S
-            self._memory.look()
             for worker in self._spool.workers:
                 self._hear(worker)
+        if time.monotonic() >= self._next_look:
+            self._next_look = time.monotonic() + LOOK_S
+            self._memory.look()
         self._report_ended()
 
     def silent(self) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 from elastic.parallel.records import StepRecord
 
@@ -26,7 +26,7 @@ class Clock:
         """
         explained = self.data_s + self.compute_s + self.sync_s + self.checkpoint_s + self.snapshot_s
         self.other_s = max(0.0, step_s - explained)
-        columns = {"step_s": step_s, **asdict(self)}
+        columns = {"step_s": step_s, **vars(self)}
         if not self.snapshot_s:  # most runs take no snapshots: no column then
             del columns["snapshot_s"]
         return {name: round(seconds, 6) for name, seconds in columns.items()}
