@@ -194,6 +194,31 @@ def test_trackers_get_figures_by_step_samples_and_the_end(monkeypatch):
     assert figures(row) == {"train/loss": 0.5}
 
 
+def test_mlflow_has_one_run_on_a_local_folder_however_often_it_is_resumed(tmp_path, monkeypatch):
+    monkeypatch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")  # which newer ones ask of those who want a folder
+    from mlflow.tracking import MlflowClient
+
+    uri = (tmp_path / "mlruns").as_uri()
+    run = {"run": "mine", "folder": "/runs/mine", "total_steps": 2, "options": {"job.lr": 0.1}}
+    for step, status in ((1, "stopped"), (2, "finished")):  # paused, and resumed by another command
+        one = elastic.MLflow("digits", uri)
+        one.on_start(run)
+        one.on_row({**ROW, "step": step, "loss": 1.0 / step, "time": float(step)})
+        one.on_eval({"step": step, "time": float(step), "generation": "1-1", "eval/loss": 2.0})
+        one.on_sample(step, {"text": "it works", "picture": b"png"})
+        one.on_end({"status": status, "result": {"status": status, "steps": step}})
+
+    client = MlflowClient(uri)
+    (found,) = client.search_runs([client.get_experiment_by_name("digits").experiment_id])
+    assert (found.info.run_name, found.info.status, found.data.params) == ("mine", "FINISHED", {"job.lr": "0.1"})
+    history = client.get_metric_history(found.info.run_id, "train/loss")
+    assert [(metric.step, metric.value, metric.timestamp) for metric in history] == [(1, 1.0, 1000), (2, 0.5, 2000)]
+    assert found.data.metrics["eval/loss"] == 2.0
+    names = {artifact.path for artifact in client.list_artifacts(found.info.run_id, "samples/00000002")}
+    assert names == {"samples/00000002/text.txt", "samples/00000002/picture.png"}
+
+
 def test_pictures_are_png_of_the_given_values():
     from PIL import Image
 
