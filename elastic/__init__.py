@@ -18,6 +18,7 @@ if TYPE_CHECKING:  # for type checkers and editors
     from elastic.data.samplers import Curriculum as Curriculum
     from elastic.data.samplers import Sequential as Sequential
     from elastic.data.samplers import Weighted as Weighted
+    from elastic.data.shards import Shards as Shards
     from elastic.job import Job as Job
     from elastic.job import Plan as Plan
     from elastic.loading import load_model as load_model
@@ -51,6 +52,7 @@ _HOMES = {
     "Curriculum": "elastic.data.samplers",
     "Sequential": "elastic.data.samplers",
     "Weighted": "elastic.data.samplers",
+    "Shards": "elastic.data.shards",
     "load_model": "elastic.loading",
     "Callback": "elastic.observe.callbacks",
     "JSONLines": "elastic.observe.callbacks",

@@ -17,7 +17,7 @@ import xxhash
 
 from elastic.data.order import sample_ids
 from elastic.data.processes import LoaderProcesses
-from elastic.data.samples import draws, fetch_each, fetches_together, halves, untouched
+from elastic.data.samples import Told, draws, fetch_each, fetches_together, halves, untouched
 from elastic.errors import ConfigError, one_line
 from elastic.job import Job
 from elastic.seeds import derive, seed_all
@@ -47,6 +47,9 @@ class Span:
     digests: tuple[int, ...]
     batch: Any = None
     error: ItemError | None = None
+
+
+NO_SPAN = Span(-1, 0, 0, np.empty(0, dtype=np.int64), ())  # fetches nothing
 
 
 class Order:
@@ -141,6 +144,10 @@ class Fetcher:
             ItemError: the dataset or collate_fn raised.
         """
         try:
+            if not len(span.ids):
+                return span
+            if isinstance(self.data, Told):
+                self.data.upcoming(span.first_position, len(span.ids))
             samples = self._together(span) if self._fetches_together else self._one_by_one(span)
             self.at = span.ids.tolist()
             seed_all(derive("collate", self.seed, self._when(span, 0), span.digests[0]))
@@ -282,6 +289,7 @@ class Loader:
         begin: Callable[[], None] = nothing,
     ):
         self.order, self._fetcher, self._total_steps = order, fetcher, total_steps
+        self._workers = max(1, workers)
         self._on_restart = on_restart
         self._source: Iterator[Span] = iter(())
         self._spans: list[tuple[int, int]] = []
@@ -332,11 +340,15 @@ class Loader:
             self._processes.feed(self._source)
 
     def _keys(self, step: int, spans: list[tuple[int, int]]) -> Iterator[Span]:
+        # told what comes, a process reads ahead for its microbatches: they stay with it if steps have whole turns
+        turns = self._workers if isinstance(self._fetcher.data, Told) else 1
         for s in range(step, self._total_steps):
             for first, count in spans:
                 yield self.order.span(s, first, count)
-        while True:  # processes prefetch beyond the last step; nobody asks for those spans, nor a sampler for them
-            yield self.order.span(self._total_steps - 1, *spans[0])
+            for _ in range(-len(spans) % turns):
+                yield NO_SPAN
+        while True:  # processes prefetch beyond the last step
+            yield NO_SPAN
 
     def next(self, step: int, first: int, count: int) -> Span:
         """Return the next span, which must be the one of (step, first, count).
@@ -378,7 +390,9 @@ class Loader:
         return list(self._awaited or self._fetcher.at)[:SHOWN]
 
     def close(self) -> None:
-        """End the loader processes."""
+        """End the loader processes, and what reads ahead."""
+        if isinstance(self._fetcher.data, Told):
+            self._fetcher.data.close()
         if self._processes is not None:
             self._processes.close()
 

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from elastic.data.order import permute, sample_ids
+from elastic.data.shards import Shards
 from elastic.errors import ConfigError
 from elastic.job import Job, Plan, Sampler
 from elastic.job_code import failure_text, job_code
@@ -172,13 +173,16 @@ def _draws(use: str, seed: int, positions: np.ndarray) -> np.ndarray:
 
 
 def positions_to_ids(job: Job, data: Any, plan: Plan) -> Callable[[np.ndarray], np.ndarray] | None:
-    """The job's own order of `data`, checked wherever it is asked; None if the job has none.
+    """The job's own order of `data`, or that of data in shards, checked wherever it is asked; None if there is none.
 
     Raises:
         ConfigError: `sampler` failed, or returned something else than a function.
     """
     with job_code("sampler()"):
         found = job.sampler(data)
+    if found is None and isinstance(data, Shards):
+        data.bind(plan)
+        found = data.order
     if found is None:
         return None
     if not callable(found):

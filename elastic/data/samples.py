@@ -12,9 +12,23 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, StackDataset, Subset
 
+from elastic.job import Plan
 from elastic.seeds import seed_all
 
 _MOST_INNER = 64  # longer lists are not searched for inner datasets
+
+
+class Told:
+    """A dataset that is told which positions it is asked for next, so that it can read ahead."""
+
+    def bind(self, plan: Plan) -> None:
+        """Called first, with the run's plan."""
+
+    def upcoming(self, first: int, count: int) -> None:
+        """The samples at positions `[first, first + count)` are fetched next, in this process."""
+
+    def close(self) -> None:
+        """Nothing more is fetched in this process."""
 
 
 def fetches_together(data: Any) -> bool:
