@@ -17,7 +17,7 @@ import numpy as np
 from elastic.observe.causes import PRODUCTIVE
 
 Parts = Mapping[str, float]
-Column = np.ndarray[Any, np.dtype[np.float64]]  # a value for each piece
+Column = np.ndarray[Any, np.dtype[np.float64]]  # one value per piece
 
 
 class Segment(NamedTuple):
@@ -76,13 +76,14 @@ def after_s(row: dict[str, Any], evaluation: dict[str, Any] | None) -> float:
 
 @dataclass(frozen=True)
 class _Pieces:
-    """What a world did, one after another: its steps, and evaluations that are no part of one. Each field has one
-    value for each of the n pieces, in the order in which they ended.
+    """What a world did, one piece after another: its steps, and the evaluations that are not part of a step.
+
+    Each field has one value for each of the n pieces, in the order in which they ended.
 
     Args:
         rows: of the steps; empty for an evaluation.
-        begin, end: unix seconds, float64 of shape (n,).
-        parts: what the seconds went into by cause, each float64 of shape (n,); only their ratios matter.
+        begin, end: unix seconds, float64 [n].
+        parts: what the seconds were spent on, by cause, float64 [n] each; only their ratios matter.
         redone: the world in which the step was done again.
     """
 
@@ -101,6 +102,7 @@ class _Pieces:
         workers: int,
         deal: Deal,
     ) -> _Pieces:
+        """Make the pieces of a world. The arguments are those of `world_segments`."""
         eval_s, apart = np.zeros(len(rows)), dict(evaluations)
         if evaluations:
             for i, row in enumerate(rows):
@@ -131,7 +133,7 @@ class _Pieces:
 
 
 def _column(rows: Sequence[dict[str, Any]], name: str) -> Column:
-    """`number` of one column; zeros where rows lack it."""
+    """Return `number` of one column, float64 [rows]; 0 for rows that lack it."""
     values = [row.get(name, 0.0) for row in rows]
     if not set(map(type, values)) <= {float, int}:
         values = list(map(number, values))
@@ -143,10 +145,16 @@ def _column(rows: Sequence[dict[str, Any]], name: str) -> Column:
 def _step_parts(
     rows: Sequence[dict[str, Any]], step_s: Column, eval_s: Column, workers: int, deal: Deal
 ) -> dict[str, Column]:
-    """What each step's seconds went into, averaged over the workers that computed it; zeros where it does not say.
+    """Return what the seconds of steps were spent on, by cause, float64 [rows] each; zeros if a row does not say.
 
-    A row is that of one worker. Who has a microbatch less than others waits for them when gradients are summed: that
-    is imbalance, not synchronisation.
+    A row is that of one worker, and the result is the average over the workers that computed the step. A worker with
+    one microbatch less than others waits for them when gradients are summed: that counts as imbalance, not as
+    synchronisation.
+
+    Args:
+        step_s: seconds of the steps.
+        eval_s: seconds of the evaluations that are part of them.
+        workers: that train.
     """
     compute, sync = _column(rows, "compute_s"), _column(rows, "sync_s")
     parts = {"data": _column(rows, "data_s"), "evaluation": eval_s}
@@ -155,7 +163,8 @@ def _step_parts(
     if not count or workers < 1 or count < workers:
         parts[PRODUCTIVE], parts["sync"] = compute, sync
     else:
-        most, own = -(-count // workers), count // workers  # of the busiest worker; of the first, whose row it is
+        # microbatches of the busiest worker, and of rank 0, which wrote the rows
+        most, own = -(-count // workers), count // workers
         busy = np.minimum(compute if deal.padded else compute * most / own, compute + sync)
         parts[PRODUCTIVE] = useful = busy * count / (most * workers)
         parts["imbalance"], parts["sync"] = busy - useful, compute + sync - busy
@@ -164,8 +173,11 @@ def _step_parts(
 
 
 def _gap_parts(rows: Sequence[dict[str, Any]], seconds: Column, rest: str) -> dict[str, Column]:
-    """What the `seconds` before each step went into: at the beginning of a world it was connected and the state
-    restored."""
+    """Return what the `seconds` before each step were spent on: at the beginning of a world, connecting and restoring.
+
+    Args:
+        rest: the cause of seconds that a row does not explain.
+    """
     parts, left = {}, seconds
     for cause, name in (("form", "connect_s"), ("restore", "restore_s"), ("held", "held_s")):
         parts[cause] = np.minimum(left, _column(rows, name))
@@ -209,15 +221,15 @@ def world_segments(
     """
     pieces = _Pieces.of(rows, evaluations, redone_in, workers, deal)
     rest = "other" if deal.complete else "unknown"
-    after = np.maximum(begin, np.minimum(pieces.end, end))  # as they are ordered by their ends
+    after = np.maximum(begin, np.minimum(pieces.end, end))  # pieces are sorted by their ends
     before = np.concatenate(([begin], after[:-1])) if len(after) else after
-    # One that was applied after the break is before it all the same.
+    # A step that was applied after the world broke counts as before the break.
     latest = np.maximum(before, end - np.maximum(0.0, pieces.end - pieces.begin))
     at = np.where(pieces.begin > before, np.minimum(pieces.begin, latest), before)
     stop = np.minimum(np.maximum(pieces.end, at), end)
     lengths, gaps = np.maximum(0.0, stop - at), np.maximum(0.0, at - before)
     gap_parts = _gap_parts(pieces.rows, gaps, rest)
-    apart = np.ones(len(after), dtype=bool)  # pieces that are told one by one
+    apart = np.ones(len(after), dtype=bool)  # pieces that get a segment of their own
     if together and len(after):
         wholes = sum(pieces.parts.values())
         apart = np.array([world is not None for world in pieces.redone], dtype=bool) | (wholes <= 0)
