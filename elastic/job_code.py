@@ -42,7 +42,7 @@ def job_code(what: str) -> Iterator[None]:
 
 
 def failure_text(what: str, error: BaseException) -> str:
-    """What a user needs to know of an exception in the job's code: a sentence, then the frames of the job's files."""
+    """Describe an exception in the job's code for the user: a sentence, then the frames of the job's own files."""
     found = traceback.TracebackException.from_exception(error)
     place = _place(error, _own(found.stack))
     _cut(found)

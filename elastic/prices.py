@@ -29,12 +29,12 @@ _FIX = (
 
 @dataclass(frozen=True)
 class Price:
-    """Of one hour of a node of this type, or of one worker where no type is named.
+    """The price of one hour of a node of this type, or of one worker if no type is named.
 
     Args:
-        type: of the node; ANY for all that have no price of their own.
+        type: of the node; ANY for all types without a price of their own.
         market: spot or on-demand; ANY for both.
-        since: unix seconds from which on it is so; -inf for ever.
+        since: the price holds from this time on, unix seconds; -inf for ever.
     """
 
     type: str
@@ -56,7 +56,7 @@ class Tariff:
     of_node: bool
 
     def cost(self, begin: float, end: float) -> float:
-        """Of the time from `begin` to `end`, unix seconds."""
+        """Return the cost of the time from `begin` to `end`, unix seconds."""
         if len(self.since) == 1:
             return (end - begin) * self.per_second[0]
         first, last = (max(0, bisect_right(self.since, at) - 1) for at in (begin, end))
@@ -66,7 +66,7 @@ class Tariff:
 
 @dataclass(frozen=True)
 class Prices:
-    """All prices that are known."""
+    """All known prices."""
 
     known: tuple[Price, ...] = ()
     _found: dict[tuple[str, str], Tariff | None] = field(default_factory=dict, compare=False, repr=False)
@@ -88,7 +88,7 @@ class Prices:
 
     @staticmethod
     def from_json(values: Any) -> Prices:
-        """Of `to_json`; what is none is left out."""
+        """Parse what `to_json` returned; invalid prices are left out."""
         found = []
         for value in values if isinstance(values, list) else ():
             try:
@@ -98,7 +98,11 @@ class Prices:
         return Prices(tuple(found))
 
     def tariff(self, type: str, market: str) -> Tariff | None:
-        """Of a worker on such a node, each "" where it is not known; None where nothing says."""
+        """Return the tariff of a worker on such a node, or None if no price is known.
+
+        Args:
+            type, market: of its node; "" if it is not known.
+        """
         key = (type, market)
         if key not in self._found:
             self._found[key] = self._find(type, market)
@@ -121,7 +125,7 @@ class Prices:
 
 
 def read_prices(given: Sequence[str | float]) -> Prices:
-    """What `--observe.price` says: prices, or names of files of prices.
+    """Parse `--observe.price`: prices, or names of files with prices.
 
     Raises:
         ConfigError: one is neither.

@@ -70,7 +70,7 @@ def find_chunks(
 def all_chunks(
     storage: Storage, folder: str, manifest: Manifest, *, skip: Collection[str] = ()
 ) -> Mapping[str, TensorEntry]:
-    """All tensors of a checkpoint with all their chunks, as `find_chunks`."""
+    """Return all tensors of a checkpoint with all their chunks, as `find_chunks` does."""
     wanted = [Wanted(name, Box.whole(entry.shape)) for name, entry in manifest.tensors.items()]
     return find_chunks(storage, folder, manifest, wanted, skip=skip)
 

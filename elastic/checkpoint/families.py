@@ -51,7 +51,7 @@ class Family:
         return xxhash.xxh3_128_hexdigest(json.dumps(self.to_json()).encode())
 
     def box(self, name: str, part: int) -> Box:
-        """What a part has of a tensor."""
+        """Return the box of a tensor that belongs to a part; it may be empty."""
         box, left = Box.whole(self.tensors[name][1]), self.parts
         for dimension, count in self.ways:
             left //= count
@@ -100,7 +100,7 @@ def _overlapping(ways: Ways, part: int, box: Box, wanted: Box) -> Iterator[tuple
 
 @dataclass(frozen=True)
 class Stretch:
-    """What a pack has of a part of a family: from one point of its line to another."""
+    """The stretch of a part of a family that one pack has: from one point of the part's line to another."""
 
     family: int
     part: int
@@ -108,7 +108,11 @@ class Stretch:
     last: Point
 
     def piece(self, box: Box, tensor: int) -> Box | None:
-        """What of a tensor, of which the part has a box, lies in this stretch; None where nothing does."""
+        """Return the piece of a tensor that lies in this stretch, or None.
+
+        Args:
+            box: the part's box of the tensor.
+        """
         if not self.first[0] <= tensor <= self.last[0] or not box.volume:
             return None
         rows = _rows(box)
@@ -135,11 +139,13 @@ def _rows(box: Box | None) -> int:
 
 
 def share_point(rows: Sequence[int], sizes: Sequence[int], replica: int, replicas: int) -> Point:
-    """Where one of the replicas that share a line begins, and the one before it ends: at equal numbers of bytes.
+    """Return the point at which a replica's stretch begins, and that of the replica before it ends.
+
+    The replicas that share a line get equal numbers of bytes.
 
     Args:
-        rows: of each tensor, between which it can be cut.
-        sizes: bytes of each.
+        rows: of each tensor; it may be cut between two rows.
+        sizes: bytes of each tensor.
     """
     if replica == replicas:
         return len(sizes), 0

@@ -45,7 +45,7 @@ def check_name(name: str) -> None:
 
 
 def head_of(name: str, dtype: Any, shape: Any) -> Head:
-    """What a manifest says of a tensor, if it can be true.
+    """Parse what a manifest says about a tensor.
 
     Raises:
         CheckpointError: a name, dtype or shape that no tensor has.

@@ -60,7 +60,8 @@ class Source:
 
 @dataclass(frozen=True)
 class Initialised:
-    """What became of a model's weights: sha256 of each file, names it lacks, names the model lacks."""
+    """Where a model's weights came from: the sha256 of each file, the names that it lacks, and those that the model
+    lacks."""
 
     url: str
     sha256: dict[str, str]

@@ -47,7 +47,7 @@ class Place:
 
 @dataclass(frozen=True)
 class PackIndex:
-    """What an index says, in few objects: who reads all packs of a checkpoint holds the indexes of all."""
+    """The contents of an index, in few objects, since a reader of all packs of a checkpoint holds all its indexes."""
 
     pack: str
     tensors: array[int]
@@ -118,7 +118,7 @@ class PackIndex:
 
     @cached_property
     def _blocks(self) -> array[int]:
-        """How many blocks the chunks before each one have, and all together."""
+        """Return the number of blocks before each chunk, and the number of all blocks."""
         counts = (block_count(end - start) for start, end in zip(self.starts, self.ends))
         return array("q", itertools.accumulate(counts, initial=0))
 

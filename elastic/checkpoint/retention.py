@@ -28,7 +28,8 @@ PINS = f"{FOLDER}/pins"
 
 @dataclass(frozen=True)
 class Policy:
-    """What is kept: the newest `last`, every one at a multiple of `every` steps, the `best` by a metric, and pins."""
+    """The checkpoints to keep: the newest `last`, those at multiples of `every` steps, the `best` by a metric, and
+    pins."""
 
     last: int = 3
     every: int | None = None
@@ -95,7 +96,8 @@ class Removal:
 def removals(
     storage: Storage, attempts: Collection[Committed], committed: Collection[Committed], needed: Collection[str]
 ) -> list[Removal]:
-    """What removing these attempts would free, but for the objects in them that others need."""
+    """Return what can be removed with these attempts: everything but the objects in them that other checkpoints
+    need."""
     found = []
     for attempt in sorted(attempts, key=lambda a: (a.step, a.attempt)):
         paths = [f"{attempt.folder}/{name}" for name in storage.names(attempt.folder)]
@@ -189,7 +191,11 @@ class Retention:
         return found
 
     def _damage(self, checkpoint: Committed, sizes: dict[str, dict[str, int]]) -> str | None:
-        """What names and sizes tell of it. `sizes` are those of the folders that were listed."""
+        """Return why a checkpoint is damaged, as far as names and sizes show it; None if it is not.
+
+        Args:
+            sizes: of the objects in each folder that was listed, in bytes.
+        """
         known = self._know(checkpoint)
         for path, least in known.objects.items():
             folder, _, name = path.rpartition("/")

@@ -58,11 +58,11 @@ class Pretrained(Job):
     # ---- to be overridden ------------------------------------------------------------------------------------------
 
     def rows(self) -> MapDataset:
-        """What is trained on, as rows by name, such as a `datasets.Dataset` or a list of dictionaries."""
+        """Return the training data as rows by name, such as a `datasets.Dataset` or a list of dictionaries."""
         raise NotImplementedError(f"{type(self).__name__} needs a rows() method that returns rows by index")
 
     def held_out(self) -> MapDataset | None:
-        """What is evaluated on, like `rows`, or None."""
+        """Return the held-out data, like `rows`; or None."""
         return None
 
     def tokenizer(self) -> Any:
@@ -79,7 +79,7 @@ class Pretrained(Job):
 
     @property
     def folder(self) -> str:
-        """Where the model's files are on this machine."""
+        """The folder of the model's files on this machine."""
         return source.local_folder(self.pretrained, self.revision)
 
     def model(self) -> torch.nn.Module:

@@ -42,7 +42,7 @@ class Together(torch.optim.Optimizer):
             part.step()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Of each."""
+        """Reset the gradients of each optimizer."""
         for part in self.parts.values():
             part.zero_grad(set_to_none)
 
@@ -66,7 +66,10 @@ class Together(torch.optim.Optimizer):
 
 
 class _States(MutableMapping[Any, dict[str, Any]]):
-    """What all optimizers keep: of a parameter its optimizer, of what is no parameter whoever has it."""
+    """The states of all optimizers as one mapping.
+
+    The state of a parameter is in its own optimizer; any other key is in the optimizer that has it.
+    """
 
     def __init__(self, parts: list[torch.optim.Optimizer], owners: dict[int, torch.optim.Optimizer]):
         self._parts, self._owners = parts, owners
@@ -107,10 +110,10 @@ class _States(MutableMapping[Any, dict[str, Any]]):
 
 
 def together(found: Any) -> torch.optim.Optimizer:
-    """What `optimizer()` returned as one optimizer.
+    """Return what `optimizer()` returned as one optimizer.
 
     Raises:
-        ConfigError: it is none, or one that cannot be used.
+        ConfigError: it is no optimizer, or one that cannot be used.
     """
     if isinstance(found, Mapping):
         parts = {str(name): one for name, one in found.items()}

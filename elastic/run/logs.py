@@ -65,7 +65,7 @@ class Printed:
 
 
 def last_words(lines: Sequence[str]) -> str:
-    """Of what a process printed before it died: its last lines, and the stack, if it printed one."""
+    """Return the last lines that a process printed before it died, and its stack if it printed one."""
     last = len(lines)
     stack: Sequence[str] = ()
     starts = [i for i, line in enumerate(lines) if _STACK.match(line)]
@@ -178,12 +178,12 @@ class RunLogs:
 
 
 def file_name(worker: str) -> str:
-    """Of the log of a process."""
+    """Return the name of a process's log."""
     return f"{_NAME.sub('_', worker)[:100]}.txt"
 
 
 def remove_oldest(storage: Storage, most: int = MOST_FILES) -> None:
-    """Of runs that replaced many workers, the newest logs are kept."""
+    """Remove the oldest logs beyond `most`; a run may have replaced many workers."""
     names = [name for name in storage.names(FOLDER) if name.endswith(".txt")]
     if len(names) > most:
         for name in sorted(names, key=lambda n: storage.modified(f"{FOLDER}/{n}"))[: len(names) - most]:

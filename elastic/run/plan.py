@@ -39,7 +39,7 @@ class RunPlan:
 
     @property
     def for_job(self) -> Plan:
-        """What the job is told of it."""
+        """The part of this plan that the job gets, as `job.plan`."""
         microbatch = self.global_size // self.microbatches
         return Plan(self.total_steps, self.global_size, self.dataset_size, microbatch, self.seed)
 

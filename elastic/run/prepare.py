@@ -175,7 +175,7 @@ def _callbacks(job: Job) -> tuple[Callback, ...]:
 
 
 def started_with(run: PreparedRun) -> dict[str, Any]:
-    """What callbacks are told of a run when it begins: as JSON has it, without what is secret in URLs."""
+    """Return what callbacks receive when a run begins: JSON values, without secrets in URLs."""
     options = {**cfg.result_options(run.config, job_options(run.job)), **_operational(run.config)}
     return {
         "run": run.name,

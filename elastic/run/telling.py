@@ -36,7 +36,7 @@ class Marks:
     sample: int = -1
 
     def of(self, kind: str) -> int:
-        """That of a kind."""
+        """Return the mark of a kind of record."""
         return int(getattr(self, kind))
 
     def after(self, kind: str, step: int) -> Marks:

@@ -95,7 +95,8 @@ def update_error(step: int, group: Group, worker_id: str, entries: list[Entry]) 
 
 
 def applied_error(step: int, group: Group, worker_id: str, entries: list[Entry]) -> CopiesDiffer:
-    """What ends the run where it is seen a step later. Everyone in the mesh asks at one time."""
+    """Make the error that ends the run if a difference is seen one step later. All members of the mesh call this at one
+    time."""
     what = f"the update of step {step}"
     return CopiesDiffer(_difference(what, group, worker_id, entries, "it was applied, so this state was not saved"))
 

@@ -109,7 +109,7 @@ class Plateau:
         return "" if was == now else f"the learning rate is {now[0]:g} from here on, it was {was[0]:g}"
 
     def state_dict(self) -> dict[str, Any]:
-        """All of it."""
+        """Return the whole state."""
         return {"step": self._step, "before": copy.deepcopy(self._before), "now": self._now()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -149,7 +149,7 @@ class Patience:
         return f"no better than {self._best:g} in {self._bad} evaluations" if self.over else ""
 
     def state_dict(self) -> dict[str, Any]:
-        """All of it."""
+        """Return the whole state."""
         return {"step": self._step, "best": self._best, "bad": self._bad, "before": list(self._before)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

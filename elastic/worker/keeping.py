@@ -150,7 +150,7 @@ class Keeping:
 
     @property
     def gradient_bytes(self) -> int:
-        """Of the gradients of the whole model."""
+        """The bytes of the gradients of the whole model."""
         return sum(p.numel() * p.element_size() for p in self.model.parameters() if p.requires_grad)
 
     def trained_by_name(self) -> dict[str, bool]:
@@ -314,7 +314,7 @@ class Keeping:
 
     @property
     def stateful(self) -> dict[str, Any]:
-        """What decides on rates or on the end, and has state, by name."""
+        """Return what decides on learning rates or the end of training and has a state, by name."""
         return {**self.rates.schedulers, **({EARLY_STOP: self.patience} if self.patience is not None else {})}
 
     def _changed(self, found: Collected) -> dict[str, list[str]]:

@@ -278,7 +278,7 @@ class LocalRun:
                 self._reported.add(index)
 
     def _hear(self, worker: str, *, ended: bool = False) -> None:
-        """What a worker has printed goes into its log, and is shown."""
+        """Write what a worker printed into its log, and show it."""
         found = self._spool.read(worker, ended=ended)
         for (stream, _), line in zip(found, self.logs.add(worker, [line for _, line in found])):
             self._show(worker, stream, line)

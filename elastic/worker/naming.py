@@ -172,8 +172,8 @@ def _others(names: list[str]) -> str:
 
 
 def registrations() -> int:
-    """How often anything was registered with a module of this process: while it is the same, no model has other parts
-    than before."""
+    """Return how often anything was registered with a module in this process. While it is the same, no model has new
+    parts."""
     return _counter()[0]
 
 

@@ -124,11 +124,14 @@ class Placing:
         return True
 
     def _sourced(self, model: torch.nn.Module) -> tuple[dict[str, Callable[[torch.Tensor], None]], dict[str, str]]:
-        """What to do with the value of each parameter that is in no saved state, by the model's name for it: its digest
-        goes into the other dictionary, under the name that it is known by.
+        """Return what to do with the value of each parameter that is not saved, by the model's name for it.
+
+        Returns:
+            By name, a function that takes the value; and the dictionary into which these functions put digests of the
+            values, by the names under which the parameters are saved.
 
         Raises:
-            ConfigError: their values are to come from --checkpoint.init-from, which is read once.
+            ConfigError: the values are to come from --checkpoint.init-from, which is read only once.
         """
         digests: dict[str, str] = {}
         known, sourced = parameter_names(model), dict[str, Callable[[torch.Tensor], None]]()

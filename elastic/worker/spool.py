@@ -77,7 +77,8 @@ class Spool:
 
 
 def take_output(paths: list[str]) -> None:
-    """From here on, whatever this process prints goes to these files; where they cannot be opened, to where it went."""
+    """Send everything that this process prints from now on to these files; if they cannot be opened, output stays as it
+    is."""
     with contextlib.suppress(OSError):  # another user's, or no /proc
         for path, number in zip(paths, (1, 2)):
             file = os.open(path, os.O_WRONLY | os.O_APPEND)

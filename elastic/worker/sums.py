@@ -18,7 +18,7 @@ _APART = 1e-4  # of the larger half: halves nearer than that say nothing
 
 @dataclass(frozen=True)
 class Sums:
-    """What a pass returned, as numbers."""
+    """The numbers that a pass returned."""
 
     samples: int
     loss: float
@@ -33,7 +33,8 @@ class Sums:
 
 
 def growth(whole: float, first: float, other: float, close: float = CLOSE) -> str:
-    """How a number of all samples comes from those of two halves: sum, mean, same, or "" where it is not clear."""
+    """Return how a number of all samples follows from those of two halves: "sum", "mean", "same", or "" if that is
+    unclear."""
     if not all(map(math.isfinite, (whole, first, other))) or first * other <= 0:
         return ""
     if abs(whole - first - other) <= close * abs(first + other):
@@ -74,10 +75,10 @@ def _counted(found: Sequence[Sums]) -> list[tuple[float, float]]:
 
 
 def mistake(name: str, found: Sequence[Sums], *, sure: bool = False) -> str | None:
-    """What is wrong with what a function of the job returned for a batch and its halves, or None.
+    """Describe the mistake in what a function of the job returned for a batch and its halves; None if there is none.
 
     Args:
-        sure: say so only where this batch leaves no doubt.
+        sure: only if this batch leaves no doubt.
     """
     whole, first, other = found
     weight = growth(whole.weight, first.weight, other.weight)

@@ -115,7 +115,10 @@ class GatheredWrites:
 
 
 def _digests(name: str, module: nn.Module) -> dict[str, str]:
-    """Of what of a module is gathered now. FSDP2 has to resize that, and what numpy has seen cannot be resized."""
+    """Return digests of the tensors of a module that are gathered now.
+
+    FSDP2 must be able to resize them, and a tensor that numpy has seen cannot be resized.
+    """
     named = module.named_parameters(prefix=name)
     gathered = {key: p.detach() for key, p in named if not isinstance(p, DTensor)}
     return {

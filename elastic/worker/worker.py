@@ -167,7 +167,7 @@ class Worker:
         stop_filling()
 
     def with_memory(self, old: TrainState) -> TrainState:
-        """The same state, in a model that is built with memory."""
+        """Return the same state in a model that is built with memory."""
         old.hold_extra()
         tensors, values = old.tensors(), old.values()
         state: TrainState = self.code.guard(self.placing.whole)
