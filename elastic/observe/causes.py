@@ -32,4 +32,3 @@ CAUSES: dict[str, str] = {
     "under_way": "since the newest record of a live run: not known yet",
     "unknown": "not recorded by the version that wrote this",
 }
-STARTUP = tuple(cause for cause in CAUSES if cause.startswith("startup/"))

@@ -276,10 +276,3 @@ def png_of(figure: Any) -> bytes:
     figure.set_dpi(160)
     canvas.print_png(out)
     return out.getvalue()
-
-
-def caption(run: dict[str, Any]) -> str:
-    """Return the state of the run in one line."""
-    course = run["history"]
-    stalled = sum(s["seconds"] for s in course["stalls"])
-    return f"{run['step']} steps in {seconds_text(course['elapsed_s'])}, {seconds_text(stalled)} of them stalls"
