@@ -61,6 +61,7 @@ from elastic.membership.state import Limits, Phase, State, ask_again_s, going, h
 from elastic.membership.world import Generation, Member, World
 from elastic.worker.restore_plan import Standing, decide
 from jobs.bench import forming
+from tests.fresh import examples
 
 
 class Machine:
@@ -1513,4 +1514,4 @@ class Cluster(RuleBasedStateMachine):
 
 
 TestCluster = Cluster.TestCase
-TestCluster.settings = settings(max_examples=300, stateful_step_count=50, deadline=None)
+TestCluster.settings = settings(max_examples=examples(150, fresh=600), stateful_step_count=50, deadline=None)

@@ -18,6 +18,7 @@ from elastic.run.line import prepare_line
 from elastic.run.prepare import PreparedRun, open_run
 from elastic.run.resuming import described_defaults, take
 from elastic.worker.__main__ import main
+from tests.fresh import examples
 from tests.tiny_jobs import CONFIG, Plain
 
 ONCE = {
@@ -77,7 +78,7 @@ options = st.lists(st.sampled_from(sorted(GIVEN)), unique=True).flatmap(
 )
 
 
-@settings(max_examples=12)
+@settings(max_examples=examples(6, fresh=24))
 @given(options, options)
 def test_what_is_not_given_is_what_the_run_was_started_with(first, again):
     job, config = parse(Plain, CONFIG, ["--run.name", "mine", *line(first)])
