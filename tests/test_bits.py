@@ -11,7 +11,7 @@ from elastic.observe.ledger import gaps_and_doubles
 from elastic.parallel.deferred import build
 from elastic.run.prepare import prepare
 from tests.forked import LONG, WAIT_S, B, Ran, Watch, configure, local_run, sample_at, train
-from tests.tiny_jobs import CONFIG, Everything, Plain
+from tests.tiny_jobs import CONFIG, ComputedAgain, Everything, Plain
 
 pytestmark = [pytest.mark.processes, pytest.mark.usefixtures("fork_server")]
 
@@ -55,6 +55,28 @@ def test_the_undisturbed_run_has_what_makes_equal_bits_hard(undisturbed):
     assert set(undisturbed.evaluations[12]) == names
     assert undisturbed.result["metrics"] == undisturbed.evaluations[12]
     assert undisturbed.result["exactness_held"] is True
+
+
+WIDE = 600  # hidden units: several buckets of gradients, of which all but the last are exchanged in backward passes
+
+
+def test_buckets_that_are_exchanged_in_backward_passes_train_the_same_bits_on_one_node_and_on_two(tmp_path):
+    alone = train(Everything(width=WIDE), configure(tmp_path, "alone", run__duration="4st"), 1)
+    for name, workers, options in (("one", 2, {}), ("two", 4, {"scaling__workers_per_node": 2})):
+        found = train(Everything(width=WIDE), configure(tmp_path, name, run__duration="4st", **options), workers)
+
+        assert_same_training(found, alone)
+
+
+def test_gradients_that_come_in_parts_are_exchanged_after_the_backward_pass(tmp_path):
+    alone, together = (
+        train(ComputedAgain(width=WIDE), configure(tmp_path, f"run-{workers}", run__duration="4st"), workers)
+        for workers in (1, 2)
+    )
+
+    assert_same_training(together, alone)
+    (told,) = together.events("notice")
+    assert "after backward passes from step 1 on: the gradient of shared.bias comes in several parts" in told["detail"]
 
 
 def test_another_seed_trains_other_bits(undisturbed, tmp_path):
@@ -249,6 +271,17 @@ def test_a_worker_may_die_between_its_update_and_the_next_step(undisturbed_epoch
     found = Ran(run, None)
     assert len(found.events("member_lost")) == 1
     assert found.column("step") == list(range(1, 13))
+    assert_same_training(found, undisturbed_epoch)
+
+
+def test_two_nodes_exchange_in_two_levels_until_one_of_their_workers_dies(undisturbed_epoch, tmp_path):
+    once = tmp_path / "die-once"
+    once.touch()
+    job = Everything(samples=LONG, fault="die", fault_at=sample_at(step=6), fault_file=str(once))
+
+    found = train(job, configure(tmp_path, "run", scaling__workers_per_node=2), workers=4)
+
+    assert found.column("world_size") == [4] * 5 + [3] * 7
     assert_same_training(found, undisturbed_epoch)
 
 

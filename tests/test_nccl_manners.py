@@ -77,6 +77,13 @@ RUNS: dict[str, tuple[Manners, list[dict], int, dict[str, Any]]] = {
         1,
         {"parallel__strategy": "hsdp", "scaling__workers_per_node": 2},
     ),
+    # three communicators: aborts one after another would take longer than a member may need to come back
+    "a loss where gradients are exchanged inside nodes, then between them": (
+        Manners(abort_s=2.0),
+        [fault("step.reduce", 5, 1)],
+        1,
+        {"scaling__workers_per_node": 2, "recovery__hang_timeout": "3s"},
+    ),
     "a loss while communicators are made that an abort frees": (
         Manners(create_s=0.1, creation="freeable"),
         [fault("nccl.creating", None, 1)],

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from elastic.data.deal import deal
-from elastic.parallel.canonical import _buckets, canonical_norm, row_sums, sums_by_halves, sums_per_row
+from elastic.parallel.canonical import buckets_of, canonical_norm, row_sums, sums_by_halves, sums_per_row
 from elastic.parallel.tree import TreeSum, blocks, tree_sum_of_rows
 
 
@@ -185,7 +185,7 @@ def test_the_norm_is_the_norm(sizes, seed):
 def test_buckets_hold_every_tensor_once_in_order_and_one_dtype_each(sizes, limit):
     tensors = [torch.zeros(n, dtype=torch.float64 if wide else torch.float32) for n, wide in sizes]
 
-    found = list(_buckets(tensors, limit))
+    found = buckets_of(tensors, limit)
 
     assert [i for part in found for i in range(part.start, part.stop)] == list(range(len(tensors)))
     for part in found:

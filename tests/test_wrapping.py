@@ -176,7 +176,7 @@ def test_each_row_has_as_many_sums_as_announced(shape):
 def test_the_leaves_of_a_block_that_runs_once_are_summed_as_they_come_and_go(mesh, runs_once):
     """Else a worker keeps the gradients of the whole model until the pass is over."""
     width, shards = 1013, 4
-    total, leaves = CanonicalSum([range(4)], 0, None, 1 << 20), Leaves(shards)
+    total, leaves = CanonicalSum([], [range(4)], 1 << 20), Leaves(shards)
     leaves.begin(0, shards, runs_once=runs_once)
     given = leaves.allocate((shards * width,), dtype=torch.float32, device=CPU)
     output = leaves.allocate((width,), dtype=torch.float32, device=CPU)

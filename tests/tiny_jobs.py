@@ -195,6 +195,29 @@ class Everything(Plain):
             return f"class {int(model(torch.ones(1, FEATURES), sometimes=True).argmax())}"
 
 
+@dataclass
+class ComputedAgain(Plain):
+    """A layer is used twice and computed again by nested backward passes, so that its gradient comes in two parts."""
+
+    def model(self):
+        import torch
+        from torch import nn
+        from torch.utils.checkpoint import checkpoint
+
+        class Network(nn.Module):
+            def __init__(self, w: int):
+                super().__init__()
+                self.first, self.shared, self.last = nn.Linear(FEATURES, w), nn.Linear(w, w), nn.Linear(w, CLASSES)
+
+            def forward(self, features):
+                h = self.first(features)
+                for _ in range(2):
+                    h = torch.tanh(checkpoint(self.shared, h, use_reentrant=True))
+                return self.last(h)
+
+        return Network(self.width)
+
+
 class TalkingSamples(Samples):
     """They say which of them is asked for."""
 

@@ -1,26 +1,32 @@
 """Canonical gradient reduction for replicated models: the same bits at every world size.
 
-The gradients of a microbatch are a leaf of a binary tree, and all sums follow that tree. A rank sums the aligned blocks
-of its own microbatches. For every bucket of tensors the ranks exchange slices of their blocks (`all_to_all_single`),
-each rank sums its slice over all blocks in tree order, and the sums are gathered. All sums are element by element, so
-neither the size of buckets nor the boundaries of slices change the result.
+Each microbatch's gradients are a leaf. A rank sums the aligned blocks of its run; the blocks of all ranks are then
+exchanged, bucket by bucket, and summed in tree order ([levels.py](levels.py)). All sums are element by element, so
+neither the buckets nor the boundaries of slices reach the result.
 """
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterable
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from elastic.compat.torch import add_each_
 from elastic.compat.torch_groups import all_gather_flat
-from elastic.parallel.tree import Block, TreeSum, blocks
+from elastic.parallel.levels import Level, Parts, Transfer, exchange
+from elastic.parallel.tree import TreeSum
 
 Tensors = list[torch.Tensor]
 _PIECE = 16384
 _TOGETHER = 1 << 24  # elements: 64 MiB of float32; a launch for so many costs less than moving them
+_UNDER_WAY = 2  # buckets whose exchange has begun and was not waited for: one travels while the next one is made
 
 
 def _add(left: Tensors, right: Tensors) -> Tensors:
@@ -29,18 +35,32 @@ def _add(left: Tensors, right: Tensors) -> Tensors:
     return left
 
 
+@dataclass(frozen=True)
+class Link:
+    """A level of an exchange, and the group of its members; None is the default group."""
+
+    level: Level
+    group: dist.ProcessGroup | None
+
+
 class CanonicalSum:
     """Sums lists of tensors, one list per microbatch, over all ranks in tree order.
 
+    All ranks exchange the same buckets in the same order. Temporary memory is about three times that of a bucket, for
+    each one under way.
+
     Args:
-        runs: the microbatches of each rank, as dealt. Those of a strided run are not summed before the exchange.
-        rank: of this process, in `runs`.
-        bucket_bytes: the size of a bucket; the exchange takes about three times this memory.
+        links: the levels of the exchange in which this rank takes part.
+        runs: the microbatches of each rank, as dealt; strided ones are not summed before the exchange.
+        buckets: those of every leaf, or the most bytes of one.
     """
 
-    def __init__(self, runs: list[range], rank: int, group: dist.ProcessGroup | None, bucket_bytes: int):
-        self._runs, self._rank, self._group, self._bucket_bytes = runs, rank, group, bucket_bytes
-        self._sum: TreeSum[Tensors] = TreeSum(_add)
+    def __init__(self, links: Sequence[Link], runs: list[range], buckets: Sequence[slice] | int):
+        self._links, self._runs, self._buckets = links, runs, buckets
+        self._sums: list[TreeSum[Tensors]] = [] if isinstance(buckets, int) else [TreeSum(_add) for _ in buckets]
+        self._under_way: deque[_Exchange] = deque()
+        self._begun = 0
+        self._results: list[Tensors] = []
 
     def push(self, microbatch: int, leaf: Tensors, count: int = 1) -> None:
         """Add the leaf of the next microbatch of this rank, or the sum of an aligned block of `count` microbatches.
@@ -48,81 +68,118 @@ class CanonicalSum:
         Args:
             leaf: tensors of the same shapes and dtypes in every call. Their memory belongs to the sum from now on.
         """
-        self._sum.push((microbatch, count), leaf)
+        if isinstance(self._buckets, int):
+            self._buckets = buckets_of(leaf, self._buckets)
+            self._sums = [TreeSum(_add) for _ in self._buckets]
+        for total, bucket in zip(self._sums, self._buckets):
+            total.push((microbatch, count), leaf[bucket])
+
+    def push_last(self, microbatch: int, part: Tensors) -> None:
+        """Add the next bucket of the leaf of this rank's last microbatch, and begin its exchange."""
+        self._sums[self._begun].push((microbatch, 1), part)
+        self._begin()
+
+    def _begin(self) -> None:
+        """Begin the exchange of the next bucket. If too many are under way then, wait for the oldest: a rank that is
+        later than the others finds it done."""
+        total = self._sums[self._begun]
+        self._sums[self._begun] = TreeSum(_add)  # so that the parts go when they have been sent
+        self._begun += 1
+        if len(self._runs) == 1:
+            self._results.append(total.total())
+            return
+        self._under_way.append(_Exchange(self._links, self._runs, total.parts()))
+        if len(self._under_way) > _UNDER_WAY:
+            self._results.append(self._under_way.popleft().result())
 
     def reduce(self) -> Tensors:
         """Return the sum of all ranks' leaves; its bits are equal on every rank."""
-        if len(self._runs) == 1:
-            return self._sum.total()
-        parts = [tensors for _, tensors in self._sum.parts()]
-        result: Tensors = []
-        for bucket in _buckets(parts[0], self._bucket_bytes):
-            result.extend(self._exchange([part[bucket] for part in parts]))
-            # the sums of this bucket are made: free its parts, so that memory does not grow by a whole model
-            for part in parts:
-                part[bucket] = [t.new_empty(0) for t in part[bucket]]
-        return result
-
-    def _exchange(self, parts: list[Tensors]) -> Tensors:
-        """Sum one bucket over all ranks.
-
-        Args:
-            parts: the sums of this rank's blocks, in the order of its blocks; lists of tensors of one dtype.
-        """
-        world_size = len(self._runs)
-        like = parts[0]
-        length = sum(t.numel() for t in like)
-        if not length:
-            return list(like)
-        width = -(-length // world_size)
-        block_lists: list[list[Block]] = [blocks(run) if run.step == 1 else [(i, 1) for i in run] for run in self._runs]
-        counts = [len(b) for b in block_lists]
-        send = like[0].new_zeros(world_size, len(parts), width)
-        for i, part in enumerate(parts):
-            flat = torch.cat([t.reshape(-1) for t in part])
-            if len(parts) == 1 and length == width * world_size:
-                send = flat.view(world_size, 1, width)
-            else:
-                full = length // width
-                send[:full, i] = flat[: full * width].view(full, width)
-                if full < world_size:
-                    send[full, i, : length - full * width] = flat[full * width :]
-        received = like[0].new_empty(sum(counts) * width)
-        dist.all_to_all_single(
-            received,
-            send.reshape(-1),
-            [c * width for c in counts],
-            [len(parts) * width] * world_size,
-            group=self._group,
-        )
-        total: TreeSum[torch.Tensor] = TreeSum(lambda a, b: a.add_(b))
-        pieces = zip((b for bs in block_lists for b in bs), received.view(-1, width))
-        for block, piece in sorted(pieces, key=lambda found: found[0]):
-            total.push(block, piece)
-        gathered = like[0].new_empty(world_size * width)
-        all_gather_flat(gathered, total.total().contiguous(), group=self._group)
-        return _split(gathered, like)
+        while self._begun < len(self._sums):
+            self._begin()
+        while self._under_way:
+            self._results.append(self._under_way.popleft().result())
+        return [t for part in self._results for t in part]
 
 
-def _buckets(tensors: Tensors, limit: int) -> Iterable[slice]:
-    """Yield consecutive tensors of one dtype: together at most `limit` bytes, or a single larger tensor."""
-    start, size = 0, 0
+class _Exchange:
+    """The exchange of one bucket, which begins when this is made. On CUDA it runs on a stream of its own."""
+
+    def __init__(self, links: Sequence[Link], runs: list[range], parts: Parts):
+        like = parts[0][1]
+        self._groups, self._shapes = [link.group for link in links], [t.shape for t in like]
+        self._device = like[0].device
+        self._steps = exchange([link.level for link in links], runs, parts)
+        self._transfer: Transfer | None = None  # which keeps its tensors
+        self._work: dist.Work | None = None
+        self._sum: torch.Tensor | None = None
+        with _aside(self._device):
+            for _, tensors in parts:
+                for t in tensors:
+                    use_on_current_stream(t)
+            self._go_on()
+
+    def _go_on(self) -> None:
+        """Wait for the transfer under way, and begin the next one."""
+        if self._work is not None:
+            self._work.wait()
+        try:
+            self._transfer = next(self._steps)
+        except StopIteration as end:
+            self._transfer, self._work, self._sum = None, None, end.value
+        else:
+            self._work = _start(self._transfer, self._groups[self._transfer.level])
+
+    def result(self) -> Tensors:
+        """Wait for the exchange; returns the sums."""
+        with _aside(self._device) as side:
+            while self._sum is None:
+                self._go_on()
+        torch.get_device_module(self._device).current_stream(self._device).wait_stream(side)
+        use_on_current_stream(self._sum)
+        return _split(self._sum, self._shapes)
+
+
+def _start(transfer: Transfer, group: dist.ProcessGroup | None) -> dist.Work:
+    if transfer.output_sizes is None:
+        return all_gather_flat(transfer.output, transfer.input, group=group, async_op=True)
+    sizes = (transfer.output_sizes, transfer.input_sizes)
+    return dist.all_to_all_single(transfer.output, transfer.input, *sizes, group=group, async_op=True)
+
+
+@functools.cache
+def _side_stream(device: torch.device) -> Any:
+    return torch.get_device_module(device).Stream(device)
+
+
+@contextmanager
+def _aside(device: torch.device) -> Iterator[Any]:
+    """Inside, work is enqueued on another stream, behind what the present one has."""
+    module, side = torch.get_device_module(device), _side_stream(device)
+    side.wait_stream(module.current_stream(device))
+    with module.stream(side):
+        yield side
+
+
+def use_on_current_stream(tensor: torch.Tensor) -> None:
+    """Keep memory that was allocated on another stream from being reused before the current one is done with it."""
+    if tensor.is_cuda:
+        tensor.record_stream(torch.cuda.current_stream(tensor.device))
+
+
+def buckets_of(tensors: Tensors, limit: int) -> list[slice]:
+    """Divide tensors into runs of one dtype: of together at most `limit` bytes, or of a single larger tensor."""
+    found, start, size = [], 0, 0
     for i, t in enumerate(tensors):
         bytes_ = t.numel() * t.element_size()
         if i > start and (size + bytes_ > limit or t.dtype != tensors[start].dtype):
-            yield slice(start, i)
+            found.append(slice(start, i))
             start, size = i, 0
         size += bytes_
-    if tensors:
-        yield slice(start, len(tensors))
+    return [*found, slice(start, len(tensors))] if tensors else []
 
 
-def _split(flat: torch.Tensor, like: Tensors) -> Tensors:
-    out, offset = [], 0
-    for t in like:
-        out.append(flat[offset : offset + t.numel()].view(t.shape))
-        offset += t.numel()
-    return out
+def _split(flat: torch.Tensor, shapes: Sequence[torch.Size]) -> Tensors:
+    return [part.view(shape) for part, shape in zip(flat.split([shape.numel() for shape in shapes]), shapes)]
 
 
 def canonical_norm(tensors: Tensors) -> torch.Tensor:
@@ -174,7 +231,7 @@ def sums_by_halves(pieces: Tensors, together: int) -> Tensors:
         width = piece.shape[1]
         groups.setdefault((width, piece.dtype), []).extend((i, part) for part in piece.split(max(1, together // width)))
     for group in groups.values():
-        for bucket in _buckets([part for _, part in group], together * group[0][1].element_size()):
+        for bucket in buckets_of([part for _, part in group], together * group[0][1].element_size()):
             rows = torch.cat([part for _, part in group[bucket]])
             rows = rows.to(torch.promote_types(rows.dtype, torch.float32)).square_()
             width = rows.shape[1]

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
+from elastic.parallel.canonical import Link
 from elastic.parallel.layout import REPLICATE, SHARD, Layout
+from elastic.parallel.levels import levels
 from elastic.placement import Part
 
 
@@ -19,12 +22,14 @@ class Mesh:
     Args:
         place: this worker's place in the layout; None for a spare, which has no groups.
         everyone: the group of all members of the mesh; None is the default group.
+        links: how workers with whole models exchange gradients.
     """
 
     layout: Layout
     place: int | None
     devices: DeviceMesh | None = None
     everyone: dist.ProcessGroup | None = None
+    links: tuple[Link, ...] = ()
 
     @property
     def replica(self) -> int:
@@ -52,6 +57,17 @@ class Mesh:
         """The group of all workers with this worker's shard; None if there is one copy only."""
         assert self.devices is not None
         return self.devices.get_group(REPLICATE) if self.devices.ndim > 1 else None
+
+
+def make_whole(layout: Layout, rank: int, nodes: Sequence[str]) -> Mesh:
+    """The mesh of workers with whole models, of which rank r is on `nodes[r]`. Connects the groups inside nodes and
+    between them if the exchange of gradients has two levels. Every rank of the world calls this."""
+    steps = levels(nodes, rank)
+    if len(steps[0].members) == len(nodes):
+        return Mesh(layout, rank, links=tuple(Link(step, None) for step in steps))
+    # made by their members alone: with all ranks, N nodes of L workers would wait for each other N + L times
+    groups = [dist.new_group(list(step.members), use_local_synchronization=True) for step in steps]
+    return Mesh(layout, rank, links=tuple(map(Link, steps, groups)))
 
 
 def make_mesh(layout: Layout, rank: int, device: torch.device) -> Mesh:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from elastic.parallel.canonical import CanonicalSum
+from elastic.parallel.canonical import CanonicalSum, use_on_current_stream
 from elastic.parallel.tree import TreeSum
 
 
@@ -81,10 +81,10 @@ class Leaves:
             return
         if self._round is None:
             received = self._outputs[0] if self._received is None else self._received
-            _use_on_current_stream(received)
+            use_on_current_stream(received)
             self._round = self._summed(received)
         for (start, size), value in self._round.parts():
-            _use_on_current_stream(value)
+            use_on_current_stream(value)
             total.push(start, [value], size)
         self._pushed += 1
         self._kept = self._outputs[0] if keep else None
@@ -113,13 +113,6 @@ class Leaves:
         for i in range(self._count):
             found.push((self._first + i, 1), leaves[i])
         return found.map(torch.clone)
-
-
-def _use_on_current_stream(tensor: torch.Tensor) -> None:
-    """Keep memory that was allocated on FSDP2's own stream from being reused before the current stream is done with
-    it."""
-    if tensor.is_cuda:
-        tensor.record_stream(torch.cuda.current_stream(tensor.device))
 
 
 class Look:

@@ -21,9 +21,13 @@ from elastic.compat.torch import values_of_sparse, version_of
 from elastic.compat.torch_groups import NO_BUFFER_SYNC, check_reduced
 from elastic.errors import ConfigError
 from elastic.parallel.buffers import StepBuffers
-from elastic.parallel.canonical import CanonicalSum, canonical_norm
+from elastic.parallel.canonical import CanonicalSum, Link, buckets_of, canonical_norm
+from elastic.parallel.leaf import Leaf
 from elastic.parallel.moves import average_moves, fingerprint, reduce_moves
 from elastic.parallel.records import Metrics, PendingRecord, Records, StepRecord
+
+_BUCKETS = 4  # of the gradients, at least, so that some travel while others are made,
+_LEAST_BUCKET = 1 << 20  # bytes, but none smaller than this: each costs a round trip or two
 
 #: Runs the user's loss on a model and a batch; returns (sum, weight, metrics).
 LossFunction = Callable[[nn.Module, Any], tuple[torch.Tensor, Any, Any]]
@@ -268,7 +272,16 @@ def dense(gradient: torch.Tensor) -> torch.Tensor:
 
 
 class BitwiseReplica(_Replica):
-    """One pass per microbatch; canonical sums of gradients and of what forward passes did to buffers."""
+    """One pass per microbatch; canonical sums of gradients and of what forward passes did to buffers.
+
+    In the last backward pass of a step the exchange of a bucket begins as soon as all gradients of it and of the
+    buckets before are there. Buckets are in the reverse order of parameters, as the gradients mostly come; the last one
+    has the mask of the parameters that were used, and is exchanged after the pass.
+
+    Args:
+        links: how gradients are exchanged.
+        early: exchanges begin in the backward pass.
+    """
 
     def __init__(
         self,
@@ -277,28 +290,40 @@ class BitwiseReplica(_Replica):
         *,
         runs: list[range],
         rank: int,
+        links: Sequence[Link],
         device: torch.device,
         bucket_mb: int,
+        early: bool,
         check: Callable[[], None],
     ):
         self.model = model
         self._loss, self._runs, self._rank, self._device = loss, runs, rank, device
-        self._bucket_bytes = bucket_mb << 20
+        self._links, self._bucket_bytes = links, bucket_mb << 20
         named = dict(model.named_parameters())
         self._names, self._all_parameters = list(named), list(named.values())
-        self._parameters = [p for p in self._all_parameters if p.requires_grad]
+        trained = {name: p for name, p in reversed(named.items()) if p.requires_grad}
+        self._parameters = list(trained.values())
+        like = [*self._parameters, torch.empty(len(self._parameters))]  # the mask
+        largest = max(sum(t.nbytes for t in like) // _BUCKETS, _LEAST_BUCKET)
+        self._gradient_buckets = buckets_of(like, min(largest, self._bucket_bytes))
+        self._leaf = Leaf(trained, self._gradient_buckets, device)
+        self._early = early and len(runs) > 1
         self._buffers, self._check = StepBuffers(model, exact=True), check
         self._count, self._metrics = sum(map(len, runs)), Metrics()
         self.says = tuple
         self.wait_s = 0.0
 
     def run(self, passes: Iterable[Pass]) -> tuple[StepRecord, float]:
-        """Run this rank's passes (one microbatch each); see `FastReplica.run`."""
+        """Run this rank's passes (one microbatch each); see `FastReplica.run`.
+
+        Raises:
+            GradientTooLate: exchanges may not begin in backward passes of this model.
+        """
         self.model.zero_grad(set_to_none=True)  # also gradients of parameters that were frozen after the last step
         buffers = self._buffers
         records = Records(self._runs, self._rank, self._device, buffers.words, self._metrics, self._check)
         before = [(version_of(p), p.data_ptr()) for p in self._all_parameters]
-        gradients = CanonicalSum(self._runs, self._rank, None, self._bucket_bytes)
+        gradients = CanonicalSum(self._links, self._runs, self._gradient_buckets)
         buffers.begin()
         after: list[dict[str, torch.Tensor]] = []
         indices: list[int] = []
@@ -314,19 +339,22 @@ class BitwiseReplica(_Replica):
                 records.attach(fingerprint(buffers, after))
                 records.say(self.says())
                 pending = records.gather(None)
-            with self._recomputing(changed):
+            early = self._leaf.taking(gradients, one.first) if one.last and self._early else contextlib.nullcontext()
+            with self._recomputing(changed), early:
                 (loss * self.scale if self.scale != 1 else loss).backward()
             buffers.undo(changed)  # every microbatch starts from the buffers of the step's beginning
             indices.append(one.first)
-            gradients.push(one.first, self._take_gradients())
+            if not one.last:
+                gradients.push(one.first, self._leaf.take())
         assert pending is not None, "a rank without a microbatch"
         self._check_unwritten(before)
         began = time.perf_counter()
+        self._leaf.take_rest(gradients, indices[-1])
         record = pending.result()
         self._put_gradients(gradients.reduce())
         buffers.end(touched := buffers.masked(record.changed_buffers))
         if touched:
-            sums = CanonicalSum(self._runs, self._rank, None, self._bucket_bytes)
+            sums = CanonicalSum(self._links, self._runs, self._bucket_bytes)
             reduce_moves(buffers, touched, after, indices, sums, self._count, [last for *_, last in record.attached])
         self.wait_s = time.perf_counter() - began
         return record, record.weight * self.scale
@@ -339,16 +367,6 @@ class BitwiseReplica(_Replica):
                     f"parameter {name} is written to in forward passes, so its values depend on who runs which "
                     "microbatch; change it in after_step(), make it a buffer, or use --run.exactness fast"
                 )
-
-    def _take_gradients(self) -> list[torch.Tensor]:
-        """The gradients of one microbatch (zeros where there is none), then a mask with 0 or 1 for each parameter."""
-        used = torch.tensor(
-            [float(p.grad is not None) for p in self._parameters], dtype=torch.float32, device=self._device
-        )
-        leaf = [p.grad if p.grad is not None else torch.zeros_like(p) for p in self._parameters]
-        for p in self._parameters:
-            p.grad = None
-        return [*leaf, used]
 
     def _put_gradients(self, total: list[torch.Tensor]) -> None:
         *gradients, used = total

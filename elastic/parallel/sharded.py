@@ -22,8 +22,9 @@ from elastic.compat.torch import norm_of_each
 from elastic.compat.torch_groups import all_gather_flat
 from elastic.parallel.block_order import BlockOrder
 from elastic.parallel.buffers import StepBuffers
-from elastic.parallel.canonical import CanonicalSum, row_sums, sums_per_row
+from elastic.parallel.canonical import CanonicalSum, Link, row_sums, sums_per_row
 from elastic.parallel.layout import ROWS
+from elastic.parallel.levels import one_level
 from elastic.parallel.mesh import Mesh
 from elastic.parallel.moves import average_moves, fingerprint, reduce_moves
 from elastic.parallel.records import Metrics, Records, StepRecord
@@ -223,7 +224,8 @@ class BitwiseSharded(_Sharded):
         """Run this worker's passes, one microbatch each; see `FastReplica.run`."""
         records, mesh = self._begin(), self._mesh
         buffers, run = self._buffers, self._rows[mesh.replica]
-        sums = [CanonicalSum(self._rows, mesh.replica, mesh.column_group, self._bucket_bytes) for _ in self._leaves]
+        columns = [Link(one_level(len(self._rows), mesh.replica), mesh.column_group)]
+        sums = [CanonicalSum(columns, self._rows, self._bucket_bytes) for _ in self._leaves]
         after: list[dict[str, torch.Tensor]] = []
         indices: list[int] = []
         first, count = run.start, 0
@@ -252,7 +254,8 @@ class BitwiseSharded(_Sharded):
             leaves.put(total, count)
         record, touched = self._gather(records, fingerprint(buffers, after))
         if touched:
-            moves = CanonicalSum(self._runs, self._place, mesh.everyone, self._bucket_bytes)
+            everyone = [Link(one_level(len(self._runs), self._place), mesh.everyone)]
+            moves = CanonicalSum(everyone, self._runs, self._bucket_bytes)
             fingerprints = [last for *_, last in record.attached]
             reduce_moves(
                 buffers, touched, after, indices, moves, sum(map(len, self._runs)), fingerprints, mesh.everyone

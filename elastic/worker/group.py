@@ -20,13 +20,14 @@ from elastic.errors import WorldBroken, one_line
 from elastic.membership.protocol import Assignment
 from elastic.parallel.device import host_wait
 from elastic.parallel.layout import Layout, lay_out
-from elastic.parallel.mesh import Mesh, make_mesh
+from elastic.parallel.mesh import Mesh, make_mesh, make_whole
 from elastic.worker.backend import Backend
 from elastic.worker.flags import Flags
 from elastic.worker.gloo_backend import GlooBackend
 from elastic.worker.nccl_backend import NcclBackend
 
 STORE_S = 10.0
+LEAST_LEVELLED = 4  # workers: two nodes of two
 
 BACKENDS: dict[str, type[Backend]] = {"cpu": GlooBackend, "cuda": NcclBackend}  # by the type of the device
 
@@ -43,6 +44,7 @@ class Group:
     Args:
         strategy, per_node: how workers are laid out; see `lay_out`.
         node: this worker's node.
+        exact: gradients are exchanged in canonical order.
         on_failure: called, from any thread, with an error that the backend finds by itself.
     """
 
@@ -51,6 +53,7 @@ class Group:
     strategy: str = "ddp"
     per_node: int | None = None
     node: str = ""
+    exact: bool = False
     on_failure: Callable[[str], None] = lambda what: None
     _woken: threading.Event = field(default_factory=threading.Event)
     _backend: Backend = field(init=False)
@@ -139,11 +142,12 @@ class Group:
 
     def _lay_out(self) -> Mesh:
         nodes = [""] * self.size
-        if self.strategy == "hsdp":
+        levels = self.strategy == "ddp" and self.exact and self.size >= LEAST_LEVELLED
+        if self.strategy == "hsdp" or levels:
             nodes = [str(n) for n in self.gather_ints(xxhash.xxh3_64_intdigest(self.node.encode()) >> 1)]
         layout = lay_out(nodes, self.strategy, self.per_node)
         if self.strategy == "ddp":
-            return Mesh(layout, self.rank)
+            return make_whole(layout, self.rank, nodes)
         return make_mesh(layout, self.rank, self.device)
 
     def free(self) -> None:

@@ -24,6 +24,7 @@ def wrap(
     share: Share,
     *,
     find_unused: bool,
+    early: bool,
 ) -> Replica:
     """Wrap a model for the steps of one world. All members call this at one time.
 
@@ -31,6 +32,7 @@ def wrap(
         loss: the job's `loss`, guarded.
         share: the microbatches of this worker and of the others.
         find_unused: look in every pass for parameters that get no gradient.
+        early: whole models in bitwise begin to exchange gradients in the last backward pass of a step.
     """
     parallel, bitwise = config.parallel, config.run.exactness == "bitwise"
     common: dict[str, Any] = {"runs": share.runs, "device": group.device, "check": group.check}
@@ -40,7 +42,15 @@ def wrap(
     elif parallel.sharded:
         replica = FastSharded(model, loss, mesh=group.mesh, **common)
     elif bitwise:
-        replica = BitwiseReplica(model, loss, rank=group.rank, bucket_mb=parallel.bucket_mb, **common)
+        replica = BitwiseReplica(
+            model,
+            loss,
+            rank=group.rank,
+            links=group.mesh.links,
+            bucket_mb=parallel.bucket_mb,
+            early=early,
+            **common,
+        )
     else:
         replica = FastReplica(
             model,

@@ -24,6 +24,7 @@ from elastic.membership.client import WorkerLink
 from elastic.membership.protocol import LedgerEvent
 from elastic.membership.stage import OF_A_STEP, Position, Stage
 from elastic.parallel.device import describe, host_wait
+from elastic.parallel.leaf import GradientTooLate
 from elastic.parallel.matrices import Matrices
 from elastic.parallel.optimizers import kind_of
 from elastic.parallel.records import StepRecord
@@ -53,6 +54,7 @@ class Stepper:
         self.one_each = self.bitwise or loader.draws_together()
         self.steps_done = 0
         self.find_unused = run.config.parallel.find_unused
+        self.exchanges_early = True  # in bitwise: in the last backward pass of a step
         self.compares = True  # whether the devices of all workers in the newest world round alike
         self.clock = Clock()
         self.unfinished: Replica | None = None  # the replica of a step that is not applied yet
@@ -131,7 +133,13 @@ class WorldSteps:
         self._matrices = Matrices(state.optimizer, state.mesh)
         with group.collective("wrapping the model"):
             self._replica = wrap(
-                state.model, self._code.loss, self._config, group, self.share, find_unused=stepper.find_unused
+                state.model,
+                self._code.loss,
+                self._config,
+                group,
+                self.share,
+                find_unused=stepper.find_unused,
+                early=stepper.exchanges_early,
             )
 
     def _agree(self, group: Group) -> None:
@@ -143,9 +151,11 @@ class WorldSteps:
         device = xxhash.xxh3_64_intdigest(json.dumps(describe(group.device), sort_keys=True).encode()) >> 1
         trained = xxhash.xxh3_64_intdigest(bytes(self._trained)) >> 1
         stepper = self._stepper
-        rows = group.gather_rows_in_mesh([int(stepper.find_unused), device, trained, int(stepper.one_each)])
+        kept = [int(stepper.find_unused), device, trained, int(stepper.one_each), int(stepper.exchanges_early)]
+        rows = group.gather_rows_in_mesh(kept)
         stepper.find_unused = any(row[0] for row in rows)
         stepper.one_each = any(row[3] for row in rows)
+        stepper.exchanges_early = all(row[4] for row in rows)
         stepper.compares = len({row[1] for row in rows}) == 1  # other kernels round differently
         if not stepper.compares and group.leads:
             detail = "its workers' devices differ, so that the copies of the model may differ in last bits"
@@ -204,6 +214,9 @@ class WorldSteps:
             detail = f"not every pass gives a gradient to {names or 'all parameters'}: --parallel.find-unused is on now"
             self._link.event("unused_parameters", step, detail)
             raise Reform(detail) from error
+        except GradientTooLate as error:
+            stepper.exchanges_early = False
+            raise Reform(f"gradients are exchanged after backward passes from step {step + 1} on: {error}") from error
         optim, plan = self._config.optim, self._plan
         gradients = replica.gradients()
         with self._group.collective("the norm"):
