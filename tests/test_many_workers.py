@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import replace
-from typing import Any
 
 import aiohttp
 import pytest
@@ -17,42 +16,17 @@ from elastic.membership.protocol import (
     Assignment,
     Broken,
     Join,
-    RestorePoint,
     dumps,
     from_host,
 )
 from elastic.membership.server import MembershipServer
 from elastic.membership.state import Limits, State
 from elastic.membership.world import Member
+from jobs.bench.control_plane import Notes
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(240)]
 
 WORKERS = 1024
-
-
-class Notes:
-    """A keeper that only notes what it is told."""
-
-    def __init__(self) -> None:
-        self.kinds: list[str] = []
-
-    def event(self, kind: str, **fields: Any) -> None:
-        self.kinds.append(kind)
-
-    def world_formed(self, world: Any) -> None:
-        self.kinds.append(f"world of {world.size}")
-
-    def restore_point(self) -> RestorePoint:
-        return RestorePoint()
-
-    def claim_step(self) -> int:
-        return 0
-
-    def ended(self) -> None:
-        return None
-
-    def __getattr__(self, name: str) -> Any:
-        return lambda *_, **__: self.kinds.append(name)
 
 
 async def work(url: str, number: int, said: list[str], worlds: asyncio.Queue[int], leave: asyncio.Event) -> None:

@@ -22,8 +22,8 @@ from elastic.membership.stage import Stage
 from elastic.membership.state import Limits, State
 from elastic.membership.wire import Refused, parse, plain
 from elastic.membership.world import Generation, Member
+from jobs.bench.control_plane import Notes
 from tests.forked import WAIT_S, wait_until
-from tests.test_many_workers import Notes
 
 MESSAGES = [*wire.FROM_WORKER.values(), *wire.FROM_MEMBER.values(), *wire.FROM_HOST.values()]
 GARBAGE = st.recursive(

@@ -29,8 +29,8 @@ from elastic.snapshot import vault
 from elastic.snapshot.client import VaultClient
 from elastic.snapshot.vault import VaultServer
 from elastic.storage import Storage
+from jobs.bench.control_plane import Notes
 from tests.forked import WAIT_S, B, Ran, Watch, configure, local_run, wait_until
-from tests.test_many_workers import Notes
 from tests.tiny_jobs import Everything
 
 # ---- a live run ----------------------------------------------------------------------------------------------------

@@ -11,12 +11,12 @@ import pytest
 
 from elastic.membership import server as served
 from elastic.membership.events import Expected
-from elastic.membership.protocol import Beat, Hello, Join, Whereabouts
+from elastic.membership.protocol import Beat, BeatHeard, Hello, Join, Whereabouts
 from elastic.membership.server import MembershipServer
 from elastic.membership.stage import ENTERED, Position, Stage
 from elastic.membership.state import Limits, Phase, State
 from elastic.membership.world import Generation, Member
-from tests.test_many_workers import Notes
+from jobs.bench.control_plane import Notes
 
 HANG_S, TICK_S = 6.0, 0.25
 FENCE = Position(5, Stage.FENCE)
@@ -177,3 +177,27 @@ def test_of_a_world_that_a_loss_broke_the_last_with_the_state_is_waited_for_also
     watched.join("c")
     watched.wait(20 * HANG_S)
     assert watched.server._state.phase is Phase.BROKEN
+
+
+@pytest.mark.parametrize(("workers", "beat_s", "silent_s"), [(8, 1.0, 5.0), (4096, 4.0, 11.0)])
+def test_of_many_workers_each_beats_less_often_and_is_waited_for_longer(monkeypatch, workers, beat_s, silent_s):
+    watched = Watched(monkeypatch, max_workers=workers, lease_s=30.0)
+    for number in range(workers):
+        watched.join(f"w{number}")
+    watched.wait(1)
+    sent: list[Any] = []
+    monkeypatch.setattr(watched.server._connections, "send", lambda name, message: sent.append(message))
+    watched.says("w0", Beat(7.0, None))
+    assert sent == [BeatHeard(7.0, beat_s)]
+
+    watched.cut.add("w1")
+    at = watched.now
+    watched.says("w1", Beat(at, None))
+    while watched.now - at < silent_s:
+        if (watched.now - at) % beat_s == 0:
+            for number in (0, *range(2, workers)):
+                watched.server._watchman.received(f"w{number}", watched.now)
+        assert watched.server._state.phase is Phase.RUNNING, watched.now - at
+        watched.wait(TICK_S)
+    watched.wait(1)
+    assert watched.server._state.phase is Phase.BROKEN, "a worker whose machine does not answer is given up"

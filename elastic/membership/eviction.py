@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 
 from elastic.membership.connections import Connections
@@ -12,7 +12,7 @@ from elastic.membership.events import Event, Quiet, Stalled, Stuck
 from elastic.membership.failure import named
 from elastic.membership.forming import awaited, holder_is_back, state_holders
 from elastic.membership.keeper import Keeper
-from elastic.membership.protocol import BEAT_S, LATELY_S, SILENT_S, STACKS_S, Dump
+from elastic.membership.protocol import BEAT_S, LATELY_S, SILENT_S, STACKS_S, Dump, beat_s
 from elastic.membership.stage import UNHEARD, Stage
 from elastic.membership.state import Phase, State
 from elastic.membership.watch import (
@@ -31,11 +31,18 @@ from elastic.membership.watch import (
 )
 from elastic.membership.world import World
 
+#: Seconds from one look to the next, for each worker: a look takes about 8 us for each. So of 4096 it is two a second.
+LOOK_S_EACH = 1.2e-4
+
 _UNHEARD = Progress(UNHEARD, 0.0)
 
 
 class Watchman:
     """Keeps the last heartbeat of each worker, and decides by them.
+
+    Attributes:
+        beat_s: seconds between two beats of a worker. They grow with the number of workers and never become less, since
+            a worker hears of it only with its next beat; the patience with silence grows by twice as much.
 
     Args:
         hang_s: fixed hang time-out in seconds, or None for one that is computed from the steps seen.
@@ -54,6 +61,7 @@ class Watchman:
     ):
         self._keeper, self._connections, self._hang_s, self._give_up = keeper, connections, hang_s, give_up
         self._decide = decide
+        self.beat_s, self._silent_s, self._next_look = BEAT_S, SILENT_S, 0.0
         self._last_message: dict[str, float] = {}
         self._probed_s: dict[str, float] = {}  # between two probes of its machine
         self._delayed_until: dict[str, float] = {}  # when messages have arrived that were sent while the line was cut
@@ -116,18 +124,26 @@ class Watchman:
 
     def listen(self, state: State, now: float) -> None:
         """Decide on the waiting workers that sent nothing lately, if they are others than before."""
-        quiet = frozenset(i for i in state.waiting if now - self._last_message.get(i, now) > LATELY_S)
+        lately_s = LATELY_S + 2 * (self.beat_s - BEAT_S)
+        quiet = frozenset(i for i in state.waiting if now - self._last_message.get(i, now) > lately_s)
         if quiet != state.quiet:
             self._decide(Quiet(quiet, now))
 
     def look(self, state: State, now: float) -> None:
         """Give up silent workers, and begin to evict hanging ones: in the running world, or while members leave it."""
+        if now < self._next_look:
+            return
+        workers = len(self._last_message)
+        self._next_look = now + workers * LOOK_S_EACH
+        self.beat_s = max(self.beat_s, beat_s(workers, state.limits.lease_s))
+        self._silent_s = SILENT_S + 2 * (self.beat_s - BEAT_S)
         self._lose_silent(state, now)
         self._state, world = state, state.world
         if world is None:
             return
         self._report_slow(world, now)
-        decided, found = self._hung(world, state, now)
+        places = self._places(world, now)
+        decided, found = self._hung(places, world, state, now)
         if decided is not None:
             self._decide(decided)
             return
@@ -137,15 +153,15 @@ class Watchman:
                 self._connections.start(self._evict(member_id, world))
         inside = state.phase in (Phase.RUNNING, Phase.LEAVING) and world.ids.isdisjoint(state.waiting)
         if inside and self._condemned.isdisjoint(world.ids):
-            self._watch_stalls(world, now)
+            self._watch_stalls(places, world, now)
 
     def _lose_silent(self, state: State, now: float) -> None:
         members, lease_s = state.world.ids if state.world else frozenset(), state.limits.lease_s
         seen = self._seen(now)
-        self._excused_until = excuse(self._excused_until, seen, now, SILENT_S, members)
+        self._excused_until = excuse(self._excused_until, seen, now, self._silent_s, members)
         ready = members | state.waiting.keys() | state.late.keys() if state.world is not None else frozenset()
         kept = state_holders(state)
-        for member_id in silent(seen, now, SILENT_S, members, lease_s, self._excused_until, ready):
+        for member_id in silent(seen, now, self._silent_s, members, lease_s, self._excused_until, ready):
             if member_id in kept:
                 continue
             silent_s = now - seen[member_id]
@@ -157,30 +173,32 @@ class Watchman:
         seen = dict(self._last_message)
         for member_id, at in self._last_message.items():
             probed_s = self._probed_s.get(member_id, BEAT_S)
-            if now - at > SILENT_S / 2:
+            if now - at > self._silent_s / 2:
                 silence_s = max(0.0, self._connections.silence_s(member_id) - probed_s)
                 seen[member_id] = max(at, now - silence_s)
-                if silence_s > SILENT_S / 4:  # TCP resends lost packets at intervals that grow with the silence
+                if silence_s > self._silent_s / 4:  # TCP resends lost packets at intervals that grow with the silence
                     self._delayed_until[member_id] = now + (now - at)
         return seen
 
-    def _hung(self, world: World, state: State, now: float) -> tuple[Event | None, list[str]]:
+    def _hung(
+        self, places: Mapping[str, Progress], world: World, state: State, now: float
+    ) -> tuple[Event | None, list[str]]:
         """The event to decide on, or the members to evict. A member that only does not answer is left behind instead,
         if the others can go on without it."""
         limits = p95(self._step_times), self._hang_s
-        quiet = {i for i in world.ids if now - self._last_message.get(i, now) > SILENT_S}
+        quiet = {i for i in world.ids if now - self._last_message.get(i, now) > self._silent_s}
         back = [state.waiting[i].since for i in world.ids if i in state.waiting]
         if state.phase is Phase.BROKEN:
             return self._overdue_in_broken(state, quiet, now)
         if state.phase is Phase.LEAVING and back:
-            found = overdue(self._places(world, now), dict.fromkeys(awaited(state), 1.0), min(back), now, *limits)
+            found = overdue(places, dict.fromkeys(awaited(state), 1.0), min(back), now, *limits)
         elif state.phase in (Phase.RUNNING, Phase.LEAVING):
-            found = hung(self._places(world, now), self._as_of(world, now), *limits, self._waited_out, self._steps_out)
+            found = hung(places, self._as_of(world, now), *limits, self._waited_out, self._steps_out)
         else:
             return None, []
         answering = [i for i in found if state.limits.cut or i not in quiet]
         if found and not answering:
-            self._note_given_up(self._places(world, now)[found[0]])
+            self._note_given_up(places[found[0]])
             reason = f"{' and '.join(found)} does not answer, and the others have waited for longer than is usual"
             return Stalled(reason, now), []
         late = {i: self._place_of(i, now) for i in state.late}
@@ -221,7 +239,7 @@ class Watchman:
         ever came into this world: then it gets no more patience than others."""
         place = self._progress.get(member_id) or replace(_UNHEARD, since=self._formed_at)
         unsure = place.position.stage in (Stage.DATA, Stage.UNHEARD)
-        quiet = now - self._last_message.get(member_id, now) > SILENT_S
+        quiet = now - self._last_message.get(member_id, now) > self._silent_s
         return replace(place, doubted=True) if unsure and quiet else place
 
     def _as_of(self, world: World, now: float) -> float:
@@ -236,10 +254,10 @@ class Watchman:
         elif where.step >= 0:
             self._steps_out.add(where.step)
 
-    def _watch_stalls(self, world: World, now: float) -> None:
+    def _watch_stalls(self, places: Mapping[str, Progress], world: World, now: float) -> None:
         """If no member moves: report it, replace the world once, and end the run if it stands still at that step
         again."""
-        places, limits = self._places(world, now), (p95(self._step_times), self._hang_s)
+        limits = p95(self._step_times), self._hang_s
         times = stalled_times(places, self._as_of(world, now), *limits)
         if times <= 1.0:
             return

@@ -316,7 +316,7 @@ class MembershipServer:
         now = time.monotonic()
         match message:
             case wire.Beat():
-                self._connections.send(member_id, wire.BeatHeard(message.sent))
+                self._connections.send(member_id, wire.BeatHeard(message.sent, self._watchman.beat_s))
                 self._memory[member_id] = Memory(message.memory_bytes, message.device_memory)
                 if message.at is not None:
                     self._note_progress(member_id, message.at, now)

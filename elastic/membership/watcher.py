@@ -108,7 +108,7 @@ class Watcher:
         self._refusal = ""  # why the newest message from the host was invalid
         self._leased = time.monotonic()  # when the newest answered beat was sent: the lease counts from there
         self.position = ENTERED
-        self.next_beat = 0.0
+        self.next_beat, self._beat_s = 0.0, BEAT_S
         self.device_memory: float | None = None
         self.place: Callable[[], tuple[str, list[int]]] = lambda: ("", [])
         self._loop = asyncio.new_event_loop()
@@ -207,7 +207,7 @@ class Watcher:
                     return
                 now = time.monotonic()
                 if now >= self.next_beat:
-                    self.next_beat = now + BEAT_S
+                    self.next_beat = now + self._beat_s
                     await socket.send_str(dumps(self._beat()))
                 with contextlib.suppress(asyncio.TimeoutError):
                     await asyncio.wait_for(
@@ -244,7 +244,7 @@ class Watcher:
     async def _on_message(self, socket: aiohttp.ClientWebSocketResponse, message: HostMessage) -> None:
         match message:
             case BeatHeard():  # nothing else renews the lease: after a cut line old messages arrive late
-                self._leased = message.sent
+                self._leased, self._beat_s = message.sent, max(BEAT_S, message.next_s)
                 return
             case Assignment():
                 self._known = True

@@ -94,6 +94,7 @@ class Clients:
         self._heard: Counter[int] = Counter()
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._going: dict[str, asyncio.Event] = {}
+        self._beat_s: dict[str, float] = {}
 
     async def run(self) -> None:
         import aiohttp
@@ -119,6 +120,7 @@ class Clients:
             Acknowledge,
             Assignment,
             Beat,
+            BeatHeard,
             Broken,
             Join,
             Whereabouts,
@@ -149,7 +151,9 @@ class Clients:
                     print(f"lost {name}", flush=True)
                     return
                 message = from_host(raw.data)
-                if isinstance(message, Assignment):
+                if isinstance(message, BeatHeard):
+                    self._beat_s[name] = message.next_s
+                elif isinstance(message, Assignment):
                     at = Whereabouts(message.generation, Position(6, Stage.PASS, 0))
                     self._note(message.generation)
                 elif isinstance(message, Broken):
@@ -170,10 +174,11 @@ class Clients:
     async def _beat(self, socket: Any, text: Any, name: str) -> None:
         from elastic.membership.protocol import BEAT_S
 
-        await asyncio.sleep(hash(name) % 1000 / 1000 * BEAT_S)  # workers started at many moments
+        self._beat_s[name] = BEAT_S
+        await asyncio.sleep(int(name[1:]) * 0.618 % 1 * BEAT_S)  # workers started at many moments
         while not socket.closed:
             await socket.send_str(text())
-            await asyncio.sleep(BEAT_S)
+            await asyncio.sleep(self._beat_s[name])
 
 
 # ---- the benchmark -------------------------------------------------------------------------------------------------

@@ -133,6 +133,7 @@ __all__ = [
     "Wished",
     "WorkerMessage",
     "Yield",
+    "beat_s",
     "check_version",
     "dumps",
     "from_host",
@@ -147,6 +148,7 @@ BEAT_S = 1.0
 SILENT_S = 5.0
 LATELY_S = 3.0  # a worker that sent nothing for this long is not taken into a world if there are others
 STACKS_S = 1.0
+BEATS_A_SECOND = 1024  # of all workers together: a beat and its answer cost a server about 0.15 ms of processor time
 MAX_MESSAGE_BYTES = 256 << 20
 REFUSED_CODE = 1008  # closes the WebSocket of a worker that sent an invalid message; the close reason says why
 
@@ -180,6 +182,12 @@ REQUESTS: tuple[type[Request], ...] = (
     Drain,
     Prune,
 )
+
+
+def beat_s(workers: int, lease_s: float) -> float:
+    """Seconds between two beats of one worker: longer where workers are many, so that beats do not fill the server's
+    time, but never so long that a lease would end because one was late."""
+    return max(BEAT_S, min(workers / BEATS_A_SECOND * BEAT_S, lease_s / 4))
 
 
 def dumps(message: WorkerMessage | MemberMessage | HostMessage, generation: Generation | None = None) -> str:

@@ -24,10 +24,15 @@ class RestorePoint:
 
 @dataclass(frozen=True)
 class BeatHeard:
-    """The answer to a beat that was `sent` at that time of the worker's clock: the lease counts from then."""
+    """The answer to a beat that was `sent` at that time of the worker's clock: the lease counts from then.
+
+    Args:
+        next_s: after how many seconds the worker is to send the next one.
+    """
 
     kind: ClassVar[str] = "beat"
     sent: float
+    next_s: float = 1.0
 
 
 @dataclass(frozen=True)
