@@ -31,7 +31,7 @@ from elastic.checkpoint.loader import load_all
 from elastic.checkpoint.reader import newest_first, read_manifest
 from elastic.checkpoint.tensors import tensor_bytes
 from elastic.config import TrainConfig
-from elastic.data.loader import Order
+from elastic.data.fetching import Order
 from elastic.errors import RunFailed
 from elastic.job import Job
 from elastic.observe.ledger import EVENTS, METRICS, kept_history, read_records

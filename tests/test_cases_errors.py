@@ -13,7 +13,8 @@ from multiprocessing.connection import Connection
 
 import pytest
 
-from elastic.data.loader import Fetcher, ItemError, Loader, Order
+from elastic.data.fetching import Fetcher, ItemError, Order
+from elastic.data.loader import Loader
 from elastic.errors import ConfigError, RunFailed
 from elastic.observe.ledger import gaps_and_doubles
 from elastic.run.prepare import prepare

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import torch
 
+from elastic.data.fetching import Fetcher, Order
 from elastic.data.identity import places
-from elastic.data.loader import Fetcher, Loader, Order
+from elastic.data.loader import Loader
 from elastic.data.memory import KEPT, VALUES, look
 from elastic.data.samples import fetches_together
 from elastic.errors import ConfigError, RunFailed

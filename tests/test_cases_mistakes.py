@@ -18,7 +18,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from elastic.config import RunOptions, TrainConfig
-from elastic.data.loader import Fetcher, ItemError, Loader, Order
+from elastic.data.fetching import Fetcher, ItemError, Order
+from elastic.data.loader import Loader
 from elastic.data.samples import halves
 from elastic.errors import ConfigError, RunFailed
 from elastic.observe.ledger import COLUMNS

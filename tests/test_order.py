@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from elastic.data import order
-from elastic.data.loader import Order
+from elastic.data.fetching import Order
 from elastic.data.order import permute, sample_ids
 
 seeds = st.integers(0, 2**63 - 1)

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import elastic
-from elastic.data.loader import Order
+from elastic.data.fetching import Order
 from elastic.data.samplers import positions_to_ids, signs
 from elastic.errors import ConfigError
 from elastic.job import Plan

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 import elastic
 from elastic.data import shard_formats
 from elastic.data.deal import deal
-from elastic.data.loader import Fetcher, Loader, Order
+from elastic.data.fetching import Fetcher, Order
+from elastic.data.loader import Loader
 from elastic.data.windows import Windows
 from elastic.errors import ConfigError
 from elastic.job import Plan

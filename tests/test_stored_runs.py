@@ -16,7 +16,7 @@ from elastic.checkpoint.chunks import all_chunks
 from elastic.checkpoint.format import FORMAT, READABLE
 from elastic.checkpoint.reader import newest_first, read_manifest
 from elastic.config import from_dict
-from elastic.data.loader import Order
+from elastic.data.fetching import Order
 from elastic.run.folder import RunFolder
 from elastic.run.prepare import prepare
 from elastic.storage import Storage

@@ -13,8 +13,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from elastic.data.fetching import Fetcher, Span
 from elastic.data.identity import BUDGET_S, fingerprint
-from elastic.data.loader import Fetcher, Span
 from elastic.data.samples import random_state
 from elastic.errors import ConfigError
 

@@ -13,7 +13,7 @@ import xxhash
 from torch import nn
 
 from elastic.data.deal import deal
-from elastic.data.loader import ItemError
+from elastic.data.fetching import ItemError
 from elastic.data.samples import fetch_each, fetches_together
 from elastic.errors import ConfigError
 from elastic.job import Job, MapDataset

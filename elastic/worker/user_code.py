@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from elastic.compat.torch import is_out_of_host_memory, version_of
-from elastic.data.loader import ItemError
+from elastic.data.fetching import ItemError
 from elastic.errors import ConfigError, RunFailed, WorldBroken, one_line
 from elastic.job import Job
 from elastic.membership.failure import Failure, named

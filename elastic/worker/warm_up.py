@@ -10,8 +10,9 @@ from typing import Any
 
 from elastic.checkpoint.uploader_client import HANG_TIMEOUT_S
 from elastic.config import result_options
+from elastic.data.fetching import Fetcher, Order
 from elastic.data.identity import identify
-from elastic.data.loader import Fetcher, Loader, Order
+from elastic.data.loader import Loader
 from elastic.data.memory import Remembered, look
 from elastic.data.preparing import prepare_node, timeout_s
 from elastic.data.samplers import positions_to_ids, signs

@@ -130,7 +130,8 @@ def plain(data: Any, epochs: int, **more: Any) -> Iterator[int]:
 def here(url: str, world: int, epochs: int) -> Iterator[int]:
     """The same of a world: one worker with loader processes, or the workers of a larger one in turn, without."""
     from elastic.data.deal import deal
-    from elastic.data.loader import Fetcher, Loader, Order
+    from elastic.data.fetching import Fetcher, Order
+    from elastic.data.loader import Loader
     from elastic.data.shards import Shards
     from elastic.job import Plan
 
