@@ -14,6 +14,7 @@ if TYPE_CHECKING:  # for type checkers and editors
     from elastic.cluster.trainer import Result as Result
     from elastic.command import main as main
     from elastic.config import TrainConfig as TrainConfig
+    from elastic.data.lanes import Lanes as Lanes
     from elastic.data.samplers import ByLength as ByLength
     from elastic.data.samplers import Curriculum as Curriculum
     from elastic.data.samplers import Sequential as Sequential
@@ -52,6 +53,7 @@ _HOMES = {
     "Curriculum": "elastic.data.samplers",
     "Sequential": "elastic.data.samplers",
     "Weighted": "elastic.data.samplers",
+    "Lanes": "elastic.data.lanes",
     "Shards": "elastic.data.shards",
     "load_model": "elastic.loading",
     "Callback": "elastic.observe.callbacks",

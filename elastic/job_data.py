@@ -11,7 +11,8 @@ from elastic.job_code import job_code
 
 _INSTEAD = {
     "DataLoader": "return the loader's dataset itself: `return loader.dataset` (batching and order are Elastic's)",
-    "IterableDataset": "return a map-style dataset, for example `return list(stream)` if it fits in memory",
+    "IterableDataset": "return `elastic.Lanes.of(stream)` for one of datasets, `elastic.Lanes(open)` for any other, "
+    "or `list(stream)` if it fits in memory",
     "Ray Dataset": "return rows by index, for example `return dataset.to_pandas().to_dict('records')`",
 }
 

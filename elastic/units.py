@@ -9,6 +9,7 @@ from elastic.errors import ConfigError
 
 PROGRESS_UNITS = ("ep", "st", "tok")
 CLOCK_UNITS = {"s": 1.0, "min": 60.0, "h": 3600.0}
+ENDLESS = 1 << 62  # samples of data that have no end
 MOST = 10**15  # of epochs, steps and tokens: more must be a mistake, and floats do not count so far
 MOST_S = 10 * 365 * 24 * 3600.0  # ten years
 _PATTERN = re.compile(r"^\s*([0-9][0-9_]*(?:\.[0-9]+)?(?:e[0-9]+)?)\s*([a-z]+)\s*$")
@@ -41,6 +42,11 @@ class Amount:
         """
         if self.unit == "st":
             return max(1, _ceil(self.value))
+        if self.unit == "ep" and dataset_size >= ENDLESS:
+            raise ConfigError(
+                f"{name} is '{self}', but train_data() is a stream, which has no epochs; give steps (st) or tokens "
+                "(tok)"
+            )
         if self.unit == "ep":
             return max(1, _ceil(self.value * dataset_size / global_size))
         if tokens_per_sample is None:

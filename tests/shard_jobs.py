@@ -66,3 +66,38 @@ class OfShards(Plain):
 
 def _decoded(sample: dict[str, Any]) -> Any:
     return Samples(1000)[number_of(sample)]
+
+
+@dataclass
+class Streamed(Plain):
+    """The plain job, whose samples come out of a stream in lanes; each lane ends, and begins again."""
+
+    def train_data(self):
+        return elastic.Lanes(generated)
+
+
+def generated(lane: int, lanes: int):
+    """The samples of a lane, which draws: 9 and more, with noise."""
+    samples = Samples(1000)
+    for number in range(lane, 9 * lanes + lane % 3 * lanes, lanes):
+        yield samples[number]
+
+
+def streaming(shards: int, each: int):
+    """A stream of datasets, of numbers."""
+    from datasets import IterableDataset
+
+    return IterableDataset.from_generator(_numbers, gen_kwargs={"shards": [[s, each] for s in range(shards)]}).map(
+        _made
+    )
+
+
+def _numbers(shards):
+    for shard, each in shards:
+        for i in range(each):
+            yield {"number": shard * each + i}
+
+
+def _made(row):
+    features, label, number = Samples(1000, noise=0.0)[row["number"]]
+    return {"x": features, "y": label, "n": number}

@@ -30,7 +30,7 @@ def test_anything_with_a_length_and_an_index_is_data(data):
     ("data", "said"),
     [
         (DataLoader(Samples(3)), "returned a DataLoader, but data must be map-style; .*`return loader.dataset`"),
-        (Stream(), r"returned an IterableDataset, but data must be map-style; .*`return list\(stream\)`"),
+        (Stream(), r"returned an IterableDataset, but data must be map-style; .*or `list\(stream\)` if it fits"),
         (iter([1]), "returned a list_iterator, which has no __len__ and __getitem__"),
         (None, "returned a NoneType, which has no __len__ and __getitem__"),
         ({1, 2}, "returned a set, which has no __len__ and __getitem__"),

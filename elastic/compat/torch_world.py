@@ -153,3 +153,11 @@ def _namespaces(job: object) -> Iterator[dict[str, Any]]:
             yield vars(module)
     for owner in type(job).__mro__:
         yield from (f.__globals__ for f in vars(owner).values() if isinstance(f, types.FunctionType))
+
+
+def hide_loader_process() -> None:
+    """From now on `torch.utils.data.get_worker_info()` says that this is no loader process: a stream that is cut by it
+    would be cut twice."""
+    from torch.utils.data._utils import worker
+
+    worker._worker_info = None

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from elastic.data.samples import untouched
+from elastic.data.samples import Told, untouched
 from elastic.seeds import derive, seed_all
 
 SOME, POINTS = 4, 5
@@ -65,7 +65,8 @@ def identify(data: Any, some: int = SOME) -> dict[str, Any]:
     count, began = len(data), time.monotonic()
     trial = untouched(data)
     found: dict[str, list[Any]] = {}
-    for place in places(count, some):
+    chosen = trial.some() if isinstance(trial, Told) else None
+    for place in places(count, some) if chosen is None else chosen:
         if time.monotonic() - began > BUDGET_S:
             break
         sample = _fetch(trial, place)

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from elastic.data.lanes import Lanes
 from elastic.data.order import permute, sample_ids
 from elastic.data.shards import Shards
 from elastic.errors import ConfigError
@@ -180,7 +181,9 @@ def positions_to_ids(job: Job, data: Any, plan: Plan) -> Callable[[np.ndarray], 
     """
     with job_code("sampler()"):
         found = job.sampler(data)
-    if found is None and isinstance(data, Shards):
+    if isinstance(data, Lanes) and found is not None:
+        raise ConfigError("sampler() gives an order to a stream, whose samples come as they come; leave it out")
+    if found is None and isinstance(data, (Shards, Lanes)):
         data.bind(plan)
         found = data.order
     if found is None:

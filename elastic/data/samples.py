@@ -27,6 +27,10 @@ class Told:
     def upcoming(self, first: int, count: int) -> None:
         """The samples at positions `[first, first + count)` are fetched next, in this process."""
 
+    def some(self) -> list[int] | None:
+        """The ids of a few samples that stand for all of them; None for any."""
+        return None
+
     def close(self) -> None:
         """Nothing more is fetched in this process."""
 

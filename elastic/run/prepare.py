@@ -29,6 +29,7 @@ from elastic.run.plan import RunPlan, resolve
 from elastic.run.resuming import CODED, changes, described_defaults, is_over, refuse_changes
 from elastic.run.sameness import Sameness
 from elastic.storage import Storage
+from elastic.units import ENDLESS
 from elastic.values import TAG, describe, show
 
 RAY_PACKAGE = "/_ray_pkg_"  # part of the path of each working directory that Ray has unpacked
@@ -114,6 +115,8 @@ def prepare(job: Job, config: TrainConfig) -> PreparedRun:
     for name, samples in held_out_sizes(job).items():
         if samples == 0:
             raise ConfigError(f"eval_data() {name!r} has no samples; return None to leave evaluation out")
+        if samples >= ENDLESS:
+            raise ConfigError(f"eval_data() {name!r} is a stream, which has no end; return some of it in a list")
     tokens = job.tokens_per_sample
     if stored is not None:
         sameness.check_length(dataset_size, stored.get("data"))
@@ -126,7 +129,7 @@ def prepare(job: Job, config: TrainConfig) -> PreparedRun:
     )
     config = replace(config, batch=replace(config.batch, microbatches=plan.microbatches))
     set_plan(job, plan.for_job)
-    if type(job).sampler is not Job.sampler:
+    if type(job).sampler is not Job.sampler or hasattr(data, "upcoming"):
         from elastic.data.samplers import check_sampler  # imports torch
 
         check_sampler(job, data, plan.for_job)
@@ -273,7 +276,7 @@ def report(run: PreparedRun) -> str:
     plan, most = run.plan, run.config.scaling.max_workers
     lines += [
         "",
-        f"{plan.dataset_size} samples, {plan.total_steps} steps",
+        f"{'a stream' if plan.dataset_size >= ENDLESS else f'{plan.dataset_size} samples'}, {plan.total_steps} steps",
         batch_line(plan.global_size, plan.microbatches, most),
     ]
     lines += ["", "workers  rounds  efficiency"]

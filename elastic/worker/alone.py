@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable
 
 from elastic.child import show_stack_at_death
-from elastic.compat.torch_world import hide_world
+from elastic.compat.torch_world import hide_loader_process, hide_world
 from elastic.errors import ConfigError
 from elastic.observe.streams import keep_output_sturdy
 
@@ -52,6 +52,7 @@ def begin_loader() -> None:
     show_stack_at_death()
     keep_output_sturdy()
     be_alone()
+    hide_loader_process()
 
 
 def _refusal(what: str) -> ConfigError:
