@@ -55,14 +55,15 @@ def take() -> Snapshot:
 def descendants(root: int) -> dict[int, str]:
     """Living processes below `root`, by process id, with their command lines. Ended ones (zombies) do not count."""
     parents: dict[int, int] = {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
+    for name in os.listdir("/proc"):  # twice for each test, so in the cheapest way
+        if name.isdigit():
             try:
-                fields = (entry / "stat").read_text().rpartition(")")[2].split()
+                with open(f"/proc/{name}/stat", "rb", buffering=0) as file:
+                    state, parent = file.read(512).rpartition(b")")[2].split(None, 2)[:2]
             except (FileNotFoundError, ProcessLookupError):
                 continue  # it ended while we looked
-            if fields[0] not in "ZX":
-                parents[int(entry.name)] = int(fields[1])
+            if state not in b"ZX":
+                parents[int(name)] = int(parent)
     found, wave = set(), {root}
     while wave:
         wave = {pid for pid, parent in parents.items() if parent in wave}

@@ -79,9 +79,9 @@ class Line:
     first: Point
     last: Point
 
-    def stretch(self, family: int = 0) -> Stretch:
+    def stretch(self) -> Stretch:
         """The stretch that this rank writes, as the manifest describes it."""
-        return Stretch(family, self.part, self.first, self.last)
+        return Stretch(0, self.part, self.first, self.last)
 
     def family(self, held: Sequence[Held]) -> Family:
         """The family, with the dtype and global shape of each tensor."""
