@@ -28,6 +28,8 @@ def check_together(config: TrainConfig) -> None:
     if config.run.max_cost is not None and not config.observe.price:
         raise ConfigError(f"--run.max-cost is {config.run.max_cost:g}, but nothing has a price; give --observe.price")
     _check_param_dtype(config)
+    if config.parallel.tensor > 1:
+        _check_cells(config)
     if config.parallel.strategy == "hsdp":
         _check_nodes(config)
     if config.parallel.offload:
@@ -62,6 +64,32 @@ def _check_param_dtype(config: TrainConfig) -> None:
             f"--precision.param-dtype is {dtype!r}, with which each strategy computes other bits; use "
             "--precision.autocast, or --run.exactness fast"
         )
+
+
+def _check_cells(config: TrainConfig) -> None:
+    """Cells of several workers: their number must come out, and some things do not go with them yet."""
+    parallel, scaling, size = config.parallel, config.scaling, config.parallel.tensor
+    if scaling.max_workers % size:
+        fewer = scaling.max_workers - scaling.max_workers % size
+        raise ConfigError(
+            f"--scaling.max-workers is {scaling.max_workers}, no multiple of --parallel.tensor {size}, the workers of "
+            f"a cell; give {f'{fewer} or ' if fewer else ''}{fewer + size}"
+        )
+    if scaling.workers_per_node is not None and scaling.workers_per_node % size:
+        raise ConfigError(
+            f"--scaling.workers-per-node is {scaling.workers_per_node}, no multiple of --parallel.tensor {size}, the "
+            "workers of a cell, which are on one node; give a multiple of it"
+        )
+    for name, value in (
+        ("--parallel.activation-checkpointing", parallel.activation_checkpointing),
+        ("--parallel.compile", parallel.compile),
+        ("--parallel.offload", parallel.offload),
+        ("--debug", config.debug),
+    ):
+        if value:
+            raise ConfigError(
+                f"{name} is {value}, which --parallel.tensor {size} does not go with; leave one of them out"
+            )
 
 
 def _check_nodes(config: TrainConfig) -> None:

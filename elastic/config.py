@@ -68,6 +68,16 @@ class TrainConfig:
                 )
         check_together(self)
 
+    @property
+    def least_workers(self) -> int:
+        """The fewest workers to train with: whole cells."""
+        return -(-self.scaling.min_workers // self.parallel.tensor) * self.parallel.tensor
+
+    @property
+    def most_cells(self) -> int:
+        """The most cells of a world: what runs a microbatch is one worker, or several with tensor parallelism."""
+        return self.scaling.max_workers // self.parallel.tensor
+
 
 def check_kind(config: object) -> None:
     """Refuse an object that is no configuration.

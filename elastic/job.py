@@ -142,6 +142,14 @@ class Job:
         """
         return adapters.source_name(name)
 
+    def tensor_plan(self) -> Mapping[str, Any] | None:
+        """What of the model is cut over the workers of a cell with `--parallel.tensor`: patterns of module names, with
+        `*` for one part of a name, and what is done to each: "colwise" (a linear layer whose outputs are divided),
+        "rowwise" (one whose inputs are, and whose output is summed over the cell), "colwise_gather_output" (a head),
+        "sequence" (a norm, between whose like activations are divided along dimension 1), or a `ParallelStyle` of
+        `torch.distributed.tensor.parallel`. None: what a model of Hugging Face says (`model.tp_plan`)."""
+        return None
+
     def optimizer(
         self, model: torch.nn.Module
     ) -> torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | Mapping[str, torch.optim.Optimizer]:

@@ -125,6 +125,11 @@ class Part:
         """The box of a tensor that this part holds."""
         return cut_box(shape, self.pieces(cut))
 
+    def along(self, cut: Cut) -> Part:
+        """Only the axes that divide a tensor: equal for all parts with the same box of it."""
+        divides = {axis for axis, _ in cut}
+        return Part(tuple(one for one in self.axes if one[0] in divides))
+
     def first(self, cut: Cut) -> Part:
         """The first part with the same box of a tensor as this one. The boxes of such first parts tile the tensor."""
         divides = {axis for axis, _ in cut}

@@ -43,6 +43,15 @@ class CodeGPT(elastic.Job):
 
         return GPT(SIZES[self.size], context=self.block, dropout=self.dropout)
 
+    def tensor_plan(self):
+        """Whole heads of attention, and parts of the feed-forward layer, on each worker of a cell."""
+        return {
+            "blocks.*.attention_in": "colwise",
+            "blocks.*.attention_out": "rowwise",
+            "blocks.*.mlp_in": "colwise",
+            "blocks.*.mlp_out": "rowwise",
+        }
+
     def optimizer(self, model):
         import torch
 

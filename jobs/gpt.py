@@ -25,7 +25,7 @@ class Block(nn.Module):
         width = shape.width
         self.heads = shape.heads
         self.norm_attention = nn.LayerNorm(width, bias=False)
-        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.attention_in = nn.Linear(width, 3 * width, bias=False)
         self.attention_out = nn.Linear(width, width, bias=False)
         self.norm_mlp = nn.LayerNorm(width, bias=False)
         self.mlp_in = nn.Linear(width, 4 * width, bias=False)
@@ -39,11 +39,12 @@ class Block(nn.Module):
 
     def attend(self, x: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
         batch, length, width = x.shape
-        qkv = self.qkv(x).view(batch, length, 3, self.heads, width // self.heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        # head after head, so that any whole heads, as tensor parallelism leaves them here, are neighbours
+        qkv = self.attention_in(x).view(batch, length, -1, 3, width // self.heads)
+        q, k, v = qkv.permute(3, 0, 2, 1, 4).unbind(0)
         q, k = rotate(q, rotation), rotate(k, rotation)
         out = functional.scaled_dot_product_attention(q, k, v, is_causal=True)
-        return self.attention_out(out.transpose(1, 2).reshape(batch, length, width))
+        return self.attention_out(out.transpose(1, 2).flatten(2))
 
 
 class GPT(nn.Module):

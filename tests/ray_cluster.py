@@ -129,7 +129,7 @@ def wait_until(condition: Callable[[], bool], timeout_s: float = 40.0) -> None:
 def undisturbed(
     job_class: type[Job], defaults: TrainConfig, storage: Path, name: str, *options: str, steps: int
 ) -> str:
-    """The hash of the same run in one plain process that nothing happens to, after so many steps."""
+    """The hash of the same run in one plain process, or one cell, that nothing happens to, after so many steps."""
     job, config = parse(job_class, defaults, (*options, "--run.exactness", "bitwise", "--run.stop-after", f"{steps}st"))
     config = replace(
         config,
@@ -137,7 +137,7 @@ def undisturbed(
         scaling=replace(config.scaling, min_workers=1),
         observe=replace(config.observe, tensorboard=False),
     )
-    ran = train(job, config, workers=1, wait_s=120, beside_ray=True)
+    ran = train(job, config, workers=config.parallel.tensor, wait_s=120, beside_ray=True)
     assert ran.failure is None
     return ran.sha
 

@@ -69,3 +69,17 @@ def test_the_table_says_what_each_world_size_would_do():
         (5, 3, pytest.approx(0.8)),
     ]
     assert batch_line(512, 64, 16) == "global 512 = 64 microbatches x 8; 16 workers -> 4 rounds"
+
+
+def test_cells_are_told_and_counted_instead_of_workers():
+    assert batch_line(512, 64, 16, 4) == (
+        "global 512 = 64 microbatches x 8; 16 workers = 4 cells x 4 tensor, 0 spare -> 16 rounds"
+    )
+    assert batch_table(8, 6, 2) == [(2, 8, 1.0), (4, 4, 1.0), (6, 3, 8 / 9)]
+    assert choose_microbatches(64, 16, 4) == 16
+    with pytest.raises(ConfigError) as refused:
+        check_microbatches(3, 8, 2)
+    assert str(refused.value) == (
+        "--batch.microbatches is 3, less than the 4 cells of --scaling.max-workers 8 (--parallel.tensor 2); every cell "
+        "needs at least one microbatch of each step"
+    )

@@ -11,12 +11,13 @@ from hypothesis import strategies as st
 
 from elastic.config import TrainConfig
 from elastic.errors import ConfigError
-from elastic.parallel.layout import SHARD
+from elastic.parallel.layout import SHARD, lay_out
 from elastic.placement import Part
 from elastic.run import forecast
 from elastic.run.forecast import StateSize, Unknown, measure, snapshot_bytes
 from elastic.run.prepare import prepare, report
 from elastic.snapshot.partners import GENERATIONS
+from tests.cell_jobs import InCells
 from tests.forked import configure
 from tests.tiny_jobs import Deep, Everything, Plain
 
@@ -130,3 +131,14 @@ def test_what_can_never_fit_on_this_machine_is_refused_before_anything_is_starte
     assert text.startswith(f"--recovery.snapshot-every is '4st', but snapshots take {need / 2**20:,.1f} MiB of this")
     assert "\n" not in text
     assert not (tmp_path / "run").exists()
+
+
+def test_a_part_in_a_cell_is_a_part_of_what_its_plan_cuts():
+    whole, size = measure(InCells(), 0), measure(InCells(), 0, 2)
+    parts = lay_out(["a", "a"], "ddp", None, 2).copies
+    ups = 2 * (12 * 48 + 48 + 48 * 12) + 12 * 16 + 12 * 48  # of both blocks, of the embedding, and of the average
+
+    assert size.of(Part()) == whole.of(Part())
+    assert len({size.of(part) for part in parts}) == 1
+    saved = whole.of(Part()) - size.of(next(iter(parts)))
+    assert saved == pytest.approx(3 * 4 * (ups - 12 * 48) / 2, rel=0.01), "values and both moments; not the average"

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from elastic.data.deal import deal
-from elastic.parallel.layout import SHARD, Held, Layout, holders, lay_out, lockstep, lost_parts
+from elastic.parallel.layout import SHARD, TENSOR, Held, Layout, fill_cells, holders, lay_out, lockstep, lost_parts
 from elastic.placement import Part
 
 
@@ -119,3 +119,43 @@ def test_a_state_that_was_cut_otherwise_counts_by_itself():
     found = holders([Held(3, part(0, 2)), *(Held(3, part(shard, 3)) for shard in range(3))])
 
     assert found == {part(shard, 3): [shard + 1] for shard in range(3)}
+
+
+@given(worlds(), st.sampled_from(["ddp", "fsdp", "hsdp"]), st.sampled_from([2, 3, 4]), st.integers(1, 2))
+def test_a_cell_has_neighbours_of_one_node_and_every_rank_a_place_or_none(nodes, strategy, tensor, cells_per_node):
+    assume(fill_cells(nodes, tensor))
+    found = lay_out(nodes, strategy, tensor * cells_per_node, tensor)
+
+    assert sorted((*found.ranks, *found.spares)) == list(range(len(nodes)))
+    assert found.size == len(found.ranks) == found.cells * tensor
+    for first in range(0, found.size, tensor):
+        cell = found.ranks[first : first + tensor]
+        assert len({nodes[rank] for rank in cell}) == 1
+        assert [found.part(place).axes[-1] for place in range(first, first + tensor)] == [
+            (TENSOR, t, tensor) for t in range(tensor)
+        ]
+        assert len({found.cell_of(place) for place in range(first, first + tensor)}) == 1
+    assert [*found.copies] == [*found.part(0).siblings], "together they hold the state"
+    assert all(len(places) == found.replicas for places in found.copies.values())
+    if strategy != "hsdp":
+        assert found.cells == sum(nodes.count(node) // tensor for node in set(nodes))
+    rows = [found.row_of(place) for place in range(found.size)]
+    assert sorted({row.start for row in rows}) == [i * found.shards for i in range(found.replicas)]
+
+
+@given(worlds(), st.sampled_from(["ddp", "fsdp", "hsdp"]), st.integers(1, 4))
+def test_cells_of_one_worker_are_what_there_was_before(nodes, strategy, per_node):
+    found = lay_out(nodes, strategy, per_node)
+
+    assert found.tensor == 1
+    assert found.cells == found.size
+    assert all(len(found.part(place).axes) <= 1 for place in range(found.size))
+
+
+def test_mates_of_two_lost_workers_hold_a_copy_together():
+    layout = lay_out("aabb", "ddp", None, 2)
+    held = [Held(5, layout.part(place)) for place in range(4)]
+
+    assert holders([held[0], held[3]]) == {layout.part(0): [0], layout.part(1): [1]}
+    assert holders([held[0], held[2]]) is None
+    assert lost_parts([held[0], held[2]]) == "of the state of step 5, tensor 1 of 2 was lost"

@@ -56,9 +56,10 @@ from elastic.membership.events import (
     Yielded,
 )
 from elastic.membership.failure import Failure
-from elastic.membership.forming import helpful_size, present
+from elastic.membership.forming import helpful_size, in_cells, present
 from elastic.membership.state import Limits, Phase, State, ask_again_s, going, holds_state
 from elastic.membership.world import Generation, Member, World
+from elastic.parallel.layout import lay_out
 from elastic.worker.restore_plan import Standing, decide
 from jobs.bench import forming
 from tests.fresh import examples
@@ -982,6 +983,75 @@ def test_a_parked_run_is_stopped_by_its_newest_worker_and_one_without_a_world_at
     assert machine.tell(Stopped("enough", machine.now)) == [], "who trains is told by the wish"
 
 
+# ---- cells --------------------------------------------------------------------------------------------------------
+
+
+def cells_of_two(**limits: object) -> Machine:
+    """Two cells, on the nodes a and b."""
+    machine = Machine(**{"max_workers": 4, "cell_size": 2, "cut": True, "microbatches": 8, **limits})
+    for name in ("a1", "a2", "b1", "b2"):
+        machine.join(name, node=name[0])
+    assert machine.members == ["a1", "a2", "b1", "b2"]
+    return machine
+
+
+def test_a_world_forms_of_whole_cells_and_who_fills_none_waits() -> None:
+    machine = Machine(max_workers=4, cell_size=2)
+    for name, node in (("a1", "a"), ("b1", "b"), ("c1", "c"), ("b2", "b")):
+        machine.join(name, node=node)
+    assert formed(machine.wait(3)).ids == {"b1", "b2"}
+    assert set(machine.state.waiting) == {"a1", "c1"}
+
+
+def test_workers_that_fill_no_cell_are_too_few_for_a_world() -> None:
+    machine = Machine(max_workers=4, cell_size=2)
+    for node in "abc":
+        machine.join(f"{node}1", node=node)
+    assert machine.wait(31) == [Park(0, 1, 2)]
+    assert machine.join("a2", node="a") == []
+    assert formed(machine.wait(3)).ids == {"a1", "a2"}
+
+
+def test_the_mate_of_a_lost_worker_stands_by_in_the_next_world_and_a_spare_of_its_node_makes_a_cell_with_it() -> None:
+    machine = cells_of_two()
+    machine.lose("b1")
+    machine.join("a1", 5, node="a")
+    machine.join("a2", 5, node="a")
+    assert formed(machine.join("b2", 5, node="b")).ids == {"a1", "a2", "b2"}
+    assert machine.join("c1", node="c") == [], "it fills no cell"
+    assert any(isinstance(command, Leave) for command in [*machine.join("b3", node="b"), *machine.wait(1.1)])
+    for name in ("a1", "a2", "b2"):
+        machine.join(name, 6, node=name[0])
+    assert set(machine.members) == {"a1", "a2", "b2", "b3"}
+    assert set(machine.state.waiting) == {"c1"}
+
+
+def test_a_world_that_is_scaled_down_lets_whole_cells_go() -> None:
+    machine = cells_of_two()
+    assert any(isinstance(command, Leave) for command in machine.tell(Scaled(2, machine.now)))
+    for name in ("a1", "b1", "b2", "a2"):
+        machine.join(name, 5, node=name[0])
+    assert machine.members in (["a1", "a2"], ["b1", "b2"])
+
+
+def test_a_mate_that_stands_by_is_let_go_where_the_run_is_scaled_down() -> None:
+    machine = cells_of_two()
+    machine.lose("b1")
+    for name in ("a1", "a2", "b2"):
+        machine.join(name, 5, node=name[0])
+    assert machine.members == ["a1", "a2", "b2"]
+    assert any(isinstance(command, Leave) for command in machine.tell(Scaled(2, machine.now)))
+    for name in ("a1", "a2", "b2"):
+        machine.join(name, 6, node=name[0])
+    assert machine.members == ["a1", "a2"]
+
+
+def test_a_cell_that_would_not_lower_the_rounds_waits() -> None:
+    machine = cells_of_two(max_workers=8, microbatches=2)
+    machine.join("c1", node="c")
+    assert machine.join("c2", node="c") == machine.wait(5) == []
+
+
 # ---- sizes --------------------------------------------------------------------------------------------------------
 
 
@@ -995,6 +1065,14 @@ def test_the_helpful_size_has_the_fewest_rounds_and_no_worker_too_many(microbatc
     assert 1 <= size <= min(most, microbatches)
     assert rounds(microbatches, size) == rounds(microbatches, most)
     assert size == 1 or rounds(microbatches, size - 1) > rounds(microbatches, size)
+
+
+@given(st.integers(1, 200), st.integers(1, 60), st.integers(1, 60), st.integers(1, 8))
+def test_the_helpful_size_of_cells_is_that_of_workers_times_their_size(
+    v: int, most: int, least: int, cell: int
+) -> None:
+    assert helpful_size(v, most * cell, least * cell, cell) == helpful_size(v, most, least) * cell
+    assert helpful_size(v, most * cell + cell - 1, least * cell, cell) == helpful_size(v, most, least) * cell
 
 
 @given(st.data())
@@ -1138,14 +1216,25 @@ class Cluster(RuleBasedStateMachine):
     """Workers join, step, die, are cut off, hang, raise and drain in any order; the server is restarted, the run
     taken over."""
 
-    @initialize(least=st.integers(1, 3), most=st.integers(1, 5), more=st.integers(0, 5), first=st.integers(0, 6))
-    def start(self, least: int, most: int, more: int, first: int) -> None:
+    @initialize(
+        least=st.integers(1, 3),
+        most=st.integers(1, 5),
+        more=st.integers(0, 5),
+        first=st.integers(0, 6),
+        cell=st.sampled_from([1, 1, 2]),
+    )
+    def start(self, least: int, most: int, more: int, first: int, cell: int) -> None:
         """A run with workers that have trained already: what is hard begins there."""
         least = min(least, most)
         self.limits = Limits(
-            min_workers=least, max_workers=most, microbatches=most + more, max_failures=10**6, cut=more % 2 == 1
+            min_workers=least * cell,
+            max_workers=most * cell,
+            microbatches=most + more,
+            cell_size=cell,
+            max_failures=10**6,
+            cut=more % 2 == 1 or cell > 1,
         )
-        self.wished, self.ceiling = most, None
+        self.wished, self.ceiling = self.limits.max_workers, None
         self.state, self.now = State(epoch=1, limits=self.limits), 0.0
         self.workers: dict[str, Worker] = {}
         self.worlds: dict[Generation, World] = {}
@@ -1153,7 +1242,7 @@ class Cluster(RuleBasedStateMachine):
         self.saving: Worker | None = None
         self.count = 0
         for node in range(first):
-            self.join(node % 4)
+            self.join(node % (4 // cell))
         self.tick(3.0)
         if self.trainable():
             self.train(0, 0, True)
@@ -1182,8 +1271,19 @@ class Cluster(RuleBasedStateMachine):
         assert world.generation not in self.worlds, "two worlds of one generation"
         assert all(world.generation > g for g in self.worlds), "generations only grow"
         assert self.limits.microbatches is not None
-        assert len(world.ids) == world.size <= min(max(2, self.state.limits.max_workers), self.limits.microbatches)
-        assert world.size >= self.limits.min_workers
+        cell = self.limits.cell_size
+        working = in_cells(world.members, cell)
+        most = (
+            max(2, self.state.limits.max_workers) if cell == 1 else self.state.limits.max_workers + self.giving(world)
+        )
+        assert len(world.ids) == world.size
+        assert working <= min(most, self.limits.microbatches * cell)
+        assert working >= self.limits.min_workers
+        nodes = [m.node for m in world.members]
+        assert lay_out(nodes, "ddp", None, cell).size == working, "workers and server count the same cells"
+        for m in world.members:  # who fills no cell gives or keeps a part of the state
+            alone = nodes.count(m.node) < cell
+            assert not alone or self.workers[m.id].applied >= 0, "a newcomer that fills no cell is in a world"
         self.worlds[world.generation] = world
         members = [self.workers[m.id] for m in world.members]
         assert all(w.joining for w in members), "a member is in two live worlds"
@@ -1200,6 +1300,11 @@ class Cluster(RuleBasedStateMachine):
                 w.lineage, w.holds = list(giver.lineage), True
             assert w.lineage == giver.lineage, "members go on from different states"
             w.world, w.agreed, w.entered, w.joining = world, world.generation, False, False
+
+    def giving(self, world: World) -> int:
+        """How many of a world's members may be there only since nobody else holds the newest state."""
+        newest = max(self.workers[m.id].applied for m in world.members)
+        return sum(self.workers[m.id].applied == newest for m in world.members)
 
     def check_quiet(self, world: World, before: World | None) -> None:
         """Nobody waits for who is quiet, but to get from it what no other one has."""
@@ -1497,8 +1602,13 @@ class Cluster(RuleBasedStateMachine):
             self.tick(40.0)
         staying = [w for w in self.living() if going(self.state, w.member) is None]
         well = [w for w in staying if w.member.id not in self.state.faults.sick]
-        staying = well if len(well) >= self.limits.min_workers else staying
-        if len(staying) < self.limits.min_workers:
+        cell = self.limits.cell_size
+
+        def fill(some: list[Worker]) -> int:
+            return in_cells([w.member for w in some], cell)
+
+        staying = well if fill(well) >= self.limits.min_workers else staying
+        if fill(staying) < self.limits.min_workers:
             return
         assert self.state.phase is Phase.RUNNING
         assert self.state.world is not None
@@ -1507,8 +1617,9 @@ class Cluster(RuleBasedStateMachine):
         if not inside:  # a batch cut so coarsely leaves no second place, in which the state could be given
             assert self.limits.microbatches == 1
             return
-        most = min(len(staying), self.limits.max_workers)
-        assert rounds(self.limits.microbatches, len(inside)) == rounds(self.limits.microbatches, most)
+        most = min(fill(staying), self.limits.max_workers) // cell
+        working = fill([self.workers[i] for i in inside]) // cell
+        assert rounds(self.limits.microbatches, working) == rounds(self.limits.microbatches, most)
         spares = [w for w in staying if w.member.id not in inside]
         assert all(w.member.id in self.state.waiting for w in spares)
 

@@ -92,3 +92,29 @@ def test_a_lost_node_of_hsdp_costs_no_step(cluster: LocalCluster, tmp_path: Path
 
     events = check_bits_and_samples(tmp_path, "hsdp", *DURATION)
     assert {e["detail"]["rung"] for e in events if e["kind"] == "restored"} == {"peer"}
+
+
+def test_workers_of_a_cell_come_together_on_one_node_and_a_lost_one_is_replaced_there(
+    cluster: LocalCluster, tmp_path: Path
+) -> None:
+    options = (*DURATION, "--parallel.tensor", "2")
+    run = slow_job(cluster, tmp_path, "cells", *options, "--scaling.max-workers", "4")
+    run.wait_for(lambda line: "4 workers = 2 cells x 2 tensor, 0 spare -> 4 rounds" in line)
+    story = Story(run)
+    first = story.next_world(4)
+    on_nodes = [set(first) & set(cluster.workers_of(n)) for n in cluster.nodes]
+    assert {len(workers) % 2 for workers in on_nodes} == {0}, "a cell is on one node"
+    run.wait_for_step(5)
+    os.kill(first[0], signal.SIGKILL)
+    assert set(story.next_world(3)) == set(first[1:]), "its mate stands by"
+    second = story.next_world(4)
+    assert set(first[1:]) < set(second), "a worker beside the mate makes a cell"
+    run.wait_for_step(step_of(run) + 5)
+    cluster.kill_node(next(n for n in cluster.nodes if second[0] in cluster.workers_of(n)))
+    left = story.next_world(2)
+    assert set(left) < set(second)
+    assert set(left) < set(story.next_world(4)), "the cell comes back on another node"
+    stop(run, step_of(run) + 5)
+
+    events = check_bits_and_samples(tmp_path, "cells", *options)
+    assert {e["detail"]["rung"] for e in events if e["kind"] == "restored"} == {"peer"}

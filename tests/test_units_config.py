@@ -155,6 +155,7 @@ REFUSED = [
     (lambda: ParallelOptions(offload=True), "--parallel.offload", "True", "leave it out"),
     (lambda: ParallelOptions(prefetch=2), "--parallel.prefetch", "2", "leave it out"),
     (lambda: ParallelOptions(reshard_after_forward=False), "--parallel.reshard-after-forward", "False", "leave it out"),
+    (lambda: ParallelOptions(tensor=0), "--parallel.tensor", "0", "at least 1"),
     (lambda: _hsdp(4, None), "--parallel.strategy", "'hsdp'", "--scaling.workers-per-node"),
     (lambda: _hsdp(2, 2), "--parallel.strategy", "'hsdp'", "fsdp, or at least 4 workers"),
     (lambda: _hsdp(5, 2), "--parallel.strategy", "'hsdp'", "multiple of 2"),
@@ -399,6 +400,7 @@ OTHER_VALUES = {
     "scaling.priority": -2,
     "scaling.request-timeout": "5min",
     "parallel.strategy": "fsdp",
+    "parallel.tensor": 2,
     "parallel.bucket-mb": 1,
     "parallel.find-unused": True,
     "parallel.blocks": ("Block",),
@@ -466,6 +468,7 @@ RESULT = {
     "precision.param-dtype",
     "precision.loss-scale",
     "parallel.compile",
+    "parallel.tensor",
     "checkpoint.init-from",
 }
 

@@ -28,7 +28,7 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def mesh() -> Iterator[Mesh]:
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield make_mesh(lay_out(["n"], "fsdp", None), 0, CPU)
+    yield make_mesh(lay_out(["n"], "fsdp", None), 0, CPU, "1-1")
     dist.destroy_process_group()
 
 

@@ -23,13 +23,19 @@ def choose_accelerator(wish: str, nodes: Sequence[Resources]) -> str:
 
 
 def check_fits(
-    wish: str, accelerator: str, workers_per_node: int | None, cpus: int, nodes: Sequence[Resources]
+    wish: str,
+    accelerator: str,
+    workers_per_node: int | None,
+    cpus: int,
+    nodes: Sequence[Resources],
+    cell_size: int = 1,
 ) -> None:
     """Refuse requests that no node could ever hold. A wish for GPUs is accepted if no node with GPUs is known yet.
 
     Args:
         wish: --scaling.accelerator as given; `accelerator` is the choice made from it.
         nodes: the present nodes, and one of each type that the cluster can start.
+        cell_size: workers that run a microbatch together, on one node.
 
     Raises:
         ConfigError: a node would need more GPUs or CPUs than any has, or the kind of the first node is unknown.
@@ -49,11 +55,11 @@ def check_fits(
                 f"--scaling.cpus-per-worker asks for {amount:g} {name} for one worker, but no node has more than "
                 f"{most:g}; ask for less"
             )
-    if workers_per_node is not None:
-        most = max(int(min(n.get(name, 0) // amount for name, amount in unit.items())) for n in having)
-        if workers_per_node > most:
+    most = max(int(min(n.get(name, 0) // amount for name, amount in unit.items())) for n in having)
+    for option, number in (("--scaling.workers-per-node", workers_per_node), ("--parallel.tensor", cell_size)):
+        if number is not None and number > most:
             raise ConfigError(
-                f"--scaling.workers-per-node is {workers_per_node}, but no node has room for more than {most} "
+                f"{option} is {number}, but no node has room for more than {most} "
                 f"({', '.join(f'{a:g} {n}' for n, a in unit.items())} each); give at most {most}"
             )
 

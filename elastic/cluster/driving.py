@@ -46,7 +46,8 @@ def drive_on_ray(
     scaling, present = run.config.scaling, node_resources()
     nodes = [*present, *node_types()]
     accelerator = choose_accelerator(scaling.accelerator, nodes)
-    check_fits(scaling.accelerator, accelerator, scaling.workers_per_node, scaling.cpus_per_worker, nodes)
+    cpus, cell_size = scaling.cpus_per_worker, run.config.parallel.tensor
+    check_fits(scaling.accelerator, accelerator, scaling.workers_per_node, cpus, nodes, cell_size)
     settings = host_settings(run.config, new_token(), ray.util.get_node_ip_address())
     detail = {
         "name": run.name,
@@ -105,10 +106,11 @@ def _group_plan(run: PreparedRun, url: str, settings: HostSettings, accelerator:
         run.plan.microbatches,
         worker_resources(accelerator, scaling.cpus_per_worker),
         group_prefix(run.name),
-        Terms(run.name, scaling.priority, time.time(), accelerator, scaling.min_workers, patience_s),
+        Terms(run.name, scaling.priority, time.time(), accelerator, run.config.least_workers, patience_s),
         scaling.workers_per_node,
         scaling.exclude,
         packed=run.config.parallel.strategy == "hsdp",
+        cell_size=run.config.parallel.tensor,
         vaults=run.plan.snapshot_every is not None,
         hang_timeout_s=settings.hang_s or HANG_TIMEOUT_S,
     )

@@ -26,6 +26,7 @@ class GroupPlan:
         per_node: the most workers on one node; None for no limit.
         exclude: nodes to keep out.
         packed: `per_node` workers are placed together on one node.
+        cell_size: workers that run a microbatch together, and are placed together.
         vaults: the run has vaults.
         hang_timeout_s: seconds after which a vault or controller that does not answer is replaced.
     """
@@ -41,17 +42,18 @@ class GroupPlan:
     per_node: int | None = None
     exclude: tuple[str, ...] = ()
     packed: bool = False
+    cell_size: int = 1
     vaults: bool = False
     hang_timeout_s: float = 30.0
 
     def want(self, max_workers: int) -> int:
         """How many workers to have if a world has at most `max_workers`: those that help or are needed, and spares."""
-        return helpful_size(self.microbatches, max_workers, self.terms.min_workers) + self.spares
+        return helpful_size(self.microbatches, max_workers, self.terms.min_workers, self.cell_size) + self.spares
 
     @property
     def group_size(self) -> int:
         """The number of workers in one placement group."""
-        return self.per_node or 1 if self.packed else 1
+        return self.per_node or 1 if self.packed else self.cell_size
 
 
 class Placement:

@@ -10,13 +10,12 @@ from typing import Any
 
 from elastic.cluster.control import RunControl
 from elastic.config import TrainConfig
-from elastic.data.deal import batch_line
 from elastic.errors import ConfigError, ElasticError, error_text
 from elastic.job import Job
 from elastic.job_file import answer
 from elastic.observe.console import Console, result_text
 from elastic.run.forecast import refuse_what_does_not_fit_here
-from elastic.run.prepare import UNSAVED, PreparedRun, open_run, prepare
+from elastic.run.prepare import UNSAVED, PreparedRun, first_line, open_run, prepare
 
 
 @dataclass(frozen=True)
@@ -98,7 +97,7 @@ def run_prepared(run: PreparedRun, control: RunControl | None = None) -> dict[st
     console.print(f"run {run.name} -> {run.folder.storage.url}")
     for note in run.notes:
         console.print(note)
-    console.print(batch_line(plan.global_size, plan.microbatches, config.scaling.max_workers))
+    console.print(first_line(run))
     if config.checkpoint.every is None:
         console.print(UNSAVED)
     from elastic.cluster.driving import drive_on_ray

@@ -229,6 +229,17 @@ def autotuning() -> str | None:
     return None if found is None else f"{inductor.__name__}.{found}"
 
 
+# ---- how tensors lie over workers ----------------------------------------------------------------------------------
+
+
+def is_cut_after_another(placement: Any, dimension: int) -> bool:
+    """Whether this placement of a DTensor cuts a dimension of the parts that a later axis of the mesh has cut along the
+    same dimension, as FSDP2 does with what tensor parallelism has cut."""
+    from torch.distributed.tensor.placement_types import _StridedShard
+
+    return isinstance(placement, _StridedShard) and placement.dim == dimension
+
+
 # ---- errors that only their text identifies ------------------------------------------------------------------------
 
 

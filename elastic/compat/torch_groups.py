@@ -96,6 +96,14 @@ def forget_groups() -> None:
     world.group_count = 0
 
 
+def forget_meshes() -> None:
+    """Let go of what torch keeps of DTensors on meshes that are no more: its caches have no bound."""
+    from torch.distributed.tensor import _redistribute, debug
+
+    debug._clear_sharding_prop_cache()
+    _redistribute._gen_transform_infos.cache_clear()
+
+
 def failure_of_group(group: dist.ProcessGroup, device: torch.device) -> str | None:
     """The name of the error that a group's backend found in the background; None if there is none, or if the backend
     does not report errors. Waits for no device."""

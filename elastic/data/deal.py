@@ -1,4 +1,7 @@
-"""Which microbatches of a step each rank runs. Pure functions; how the batch is divided never depends on the world."""
+"""Which microbatches of a step each cell runs. Pure functions; how the batch is divided never depends on the world.
+
+A cell is what runs a microbatch: one worker, or `cell_size` workers together.
+"""
 
 from __future__ import annotations
 
@@ -7,64 +10,78 @@ import itertools
 from elastic.errors import ConfigError
 
 
-def choose_microbatches(global_size: int, max_workers: int) -> int:
+def choose_microbatches(global_size: int, max_workers: int, cell_size: int = 1) -> int:
     """Choose the number of microbatches if the user gives none: the smallest divisor of `global_size` that is at least
-    4 x max workers, or if there is none, the largest divisor that is at least max workers.
+    4 x the most cells, or if there is none, the largest divisor that is at least the most cells.
 
     Raises:
-        ConfigError: the batch has no divisor that gives every worker a microbatch.
+        ConfigError: the batch has no divisor that gives every cell a microbatch.
     """
+    cells = max_workers // cell_size
     divisors = [d for d in range(1, global_size + 1) if global_size % d == 0]
-    comfortable = [d for d in divisors if d >= 4 * max_workers]
+    comfortable = [d for d in divisors if d >= 4 * cells]
     if comfortable:
         return comfortable[0]
-    enough = [d for d in divisors if d >= max_workers]
+    enough = [d for d in divisors if d >= cells]
     if enough:
         return enough[-1]
     raise ConfigError(
-        f"--batch.global-size is {global_size}, less than --scaling.max-workers {max_workers}; "
-        f"give at least {max_workers}"
+        f"--batch.global-size is {global_size}, less than {_most_cells(max_workers, cell_size)}; give at least {cells}"
     )
 
 
-def check_microbatches(microbatches: int, max_workers: int) -> None:
-    """Refuse a number of microbatches that leaves a worker of the largest world without work.
+def check_microbatches(microbatches: int, max_workers: int, cell_size: int = 1) -> None:
+    """Refuse a number of microbatches that leaves a cell of the largest world without work.
 
     Raises:
-        ConfigError: there are fewer microbatches than max workers.
+        ConfigError: there are fewer microbatches than the most cells.
     """
-    if microbatches < max_workers:
+    if microbatches < max_workers // cell_size:
         raise ConfigError(
-            f"--batch.microbatches is {microbatches}, less than --scaling.max-workers {max_workers}; "
-            "every worker needs at least one microbatch of each step"
+            f"--batch.microbatches is {microbatches}, less than {_most_cells(max_workers, cell_size)}; every "
+            f"{'worker' if cell_size == 1 else 'cell'} needs at least one microbatch of each step"
         )
 
 
-def deal(count: int, world_size: int) -> list[range]:
-    """Divide `count` microbatches into one contiguous range for each rank; their lengths differ by one at most."""
-    bounds = [count * rank // world_size for rank in range(world_size + 1)]
+def _most_cells(max_workers: int, cell_size: int) -> str:
+    if cell_size == 1:
+        return f"--scaling.max-workers {max_workers}"
+    return (
+        f"the {max_workers // cell_size} cells of --scaling.max-workers {max_workers} (--parallel.tensor {cell_size})"
+    )
+
+
+def deal(count: int, cells: int) -> list[range]:
+    """Divide `count` microbatches into one contiguous range for each cell; their lengths differ by one at most."""
+    bounds = [count * cell // cells for cell in range(cells + 1)]
     return [range(a, b) for a, b in itertools.pairwise(bounds)]
 
 
-def rounds(count: int, world_size: int) -> int:
-    """Return how many microbatches the busiest rank runs one after another."""
-    return -(-count // world_size)
+def rounds(count: int, cells: int) -> int:
+    """Return how many microbatches the busiest cell runs one after another."""
+    return -(-count // cells)
 
 
-def efficiency(count: int, world_size: int) -> float:
-    """Return the share of the ranks' rounds that have work: 1.0 if the world size divides the number of
-    microbatches."""
-    return count / (rounds(count, world_size) * world_size)
+def efficiency(count: int, cells: int) -> float:
+    """Return the share of the cells' rounds that have work: 1.0 if their number divides the number of microbatches."""
+    return count / (rounds(count, cells) * cells)
 
 
-def batch_table(microbatches: int, max_workers: int) -> list[tuple[int, int, float]]:
+def batch_table(microbatches: int, max_workers: int, cell_size: int = 1) -> list[tuple[int, int, float]]:
     """Return (workers, rounds, efficiency) for every world size up to the largest."""
-    return [(w, rounds(microbatches, w), efficiency(microbatches, w)) for w in range(1, max_workers + 1)]
+    sizes = range(1, max_workers // cell_size + 1)
+    return [(cells * cell_size, rounds(microbatches, cells), efficiency(microbatches, cells)) for cells in sizes]
 
 
-def batch_line(global_size: int, microbatches: int, max_workers: int) -> str:
-    """Return the first console line, which shows how a global batch is divided."""
+def batch_line(global_size: int, microbatches: int, max_workers: int, cell_size: int = 1, spares: int = 0) -> str:
+    """Return the first console line, which shows how a global batch is divided.
+
+    Args:
+        spares: workers to have in addition; told where a cell has several.
+    """
+    cells = max_workers // cell_size
+    made_of = f" = {cells} cells x {cell_size} tensor, {spares} spare" if cell_size > 1 else ""
     return (
         f"global {global_size} = {microbatches} microbatches x {global_size // microbatches}; "
-        f"{max_workers} workers -> {rounds(microbatches, max_workers)} rounds"
+        f"{max_workers} workers{made_of} -> {rounds(microbatches, cells)} rounds"
     )

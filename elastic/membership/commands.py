@@ -108,10 +108,20 @@ class SaveNow:
 
 @dataclass(frozen=True)
 class Park:
-    """Too few workers for a world: there are `have`, and it takes at least `need`."""
+    """Too few workers for a world: `have` fill cells, and it takes at least `need`.
+
+    Args:
+        cell_size: workers of a cell, which are on one node.
+    """
 
     have: int
     need: int
+    cell_size: int = 1
+
+    @property
+    def what(self) -> str:
+        """What there are too few of, as a text."""
+        return "workers" if self.cell_size == 1 else f"workers in cells of {self.cell_size} on one node"
 
 
 @dataclass(frozen=True)

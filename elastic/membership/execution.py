@@ -105,10 +105,8 @@ class Executor:
         elif isinstance(command, Park):
             self._parked = True
             keeper.set_status("parked")
-            keeper.event(
-                "parked",
-                detail=f"{command.have} workers, waiting for at least {command.need}: add nodes, or stop the run",
-            )
+            there = f"{command.have} {command.what}"
+            keeper.event("parked", detail=f"{there}, waiting for at least {command.need}: add nodes, or stop the run")
         elif isinstance(command, SaveAlone):
             connections.send(command.saver.id, wire.SaveAlone())
         elif isinstance(command, GiveUp):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 from elastic.likeness import device_difference, difference
@@ -11,31 +11,50 @@ from elastic.membership.state import Limits, Phase, State, Waiting, going
 from elastic.membership.world import Member, World
 
 
-def helpful_size(microbatches: int | None, most: int, least: int = 1) -> int:
-    """The largest useful world of at most `most` workers: one whose last worker still lowers ceil(V / W), the rounds of
-    a step.
+def helpful_size(microbatches: int | None, most: int, least: int = 1, cell_size: int = 1) -> int:
+    """The largest useful world of at most `most` workers: one whose last cell still lowers ceil(V / cells), the rounds
+    of a step.
 
     It is never smaller than `least` (nor larger than `most`): `min_workers` is a promise, since a model may need that
-    many, and holds whether or not the last worker lowers the rounds.
+    many, and holds whether or not the last cell lowers the rounds.
+
+    Args:
+        cell_size: workers of a cell, which run a microbatch together.
     """
-    if microbatches is None or most < 1:
-        return most
-    rounds = -(-microbatches // most)
-    return max(-(-microbatches // rounds), min(least, most))
+    cells = most // cell_size
+    if microbatches is not None and cells >= 1:
+        rounds = -(-microbatches // cells)
+        cells = max(-(-microbatches // rounds), min(-(-least // cell_size), cells))
+    return cells * cell_size
+
+
+def in_cells(members: Collection[Member | Waiting], cell_size: int) -> int:
+    """How many of some workers fill cells: `cell_size` workers of one node each."""
+    if cell_size == 1:
+        return len(members)
+    on_node = Counter(m.node for m in members)
+    return sum(count - count % cell_size for count in on_node.values())
+
+
+def is_enough(limits: Limits, members: Collection[Member]) -> bool:
+    """Whether these fill as many cells as a world needs: one at least."""
+    return in_cells(members, limits.cell_size) >= max(1, limits.min_workers)
 
 
 def full_size(limits: Limits) -> int:
     """The number of members of a world when there are enough workers."""
-    return helpful_size(limits.microbatches, limits.max_workers, limits.min_workers)
+    return helpful_size(limits.microbatches, limits.max_workers, limits.min_workers, limits.cell_size)
 
 
 def world_size(limits: Limits, survivors: int, available: int) -> int:
     """The size of the next world out of `available` workers: all survivors, and as many others as lower the rounds.
+    All these numbers are of workers that fill cells.
 
     A worker that would not lower the rounds costs a transfer of state and gains nothing: it waits as a spare.
     """
     most = min(available, limits.max_workers)
-    return max(helpful_size(limits.microbatches, most, limits.min_workers), min(survivors, most))
+    helpful = helpful_size(limits.microbatches, most, limits.min_workers, limits.cell_size)
+    return max(helpful, min(survivors, most))
 
 
 def usable(state: State) -> tuple[list[Waiting], list[tuple[Waiting, str]]]:
@@ -84,6 +103,9 @@ def choose(state: State, candidates: Sequence[Waiting]) -> list[Member]:
     workers that alone fail, are taken only if the others are too few, or to give their state. For that one of them may
     join even if the world is full, as long as every rank has a microbatch. A worker that sent nothing lately is taken
     only to give its state, since the others might wait for it in vain.
+
+    Survivors that fill no cell, as the mates of a lost worker, stand by in the world: they hold parts of the state, and
+    one that comes to their node makes a cell with them.
     """
     limits = state.limits
     old = state.world.ids if state.world else frozenset()
@@ -102,18 +124,48 @@ def choose(state: State, candidates: Sequence[Waiting]) -> list[Member]:
     ranked = sorted(candidates, key=order)
     staying = [w for w in ranked if stays(w.member)]
     answering = [w for w in ranked if w.member.id not in quiet]
-    pool = staying if len(staying) >= limits.min_workers else answering
-    size = world_size(limits, sum(w.member.id in old for w in pool), len(pool))
-    chosen = pool[:size]
+    pool = staying if in_cells(staying, limits.cell_size) >= limits.min_workers else answering
+    size = world_size(
+        limits, in_cells([w for w in pool if w.member.id in old], limits.cell_size), in_cells(pool, limits.cell_size)
+    )
+    chosen = pool[:size] if limits.cell_size == 1 else _by_cells(pool, size, limits, old)
     newest = max((w.applied for w in answering), default=-1)
     if state.world is None or newest < max(_newest(state), 0):  # those that answer hold less than the world began with
         newest = max((w.applied for w in ranked), default=-1)
+    if limits.cell_size > 1:
+        return [w.member for w in _with_givers(chosen, [w for w in ranked if w.applied == newest >= 0], limits)]
     if chosen and newest >= 0 and all(w.applied < newest for w in chosen):
         giver = next(w for w in ranked if w.applied == newest)
         chosen = [*chosen[: max(1, limits.max_workers - 1)], giver]
         if limits.microbatches is not None and len(chosen) > limits.microbatches:
             chosen = [giver]
     return [w.member for w in chosen]
+
+
+def _by_cells(pool: Sequence[Waiting], size: int, limits: Limits, old: frozenset[str]) -> list[Waiting]:
+    """The first cells that workers in this order fill, `size` workers altogether, then survivors that fill none, as far
+    as a world may have so many members."""
+    cells: list[list[Waiting]] = []
+    begun: dict[str, list[Waiting]] = {}
+    for w in pool:
+        here = begun.setdefault(w.member.node, [])
+        here.append(w)
+        if len(here) == limits.cell_size:
+            cells.append(begun.pop(w.member.node))
+    chosen = [w for cell in cells[: size // limits.cell_size] for w in cell]
+    standing = [w for here in begun.values() for w in here if w.member.id in old]
+    return chosen + standing[: limits.max_workers - size]
+
+
+def _with_givers(chosen: list[Waiting], holders: Sequence[Waiting], limits: Limits) -> list[Waiting]:
+    """With workers that hold the newest state, if nobody chosen does: all of them, since each holds a part. They may be
+    fewer than fill cells, or take the places of others."""
+    if not chosen or not holders or any(w in holders for w in chosen):
+        return chosen
+    room = max(limits.cell_size, limits.max_workers - in_cells(holders, limits.cell_size))
+    found = [*chosen[:room], *holders]
+    most = limits.microbatches
+    return found if most is None or in_cells(found, limits.cell_size) <= most * limits.cell_size else list(holders)
 
 
 def surplus(state: State, world: World) -> list[Member]:
@@ -167,7 +219,7 @@ def can_do_without_others(state: State, now: float) -> bool:
     if limits.cut or state.failing is not None or state.parting is not None or awaited(state) & state.acked:
         return False
     members = choose(state, usable(state)[0])
-    return len(members) >= limits.min_workers and _any_holds(state, members, _newest(state))
+    return is_enough(limits, members) and _any_holds(state, members, _newest(state))
 
 
 def holder_is_back(state: State) -> bool:

@@ -154,8 +154,14 @@ class Routes:
             raise _refusal(
                 f"--max-workers is {wanted}, fewer than the run's --scaling.min-workers {limits.min_workers}"
             )
-        if most is not None and wanted > most:
-            raise _refusal(f"--max-workers is {wanted}, more than the run's --batch.microbatches {most}")
+        if wanted % limits.cell_size:
+            raise _refusal(
+                f"--max-workers is {wanted}, no multiple of the run's --parallel.tensor {limits.cell_size}, the "
+                "workers of a cell"
+            )
+        if most is not None and wanted > most * limits.cell_size:
+            of_cells = f", for cells of {limits.cell_size} workers" if limits.cell_size > 1 else ""
+            raise _refusal(f"--max-workers is {wanted}, more than the run's --batch.microbatches {most}{of_cells}")
         self._keeper.event("scaled", detail={"max_workers": wanted, "was": limits.max_workers, "by": scale.by})
         self._handle(Scaled(wanted, time.monotonic()))
         return web.json_response({"was": limits.max_workers})

@@ -35,6 +35,8 @@ from elastic.membership.forming import (
     full_size,
     has_newest,
     helpful_size,
+    in_cells,
+    is_enough,
     may_follow,
     surplus,
     usable,
@@ -94,20 +96,21 @@ def _leave_if_better(state: State, world: World, now: float) -> tuple[State, lis
     state, commands = _report_left_out(state)
     state, dismissed = _dismiss(state, world)
     commands += dismissed
-    largest = min(world.size + len(state.waiting), limits.max_workers)
-    helpful = helpful_size(limits.microbatches, largest, limits.min_workers)
-    if not leaving and helpful <= world.size <= limits.max_workers:
+    largest = min(in_cells([*world.members, *state.waiting.values()], limits.cell_size), limits.max_workers)
+    helpful = helpful_size(limits.microbatches, largest, limits.min_workers, limits.cell_size)
+    if not leaving and helpful <= in_cells(world.members, limits.cell_size) and world.size <= limits.max_workers:
         return state, commands  # the waiting workers are spares
     fitting, _ = usable(state)
     inside = [Waiting(m, sys.maxsize, 0.0) for m in world.members]  # they hold the newest state
-    following = {m.id for m in choose(state, [*inside, *fitting])}
+    members = choose(state, [*inside, *fitting])
+    following = {m.id for m in members}
     joining = [w for w in fitting if w.member.id in following]
     let_go = len(world.ids - following)
     deadlines = {m.id: deadline for m in world.members if (deadline := going(state, m)) is not None}
     due = bool(deadlines) and now >= min(deadlines.values()) - max(2.0, 0.25 * limits.lease_s)
     why = ""
     if joining:
-        full = world.size - let_go + len(joining) >= full_size(limits)
+        full = in_cells(members, limits.cell_size) >= full_size(limits)
         if full or now - min(w.since for w in joining) >= limits.join_window_s:
             why = f"{len(joining)} to take in" + (f", {let_go} to let go" if let_go else "")
     elif let_go and world.size > limits.max_workers:
@@ -154,8 +157,8 @@ def _form(state: State, now: float) -> tuple[State, list[Command]]:
     state = _count_break(state)
     fitting, _ = usable(state)
     members = choose(state, fitting)
-    if len(members) < limits.min_workers:
-        return _park(state, len(members), now)
+    if not is_enough(limits, members):
+        return _park(state, in_cells(members, limits.cell_size), now)
     if state.world is not None and not (may_follow(state, state.world, members, now) and has_newest(state, members)):
         return state, []
     if state.last_worlds >= LAST_WORLDS:
@@ -229,11 +232,12 @@ def _gathered(state: State, now: float) -> bool:
     if any(w.applied >= 0 for w in state.waiting.values()):
         return True
     waited = now - state.last_join
-    if len(state.waiting) >= full_size(limits):
+    there = in_cells(state.waiting.values(), limits.cell_size)
+    if there >= full_size(limits):
         fitting, _ = usable(state)
-        if len(fitting) >= full_size(limits):
+        if in_cells(fitting, limits.cell_size) >= full_size(limits):
             return True
-    elif len(state.waiting) < limits.min_workers:
+    elif there < limits.min_workers:
         return state.parked_at is not None or waited >= limits.park_after_s
     return waited >= limits.settle_s
 
@@ -245,14 +249,15 @@ def _park(state: State, have: int, now: float) -> tuple[State, list[Command]]:
         ending = (state.failing, "failed") if state.failing is not None else (state.stopping or "", "stopped")
         state, given_up = give_up(state, *ending)
         return state, [*commands, *given_up]
+    park = Park(have, limits.min_workers, limits.cell_size)
     if state.parked_at is None:
-        return replace(state, parked_at=now), [*commands, Park(have, limits.min_workers)]
+        return replace(state, parked_at=now), [*commands, park]
     if limits.max_wait_s is None or now - state.parked_at < limits.max_wait_s:
         state, vacating = _vacate(state)
         return state, [*commands, *vacating]
     message = (
-        f"parked for {limits.max_wait_s:g} s with {have} of at least {limits.min_workers} workers; add nodes, or "
-        "lower --scaling.min-workers, and start the run again"
+        f"parked for {limits.max_wait_s:g} s with {have} of at least {limits.min_workers} {park.what}; add "
+        "nodes, or lower --scaling.min-workers, and start the run again"
     )
     state, given_up = give_up(state, message, "failed")
     return state, [*commands, *given_up]

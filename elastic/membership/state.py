@@ -20,7 +20,8 @@ class Limits:
 
     Args:
         spares: warm workers kept outside the world when the run is scaled down.
-        microbatches: V, the equal parts of a step's batch: a world never has more members. None: no such limit.
+        microbatches: V, the equal parts of a step's batch: a world never has more cells. None: no such limit.
+        cell_size: workers that run a microbatch together, on one node. Numbers of workers are multiples of it.
         settle_s: for so long the first world waits for more than `min_workers`.
         park_after_s: a first world that lacks workers counts as parked if none joins for this long.
         join_window_s: workers that join within it are taken in together, which costs one stall instead of several.
@@ -39,6 +40,7 @@ class Limits:
     max_workers: int
     spares: int = 0
     microbatches: int | None = None
+    cell_size: int = 1
     settle_s: float = 2.0
     park_after_s: float = 30.0
     join_window_s: float = 1.0
@@ -67,6 +69,10 @@ class Waiting:
     member: Member
     applied: int
     since: float
+
+    @property
+    def node(self) -> str:
+        return self.member.node
 
 
 @dataclass(frozen=True)

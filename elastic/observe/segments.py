@@ -46,11 +46,13 @@ class Deal:
         microbatches: in a step; None if it is not known.
         padded: workers with fewer passes than others make up the number with passes that count for nothing.
         complete: the ledger has the seconds of evaluations, holds and snapshots.
+        cell_size: workers that run a microbatch together.
     """
 
     microbatches: int | None = None
     padded: bool = False
     complete: bool = False
+    cell_size: int = 1
 
 
 def number(value: Any) -> float:
@@ -159,14 +161,14 @@ def _step_parts(
     compute, sync = _column(rows, "compute_s"), _column(rows, "sync_s")
     parts = {"data": _column(rows, "data_s"), "evaluation": eval_s}
     parts |= {cause: _column(rows, f"{cause}_s") for cause in ("checkpoint", "snapshot")}
-    count = deal.microbatches
-    if not count or workers < 1 or count < workers:
+    count, cells = deal.microbatches, workers // deal.cell_size
+    if not count or cells < 1 or count < cells:
         parts[PRODUCTIVE], parts["sync"] = compute, sync
     else:
-        # microbatches of the busiest worker, and of rank 0, which wrote the rows
-        most, own = -(-count // workers), count // workers
+        # microbatches of the busiest cell, and of the first, whose rank 0 wrote the rows
+        most, own = -(-count // cells), count // cells
         busy = np.minimum(compute if deal.padded else compute * most / own, compute + sync)
-        parts[PRODUCTIVE] = useful = busy * count / (most * workers)
+        parts[PRODUCTIVE] = useful = busy * count / (most * cells)
         parts["imbalance"], parts["sync"] = busy - useful, compute + sync - busy
     parts["other" if deal.complete else "unknown"] = np.maximum(0.0, step_s - sum(parts.values()))
     return {cause: np.where(step_s > 0, part, 0.0) for cause, part in parts.items()}

@@ -130,9 +130,11 @@ class Timeline:
         started = next((e for e in events if e["kind"] == "run_started"), {})
         detail = started.get("detail")
         detail = detail if isinstance(detail, dict) else {}
-        microbatches = detail.get("microbatches")
+        microbatches, cell_size = detail.get("microbatches"), detail.get("cell_size")
         complete = isinstance(microbatches, int)
-        return Deal(microbatches if complete else self._microbatches, bool(detail.get("padded")), complete)
+        cell_size = cell_size if type(cell_size) is int and cell_size > 0 else 1
+        known = microbatches if complete else self._microbatches
+        return Deal(known, bool(detail.get("padded")), complete, cell_size)
 
     def _take(self, claim: _Claim, event: dict[str, Any]) -> None:
         kind, detail = event["kind"], event.get("detail")

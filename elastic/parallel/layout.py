@@ -1,12 +1,16 @@
 """Which workers of a world hold which part of the model: (nodes of the members, strategy) -> mesh and spares. Pure.
 
-    ddp    a whole model on every worker                    W x 1
-    fsdp   one model over all workers                       1 x W
-    hsdp   one model over the workers of a node, one copy   R x S
+A cell is the smallest set of workers that together run a microbatch: one worker, or with tensor parallelism T workers
+of one node. Cells are laid out by the strategy:
+
+    ddp    a whole model in every cell                      C x 1
+    fsdp   one model over all cells                         1 x C
+    hsdp   one model over the cells of a node, one copy     R x S
            for each group of S, so that a lost node leaves
            whole copies
 
-A mesh has `replicas` rows of `shards` workers. Workers that do not fill a row stay outside as hot spares.
+A mesh has `replicas` rows of `shards` cells of `tensor` workers. Workers that do not fill a cell, or cells that do not
+fill a row, stay outside as hot spares.
 """
 
 from __future__ import annotations
@@ -16,8 +20,8 @@ from dataclasses import dataclass
 
 from elastic.placement import Cut, Part
 
-REPLICATE, SHARD = "replicate", "shard"
-ROWS: Cut = ((SHARD, 0),)  # how every parameter is sharded
+REPLICATE, SHARD, TENSOR = "replicate", "shard", "tensor"
+ROWS: Cut = ((SHARD, 0),)  # how every parameter is sharded that is whole in each worker of a cell
 
 
 @dataclass(frozen=True)
@@ -25,27 +29,45 @@ class Layout:
     """The mesh of a world.
 
     Args:
-        ranks: the world's ranks in the mesh, row after row; `ranks[replica * shards + shard]`.
+        ranks: the world's ranks in the mesh, cell after cell and row after row:
+            `ranks[(replica * shards + shard) * tensor + index]`.
         spares: ranks outside of the mesh, ascending.
+        tensor: workers of a cell.
     """
 
     replicas: int
     shards: int
     ranks: tuple[int, ...]
     spares: tuple[int, ...] = ()
+    tensor: int = 1
+
+    @property
+    def cells(self) -> int:
+        """The number of cells in the mesh."""
+        return self.replicas * self.shards
 
     @property
     def size(self) -> int:
         """The number of workers in the mesh."""
-        return self.replicas * self.shards
+        return self.cells * self.tensor
 
     def place_of(self, rank: int) -> int | None:
-        """A rank's place in the mesh, counted row after row; None for a spare."""
+        """A rank's place in the mesh, counted cell after cell; None for a spare."""
         return self.ranks.index(rank) if rank in self.ranks else None
+
+    def cell_of(self, place: int) -> int:
+        """The cell of a place, counted row after row."""
+        return place // self.tensor
+
+    def row_of(self, place: int) -> range:
+        """The cells of a place's row, which hold one copy of the model together."""
+        first = self.cell_of(place) // self.shards * self.shards
+        return range(first, first + self.shards)
 
     def part(self, place: int) -> Part:
         """The part of the state that a place holds."""
-        return Part.of([(SHARD, place % self.shards, self.shards)])
+        shard = (SHARD, self.cell_of(place) % self.shards, self.shards)
+        return Part.of([shard, (TENSOR, place % self.tensor, self.tensor)])
 
     @property
     def copies(self) -> dict[Part, list[int]]:
@@ -60,30 +82,51 @@ class Layout:
         return self.copies[self.part(place)][0] == place
 
 
-def lay_out(nodes: Sequence[str], strategy: str, per_node: int | None) -> Layout:
-    """The mesh of a world whose rank r is on `nodes[r]`.
+def lay_out(nodes: Sequence[str], strategy: str, per_node: int | None, tensor: int = 1) -> Layout:
+    """The mesh of a world whose rank r is on `nodes[r]`. There is at least one cell.
 
     hsdp takes groups of `per_node` workers from every node. With two copies or more it is worth having spares, since a
-    lost node then costs nothing. With at most one full group there would be a single copy: then all workers share it,
+    lost node then costs nothing. With at most one full group there would be a single copy: then all cells share it,
     so that none is idle and each holds less.
 
     Args:
         strategy: ddp, fsdp or hsdp.
         per_node: the workers that hold one copy together in hsdp.
+        tensor: workers of a cell.
     """
-    everyone = tuple(range(len(nodes)))
+    cells = fill_cells(nodes, tensor)
+    assert cells, "no world is formed without a cell"
     if strategy == "ddp":
-        return Layout(len(nodes), 1, everyone)
+        return _meshed(nodes, [(cell,) for cell in cells])
     if strategy == "hsdp":
         assert per_node is not None, "refused with the options"
-        rows: list[tuple[int, ...]] = []
+        together = per_node // tensor
+        rows: list[tuple[tuple[int, ...], ...]] = []
         for node in sorted(set(nodes), key=nodes.index):
-            here = [rank for rank in everyone if nodes[rank] == node]
-            rows += [tuple(here[i : i + per_node]) for i in range(0, len(here) - per_node + 1, per_node)]
+            here = [cell for cell in cells if nodes[cell[0]] == node]
+            rows += [tuple(here[i : i + together]) for i in range(0, len(here) - together + 1, together)]
         if len(rows) > 1:
-            ranks = tuple(rank for row in rows for rank in row)
-            return Layout(len(rows), per_node, ranks, tuple(rank for rank in everyone if rank not in ranks))
-    return Layout(1, len(nodes), everyone)
+            return _meshed(nodes, rows)
+    return _meshed(nodes, [tuple(cells)])
+
+
+def fill_cells(nodes: Sequence[str], tensor: int) -> list[tuple[int, ...]]:
+    """The ranks of each cell: `tensor` neighbours on one node, since they talk to each other in every layer."""
+    if tensor == 1:
+        return [(rank,) for rank in range(len(nodes))]
+    found = []
+    for node in sorted(set(nodes), key=nodes.index):
+        here = [rank for rank, other in enumerate(nodes) if other == node]
+        found += [tuple(here[i : i + tensor]) for i in range(0, len(here) - tensor + 1, tensor)]
+    return found
+
+
+def _meshed(nodes: Sequence[str], rows: Sequence[tuple[tuple[int, ...], ...]]) -> Layout:
+    """The mesh with these rows of cells; all other ranks are spares."""
+    ranks = tuple(rank for row in rows for cell in row for rank in cell)
+    inside = frozenset(ranks)
+    spares = tuple(rank for rank in range(len(nodes)) if rank not in inside)
+    return Layout(len(rows), len(rows[0]), ranks, spares, len(rows[0][0]))
 
 
 def lockstep(run: range, shard: int, shards: int) -> range:

@@ -1,4 +1,5 @@
-"""The process groups of a layout: of a row (one copy of the model), of a column (the same shard), of all."""
+"""The process groups of a layout: of a row (one copy of the model), of a column (the same part of it), of a cell, of
+all."""
 
 from __future__ import annotations
 
@@ -9,10 +10,11 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
+from elastic.compat.torch_groups import forget_meshes
 from elastic.parallel.canonical import Link
-from elastic.parallel.layout import REPLICATE, SHARD, Layout
+from elastic.parallel.layout import REPLICATE, SHARD, TENSOR, Layout
 from elastic.parallel.levels import levels
-from elastic.placement import Part
+from elastic.placement import Cut, Part
 
 
 @dataclass(frozen=True)
@@ -22,6 +24,7 @@ class Mesh:
     Args:
         place: this worker's place in the layout; None for a spare, which has no groups.
         everyone: the group of all members of the mesh; None is the default group.
+        one_of_each_cell: the group of the workers that have this worker's place in their cells; None as above.
         links: how workers with whole models exchange gradients.
     """
 
@@ -29,24 +32,59 @@ class Mesh:
     place: int | None
     devices: DeviceMesh | None = None
     everyone: dist.ProcessGroup | None = None
+    one_of_each_cell: dist.ProcessGroup | None = None
     links: tuple[Link, ...] = ()
+
+    def _named(self, *axes: str) -> DeviceMesh:
+        """The mesh along some axes: of the workers that have this one's place along the others."""
+        assert self.devices is not None
+        names = {axis_of(name): name for name in self.devices.mesh_dim_names or ()}
+        return self.devices[tuple(names[axis] for axis in axes)] if self.devices.ndim > len(axes) else self.devices
+
+    @property
+    def _place(self) -> int:
+        assert self.place is not None, "a spare has no place"
+        return self.place
+
+    @property
+    def cell(self) -> int:
+        """The cell of this worker, counted row after row."""
+        return self.layout.cell_of(self._place)
 
     @property
     def replica(self) -> int:
-        assert self.place is not None, "a spare has no place"
-        return self.place // self.layout.shards
+        return self.cell // self.layout.shards
 
     @property
     def part(self) -> Part:
         """The part of the state that this worker holds."""
-        assert self.place is not None, "a spare has no place"
-        return self.layout.part(self.place)
+        return self.layout.part(self._place)
+
+    @property
+    def parts_of_row(self) -> list[Part]:
+        """The parts of the workers of its row that have its place in their cells, itself included, by shard."""
+        tensor = self.layout.tensor
+        return [self.layout.part(cell * tensor + self._place % tensor) for cell in self.layout.row_of(self._place)]
+
+    def copy_of(self, cut: Cut) -> tuple[int, int]:
+        """(index, count) of this worker among those that hold the same box of tensors with this cut over shards.
+
+        A tensor that is cut over shards, but not over a cell, is held by each worker of the cell.
+        """
+        replicas, tensor = self.layout.replicas, self.layout.tensor
+        if TENSOR in dict(cut):
+            return self.replica, replicas
+        return self.replica * tensor + self._place % tensor, replicas * tensor
 
     @property
     def rows(self) -> DeviceMesh:
-        """The one-dimensional mesh of this worker's row."""
-        assert self.devices is not None
-        return self.devices[SHARD] if self.devices.ndim > 1 else self.devices
+        """The one-dimensional mesh of this worker's row: workers with its place in their cells."""
+        return self._named(SHARD)
+
+    @property
+    def copies(self) -> DeviceMesh:
+        """The mesh over which FSDP2 itself shards, and sums over copies of the model if there are several."""
+        return self._named(REPLICATE, SHARD) if self.layout.replicas > 1 else self.rows
 
     @property
     def row_group(self) -> dist.ProcessGroup:
@@ -54,9 +92,18 @@ class Mesh:
 
     @property
     def column_group(self) -> dist.ProcessGroup | None:
-        """The group of all workers with this worker's shard; None if there is one copy only."""
-        assert self.devices is not None
-        return self.devices.get_group(REPLICATE) if self.devices.ndim > 1 else None
+        """The group of all workers with this worker's part; None if there is one copy only."""
+        return self._named(REPLICATE).get_group() if self.layout.replicas > 1 else None
+
+    @property
+    def cells(self) -> DeviceMesh:
+        """The one-dimensional mesh of this worker's cell, where a cell has several workers."""
+        return self._named(TENSOR)
+
+
+def axis_of(name: str) -> str:
+    """The axis that a dimension of a world's mesh is named after."""
+    return name.partition("@")[0]
 
 
 def make_whole(layout: Layout, rank: int, nodes: Sequence[str]) -> Mesh:
@@ -70,14 +117,24 @@ def make_whole(layout: Layout, rank: int, nodes: Sequence[str]) -> Mesh:
     return Mesh(layout, rank, links=tuple(map(Link, steps, groups)))
 
 
-def make_mesh(layout: Layout, rank: int, device: torch.device) -> Mesh:
-    """Connect the groups of a layout. Every rank of the world calls this, also spares."""
+def make_mesh(layout: Layout, rank: int, device: torch.device, world: str) -> Mesh:
+    """Connect the groups of a layout. Every rank of the world calls this, also spares.
+
+    Args:
+        world: a name that no other world of this process has. It is part of the names of the mesh's dimensions: torch
+            caches what it finds out about DTensors by their meshes, and takes a mesh of equal ranks and names for the
+            same, although in another world this process has another place in it, and the groups are others.
+    """
+    forget_meshes()
     place = layout.place_of(rank)
-    ranks = torch.tensor(layout.ranks, dtype=torch.int64)
-    if layout.replicas > 1:
-        shape = ranks.view(layout.replicas, layout.shards)
-        devices = DeviceMesh(device.type, shape, mesh_dim_names=(REPLICATE, SHARD))
-    else:
-        devices = DeviceMesh(device.type, ranks, mesh_dim_names=(SHARD,))
+    sizes = {REPLICATE: layout.replicas, SHARD: layout.shards, TENSOR: layout.tensor}
+    axes = {f"{name}@{world}": size for name, size in sizes.items() if size > 1 or name == SHARD}
+    ranks = torch.tensor(layout.ranks, dtype=torch.int64).view(*axes.values())
+    devices = DeviceMesh(device.type, ranks, mesh_dim_names=tuple(axes))
     everyone = dist.new_group(list(layout.ranks)) if layout.spares else None
-    return Mesh(layout, place) if place is None else Mesh(layout, place, devices, everyone)
+    alike = [everyone]
+    if layout.tensor > 1:
+        alike = [dist.new_group(list(layout.ranks[index :: layout.tensor])) for index in range(layout.tensor)]
+    if place is None:
+        return Mesh(layout, place)
+    return Mesh(layout, place, devices, everyone, alike[place % layout.tensor])

@@ -1,7 +1,8 @@
-"""Data parallelism with a model that is sharded over the workers of a row: how a step's passes are run and reduced.
+"""Data parallelism with a model that is sharded over the cells of a row: how a step's passes are run and reduced.
 
-The counterparts of `FastReplica` and `BitwiseReplica`. All workers of a row run the same number of passes, since each
-pass gathers parameters from all of them; passes beyond a worker's own microbatches are padding and do not count.
+The counterparts of `FastReplica` and `BitwiseReplica`. All cells of a row run the same number of passes, since each
+pass gathers parameters from all of them; passes beyond a cell's own microbatches are padding and do not count. The
+workers of a cell run the same passes.
 
 `FastSharded` uses FSDP2's own reduce-scatter. `BitwiseSharded` replaces it by one that passes on the leaves of a round
 instead of summing them, and sums them in the canonical tree.
@@ -15,6 +16,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
@@ -23,7 +25,7 @@ from elastic.compat.torch_groups import all_gather_flat
 from elastic.parallel.block_order import BlockOrder
 from elastic.parallel.buffers import StepBuffers
 from elastic.parallel.canonical import CanonicalSum, Link, row_sums, sums_per_row
-from elastic.parallel.layout import ROWS
+from elastic.parallel.layout import TENSOR
 from elastic.parallel.levels import one_level
 from elastic.parallel.mesh import Mesh
 from elastic.parallel.moves import average_moves, fingerprint, reduce_moves
@@ -31,7 +33,7 @@ from elastic.parallel.records import Metrics, Records, StepRecord
 from elastic.parallel.reduce_scatter import Leaves, Look
 from elastic.parallel.replicated import LossFunction, Pass
 from elastic.parallel.used import Used
-from elastic.parallel.wrapping import fsdp_modules, let_go, local
+from elastic.parallel.wrapping import cut_of, fsdp_modules, let_go, local
 
 
 class _Sharded:
@@ -39,7 +41,7 @@ class _Sharded:
 
     Args:
         model: as `place_sharded` left it.
-        runs: the microbatches of each place of the mesh.
+        runs: the microbatches of each cell of the mesh.
         check: raises if a collective brought no result.
     """
 
@@ -56,10 +58,13 @@ class _Sharded:
         check: Callable[[], None],
     ):
         self.model, self._loss, self._runs, self._mesh, self._device = model, loss, runs, mesh, device
-        assert mesh.place is not None, "a spare runs no steps"
-        self._place = mesh.place
+        self._cell = mesh.cell
         self._root: FSDPModule = fsdp_modules(model)[0]
-        self._parameters = [p for p in model.parameters() if p.requires_grad]
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self._parameters = list(trained.values())
+        #: Of each parameter, whether each worker of a cell has a part of its own, or all have the same.
+        self._cuts = [cut_of(name, p) for name, p in trained.items()]
+        self._in_parts = [TENSOR in dict(cut) for cut in self._cuts]
         self._buffers, self._check = StepBuffers(model, exact=self._exact), check
         self._used = Used(model)
         self._block_order, self._steps, self._metrics = BlockOrder(model, mesh, device, check), 0, Metrics()
@@ -73,7 +78,7 @@ class _Sharded:
         self._block_order.take_hash()
         self._buffers.begin()
         bits = 64 * self._buffers.words + len(self._parameters)
-        return Records(self._runs, self._place, self._device, (bits + 63) // 64, self._metrics, self._check)
+        return Records(self._runs, self._cell, self._device, (bits + 63) // 64, self._metrics, self._check)
 
     def _forward(self, batch: Any) -> tuple[torch.Tensor, Any, Any]:
         before = self._block_order.count
@@ -97,7 +102,7 @@ class _Sharded:
         records.mark(sum(1 << (first + i) for i in self._used.seen))
         records.attach(self._block_order.take_hash(), *attached)
         began = time.perf_counter()
-        record = records.gather(self._mesh.everyone).result()
+        record = records.gather(self._mesh.one_of_each_cell).result()
         self.wait_s = time.perf_counter() - began
         self._block_order.check([first for first, *_ in record.attached])
         self._steps += 1
@@ -114,6 +119,11 @@ class _Sharded:
     def gradients(self) -> list[torch.Tensor]:
         """This worker's shards of the gradients, except those of parameters that no pass of the step used."""
         return [local(p.grad) for p in self._parameters if p.grad is not None]
+
+    def _counted(self) -> list[bool]:
+        """For each gradient, whether this worker counts it: what each worker of a cell has whole, the first counts."""
+        first = self._mesh.layout.tensor == 1 or self._mesh.cells.get_local_rank() == 0
+        return [first or own for own, p in zip(self._in_parts, self._parameters, strict=True) if p.grad is not None]
 
     @property
     def unsaved(self) -> set[str]:
@@ -174,15 +184,21 @@ class FastSharded(_Sharded):
         self._squares = [square for _, square, _ in record.attached]
         if touched:
             fingerprints = [last for *_, last in record.attached]
-            average_moves(buffers, touched, after, counts, sum(map(len, self._runs)), fingerprints, self._mesh.everyone)
+            average_moves(
+                buffers, touched, after, counts, sum(map(len, self._runs)), fingerprints, self._mesh.one_of_each_cell
+            )
         return record, record.weight * self.scale
 
     def _square(self) -> torch.Tensor:
-        """The sum of squares of this worker's shards of the gradients."""
-        here = [g for g in self.gradients() if g.numel()]
-        if not here:
-            return torch.zeros((), device=self._device)
-        return torch.stack(norm_of_each(here)).float().square().sum().to(self._device)
+        """The sum of squares of the gradients that this worker's cell has: of its shard of a copy of the model."""
+        kept = self._counted()
+        here = [g for g, mine in zip(self.gradients(), kept, strict=True) if mine and g.numel()]
+        found = torch.zeros((), device=self._device)
+        if here:
+            found = torch.stack(norm_of_each(here)).float().square().sum().to(self._device)
+        if self._mesh.layout.tensor > 1:
+            dist.all_reduce(found, group=self._mesh.cells.get_group())
+        return found
 
     def norm(self, gradients: list[torch.Tensor]) -> torch.Tensor:
         """The global L2 norm of the gradients: of the first copy, so that it is equal on all workers."""
@@ -209,10 +225,11 @@ class BitwiseSharded(_Sharded):
         """`rows`: the microbatches of each row of the mesh; `runs`: their deal in rounds, as by `lockstep`."""
         super().__init__(model, loss, runs=runs, mesh=mesh, device=device, check=check)
         self._rows, self._bucket_bytes = rows, bucket_mb << 20
-        #: For each parameter, the number of row sums on each part of the mesh.
+        #: For each parameter, the number of row sums on each shard of it, or of this worker's part in its cell.
+        row = mesh.parts_of_row
         self._row_sums = [
-            [part.box(p.shape, ROWS).sizes[0] * sums_per_row(p.shape, p.dtype) for part in mesh.part.siblings]
-            for p in self._parameters
+            [part.box(p.shape, cut).sizes[0] * sums_per_row(local(p).shape, p.dtype) for part in row]
+            for p, cut in zip(self._parameters, self._cuts)
         ]
         self._leaves = []
         for module in fsdp_modules(model):
@@ -254,16 +271,17 @@ class BitwiseSharded(_Sharded):
             leaves.put(total, count)
         record, touched = self._gather(records, fingerprint(buffers, after))
         if touched:
-            everyone = [Link(one_level(len(self._runs), self._place), mesh.everyone)]
-            moves = CanonicalSum(everyone, self._runs, self._bucket_bytes)
+            cells = [Link(one_level(len(self._runs), self._cell), mesh.one_of_each_cell)]
+            moves = CanonicalSum(cells, self._runs, self._bucket_bytes)
             fingerprints = [last for *_, last in record.attached]
             reduce_moves(
-                buffers, touched, after, indices, moves, sum(map(len, self._runs)), fingerprints, mesh.everyone
+                buffers, touched, after, indices, moves, sum(map(len, self._runs)), fingerprints, mesh.one_of_each_cell
             )
         return record, record.weight * self.scale
 
     def norm(self, gradients: list[torch.Tensor]) -> torch.Tensor:
-        """The global L2 norm of the gradients, with the bits of `canonical_norm` of the whole gradients."""
+        """The global L2 norm of the gradients, with the bits of `canonical_norm` of the whole gradients; where a cell
+        has several workers, with bits that are the same at every number of cells."""
         shards = self._mesh.layout.shards
         held = [counts for p, counts in zip(self._parameters, self._row_sums) if p.grad is not None]
         lengths = [[counts[s] for counts in held] for s in range(shards)]
@@ -277,4 +295,10 @@ class BitwiseSharded(_Sharded):
         else:
             gathered = padded
         by_shard = [row[: sum(ls)].split(ls) for row, ls in zip(gathered.view(shards, longest), lengths)]
-        return torch.cat([by_shard[s][i] for i in range(len(held)) for s in range(shards)]).sum().sqrt()
+        counted = [i for i, own in enumerate(self._counted()) if own]
+        total = torch.cat([mine.new_empty(0), *(by_shard[s][i] for i in counted for s in range(shards))]).sum()
+        if self._mesh.layout.tensor > 1:
+            of_cell = total.new_empty(self._mesh.layout.tensor)
+            all_gather_flat(of_cell, total.reshape(1), group=self._mesh.cells.get_group())
+            total = of_cell.sum()
+        return total.sqrt()

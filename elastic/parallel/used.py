@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 
 from elastic.compat.torch import own_parameters
+from elastic.parallel.wrapping import is_gathered
 
 
 class Used:
@@ -50,7 +50,7 @@ class Used:
             found = {id(p): (p, i) for m, name, i in entries for p in (own_parameters(m)[name],)}
             for parameter, index in found.values():
                 assert parameter is not None
-                assert not isinstance(parameter, DTensor), "gathered before the forward pass"
+                assert is_gathered(parameter), "gathered before the forward pass"
                 parameter.register_post_accumulate_grad_hook(lambda _, index=index: self._saw(index))
             handle.remove()
 

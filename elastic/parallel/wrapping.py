@@ -8,6 +8,7 @@ from types import MappingProxyType
 from typing import Any, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
@@ -17,12 +18,13 @@ from torch.distributed.fsdp import (
     fully_shard,
     register_fsdp_forward_method,
 )
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from elastic.compat.torch import (
     base_of,
     copies_cut_module,
     gradient_hooks,
+    is_cut_after_another,
     mixes_cut_and_whole,
     own_buffers,
     tree_map_only,
@@ -30,8 +32,9 @@ from elastic.compat.torch import (
 from elastic.compat.torch_groups import all_gather_flat, leaves_unused_gradients
 from elastic.errors import ConfigError
 from elastic.parallel.deferred import DeferredModel, become
-from elastic.parallel.layout import ROWS
-from elastic.parallel.mesh import Mesh
+from elastic.parallel.layout import REPLICATE, ROWS, SHARD, TENSOR
+from elastic.parallel.mesh import Mesh, axis_of
+from elastic.parallel.tensor import Plan, cut_over_cells
 from elastic.placement import Box, Cut, narrowed
 
 T = TypeVar("T")
@@ -143,20 +146,36 @@ def check_shardable(model: nn.Module) -> None:
 
 
 def cut_of(name: str, tensor: torch.Tensor) -> Cut:
-    """How a tensor of the state is sharded over the workers of a row; empty if each worker has it whole.
+    """How a tensor of the state is cut over the workers of a copy of the model: over those of a cell first, then the
+    parts over cells; empty if each worker has it whole.
 
     Raises:
         ConfigError: its layout cannot be saved, such as one term of a sum on each worker.
     """
     if not isinstance(tensor, DTensor) or all(p.is_replicate() for p in tensor.placements):
         return ()
-    *copies, rows = tensor.placements
-    if not rows.is_shard(0) or not all(p.is_replicate() for p in copies):
+    lies: dict[str, Placement] = dict(zip(_axes(tensor), tensor.placements, strict=True))
+    within, rows = lies.pop(TENSOR, Replicate()), lies.pop(SHARD, Replicate())
+    cut: Cut = ((TENSOR, within.dim),) if isinstance(within, Shard) else ()
+    as_rows = is_cut_after_another(rows, 0) if cut == ((TENSOR, 0),) else rows.is_shard(0)
+    others = [*lies.values(), *([] if cut else [within]), *([] if as_rows else [rows])]
+    if not all(p.is_replicate() for p in others):
         raise ConfigError(
             f"{name} lies over the workers as {tensor.placements}, but state is kept whole or cut along its first "
             "dimension; use an optimizer that works element by element, or --parallel.strategy ddp"
         )
-    return ROWS
+    return (*cut, *ROWS) if as_rows else cut
+
+
+def is_gathered(parameter: torch.Tensor) -> bool:
+    """Whether a parameter is whole here, or all of what a worker of a cell has of it: FSDP2 has gathered it."""
+    return not isinstance(parameter, DTensor) or SHARD not in _axes(parameter)
+
+
+def _axes(tensor: DTensor) -> tuple[str, ...]:
+    """The axes over which a tensor lies, in the order of its placements."""
+    names = tensor.device_mesh.mesh_dim_names or (REPLICATE, SHARD)[-len(tensor.placements) :]
+    return tuple(map(axis_of, names))
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
@@ -165,16 +184,19 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def whole(tensor: torch.Tensor, mesh: Mesh) -> torch.Tensor:
-    """The whole of a tensor. If it is sharded, all workers of the row call this at the same time."""
+    """The whole of a tensor. If it is cut, all workers of the copy call this at the same time."""
     cut, mine = cut_of("a tensor of the state", tensor), local(tensor).detach()
     boxes = [part.box(tensor.shape, cut) for part in mesh.part.siblings]
     if not cut or len(boxes) == 1:
         return mine
-    padded = mine.new_zeros(max(box.volume for box in boxes), device=mesh.rows.device_type)  # it may be offloaded
-    padded[: mine.numel()] = mine.reshape(-1)
-    gathered = padded.new_empty(len(boxes) * len(padded))
-    all_gather_flat(gathered, padded, group=mesh.row_group)
-    found = mine.new_empty(tensor.shape, device=padded.device)
+    gathered = mine.new_zeros(max(box.volume for box in boxes), device=mesh.rows.device_type)  # it may be offloaded
+    gathered[: mine.numel()] = mine.reshape(-1)
+    groups = [mesh.cells.get_group()] if mesh.layout.tensor > 1 else []
+    for group in [*groups, mesh.row_group]:  # the last axis of a part first
+        everyone = gathered.new_empty(dist.get_world_size(group) * len(gathered))
+        all_gather_flat(everyone, gathered, group=group)
+        gathered = everyone
+    found = mine.new_empty(tensor.shape, device=gathered.device)
     for box, rows in zip(boxes, gathered.view(len(boxes), -1)):
         narrowed(found, box, Box.whole(tuple(tensor.shape))).copy_(rows[: box.volume].view(box.sizes))
     return found
@@ -205,6 +227,7 @@ def place_sharded(
     *,
     fill: bool,
     sourced: Mapping[str, Callable[[torch.Tensor], None]] = MappingProxyType({}),
+    plan: Plan = MappingProxyType({}),
 ) -> nn.Module:
     """Shard a model over the mesh.
 
@@ -212,6 +235,7 @@ def place_sharded(
         blocks: modules that are gathered one by one.
         fill: give parameters their initial values; otherwise a saved state will be loaded. Buffers always get theirs.
         sourced: parameters that no saved state has, by name: they always get theirs, and this is called with the value.
+        plan: what of the model is cut over the workers of a cell, if it has several.
     """
     model = built.model
     ties, marks = _ties(model), {name: dict(vars(p)) for name, p in model.named_parameters()}
@@ -220,7 +244,11 @@ def place_sharded(
         reduce_dtype=how.reduce_dtype or (torch.float32 if how.param_dtype is not None else None),
     )
     offload = CPUOffloadPolicy() if how.offload else OffloadPolicy()
-    devices = mesh.devices if how.native else mesh.rows
+    devices = mesh.copies if how.native else mesh.rows
+    if mesh.layout.tensor > 1:
+        cut_over_cells(model, plan, mesh.cells, ties)
+        for module in [*blocks, model]:
+            module.register_forward_hook(lambda module, args, output: tree_map_only(torch.Tensor, _no_view, output))
     for module in [*blocks, model]:
         root = module is model
         reshard = None if root and how.reshard_after_forward else how.reshard_after_forward
@@ -246,7 +274,7 @@ def place_sharded(
         for name, parameter in model.named_parameters():
             vars(parameter).update(marks[name])  # attributes by which the job may group parameters for its optimizer
             if fill or name in sourced:
-                box, value = mesh.part.box(parameter.shape, ROWS), built.value(name)
+                box, value = mesh.part.box(parameter.shape, cut_of(name, parameter)), built.value(name)
                 local(parameter).copy_(narrowed(value, box, Box.whole(tuple(parameter.shape))))
                 if name in sourced:
                     sourced[name](value)
@@ -314,6 +342,10 @@ def _returned(tensor: torch.Tensor) -> torch.Tensor:
     """Return no view: FSDP2 puts a hook on the result, which an in-place operation on a view would drop."""
     if isinstance(tensor, DTensor):  # a number and a sharded tensor give one, which is not the sum of anything
         raise ConfigError(_MIXED)
+    return _no_view(tensor)
+
+
+def _no_view(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.clone() if base_of(tensor) is not None and tensor.requires_grad else tensor
 
 

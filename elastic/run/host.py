@@ -123,10 +123,11 @@ def host_settings(config: TrainConfig, token: str, host: str) -> HostSettings:
         return parse_amount(f"--recovery.{name}", text, clock=True).seconds
 
     limits = Limits(
-        min_workers=scaling.min_workers,
+        min_workers=config.least_workers,
         max_workers=scaling.max_workers,
         spares=scaling.spares,
         microbatches=config.batch.microbatches,
+        cell_size=config.parallel.tensor,
         lease_s=seconds("lease", recovery.lease),
         max_wait_s=None if recovery.max_wait is None else seconds("max-wait", recovery.max_wait),
         max_failures=config.run.max_failures,
@@ -145,6 +146,7 @@ def start_detail(run: PreparedRun) -> dict[str, Any]:
         "changed_code": run.changed_code or None,
         "microbatches": run.plan.microbatches,
         "padded": run.config.parallel.sharded,
+        **({"cell_size": run.config.parallel.tensor} if run.config.parallel.tensor > 1 else {}),
         **({"prices": prices} if prices else {}),
     }
 

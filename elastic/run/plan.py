@@ -73,8 +73,8 @@ def resolve(
         )
     microbatches = batch.microbatches or stored_microbatches
     if microbatches is None:
-        microbatches = choose_microbatches(batch.global_size, scaling.max_workers)
-    check_microbatches(microbatches, scaling.max_workers)
+        microbatches = choose_microbatches(batch.global_size, scaling.max_workers, config.parallel.tensor)
+    check_microbatches(microbatches, scaling.max_workers, config.parallel.tensor)
 
     def steps(name: str, text: str | None) -> int | None:
         if text is None:

@@ -273,17 +273,24 @@ def report(run: PreparedRun) -> str:
     values = {**cfg.result_options(run.config, job_options(run.job)), **_operational(run.config)}
     lines = [f"run {run.name} in {redact(run.folder.storage.url)}", *run.notes, ""]
     lines += [f"  {typed(name, value)}" for name, value in sorted(values.items()) if value is not None and value != []]
-    plan, most = run.plan, run.config.scaling.max_workers
+    plan, most, cell_size = run.plan, run.config.scaling.max_workers, run.config.parallel.tensor
     lines += [
         "",
         f"{'a stream' if plan.dataset_size >= ENDLESS else f'{plan.dataset_size} samples'}, {plan.total_steps} steps",
-        batch_line(plan.global_size, plan.microbatches, most),
+        first_line(run),
     ]
     lines += ["", "workers  rounds  efficiency"]
-    lines += [f"{w:>7}  {rounds:>6}  {share:>9.0%}" for w, rounds, share in batch_table(plan.microbatches, most)]
+    table = batch_table(plan.microbatches, most, cell_size)
+    lines += [f"{w:>7}  {rounds:>6}  {share:>9.0%}" for w, rounds, share in table]
     lines += forecast.lines(run)
     lines += settings_lines(run.config.scaling.accelerator)
     return "\n".join(lines)
+
+
+def first_line(run: PreparedRun) -> str:
+    """How a global batch is divided over the most workers, as consoles show it first."""
+    plan, scaling, cell_size = run.plan, run.config.scaling, run.config.parallel.tensor
+    return batch_line(plan.global_size, plan.microbatches, scaling.max_workers, cell_size, scaling.spares)
 
 
 def typed(name: str, value: Any) -> str:

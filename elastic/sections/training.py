@@ -173,6 +173,12 @@ class ParallelOptions:
     strategy: Literal["ddp", "fsdp", "hsdp"] = option(
         "ddp", "ddp: a whole model in each worker; fsdp: one over all; hsdp: one over each node", common=True
     )
+    tensor: int = option(
+        1,
+        "workers of one node that share each microbatch, as the job's tensor_plan() says: a cell; strategy lays out "
+        "cells",
+        result=True,
+    )
     blocks: tuple[str, ...] = option(
         (), "classes of the modules to shard, checkpoint and compile one by one (default: the job's, else found)"
     )
@@ -186,6 +192,7 @@ class ParallelOptions:
 
     def __post_init__(self) -> None:
         one_of("--parallel.strategy", self.strategy, ("ddp", "fsdp", "hsdp"))
+        whole("--parallel.tensor", self.tensor, 1, 1024)
         whole("--parallel.prefetch", self.prefetch, 0)
         whole("--parallel.bucket-mb", self.bucket_mb, 1, 1 << 20)
         for name in self.blocks:
@@ -204,8 +211,8 @@ class ParallelOptions:
 
     @property
     def sharded(self) -> bool:
-        """Whether a model is sharded over several workers."""
-        return self.strategy != "ddp"
+        """Whether a model is cut over several workers: over those of a cell, or over cells."""
+        return self.strategy != "ddp" or self.tensor > 1
 
 
 @dataclass(frozen=True)

@@ -16,11 +16,12 @@ from typing import Any
 
 import torch
 import xxhash
-from torch.distributed.tensor import DTensor
 
 from elastic.errors import CopiesDiffer, UpdatesDiffer
+from elastic.parallel.layout import ROWS, TENSOR
 from elastic.parallel.replicated import dense
-from elastic.parallel.wrapping import local
+from elastic.parallel.wrapping import cut_of, local
+from elastic.placement import Cut, Part
 from elastic.worker.flags import NEUTRAL
 from elastic.worker.group import Group
 from elastic.worker.state import TrainState
@@ -28,6 +29,7 @@ from elastic.worker.state import TrainState
 _MULTIPLIER = -7046029254386353131  # odd, of 64 bits: 2**64 over the golden ratio
 _ROW = 1024
 _PLAIN = (int, float, bool, str, type(None))
+_ALL = Part()
 Entry = tuple[str, str, str]  # what is compared, which part of it ("" if all workers hold it), and its digest
 
 
@@ -68,20 +70,20 @@ def update_entries(
     numbers: Mapping[str, float],
     optimizer: torch.optim.Optimizer,
     names: Mapping[int, str] | None = None,
-    part: str = "",
+    part: Part = _ALL,
 ) -> list[Entry]:
     """The update in detail, so that workers can find what differs.
 
     Args:
         names: of the parameters, by their id; without names there are no entries for gradients, which are gone.
-        part: the part of sharded tensors that this worker holds.
+        part: what this worker holds of the state.
     """
     found: list[Entry] = []
     for index, group in enumerate(optimizer.param_groups):
         for p in group["params"] if names is not None else ():
             value = tensor_digest(dense(local(p.grad))) if p.grad is not None else "none"
-            name, which = (names or {}).get(id(p), "a parameter"), part if isinstance(p, DTensor) else ""
-            found.append((f"the gradient of {name}", which, value))
+            name = (names or {}).get(id(p), "a parameter")
+            found.append((f"the gradient of {name}", _which(part, cut_of(name, p)), value))
         found += [(f"{key} of parameter group {index}", "", repr(value)) for key, value in _options(group)]
     return found + [(name, "", value.hex()) for name, value in numbers.items()]
 
@@ -121,11 +123,30 @@ def check_state(state: TrainState, group: Group, worker_id: str, step: int, *, e
         CopiesDiffer: they differ. None is saved, since nobody knows which one is right.
     """
     entries = state_entries(state, exact=exact)
-    rows = group.gather_rows_in_mesh([_digest(entries), _digest([e for e in entries if not e[1]])])
-    copies = [{rows[place][0] for place in places} for places in group.layout.copies.values()]
-    if any(len(copy) > 1 for copy in copies) or len({row[1] for row in rows}) > 1:
+    labels = _labels(state.part)
+    digests = group.gather_rows_in_mesh([_digest([e for e in entries if e[1] == label]) for label in labels])
+    held: dict[tuple[int, str], set[int]] = {}
+    for place, row in enumerate(digests):
+        for kind, (label, digest) in enumerate(zip(_labels(group.layout.part(place)), row, strict=True)):
+            held.setdefault((kind, label), set()).add(digest)
+    if any(len(found) > 1 for found in held.values()):
         what = f"the state of step {step}"
         raise CopiesDiffer(_difference(what, group, worker_id, entries, "nothing of this state was saved"))
+
+
+#: How tensors may be cut: a worker's copies of a tensor are on all that have the same part along these axes.
+_CUTS: tuple[Cut, ...] = ((), ROWS, ((TENSOR, 0),), ((TENSOR, 0), *ROWS))
+
+
+def _which(part: Part, cut: Cut) -> str:
+    """Which part of a tensor with this cut a worker holds, as a text; empty if it is all of it."""
+    along = part.along(cut)
+    return str(along) if along.axes else ""
+
+
+def _labels(part: Part) -> list[str]:
+    """Which parts of tensors a worker holds, each once, and as many for each worker of a mesh."""
+    return list(dict.fromkeys(_which(part, cut) for cut in _CUTS))
 
 
 def _digest(entries: list[Entry]) -> int:
@@ -135,10 +156,9 @@ def _digest(entries: list[Entry]) -> int:
 
 def state_entries(state: TrainState, *, exact: bool = True) -> list[Entry]:
     """The state in detail."""
-    part = str(state.part)
     tensors, values = state.collect()
     found = [
-        (name, part if isinstance(tensor, DTensor) else "", tensor_digest(local(tensor)))
+        (name, _which(state.part, cut_of(name, tensor)), tensor_digest(local(tensor)))
         for name, tensor in tensors.items()
         if exact or not name.startswith("modules/")
     ]

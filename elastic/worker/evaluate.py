@@ -56,13 +56,13 @@ def evaluate(
         UserCodeError: the job's code raised, or returned a wrong value.
     """
     parts = [range(i, min(i + size, len(data))) for i in range(0, len(data), size)]
-    places = 1 if group is None else group.layout.size
-    # Too few passes to give one to everyone: every worker runs all of them, and nothing is gathered.
-    if group is None or len(parts) < places:
+    cells = 1 if group is None else group.layout.cells
+    # Too few passes to give one to every cell: every worker runs all of them, and nothing is gathered.
+    if group is None or len(parts) < cells:
         runs, rank = [range(len(parts))], 0
     else:
         assert group.place is not None, "a spare evaluates nothing"
-        runs, rank = deal(len(parts), places), group.place
+        runs, rank = deal(len(parts), cells), group.mesh.cell
     cut = group is not None and group.layout.shards > 1
     padding = max(map(len, runs)) - len(runs[rank]) if cut else 0
     records = Records(runs, rank, device, metrics=Metrics("evaluate()"))
@@ -89,7 +89,7 @@ def evaluate(
         record = records.gather(None).result()
     else:
         with group.collective("gathering the evaluation"):
-            record = records.gather(group.mesh.everyone).result()
+            record = records.gather(group.mesh.one_of_each_cell).result()
         group.check()
     if record.weight == 0:
         which = f"eval_data()[{name!r}]" if name else "eval_data()"

@@ -42,7 +42,7 @@ class Group:
     """The process group of one world.
 
     Args:
-        strategy, per_node: how workers are laid out; see `lay_out`.
+        strategy, per_node, tensor: how workers are laid out; see `lay_out`.
         node: this worker's node.
         exact: gradients are exchanged in canonical order.
         on_failure: called, from any thread, with an error that the backend finds by itself.
@@ -53,6 +53,7 @@ class Group:
     strategy: str = "ddp"
     per_node: int | None = None
     node: str = ""
+    tensor: int = 1
     exact: bool = False
     on_failure: Callable[[str], None] = lambda what: None
     _woken: threading.Event = field(default_factory=threading.Event)
@@ -143,12 +144,12 @@ class Group:
     def _lay_out(self) -> Mesh:
         nodes = [""] * self.size
         levels = self.strategy == "ddp" and self.exact and self.size >= LEAST_LEVELLED
-        if self.strategy == "hsdp" or levels:
+        if self.strategy == "hsdp" or self.tensor > 1 or levels:
             nodes = [str(n) for n in self.gather_ints(xxhash.xxh3_64_intdigest(self.node.encode()) >> 1)]
-        layout = lay_out(nodes, self.strategy, self.per_node)
-        if self.strategy == "ddp":
+        layout = lay_out(nodes, self.strategy, self.per_node, self.tensor)
+        if self.strategy == "ddp" and self.tensor == 1:
             return make_whole(layout, self.rank, nodes)
-        return make_mesh(layout, self.rank, self.device)
+        return make_mesh(layout, self.rank, self.device, str(self.assignment.generation))
 
     def free(self) -> None:
         """Make every operation that blocks in this group raise. From any thread; returns at once."""

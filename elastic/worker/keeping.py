@@ -372,10 +372,9 @@ class Keeping:
         if not isinstance(tensor, DTensor):
             return Shard.whole(name, tensor, replica=rank, replicas=size)
         assert self.mesh is not None
-        shape, mesh = tuple(tensor.shape), self.mesh
-        pieces = mesh.part.pieces(cut_of(name, tensor))
-        box = cut_box(shape, pieces)
-        return Shard(name, local(tensor), shape, box.offsets, mesh.replica, mesh.layout.replicas, cut=pieces)
+        shape, cut = tuple(tensor.shape), cut_of(name, tensor)
+        pieces = self.mesh.part.pieces(cut)
+        return Shard(name, local(tensor), shape, cut_box(shape, pieces).offsets, *self.mesh.copy_of(cut), cut=pieces)
 
 
 def _is_live(tensor: torch.Tensor, again: Any) -> bool:

@@ -21,6 +21,7 @@ from elastic.parallel.param_dtype import cast_parameters, check_castable
 from elastic.parallel.probe import check_elementwise
 from elastic.parallel.references import check_references
 from elastic.parallel.scaling import LossScale
+from elastic.parallel.tensor import check_plan, plan_of
 from elastic.parallel.wrapping import (
     Sharding,
     check_dense,
@@ -71,6 +72,8 @@ class Placing:
         if parallel.sharded:
             check_shardable(self._next.model)
             check_references(self._next.model, self._job)
+        if parallel.tensor > 1:
+            check_plan(self._next.model, plan_of(self._job, self._next.model), parallel.tensor)
 
     @property
     def model(self) -> torch.nn.Module:
@@ -105,7 +108,8 @@ class Placing:
         )
         sourced, digests = self._sourced(built.model)
         blocks = find_blocks(built.model, self._classes())
-        model = place_sharded(built, blocks, self._device, mesh, how, fill=fill, sourced=sourced)
+        plan = plan_of(self._job, built.model) if parallel.tensor > 1 else {}
+        model = place_sharded(built, blocks, self._device, mesh, how, fill=fill, sourced=sourced, plan=plan)
         state = self._state(model, mesh, digests)
         kinds = {type(part) for part in parts_of(state.optimizer) if not is_muon(part)}
         if self._config.run.exactness == "bitwise" and not kinds <= self._tried:

@@ -132,6 +132,7 @@ class Session:
             strategy,
             scaling.workers_per_node,
             node,
+            worker.config.parallel.tensor,
             exact=worker.bitwise,
             on_failure=lambda what: link.post(Disconnected(what), generation),
         )

@@ -20,7 +20,7 @@ def spans_of(run: range, plan: RunPlan, config: TrainConfig, *, one_each: bool) 
     """
     if one_each:
         return [(i, 1) for i in run]
-    most = -(-plan.microbatches // config.scaling.max_workers)
+    most = -(-plan.microbatches // config.most_cells)
     if config.batch.pass_size is not None:
         most = max(1, config.batch.pass_size // (plan.global_size // plan.microbatches))
     return [(i, min(most, run.stop - i)) for i in range(run.start, run.stop, most)]
@@ -36,11 +36,11 @@ class Share:
     """The microbatches of a step that one worker of a world computes.
 
     Args:
-        runs: the microbatches of each place of the mesh.
-        rows: the microbatches of each row of the mesh, whose workers share one copy of the model.
-        own: the microbatches of this worker.
+        runs: the microbatches of each cell of the mesh.
+        rows: the microbatches of each row of the mesh, whose cells share one copy of the model.
+        own: the microbatches of this worker's cell.
         spans: its passes.
-        padding: further passes of this worker, which count for nothing: the workers of a row of a sharded model gather
+        padding: further passes of this worker, which count for nothing: the cells of a row of a sharded model gather
             its parameters together, so all of them make as many passes as the busiest one.
         singles: the same number if each pass has one microbatch.
     """
@@ -56,7 +56,7 @@ class Share:
     def of(
         cls, plan: RunPlan, config: TrainConfig, layout: Layout, place: int, *, bitwise: bool, one_each: bool
     ) -> Share:
-        """Deal the microbatches of a step to the workers of a mesh.
+        """Deal the microbatches of a step to the cells of a mesh.
 
         Args:
             place: this worker's place in the mesh.
@@ -66,12 +66,11 @@ class Share:
         if bitwise:
             runs = [lockstep(row, s, layout.shards) for row in rows for s in range(layout.shards)]
         else:
-            runs = deal(plan.microbatches, layout.size)
-        own, padding, singles = runs[place], 0, 0
+            runs = deal(plan.microbatches, layout.cells)
+        own, padding, singles = runs[layout.cell_of(place)], 0, 0
         spans = spans_of(own, plan, config, one_each=one_each)
         if config.parallel.sharded:
-            first = place // layout.shards * layout.shards
-            row = [runs[p] for p in range(first, first + layout.shards)]
+            row = [runs[cell] for cell in layout.row_of(place)]
             padding = max(len(spans_of(run, plan, config, one_each=one_each)) for run in row) - len(spans)
             singles = max(map(len, row)) - len(own)
         return cls(runs, rows, own, spans, padding, singles)

@@ -274,7 +274,7 @@ class WorldSteps:
             CopiesDiffer: the updates differ.
         """
         if not copies.equal(largest):
-            names, part = self._state.parameter_names(), str(self._state.part)
+            names, part = self._state.parameter_names(), self._state.part
             entries = copies.update_entries(_numbers(update), self._state.optimizer, names, part)
             raise copies.update_error(update.step + 1, self._group, self._link.member.id, entries)
 

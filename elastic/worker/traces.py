@@ -12,11 +12,10 @@ import numpy as np
 import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 
 from elastic.compat.torch import is_compiler_loaded, version_of
 from elastic.parallel.buffers import StepBuffers
-from elastic.parallel.wrapping import fsdp_modules, local
+from elastic.parallel.wrapping import fsdp_modules, is_gathered, local
 from elastic.worker.belongings import SAMPLED, digest
 
 _PLAIN = (bool, int, float, complex, str, bytes, tuple, frozenset, type(None))
@@ -120,7 +119,7 @@ def _digests(name: str, module: nn.Module) -> dict[str, str]:
     FSDP2 must be able to resize them, and a tensor that numpy has seen cannot be resized.
     """
     named = module.named_parameters(prefix=name)
-    gathered = {key: p.detach() for key, p in named if not isinstance(p, DTensor)}
+    gathered = {key: local(p).detach() for key, p in named if is_gathered(p)}
     return {
         key: f"{version_of(p)} {digest(p.reshape(-1)[:: max(1, p.numel() // SAMPLED)].clone())}"
         for key, p in gathered.items()

@@ -63,7 +63,8 @@ class SavingWorld:
 
     def make_safe(self) -> None:
         """Save before this world is left, if a leaving worker takes the only copy of its part of the state with it."""
-        if self.group.layout.shards > 1 and self.group.layout.replicas == 1:
+        layout = self.group.layout
+        if layout.size > 1 and layout.replicas == 1 and self.worker.config.parallel.sharded:
             self.worker.stepper.progress(self.step - 1, Stage.CHECKPOINT)
             self.check_state()
             with contextlib.suppress(CheckpointError):  # The ledger has the error; the checkpoint before must do then.

@@ -28,6 +28,9 @@ class Steady(elastic.Job):
     def model(self):
         return build_model(self.width)
 
+    def tensor_plan(self):
+        return {"0": "colwise", "2": "rowwise"}
+
     def optimizer(self, model):
         import torch
 

@@ -69,6 +69,7 @@ def here(
     microbatches: int,
     exactness: str,
     strategy: str = "ddp",
+    tensor: int = 1,
     workers_per_node: int | None = None,
 ) -> dict[str, float]:
     """Return samples/s and peak MiB of a run here, in plain processes like the bare loop."""
@@ -76,7 +77,7 @@ def here(
         run=RunOptions(storage=str(folder), duration=f"{steps}st", exactness=exactness),  # type: ignore[arg-type]
         batch=BatchOptions(global_size=global_size, microbatches=microbatches),
         optim=OptimOptions(clip_norm=1.0),
-        parallel=ParallelOptions(strategy=strategy),  # type: ignore[arg-type]
+        parallel=ParallelOptions(strategy=strategy, tensor=tensor),  # type: ignore[arg-type]
         scaling=ScalingOptions(max_workers=workers, workers_per_node=workers_per_node),
         observe=ObserveOptions(tensorboard=False),
     )
