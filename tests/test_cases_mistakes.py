@@ -280,7 +280,7 @@ def rehearse(job, exactness="fast"):
         (
             Carrying(how="counts"),
             "fast",
-            "goes by what the pass before left in job.passes; a step has several passes, which workers share",
+            "depends on what the pass before left in job.passes; a step has several passes, which workers share",
         ),
         (Carrying(how="writes"), "fast", "loss() changes parameters of the model (0.weight) again in each pass, but a"),
         (
@@ -509,7 +509,7 @@ def test_a_sample_that_fails_is_an_event_of_a_finished_run(how, strategy, tmp_pa
         (
             Carrying(how="counts"),
             "fsdp",
-            "goes by what the pass before left in job.passes; a step has several passes, which workers share",
+            "depends on what the pass before left in job.passes; a step has several passes, which workers share",
         ),
         (Evaluated(how="raises"), "ddp", "'Sequential' object has no attribute 'no_such_method'"),
         (Evaluated(how="raises"), "fsdp", "has no attribute 'no_such_method'"),

@@ -146,8 +146,8 @@ LIES: list[tuple[tuple[Any, ...], Any, str]] = [
     (("values", "groups", 0, "params"), ["who"], "of a parameter 'who' that is not here"),
     (("values", "began"), [{}], "has 1 parameter groups, this job's has 2"),
     (("values", "coded"), 2, "of a newer version"),
-    (("values", "eval"), [{}], "where names should be, there are none"),
-    (("values", "changed"), {"other": 5}, "where names should be, there are none"),
+    (("values", "eval"), [{}], "its lists of names are invalid"),
+    (("values", "changed"), {"other": 5}, "its lists of names are invalid"),
     (("values", "modules"), {"x": 1}, "the saved states of modules does not fit"),
     (("values", "extra", "more"), {"$": "tensor", "of": {"name": "model/x", "cpu": True}}, "refers to a tensor"),
     (
@@ -157,7 +157,7 @@ LIES: list[tuple[tuple[Any, ...], Any, str]] = [
     ),
     (("values", "extra", "more"), {"$": "torch.load", "of": "x"}, "is of the kind torch.load, which is not known"),
     (("values", "extra"), {}, "load_extra_state() does not take the saved values: KeyError: 'updates'"),
-    (("values", "loss_scale"), {"factor": "x", "good": 0}, "its loss_scale is none"),
+    (("values", "loss_scale"), {"factor": "x", "good": 0}, "its loss_scale is invalid"),
     (("families", 0, "tensors", "optimizer/zz"), ["int64", [0]], "is not tiled by its chunks"),
     (("families", 0, "tensors", "model/../x"), ["int64", [0]], "is not a plain relative name"),
     (("families", 0, "tensors", "model/first.weight", 0), "float8", "has the unknown dtype 'float8'"),
@@ -271,7 +271,7 @@ def test_a_tensor_larger_than_the_packs_takes_no_memory_and_what_packs_promise_m
         (lambda raw: raw["packs"].__setitem__(0, 1), "it names the packs"),
         (lambda raw: raw["elsewhere"].append("../x"), "it names the packs"),
         (lambda raw: raw.update(hashes=raw["hashes"][:-1]), "not as many checksums"),
-        (lambda raw: raw.update(hashes="x" * len(raw["hashes"])), "block hashes that are none"),
+        (lambda raw: raw.update(hashes="x" * len(raw["hashes"])), "invalid block hashes"),
         (lambda raw: raw.update(crcs="x" * len(raw["crcs"])), "invalid literal for int()"),
         (lambda raw: raw.update(crcs="0" * len(raw["crcs"])), ""),
         (

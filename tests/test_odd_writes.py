@@ -257,7 +257,7 @@ def test_a_buffer_that_forward_passes_give_another_shape_is_refused_by_name(exac
     found = train(Collects(), configure(tmp_path, "run", run__exactness=exactness), workers=2)
 
     assert "a forward pass gave buffer seen the shape (" in (found.failure or "")
-    assert "which was (0,), so it would depend on who runs which microbatch" in (found.failure or "")
+    assert "which was (0,), so it would depend on which worker runs which microbatch" in (found.failure or "")
 
 
 @pytest.mark.parametrize(

@@ -251,7 +251,7 @@ def test_no_command_follows_an_address_that_is_none(address, tmp_path, capsys):
     folder.write_config({"job": {"name": "digits"}, "config": {}})
     assert cli.main(["stop", str(tmp_path / "run")]) == 1
     said = capsys.readouterr().err
-    assert "as the address of its server, which is none" in said
+    assert "as the address of its server, which is not an address" in said
     assert said.count("\n") == 1
 
 

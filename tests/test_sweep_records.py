@@ -305,8 +305,8 @@ def test_a_sweep_is_drawn_while_it_runs_with_failed_trials_and_without_any(tmp_p
     [
         ({}, {"run": RunOptions(name="x")}, "named by --sweep.name"),
         ({}, {"run": RunOptions(stop_after="1st")}, "--time-budget or --stop"),
-        ({"scheduler": "asha"}, {"eval": EvalOptions()}, "goes by evaluations"),
-        ({"stop": ("eval/near/loss<=1",)}, {"eval": EvalOptions()}, "goes by evaluations"),
+        ({"scheduler": "asha"}, {"eval": EvalOptions()}, "needs evaluations"),
+        ({"stop": ("eval/near/loss<=1",)}, {"eval": EvalOptions()}, "needs evaluations"),
         ({"cost_budget": 1.0}, {}, "give --observe.price"),
         ({"search": {"job.high": "uniform(0,1)"}}, {}, "no option of this job"),
         ({"scheduler": "asha", "grace_period": 4}, {}, "none would be compared"),

@@ -236,7 +236,9 @@ def test_no_pickle_of_a_dcp_folder_is_ever_run(tmp_path):
     [data] = (tmp_path / "a").glob("*.distcp")
     data.write_bytes(pickle.dumps(Hostile(tmp_path / "ran")).ljust(data.stat().st_size, b"\0"))
 
-    with pytest.raises(ConfigError, match=r"\.metadata wants posix\.mkdir, which is none of the format's data classes"):
+    with pytest.raises(
+        ConfigError, match=r"\.metadata wants posix\.mkdir, which is not one of the format's data classes"
+    ):
         importing.open_source(str(tmp_path / "b"))
     with pytest.raises(CheckpointError, match="'w' cannot be read"):
         importing.import_checkpoint(str(tmp_path / "run"), str(tmp_path / "a"))

@@ -148,7 +148,7 @@ class PackIndex:
         blocks = range(self._blocks[at], self._blocks[at + 1])
         hashes = tuple(_cut(self.hashes, blocks, _XXH3_DIGITS))
         if not all(map(XXH3.match, hashes)):
-            raise CheckpointError("it has block hashes that are none")
+            raise CheckpointError("it has invalid block hashes")
         crcs = tuple(int(digits, 16) for digits in _cut(self.crcs, blocks, _CRC_DIGITS))
         return Chunk(box.offsets, box.sizes, self._name(self.packs[at]), start, end, hashes, crcs)
 

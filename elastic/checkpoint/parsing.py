@@ -158,7 +158,7 @@ def _chunk(name: str, raw: Any, shape: tuple[int, ...], item: int, version: int)
         raise CheckpointError(f"tensor {name!r} has a chunk of {length} bytes that should have another length")
     blocks = block_count(length)
     if len(hashes) != blocks or not all(map(XXH3.match, hashes)):
-        raise CheckpointError(f"tensor {name!r} has a chunk with {len(hashes)} block hashes, or what are none")
+        raise CheckpointError(f"tensor {name!r} has a chunk with {len(hashes)} block hashes, or with invalid ones")
     if version > 1 and (len(crcs) != blocks or not all(0 <= c < 1 << 32 for c in crcs)):
-        raise CheckpointError(f"tensor {name!r} has a chunk with {len(crcs)} block checksums, or what are none")
+        raise CheckpointError(f"tensor {name!r} has a chunk with {len(crcs)} block checksums, or with invalid ones")
     return Chunk(offsets, sizes, pack, start, end, hashes, crcs)

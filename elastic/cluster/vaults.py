@@ -137,7 +137,7 @@ class Vaults:
             ray.get(held)
         except ray.exceptions.RayError as error:
             return self._how(str(error))
-        raise AssertionError("a vault let go of what it holds")
+        raise AssertionError("a vault dropped what it held")
 
     def _port(self, node: str) -> int:
         """The port it listened on, or was to listen on: workers know its address."""

@@ -110,8 +110,8 @@ def _sorted(buffers: StepBuffers, touched: list[str], after: After) -> tuple[lis
             if value.shape != buffers.before(n).shape:
                 raise ConfigError(
                     f"a forward pass gave buffer {n} the shape {tuple(value.shape)}, which was "
-                    f"{tuple(buffers.before(n).shape)}, so it would depend on who runs which microbatch; let it grow "
-                    "in after_step(), or register it with persistent=False if it is a cache"
+                    f"{tuple(buffers.before(n).shape)}, so it would depend on which worker runs which microbatch; let "
+                    "it grow in after_step(), or register it with persistent=False if it is a cache"
                 )
     floating = [n for n in touched if _is_floating(buffers.before(n))]
     return floating, [n for n in touched if n not in floating]

@@ -364,8 +364,8 @@ class BitwiseReplica(_Replica):
         for name, p, seen in zip(self._names, self._all_parameters, before):
             if (version_of(p), p.data_ptr()) != seen:
                 raise ConfigError(
-                    f"parameter {name} is written to in forward passes, so its values depend on who runs which "
-                    "microbatch; change it in after_step(), make it a buffer, or use --run.exactness fast"
+                    f"parameter {name} is written to in forward passes, so its values depend on which worker runs "
+                    "which microbatch; change it in after_step(), make it a buffer, or use --run.exactness fast"
                 )
 
     def _put_gradients(self, total: list[torch.Tensor]) -> None:

@@ -59,7 +59,7 @@ def prepare_sweep(job: Job, config: TrainConfig, sweep: SweepConfig) -> Prepared
         raise ConfigError(f"--metric is {sweep.metric!r}, but eval_data() of this job is None; give it held-out data")
     if config.eval.every is None and (sweep.scheduler != "none" or sweep.stop):
         what = f"--scheduler {sweep.scheduler}" if sweep.scheduler != "none" else "--stop"
-        raise ConfigError(f"--eval.every is left out, but {what} goes by evaluations; give it, for example 1ep")
+        raise ConfigError(f"--eval.every is left out, but {what} needs evaluations; give it, for example 1ep")
     if sweep.cost_budget is not None and not config.observe.price:
         raise ConfigError(f"--cost-budget is {sweep.cost_budget:g}, but nothing has a price; give --observe.price")
     check_names(sweep.space, job, config)

@@ -202,5 +202,5 @@ class _Unpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         if name not in (*_CLASSES.get(module, ()), *PICKLED.get(module, ())):
-            raise CheckpointError(f"{METADATA} wants {module}.{name}, which is none of the format's data classes")
+            raise CheckpointError(f"{METADATA} wants {module}.{name}, which is not one of the format's data classes")
         return super().find_class(module, name)

@@ -118,7 +118,9 @@ def connect(folder: RunFolder, doing: str, timeout_s: float = 10.0) -> LiveRun:
         )
     host = _host(address)
     if host is None:
-        raise NotLive(f"run {url} gives {address!r} as the address of its server, which is none; see its status.json")
+        raise NotLive(
+            f"run {url} gives {address!r} as the address of its server, which is not an address; see its status.json"
+        )
     if host in _LOOPBACK and status["host"] != platform.node():
         raise NotLive(f"run {url} is served on {status['host']} for that machine alone; give the command there")
     live = LiveRun(folder, address)
@@ -130,7 +132,9 @@ def connect(folder: RunFolder, doing: str, timeout_s: float = 10.0) -> LiveRun:
             f"run {url} is driven by {driver}, but its server {address} cannot be reached: {_reason(error)}; {where}"
         ) from error
     except Exception as error:  # storage may raise anything; the user sees one sentence
-        raise NotLive(f"run {url} is steered by who may write into its folder: {_reason(error)}") from error
+        raise NotLive(
+            f"only those who may write into the folder of run {url} can steer it: {_reason(error)}"
+        ) from error
     return live
 
 

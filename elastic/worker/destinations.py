@@ -223,17 +223,17 @@ class Destinations(Keeping):
             _same_names("schedulers", set(self.rates.schedulers), set(values["schedulers"]) - {EARLY_STOP})
             texts = [*values["eval"], *values["frozen"]]
             if not all(isinstance(t, str) for t in texts) or not all(map(_is_names, values["changed"].values())):
-                raise CheckpointError("the checkpoint has no training state: where names should be, there are none")
+                raise CheckpointError("the checkpoint has no training state: its lists of names are invalid")
         self._check_sources(values)
         scale = values.get("loss_scale", {"factor": 1.0, "good": 0})
         if not isinstance(scale, dict) or any(type(scale.get(k)) not in (int, float) for k in ("factor", "good")):
-            raise CheckpointError("the checkpoint has no training state: its loss_scale is none")
+            raise CheckpointError("the checkpoint has no training state: its loss_scale is invalid")
 
     def _check_sources(self, values: Mapping[str, Any]) -> None:
         """Refuse a state whose left-out parameters came from other sources than those of this model."""
         saved = values.get("sources", {})
         if not isinstance(saved, dict) or not all(isinstance(value, str) for value in saved.values()):
-            raise CheckpointError("the checkpoint has no training state: its sources are none")
+            raise CheckpointError("the checkpoint has no training state: its sources are invalid")
         _same_names("list of parameters that come from elsewhere (has_source())", set(self.sources), set(saved))
         other = next((name for name, value in sorted(saved.items()) if self.sources[name] != value), None)
         if other is not None:

@@ -99,8 +99,8 @@ class Repeats:
             raise self._code.mistake(
                 ConfigError(
                     f"loss() returned {first.losses[0]:.6g} for a batch, and {first.losses[1]:.6g} for the same batch "
-                    f"and the same random numbers right after that: it goes by what the pass before left in {kept}; a "
-                    "step has several passes, which workers share, so change it in after_step(), or make it a buffer"
+                    f"and the same random numbers right after that: it depends on what the pass before left in {kept}; "
+                    "a step has several passes, which workers share, so change it in after_step(), or make it a buffer"
                 )
             )
         return agreed(self._exact and chance > 0)

@@ -299,7 +299,7 @@ class World(SavingWorld):
             if metric not in found:
                 raise ConfigError(
                     f"--checkpoint.best-metric is {metric!r}, which no evaluation has, but the rate or the end "
-                    f"goes by it; give one of {', '.join(found) or 'none, as there is no eval_data()'}"
+                    f"depends on it; give one of {', '.join(found) or 'none, as there is no eval_data()'}"
                 )
             said = one.decide(self.step, found[metric])
             if said and self.group.leads and (kind, self.step) not in self._told:
