@@ -15,7 +15,8 @@ from elastic.checkpoint.format import Manifest
 from elastic.checkpoint.loader import load_all
 from elastic.checkpoint.reader import newest_first, read_manifest
 from elastic.checkpoint.retention import Policy, Retention
-from elastic.checkpoint.saver import Save, Saver
+from elastic.checkpoint.save import Save
+from elastic.checkpoint.saver import Saver
 from elastic.checkpoint.state import load_state, save_state
 from elastic.checkpoint.tensors import Shard
 from elastic.checkpoint.uploader import LEAST_PART_BYTES

@@ -13,7 +13,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,7 +21,8 @@ import torch
 from elastic import fault
 from elastic.checkpoint.format import Chunk, attempt_folder
 from elastic.checkpoint.patience import Cancelled, is_no_room
-from elastic.checkpoint.plan import Line, Write, numbers_of, plan_lines, plan_save, statement
+from elastic.checkpoint.plan import Write, numbers_of, plan_lines, plan_save, statement
+from elastic.checkpoint.save import Key, Save
 from elastic.checkpoint.staging import StagingBuffer
 from elastic.checkpoint.tensors import Shard
 from elastic.checkpoint.uploader import IN_FLIGHT, PART_BYTES, Progress, UploadJob, perform
@@ -35,55 +36,6 @@ SETTLE_S = 600.0
 CLOSE_S = 5.0
 UPLOADERS = 3  # attempts of a save, each with a fresh process, if uploaders die or stand still
 _NOTIFY_BYTES = 32 << 20
-_Key = tuple[str, tuple[int, ...], tuple[int, ...]]
-
-
-@dataclass
-class Save:
-    """One rank's part of a save.
-
-    Args:
-        lines, writes: what this rank writes, as `plan` decides.
-        tail: the first byte of what an earlier checkpoint may have already; it is uploaded only if it changed.
-        stall_s: seconds that training waited.
-        index: what the rank tells about its pack, when the save has succeeded.
-        error: why the save failed.
-        no_room: it failed because storage is full.
-        facts: bytes, seconds, requests and retries, for the ledger.
-        staged: set when the state may be written to.
-        ended: set when `index` or `error` is there.
-        versions: of the tensors that are copied later, by index: a tensor that changes meanwhile spoils the save.
-    """
-
-    step: int
-    attempt: str
-    rank: int
-    shards: list[Shard]
-    lines: list[Line]
-    writes: list[Write]
-    tail: int
-    stall_s: float = 0.0
-    index: dict[str, Any] | None = None
-    error: str | None = None
-    no_room: bool = False
-    facts: dict[str, Any] = field(default_factory=dict)
-    staged: threading.Event = field(default_factory=threading.Event)
-    ended: threading.Event = field(default_factory=threading.Event)
-    versions: dict[int, int] = field(default_factory=dict)
-
-    @property
-    def size(self) -> int:
-        """The bytes of the pack."""
-        return self.writes[-1].end if self.writes else 0
-
-    @property
-    def pack(self) -> str:
-        """The name of the pack."""
-        return f"rank-{self.rank:04d}.pack"
-
-    def key(self, write: Write) -> _Key:
-        """Identify the box of a write across saves."""
-        return self.shards[write.source].name, write.box.offsets, write.box.sizes
 
 
 class Saver:
@@ -120,8 +72,8 @@ class Saver:
         self._progress = Progress()
         self._unsteady: set[str] = set()  # shards that were said to be stable, but a forward pass wrote to
         # the boxes of frozen tensors that the newest committed checkpoint has, and where
-        self._frozen: dict[_Key, Chunk] = {}
-        self._written: dict[tuple[int, str], dict[_Key, Chunk]] = {}
+        self._frozen: dict[Key, Chunk] = {}
+        self._written: dict[tuple[int, str], dict[Key, Chunk]] = {}
 
     def reserve(self, size: int) -> None:
         """Take staging memory for saves of `size` bytes; a larger save takes more.
@@ -383,7 +335,7 @@ class Saver:
             room.copy_(source.contiguous().view(-1).view(torch.uint8))
 
     def _finish(self, save: Save, answer: dict[str, Any]) -> None:
-        written: dict[_Key, Chunk] = {}
+        written: dict[Key, Chunk] = {}
         home = f"{attempt_folder(save.step, save.attempt)}/{save.pack}".partition("/")[2]
         for i, write in enumerate(save.writes):
             key = save.key(write)

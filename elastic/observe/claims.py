@@ -1,4 +1,4 @@
-"""The records of a ledger sorted by claim and by world. Pure.
+"""The records of a ledger sorted by claim and by world, and what is known of a claim while they are read. Pure.
 
 Each command that drives a run claims it, under a number that grows (the epoch); the worlds of a claim are numbered too,
 so that a generation is "epoch-number".
@@ -7,11 +7,13 @@ so that a generation is "epoch-number".
 from __future__ import annotations
 
 import math
-from collections import Counter, defaultdict
+from collections import Counter, defaultdict, deque
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
-from elastic.observe.segments import after_s, number
+from elastic.observe.charges import Kind
+from elastic.observe.segments import Deal, after_s, number
 
 
 def epoch_of(generation: Any) -> tuple[int, int] | None:
@@ -57,6 +59,80 @@ class Rows:
             self.last[epoch] = max(self.last[epoch], newest["time"] + after_s(newest, evaluation))
         #: The generation whose update of a step counts, by step: the newest one.
         self.kept = {step: f"{epoch}-{n}" for step, (epoch, n) in kept.items()}
+
+
+@dataclass
+class Worker:
+    """A worker of a claim.
+
+    Args:
+        kind: type and market of its node, and how many workers share the node.
+        born: when its process began, unix seconds.
+        since: its time is charged up to here, unix seconds.
+        going: it was told to leave.
+        silent: it does not answer and is in no world.
+    """
+
+    id: str
+    node: str
+    kind: Kind
+    born: float
+    since: float
+    alive: bool = True
+    going: bool = False
+    silent: bool = False
+
+
+@dataclass
+class World:
+    """A world of a claim.
+
+    Args:
+        ids: its members, without those that handed over.
+        formed: unix seconds.
+        rows: of its steps, ascending.
+        evaluations: its rows of evaluations, by step.
+        because: the interruption that led to it, by its index.
+        idle: the members that train nothing, spares.
+    """
+
+    generation: str
+    ids: list[str]
+    formed: float
+    rows: list[dict[str, Any]]
+    evaluations: dict[int, dict[str, Any]]
+    because: int | None
+    idle: frozenset[str]
+
+
+@dataclass
+class Claim:
+    """What is known of a claim while its events are read.
+
+    Args:
+        epoch: its number.
+        deal: how microbatches are dealt.
+        workers: by member id.
+        world: the one that stands, if any.
+        last_ids: the members of the newest world.
+        worlds: how many were formed.
+        parked: its workers wait, since there are too few of them.
+        pending: the interruption that no world has ended yet, by its index.
+        vacant: interruptions whose lost workers are not replaced yet, by index.
+        now: the time of the newest event, unix seconds.
+    """
+
+    epoch: int
+    deal: Deal
+    workers: dict[str, Worker] = field(default_factory=dict)
+    world: World | None = None
+    last_ids: frozenset[str] = frozenset()
+    worlds: int = 0
+    parked: bool = False
+    pending: int | None = None
+    vacant: deque[int] = field(default_factory=deque)
+    ended: bool = False
+    now: float = -math.inf
 
 
 def by_claim(events: Sequence[dict[str, Any]]) -> list[tuple[int, list[dict[str, Any]]]]:

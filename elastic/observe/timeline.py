@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 from elastic.observe.account import Account, Interruption
 from elastic.observe.causes import CAUSES
-from elastic.observe.charges import Book, Charge, Kind, Tag
-from elastic.observe.claims import Rows, by_claim, seen_alive, workers_by_node
+from elastic.observe.charges import Book, Charge, Tag
+from elastic.observe.claims import Claim, Rows, Worker, World, by_claim, seen_alive, workers_by_node
 from elastic.observe.segments import Deal, number, world_segments
 from elastic.prices import Prices
 
@@ -20,69 +19,6 @@ _LOST = ("member_lost", "world_broken")
 _ENDED = ("run_finished", "run_failed")
 _RE_FORMING, _LEFT_OUT = "re-forming:", "left out:"
 _PHASES = ("import", "data", "model", "rehearsal")
-
-
-@dataclass
-class _Worker:
-    """A worker of a claim.
-
-    Args:
-        kind: type and market of its node, and how many workers share the node.
-        born: when its process began, unix seconds.
-        since: its time is charged up to here, unix seconds.
-        going: it was told to leave.
-        silent: it does not answer and is in no world.
-    """
-
-    id: str
-    node: str
-    kind: Kind
-    born: float
-    since: float
-    alive: bool = True
-    going: bool = False
-    silent: bool = False
-
-
-@dataclass
-class _World:
-    generation: str
-    ids: list[str]
-    formed: float
-    rows: list[dict[str, Any]]
-    evaluations: dict[int, dict[str, Any]]
-    because: int | None
-    idle: frozenset[str]
-
-
-@dataclass
-class _Claim:
-    """What is known of a claim while its events are read.
-
-    Args:
-        epoch: its number.
-        deal: how microbatches are dealt.
-        workers: by member id.
-        world: the one that stands, if any.
-        last_ids: the members of the newest world.
-        worlds: how many were formed.
-        parked: its workers wait, since there are too few of them.
-        pending: the interruption that no world has ended yet, by its index.
-        vacant: interruptions whose lost workers are not replaced yet, by index.
-        now: the time of the newest event, unix seconds.
-    """
-
-    epoch: int
-    deal: Deal
-    workers: dict[str, _Worker] = field(default_factory=dict)
-    world: _World | None = None
-    last_ids: frozenset[str] = frozenset()
-    worlds: int = 0
-    parked: bool = False
-    pending: int | None = None
-    vacant: deque[int] = field(default_factory=deque)
-    ended: bool = False
-    now: float = -math.inf
 
 
 class Timeline:
@@ -116,7 +52,7 @@ class Timeline:
     # ---- one claim -------------------------------------------------------------------------------------------------
 
     def _read(self, epoch: int, events: list[dict[str, Any]], *, first: bool, newest: bool) -> None:
-        claim = _Claim(epoch, self._deal(events))
+        claim = Claim(epoch, self._deal(events))
         if not first:
             claim.pending = self._interruption("restarted", events[0]["time"], events[0].get("step"), "")
         for event in events:
@@ -136,7 +72,7 @@ class Timeline:
         known = microbatches if complete else self._microbatches
         return Deal(known, bool(detail.get("padded")), complete, cell_size)
 
-    def _take(self, claim: _Claim, event: dict[str, Any]) -> None:
+    def _take(self, claim: Claim, event: dict[str, Any]) -> None:
         kind, detail = event["kind"], event.get("detail")
         if kind == "worker_warm":
             self._warm(claim, event)
@@ -167,7 +103,7 @@ class Timeline:
         elif kind in _ENDED:
             self._end(claim)
 
-    def _warm(self, claim: _Claim, event: dict[str, Any]) -> None:
+    def _warm(self, claim: Claim, event: dict[str, Any]) -> None:
         member, seconds = event.get("member"), number(event.get("seconds"))
         if not isinstance(member, str) or (member in claim.workers and claim.workers[member].alive):
             return
@@ -187,16 +123,16 @@ class Timeline:
             )
         worker.since = claim.now
 
-    def _new(self, claim: _Claim, member: str, node: str, detail: Any, born: float) -> _Worker:
+    def _new(self, claim: Claim, member: str, node: str, detail: Any, born: float) -> Worker:
         kind = (
             str(detail.get("node_type") or ""),
             str(detail.get("market") or ""),
             self._sharing[claim.epoch].get(node, 1),
         )
-        worker = claim.workers[member] = _Worker(member, node, kind, born, born)
+        worker = claim.workers[member] = Worker(member, node, kind, born, born)
         return worker
 
-    def _form(self, claim: _Claim, event: dict[str, Any]) -> None:
+    def _form(self, claim: Claim, event: dict[str, Any]) -> None:
         detail = event.get("detail")
         ids = [i for i in (detail.get("ids") or () if isinstance(detail, dict) else ()) if isinstance(i, str)]
         if claim.world is not None:
@@ -214,7 +150,7 @@ class Timeline:
         rows = sorted(self._rows.steps.get(generation, {}).values(), key=lambda r: r["step"])
         spares = rows[0].get("idle", ()) if rows else ()
         idle = frozenset(ids[rank] for rank in spares if isinstance(rank, int) and 0 <= rank < len(ids))
-        claim.world = _World(
+        claim.world = World(
             generation, ids, claim.now, rows, self._rows.evaluations.get(generation, {}), claim.pending, idle
         )
         self._led_to[generation] = claim.pending
@@ -223,7 +159,7 @@ class Timeline:
         claim.pending, claim.parked, claim.last_ids = None, False, frozenset(ids)
         claim.worlds += 1
 
-    def _lose(self, claim: _Claim, event: dict[str, Any]) -> None:
+    def _lose(self, claim: Claim, event: dict[str, Any]) -> None:
         lost = claim.workers.get(str(event.get("member")))
         world = claim.world
         stands = world is not None and event.get("generation", world.generation) == world.generation
@@ -249,13 +185,13 @@ class Timeline:
                 found.kind, found.reason = "lost", found.reason or _first_line(event.get("detail"))
             claim.vacant.append(claim.pending)
 
-    def _fall_silent(self, claim: _Claim, event: dict[str, Any]) -> None:
+    def _fall_silent(self, claim: Claim, event: dict[str, Any]) -> None:
         worker = claim.workers.get(str(event.get("member")))
         if worker is not None and worker.alive and (claim.world is None or worker.id not in claim.world.ids):
             self._wait(claim, [worker], frozenset())
             worker.silent = True
 
-    def _hand_over(self, claim: _Claim, event: dict[str, Any]) -> None:
+    def _hand_over(self, claim: Claim, event: dict[str, Any]) -> None:
         worker = claim.workers.get(str(event.get("member")))
         if worker is None or not worker.alive:
             return
@@ -266,7 +202,7 @@ class Timeline:
         self._wait(claim, [worker], frozenset())
         self._die(claim, worker)
 
-    def _end(self, claim: _Claim) -> None:
+    def _end(self, claim: Claim) -> None:
         if claim.world is not None:
             self._end_world(claim, "ending", standing=True)
         self._wait(claim, claim.workers.values(), frozenset())
@@ -274,7 +210,7 @@ class Timeline:
             self._die(claim, worker)
         claim.world, claim.ended = None, True
 
-    def _leave_over(self, claim: _Claim, events: list[dict[str, Any]], *, newest: bool) -> None:
+    def _leave_over(self, claim: Claim, events: list[dict[str, Any]], *, newest: bool) -> None:
         """End a claim that has no end in the ledger: its driver was killed, or it is live."""
         last = max(claim.now, self._rows.last.get(claim.epoch, -math.inf))
         until = self._until if newest else self._seen_alive.get(claim.epoch)
@@ -297,14 +233,14 @@ class Timeline:
         self._interruptions.append(Interruption(kind, at, step if isinstance(step, int) else None, reason))
         return len(self._interruptions) - 1
 
-    def _die(self, claim: _Claim, worker: _Worker) -> None:
+    def _die(self, claim: Claim, worker: Worker) -> None:
         if worker.alive:
             worker.alive = False
             worker.since = max(worker.since, claim.now)
             self._book.lived(worker.kind, worker.born, worker.since)
             worker.born = worker.since
 
-    def _end_world(self, claim: _Claim, tail: str, *, standing: bool = False) -> None:
+    def _end_world(self, claim: Claim, tail: str, *, standing: bool = False) -> None:
         """Charge all members' time in the world, up to now."""
         world = claim.world
         assert world is not None
@@ -313,7 +249,7 @@ class Timeline:
         if not standing:
             claim.world = None
 
-    def _charge_world(self, claim: _Claim, world: _World, members: list[_Worker], tail: str) -> None:
+    def _charge_world(self, claim: Claim, world: World, members: list[Worker], tail: str) -> None:
         idle = [w for w in members if w.id in world.idle]
         training = [w for w in members if w.id not in world.idle]
         redone = {
@@ -348,7 +284,7 @@ class Timeline:
         for worker in members:
             worker.since = max(worker.since, claim.now)
 
-    def _wait(self, claim: _Claim, workers: Iterable[_Worker], joined: frozenset[str]) -> None:
+    def _wait(self, claim: Claim, workers: Iterable[Worker], joined: frozenset[str]) -> None:
         """Charge what workers outside of a world have waited for, up to now."""
         for worker in workers:
             if not worker.alive or (claim.world is not None and worker.id in claim.world.ids):
@@ -357,7 +293,7 @@ class Timeline:
             self._book.add({worker.kind: 1}, worker.since, claim.now, [(cause, 1.0, tag)])
             worker.since = max(worker.since, claim.now)
 
-    def _waited_for(self, claim: _Claim, worker: _Worker, joined: frozenset[str]) -> tuple[str, Tag]:
+    def _waited_for(self, claim: Claim, worker: Worker, joined: frozenset[str]) -> tuple[str, Tag]:
         if worker.silent:
             return "silent", None
         if worker.going:

@@ -11,7 +11,8 @@ from typing import Any, Literal
 import torch
 
 from elastic import fault
-from elastic.checkpoint.saver import Save, Saver
+from elastic.checkpoint.save import Save
+from elastic.checkpoint.saver import Saver
 from elastic.checkpoint.uploader_client import HANG_TIMEOUT_S
 from elastic.errors import CheckpointError, ElasticError
 from elastic.membership.client import RunOver, WorkerLink
