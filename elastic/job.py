@@ -118,8 +118,8 @@ class Job:
         return None
 
     def has_source(self, name: str) -> bool:
-        """Whether `model` can give this parameter its values again, in a later command or on a worker that joins: from
-        a file of weights, or from the seed.
+        """Whether this parameter can get its values again, in a later command or on a worker that joins: from the files
+        of `initial_weights`, by its `weight_name` there, or else from `model`, which has them from a file or the seed.
 
         Such parameters, if they are frozen when `model` returns, are left out of checkpoints and snapshots, like the
         base of an adapter. A digest of each is saved, and a source that has changed is refused. They must stay frozen.

@@ -270,3 +270,17 @@ class Prepared(Plain):
     def train_data(self):
         assert Path(self.folder, "calls").exists()
         return super().train_data()
+
+
+@dataclass
+class FromFiles(Adapted):
+    """The base comes from safetensors, what is trained is made here."""
+
+    file: str = field(default="", metadata={"help": "the base"})
+
+    def initial_weights(self):
+        return self.file
+
+    def weight_name(self, name):
+        made_here = name.startswith("last") or name.endswith(("running_mean", "running_var", "num_batches_tracked"))
+        return None if made_here else f"base.{name}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 import elastic
@@ -14,7 +15,7 @@ from elastic.worker.comeback import check_comes_back
 from elastic.worker.description import describe_frozen
 from elastic.worker.state import TrainState
 from tests.forked import configure, fault, train
-from tests.surface_jobs import Adapted
+from tests.surface_jobs import Adapted, FromFiles
 
 
 class Frozen(Job):
@@ -99,3 +100,29 @@ def test_another_teacher_and_a_base_that_is_trained_are_refused_by_name(tmp_path
     assert "frozen()" in said
     assert "teacher.0.bias" in said
     assert "has_source() says that layers.0.up.weight need not be saved, but it is trained" in thawed.failure
+
+
+@pytest.mark.processes
+@pytest.mark.usefixtures("fork_server")
+def test_a_frozen_base_that_comes_by_ranges_from_files_is_never_saved(tmp_path):
+    """Whole and cut, through a pause and a loss; then from a file that changed."""
+    file = tmp_path / "base.safetensors"
+    frozen = [(n, p) for n, p in Adapted().model().named_parameters() if not p.requires_grad]
+    made = {f"base.{n}": torch.full_like(p, 0.125 + i / 64) for i, (n, p) in enumerate(frozen)}
+    save_file(made, str(file))
+    job, cut = FromFiles(file=str(file)), {"parallel__strategy": "fsdp"}
+
+    alone = train(job, configure(tmp_path, "alone"), workers=1)
+    train(job, configure(tmp_path, "cut", **cut, run__stop_after="5st"), workers=1)
+    lost = train(job, configure(tmp_path, "cut", **cut), 2, faults=[fault("step.before_fence", step=9, rank=1)])
+    other = elastic.load_model(FromFiles, str(tmp_path / "cut"))
+    save_file({name: value + 1 for name, value in made.items()}, str(file))
+    changed = train(job, configure(tmp_path, "alone", run__duration="14st", run__allow_change=("run.duration",)), 1)
+
+    assert (alone.failure, lost.failure) == (None, None)
+    assert lost.sha == alone.sha
+    saved = {name for name in lost.state() if name.startswith("model/")}
+    assert {"model/last.weight", "model/last.bias"} <= saved
+    assert not saved & {f"model/{name}" for name, _ in frozen}
+    assert torch.equal(dict(other.named_parameters())["embed.weight"], made["base.embed.weight"])
+    assert "comes from elsewhere (has_source()), and its source has other values" in changed.failure

@@ -222,7 +222,10 @@ def test_adapters_train_to_the_same_bits_cut_killed_and_resized_and_peft_opens_t
     )
     resumed = forked.train(job, cut, workers=2)
     out = export(resumed, tmp_path / "adapter", "--adapter", "--hf", source)
+    saved = [name for name in resumed.state() if name.startswith("model/")]
 
+    assert saved
+    assert all("lora_" in name for name in saved), "the base is in no checkpoint"
     assert (plain.failure, paused.failure, resumed.failure) == (None, None, None)
     assert paused.events("member_lost"), "also who took its place, at the same step"
     assert resumed.sha == plain.sha

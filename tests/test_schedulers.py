@@ -21,11 +21,24 @@ from tests.forked import configure, fault, train
 from tests.surface_jobs import Cycled, Flat
 
 STEPS = 9
+
+
+def of_transformers(kind: str, optimizer: torch.optim.Optimizer, warmup: int, **more):
+    from transformers import get_scheduler
+
+    return get_scheduler(kind, optimizer, num_warmup_steps=warmup, num_training_steps=STEPS, **more)
+
+
 SCHEDULERS = {
     "lambda": lambda o: of_torch.LambdaLR(o, lambda step: min(1.0, (step + 1) / 4)),
     "one cycle": lambda o: of_torch.OneCycleLR(o, max_lr=0.5, total_steps=STEPS + 1),
     "warm-up, then cosine": lambda o: of_torch.SequentialLR(
         o, [of_torch.LinearLR(o, 0.1, total_iters=3), of_torch.CosineAnnealingLR(o, STEPS - 3)], [3]
+    ),
+    "transformers' linear": lambda o: of_transformers("linear", o, 3),
+    "transformers' cosine with restarts": lambda o: of_transformers("cosine_with_restarts", o, 2),
+    "transformers' warm-up, then stable, then down": lambda o: of_transformers(
+        "warmup_stable_decay", o, 2, scheduler_specific_kwargs={"num_decay_steps": 3}
     ),
     "two": lambda o: [of_torch.StepLR(o, 2, 0.5), of_torch.ExponentialLR(o, 0.9)],
 }

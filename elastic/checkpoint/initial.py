@@ -161,6 +161,31 @@ def load_initial(
 ) -> Initialised:
     """Fill a model's tensors, converting dtypes.
 
+    Returns:
+        where they came from, with the hashes of the files, which are read whole for these.
+
+    Raises:
+        CheckpointError: as `fill_initial`.
+    """
+    found, missing = fill_initial(source, shards, partial=partial, aliases=aliases, named=named)
+    wanted = {t for s in shards for n in (s.name, *(aliases or {}).get(s.name, ())) if (t := named(n))}
+    unexpected = sorted(source.entries.keys() - wanted - set(found.values()))
+    return Initialised(source.url, hashes(source), missing, unexpected)
+
+
+def fill_initial(
+    source: Source,
+    shards: Sequence[Shard],
+    *,
+    partial: bool = False,
+    aliases: Mapping[str, Iterable[str]] | None = None,
+    named: Callable[[str], str | None] = lambda name: name,
+) -> tuple[dict[str, str], list[str]]:
+    """Fill a model's tensors, converting dtypes.
+
+    Returns:
+        by the name of each tensor that was filled its name in the files; and the names of those that the files lack.
+
     Args:
         partial: leave tensors as they are that the files lack.
         aliases: further names of tied tensors, by the name of the shard.
@@ -176,7 +201,6 @@ def load_initial(
         if known is not None:
             found[name] = known
     missing = sorted({name for name, names in wanted.items() if names} - found.keys())
-    unexpected = sorted(source.entries.keys() - {n for names in wanted.values() for n in names})
     if not found or (missing and not partial):
         raise CheckpointError(
             f"{source.option} is {source.url!r}, which lacks {len(missing)} of the model's tensors, such as "
@@ -184,7 +208,7 @@ def load_initial(
         )
     entries = {name: source.entries[known][1] for name, known in found.items()}
     fill(source.storage, entries, [s for s in shards if s.name in found])
-    return Initialised(source.url, hashes(source), missing, unexpected)
+    return found, missing
 
 
 def _instead(source: Source, some: bool) -> str:

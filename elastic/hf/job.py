@@ -125,6 +125,10 @@ class Pretrained(Job):
         there = source.name_there(plain, source.weight_names(self.folder), self._prefix)
         return plain if there is None and not self._may_be_new(plain) else there
 
+    def has_source(self, name: str) -> bool:
+        """Return whether a weight is part of the base of adapters, which each worker reads from its files."""
+        return bool(self.lora_rank) and not self.scratch and self.weight_name(name) is not None
+
     def _may_be_new(self, name: str) -> bool:
         """Whether a weight that the source lacks is made here."""
         return False

@@ -8,6 +8,7 @@ from functools import partial
 
 import torch
 
+from elastic.checkpoint.initial import fill_initial, hashes, initial_source
 from elastic.config import TrainConfig
 from elastic.errors import ConfigError
 from elastic.job import Job
@@ -33,7 +34,7 @@ from elastic.parallel.wrapping import (
 from elastic.seeds import derive, seed_all
 from elastic.worker.belongings import digest
 from elastic.worker.following import Patience
-from elastic.worker.naming import parameter_names
+from elastic.worker.naming import live_tensors, parameter_names
 from elastic.worker.state import TrainState
 
 _DTYPES = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -46,6 +47,7 @@ class Placing:
         self._job, self._config, self._device = job, config, device
         self._next: DeferredModel | None = None
         self._tried: set[type] = set()
+        self._hashes: dict[str, str] = {}  # of the files of initial weights
         #: Why the model is built in real memory; empty if it is built on meta.
         self.eager = ""
 
@@ -89,7 +91,7 @@ class Placing:
         for name, parameter in model.named_parameters():
             if name in sourced:
                 sourced[name](parameter)
-        return self._state(model, None, digests)
+        return self._from_files(self._state(model, None, digests))
 
     def sharded(self, mesh: Mesh, *, fill: bool) -> TrainState:
         """The state with this worker's shards of a model; with initial values if `fill`, otherwise to be loaded.
@@ -110,7 +112,7 @@ class Placing:
         blocks = find_blocks(built.model, self._classes())
         plan = plan_of(self._job, built.model) if parallel.tensor > 1 else {}
         model = place_sharded(built, blocks, self._device, mesh, how, fill=fill, sourced=sourced, plan=plan)
-        state = self._state(model, mesh, digests)
+        state = self._from_files(self._state(model, mesh, digests))
         kinds = {type(part) for part in parts_of(state.optimizer) if not is_muon(part)}
         if self._config.run.exactness == "bitwise" and not kinds <= self._tried:
             for part in parts_of(state.optimizer):
@@ -139,16 +141,39 @@ class Placing:
         """
         digests: dict[str, str] = {}
         known, sourced = parameter_names(model), dict[str, Callable[[torch.Tensor], None]]()
+        saved: dict[int, str] = {}  # tied ones by the first of their names, as they would be saved
+        for one in live_tensors(model):
+            saved.setdefault(id(one.tensor), one.name)
         for name, parameter in model.named_parameters():
             if not parameter.requires_grad and self._job.has_source(known[id(parameter)]):
-                sourced[name] = partial(_note, digests, known[id(parameter)])
+                sourced[name] = partial(_note, digests, saved[id(parameter)])
         if sourced and self._config.checkpoint.init_from is not None:
             raise ConfigError(
                 f"has_source() says that {known[id(dict(model.named_parameters())[next(iter(sourced))])]} need not be "
-                "saved, but --checkpoint.init-from is read once, when a run begins; load these weights in model(), or "
-                "let has_source() return False"
+                "saved, but --checkpoint.init-from is read once, when a run begins; return these weights from "
+                "initial_weights(), load them in model(), or let has_source() return False"
             )
         return sourced, digests
+
+    def _from_files(self, state: TrainState) -> TrainState:
+        """Give parameters that are not saved their values in the files of the job's `initial_weights()`, if it has any.
+
+        Raises:
+            ConfigError: the files cannot be read.
+            CheckpointError: they lack one of these parameters.
+        """
+        source = initial_source(self._job, None) if state.sources else None
+        if source is None:
+            return state
+        shards, aliases = state.weights()
+        named = self._job.weight_name
+        mine = [s for s in shards if s.name in state.sources and any(map(named, (s.name, *aliases.get(s.name, ()))))]
+        if mine:
+            found, _ = fill_initial(source, mine, aliases=aliases, named=named)
+            self._hashes = self._hashes or hashes(source)  # once a process: the files are read whole for it
+            there = {name: f"{self._hashes[source.entries[known][0]]} {known}" for name, known in found.items()}
+            state.sources = {**state.sources, **there}
+        return state
 
     def _state(self, model: torch.nn.Module, mesh: Mesh | None, sources: Mapping[str, str]) -> TrainState:
         precision = self._config.precision
