@@ -129,7 +129,8 @@ def kills(place: Place) -> Figures:
     ):
         fault = {"point": point, "step": step, "rank": 2, "do": "kill"}
         ended = place.train(Numbers(), place.config(point.replace(".", "-"), 3, run=BITWISE), 3, fault)
-        before, *_, after = ended.worlds()
+        *earlier, after = ended.worlds()  # on a slow machine one worker may have begun before the others came
+        before = next((world for world in earlier if len(world) == 3), [])
         assert after == before[:2], f"{point}: {before} became {after}, the survivors' processes are not the same"
         assert ended.sha == undisturbed, f"{point}: other bits"
         ended.check_samples()
