@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass, field
 
-from tests.tiny_jobs import Plain
+from tests.tiny_jobs import CLASSES, Plain
 
 
 @dataclass
@@ -91,6 +91,9 @@ def large_unless_compiled():
     return torch.tensor(2.0)
 
 
+_PASSES = [0]  # of this process
+
+
 @dataclass
 class Carrying(Plain):
     """Its passes leave something to those after them, or to whoever gets their samples the next time."""
@@ -110,6 +113,10 @@ class Carrying(Plain):
             model[1].register_buffer("begun", torch.tensor(False))
         if self.how in ("queue", "passes"):
             model[1].register_buffer("next", torch.tensor(6))
+        if self.how in ("adds", "decays", "averages"):
+            model[1].register_buffer("seen", torch.zeros(CLASSES))
+        if self.how == "remembers":
+            model[1].register_buffer("seen", torch.zeros(self.samples))
         return model
 
     def train_data(self):
@@ -127,9 +134,13 @@ class Carrying(Plain):
     def logits(self, model, features, ids):
         import numpy as np
         import torch
+        from torch.nn import functional
 
         if self.how == "in place":
             features = torch.stack([f.mul_(0.5) for f in features])
+        if model.training and self.how == "global":
+            _PASSES[0] += 1
+            return model(features) / _PASSES[0]
         if model.training and self.how == "counts":
             self.passes += 1
             return model(features) / self.passes
@@ -141,6 +152,13 @@ class Carrying(Plain):
                 model[1].register_buffer("table", features.mean(0), persistent=False)  # a cache
             if model.training and self.how in ("queue", "passes"):
                 model[1].next.copy_((model[1].next + (len(features) if self.how == "queue" else 1)) % 7)
+            if model.training and self.how in ("adds", "decays", "averages"):
+                ones = functional.one_hot((features[:, 0] > 0).long(), CLASSES).float()
+                model[1].seen.mul_(1.0 if self.how == "adds" else 0.99).add_(
+                    ones.mean(0) if self.how == "averages" else ones.sum(0)
+                )
+            if model.training and self.how == "remembers":  # something of each sample
+                model[1].seen[ids] = 0.5 * model[1].seen[ids] + 0.5 * features.mean(1)
             if model.training and self.how == "clamps":
                 model[0].weight.clamp_(-0.2, 0.2)
             if model.training and self.how == "begins" and not model[1].begun:  # as ActNorm does

@@ -29,6 +29,7 @@ from torch.utils.data import Subset
 from elastic.config import TrainConfig
 from elastic.data.order import sample_ids
 from elastic.job import Job
+from elastic.job_data import eval_sets
 from elastic.run.plan import RunPlan
 from elastic.seeds import derive, seed_all
 from elastic.worker.placing import Placing
@@ -94,7 +95,7 @@ class _Training:
         self.first_rates = [float(group["lr"]) for group in self.optimizer.param_groups]
         #: A scheduler of torch's sets the rates.
         self.followed = any("initial_lr" in group for group in self.optimizer.param_groups)
-        self.data, self.held_out = self.job.train_data(), self.job.eval_data()
+        self.data, self.held_out = self.job.train_data(), eval_sets(self.job)
         self.found = Trained()
 
     def run(self, passes_of: Callable[[int], Sequence[Pass]]) -> Trained:
@@ -217,7 +218,7 @@ class _Training:
                 weights += float(weight)
                 for key, value in {"loss": loss, **metrics}.items():
                     sums[key] = sums.get(key, 0.0) + float(value)
-            found |= {f"eval/{name}/{key}": value / weights for key, value in sums.items()}
+            found |= {f"eval/{name}/{key}" if name else f"eval/{key}": value / weights for key, value in sums.items()}
         before.put_back()
         for module, training in modes.items():
             module.training = training

@@ -24,7 +24,7 @@ from elastic.data.samples import halves
 from elastic.errors import ConfigError, RunFailed
 from elastic.observe.ledger import COLUMNS
 from elastic.worker.evaluate import held_out_batch
-from elastic.worker.rehearsal import Rehearsal
+from elastic.worker.rehearsal import SEPARATE, Rehearsal
 from elastic.worker.returned import check_returned
 from elastic.worker.sums import Sums, adds_up, counts, mistake
 from elastic.worker.traces import without_trace
@@ -282,6 +282,11 @@ def rehearse(job, exactness="fast"):
             "fast",
             "depends on what the pass before left in job.passes; a step has several passes, which workers share",
         ),
+        (
+            Carrying(how="global"),
+            "fast",
+            "depends on what the pass before left in tests.mistaken_jobs._PASSES[0]; a step",
+        ),
         (Carrying(how="writes"), "fast", "loss() changes parameters of the model (0.weight) again in each pass, but a"),
         (
             Carrying(how="follows"),
@@ -297,8 +302,15 @@ def rehearse(job, exactness="fast"):
         (
             Carrying(how="queue"),
             "fast",
-            "a pass moves the integer buffer 1.next by how many samples it has, but a step",
+            "a pass moves the buffer 1.next by how many samples it has, but a step has",
         ),
+        (
+            Carrying(how="adds"),
+            "fast",
+            "a pass moves the buffer 1.seen by a sum over its samples, but a step has several",
+        ),
+        (Carrying(how="adds"), "bitwise", "a pass moves the buffer 1.seen by a sum over its samples, but a step has"),
+        (Carrying(how="remembers"), "fast", "a pass moves the buffer 1.seen by a sum over its samples, but a step has"),
         (Carrying(how="registers"), "fast", "the model has 1.mean, which model() did not make, so a resumed run or a"),
         (Carrying(how="clamps"), "bitwise", "loss() changes parameters of the model (0.weight) but a step has several"),
         (Carrying(how="in place"), "fast", "loss() writes to the tensors of its batch, which are those that the data"),
@@ -320,6 +332,14 @@ def test_what_comes_to_the_same_however_many_passes_there_are_is_let_alone():
     assert job.passes == 0
     rehearse(Carrying(how="clamps"), "fast")
     rehearse(Carrying(how="passes"), "fast")
+    assert rehearse(Carrying(how="averages"), "fast").separate == 0
+
+
+def test_what_is_left_in_a_buffer_by_more_than_a_mean_has_one_microbatch_a_pass():
+    assert (
+        SEPARATE[rehearse(Carrying(how="decays"), "fast").separate]
+        == "what is left in a buffer goes by how many samples a pass has"
+    )
 
 
 def test_a_trial_needs_no_more_memory_than_a_step_in_which_something_is_compiled():
@@ -328,10 +348,9 @@ def test_a_trial_needs_no_more_memory_than_a_step_in_which_something_is_compiled
 
 
 def test_random_numbers_that_no_seed_decides_are_found():
-    assert rehearse(Carrying(how="entropy"), "fast").unseeded == ""
-    assert (
-        "loss() returns another value each time for one batch" in rehearse(Carrying(how="entropy"), "bitwise").unseeded
-    )
+    for exactness in ("bitwise", "fast"):
+        found = rehearse(Carrying(how="entropy"), exactness).unseeded
+        assert found.startswith("loss() returns another value each time for one batch")
 
 
 class Forgetful(torch.nn.Module):

@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor
 
 from elastic.compat import torch as compat
 from elastic.compat import torch_groups as groups
+from elastic.compat import torch_sharded as sharded
 from elastic.compat.torch_checkpoint import PICKLED, StorageInfo
 from elastic.compat.torch_world import ANSWERS, HOMES, hide_world
 
@@ -453,3 +454,42 @@ def test_the_pickle_of_a_checkpoints_metadata_names_what_we_let_it_name() -> Non
     Names(io.BytesIO(pickle.dumps((place, TensorProperties.create_from_tensor(torch.ones(1)))))).load()
     private = {(module, name) for module, name in named if name.startswith("_")}
     assert private == {(module, name) for module, names in PICKLED.items() for name in names}
+
+
+def test_fsdp2_gathers_into_the_same_parameters_without_moving_their_counters() -> None:
+    with world_of_one():
+        model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+        fully_shard(model[0])
+        fully_shard(model)
+        model(torch.ones(1, 2)).sum().backward()
+        gathered = [pair for m in (model, model[0]) for pair in sharded.gathered_parameters(m)]
+        assert sorted(name for name, _ in gathered) == ["0.bias", "0.weight", "1.bias", "1.weight"]
+        before = [compat.version_of(p) for _, p in gathered]
+        torch.optim.SGD(model.parameters(), lr=0.1).step()
+        model(torch.ones(1, 2)).sum().backward()
+        again = [pair for m in (model, model[0]) for pair in sharded.gathered_parameters(m)]
+        assert [id(p) for _, p in again] == [id(p) for _, p in gathered]
+        assert [compat.version_of(p) for _, p in gathered] == before
+
+
+def test_hooks_inside_those_of_fsdp2_see_what_is_gathered_before_and_after_all_others() -> None:
+    seen: list[tuple[str, bool]] = []
+
+    def note(name: str) -> Any:
+        return lambda module, *_: seen.append((name, isinstance(module.weight, DTensor)))
+
+    with world_of_one():
+        model = nn.Linear(2, 2)
+        model.register_forward_pre_hook(note("job's before"))
+        model.register_forward_hook(note("job's after"))
+        fully_shard(model)
+        remove = sharded.hook_inside(model, note("before"), note("after"))
+        model(torch.ones(1, 2))
+        model.reshard()
+        remove()
+        model(torch.ones(1, 2))
+    assert [name for name, _ in seen] == ["before", "job's before", "job's after", "after"] + [
+        "job's before",
+        "job's after",
+    ]
+    assert not any(cut for _, cut in seen)

@@ -234,7 +234,7 @@ def test_an_integer_buffer_that_depends_on_the_samples_ends_the_run_at_every_siz
 
     found = train(Tallies(late=late), configure(tmp_path, "run", **options), workers=workers)
 
-    sentence = "it has no one value" if late else "moves the integer buffer tally by how many samples it has"
+    sentence = "it has no one value" if late else "moves the buffer tally by how many samples it has"
     assert sentence in (found.failure or "")
 
 

@@ -357,21 +357,19 @@ def test_what_is_saved_derived_or_written_anew_is_let_alone():
     assert trained(Caches()) == []
 
 
-class Curriculum(Base):
-    """Its data get harder."""
+class Drawing(Base):
+    """It draws from a generator of its data."""
 
     def __init__(self):
-        self.data = SimpleNamespace(noise=0.0)
+        self.data = SimpleNamespace(generator=random.Random(0))
 
     def after_step(self, model, step):
-        self.data.noise = 0.5 * (step // 2)
+        self.data.generator.random()
 
 
-def test_what_an_update_changes_of_data_is_told_once():
-    (said,) = trained(Curriculum())
-    assert said.startswith(
-        "a SimpleNamespace of the data.noise changed in an update: loader processes have it as it was"
-    )
+def test_what_an_update_draws_from_generators_of_data_is_told_once():
+    (said,) = trained(Drawing())
+    assert said.startswith("a SimpleNamespace of the data.generator was drawn from in an update: loader processes have")
 
 
 class Numbers(Base):

@@ -14,7 +14,7 @@ from elastic.membership.watch import (
     hung,
     overdue,
     silent,
-    slow_data,
+    slow,
     stalled_times,
 )
 
@@ -148,11 +148,11 @@ def test_who_waits_for_data_is_given_up_much_later_than_who_computes_and_not_twi
         return {"a": at(2, Stage.FENCE), "b": at(2, stage, where="step 3, microbatch 0", samples=(5,))}
 
     assert hung(behind(Stage.PASS), limit_s + 1, 0.0, limit_s) == ["b"]
-    assert slow_data(behind(Stage.PASS), limit_s + 1, 0.0, limit_s) == []
+    assert slow(behind(Stage.PASS), limit_s + 1, 0.0, limit_s, Stage.DATA) == []
     longest_s = limit_s * Stage.DATA.patience
     assert hung(behind(Stage.DATA), longest_s, 0.0, limit_s) == []
-    assert slow_data(behind(Stage.DATA), limit_s, 0.0, limit_s) == []
-    assert slow_data(behind(Stage.DATA), limit_s + 1, 0.0, limit_s) == ["b"]
+    assert slow(behind(Stage.DATA), limit_s, 0.0, limit_s, Stage.DATA) == []
+    assert slow(behind(Stage.DATA), limit_s + 1, 0.0, limit_s, Stage.DATA) == ["b"]
     assert hung(behind(Stage.DATA), longest_s + 1, 0.0, limit_s) == ["b"]
     assert hung(behind(Stage.DATA), longest_s + 1, 0.0, limit_s, {5}) == []
     assert hung(behind(Stage.PASS), longest_s + 1, 0.0, limit_s, {5}) == ["b"]

@@ -72,6 +72,7 @@ class Loader:
         self._processes: LoaderProcesses | None = None
         self._awaited: Sequence[int] = ()
         self._draws: bool | None = None  # unknown before `draws_together`
+        self._stale = self._told = False  # the dataset has changed since loader processes were sent it; that was told
         if workers:
             sent = {
                 f"train_data(), a {type(fetcher.data).__qualname__},": fetcher.data,
@@ -112,8 +113,24 @@ class Loader:
             ConfigError: the data cannot be sent to loader processes.
         """
         self._spans, self._source = spans, self._keys(step, spans)
-        if self._processes is not None:
+        if self._processes is not None and self._stale:
+            self._processes.renew(self._source)
+        elif self._processes is not None:
             self._processes.feed(self._source)
+        self._stale = False
+
+    def changed(self) -> None:
+        """The dataset has changed in this process: loader processes are to get it anew, before the next span."""
+        self._stale = True
+
+    def _renew(self, processes: LoaderProcesses, step: int) -> None:
+        self._stale, self._source = False, self._keys(step, self._spans)
+        if processes.renew(self._source) and not self._told:
+            self._told = True
+            self._on_restart(
+                f"the job changed its data before step {step + 1}, so loader processes are started with it anew, then "
+                "and after each further change; with changes in every step --data.workers 0 is faster"
+            )
 
     def _keys(self, step: int, spans: list[tuple[int, int]]) -> Iterator[Span]:
         # told what comes, a process reads ahead for its microbatches: they stay with it if steps have whole turns
@@ -132,6 +149,8 @@ class Loader:
         Raises:
             ItemError: the job's data raised, or loader processes died TRIES times over this span.
         """
+        if self._stale and self._processes is not None:
+            self._renew(self._processes, step)
         if self._processes is None:
             return self._fetcher[_find(self._source, step, first, count)]
         self._awaited = self.order.span(step, first, count).ids[:SHOWN].tolist()

@@ -98,12 +98,20 @@ class LoaderProcesses:
         Returns:
             a description of how the dead processes ended, for a message.
         """
+        wait([p.sentinel for p in self._processes], DYING_S)  # a dying process closes its connections before it ends
         how = self._end()
         self.feed(source)
         return how
 
+    def renew(self, source: Iterator[Any]) -> bool:
+        """Start processes with these keys and the dataset as it is now; returns whether there were others."""
+        others = self._answers is not None
+        if others:
+            self._end()
+        self.feed(source)
+        return others
+
     def _end(self) -> str:
-        wait([p.sentinel for p in self._processes], DYING_S)  # a dying process closes its connections before it ends
         codes = [p.exitcode for p in self._processes if p.exitcode is not None]
         for process in self._processes:
             process.kill()

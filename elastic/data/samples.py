@@ -80,7 +80,7 @@ def untouched(data: Any) -> Any:
     shallow: it, and every dataset in it, has its own attributes, but shares their values.
     """
     try:
-        return _copied(data) if _is_dataset(data) else data
+        return _copied(data) if is_dataset(data) else data
     except Exception:  # its class does not allow copies, so the dataset itself is tried
         return data
 
@@ -92,7 +92,7 @@ def nested_datasets(data: Any) -> list[Any]:
         values = list(getattr(dataset, "__dict__", {}).values())
         lists = [v for v in values if isinstance(v, (list, tuple)) and len(v) <= _MOST_INNER]
         for value in [*values, *(inner for some in lists for inner in some)]:
-            if _is_dataset(value) and id(value) not in seen:
+            if is_dataset(value) and id(value) not in seen:
                 seen.add(id(value))
                 found.append(value)
     return found
@@ -101,14 +101,14 @@ def nested_datasets(data: Any) -> list[Any]:
 def _copied(data: Any) -> Any:
     changed = copy.copy(data)
     for name, value in list(vars(changed).items()):
-        if isinstance(value, (list, tuple)) and len(value) <= _MOST_INNER and any(map(_is_dataset, value)):
+        if isinstance(value, (list, tuple)) and len(value) <= _MOST_INNER and any(map(is_dataset, value)):
             setattr(changed, name, type(value)([untouched(item) for item in value]))
-        elif _is_dataset(value):
+        elif is_dataset(value):
             setattr(changed, name, untouched(value))
     return changed
 
 
-def _is_dataset(value: Any) -> bool:
+def is_dataset(value: Any) -> bool:
     if isinstance(value, Dataset):
         return True
     library = type(value).__module__.partition(".")[0]

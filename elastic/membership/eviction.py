@@ -26,10 +26,10 @@ from elastic.membership.watch import (
     overdue,
     p95,
     silent,
-    slow_data,
+    slow,
     stalled_times,
 )
-from elastic.membership.world import World
+from elastic.membership.world import Generation, World
 
 #: Seconds from one look to the next, for each worker: a look takes about 8 us for each. So of 4096 it is two a second.
 LOOK_S_EACH = 1.2e-4
@@ -75,6 +75,7 @@ class Watchman:
         self._stall_reported: World | None = None
         self._made_anew: set[int] = set()  # steps whose world was replaced because it stood still
         self._slow_reported: set[tuple[int, ...]] = set()
+        self._slow_evaluation: Generation | None = None  # the newest world in which one was reported
         self._step_times: deque[float] = deque(maxlen=100)
         self._state: State
 
@@ -292,10 +293,15 @@ class Watchman:
             self._keeper.save_stacks(member, text)
 
     def _report_slow(self, world: World, now: float) -> None:
-        """Record once for each slow sample that it takes long, and how long the run will wait for it."""
+        """Record once for each slow sample, and once in a world for an evaluation or a trial, that it takes long, and
+        how long the run will wait for it."""
         limits = p95(self._step_times), self._hang_s
         here = {m.id: self._progress[m.id] for m in world.members if m.id in self._progress}
-        for member_id in slow_data(here, now, *limits):
+        long = slow(here, now, *limits, Stage.EVALUATE)
+        if long and self._slow_evaluation != world.generation:
+            self._slow_evaluation = world.generation
+            self._connections.start(self._report_slow_evaluation(world, long[0], here[long[0]]))
+        for member_id in slow(here, now, *limits, Stage.DATA):
             where = here[member_id]
             if where.samples in self._slow_reported:
                 continue
@@ -310,6 +316,20 @@ class Watchman:
                 detail=f"the training data takes more than {usual_s:g} s for {where.where}, {named(where.samples)}; "
                 f"it is waited for up to {longest_s:g} s, which is {times:g} times --recovery.hang-timeout",
             )
+
+    async def _report_slow_evaluation(self, world: World, member_id: str, where: Progress) -> None:
+        """With the stacks of all members, as it may be a hang, of which nobody knows before the run has waited long."""
+        limits, times = (p95(self._step_times), self._hang_s), Stage.EVALUATE.patience
+        usual_s, longest_s = (hang_limit_s(s.patience, *limits) for s in (Stage.PASS, Stage.EVALUATE))
+        await self._save_stacks(world)
+        self._keeper.event(
+            "slow_evaluation",
+            generation=str(world.generation),
+            member=member_id,
+            step=where.step + 1,
+            detail=f"a batch takes more than {usual_s:g} s in {_place(where)}; it is waited for up to {longest_s:g} s, "
+            f"which is {times:g} times --recovery.hang-timeout; stacks are saved",
+        )
 
     async def _evict(self, member_id: str, world: World) -> None:
         known = self._progress.get(member_id)

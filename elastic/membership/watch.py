@@ -145,10 +145,14 @@ def stalled_times(progress: Mapping[str, Progress], now: float, step_p95_s: floa
     return times if all(p.counts for p in progress.values()) else min(times, 1.0)
 
 
-def slow_data(progress: Mapping[str, Progress], now: float, step_p95_s: float, fixed_s: float | None) -> list[str]:
-    """Members that wait for samples longer than a step may take. They are reported only; data has more patience."""
+def slow(
+    progress: Mapping[str, Progress], now: float, step_p95_s: float, fixed_s: float | None, stage: Stage
+) -> list[str]:
+    """Members that are in a stage with more patience, such as data, for longer than a step may take. They are reported
+    only."""
     usual_s = hang_limit_s(Stage.PASS.patience, step_p95_s, fixed_s)
-    return [member for member, p in progress.items() if p.waits_for_data and now - p.since > usual_s]
+    here = {member: p for member, p in progress.items() if p.position.stage is stage and not p.doubted}
+    return [member for member, p in here.items() if now - p.since > usual_s]
 
 
 def overdue(

@@ -38,7 +38,16 @@ _TONES = {
         "sample_failed",
         "node_quarantined",
     ),
-    "warn": ("notice", "handed_over", "parked", "member_late", "yielded", "checkpoint_skipped", "snapshot_skipped"),
+    "warn": (
+        "notice",
+        "handed_over",
+        "parked",
+        "member_late",
+        "yielded",
+        "checkpoint_skipped",
+        "snapshot_skipped",
+        "slow_evaluation",
+    ),
     "good": ("world_formed", "resumed", "run_finished", "worker_warm"),
     "save": ("checkpoint_committed",),
 }

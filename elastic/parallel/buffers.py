@@ -36,7 +36,7 @@ class StepBuffers:
             for path, _, key, name in ((*name.rpartition("."), name) for name in self._first)
         }
         self._owners = {name: place for name, place in self._places.items() if name in saved}
-        self._norms = _running_statistics(model)
+        self._norms = running_statistics(model)
         #: Buffers that passes change although they are registered with persistent=False.
         self.unsaved: set[str] = set()
         self._hidden: set[str] = set()  # buffers that are written to without a change of their counters
@@ -162,7 +162,7 @@ class StepBuffers:
             self.named[name].copy_(value)
 
 
-def _running_statistics(model: nn.Module) -> dict[str, nn.Module]:
+def running_statistics(model: nn.Module) -> dict[str, nn.Module]:
     """The normalisation layer of each running statistic, by the name of the buffer."""
     return {
         f"{prefix}.{name}" if prefix else name: module

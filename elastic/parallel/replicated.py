@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -19,12 +19,12 @@ from torch import nn
 
 from elastic.compat.torch import values_of_sparse, version_of
 from elastic.compat.torch_groups import NO_BUFFER_SYNC, check_reduced
-from elastic.errors import ConfigError
 from elastic.parallel.buffers import StepBuffers
 from elastic.parallel.canonical import CanonicalSum, Link, buckets_of, canonical_norm
 from elastic.parallel.leaf import Leaf
 from elastic.parallel.moves import average_moves, fingerprint, reduce_moves
 from elastic.parallel.records import Metrics, PendingRecord, Records, StepRecord
+from elastic.parallel.writes import Writes
 
 _BUCKETS = 4  # of the gradients, at least, so that some travel while others are made,
 _LEAST_BUCKET = 1 << 20  # bytes, but none smaller than this: each costs a round trip or two
@@ -135,6 +135,7 @@ class FastReplica(_Replica):
     Args:
         find_unused: parameters may get no gradient in a step; costs a walk through the graph of its last pass.
         compression: "bf16" sends gradients as bfloat16.
+        written: parameters that passes may write to, as it comes to the same however often they do.
         check: raises if a collective brought no result.
     """
 
@@ -149,11 +150,13 @@ class FastReplica(_Replica):
         bucket_mb: int,
         find_unused: bool,
         compression: str,
+        written: Collection[str] = (),
         check: Callable[[], None],
     ):
         self.model, self._loss, self._runs, self._rank, self._device = model, loss, runs, rank, device
         self._world_size, self._count, self._metrics = len(runs), sum(map(len, runs)), Metrics()
         self._buffers, self._check = StepBuffers(model, exact=False), check
+        self._writes = Writes(model, allowed=written)
         self.says = tuple
         self._norm: torch.Tensor | None = None
         self.wait_s = 0.0  # seconds of the last step in exchanges that no computation hides
@@ -188,6 +191,7 @@ class FastReplica(_Replica):
         self.model.zero_grad(set_to_none=True)
         records = Records(self._runs, self._rank, self._device, buffers.words, self._metrics, self._check)
         buffers.begin()
+        self._writes.begin()
         after: list[dict[str, torch.Tensor]] = []
         counts: list[int] = []
         pending: PendingRecord | None = None
@@ -211,6 +215,7 @@ class FastReplica(_Replica):
             buffers.undo(changed)  # every pass starts from the buffers of the step's beginning
         assert pending is not None, "a rank without a microbatch"
         self._check_reduced(before)
+        self._writes.check()
         began = time.perf_counter()
         self._norm = _norm(self.gradients())  # enqueued before the host waits for the record, and so for both
         record = pending.result()
@@ -300,7 +305,7 @@ class BitwiseReplica(_Replica):
         self._loss, self._runs, self._rank, self._device = loss, runs, rank, device
         self._links, self._bucket_bytes = links, bucket_mb << 20
         named = dict(model.named_parameters())
-        self._names, self._all_parameters = list(named), list(named.values())
+        self._writes = Writes(model, exact=True)
         trained = {name: p for name, p in reversed(named.items()) if p.requires_grad}
         self._parameters = list(trained.values())
         like = [*self._parameters, torch.empty(len(self._parameters))]  # the mask
@@ -322,7 +327,7 @@ class BitwiseReplica(_Replica):
         self.model.zero_grad(set_to_none=True)  # also gradients of parameters that were frozen after the last step
         buffers = self._buffers
         records = Records(self._runs, self._rank, self._device, buffers.words, self._metrics, self._check)
-        before = [(version_of(p), p.data_ptr()) for p in self._all_parameters]
+        self._writes.begin()
         gradients = CanonicalSum(self._links, self._runs, self._gradient_buckets)
         buffers.begin()
         after: list[dict[str, torch.Tensor]] = []
@@ -347,7 +352,7 @@ class BitwiseReplica(_Replica):
             if not one.last:
                 gradients.push(one.first, self._leaf.take())
         assert pending is not None, "a rank without a microbatch"
-        self._check_unwritten(before)
+        self._writes.check()
         began = time.perf_counter()
         self._leaf.take_rest(gradients, indices[-1])
         record = pending.result()
@@ -358,15 +363,6 @@ class BitwiseReplica(_Replica):
             reduce_moves(buffers, touched, after, indices, sums, self._count, [last for *_, last in record.attached])
         self.wait_s = time.perf_counter() - began
         return record, record.weight * self.scale
-
-    def _check_unwritten(self, before: list[tuple[int, int]]) -> None:
-        """Refuse parameters that forward passes write to: only buffers are summed over microbatches, and undone."""
-        for name, p, seen in zip(self._names, self._all_parameters, before):
-            if (version_of(p), p.data_ptr()) != seen:
-                raise ConfigError(
-                    f"parameter {name} is written to in forward passes, so its values depend on which worker runs "
-                    "which microbatch; change it in after_step(), make it a buffer, or use --run.exactness fast"
-                )
 
     def _put_gradients(self, total: list[torch.Tensor]) -> None:
         *gradients, used = total

@@ -34,6 +34,7 @@ from elastic.parallel.reduce_scatter import Leaves, Look
 from elastic.parallel.replicated import LossFunction, Pass
 from elastic.parallel.used import Used
 from elastic.parallel.wrapping import cut_of, fsdp_modules, let_go, local
+from elastic.parallel.writes import Writes
 
 
 class _Sharded:
@@ -66,7 +67,7 @@ class _Sharded:
         self._cuts = [cut_of(name, p) for name, p in trained.items()]
         self._in_parts = [TENSOR in dict(cut) for cut in self._cuts]
         self._buffers, self._check = StepBuffers(model, exact=self._exact), check
-        self._used = Used(model)
+        self._used, self._writes = Used(model), Writes(model, exact=self._exact)
         self._block_order, self._steps, self._metrics = BlockOrder(model, mesh, device, check), 0, Metrics()
         self.wait_s = 0.0
         self.scale = 1.0
@@ -77,6 +78,7 @@ class _Sharded:
         self._used.seen.clear()
         self._block_order.take_hash()
         self._buffers.begin()
+        self._writes.begin()
         bits = 64 * self._buffers.words + len(self._parameters)
         return Records(self._runs, self._cell, self._device, (bits + 63) // 64, self._metrics, self._check)
 
@@ -96,8 +98,9 @@ class _Sharded:
             attached: numbers of this worker to put into the record.
 
         Raises:
-            ConfigError: the workers of a row did not run the same blocks.
+            ConfigError: the workers of a row did not run the same blocks, or passes wrote to parameters.
         """
+        self._writes.check()
         first = 64 * self._buffers.words
         records.mark(sum(1 << (first + i) for i in self._used.seen))
         records.attach(self._block_order.take_hash(), *attached)

@@ -76,7 +76,7 @@ def _inside(name: str, one: Any, main: object) -> Iterator[tuple[str, Any]]:
             yield (f"{name}[{k!r}]" if isinstance(k, (str, int)) else f"{name}[{i}]"), v
     elif isinstance(one, (list, tuple, set, frozenset, deque)):
         yield from ((f"{name}[{i}]", v) for i, v in zip(range(MAX_ITEMS), one))
-    elif _is_open(one):
+    elif is_open(one):
         is_main = isinstance(main, torch.optim.Optimizer) and any(one is part for part in (main, *parts_of(main)))
         known = _KNOWN_OF_OPTIMIZERS if is_main else ()
         for key, value in list(vars(one).items()):
@@ -86,7 +86,7 @@ def _inside(name: str, one: Any, main: object) -> Iterator[tuple[str, Any]]:
                 yield f"{name}.{key}", value
 
 
-def _is_open(one: Any) -> bool:
+def is_open(one: Any) -> bool:
     """Whether an object is searched: users' own objects, modules and optimizers, but no data sets and no libraries."""
     if not hasattr(one, "__dict__") or isinstance(one, (type, types.ModuleType)) or callable_only(one):
         return False
@@ -118,6 +118,23 @@ def models_of(job: object) -> dict[str, nn.Module]:
         elif isinstance(value, nn.Module):
             found[name] = value
     return found
+
+
+def globals_of(job: object) -> list[types.ModuleType]:
+    """The modules in which the job's class and its bases are defined, without those of libraries."""
+    names = dict.fromkeys(c.__module__ for c in type(job).__mro__ if c.__module__.partition(".")[0] not in _CLOSED)
+    return [sys.modules[name] for name in names if name in sys.modules]
+
+
+def globals_named(job: object) -> dict[str, Any]:
+    """Numbers, containers and generators in these modules, by their place."""
+    kinds = (int, float, list, dict, set, deque, *GENERATORS)
+    return {
+        f"{module.__name__}.{name}": value
+        for module in globals_of(job)
+        for name, value in vars(module).items()
+        if isinstance(value, kinds) and not name.startswith("__")
+    }
 
 
 def frozen_of(job: Any) -> dict[str, nn.Module]:

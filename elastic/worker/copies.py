@@ -162,6 +162,7 @@ def state_entries(state: TrainState, *, exact: bool = True) -> list[Entry]:
         for name, tensor in tensors.items()
         if exact or not name.startswith("modules/")
     ]
+    values.pop("attributes", None)  # such as the time of an update
     modules = {f"get_extra_state() of {name or 'the model'}": v for name, v in values.pop("modules").items()}
     parts = {**{f"what is no tensor ({name})": v for name, v in values.items()}, **(modules if exact else {})}
     coded = {name: json.dumps(value, sort_keys=True).encode() for name, value in parts.items()}

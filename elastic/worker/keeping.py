@@ -25,6 +25,7 @@ from elastic.parallel.scaling import LossScale
 from elastic.parallel.wrapping import cut_of, fsdp_modules, local, whole
 from elastic.placement import Part, TensorSpec, cut_box
 from elastic.values import Classes, ValueRefused, classes, encode, part_of
+from elastic.worker.attributes import JobAttributes
 from elastic.worker.following import Patience
 from elastic.worker.groups import Groups
 from elastic.worker.naming import (
@@ -75,6 +76,7 @@ class Keeping:
         optim: options that set learning rates.
         patience: decides after evaluations whether training ends, if anything does.
         sources: digests of parameters that are not part of the state, since `model()` gives them their values.
+        attributes: what the job changes of itself, the model and its data.
 
     Raises:
         ConfigError: part of the state cannot be saved, or is not part of the model.
@@ -90,6 +92,7 @@ class Keeping:
         optim: OptimOptions | None = None,
         patience: Patience | None = None,
         sources: Mapping[str, str] = MappingProxyType({}),
+        attributes: JobAttributes | None = None,
     ):
         self.optimizer = optimizer = together(optimizer)
         self.job, self.model, self.mesh, self.scaler = job, model, mesh, scaler
@@ -100,7 +103,9 @@ class Keeping:
         check_state_dict(model)
         self._made, self._registered = tuple(persistent_entries(model)), registrations()
         self.rates, self.patience = Rates(job, optimizer, optim), patience
-        self.sources = dict(sources)
+        if attributes is not None:
+            attributes.watch(model)
+        self.sources, self.attributes = dict(sources), attributes
         first, again = job.extra_state(), job.extra_state()
         #: Tensors of the job that exist from the start: these are restored in place.
         self._in_place = {
@@ -156,6 +161,18 @@ class Keeping:
     def trained_by_name(self) -> dict[str, bool]:
         """For each parameter of the model, by name, whether it is trained now."""
         return {name: p.requires_grad for name, p in self._named}
+
+    def change_of_trained(self, before: tuple[bool, ...]) -> str:
+        """Describe which parameters are trained now that were not `before`, "+", and the other way round, "-"."""
+        found: dict[str, list[str]] = {"+": [], "-": []}
+        for (name, trained), was in zip(self.trained_by_name().items(), before):
+            if trained != was:
+                found["+" if trained else "-"].append(name)
+        return ", ".join(
+            f"{sign} {names[0]}" + (f" and {len(names) - 1} more" if names[1:] else "")
+            for sign, names in found.items()
+            if names
+        )
 
     def check_parts(self) -> None:
         """After an update: refuse a model that has got or lost parameters or buffers, which no checkpoint could give
@@ -231,6 +248,8 @@ class Keeping:
         found.values = {"coded": CODED, "optimizer": kind_of(self.optimizer)}
         if self.sources:
             found.values["sources"] = dict(sorted(self.sources.items()))
+        if self.attributes is not None and (changed := self.attributes.values()):
+            found.values["attributes"] = self._encode(found, changed, "attributes", "what the job changed")
         self._collect_optimizer(found)
         self._collect_model(found)
         if self._held is not None:

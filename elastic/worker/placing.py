@@ -32,6 +32,7 @@ from elastic.parallel.wrapping import (
     place_whole,
 )
 from elastic.seeds import derive, seed_all
+from elastic.worker.attributes import JobAttributes
 from elastic.worker.belongings import digest
 from elastic.worker.following import Patience
 from elastic.worker.naming import live_tensors, parameter_names
@@ -43,8 +44,8 @@ _DTYPES = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 class Placing:
     """Builds the state of a worker: once if the model is whole, once per world if it is sharded."""
 
-    def __init__(self, job: Job, config: TrainConfig, device: torch.device):
-        self._job, self._config, self._device = job, config, device
+    def __init__(self, job: Job, config: TrainConfig, device: torch.device, attributes: JobAttributes | None = None):
+        self._job, self._config, self._device, self._attributes = job, config, device, attributes
         self._next: DeferredModel | None = None
         self._tried: set[type] = set()
         self._hashes: dict[str, str] = {}  # of the files of initial weights
@@ -183,7 +184,8 @@ class Placing:
         least, keep = self._config.eval, self._config.checkpoint
         patience = None if least.patience is None else Patience(least.patience, least.min_delta, keep.best_mode)
         optimizer = self._job.optimizer(model)
-        return TrainState(self._job, model, optimizer, mesh, scaler, self._config.optim, patience, sources)
+        optim = self._config.optim
+        return TrainState(self._job, model, optimizer, mesh, scaler, optim, patience, sources, self._attributes)
 
     @property
     def _param_dtype(self) -> torch.dtype | None:

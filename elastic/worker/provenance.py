@@ -109,6 +109,13 @@ class Provenance:
             self.broken.append(reason)
         return new
 
+    def remark(self, sentence: str) -> bool:
+        """Something is to be told that breaks nothing that this run promises; returns whether that was not known."""
+        new = sentence not in (*self._remarks, *self.broken)
+        if new:
+            self._remarks.append(sentence)
+        return new
+
     def agree(self, broken: list[str]) -> list[tuple[str, str]]:
         """Take over the reasons known to the member that had the newest state.
 

@@ -26,6 +26,7 @@ from elastic.parallel.device import ZerosForEmpty
 from elastic.parallel.records import names_of
 from elastic.parallel.wrapping import fsdp_modules
 from elastic.seeds import derive
+from elastic.worker.belongings import globals_of
 from elastic.worker.evaluate import figures, held_out_batch
 from elastic.worker.group import Group
 from elastic.worker.naming import check_same_names, persistent_entries
@@ -45,8 +46,9 @@ SEPARATE = (
     "",
     "the loss of a batch is not the sum of the losses of its parts",
     "the weights of loss() count passes, not samples",
+    "what is left in a buffer goes by how many samples a pass has",
 )
-_NOT_ADDITIVE, _COUNTS_PASSES = 1, 2
+_NOT_ADDITIVE, _COUNTS_PASSES, _BY_SIZE = 1, 2, 3
 _UNWRITTEN = (
     "the model or loss() reads a tensor that it has not written, as torch.empty() and empty_like() give: the loss is "
     "NaN where such memory holds NaN; make it with torch.zeros()"
@@ -78,9 +80,12 @@ class Rehearsal:
         self.separate: int | None = None
         self._unknown = False  # evaluations may have figures that one batch does not show
         self._batch: Any = None  # the first microbatches of the run
-        self._half: Any = None  # half of their samples
+        self._halves: Batches = []  # of their samples
+        self._by_size = False  # what passes leave in a buffer goes by how many samples each has
         #: A sentence if loss() shows that the bits of a run cannot be repeated.
         self.unseeded = ""
+        #: Names of parameters that passes write to without changing more the second time.
+        self.written: set[str] = set()
         #: Lines about each metric, by the function that returned it, as far as it was tried.
         self.metrics: dict[str, list[str]] = {}
         #: FLOPs of a forward and backward pass per sample; 0 if they could not be counted, None before they were.
@@ -111,7 +116,7 @@ class Rehearsal:
                 return
         where, made = self._code.where, tuple(persistent_entries(model))
         try:
-            with without_trace(model, self._job) as parameters:
+            with without_trace(model, self._job, *globals_of(self._job)) as parameters:
                 try:
                     self._code.where = "a trial of loss() before the first step"
                     separate = self._try_loss(in_memory(partial(self._code.try_loss, model)), microbatches, agreed)
@@ -124,14 +129,15 @@ class Rehearsal:
             if self._batch is not None:
                 exact = self._config.run.exactness == "bitwise"
                 repeats = Repeats(self._job, self._code, self._seed, exact=exact)
-                self.unseeded = UNSEEDED if repeats.check(model, self._batch, self._half, agreed) else ""
+                self.unseeded = UNSEEDED if repeats.check(model, self._batch, self._halves, agreed) else ""
+                self.written, self._by_size = repeats.written, repeats.by_size
             try:
                 check_same_names(model, made)
             except ConfigError as error:
                 raise self._code.mistake(error) from None
         finally:
             self._code.where = where
-        self.separate = separate
+        self.separate = separate or (_BY_SIZE if self._by_size else 0)
 
     def _try_loss(self, loss: Function, microbatches: int, agreed: Agreed) -> int:
         """Try loss() in evaluation mode, and return the index in `SEPARATE` of why passes have one microbatch."""
@@ -152,7 +158,7 @@ class Rehearsal:
                 again = passes(loss, batches, seed)
             if agreed(_finite(again)):
                 raise self._code.mistake(ConfigError(_UNWRITTEN))
-        self._batch, self._half = batches[0][1], batches[1][1] if len(batches) > 1 else None
+        self._batch, self._halves = batches[0][1], batches[1:]
         self.metrics["result of loss()"] = [f"metric {name}" for name in sorted(names_of(found[0].metrics))]
         if len(found) < 3:
             return 0
@@ -236,7 +242,7 @@ class Rehearsal:
         agreed: Agreed = partial(_on_any, group) if fsdp_modules(model) else bool
         where, self._code.where = self._code.where, f"a trial of loss() before step {step + 1}"
         try:
-            with without_trace(model, self._job, first=False):
+            with without_trace(model, self._job, *globals_of(self._job), first=False):
                 trial = in_memory(partial(self._code.try_loss, model))
                 separate = self._try_another(trial, microbatches, step, agreed)
         finally:

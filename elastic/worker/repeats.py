@@ -7,6 +7,7 @@ passes before it; only buffers may carry something on, and they begin each pass 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -16,12 +17,12 @@ from torch import nn
 
 from elastic.errors import ConfigError
 from elastic.job import Job
-from elastic.parallel.buffers import StepBuffers
+from elastic.parallel.buffers import StepBuffers, running_statistics
 from elastic.parallel.wrapping import fsdp_modules
 from elastic.seeds import derive, seed_all
-from elastic.worker.belongings import Attributes, digest, leaves
+from elastic.worker.belongings import Attributes, digest, globals_named, globals_of, leaves
 from elastic.worker.traces import GatheredWrites, without_trace
-from elastic.worker.trials import Agreed, in_memory, listed, own
+from elastic.worker.trials import Agreed, Batches, in_memory, listed, own
 from elastic.worker.user_code import UserCode, UserCodeError
 
 _SAME = 1e-5  # of a loss: two computations of one value differ by no more
@@ -41,7 +42,8 @@ class _Twice:
         written: names of the parameters that the first pass wrote to.
         again: names of those that the second pass wrote to as well.
         lost: names of those that a pass wrote to while they were gathered.
-        counted: by how much the second pass moved each integer buffer, by name.
+        touched: names of those whose version counters moved.
+        moved: by how much the last pass moved each buffer, by name, as float64 or int64.
     """
 
     losses: list[float]
@@ -49,7 +51,8 @@ class _Twice:
     written: list[str]
     again: list[str]
     lost: list[str]
-    counted: dict[str, torch.Tensor]
+    touched: set[str]
+    moved: dict[str, torch.Tensor]
 
     @property
     def apart(self) -> float:
@@ -67,16 +70,20 @@ class Repeats:
 
     def __init__(self, job: Job, code: UserCode, seed: int, *, exact: bool):
         self._job, self._code, self._seed, self._exact = job, code, seed, exact
+        #: Names of parameters that passes write to without changing more the second time.
+        self.written: set[str] = set()
+        #: What passes leave in a buffer goes by how many samples each has.
+        self.by_size = False
 
-    def check(self, model: nn.Module, batch: Any, half: Any, agreed: Agreed) -> bool:
+    def check(self, model: nn.Module, batch: Any, halves: Batches, agreed: Agreed) -> bool:
         """Refuse a loss that depends on earlier passes. All workers that share the model call this at one time.
 
         Args:
             batch: of the first microbatches.
-            half: the batch of half of its samples; None if it has only one sample.
+            halves: number of samples and batch of both halves; empty if it has only one sample.
 
         Returns:
-            Whether the bits of the loss depend on chance.
+            Whether the loss depends on chance; in `fast`, by more than its last digits.
 
         Raises:
             UserCodeError: the mistake, as a ConfigError.
@@ -84,11 +91,10 @@ class Repeats:
         first = self._passes_in_training(model, batch, batch)
         self._refuse_writes(first, agreed)
         # buffers and parameters that the first batch initialises, and further batches leave alone
-        if agreed(bool(first.written)) and half is not None:
-            self._refuse_writes(self._passes_in_training(model, batch, half), agreed)
-        counting = [name for name, moved in first.counted.items() if int(moved.abs().max()) > 1]
-        if agreed(bool(counting)) and half is not None:
-            self._refuse_counts(first, self._passes_in_training(model, half, half), agreed)
+        if agreed(bool(first.written)) and halves:
+            self._refuse_writes(self._passes_in_training(model, batch, halves[0][1]), agreed)
+        self.written = first.touched | set(first.written)
+        self._try_moves(model, first, batch, halves, agreed)
         apart = first.apart > _SAME * abs(first.losses[0]) if first.losses else False
         if not agreed(apart or (self._exact and first.apart > 0)):
             return False
@@ -103,7 +109,7 @@ class Repeats:
                     "a step has several passes, which workers share, so change it in after_step(), or make it a buffer"
                 )
             )
-        return agreed(self._exact and chance > 0)
+        return agreed(chance > 0)
 
     def _refuse_writes(self, found: _Twice, agreed: Agreed) -> None:
         """Refuse a loss that writes to parameters; in `fast` it may, if a second pass changes nothing more."""
@@ -117,47 +123,72 @@ class Repeats:
                 which = listed(names) or "seen on another worker"
                 raise self._code.mistake(ConfigError(f"loss() changes parameters of the model ({which}) {why}"))
 
-    def _refuse_counts(self, whole: _Twice, half: _Twice, agreed: Agreed) -> None:
-        """Refuse integer buffers that a pass moves by its number of samples.
+    def _try_moves(self, model: nn.Module, whole: _Twice, batch: Any, halves: Batches, agreed: Agreed) -> None:
+        """Refuse buffers that count samples or keep something of each; find those that go by the samples of a pass.
 
-        A step has several passes, and all begin with the buffers of the step's beginning, so the buffer would count one
-        pass.
+        A step has several passes, all begin with the buffers of the step's beginning, and the mean of their moves is
+        left. The move in a batch is the mean of those in its halves for running means, and for few other things: with
+        others, what is left goes by how many samples a pass has. It is their sum for sums over samples. If it still is
+        when the buffers are higher by 1, nothing decays, and the mean is 1/V of what one process has.
         """
-        names = [
-            name
-            for name, moved in whole.counted.items()
-            if half.losses and not torch.equal(moved, half.counted.get(name, torch.zeros_like(moved)))
-        ]
-        if agreed(bool(names)):
+        means = running_statistics(model)
+        moved = {name: m for name, m in whole.moved.items() if name not in means}
+        whole_numbers = [name for name, m in moved.items() if not m.is_floating_point() and int(m.abs().max()) > 1]
+        others = [name for name, m in moved.items() if m.is_floating_point()]
+        if not halves or not agreed(bool(whole_numbers or others)):
+            return
+        of_halves = [self._passes_in_training(model, half).moved for _, half in halves]
+        counting = [n for n in whole_numbers if not torch.equal(moved[n], _move(of_halves[0], n, moved[n]))]
+        sizes = [samples for samples, _ in halves]
+        parts = {n: [_move(h, n, moved[n]) for h in of_halves] for n in others}
+        self.by_size = agreed(any(not _is_near(_mean(parts[n], sizes), moved[n], 1e-3) for n in others))
+        sums = [n for n in others if _is_sum(moved[n], parts[n], sizes)]
+        if agreed(bool(sums)):
+            higher = [
+                self._passes_in_training(model, b, higher=sums).moved for b in (batch, *(half for _, half in halves))
+            ]
+            for n in sums:
+                whole_move, *of_parts = (_move(h, n, moved[n]) for h in higher)
+                counting += [n] if _is_sum(whole_move, of_parts, sizes) else []
+        if agreed(bool(counting)):
+            by, left = "how many samples it has", "that of one pass"
+            if set(counting) & set(others):
+                by, left = "a sum over its samples", "the mean over passes"
             raise self._code.mistake(
                 ConfigError(
-                    f"a pass moves the integer buffer {listed(names)} by how many samples it has, but a step has "
-                    "several passes, which all begin with the buffers of the step's beginning, so it would be that of "
-                    "one pass; count the samples of a step in after_step(), and keep queues of samples by steps"
+                    f"a pass moves the buffer {listed(counting)} by {by}, but a step has several passes, which all "
+                    f"begin with the buffers of the step's beginning, so {left} would be left; count the samples of a "
+                    "step in after_step(), and keep queues and banks of samples by steps"
                 )
             )
 
-    def _passes_in_training(self, model: nn.Module, *batches: Any) -> _Twice:
-        """Run two passes, one after the other, in training mode; no losses if one of them fails, which the first step
+    def _passes_in_training(self, model: nn.Module, *batches: Any, higher: Sequence[str] = ()) -> _Twice:
+        """Run passes, one after the other, in training mode; no losses if one of them fails, which the first step
         reports.
 
         Parameters are moved first, as by an update: what follows them from pass to pass moves then too.
+
+        Args:
+            higher: names of buffers that are higher by 1.
         """
         losses: list[float] = []
         written, again, lost = list[str](), list[str](), GatheredWrites(model)
-        counted: dict[str, torch.Tensor] = {}
-        with without_trace(model, self._job, training=True) as parameters:
+        moved: dict[str, torch.Tensor] = {}
+        with without_trace(model, self._job, *globals_of(self._job), training=True) as parameters:
             parameters.move()
+            parameters.begin()
             before = self._held(model)
             try:
                 for batch in batches:
                     with StepBuffers(model, exact=True).unmoved(), torch.set_grad_enabled(not fsdp_modules(model)):
-                        begun = _integers(model)
+                        for name in higher:
+                            model.get_buffer(name).detach().add_(1)
+                        begun = _copies(model)
                         seed_all(derive("rehearsal", self._seed))
                         trial = in_memory(partial(self._code.try_loss, model, watching=lost.watching))
                         losses.append(float(trial(own(batch))[0].detach()))
-                        now = _integers(model)
-                        counted = {
+                        now = _copies(model)
+                        moved = {
                             n: now[n] - b
                             for n, b in begun.items()
                             if n in now and now[n].shape == b.shape and not torch.equal(now[n], b)
@@ -171,18 +202,41 @@ class Repeats:
             finally:
                 for module in fsdp_modules(model):
                     module.reshard()
-            held = self._held(model)
+            held, touched = self._held(model), parameters.touched()
         changed = sorted(name for name, was in before.items() if held.get(name, was) != was)
-        return _Twice(losses, changed, written, again, sorted(lost.names), counted)
+        changed = changed or sorted(held.keys() - before.keys())  # such as an item of a list
+        return _Twice(losses, changed, written, again, sorted(lost.names), touched, moved)
 
     def _held(self, model: nn.Module) -> dict[str, str]:
-        found = leaves({"job": Attributes(self._job), "model": model}, (), None)
+        found = leaves({"job": Attributes(self._job), "model": model, **globals_named(self._job)}, (), None)
         return {name: digest(leaf) for name, leaf in found.items()}
 
 
-def _integers(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Return copies of the integer buffers, with their present sizes."""
-    named = model.named_buffers()
-    return {
-        n: b.detach().long().clone() for n, b in named if not b.is_floating_point() and not b.is_complex() and b.numel()
-    }
+def _copies(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Return copies of the buffers, with their present sizes, as float64 or int64."""
+    named = [(name, b) for name, b in model.named_buffers() if b.numel() and not b.is_complex()]
+    return {n: b.detach().to(torch.float64 if b.is_floating_point() else torch.int64, copy=True) for n, b in named}
+
+
+def _move(moved: Mapping[str, torch.Tensor], name: str, like: torch.Tensor) -> torch.Tensor:
+    return moved.get(name, torch.zeros_like(like))
+
+
+def _mean(moves: Sequence[torch.Tensor], sizes: Sequence[int]) -> torch.Tensor:
+    if any(move.shape != moves[0].shape for move in moves):
+        return moves[0]
+    return sum((n * move for n, move in zip(sizes, moves)), torch.zeros_like(moves[0], dtype=torch.float64)) / sum(
+        sizes
+    )
+
+
+def _is_sum(whole: torch.Tensor, halves: Sequence[torch.Tensor], sizes: Sequence[int]) -> bool:
+    """Whether the move in a batch is the sum of those in its halves, and not their mean."""
+    if any(half.shape != whole.shape for half in halves):
+        return False
+    total = sum(halves, torch.zeros_like(whole))
+    return _is_near(total, whole, 1e-3) and not _is_near(_mean(halves, sizes), whole, 1e-1)
+
+
+def _is_near(one: torch.Tensor, other: torch.Tensor, most: float) -> bool:
+    return one.shape == other.shape and bool((one - other).abs().max() <= most * other.abs().max())

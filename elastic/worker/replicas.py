@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 from torch import nn
@@ -25,6 +25,7 @@ def wrap(
     *,
     find_unused: bool,
     early: bool,
+    written: Collection[str] = (),
 ) -> Replica:
     """Wrap a model for the steps of one world. All members call this at one time.
 
@@ -33,6 +34,7 @@ def wrap(
         share: the microbatches of this worker and of the others.
         find_unused: look in every pass for parameters that get no gradient.
         early: whole models in bitwise begin to exchange gradients in the last backward pass of a step.
+        written: names of parameters that passes may write to.
     """
     parallel, bitwise = config.parallel, config.run.exactness == "bitwise"
     common: dict[str, Any] = {"runs": share.runs, "device": group.device, "check": group.check}
@@ -59,6 +61,7 @@ def wrap(
             bucket_mb=parallel.bucket_mb,
             find_unused=find_unused,
             compression=config.precision.grad_compression,
+            written=written,
             **common,
         )
     replica.recomputes = parallel.activation_checkpointing

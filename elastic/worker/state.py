@@ -72,6 +72,8 @@ class TrainState(Destinations):
         self.rates.forget()
         extra = self._decode(values["extra"], values)
         _call("load_extra_state()", partial(self.job.load_extra_state, extra))
+        if self.attributes is not None:
+            self.attributes.load(self._decode(values.get("attributes", {}), values))
         self._arrived = {}
         if self.scaler is not None and "loss_scale" in values:
             self.scaler.load(values["loss_scale"])

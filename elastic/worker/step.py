@@ -9,15 +9,14 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
-import torch
 import xxhash
 
 from elastic import fault
-from elastic.compat.torch import lacks_sharding, multiply_each_
+from elastic.compat.torch import lacks_sharding
 from elastic.data.loader import Loader
 from elastic.errors import ConfigError, Reform
 from elastic.membership.client import WorkerLink
@@ -29,8 +28,10 @@ from elastic.parallel.matrices import Matrices
 from elastic.parallel.optimizers import kind_of
 from elastic.parallel.records import StepRecord
 from elastic.parallel.replicated import BitwiseReplica, FastReplica, NotReduced, Pass
+from elastic.parallel.scaling import multiply
 from elastic.seeds import derive, seed_all
 from elastic.worker import copies, nonfinite
+from elastic.worker.attributes import JobAttributes
 from elastic.worker.flags import NEUTRAL
 from elastic.worker.group import Group
 from elastic.worker.replicas import Replica, wrap
@@ -38,16 +39,20 @@ from elastic.worker.run import WorkerRun
 from elastic.worker.schedule import factor
 from elastic.worker.share import Share, Span, longest_pass, spans_of
 from elastic.worker.state import TrainState
+from elastic.worker.traces import not_watching, watching_for_writes
 from elastic.worker.unsaved import UPDATES
 from elastic.worker.update import Clock, Update
 from elastic.worker.user_code import UserCode
+
+#: Updates after which what was tried before the first step is tried again; also after twice, four, ... times as many.
+LOOK_AGAIN = 16
 
 
 class Stepper:
     """What a worker keeps for its steps across worlds. `enter` a world to take steps in it."""
 
-    def __init__(self, run: WorkerRun, code: UserCode, loader: Loader, link: WorkerLink):
-        self.run, self.code, self.loader, self.link = run, code, loader, link
+    def __init__(self, run: WorkerRun, code: UserCode, loader: Loader, link: WorkerLink, attributes: JobAttributes):
+        self.run, self.code, self.loader, self.link, self.attributes = run, code, loader, link, attributes
         self.bitwise = run.config.run.exactness == "bitwise"
         #: Each pass has one microbatch. What a pass draws at random for its whole batch would otherwise depend on the
         #: world.
@@ -55,6 +60,7 @@ class Stepper:
         self.steps_done = 0
         self.find_unused = run.config.parallel.find_unused
         self.exchanges_early = True  # in bitwise: in the last backward pass of a step
+        self.written: set[str] = set()  # names of parameters that passes may write to; see `Rehearsal.written`
         self.compares = True  # whether the devices of all workers in the newest world round alike
         self.clock = Clock()
         self.unfinished: Replica | None = None  # the replica of a step that is not applied yet
@@ -140,6 +146,7 @@ class WorldSteps:
                 self.share,
                 find_unused=stepper.find_unused,
                 early=stepper.exchanges_early,
+                written=stepper.written,
             )
 
     def _agree(self, group: Group) -> None:
@@ -192,20 +199,22 @@ class WorldSteps:
             NonFiniteError: loss or norm is not finite, and the run does not skip such steps.
         """
         replica, clock, stepper = self._replica, Clock(), self._stepper
-        if (trained := self._state.trained()) != self._trained:
-            change = _changes(list(self._state.trained_by_name()), self._trained, trained)
+        if self._state.trained() != self._trained:
+            change = self._state.change_of_trained(self._trained)
             raise Reform(f"the job trains other parameters from step {step + 1} on ({change})")
         if stepper.one_each and not self._one_each:
             raise Reform(f"passes have one microbatch each from step {step + 1} on")
         stepper.clock, stepper.unfinished, self._step = clock, replica, step
         self._code.watches_gradients = stepper.steps_done < UPDATES
+        stepper.attributes.between_steps()
         began = time.perf_counter()
         scaler = self._state.scaler
         replica.scale = scaler.factor if scaler else 1.0
         if isinstance(replica, (FastReplica, BitwiseReplica)):
             replica.says = says
+        watching = watching_for_writes if step + 1 >= LOOK_AGAIN and not (step + 1) & step else not_watching
         try:
-            with self._group.collective(f"step {step + 1}"):
+            with self._group.collective(f"step {step + 1}"), watching(self._state.model, stepper.written, self._code):
                 record, divisor = replica.run(self._passes(step))
             self._state.keep_buffers(replica.unsaved)
         except NotReduced as error:
@@ -229,7 +238,7 @@ class WorldSteps:
             if optim.clip_norm is not None and norm > optim.clip_norm:
                 scale *= optim.clip_norm / (norm + 1e-6)
             if scale != 1.0:
-                _multiply(gradients, scale)
+                multiply(gradients, scale)
             if self._matrices.any:
                 with self._group.collective("gathering whole matrices"):
                     self._matrices.prepare()
@@ -275,7 +284,7 @@ class WorldSteps:
         """
         if not copies.equal(largest):
             names, part = self._state.parameter_names(), self._state.part
-            entries = copies.update_entries(_numbers(update), self._state.optimizer, names, part)
+            entries = copies.update_entries(update.numbers, self._state.optimizer, names, part)
             raise copies.update_error(update.step + 1, self._group, self._link.member.id, entries)
 
     def check_last(self, largest: tuple[int, int]) -> None:
@@ -288,7 +297,7 @@ class WorldSteps:
             CopiesDiffer: the updates differed.
         """
         if self._last is not None and not copies.equal(largest):
-            entries = copies.update_entries(_numbers(self._last), self._state.optimizer)
+            entries = copies.update_entries(self._last.numbers, self._state.optimizer)
             raise copies.applied_error(self._last.step + 1, self._group, self._link.member.id, entries)
 
     def apply(self, update: Update) -> None:
@@ -301,6 +310,7 @@ class WorldSteps:
             self._code.doing(f"the update of step {update.step + 1}", update.step)
             self._code.guard(self._optimize)
             self._code.guard(lambda: self._stepper.run.job.after_step(self._state.model, update.step + 1))
+            self._stepper.attributes.updated()
         self._stepper.unfinished, self._last = None, update
         self._stepper.steps_done += 1
         self._stepper.clock.compute_s += time.perf_counter() - began
@@ -320,7 +330,8 @@ class WorldSteps:
             ) from error
 
     def _passes(self, step: int) -> Iterator[Pass]:
-        progress, clock = self._stepper.progress, self._stepper.clock
+        progress, clock, attributes = self._stepper.progress, self._stepper.clock, self._stepper.attributes
+        fetching = nullcontext if self._config.data.workers else attributes.fetching
         passes = [(span, False) for span in self.share.spans] + [(self.share.spans[-1], True)] * self.share.padding
         for i, ((first, count), padding) in enumerate(passes):
             began = time.perf_counter()
@@ -330,12 +341,14 @@ class WorldSteps:
             self._code.guard(partial(fault.point, "step.forward", self._group.rank, step + 1))
             if not padding:
                 progress(step, Stage.DATA, 2 * i)
-                span = self._code.guard(partial(self._loader.next, step, first, count), alone=True)
+                with fetching():
+                    span = self._code.guard(partial(self._loader.next, step, first, count), alone=True)
                 progress(step, Stage.PASS, 2 * i)
             self._code.samples = span.ids
             clock.data_s += time.perf_counter() - began
             seed_all(derive("step", self._config.run.seed, step, first))
             yield Pass(span.batch, first, span.digests, i == len(passes) - 1, padding)
+        attributes.passed()
         progress(step, Stage.REDUCE)
         fault.point("step.reduce", self._group.rank, step + 1)
 
@@ -372,26 +385,3 @@ class WorldSteps:
                 yield index, batch
 
         return nonfinite.first_bad_microbatch(self._replica.has_finite_gradients, microbatches(), self.share.singles)
-
-
-def _numbers(update: Update) -> dict[str, float]:
-    return {"the loss": update.record.loss, "the gradient norm": update.norm}
-
-
-def _multiply(gradients: list[torch.Tensor], factor: float) -> None:
-    together = [g for g in gradients if not g.is_sparse]
-    if together:
-        multiply_each_(together, factor)
-    for gradient in gradients:
-        if gradient.is_sparse:
-            gradient.mul_(factor)
-
-
-def _changes(names: list[str], before: tuple[bool, ...], now: tuple[bool, ...]) -> str:
-    """Describe which parameters are trained now that were not before ("+"), and the other way round ("-")."""
-    more = [name for name, was, trained in zip(names, before, now) if trained and not was]
-    fewer = [name for name, was, trained in zip(names, before, now) if was and not trained]
-    found = (("+", more), ("-", fewer))
-    return ", ".join(
-        f"{sign} {some[0]}" + (f" and {len(some) - 1} more" if some[1:] else "") for sign, some in found if some
-    )

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import random
 from collections import Counter, OrderedDict, defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -13,10 +13,14 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
-from elastic.compat.torch import is_compiler_loaded, version_of
+from elastic.compat.torch import is_compiled, is_compiler_loaded, version_of
+from elastic.compat.torch_sharded import hook_inside
+from elastic.errors import ConfigError
 from elastic.parallel.buffers import StepBuffers
 from elastic.parallel.wrapping import fsdp_modules, is_gathered, local
+from elastic.parallel.writes import WRITTEN
 from elastic.worker.belongings import SAMPLED, digest
+from elastic.worker.user_code import UserCode
 
 _PLAIN = (bool, int, float, complex, str, bytes, tuple, frozenset, type(None))
 _CONTAINERS = (list, dict, set, deque, Counter, OrderedDict, defaultdict)
@@ -31,6 +35,7 @@ class Parameters:
     def __init__(self, model: nn.Module):
         self._kept = {name: (p, p.data, local(p).detach().clone()) for name, p in model.named_parameters()}
         self._factor = 1.0
+        self._versions: dict[str, int] = {}
 
     def move(self) -> None:
         """Change what is trained by a little, as an update does: what follows it from pass to pass moves then too."""
@@ -48,6 +53,14 @@ class Parameters:
                 local(parameter).detach(), before * self._factor if self._is_moved(parameter) else before
             )
         ]
+
+    def begin(self) -> None:
+        """From here on `touched` counts."""
+        self._versions = {name: version_of(p) for name, (p, _, _) in self._kept.items()}
+
+    def touched(self) -> set[str]:
+        """The names of those whose counters say that they were written to, perhaps with the values that they had."""
+        return {name for name, was in self._versions.items() if version_of(self._kept[name][0]) != was}
 
     def copies(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
         """The present values of these."""
@@ -95,9 +108,7 @@ class GatheredWrites:
         with ExitStack() as stack:
             for name, block in self._blocks:
                 before, after = self._hooks(name)
-                # FSDP2's own hooks gather before the one, and give up what they gathered after the other
-                stack.callback(block.register_forward_pre_hook(before).remove)
-                stack.callback(block.register_forward_hook(after, prepend=True).remove)
+                stack.callback(hook_inside(block, before, after))
             self._begin("", self._model)
             yield
             self._end("", self._model)
@@ -111,6 +122,60 @@ class GatheredWrites:
     def _end(self, name: str, module: nn.Module) -> None:
         before, now = self._begun.pop(name, {}), _digests(name, module)
         self.names |= {key for key, was in before.items() if now.get(key, was) != was}
+
+
+class LateWrites:
+    """Looks by value whether the passes of a step write to parameters, which version counters may not show.
+
+    Args:
+        allowed: names of parameters that passes may write to.
+    """
+
+    def __init__(self, model: nn.Module, allowed: Collection[str]):
+        self._gathered = GatheredWrites(model)
+        self._kept = {name: local(p) for name, p in model.named_parameters() if name not in allowed}
+        self._before = {name: digest(p) for name, p in self._kept.items()}
+        self._model = model
+
+    def watching(self) -> AbstractContextManager[None]:
+        """To be entered right around the job's loss."""
+        return self._gathered.watching()
+
+    def check(self) -> None:
+        """The passes are over.
+
+        Raises:
+            ConfigError: they have written to parameters.
+        """
+        named = {name: local(p) for name, p in self._model.named_parameters() if name in self._before}
+        found = {name for name, p in named.items() if digest(p) != self._before[name]} | self._gathered.names
+        if found:
+            raise ConfigError(f"parameter {min(found)} {WRITTEN}")
+
+
+@contextmanager
+def watching_for_writes(model: nn.Module, allowed: Collection[str], code: UserCode) -> Iterator[None]:
+    """Inside are the passes of a step, whose writes to parameters are looked for by value: such as go through `.data`
+    may begin long after the trials. It costs a digest of every parameter, so few steps are watched.
+
+    Raises:
+        ConfigError: as `LateWrites.check` does.
+    """
+    if any(map(is_compiled, model.modules())):
+        yield
+        return
+    late = LateWrites(model, allowed)
+    code.watching = late.watching
+    try:
+        yield
+    finally:
+        code.watching = nullcontext
+    late.check()
+
+
+def not_watching(*_: object) -> AbstractContextManager[None]:
+    """In place of `watching_for_writes`, in most steps."""
+    return nullcontext()
 
 
 def _digests(name: str, module: nn.Module) -> dict[str, str]:
@@ -180,7 +245,11 @@ def _random() -> Callable[[], None]:
 def _attributes(owner: object) -> Callable[[], None]:
     """Returns a function that restores attributes, except those that every module has: parameters, buffers, hooks."""
     here = _own(owner)
-    names = [n for n in here if isinstance(n, str) and not (isinstance(owner, nn.Module) and n in _OF_MODULES)]
+    names = [
+        n
+        for n in here
+        if isinstance(n, str) and not n.startswith("__") and not (isinstance(owner, nn.Module) and n in _OF_MODULES)
+    ]
     undo: list[Callable[[], None]] = []
     for name in names:
         value = here[name]
@@ -198,7 +267,7 @@ def _attributes(owner: object) -> Callable[[], None]:
         for name, value in kept.items():
             if here.get(name, here) is not value:
                 here[name] = value
-        for name in [n for n in here if isinstance(n, str) and n not in known]:
+        for name in [n for n in here if isinstance(n, str) and n not in known and not n.startswith("__")]:
             del here[name]
 
     return back

@@ -213,19 +213,20 @@ class Watch:
         return {n: _Seen(leaf, digest(leaf)) for n, leaf in found.items() if not _is_known(leaf, known)}
 
     def _look_at_data(self) -> dict[str, tuple[bool, str]]:
-        return movable(
+        found = movable(
             {f"a {type(p).__qualname__} of the data": p for data in self._data for p in nested_datasets(data)}
         )
+        return {name: one for name, one in found.items() if one[0]}  # generators
 
     def _report_data(self) -> None:
-        """Warn of changes that after_step() makes to data sets, as for a curriculum: only this process sees them."""
+        """Warn of random numbers that an update draws from generators of the data; see `attributes` for others."""
         now = self._look_at_data()
         names = [name for name, was in self._of_data.items() if now.get(name, was) != was]
         if names and not self._data_told:
             self._data_told = True
             self._warn(
-                f"{', '.join(sorted(names)[:_SHOWN])} changed in an update: loader processes have it as it was, and "
-                "after a resume or a join it begins anew; set it from the saved state, and give --data.workers 0"
+                f"{', '.join(sorted(names)[:_SHOWN])} was drawn from in an update: loader processes have it as it was, "
+                "and after a resume or a join it begins anew; draw from random, numpy or torch instead"
             )
 
     def _look_at_extra(self) -> Look:
@@ -267,10 +268,12 @@ class Watch:
         saved = _numbers(self._state.job.extra_state())
         for module in with_state_of_their_own(self._state.model).values():
             saved |= _numbers(module.get_extra_state())
+        kept = self._state.attributes.values() if self._state.attributes is not None else {}
         names = [
             n
             for n in third
             if third[n].is_number
+            and n.partition("[")[0] not in kept
             and n in second
             and third[n].digest != second[n].digest
             and (n not in first or second[n].digest != first[n].digest)

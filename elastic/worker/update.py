@@ -51,3 +51,8 @@ class Update:
     norm: float
     skip: bool
     fingerprint: int
+
+    @property
+    def numbers(self) -> dict[str, float]:
+        """What must be equal on all workers besides gradients and options, by its name for people."""
+        return {"the loss": self.record.loss, "the gradient norm": self.norm}

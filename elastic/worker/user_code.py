@@ -50,8 +50,10 @@ class UserCode:
         self.samples: Sequence[int] | np.ndarray = ()  # ids of the samples that are being processed
         self._step = self._microbatch = -1
         self.on_loss: Callable[[], None] = lambda: None  # called when the job's loss has returned
+        self.on_call: Callable[[], None] = lambda: None  # called when the job's loss or evaluate has returned
         self._named: bool | None = None  # whether the job's evaluate() takes the name of the set
         self.watches_gradients = False  # whether to check that the job's loss does not change them
+        self.watching: Callable[[], AbstractContextManager[None]] = nullcontext  # entered right around the job's loss
 
     def at(self, step: int, microbatch: int) -> None:
         """Set the position of the step loop: step (from 0) and microbatch."""
@@ -66,7 +68,7 @@ class UserCode:
     def loss(self, model: nn.Module, batch: Any) -> LossValue:
         """`Job.loss`, checked."""
         before = _gradients(model) if self.watches_gradients else ()
-        result = self._on_batch(self._job.loss, "loss()", model, batch, training=True)
+        result = self.try_loss(model, batch, self.watching)
         for name, parameter, gradient in before:
             if gradient != _gradient(parameter):
                 raise self.mistake(
@@ -82,7 +84,7 @@ class UserCode:
     def try_loss(
         self, model: nn.Module, batch: Any, watching: Callable[[], AbstractContextManager[None]] = nullcontext
     ) -> LossValue:
-        """`Job.loss`, checked, outside a step and without a graph. `looking` is entered right around it."""
+        """`Job.loss`, and its result checked. `watching` is entered right around it."""
 
         def loss(model: nn.Module, batch: Any) -> Any:
             with watching():
@@ -141,6 +143,7 @@ class UserCode:
                 return call_gathered(model, lambda: function(model, moved))
 
         found = self.guard(work)
+        self.on_call()
         try:
             return check_returned(name, found, self._device, model.parameters(), training=training)
         except ConfigError as error:

@@ -6,6 +6,7 @@ import json
 import os
 import time
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from elastic.checkpoint.uploader_client import HANG_TIMEOUT_S
@@ -30,6 +31,7 @@ from elastic.seeds import derive, seed_all
 from elastic.storage import Storage
 from elastic.units import parse_amount
 from elastic.worker.alone import begin_loader
+from elastic.worker.attributes import JobAttributes
 from elastic.worker.belongings import frozen_of, models_of, movable
 from elastic.worker.comeback import check_comes_back
 from elastic.worker.description import (
@@ -143,8 +145,9 @@ class _WarmUp:
         trained = identify(data) | {"order": signs(order.ids, plan.for_job)}
         of_data = {f"eval_data() {name}".rstrip(): identify(d, some=0) for name, d in held_out.items()}
         watch = Watch([data, *held_out.values()], self._warn_of_unsaved)
+        changing = JobAttributes(job, {"train_data()": data} | {f"eval_data() {n}": d for n, d in held_out.items()})
         data_s = time.monotonic() - began
-        placing = Placing(job, config, self._device)
+        placing = Placing(job, config, self._device, changing)
         placing.warm_up()
         lines["model"] = describe_model(placing.model)
         with_moments = 3 * sum(p.nbytes for p in placing.model.parameters())  # Adam's; others allocate more at a save
@@ -157,11 +160,12 @@ class _WarmUp:
             held=digest_of([*lines["models of the job"], *lines["frozen()"]]),
             allowed=config.run.allow_change,
         )
+        changing.changed, changing.warn = loader.changed, partial(self._warn_of_data, provenance)
         if not config.parallel.sharded:
             self._holding.state = state = placing.whole()
             lines["optimizer"] = describe_optimizer(state.optimizer)
             check_comes_back(state)
-        stepper = Stepper(self._run, code, loader, self._link)
+        stepper = Stepper(self._run, code, loader, self._link, changing)
         lines["loader"] = [f"passes of {'one microbatch' if stepper.one_each else 'any number of microbatches'}"]
         saving = Saving(
             storage,
@@ -246,6 +250,10 @@ class _WarmUp:
 
     def _warn_of_unsaved(self, sentence: str) -> None:
         self._link.event("unsaved_numbers", self._holding.applied, sentence)
+
+    def _warn_of_data(self, provenance: Provenance, sentence: str) -> None:
+        provenance.lose(sentence)
+        self._warn_of_unsaved(sentence)
 
     def _report_restart(self, what: str) -> None:
         self._link.event("loader_restarted", self._holding.applied + 1, what)

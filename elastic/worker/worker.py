@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,7 +14,7 @@ from elastic.data.loader import Loader
 from elastic.job import Job, MapDataset
 from elastic.membership.client import WorkerLink
 from elastic.membership.protocol import Assignment, SavedAlone
-from elastic.membership.stage import Stage
+from elastic.membership.stage import Position, Stage
 from elastic.membership.world import Generation
 from elastic.parallel.device import memory_share, stop_filling
 from elastic.run.plan import RunPlan
@@ -155,15 +156,23 @@ class Worker:
     def rehearse(self, group: Any) -> None:
         """Try the job's functions on one batch; if the model is sharded, together with the members of a world."""
         known = self.rehearsal.separate is not None
-        self.rehearsal.run(self.holding.placed.model, self.stepper.tried, group)
+        passes, step = itertools.count(1), self.holding.applied - 1
+        if group is not None:  # each pass has the patience of an evaluation's
+            self.code.on_call = lambda: self.link.progress(Position(step, Stage.EVALUATE, next(passes)))
+        try:
+            self.rehearsal.run(self.holding.placed.model, self.stepper.tried, group)
+        finally:
+            self.code.on_call = lambda: None
         self.stepper.one_each |= bool(self.rehearsal.separate)
+        self.stepper.written |= self.rehearsal.written
         if group is not None and group.leads and self.rehearsal.separate and not known:
             detail = f"passes are of one microbatch each: {SEPARATE[self.rehearsal.separate]}"
             self.link.event("notice", self.holding.applied, detail)
         unseeded = self.rehearsal.unseeded
-        new = bool(unseeded) and self.provenance.lose(unseeded)
+        tell = self.provenance.lose if self.bitwise else self.provenance.remark
+        new = bool(unseeded) and tell(unseeded)
         if new and group is not None and group.leads:  # without a world the first one says it when it begins
-            self.link.event("exactness_lost", self.holding.applied, unseeded)
+            self.link.event("exactness_lost" if self.bitwise else "notice", self.holding.applied, unseeded)
         stop_filling()
 
     def with_memory(self, old: TrainState) -> TrainState:

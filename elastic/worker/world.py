@@ -19,12 +19,12 @@ from elastic.worker.rehearsal import SEPARATE
 from elastic.worker.restore import Restored
 from elastic.worker.sampling import sample
 from elastic.worker.state import TrainState
+from elastic.worker.step import LOOK_AGAIN
 from elastic.worker.update import Update
 from elastic.worker.worker import InHand, Worker
 
 LAST_COMMIT_S = 60.0  # seconds for a save that is under way when an error ends the run
 HOLD_POLL_S = 0.01
-LOOK_AGAIN = 16  # updates; a batch is tried again after so many, and after twice, four, eight times as many
 # Copies are compared first after so many updates of a command: if they drift apart, it mostly begins with training.
 EARLY_CHECK = 2
 

@@ -79,13 +79,18 @@ def run(recipe: Recipe, course: Course, folder: Path, name: str = "run") -> Ran:
         prepared = prepare(job_of(recipe), configuration(course, world, folder, name))
         first = number == 0
         try:
-            _run(prepared, world.workers, course if first else replace(course, joins=0, kill=None), folder)
+            run_world(prepared, world.workers, course if first else replace(course, joins=0, kill=None), folder)
         except RunFailed as error:
             raise Refused(str(error)) from error
     return Ran(prepared, None)
 
 
-def _run(prepared: PreparedRun, workers: int, course: Course, folder: Path) -> None:
+def run_world(prepared: PreparedRun, workers: int, course: Course, folder: Path) -> None:
+    """One part of a run: what its course has for the first world happens in it.
+
+    Raises:
+        RunFailed: it did not finish.
+    """
     faults, held = [], folder / "held"
     if course.kill is not None:
         point, step, rank = course.kill
