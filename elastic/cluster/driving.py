@@ -67,22 +67,23 @@ def drive_on_ray(
     host = HostHere(*arguments) if control is not None else HostOnRay(*arguments, drive.fail)
     try:
         with handled_by(drive.on_signal), logs, output.heard(), logs.telling_of_deaths():
-            url = host.start()
-            link = DriverLink(url, settings.token)
-            output.link = link
-            drive.follow(link)
-            if control is not None:
-                control.attach(link)
-            if run.changed_code:
-                console.print("warning: the job's code is not the code this run was started with")
+            url = host.begin()
             plan = _group_plan(run, url, settings, accelerator)
             workers = RayWorkers(plan, _function(run, plan, accelerator), here=control is not None)
-            _print_start(plan, accelerator, console)
-            missing = awaited(accelerator, present)
-            if missing:
-                drive.ask(Note("notice", f"waiting for {missing}"))
             try:
-                workers.start()
+                workers.start()  # they take longer to start than their host, and need it only then
+                host.wait()
+                link = DriverLink(url, settings.token)
+                output.link = link
+                drive.follow(link)
+                if control is not None:
+                    control.attach(link)
+                if run.changed_code:
+                    console.print("warning: the job's code is not the code this run was started with")
+                _print_start(plan, accelerator, console)
+                missing = awaited(accelerator, present)
+                if missing:
+                    drive.ask(Note("notice", f"waiting for {missing}"))
                 return drive.wait(workers)
             finally:
                 workers.close()

@@ -99,6 +99,7 @@ class WorkerGroup:
         self._vaults = Vaults(plan.name, plan.token, plan.hang_timeout_s, how_it_ended) if plan.vaults else None
         self._deadlines: dict[str, int] = {}  # of nodes that go away
         self._quarantine = Quarantine()
+        self._answered = False  # by the membership server
         self._ready: frozenset[str] = frozenset()  # workers that got ready, as the server last said
         self._next_nodes = 0.0
         self._demands = Demands(plan.terms.run)
@@ -302,7 +303,10 @@ class WorkerGroup:
     def _request(self, what: str | Request) -> dict[str, Any] | None:
         """Send a request to the membership server. None if it is away: it comes back, or the run ends by its lease."""
         try:
-            return self._link.request(what, REQUEST_TIMEOUT_S)
+            answer = self._link.request(what, REQUEST_TIMEOUT_S)
         except OSError as error:
-            _log.warning("the membership server did not answer %s: %s", what, error)
+            if self._answered:  # at first the server may still start
+                _log.warning("the membership server did not answer %s: %s", what, error)
             return None
+        self._answered = True
+        return answer

@@ -40,24 +40,30 @@ class HostOnRay:
         on_loss: Callable[[str], None],
     ):
         self._host: Any = None
+        self._coming: Any = None
         self._lookout: Lookout | None = None
         self._settings, self._detail, self._on_loss = replace(settings, port=_free_port()), detail, on_loss
         here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
         actor_class: Any = ray.remote(num_cpus=0, max_restarts=-1, label_selector=here)(HostActor)
         self._make = partial(actor_class.remote, folder_url, options)
 
-    def start(self) -> str:
-        """Start the host; returns its URL.
+    def begin(self) -> str:
+        """Begin to start the host, and return the URL at which it will serve: workers may start meanwhile, and try
+        again until it does."""
+        self._host = self._make(self._settings, self._detail)
+        self._coming = self._host.url.remote()
+        return self._settings.url
+
+    def wait(self) -> None:
+        """Wait until the host serves.
 
         Raises:
             ray.exceptions.RayError: it failed to start, or took longer than START_S.
         """
-        self._host = self._make(self._settings, self._detail)
-        url = ray.get(self._host.url.remote(), timeout=START_S)
+        ray.get(self._coming, timeout=START_S)
         look_s = max(1.0, self._settings.limits.lease_s / 3 / LOOKS)
-        answers = partial(host_answers, DriverLink(url, self._settings.token))
+        answers = partial(host_answers, DriverLink(self._settings.url, self._settings.token))
         self._lookout = Lookout("the host of the run", look_s, answers, self._replace).__enter__()
-        return url
 
     def stop(self) -> None:
         """Let the host write everything and end. The run is over by then, so a host that does not end only warns."""

@@ -50,6 +50,11 @@ class HostSettings:
     hang_s: float | None = None
     restarted: bool = False
 
+    @property
+    def url(self) -> str:
+        """Where a host with a fixed port serves."""
+        return f"http://{self.host}:{self.port}"
+
 
 class RunHost:
     """The membership server and the keeper of a run, which decide its worlds and write its ledger."""

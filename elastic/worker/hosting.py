@@ -27,6 +27,13 @@ class HostHere:
         """Start the host; returns its URL."""
         return self._host.start(self._detail)
 
+    def begin(self) -> str:
+        """Start the host; returns its URL."""
+        return self.start()
+
+    def wait(self) -> None:
+        """Return at once: it serves."""
+
     def stop(self) -> None:
         """Write everything to storage, and stop serving."""
         self._host.stop()
