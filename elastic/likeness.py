@@ -124,7 +124,10 @@ def changed_sample(mine: Mapping[str, Any], other: Mapping[str, Any], *, exact: 
 
 
 def changed_order(mine: Mapping[str, Any], other: Mapping[str, Any]) -> int | None:
-    """The first position, of those in both descriptions of data, at which another sample is; None if none is."""
+    """The first position, of those in both descriptions of data, at which another sample is; None if none is, or if
+    another --run.seed, which is compared with the options, makes another order."""
+    if mine.get("seed") != other.get("seed"):
+        return None
     one, two = mine.get("order", {}), other.get("order", {})
     return next((int(at) for at in sorted(one.keys() & two.keys(), key=int) if one[at] != two[at]), None)
 

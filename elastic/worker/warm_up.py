@@ -142,7 +142,7 @@ class _WarmUp:
             begin=begin_loader,
         )
         remembered = self._remembered(loader, data)
-        trained = identify(data) | {"order": signs(order.ids, plan.for_job)}
+        trained = identify(data) | {"order": signs(order.ids, plan.for_job), "seed": seed}
         of_data = {f"eval_data() {name}".rstrip(): identify(d, some=0) for name, d in held_out.items()}
         watch = Watch([data, *held_out.values()], self._warn_of_unsaved)
         changing = JobAttributes(job, {"train_data()": data} | {f"eval_data() {n}": d for n, d in held_out.items()})
