@@ -32,4 +32,4 @@ def test_a_node_that_makes_one_worker_after_another_fail_is_closed_and_a_new_one
         "why": "3 workers in a row could not get ready on it, while others train elsewhere",
     }
     lost = [e["detail"].splitlines()[0] for e in events if e["kind"] == "member_lost"]
-    assert lost == 3 * ["could not get ready:"], "nobody who trains was disturbed"
+    assert [line.endswith("could not get ready:") for line in lost] == 3 * [True], "nobody who trains was disturbed"
