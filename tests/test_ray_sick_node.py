@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -32,4 +33,5 @@ def test_a_node_that_makes_one_worker_after_another_fail_is_closed_and_a_new_one
         "why": "3 workers in a row could not get ready on it, while others train elsewhere",
     }
     lost = [e["detail"].splitlines()[0] for e in events if e["kind"] == "member_lost"]
-    assert [line.endswith("could not get ready:") for line in lost] == 3 * [True], "nobody who trains was disturbed"
+    assert [bool(re.search("get ready|got ready", line)) for line in lost] == [True] * 3, f"one that trained: {lost}"
+    assert not [e for e in events if e["kind"] == "world_broken"], "nobody who trains was disturbed"
