@@ -44,6 +44,13 @@ class _Owner:
         self._skipped = _OF_MODULES if isinstance(one, nn.Module) else frozenset[str]()
         self._keep()
 
+    def put(self, key: str, value: Any) -> None:
+        """Set an attribute, or remove it if the value is missing."""
+        if value is _MISSING:
+            self.values.pop(key, None)
+        else:
+            self.values[key] = value
+
     def _keep(self) -> None:
         self._count = len(self.values)
         here = {k: v for k, v in self.values.items() if k not in self._skipped and not (self._simple and _is_rich(v))}
@@ -83,6 +90,7 @@ class JobAttributes:
         self._of_data = {o.name: o for o in _owners(data, [job])}
         self._of_job = {"job": _Owner("job", job, simple=True)}  # and of the model
         self._of_job = {} if any(one is job for one in data.values()) else self._of_job
+        self.model: nn.Module | None = None  # that is watched
         self._first: dict[str, Any] = {}  # what the job has changed, with the value that it had before
         self._elsewhere: set[str] = set()  # what changes outside of updates, so that each worker has others
         self._told: set[str] = set()
@@ -92,9 +100,16 @@ class JobAttributes:
         self.changed: Callable[[], None] = lambda: None
 
     def watch(self, model: nn.Module) -> None:
-        """From now on this is the job's model, and what optimizer() set on the job is not what an update changed."""
+        """From now on this is the job's model, and what model() and optimizer() set on the job is not what an update
+        changed. Where they were called again, for another world, they may have set back what updates have changed: that
+        stays as it was, since the state that has it may yet be the one that is kept."""
         own = {name: one for name, one in self._of_job.items() if name == "job"}
+        set_again = _changes(own)
+        self.model = model
         self._of_job = own | {owner.name: owner for owner in _modules(model)}
+        for place, was in set_again.items():
+            if self.is_saved(place):
+                own["job"].put(place.rpartition(".")[2], was)
         _changes(self._of_job)
 
     def between_steps(self) -> None:
@@ -159,8 +174,10 @@ class JobAttributes:
             return False
         return True
 
-    def values(self) -> dict[str, Any]:
-        """What the job has changed, by its place."""
+    def values(self, model: nn.Module | None = None) -> dict[str, Any]:
+        """What the job has changed, by its place; `model` is that of the state, if it may not be the one watched."""
+        if model is not None and model is not self.model:  # another one was built for a world that then came to nothing
+            self.watch(model)
         return {place: self._get(place) for place in sorted(self._first) if self.is_saved(place)}
 
     def load(self, values: Mapping[str, Any]) -> None:
@@ -172,10 +189,8 @@ class JobAttributes:
                 continue
             here = owner.values.get(key, _MISSING)
             value = values.get(place, self._first.setdefault(place, here))
-            if value is _MISSING:
-                owner.values.pop(key, None)
-            elif not _same(here, value):
-                owner.values[key] = value
+            if not _same(here, value):
+                owner.put(key, value)
         _changes(self._of_job)
         if _changes(self._of_data):  # of load_extra_state() too
             self.changed()

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import struct
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -110,6 +110,19 @@ def trained_error(group: Group, worker_id: str, trained: Mapping[str, bool]) -> 
     """The error that ends the run if workers train different parameters. All workers in the mesh call this together."""
     entries = [(f"whether {name} is trained", "", str(value)) for name, value in trained.items()]
     return CopiesDiffer(_difference("the model", group, worker_id, entries, "nothing more was applied"))
+
+
+def change_of_trained(trained: Mapping[str, bool], before: Iterable[bool]) -> str:
+    """Describe which parameters are trained now that were not `before`, "+", and the other way round, "-"."""
+    found: dict[str, list[str]] = {"+": [], "-": []}
+    for (name, now), was in zip(trained.items(), before):
+        if now != was:
+            found["+" if now else "-"].append(name)
+    return ", ".join(
+        f"{sign} {names[0]}" + (f" and {len(names) - 1} more" if names[1:] else "")
+        for sign, names in found.items()
+        if names
+    )
 
 
 def check_state(state: TrainState, group: Group, worker_id: str, step: int, *, exact: bool) -> None:

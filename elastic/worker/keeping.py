@@ -162,18 +162,6 @@ class Keeping:
         """For each parameter of the model, by name, whether it is trained now."""
         return {name: p.requires_grad for name, p in self._named}
 
-    def change_of_trained(self, before: tuple[bool, ...]) -> str:
-        """Describe which parameters are trained now that were not `before`, "+", and the other way round, "-"."""
-        found: dict[str, list[str]] = {"+": [], "-": []}
-        for (name, trained), was in zip(self.trained_by_name().items(), before):
-            if trained != was:
-                found["+" if trained else "-"].append(name)
-        return ", ".join(
-            f"{sign} {names[0]}" + (f" and {len(names) - 1} more" if names[1:] else "")
-            for sign, names in found.items()
-            if names
-        )
-
     def check_parts(self) -> None:
         """After an update: refuse a model that has got or lost parameters or buffers, which no checkpoint could give
         back to what model() makes.
@@ -248,7 +236,7 @@ class Keeping:
         found.values = {"coded": CODED, "optimizer": kind_of(self.optimizer)}
         if self.sources:
             found.values["sources"] = dict(sorted(self.sources.items()))
-        if self.attributes is not None and (changed := self.attributes.values()):
+        if self.attributes is not None and (changed := self.attributes.values(self.model)):
             found.values["attributes"] = self._encode(found, changed, "attributes", "what the job changed")
         self._collect_optimizer(found)
         self._collect_model(found)

@@ -200,7 +200,7 @@ class WorldSteps:
         """
         replica, clock, stepper = self._replica, Clock(), self._stepper
         if self._state.trained() != self._trained:
-            change = self._state.change_of_trained(self._trained)
+            change = copies.change_of_trained(self._state.trained_by_name(), self._trained)
             raise Reform(f"the job trains other parameters from step {step + 1} on ({change})")
         if stepper.one_each and not self._one_each:
             raise Reform(f"passes have one microbatch each from step {step + 1} on")
