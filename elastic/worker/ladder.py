@@ -155,6 +155,8 @@ def _descend(
     stored.refuse_to_begin_anew()
     state = make(True) if make is not None else None
     if state is not None:
+        if state.attributes is not None:
+            state.attributes.load({})  # what updates that are lost had changed
         _initialise(state, options, link, post=group.leads)
     return done(0, state, {"rung": "fresh"})
 
