@@ -106,6 +106,55 @@ def test_equal_values_fetches_and_models_are_no_changes():
     assert (said, attributes.values()) == ([], {})
 
 
+class Counting(Plain):
+    def __init__(self) -> None:
+        self.seen, self.level, self.history = {}, 1, [0]
+
+
+def watched_job():
+    job = object.__new__(Counting)
+    Counting.__init__(job)
+    attributes = JobAttributes(job, {})
+    attributes.watch(torch.nn.Linear(2, 2))
+    return job, attributes
+
+
+@pytest.mark.parametrize("value", [1, (1, 0.5)], ids=["plain", "rich"])
+def test_what_model_and_optimizer_set_again_is_how_a_fresh_start_begins(value):
+    job, attributes = watched_job()
+    job.seen[1], job.level = value, 2
+    attributes.updated()
+    assert attributes.values() == {"job.level": 2, "job.seen": {1: value}}
+
+    job.seen = {}  # by optimizer(), for another world
+    attributes.watch(torch.nn.Linear(2, 2))
+    assert attributes.values() == {"job.level": 2, "job.seen": {}}
+    attributes.load({})
+    assert (job.seen, job.level) == ({}, 1)
+    attributes.load({"job.level": 2, "job.seen": {1: value}})
+    assert (job.seen, job.level) == ({1: value}, 2)
+
+
+def test_each_fresh_start_begins_with_the_first_values():
+    job, attributes = watched_job()
+    for _ in range(2):
+        job.history.append(1)
+        attributes.updated()
+        assert attributes.values() == {"job.history": [0, 1]}
+        attributes.load({})
+        assert job.history == [0]
+
+
+def test_what_was_too_large_to_look_at_is_not_removed_by_a_fresh_start():
+    job, attributes = watched_job()
+    job.seen[1] = torch.ones(3)
+    attributes.updated()
+    job.seen, job.level = {}, 2
+    attributes.updated()
+    attributes.load({})
+    assert (job.seen, job.level) == ({}, 1)
+
+
 # ---- in runs -------------------------------------------------------------------------------------------------------
 
 

@@ -29,6 +29,7 @@ _PLAIN = (bool, int, float, complex, str, bytes, type(None))
 _CONTAINERS = (list, dict, set)
 _OF_MODULES = frozenset(vars(nn.Module()))  # such as its mode
 _MISSING: Any = object()
+_RICH: Any = object()  # stands for a value that was not looked at
 
 
 class _Owner:
@@ -48,13 +49,13 @@ class _Owner:
         """Set an attribute, or remove it if the value is missing."""
         if value is _MISSING:
             self.values.pop(key, None)
-        else:
-            self.values[key] = value
+        elif value is not _RICH:
+            self.values[key] = _copy(value)
 
     def _keep(self) -> None:
         self._count = len(self.values)
         here = {k: v for k, v in self.values.items() if k not in self._skipped and not (self._simple and _is_rich(v))}
-        self._keys = list(here)
+        self._keys, self._rich = list(here), self.values.keys() - here.keys()
         self._kept = list(here.values())  # the objects themselves, so that no other one can get their id
         self._mutable = [v for v in self._kept if isinstance(v, (torch.Tensor, np.ndarray, *_CONTAINERS))]
         self._marks = list(map(_mark, self._mutable))
@@ -67,10 +68,12 @@ class _Owner:
             and (not self._mutable or list(map(_mark, self._mutable)) == self._marks)
         ):
             return {}
-        before, marks = dict(zip(self._keys, self._kept)), {id(v): m for v, m in zip(self._mutable, self._marks)}
+        before = dict.fromkeys(self._rich, _RICH) | dict(zip(self._keys, self._kept))
+        marks = {id(v): m for v, m in zip(self._mutable, self._marks)}
+        seen = {k for k, v in before.items() if v is not _RICH}
         self._keep()
         found = {}
-        for key in {**before, **dict.fromkeys(self._keys)}:
+        for key in sorted(seen | set(self._keys)):
             was, value = before.get(key, _MISSING), self.values.get(key, _MISSING)
             known = marks.get(id(was))
             if not _same(was, value) if was is not value else known is not None and _mark(was) != known:
@@ -90,7 +93,6 @@ class JobAttributes:
         self._of_data = {o.name: o for o in _owners(data, [job])}
         self._of_job = {"job": _Owner("job", job, simple=True)}  # and of the model
         self._of_job = {} if any(one is job for one in data.values()) else self._of_job
-        self.model: nn.Module | None = None  # that is watched
         self._first: dict[str, Any] = {}  # what the job has changed, with the value that it had before
         self._elsewhere: set[str] = set()  # what changes outside of updates, so that each worker has others
         self._told: set[str] = set()
@@ -100,17 +102,13 @@ class JobAttributes:
         self.changed: Callable[[], None] = lambda: None
 
     def watch(self, model: nn.Module) -> None:
-        """From now on this is the job's model, and what model() and optimizer() set on the job is not what an update
-        changed. Where they were called again, for another world, they may have set back what updates have changed: that
-        stays as it was, since the state that has it may yet be the one that is kept."""
+        """From now on this is the job's model. What model() and optimizer() set on the job is how it begins, and is not
+        what an update changed."""
         own = {name: one for name, one in self._of_job.items() if name == "job"}
         set_again = _changes(own)
-        self.model = model
         self._of_job = own | {owner.name: owner for owner in _modules(model)}
-        for place, was in set_again.items():
-            if self.is_saved(place):
-                own["job"].put(place.rpartition(".")[2], was)
-        _changes(self._of_job)
+        for place in set_again.keys() & self._first.keys():
+            self._first[place] = _copy(self._get(place))
 
     def between_steps(self) -> None:
         """A step begins: what changed of the data since the last one did so as held-out samples were fetched."""
@@ -174,10 +172,8 @@ class JobAttributes:
             return False
         return True
 
-    def values(self, model: nn.Module | None = None) -> dict[str, Any]:
-        """What the job has changed, by its place; `model` is that of the state, if it may not be the one watched."""
-        if model is not None and model is not self.model:  # another one was built for a world that then came to nothing
-            self.watch(model)
+    def values(self) -> dict[str, Any]:
+        """What the job has changed, by its place."""
         return {place: self._get(place) for place in sorted(self._first) if self.is_saved(place)}
 
     def load(self, values: Mapping[str, Any]) -> None:
@@ -261,6 +257,10 @@ def _mark(one: Any) -> Any:
     if isinstance(one, np.ndarray):
         return one.tobytes() if one.nbytes <= _MOST_BYTES and not one.dtype.hasobject else None
     return len(one) if _is_long(one) else one.copy()
+
+
+def _copy(one: Any) -> Any:
+    return one.copy() if isinstance(one, (np.ndarray, *_CONTAINERS)) else one
 
 
 def _as_it_was(one: Any, mark: Any) -> Any:

@@ -195,13 +195,15 @@ class Keeping:
         return found
 
     def hold_extra(self) -> None:
-        """Keep the job's present extra state as that to save: the job is about to begin one for another state.
+        """Keep the job's present extra state, and what it has changed, as that to save: the job is about to begin
+        those of another state.
 
         If that other state is never completed, the job has only the beginning of it, and the kept one stays.
         """
         if self._held is not None:
             return
         self._held = held = Collected()
+        self._collect_attributes(held)
         self._collect_extra(held)
         self._collect_schedulers(held)
 
@@ -236,8 +238,6 @@ class Keeping:
         found.values = {"coded": CODED, "optimizer": kind_of(self.optimizer)}
         if self.sources:
             found.values["sources"] = dict(sorted(self.sources.items()))
-        if self.attributes is not None and (changed := self.attributes.values(self.model)):
-            found.values["attributes"] = self._encode(found, changed, "attributes", "what the job changed")
         self._collect_optimizer(found)
         self._collect_model(found)
         if self._held is not None:
@@ -245,6 +245,7 @@ class Keeping:
                 found.add(name, tensor)
             found.values.update(self._held.values)
         else:
+            self._collect_attributes(found)
             self._collect_extra(found)
             self._collect_schedulers(found)
         found.values["changed"] = self._changed(found)
@@ -297,6 +298,10 @@ class Keeping:
             found.values["buffers"] = self._encode(found, buffers, "buffers", "the buffers with persistent=False")
         found.values["eval"] = [name for name, module in named_modules(self.model) if not module.training]
         found.values["frozen"] = [n for n, p in self.parameters().items() if not p.requires_grad]
+
+    def _collect_attributes(self, found: Collected) -> None:
+        if self.attributes is not None and (changed := self.attributes.values()):
+            found.values["attributes"] = self._encode(found, changed, "attributes", "what the job changed")
 
     def _collect_extra(self, found: Collected) -> None:
         rest = {}

@@ -268,7 +268,7 @@ class Watch:
         saved = _numbers(self._state.job.extra_state())
         for module in with_state_of_their_own(self._state.model).values():
             saved |= _numbers(module.get_extra_state())
-        kept = self._state.attributes.values(self._state.model) if self._state.attributes is not None else {}
+        kept = self._state.attributes.values() if self._state.attributes is not None else {}
         names = [
             n
             for n in third
