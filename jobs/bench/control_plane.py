@@ -100,7 +100,12 @@ class Clients:
         import aiohttp
 
         loop, commands = asyncio.get_running_loop(), asyncio.Queue[str]()
-        threading.Thread(target=lambda: [loop.call_soon_threadsafe(commands.put_nowait, s) for s in sys.stdin]).start()
+
+        def read() -> None:
+            for command in itertools.chain(sys.stdin, ["end"]):  # it ends with the benchmark, however that ends
+                loop.call_soon_threadsafe(commands.put_nowait, command)
+
+        threading.Thread(target=read).start()
         headers, connector = {"Authorization": f"Bearer {TOKEN}"}, aiohttp.TCPConnector(limit=0)
         async with aiohttp.ClientSession(headers=headers, connector=connector) as session:
             for name in self._names:
@@ -123,6 +128,7 @@ class Clients:
             BeatHeard,
             Broken,
             Join,
+            Rows,
             Whereabouts,
             dumps,
             from_host,
@@ -136,7 +142,6 @@ class Clients:
         async with session.ws_connect(f"{self._url}/worker?id={name}", max_msg_size=1 << 24) as socket:
             ended = asyncio.create_task(going.wait())
             await socket.send_str(dumps(join))
-            join = replace(join, applied=5)
             beats = asyncio.create_task(self._beat(socket, lambda: dumps(Beat(time.monotonic(), at)), name))
             while True:
                 receiving = asyncio.create_task(socket.receive())
@@ -154,7 +159,12 @@ class Clients:
                 if isinstance(message, BeatHeard):
                     self._beat_s[name] = message.next_s
                 elif isinstance(message, Assignment):
-                    at = Whereabouts(message.generation, Position(6, Stage.PASS, 0))
+                    step = message.generation.n  # each world does one step: with none they would be given up
+                    join = replace(join, applied=step)
+                    at = Whereabouts(message.generation, Position(step + 1, Stage.PASS, 0))
+                    row = {"generation": str(message.generation), "step": step}
+                    if not self._heard[step]:
+                        await socket.send_str(dumps(Rows([row]), message.generation))
                     self._note(message.generation)
                 elif isinstance(message, Broken):
                     await socket.send_str(dumps(Acknowledge(message.generation)))
@@ -274,11 +284,13 @@ def measure(size: int, losses: int, freeze_s: float) -> list[Any]:
     before, at = plane.server.cpu_s(), time.monotonic()
     time.sleep(STEADY_S)
     steady = (plane.server.cpu_s() - before) / (time.monotonic() - at)
+    print(f"{size} workers: the first world after {first_s:.1f} s", file=sys.stderr, flush=True)
     stalls = []
     for i in range(min(losses, size // 2)):
         aborted = plane.abort(f"w{i * 7919 % size:05}")  # a prime: everybody another one, in all processes
         n, formed = plane.world(n)
         stalls.append(formed - aborted)
+        print(f"{i + 1} of {losses} losses: the next world after {stalls[-1]:.2f} s", file=sys.stderr, flush=True)
     if freeze_s:
         os.kill(plane.server.pid, signal.SIGSTOP)
         time.sleep(freeze_s)
