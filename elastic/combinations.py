@@ -30,6 +30,8 @@ def check_together(config: TrainConfig) -> None:
     _check_param_dtype(config)
     if config.parallel.tensor > 1:
         _check_cells(config)
+    if config.parallel.pipeline > 1:
+        _check_pipelines(config)
     if config.parallel.strategy == "hsdp":
         _check_nodes(config)
     if config.parallel.offload:
@@ -89,6 +91,30 @@ def _check_cells(config: TrainConfig) -> None:
         if value:
             raise ConfigError(
                 f"{name} is {value}, which --parallel.tensor {size} does not go with; leave one of them out"
+            )
+
+
+def _check_pipelines(config: TrainConfig) -> None:
+    """What does not go with pipelines."""
+    parallel, most, size = config.parallel, config.scaling.max_workers, config.parallel.pipeline
+    if most < size:
+        raise ConfigError(
+            f"--parallel.pipeline is {size}, but --scaling.max-workers is {most}, too few for the stages of one "
+            f"pipeline; give at least {size} workers, or fewer stages"
+        )
+    for name, value, wrong in (
+        ("--parallel.strategy", parallel.strategy, parallel.strategy == "hsdp"),
+        ("--parallel.tensor", parallel.tensor, parallel.tensor > 1),
+        ("--parallel.activation-checkpointing", True, parallel.activation_checkpointing),
+        ("--parallel.compile", True, parallel.compile),
+        ("--parallel.offload", True, parallel.offload),
+        ("--precision.param-dtype", config.precision.param_dtype, config.precision.param_dtype != "off"),
+        ("--precision.grad-compression", "bf16", config.precision.grad_compression != "off"),
+        ("--debug", True, config.debug),
+    ):
+        if wrong:
+            raise ConfigError(
+                f"{name} is {value}, which --parallel.pipeline {size} does not go with; leave one of them out"
             )
 
 

@@ -150,6 +150,15 @@ class Job:
         `torch.distributed.tensor.parallel`. None: what a model of Hugging Face says (`model.tp_plan`)."""
         return None
 
+    def stages(self, model: torch.nn.Module) -> Sequence[torch.nn.Module] | None:
+        """The layers of the model for `--parallel.pipeline`: modules of it, in the order in which its `forward()` calls
+        them, each with what the one before returned (a tensor or several), and does nothing else, such as
+        `[model.embedding, *model.blocks, model.norm, model.head]`. Elastic cuts them into stages.
+
+        `loss()` calls the model once, with tensors. In training mode each of these layers draws random numbers from a
+        seed of its own, with pipelines and without. None: the job has no stages."""
+        return None
+
     def optimizer(
         self, model: torch.nn.Module
     ) -> torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | Mapping[str, torch.optim.Optimizer]:

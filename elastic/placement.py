@@ -167,6 +167,13 @@ def cut_box(shape: Sequence[int], pieces: Pieces) -> Box:
     return box
 
 
+def pipelines(workers: int, least: int, most: int | None = None) -> tuple[int, int]:
+    """How many pipelines some workers make, and of how many stages each: as many pipelines as can have `least` stages,
+    then as many stages as the workers fill, up to `most`. Fewer workers than `least` make one pipeline of all."""
+    count = max(1, workers // least)
+    return count, min(workers // count, most or workers)
+
+
 def narrowed(tensor: torch.Tensor, box: Box, within: Box) -> torch.Tensor:
     """A view of `tensor`, which holds the box `within`, on the box `box` inside it."""
     for d, (offset, size, base) in enumerate(zip(box.offsets, box.sizes, within.offsets, strict=True)):

@@ -28,6 +28,9 @@ class CodeGPT(elastic.Job):
     lr: float = field(default=4e-3, metadata={"help": "learning rate of AdamW; 6e-4 suits 25M and more"})
     weight_decay: float = field(default=0.1, metadata={"help": "weight decay of matrices"})
     dropout: float = field(default=0.0, metadata={"help": "dropout of embeddings and residual branches"})
+    tied: bool = field(
+        default=True, metadata={"help": "predict bytes with the embedding's weights; --parallel.pipeline needs no-tied"}
+    )
     eval_blocks: int = field(default=512, metadata={"help": "most held-out blocks of one evaluation"})
 
     def __post_init__(self):
@@ -41,7 +44,7 @@ class CodeGPT(elastic.Job):
     def model(self):
         from jobs.gpt import GPT
 
-        return GPT(SIZES[self.size], context=self.block, dropout=self.dropout)
+        return GPT(SIZES[self.size], context=self.block, dropout=self.dropout, tied=self.tied)
 
     def tensor_plan(self):
         """Whole heads of attention, and parts of the feed-forward layer, on each worker of a cell."""
@@ -51,6 +54,10 @@ class CodeGPT(elastic.Job):
             "blocks.*.mlp_in": "colwise",
             "blocks.*.mlp_out": "rowwise",
         }
+
+    def stages(self, model):
+        """What `forward` calls one after another; with tied weights the first and the last are one parameter."""
+        return None if self.tied else [model.embedding, model.dropout, *model.blocks, model.norm, model.head]
 
     def optimizer(self, model):
         import torch

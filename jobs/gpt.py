@@ -1,4 +1,4 @@
-"""A small GPT over bytes: pre-norm, rotary positions, causal attention, tied embeddings.
+"""A small GPT over bytes: pre-norm, rotary positions, causal attention, tied embeddings unless told otherwise.
 
 Radford et al., "Language models are unsupervised multitask learners" (2019), with rotary positions (Su et al.,
 "RoFormer", 2021) in place of learned ones and without biases.
@@ -32,8 +32,11 @@ class Block(nn.Module):
         self.mlp_out = nn.Linear(4 * width, width, bias=False)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-        """(batch, length, width) to the same; `rotation` is what `rotations` returns for this length."""
+    def forward(self, x: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor] | None = None) -> torch.Tensor:
+        """(batch, length, width) to the same; `rotation` is what `rotations` returns for this length, if somebody has
+        called it."""
+        if rotation is None:
+            rotation = rotations(x.shape[1], x.shape[2] // self.heads, x.device)
         x = x + self.dropout(self.attend(self.norm_attention(x), rotation))
         return x + self.dropout(self.mlp_out(functional.gelu(self.mlp_in(self.norm_mlp(x)))))
 
@@ -53,9 +56,10 @@ class GPT(nn.Module):
     Args:
         context: most bytes that a prediction looks back on; what the model is trained on, and a limit of `generate`.
         dropout: share dropped of the embeddings and of what each half of a block adds.
+        tied: the weights of the embedding predict bytes too; otherwise a head of its own does.
     """
 
-    def __init__(self, shape: Shape, *, context: int, dropout: float = 0.0):
+    def __init__(self, shape: Shape, *, context: int, dropout: float = 0.0, tied: bool = True):
         super().__init__()
         if shape.width % (2 * shape.heads):
             raise ValueError(f"width {shape.width} does not give {shape.heads} heads an even number of channels each")
@@ -65,6 +69,7 @@ class GPT(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.blocks = nn.ModuleList(Block(shape, dropout) for _ in range(shape.layers))
         self.norm = nn.LayerNorm(shape.width, bias=False)
+        self.head = None if tied else nn.Linear(shape.width, VOCABULARY, bias=False)
         self.apply(_initialise)
         for name, parameter in self.named_parameters():
             # 2 * layers branches add to the residual stream: scaled so that its variance does not grow with depth.
@@ -77,7 +82,8 @@ class GPT(nn.Module):
         x = self.dropout(self.embedding(tokens))
         for block in self.blocks:
             x = block(x, rotation)
-        return functional.linear(self.norm(x), self.embedding.weight)
+        x = self.norm(x)
+        return functional.linear(x, self.embedding.weight) if self.head is None else self.head(x)
 
 
 def rotations(length: int, head_width: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:

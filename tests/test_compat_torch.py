@@ -493,3 +493,23 @@ def test_hooks_inside_those_of_fsdp2_see_what_is_gathered_before_and_after_all_o
         "job's after",
     ]
     assert not any(cut for _, cut in seen)
+
+
+def test_fsdp2_lets_modules_alone_whose_whole_parameters_somebody_else_has_put_there() -> None:
+    with world_of_one():
+        model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))
+        for module in (model[0], model):
+            fully_shard(module)
+        x = torch.ones(1, 2)
+        expected = model(x).detach()
+        for module in (model[0], model):
+            module.reshard()
+        cut = [dict(m._parameters) for m in model]
+        for module, parameters in zip(model, cut, strict=True):
+            module._parameters |= {k: nn.Parameter(p.full_tensor()) for k, p in parameters.items()}
+        with sharded.without_gathering(model):
+            model[1](model[0](x)).sum().backward()
+            assert all(type(p.grad) is torch.Tensor for p in model.parameters())
+        for module, parameters in zip(model, cut, strict=True):
+            module._parameters |= parameters
+        assert torch.equal(model(x), expected)

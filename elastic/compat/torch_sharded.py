@@ -5,10 +5,13 @@ Read in torch 2.13.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 
 def gathered_parameters(module: nn.Module) -> list[tuple[str, torch.Tensor]]:
@@ -30,6 +33,24 @@ def _groups(module: nn.Module) -> list[Any]:
     state: Any = module._get_fsdp_state()  # type: ignore[operator]
     groups = getattr(state, "_fsdp_param_groups", None)
     return [g for g in (groups if groups is not None else [state._fsdp_param_group]) if g is not None]
+
+
+@contextmanager
+def without_gathering(model: nn.Module) -> Iterator[None]:
+    """Inside, FSDP2's hooks around the modules of a model do nothing: whoever runs them has put whole parameters there.
+
+    The hooks let a module alone that is run again in a backward pass and has no parameters to gather, so each is told
+    that it is one.
+    """
+    states: list[Any] = [m._get_fsdp_state() for m in model.modules() if isinstance(m, FSDPModule)]
+    kept = [(state._fsdp_param_groups, state._training_state) for state in states]
+    for state in states:
+        state._fsdp_param_groups, state._training_state = [], type(state._training_state).PRE_BACKWARD
+    try:
+        yield
+    finally:
+        for state, (groups, training) in zip(states, kept, strict=True):
+            state._fsdp_param_groups, state._training_state = groups, training
 
 
 def hook_inside(module: nn.Module, before: Any, after: Any) -> Any:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 
 from elastic.errors import ConfigError
+from elastic.placement import pipelines
 
 
 def choose_microbatches(global_size: int, max_workers: int, cell_size: int = 1) -> int:
@@ -67,21 +68,50 @@ def efficiency(count: int, cells: int) -> float:
     return count / (rounds(count, cells) * cells)
 
 
-def batch_table(microbatches: int, max_workers: int, cell_size: int = 1) -> list[tuple[int, int, float]]:
-    """Return (workers, rounds, efficiency) for every world size up to the largest."""
+def batch_table(
+    microbatches: int, max_workers: int, cell_size: int = 1, stages: int = 1
+) -> list[tuple[int, int, float]]:
+    """Return (workers, rounds, efficiency) for every world size up to the largest.
+
+    Args:
+        stages: of a pipeline; its first stage waits while the last microbatch passes the others, and the other way
+            round.
+    """
+    if stages > 1:
+        found = []
+        for workers in range(1, max_workers + 1):
+            count, each = pipelines(workers, stages)
+            longest = rounds(microbatches, count)
+            found.append((workers, longest, microbatches * each / (workers * (longest + each - 1))))
+        return found
     sizes = range(1, max_workers // cell_size + 1)
     return [(cells * cell_size, rounds(microbatches, cells), efficiency(microbatches, cells)) for cells in sizes]
 
 
-def batch_line(global_size: int, microbatches: int, max_workers: int, cell_size: int = 1, spares: int = 0) -> str:
+def batch_line(
+    global_size: int, microbatches: int, max_workers: int, cell_size: int = 1, spares: int = 0, stages: int = 1
+) -> str:
     """Return the first console line, which shows how a global batch is divided.
 
     Args:
-        spares: workers to have in addition; told where a cell has several.
+        spares: workers to have in addition; told where a cell or a pipeline has several.
+        stages: of a pipeline.
     """
     cells = max_workers // cell_size
+    if stages > 1:
+        cells, each = pipelines(max_workers, stages)
+        idle = max_workers - cells * each
+        made_of = f" = {_count(cells, 'pipeline')} x {each} stages, {idle + spares} spare"
+        return (
+            f"global {global_size} = {microbatches} microbatches x {global_size // microbatches}; "
+            f"{max_workers} workers{made_of} -> {rounds(microbatches, cells)} rounds"
+        )
     made_of = f" = {cells} cells x {cell_size} tensor, {spares} spare" if cell_size > 1 else ""
     return (
         f"global {global_size} = {microbatches} microbatches x {global_size // microbatches}; "
         f"{max_workers} workers{made_of} -> {rounds(microbatches, cells)} rounds"
     )
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"

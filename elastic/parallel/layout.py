@@ -9,6 +9,9 @@ of one node. Cells are laid out by the strategy:
            for each group of S, so that a lost node leaves
            whole copies
 
+With pipelines, each runs microbatches as a whole, and its workers are stages of it. What a worker holds of the state is
+laid out apart from that, row by row of each tensor: with ddp over the workers of each pipeline, with fsdp over all.
+
 A mesh has `replicas` rows of `shards` cells of `tensor` workers. Workers that do not fill a cell, or cells that do not
 fill a row, stay outside as hot spares.
 """
@@ -18,7 +21,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from elastic.placement import Cut, Part
+from elastic.placement import Cut, Part, pipelines
 
 REPLICATE, SHARD, TENSOR = "replicate", "shard", "tensor"
 ROWS: Cut = ((SHARD, 0),)  # how every parameter is sharded that is whole in each worker of a cell
@@ -33,6 +36,7 @@ class Layout:
             `ranks[(replica * shards + shard) * tensor + index]`.
         spares: ranks outside of the mesh, ascending.
         tensor: workers of a cell.
+        stages: workers of a pipeline, neighbours in the mesh; 0 without pipelines.
     """
 
     replicas: int
@@ -40,6 +44,7 @@ class Layout:
     ranks: tuple[int, ...]
     spares: tuple[int, ...] = ()
     tensor: int = 1
+    stages: int = 0
 
     @property
     def cells(self) -> int:
@@ -64,6 +69,11 @@ class Layout:
         first = self.cell_of(place) // self.shards * self.shards
         return range(first, first + self.shards)
 
+    @property
+    def pipelines(self) -> int:
+        """The number of pipelines, if there are any."""
+        return self.size // self.stages
+
     def part(self, place: int) -> Part:
         """The part of the state that a place holds."""
         shard = (SHARD, self.cell_of(place) % self.shards, self.shards)
@@ -82,7 +92,13 @@ class Layout:
         return self.copies[self.part(place)][0] == place
 
 
-def lay_out(nodes: Sequence[str], strategy: str, per_node: int | None, tensor: int = 1) -> Layout:
+def lay_out(
+    nodes: Sequence[str],
+    strategy: str,
+    per_node: int | None,
+    tensor: int = 1,
+    stages: tuple[int, int] | None = None,
+) -> Layout:
     """The mesh of a world whose rank r is on `nodes[r]`. There is at least one cell.
 
     hsdp takes groups of `per_node` workers from every node. With two copies or more it is worth having spares, since a
@@ -93,7 +109,13 @@ def lay_out(nodes: Sequence[str], strategy: str, per_node: int | None, tensor: i
         strategy: ddp, fsdp or hsdp.
         per_node: the workers that hold one copy together in hsdp.
         tensor: workers of a cell.
+        stages: the fewest of a pipeline that are wished for, and the most that there can be; None without pipelines.
     """
+    if stages is not None:
+        count, each = pipelines(len(nodes), *stages)
+        ranks = range(count * each)
+        shape = (1, count * each) if strategy == "fsdp" else (count, each)
+        return Layout(*shape, tuple(ranks), tuple(range(ranks.stop, len(nodes))), stages=each)
     cells = fill_cells(nodes, tensor)
     assert cells, "no world is formed without a cell"
     if strategy == "ddp":

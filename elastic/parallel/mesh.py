@@ -26,6 +26,8 @@ class Mesh:
         everyone: the group of all members of the mesh; None is the default group.
         one_of_each_cell: the group of the workers that have this worker's place in their cells; None as above.
         links: how workers with whole models exchange gradients.
+        pipeline_group: of the workers of this one's pipeline, by stage, if there are pipelines.
+        stage_group: of the workers with this one's stage, by pipeline.
     """
 
     layout: Layout
@@ -34,6 +36,8 @@ class Mesh:
     everyone: dist.ProcessGroup | None = None
     one_of_each_cell: dist.ProcessGroup | None = None
     links: tuple[Link, ...] = ()
+    pipeline_group: dist.ProcessGroup | None = None
+    stage_group: dist.ProcessGroup | None = None
 
     def _named(self, *axes: str) -> DeviceMesh:
         """The mesh along some axes: of the workers that have this one's place along the others."""
@@ -54,6 +58,16 @@ class Mesh:
     @property
     def replica(self) -> int:
         return self.cell // self.layout.shards
+
+    @property
+    def pipeline(self) -> int:
+        """The pipeline of this worker."""
+        return self._place // self.layout.stages
+
+    @property
+    def stage(self) -> int:
+        """Its stage in the pipeline."""
+        return self._place % self.layout.stages
 
     @property
     def part(self) -> Part:
@@ -135,6 +149,21 @@ def make_mesh(layout: Layout, rank: int, device: torch.device, world: str) -> Me
     alike = [everyone]
     if layout.tensor > 1:
         alike = [dist.new_group(list(layout.ranks[index :: layout.tensor])) for index in range(layout.tensor)]
+    pipelines, columns = _pipelines(layout) if layout.stages else ([None], [None])
     if place is None:
         return Mesh(layout, place)
-    return Mesh(layout, place, devices, everyone, alike[place % layout.tensor])
+    return Mesh(
+        layout,
+        place,
+        devices,
+        everyone,
+        alike[place % layout.tensor],
+        pipeline_group=pipelines[place // layout.stages if layout.stages else 0],
+        stage_group=columns[place % layout.stages if layout.stages else 0],
+    )
+
+
+def _pipelines(layout: Layout) -> tuple[list[dist.ProcessGroup | None], list[dist.ProcessGroup | None]]:
+    """Connect the workers of each pipeline, and those of each stage."""
+    by_pipeline = [list(layout.ranks[first : first + layout.stages]) for first in range(0, layout.size, layout.stages)]
+    return [dist.new_group(ranks) for ranks in by_pipeline], [dist.new_group(ranks) for ranks in zip(*by_pipeline)]

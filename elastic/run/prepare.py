@@ -280,7 +280,7 @@ def report(run: PreparedRun) -> str:
         first_line(run),
     ]
     lines += ["", "workers  rounds  efficiency"]
-    table = batch_table(plan.microbatches, most, cell_size)
+    table = batch_table(plan.microbatches, most, cell_size, run.config.parallel.pipeline)
     lines += [f"{w:>7}  {rounds:>6}  {share:>9.0%}" for w, rounds, share in table]
     lines += forecast.lines(run)
     lines += settings_lines(run.config.scaling.accelerator)
@@ -290,7 +290,8 @@ def report(run: PreparedRun) -> str:
 def first_line(run: PreparedRun) -> str:
     """How a global batch is divided over the most workers, as consoles show it first."""
     plan, scaling, cell_size = run.plan, run.config.scaling, run.config.parallel.tensor
-    return batch_line(plan.global_size, plan.microbatches, scaling.max_workers, cell_size, scaling.spares)
+    stages = run.config.parallel.pipeline
+    return batch_line(plan.global_size, plan.microbatches, scaling.max_workers, cell_size, scaling.spares, stages)
 
 
 def typed(name: str, value: Any) -> str:

@@ -179,6 +179,10 @@ class ParallelOptions:
         "cells",
         result=True,
     )
+    pipeline: int = option(
+        1,
+        "workers that run the layers of each microbatch one after another, as the job's stages() cuts them: a pipeline",
+    )
     blocks: tuple[str, ...] = option(
         (), "classes of the modules to shard, checkpoint and compile one by one (default: the job's, else found)"
     )
@@ -193,6 +197,7 @@ class ParallelOptions:
     def __post_init__(self) -> None:
         one_of("--parallel.strategy", self.strategy, ("ddp", "fsdp", "hsdp"))
         whole("--parallel.tensor", self.tensor, 1, 1024)
+        whole("--parallel.pipeline", self.pipeline, 1, 1024)
         whole("--parallel.prefetch", self.prefetch, 0)
         whole("--parallel.bucket-mb", self.bucket_mb, 1, 1 << 20)
         for name in self.blocks:
@@ -211,8 +216,8 @@ class ParallelOptions:
 
     @property
     def sharded(self) -> bool:
-        """Whether a model is cut over several workers: over those of a cell, or over cells."""
-        return self.strategy != "ddp" or self.tensor > 1
+        """Whether a model is cut over several workers: over those of a cell or a pipeline, or over all."""
+        return self.strategy != "ddp" or self.tensor > 1 or self.pipeline > 1
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,7 @@ class Group:
     """The process group of one world.
 
     Args:
-        strategy, per_node, tensor: how workers are laid out; see `lay_out`.
+        strategy, per_node, tensor, stages: how workers are laid out; see `lay_out`.
         node: this worker's node.
         exact: gradients are exchanged in canonical order.
         on_failure: called, from any thread, with an error that the backend finds by itself.
@@ -54,6 +54,7 @@ class Group:
     per_node: int | None = None
     node: str = ""
     tensor: int = 1
+    stages: tuple[int, int] | None = None
     exact: bool = False
     on_failure: Callable[[str], None] = lambda what: None
     _woken: threading.Event = field(default_factory=threading.Event)
@@ -143,11 +144,11 @@ class Group:
 
     def _lay_out(self) -> Mesh:
         nodes = [""] * self.size
-        levels = self.strategy == "ddp" and self.exact and self.size >= LEAST_LEVELLED
+        levels = self.strategy == "ddp" and self.exact and self.size >= LEAST_LEVELLED and self.stages is None
         if self.strategy == "hsdp" or self.tensor > 1 or levels:
             nodes = [str(n) for n in self.gather_ints(xxhash.xxh3_64_intdigest(self.node.encode()) >> 1)]
-        layout = lay_out(nodes, self.strategy, self.per_node, self.tensor)
-        if self.strategy == "ddp" and self.tensor == 1:
+        layout = lay_out(nodes, self.strategy, self.per_node, self.tensor, self.stages)
+        if self.strategy == "ddp" and self.tensor == 1 and self.stages is None:
             return make_whole(layout, self.rank, nodes)
         return make_mesh(layout, self.rank, self.device, str(self.assignment.generation))
 

@@ -22,6 +22,7 @@ from elastic.parallel.param_dtype import cast_parameters, check_castable
 from elastic.parallel.probe import check_elementwise
 from elastic.parallel.references import check_references
 from elastic.parallel.scaling import LossScale
+from elastic.parallel.stages import check_layers, layers_of, seed_each
 from elastic.parallel.tensor import check_plan, plan_of
 from elastic.parallel.wrapping import (
     Sharding,
@@ -49,6 +50,8 @@ class Placing:
         self._next: DeferredModel | None = None
         self._tried: set[type] = set()
         self._hashes: dict[str, str] = {}  # of the files of initial weights
+        #: The fewest and the most stages of a pipeline; None without pipelines.
+        self.stages: tuple[int, int] | None = None
         #: Why the model is built in real memory; empty if it is built on meta.
         self.eager = ""
 
@@ -77,6 +80,10 @@ class Placing:
             check_references(self._next.model, self._job)
         if parallel.tensor > 1:
             check_plan(self._next.model, plan_of(self._job, self._next.model), parallel.tensor)
+        if parallel.pipeline > 1:
+            layers = layers_of(self._job, self._next.model)
+            check_layers(self._next.model, layers, parallel.pipeline)
+            self.stages = (parallel.pipeline, len(layers))
 
     @property
     def model(self) -> torch.nn.Module:
@@ -102,7 +109,7 @@ class Placing:
         """
         built, parallel, precision = self._take(), self._config.parallel, self._config.precision
         how = Sharding(
-            native=self._config.run.exactness == "fast",
+            native=self._config.run.exactness == "fast" and parallel.pipeline == 1,
             reshard_after_forward=parallel.reshard_after_forward,
             prefetch=parallel.prefetch,
             offload=parallel.offload,
@@ -198,6 +205,8 @@ class Placing:
         built, self._next = self._next or self._build(), None
         parallel = self._config.parallel
         blocks = find_blocks(built.model, self._classes())
+        if parallel.tensor == 1:  # otherwise its workers draw as `Draws` says
+            seed_each(layers_of(self._job, built.model))
         if self._param_dtype is not None and not parallel.sharded:
             cast_parameters(built.model, blocks, self._param_dtype)
         if parallel.activation_checkpointing or parallel.compile:

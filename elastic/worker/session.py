@@ -133,6 +133,7 @@ class Session:
             scaling.workers_per_node,
             node,
             worker.config.parallel.tensor,
+            worker.placing.stages,
             exact=worker.bitwise,
             on_failure=lambda what: link.post(Disconnected(what), generation),
         )

@@ -36,9 +36,9 @@ class Share:
     """The microbatches of a step that one worker of a world computes.
 
     Args:
-        runs: the microbatches of each cell of the mesh.
-        rows: the microbatches of each row of the mesh, whose cells share one copy of the model.
-        own: the microbatches of this worker's cell.
+        runs: the microbatches of each cell of the mesh, or of each pipeline.
+        rows: the microbatches of each row of the mesh, whose cells share one copy of the model, or of each pipeline.
+        own: the microbatches of this worker's cell, or of its pipeline.
         spans: its passes.
         padding: further passes of this worker, which count for nothing: the cells of a row of a sharded model gather
             its parameters together, so all of them make as many passes as the busiest one.
@@ -62,6 +62,11 @@ class Share:
             place: this worker's place in the mesh.
             one_each: each pass has one microbatch.
         """
+        if layout.stages:  # all stages of a pipeline see the microbatches that it runs
+            runs = deal(plan.microbatches, layout.pipelines)
+            own = runs[place // layout.stages]
+            longest = max(map(len, runs)) if layout.replicas == 1 else len(own)  # a row may have several pipelines
+            return cls(runs, runs, own, [(i, 1) for i in own], 0, longest - len(own))
         rows = deal(plan.microbatches, layout.replicas)
         if bitwise:
             runs = [lockstep(row, s, layout.shards) for row in rows for s in range(layout.shards)]

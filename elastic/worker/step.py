@@ -140,12 +140,14 @@ class WorldSteps:
         with group.collective("wrapping the model"):
             self._replica = wrap(
                 state.model,
-                self._code.loss,
+                stepper.run.job,
+                self._code,
                 self._config,
                 group,
                 self.share,
                 find_unused=stepper.find_unused,
                 early=stepper.exchanges_early,
+                at_pass=self._at_pass,
                 written=stepper.written,
             )
 
@@ -354,6 +356,11 @@ class WorldSteps:
 
     def _after_loss(self) -> None:
         self._stepper.progress(self._step, Stage.PASS, 2 * self._pass + 1)
+
+    def _at_pass(self, microbatch: int) -> None:
+        self._code.at(self._step, microbatch)
+        self._stepper.progress(self._step, Stage.PASS, self._pass)
+        self._code.guard(partial(fault.point, "step.stage", self._group.rank, self._step + 1))
 
     # ---- what is not finite ------------------------------------------------------------------------------------
 

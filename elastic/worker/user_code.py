@@ -92,6 +92,15 @@ class UserCode:
 
         return self._on_batch(loss, "loss()", model, batch, training=True)
 
+    def layers(self, work: Callable[[], Any]) -> Any:
+        """Run some layers of the model outside of `Job.loss`, in the precision in which they run inside."""
+
+        def inside() -> Any:
+            with torch.autocast(self._device.type, self._dtype, enabled=self._autocast):
+                return work()
+
+        return self.guard(inside)
+
     @contextmanager
     def without_autocast(self) -> Iterator[None]:
         """Inside, the job's functions compute in the number formats of their tensors."""

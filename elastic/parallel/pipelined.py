@@ -1,0 +1,363 @@
+"""Pipeline parallelism: the workers of a pipeline are stages, which run the layers of a microbatch one after another.
+
+A pipeline's run of microbatches are those of one schedule of `torch.distributed.pipelining`: 1F1B (Narayanan et al.,
+"PipeDream", 2019), or GPipe (Huang et al., 2019) where there are fewer of them than stages. Activations travel as they
+are, and the gradients of each microbatch are a leaf of the canonical tree. So the numbers of stages and of pipelines
+reach no bit.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
+
+from elastic.compat.torch_sharded import without_gathering
+from elastic.errors import ConfigError
+from elastic.parallel.canonical import CanonicalSum, Link, buckets_of
+from elastic.parallel.leaf import Leaf
+from elastic.parallel.levels import one_level
+from elastic.parallel.mesh import Mesh
+from elastic.parallel.moves import fingerprint, reduce_moves
+from elastic.parallel.records import Records, StepRecord
+from elastic.parallel.replicated import LossFunction, Pass
+from elastic.parallel.sharded import BitwiseSharded
+from elastic.parallel.stage_parameters import StageParameters
+from elastic.parallel.stages import chained, cost_of, cut, seed_behind
+from elastic.parallel.standin import Standin, calls_of
+from elastic.seeds import seed_all
+
+Tensors = tuple[torch.Tensor, ...]
+_UNLIKE = (
+    "stages() returns modules that, called one after another, compute something else than the model's forward(); let "
+    "forward() call these modules in this order, each with what the one before returned, and do nothing else"
+)
+_NO_TENSORS = (
+    "{} of stages() is called with, or returns, something that is no tensor, so it cannot be sent to the next stage; "
+    "let it take and return tensors"
+)
+
+
+class Pipelined(BitwiseSharded):
+    """The same sums, in the same order, as `BitwiseReplica`, for both modes.
+
+    Args:
+        layers: what the job's `stages()` returned.
+        run_layers: runs layers outside of the job's loss, in its precision; errors are those of the job.
+        at_pass: called with its number before each forward and backward pass of a microbatch.
+        exact: outputs of the chained layers must have the bits of the model's.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: LossFunction,
+        *,
+        layers: Sequence[nn.Module],
+        run_layers: Callable[[Callable[[], Any]], Any],
+        at_pass: Callable[[int], None],
+        runs: list[range],
+        mesh: Mesh,
+        device: torch.device,
+        bucket_mb: int,
+        exact: bool,
+        check: Callable[[], None],
+    ):
+        super().__init__(model, loss, runs=runs, rows=runs, mesh=mesh, device=device, bucket_mb=bucket_mb, check=check)
+        self._run_layers, self._at_pass, self._compares_bits = run_layers, at_pass, exact
+        bounds = cut([cost_of(layer) for layer in layers], mesh.layout.stages)
+        mine = bounds[mesh.stage]
+        self._layers, self._before = [layers[i] for i in mine], mine.start
+        self._names = [name for layer in self._layers for name, m in model.named_modules() if m is layer]
+        self._of_stage = StageParameters(model, [[layers[i] for i in run] for run in bounds], mesh, device)
+        trained = {name: p for name, p in self._of_stage.whole.items() if p.requires_grad}
+        self._buckets = buckets_of([*trained.values(), torch.empty(len(trained))], self._bucket_bytes)
+        self._leaf, self._trained = Leaf(trained, self._buckets, device), list(trained)
+        self._names_of_trained = [name for name, p in model.named_parameters() if p.requires_grad]
+        self._stage_of_buffer = _stages_of_buffers(model, [[layers[i] for i in run] for run in bounds])
+        self._own_buffers = [name for name, stage in self._stage_of_buffer.items() if stage == mesh.stage]
+        self._columns = [Link(one_level(len(runs), mesh.pipeline), mesh.stage_group)]
+        self._schedule: Any = None
+        self._used_names: set[str] = set()
+        self._failed: BaseException | None = None
+
+    @property
+    def _is_first(self) -> bool:
+        return self._mesh.stage == 0
+
+    @property
+    def _is_last(self) -> bool:
+        return self._mesh.stage == self._mesh.layout.stages - 1
+
+    def run(self, passes: Iterable[Pass]) -> tuple[StepRecord, float]:
+        """Run this stage's part of the microbatches of its pipeline; see `FastReplica.run`."""
+        self.model.zero_grad(set_to_none=True)
+        self._buffers.begin()
+        self._writes.begin()
+        #: Each microbatch with the seed of its pass, which the iterator sets.
+        self._passes = [(one, torch.initial_seed()) for one in passes]
+        self._losses: list[tuple[float, float, dict[str, float]]] = []
+        self._after: list[dict[str, torch.Tensor]] = [{} for _ in self._passes]
+        self._sums = CanonicalSum(self._columns, self._runs, self._buckets)
+        expected = self._model_output() if self._schedule is None else None
+        self._of_stage.gather()
+        try:
+            with without_gathering(self.model):
+                if expected is not None:
+                    self._schedule = self._meet(expected)
+                self._run_schedule()
+            self._of_stage.check_unwritten()
+        finally:
+            self._of_stage.put_back()
+            self._block_order.take_hash()
+        self._writes.check()
+        began = time.perf_counter()
+        *gradients, used = self._sums.reduce()
+        record = self._record({name for name, count in zip(self._trained, used.tolist(), strict=True) if count})
+        self._of_stage.give(gradients, [name in self._used_names for name in self._names_of_trained])
+        self.wait_s = time.perf_counter() - began
+        return record, record.weight * self.scale
+
+    # ---- passes ----------------------------------------------------------------------------------------------------
+
+    def _run_schedule(self) -> None:
+        count, layout = len(self._passes), self._mesh.layout
+        if layout.stages == 1:
+            for index in range(count):
+                self._begin_pass(index)
+                self._loss_of(index, None).backward()
+                self._took(index)
+            return
+        numbers = torch.arange(count)  # the batches themselves are here: each stage has those of its pipeline
+        try:
+            target = {"target": numbers, "losses": []} if self._is_last else {}
+            self._schedule.step(*([numbers] if self._is_first else []), return_outputs=False, **target)
+        except Exception:
+            if self._failed is not None:  # torch tells of it in its own words
+                raise self._failed from None
+            raise
+
+    def _begin_pass(self, index: int) -> None:
+        one, seed = self._passes[index]
+        self._at_pass(one.first)
+        seed_all(seed)
+        self._present = index
+
+    def _forward_of_stage(self, *inputs: Any) -> Any:
+        """This stage's layers in the present pass; the last stage runs them when the job's loss calls the model."""
+        if self._is_last:
+            return inputs[0] if len(inputs) == 1 else inputs
+        index = self._present
+        if self._is_first:
+            inputs = calls_of(self._loss, self.model, self._passes[index][0].batch)
+        found = self._call_layers(index, inputs)
+        return found[0] if len(found) == 1 else found
+
+    def _call_layers(self, index: int, inputs: tuple[Any, ...], *, inside: bool = False) -> Tensors:
+        """
+        Args:
+            inside: this is called in the job's loss, which has the run's precision already.
+        """
+
+        def work() -> tuple[Any, ...]:
+            if self._before:
+                seed_all(self._passes[index][1])
+                seed_all(seed_behind(self._before))
+            return chained(self._layers, inputs)
+
+        with self._buffers.begun(self._own_buffers):
+            found = work() if inside else self._run_layers(work)
+            now = self._buffers.named
+            self._after[index] = {
+                name: now[name].detach().clone()
+                for name in self._own_buffers
+                if not torch.equal(now[name], self._buffers.before(name))
+            }
+        if inside:
+            return found
+        if not all(isinstance(one, torch.Tensor) for one in found):
+            raise ConfigError(_NO_TENSORS.format(self._names[-1]))
+        return tuple(one.contiguous() for one in found)
+
+    def _loss_of(self, index: int, activations: Tensors | None) -> torch.Tensor:
+        """The loss of a microbatch. The record's row is kept.
+
+        Args:
+            activations: what the stage before sent; None if this is the only one.
+        """
+        seed_all(self._passes[index][1])
+
+        def forward(*inputs: Any) -> Any:
+            found = self._call_layers(index, inputs if activations is None else activations, inside=True)
+            return found[0] if len(found) == 1 else found
+
+        loss, weight, metrics = self._loss(Standin(self.model, forward), self._passes[index][0].batch)
+        self._losses.append(
+            (float(loss.detach()), float(weight), {name: float(value) for name, value in metrics.items()})
+        )
+        return loss * self.scale if self.scale != 1 else loss
+
+    def _took(self, index: int) -> None:
+        """A backward pass is over: its gradients are the next leaf."""
+        if self._trained:
+            self._sums.push(self._passes[index][0].first, self._leaf.take())
+
+    # ---- the first pass of a world -----------------------------------------------------------------------------------
+
+    def _model_output(self) -> Tensors:
+        """What the model itself makes of the first microbatch. All workers of a row call this."""
+        one, seed = self._passes[0]
+        seed_all(seed)
+        inputs = calls_of(self._loss, self.model, one.batch)
+        with torch.no_grad(), self._buffers.begun([*self._stage_of_buffer]):
+            found = self._run_layers(lambda: self.model(*inputs))
+        self.reshard()
+        return tuple(found) if isinstance(found, (tuple, list)) else (found,)
+
+    def _meet(self, expected: Tensors) -> Any:
+        """Send the first microbatch through the stages, and return the schedule, which needs the shapes between them.
+
+        Raises:
+            ConfigError: the last stage's output is not what the model makes of it.
+        """
+        layout, group = self._mesh.layout, self._mesh.pipeline_group
+        one, seed = self._passes[0]
+        seed_all(seed)
+        inputs: tuple[Any, ...] = calls_of(self._loss, self.model, one.batch) if self._is_first else ()
+        outputs: Tensors = ()
+        for stage in range(layout.stages):
+            if stage == self._mesh.stage:
+                outputs = self._call_layers(0, inputs)
+            if stage == layout.stages - 1:
+                break
+            shapes = [[(t.shape, t.dtype, t.requires_grad) for t in outputs] if stage == self._mesh.stage else None]
+            dist.broadcast_object_list(shapes, group=group, group_src=stage, device=self._device)
+            assert shapes[0] is not None
+            sent = [
+                outputs[i].detach()
+                if stage == self._mesh.stage
+                else torch.empty(shape, dtype=dtype, device=self._device)
+                for i, (shape, dtype, _) in enumerate(shapes[0])
+            ]
+            for tensor in sent:
+                dist.broadcast(tensor, group=group, group_src=stage)
+            if stage + 1 == self._mesh.stage:
+                inputs = tuple(t.requires_grad_(needs) for t, (*_, needs) in zip(sent, shapes[0], strict=True))
+        if self._is_last:
+            self._compare(outputs, expected)
+        if layout.stages == 1:
+            return True
+        stage_of_torch = _Stage(
+            _Body(self._guarded),
+            self._mesh.stage,
+            layout.stages,
+            self._device,
+            input_args=(torch.zeros(1, dtype=torch.int64),) if self._is_first else inputs,
+            output_args=inputs if self._is_last else outputs,
+            group=group,
+        )
+        stage_of_torch.before, stage_of_torch.behind = self._begin_pass, self._took
+        kind = Schedule1F1B if len(self._passes) >= layout.stages else ScheduleGPipe
+        return kind(stage_of_torch, len(self._passes), loss_fn=self._guarded_loss, scale_grads=False)
+
+    def _compare(self, found: Tensors, expected: Tensors) -> None:
+        same = torch.equal if self._compares_bits else torch.allclose
+        if len(found) != len(expected) or not all(
+            isinstance(b, torch.Tensor) and a.shape == b.shape and same(a.detach(), b)
+            for a, b in zip(found, expected, strict=False)
+        ):
+            raise ConfigError(_UNLIKE)
+
+    def _guarded(self, *inputs: Any) -> Any:
+        try:
+            return self._forward_of_stage(*inputs)
+        except BaseException as error:
+            self._failed = error
+            raise
+
+    def _guarded_loss(self, output: Any, number: torch.Tensor) -> torch.Tensor:
+        try:
+            return self._loss_of(int(number), output if isinstance(output, tuple) else (output,))
+        except BaseException as error:
+            self._failed = error
+            raise
+
+    # ---- what the stages tell each other ---------------------------------------------------------------------------
+
+    def _record(self, used: set[str]) -> StepRecord:
+        """The step's record, after the stages of each pipeline have told each other what they have of it.
+
+        Args:
+            used: the parameters of this stage that any microbatch gave a gradient.
+        """
+        mesh, buffers = self._mesh, self._buffers
+        changed = buffers.mask({name for after in self._after for name in after})
+        mine = [self._losses if self._is_last else None, sorted(used), changed]
+        told: list[Any] = [mine]
+        if mesh.layout.stages > 1:
+            told = [None] * mesh.layout.stages
+            dist.all_gather_object(told, mine, group=mesh.pipeline_group)
+        self._used_names = {name for _, names, _ in told for name in names}
+        records = Records(self._runs, mesh.pipeline, self._device, buffers.words, self._metrics, self._check)
+        mask = 0
+        for _, _, bits in told:
+            mask |= bits
+        for (loss, weight, metrics), (one, _) in zip(told[-1][0], self._passes, strict=True):
+            records.add(torch.tensor(loss, dtype=torch.float64), weight, metrics, one.digests, mask)
+        records.attach(fingerprint(buffers, self._after))
+        record = records.gather(mesh.stage_group).result()
+        self._steps += 1
+        self._end_buffers(record)
+        return record
+
+    def _end_buffers(self, record: StepRecord) -> None:
+        """Give buffers that passes changed their values after the step: each stage those of its layers, to all."""
+        mesh, buffers = self._mesh, self._buffers
+        buffers.end(touched := buffers.masked(record.changed_buffers))
+        mine = [name for name in touched if self._stage_of_buffer[name] == mesh.stage]
+        if mine:
+            moves = CanonicalSum(self._columns, self._runs, self._bucket_bytes)
+            indices, prints = [one.first for one, _ in self._passes], [last for *_, last in record.attached]
+            count = sum(map(len, self._runs))
+            reduce_moves(buffers, mine, self._after, indices, moves, count, prints, mesh.stage_group)
+        for name in touched if mesh.layout.stages > 1 else ():
+            value = buffers.named[name].detach().clone()
+            dist.broadcast(value, group=mesh.pipeline_group, group_src=self._stage_of_buffer[name])
+            buffers.set(name, value)
+
+
+class _Body(nn.Module):
+    """What torch's stage calls in a forward pass. The layers are no modules of it, so torch leaves them alone."""
+
+    def __init__(self, call: Callable[..., Any]):
+        super().__init__()
+        self._call = call
+
+    def forward(self, *inputs: Any) -> Any:
+        return self._call(*inputs)
+
+
+class _Stage(PipelineStage):
+    """Tells which microbatch is run, and when its backward pass is over."""
+
+    before: Callable[[int], None]
+    behind: Callable[[int], None]
+
+    def forward_one_chunk(self, fwd_chunk_id: int, *arguments: Any, **named: Any) -> Any:
+        self.before(fwd_chunk_id)
+        return super().forward_one_chunk(fwd_chunk_id, *arguments, **named)
+
+    def backward_one_chunk(self, bwd_chunk_id: int, *arguments: Any, **named: Any) -> None:
+        super().backward_one_chunk(bwd_chunk_id, *arguments, **named)
+        self.behind(bwd_chunk_id)
+
+
+def _stages_of_buffers(model: nn.Module, stages: Sequence[Sequence[nn.Module]]) -> dict[str, int]:
+    """The stage of each buffer of the model, by its name; those outside of all layers are of the first."""
+    stage_of = {id(b): s for s, layers in enumerate(stages) for layer in layers for b in layer.buffers()}
+    return {name: stage_of.get(id(buffer), 0) for name, buffer in model.named_buffers()}

@@ -1,0 +1,151 @@
+"""Moves parameters and gradients between the parts of the state that workers hold and the stages that need them whole.
+
+Once a step, each worker sends its rows of every parameter to the workers of the stage that has it; and after the passes
+each stage sends rows of its gradients to the workers that hold these rows. So what a worker holds does not depend on
+how the model is cut into stages.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from elastic.compat.torch import own_parameters, version_of
+from elastic.errors import ConfigError
+from elastic.parallel.layout import ROWS
+from elastic.parallel.mesh import Mesh
+from elastic.parallel.wrapping import local
+from elastic.parallel.writes import WRITTEN
+from elastic.placement import Box, Part, narrowed
+
+
+@dataclass(frozen=True)
+class _Owned:
+    """A parameter, and the stage that has it."""
+
+    name: str
+    cut: nn.Parameter
+    stage: int
+    places: tuple[tuple[nn.Module, str], ...]  # where modules have it: (module, its name there)
+
+    def rows(self, part: Part, of: torch.Tensor) -> torch.Tensor:
+        """The rows of the whole of it that a worker with this part holds."""
+        shape = tuple(self.cut.shape)
+        return narrowed(of, part.box(shape, ROWS), Box.whole(shape))
+
+
+class StageParameters:
+    """The parameters of a worker's stage.
+
+    Args:
+        model: as `place_sharded` left it.
+        stages: the layers of each stage.
+    """
+
+    def __init__(self, model: nn.Module, stages: Sequence[Sequence[nn.Module]], mesh: Mesh, device: torch.device):
+        self._mesh, self._device = mesh, device
+        stage_of = {id(p): s for s, layers in enumerate(stages) for layer in layers for p in layer.parameters()}
+        places: dict[int, list[tuple[nn.Module, str]]] = {}
+        for module in model.modules():
+            for leaf, p in own_parameters(module).items():
+                if p is not None:
+                    places.setdefault(id(p), []).append((module, leaf))
+        self._all = [
+            _Owned(name, p, stage_of[id(p)], tuple(places[id(p)]))
+            for name, p in model.named_parameters()
+            if id(p) in stage_of
+        ]
+        self._mine = [one for one in self._all if one.stage == mesh.stage]
+        self._versions: list[int] = []
+        #: The whole parameters of this stage, by name; they stay the same objects.
+        self.whole = {
+            one.name: nn.Parameter(
+                torch.empty(one.cut.shape, dtype=one.cut.dtype, device=device), requires_grad=one.cut.requires_grad
+            )
+            for one in self._mine
+        }
+
+    def gather(self) -> None:
+        """Bring the parameters of this stage here, and put them into the modules. All workers of the row call this."""
+        layout, mesh, row = self._mesh.layout, self._mesh, self._mesh.parts_of_row
+        stages = [place % layout.stages for place in layout.row_of(mesh.pipeline * layout.stages + mesh.stage)]
+        going = [[local(one.cut).detach() for one in self._all if one.stage == stage] for stage in stages]
+        coming = [[one.rows(part, self.whole[one.name].detach()) for one in self._mine] for part in row]
+        with torch.no_grad():
+            _exchange(going, coming, mesh.row_group, self._device)
+        for one in self._mine:
+            for module, leaf in one.places:
+                own_parameters(module)[leaf] = self.whole[one.name]
+        self._versions = [version_of(p) for p in self.whole.values()]
+
+    def put_back(self) -> None:
+        """Put this worker's rows back into the modules."""
+        for one in self._mine:
+            for module, leaf in one.places:
+                own_parameters(module)[leaf] = one.cut
+
+    def check_unwritten(self) -> None:
+        """
+        Raises:
+            ConfigError: passes have written to a parameter.
+        """
+        for (name, p), version in zip(self.whole.items(), self._versions, strict=True):
+            if version_of(p) != version:
+                raise ConfigError(f"parameter {name} {WRITTEN}")
+
+    def give(self, gradients: Sequence[torch.Tensor], used: Sequence[bool]) -> None:
+        """Set this worker's rows of all gradients. All workers of the pipeline call this.
+
+        Args:
+            gradients: of the trained parameters of this stage, whole, in their order.
+            used: of all trained parameters of the model in their order, whether they have a gradient.
+        """
+        layout, mesh = self._mesh.layout, self._mesh
+        first = mesh.pipeline * layout.stages
+        trained = [one for one in self._all if one.cut.requires_grad]
+        whole = dict(zip((one.name for one in self._mine if one.cut.requires_grad), gradients, strict=True))
+        mine = [one for one in trained if one.name in whole]
+        parts = [layout.part(place) for place in range(first, first + layout.stages)]
+        going = [[one.rows(part, whole[one.name]) for one in mine] for part in parts]
+        found = {one.name: torch.empty_like(local(one.cut), device=self._device) for one in trained}
+        coming = [[found[one.name] for one in trained if one.stage == stage] for stage in range(layout.stages)]
+        _exchange(going, coming, mesh.pipeline_group, self._device)
+        for one, is_used in zip(trained, used, strict=True):
+            one.cut.grad = None
+            if is_used:
+                whole_of = one.cut
+                assert isinstance(whole_of, DTensor)
+                one.cut.grad = DTensor.from_local(
+                    found[one.name],
+                    whole_of.device_mesh,
+                    whole_of.placements,
+                    run_check=False,
+                    shape=whole_of.shape,
+                    stride=whole_of.stride(),
+                )
+
+
+def _exchange(
+    going: Sequence[Sequence[torch.Tensor]],
+    coming: Sequence[Sequence[torch.Tensor]],
+    group: dist.ProcessGroup | None,
+    device: torch.device,
+) -> None:
+    """Send tensors to each worker of a group, and receive others, whose memory is given."""
+    flat = [t.contiguous().reshape(-1).view(torch.uint8) for one in going for t in one if t.numel()]
+    sent = torch.cat([torch.empty(0, dtype=torch.uint8, device=device), *flat])
+    lengths = [sum(t.nbytes for t in one) for one in coming]
+    received = sent.new_empty(sum(lengths))
+    if len(going) == 1:
+        received = sent
+    else:
+        dist.all_to_all_single(received, sent, lengths, [sum(t.nbytes for t in one) for one in going], group=group)
+    at = 0
+    for place in (t for one in coming for t in one if t.numel()):
+        place.copy_(received[at : at + place.nbytes].clone().view(place.dtype).view(place.shape))  # aligned by the copy
+        at += place.nbytes

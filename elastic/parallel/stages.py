@@ -1,0 +1,137 @@
+"""The layers of a model that pipelines run one after another, and how they are cut into stages."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from itertools import accumulate, pairwise
+from typing import Any
+
+import torch
+from torch import nn
+
+from elastic.compat.torch import own_parameters
+from elastic.errors import ConfigError
+from elastic.seeds import derive, seed_all
+
+
+def layers_of(job: Any, model: nn.Module) -> list[nn.Module]:
+    """What the job's `stages()` returned; empty if it has none."""
+    return list(job.stages(model) or ())
+
+
+def check_layers(model: nn.Module, layers: Sequence[Any], stages: int) -> None:
+    """Refuse layers that do not make stages of a model, which may be on meta.
+
+    Raises:
+        ConfigError: there are too few, one is no module of the model, parameters belong to several of them, or to none;
+            with the name, and what to do.
+    """
+    if not layers:
+        raise ConfigError(
+            f"--parallel.pipeline is {stages}, but the job has no stages(); return the modules that the model's "
+            "forward() calls one after another, such as [model.embedding, *model.blocks, model.head], or leave "
+            "--parallel.pipeline out"
+        )
+    names = {id(module): name for name, module in model.named_modules()}
+    for layer in layers:
+        if names.get(id(layer), "") == "":
+            raise ConfigError(
+                f"stages() returns a {type(layer).__name__} that is no part of the model; return modules of the model"
+            )
+    if len(layers) < stages:
+        raise ConfigError(
+            f"--parallel.pipeline is {stages}, but stages() returns {len(layers)} modules; give at most {len(layers)}, "
+            "or return smaller modules"
+        )
+    twice = next((layer for i, layer in enumerate(layers) if any(layer is other for other in layers[:i])), None)
+    if twice is not None:
+        raise ConfigError(f"stages() returns {names[id(twice)]} twice; return each module once")
+    _check_parameters(model, [(names[id(layer)], layer) for layer in layers])
+
+
+def _check_parameters(model: nn.Module, layers: Iterable[tuple[str, nn.Module]]) -> None:
+    owner: dict[int, str] = {}
+    known = {id(p): name for name, p in model.named_parameters()}
+    for name, layer in layers:
+        for parameter in layer.parameters():
+            if (other := owner.setdefault(id(parameter), name)) != name:
+                raise ConfigError(
+                    f"{other} and {name} share the parameter {known[id(parameter)]}, and stages() returns them as two "
+                    "modules, which may be on different workers; give each a parameter of its own, return one module "
+                    "that holds both, or leave --parallel.pipeline out"
+                )
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and id(parameter) not in owner:
+            raise ConfigError(
+                f"the parameter {name} is trained, but no module that stages() returns has it; return all modules that "
+                "the model's forward() calls, or freeze it"
+            )
+
+
+def cost_of(layer: nn.Module) -> int:
+    """What a pass through a layer costs, counted: its parameters, since each is multiplied with every token. Those of
+    embeddings are only looked up."""
+    counted = (m for m in layer.modules() if not isinstance(m, nn.Embedding))
+    return 1 + sum(p.numel() for m in counted for p in own_parameters(m).values() if p is not None)
+
+
+def cut(costs: Sequence[int], stages: int) -> list[range]:
+    """Cut layers into so many runs, none empty, such that the costliest run costs as little as is possible; of several
+    such cuts, the one whose first stages have the most layers.
+
+    Args:
+        costs: of each layer, at least as many as stages, none negative.
+    """
+    sums = [0, *accumulate(costs)]
+    count = len(costs)
+    least = [*sums[1:]]  # of the first i + 1 layers in so many stages as were looked at, the cost of the costliest
+    for stage in range(1, stages):
+        least = [
+            min((max(least[i - 1], sums[end + 1] - sums[i]) for i in range(stage, end + 1)), default=sums[-1] + 1)
+            for end in range(count)
+        ]
+    most, bounds = least[-1], [0]
+    for left in range(stages - 1, 0, -1):  # as many layers as fit, and one for each stage that is left
+        end = bounds[-1] + 1
+        while end < count - left and sums[end + 1] - sums[bounds[-1]] <= most:
+            end += 1
+        bounds.append(end)
+    return [range(a, b) for a, b in pairwise([*bounds, count])]
+
+
+def seed_each(layers: Iterable[nn.Module]) -> None:
+    """Have each layer draw from a seed that follows from that of the layer before it, in training mode: so what it
+    draws does not depend on which layers run in the same process."""
+
+    def seed(layer: nn.Module, _: Any) -> None:
+        if layer.training:
+            seed_all(seed_behind(1))
+
+    for layer in layers:
+        layer.register_forward_pre_hook(torch.compiler.disable(seed), prepend=True)
+
+
+def seed_behind(layers: int) -> int:
+    """The seed of the last of so many layers that follow each other from the present seed on."""
+    seed = torch.initial_seed()
+    for _ in range(layers):
+        seed = derive("layer", seed)
+    return seed
+
+
+def chained(layers: Iterable[nn.Module], inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Call layers one after another, each with what the one before returned.
+
+    Raises:
+        ConfigError: one returns a tensor twice. Its gradient is one sum in one process, but two sums that are added
+            where the cut is behind this layer.
+    """
+    for layer in layers:
+        found = layer(*inputs)
+        inputs = tuple(found) if isinstance(found, (tuple, list)) else (found,)
+        if len({id(one) for one in inputs}) < len(inputs):
+            raise ConfigError(
+                f"a {type(layer).__name__} of stages() returns one tensor twice, whose gradient would be summed in "
+                "another order on each number of stages; let it return each tensor once"
+            )
+    return inputs

@@ -1,0 +1,73 @@
+"""What the job's loss gets in place of a model whose layers run elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch import nn
+
+from elastic.errors import ConfigError
+
+_TWICE = (
+    "loss() calls the model several times, but with --parallel.pipeline each microbatch passes the stages once; call "
+    "it once, with all inputs"
+)
+_NAMED = (
+    "loss() calls the model with named inputs, which with --parallel.pipeline stages do not take; give tensors in order"
+)
+_NEVER = (
+    "loss() returned without a call of the model, but with --parallel.pipeline other workers wait for what it makes; "
+    "call it for every batch, and where one is not to count return (outputs * 0).sum() with the weight 0"
+)
+
+
+class Standin(nn.Module):
+    """Looks like a model, but a call of it is a call of `forward`, once."""
+
+    def __init__(self, model: nn.Module, forward: Callable[..., Any]):
+        super().__init__()
+        self.__dict__["_standin"] = [model, forward, False]  # no module of this one
+        self.training = model.training
+
+    def forward(self, *inputs: Any, **named: Any) -> Any:
+        _, call, called = self._standin
+        if called:
+            raise ConfigError(_TWICE)
+        if named:
+            raise ConfigError(_NAMED)
+        self._standin[2] = True
+        return call(*inputs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_standin"][0], name)
+
+    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
+        return self._standin[0].parameters(recurse)
+
+    def named_parameters(self, *arguments: Any, **named: Any) -> Iterator[tuple[str, nn.Parameter]]:
+        return self._standin[0].named_parameters(*arguments, **named)
+
+
+class _Called(BaseException):
+    """Leaves the job's loss where it calls the model; no error, so that nobody handles it."""
+
+    def __init__(self, inputs: tuple[Any, ...]):
+        self.inputs = inputs
+
+
+def calls_of(loss: Callable[[nn.Module, Any], Any], model: nn.Module, batch: Any) -> tuple[Any, ...]:
+    """The inputs with which the job's loss calls the model for a batch.
+
+    Raises:
+        ConfigError: it does not call it.
+    """
+
+    def forward(*inputs: Any) -> Any:
+        raise _Called(inputs)
+
+    try:
+        loss(Standin(model, forward), batch)
+    except _Called as found:
+        return found.inputs
+    raise ConfigError(_NEVER)

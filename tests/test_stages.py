@@ -1,0 +1,110 @@
+"""How layers are cut into stages, and workers into pipelines: pure. What the job's loss gets in place of a model."""
+
+from __future__ import annotations
+
+from itertools import combinations, pairwise
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from elastic.data.deal import batch_table
+from elastic.errors import ConfigError
+from elastic.parallel.layout import lay_out
+from elastic.parallel.stages import cost_of, cut, seed_behind, seed_each
+from elastic.parallel.standin import Standin, calls_of
+from elastic.placement import pipelines
+from elastic.seeds import seed_all
+
+costs = st.lists(st.integers(0, 100), min_size=1, max_size=9)
+
+
+@given(costs, st.data())
+def test_a_cut_has_every_layer_once_in_order_and_no_empty_stage(costs, data):
+    stages = data.draw(st.integers(1, len(costs)))
+    found = cut(costs, stages)
+
+    assert [i for run in found for i in run] == list(range(len(costs)))
+    assert len(found) == stages
+    assert all(found)
+
+
+@given(costs, st.data())
+def test_no_other_cut_has_a_cheaper_costliest_stage(costs, data):
+    stages = data.draw(st.integers(1, len(costs)))
+    found = max(sum(costs[i] for i in run) for run in cut(costs, stages))
+
+    for places in combinations(range(1, len(costs)), stages - 1):
+        bounds = [0, *places, len(costs)]
+        assert found <= max(sum(costs[a:b]) for a, b in pairwise(bounds))
+
+
+def test_a_cut_by_cost_is_not_one_by_number():
+    assert cut([8, 1, 1, 1, 1], 2) == [range(1), range(1, 5)]
+    assert cut([1, 1, 1, 1], 2) == [range(2), range(2, 4)]
+
+
+def test_parameters_that_are_only_looked_up_cost_nothing():
+    assert cost_of(nn.Sequential(nn.Embedding(100, 8), nn.Linear(8, 4))) == 1 + 8 * 4 + 4
+    assert cost_of(nn.Dropout()) == 1
+
+
+@given(st.integers(1, 40), st.integers(2, 8), st.integers(2, 12))
+def test_pipelines_have_at_least_the_stages_that_are_asked_for_where_workers_suffice(workers, least, most):
+    count, each = pipelines(workers, least, max(least, most))
+
+    assert 1 <= count * each <= workers
+    assert each >= least or (count == 1 and each == workers)
+    assert each == max(least, most) or workers - count * each < count, "another stage would fit"
+
+
+@given(st.integers(1, 12), st.integers(2, 4), st.sampled_from(["ddp", "fsdp"]))
+def test_what_workers_hold_is_laid_out_over_pipelines_or_over_all(workers, least, strategy):
+    found = lay_out(["n"] * workers, strategy, None, stages=(least, 100))
+
+    assert found.pipelines * found.stages == found.size == found.replicas * found.shards
+    assert found.replicas == (1 if strategy == "fsdp" else found.pipelines)
+    assert sorted((*found.ranks, *found.spares)) == list(range(workers))
+
+
+def test_the_table_counts_what_waits_while_a_pipeline_fills():
+    assert batch_table(8, 4, stages=2)[3] == (4, 4, 0.8)
+    assert batch_table(8, 3, stages=2)[2] == (3, 8, 0.8)
+
+
+def test_layers_draw_the_same_whichever_ran_before_in_this_process():
+    layers = [nn.Dropout(0.5) for _ in range(3)]
+    seed_each(layers)
+    seed_all(5)
+    x = torch.ones(50)
+    whole = [layer(x) for layer in layers]
+    seed_all(5)
+    seed_all(seed_behind(2))
+
+    assert torch.equal(layers[2](x), whole[2])
+    assert not torch.equal(whole[1], whole[2])
+    layers[0].eval()
+    seed_all(5)
+    layers[0](x)
+    assert torch.initial_seed() == 5, "nothing is seeded where nothing is trained"
+
+
+def test_a_stand_in_has_what_the_model_has_and_is_called_once():
+    model = nn.Linear(2, 3)
+    stand = Standin(model, lambda x: x + 1)
+
+    assert stand.weight is model.weight
+    assert [name for name, _ in stand.named_parameters()] == ["weight", "bias"]
+    assert stand(1) == 2
+    with pytest.raises(ConfigError, match="several times"):
+        stand(1)
+    with pytest.raises(ConfigError, match="named inputs"):
+        Standin(model, lambda x: x)(x=1)
+
+
+def test_the_inputs_of_a_model_are_known_without_running_it():
+    assert calls_of(lambda model, batch: model(batch, 2).sum(), nn.Linear(2, 3), 1) == (1, 2)
+    with pytest.raises(ConfigError, match="without a call of the model"):
+        calls_of(lambda model, batch: batch, nn.Linear(2, 3), 1)
