@@ -134,6 +134,28 @@ NAMES = st.sampled_from([*row(1), *event("", 0.0), "detail", "member", "node", "
 KINDS = st.sampled_from(["world_formed", "member_lost", "notice", "scaled", "run_started", "parked"])
 
 
+class OneByOne(History):
+    def _goes_on(self, rows: list[dict[str, Any]]) -> bool:
+        return False
+
+
+@given(
+    st.lists(st.tuples(st.integers(-1, 3), st.sampled_from(["1-1", "1-2", 7]), st.dictionaries(NAMES, ODD, max_size=1)))
+)
+def test_rows_that_are_looked_at_together_give_what_each_of_them_gives(jumps):
+    rows, step = [], 0
+    for jump, generation, odd in jumps:
+        step = max(1, step + (jump if jump < 2 else 1))
+        rows.append({**row(step), "generation": generation, **(odd if jump == 2 else {})})
+
+    views = []
+    for found, parts in ((OneByOne(), [rows]), (History(), [rows]), (History(), [[r] for r in rows])):
+        for part in parts:
+            found.add_rows(part)
+        views.append(json.dumps(found.view()))
+    assert views[0] == views[1] == views[2]
+
+
 @given(st.lists(st.dictionaries(NAMES, ODD)), st.lists(st.tuples(st.dictionaries(NAMES, ODD), KINDS)))
 def test_whatever_stands_in_a_ledger_gives_a_view_of_strict_json(rows, events):
     """Others may write into a folder: what is no row or event is left out, and what is odd in one is."""

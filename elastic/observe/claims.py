@@ -10,6 +10,7 @@ import math
 from collections import Counter, defaultdict, deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Any
 
 from elastic.observe.charges import Kind
@@ -31,34 +32,46 @@ class Rows:
 
     def __init__(self, rows: Iterable[dict[str, Any]]):
         #: Rows of steps, by generation and step.
-        self.steps: dict[str, dict[int, dict[str, Any]]] = defaultdict(dict)
+        self.steps: dict[str, dict[int, dict[str, Any]]] = {}
         #: Rows of evaluations, by generation and step.
-        self.evaluations: dict[str, dict[int, dict[str, Any]]] = defaultdict(dict)
+        self.evaluations: dict[str, dict[int, dict[str, Any]]] = {}
         #: The end of the newest row of each claim, unix seconds, by epoch.
         self.last: dict[int, float] = {}
-        kept: dict[int, tuple[int, int]] = {}
-        written, generation, place = None, "", None  # by the last row: a hundred thousand may be of one generation
-        for row in rows:
-            step = row.get("step")
-            if row.get("generation") != written:
-                written = row.get("generation")
-                generation, place = str(written), epoch_of(written)
-            if place is None or not isinstance(step, int):
+        self._places: dict[int, tuple[int, int]] = {}
+        for written, found in groupby(rows, lambda row: row.get("generation")):
+            if (place := epoch_of(written)) is not None:
+                self._add(str(written), place, [row for row in found if isinstance(row.get("step"), int)])
+        for generation, steps in self.steps.items():
+            if not steps:
                 continue
-            if "sample_hash" not in row:
-                self.evaluations[generation].setdefault(step, row)
-            else:
-                self.steps[generation].setdefault(step, row)
-                if step not in kept or place > kept[step]:
-                    kept[step] = place
-            if row["time"] > self.last.get(place[0], -math.inf):
-                self.last[place[0]] = row["time"]
-        for generation, found in self.steps.items():
-            newest, (epoch, _) = found[max(found)], epoch_of(generation) or (0, 0)
+            newest, (epoch, _) = steps[max(steps)], epoch_of(generation) or (0, 0)
             evaluation = self.evaluations.get(generation, {}).get(newest["step"])
             self.last[epoch] = max(self.last[epoch], newest["time"] + after_s(newest, evaluation))
+        names = {place: "{}-{}".format(*place) for place in set(self._places.values())}
         #: The generation whose update of a step counts, by step: the newest one.
-        self.kept = {step: f"{epoch}-{n}" for step, (epoch, n) in kept.items()}
+        self.kept = {step: names[place] for step, place in self._places.items()}
+        self._counting = set(names.values())
+
+    def _add(self, generation: str, place: tuple[int, int], rows: list[dict[str, Any]]) -> None:
+        """Add rows of one generation, which were written one after another; there may be a hundred thousand."""
+        if not rows:
+            return
+        self.last[place[0]] = max(self.last.get(place[0], -math.inf), *[row["time"] for row in rows])
+        steps = {row["step"]: row for row in reversed(rows) if "sample_hash" in row}  # the first row of a step counts
+        evaluations = {row["step"]: row for row in reversed(rows) if "sample_hash" not in row}
+        for known, found in ((self.steps, steps), (self.evaluations, evaluations)):
+            if generation not in known:
+                known[generation] = found
+                continue
+            for step, row in found.items():
+                known[generation].setdefault(step, row)
+        self._places |= {step: place for step in steps if place > self._places.get(step, ())}
+
+    def redone(self, generation: str) -> dict[int, str]:
+        """Return the generation whose update counts instead, for each step of this one for which there is any."""
+        if self._counting == {generation}:
+            return {}
+        return {step: kept for step in self.steps.get(generation, ()) if (kept := self.kept[step]) != generation}
 
 
 @dataclass

@@ -9,8 +9,10 @@ import math
 from array import array
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable
+from itertools import islice
 from typing import Any
 
+from elastic.observe.columns import columns, floats
 from elastic.observe.ledger import COLUMNS, finite
 
 BUCKETS = 400  # the most points of a curve, as many as a picture can show
@@ -24,6 +26,8 @@ PARTS = {
     "restore": ("connect_s", "restore_s"),
     "other": ("other_s",),
 }
+_MOST = 1e300  # a number of which others can still be made
+_AT_A_TIME = 1000  # rows
 _PAUSE_S = 5.0  # a longer time between the records of two commands counts as a pause
 _LOST = ("member_lost", "member_evicted", "world_broken")
 _TONES = {
@@ -66,16 +70,14 @@ _MARKS = {
 def number(value: Any) -> float:
     """Return a value of a ledger as a float; NaN if it is no finite number, because anybody may have written the
     file."""
-    if isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300:
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < _MOST:
         return float(value)
     return math.nan
 
 
-def _column(values: list[Any]) -> array[float]:
-    try:
-        return array("d", values)
-    except (TypeError, OverflowError):  # some values are no numbers
-        return array("d", map(number, values))
+def _likeness(row: dict[str, Any]) -> tuple[Any, int, str]:
+    """What a row has in common with most: its generation, the number of its columns and the last of them."""
+    return row.get("generation"), len(row), next(reversed(row))
 
 
 def _generation(record: dict[str, Any]) -> tuple[int, int]:
@@ -94,6 +96,7 @@ class History:
         self._amounts = array("d")  # samples or tokens
         self._worlds = array("q")
         self._newest = (0, 0)
+        self._like: tuple[Any, int, str] | None = None  # the likeness of the last row that was added
         self._evaluations: dict[str, dict[int, float]] = {}
         self.events: list[dict[str, Any]] = []
         self._stalls: list[dict[str, Any]] = []
@@ -104,9 +107,35 @@ class History:
 
     def add_rows(self, rows: Iterable[dict[str, Any]]) -> None:
         """Add rows of `metrics.jsonl`, in the order in which they were written. Invalid rows are left out."""
-        fresh: list[dict[str, Any]] = []  # added together, column by column, which is ten times as fast
-        step, at, keys = self.step, self._times[-1] if self._times else 0.0, 0
-        last: Any = ""  # the generation of the last row, as it is written
+        waiting = iter(rows)
+        while part := list(islice(waiting, _AT_A_TIME)):
+            if self._goes_on(part):
+                self._take(part)
+            else:
+                self._add_each(part)
+
+    def _goes_on(self, rows: list[dict[str, Any]]) -> bool:
+        """Whether these are valid rows of the next steps of the same world, with the same metrics. Nearly all rows of a
+        long ledger are, and to look at many of them together is faster."""
+        if not self._like:
+            return False
+        count, (generation, length, last) = len(rows), self._like
+        steps: list[Any] = [row.get("step") for row in rows]
+        times: list[Any] = [row.get("time") for row in rows]
+        return (
+            steps == list(range(self.step + 1, self.step + 1 + count))
+            and {*map(type, steps)} == {int}
+            and {*map(type, times)} == {float}
+            and -_MOST < min(times) <= max(times) < _MOST
+            and [row.get("generation") for row in rows] == [generation] * count
+            and [*map(len, rows)] == [length] * count
+            and [*map(next, map(reversed, rows))] == [last] * count
+            and all("sample_hash" in row for row in rows)
+        )
+
+    def _add_each(self, rows: list[dict[str, Any]]) -> None:
+        fresh: list[dict[str, Any]] = []  # added together, column by column
+        step = self.step
         for row in rows:
             if "sample_hash" not in row:
                 self._add_evaluation(row)
@@ -114,23 +143,19 @@ class History:
             this, time = row.get("step"), number(row.get("time"))
             if not isinstance(this, int) or not 0 <= this < 1 << 60 or math.isnan(time):
                 continue
-            if row.get("generation") != last or this <= step:
-                last = row.get("generation")
+            if _likeness(row) != self._like or this <= step:
                 generation = _generation(row)
                 if generation < self._newest or (generation == self._newest and this <= step):
-                    last = ""
                     continue  # the row is of a world that was given up meanwhile, or was added before
                 self._take(fresh)
+                fresh = []
                 if this <= step:
                     self._drop_from(this)
                 if self._times and generation != self._newest:
                     at = self._times[-1]
                     gap = time - at - max(0.0, number(row.get("step_s")))
                     self._stalls.append({"step": this, "from": at, "time": time, "seconds": gap})
-                self._newest = generation
-            if len(row) != keys:
-                keys = len(row)
-                self._take(fresh)
+                self._newest, self._like = generation, _likeness(row)
                 self._find_curves(row)
             step = this
             fresh.append(row)
@@ -166,16 +191,18 @@ class History:
         if not rows:
             return
         self._steps.extend([row["step"] for row in rows])
+        absent = {"time": 0.0, **dict.fromkeys(self._curves, math.nan), "step_s": 0.0}
+        absent |= {term: 0.0 for terms in PARTS.values() for term in terms}
+        found = dict(zip(absent, columns(rows, absent, number)))
         for name, column in (("time", self._times), *self._curves.items(), ("step_s", self._parts["step"])):
-            column.extend(_column([row.get(name) for row in rows]))
-        for name, columns in PARTS.items():
-            terms = [_column([row.get(c, 0.0) for row in rows]) for c in columns]
-            self._parts[name].extend(terms[0] if len(terms) == 1 else array("d", map(math.fsum, zip(*terms))))
-        self._amounts.extend(_column([row.get("tokens") or row.get("samples") for row in rows]))
+            column.extend(found[name])
+        for name, terms in PARTS.items():
+            first, *others = (found[term] for term in terms)
+            self._parts[name].extend(map(sum, zip(first, *others)) if others else first)
+        self._amounts.extend(floats([row.get("tokens") or row.get("samples") for row in rows], number))
         sizes = [row.get("world_size") for row in rows]
         self._worlds.extend([s if isinstance(s, int) and 0 <= s < 1 << 31 else 0 for s in sizes])
         self.row = rows[-1]
-        rows.clear()
 
     def _drop_from(self, step: int) -> None:
         keep = bisect_left(self._steps, step)

@@ -63,6 +63,7 @@ COLUMNS = frozenset(
 )
 _TAIL_BYTES = 64 << 10
 _AT_ONCE = 32
+_AT_A_TIME = 1000  # lines
 _SEGMENT = re.compile(r"\d+-\d+-\d+\.jsonl\Z")
 
 
@@ -161,11 +162,13 @@ def _lines(storage: Storage, name: str) -> Iterator[bytes]:
             lines = storage.read(part).split(b"\n")
         except FileNotFoundError:
             continue  # the file was never compacted yet
+        if not segments:
+            yield from lines
+            continue
         for line in lines:
-            if line and line not in seen:
+            if line not in seen:
                 yield line
-            if segments:
-                seen.add(line)
+            seen.add(line)
 
 
 def read_records(storage: Storage, name: str) -> list[dict[str, Any]]:
@@ -215,16 +218,24 @@ def _tail_of(storage: Storage, name: str, count: int) -> list[dict[str, Any]]:
 
 
 def _parse(lines: Iterable[bytes]) -> list[dict[str, Any]]:
-    records = []
-    for line in lines:
+    waiting = list(filter(None, lines))
+    records: list[Any] = []
+    for first in range(0, len(waiting), _AT_A_TIME):  # there may be a hundred thousand
+        part = waiting[first : first + _AT_A_TIME]
         try:
-            # What others wrote may have NaN, which Python's own reader takes.
-            record = json.loads(line) if b"NaN" in line or b"Infinity" in line else orjson.loads(line)
-        except (ValueError, RecursionError):
-            continue  # a torn tail: the writer died, or is, in the middle of a line
-        if isinstance(record, dict):
-            records.append(record)
-    return records
+            records += list(map(orjson.loads, part))
+        except ValueError:
+            records += map(_parse_line, part)
+    return [record for record in records if isinstance(record, dict)]
+
+
+def _parse_line(line: bytes) -> Any:
+    """Return the record; None for a torn tail: the writer died, or is, in the middle of a line."""
+    try:
+        # What others wrote may have NaN, which Python's own reader takes.
+        return json.loads(line) if b"NaN" in line or b"Infinity" in line else orjson.loads(line)
+    except (ValueError, RecursionError):
+        return None
 
 
 class Follower:

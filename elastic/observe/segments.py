@@ -15,7 +15,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from elastic.observe.causes import PRODUCTIVE
+from elastic.observe.columns import columns
 
+_OF_STEPS = ("compute_s", "sync_s", "data_s", "checkpoint_s", "snapshot_s")
+_OF_GAPS = {"form": "connect_s", "restore": "restore_s", "held": "held_s"}  # the names in a row, by cause
 Parts = Mapping[str, float]
 Column = np.ndarray[Any, np.dtype[np.float64]]  # one value per piece
 
@@ -83,16 +86,16 @@ class _Pieces:
     Each field has one value for each of the n pieces, in the order in which they ended.
 
     Args:
-        rows: of the steps; empty for an evaluation.
         begin, end: unix seconds, float64 [n].
         parts: what the seconds were spent on, by cause, float64 [n] each; only their ratios matter.
+        gaps: what the seconds before them were spent on, as far as their rows say it, by cause, float64 [n] each.
         redone: the world in which the step was done again.
     """
 
-    rows: list[dict[str, Any]]
     begin: Column
     end: Column
     parts: dict[str, Column]
+    gaps: dict[str, Column]
     redone: list[str | None]
 
     @classmethod
@@ -111,42 +114,40 @@ class _Pieces:
                 if row["step"] in evaluations and (seconds := _eval_s(row, evaluations[row["step"]])):
                     eval_s[i] = seconds
                     del apart[row["step"]]
-        step_s = _column(rows, "step_s")
-        parts = _step_parts(rows, step_s, eval_s, workers, deal)
+        found = _columns(rows, "step_s", *_OF_STEPS, *_OF_GAPS.values())
+        parts = _step_parts(found, eval_s, workers, deal)
         end = np.array([row["time"] for row in rows], dtype=float)
-        end += _column(rows, "checkpoint_s") + _column(rows, "snapshot_s") + eval_s
-        begin = end - step_s
-        redone = [redone_in.get(row["step"]) for row in rows] if redone_in else [None] * len(rows)
+        end += found["checkpoint_s"] + found["snapshot_s"] + eval_s
+        begin = end - found["step_s"]
+        gaps = {cause: found[name] for cause, name in _OF_GAPS.items()}
+        redone: list[str | None] = [redone_in.get(row["step"]) for row in rows] if redone_in else [None] * len(rows)
         if redone_in:
             again = np.array([world is not None for world in redone], dtype=bool)
             parts = {cause: np.where(again, 0.0, part) for cause, part in parts.items()} | {"redone": again * 1.0}
         if apart:
             ends = np.array([e["time"] for e in apart.values()], dtype=float)
-            begin = np.concatenate((begin, ends - _column(list(apart.values()), "eval_s")))
+            begin = np.concatenate((begin, ends - _columns(list(apart.values()), "eval_s")["eval_s"]))
             end = np.concatenate((end, ends))
-            parts = {cause: np.concatenate((part, np.zeros(len(apart)))) for cause, part in parts.items()}
+            parts, gaps = (
+                {cause: np.concatenate((column, np.zeros(len(apart)))) for cause, column in some.items()}
+                for some in (parts, gaps)
+            )
             parts["evaluation"][len(rows) :] = 1.0
+            redone += [None] * len(apart)
         order = np.argsort(end, kind="stable")
-        whole = [*rows, *({} for _ in apart)]
-        whole_redone = [*redone, *(None for _ in apart)]
         if (order[1:] < order[:-1]).any():
-            whole, whole_redone = [whole[i] for i in order], [whole_redone[i] for i in order]
-        return cls(whole, begin[order], end[order], {c: part[order] for c, part in parts.items()}, whole_redone)
+            redone = [redone[i] for i in order]
+        parts, gaps = ({cause: column[order] for cause, column in some.items()} for some in (parts, gaps))
+        return cls(begin[order], end[order], parts, gaps, redone)
 
 
-def _column(rows: Sequence[dict[str, Any]], name: str) -> Column:
-    """Return `number` of one column, float64 [rows]; 0 for rows that lack it."""
-    values = [row.get(name, 0.0) for row in rows]
-    if not set(map(type, values)) <= {float, int}:
-        values = list(map(number, values))
-    found = np.array(values, dtype=float)
-    found[~((found > 0) & (found < math.inf))] = 0.0
-    return found
+def _columns(rows: Sequence[dict[str, Any]], *names: str) -> dict[str, Column]:
+    """Return `number` of these columns, float64 [rows] each; 0 for rows that lack them."""
+    found = map(np.asarray, columns(rows, dict.fromkeys(names, 0.0), number))
+    return {name: np.where((c > 0) & (c < math.inf), c, 0.0) for name, c in zip(names, found)}
 
 
-def _step_parts(
-    rows: Sequence[dict[str, Any]], step_s: Column, eval_s: Column, workers: int, deal: Deal
-) -> dict[str, Column]:
+def _step_parts(found: Mapping[str, Column], eval_s: Column, workers: int, deal: Deal) -> dict[str, Column]:
     """Return what the seconds of steps were spent on, by cause, float64 [rows] each; zeros if a row does not say.
 
     A row is that of one worker, and the result is the average over the workers that computed the step. A worker with
@@ -154,13 +155,13 @@ def _step_parts(
     synchronisation.
 
     Args:
-        step_s: seconds of the steps.
-        eval_s: seconds of the evaluations that are part of them.
+        found: columns of the rows.
+        eval_s: seconds of the evaluations that are part of the steps.
         workers: that train.
     """
-    compute, sync = _column(rows, "compute_s"), _column(rows, "sync_s")
-    parts = {"data": _column(rows, "data_s"), "evaluation": eval_s}
-    parts |= {cause: _column(rows, f"{cause}_s") for cause in ("checkpoint", "snapshot")}
+    step_s, compute, sync = found["step_s"], found["compute_s"], found["sync_s"]
+    parts = {"data": found["data_s"], "evaluation": eval_s}
+    parts |= {cause: found[f"{cause}_s"] for cause in ("checkpoint", "snapshot")}
     count, cells = deal.microbatches, workers // deal.cell_size
     if not count or cells < 1 or count < cells:
         parts[PRODUCTIVE], parts["sync"] = compute, sync
@@ -174,15 +175,16 @@ def _step_parts(
     return {cause: np.where(step_s > 0, part, 0.0) for cause, part in parts.items()}
 
 
-def _gap_parts(rows: Sequence[dict[str, Any]], seconds: Column, rest: str) -> dict[str, Column]:
+def _gap_parts(gaps: Mapping[str, Column], seconds: Column, rest: str) -> dict[str, Column]:
     """Return what the `seconds` before each step were spent on: at the beginning of a world, connecting and restoring.
 
     Args:
+        gaps: seconds as the rows say them, by cause.
         rest: the cause of seconds that a row does not explain.
     """
     parts, left = {}, seconds
-    for cause, name in (("form", "connect_s"), ("restore", "restore_s"), ("held", "held_s")):
-        parts[cause] = np.minimum(left, _column(rows, name))
+    for cause, column in gaps.items():
+        parts[cause] = np.minimum(left, column)
         left = left - parts[cause]
     parts[rest] = parts.get(rest, 0.0) + left
     return parts
@@ -230,7 +232,7 @@ def world_segments(
     at = np.where(pieces.begin > before, np.minimum(pieces.begin, latest), before)
     stop = np.minimum(np.maximum(pieces.end, at), end)
     lengths, gaps = np.maximum(0.0, stop - at), np.maximum(0.0, at - before)
-    gap_parts = _gap_parts(pieces.rows, gaps, rest)
+    gap_parts = _gap_parts(pieces.gaps, gaps, rest)
     apart = np.ones(len(after), dtype=bool)  # pieces that get a segment of their own
     if together and len(after):
         wholes = sum(pieces.parts.values())
@@ -243,7 +245,7 @@ def world_segments(
             yield Segment(0.0, seconds, _shares(totals))
     for i in np.flatnonzero(apart | (np.arange(len(after)) == 0)).tolist():
         if gaps[i] > 0 and i == 0:
-            first = _at(_gap_parts(pieces.rows[:1], gaps[:1], "form"), 0)
+            first = _at(_gap_parts({c: g[:1] for c, g in pieces.gaps.items()}, gaps[:1], "form"), 0)
             yield Segment(float(before[i]), float(at[i]), first, first=True)
         elif gaps[i] > 0 and not together:
             yield Segment(float(before[i]), float(at[i]), _at(gap_parts, i))

@@ -147,7 +147,8 @@ class Timeline:
         for member in ids:
             claim.workers[member].silent = False
         generation = str(event.get("generation"))
-        rows = sorted(self._rows.steps.get(generation, {}).values(), key=lambda r: r["step"])
+        found = self._rows.steps.get(generation, {})
+        rows = [found[step] for step in sorted(found)]
         spares = rows[0].get("idle", ()) if rows else ()
         idle = frozenset(ids[rank] for rank in spares if isinstance(rank, int) and 0 <= rank < len(ids))
         claim.world = World(
@@ -252,11 +253,6 @@ class Timeline:
     def _charge_world(self, claim: Claim, world: World, members: list[Worker], tail: str) -> None:
         idle = [w for w in members if w.id in world.idle]
         training = [w for w in members if w.id not in world.idle]
-        redone = {
-            step: kept
-            for step in (row["step"] for row in world.rows)
-            if (kept := self._rows.kept[step]) != world.generation
-        }
         size = len(claim.last_ids) - len(world.idle)
         kinds, spare = Counter(w.kind for w in training), Counter(w.kind for w in idle)
         together = self._book.constant(kinds)
@@ -265,7 +261,7 @@ class Timeline:
             claim.now,
             world.rows,
             world.evaluations,
-            redone,
+            self._rows.redone(world.generation),
             tail,
             size,
             claim.deal,
