@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from elastic import adapters
 from elastic.errors import ConfigError
+from elastic.phases import Cycle, check_phases
 
 if TYPE_CHECKING:
     import numpy as np
@@ -44,11 +45,12 @@ class Plan:
     """The length of a run. All counts are over all workers.
 
     Args:
-        total_steps: updates of the whole run.
+        total_steps: updates of the whole run; with phases, of all of them.
         batch_size: samples of a step.
         samples: of the training data.
         microbatch_size: samples of each of the parts into which a batch is cut, at every number of workers.
         seed: of the run.
+        phases: of the job, in their order.
     """
 
     total_steps: int
@@ -56,12 +58,23 @@ class Plan:
     samples: int
     microbatch_size: int = 1
     seed: int = 0
+    phases: tuple[str, ...] = ()
 
     @property
     def steps_per_epoch(self) -> float:
         """Steps of one pass over the training data; a fraction if the last batch of an epoch goes on in the next
         one."""
-        return self.samples / self.batch_size
+        return self.samples / self.batch_size * self.cycle.steps_each / self.cycle.batches_each
+
+    @property
+    def cycle(self) -> Cycle:
+        """How phases take turns."""
+        return Cycle(self.phases)
+
+    @property
+    def batches(self) -> int:
+        """Batches of data that the run takes: one for each step, or one for several phases."""
+        return self.cycle.batch(self.total_steps - 1) + 1
 
 
 #: The index of the sample at each of some positions (int64 arrays of one shape), for `Job.sampler`.
@@ -92,6 +105,11 @@ class Job:
 
     #: Classes of the modules that are sharded, checkpointed and compiled one by one; empty has Elastic find them.
     blocks: tuple[str, ...] = ()
+
+    #: Names of updates that take turns, in their order, as ("discriminator", "generator"). Each is a step with a loss
+    #: of its own, `loss_discriminator(model, batch)`, and with the optimizer of that name in what `optimizer` returns:
+    #: only its parameters get gradients. All phases of a cycle take one batch; one that comes again takes the next one.
+    phases: Sequence[str] = ()
 
     def model(self) -> torch.nn.Module:
         """Build the model, in float32, without naming a device.
@@ -166,6 +184,7 @@ class Job:
         part of them.
 
         It may be several optimizers in a list or dict, each with parameters of its own; together they make one update.
+        With `phases` it is a dict with one for each of them.
         Further state made from parameters, such as an EMA, is begun here. With fsdp and hsdp this is called again for
         every world.
 
@@ -182,8 +201,8 @@ class Job:
         """Return a scheduler of torch or transformers (`LambdaLR`, `OneCycleLR`, `SequentialLR`, `get_scheduler(...)`)
         for what `optimizer` returned, or several in a list. None: `schedule` and `--optim.*` decide.
 
-        Only Elastic steps it: the rates are those after as many calls of its `step()` as there were steps, also after a
-        resume.
+        Only Elastic steps it: the rates are those after as many calls of its `step()` as there were steps (of all
+        phases), also after a resume.
 
         A `ReduceLROnPlateau` is asked after each evaluation of `--eval.every`, with `--checkpoint.best-metric`. What it
         decides is part of the saved state.
@@ -330,7 +349,8 @@ def check_job(job: object) -> None:
         raise ConfigError(
             f"{_shown(job)} was given as the job; give an instance of a class that is derived from elastic.Job"
         )
-    for name in _NEEDED:
+    check_phases(job, Job)
+    for name in _NEEDED if not job.phases else _NEEDED.keys() - {"loss"}:
         if getattr(getattr(job, name), "__func__", None) is getattr(Job, name):
             raise ConfigError(_lacks(job, name))
 

@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 
 from elastic.errors import ConfigError
+from elastic.phases import NO_PHASES, Cycle
 
 PROGRESS_UNITS = ("ep", "st", "tok")
 CLOCK_UNITS = {"s": 1.0, "min": 60.0, "h": 3600.0}
@@ -31,11 +32,14 @@ class Amount:
         """Seconds of a wall-clock amount."""
         return self.value * CLOCK_UNITS[self.unit]
 
-    def steps(self, name: str, global_size: int, dataset_size: int, tokens_per_sample: int | None) -> int:
+    def steps(
+        self, name: str, global_size: int, dataset_size: int, tokens_per_sample: int | None, cycle: Cycle = NO_PHASES
+    ) -> int:
         """Steps of an amount of progress, rounded up so that they cover it.
 
         Args:
             name: the option with that amount, for errors.
+            cycle: of phases, each of which goes through all data.
 
         Raises:
             ConfigError: the amount is in tokens, and the job does not set how many a sample has.
@@ -48,13 +52,13 @@ class Amount:
                 "(tok)"
             )
         if self.unit == "ep":
-            return max(1, _ceil(self.value * dataset_size / global_size))
+            return cycle.steps(max(1, _ceil(self.value * dataset_size / global_size)))
         if tokens_per_sample is None:
             raise ConfigError(
                 f"{name} is '{self}', which counts tokens, but the job does not set tokens_per_sample; "
                 "set it, or give steps (st) or epochs (ep)"
             )
-        return max(1, _ceil(self.value / (global_size * tokens_per_sample)))
+        return cycle.steps(max(1, _ceil(self.value / (global_size * tokens_per_sample))))
 
     def __str__(self) -> str:
         return f"{self.value:g}{self.unit}" if self.value < 1e15 else f"{self.value}{self.unit}"

@@ -18,6 +18,7 @@ from elastic.data.order import sample_ids
 from elastic.data.samples import Told, draws, fetch_each, fetches_together, halves
 from elastic.errors import one_line
 from elastic.job import Job
+from elastic.phases import NO_PHASES, Cycle
 from elastic.seeds import derive, seed_all
 
 SHOWN = 16  # the most sample ids that are shown in a message
@@ -54,6 +55,7 @@ class Order:
 
     Args:
         ids: the job's own order, from int64 positions to sample ids; by default each epoch is a new permutation.
+        cycle: of phases, of which several take one batch.
     """
 
     def __init__(
@@ -64,21 +66,23 @@ class Order:
         global_size: int,
         microbatches: int,
         ids: Callable[[np.ndarray], np.ndarray] | None = None,
+        cycle: Cycle = NO_PHASES,
     ):
         self.seed, self.dataset_size = seed, dataset_size
         self.ids = ids or partial(sample_ids, seed, dataset_size)
-        self.own = ids is not None
+        self.own, self.cycle = ids is not None, cycle
         self.global_size, self.microbatches = global_size, microbatches
         self.size = global_size // microbatches
-        self._step, self._ids = -1, np.empty(0, dtype=np.int64)
+        self._batch, self._ids = -1, np.empty(0, dtype=np.int64)
 
     def span(self, step: int, first: int, count: int) -> Span:
         """Return the microbatches `first` to `first + count - 1` of `step` (from 0), not fetched."""
-        if step != self._step:  # the ids of all its microbatches take no longer than those of one
-            positions = np.arange(step * self.global_size, (step + 1) * self.global_size, dtype=np.int64)
-            self._step, self._ids = step, self.ids(positions)
+        batch = self.cycle.batch(step)
+        if batch != self._batch:  # the ids of all its microbatches take no longer than those of one
+            positions = np.arange(batch * self.global_size, (batch + 1) * self.global_size, dtype=np.int64)
+            self._batch, self._ids = batch, self.ids(positions)
         begin = first * self.size
-        position, ids = step * self.global_size + begin, self._ids[begin : begin + count * self.size]
+        position, ids = batch * self.global_size + begin, self._ids[begin : begin + count * self.size]
         rows = ids.astype("<i8").reshape(count, self.size)
         digests = (xxhash.xxh3_64_intdigest(row.tobytes()) for row in rows)
         return Span(step, first, position, ids, tuple(d - (1 << 64) if d >= 1 << 63 else d for d in digests))

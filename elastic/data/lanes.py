@@ -7,6 +7,7 @@ follows from the step. Nothing of it is saved. A worker that is dealt a lane goe
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -62,7 +63,7 @@ class Lanes(Told):
         step, place = divmod(index, plan.batch_size)
         lane, within = divmod(place, size)
         if lane not in self._lanes:
-            self._lanes[lane] = _Lane(self.open, lane, lanes)
+            self._lanes[lane] = _Lane(self.open, lane, lanes, keeps=size if plan.phases else 0)
         return self._lanes[lane].at(step * size + within)
 
     def order(self, positions: np.ndarray, plan: Plan) -> np.ndarray:
@@ -89,9 +90,14 @@ class Lanes(Told):
 
 
 class _Lane:
-    """One lane, read on from where it was asked for last."""
+    """One lane, read on from where it was asked for last.
 
-    def __init__(self, open: Callable[[int, int], Iterable[Any]], lane: int, lanes: int):
+    Args:
+        keeps: the newest samples of which copies are kept, for the next phase, which takes the same.
+    """
+
+    def __init__(self, open: Callable[[int, int], Iterable[Any]], lane: int, lanes: int, keeps: int = 0):
+        self._kept, self._keeps = dict[int, Any](), keeps
         self._open, self._lane, self._lanes = open, lane, lanes
         self._length: int | None = None  # of one turn, once its end was seen
         self._samples: Iterator[Any] | None = None
@@ -100,10 +106,16 @@ class _Lane:
 
     def at(self, count: int) -> Any:
         """The sample that `count` samples come before."""
+        if count in self._kept:
+            return copy.deepcopy(self._kept[count])
         if self._samples is None or count != self._next:
             with unseeded():  # a sample's random numbers do not go by what was skipped
                 self._go_to(count)
-        return self._take()
+        sample = self._take()
+        if self._keeps:
+            self._kept.pop(count - self._keeps, None)
+            self._kept[count] = copy.deepcopy(sample)
+        return sample
 
     def _go_to(self, count: int) -> None:
         if self._samples is None or count < self._next:

@@ -148,7 +148,8 @@ class Curriculum:
 
     def __call__(self, positions: np.ndarray, plan: Plan) -> np.ndarray:
         _check_count("Curriculum", "difficulties", len(self._sorted), plan)
-        steps = positions // plan.batch_size
+        cycle = plan.cycle
+        steps = positions // plan.batch_size * cycle.steps_each // cycle.batches_each
         share = self.begin + (1 - self.begin) * steps / max(1, self.until)
         pool = np.clip((share * plan.samples).astype(np.int64), 1, plan.samples)
         drawn = (_draws("curriculum", plan.seed, positions) % pool.astype(np.uint64)).astype(np.int64)
@@ -240,8 +241,8 @@ def check_sampler(job: Job, data: Any, plan: Plan) -> None:
     ids = positions_to_ids(job, data, plan)
     if ids is None:
         return
-    for step in sorted(set(np.linspace(0, plan.total_steps - 1, TRIED).astype(int).tolist())):
-        positions = np.arange(step * plan.batch_size, (step + 1) * plan.batch_size, dtype=np.int64)
+    for batch in sorted(set(np.linspace(0, plan.batches - 1, TRIED).astype(int).tolist())):
+        positions = np.arange(batch * plan.batch_size, (batch + 1) * plan.batch_size, dtype=np.int64)
         together = ids(positions)
         for place in (0, len(positions) - 1):
             alone = int(ids(positions[place : place + 1])[0])
@@ -255,6 +256,6 @@ def check_sampler(job: Job, data: Any, plan: Plan) -> None:
 
 def signs(ids: Callable[[np.ndarray], np.ndarray], plan: Plan) -> dict[str, int]:
     """What the order is at a few positions, to be compared between workers and with earlier commands."""
-    last = plan.total_steps * plan.batch_size
+    last = plan.batches * plan.batch_size
     chosen = np.array([0, *(1 << k for k in range(last.bit_length()))], dtype=np.int64)
     return {str(p): int(i) for p, i in zip(chosen[chosen < last], ids(chosen[chosen < last]))}

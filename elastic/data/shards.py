@@ -107,7 +107,7 @@ class Shards(Told):
         wanted: set[Key] = set()
         for key, _, _ in self.order.split(np.arange(first, first + count, dtype=np.int64), plan):
             after = self.order.following(key, plan)
-            wanted |= {key, after} if after[0] * plan.samples < plan.total_steps * plan.batch_size else {key}
+            wanted |= {key, after} if after[0] * plan.samples < plan.batches * plan.batch_size else {key}
         self._asked.update((slot, first) for _, slot, _ in wanted)
         gone = {slot for slot, at in self._asked.items() if at <= first - 2 * plan.batch_size}  # to other workers
         for slot in gone:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from elastic.errors import ConfigError
-from elastic.observe.ledger import to_line
+from elastic.observe.ledger import COLUMNS, to_line
 
 #: The columns of a step's row that are no figures.
 NO_FIGURES = frozenset(("step", "time", "format", "generation", "first_position", "count", "sample_hash"))
@@ -84,10 +84,17 @@ class Callback:
 def figures(row: Mapping[str, Any]) -> dict[str, float]:
     """Return the numbers of a row by the names that trackers use: `train/loss`, `eval/...`."""
     return {
-        name if "/" in name else f"train/{name}": value
+        figure_name(name, row): value
         for name, value in row.items()
         if name not in NO_FIGURES and isinstance(value, (int, float)) and not isinstance(value, bool)
     }
+
+
+def figure_name(column: str, row: Mapping[str, Any]) -> str:
+    """The name that trackers use for a column of a row; what is of a phase alone has the phase in it."""
+    own = column in ("loss", "lr", "grad_norm") or column not in COLUMNS
+    turn = f"{row['phase']}/" if "phase" in row and own else ""
+    return column if "/" in column else f"train/{turn}{column}"
 
 
 def need(package: str, who: str) -> None:

@@ -43,8 +43,9 @@ def row_text(
         samples_rate: samples per second, or tokens per second if rows have tokens.
         width: columns of the terminal; what matters less is left out if it does not fit.
     """
+    turn = f"{row['phase']} " if "phase" in row else ""
     own = {k: v for k, v in row.items() if k not in COLUMNS and isinstance(v, (int, float))}
-    parts = [(0, f"step {row['step']}/{total_steps}"), (1, f"loss {_number(row.get('loss'))}")]
+    parts = [(0, f"step {row['step']}/{total_steps}"), (1, f"{turn}loss {_number(row.get('loss'))}")]
     parts += [(6 if n else 4, f"{name} {_number(value)}") for n, (name, value) in enumerate(own.items())]
     parts.append((7, f"lr {row.get('lr', 0):.3g}"))
     if row.get("grad_norm") is not None:

@@ -92,6 +92,7 @@ class History:
     def __init__(self) -> None:
         self._steps, self._times = array("q"), array("d")
         self._curves: dict[str, array[float]] = {"loss": array("d")}
+        self._phases: set[str] = set()  # whose losses have curves of their own
         self._parts = {name: array("d") for name in (*PARTS, "step")}
         self._amounts = array("d")  # samples or tokens
         self._worlds = array("q")
@@ -190,10 +191,18 @@ class History:
     def _take(self, rows: list[dict[str, Any]]) -> None:
         if not rows:
             return
+        for phase in {row.get("phase") for row in rows} - self._phases if "phase" in rows[-1] else ():
+            if isinstance(phase, str) and len(self._curves) <= MOST_CURVES:
+                self._phases.add(phase)
+                self._curves[f"{phase}/loss"] = array("d", [math.nan]) * len(self._steps)
         self._steps.extend([row["step"] for row in rows])
         absent = {"time": 0.0, **dict.fromkeys(self._curves, math.nan), "step_s": 0.0}
         absent |= {term: 0.0 for terms in PARTS.values() for term in terms}
         found = dict(zip(absent, columns(rows, absent, number)))
+        for phase in self._phases:
+            found[f"{phase}/loss"] = array(
+                "d", [v if row.get("phase") == phase else math.nan for v, row in zip(found["loss"], rows)]
+            )
         for name, column in (("time", self._times), *self._curves.items(), ("step_s", self._parts["step"])):
             column.extend(found[name])
         for name, terms in PARTS.items():

@@ -20,6 +20,7 @@ from typing import Any
 import orjson
 
 from elastic.errors import StorageHung
+from elastic.phases import NO_PHASES, Cycle
 from elastic.storage import Storage
 
 METRICS = "metrics.jsonl"
@@ -30,6 +31,7 @@ COLUMNS = frozenset(
     (
         "format",
         "step",
+        "phase",
         "time",
         "loss",
         "lr",
@@ -294,14 +296,14 @@ def kept_history(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     return [kept[s] for s in sorted(kept)]
 
 
-def gaps_and_doubles(rows: Iterable[dict[str, Any]], global_size: int) -> list[str]:
+def gaps_and_doubles(rows: Iterable[dict[str, Any]], global_size: int, cycle: Cycle = NO_PHASES) -> list[str]:
     """Return what is wrong with a history: samples that were lost or applied twice. Empty if each counted exactly
-    once."""
+    once, in each phase."""
     problems = []
     for expected, row in enumerate(kept_history(rows), start=1):
         if row["step"] != expected:
             problems.append(f"step {expected} is missing before step {row['step']}")
             break
-        if (row["first_position"], row["count"]) != ((expected - 1) * global_size, global_size):
+        if (row["first_position"], row["count"]) != (cycle.batch(expected - 1) * global_size, global_size):
             problems.append(f"step {expected} took {row['count']} positions from {row['first_position']}")
     return problems

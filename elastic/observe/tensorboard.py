@@ -7,6 +7,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from elastic.observe.callbacks import figure_name
 from elastic.storage import Storage
 
 _SKIP = {"step", "time", "format", "generation", "first_position", "count", "sample_hash", "gradient_bytes"}
@@ -27,8 +28,7 @@ class TensorBoard:
         """Add every number of a row."""
         for name, value in row.items():
             if name not in _SKIP and isinstance(value, (int, float)) and not isinstance(value, bool):
-                tag = name if "/" in name else f"train/{name}"
-                self._writer.add_scalar(tag, value, row["step"], walltime=row["time"])
+                self._writer.add_scalar(figure_name(name, row), value, row["step"], walltime=row["time"])
 
     def flush(self) -> None:
         """Write and, if need be, upload what was added."""

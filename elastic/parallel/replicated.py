@@ -154,7 +154,7 @@ class FastReplica(_Replica):
         check: Callable[[], None],
     ):
         self.model, self._loss, self._runs, self._rank, self._device = model, loss, runs, rank, device
-        self._world_size, self._count, self._metrics = len(runs), sum(map(len, runs)), Metrics()
+        self._world_size, self._count, self.metrics = len(runs), sum(map(len, runs)), Metrics()
         self._buffers, self._check = StepBuffers(model, exact=False), check
         self._writes = Writes(model, allowed=written)
         self.says = tuple
@@ -189,7 +189,7 @@ class FastReplica(_Replica):
         """
         buffers = self._buffers
         self.model.zero_grad(set_to_none=True)
-        records = Records(self._runs, self._rank, self._device, buffers.words, self._metrics, self._check)
+        records = Records(self._runs, self._rank, self._device, buffers.words, self.metrics, self._check)
         buffers.begin()
         self._writes.begin()
         after: list[dict[str, torch.Tensor]] = []
@@ -314,7 +314,7 @@ class BitwiseReplica(_Replica):
         self._leaf = Leaf(trained, self._gradient_buckets, device)
         self._early = early and len(runs) > 1
         self._buffers, self._check = StepBuffers(model, exact=True), check
-        self._count, self._metrics = sum(map(len, runs)), Metrics()
+        self._count, self.metrics = sum(map(len, runs)), Metrics()
         self.says = tuple
         self.wait_s = 0.0
 
@@ -326,7 +326,7 @@ class BitwiseReplica(_Replica):
         """
         self.model.zero_grad(set_to_none=True)  # also gradients of parameters that were frozen after the last step
         buffers = self._buffers
-        records = Records(self._runs, self._rank, self._device, buffers.words, self._metrics, self._check)
+        records = Records(self._runs, self._rank, self._device, buffers.words, self.metrics, self._check)
         self._writes.begin()
         gradients = CanonicalSum(self._links, self._runs, self._gradient_buckets)
         buffers.begin()

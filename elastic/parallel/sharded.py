@@ -68,7 +68,7 @@ class _Sharded:
         self._in_parts = [TENSOR in dict(cut) for cut in self._cuts]
         self._buffers, self._check = StepBuffers(model, exact=self._exact), check
         self._used, self._writes = Used(model), Writes(model, exact=self._exact)
-        self._block_order, self._steps, self._metrics = BlockOrder(model, mesh, device, check), 0, Metrics()
+        self._block_order, self._steps, self.metrics = BlockOrder(model, mesh, device, check), 0, Metrics()
         self.wait_s = 0.0
         self.scale = 1.0
         self.recomputes = False  # whether backward passes compute forward passes again
@@ -80,7 +80,7 @@ class _Sharded:
         self._buffers.begin()
         self._writes.begin()
         bits = 64 * self._buffers.words + len(self._parameters)
-        return Records(self._runs, self._cell, self._device, (bits + 63) // 64, self._metrics, self._check)
+        return Records(self._runs, self._cell, self._device, (bits + 63) // 64, self.metrics, self._check)
 
     def _forward(self, batch: Any) -> tuple[torch.Tensor, Any, Any]:
         before = self._block_order.count

@@ -40,19 +40,22 @@ class Used:
                 self.look_at_root = watch
 
     def _watch(self, module: Any, entries: list[tuple[nn.Module, str, int]]) -> Callable[[], None]:
-        watched = False
+        waiting = entries
 
         def watch(*_: Any) -> None:
-            nonlocal watched
-            if watched:
+            nonlocal waiting
+            if not waiting:
                 return
-            watched = True
-            found = {id(p): (p, i) for m, name, i in entries for p in (own_parameters(m)[name],)}
-            for parameter, index in found.values():
+            found = [(entry, own_parameters(entry[0])[entry[1]]) for entry in waiting]
+            # those that learn in another phase have their turn then
+            waiting = [entry for entry, p in found if p is not None and not p.requires_grad]
+            for parameter, index in {id(p): (p, entry[2]) for entry, p in found}.values():
                 assert parameter is not None
-                assert is_gathered(parameter), "gathered before the forward pass"
-                parameter.register_post_accumulate_grad_hook(lambda _, index=index: self._saw(index))
-            handle.remove()
+                if parameter.requires_grad:
+                    assert is_gathered(parameter), "gathered before the forward pass"
+                    parameter.register_post_accumulate_grad_hook(lambda _, index=index: self._saw(index))
+            if not waiting:
+                handle.remove()
 
         handle = module.register_forward_pre_hook(torch.compiler.disable(watch))
         return watch

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from elastic.config import TrainConfig
 from elastic.data.deal import check_microbatches, choose_microbatches
 from elastic.errors import ConfigError
 from elastic.job import Plan
+from elastic.phases import Cycle
 from elastic.units import Amount, parse_amount
 
 
@@ -36,12 +38,23 @@ class RunPlan:
     sample_every: int | None = None
     eval_batch: int | None = None
     seed: int = 0
+    phases: tuple[str, ...] = ()
+
+    @property
+    def cycle(self) -> Cycle:
+        """How phases take turns."""
+        return Cycle(tuple(self.phases))  # a list, where it was JSON
+
+    def samples(self, steps: int) -> int:
+        """Samples of the data that were taken in the first steps, once for all phases."""
+        return (self.cycle.batch(steps - 1) + 1) * self.global_size if steps else 0
 
     @property
     def for_job(self) -> Plan:
         """The part of this plan that the job gets, as `job.plan`."""
         microbatch = self.global_size // self.microbatches
-        return Plan(self.total_steps, self.global_size, self.dataset_size, microbatch, self.seed)
+        sizes = (self.total_steps, self.global_size, self.dataset_size, microbatch)
+        return Plan(*sizes, self.seed, self.cycle.names)
 
     @property
     def eval_size(self) -> int:
@@ -55,12 +68,18 @@ def evaluation_size(global_size: int, microbatches: int, given: int | None) -> i
 
 
 def resolve(
-    config: TrainConfig, *, dataset_size: int, tokens_per_sample: int | None, stored_microbatches: int | None = None
+    config: TrainConfig,
+    *,
+    dataset_size: int,
+    tokens_per_sample: int | None,
+    stored_microbatches: int | None = None,
+    phases: Sequence[str] = (),
 ) -> RunPlan:
     """Resolve a configuration against the data.
 
     Args:
         stored_microbatches: V of the run that is resumed, which stays unless the user gives another.
+        phases: of the job.
 
     Raises:
         ConfigError: the data and the options do not fit.
@@ -76,10 +95,13 @@ def resolve(
         microbatches = choose_microbatches(batch.global_size, scaling.max_workers, config.parallel.tensor)
     check_microbatches(microbatches, scaling.max_workers, config.parallel.tensor)
 
+    cycle = Cycle(tuple(phases))
+
     def steps(name: str, text: str | None) -> int | None:
         if text is None:
             return None
-        return parse_amount(name, text, clock=False).steps(name, batch.global_size, dataset_size, tokens_per_sample)
+        amount = parse_amount(name, text, clock=False)
+        return amount.steps(name, batch.global_size, dataset_size, tokens_per_sample, cycle)
 
     total = steps("--run.duration", config.run.duration)
     assert total is not None
@@ -104,7 +126,7 @@ def resolve(
         eval_every=steps("--eval.every", config.eval.every),
         checkpoint_every=steps("--checkpoint.every", every),
         stop_after_steps=(
-            stop.steps("--run.stop-after", batch.global_size, dataset_size, tokens_per_sample)
+            stop.steps("--run.stop-after", batch.global_size, dataset_size, tokens_per_sample, cycle)
             if stop and not stop.is_clock
             else None
         ),
@@ -117,4 +139,5 @@ def resolve(
         sample_every=steps("--eval.sample-every", config.eval.sample_every),
         eval_batch=config.eval.batch_size,
         seed=config.run.seed,
+        phases=cycle.names,
     )

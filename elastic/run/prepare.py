@@ -21,6 +21,7 @@ from elastic.job_data import held_out_sizes, training_data
 from elastic.job_options import job_options
 from elastic.observe.callbacks import Callback
 from elastic.parallel.nccl import settings_lines
+from elastic.phases import check_evaluated, check_same_phases
 from elastic.redact import clean, redact
 from elastic.run import forecast
 from elastic.run.folder import RunFolder
@@ -112,7 +113,9 @@ def prepare(job: Job, config: TrainConfig) -> PreparedRun:
     sameness = Sameness(folder if stored is not None else None, config)
     prepared = prepare_here(job, config)
     data, dataset_size = training_data(job, sameness.load)
-    for name, samples in held_out_sizes(job).items():
+    held_out = held_out_sizes(job)
+    check_evaluated(job, Job, held_out)
+    for name, samples in held_out.items():
         if samples == 0:
             raise ConfigError(f"eval_data() {name!r} has no samples; return None to leave evaluation out")
         if samples >= ENDLESS:
@@ -120,12 +123,17 @@ def prepare(job: Job, config: TrainConfig) -> PreparedRun:
     tokens = job.tokens_per_sample
     if stored is not None:
         sameness.check_length(dataset_size, stored.get("data"))
+        check_same_phases(job, stored.get("phases", []), config.run.name)
     if stored is None:
         initial_source(job, config.checkpoint.init_from)
     stored_v = stored["config"]["batch"]["microbatches"] if stored else None
     allow_v = "batch.microbatches" in config.run.allow_change or "batch.global-size" in config.run.allow_change
     plan = resolve(
-        config, dataset_size=dataset_size, tokens_per_sample=tokens, stored_microbatches=None if allow_v else stored_v
+        config,
+        dataset_size=dataset_size,
+        tokens_per_sample=tokens,
+        stored_microbatches=None if allow_v else stored_v,
+        phases=job.phases,
     )
     config = replace(config, batch=replace(config.batch, microbatches=plan.microbatches))
     set_plan(job, plan.for_job)
@@ -243,6 +251,7 @@ def _config_values(run: PreparedRun) -> dict[str, Any]:
         "result": cfg.result_options(run.config, job_options(run.job)),
         "digest": run.digest,
         "data": {"samples": run.plan.dataset_size},
+        **({"phases": list(run.plan.phases)} if run.plan.phases else {}),
         "source": run.source,
         **({} if run.defaults is None else {"defaults": described_defaults(type(run.job), run.defaults)}),
     }
@@ -276,7 +285,8 @@ def report(run: PreparedRun) -> str:
     plan, most, cell_size = run.plan, run.config.scaling.max_workers, run.config.parallel.tensor
     lines += [
         "",
-        f"{'a stream' if plan.dataset_size >= ENDLESS else f'{plan.dataset_size} samples'}, {plan.total_steps} steps",
+        f"{'a stream' if plan.dataset_size >= ENDLESS else f'{plan.dataset_size} samples'}, {plan.total_steps} steps"
+        + (f" of the phases {', '.join(plan.phases)} in turn" if plan.phases else ""),
         first_line(run),
     ]
     lines += ["", "workers  rounds  efficiency"]

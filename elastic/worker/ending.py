@@ -37,7 +37,7 @@ def finish(world: World, stop: Stop) -> str:
     broken = worker.provenance.broken
     result: dict[str, Any] = {
         "steps": world.step,
-        "samples_seen": world.step * worker.plan.global_size,
+        "samples_seen": worker.plan.samples(world.step),
         "metrics": holding.evaluated[1] if holding.evaluated[0] == world.step else {},
         "weights_sha256": sha,
         "exactness": worker.config.run.exactness,

@@ -31,24 +31,26 @@ def first_bad_microbatch(
     return found
 
 
-def error(step: int, record: StepRecord, norm: float, microbatch: int | None, ids: list[int]) -> NonFiniteError:
+def error(
+    step: int, phase: str, record: StepRecord, norm: float, microbatch: int | None, ids: list[int]
+) -> NonFiniteError:
     """The error that ends the run. `ids`: the samples of the pass that begins with `microbatch`, or of the whole step
     if all its weights are 0."""
     what = "loss" if record.nonfinite_microbatch is not None else "gradient norm"
     if not math.isfinite(record.weight):
         what = "weight"
-    where = ""
+    where, which = "", f"step {step + 1}" + (f" ({phase})" if phase else "")
     shown = ", ".join(map(str, ids[:_SHOWN])) + (", ..." if len(ids) > _SHOWN else "")
     if record.weight == 0:
         return NonFiniteError(
-            f"all weights of step {step + 1} are 0, so its loss has no mean (samples {shown}); nothing of this step "
+            f"all weights of {which} are 0, so its loss has no mean (samples {shown}); nothing of this step "
             "was applied. Have loss() return the number of samples or tokens, look at these samples, or give "
             "--run.on-nonfinite skip"
         )
     if microbatch is not None:
         where = f", first in microbatch {microbatch} (samples {shown})"
     return NonFiniteError(
-        f"the {what} of step {step + 1} is not finite (loss {record.loss:g}, norm {norm:g}){where}; nothing of this "
+        f"the {what} of {which} is not finite (loss {record.loss:g}, norm {norm:g}){where}; nothing of this "
         "step was applied. Lower the learning rate, clip with --optim.clip-norm, look at these samples, or give "
         "--run.on-nonfinite skip"
     )

@@ -24,6 +24,7 @@ from elastic.parallel.references import check_references
 from elastic.parallel.scaling import LossScale
 from elastic.parallel.stages import check_layers, layers_of, seed_each
 from elastic.parallel.tensor import check_plan, plan_of
+from elastic.parallel.turns import check_optimizers
 from elastic.parallel.wrapping import (
     Sharding,
     check_dense,
@@ -191,6 +192,7 @@ class Placing:
         least, keep = self._config.eval, self._config.checkpoint
         patience = None if least.patience is None else Patience(least.patience, least.min_delta, keep.best_mode)
         optimizer = self._job.optimizer(model)
+        check_optimizers(self._job.phases, optimizer, model)
         optim = self._config.optim
         return TrainState(self._job, model, optimizer, mesh, scaler, optim, patience, sources, self._attributes)
 

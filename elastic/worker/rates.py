@@ -87,11 +87,12 @@ class Rates:
             self._walk.forget()
         self.note()
 
-    def set(self, step: int, share: float) -> float:
+    def set(self, step: int, share: float, part: torch.optim.Optimizer | None = None) -> float:
         """Called before the update of `step` (from 0): set its rates; returns that of the first group.
 
         Args:
             share: of the full rates, by the schedule.
+            part: whose first group is meant, of several optimizers.
 
         Raises:
             ConfigError: the job changed them in passes, which would be overwritten.
@@ -112,7 +113,7 @@ class Rates:
                 group["lr"] = group["initial_lr"] * share
             self._set = [group["lr"] for group in groups]
         self.note()
-        return float(groups[0]["lr"])
+        return float((part or self._optimizer).param_groups[0]["lr"])
 
     def adopt_changes(self, step: int) -> None:
         """Called after an update and `after_step()`: adopt the job's own changes of the rates.

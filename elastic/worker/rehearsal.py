@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import partial
 from typing import Any
 
@@ -67,15 +67,17 @@ class Rehearsal:
         eval_sets: Mapping[str, MapDataset],
         *,
         eval_size: int,
+        phases: Sequence[str] = ("",),
     ):
         """Nothing is tried yet.
 
         Args:
             eval_size: the number of samples in one pass of an evaluation.
+            phases: whose losses there are; one without a name if there are none.
         """
         self._job, self._config, self._code, self._loader = job, config, code, loader
         self._eval_sets, self.eval_size = eval_sets, eval_size
-        self._seed = config.run.seed
+        self._seed, self._phases = config.run.seed, phases
         #: The index in `SEPARATE` of why each pass has one microbatch; None before `run`.
         self.separate: int | None = None
         self._unknown = False  # evaluations may have figures that one batch does not show
@@ -90,8 +92,15 @@ class Rehearsal:
         self.metrics: dict[str, list[str]] = {}
         #: FLOPs of a forward and backward pass per sample; 0 if they could not be counted, None before they were.
         self.flops_per_sample: float | None = job.flops_per_sample
+        self._counts_flops = job.flops_per_sample is None
 
-    def run(self, model: nn.Module, microbatches: int, group: Group | None) -> None:
+    def run(
+        self,
+        model: nn.Module,
+        microbatches: int,
+        group: Group | None,
+        learning: Callable[[str], AbstractContextManager[None]] = lambda phase: nullcontext(),
+    ) -> None:
         """Try loss() and evaluate() on a model. The model and the job are afterwards what they were.
 
         A loss that depends on the pass before it is refused, and so is a function that writes to samples which the data
@@ -101,6 +110,7 @@ class Rehearsal:
             microbatches: the number of microbatches of the first step that make the batch for loss().
             group: the group of workers that share a sharded model. All of them call this at one time; nothing is tried
                 if one of them has done it before.
+            learning: entered around the loss of a phase.
 
         Raises:
             UserCodeError: evaluate() raised, or it or loss() returned a wrong value.
@@ -118,19 +128,28 @@ class Rehearsal:
         try:
             with without_trace(model, self._job, *globals_of(self._job)) as parameters:
                 try:
-                    self._code.where = "a trial of loss() before the first step"
-                    separate = self._try_loss(in_memory(partial(self._code.try_loss, model)), microbatches, agreed)
-                    parameters.put_back()
+                    separate = 0
+                    for phase in self._phases:
+                        self._code.phase = phase
+                        self._code.where = f"a trial of {self._code.loss_called} before the first step"
+                        with learning(phase):
+                            trial = in_memory(partial(self._code.try_loss, model))
+                            separate = self._try_loss(trial, microbatches, agreed) or separate
+                        parameters.put_back()
                     self._try_evaluate(in_memory(partial(self._code.evaluate, model)), agreed, parameters)
                 finally:
                     for module in fsdp_modules(model):
                         module.reshard()
-            self._code.where = "a trial of loss() in training mode before the first step"
-            if self._batch is not None:
-                exact = self._config.run.exactness == "bitwise"
-                repeats = Repeats(self._job, self._code, self._seed, exact=exact)
-                self.unseeded = UNSEEDED if repeats.check(model, self._batch, self._halves, agreed) else ""
-                self.written, self._by_size = repeats.written, repeats.by_size
+            for phase in self._phases if self._batch is not None else ():
+                self._code.phase = phase
+                self._code.where = f"a trial of {self._code.loss_called} in training mode before the first step"
+                repeats = Repeats(self._job, self._code, self._seed, exact=self._config.run.exactness == "bitwise")
+                with learning(phase):
+                    self.unseeded = (
+                        UNSEEDED if repeats.check(model, self._batch, self._halves, agreed) else self.unseeded
+                    )
+                self.written |= repeats.written
+                self._by_size |= repeats.by_size
             try:
                 check_same_names(model, made)
             except ConfigError as error:
@@ -144,11 +163,11 @@ class Rehearsal:
         batches = self._loader.first_batches(microbatches)
         if agreed(not batches):
             return 0  # no batch can be read, perhaps on one node only: the first step reports why
-        seed = derive("rehearsal", self._seed)
+        seed, name = derive("rehearsal", self._seed), self._code.loss_called
         try:
             found = self._counted(loss, batches, seed)
             if found and not self._config.data.workers:  # batches of loader processes are copies
-                self._check_kept("loss()", lambda: self._loader.first_batches(microbatches)[0][1], loss)
+                self._check_kept(name, lambda: self._loader.first_batches(microbatches)[0][1], loss)
         except UserCodeError as error:
             if error.failure.kind == ConfigError.__name__:
                 raise
@@ -159,11 +178,11 @@ class Rehearsal:
             if agreed(_finite(again)):
                 raise self._code.mistake(ConfigError(_UNWRITTEN))
         self._batch, self._halves = batches[0][1], batches[1:]
-        self.metrics["result of loss()"] = [f"metric {name}" for name in sorted(names_of(found[0].metrics))]
+        self.metrics[f"result of {name}"] = [f"metric {name}" for name in sorted(names_of(found[0].metrics))]
         if len(found) < 3:
             return 0
-        others = self._others(loss, microbatches, agreed) if agreed(mistake("loss()", found) is not None) else []
-        self._refuse("loss()", loss, [found, *others], batches, agreed)
+        others = self._others(loss, microbatches, agreed) if agreed(mistake(name, found) is not None) else []
+        self._refuse(name, loss, [found, *others], batches, agreed)
         separate = self._why_separate(loss, batches, found, agreed)
         # Some samples may make the loss special, so further batches are tried. In bitwise each pass has one microbatch
         # anyway.
@@ -178,7 +197,7 @@ class Rehearsal:
         them.
         """
         samples = sum(count for count, _ in batches)
-        if self.flops_per_sample is None and not self._config.parallel.sharded and samples:
+        if self._counts_flops and not self._config.parallel.sharded and samples:
             counter: Any = FlopCounterMode(display=False)
             try:
                 with counter:
@@ -186,7 +205,8 @@ class Rehearsal:
             except UserCodeError:  # counting may be what fails, as with kernels of the job's own
                 self.flops_per_sample = 0.0
             else:
-                self.flops_per_sample = FORWARD_AND_BACKWARD * counter.get_total_flops() / samples
+                each = FORWARD_AND_BACKWARD * counter.get_total_flops() / samples
+                self.flops_per_sample = (self.flops_per_sample or 0.0) + each / len(self._phases)  # of a mean step
                 return found
         return passes(loss, batches, seed)
 
@@ -243,8 +263,10 @@ class Rehearsal:
         where, self._code.where = self._code.where, f"a trial of loss() before step {step + 1}"
         try:
             with without_trace(model, self._job, *globals_of(self._job), first=False):
-                trial = in_memory(partial(self._code.try_loss, model))
-                separate = self._try_another(trial, microbatches, step, agreed)
+                trial, separate = in_memory(partial(self._code.try_loss, model)), 0
+                for phase in self._phases:
+                    self._code.phase = phase
+                    separate = separate or self._try_another(trial, microbatches, step, agreed)
         finally:
             self._code.where = where
             for module in fsdp_modules(model):

@@ -104,9 +104,10 @@ class Repeats:
             kept = listed(first.changed) or "an object"
             raise self._code.mistake(
                 ConfigError(
-                    f"loss() returned {first.losses[0]:.6g} for a batch, and {first.losses[1]:.6g} for the same batch "
-                    f"and the same random numbers right after that: it depends on what the pass before left in {kept}; "
-                    "a step has several passes, which workers share, so change it in after_step(), or make it a buffer"
+                    f"{self._code.loss_called} returned {first.losses[0]:.6g} for a batch, and {first.losses[1]:.6g} "
+                    "for the same batch and the same random numbers right after that: it depends on what the pass "
+                    f"before left in {kept}; a step has several passes, which workers share, so change it in "
+                    "after_step(), or make it a buffer"
                 )
             )
         return agreed(chance > 0)
@@ -121,7 +122,9 @@ class Repeats:
         ):
             if agreed(bool(names)):
                 which = listed(names) or "seen on another worker"
-                raise self._code.mistake(ConfigError(f"loss() changes parameters of the model ({which}) {why}"))
+                raise self._code.mistake(
+                    ConfigError(f"{self._code.loss_called} changes parameters of the model ({which}) {why}")
+                )
 
     def _try_moves(self, model: nn.Module, whole: _Twice, batch: Any, halves: Batches, agreed: Agreed) -> None:
         """Refuse buffers that count samples or keep something of each; find those that go by the samples of a pass.

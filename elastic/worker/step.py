@@ -13,6 +13,7 @@ from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
+import torch
 import xxhash
 
 from elastic import fault
@@ -29,6 +30,7 @@ from elastic.parallel.optimizers import kind_of
 from elastic.parallel.records import StepRecord
 from elastic.parallel.replicated import BitwiseReplica, FastReplica, NotReduced, Pass
 from elastic.parallel.scaling import multiply
+from elastic.parallel.turns import Turns
 from elastic.seeds import derive, seed_all
 from elastic.worker import copies, nonfinite
 from elastic.worker.attributes import JobAttributes
@@ -138,7 +140,8 @@ class WorldSteps:
         self._code.on_loss = self._after_loss
         self._matrices = Matrices(state.optimizer, state.mesh)
         with group.collective("wrapping the model"):
-            self._replica = wrap(
+            make = partial(
+                wrap,
                 state.model,
                 stepper.run.job,
                 self._code,
@@ -150,6 +153,8 @@ class WorldSteps:
                 at_pass=self._at_pass,
                 written=stepper.written,
             )
+            cycle, cut = self._plan.cycle, self._config.parallel.sharded
+            self._turns: Turns[Replica] = Turns(cycle, state.optimizer, make, shared=cut)
 
     def _agree(self, group: Group) -> None:
         """Agree with all members on what must be alike: one microbatch per pass, unused parameters, comparable devices.
@@ -174,15 +179,16 @@ class WorldSteps:
 
     def close(self) -> None:
         """Drop what holds the world's process group."""
-        self._replica.close()
+        for replica in self._turns.all.values():
+            replica.close()
 
     def reshard(self) -> None:
         """Free the parameters that forward passes outside of a step (evaluation, sample) left gathered."""
-        self._replica.reshard()
+        self._turns.first.reshard()
 
     def unmoved(self) -> AbstractContextManager[None]:
         """A context for forward passes between steps: buffers have their old values when it is left."""
-        return self._replica.unmoved()
+        return self._turns.first.unmoved()
 
     # ---- steps -------------------------------------------------------------------------------------------------
 
@@ -200,23 +206,29 @@ class WorldSteps:
             UserCodeError: the job's code raised.
             NonFiniteError: loss or norm is not finite, and the run does not skip such steps.
         """
-        replica, clock, stepper = self._replica, Clock(), self._stepper
+        clock, stepper = Clock(), self._stepper
         if self._state.trained() != self._trained:
             change = copies.change_of_trained(self._state.trained_by_name(), self._trained)
             raise Reform(f"the job trains other parameters from step {step + 1} on ({change})")
         if stepper.one_each and not self._one_each:
             raise Reform(f"passes have one microbatch each from step {step + 1} on")
-        stepper.clock, stepper.unfinished, self._step = clock, replica, step
-        self._code.watches_gradients = stepper.steps_done < UPDATES
+        stepper.clock, self._step, cycle = clock, step, self._plan.cycle
+        self._code.phase = cycle.phase(step)
+        self._code.watches_gradients = stepper.steps_done < UPDATES * cycle.steps_each
         stepper.attributes.between_steps()
         began = time.perf_counter()
-        scaler = self._state.scaler
-        replica.scale = scaler.factor if scaler else 1.0
-        if isinstance(replica, (FastReplica, BitwiseReplica)):
-            replica.says = says
-        watching = watching_for_writes if step + 1 >= LOOK_AGAIN and not (step + 1) & step else not_watching
+        scaler, turn = self._state.scaler, step // cycle.steps_each + 1
+        watching = watching_for_writes if turn >= LOOK_AGAIN and not turn & (turn - 1) else not_watching
         try:
-            with self._group.collective(f"step {step + 1}"), watching(self._state.model, stepper.written, self._code):
+            with (
+                self._turns.of(step) as replica,
+                self._group.collective(f"step {step + 1}"),
+                watching(self._state.model, stepper.written, self._code),
+            ):
+                stepper.unfinished = replica
+                replica.scale = scaler.factor if scaler else 1.0
+                if isinstance(replica, (FastReplica, BitwiseReplica)):
+                    replica.says = says
                 record, divisor = replica.run(self._passes(step))
             self._state.keep_buffers(replica.unsaved)
         except NotReduced as error:
@@ -260,7 +272,7 @@ class WorldSteps:
             share = factor(
                 step, plan.total_steps, schedule=optim.schedule, warmup_steps=plan.warmup_steps, final=optim.final_lr
             )
-        lr = self._state.rates.set(step, share)
+        lr = self._state.rates.set(step, share, self._turns.optimizer(step))
         clock.sync_s = replica.wait_s
         clock.compute_s = time.perf_counter() - began - clock.data_s - clock.sync_s
         fingerprint = copies.update_fingerprint((record.loss, norm, divisor), self._state.optimizer)
@@ -310,15 +322,14 @@ class WorldSteps:
         if not update.skip:
             seed_all(derive("update", self._config.run.seed, update.step))
             self._code.doing(f"the update of step {update.step + 1}", update.step)
-            self._code.guard(self._optimize)
+            self._code.guard(partial(self._optimize, self._turns.optimizer(update.step)))
             self._code.guard(lambda: self._stepper.run.job.after_step(self._state.model, update.step + 1))
             self._stepper.attributes.updated()
         self._stepper.unfinished, self._last = None, update
         self._stepper.steps_done += 1
         self._stepper.clock.compute_s += time.perf_counter() - began
 
-    def _optimize(self) -> None:
-        optimizer = self._state.optimizer
+    def _optimize(self, optimizer: torch.optim.Optimizer) -> None:
         try:
             with self._matrices.used():
                 optimizer.step()
@@ -379,7 +390,7 @@ class WorldSteps:
             spans = [span for run in self.share.runs for span in self._stepper.spans_of(run)]
             count = next(n for first, n in spans if first == microbatch)
         ids = [] if microbatch is None else self._loader.order.span(step, microbatch, count).ids.tolist()
-        raise nonfinite.error(step, record, norm, microbatch, ids)
+        raise nonfinite.error(step, self._code.phase, record, norm, microbatch, ids)
 
     def _find_bad(self, step: int) -> int:
         indices = self.share.own
@@ -391,4 +402,5 @@ class WorldSteps:
                 seed_all(derive("step", self._config.run.seed, step, index))
                 yield index, batch
 
-        return nonfinite.first_bad_microbatch(self._replica.has_finite_gradients, microbatches(), self.share.singles)
+        with self._turns.of(step) as replica:
+            return nonfinite.first_bad_microbatch(replica.has_finite_gradients, microbatches(), self.share.singles)

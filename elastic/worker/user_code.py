@@ -20,6 +20,7 @@ from elastic.job import Job
 from elastic.membership.failure import Failure, named
 from elastic.parallel.records import names_of
 from elastic.parallel.wrapping import call_gathered, local, refused_where_sharded
+from elastic.phases import loss_name
 from elastic.worker.batches import to_device
 from elastic.worker.group import Group
 from elastic.worker.returned import LossValue, check_returned
@@ -45,6 +46,7 @@ class UserCode:
         self._autocast = autocast != "off"
         self._dtype = torch.float16 if autocast == "fp16" else torch.bfloat16
         self.where = "warming up"
+        self.phase = ""  # whose loss is meant by `loss`
         self.rank = ""  # in the present world
         self.group: Group | None = None  # of the present world
         self.samples: Sequence[int] | np.ndarray = ()  # ids of the samples that are being processed
@@ -58,7 +60,8 @@ class UserCode:
     def at(self, step: int, microbatch: int) -> None:
         """Set the position of the step loop: step (from 0) and microbatch."""
         self._step, self._microbatch, self.samples = step, microbatch, ()
-        self.where = f"step {step + 1}, microbatch {microbatch}"
+        turn = f" ({self.phase})" if self.phase else ""
+        self.where = f"step {step + 1}{turn}, microbatch {microbatch}"
 
     def doing(self, what: str, step: int) -> None:
         """Set the position to something that is done for a whole step (from 0), or between two steps."""
@@ -66,16 +69,17 @@ class UserCode:
         self.where = what
 
     def loss(self, model: nn.Module, batch: Any) -> LossValue:
-        """`Job.loss`, checked."""
+        """`Job.loss`, or the loss of the phase, checked."""
         before = _gradients(model) if self.watches_gradients else ()
         result = self.try_loss(model, batch, self.watching)
         for name, parameter, gradient in before:
             if gradient != _gradient(parameter):
                 raise self.mistake(
                     ConfigError(
-                        f"loss() changes the gradient of parameter {name}: it calls backward(), zero_grad() or the "
-                        "like itself, but a step has several calls of loss(), and backward() is called for what they "
-                        "return; add all that is to be learned to the loss, and leave zero_grad() out"
+                        f"{self.loss_called} changes the gradient of parameter {name}: it calls backward(), "
+                        "zero_grad() or the like itself, but a step has several calls of loss(), and backward() is "
+                        "called for what they return; add all that is to be learned to the loss, and leave "
+                        "zero_grad() out"
                     )
                 )
         self.on_loss()
@@ -88,9 +92,14 @@ class UserCode:
 
         def loss(model: nn.Module, batch: Any) -> Any:
             with watching():
-                return self._job.loss(model, batch)
+                return getattr(self._job, loss_name(self.phase))(model, batch)
 
-        return self._on_batch(loss, "loss()", model, batch, training=True)
+        return self._on_batch(loss, self.loss_called, model, batch, training=True)
+
+    @property
+    def loss_called(self) -> str:
+        """The method of the job that `loss` calls, for messages."""
+        return f"{loss_name(self.phase)}()"
 
     def layers(self, work: Callable[[], Any]) -> Any:
         """Run some layers of the model outside of `Job.loss`, in the precision in which they run inside."""

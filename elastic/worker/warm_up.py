@@ -131,6 +131,7 @@ class _WarmUp:
             global_size=plan.global_size,
             microbatches=plan.microbatches,
             ids=positions_to_ids(job, data, plan.for_job),
+            cycle=plan.cycle,
         )
         loader = Loader(
             Fetcher(data, job.collate_fn, seed, plan.dataset_size, by_position=order.own),
@@ -191,7 +192,7 @@ class _WarmUp:
             stepper,
             saving,
             snapshots,
-            Rehearsal(job, config, code, loader, held_out, eval_size=plan.eval_size),
+            Rehearsal(job, config, code, loader, held_out, eval_size=plan.eval_size, phases=plan.cycle.order()),
             provenance,
             watch,
             self._holding,

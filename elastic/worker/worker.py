@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from elastic.membership.protocol import Assignment, SavedAlone
 from elastic.membership.stage import Position, Stage
 from elastic.membership.world import Generation
 from elastic.parallel.device import memory_share, stop_filling
+from elastic.parallel.turns import learning
 from elastic.run.plan import RunPlan
 from elastic.storage import Storage
 from elastic.worker.comeback import check_comes_back
@@ -160,7 +162,8 @@ class Worker:
         if group is not None:  # each pass has the patience of an evaluation's
             self.code.on_call = lambda: self.link.progress(Position(step, Stage.EVALUATE, next(passes)))
         try:
-            self.rehearsal.run(self.holding.placed.model, self.stepper.tried, group)
+            state = self.holding.placed
+            self.rehearsal.run(state.model, self.stepper.tried, group, partial(learning, state.optimizer))
         finally:
             self.code.on_call = lambda: None
         self.stepper.one_each |= bool(self.rehearsal.separate)
@@ -214,7 +217,8 @@ class Worker:
         self.watch.applied(holding.applied, skipped=update.skip)
         if not holding.checked:
             check_comes_back(state)
-        holding.savable = holding.checked = True
+        holding.savable = True
+        holding.checked = self.stepper.steps_done >= self.plan.cycle.steps_each  # each optimizer has its state
 
     def roll_forward(self, hand: InHand, posted_in: Generation | None = None) -> None:
         """Apply an update outside of its world. Its row is kept here too: other members with that row may be lost."""
@@ -234,20 +238,22 @@ class Worker:
         """The row of a step for the ledger, without its times."""
         plan, update = self.plan, hand.update
         record, done = update.record, update.step + 1
+        samples = plan.samples(done)
         device_memory = memory_share(self.device)
         self.link.show_device_memory(device_memory)
         return {
             "step": done,
+            **({"phase": plan.cycle.phase(update.step)} if plan.phases else {}),
             "time": time.time(),
             "loss": record.loss,
             "lr": update.lr,
             "grad_norm": update.norm,
             "world_size": hand.assignment.size,
             "generation": str(hand.assignment.generation),
-            "samples": done * plan.global_size,
-            "tokens": done * plan.global_size * plan.tokens_per_sample if plan.tokens_per_sample else None,
+            "samples": samples,
+            "tokens": samples * plan.tokens_per_sample if plan.tokens_per_sample else None,
             "device_memory": device_memory,
-            "first_position": update.step * plan.global_size,
+            "first_position": samples - plan.global_size,
             "count": plan.global_size,
             "sample_hash": record.sample_hash,
             **record.mean_metrics(),
