@@ -68,6 +68,10 @@ class Server:
     """Holds the weights, and says which version they are: how many updates made them."""
 
     def __init__(self, settings: Settings):
+        torch.set_num_threads(1)
+        self._begin(settings)
+
+    def _begin(self, settings: Settings) -> None:
         torch.manual_seed(0)
         self._settings, self._model = settings, Digits(dropout=0.0).model()
         self._optimizer = torch.optim.SGD(self._model.parameters(), lr=settings.lr, momentum=0.9)
@@ -77,6 +81,10 @@ class Server:
         self._seconds, self._gradients = 0.0, 0
         self._senders: set[int] = set()
         self._done = asyncio.Event()
+
+    async def begin(self, settings: Settings) -> None:
+        """Begin another run, from the same weights."""
+        self._begin(settings)
 
     async def exchange(self, worker: int, message: Message | None) -> tuple[int, np.ndarray] | None:
         """Take a gradient, and give the newest weights with their version; None when the run is over."""
@@ -142,6 +150,9 @@ class Worker:
         self._model, self._data = self._job.model(), self._job.train_data()
         self._draws = torch.Generator().manual_seed(number)
 
+    def ready(self) -> None:
+        """Return when this worker has imported everything, which takes longer than the rest."""
+
     def gradient(self, version: int, weights: np.ndarray) -> Message:
         """One gradient, of the mean loss of SAMPLES samples."""
         if self._wait_s:
@@ -163,25 +174,16 @@ class Worker:
         return sent
 
 
-def asynchronous(settings: Settings, kill: int, timeout_s: float) -> dict[str, Any]:
+def asynchronous(settings: Settings, server: Any, workers: list[Any], kill: int, timeout_s: float) -> dict[str, Any]:
     """A run in which nobody waits for anybody. `kill` workers die on the way, and others take their place.
 
     Raises:
         TimeoutError: it did not end in time.
     """
-    server = Server.remote(settings)  # type: ignore[attr-defined]
+    ray.get(server.begin.remote(settings), timeout=timeout_s)
     result, deadline = server.result.remote(), time.monotonic() + timeout_s
-    running: dict[Any, tuple[int, Any]] = {}
-    started = killed = joined = 0
-
-    def start() -> None:
-        nonlocal started
-        worker = Worker.remote(started, settings)  # type: ignore[attr-defined]
-        running[worker.run.remote(server)] = (started, worker)
-        started += 1
-
-    for _ in range(settings.workers):
-        start()
+    running = {worker.run.remote(server): (number, worker) for number, worker in enumerate(workers)}
+    started, killed, joined = len(workers), 0, 0
     try:
         while True:
             ended, _ = ray.wait([result, *running], timeout=0.1)
@@ -189,8 +191,9 @@ def asynchronous(settings: Settings, kill: int, timeout_s: float) -> dict[str, A
                 return {**ray.get(result), "killed": killed, "joined": joined}
             for reference in ended:
                 running.pop(reference)
-                start()
-                joined += 1
+                worker = Worker.remote(started, settings)  # type: ignore[attr-defined]
+                running[worker.run.remote(server)] = (started, worker)
+                started, joined = started + 1, joined + 1
             version, senders = ray.get(server.progress.remote())
             due = version >= settings.updates * (killed + 1) // (kill + 2)  # spread over the run
             victims = [worker for number, worker in running.values() if number in senders and number != 0]
@@ -202,10 +205,9 @@ def asynchronous(settings: Settings, kill: int, timeout_s: float) -> dict[str, A
     finally:
         for _, worker in running.values():
             ray.kill(worker)
-        ray.kill(server)
 
 
-def synchronous(settings: Settings, timeout_s: float) -> dict[str, Any]:
+def synchronous(settings: Settings, server: Any, workers: list[Any], timeout_s: float) -> dict[str, Any]:
     """A run in which each update is the mean of a gradient of every worker.
 
     Raises:
@@ -213,19 +215,14 @@ def synchronous(settings: Settings, timeout_s: float) -> dict[str, Any]:
     """
     rounds = max(1, settings.updates * settings.batch // settings.workers)  # as many gradients
     one = Settings(**{**asdict(settings), "batch": settings.workers, "updates": rounds})
-    server = Server.remote(one)  # type: ignore[attr-defined]
-    workers = [Worker.remote(number, one) for number in range(one.workers)]  # type: ignore[attr-defined]
+    ray.get(server.begin.remote(one), timeout=timeout_s)
     result, deadline = server.result.remote(), time.monotonic() + timeout_s
-    try:
-        while (found := ray.get(server.exchange.remote(0, None))) is not None:
-            messages = ray.get([w.gradient.remote(*found) for w in workers], timeout=timeout_s)
-            ray.get([server.exchange.remote(number, m) for number, m in enumerate(messages)])
-            if time.monotonic() > deadline:
-                raise TimeoutError(f"{found[0]} of {rounds} updates after {timeout_s:g} s")
-        return ray.get(result)  # type: ignore[no-any-return]
-    finally:
-        for actor in (*workers, server):
-            ray.kill(actor)
+    while (found := ray.get(server.exchange.remote(0, None), timeout=timeout_s)) is not None:
+        messages = ray.get([w.gradient.remote(*found) for w in workers], timeout=timeout_s)
+        ray.get([server.exchange.remote(number, m) for number, m in enumerate(messages)], timeout=timeout_s)
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"{found[0]} of {rounds} updates after {timeout_s:g} s")
+    return ray.get(result, timeout=timeout_s)  # type: ignore[no-any-return]
 
 
 def main() -> None:
@@ -234,7 +231,9 @@ def main() -> None:
     for name, default in asdict(Settings()).items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default)
     parser.add_argument("--kill", type=int, default=1, help="workers that are killed on the way")
-    parser.add_argument("--timeout", type=float, default=300.0, help="seconds for each of the two runs")
+    parser.add_argument(
+        "--timeout", type=float, default=300.0, help="seconds for the start, and for each of the two runs"
+    )
     parser.add_argument("--address", help="of a Ray cluster; by default one is started")
     parser.add_argument("--json", metavar="FILE")
     given = vars(parser.parse_args())
@@ -243,11 +242,15 @@ def main() -> None:
     ray.init(
         address=address, num_cpus=None if address else settings.workers, log_to_driver=False, include_dashboard=False
     )
+    began = time.monotonic()
     try:
-        found = {
-            "asynchronous": asynchronous(settings, kill, timeout_s),
-            "synchronous": synchronous(settings, timeout_s),
-        }
+        server = Server.remote(settings)  # type: ignore[attr-defined]
+        workers = [Worker.remote(number, settings) for number in range(settings.workers)]  # type: ignore[attr-defined]
+        # both runs have these processes: what they import takes longer than what they compute
+        ray.get([worker.ready.remote() for worker in workers], timeout=timeout_s)
+        print(f"{settings.workers} workers are ready after {time.monotonic() - began:.0f} s", flush=True)
+        bound = synchronous(settings, server, workers, timeout_s)
+        found = {"asynchronous": asynchronous(settings, server, workers, kill, timeout_s), "synchronous": bound}
     finally:
         ray.shutdown()
     if file:
