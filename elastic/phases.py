@@ -138,3 +138,20 @@ def check_same_phases(job: Any, before: list[str], run: str | None) -> None:
             f"the phases of {type(job).__name__} are {shown[0]}, but run {run} was started with {shown[1]}, so its "
             "steps are others; give these, or another --run.name"
         )
+
+
+def check_strategy(job: Any, **cut: int) -> None:
+    """Refuse phases of a model whose layers are cut over workers.
+
+    Args:
+        cut: over how many, by the option of `--parallel`.
+
+    Raises:
+        ConfigError: with the option.
+    """
+    for option, workers in cut.items():
+        if job.phases and workers > 1:
+            raise ConfigError(
+                f"--parallel.{option} is {workers}, but the updates of {type(job).__name__} take turns, which goes "
+                "with ddp, fsdp and hsdp alone; leave it out"
+            )

@@ -134,6 +134,11 @@ def test_phases_that_cannot_be_are_refused(job, words, tmp_path):
     assert words in str(refused.value)
 
 
+def test_layers_that_are_cut_over_workers_are_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"--parallel.tensor is 2, but the updates of Turns take turns, which goes"):
+        prepare(Turns(), configure(tmp_path, None, parallel__tensor=2, scaling__workers_per_node=2))
+
+
 def test_helpers_may_have_names_that_begin_like_losses():
     class Helped(Turns):
         def loss_weights(self, step):

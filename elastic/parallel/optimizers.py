@@ -156,3 +156,12 @@ def parts_of(optimizer: torch.optim.Optimizer) -> list[torch.optim.Optimizer]:
 def kind_of(optimizer: torch.optim.Optimizer) -> str:
     """The name of its class; of several, joined by a plus."""
     return "+".join(type(part).__name__ for part in parts_of(optimizer))
+
+
+def cannot_update(optimizer: torch.optim.Optimizer, error: BaseException) -> ConfigError:
+    """The sentence for an optimizer with an operation that torch has not for cut parameters, as `error` says."""
+    return ConfigError(
+        f"the optimizer {kind_of(optimizer)} cannot update parameters that are cut over the workers "
+        f"({str(error).splitlines()[0]}); leave out fused=True, use one that works element by element, or use "
+        "--parallel.strategy ddp"
+    )

@@ -303,7 +303,7 @@ class Pipelined(BitwiseSharded):
             told = [None] * mesh.layout.stages
             dist.all_gather_object(told, mine, group=mesh.pipeline_group)
         self._used_names = {name for _, names, _ in told for name in names}
-        records = Records(self._runs, mesh.pipeline, self._device, buffers.words, self._metrics, self._check)
+        records = Records(self._runs, mesh.pipeline, self._device, buffers.words, self.metrics, self._check)
         mask = 0
         for _, _, bits in told:
             mask |= bits

@@ -21,7 +21,7 @@ from elastic.job_data import held_out_sizes, training_data
 from elastic.job_options import job_options
 from elastic.observe.callbacks import Callback
 from elastic.parallel.nccl import settings_lines
-from elastic.phases import check_evaluated, check_same_phases
+from elastic.phases import check_evaluated, check_same_phases, check_strategy
 from elastic.redact import clean, redact
 from elastic.run import forecast
 from elastic.run.folder import RunFolder
@@ -115,6 +115,7 @@ def prepare(job: Job, config: TrainConfig) -> PreparedRun:
     data, dataset_size = training_data(job, sameness.load)
     held_out = held_out_sizes(job)
     check_evaluated(job, Job, held_out)
+    check_strategy(job, tensor=config.parallel.tensor, pipeline=config.parallel.pipeline)
     for name, samples in held_out.items():
         if samples == 0:
             raise ConfigError(f"eval_data() {name!r} has no samples; return None to leave evaluation out")

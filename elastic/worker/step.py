@@ -26,7 +26,7 @@ from elastic.membership.stage import OF_A_STEP, Position, Stage
 from elastic.parallel.device import describe, host_wait
 from elastic.parallel.leaf import GradientTooLate
 from elastic.parallel.matrices import Matrices
-from elastic.parallel.optimizers import kind_of
+from elastic.parallel.optimizers import cannot_update
 from elastic.parallel.records import StepRecord
 from elastic.parallel.replicated import BitwiseReplica, FastReplica, NotReduced, Pass
 from elastic.parallel.scaling import multiply
@@ -131,9 +131,8 @@ class WorldSteps:
         self._trained = state.trained()
         self._agree(group)
         self._one_each = stepper.one_each
-        self.share = Share.of(
-            stepper.run.plan, self._config, group.layout, place, bitwise=stepper.bitwise, one_each=stepper.one_each
-        )
+        exact = stepper.bitwise
+        self.share = Share.of(self._plan, self._config, group.layout, place, bitwise=exact, one_each=self._one_each)
         self._loader.start(applied, self.share.spans)
         self._step = self._pass = 0
         self._last: Update | None = None  # the update that was applied last in this world
@@ -153,8 +152,7 @@ class WorldSteps:
                 at_pass=self._at_pass,
                 written=stepper.written,
             )
-            cycle, cut = self._plan.cycle, self._config.parallel.sharded
-            self._turns: Turns[Replica] = Turns(cycle, state.optimizer, make, shared=cut)
+            self._turns = Turns(self._plan.cycle, state.optimizer, make, shared=self._config.parallel.sharded)
 
     def _agree(self, group: Group) -> None:
         """Agree with all members on what must be alike: one microbatch per pass, unused parameters, comparable devices.
@@ -336,11 +334,7 @@ class WorldSteps:
         except (NotImplementedError, RuntimeError) as error:
             if not (self._config.parallel.sharded and lacks_sharding(error)):
                 raise
-            raise ConfigError(
-                f"the optimizer {kind_of(optimizer)} cannot update parameters that are cut over the workers "
-                f"({str(error).splitlines()[0]}); leave out fused=True, use one that works element by element, or use "
-                "--parallel.strategy ddp"
-            ) from error
+            raise cannot_update(optimizer, error) from error
 
     def _passes(self, step: int) -> Iterator[Pass]:
         progress, clock, attributes = self._stepper.progress, self._stepper.clock, self._stepper.attributes
