@@ -25,7 +25,7 @@ class InCells(Plain):
         from torch import nn
         from torch.nn import functional
 
-        sequence = self.plan == "loose"
+        sequence, heads = self.plan == "loose", 3 if self.plan == "heads" else None
 
         class Block(nn.Module):
             def __init__(self, w: int, p: float):
@@ -37,7 +37,10 @@ class InCells(Plain):
                     self.gain = nn.Parameter(torch.ones(w))
 
             def forward(self, x):
-                h = self.after(self.down(self.inside(functional.gelu(self.up(self.norm(x))))))
+                h = functional.gelu(self.up(self.norm(x)))
+                if heads is not None:  # as attention would have it
+                    h = h.view(*h.shape[:-1], -1, 4 * x.shape[-1] // heads).flatten(-2)
+                h = self.after(self.down(self.inside(h)))
                 return x + (h * self.gain if sequence else h)
 
         class Network(nn.Module):

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import pytest
+from safetensors.torch import load_file
 
+from elastic import cli
+from elastic.checkpoint.tensors import tensor_bytes
 from elastic.errors import ConfigError
 from elastic.observe.ledger import gaps_and_doubles
 from elastic.run.prepare import prepare
@@ -118,6 +121,21 @@ def test_a_lost_part_of_the_one_copy_comes_from_the_newest_checkpoint_and_mates_
     assert [e["detail"]["size"] for e in ran.events("world_formed")] == [4, 3], "the mate stands by"
 
 
+@pytest.mark.long
+def test_a_lost_part_of_the_one_copy_comes_from_a_snapshot_of_parts_of_parts(one_cell, tmp_path):
+    more = {"recovery__snapshot_every": "1st", "scaling__workers_per_node": 2, "eval__every": "3st"}
+
+    ran = train(
+        InCells(), cells(tmp_path, "fsdp", **more), 4, faults=[fault("step.forward", 7, 3, only=tmp_path / "k")]
+    )
+
+    assert ran.failure is None
+    assert ran.sha == one_cell.sha
+    (restored,) = ran.events("restored")
+    assert restored["detail"]["rung"] == "snapshot"
+    assert 1 <= restored["step"] <= 6
+
+
 def test_a_worker_that_comes_makes_a_cell_with_the_mate_that_stands_by(one_cell, tmp_path, gate):
     held = gate("held")
     config = cells(tmp_path, "ddp", eval__every="3st", scaling__max_workers=4)
@@ -186,6 +204,30 @@ def test_checkpoints_hold_whole_tensors_and_go_to_and_from_runs_without_cells(tm
     assert again.column("loss") == pytest.approx(reference.column("loss"), rel=1e-3)
 
 
+@pytest.mark.long
+def test_weights_of_a_run_in_cells_are_exported_whole(tmp_path):
+    found = train(InCells(), cells(tmp_path, "fsdp", run__duration="2st", checkpoint__every="2st"), workers=4)
+
+    assert cli.main(["checkpoints", "export", f"{tmp_path}/run", f"{tmp_path}/w.safetensors"]) == 0
+    exported = {name: bytes(tensor_bytes(tensor)) for name, tensor in load_file(tmp_path / "w.safetensors").items()}
+    state = found.state()
+    assert exported["layers.0.up.weight"] == state["model/layers.0.up.weight"][2]
+    assert {f"model/{name}" for name in exported} <= state.keys()
+    assert all(state[f"model/{name}"][2] == data for name, data in exported.items())
+
+
+@pytest.mark.long
+def test_four_workers_are_one_cell(tmp_path):
+    options = {"run__duration": "3st", "optim__clip_norm": 0.3}
+    whole = train(InCells(dropout=0.0), configure(tmp_path, "whole", **options), workers=1)
+    four = train(InCells(dropout=0.0), cells(tmp_path, "ddp", "four", parallel__tensor=4, **options), workers=4)
+    again = train(InCells(dropout=0.0), cells(tmp_path, "fsdp", "again", parallel__tensor=4, **options), workers=4)
+
+    assert four.failure is None
+    assert four.sha == again.sha != whole.sha
+    assert four.column("loss") == pytest.approx(whole.column("loss"), rel=1e-4)
+
+
 # ---- what is wrong -------------------------------------------------------------------------------------------------
 
 
@@ -224,8 +266,16 @@ def test_checkpoints_hold_whole_tensors_and_go_to_and_from_runs_without_cells(tm
             'module cuts it before; let the plan begin with the embedding ("rowwise")',
         ),
     )
-    + [(InCells(plan="loose"), {}, "layers.0.gain differs on")],
-    ids=["none", "misnamed", "divides", "untied", "late", "loose"],
+    + [
+        (InCells(plan="loose"), {}, "layers.0.gain differs on"),
+        (
+            InCells(plan="heads"),
+            {},
+            "a view or reshape in the model does not fit what --parallel.tensor 2 leaves of a layer's outputs on each "
+            "worker (",
+        ),
+    ],
+    ids=["none", "misnamed", "divides", "untied", "late", "loose", "heads"],
 )
 def test_a_plan_that_does_not_fit_is_refused_by_name(tmp_path, job, options, message):
     found = train(job, cells(tmp_path, **options), workers=options.get("parallel__tensor", 2))

@@ -513,3 +513,10 @@ def test_fsdp2_lets_modules_alone_whose_whole_parameters_somebody_else_has_put_t
         for module, parameters in zip(model, cut, strict=True):
             module._parameters |= parameters
         assert torch.equal(model(x), expected)
+
+
+def test_a_view_of_other_elements_than_there_are_is_known_by_its_error() -> None:
+    for ask in (lambda: torch.ones(6).view(-1, 4), lambda: torch.ones(6).reshape(2, 4)):
+        with pytest.raises(RuntimeError) as caught:
+            ask()
+        assert compat.is_unfit_view(caught.value)

@@ -253,6 +253,11 @@ def copies_cut_module(error: BaseException) -> bool:
     return isinstance(error, AssertionError) and "FSDP does not support deepcopy" in str(error)
 
 
+def is_unfit_view(error: RuntimeError) -> bool:
+    """Whether a view or reshape asked for another number of elements than there are."""
+    return "is invalid for input of size" in str(error)
+
+
 def lacks_sharding(error: BaseException) -> bool:
     """Whether torch does not implement an operation for sharded tensors."""
     return any(words in str(error) for words in ("sharding strategy", "Sharding propagation failed"))

@@ -26,6 +26,7 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 
+from elastic.compat.torch import is_unfit_view
 from elastic.errors import ConfigError
 from elastic.seeds import derive
 
@@ -113,6 +114,18 @@ def check_divides(name: str, shape: torch.Size, dimension: int, tensor: int) -> 
             f"--parallel.tensor is {tensor}, which does not divide the {shape[dimension]} of dimension {dimension} of "
             f"{name} (its shape is {tuple(shape)}); give a number that does, or leave that module out of tensor_plan()"
         )
+
+
+def refused_in_cells(error: BaseException, tensor: int) -> str | None:
+    """The explanation of an error that comes because a worker of a cell has a part of what a layer returns; None for
+    other errors."""
+    if tensor == 1 or not (isinstance(error, RuntimeError) and is_unfit_view(error)):
+        return None
+    return (
+        f"a view or reshape in the model does not fit what --parallel.tensor {tensor} leaves of a layer's outputs on "
+        f"each worker ({str(error).splitlines()[0]}); it must divide the number of heads, which the view is to leave "
+        "open (view(..., -1, head_width)); give a number that does, or leave those layers out of tensor_plan()"
+    )
 
 
 def parts_of_plan(model: nn.Module, plan: Plan) -> dict[str, int]:

@@ -19,6 +19,7 @@ from elastic.errors import ConfigError, RunFailed, WorldBroken, one_line
 from elastic.job import Job
 from elastic.membership.failure import Failure, named
 from elastic.parallel.records import names_of
+from elastic.parallel.tensor import refused_in_cells
 from elastic.parallel.wrapping import call_gathered, local, refused_where_sharded
 from elastic.phases import loss_name
 from elastic.worker.batches import to_device
@@ -190,7 +191,8 @@ class UserCode:
         except (Exception, SystemExit) as error:
             if not alone and self.group is not None and self.group.failed_by(error):
                 raise WorldBroken(f"{self.where} failed: {one_line(error)}") from error
-            if (sentence := refused_where_sharded(error)) is not None:
+            cell_size = self.group.tensor if self.group is not None else 1
+            if (sentence := refused_where_sharded(error) or refused_in_cells(error, cell_size)) is not None:
                 raise self.mistake(ConfigError(sentence)) from error
             raise self.error(error) from error
 

@@ -102,12 +102,14 @@ def snapshots_part(pairs: int) -> Any:
     return {"head": head, "rows": rows, "pairs": pairs}
 
 
-def one_kill(folder: Path, strategy: str, saves: bool, snapshots: str, node: bool, tensor: int = 1) -> dict[str, float]:
+def one_kill(
+    folder: Path, strategy: str, saves: bool, snapshots: str, node: bool, tensor: int = 1, pipeline: int = 1
+) -> dict[str, float]:
     """The stall after one worker, or its node, was killed, and the steps that had to be done again."""
     config = replace(
         STEADY,
         run=RunOptions(storage=str(folder), duration=f"{KILL_STEPS}st"),
-        parallel=ParallelOptions(strategy=strategy, tensor=tensor),  # type: ignore[arg-type]
+        parallel=ParallelOptions(strategy=strategy, tensor=tensor, pipeline=pipeline),  # type: ignore[arg-type]
         scaling=ScalingOptions(max_workers=KILL_WORKERS, workers_per_node=2),
         checkpoint=CheckpointOptions(every=f"{SAVE_EVERY}st" if saves else None),
         recovery=RecoveryOptions(snapshot_every=snapshots),

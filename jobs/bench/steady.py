@@ -31,6 +31,9 @@ class Steady(elastic.Job):
     def tensor_plan(self):
         return {"0": "colwise", "2": "rowwise"}
 
+    def stages(self, model):
+        return list(model)
+
     def optimizer(self, model):
         import torch
 

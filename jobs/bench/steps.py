@@ -70,6 +70,7 @@ def here(
     exactness: str,
     strategy: str = "ddp",
     tensor: int = 1,
+    pipeline: int = 1,
     workers_per_node: int | None = None,
 ) -> dict[str, float]:
     """Return samples/s and peak MiB of a run here, in plain processes like the bare loop."""
@@ -77,11 +78,11 @@ def here(
         run=RunOptions(storage=str(folder), duration=f"{steps}st", exactness=exactness),  # type: ignore[arg-type]
         batch=BatchOptions(global_size=global_size, microbatches=microbatches),
         optim=OptimOptions(clip_norm=1.0),
-        parallel=ParallelOptions(strategy=strategy, tensor=tensor),  # type: ignore[arg-type]
+        parallel=ParallelOptions(strategy=strategy, tensor=tensor, pipeline=pipeline),  # type: ignore[arg-type]
         scaling=ScalingOptions(max_workers=workers, workers_per_node=workers_per_node),
         observe=ObserveOptions(tensorboard=False),
     )
-    run = prepare(StepsAlone(size=size, block=BLOCK), config)
+    run = prepare(StepsAlone(size=size, block=BLOCK, tied=pipeline == 1), config)
     with LocalRun(run, workers, environment={"OMP_NUM_THREADS": "1"}) as local:
         memory = PeakMemory(lambda: [p.pid for p in local.processes])
         local.wait(600)
