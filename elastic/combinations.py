@@ -97,14 +97,13 @@ def _check_cells(config: TrainConfig) -> None:
 def _check_pipelines(config: TrainConfig) -> None:
     """What does not go with pipelines."""
     parallel, most, size = config.parallel, config.scaling.max_workers, config.parallel.pipeline
-    if most < size:
+    if most < size * parallel.tensor:
         raise ConfigError(
             f"--parallel.pipeline is {size}, but --scaling.max-workers is {most}, too few for the stages of one "
-            f"pipeline; give at least {size} workers, or fewer stages"
+            f"pipeline; give at least {size * parallel.tensor} workers, or fewer stages"
         )
     for name, value, wrong in (
         ("--parallel.strategy", parallel.strategy, parallel.strategy == "hsdp"),
-        ("--parallel.tensor", parallel.tensor, parallel.tensor > 1),
         ("--parallel.activation-checkpointing", True, parallel.activation_checkpointing),
         ("--parallel.compile", True, parallel.compile),
         ("--parallel.offload", True, parallel.offload),

@@ -75,6 +75,10 @@ class InStages(Plain):
             return found[:-1]
         return [*found, model.head] if self.wrong == "twice" else found
 
+    def tensor_plan(self):
+        plan = {"blocks.*.up": "colwise", "blocks.*.down": "rowwise"}
+        return {**plan, "blocks.*.norm": "sequence"} if self.wrong == "sequence" else plan
+
     def logits(self, model, features, ids):
         return model(((features + 1) * (TOKENS / 2)).long().clamp(0, TOKENS - 1))
 

@@ -52,6 +52,42 @@ def test_fast_trains_the_same_bits(one_process, tmp_path):
     assert found.sha == one_process.sha
 
 
+@pytest.fixture(scope="module")
+def one_cell(fork_server, tmp_path_factory):
+    """The undisturbed run of one cell of two workers with a whole model."""
+    config = configure(tmp_path_factory.mktemp("cell"), "run", eval__every="3st", parallel__tensor=2)
+    ran = train(InStages(), config, workers=2)
+    assert ran.failure is None
+    return ran
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("workers", "strategy"), [(4, "ddp"), (8, "ddp"), (8, "fsdp")])
+def test_pipelines_of_cells_train_the_bits_of_one_cell(one_cell, tmp_path, workers, strategy):
+    config = pipelines(tmp_path, eval__every="3st", parallel__tensor=2, parallel__strategy=strategy)
+    found = train(InStages(), config, workers)
+
+    assert found.failure is None
+    assert_same_training(found, one_cell)
+    assert found.evaluations == one_cell.evaluations
+
+
+@pytest.mark.long
+def test_two_pipelines_of_two_stages_of_two_workers_lose_two_of_them(one_cell, tmp_path):
+    """First there are three cells left, a pipeline of three stages, then two."""
+    config = pipelines(tmp_path, eval__every="3st", parallel__tensor=2, checkpoint__every="4st")
+    kills = [("step.stage", 3, 5), ("step.before_fence", 7, 1)]
+    faults = [fault(*kill, only=tmp_path / f"killed-{number}") for number, kill in enumerate(kills)]
+
+    ran = train(InStages(), config, workers=8, faults=faults)
+
+    assert ran.failure is None
+    assert ran.sha == one_cell.sha
+    assert ran.column("loss") == one_cell.column("loss")
+    assert [e["detail"]["size"] for e in ran.events("world_formed")] == [8, 7, 6]
+    assert gaps_and_doubles(ran.rows, B) == []
+
+
 # ---- losses and joins ------------------------------------------------------------------------------------------
 
 #: Kills of a run of two pipelines of two stages: point, step, and rank in the world of that moment. After the first
@@ -151,6 +187,8 @@ def test_the_first_line_says_how_many_pipelines_of_how_many_stages_there_are(tmp
     config = pipelines(tmp_path, 2, scaling__max_workers=5, scaling__spares=1)
 
     assert "5 workers = 2 pipelines x 2 stages, 2 spare -> 5 rounds" in report(prepare(InStages(), config))
+    config = pipelines(tmp_path, 2, scaling__max_workers=8, parallel__tensor=2)
+    assert "8 workers = 2 pipelines x 2 stages x 2 tensor, 0 spare -> 5 rounds" in report(prepare(InStages(), config))
 
 
 @pytest.mark.parametrize(
@@ -168,16 +206,18 @@ def test_the_first_line_says_how_many_pipelines_of_how_many_stages_there_are(tmp
                 "blocks.0 and blocks.1 share the parameter blocks.0.up.weight, and stages() returns them as two",
             ),
         ),
+        *slow((InStages(wrong="sequence"), "tensor_plan() cuts activations along the sequence between layers, which")),
         *slow((InStages(wrong="same"), "a First of stages() returns one tensor twice")),
         (
             InStages(wrong="more"),
             "stages() returns modules that, called one after another, compute something else than the model's",
         ),
     ],
-    ids=["none", "twice", "left out", "tied", "same", "more"],
+    ids=["none", "twice", "left out", "tied", "sequence", "same", "more"],
 )
 def test_stages_that_do_not_fit_are_refused_by_name_before_training(tmp_path, job, message):
-    found = train(job, pipelines(tmp_path), workers=2)
+    tensor = 2 if job.wrong == "sequence" else 1
+    found = train(job, pipelines(tmp_path, parallel__tensor=tensor), workers=2 * tensor)
 
     assert found.failure is not None
     assert message in found.failure
@@ -188,7 +228,11 @@ def test_stages_that_do_not_fit_are_refused_by_name_before_training(tmp_path, jo
     ("options", "message"),
     [
         ({"parallel__strategy": "hsdp", "scaling__workers_per_node": 2}, "--parallel.strategy is hsdp, which"),
-        ({"parallel__tensor": 2}, "--parallel.tensor is 2, which --parallel.pipeline 2 does not go with"),
+        ({"parallel__compile": True}, "--parallel.compile is True, which --parallel.pipeline 2 does not go with"),
+        (
+            {"parallel__tensor": 4},
+            "--scaling.max-workers is 4, too few for the stages of one pipeline; give at least 8",
+        ),
         ({"parallel__pipeline": 5}, "--parallel.pipeline is 5, but --scaling.max-workers is 4, too few for the stages"),
     ],
 )

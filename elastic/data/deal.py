@@ -79,10 +79,10 @@ def batch_table(
     """
     if stages > 1:
         found = []
-        for workers in range(1, max_workers + 1):
-            count, each = pipelines(workers, stages)
+        for cells in range(1, max_workers // cell_size + 1):
+            count, each = pipelines(cells, stages)
             longest = rounds(microbatches, count)
-            found.append((workers, longest, microbatches * each / (workers * (longest + each - 1))))
+            found.append((cells * cell_size, longest, microbatches * each / (cells * (longest + each - 1))))
         return found
     sizes = range(1, max_workers // cell_size + 1)
     return [(cells * cell_size, rounds(microbatches, cells), efficiency(microbatches, cells)) for cells in sizes]
@@ -99,9 +99,10 @@ def batch_line(
     """
     cells = max_workers // cell_size
     if stages > 1:
-        cells, each = pipelines(max_workers, stages)
-        idle = max_workers - cells * each
-        made_of = f" = {_count(cells, 'pipeline')} x {each} stages, {idle + spares} spare"
+        cells, each = pipelines(cells, stages)
+        idle = max_workers - cells * each * cell_size
+        tensor = f" x {cell_size} tensor" if cell_size > 1 else ""
+        made_of = f" = {_count(cells, 'pipeline')} x {each} stages{tensor}, {idle + spares} spare"
         return (
             f"global {global_size} = {microbatches} microbatches x {global_size // microbatches}; "
             f"{max_workers} workers{made_of} -> {rounds(microbatches, cells)} rounds"

@@ -9,7 +9,7 @@ of one node. Cells are laid out by the strategy:
            for each group of S, so that a lost node leaves
            whole copies
 
-With pipelines, each runs microbatches as a whole, and its workers are stages of it. What a worker holds of the state is
+With pipelines, each runs microbatches as a whole, and its cells are stages of it. What a worker holds of the state is
 laid out apart from that, row by row of each tensor: with ddp over the workers of each pipeline, with fsdp over all.
 
 A mesh has `replicas` rows of `shards` cells of `tensor` workers. Workers that do not fill a cell, or cells that do not
@@ -19,7 +19,7 @@ fill a row, stay outside as hot spares.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from elastic.placement import Cut, Part, pipelines
 
@@ -36,7 +36,7 @@ class Layout:
             `ranks[(replica * shards + shard) * tensor + index]`.
         spares: ranks outside of the mesh, ascending.
         tensor: workers of a cell.
-        stages: workers of a pipeline, neighbours in the mesh; 0 without pipelines.
+        stages: cells of a pipeline, neighbours in the mesh; 0 without pipelines.
     """
 
     replicas: int
@@ -72,7 +72,7 @@ class Layout:
     @property
     def pipelines(self) -> int:
         """The number of pipelines, if there are any."""
-        return self.size // self.stages
+        return self.cells // self.stages
 
     def part(self, place: int) -> Part:
         """The part of the state that a place holds."""
@@ -111,19 +111,19 @@ def lay_out(
         tensor: workers of a cell.
         stages: the fewest of a pipeline that are wished for, and the most that there can be; None without pipelines.
     """
-    if stages is not None:
-        count, each = pipelines(len(nodes), *stages)
-        ranks = range(count * each)
-        shape = (1, count * each) if strategy == "fsdp" else (count, each)
-        return Layout(*shape, tuple(ranks), tuple(range(ranks.stop, len(nodes))), stages=each)
     cells = fill_cells(nodes, tensor)
+    if stages is not None and cells:
+        count, each = pipelines(len(cells), *stages)
+        length = count * each if strategy == "fsdp" else each
+        rows = [tuple(cells[first : first + length]) for first in range(0, count * each, length)]
+        return replace(_meshed(nodes, rows), stages=each)
     assert cells, "no world is formed without a cell"
     if strategy == "ddp":
         return _meshed(nodes, [(cell,) for cell in cells])
     if strategy == "hsdp":
         assert per_node is not None, "refused with the options"
         together = per_node // tensor
-        rows: list[tuple[tuple[int, ...], ...]] = []
+        rows = []
         for node in sorted(set(nodes), key=nodes.index):
             here = [cell for cell in cells if nodes[cell[0]] == node]
             rows += [tuple(here[i : i + together]) for i in range(0, len(here) - together + 1, together)]

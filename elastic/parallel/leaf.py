@@ -9,8 +9,10 @@ from functools import partial
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from elastic.parallel.canonical import CanonicalSum, Tensors
+from elastic.parallel.wrapping import local
 
 
 class GradientTooLate(Exception):
@@ -90,7 +92,11 @@ class Leaf:
         p = self._parameters[index]
         gradient, p.grad = p.grad, None
         self._used[index] = gradient is not None
-        return torch.zeros_like(p) if gradient is None else gradient
+        if gradient is None:
+            return torch.zeros_like(local(p))
+        if isinstance(gradient, DTensor) and isinstance(p, DTensor):  # of a cell, whose workers may have terms of it
+            gradient = gradient.redistribute(placements=p.placements)
+        return local(gradient)
 
     def _mask(self) -> torch.Tensor:
         used = tuple(self._used)

@@ -26,8 +26,9 @@ class Mesh:
         everyone: the group of all members of the mesh; None is the default group.
         one_of_each_cell: the group of the workers that have this worker's place in their cells; None as above.
         links: how workers with whole models exchange gradients.
-        pipeline_group: of the workers of this one's pipeline, by stage, if there are pipelines.
-        stage_group: of the workers with this one's stage, by pipeline.
+        pipeline_group: of the workers of this one's pipeline that have its place in their cells, by stage, if there
+            are pipelines.
+        stage_group: of the workers with this one's stage and place in their cells, by pipeline.
     """
 
     layout: Layout
@@ -62,12 +63,12 @@ class Mesh:
     @property
     def pipeline(self) -> int:
         """The pipeline of this worker."""
-        return self._place // self.layout.stages
+        return self.cell // self.layout.stages
 
     @property
     def stage(self) -> int:
         """Its stage in the pipeline."""
-        return self._place % self.layout.stages
+        return self.cell % self.layout.stages
 
     @property
     def part(self) -> Part:
@@ -149,7 +150,7 @@ def make_mesh(layout: Layout, rank: int, device: torch.device, world: str) -> Me
     alike = [everyone]
     if layout.tensor > 1:
         alike = [dist.new_group(list(layout.ranks[index :: layout.tensor])) for index in range(layout.tensor)]
-    pipelines, columns = _pipelines(layout) if layout.stages else ([None], [None])
+    pipelines, columns = _pipelines(layout) if layout.stages else ({}, {})
     if place is None:
         return Mesh(layout, place)
     return Mesh(
@@ -158,12 +159,33 @@ def make_mesh(layout: Layout, rank: int, device: torch.device, world: str) -> Me
         devices,
         everyone,
         alike[place % layout.tensor],
-        pipeline_group=pipelines[place // layout.stages if layout.stages else 0],
-        stage_group=columns[place % layout.stages if layout.stages else 0],
+        pipeline_group=pipelines.get(place),
+        stage_group=columns.get(place),
     )
 
 
-def _pipelines(layout: Layout) -> tuple[list[dist.ProcessGroup | None], list[dist.ProcessGroup | None]]:
-    """Connect the workers of each pipeline, and those of each stage."""
-    by_pipeline = [list(layout.ranks[first : first + layout.stages]) for first in range(0, layout.size, layout.stages)]
-    return [dist.new_group(ranks) for ranks in by_pipeline], [dist.new_group(ranks) for ranks in zip(*by_pipeline)]
+Groups = dict[int, dist.ProcessGroup]
+
+
+def _pipelines(layout: Layout) -> tuple[Groups, Groups]:
+    """Connect the workers of each pipeline that have one place in their cells, and those of each stage, by place."""
+    stages, tensor = range(layout.stages), range(layout.tensor)
+    lines = [
+        [(pipeline * layout.stages + stage) * layout.tensor + index for stage in stages]
+        for pipeline in range(layout.pipelines)
+        for index in tensor
+    ]
+    columns = [
+        [(pipeline * layout.stages + stage) * layout.tensor + index for pipeline in range(layout.pipelines)]
+        for stage in stages
+        for index in tensor
+    ]
+    return _connected(layout, lines), _connected(layout, columns)
+
+
+def _connected(layout: Layout, groups: Sequence[Sequence[int]]) -> Groups:
+    found: Groups = {}
+    for places in groups:
+        group = dist.new_group([layout.ranks[place] for place in places])
+        found |= dict.fromkeys(places, group)
+    return found

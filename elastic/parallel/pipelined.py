@@ -30,6 +30,7 @@ from elastic.parallel.sharded import BitwiseSharded
 from elastic.parallel.stage_parameters import StageParameters
 from elastic.parallel.stages import chained, cost_of, cut, seed_behind
 from elastic.parallel.standin import Standin, calls_of
+from elastic.parallel.wrapping import local
 from elastic.seeds import seed_all
 
 Tensors = tuple[torch.Tensor, ...]
@@ -76,7 +77,8 @@ class Pipelined(BitwiseSharded):
         self._names = [name for layer in self._layers for name, m in model.named_modules() if m is layer]
         self._of_stage = StageParameters(model, [[layers[i] for i in run] for run in bounds], mesh, device)
         trained = {name: p for name, p in self._of_stage.whole.items() if p.requires_grad}
-        self._buckets = buckets_of([*trained.values(), torch.empty(len(trained))], self._bucket_bytes)
+        like = [*(local(p).detach() for p in trained.values()), torch.empty(len(trained))]
+        self._buckets = buckets_of(like, self._bucket_bytes)
         self._leaf, self._trained = Leaf(trained, self._buckets, device), list(trained)
         self._names_of_trained = [name for name, p in model.named_parameters() if p.requires_grad]
         self._stage_of_buffer = _stages_of_buffers(model, [[layers[i] for i in run] for run in bounds])

@@ -17,11 +17,11 @@ from torch.distributed.tensor import DTensor
 
 from elastic.compat.torch import own_parameters, version_of
 from elastic.errors import ConfigError
-from elastic.parallel.layout import ROWS
+from elastic.parallel.layout import TENSOR
 from elastic.parallel.mesh import Mesh
-from elastic.parallel.wrapping import local
+from elastic.parallel.wrapping import cut_of, local, placement_in_cell
 from elastic.parallel.writes import WRITTEN
-from elastic.placement import Box, Part, narrowed
+from elastic.placement import Cut, Part, narrowed
 
 
 @dataclass(frozen=True)
@@ -34,9 +34,15 @@ class _Owned:
     places: tuple[tuple[nn.Module, str], ...]  # where modules have it: (module, its name there)
 
     def rows(self, part: Part, of: torch.Tensor) -> torch.Tensor:
-        """The rows of the whole of it that a worker with this part holds."""
-        shape = tuple(self.cut.shape)
-        return narrowed(of, part.box(shape, ROWS), Box.whole(shape))
+        """The rows that a worker with this part holds, of all of it that the workers with its place in their cells
+        have."""
+        shape, lies = tuple(self.cut.shape), cut_of(self.name, self.cut)
+        return narrowed(of, part.box(shape, lies), part.box(shape, _in_cell(lies)))
+
+
+def _in_cell(lies: Cut) -> Cut:
+    """How a tensor lies over the workers of a cell, of one that lies so over all."""
+    return tuple((axis, dimension) for axis, dimension in lies if axis == TENSOR)
 
 
 class StageParameters:
@@ -64,18 +70,25 @@ class StageParameters:
         self._versions: list[int] = []
         #: The whole parameters of this stage, by name; they stay the same objects.
         self.whole = {
-            one.name: nn.Parameter(
-                torch.empty(one.cut.shape, dtype=one.cut.dtype, device=device), requires_grad=one.cut.requires_grad
-            )
-            for one in self._mine
+            one.name: nn.Parameter(self._room_for(one), requires_grad=one.cut.requires_grad) for one in self._mine
         }
+
+    def _room_for(self, one: _Owned) -> torch.Tensor:
+        """Memory for all of a parameter, or for this worker's part of it in its cell."""
+        shape = self._mesh.part.box(one.cut.shape, _in_cell(cut_of(one.name, one.cut))).sizes
+        made, within = torch.empty(shape, dtype=one.cut.dtype, device=self._device), placement_in_cell(one.cut)
+        if within is None:
+            return made
+        return DTensor.from_local(
+            made, self._mesh.cells, [within], run_check=False, shape=one.cut.shape, stride=one.cut.stride()
+        )
 
     def gather(self) -> None:
         """Bring the parameters of this stage here, and put them into the modules. All workers of the row call this."""
         layout, mesh, row = self._mesh.layout, self._mesh, self._mesh.parts_of_row
-        stages = [place % layout.stages for place in layout.row_of(mesh.pipeline * layout.stages + mesh.stage)]
+        stages = [cell % layout.stages for cell in layout.row_of(mesh.cell * layout.tensor)]
         going = [[local(one.cut).detach() for one in self._all if one.stage == stage] for stage in stages]
-        coming = [[one.rows(part, self.whole[one.name].detach()) for one in self._mine] for part in row]
+        coming = [[one.rows(part, local(self.whole[one.name]).detach()) for one in self._mine] for part in row]
         with torch.no_grad():
             _exchange(going, coming, mesh.row_group, self._device)
         for one in self._mine:
@@ -102,7 +115,7 @@ class StageParameters:
         """Set this worker's rows of all gradients. All workers of the pipeline call this.
 
         Args:
-            gradients: of the trained parameters of this stage, whole, in their order.
+            gradients: of the trained parameters of this stage, whole or this worker's parts in its cell, in order.
             used: of all trained parameters of the model in their order, whether they have a gradient.
         """
         layout, mesh = self._mesh.layout, self._mesh
@@ -110,7 +123,8 @@ class StageParameters:
         trained = [one for one in self._all if one.cut.requires_grad]
         whole = dict(zip((one.name for one in self._mine if one.cut.requires_grad), gradients, strict=True))
         mine = [one for one in trained if one.name in whole]
-        parts = [layout.part(place) for place in range(first, first + layout.stages)]
+        index = mesh.cells.get_local_rank() if layout.tensor > 1 else 0
+        parts = [layout.part(cell * layout.tensor + index) for cell in range(first, first + layout.stages)]
         going = [[one.rows(part, whole[one.name]) for one in mine] for part in parts]
         found = {one.name: torch.empty_like(local(one.cut), device=self._device) for one in trained}
         coming = [[found[one.name] for one in trained if one.stage == stage] for stage in range(layout.stages)]

@@ -167,6 +167,13 @@ def cut_of(name: str, tensor: torch.Tensor) -> Cut:
     return (*cut, *ROWS) if as_rows else cut
 
 
+def placement_in_cell(tensor: torch.Tensor) -> Placement | None:
+    """How a tensor of the model lies over the workers of a cell; None where these know nothing of each other."""
+    if not isinstance(tensor, DTensor):
+        return None
+    return dict(zip(_axes(tensor), tensor.placements, strict=True)).get(TENSOR)
+
+
 def is_gathered(parameter: torch.Tensor) -> bool:
     """Whether a parameter is whole here, or all of what a worker of a cell has of it: FSDP2 has gathered it."""
     return not isinstance(parameter, DTensor) or SHARD not in _axes(parameter)

@@ -23,7 +23,7 @@ from elastic.parallel.probe import check_elementwise
 from elastic.parallel.references import check_references
 from elastic.parallel.scaling import LossScale
 from elastic.parallel.stages import check_layers, layers_of, seed_each
-from elastic.parallel.tensor import check_plan, plan_of
+from elastic.parallel.tensor import check_plan, is_sequential, plan_of
 from elastic.parallel.turns import check_optimizers
 from elastic.parallel.wrapping import (
     Sharding,
@@ -84,6 +84,11 @@ class Placing:
         if parallel.pipeline > 1:
             layers = layers_of(self._job, self._next.model)
             check_layers(self._next.model, layers, parallel.pipeline)
+            if parallel.tensor > 1 and is_sequential(plan_of(self._job, self._next.model)):
+                raise ConfigError(
+                    f"--parallel.pipeline is {parallel.pipeline}, but tensor_plan() cuts activations along the "
+                    'sequence between layers, which stages do not send; leave "sequence" out of it, or this option'
+                )
             self.stages = (parallel.pipeline, len(layers))
 
     @property
@@ -207,8 +212,8 @@ class Placing:
         built, self._next = self._next or self._build(), None
         parallel = self._config.parallel
         blocks = find_blocks(built.model, self._classes())
-        if parallel.tensor == 1:  # otherwise its workers draw as `Draws` says
-            seed_each(layers_of(self._job, built.model))
+        if parallel.tensor == 1 or not is_sequential(plan_of(self._job, built.model)):
+            seed_each(layers_of(self._job, built.model))  # if activations between layers are whole in each worker
         if self._param_dtype is not None and not parallel.sharded:
             cast_parameters(built.model, blocks, self._param_dtype)
         if parallel.activation_checkpointing or parallel.compile:

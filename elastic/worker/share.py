@@ -64,7 +64,7 @@ class Share:
         """
         if layout.stages:  # all stages of a pipeline see the microbatches that it runs
             runs = deal(plan.microbatches, layout.pipelines)
-            own = runs[place // layout.stages]
+            own = runs[layout.cell_of(place) // layout.stages]
             longest = max(map(len, runs)) if layout.replicas == 1 else len(own)  # a row may have several pipelines
             return cls(runs, runs, own, [(i, 1) for i in own], 0, longest - len(own))
         rows = deal(plan.microbatches, layout.replicas)
