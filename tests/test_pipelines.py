@@ -207,13 +207,17 @@ def test_the_first_line_says_how_many_pipelines_of_how_many_stages_there_are(tmp
             ),
         ),
         *slow((InStages(wrong="sequence"), "tensor_plan() cuts activations along the sequence between layers, which")),
+        (
+            InStages(wrong="shapes"),
+            "all microbatches must make activations of one shape between the stages, but blocks.",
+        ),
         *slow((InStages(wrong="same"), "a First of stages() returns one tensor twice")),
         (
             InStages(wrong="more"),
             "stages() returns modules that, called one after another, compute something else than the model's",
         ),
     ],
-    ids=["none", "twice", "left out", "tied", "sequence", "same", "more"],
+    ids=["none", "twice", "left out", "tied", "sequence", "shapes", "same", "more"],
 )
 def test_stages_that_do_not_fit_are_refused_by_name_before_training(tmp_path, job, message):
     tensor = 2 if job.wrong == "sequence" else 1

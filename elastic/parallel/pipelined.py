@@ -38,6 +38,10 @@ _UNLIKE = (
     "stages() returns modules that, called one after another, compute something else than the model's forward(); let "
     "forward() call these modules in this order, each with what the one before returned, and do nothing else"
 )
+_OTHER_SHAPES = (
+    "all microbatches must make activations of one shape between the stages, but {} returns {} for one and {} for "
+    "another; pad samples to one length in collate_fn(), or leave --parallel.pipeline out"
+)
 _NO_TENSORS = (
     "{} of stages() is called with, or returns, something that is no tensor, so it cannot be sent to the next stage; "
     "let it take and return tensors"
@@ -86,6 +90,7 @@ class Pipelined(BitwiseSharded):
         self._columns = [Link(one_level(len(runs), mesh.pipeline), mesh.stage_group)]
         self._schedule: Any = None
         self._used_names: set[str] = set()
+        self._sends: list[tuple[int, ...]] = []  # shapes of what this stage sends to the next one
         self._failed: BaseException | None = None
 
     @property
@@ -158,6 +163,8 @@ class Pipelined(BitwiseSharded):
         if self._is_first:
             inputs = calls_of(self._loss, self.model, self._passes[index][0].batch)
         found = self._call_layers(index, inputs)
+        if (shapes := _shapes(found)) != self._sends:
+            raise ConfigError(_OTHER_SHAPES.format(self._names[-1], self._sends, shapes))
         return found[0] if len(found) == 1 else found
 
     def _call_layers(self, index: int, inputs: tuple[Any, ...], *, inside: bool = False) -> Tensors:
@@ -250,6 +257,7 @@ class Pipelined(BitwiseSharded):
                 dist.broadcast(tensor, group=group, group_src=stage)
             if stage + 1 == self._mesh.stage:
                 inputs = tuple(t.requires_grad_(needs) for t, (*_, needs) in zip(sent, shapes[0], strict=True))
+        self._sends = _shapes(outputs)
         if self._is_last:
             self._compare(outputs, expected)
         if layout.stages == 1:
@@ -357,6 +365,10 @@ class _Stage(PipelineStage):
     def backward_one_chunk(self, bwd_chunk_id: int, *arguments: Any, **named: Any) -> None:
         super().backward_one_chunk(bwd_chunk_id, *arguments, **named)
         self.behind(bwd_chunk_id)
+
+
+def _shapes(tensors: Tensors) -> list[tuple[int, ...]]:
+    return [tuple(t.shape) for t in tensors]
 
 
 def _stages_of_buffers(model: nn.Module, stages: Sequence[Sequence[nn.Module]]) -> dict[str, int]:

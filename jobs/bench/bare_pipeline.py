@@ -1,4 +1,6 @@
-"""The bare loop that pipelines are measured against: torch's own pipelining with DDP over pipelines, without Elastic.
+"""The bare loop that pipelines are measured against: torch's own pipelining, gradients summed over pipelines after it.
+
+DDP around a stage does not go with torch 2.13: its reducer counts the passes in which shapes are found out.
 
 torchrun --nproc-per-node 4 -m jobs.bench.bare_pipeline --steps 40 --global-size 32 --passes 4 --out times.json
 """
@@ -54,17 +56,14 @@ def main() -> None:
     layers = job.stages(model)
     mine = nn.Sequential(*(layers[i] for i in cut([cost_of(layer) for layer in layers], arguments.pipeline)[stage]))
     optimizer, parameters = torch.optim.AdamW(mine.parameters(), lr=job.lr, betas=(0.9, 0.95)), list(mine.parameters())
-    body: nn.Module = mine
-    if pipelines > 1:
-        body = nn.parallel.DistributedDataParallel(mine, process_group=mesh["pipeline"].get_group())
-    stages = mesh["stage"].get_group()
+    stages, copies = mesh["stage"].get_group(), mesh["pipeline"].get_group()
     share = arguments.global_size // pipelines
-    weight = share * arguments.block
+    weight = arguments.global_size * arguments.block
 
     def loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         return nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum") / weight
 
-    of_torch = PipelineStage(body, stage, arguments.pipeline, torch.device("cpu"), group=stages)
+    of_torch = PipelineStage(mine, stage, arguments.pipeline, torch.device("cpu"), group=stages)
     schedule = Schedule1F1B(of_torch, arguments.passes, loss_fn=loss, scale_grads=False)
     order = np.random.default_rng(0).permutation(len(data))
     times = []
@@ -74,6 +73,11 @@ def main() -> None:
         x, y = job.collate_fn(data.__getitems__(order[first : first + share].tolist()))
         targets = {"target": y, "losses": []} if stage == arguments.pipeline - 1 else {}
         schedule.step(*([x] if stage == 0 else []), return_outputs=False, **targets)
+        if pipelines > 1:
+            flat = torch.cat([p.grad.reshape(-1) for p in parameters])
+            dist.all_reduce(flat, group=copies)
+            for p, total in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+                p.grad.copy_(total.view_as(p))
         clip(parameters, 1.0, stages)
         optimizer.step()
         times.append(time.time())
