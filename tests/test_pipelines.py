@@ -6,11 +6,16 @@ import pytest
 
 from elastic.errors import ConfigError
 from elastic.observe.ledger import gaps_and_doubles
+from elastic.placement import pipelines as cut_into
+from elastic.run.accounts import account_of_run
 from elastic.run.prepare import prepare, report
 from tests.forked import WAIT_S, B, Ran, Watch, configure, fault, local_run, plan, train
 from tests.slowly import slow
 from tests.stage_jobs import InStages
 from tests.test_bits import assert_same_training
+from tests.tiny_jobs import CONFIG
+
+V = CONFIG.batch.microbatches
 
 pytestmark = [pytest.mark.processes, pytest.mark.usefixtures("fork_server")]
 
@@ -41,6 +46,11 @@ def test_every_number_of_stages_and_pipelines_trains_the_bits_of_one_process(
     assert found.failure is None
     assert_same_training(found, one_process)
     assert found.evaluations == one_process.evaluations
+    count, each = cut_into(workers, stages)
+    busy, spent = V / (count * (-(-V // count) + each - 1)), account_of_run(found.run.folder).seconds
+    assert spent["productive"] / (spent["productive"] + spent["imbalance"]) == pytest.approx(busy), (
+        "it fills and empties"
+    )
 
 
 @pytest.mark.long

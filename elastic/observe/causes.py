@@ -14,7 +14,7 @@ CAUSES: dict[str, str] = {
     "evaluation": "evaluations",
     "data": "waiting for the batch",
     "sync": "waiting for gradients and for the step's agreement",
-    "imbalance": "waiting for workers with one microbatch more",
+    "imbalance": "waiting for workers with one microbatch more, or for a pipeline to fill and empty",
     "checkpoint": "training stood still to save",
     "snapshot": "training stood still for a snapshot",
     "other": "the step loop beside all that: records, comparisons, the job's own hooks",

@@ -16,6 +16,7 @@ import numpy as np
 
 from elastic.observe.causes import PRODUCTIVE
 from elastic.observe.columns import columns
+from elastic.placement import pipelines
 
 _OF_STEPS = ("compute_s", "sync_s", "data_s", "checkpoint_s", "snapshot_s")
 _OF_GAPS = {"form": "connect_s", "restore": "restore_s", "held": "held_s"}  # the names in a row, by cause
@@ -50,12 +51,14 @@ class Deal:
         padded: workers with fewer passes than others make up the number with passes that count for nothing.
         complete: the ledger has the seconds of evaluations, holds and snapshots.
         cell_size: workers that run a microbatch together.
+        stages: the fewest of a pipeline; 1 without pipelines.
     """
 
     microbatches: int | None = None
     padded: bool = False
     complete: bool = False
     cell_size: int = 1
+    stages: int = 1
 
 
 def number(value: Any) -> float:
@@ -165,6 +168,10 @@ def _step_parts(found: Mapping[str, Column], eval_s: Column, workers: int, deal:
     count, cells = deal.microbatches, workers // deal.cell_size
     if not count or cells < 1 or count < cells:
         parts[PRODUCTIVE], parts["sync"] = compute, sync
+    elif deal.stages > 1:  # the passes of a stage contain its waits while the pipeline fills and empties
+        pipes, stages = pipelines(cells, deal.stages)
+        parts[PRODUCTIVE] = useful = compute * count / (pipes * (-(-count // pipes) + stages - 1))
+        parts["imbalance"], parts["sync"] = compute - useful, sync
     else:
         # microbatches of the busiest cell, and of the first, whose rank 0 wrote the rows
         most, own = -(-count // cells), count // cells

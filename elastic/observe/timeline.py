@@ -70,7 +70,9 @@ class Timeline:
         complete = isinstance(microbatches, int)
         cell_size = cell_size if type(cell_size) is int and cell_size > 0 else 1
         known = microbatches if complete else self._microbatches
-        return Deal(known, bool(detail.get("padded")), complete, cell_size)
+        stages = detail.get("stages")
+        stages = stages if type(stages) is int and stages > 0 else 1
+        return Deal(known, bool(detail.get("padded")), complete, cell_size, stages)
 
     def _take(self, claim: Claim, event: dict[str, Any]) -> None:
         kind, detail = event["kind"], event.get("detail")

@@ -152,6 +152,7 @@ def start_detail(run: PreparedRun) -> dict[str, Any]:
         "microbatches": run.plan.microbatches,
         "padded": run.config.parallel.sharded,
         **({"cell_size": run.config.parallel.tensor} if run.config.parallel.tensor > 1 else {}),
+        **({"stages": run.config.parallel.pipeline} if run.config.parallel.pipeline > 1 else {}),
         **({"prices": prices} if prices else {}),
     }
 
