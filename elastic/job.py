@@ -286,10 +286,10 @@ class Job:
         return {}
 
     def load_extra_state(self, values: Mapping[str, Any]) -> None:
-        """Take back the values of `extra_state`.
+        """Take back the values of `extra_state`, all of them.
 
-        Its tensors are restored in place already, but for those that it makes anew at each call, or that were not there
-        at first: these are among the values.
+        Its tensors are restored in place already, and given as they are, but for those that it makes anew at each call,
+        or that were not there at first: of these the saved values are given.
         """
 
     def sample(self, model: torch.nn.Module, step: int) -> str | Mapping[str, Any] | None:
@@ -298,7 +298,7 @@ class Job:
 
         Called at the end and, with `--eval.sample-every`, on the way; callbacks receive it. A picture is an array or a
         tensor of shape (height, width) or (height, width, 1, 3 or 4), uint8, or floating-point from 0 to 1. If this
-        raises, the error is recorded as an event, and training goes on.
+        raises, the error is recorded as an event, and training goes on. `sample(model)` will do too.
         """
         return None
 

@@ -103,7 +103,7 @@ class Building(elastic.Job):
         if self.bank:
             model.bank = torch.cat([model.bank, model.last.bias.detach()])
 
-    def sample(self, model, step):
+    def sample(self, model):
         told = [f"seen {int(model.norm.num_batches_tracked)}", f"mean {float(model.norm.running_mean.abs().sum())}"]
         if self.hook:
             moved = (model.first.weight - 1).abs().sum(1)

@@ -164,7 +164,10 @@ class _Training:
 
     def change(self, tensor: torch.Tensor) -> None:
         if self.nudge and not tensor.is_sparse and (tensor.is_floating_point() or tensor.is_complex()):
-            tensor.mul_(1 + self.nudge * (2 * torch.rand(tensor.shape, generator=self.noise) - 1))
+            nudge = self.nudge
+            if tensor.is_floating_point():  # in 16 bits by their rounding, as less would change nothing
+                nudge = max(nudge, torch.finfo(tensor.dtype).eps / 2)
+            tensor.mul_(1 + nudge * (2 * torch.rand(tensor.shape, generator=self.noise) - 1))
 
     def rate(self, step: int) -> float:
         """The share of the full learning rate."""

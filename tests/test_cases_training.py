@@ -321,6 +321,7 @@ class DependsOnWorker(Quiet):
     """Each worker does something of its own from step 3 on."""
 
     what: str = field(default="", metadata={"help": "rate, weights or frozen"})
+    at: int = field(default=2, metadata={"help": "after which step the weights become its own"})
 
     def schedule(self, step, total_steps):
         return 1.0 + (os.getpid() % 1000 / 1e3 if self.what == "rate" and step >= 2 else 0.0)
@@ -328,7 +329,7 @@ class DependsOnWorker(Quiet):
     def after_step(self, model, step):
         import torch
 
-        if step == 2 and self.what == "weights":
+        if step == self.at and self.what == "weights":
             with torch.no_grad():
                 model[2].weight[0, 0] += os.getpid() % 1000 / 1e3
         if step == 2 and self.what == "frozen":
@@ -354,10 +355,25 @@ class DependsOnWorker(Quiet):
             2,
             [],
         ),
+        (
+            "weights",
+            {"run__check_every": "5st"},
+            "the state of step 5 is not the same on all workers: model/2.weight differs on w",
+            5,
+            [],
+        ),
+        (
+            "weights",
+            {"checkpoint__every": "4st"},
+            "the state of step 4 is not the same on all workers: model/2.weight differs on w",
+            4,
+            [],
+        ),
     ],
 )
 def test_copies_that_differ_end_the_run_by_name(what, options, said, applied, saved, tmp_path):
-    ran = train(DependsOnWorker(what=what), configure(tmp_path, "run", **OPTIONS | options), 2)
+    at = 2 if said.startswith("the state of step 2") else 3
+    ran = train(DependsOnWorker(what=what, at=at), configure(tmp_path, "run", **OPTIONS | options), 2)
 
     assert said in ran.failure
     assert ran.rows[-1]["step"] == applied

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -24,6 +24,8 @@ from elastic.compat import torch_groups as groups
 from elastic.compat import torch_sharded as sharded
 from elastic.compat.torch_checkpoint import PICKLED, StorageInfo
 from elastic.compat.torch_world import ANSWERS, HOMES, hide_world
+from elastic.parallel.replicated import norm_of_all
+from elastic.worker.alone import wants_process_group
 
 #: Bare groups of gloo, for as long as this process lives: taking one apart waits for gloo's thread and holds the
 #: interpreter meanwhile, which that thread may be waiting for, to drop a tensor.
@@ -81,6 +83,19 @@ def test_many_tensors_are_added_multiplied_and_measured_with_the_bits_of_a_loop(
     compat.multiply_each_(left, 0.3)
     assert all(map(torch.equal, left, sums)), "sums in one kernel have other bits"
     assert all(map(torch.equal, compat.norm_of_each(left), [torch.linalg.vector_norm(t) for t in left]))
+
+
+def test_norms_of_tensors_in_16_bits_have_more_digits_and_are_finite() -> None:
+    torch.manual_seed(0)
+    short = [torch.randn(1000).to(torch.bfloat16), torch.full((9,), 6e4, dtype=torch.float16)]
+    for tensors in (
+        short,
+        short[:1],
+        [*short, torch.ones(3, dtype=torch.float64), torch.ones(2, dtype=torch.complex64)],
+    ):
+        right = [float(t.double().norm()) if not t.is_complex() else 2**0.5 for t in tensors]
+        assert [float(n) for n in compat.norm_of_each(tensors)] == pytest.approx(right, rel=1e-6)
+        assert float(norm_of_all(tensors)) == pytest.approx(sum(n * n for n in right) ** 0.5, rel=1e-6)
 
 
 def test_a_view_knows_what_it_is_a_view_of_and_both_share_a_storage_also_on_meta() -> None:
@@ -392,6 +407,37 @@ def test_who_is_neither_torch_nor_of_this_package_sees_one_process_without_a_gro
     assert (dist.get_rank, dist.all_reduce) == real
     assert {"all_reduce", "all_gather_single", "broadcast"} <= set(HOMES[functional])
     assert all(hasattr(dist, name) for name in ("all_gather", "barrier", "new_group", "reduce", "send", *ANSWERS))
+
+
+def test_no_backward_pass_begins_under_any_name_where_it_is_refused() -> None:
+    from torch.autograd import grad
+
+    x = torch.ones(2, requires_grad=True)
+    calls: list[Callable[[], Any]] = [
+        lambda: x.sum().backward(),
+        lambda: grad(x.sum(), x),
+        lambda: torch.autograd.backward(x.sum()),
+        lambda: torch.func.grad(torch.sum)(x),
+    ]
+    with sharded.without_backward(lambda: RuntimeError("not here")):
+        for call in calls:
+            with pytest.raises(RuntimeError, match="not here"):
+                call()
+    for call in calls:
+        call()
+
+
+@pytest.mark.parametrize("make", [nn.parallel.DistributedDataParallel, torch.distributed.fsdp.fully_shard])
+def test_what_needs_a_process_group_is_known_by_what_torch_says(make) -> None:
+    with pytest.raises(ValueError, match=r".") as raised:
+        make(nn.Linear(2, 2))
+
+    said = wants_process_group(raised.value)
+
+    assert said is not None
+    assert "test_compat_torch.py" in said
+    assert "leave it out" in said
+    assert wants_process_group(ValueError("another one")) is None
 
 
 def test_every_method_of_a_group_that_starts_an_operation_is_known() -> None:

@@ -16,8 +16,10 @@ SOME = [
     ("packed", ("fast", "ddp", "3")),
     ("nested", ("fast", "fsdp", "2")),
     ("bank", ("fast", "ddp", "1")),
-    ("backwards", ("fast", "ddp", "2")),
-    ("closure", ("fast", "ddp", "1")),
+    ("backwards", ("fast", "fsdp", "2")),
+    ("inner", ("fast", "fsdp", "2")),
+    ("pre_clipped", ("bitwise", "fsdp", "2")),
+    ("sharp", ("fast", "ddp", "1")),
 ]
 
 

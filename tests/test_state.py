@@ -398,3 +398,25 @@ def test_what_is_no_optimizer_for_one_update_a_step_is_refused_by_name(make, sai
     model = torch.nn.Linear(1, 1)
     with pytest.raises(ConfigError, match=rf"^optimizer\(\) {said}"):
         TrainState(Plain(), model, make(model))
+
+
+class OwnAverage(Plain):
+    """Saves and restores the state_dict of a model of its own, as one does."""
+
+    def optimizer(self, model):
+        self.average = copy.deepcopy(model)
+        return super().optimizer(model)
+
+    def extra_state(self):
+        return self.average.state_dict()
+
+    def load_extra_state(self, values):
+        self.average.load_state_dict(values)
+
+
+def test_what_load_extra_state_is_given_is_all_that_extra_state_returned():
+    one, two = made(OwnAverage()), made(OwnAverage(), seed=1)
+
+    moved(one, two)
+
+    assert torch.equal(two.job.average[0].weight, one.job.average[0].weight)

@@ -4,6 +4,9 @@ runs of several processes."""
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -17,10 +20,12 @@ from elastic.parallel import wrapping
 from elastic.parallel.blocks import find_blocks
 from elastic.parallel.canonical import CanonicalSum, canonical_norm, row_sums, sums_per_row
 from elastic.parallel.deferred import META, build
+from elastic.parallel.fitness import check_shardable
 from elastic.parallel.layout import lay_out
 from elastic.parallel.mesh import Mesh, make_mesh
+from elastic.parallel.probe import check_elementwise
 from elastic.parallel.reduce_scatter import Leaves
-from elastic.parallel.wrapping import Sharding, check_shardable, cut_of, local, place_sharded, place_whole
+from elastic.parallel.wrapping import Sharding, cut_of, lay_out_as_cut, local, place_sharded, place_whole
 
 CPU = torch.device("cpu")
 
@@ -190,3 +195,39 @@ def test_the_leaves_of_a_block_that_runs_once_are_summed_as_they_come_and_go(mes
 
     assert len(whole) == (0 if runs_once else 1)
     assert torch.equal(output, (a + b) + (c + d))
+
+
+class Clips(torch.optim.SGD):
+    """It clips the gradients by their norm."""
+
+    def step(self, closure: Any = None) -> Any:
+        nn.utils.clip_grad_norm_(self.param_groups[0]["params"], 0.2)
+        return super().step(closure)
+
+
+@pytest.mark.parametrize(
+    ("make", "dtype", "words"),
+    [
+        (partial(torch.optim.SGD, lr=0.1, momentum=0.9), torch.float32, None),
+        (partial(torch.optim.SGD, lr=0.1, momentum=0.9), torch.bfloat16, "SGD gives other bits .* in bfloat16 is cut"),
+        (partial(torch.optim.Adam, weight_decay=0.1), torch.bfloat16, "Adam gives other bits"),
+        (torch.optim.AdamW, torch.bfloat16, None),
+        (partial(Clips, lr=0.1), torch.float32, "Clips gives other bits when a parameter is cut"),
+    ],
+)
+def test_an_optimizer_whose_bits_go_by_the_cut_is_refused_also_where_only_the_dtype_makes_it_so(make, dtype, words):
+    """In 16 bits kernels of CPUs round the elements that do not fill a register in another way."""
+    optimizer = make(nn.Linear(5, 3).to(dtype).parameters())
+    with pytest.raises(ConfigError, match=words) if words else nullcontext():
+        check_elementwise(optimizer)
+
+
+def test_whole_parameters_have_the_strides_that_cut_ones_have():
+    model = nn.Conv2d(1, 4, 2).to(memory_format=torch.channels_last)
+    before = model.weight.detach().clone(memory_format=torch.contiguous_format)
+    assert model.weight.stride() != (4, 4, 2, 1)
+
+    lay_out_as_cut(model)
+
+    assert model.weight.stride() == (4, 4, 2, 1)
+    assert torch.equal(model.weight, before)

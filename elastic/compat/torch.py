@@ -39,8 +39,16 @@ Elementwise, so it has the bits of a loop of `add_`. torch's own optimizers use 
 multiply_each_: Callable[[list[torch.Tensor], float], None] = torch._foreach_mul_
 """Multiply all tensors by one number in place, in one kernel for many; with the bits of a loop of `mul_`."""
 
-norm_of_each: Callable[[list[torch.Tensor]], tuple[torch.Tensor, ...]] = torch._foreach_norm
-"""The L2 norm of each tensor: scalars of the tensors' dtype, on their device."""
+
+def norm_of_each(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    """The L2 norm of each tensor: scalars of the tensors' dtype, on their device; of tensors in 16 bits in float32, as
+    a norm in so few digits is off by up to 0.4 %, and in float16 is infinite from 65,504 on."""
+    short = [t.dtype in (torch.bfloat16, torch.float16) for t in tensors]
+    if not any(short):
+        return list(torch._foreach_norm(tensors))
+    if all(short):
+        return list(torch._foreach_norm(tensors, 2.0, dtype=torch.float32))
+    return [torch.linalg.vector_norm(t, dtype=torch.float32 if s else None) for t, s in zip(tensors, short)]
 
 
 def base_of(tensor: torch.Tensor) -> torch.Tensor | None:

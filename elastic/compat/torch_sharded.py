@@ -5,7 +5,7 @@ Read in torch 2.13.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -78,3 +78,18 @@ def _move(hooks: Any, key: int, anchor: int, *, behind: bool) -> None:
     order.insert(order.index(anchor) + int(behind), key)
     for k in order:
         hooks.move_to_end(k)
+
+
+@contextmanager
+def without_backward(refuse: Callable[[], Exception]) -> Iterator[None]:
+    """Inside, backward passes raise what `refuse` returns: `backward()`, and `torch.autograd.grad()` under any name."""
+
+    def raising(*args: Any, **kwargs: Any) -> Any:
+        raise refuse()
+
+    engine: Any = torch.autograd
+    kept, engine._engine_run_backward = engine._engine_run_backward, raising
+    try:
+        yield
+    finally:
+        engine._engine_run_backward = kept

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from elastic.errors import ConfigError
+from elastic.compat.torch import lacks_sharding
+from elastic.errors import ConfigError, one_line
 
 
 class Together(torch.optim.Optimizer):
@@ -142,10 +143,14 @@ def _check(one: Any, *, several: bool) -> None:
         )
     closure = inspect.signature(one.step).parameters.get("closure")
     if closure is not None and closure.default is closure.empty:
-        raise ConfigError(
-            f"optimizer() returned {type(one).__name__}, whose step() computes the loss again, several times "
-            "in an update, through a closure that it must be given; give one that needs none, such as SGD or AdamW"
-        )
+        raise ConfigError(_no_closure(one))
+
+
+def _no_closure(one: torch.optim.Optimizer) -> str:
+    return (
+        f"optimizer() returned {kind_of(one)}, whose step() computes the loss again, several times in an update, "
+        "through a closure that it must be given; give one that needs none, such as SGD or AdamW"
+    )
 
 
 def parts_of(optimizer: torch.optim.Optimizer) -> list[torch.optim.Optimizer]:
@@ -158,10 +163,18 @@ def kind_of(optimizer: torch.optim.Optimizer) -> str:
     return "+".join(type(part).__name__ for part in parts_of(optimizer))
 
 
-def cannot_update(optimizer: torch.optim.Optimizer, error: BaseException) -> ConfigError:
-    """The sentence for an optimizer with an operation that torch has not for cut parameters, as `error` says."""
-    return ConfigError(
-        f"the optimizer {kind_of(optimizer)} cannot update parameters that are cut over the workers "
-        f"({str(error).splitlines()[0]}); leave out fused=True, use one that works element by element, or use "
-        "--parallel.strategy ddp"
-    )
+def cannot_update(optimizer: torch.optim.Optimizer, error: Exception, *, cut: bool) -> ConfigError | None:
+    """The refusal of an optimizer by what its `step()` raised, if that says why.
+
+    Args:
+        cut: the model is cut over the workers, so torch may lack an operation for its parameters.
+    """
+    if "closure" in str(error) or "'NoneType' object is not callable" in str(error):  # its signature leaves it open
+        return ConfigError(f"{_no_closure(optimizer)} ({one_line(error)})")
+    if cut and lacks_sharding(error):
+        return ConfigError(
+            f"the optimizer {kind_of(optimizer)} cannot update parameters that are cut over the workers "
+            f"({str(error).splitlines()[0]}); leave out fused=True, use one that works element by element, or use "
+            "--parallel.strategy ddp"
+        )
+    return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 
@@ -12,7 +13,7 @@ from elastic.parallel.optimizers import Together, parts_of
 
 _SHAPES = ((7, 13), (5,))
 _MATRICES = ((7, 13), (5, 3))  # for those that take nothing else
-_STEPS = 3
+_STEPS = 10  # norms of whole tensors and of pieces are often equal by chance
 
 
 def check_elementwise(optimizer: torch.optim.Optimizer) -> None:
@@ -31,9 +32,15 @@ def check_elementwise(optimizer: torch.optim.Optimizer) -> None:
         ) from error
     if not all(torch.equal(a, b) for a, b in zip(whole, cut)):
         raise ConfigError(
-            f"the optimizer {kind} gives other bits when a parameter is cut; with --run.exactness bitwise use "
-            "--parallel.strategy ddp, or an optimizer that works element by element, such as AdamW"
+            f"the optimizer {kind} gives other bits when a parameter {_in_16_bits(optimizer)}is cut; with "
+            "--run.exactness bitwise use --parallel.strategy ddp, or an optimizer that works element by element, such "
+            "as AdamW"
         )
+
+
+def _in_16_bits(optimizer: torch.optim.Optimizer) -> str:
+    found = {_like(group)["dtype"] for group in optimizer.param_groups} & {torch.bfloat16, torch.float16}
+    return f"in {str(found.pop()).removeprefix('torch.')} " if found else ""
 
 
 def state_share(optimizer: torch.optim.Optimizer) -> list[float]:
@@ -70,13 +77,24 @@ def _train(optimizer: torch.optim.Optimizer, pieces: int) -> list[torch.Tensor]:
             for shape, ps in zip(_shapes(optimizer), of_group):
                 gradient = torch.randn(shape, generator=generator)
                 for p, g in zip(ps, gradient.chunk(pieces)):
-                    p.grad = g.clone()
+                    p.grad = g.to(p, copy=True)
         built.step()
-    return [torch.cat(ps).detach() for of_group in found for ps in of_group]
+    kept = [[[p, *_of_its_shape(built, p)] for p in ps] for of_group in found for ps in of_group]
+    return [torch.cat(same).detach() for parts in kept for same in zip(*parts)]
+
+
+def _of_its_shape(optimizer: torch.optim.Optimizer, p: torch.Tensor) -> list[torch.Tensor]:
+    return [v for v in optimizer.state[p].values() if isinstance(v, torch.Tensor) and v.shape == p.shape]
 
 
 def _shapes(optimizer: torch.optim.Optimizer) -> tuple[tuple[int, ...], ...]:
     return _MATRICES if all(p.dim() == 2 for g in optimizer.param_groups for p in g["params"]) else _SHAPES
+
+
+def _like(group: dict[str, Any]) -> dict[str, Any]:
+    """The dtype and the device of a group's parameters."""
+    first = next(iter(group["params"]), torch.zeros(()))
+    return {"dtype": first.dtype, "device": "cpu" if first.is_meta else first.device}
 
 
 def _build(
@@ -87,7 +105,8 @@ def _build(
     known = set(inspect.signature(type(optimizer).__init__).parameters)
     found, groups = [], []
     for group in optimizer.param_groups:
-        values = [torch.randn(shape, generator=generator) for shape in _shapes(optimizer)]
+        # in 16 bits, kernels of CPUs round what does not fill a register in another way
+        values = [torch.randn(shape, generator=generator).to(**_like(group)) for shape in _shapes(optimizer)]
         of_group = [[piece.clone().requires_grad_() for piece in value.chunk(pieces)] for value in values]
         settings = {k: v for k, v in group.items() if k in known and k != "params"}
         groups.append({"params": [p for ps in of_group for p in ps], **settings})

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from elastic.compat.torch import values_of_sparse, version_of
+from elastic.compat.torch import norm_of_each, values_of_sparse, version_of
 from elastic.compat.torch_groups import NO_BUFFER_SYNC, check_reduced
 from elastic.parallel.buffers import StepBuffers
 from elastic.parallel.canonical import CanonicalSum, Link, buckets_of, canonical_norm
@@ -217,7 +217,7 @@ class FastReplica(_Replica):
         self._check_reduced(before)
         self._writes.check()
         began = time.perf_counter()
-        self._norm = _norm(self.gradients())  # enqueued before the host waits for the record, and so for both
+        self._norm = norm_of_all(self.gradients())  # enqueued before the host waits for the record, and so for both
         record = pending.result()
         buffers.end(touched := buffers.masked(record.changed_buffers))
         if touched:
@@ -260,15 +260,17 @@ class FastReplica(_Replica):
     def norm(self, gradients: list[torch.Tensor]) -> torch.Tensor:
         """The global L2 norm of the gradients that the step has left."""
         found, self._norm = self._norm, None
-        return _norm(gradients) if found is None else found
+        return norm_of_all(gradients) if found is None else found
 
     def close(self) -> None:
         """Drop the wrapper, whose reducer holds the process group."""
         self._ddp = None
 
 
-def _norm(gradients: list[torch.Tensor]) -> torch.Tensor:
-    return nn.utils.get_total_norm([dense(g) for g in gradients])
+def norm_of_all(gradients: list[torch.Tensor]) -> torch.Tensor:
+    """The L2 norm of whole gradients together, a scalar."""
+    each = norm_of_each([dense(g) for g in gradients])
+    return torch.linalg.vector_norm(torch.stack(each)) if each else torch.tensor(0.0)
 
 
 def dense(gradient: torch.Tensor) -> torch.Tensor:

@@ -23,13 +23,13 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 from elastic.compat.torch import (
     base_of,
     copies_cut_module,
-    gradient_hooks,
     is_cut_after_another,
     mixes_cut_and_whole,
     own_buffers,
     tree_map_only,
 )
-from elastic.compat.torch_groups import all_gather_flat, leaves_unused_gradients
+from elastic.compat.torch_groups import all_gather_flat
+from elastic.compat.torch_sharded import without_backward
 from elastic.errors import ConfigError
 from elastic.parallel.deferred import DeferredModel, become
 from elastic.parallel.layout import REPLICATE, ROWS, SHARD, TENSOR
@@ -56,93 +56,6 @@ class Sharding:
     offload: bool = False
     param_dtype: torch.dtype | None = None
     reduce_dtype: torch.dtype | None = None
-
-
-def check_dense(model: nn.Module) -> None:
-    """Refuse layers with sparse gradients: only DDP's own reduction sums those.
-
-    Raises:
-        ConfigError: with the layer, and what to do.
-    """
-    for name, module in model.named_modules():
-        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.sparse:
-            raise ConfigError(
-                f"{name} ({type(module).__name__}) is made with sparse=True, and sparse gradients are only summed with "
-                "--parallel.strategy ddp in --run.exactness fast; leave it out, or use these"
-            )
-
-
-def check_unwritten(model: nn.Module) -> None:
-    """Refuse layers that write to their own parameters in forward passes.
-
-    Raises:
-        ConfigError: with the layer, and what to do.
-    """
-    for name, module in model.named_modules():
-        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.max_norm is not None:
-            raise ConfigError(
-                f"{name} ({type(module).__name__}) is made with max_norm={module.max_norm:g}, which changes its rows "
-                "in forward passes, on each worker others; leave it out, and limit them in after_step()"
-            )
-
-
-def check_shardable(model: nn.Module) -> None:
-    """Refuse a model that FSDP2 cannot shard.
-
-    Raises:
-        ConfigError: a parameter without dimensions or elements, with gaps in memory, or with hooks; trained parameters
-            of several dtypes; a ScriptModule; a container instead of a model.
-    """
-    for name, module in model.named_modules():
-        if isinstance(module, torch.jit.ScriptModule):
-            raise ConfigError(
-                f"{name or 'the model'} ({module.original_name}) is a ScriptModule, whose parameters cannot be "
-                "sharded; leave torch.jit out (--parallel.compile does more), or use --parallel.strategy ddp"
-            )
-    if isinstance(model, (nn.ModuleList, nn.ModuleDict)):
-        raise ConfigError(
-            f"model() returns a {type(model).__name__}, which has no forward(), so it cannot be sharded; make it an "
-            "attribute of a module with one, or use --parallel.strategy ddp"
-        )
-    dtypes: dict[torch.dtype, str] = {}
-    for name, p in model.named_parameters():
-        if any(gradient_hooks(p)):
-            raise ConfigError(
-                f"parameter {name} has a hook on its gradient, which with --parallel.strategy fsdp and hsdp no worker "
-                "has whole; set rows to be kept in after_step(), or use ddp"
-            )
-        if p.dim() == 0:
-            raise ConfigError(
-                f"parameter {name} has no dimensions, so it cannot be sharded; give it the shape (1,), or use "
-                "--parallel.strategy ddp"
-            )
-        if not p.numel():
-            raise ConfigError(
-                f"parameter {name} has no elements (its shape is {tuple(p.shape)}), so it cannot be sharded; leave it "
-                "out, or use --parallel.strategy ddp"
-            )
-        if not p.is_contiguous():
-            raise ConfigError(
-                f"parameter {name} is not contiguous in memory (strides {p.stride()}), so it cannot be sharded; give "
-                "its module .contiguous() values, or use --parallel.strategy ddp"
-            )
-        if type(p) is not nn.Parameter:
-            raise ConfigError(
-                f"parameter {name} is a {type(p).__name__}, a class that it loses where it is cut over the workers; "
-                "mark it with an attribute, or use --parallel.strategy ddp"
-            )
-        if p.requires_grad:  # gradients are reduced together, and frozen parameters have none
-            dtypes.setdefault(p.dtype, name)
-    if len(dtypes) > 1:
-        (first, one), (second, other) = list(dtypes.items())[:2]
-        raise ConfigError(
-            f"parameter {one} is {first} and {other} is {second}; parameters that are trained and sharded need one "
-            "dtype, so convert one, freeze it, or use --parallel.strategy ddp"
-        )
-    if not leaves_unused_gradients():
-        raise ConfigError(
-            f"--parallel.strategy fsdp and hsdp need torch 2.13 or newer, this is {torch.__version__}; use ddp"
-        )
 
 
 def cut_of(name: str, tensor: torch.Tensor) -> Cut:
@@ -215,6 +128,15 @@ def place_whole(built: DeferredModel, device: torch.device) -> nn.Module:
     for module in (built.model, *built.others):
         move(module, device)
     return built.model
+
+
+def lay_out_as_cut(model: nn.Module) -> None:
+    """Give parameters the strides that they have where the model is cut. Of a contiguous tensor with dimensions of
+    size 1 several are possible (`torch.channels_last` takes others), by which torch chooses kernels with other bits."""
+    for p in model.parameters():
+        strides = torch.empty(p.shape, device="meta").stride()
+        if p.is_contiguous() and p.stride() != strides:
+            p.data = p.data.as_strided(p.shape, strides)
 
 
 def move(module: nn.Module, device: torch.device) -> None:
@@ -300,14 +222,16 @@ def call_gathered(model: nn.Module, work: Callable[[], T]) -> T:
     parameters.
 
     Raises:
-        ConfigError: the result was computed from parameters of a block, outside of that block.
+        ConfigError: the result was computed from parameters of a block, outside of that block; or the code runs a
+            backward pass, after which FSDP2 frees what is gathered, under whoever still uses it.
     """
     if not isinstance(model, FSDPModule):
         return work()
     name = "_with_parameters_gathered"
 
     def run() -> Any:  # it takes no arguments, since FSDP2 would cast them
-        return tree_map_only(torch.Tensor, _returned, work())
+        with without_backward(_refuse_backward):
+            return tree_map_only(torch.Tensor, _returned, work())
 
     setattr(model, name, run)
     try:
@@ -318,6 +242,14 @@ def call_gathered(model: nn.Module, work: Callable[[], T]) -> T:
         raise
     finally:
         model.__dict__.pop(name, None)
+
+
+def _refuse_backward() -> ConfigError:
+    return ConfigError(
+        "the job runs a backward pass of its own (backward() or torch.autograd.grad()), after which a model that is "
+        "cut over the workers is no longer gathered; add all that is to be learned to the loss, and for gradients of "
+        "gradients use --parallel.strategy ddp"
+    )
 
 
 _MIXED = (

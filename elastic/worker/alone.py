@@ -7,6 +7,7 @@ size, or selects data by its rank, gets the answers of a single process, with wh
 from __future__ import annotations
 
 import os
+import traceback
 from collections.abc import Callable
 
 from elastic.child import show_stack_at_death
@@ -26,6 +27,10 @@ OF_LAUNCHERS = (
     "MASTER_ADDR",
     "MASTER_PORT",
 )
+
+
+#: What torch says to whom has none; of `init_process_group()` that torch calls itself, the second.
+_NO_GROUP = ("Default process group has not been initialized", "torch.distributed using env:// rendezvous")
 
 
 def be_alone(job: object = None) -> Callable[[], None]:
@@ -53,6 +58,22 @@ def begin_loader() -> None:
     keep_output_sturdy()
     be_alone()
     hide_loader_process()
+
+
+def wants_process_group(error: BaseException) -> str | None:
+    """Say so in a sentence if the job's code raised since it sees no process group."""
+    if not any(words in str(error) for words in _NO_GROUP):
+        return None
+    frame = next(f for f in reversed(traceback.extract_tb(error.__traceback__)) if not _is_of_torch(f.filename))
+    return (
+        f"the job makes something that needs a process group ({frame.filename}, line {frame.lineno}: {frame.line}), "
+        "such as DistributedDataParallel, FSDP or a DistributedSampler; leave it out: Elastic deals the samples, and "
+        "sums or cuts over the workers by --parallel.strategy"
+    )
+
+
+def _is_of_torch(file: str) -> bool:
+    return f"{os.sep}torch{os.sep}" in file
 
 
 def _refusal(what: str) -> ConfigError:

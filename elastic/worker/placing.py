@@ -15,6 +15,7 @@ from elastic.job import Job
 from elastic.parallel import modes
 from elastic.parallel.blocks import check_compiler, checkpoint_activations, compile_blocks, find_blocks
 from elastic.parallel.deferred import CannotDefer, DeferredModel, build, build_eagerly
+from elastic.parallel.fitness import check_dense, check_shardable, check_unhooked, check_unwritten
 from elastic.parallel.matrices import is_muon
 from elastic.parallel.mesh import Mesh
 from elastic.parallel.optimizers import parts_of
@@ -27,9 +28,7 @@ from elastic.parallel.tensor import check_plan, is_sequential, plan_of
 from elastic.parallel.turns import check_optimizers
 from elastic.parallel.wrapping import (
     Sharding,
-    check_dense,
-    check_shardable,
-    check_unwritten,
+    lay_out_as_cut,
     place_sharded,
     place_whole,
 )
@@ -102,6 +101,8 @@ class Placing:
         built = self._take()
         sourced, digests = self._sourced(built.model)
         model = place_whole(built, self._device)
+        if self._config.run.exactness == "bitwise":
+            lay_out_as_cut(model)
         for name, parameter in model.named_parameters():
             if name in sourced:
                 sourced[name](parameter)
@@ -198,6 +199,8 @@ class Placing:
         patience = None if least.patience is None else Patience(least.patience, least.min_delta, keep.best_mode)
         optimizer = self._job.optimizer(model)
         check_optimizers(self._job.phases, optimizer, model)
+        if mesh is not None:
+            check_unhooked(model)
         optim = self._config.optim
         return TrainState(self._job, model, optimizer, mesh, scaler, optim, patience, sources, self._attributes)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import struct
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ from elastic.errors import ConfigError, ElasticError
 from elastic.parallel import modes
 from elastic.parallel.wrapping import call_gathered
 from elastic.seeds import derive, seed_all
+from elastic.worker.user_code import takes
 from elastic.worker.worker import Worker
 
 FOLDER = "samples"
@@ -35,7 +36,9 @@ def sample(worker: Worker, model: torch.nn.Module, step: int, *, leads: bool) ->
     seed_all(derive("sample", worker.config.run.seed, step))
     try:
         with torch.no_grad():
-            found = code.guard(lambda: call_gathered(model, lambda: worker.job.sample(model, step)))
+            function: Callable[..., Any] = worker.job.sample
+            given = (model, step) if takes(function, model, step) else (model,)
+            found = code.guard(lambda: call_gathered(model, lambda: function(*given)))
             texts, pictures = code.guard(lambda: parted(found))
             if leads and (texts or pictures):
                 _report(worker, step, texts, pictures)

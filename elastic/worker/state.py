@@ -70,13 +70,20 @@ class TrainState(Destinations):
                 if name in kept:
                     kept[name].load_state_dict(self._decode(coded, values))
         self.rates.forget()
-        extra = self._decode(values["extra"], values)
+        extra = self._restored_in_place(values) | self._decode(values["extra"], values)
         _call("load_extra_state()", partial(self.job.load_extra_state, extra))
         if self.attributes is not None:
             self.attributes.load(self._decode(values.get("attributes", {}), values))
         self._arrived = {}
         if self.scaler is not None and "loss_scale" in values:
             self.scaler.load(values["loss_scale"])
+
+    def _restored_in_place(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """The job's own tensors, for a `load_extra_state` that wants all that `extra_state` returned."""
+        gone = values.get("changed", {}).get("gone", ())
+        names = [name for name in self._in_place if f"extra/{name}" not in gone]
+        now = self.job.extra_state() if names else {}
+        return {name: now[name] for name in names if name in now}
 
     def _load_model(self, values: Mapping[str, Any], parameters: Mapping[str, nn.Parameter]) -> None:
         for name, module in with_state_of_their_own(self.model).items():

@@ -17,7 +17,6 @@ import torch
 import xxhash
 
 from elastic import fault
-from elastic.compat.torch import lacks_sharding
 from elastic.data.loader import Loader
 from elastic.errors import ConfigError, Reform
 from elastic.membership.client import WorkerLink
@@ -331,10 +330,10 @@ class WorldSteps:
         try:
             with self._matrices.used():
                 optimizer.step()
-        except (NotImplementedError, RuntimeError) as error:
-            if not (self._config.parallel.sharded and lacks_sharding(error)):
+        except Exception as error:
+            if (refusal := cannot_update(optimizer, error, cut=self._config.parallel.sharded)) is None:
                 raise
-            raise cannot_update(optimizer, error) from error
+            raise refusal from error
 
     def _passes(self, step: int) -> Iterator[Pass]:
         progress, clock, attributes = self._stepper.progress, self._stepper.clock, self._stepper.attributes

@@ -1,23 +1,22 @@
 """Finds state that is not saved: objects of the job, optimizer or model besides their known state that training
 changes.
 
-It looks during the first two updates of a process, and once more 16 updates later, since slow weights move rarely. It
-cannot see what a tensor is for, only when it changes. A change in an update (`optimizer.step()`, `after_step()`)
-carries over to the next update. A change in forward passes carries over if later passes read what earlier ones left
-there; otherwise it is a cache.
+It looks during the first two updates of a process, and again in the 16th, 32nd, 64th and so on, since slow weights move
+rarely and averages may begin late; also when the job gets an attribute of another class. It cannot see what a tensor is
+for, only when it changes. A change in an update (`optimizer.step()`, `after_step()`) carries over to the next update. A
+change in forward passes carries over if later passes read what earlier ones left there; otherwise it is a cache.
 """
 
 from __future__ import annotations
 
 import json
+import weakref
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.distributed.tensor import DTensor
-from torch.overrides import TorchFunctionMode
 
 from elastic.compat.torch import is_compiled
 from elastic.data.samples import nested_datasets
@@ -27,27 +26,12 @@ from elastic.seeds import seed_all
 from elastic.worker.belongings import GENERATORS, Attributes, Leaf, digest, leaves, movable
 from elastic.worker.naming import with_state_of_their_own
 from elastic.worker.state import TrainState
+from elastic.worker.touched import OnCut, Reads
 
 UPDATES = 2  # that are examined
-LATER = 14  # updates after those, after which rare changes are looked for once more
+LATER = 16  # the update in which it looks again; then in that of twice, four, ... times its number
+ATTRIBUTES = 8  # how often new attributes of the job are a reason to look
 _SHOWN = 5
-#: Names of tensor operations that read no values, or overwrite all of them.
-_NO_READS = {
-    "__get__",
-    "__len__",
-    "size",
-    "dim",
-    "numel",
-    "stride",
-    "is_floating_point",
-    "is_contiguous",
-    "copy_",
-    "zero_",
-    "fill_",
-    "data_ptr",
-    "detach",
-    "requires_grad_",
-}
 
 
 @dataclass(frozen=True)
@@ -71,10 +55,11 @@ class Watch:
     Args:
         data: data sets, which are not searched.
         warn: called once with a sentence about numbers that change, and may or may not matter.
+        exact: the run is bitwise.
     """
 
-    def __init__(self, data: Iterable[Any], warn: Callable[[str], None]):
-        self._data, self._warn = list(data), warn
+    def __init__(self, data: Iterable[Any], warn: Callable[[str], None], *, exact: bool = False):
+        self._data, self._warn, self._exact = list(data), warn, exact
         self._state: TrainState | None = None
         self._before: Look = {}
         self._passed: Look | None = None
@@ -82,28 +67,40 @@ class Watch:
         self._extra: Look = {}  # what extra_state() had when the first step began
         self._saved: dict[str, str] = {}  # and what is saved that passes are not to change, when a step began
         self._moved: set[str] = set()  # in its passes
-        self._reads: _Reads | None = None
-        self._draws = _Draws()
+        self._reads: Reads | None = None
+        self._on_cut = OnCut()
         self._of_data: dict[str, tuple[bool, str]] = {}  # before the update
         self._data_told = False  # that it changes them
         self._left = UPDATES
-        self._later, self._rare = 0, dict[str, str]()  # updates until the last look, and digests of unchanged values
-        self._same: TrainState | None = None  # the state to which these digests belong
+        self._updates = 0  # that are done
+        self._rare: dict[str, str] = {}  # digests of what had not changed at the last look
+        self._rare_step = 0
+        self._rare_of: weakref.ref[TrainState] | None = None  # the state to which these digests belong
+        self._told: set[str] = set()
+        self._classes: list[type] = []  # of the job's attributes
+        self._new = ATTRIBUTES
 
     @property
-    def done(self) -> bool:
-        return self._left == 0 and self._later == 0
+    def early(self) -> bool:
+        """Whether the first updates of the process are still to be examined."""
+        return self._left > 0
 
     def begin(self, state: TrainState) -> None:
         """A step begins."""
-        if state is not self._same:
-            self._later, self._same = 0, None
-        if self._left and self._state is not state:  # the model was built again
+        if not self._left:
+            number = self._updates + 1
+            looks = number >= LATER and not number & (number - 1)
+            if self._new and self._classes != (classes := _classes_of(state.job)):
+                self._classes, self._new, looks = classes, self._new - 1, True
+            if looks:
+                self._state = state
+                self._before = self._look()
+            return
+        if self._state is not state:  # the model was built again
             self._state, self._left, self._after = state, UPDATES, {}
             self._before = self._look()
             self._extra = self._look_at_extra()
-        if self._left and self._state is not None:
-            self._saved = self._look_at_saved()
+        self._saved = self._look_at_saved()
 
     def reading(self) -> AbstractContextManager[Any]:
         """To be entered for the passes of a step: records whether they read what earlier passes left."""
@@ -112,14 +109,14 @@ class Watch:
         left = [self._after[name].leaf for name in self._moved if name in self._after]
         if not any(isinstance(leaf, torch.Tensor) for leaf in left):
             return nullcontext()
-        self._reads = _Reads({id(leaf) for leaf in left})
+        self._reads = Reads({id(leaf) for leaf in left})
         return self._reads
 
     def updating(self) -> AbstractContextManager[Any]:
-        """To be entered for the update of a step: records whether it draws random numbers for sharded parameters."""
+        """To be entered for the update of a step: records what it does with sharded parameters."""
         if not self._left or self._state is None or self._state.mesh is None:
             return nullcontext()
-        return self._draws
+        return self._on_cut
 
     def _was_read(self, leaf: Leaf) -> bool:
         if not isinstance(leaf, torch.Tensor):
@@ -133,9 +130,12 @@ class Watch:
             ConfigError: what extra_state() returns, a scheduler of torch's or an option of a group changes in passes,
                 so it would depend on how many a worker has.
         """
-        if not self._left or self._state is None:
+        if self._state is None:
             return
-        self._passed, self._of_data = self._look(), self._look_at_data()
+        self._passed = self._look()
+        if not self._left:
+            return
+        self._of_data = self._look_at_data()
         now = self._look_at_saved()
         moved = [name for name, was in self._saved.items() if now.get(name, was) != was]
         if self._left == UPDATES:
@@ -152,18 +152,26 @@ class Watch:
         Raises:
             ConfigError: something changed that is in no saved state; with its place, and what to do.
         """
-        if self._later:
-            self._look_later(step)
-        if not self._left or self._state is None or self._passed is None:
+        self._updates += not skipped
+        if not self._left:
+            self._look_again(step, skipped=skipped)
+            return
+        if self._state is None or self._passed is None:
             return
         now, passed, self._passed = self._look(), self._passed, None
         if skipped:
             return
-        if self._draws.seen:
+        if self._on_cut.drew:
             raise ConfigError(
                 "optimizer.step() or after_step() draws random numbers for sharded parameters "
-                f"({self._draws.seen}), of which every worker has other rows, so they depend on the number of workers; "
-                "use --parallel.strategy ddp"
+                f"({self._on_cut.drew}), of which every worker has other rows, so they depend on the number of "
+                "workers; use --parallel.strategy ddp"
+            )
+        if self._exact and self._on_cut.summed:
+            raise ConfigError(
+                "optimizer.step() or after_step() sums over the rows of sharded parameters "
+                f"({self._on_cut.summed}), in parts whose size depends on the number of workers, and so do the last "
+                "bits; clip with --optim.clip-norm, or use --parallel.strategy ddp or --run.exactness fast"
             )
         self._report_data()
         self._left -= 1
@@ -180,28 +188,46 @@ class Watch:
             raise ConfigError(_problem(tensors, now, step, in_passes=tensors[0] not in carried))
         if not self._left:
             self._report_numbers(self._before, self._after, now)
-            unmoved = now.keys() - self._moved - _changed(self._after, passed)
-            self._rare = {n: now[n].digest for n in unmoved if not now[n].is_number}
-            self._later, self._same = LATER, self._state
-            self._state, self._before, self._data = None, {}, []
+            self._before, self._classes = {}, _classes_of(self._state.job)
+            self._compare_from_now_on(now, self._moved | _changed(self._after, passed), step)
         self._after = now if self._left else {}
 
-    def _look_later(self, step: int) -> None:
-        self._later -= 1
-        if self._later:
+    def _compare_from_now_on(self, now: Look, moved: set[str], step: int) -> None:
+        """What there is now and passes do not change is compared at the next look; the state is held no longer."""
+        assert self._state is not None
+        self._rare = {n: seen.digest for n, seen in now.items() if n not in moved and not seen.is_number}
+        self._rare_step, self._rare_of, self._state = step, weakref.ref(self._state), None
+
+    def _look_again(self, step: int, *, skipped: bool) -> None:
+        """An update long after the first ones is done."""
+        before, self._before = self._before, {}
+        passed, self._passed = self._passed, None
+        if skipped or self._state is None or passed is None:
+            self._state = None
             return
-        self._state, self._same = self._same, None
-        now = self._look()
-        names = sorted(n for n, was in self._rare.items() if n in now and now[n].digest != was)
-        self._state, self._rare = None, {}
-        held = [n for n in names if not _is_derived(now[n].leaf)]
-        if any(n.startswith("optimizer") for n in held):  # an optimizer has no caches of passes
-            raise ConfigError(_problem([n for n in held if n.startswith("optimizer")], now, step))
-        if held:
+        now, known = self._look(), self._known()
+        if self._rare_of is None or self._rare_of() is not self._state:  # they are of a model that is gone
+            self._rare = {}
+        moved = _changed(before, passed) | (passed.keys() - before.keys())
+        kept = self._kept()
+        here = {
+            n: seen
+            for n, seen in now.items()
+            if not seen.is_number and n.partition("[")[0] not in kept and not _is_known(seen.leaf, known)
+        }
+        carried = {n for n in _changed(passed, now) & here.keys() if now[n].leaf is passed[n].leaf}
+        rare = {n for n, was in self._rare.items() if n in here and n not in moved and here[n].digest != was}
+        held = {n for n in rare | carried if not _is_derived(here[n].leaf)}
+        # an optimizer has no caches of passes; a tensor put in another's place may be a figure of now and then
+        if wrong := sorted(n for n in held if n.startswith("optimizer") or n in carried):
+            raise ConfigError(_problem(wrong, now, step))
+        if new := sorted(held - self._told):
+            self._told.update(new)
             self._warn(
-                f"{', '.join(held[:_SHOWN])} changed since step {step - LATER} and are part of no saved state: after a "
-                "resume or a join they begin anew; if they matter, return them from extra_state()"
+                f"{', '.join(new[:_SHOWN])} changed since step {self._rare_step} and are part of no saved state: after "
+                "a resume or a join they begin anew; if they matter, return them from extra_state()"
             )
+        self._compare_from_now_on(now, moved, step)
 
     def _look(self) -> Look:
         assert self._state is not None
@@ -263,12 +289,18 @@ class Watch:
         tensors = [*self._state.tensors().values(), *trained, *model.buffers()]
         return {_place(t) for t in tensors} | {id(t) for t in tensors}
 
+    def _kept(self) -> set[str]:
+        """The places of the job's attributes that are saved, as updates change them."""
+        assert self._state is not None
+        attributes = self._state.attributes
+        return set() if attributes is None else set(attributes.values())
+
     def _report_numbers(self, first: Look, second: Look, third: Look) -> None:
         assert self._state is not None
         saved = _numbers(self._state.job.extra_state())
         for module in with_state_of_their_own(self._state.model).values():
             saved |= _numbers(module.get_extra_state())
-        kept = self._state.attributes.values() if self._state.attributes is not None else {}
+        kept = self._kept()
         names = [
             n
             for n in third
@@ -288,39 +320,8 @@ class Watch:
             )
 
 
-class _Draws(TorchFunctionMode):
-    """Records an operation on sharded tensors that draws random numbers."""
-
-    seen = ""
-
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if not any(isinstance(one, DTensor) for one in (*args, *kwargs.values())):
-            return function(*args, **kwargs)
-        before = torch.get_rng_state()
-        result = function(*args, **kwargs)
-        if not self.seen and not torch.equal(before, torch.get_rng_state()):
-            self.seen = getattr(function, "__name__", "an operation")
-        return result
-
-
-class _Reads(TorchFunctionMode):
-    """Records which of some tensors are inputs of operations."""
-
-    def __init__(self, watched: set[int]):
-        super().__init__()
-        self._watched = watched
-        self.seen: set[int] = set()
-
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        name = getattr(function, "__name__", "")
-        if name not in _NO_READS:
-            for one in [*args, *kwargs.values()]:
-                for inner in one if isinstance(one, (list, tuple)) else (one,):
-                    if id(inner) in self._watched:
-                        self.seen.add(id(inner))
-        return function(*args, **kwargs)
+def _classes_of(job: object) -> list[type]:
+    return list(map(type, vars(job).values()))
 
 
 def _changed(before: Look, now: Look) -> set[str]:

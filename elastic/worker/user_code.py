@@ -22,6 +22,7 @@ from elastic.parallel.records import names_of
 from elastic.parallel.tensor import refused_in_cells
 from elastic.parallel.wrapping import call_gathered, local, refused_where_sharded
 from elastic.phases import loss_name
+from elastic.worker.alone import wants_process_group
 from elastic.worker.batches import to_device
 from elastic.worker.group import Group
 from elastic.worker.returned import LossValue, check_returned
@@ -124,11 +125,7 @@ class UserCode:
         """`Job.evaluate`, checked; `of` is the name of the held-out set, which it is given if it takes three."""
         function: Callable[..., Any] = self._job.evaluate
         if self._named is None:
-            try:
-                inspect.signature(function).bind(model, batch, of)
-                self._named = True
-            except TypeError:
-                self._named = False
+            self._named = takes(function, model, batch, of)
         named = partial(_called_with, function, of) if self._named else function
         return self._on_batch(named, "evaluate()", model, batch, training=False)
 
@@ -192,7 +189,8 @@ class UserCode:
             if not alone and self.group is not None and self.group.failed_by(error):
                 raise WorldBroken(f"{self.where} failed: {one_line(error)}") from error
             cell_size = self.group.tensor if self.group is not None else 1
-            if (sentence := refused_where_sharded(error) or refused_in_cells(error, cell_size)) is not None:
+            sentence = refused_where_sharded(error) or refused_in_cells(error, cell_size) or wants_process_group(error)
+            if sentence is not None:
                 raise self.mistake(ConfigError(sentence)) from error
             raise self.error(error) from error
 
@@ -212,6 +210,15 @@ class UserCode:
         where = self.where + (f", {named(samples)}" if samples else "")
         message = f"worker {self._worker_id}{self.rank} failed at {where}: {line}\n{text}{hint}"
         return UserCodeError(Failure(kind, self._step, self._microbatch, message, samples=tuple(samples)))
+
+
+def takes(function: Callable[..., Any], *args: Any) -> bool:
+    """Whether a function of the job can be called with these arguments; some are optional in its signature."""
+    try:
+        inspect.signature(function).bind(*args)
+    except TypeError:
+        return False
+    return True
 
 
 def _called_with(function: Callable[..., Any], of: str, model: nn.Module, batch: Any) -> Any:

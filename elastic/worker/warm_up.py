@@ -30,7 +30,7 @@ from elastic.parallel.wrapping import move
 from elastic.seeds import derive, seed_all
 from elastic.storage import Storage
 from elastic.units import parse_amount
-from elastic.worker.alone import begin_loader
+from elastic.worker.alone import begin_loader, wants_process_group
 from elastic.worker.attributes import JobAttributes
 from elastic.worker.belongings import frozen_of, models_of, movable
 from elastic.worker.comeback import check_comes_back
@@ -75,8 +75,9 @@ def warm_up(run: WorkerRun, identity: Identity, *, import_s: float = 0.0) -> Wor
     try:
         worker = _WarmUp(run, identity, link, device).worker()
     except (Exception, SystemExit) as error:
-        gap = " " if isinstance(error, ElasticError) else "\n"
-        message = f"worker {identity.id} could not get ready:{gap}{whole_text(error)}"
+        sentence = wants_process_group(error)
+        gap = " " if sentence is not None or isinstance(error, ElasticError) else "\n"
+        message = f"worker {identity.id} could not get ready:{gap}{sentence or whole_text(error)}"
         link.unfit(message)
         link.close()
         raise WarmUpError(message) from error
@@ -145,7 +146,7 @@ class _WarmUp:
         remembered = self._remembered(loader, data)
         trained = identify(data) | {"order": signs(order.ids, plan.for_job), "seed": seed}
         of_data = {f"eval_data() {name}".rstrip(): identify(d, some=0) for name, d in held_out.items()}
-        watch = Watch([data, *held_out.values()], self._warn_of_unsaved)
+        watch = Watch([data, *held_out.values()], self._warn_of_unsaved, exact=config.run.exactness == "bitwise")
         changing = JobAttributes(job, {"train_data()": data} | {f"eval_data() {n}": d for n, d in held_out.items()})
         data_s = time.monotonic() - began
         placing = Placing(job, config, self._device, changing)

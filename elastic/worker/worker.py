@@ -205,15 +205,13 @@ class Worker:
         self._check_state(update)
 
     def _check_state(self, update: Update) -> None:
-        """After the first updates of a process: refuse state that cannot be read back, or that is not saved."""
+        """After the first updates of a process, and some later ones: refuse state that cannot be read back, or that is
+        not saved."""
         holding, state = self.holding, self.holding.placed
         state.rates.adopt_changes(holding.applied)
         savable, holding.savable = holding.savable, False
         state.check_parts()
-        holding.savable = savable
-        if holding.checked and self.watch.done:
-            return
-        holding.savable = False
+        holding.savable = savable and holding.checked and not self.watch.early
         self.watch.applied(holding.applied, skipped=update.skip)
         if not holding.checked:
             check_comes_back(state)
