@@ -13,7 +13,7 @@ from torch import nn
 from elastic.data.deal import batch_table
 from elastic.errors import ConfigError
 from elastic.parallel.layout import lay_out
-from elastic.parallel.stages import cost_of, cut, seed_behind, seed_each
+from elastic.parallel.stages import cost_of, cut, layers_of, seed_behind, seed_each
 from elastic.parallel.standin import Standin, calls_of
 from elastic.placement import pipelines
 from elastic.seeds import seed_all
@@ -89,6 +89,15 @@ def test_layers_draw_the_same_whichever_ran_before_in_this_process():
     seed_all(5)
     layers[0](x)
     assert torch.initial_seed() == 5, "nothing is seeded where nothing is trained"
+
+
+def test_what_is_no_module_is_no_layer():
+    class Job:
+        def stages(self, model):
+            return [*model, torch.relu]
+
+    with pytest.raises(ConfigError, match="stages\\(\\) returns a builtin_function_or_method, which is no"):
+        layers_of(Job(), nn.Sequential(nn.Linear(2, 3)))
 
 
 def test_a_stand_in_has_what_the_model_has_and_is_called_once():

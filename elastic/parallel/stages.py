@@ -15,11 +15,21 @@ from elastic.seeds import derive, seed_all
 
 
 def layers_of(job: Any, model: nn.Module) -> list[nn.Module]:
-    """What the job's `stages()` returned; empty if it has none."""
-    return list(job.stages(model) or ())
+    """What the job's `stages()` returned; empty if it has none.
+
+    Raises:
+        ConfigError: one of them is no module.
+    """
+    found = list(job.stages(model) or ())
+    other = next((one for one in found if not isinstance(one, nn.Module)), None)
+    if other is not None:
+        raise ConfigError(
+            f"stages() returns a {type(other).__name__}, which is no torch.nn.Module; return modules of the model"
+        )
+    return found
 
 
-def check_layers(model: nn.Module, layers: Sequence[Any], stages: int) -> None:
+def check_layers(model: nn.Module, layers: Sequence[nn.Module], stages: int) -> None:
     """Refuse layers that do not make stages of a model, which may be on meta.
 
     Raises:
