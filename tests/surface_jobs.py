@@ -284,3 +284,12 @@ class FromFiles(Adapted):
     def weight_name(self, name):
         made_here = name.startswith("last") or name.endswith(("running_mean", "running_var", "num_batches_tracked"))
         return None if made_here else f"base.{name}"
+
+
+class Warmed(Plain):
+    """A scheduler of transformers over the whole run."""
+
+    def scheduler(self, optimizer):
+        from transformers.optimization import get_cosine_schedule_with_warmup
+
+        return get_cosine_schedule_with_warmup(optimizer, 3, self.plan.total_steps)

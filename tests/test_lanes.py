@@ -165,10 +165,13 @@ def test_a_stream_is_the_same_for_every_world_through_a_death_and_a_resume(tmp_p
     paused = configure(tmp_path, "moved", run__stop_after="8st", data__workers=2)
     stopped = train(Streamed(), paused, 3, faults=[fault("step.reduce", step=5, rank=1)])
     moved = train(Streamed(), configure(tmp_path, "moved", batch__microbatches=10), 2)
+    cut = configure(tmp_path, "cut", parallel__strategy="fsdp")
+    lost = train(Streamed(), cut, 3, faults=[fault("step.before_fence", step=5, rank=1)])
 
-    assert (alone.failure, stopped.failure, moved.failure) == (None, None, None)
+    assert (alone.failure, stopped.failure, moved.failure, lost.failure) == (None, None, None, None)
     assert stopped.events("member_lost")
-    assert moved.sha == alone.sha
+    assert lost.events("member_lost")
+    assert moved.sha == alone.sha == lost.sha
     assert moved.column("sample_hash") == alone.column("sample_hash")
     assert gaps_and_doubles(moved.rows, B) == []
     assert moved.result["exactness_held"] is True

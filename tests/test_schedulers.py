@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from functools import partial
 
@@ -17,8 +18,8 @@ from elastic.errors import ConfigError
 from elastic.job import Job, Plan, set_plan
 from elastic.worker.following import Patience, Plateau
 from elastic.worker.state import TrainState
-from tests.forked import configure, fault, train
-from tests.surface_jobs import Cycled, Flat
+from tests.forked import configure, fault, forking_with, train
+from tests.surface_jobs import Cycled, Flat, Warmed
 
 STEPS = 9
 
@@ -188,6 +189,23 @@ def test_a_run_follows_its_scheduler_through_losses_pauses_and_strategies(tmp_pa
     assert whole.column("lr")[-1] < 0.01 < max(whole.column("lr"))
     assert lost.column("lr") == whole.column("lr")
     assert lost.sha == whole.sha
+
+
+@pytest.mark.processes
+@pytest.mark.usefixtures("fork_server")
+def test_a_run_follows_a_scheduler_of_transformers_through_a_kill_and_a_resume(tmp_path):
+    options = {"optim__schedule": "constant", "optim__warmup": None}
+    with forking_with("transformers.optimization"):
+        whole = train(Warmed(), configure(tmp_path, "whole", **options), 1)
+        paused = configure(tmp_path, "run", **options, run__stop_after="7st")
+        train(Warmed(), paused, 2, faults=[fault("step.before_fence", step=3, rank=0)])
+        ran = train(Warmed(), configure(tmp_path, "run", **options), 2)
+
+    rates = [0.01 * (s / 3 if s < 3 else (1 + math.cos(math.pi * (s - 3) / 9)) / 2) for s in range(12)]
+    assert whole.column("lr") == pytest.approx(rates)
+    assert ran.events("member_lost")
+    assert ran.column("lr") == whole.column("lr")
+    assert ran.sha == whole.sha
 
 
 @pytest.mark.processes

@@ -206,10 +206,11 @@ def test_a_run_over_shards_has_the_same_bits_for_every_world_through_a_death(tmp
 
     alone = train(job, configure(tmp_path, "alone"), 1)
     moved = train(job, configure(tmp_path, "moved", data__workers=2), 3, faults=[fault("step.reduce", step=5, rank=1)])
+    cut = train(job, configure(tmp_path, "cut", parallel__strategy="fsdp"), 2)
 
-    assert (alone.failure, moved.failure) == (None, None)
+    assert (alone.failure, moved.failure, cut.failure) == (None, None, None)
     assert moved.events("member_lost")
-    assert moved.sha == alone.sha
+    assert moved.sha == alone.sha == cut.sha
     assert moved.column("sample_hash") == alone.column("sample_hash")
     assert gaps_and_doubles(moved.rows, B) == []
     assert moved.result["exactness_held"] is True
