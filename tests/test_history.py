@@ -15,8 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from elastic import cli
-from elastic.observe.history import BUCKETS, History
+from elastic.observe.history import History
 from elastic.observe.ledger import METRICS, Follower, LedgerFile, read_records, to_line
+from elastic.observe.thinning import BUCKETS
 from elastic.storage import Storage
 
 STORED = Path(__file__).parent / "stored_runs" / "format-3" / "exact"

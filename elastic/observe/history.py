@@ -14,8 +14,8 @@ from typing import Any
 
 from elastic.observe.columns import columns, floats
 from elastic.observe.ledger import COLUMNS, finite
+from elastic.observe.thinning import BUCKETS, bands, edges, means, thinned
 
-BUCKETS = 400  # the most points of a curve, as many as a picture can show
 MOST_CURVES = 8  # the most curves of the job's own metrics, and the most of its evaluations
 MOST_EVENTS = 200
 PARTS = {
@@ -344,19 +344,19 @@ class History:
         """Return all of this as JSON values, small enough to be sent repeatedly."""
         driven = self.clock()
         rate, amount_rate = self.rate()
-        edges = _edges(len(self._steps))
-        ends = [end - 1 for _, end in edges]
+        ranges = edges(len(self._steps))
+        ends = [end - 1 for _, end in ranges]
         worlds, marks = self.worlds(), self.marks()
         notable = [e for e in self.events if e["kind"] != "restored"][-MOST_EVENTS:]
         return {
             "steps": [self._steps[i] for i in ends],
             "elapsed": [round(driven(self._times[i]), 3) for i in ends],
-            "curves": {name: _bands(curve, edges) for name, curve in self._curves.items()},
+            "curves": {name: bands(curve, ranges) for name, curve in self._curves.items()},
             "evaluations": {
-                name: [[step, driven(self._time_of(step)), values[step]] for step in _thinned(sorted(values))]
+                name: [[step, driven(self._time_of(step)), values[step]] for step in thinned(sorted(values))]
                 for name, values in self._evaluations.items()
             },
-            "split": {name: _means(self._parts[name], edges) for name in PARTS},
+            "split": {name: means(self._parts[name], ranges) for name in PARTS},
             "totals": {name: round(seconds, 6) for name, seconds in self.totals().items()},
             "worlds": [[round(driven(at), 3), size, generation] for at, size, generation in worlds[-5 * BUCKETS :]],
             "marks": [{**mark, "elapsed": round(driven(mark["time"]), 3)} for mark in marks[-BUCKETS:]],
@@ -398,30 +398,3 @@ def _why(event: dict[str, Any]) -> str:
     if kind == "notice":
         return detail if not who else f"{who.strip()} {detail}"
     return f"{kind.replace('_', ' ')}{who}"
-
-
-def _edges(count: int) -> list[tuple[int, int]]:
-    """Divide `count` points into at most BUCKETS ranges of about equal size."""
-    buckets = min(count, BUCKETS)
-    return [(i * count // buckets, (i + 1) * count // buckets) for i in range(buckets)]
-
-
-def _thinned(steps: list[int]) -> list[int]:
-    return [steps[end - 1] for _, end in _edges(len(steps))]
-
-
-def _bands(curve: array[float], edges: list[tuple[int, int]]) -> dict[str, list[float | None]]:
-    """Return the mean, the least and the greatest value of each bucket; None for a bucket without a finite number."""
-    mean: list[float | None] = []
-    low: list[float | None] = []
-    high: list[float | None] = []
-    for first, end in edges:
-        values = [v for v in curve[first:end] if math.isfinite(v)]
-        mean.append(math.fsum(values) / len(values) if values else None)
-        low.append(min(values) if values else None)
-        high.append(max(values) if values else None)
-    return {"mean": mean, "low": low, "high": high}
-
-
-def _means(column: array[float], edges: list[tuple[int, int]]) -> list[float]:
-    return [round(math.fsum(filter(math.isfinite, column[first:end])) / (end - first), 6) for first, end in edges]
