@@ -128,6 +128,7 @@ def test_a_lost_stage_is_cut_anew_over_those_that_are_left(one_process, tmp_path
         assert [reason.partition(", ")[2] for reason in lost] == ["shard 0 of 3 was lost"]
 
 
+@pytest.mark.long
 def test_the_second_pipeline_supplies_what_a_lost_stage_held_and_no_step_is_lost(one_process, tmp_path):
     config = pipelines(tmp_path, eval__every="3st")
 
@@ -204,8 +205,8 @@ def test_the_first_line_says_how_many_pipelines_of_how_many_stages_there_are(tmp
 @pytest.mark.parametrize(
     ("job", "message"),
     [
-        (InStages(wrong="none"), "--parallel.pipeline is 2, but the job has no stages(); return"),
         *slow(
+            (InStages(wrong="none"), "--parallel.pipeline is 2, but the job has no stages(); return"),
             (InStages(wrong="twice"), "stages() returns head twice; return each module once"),
             (
                 InStages(wrong="left out"),
@@ -215,13 +216,13 @@ def test_the_first_line_says_how_many_pipelines_of_how_many_stages_there_are(tmp
                 InStages(wrong="tied"),
                 "blocks.0 and blocks.1 share the parameter blocks.0.up.weight, and stages() returns them as two",
             ),
+            (InStages(wrong="sequence"), "tensor_plan() cuts activations along the sequence between layers, which"),
+            (
+                InStages(wrong="shapes"),
+                "all microbatches must make activations of one shape between the stages, but blocks.",
+            ),
+            (InStages(wrong="same"), "a First of stages() returns one tensor twice"),
         ),
-        *slow((InStages(wrong="sequence"), "tensor_plan() cuts activations along the sequence between layers, which")),
-        (
-            InStages(wrong="shapes"),
-            "all microbatches must make activations of one shape between the stages, but blocks.",
-        ),
-        *slow((InStages(wrong="same"), "a First of stages() returns one tensor twice")),
         (
             InStages(wrong="more"),
             "stages() returns modules that, called one after another, compute something else than the model's",
