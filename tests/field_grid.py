@@ -50,7 +50,7 @@ class Case:
 
     def words(self, exactness: str, strategy: str, worlds: str) -> str:
         """Those of the refusal here; empty where it trains."""
-        places = (f"{strategy} {worlds}", f"{exactness} {strategy}", exactness, strategy, "all")
+        places = (f"{strategy} {worlds}", f"{exactness} {strategy}", strategy, exactness, "all")
         return next((self.refused[place] for place in places if place in self.refused), "")
 
 
@@ -58,6 +58,7 @@ CUT = "whole tensors are mixed with parameters of the model|copied with deepcopy
 SUMS = "by a sum over its samples, but a step has several passes"
 OTHERS = "holds a parameter of shape .* that is not one of the model's"
 BACKWARD = "the job runs a backward pass of its own"
+SUMMED = "sums over the rows of sharded parameters"
 CLOSURE = "returned .*, whose step.* computes the loss again"
 WRITTEN = "is written to in forward or backward passes"
 F, H = field_jobs, field_habits
@@ -101,7 +102,7 @@ CASES: dict[str, Case] = {
     "uncertainty": Case(H.Uncertainty, {"all": OTHERS}),
     "centers": Case(H.Centers, {"all": "extra/centers differs"}),
     "signs_after": Case(H.SignsAfter),
-    "pre_clipped": Case(H.PreClipped, {"bitwise fsdp": "sums over the rows"}),
+    "pre_clipped": Case(H.PreClipped, {"bitwise fsdp": SUMMED}),
     "step_clipped": Case(H.StepClipped, {"bitwise fsdp": "gives other bits"}),
     "lars": Case(H.Lars, {"bitwise fsdp": "gives other bits"}),
     "penalised": Case(H.Penalised, {"fsdp": BACKWARD}),
@@ -110,13 +111,15 @@ CASES: dict[str, Case] = {
     "pseudo": Case(H.Pseudo),
     "renormed": Case(H.Renormed, {"all": "max_norm"}),
     "named": Case(H.Named),
+    "schedule_free": Case(H.ScheduleFree, {"fsdp": r"evaluate\(\) changes parameters"}),
+    "drifting": Case(H.Drifting, {"bitwise ddp": r"evaluate\(\) leaves parameters"}),
     "restarted": Case(H.Restarted),
     "pruned": Case(H.Pruned, {"fsdp": CUT}),
     "pruned_once": Case(H.PrunedOnce),
     "replaced": Case(H.Replaced, {"all": OTHERS}),
     "remembering": Case(H.Remembering),
     "doubles": Case(H.Doubles),
-    "rolls_back": Case(H.RollsBack),
+    "rolls_back": Case(H.RollsBack, {"bitwise fsdp": SUMMED, "fsdp": r"what is no tensor \(extra\) differs"}),
     "plain_list": Case(H.PlainList, {"all": OTHERS}),
     "cumulative": Case(H.Cumulative),
     "looks": Case(H.Looks),

@@ -218,18 +218,37 @@ class Free(torch.optim.Optimizer):
 
 
 class ScheduleFree(Field):
-    """Weights that are moved to their average for each evaluation, and back."""
+    """Weights that are moved to their average for each evaluation, and back by copies."""
 
     def optimizer(self, model):
         self.held = Free(model.parameters(), lr=self.lr)
         return self.held
 
     def evaluate(self, model, batch):
+        kept = [p.detach().clone() for g in self.held.param_groups for p in g["params"]]
         self.held.eval()
         try:
             return super().evaluate(model, batch)
         finally:
             self.held.train()
+            with torch.no_grad():
+                for p, was in zip((p for g in self.held.param_groups for p in g["params"]), kept):
+                    p.copy_(was)
+
+
+class Drifting(Field):
+    """Weights that an evaluation leaves a little other than they were, from the second step on."""
+
+    def __post_init__(self):
+        self.steps = 0
+
+    def after_step(self, model, step):
+        self.steps = step
+
+    def evaluate(self, model, batch):
+        if self.steps:
+            model[0].weight.mul_(3.1).div_(3.1)
+        return super().evaluate(model, batch)
 
 
 class Restarted(Field):

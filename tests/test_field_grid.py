@@ -19,6 +19,8 @@ SOME = [
     ("backwards", ("fast", "fsdp", "2")),
     ("inner", ("fast", "fsdp", "2")),
     ("pre_clipped", ("bitwise", "fsdp", "2")),
+    ("drifting", ("bitwise", "ddp", "1")),
+    ("schedule_free", ("fast", "fsdp", "2")),
     ("sharp", ("fast", "ddp", "1")),
 ]
 

@@ -11,7 +11,9 @@ import numpy as np
 import torch
 import xxhash
 from torch import nn
+from torch.distributed.tensor import DTensor
 
+from elastic.compat.torch import version_of
 from elastic.data.deal import deal
 from elastic.data.fetching import ItemError
 from elastic.data.samples import fetch_each, fetches_together
@@ -19,8 +21,11 @@ from elastic.errors import ConfigError
 from elastic.job import Job, MapDataset
 from elastic.parallel import modes
 from elastic.parallel.records import Metrics, Records
+from elastic.parallel.wrapping import local
 from elastic.seeds import derive, seed_all
+from elastic.worker.belongings import digest
 from elastic.worker.group import Group
+from elastic.worker.trials import listed
 from elastic.worker.user_code import UserCode
 
 
@@ -100,6 +105,40 @@ def evaluate(
     found = {"loss": record.loss, **record.mean_metrics()}
     found |= code.evaluated(name, record.loss_sum, record.weight, record.metrics)
     return dict(zip(figures(name, found), found.values()))
+
+
+class Parameters:
+    """Parameters as they are before an evaluation, which is to leave them as they are."""
+
+    def __init__(self, model: nn.Module, *, exact: bool):
+        self._cut = any(isinstance(p, DTensor) for p in model.parameters())
+        self._versions = {name: (p, _versions(p)) for name, p in model.named_parameters()}
+        self._digests = {name: digest(p) for name, (p, _) in self._versions.items()} if exact else {}
+
+    def check(self) -> None:
+        """
+        Raises:
+            ConfigError: one is other than it was (bitwise), or was written to where the job's code saw it as it had
+                been gathered before (a model that is cut).
+        """
+        written = [name for name, (p, was) in self._versions.items() if _versions(p) != was]
+        if self._cut and written:
+            raise ConfigError(
+                f"evaluate() changes parameters ({listed(written)}) of a model that is cut over the workers, and "
+                "computes with what was gathered before; keep averages in a model of their own, or use "
+                "--parallel.strategy ddp"
+            )
+        changed = [name for name, was in self._digests.items() if digest(self._versions[name][0]) != was]
+        if changed:
+            raise ConfigError(
+                f"evaluate() leaves parameters ({listed(changed)}) other than they were, so the bits of the run depend "
+                "on how often it is called; put them back from copies, or use --run.exactness fast"
+            )
+
+
+def _versions(p: torch.Tensor) -> tuple[int, int]:
+    """Writes to a DTensor move its own counter, those to what it holds the other."""
+    return version_of(p), version_of(local(p))
 
 
 def figures(name: str, metrics: Iterable[str]) -> list[str]:

@@ -12,7 +12,7 @@ from elastic import fault
 from elastic.errors import CheckpointError, ConfigError, ElasticError
 from elastic.membership.client import RunOver
 from elastic.membership.stage import Position, Stage
-from elastic.worker.evaluate import evaluate
+from elastic.worker.evaluate import Parameters, evaluate
 from elastic.worker.flags import Flags, Stop
 from elastic.worker.group import Group
 from elastic.worker.rehearsal import SEPARATE
@@ -258,6 +258,7 @@ class World(SavingWorld):
         began = time.monotonic()
         found: dict[str, float] = {}
         passes = itertools.count(1)
+        parameters = Parameters(self.state.model, exact=worker.bitwise)
         with self.steps.unmoved():
             for name, data in worker.eval_sets.items():
                 found |= evaluate(
@@ -274,6 +275,7 @@ class World(SavingWorld):
                     on_pass=lambda: worker.link.progress(Position(step - 1, Stage.EVALUATE, next(passes))),
                 )
         self.steps.reshard()
+        parameters.check()
         holding.evaluated = (step, found)
         if found:
             row: dict[str, Any] = {"step": step, "time": time.time(), "generation": str(self.assignment.generation)}
