@@ -86,6 +86,7 @@ def test_many_tensors_are_added_multiplied_and_measured_with_the_bits_of_a_loop(
 
 
 def test_norms_of_tensors_in_16_bits_have_more_digits_and_are_finite() -> None:
+    assert float(norm_of_all([])) == 0.0
     torch.manual_seed(0)
     short = [torch.randn(1000).to(torch.bfloat16), torch.full((9,), 6e4, dtype=torch.float16)]
     for tensors in (

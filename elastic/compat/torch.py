@@ -43,6 +43,8 @@ multiply_each_: Callable[[list[torch.Tensor], float], None] = torch._foreach_mul
 def norm_of_each(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
     """The L2 norm of each tensor: scalars of the tensors' dtype, on their device; of tensors in 16 bits in float32, as
     a norm in so few digits is off by up to 0.4 %, and in float16 is infinite from 65,504 on."""
+    if not tensors:  # a step in which no pass used a parameter
+        return []
     short = [t.dtype in (torch.bfloat16, torch.float16) for t in tensors]
     if not any(short):
         return list(torch._foreach_norm(tensors))
