@@ -53,6 +53,7 @@ from elastic.membership.protocol import (
 )
 from elastic.membership.stage import ENTERED, Stage
 from elastic.membership.wire import Refused
+from elastic.membership.witness import Witness
 from elastic.membership.world import Generation, Member
 
 RECONNECT_S = 0.2
@@ -101,6 +102,8 @@ class Watcher:
         self.free: Callable[[], None] | None = None
         self.report: Callable[[], str] = str
         self._report_task: asyncio.Task[None] | None = None
+        self._witness: Witness | None = None
+        self._may_have_witness = sys.platform == "linux"
         self.wishes: dict[str, str] = {}
         self.allowed = 0
         self.fenced: str | None = None
@@ -143,6 +146,8 @@ class Watcher:
             self._loop.run_until_complete(self._hold_while_leased())
         finally:
             self._loop.close()
+            if self._witness is not None:
+                self._witness.end()
 
     async def _hold_while_leased(self) -> None:
         """Stay connected until the lease is long over; then free a training thread that waits in vain.
@@ -189,6 +194,8 @@ class Watcher:
     async def _converse(self, socket: aiohttp.ClientWebSocketResponse) -> None:
         """Send and receive until the connection or the run ends."""
         reader = asyncio.create_task(self._read(socket))
+        if self._witness is not None:
+            self._show_witness(socket)
         assignment = self.assignment
         if not self._known and assignment is not None and self.joining is None:
             hello = Hello(self.member, assignment.rank, assignment.size, self._whereabouts(assignment))
@@ -251,6 +258,7 @@ class Watcher:
                 self.allowed = max(self.allowed, message.allowed)
                 self.outbox.left_world()
                 self.inbox.put(message)
+                self._show_witness(socket)
             case SaveAlone():
                 self._known = True
                 self.inbox.put(message)
@@ -282,6 +290,19 @@ class Watcher:
                 await socket.send_str(dumps(Stacks(stacks())))
                 self._report_task = asyncio.create_task(self._send_report(socket))
         self._posted.set()
+
+    def _show_witness(self, socket: aiohttp.ClientWebSocketResponse) -> None:
+        """Have another process end this connection at once if this one dies."""
+        if not self._may_have_witness:
+            return
+        try:
+            self._witness = self._witness or Witness()
+        except OSError as error:
+            self._may_have_witness = False
+            print(f"warning: should this worker be killed, that is noticed later than usual: {error}", file=sys.stderr)
+            return
+        if not self._witness.has(socket.get_extra_info("socket")):
+            self._witness = None  # it was killed; the next world gets another
 
     async def _send_report(self, socket: aiohttp.ClientWebSocketResponse) -> None:
         text = await asyncio.to_thread(self.report)

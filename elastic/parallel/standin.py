@@ -27,7 +27,7 @@ class Standin(nn.Module):
 
     def __init__(self, model: nn.Module, forward: Callable[..., Any]):
         super().__init__()
-        self.__dict__["_standin"] = [model, forward, False]  # no module of this one
+        self._standin: list[Any] = [model, forward, False]  # in a list, so that it is no module of this one
         self.training = model.training
 
     def forward(self, *inputs: Any, **named: Any) -> Any:
