@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cache
 from typing import Any
 
+from elastic.observe.columns import columns
 from elastic.observe.history import number
 from elastic.observe.ledger import METRICS, kept_history, read_records
 from elastic.run.folder import RunFolder
@@ -13,6 +16,7 @@ from elastic.tools.text import show, table
 
 _SAMPLES = ("first_position", "count", "sample_hash")
 _BITS = ("loss", "grad_norm")
+Rows = Sequence[dict[str, Any]]
 _MOST = 12  # the most options in a table
 
 
@@ -35,8 +39,13 @@ def _read(folder: RunFolder) -> dict[str, Any]:
 
 
 def _is_row(row: dict[str, Any]) -> bool:
-    epoch, _, n = str(row.get("generation")).partition("-")
-    return isinstance(row.get("step"), int) and epoch.isdecimal() and n.isdecimal()
+    return isinstance(row.get("step"), int) and _is_generation(str(row.get("generation")))
+
+
+@cache  # a hundred thousand rows are of few generations
+def _is_generation(text: str) -> bool:
+    epoch, _, n = text.partition("-")
+    return epoch.isdecimal() and n.isdecimal()
 
 
 def compare(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
@@ -53,9 +62,8 @@ def compare(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, An
     """
     rows = [{row["step"]: row for row in run["rows"]} for run in (first, second)]
     common = sorted(rows[0].keys() & rows[1].keys())
-    pairs = [(step, rows[0][step], rows[1][step]) for step in common]
-    samples = next((step for step, a, b in pairs if any(a.get(k) != b.get(k) for k in _SAMPLES)), None)
-    parted = next((p for p in pairs if any(p[1].get(k) != p[2].get(k) for k in _BITS)), None)
+    ours, theirs = ([found[step] for step in common] for found in rows)
+    samples, parted = _first_difference(ours, theirs, _SAMPLES), _first_difference(ours, theirs, _BITS)
     hashes = [run["result"].get("weights_sha256") for run in (first, second)]
     ends = [run["result"].get("steps") for run in (first, second)]
     comparable = None not in hashes and ends[0] == ends[1]
@@ -63,11 +71,11 @@ def compare(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, An
         "steps": [len(r) for r in rows],
         "common_steps": len(common),
         "same_samples": samples is None if common else None,
-        "samples_part_at": samples,
+        "samples_part_at": None if samples is None else common[samples],
         "same_bits": (parted is None and (not comparable or hashes[0] == hashes[1])) if common else None,
-        "parts_at": None if parted is None else parted[0],
-        "values": None if parted is None else {k: [parted[1].get(k), parted[2].get(k)] for k in _BITS},
-        "largest_difference": max((_apart(a, b) for _, a, b in pairs), default=None),
+        "parts_at": None if parted is None else common[parted],
+        "values": None if parted is None else {k: [ours[parted].get(k), theirs[parted].get(k)] for k in _BITS},
+        "largest_difference": _largest(ours, theirs, parted) if common else None,
         "weights_sha256": hashes,
         "same_weights": hashes[0] == hashes[1] if comparable else None,
         "options": [
@@ -78,11 +86,29 @@ def compare(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, An
     }
 
 
-def _apart(a: Mapping[str, Any], b: Mapping[str, Any]) -> float:
-    """Return the difference of two losses as a share of the larger one."""
-    x, y = number(a.get("loss")), number(b.get("loss"))
-    most = max(abs(x), abs(y))
-    return abs(x - y) / most if most > 0 else 0.0
+def _first_difference(ours: Rows, theirs: Rows, names: Iterable[str]) -> int | None:
+    """Return the place of the first pair of rows that differ in one of these columns. Whole columns are compared first:
+    most are the same."""
+    found = []
+    for name in names:
+        mine, other = [row.get(name) for row in ours], [row.get(name) for row in theirs]
+        if mine != other:
+            found += [next(i for i, (a, b) in enumerate(zip(mine, other)) if a != b)]
+    return min(found, default=None)
+
+
+def _largest(ours: Rows, theirs: Rows, first: int | None) -> float:
+    """Return the largest difference of two losses, from the rows of place `first` on, as a share of the larger one."""
+    found = 0.0
+    for a, b in zip(
+        *(
+            columns((rows[first:] if first is not None else []), {"loss": math.nan}, number)[0]
+            for rows in (ours, theirs)
+        )
+    ):
+        if (most := max(abs(a), abs(b))) > 0:
+            found = max(found, abs(a - b) / most)
+    return found
 
 
 def _options(first: Mapping[str, Any], second: Mapping[str, Any]) -> Iterator[tuple[str, bool, list[Any]]]:
@@ -112,7 +138,7 @@ def _flat(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _figures(run: Mapping[str, Any]) -> dict[str, Any]:
     rows, result = run["rows"], run["result"]
-    seconds = sum(s for r in rows if (s := number(r.get("step_s"))) > 0)
+    seconds = sum(s for s in columns(rows, {"step_s": 0.0}, number)[0] if s > 0)
     stalls = result.get("stalls") or []
     return {
         "loss": rows[-1].get("loss") if rows else None,
