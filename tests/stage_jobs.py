@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from tests.tiny_jobs import CLASSES, Plain
+from tests.tiny_jobs import CLASSES, FEATURES, Plain
 
 TOKENS = 16
 
@@ -94,3 +94,102 @@ class InStages(Plain):
 
     def extra_state(self):
         return {"ema": self.ema}
+
+
+#: What a step takes that shows each kind of `Beside` to be another model than its layers.
+BESIDE = {
+    "no_grad": "gradient of embed.weight",
+    "detach": "gradient of embed.weight",
+    "detached inside": "gradient of embed.weight",
+    "unused output": "gradient of embed.side.weight",
+    "left behind": "loss",
+    "hooked": "loss",
+    "metric": "metric norm",
+    "forward's buffer": "buffer centre",
+    "loss's buffer": "buffer centre",
+    "grows": "loss",
+}
+
+
+@dataclass
+class Beside(Plain):
+    """A chain of layers, and something that `forward()`, `loss()` or a layer does beside it."""
+
+    kind: str = field(default="", metadata={"help": "one of BESIDE, or a penalty, 1-tuple, written to or frozen"})
+
+    def model(self):
+        import torch
+        from torch import nn
+
+        kind = self.kind
+
+        class Embed(nn.Linear):
+            def __init__(self, w: int):
+                super().__init__(FEATURES, w)
+                self.side = nn.Linear(FEATURES, w) if kind == "unused output" else None
+
+            def forward(self, x):
+                return super().forward(x) if self.side is None else (super().forward(x), self.side(x))
+
+        class Block(nn.Linear):
+            def forward(self, x, *side):
+                found = x + torch.tanh(super().forward(torch.relu_(x) if kind == "written to" else x))
+                self.left = found.square().mean()
+                return (found, *side) if side else found
+
+        class Head(nn.Linear):
+            def forward(self, x, *_):
+                found = super().forward(x.detach() if kind == "detached inside" else x)
+                return (found,) if kind == "1-tuple" else found
+
+        class Chain(nn.Module):
+            def __init__(self, w: int):
+                super().__init__()
+                self.embed, self.head, self.step = Embed(w), Head(w, CLASSES), 0
+                self.blocks = nn.ModuleList(Block(w, w) for _ in range(3))
+                self.register_buffer("centre", torch.zeros(CLASSES))
+                if kind == "frozen":
+                    self.head.requires_grad_(False)
+                    self.blocks[1:].requires_grad_(False)
+
+            def forward(self, x):
+                with torch.set_grad_enabled(torch.is_grad_enabled() and kind != "no_grad"):
+                    x = self.embed(x)
+                for block in self.blocks[: 2 if kind == "grows" and self.step > 1 else None]:
+                    x = block(*(x if isinstance(x, tuple) else (x,)))
+                    x = x.detach() if kind == "detach" and block is self.blocks[0] else x
+                x = self.head(*(x if isinstance(x, tuple) else (x,)))
+                if kind == "forward's buffer" and self.training:
+                    self.centre.lerp_(x.detach().mean(0), 0.1)
+                return x
+
+        return Chain(self.width)
+
+    def stages(self, model):
+        return [model.embed, *model.blocks, model.head]
+
+    def after_step(self, model, step):
+        model.step = step
+
+    def logits(self, model, features, ids):
+        found = model(features)
+        return found[0] if self.kind == "1-tuple" else found
+
+    def loss(self, model, batch):
+        got = []
+        handle = model.blocks[0].register_forward_hook(lambda *found: got.append(found[-1]))
+        try:
+            total, weight, metrics = super().loss(model, batch)
+        finally:
+            handle.remove()
+        if self.kind == "left behind":
+            total = total + sum(block.left for block in model.blocks)
+        elif self.kind == "hooked":
+            total = total + sum(one.square().sum() for one in got)
+        elif self.kind == "penalty":
+            total = total + sum(m.weight.square().sum() for m in model.modules() if hasattr(m, "weight"))
+        elif self.kind == "metric":
+            metrics["norm"] = float(model.embed.weight.detach().norm()) * weight
+        elif self.kind == "loss's buffer" and model.training:
+            model.centre.add_(1)
+        return total, weight, metrics

@@ -11,7 +11,7 @@ from elastic.run.accounts import account_of_run
 from elastic.run.prepare import prepare, report
 from tests.forked import WAIT_S, B, Ran, Watch, configure, fault, local_run, plan, train
 from tests.slowly import slow
-from tests.stage_jobs import InStages
+from tests.stage_jobs import BESIDE, Beside, InStages
 from tests.test_bits import assert_same_training
 from tests.tiny_jobs import CONFIG
 
@@ -237,6 +237,29 @@ def test_stages_that_do_not_fit_are_refused_by_name_before_training(tmp_path, jo
     assert found.failure is not None
     assert message in found.failure
     assert found.history == []
+
+
+@pytest.mark.parametrize(
+    "kind", [*slow(*(kind for kind in BESIDE if kind not in ("left behind", "detach"))), "left behind", "detach"]
+)
+def test_what_is_done_beside_the_layers_is_refused_before_it_reaches_the_weights(tmp_path, kind):
+    found = train(Beside(kind=kind), pipelines(tmp_path, run__check_every="2st", run__duration="4st"), workers=2)
+
+    assert found.failure is not None
+    assert f"with --parallel.pipeline a microbatch has another {BESIDE[kind]}" in found.failure
+    assert [row["step"] for row in found.history] == ([1, 2] if kind == "grows" else [])
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("kind", ["1-tuple", "written to", "frozen"])
+def test_what_layers_do_inside_trains_the_bits_of_one_process(tmp_path, kind):
+    found = [
+        train(Beside(kind=kind), pipelines(tmp_path, stages, f"run-{stages}", run__duration="4st"), workers=stages)
+        for stages in (1, 2, 3)
+    ]
+
+    assert [one.failure for one in found] == [None, None, None]
+    assert found[0].sha == found[1].sha == found[2].sha
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from torch import nn
 from elastic.data.deal import batch_table
 from elastic.errors import ConfigError
 from elastic.parallel.layout import lay_out
-from elastic.parallel.stages import cost_of, cut, layers_of, seed_behind, seed_each
+from elastic.parallel.stages import chained, check_layers, cost_of, cut, handed, layers_of, seed_behind, seed_each
 from elastic.parallel.standin import Standin, calls_of
 from elastic.placement import pipelines
 from elastic.seeds import seed_all
@@ -100,12 +100,57 @@ def test_what_is_no_module_is_no_layer():
         layers_of(Job(), nn.Sequential(nn.Linear(2, 3)))
 
 
+def test_what_is_no_list_of_modules_is_refused_in_one_sentence():
+    class Job:
+        def stages(self, model):
+            return model if model is not None else model.blocks
+
+    with pytest.raises(ConfigError, match="stages\\(\\) returns a Linear, which is no list; return"):
+        layers_of(Job(), nn.Linear(2, 3))
+    with pytest.raises(ConfigError, match="stages\\(\\) raised AttributeError: 'NoneType' object has no attribute"):
+        layers_of(Job(), None)
+
+
+def test_saved_buffers_of_two_layers_are_refused_by_name():
+    norm = nn.BatchNorm1d(2, affine=False)
+    model = nn.Sequential(nn.Sequential(nn.Linear(2, 2), norm), nn.Sequential(nn.Linear(2, 2), norm))
+
+    with pytest.raises(ConfigError, match=r"0 and 1 share the buffer .*running_mean, and stages"):
+        check_layers(model, [*model], 2)
+    for name in list(norm._buffers):
+        norm._non_persistent_buffers_set.add(name)
+    check_layers(model, [*model], 2)  # such as a table that each layer reads
+
+
+def test_a_layer_may_return_none_twice_but_no_tensor_twice():
+    class Twice(nn.Module):
+        def forward(self, x, *_):
+            return x, None, None
+
+    x = torch.ones(2)
+    assert chained([Twice(), Twice()], (x,)) == (x, None, None)
+    with pytest.raises(ConfigError, match="a Twins of stages\\(\\) returns one tensor twice"):
+        chained([type("Twins", (nn.Module,), {"forward": lambda self, x: (x, x)})()], (x,))
+
+
+def test_a_layer_may_write_to_what_another_stage_sent():
+    sent = torch.tensor([-1.0, 2.0], requires_grad=True)
+    torch.relu_(handed((sent,))[0]).sum().backward()
+
+    assert sent.grad is not None
+    assert sent.grad.tolist() == [0, 1]
+
+
 def test_a_stand_in_has_what_the_model_has_and_is_called_once():
     model = nn.Linear(2, 3)
     stand = Standin(model, lambda x: x + 1)
 
     assert stand.weight is model.weight
     assert [name for name, _ in stand.named_parameters()] == ["weight", "bias"]
+    assert [*stand.modules()] == [model]
+    assert stand.state_dict().keys() == model.state_dict().keys()
+    assert not stand.eval().training
+    assert not model.training
     assert stand(1) == 2
     with pytest.raises(ConfigError, match="several times"):
         stand(1)

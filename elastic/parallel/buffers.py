@@ -136,17 +136,27 @@ class StepBuffers:
                 buffer.copy_(value)
 
     @contextmanager
-    def begun(self, names: Iterable[str]) -> Iterator[None]:
+    def begun(self, names: Iterable[str]) -> Iterator[dict[str, torch.Tensor]]:
         """While backward computes a forward pass again, these buffers have the values with which that pass began. They
-        are other tensors, since autograd may have saved those that it left."""
+        are other tensors, since autograd may have saved those that it left; these are what it gives, by name."""
         left = {name: getattr(*self._places[name]) for name in names}
-        for name in left:
-            setattr(*self._places[name], self.before(name).clone())
+        given = {name: self.before(name).clone() for name in left}
+        for name, buffer in given.items():
+            setattr(*self._places[name], buffer)
         try:
-            yield
+            yield given
         finally:
             for name, buffer in left.items():
                 setattr(*self._places[name], buffer)
+
+    def moved(self, given: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Inside `begun`, which gave these: copies of the buffers with other values now. A cache is none of them."""
+        now = {name: getattr(*self._places[name]) for name in given}
+        return {
+            name: buffer.detach().clone()
+            for name, buffer in now.items()
+            if (name in self._owners or buffer is given[name]) and not torch.equal(buffer, self.before(name))
+        }
 
     @contextmanager
     def unmoved(self) -> Iterator[None]:

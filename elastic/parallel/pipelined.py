@@ -10,28 +10,32 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
+from torch.distributed.pipelining import Schedule1F1B, ScheduleGPipe
+from torch.distributed.tensor import DTensor
 
 from elastic.compat.torch_sharded import without_gathering
 from elastic.errors import ConfigError
 from elastic.parallel.canonical import CanonicalSum, Link, buckets_of
+from elastic.parallel.compared import UNLIKE_WHOLE, Likeness, Taken, difference, first_difference, row_of
 from elastic.parallel.leaf import Leaf
 from elastic.parallel.levels import one_level
 from elastic.parallel.mesh import Mesh
 from elastic.parallel.moves import fingerprint, reduce_moves
 from elastic.parallel.records import Records, StepRecord
 from elastic.parallel.replicated import LossFunction, Pass
+from elastic.parallel.scheduled import Body, Stage
 from elastic.parallel.sharded import BitwiseSharded
 from elastic.parallel.stage_parameters import StageParameters
-from elastic.parallel.stages import chained, cost_of, cut, seed_behind
-from elastic.parallel.standin import Standin, calls_of
-from elastic.parallel.wrapping import local
-from elastic.seeds import seed_all
+from elastic.parallel.stages import as_tuple, chained, cost_of, cut, handed, seed_behind, stages_of_buffers
+from elastic.parallel.standin import Standin, calls_of, copied
+from elastic.parallel.wrapping import MIXED, fsdp_modules, local
+from elastic.seeds import seed_all, unseeded
 
 Tensors = tuple[torch.Tensor, ...]
 _UNLIKE = (
@@ -51,11 +55,14 @@ _NO_TENSORS = (
 class Pipelined(BitwiseSharded):
     """The same sums, in the same order, as `BitwiseReplica`, for both modes.
 
+    In the first step of a world, and every `check_every` steps from there on, it is held against the whole model.
+
     Args:
         layers: what the job's `stages()` returned.
         run_layers: runs layers outside of the job's loss, in its precision; errors are those of the job.
         at_pass: called with its number before each forward and backward pass of a microbatch.
-        exact: outputs of the chained layers must have the bits of the model's.
+        exact: what the stages make must have the bits of what the whole model makes.
+        check_every: None for only once.
     """
 
     def __init__(
@@ -66,6 +73,7 @@ class Pipelined(BitwiseSharded):
         layers: Sequence[nn.Module],
         run_layers: Callable[[Callable[[], Any]], Any],
         at_pass: Callable[[int], None],
+        check_every: int | None,
         runs: list[range],
         mesh: Mesh,
         device: torch.device,
@@ -74,10 +82,13 @@ class Pipelined(BitwiseSharded):
         check: Callable[[], None],
     ):
         super().__init__(model, loss, runs=runs, rows=runs, mesh=mesh, device=device, bucket_mb=bucket_mb, check=check)
-        self._run_layers, self._at_pass, self._compares_bits = run_layers, at_pass, exact
+        self._run_layers, self._at_pass, self._check_every = run_layers, at_pass, check_every
+        # FSDP2 sums the gradient of what several modules take module by module, where layers are made of such modules
+        cut_inside = any(m is not layer for layer in layers for m in fsdp_modules(layer))
+        self._like = Likeness(exact, exact and not cut_inside)
         bounds = cut([cost_of(layer) for layer in layers], mesh.layout.stages)
         mine = bounds[mesh.stage]
-        self._layers, self._before = [layers[i] for i in mine], mine.start
+        self._layers, self._before = [layers[i] for i in mine], layers[: mine.start]
         self._names = [name for layer in self._layers for name, m in model.named_modules() if m is layer]
         self._of_stage = StageParameters(model, [[layers[i] for i in run] for run in bounds], mesh, device)
         trained = {name: p for name, p in self._of_stage.whole.items() if p.requires_grad}
@@ -85,7 +96,7 @@ class Pipelined(BitwiseSharded):
         self._buckets = buckets_of(like, self._bucket_bytes)
         self._leaf, self._trained = Leaf(trained, self._buckets, device), list(trained)
         self._names_of_trained = [name for name, p in model.named_parameters() if p.requires_grad]
-        self._stage_of_buffer = _stages_of_buffers(model, [[layers[i] for i in run] for run in bounds])
+        self._stage_of_buffer = stages_of_buffers(model, [[layers[i] for i in run] for run in bounds])
         self._own_buffers = [name for name, stage in self._stage_of_buffer.items() if stage == mesh.stage]
         self._columns = [Link(one_level(len(runs), mesh.pipeline), mesh.stage_group)]
         self._schedule: Any = None
@@ -110,6 +121,10 @@ class Pipelined(BitwiseSharded):
         self._passes = [(one, torch.initial_seed()) for one in passes]
         self._losses: list[tuple[float, float, dict[str, float]]] = []
         self._after: list[dict[str, torch.Tensor]] = [{} for _ in self._passes]
+        # with one microbatch, what `_model_output` has left in modules is found by comparing the second step
+        due = self._schedule is None or (self._steps == 1 and min(map(len, self._runs)) == 1)
+        due |= self._check_every is not None and self._steps % self._check_every == 0
+        self._taken = Taken(copied(self._passes[-1][0].batch)) if due else None
         self._sums = CanonicalSum(self._columns, self._runs, self._buckets)
         expected = self._model_output() if self._schedule is None else None
         self._of_stage.gather()
@@ -123,6 +138,8 @@ class Pipelined(BitwiseSharded):
             self._of_stage.put_back()
             self._block_order.take_hash()
         self._writes.check()
+        if self._taken is not None:
+            self._compare_with_whole(self._taken)
         began = time.perf_counter()
         *gradients, used = self._sums.reduce()
         record = self._record({name for name, count in zip(self._trained, used.tolist(), strict=True) if count})
@@ -167,28 +184,29 @@ class Pipelined(BitwiseSharded):
             raise ConfigError(_OTHER_SHAPES.format(self._names[-1], self._sends, shapes))
         return found[0] if len(found) == 1 else found
 
-    def _call_layers(self, index: int, inputs: tuple[Any, ...], *, inside: bool = False) -> Tensors:
+    def _call_layers(self, index: int, inputs: tuple[Any, ...], *, inside: bool = False) -> Any:
         """
         Args:
             inside: this is called in the job's loss, which has the run's precision already.
+
+        Returns:
+            what the last of them returned, inside; otherwise a tuple of tensors.
         """
 
-        def work() -> tuple[Any, ...]:
-            if self._before:
+        def work() -> Any:
+            if draw := sum(layer.training for layer in self._before):
                 seed_all(self._passes[index][1])
-                seed_all(seed_behind(self._before))
-            return chained(self._layers, inputs)
+                seed_all(seed_behind(draw))
+            if torch.is_autocast_enabled(kind := self._device.type):
+                self._like = replace(self._like, eps=torch.finfo(torch.get_autocast_dtype(kind)).eps)
+            return chained(self._layers, inputs if self._is_first else handed(inputs))
 
-        with self._buffers.begun(self._own_buffers):
-            found = work() if inside else self._run_layers(work)
-            now = self._buffers.named
-            self._after[index] = {
-                name: now[name].detach().clone()
-                for name in self._own_buffers
-                if not torch.equal(now[name], self._buffers.before(name))
-            }
+        with self._buffers.begun(self._own_buffers) as given:
+            result = work() if inside else self._run_layers(work)
+            self._after[index] = self._buffers.moved(given)
         if inside:
-            return found
+            return result
+        found = as_tuple(result)
         if not all(isinstance(one, torch.Tensor) for one in found):
             raise ConfigError(_NO_TENSORS.format(self._names[-1]))
         return tuple(one.contiguous() for one in found)
@@ -202,19 +220,25 @@ class Pipelined(BitwiseSharded):
         seed_all(self._passes[index][1])
 
         def forward(*inputs: Any) -> Any:
-            found = self._call_layers(index, inputs if activations is None else activations, inside=True)
-            return found[0] if len(found) == 1 else found
+            return self._call_layers(index, inputs if activations is None else activations, inside=True)
 
         loss, weight, metrics = self._loss(Standin(self.model, forward), self._passes[index][0].batch)
-        self._losses.append(
-            (float(loss.detach()), float(weight), {name: float(value) for name, value in metrics.items()})
-        )
+        if isinstance(loss, DTensor):  # a number and a parameter that is cut give one, which is not the sum of anything
+            raise ConfigError(MIXED)
+        self._losses.append(row_of(loss, weight, metrics))
         return loss * self.scale if self.scale != 1 else loss
 
     def _took(self, index: int) -> None:
         """A backward pass is over: its gradients are the next leaf."""
-        if self._trained:
-            self._sums.push(self._passes[index][0].first, self._leaf.take())
+        leaf = self._leaf.take()
+        if self._taken is not None and index == len(self._passes) - 1:
+            used = leaf[-1].tolist()
+            self._taken.gradients = {
+                name: gradient.clone()
+                for name, gradient, one in zip(self._trained, leaf[:-1], used, strict=True)
+                if one
+            }
+        self._sums.push(self._passes[index][0].first, leaf)
 
     # ---- the first pass of a world -----------------------------------------------------------------------------------
 
@@ -222,11 +246,11 @@ class Pipelined(BitwiseSharded):
         """What the model itself makes of the first microbatch. All workers of a row call this."""
         one, seed = self._passes[0]
         seed_all(seed)
-        inputs = calls_of(self._loss, self.model, one.batch)
+        inputs = calls_of(self._loss, self.model, copied(one.batch))
         with torch.no_grad(), self._buffers.begun([*self._stage_of_buffer]):
             found = self._run_layers(lambda: self.model(*inputs))
         self.reshard()
-        return tuple(found) if isinstance(found, (tuple, list)) else (found,)
+        return as_tuple(found)
 
     def _meet(self, expected: Tensors) -> Any:
         """Send the first microbatch through the stages, and return the schedule, which needs the shapes between them.
@@ -237,7 +261,7 @@ class Pipelined(BitwiseSharded):
         layout, group = self._mesh.layout, self._mesh.pipeline_group
         one, seed = self._passes[0]
         seed_all(seed)
-        inputs: tuple[Any, ...] = calls_of(self._loss, self.model, one.batch) if self._is_first else ()
+        inputs: tuple[Any, ...] = calls_of(self._loss, self.model, copied(one.batch)) if self._is_first else ()
         outputs: Tensors = ()
         for stage in range(layout.stages):
             if stage == self._mesh.stage:
@@ -262,8 +286,8 @@ class Pipelined(BitwiseSharded):
             self._compare(outputs, expected)
         if layout.stages == 1:
             return True
-        stage_of_torch = _Stage(
-            _Body(self._guarded),
+        self._stage_of_torch = stage_of_torch = Stage(
+            Body(self._guarded),
             self._mesh.stage,
             layout.stages,
             self._device,
@@ -276,12 +300,42 @@ class Pipelined(BitwiseSharded):
         return kind(stage_of_torch, len(self._passes), loss_fn=self._guarded_loss, scale_grads=False)
 
     def _compare(self, found: Tensors, expected: Tensors) -> None:
-        same = torch.equal if self._compares_bits else torch.allclose
         if len(found) != len(expected) or not all(
-            isinstance(b, torch.Tensor) and a.shape == b.shape and same(a.detach(), b)
-            for a, b in zip(found, expected, strict=False)
+            isinstance(b, torch.Tensor) and self._like.tensors(a, b) for a, b in zip(found, expected, strict=False)
         ):
             raise ConfigError(_UNLIKE)
+
+    def _compare_with_whole(self, found: Taken) -> None:
+        """Hold what the stages made of the last microbatch against what the whole model makes of it. It is not the one
+        that `_model_output` takes: what that has left in modules is wrong for this one. All workers of a row call this.
+
+        Raises:
+            ConfigError: they differ, with what.
+        """
+        (one, seed), mesh = self._passes[-1], self._mesh
+        found.row, found.buffers = self._losses[-1] if self._is_last else None, self._after[-1]
+        self._at_pass(one.first)
+        with unseeded():
+            seed_all(seed)
+            mine = difference(
+                found,
+                self.model,
+                self._loss,
+                scale=self.scale,
+                trained=set(self._trained),
+                own_buffers=set(self._own_buffers),
+                buffers=self._buffers,
+                like=self._like,
+            )
+        self.reshard()
+        self._block_order.take_hash()
+        told: list[Any] = [None] * mesh.layout.stages
+        if mesh.layout.stages > 1:
+            lacks = self._stage_of_torch.lacks_gradients
+            dist.all_gather_object(told, (mine, lacks, found.all_zero), group=mesh.pipeline_group)
+            mine = first_difference(told)
+        if mine is not None:
+            raise ConfigError(UNLIKE_WHOLE.format(mine[1]))
 
     def _guarded(self, *inputs: Any) -> Any:
         try:
@@ -341,37 +395,5 @@ class Pipelined(BitwiseSharded):
             buffers.set(name, value)
 
 
-class _Body(nn.Module):
-    """What torch's stage calls in a forward pass. The layers are no modules of it, so torch leaves them alone."""
-
-    def __init__(self, call: Callable[..., Any]):
-        super().__init__()
-        self._call = call
-
-    def forward(self, *inputs: Any) -> Any:
-        return self._call(*inputs)
-
-
-class _Stage(PipelineStage):
-    """Tells which microbatch is run, and when its backward pass is over."""
-
-    before: Callable[[int], None]
-    behind: Callable[[int], None]
-
-    def forward_one_chunk(self, fwd_chunk_id: int, *arguments: Any, **named: Any) -> Any:
-        self.before(fwd_chunk_id)
-        return super().forward_one_chunk(fwd_chunk_id, *arguments, **named)
-
-    def backward_one_chunk(self, bwd_chunk_id: int, *arguments: Any, **named: Any) -> None:
-        super().backward_one_chunk(bwd_chunk_id, *arguments, **named)
-        self.behind(bwd_chunk_id)
-
-
 def _shapes(tensors: Tensors) -> list[tuple[int, ...]]:
     return [tuple(t.shape) for t in tensors]
-
-
-def _stages_of_buffers(model: nn.Module, stages: Sequence[Sequence[nn.Module]]) -> dict[str, int]:
-    """The stage of each buffer of the model, by its name; those outside of all layers are of the first."""
-    stage_of = {id(b): s for s, layers in enumerate(stages) for layer in layers for b in layer.buffers()}
-    return {name: stage_of.get(id(buffer), 0) for name, buffer in model.named_buffers()}

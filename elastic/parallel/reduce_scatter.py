@@ -115,15 +115,22 @@ class Leaves:
         return found.map(torch.clone)
 
 
-class Look:
+class Unsent:
+    """A reduce-scatter that sends nothing, and keeps nothing."""
+
+    def allocate(self, size: Any, *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        return torch.zeros(*size, dtype=dtype, device=device)
+
+    def __call__(self, output_tensor: torch.Tensor, *_: Any, **__: Any) -> None:
+        output_tensor.zero_()
+
+
+class Look(Unsent):
     """A reduce-scatter that sends nothing, and keeps its inputs."""
 
     def __init__(self) -> None:
         self.seen: list[torch.Tensor] = []
 
     def allocate(self, size: Any, *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-        self.seen.append(torch.zeros(*size, dtype=dtype, device=device))
+        self.seen.append(super().allocate(size, dtype=dtype, device=device))
         return self.seen[-1]
-
-    def __call__(self, output_tensor: torch.Tensor, *_: Any, **__: Any) -> None:
-        output_tensor.zero_()

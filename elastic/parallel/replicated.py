@@ -67,7 +67,7 @@ class _Replica:
     #: Called before the last backward pass of a whole model; the record has the largest of each number.
     says: Callable[[], Sequence[int]]
 
-    def _recomputing(self, changed: Iterable[str]) -> AbstractContextManager[None]:
+    def _recomputing(self, changed: Iterable[str]) -> AbstractContextManager[object]:
         return self._buffers.begun(changed) if self.recomputes else contextlib.nullcontext()
 
     def gradients(self) -> list[torch.Tensor]:

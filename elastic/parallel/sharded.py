@@ -116,7 +116,7 @@ class _Sharded:
         self._buffers.end(touched)
         return record, touched
 
-    def _recomputing(self, changed: Iterable[str]) -> AbstractContextManager[None]:
+    def _recomputing(self, changed: Iterable[str]) -> AbstractContextManager[object]:
         return self._buffers.begun(changed) if self.recomputes else nullcontext()
 
     def gradients(self) -> list[torch.Tensor]:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from elastic.compat.torch import own_parameters
-from elastic.errors import ConfigError
+from elastic.errors import ConfigError, one_line
 from elastic.seeds import derive, seed_all
 
 
@@ -18,9 +18,20 @@ def layers_of(job: Any, model: nn.Module) -> list[nn.Module]:
     """What the job's `stages()` returned; empty if it has none.
 
     Raises:
-        ConfigError: one of them is no module.
+        ConfigError: it raised, or one of them is no module.
     """
-    found = list(job.stages(model) or ())
+    try:
+        returned = job.stages(model)
+    except Exception as error:
+        raise ConfigError(f"stages() raised {one_line(error)}; return modules of the model") from error
+    if returned is None:
+        return []
+    if not isinstance(returned, Iterable):
+        raise ConfigError(
+            f"stages() returns a {type(returned).__name__}, which is no list; return the modules of the model that "
+            "forward() calls one after another, in a list"
+        )
+    found = list(returned)
     other = next((one for one in found if not isinstance(one, nn.Module)), None)
     if other is not None:
         raise ConfigError(
@@ -33,8 +44,8 @@ def check_layers(model: nn.Module, layers: Sequence[nn.Module], stages: int) -> 
     """Refuse layers that do not make stages of a model, which may be on meta.
 
     Raises:
-        ConfigError: there are too few, one is no module of the model, parameters belong to several of them, or to none;
-            with the name, and what to do.
+        ConfigError: there are too few, one is no module of the model, parameters or buffers belong to several of
+            them, or trained parameters to none; with the name, and what to do.
     """
     if not layers:
         raise ConfigError(
@@ -56,10 +67,10 @@ def check_layers(model: nn.Module, layers: Sequence[nn.Module], stages: int) -> 
     twice = next((layer for i, layer in enumerate(layers) if any(layer is other for other in layers[:i])), None)
     if twice is not None:
         raise ConfigError(f"stages() returns {names[id(twice)]} twice; return each module once")
-    _check_parameters(model, [(names[id(layer)], layer) for layer in layers])
+    _check_owners(model, [(names[id(layer)], layer) for layer in layers])
 
 
-def _check_parameters(model: nn.Module, layers: Iterable[tuple[str, nn.Module]]) -> None:
+def _check_owners(model: nn.Module, layers: Sequence[tuple[str, nn.Module]]) -> None:
     owner: dict[int, str] = {}
     known = {id(p): name for name, p in model.named_parameters()}
     for name, layer in layers:
@@ -68,6 +79,16 @@ def _check_parameters(model: nn.Module, layers: Iterable[tuple[str, nn.Module]])
                 raise ConfigError(
                     f"{other} and {name} share the parameter {known[id(parameter)]}, and stages() returns them as two "
                     "modules, which may be on different workers; give each a parameter of its own, return one module "
+                    "that holds both, or leave --parallel.pipeline out"
+                )
+    saved = {id(b): name for name, b in model.state_dict(keep_vars=True).items() if id(b) not in known}
+    owner_of_buffer: dict[int, str] = {}
+    for name, layer in layers:
+        for buffer in layer.buffers():
+            if id(buffer) in saved and (other := owner_of_buffer.setdefault(id(buffer), name)) != name:
+                raise ConfigError(
+                    f"{other} and {name} share the buffer {saved[id(buffer)]}, and stages() returns them as two "
+                    "modules, which may be on different workers; give each a buffer of its own, return one module "
                     "that holds both, or leave --parallel.pipeline out"
                 )
     for name, parameter in model.named_parameters():
@@ -109,6 +130,12 @@ def cut(costs: Sequence[int], stages: int) -> list[range]:
     return [range(a, b) for a, b in pairwise([*bounds, count])]
 
 
+def stages_of_buffers(model: nn.Module, stages: Sequence[Sequence[nn.Module]]) -> dict[str, int]:
+    """The stage of each buffer of the model, by its name; those outside of all layers are of the first."""
+    stage_of = {id(b): s for s, layers in enumerate(stages) for layer in layers for b in layer.buffers()}
+    return {name: stage_of.get(id(buffer), 0) for name, buffer in model.named_buffers()}
+
+
 def seed_each(layers: Iterable[nn.Module]) -> None:
     """Have each layer draw from a seed that follows from that of the layer before it, in training mode: so what it
     draws does not depend on which layers run in the same process."""
@@ -129,19 +156,43 @@ def seed_behind(layers: int) -> int:
     return seed
 
 
-def chained(layers: Iterable[nn.Module], inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Call layers one after another, each with what the one before returned.
+def chained(layers: Iterable[nn.Module], inputs: tuple[Any, ...]) -> Any:
+    """Call layers one after another, each with what the one before returned; returns what the last one returned.
 
     Raises:
         ConfigError: one returns a tensor twice. Its gradient is one sum in one process, but two sums that are added
             where the cut is behind this layer.
     """
+    found: Any = inputs
     for layer in layers:
         found = layer(*inputs)
-        inputs = tuple(found) if isinstance(found, (tuple, list)) else (found,)
-        if len({id(one) for one in inputs}) < len(inputs):
+        inputs = as_tuple(found)
+        tensors = [one for one in inputs if isinstance(one, torch.Tensor)]
+        if len({id(one) for one in tensors}) < len(tensors):
             raise ConfigError(
                 f"a {type(layer).__name__} of stages() returns one tensor twice, whose gradient would be summed in "
                 "another order on each number of stages; let it return each tensor once"
             )
-    return inputs
+    return found
+
+
+def as_tuple(found: Any) -> tuple[Any, ...]:
+    """What a layer returned, as the inputs of the next one."""
+    return tuple(found) if isinstance(found, (tuple, list)) else (found,)
+
+
+class _Handed(torch.autograd.Function):
+    """The same values, in the same memory."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.data
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> torch.Tensor:
+        return gradients[0]
+
+
+def handed(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """What another stage has sent, as tensors to which a layer may write: autograd takes them for no leaves."""
+    return tuple(_Handed.apply(t) if isinstance(t, torch.Tensor) and t.requires_grad else t for t in inputs)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import nn
 
+from elastic.compat.torch import tree_map_only
 from elastic.errors import ConfigError
 
 _TWICE = (
@@ -42,11 +44,30 @@ class Standin(nn.Module):
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["_standin"][0], name)
 
-    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
-        return self._standin[0].parameters(recurse)
+    def train(self, mode: bool = True) -> Standin:
+        self._standin[0].train(mode)
+        self.training = mode
+        return self
 
-    def named_parameters(self, *arguments: Any, **named: Any) -> Iterator[tuple[str, nn.Parameter]]:
-        return self._standin[0].named_parameters(*arguments, **named)
+
+def _of_model(name: str) -> Callable[..., Any]:
+    def ask(self: Standin, *arguments: Any, **named: Any) -> Any:
+        return getattr(self._standin[0], name)(*arguments, **named)
+
+    return ask
+
+
+#: What `nn.Module` has for all modules, so that `__getattr__` is not asked.
+for _name in (
+    *("parameters", "named_parameters", "buffers", "named_buffers", "modules", "named_modules", "children"),
+    *("named_children", "state_dict", "get_submodule", "get_parameter", "get_buffer", "apply", "requires_grad_"),
+):
+    setattr(Standin, _name, _of_model(_name))
+
+
+def copied(batch: Any) -> Any:
+    """A batch for a further call of loss(), which may write to it."""
+    return tree_map_only(torch.Tensor, torch.clone, batch)
 
 
 class _Called(BaseException):

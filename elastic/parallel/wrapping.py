@@ -252,10 +252,11 @@ def _refuse_backward() -> ConfigError:
     )
 
 
-_MIXED = (
+MIXED = (
     "whole tensors are mixed with parameters of the model, of which each worker has rows only, outside of the "
-    "forward() that they belong to; with --parallel.strategy fsdp and hsdp use parameters in forward(), and make what "
-    "is kept beside them of them (p.detach().clone() in optimizer()), or use ddp"
+    "forward() that they belong to; with --parallel.strategy fsdp and hsdp, and with --parallel.pipeline, use "
+    "parameters in forward(), and make what is kept beside them of them (p.detach().clone() in optimizer()), or use "
+    "ddp without pipelines"
 )
 _COPIED = (
     "the model is copied with deepcopy, which with --parallel.strategy fsdp and hsdp does not go; keep copies of its "
@@ -266,7 +267,7 @@ _COPIED = (
 def refused_where_sharded(error: BaseException) -> str | None:
     """The explanation of an error that code of the job gets because parameters are sharded; None for other errors."""
     if mixes_cut_and_whole(error):
-        return _MIXED
+        return MIXED
     if copies_cut_module(error):
         return _COPIED
     return None
@@ -280,7 +281,7 @@ def let_go(model: nn.Module) -> None:
 def _returned(tensor: torch.Tensor) -> torch.Tensor:
     """Return no view: FSDP2 puts a hook on the result, which an in-place operation on a view would drop."""
     if isinstance(tensor, DTensor):  # a number and a sharded tensor give one, which is not the sum of anything
-        raise ConfigError(_MIXED)
+        raise ConfigError(MIXED)
     return _no_view(tensor)
 
 

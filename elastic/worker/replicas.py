@@ -32,6 +32,7 @@ def wrap(
     early: bool,
     at_pass: Callable[[int], None],
     written: Collection[str] = (),
+    check_every: int | None = None,
 ) -> Replica:
     """Wrap a model for the steps of one world. All members call this at one time.
 
@@ -42,6 +43,7 @@ def wrap(
         at_pass: called with the number of a microbatch before a pipeline runs a pass of it.
         early: whole models in bitwise begin to exchange gradients in the last backward pass of a step.
         written: names of parameters that passes may write to.
+        check_every: a pipeline is held against the whole model every so many steps of the world.
     """
     parallel, bitwise = config.parallel, config.run.exactness == "bitwise"
     common: dict[str, Any] = {"runs": share.runs, "device": group.device, "check": group.check}
@@ -54,6 +56,7 @@ def wrap(
             layers=layers_of(job, model),
             run_layers=code.layers,
             at_pass=at_pass,
+            check_every=check_every,
             mesh=group.mesh,
             bucket_mb=parallel.bucket_mb,
             exact=bitwise,

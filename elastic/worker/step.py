@@ -150,6 +150,7 @@ class WorldSteps:
                 early=stepper.exchanges_early,
                 at_pass=self._at_pass,
                 written=stepper.written,
+                check_every=self._plan.check_every,
             )
             self._turns = Turns(self._plan.cycle, state.optimizer, make, shared=self._config.parallel.sharded)
 
