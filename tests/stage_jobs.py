@@ -104,7 +104,6 @@ BESIDE = {
     "unused output": "gradient of embed.side.weight",
     "left behind": "loss",
     "hooked": "loss",
-    "metric": "metric norm",
     "forward's buffer": "buffer centre",
     "loss's buffer": "buffer centre",
     "grows": "loss",

@@ -251,6 +251,18 @@ def test_what_is_done_beside_the_layers_is_refused_before_it_reaches_the_weights
 
 
 @pytest.mark.long
+@pytest.mark.parametrize("kind", ["penalty", "metric"])
+def test_computing_with_parameters_of_other_stages_is_refused(tmp_path, kind):
+    found = train(Beside(kind=kind), pipelines(tmp_path), workers=2)
+
+    assert found.failure is not None
+    assert (
+        "loss() computes with the parameter embed.weight, but with --parallel.pipeline each worker has" in found.failure
+    )
+    assert found.history == []
+
+
+@pytest.mark.long
 @pytest.mark.parametrize("kind", ["1-tuple", "written to", "frozen"])
 def test_what_layers_do_inside_trains_the_bits_of_one_process(tmp_path, kind):
     found = [

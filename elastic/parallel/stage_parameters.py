@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -19,6 +20,7 @@ from elastic.compat.torch import own_parameters, version_of
 from elastic.errors import ConfigError
 from elastic.parallel.layout import TENSOR
 from elastic.parallel.mesh import Mesh
+from elastic.parallel.recording import tensors_in
 from elastic.parallel.wrapping import cut_of, local, placement_in_cell
 from elastic.parallel.writes import WRITTEN
 from elastic.placement import Cut, Part, narrowed
@@ -45,6 +47,35 @@ def _in_cell(lies: Cut) -> Cut:
     return tuple((axis, dimension) for axis, dimension in lies if axis == TENSOR)
 
 
+_ELSEWHERE = (
+    "loss() computes with the parameter {}, but with --parallel.pipeline each worker has parameters of its own stage "
+    "only; compute with it in forward() of a layer of stages(), or in after_step(), or leave --parallel.pipeline out"
+)
+_ASKED = ("__get__", "__set__", "size", "dim", "numel", "nelement", "stride", "is_floating_point", "element_size")
+
+
+class Elsewhere(nn.Parameter):
+    """Stands for a parameter of another stage while passes run: it has its shape and format, but no values.
+
+    Computing with the rows that this worker holds would give another number, or wait for workers that do not compute.
+    """
+
+    name = ""
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(function, "__name__", "") in _ASKED:
+            return super().__torch_function__(function, types, args, kwargs or {})
+        raise ConfigError(_ELSEWHERE.format(next(one.name for one in tensors_in((args, kwargs)) if type(one) is cls)))
+
+
+def elsewhere(name: str, like: torch.Tensor, device: torch.device) -> Elsewhere:
+    nothing = torch.full((), float("nan") if like.is_floating_point() else 0, dtype=like.dtype, device=device)
+    found = Elsewhere(nothing.expand(like.shape), requires_grad=like.requires_grad)
+    found.name = name
+    return found
+
+
 class StageParameters:
     """The parameters of a worker's stage.
 
@@ -68,6 +99,11 @@ class StageParameters:
         ]
         self._mine = [one for one in self._all if one.stage == mesh.stage]
         self._versions: list[int] = []
+        mine = {one.name for one in self._mine}
+        #: Of each other parameter of the model, what stands for it, itself, and where modules have it.
+        self._others = [
+            (elsewhere(name, p, device), p, places[id(p)]) for name, p in model.named_parameters() if name not in mine
+        ]
         #: The whole parameters of this stage, by name; they stay the same objects.
         self.whole = {
             one.name: nn.Parameter(self._room_for(one), requires_grad=one.cut.requires_grad) for one in self._mine
@@ -94,6 +130,9 @@ class StageParameters:
         for one in self._mine:
             for module, leaf in one.places:
                 own_parameters(module)[leaf] = self.whole[one.name]
+        for stand, _, places in self._others:
+            for module, leaf in places:
+                own_parameters(module)[leaf] = stand
         self._versions = [version_of(p) for p in self.whole.values()]
 
     def put_back(self) -> None:
@@ -101,6 +140,9 @@ class StageParameters:
         for one in self._mine:
             for module, leaf in one.places:
                 own_parameters(module)[leaf] = one.cut
+        for _, p, places in self._others:
+            for module, leaf in places:
+                own_parameters(module)[leaf] = p
 
     def check_unwritten(self) -> None:
         """
