@@ -62,15 +62,16 @@ def _bare_step(world: Any) -> None:
     """A step of the same model on the same data, by what any DDP loop has."""
     import torch
 
-    steps, state = world.steps, world.state
-    step, replica, spans = world.step, steps._replica, steps.share.spans
-    replica.model.zero_grad(set_to_none=True)
-    for i, (first, count) in enumerate(spans):
-        batch = steps._loader.next(step, first, count).batch
-        if replica._ddp is not None:
-            replica._ddp.require_backward_grad_sync = i == len(spans) - 1
-        loss, weight, _ = replica._forward(batch)
-        (loss / (weight * len(spans))).backward()
+    steps, state, step = world.steps, world.state, world.step
+    spans = steps.share.spans
+    with steps._turns.of(step) as replica:
+        replica.model.zero_grad(set_to_none=True)
+        for i, (first, count) in enumerate(spans):
+            batch = steps._loader.next(step, first, count).batch
+            if replica._ddp is not None:
+                replica._ddp.require_backward_grad_sync = i == len(spans) - 1
+            loss, weight, _ = replica._forward(batch)
+            (loss / (weight * len(spans))).backward()
     torch.nn.utils.clip_grad_norm_(state.model.parameters(), CLIP_NORM)
     state.optimizer.step()
     loss.item()
