@@ -92,8 +92,9 @@ def _shapes(optimizer: torch.optim.Optimizer) -> tuple[tuple[int, ...], ...]:
 
 
 def _like(group: dict[str, Any]) -> dict[str, Any]:
-    """The dtype and the device of a group's parameters."""
-    first = next(iter(group["params"]), torch.zeros(()))
+    """The dtype and the device of a group's parameters: of one that is trained, if any is."""
+    trained = [p for p in group["params"] if p.requires_grad]
+    first = trained[0] if trained else torch.zeros(())
     return {"dtype": first.dtype, "device": "cpu" if first.is_meta else first.device}
 
 
