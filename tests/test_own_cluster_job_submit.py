@@ -103,7 +103,8 @@ def test_a_job_is_submitted_stopped_with_and_without_time_to_save_and_resumed(ap
     assert api.start("stop", "first").wait() == 0
     logs.wait()
     assert str(tmp_path / "installed" / "elastic") in logs.output
-    assert json.loads((run / "status.json").read_text())["status"] == "running"
+    # "parked" if the host saw its workers die before it died itself
+    assert json.loads((run / "status.json").read_text())["status"] in ("running", "parked")
     committed = newest_step(run)
 
     # the same name goes on, and a terminal's lines come back; this time it has the time to save when it is stopped

@@ -59,6 +59,7 @@ from elastic.membership.world import Generation, Member
 RECONNECT_S = 0.2
 ROWS_S = 0.1  # interval at which rows are reported
 CLOSE_S = 1.0
+WITNESSED_BYTES = 1 << 30  # of resident memory, which the kernel frees in a tenth of a second
 KEPT = 3.0  # leases for which a worker keeps its state, applying nothing, after its own lease is over
 _CLOSING = aiohttp.ClientWSTimeout(ws_close=CLOSE_S)
 
@@ -292,8 +293,9 @@ class Watcher:
         self._posted.set()
 
     def _show_witness(self, socket: aiohttp.ClientWebSocketResponse) -> None:
-        """Have another process end this connection at once if this one dies."""
-        if not self._may_have_witness:
+        """Have another process end this connection at once if this one dies, where the kernel would take its time."""
+        large = self._witness is not None or (_resident_bytes() or 0) >= WITNESSED_BYTES
+        if not self._may_have_witness or not large:
             return
         try:
             self._witness = self._witness or Witness()
