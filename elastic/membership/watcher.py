@@ -217,6 +217,8 @@ class Watcher:
                 if now >= self.next_beat:
                     self.next_beat = now + self._beat_s
                     await socket.send_str(dumps(self._beat()))
+                    if self._witness is None:  # it may have become large
+                        self._show_witness(socket)
                 with contextlib.suppress(asyncio.TimeoutError):
                     await asyncio.wait_for(
                         self._posted.wait(), min(self.next_beat - now, ROWS_S if self.reporting else BEAT_S)
@@ -259,7 +261,6 @@ class Watcher:
                 self.allowed = max(self.allowed, message.allowed)
                 self.outbox.left_world()
                 self.inbox.put(message)
-                self._show_witness(socket)
             case SaveAlone():
                 self._known = True
                 self.inbox.put(message)
@@ -304,7 +305,7 @@ class Watcher:
             print(f"warning: should this worker be killed, that is noticed later than usual: {error}", file=sys.stderr)
             return
         if not self._witness.has(socket.get_extra_info("socket")):
-            self._witness = None  # it was killed; the next world gets another
+            self._witness = None  # it was killed
 
     async def _send_report(self, socket: aiohttp.ClientWebSocketResponse) -> None:
         text = await asyncio.to_thread(self.report)
