@@ -67,6 +67,7 @@ def test_a_worker_outlives_its_witness_and_hears_of_its_death(worker: Worker):
     os.kill(worker.witness, signal.SIGKILL)
     while worker.does("have") == "True":  # until the kernel has ended it
         pass
+    assert worker.does("anew") == "True"
     assert (worker.does("send"), worker.connection.recv(1)) == ("1", b"x")
 
 

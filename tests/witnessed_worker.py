@@ -16,6 +16,10 @@ def link(connection: socket.socket, keeper: socket.socket) -> None:
     for line in sys.stdin:
         if line == "have\n":
             print(witness.has(connection), flush=True)
+        elif line == "anew\n":
+            del witness  # and its memory
+            witness = Witness()
+            print(witness.has(connection), flush=True)
         elif line == "send\n":
             print(connection.send(b"x"), flush=True)
         else:

@@ -37,7 +37,11 @@ class Witness:
             self._lock = _Lock(memory)
             self._lock.make()
             command = [sys.executable, "-I", "-S", __file__, str(there.fileno()), str(memory)]
-            self._process = subprocess.Popen(command, pass_fds=(there.fileno(), memory), stdin=subprocess.DEVNULL)
+            try:
+                self._process = subprocess.Popen(command, pass_fds=(there.fileno(), memory), stdin=subprocess.DEVNULL)
+            except OSError:
+                self._lock.release()
+                raise
         except OSError:
             here.close()
             raise
@@ -60,6 +64,7 @@ class Witness:
         """End the witness; the connection stays."""
         self._process.kill()
         self._process.wait()
+        self._lock.release()
         self._socket.close()
 
 
@@ -83,6 +88,10 @@ class _Lock:
         ):
             if error:
                 raise OSError(error, os.strerror(error))
+
+    def release(self) -> None:
+        """Release it, before its memory goes: the C library keeps a list through all robust locks of a thread."""
+        self._threads.pthread_mutex_unlock(ctypes.c_void_p(self._at))
 
     def wait(self) -> None:
         """Wait until the thread that holds it has died."""
