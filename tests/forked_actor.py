@@ -50,7 +50,8 @@ def read_environment_again() -> None:
 
 def seed_again() -> None:
     """Have Ray's C++ draw other random numbers than all other forks of the server: in each of its threads, they would
-    go on where the server was, and two placement groups of one job would get the same id."""
+    go on where the server was: two placement groups of one job would get the same id, and so would the objects with
+    which drivers that connect at the same moment try the object store, where one of them then dies."""
     library, of_this_thread = _loaded()
     ctypes.c_uint32.from_address(library + _address(_POOLS)).value = 0
     ctypes.c_uint8.from_address(of_this_thread + _address(_GENERATOR)).value = 0

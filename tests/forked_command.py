@@ -14,6 +14,7 @@ from types import ModuleType
 from typing import Any
 
 from jobs.bench.nodes import Command
+from tests import forked_actor
 from tests.forked import _context, _take_environment
 
 
@@ -69,6 +70,8 @@ def _run(arguments: list[str], cwd: Path, environment: dict[str, str], output: C
         stream.reconfigure(line_buffering=True, write_through=True)  # type: ignore[union-attr]
     os.chdir(cwd)
     _take_environment(environment)
+    if "ray._raylet" in sys.modules:
+        forked_actor.seed_again()
     warnings.filterwarnings("ignore", message=".*found in sys.modules.*", module="runpy")
     try:
         if arguments[0] == "-m":
