@@ -9,11 +9,13 @@ from contextlib import ExitStack
 from dataclasses import replace
 
 import pytest
+import torch
 import xxhash
 
 from elastic.checkpoint.staging import StagingBuffer
+from elastic.checkpoint.tensors import Shard
 from elastic.errors import SnapshotError
-from elastic.placement import Part
+from elastic.placement import Part, TensorSpec
 from elastic.snapshot import vault as rooms
 from elastic.snapshot.adopted import WorkerMemory
 from elastic.snapshot.client import VaultClient
@@ -21,6 +23,7 @@ from elastic.snapshot.holdings import Holding, SnapshotId
 from elastic.snapshot.memory import available_bytes
 from elastic.snapshot.vault import Store, VaultServer
 from elastic.worker.snapshot_buffers import Buffer, Buffers
+from elastic.worker.snapshot_upload import Sender, Upload
 from elastic.worker.vaults import VaultProcess
 from tests.forked import fault, plan, wait_until
 
@@ -257,6 +260,33 @@ def test_a_worker_copies_into_two_buffers_in_turn(vault):
         gone.reclaim({at(4)})
         assert gone._buffers == [], "a vault that does not answer may read it: it is given up"
         assert gone.take(at(4), 10) is not lost
+
+
+def test_a_snapshot_right_after_another_is_complete_needs_no_new_memory(vault):
+    """Two buffers do, as long as each snapshot begins when the one before is complete: new pages cost a step's time."""
+    sender, made = Sender(vault.url, TOKEN, torch.device("cpu"), lambda upload: None), set()
+    moves, stays = torch.zeros(16), torch.zeros(1000)
+    specs = [TensorSpec("moves", "float32", (16,)), TensorSpec("stays", "float32", (1000,))]
+    whole, keep = Part(()), None
+    try:
+        for step in range(8):
+            moves.fill_(step)
+            stays.fill_(step)
+            tensors = [Shard.whole("moves", moves), Shard.whole("stays", stays, stable=True)]
+            sender.start(upload := Upload(at(step), whole, 0, (vault.url,), keep, {}, specs, tensors))
+            moves.fill_(-1)  # as a forward pass may
+            sender.settle()
+            sender.wait(10)
+            assert upload.ended.is_set()
+            assert upload.error is None
+            sender.complete(keep := at(step))
+            made |= {buffer.staging.fd for buffer in sender._buffers._buffers}
+        stored = bytearray(4 * 1016)
+        vault.read_into(at(7), whole, [(0, memoryview(stored))])
+        assert torch.frombuffer(stored, dtype=torch.float32).unique().tolist() == [7.0]
+        assert len(made) == 2
+    finally:
+        sender.close()
 
 
 def test_memory_that_can_be_had_is_not_more_than_the_machine_has():

@@ -71,11 +71,12 @@ class Buffers:
             buffer.lent = WorkerMemory.of(buffer.staging.fd, max(1, size))
             return buffer.lent
 
-    def end(self, buffer: Buffer) -> None:
-        """Note that the upload from a buffer has ended. The buffer is free again unless the vault may map it."""
+    def end(self, id: SnapshotId) -> None:
+        """Note that the upload of a snapshot has ended. Its buffer is free again unless the vault may map it."""
         with self._lock:
-            if buffer.lent is None:
-                buffer.holds = None
+            for buffer in self._buffers:
+                if buffer.holds == id and buffer.lent is None:
+                    buffer.holds = None
 
     def reclaim(self, keep: Set[SnapshotId]) -> None:
         """Free the buffers of all snapshots except those in `keep`. This waits at most RELEASE_S per buffer for the

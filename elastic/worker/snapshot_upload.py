@@ -7,7 +7,7 @@ import json
 import queue
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,7 +33,8 @@ CALLED_OFF = "called off"
 @dataclass
 class Upload:
     """One worker's part of a snapshot under way. Once `ended` is set, `error` gives the reason if the part is not in
-    every vault."""
+    every vault. By index, `copies` has the tensors that a forward pass may change, as they were when it began, and
+    `versions` the version counters of the others."""
 
     id: SnapshotId
     part: Part
@@ -47,6 +48,7 @@ class Upload:
     staged: threading.Event = field(default_factory=threading.Event)
     ended: threading.Event = field(default_factory=threading.Event)
     versions: dict[int, int] = field(default_factory=dict)
+    copies: dict[int, torch.Tensor] = field(default_factory=dict)
 
     @property
     def head(self) -> bytes:
@@ -55,17 +57,6 @@ class Upload:
         if self.part.first(()) != self.part:
             return b"{}"
         return json.dumps({"values": self.values, "tensors": [spec.to_json() for spec in self.specs]}).encode()
-
-
-@dataclass
-class _Copying:
-    """An upload, the buffer for its bytes, the offsets of the tensors in it (`places`, with the total size last), and
-    the indices of the tensors that are copied during the next pass (`later`)."""
-
-    upload: Upload
-    buffer: Buffer
-    places: Sequence[int]
-    later: list[int] = field(default_factory=list)
 
 
 class Sender:
@@ -82,7 +73,7 @@ class Sender:
         self._cuda = device if device.type == "cuda" else None
         self._stream = torch.cuda.Stream(device) if self._cuda else None
         self._buffers = Buffers(own, token, pinned=self._cuda is not None)
-        self._queue: queue.SimpleQueue[_Copying | SnapshotId | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[Upload | SnapshotId | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         self._unsteady: set[str] = set()  # declared stable, but written to in a forward pass
         self._vault: VaultClient | None = None
@@ -91,31 +82,25 @@ class Sender:
 
     def start(self, upload: Upload) -> None:
         """Begin to upload the state as it is now. Tensors that a forward pass may change are copied before this
-        returns.
-
-        Raises:
-            MemoryError, OSError: the node has too little memory left for the copy.
-        """
+        returns."""
         assert self._upload is None or self._upload.ended.is_set(), "one upload at a time"
         fault.point("snapshot.begin", upload.rank, upload.id.step)
         places = starts(upload.specs, upload.part)
-        copying = _Copying(upload, self._buffers.take(upload.id, places[-1]), places)
         self._cut.clear()
         for i, tensor in enumerate(upload.tensors):
             if places[i] == places[i + 1]:  # another part holds it, or it is empty
                 continue
             if tensor.stable and tensor.name not in self._unsteady:
                 upload.versions[i] = version_of(tensor.tensor)
-                copying.later.append(i)
             else:
-                self._copy(copying, i)
+                upload.copies[i] = tensor.tensor.detach().clone()
         if self._stream is not None:
             self._stream.wait_stream(torch.cuda.current_stream(self._cuda))
         if self._thread is None:
             self._thread = threading.Thread(target=self._work, name="snapshot-sender", daemon=True)
             self._thread.start()
         self._upload = upload
-        self._queue.put(copying)
+        self._queue.put(upload)
 
     def complete(self, id: SnapshotId) -> None:
         """Note that a snapshot is complete: the memory of earlier snapshots can be used again."""
@@ -173,24 +158,26 @@ class Sender:
             if isinstance(work, SnapshotId):
                 self._buffers.reclaim({work})
                 continue
-            upload = work.upload
             try:
                 self._carry_out(work)
             except Exception as error:  # the run goes on without this snapshot; the ledger gets the reason
                 known = isinstance(error, SnapshotError)
-                upload.error = str(error) if known else f"{type(error).__name__}: {error}"
-                upload.error = CALLED_OFF if self._cut.is_set() else upload.error
-            self._buffers.end(work.buffer)
-            upload.tensors = []  # a new world may have replaced them
-            upload.staged.set()
-            self._on_end(upload)
-            upload.ended.set()
+                work.error = str(error) if known else f"{type(error).__name__}: {error}"
+                work.error = CALLED_OFF if self._cut.is_set() else work.error
+            self._buffers.end(work.id)
+            work.tensors, work.copies = [], {}  # a new world may have replaced them
+            work.staged.set()
+            self._on_end(work)
+            work.ended.set()
 
-    def _carry_out(self, work: _Copying) -> None:
-        upload, size = work.upload, work.places[-1]
+    def _carry_out(self, upload: Upload) -> None:
+        places = starts(upload.specs, upload.part)
+        size, buffer = places[-1], self._buffer_for(upload, places[-1])
         with torch.no_grad(), torch.cuda.stream(self._stream):
-            for i in work.later:
-                self._copy(work, i)
+            for i in upload.versions.keys() | upload.copies.keys():
+                source = upload.copies.get(i, upload.tensors[i].tensor.detach())
+                target = buffer.staging.bytes(places[i], places[i] + source.numel() * source.element_size())
+                target.view(source.dtype).view(source.shape).copy_(source, non_blocking=self._cuda is not None)
             if self._stream is not None:
                 self._stream.synchronize()
         for i, version in upload.versions.items():
@@ -202,8 +189,7 @@ class Sender:
                 )
         upload.staged.set()
         fault.point("snapshot.staged", upload.rank, upload.id.step)
-        self._buffers.reclaim({upload.id} if upload.keep is None else {upload.id, upload.keep})
-        head, body = upload.head, memoryview(work.buffer.staging.view())[:size]
+        head, body = upload.head, memoryview(buffer.staging.view())[:size]
         digest = ""
         for i, url in enumerate(upload.urls):
             if self._cut.is_set():
@@ -211,7 +197,7 @@ class Sender:
             self._vault = VaultClient(url, self._token, SEND_S)
             try:
                 if url == self._own and self.maps:
-                    memory = self._buffers.lend(work.buffer, size)
+                    memory = self._buffers.lend(buffer, size)
                     self._vault.adopt(upload.id, upload.part, head, memory, upload.keep)
                 else:
                     digest = digest or _digest(head, body)
@@ -220,11 +206,15 @@ class Sender:
                 self._vault.close()
             fault.point("snapshot.sent" if i else "snapshot.kept", upload.rank, upload.id.step)
 
-    def _copy(self, work: _Copying, i: int) -> None:
-        source = work.upload.tensors[i].tensor.detach()
-        count = source.numel() * source.element_size()
-        target = work.buffer.staging.bytes(work.places[i], work.places[i] + count)
-        target.view(source.dtype).view(source.shape).copy_(source, non_blocking=self._cuda is not None)
+    def _buffer_for(self, upload: Upload, size: int) -> Buffer:
+        """Return memory for an upload. It is taken only here, on this thread: by then what earlier snapshots held is
+        free again, and new memory, whose pages the kernel would have to clear, is needed in a world's first two
+        snapshots only."""
+        try:
+            self._buffers.reclaim(set() if upload.keep is None else {upload.keep})
+            return self._buffers.take(upload.id, size)
+        except (MemoryError, OSError) as error:
+            raise SnapshotError(f"no memory to copy the state of step {upload.id.step}: {error}") from error
 
 
 def _digest(head: bytes, body: memoryview) -> str:

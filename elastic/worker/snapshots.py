@@ -276,12 +276,7 @@ class Snapshots:
             state.specs(),
             state.shards(0, 1),
         )
-        try:
-            self._sender.start(part)
-        except (MemoryError, OSError) as error:
-            part.error = f"no memory to copy the state of step {step}: {error}"
-            self._on_end(part)
-            part.ended.set()
+        self._sender.start(part)
 
     def _on_end(self, part: Upload) -> None:
         """Record why an upload failed. Called on the sender's thread."""
