@@ -77,6 +77,25 @@ class ForkingCluster(LocalCluster):
         return [int(file.name) for file in self._folder.iterdir() if file.name.isdigit() and file.read_text() == raylet]
 
 
+def watcher(cluster: LocalCluster, node: Any, *options: str) -> Command:
+    """`elastic node-watch` of a node that will not be there any more at the end."""
+    cluster.nodes.remove(node)
+    watch = ForkedCommand(
+        "-m",
+        "elastic.cli",
+        "node-watch",
+        "--address",
+        cluster.address,
+        "--node-id",
+        node.node_id,
+        "--poll",
+        "0.2s",
+        *options,
+    )
+    watch.wait_for(lambda line: "watching node" in line)
+    return watch
+
+
 class Story:
     """Reads a run's console: worlds as they are formed, with the process ids of their members."""
 

@@ -11,7 +11,16 @@ import pytest
 from elastic.observe.ledger import METRICS, read_records
 from elastic.storage import Storage
 from jobs.bench.nodes import LocalCluster
-from tests.ray_cluster import Story, actor_pids, check_bits_and_samples, slow_job, step_of, stop, wait_until
+from tests.ray_cluster import (
+    Story,
+    actor_pids,
+    check_bits_and_samples,
+    slow_job,
+    step_of,
+    stop,
+    wait_until,
+    watcher,
+)
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(480)]
 DURATION = ("--run.duration", "100000st")  # the twin is one worker with ddp
@@ -118,3 +127,38 @@ def test_workers_of_a_cell_come_together_on_one_node_and_a_lost_one_is_replaced_
 
     events = check_bits_and_samples(tmp_path, "cells", *options)
     assert {e["detail"]["rung"] for e in events if e["kind"] == "restored"} == {"peer"}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("tensor", [1, 2])
+def test_stages_of_a_drained_node_move_to_another_and_a_lost_one_is_replaced(
+    cluster: LocalCluster, tmp_path: Path, tensor: int
+) -> None:
+    """Two pipelines of two workers, or one of two cells of two: the bits are those of one process, or one cell."""
+    options = (*DURATION, "--parallel.tensor", str(tensor))
+    size = ("--scaling.max-workers", "4", "--scaling.workers-per-node", "2")
+    run = slow_job(cluster, tmp_path, "stages", *options, "--parallel.pipeline", "2", *size)
+    cells = "2 pipelines x 2 stages, 0 spare" if tensor == 1 else "1 pipeline x 2 stages x 2 tensor, 0 spare"
+    run.wait_for(lambda line: f"4 workers = {cells} -> " in line)
+    story = Story(run)
+    now = story.next_world(4)
+    run.wait_for_step(5)
+    if tensor == 1:
+        os.kill(now[1], signal.SIGKILL)
+        assert set(story.next_world(3)) == {now[0], *now[2:]}, "one pipeline of three stages"
+        now = story.next_world(4)
+        run.wait_for_step(step_of(run) + 5)
+
+    going = next(n for n in cluster.nodes if now[0] in cluster.workers_of(n))
+    leavers = set(now) & set(cluster.workers_of(going))
+    watch = watcher(cluster, going, "--cloud", "none", "--grace", "60s")
+    watch.signal(signal.SIGTERM)
+    while leavers & set(now := story.next_world(4)):
+        pass
+    assert watch.wait(60) == 0, watch.output
+    stop(run, step_of(run) + 5)
+
+    events = check_bits_and_samples(tmp_path, "stages", *options)
+    assert len([e for e in events if e["kind"] == "handed_over"]) == len(leavers)
+    lost = [e for e in events if e["kind"] == "member_lost"]
+    assert len(lost) == (1 if tensor == 1 else 0), "handing over is no loss"

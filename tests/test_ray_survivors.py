@@ -6,16 +6,14 @@ import json
 import os
 import signal
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from elastic.observe.ledger import METRICS, read_records
 from elastic.storage import Storage
-from jobs.bench.nodes import Command, LocalCluster
-from tests.forked_command import ForkedCommand
+from jobs.bench.nodes import LocalCluster
 from tests.notice_servers import iso_in, notice_server
-from tests.ray_cluster import Story, actor_pids, check_bits_and_samples, slow_job, stop
+from tests.ray_cluster import Story, actor_pids, check_bits_and_samples, slow_job, stop, watcher
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(480)]
 OPTIONS = (
@@ -28,25 +26,6 @@ OPTIONS = (
     "--checkpoint.every",
     "50st",
 )
-
-
-def watcher(cluster: LocalCluster, node: Any, *options: str) -> Command:
-    """`elastic node-watch` of a node that will not be there any more at the end."""
-    cluster.nodes.remove(node)
-    watch = ForkedCommand(
-        "-m",
-        "elastic.cli",
-        "node-watch",
-        "--address",
-        cluster.address,
-        "--node-id",
-        node.node_id,
-        "--poll",
-        "0.2s",
-        *options,
-    )
-    watch.wait_for(lambda line: "watching node" in line)
-    return watch
 
 
 def test_a_killed_host_a_stopped_worker_killed_nodes_new_ones_and_noticed_ones_cost_no_survivor_no_step_and_no_bit(

@@ -17,6 +17,7 @@ from elastic.compat.torch import is_compiled, is_compiler_loaded, version_of
 from elastic.compat.torch_sharded import hook_inside
 from elastic.errors import ConfigError
 from elastic.parallel.buffers import StepBuffers
+from elastic.parallel.stage_parameters import Elsewhere
 from elastic.parallel.wrapping import fsdp_modules, is_gathered, local
 from elastic.parallel.writes import WRITTEN
 from elastic.worker.belongings import SAMPLED, digest
@@ -179,12 +180,12 @@ def not_watching(*_: object) -> AbstractContextManager[None]:
 
 
 def _digests(name: str, module: nn.Module) -> dict[str, str]:
-    """Return digests of the tensors of a module that are gathered now.
+    """Return digests of the tensors of a module that are gathered now, and have values here.
 
     FSDP2 must be able to resize them, and a tensor that numpy has seen cannot be resized.
     """
     named = module.named_parameters(prefix=name)
-    gathered = {key: local(p).detach() for key, p in named if is_gathered(p)}
+    gathered = {key: local(p).detach() for key, p in named if is_gathered(p) and not isinstance(p, Elsewhere)}
     return {
         key: f"{version_of(p)} {digest(p.reshape(-1)[:: max(1, p.numel() // SAMPLED)].clone())}"
         for key, p in gathered.items()

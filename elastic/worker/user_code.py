@@ -107,7 +107,7 @@ class UserCode:
         """Run some layers of the model outside of `Job.loss`, in the precision in which they run inside."""
 
         def inside() -> Any:
-            with torch.autocast(self._device.type, self._dtype, enabled=self._autocast):
+            with torch.autocast(self._device.type, self._dtype, enabled=self._autocast), self.watching():
                 return work()
 
         return self.guard(inside)
