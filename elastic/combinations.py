@@ -30,7 +30,7 @@ def check_together(config: TrainConfig) -> None:
     _check_param_dtype(config)
     if config.parallel.tensor > 1:
         _check_cells(config)
-    if config.parallel.pipeline > 1:
+    if config.parallel.pipeline != 1:
         _check_pipelines(config)
     if config.parallel.strategy == "hsdp":
         _check_nodes(config)
@@ -97,10 +97,10 @@ def _check_cells(config: TrainConfig) -> None:
 def _check_pipelines(config: TrainConfig) -> None:
     """What does not go with pipelines."""
     parallel, most, size = config.parallel, config.scaling.max_workers, config.parallel.pipeline
-    if most < size * parallel.tensor:
+    if most < parallel.stages * parallel.tensor:
         raise ConfigError(
             f"--parallel.pipeline is {size}, but --scaling.max-workers is {most}, too few for the stages of one "
-            f"pipeline; give at least {size * parallel.tensor} workers, or fewer stages"
+            f"pipeline; give at least {parallel.stages * parallel.tensor} workers, or fewer stages"
         )
     for name, value, wrong in (
         ("--parallel.strategy", parallel.strategy, parallel.strategy == "hsdp"),

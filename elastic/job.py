@@ -174,7 +174,7 @@ class Job:
         `[model.embedding, *model.blocks, model.norm, model.head]`. Elastic cuts them into stages.
 
         `loss()` calls the model once, with tensors. In training mode each of these layers draws random numbers from a
-        seed of its own, with pipelines and without. None: the job has no stages."""
+        seed of its own, with pipelines and without. None: what a model of Hugging Face says (`model.pp_plan`)."""
         return None
 
     def optimizer(

@@ -87,6 +87,15 @@ class Chats(hf.CausalLM):
         ]
 
 
+class Untied(Chats):
+    """A model whose plan names layers that share nothing, and which draws random numbers."""
+
+    def config(self):
+        config = super().config()
+        config.tie_word_embeddings, config.attention_dropout, config.num_hidden_layers = False, 0.2, 3
+        return config
+
+
 class Parity(hf.Classifier):
     """Whether a number is odd."""
 

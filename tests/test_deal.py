@@ -83,3 +83,17 @@ def test_cells_are_told_and_counted_instead_of_workers():
         "--batch.microbatches is 3, less than the 4 cells of --scaling.max-workers 8 (--parallel.tensor 2); every cell "
         "needs at least one microbatch of each step"
     )
+
+
+def test_with_pipelines_there_may_be_fewer_microbatches_than_workers_but_not_than_pipelines():
+    check_microbatches(2, 9, 2, stages=2)
+    assert choose_microbatches(3, 6, stages=2) == 3
+    assert choose_microbatches(64, 4, stages=2) == choose_microbatches(64, 4), "they should reach no bit"
+    with pytest.raises(ConfigError) as refused:
+        check_microbatches(2, 12, 2, stages=2)
+    assert str(refused.value) == (
+        "--batch.microbatches is 2, less than the 3 pipelines of --scaling.max-workers 12 (--parallel.pipeline 2 "
+        "--parallel.tensor 2); every pipeline needs at least one microbatch of each step"
+    )
+    with pytest.raises(ConfigError, match=r"global-size is 2, less than the 3 pipelines .* give at least 3"):
+        choose_microbatches(2, 6, stages=2)

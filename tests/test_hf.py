@@ -16,7 +16,7 @@ from elastic.hf import text
 from elastic.hf.job import factors
 from elastic.hf.source import name_there
 from tests import forked
-from tests.hf_jobs import Chats, Docstrings, Parity, minilm, save_bert, save_llama, tokenizer
+from tests.hf_jobs import Chats, Docstrings, Parity, Untied, minilm, save_bert, save_llama, tokenizer
 
 BATCH = torch.tensor([[10, 20, 30, 40], [7, 8, 9, 11]])
 
@@ -259,6 +259,39 @@ def test_an_encoder_gets_a_head_and_the_folder_that_is_exported_opens_with_the_s
     opened = AutoModelForSequenceClassification.from_pretrained(out)
     assert torch.equal(logits(opened), logits(elastic.load_model(job, whole.storage.url)))
     assert AutoTokenizer.from_pretrained(out)("12").input_ids == tokenizer()("12").input_ids
+
+
+@pytest.mark.long
+@pytest.mark.processes
+@pytest.mark.usefixtures("workers")
+@pytest.mark.parametrize("rank", [0, 2])
+def test_layers_that_a_models_plan_names_run_in_pipelines_to_the_bits_of_one_process(models, tmp_path, rank):
+    job = Untied(pretrained=str(models / "llama"), scratch=True, packing=True, length=12, lora_rank=rank)
+    options = {"run__duration": "6st"}
+    kill = forked.fault("step.stage", 3, 1, only=tmp_path / "killed")
+
+    plain = forked.train(job, forked.configure(tmp_path, "plain", **options), workers=1)
+    config = forked.configure(tmp_path, "pipelines", parallel__pipeline=2, **options)
+    found = forked.train(job, config, workers=4, faults=[kill])
+
+    assert (plain.failure, found.failure) == (None, None)
+    assert found.column("world_size")[-1] == 3, "then one pipeline of three stages"
+    assert found.sha == plain.sha
+    assert found.column("loss") == plain.column("loss")
+
+
+@pytest.mark.long
+@pytest.mark.processes
+@pytest.mark.usefixtures("workers")
+def test_a_model_without_a_plan_that_fits_is_refused_by_name(models, tmp_path):
+    chats = Chats(pretrained=str(models / "llama"), packing=True, length=12)
+    tied = forked.train(chats, forked.configure(tmp_path, "tied", parallel__pipeline=2), workers=2)
+    none = forked.train(
+        Parity(pretrained=str(models / "bert")), forked.configure(tmp_path, "none", parallel__pipeline=2), workers=2
+    )
+
+    assert "share the parameter model.embed_tokens.weight, and pp_plan of the model names them as two" in tied.failure
+    assert "the job has no stages(), and the model no pp_plan; return the modules" in none.failure
 
 
 @pytest.mark.long

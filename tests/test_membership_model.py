@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
@@ -60,6 +60,7 @@ from elastic.membership.forming import helpful_size, in_cells, present
 from elastic.membership.state import Limits, Phase, State, ask_again_s, going, holds_state
 from elastic.membership.world import Generation, Member, World
 from elastic.parallel.layout import lay_out
+from elastic.placement import pipelines
 from elastic.worker.restore_plan import Standing, decide
 from jobs.bench import forming
 from tests.fresh import examples
@@ -1073,6 +1074,17 @@ def test_the_helpful_size_of_cells_is_that_of_workers_times_their_size(
 ) -> None:
     assert helpful_size(v, most * cell, least * cell, cell) == helpful_size(v, most, least) * cell
     assert helpful_size(v, most * cell + cell - 1, least * cell, cell) == helpful_size(v, most, least) * cell
+
+
+@given(st.integers(1, 60), st.integers(1, 60), st.integers(1, 6))
+def test_the_helpful_size_of_pipelines_has_the_fewest_rounds_and_full_pipelines(v: int, most: int, stages: int) -> None:
+    assume(v >= pipelines(most, stages)[0])
+    size = helpful_size(v, most, stages=stages)
+    count, each = pipelines(size, stages)
+    assert size <= most
+    assert rounds(v, count) == rounds(v, pipelines(most, stages)[0])
+    assert count == 1 or rounds(v, count - 1) > rounds(v, count)
+    assert size == count * each, "none is idle"
 
 
 @given(st.data())

@@ -65,6 +65,7 @@ MEANT: dict[str, set[str]] = {
     "--data.workers": {"0"},
     "--scaling.spares": {"0"},
     "--scaling.workers-per-node": {"None"},
+    "--scaling.memory-per-worker": {HUGE, "None", "1.5"},
     "--scaling.priority": {"-1", "0"},
     "--parallel.prefetch": {"0"},
     "--eval.every": {"None"},

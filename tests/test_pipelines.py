@@ -16,19 +16,20 @@ from tests.test_bits import assert_same_training
 from tests.tiny_jobs import CONFIG
 
 V = CONFIG.batch.microbatches
+DURATION = "17st"  # in step 16 writes to parameters are looked for by value
 
 pytestmark = [pytest.mark.processes, pytest.mark.usefixtures("fork_server")]
 
 
-def pipelines(storage: object, stages: int = 2, name: str = "run", **options: object):
+def pipelines(storage: object, stages: int | str = 2, name: str = "run", **options: object):
     """A configuration with pipelines."""
-    return configure(storage, name, **{"parallel__pipeline": stages, **options})
+    return configure(storage, name, **{"parallel__pipeline": stages, "run__duration": DURATION, **options})
 
 
 @pytest.fixture(scope="module")
 def one_process(fork_server, tmp_path_factory):
     """The undisturbed run of one process with a whole model."""
-    ran = train(InStages(), configure(tmp_path_factory.mktemp("one"), "run", eval__every="3st"), workers=1)
+    ran = train(InStages(), pipelines(tmp_path_factory.mktemp("one"), 1, eval__every="3st"), workers=1)
     assert ran.failure is None
     return ran
 
@@ -65,7 +66,7 @@ def test_fast_trains_the_same_bits(one_process, tmp_path):
 @pytest.fixture(scope="module")
 def one_cell(fork_server, tmp_path_factory):
     """The undisturbed run of one cell of two workers with a whole model."""
-    config = configure(tmp_path_factory.mktemp("cell"), "run", eval__every="3st", parallel__tensor=2)
+    config = pipelines(tmp_path_factory.mktemp("cell"), 1, eval__every="3st", parallel__tensor=2)
     ran = train(InStages(), config, workers=2)
     assert ran.failure is None
     return ran
@@ -136,7 +137,7 @@ def test_the_second_pipeline_supplies_what_a_lost_stage_held_and_no_step_is_lost
 
     assert ran.failure is None
     assert ran.sha == one_process.sha
-    assert len([row for row in ran.rows if "sample_hash" in row]) == 12, "a step was done twice"
+    assert len([row for row in ran.rows if "sample_hash" in row]) == 17, "a step was done twice"
     assert ran.column("world_size")[-1] == 3
 
 
@@ -202,11 +203,37 @@ def test_the_first_line_says_how_many_pipelines_of_how_many_stages_there_are(tmp
     assert "8 workers = 2 pipelines x 2 stages x 2 tensor, 0 spare -> 5 rounds" in report(prepare(InStages(), config))
 
 
+def test_auto_chooses_the_fewest_stages_that_fit_and_says_so(tmp_path):
+    config = pipelines(tmp_path, "auto", scaling__memory_per_worker=0.15 / 1024)
+    run = prepare(InStages(), config)
+
+    assert run.config.parallel.pipeline == 2
+    said = report(run)
+    assert "--parallel.pipeline auto: 2 stages, with which a worker needs about 0.1" in said
+    assert "4 workers = 2 pipelines x 2 stages, 0 spare -> 5 rounds" in said
+    assert "fewer than 2 workers have too little memory: give --scaling.min-workers 2" in said
+    plenty = prepare(InStages(), pipelines(tmp_path, "auto", scaling__memory_per_worker=1.0))
+    assert plenty.config.parallel.pipeline == 1
+    with pytest.raises(
+        ConfigError, match=r"is auto, but even with 4 stages a worker needs about 0.* take more workers"
+    ):
+        prepare(InStages(), pipelines(tmp_path, "auto", scaling__memory_per_worker=1e-5))
+    with pytest.raises(ConfigError, match=r"--parallel.pipeline is auto, but the job has no stages\(\)"):
+        prepare(InStages(wrong="none"), pipelines(tmp_path, "auto"))
+
+
+@pytest.mark.long
+def test_a_run_with_chosen_stages_trains_the_bits_of_one_process(one_process, tmp_path):
+    config = pipelines(tmp_path, "auto", eval__every="3st", scaling__memory_per_worker=0.15 / 1024)
+
+    assert train(InStages(), config, workers=4).sha == one_process.sha
+
+
 @pytest.mark.parametrize(
     ("job", "message"),
     [
         *slow(
-            (InStages(wrong="none"), "--parallel.pipeline is 2, but the job has no stages(); return"),
+            (InStages(wrong="none"), "--parallel.pipeline is 2, but the job has no stages(), and the model no pp_plan"),
             (InStages(wrong="twice"), "stages() returns head twice; return each module once"),
             (
                 InStages(wrong="left out"),

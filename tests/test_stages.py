@@ -13,7 +13,9 @@ from torch import nn
 from elastic.data.deal import batch_table
 from elastic.errors import ConfigError
 from elastic.parallel.layout import lay_out
-from elastic.parallel.stages import chained, check_layers, cost_of, cut, handed, layers_of, seed_behind, seed_each
+from elastic.parallel.stage_costs import costs_of, counted, parameters_of
+from elastic.parallel.stage_memory import LayerSize, ModelSize, fewest_stages, fewest_workers, need
+from elastic.parallel.stages import Chain, chained, check_layers, cut, handed, layers_of, seed_behind, seed_each
 from elastic.parallel.standin import Standin, calls_of
 from elastic.placement import pipelines
 from elastic.seeds import seed_all
@@ -46,9 +48,43 @@ def test_a_cut_by_cost_is_not_one_by_number():
     assert cut([1, 1, 1, 1], 2) == [range(2), range(2, 4)]
 
 
+def test_a_layer_costs_its_products_for_the_tokens_of_a_microbatch_and_keeps_what_its_backward_pass_needs():
+    class Job:
+        def stages(self, model):
+            return [*model]
+
+        def loss(self, model, batch):
+            return model(batch.float()).sum(), 1, {}
+
+    model = nn.Sequential(nn.Conv1d(2, 3, 3, padding=1), nn.Tanh(), nn.Flatten(), nn.Linear(3 * 8, 5))
+    batch, before = torch.ones(4, 2, 8, dtype=torch.int64), torch.random.get_rng_state()
+    found = counted(Job(), model, layers_of(Job(), model), batch)
+
+    assert found is not None
+    assert [one.flops for one in found] == [2 * 4 * 8 * 3 * (2 * 3), 0, 0, 2 * 4 * 24 * 5]
+    assert [one.kept for one in found] == [4 * 4 * 2 * 8, 4 * 4 * 3 * 8, 0, 0]
+    assert costs_of(Job(), model, Chain([*model]), batch) == [1153, 1, 1, 961]
+    assert torch.equal(before, torch.random.get_rng_state())
+
+
+def test_where_operations_cannot_be_counted_a_layer_costs_its_parameters():
+    class Looks(nn.Linear):
+        def forward(self, x):
+            return super().forward(x) if x.sum() > 0 else x
+
+    class Job:
+        def loss(self, model, batch):
+            return model(batch).sum(), 1, {}
+
+    model = nn.Sequential(Looks(2, 2), nn.Linear(2, 3))
+    assert counted(Job(), model, Chain([*model]), torch.ones(1, 2)) is None
+    assert costs_of(Job(), model, Chain([*model]), torch.ones(1, 2)) == [7, 10]
+    assert costs_of(Job(), model, Chain([*model]), None) == [7, 10]
+
+
 def test_parameters_that_are_only_looked_up_cost_nothing():
-    assert cost_of(nn.Sequential(nn.Embedding(100, 8), nn.Linear(8, 4))) == 1 + 8 * 4 + 4
-    assert cost_of(nn.Dropout()) == 1
+    assert parameters_of(nn.Sequential(nn.Embedding(100, 8), nn.Linear(8, 4))) == 1 + 8 * 4 + 4
+    assert parameters_of(nn.Dropout()) == 1
 
 
 @given(st.integers(1, 40), st.integers(2, 8), st.integers(2, 12))
@@ -72,6 +108,34 @@ def test_what_workers_hold_is_laid_out_over_pipelines_or_over_all(workers, least
 def test_the_table_counts_what_waits_while_a_pipeline_fills():
     assert batch_table(8, 4, stages=2)[3] == (4, 4, 0.8)
     assert batch_table(8, 3, stages=2)[2] == (3, 8, 0.8)
+
+
+layer_sizes = st.lists(st.builds(LayerSize, *[st.integers(1, 50)] * 4), min_size=1, max_size=6)
+
+
+@given(layer_sizes, st.integers(0, 500), st.integers(1, 8), st.sampled_from(["ddp", "fsdp"]), st.data())
+def test_the_stages_that_auto_chooses_are_the_fewest_whose_workers_have_the_memory(
+    layers, state, cells, strategy, data
+):
+    size, memory, v = ModelSize(state, layers), data.draw(st.integers(0, 2000)), data.draw(st.integers(1, 20))
+    found = fewest_stages(size, cells, strategy, v, memory)
+
+    for least in range(1, found or min(cells, len(layers)) + 1):
+        assert pipelines(cells, least)[0] > v or need(size, cells, least, strategy, v) > memory
+    if found is not None:
+        assert need(size, cells, found, strategy, v) <= memory
+        fewest = fewest_workers(size, cells, found, strategy, v, memory)
+        assert all(need(size, n, found, strategy, v) <= memory for n in range(fewest, cells + 1))
+        assert fewest == 1 or need(size, fewest - 1, found, strategy, v) > memory
+
+
+def test_what_a_worker_of_a_pipeline_needs():
+    size = ModelSize(60, [LayerSize(1, 5, 10, 10)] * 2)
+
+    assert need(size, 1, 1, "ddp", 4) == 60 + 20 + (1 + 3) * 20 + 10
+    assert need(size, 2, 1, "fsdp", 4) == (60 + 20 + (1 + 2) * 20) // 2 + 10 + 20
+    assert need(size, 2, 2, "ddp", 4) == (60 + 20) // 2 + 10 + (1 + 3) * 10 + 2 * 5
+    assert need(size, 4, 2, "fsdp", 4) == (60 + 20) // 4 + 10 + (1 + 2) * 10 + 2 * 5
 
 
 def test_layers_draw_the_same_whichever_ran_before_in_this_process():
@@ -116,10 +180,10 @@ def test_saved_buffers_of_two_layers_are_refused_by_name():
     model = nn.Sequential(nn.Sequential(nn.Linear(2, 2), norm), nn.Sequential(nn.Linear(2, 2), norm))
 
     with pytest.raises(ConfigError, match=r"0 and 1 share the buffer .*running_mean, and stages"):
-        check_layers(model, [*model], 2)
+        check_layers(model, Chain([*model]), 2)
     for name in list(norm._buffers):
         norm._non_persistent_buffers_set.add(name)
-    check_layers(model, [*model], 2)  # such as a table that each layer reads
+    check_layers(model, Chain([*model]), 2)  # such as a table that each layer reads
 
 
 def test_a_layer_may_return_none_twice_but_no_tensor_twice():
@@ -159,6 +223,6 @@ def test_a_stand_in_has_what_the_model_has_and_is_called_once():
 
 
 def test_the_inputs_of_a_model_are_known_without_running_it():
-    assert calls_of(lambda model, batch: model(batch, 2).sum(), nn.Linear(2, 3), 1) == (1, 2)
+    assert calls_of(lambda model, batch: model(batch, 2).sum(), nn.Linear(2, 3), 1) == ((1, 2), {})
     with pytest.raises(ConfigError, match="without a call of the model"):
         calls_of(lambda model, batch: batch, nn.Linear(2, 3), 1)

@@ -112,6 +112,7 @@ def _group_plan(run: PreparedRun, url: str, settings: HostSettings, accelerator:
         scaling.exclude,
         packed=run.config.parallel.strategy == "hsdp",
         cell_size=run.config.parallel.tensor,
+        stages=run.config.parallel.stages,
         vaults=run.plan.snapshot_every is not None,
         hang_timeout_s=settings.hang_s or HANG_TIMEOUT_S,
     )

@@ -27,6 +27,7 @@ class GroupPlan:
         exclude: nodes to keep out.
         packed: `per_node` workers are placed together on one node.
         cell_size: workers that run a microbatch together, and are placed together.
+        stages: the fewest cells of a pipeline; 1 without pipelines.
         vaults: the run has vaults.
         hang_timeout_s: seconds after which a vault or controller that does not answer is replaced.
     """
@@ -43,12 +44,14 @@ class GroupPlan:
     exclude: tuple[str, ...] = ()
     packed: bool = False
     cell_size: int = 1
+    stages: int = 1
     vaults: bool = False
     hang_timeout_s: float = 30.0
 
     def want(self, max_workers: int) -> int:
         """How many workers to have if a world has at most `max_workers`: those that help or are needed, and spares."""
-        return helpful_size(self.microbatches, max_workers, self.terms.min_workers, self.cell_size) + self.spares
+        least, size = self.terms.min_workers, self.cell_size
+        return helpful_size(self.microbatches, max_workers, least, size, self.stages) + self.spares
 
     @property
     def group_size(self) -> int:

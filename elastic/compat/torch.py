@@ -14,13 +14,21 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.module import _EXTRA_STATE_KEY_SUFFIX
 from torch.utils._device import _device_constructors
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_flatten, tree_map, tree_map_only
 
-__all__ = ["TorchDispatchMode", "is_traceable_wrapper_subclass", "tree_flatten", "tree_map", "tree_map_only"]
+__all__ = [
+    "FakeTensorMode",
+    "TorchDispatchMode",
+    "is_traceable_wrapper_subclass",
+    "tree_flatten",
+    "tree_map",
+    "tree_map_only",
+]
 
 # ---- tensors -------------------------------------------------------------------------------------------------------
 

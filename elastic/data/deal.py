@@ -11,45 +11,57 @@ from elastic.errors import ConfigError
 from elastic.placement import pipelines
 
 
-def choose_microbatches(global_size: int, max_workers: int, cell_size: int = 1) -> int:
+def choose_microbatches(global_size: int, max_workers: int, cell_size: int = 1, stages: int = 1) -> int:
     """Choose the number of microbatches if the user gives none: the smallest divisor of `global_size` that is at least
-    4 x the most cells, or if there is none, the largest divisor that is at least the most cells.
+    4 x the most cells, or if there is none, the largest divisor that is at least the most cells, or pipelines.
+
+    Args:
+        stages: the fewest of a pipeline; 1 without pipelines.
 
     Raises:
-        ConfigError: the batch has no divisor that gives every cell a microbatch.
+        ConfigError: the batch has no divisor that gives every cell, or every pipeline, a microbatch.
     """
-    cells = max_workers // cell_size
+    cells, least = max_workers // cell_size, _most_runs(max_workers, cell_size, stages)
     divisors = [d for d in range(1, global_size + 1) if global_size % d == 0]
     comfortable = [d for d in divisors if d >= 4 * cells]
     if comfortable:
         return comfortable[0]
-    enough = [d for d in divisors if d >= cells]
-    if enough:
-        return enough[-1]
-    raise ConfigError(
-        f"--batch.global-size is {global_size}, less than {_most_cells(max_workers, cell_size)}; give at least {cells}"
-    )
+    if global_size >= least:
+        return global_size
+    most = _most(max_workers, cell_size, stages)
+    raise ConfigError(f"--batch.global-size is {global_size}, less than {most}; give at least {least}")
 
 
-def check_microbatches(microbatches: int, max_workers: int, cell_size: int = 1) -> None:
-    """Refuse a number of microbatches that leaves a cell of the largest world without work.
+def check_microbatches(microbatches: int, max_workers: int, cell_size: int = 1, stages: int = 1) -> None:
+    """Refuse a number of microbatches that leaves a cell, or a pipeline, of the largest world without work.
+
+    Args:
+        stages: the fewest of a pipeline; 1 without pipelines.
 
     Raises:
-        ConfigError: there are fewer microbatches than the most cells.
+        ConfigError: there are fewer microbatches than the most cells, or pipelines.
     """
-    if microbatches < max_workers // cell_size:
+    if microbatches < _most_runs(max_workers, cell_size, stages):
+        kind = "pipeline" if stages > 1 else "worker" if cell_size == 1 else "cell"
         raise ConfigError(
-            f"--batch.microbatches is {microbatches}, less than {_most_cells(max_workers, cell_size)}; every "
-            f"{'worker' if cell_size == 1 else 'cell'} needs at least one microbatch of each step"
+            f"--batch.microbatches is {microbatches}, less than {_most(max_workers, cell_size, stages)}; every {kind} "
+            "needs at least one microbatch of each step"
         )
 
 
-def _most_cells(max_workers: int, cell_size: int) -> str:
-    if cell_size == 1:
+def _most_runs(max_workers: int, cell_size: int, stages: int) -> int:
+    """How many cells, or pipelines, run microbatches side by side in the largest world."""
+    return pipelines(max_workers // cell_size, stages)[0]
+
+
+def _most(max_workers: int, cell_size: int, stages: int) -> str:
+    if cell_size == 1 and stages == 1:
         return f"--scaling.max-workers {max_workers}"
-    return (
-        f"the {max_workers // cell_size} cells of --scaling.max-workers {max_workers} (--parallel.tensor {cell_size})"
-    )
+    by = [("pipeline", stages), ("tensor", cell_size)]
+    options = " ".join(f"--parallel.{name} {size}" for name, size in by if size > 1)
+    what = "pipelines" if stages > 1 else "cells"
+    count = _most_runs(max_workers, cell_size, stages)
+    return f"the {count} {what} of --scaling.max-workers {max_workers} ({options})"
 
 
 def deal(count: int, cells: int) -> list[range]:

@@ -9,22 +9,26 @@ from typing import Any
 from elastic.likeness import device_difference, difference
 from elastic.membership.state import Limits, Phase, State, Waiting, going
 from elastic.membership.world import Member, World
+from elastic.placement import pipelines
 
 
-def helpful_size(microbatches: int | None, most: int, least: int = 1, cell_size: int = 1) -> int:
+def helpful_size(microbatches: int | None, most: int, least: int = 1, cell_size: int = 1, stages: int = 1) -> int:
     """The largest useful world of at most `most` workers: one whose last cell still lowers ceil(V / cells), the rounds
-    of a step.
+    of a step. With pipelines it is one whose last pipeline does, all of as many stages as the workers fill.
 
     It is never smaller than `least` (nor larger than `most`): `min_workers` is a promise, since a model may need that
     many, and holds whether or not the last cell lowers the rounds.
 
     Args:
         cell_size: workers of a cell, which run a microbatch together.
+        stages: the fewest cells of a pipeline; 1 without pipelines.
     """
     cells = most // cell_size
     if microbatches is not None and cells >= 1:
-        rounds = -(-microbatches // cells)
-        cells = max(-(-microbatches // rounds), min(-(-least // cell_size), cells))
+        rounds = -(-microbatches // pipelines(cells, stages)[0])
+        count = -(-microbatches // rounds)
+        helpful = count * (min(cells, (count + 1) * stages - 1) // count)  # one more would make a further pipeline
+        cells = max(helpful, min(-(-least // cell_size), cells))
     return cells * cell_size
 
 
@@ -43,7 +47,12 @@ def is_enough(limits: Limits, members: Collection[Member]) -> bool:
 
 def full_size(limits: Limits) -> int:
     """The number of members of a world when there are enough workers."""
-    return helpful_size(limits.microbatches, limits.max_workers, limits.min_workers, limits.cell_size)
+    return helpful_of(limits, limits.max_workers)
+
+
+def helpful_of(limits: Limits, most: int) -> int:
+    """`helpful_size` for these limits."""
+    return helpful_size(limits.microbatches, most, limits.min_workers, limits.cell_size, limits.stages)
 
 
 def world_size(limits: Limits, survivors: int, available: int) -> int:
@@ -53,8 +62,7 @@ def world_size(limits: Limits, survivors: int, available: int) -> int:
     A worker that would not lower the rounds costs a transfer of state and gains nothing: it waits as a spare.
     """
     most = min(available, limits.max_workers)
-    helpful = helpful_size(limits.microbatches, most, limits.min_workers, limits.cell_size)
-    return max(helpful, min(survivors, most))
+    return max(helpful_of(limits, most), min(survivors, most))
 
 
 def usable(state: State) -> tuple[list[Waiting], list[tuple[Waiting, str]]]:
@@ -137,7 +145,7 @@ def choose(state: State, candidates: Sequence[Waiting]) -> list[Member]:
     if chosen and newest >= 0 and all(w.applied < newest for w in chosen):
         giver = next(w for w in ranked if w.applied == newest)
         chosen = [*chosen[: max(1, limits.max_workers - 1)], giver]
-        if limits.microbatches is not None and len(chosen) > limits.microbatches:
+        if limits.most_cells is not None and len(chosen) > limits.most_cells:
             chosen = [giver]
     return [w.member for w in chosen]
 
@@ -164,7 +172,7 @@ def _with_givers(chosen: list[Waiting], holders: Sequence[Waiting], limits: Limi
         return chosen
     room = max(limits.cell_size, limits.max_workers - in_cells(holders, limits.cell_size))
     found = [*chosen[:room], *holders]
-    most = limits.microbatches
+    most = limits.most_cells
     return found if most is None or in_cells(found, limits.cell_size) <= most * limits.cell_size else list(holders)
 
 

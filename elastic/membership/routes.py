@@ -149,7 +149,7 @@ class Routes:
 
     async def _scale(self, request: web.Request) -> web.Response:
         scale, limits = await _read(asked.Scale, request), self._state().limits
-        wanted, most = scale.max_workers, limits.microbatches
+        wanted, most = scale.max_workers, limits.most_cells
         if wanted < limits.min_workers:
             raise _refusal(
                 f"--max-workers is {wanted}, fewer than the run's --scaling.min-workers {limits.min_workers}"
@@ -160,8 +160,12 @@ class Routes:
                 "workers of a cell"
             )
         if most is not None and wanted > most * limits.cell_size:
-            of_cells = f", for cells of {limits.cell_size} workers" if limits.cell_size > 1 else ""
-            raise _refusal(f"--max-workers is {wanted}, more than the run's --batch.microbatches {most}{of_cells}")
+            sizes = ((limits.stages, "stages"), (limits.cell_size, "workers"))
+            of = " x ".join(f"{size} {what}" for size, what in sizes if size > 1)
+            of = of and f", for {'pipelines' if limits.stages > 1 else 'cells'} of {of}"
+            raise _refusal(
+                f"--max-workers is {wanted}, more than the run's --batch.microbatches {limits.microbatches}{of}"
+            )
         self._keeper.event("scaled", detail={"max_workers": wanted, "was": limits.max_workers, "by": scale.by})
         self._handle(Scaled(wanted, time.monotonic()))
         return web.json_response({"was": limits.max_workers})

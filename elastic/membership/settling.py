@@ -34,7 +34,7 @@ from elastic.membership.forming import (
     choose,
     full_size,
     has_newest,
-    helpful_size,
+    helpful_of,
     in_cells,
     is_enough,
     may_follow,
@@ -97,7 +97,7 @@ def _leave_if_better(state: State, world: World, now: float) -> tuple[State, lis
     state, dismissed = _dismiss(state, world)
     commands += dismissed
     largest = min(in_cells([*world.members, *state.waiting.values()], limits.cell_size), limits.max_workers)
-    helpful = helpful_size(limits.microbatches, largest, limits.min_workers, limits.cell_size)
+    helpful = helpful_of(limits, largest)
     if not leaving and helpful <= in_cells(world.members, limits.cell_size) and world.size <= limits.max_workers:
         return state, commands  # the waiting workers are spares
     fitting, _ = usable(state)

@@ -20,8 +20,10 @@ class Limits:
 
     Args:
         spares: warm workers kept outside the world when the run is scaled down.
-        microbatches: V, the equal parts of a step's batch: a world never has more cells. None: no such limit.
+        microbatches: V, the equal parts of a step's batch: a world never has more cells, or pipelines. None: no such
+            limit.
         cell_size: workers that run a microbatch together, on one node. Numbers of workers are multiples of it.
+        stages: the fewest cells of a pipeline; 1 without pipelines.
         settle_s: for so long the first world waits for more than `min_workers`.
         park_after_s: a first world that lacks workers counts as parked if none joins for this long.
         join_window_s: workers that join within it are taken in together, which costs one stall instead of several.
@@ -41,6 +43,7 @@ class Limits:
     spares: int = 0
     microbatches: int | None = None
     cell_size: int = 1
+    stages: int = 1
     settle_s: float = 2.0
     park_after_s: float = 30.0
     join_window_s: float = 1.0
@@ -51,6 +54,11 @@ class Limits:
     exact: bool = False
     cut: bool = False
     expects: int | None = None
+
+    @property
+    def most_cells(self) -> int | None:
+        """The most cells that a world can have, each of them, or each pipeline, with a microbatch; None: no limit."""
+        return None if self.microbatches is None else (self.microbatches + 1) * self.stages - 1
 
 
 class Phase(Enum):

@@ -166,7 +166,7 @@ def _step_parts(found: Mapping[str, Column], eval_s: Column, workers: int, deal:
     parts = {"data": found["data_s"], "evaluation": eval_s}
     parts |= {cause: found[f"{cause}_s"] for cause in ("checkpoint", "snapshot")}
     count, cells = deal.microbatches, workers // deal.cell_size
-    if not count or cells < 1 or count < cells:
+    if not count or cells < 1 or count < pipelines(cells, deal.stages)[0]:
         parts[PRODUCTIVE], parts["sync"] = compute, sync
     elif deal.stages > 1:  # the passes of a stage contain its waits while the pipeline fills and empties
         pipes, stages = pipelines(cells, deal.stages)

@@ -21,6 +21,11 @@ from elastic.parallel.reduce_scatter import Unsent
 from elastic.parallel.replicated import LossFunction
 from elastic.parallel.wrapping import fsdp_modules, local
 
+UNLIKE = (
+    "{} modules that, called one after another, compute something else than the model's forward(); let "
+    "forward() call these modules in this order, each with what the one before returned, and do nothing else, or leave "
+    "--parallel.pipeline out"
+)
 UNLIKE_WHOLE = (
     "with --parallel.pipeline a microbatch has another {} than the whole model gives it: forward() or loss() does "
     "something outside of the layers of stages(), or takes something from layers that may be on other workers; move it "

@@ -22,34 +22,24 @@ from torch.distributed.tensor import DTensor
 from elastic.compat.torch_sharded import without_gathering
 from elastic.errors import ConfigError
 from elastic.parallel.canonical import CanonicalSum, Link, buckets_of
-from elastic.parallel.compared import UNLIKE_WHOLE, Likeness, Taken, difference, first_difference, row_of
+from elastic.parallel.compared import UNLIKE, UNLIKE_WHOLE, Likeness, Taken, difference, first_difference, row_of
 from elastic.parallel.leaf import Leaf
 from elastic.parallel.levels import one_level
 from elastic.parallel.mesh import Mesh
 from elastic.parallel.moves import fingerprint, reduce_moves
+from elastic.parallel.planned import Call
+from elastic.parallel.recording import tensors_in
 from elastic.parallel.records import Records, StepRecord
 from elastic.parallel.replicated import LossFunction, Pass
-from elastic.parallel.scheduled import Body, Stage
+from elastic.parallel.scheduled import Body, Stage, shapes_of, to_send
 from elastic.parallel.sharded import BitwiseSharded
 from elastic.parallel.stage_parameters import StageParameters
-from elastic.parallel.stages import as_tuple, chained, cost_of, cut, handed, seed_behind, stages_of_buffers
+from elastic.parallel.stages import Layers, as_tuple, cut, handed, seed_behind, stages_of_buffers
 from elastic.parallel.standin import Standin, calls_of, copied
 from elastic.parallel.wrapping import MIXED, fsdp_modules, local
 from elastic.seeds import seed_all, unseeded
 
 Tensors = tuple[torch.Tensor, ...]
-_UNLIKE = (
-    "stages() returns modules that, called one after another, compute something else than the model's forward(); let "
-    "forward() call these modules in this order, each with what the one before returned, and do nothing else"
-)
-_OTHER_SHAPES = (
-    "all microbatches must make activations of one shape between the stages, but {} returns {} for one and {} for "
-    "another; pad samples to one length in collate_fn(), or leave --parallel.pipeline out"
-)
-_NO_TENSORS = (
-    "{} of stages() is called with, or returns, something that is no tensor, so it cannot be sent to the next stage; "
-    "let it take and return tensors"
-)
 
 
 class Pipelined(BitwiseSharded):
@@ -58,7 +48,8 @@ class Pipelined(BitwiseSharded):
     In the first step of a world, and every `check_every` steps from there on, it is held against the whole model.
 
     Args:
-        layers: what the job's `stages()` returned.
+        layers: of the model.
+        costs: of each of them; the same on all workers.
         run_layers: runs layers outside of the job's loss, in its precision; errors are those of the job.
         at_pass: called with its number before each forward and backward pass of a microbatch.
         exact: what the stages make must have the bits of what the whole model makes.
@@ -70,7 +61,8 @@ class Pipelined(BitwiseSharded):
         model: nn.Module,
         loss: LossFunction,
         *,
-        layers: Sequence[nn.Module],
+        layers: Layers,
+        costs: Sequence[int],
         run_layers: Callable[[Callable[[], Any]], Any],
         at_pass: Callable[[int], None],
         check_every: int | None,
@@ -83,20 +75,22 @@ class Pipelined(BitwiseSharded):
     ):
         super().__init__(model, loss, runs=runs, rows=runs, mesh=mesh, device=device, bucket_mb=bucket_mb, check=check)
         self._run_layers, self._at_pass, self._check_every = run_layers, at_pass, check_every
+        modules, self._layers = layers.modules, layers
         # FSDP2 sums the gradient of what several modules take module by module, where layers are made of such modules
-        cut_inside = any(m is not layer for layer in layers for m in fsdp_modules(layer))
+        cut_inside = any(m is not layer for layer in modules for m in fsdp_modules(layer))
         self._like = Likeness(exact, exact and not cut_inside)
-        bounds = cut([cost_of(layer) for layer in layers], mesh.layout.stages)
-        mine = bounds[mesh.stage]
-        self._layers, self._before = [layers[i] for i in mine], layers[: mine.start]
-        self._names = [name for layer in self._layers for name, m in model.named_modules() if m is layer]
-        self._of_stage = StageParameters(model, [[layers[i] for i in run] for run in bounds], mesh, device)
+        bounds = cut(costs, mesh.layout.stages)
+        self._mine = mine = bounds[mesh.stage]
+        self._before = modules[: mine.start]
+        self._last_name = next(name for name, m in model.named_modules() if m is modules[mine.stop - 1])
+        stages = [modules[run.start : run.stop] for run in bounds]
+        self._of_stage = StageParameters(model, stages, mesh, device)
         trained = {name: p for name, p in self._of_stage.whole.items() if p.requires_grad}
         like = [*(local(p).detach() for p in trained.values()), torch.empty(len(trained))]
         self._buckets = buckets_of(like, self._bucket_bytes)
         self._leaf, self._trained = Leaf(trained, self._buckets, device), list(trained)
         self._names_of_trained = [name for name, p in model.named_parameters() if p.requires_grad]
-        self._stage_of_buffer = stages_of_buffers(model, [[layers[i] for i in run] for run in bounds])
+        self._stage_of_buffer = stages_of_buffers(model, stages)
         self._own_buffers = [name for name, stage in self._stage_of_buffer.items() if stage == mesh.stage]
         self._columns = [Link(one_level(len(runs), mesh.pipeline), mesh.stage_group)]
         self._schedule: Any = None
@@ -177,39 +171,37 @@ class Pipelined(BitwiseSharded):
         if self._is_last:
             return inputs[0] if len(inputs) == 1 else inputs
         index = self._present
-        if self._is_first:
-            inputs = calls_of(self._loss, self.model, self._passes[index][0].batch)
-        found = self._call_layers(index, inputs)
-        if (shapes := _shapes(found)) != self._sends:
-            raise ConfigError(_OTHER_SHAPES.format(self._names[-1], self._sends, shapes))
+        call = self._call_of(self._passes[index][0].batch)
+        found = to_send(as_tuple(self._call_layers(index, call, inputs)), self._last_name, self._sends)
         return found[0] if len(found) == 1 else found
 
-    def _call_layers(self, index: int, inputs: tuple[Any, ...], *, inside: bool = False) -> Any:
-        """
-        Args:
-            inside: this is called in the job's loss, which has the run's precision already.
+    def _call_of(self, batch: Any) -> Call:
+        """How the job's loss calls the model, for a stage that needs it."""
+        if self._is_first or self._layers.named:
+            return calls_of(self._loss, self.model, batch, named=self._layers.named)
+        return (), {}
 
-        Returns:
-            what the last of them returned, inside; otherwise a tuple of tensors.
+    def _call_layers(self, index: int, call: Call, inputs: tuple[Any, ...], *, inside: bool = False) -> Any:
+        """Run this stage's layers, and return what the last of them returned.
+
+        Args:
+            inputs: what the stage before sent.
+            inside: this is called in the job's loss, which has the run's precision already.
         """
 
         def work() -> Any:
-            if draw := sum(layer.training for layer in self._before):
+            draw = 0 if self._layers.named else sum(layer.training for layer in self._before)
+            if draw:  # otherwise the layers before are called too, for their hooks
                 seed_all(self._passes[index][1])
                 seed_all(seed_behind(draw))
             if torch.is_autocast_enabled(kind := self._device.type):
                 self._like = replace(self._like, eps=torch.finfo(torch.get_autocast_dtype(kind)).eps)
-            return chained(self._layers, inputs if self._is_first else handed(inputs))
+            return self._layers.run(self._mine, call, None if self._is_first else handed(inputs))
 
         with self._buffers.begun(self._own_buffers) as given:
             result = work() if inside else self._run_layers(work)
             self._after[index] = self._buffers.moved(given)
-        if inside:
-            return result
-        found = as_tuple(result)
-        if not all(isinstance(one, torch.Tensor) for one in found):
-            raise ConfigError(_NO_TENSORS.format(self._names[-1]))
-        return tuple(one.contiguous() for one in found)
+        return result
 
     def _loss_of(self, index: int, activations: Tensors | None) -> torch.Tensor:
         """The loss of a microbatch. The record's row is kept.
@@ -219,10 +211,11 @@ class Pipelined(BitwiseSharded):
         """
         seed_all(self._passes[index][1])
 
-        def forward(*inputs: Any) -> Any:
-            return self._call_layers(index, inputs if activations is None else activations, inside=True)
+        def forward(*inputs: Any, **named: Any) -> Any:
+            return self._call_layers(index, (inputs, named), activations or (), inside=True)
 
-        loss, weight, metrics = self._loss(Standin(self.model, forward), self._passes[index][0].batch)
+        standin = Standin(self.model, forward, named=self._layers.named)
+        loss, weight, metrics = self._loss(standin, self._passes[index][0].batch)
         if isinstance(loss, DTensor):  # a number and a parameter that is cut give one, which is not the sum of anything
             raise ConfigError(MIXED)
         self._losses.append(row_of(loss, weight, metrics))
@@ -246,11 +239,11 @@ class Pipelined(BitwiseSharded):
         """What the model itself makes of the first microbatch. All workers of a row call this."""
         one, seed = self._passes[0]
         seed_all(seed)
-        inputs = calls_of(self._loss, self.model, copied(one.batch))
+        inputs, named = calls_of(self._loss, self.model, copied(one.batch), named=self._layers.named)
         with torch.no_grad(), self._buffers.begun([*self._stage_of_buffer]):
-            found = self._run_layers(lambda: self.model(*inputs))
+            found = self._run_layers(lambda: self.model(*inputs, **named))
         self.reshard()
-        return as_tuple(found)
+        return tuple(tensors_in(found))
 
     def _meet(self, expected: Tensors) -> Any:
         """Send the first microbatch through the stages, and return the schedule, which needs the shapes between them.
@@ -261,11 +254,13 @@ class Pipelined(BitwiseSharded):
         layout, group = self._mesh.layout, self._mesh.pipeline_group
         one, seed = self._passes[0]
         seed_all(seed)
-        inputs: tuple[Any, ...] = calls_of(self._loss, self.model, copied(one.batch)) if self._is_first else ()
+        call = self._call_of(copied(one.batch))
+        inputs: tuple[Any, ...] = ()
         outputs: Tensors = ()
         for stage in range(layout.stages):
             if stage == self._mesh.stage:
-                outputs = self._call_layers(0, inputs)
+                found = self._call_layers(0, call, inputs)
+                outputs = tuple(tensors_in(found)) if self._is_last else to_send(as_tuple(found), self._last_name, None)
             if stage == layout.stages - 1:
                 break
             shapes = [[(t.shape, t.dtype, t.requires_grad) for t in outputs] if stage == self._mesh.stage else None]
@@ -281,7 +276,7 @@ class Pipelined(BitwiseSharded):
                 dist.broadcast(tensor, group=group, group_src=stage)
             if stage + 1 == self._mesh.stage:
                 inputs = tuple(t.requires_grad_(needs) for t, (*_, needs) in zip(sent, shapes[0], strict=True))
-        self._sends = _shapes(outputs)
+        self._sends = shapes_of(outputs)
         if self._is_last:
             self._compare(outputs, expected)
         if layout.stages == 1:
@@ -303,7 +298,7 @@ class Pipelined(BitwiseSharded):
         if len(found) != len(expected) or not all(
             isinstance(b, torch.Tensor) and self._like.tensors(a, b) for a, b in zip(found, expected, strict=False)
         ):
-            raise ConfigError(_UNLIKE)
+            raise ConfigError(UNLIKE.format(self._layers.said))
 
     def _compare_with_whole(self, found: Taken) -> None:
         """Hold what the stages made of the last microbatch against what the whole model makes of it. It is not the one
@@ -393,7 +388,3 @@ class Pipelined(BitwiseSharded):
             value = buffers.named[name].detach().clone()
             dist.broadcast(value, group=mesh.pipeline_group, group_src=self._stage_of_buffer[name])
             buffers.set(name, value)
-
-
-def _shapes(tensors: Tensors) -> list[tuple[int, ...]]:
-    return [tuple(t.shape) for t in tensors]

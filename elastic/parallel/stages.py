@@ -3,29 +3,49 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
 from torch import nn
 
-from elastic.compat.torch import own_parameters
 from elastic.errors import ConfigError, one_line
+from elastic.parallel.planned import Call, Planned, planned
 from elastic.seeds import derive, seed_all
 
 
-def layers_of(job: Any, model: nn.Module) -> list[nn.Module]:
-    """What the job's `stages()` returned; empty if it has none.
+@dataclass(frozen=True)
+class Chain:
+    """The layers that `stages()` returned: each gets what the one before returned."""
+
+    modules: Sequence[nn.Module] = ()
+
+    named = False
+    said = "stages() returns"
+
+    def run(self, mine: range, call: Call, sent: tuple[Any, ...] | None) -> Any:
+        """Run some of the layers; see `Planned.run`."""
+        return chained(self.modules[mine.start : mine.stop], call[0] if sent is None else sent)
+
+
+#: The layers of a model, and how a stage runs some of them. Attributes beside `modules`: `named`, whether each stage
+#: calls the model itself, with inputs by name too; `said`, how messages begin.
+Layers = Chain | Planned
+
+
+def layers_of(job: Any, model: nn.Module) -> Layers:
+    """What the job's `stages()` returned, or else what the model's `pp_plan` names; none if it has neither.
 
     Raises:
-        ConfigError: it raised, or one of them is no module.
+        ConfigError: it raised, one of them is no module, or the plan names what is not there.
     """
     try:
         returned = job.stages(model)
     except Exception as error:
         raise ConfigError(f"stages() raised {one_line(error)}; return modules of the model") from error
     if returned is None:
-        return []
+        return planned(model) or Chain()
     if not isinstance(returned, Iterable):
         raise ConfigError(
             f"stages() returns a {type(returned).__name__}, which is no list; return the modules of the model that "
@@ -37,49 +57,53 @@ def layers_of(job: Any, model: nn.Module) -> list[nn.Module]:
         raise ConfigError(
             f"stages() returns a {type(other).__name__}, which is no torch.nn.Module; return modules of the model"
         )
-    return found
+    return Chain(found)
 
 
-def check_layers(model: nn.Module, layers: Sequence[nn.Module], stages: int) -> None:
+def check_layers(model: nn.Module, layers: Layers, stages: int, given: str | None = None) -> None:
     """Refuse layers that do not make stages of a model, which may be on meta.
+
+    Args:
+        given: what the option says, if that is no number.
 
     Raises:
         ConfigError: there are too few, one is no module of the model, parameters or buffers belong to several of
             them, or trained parameters to none; with the name, and what to do.
     """
-    if not layers:
+    modules, said = layers.modules, layers.said
+    if not modules:
         raise ConfigError(
-            f"--parallel.pipeline is {stages}, but the job has no stages(); return the modules that the model's "
-            "forward() calls one after another, such as [model.embedding, *model.blocks, model.head], or leave "
-            "--parallel.pipeline out"
+            f"--parallel.pipeline is {given or stages}, but the job has no stages(), and the model no pp_plan; return "
+            "the modules that the model's forward() calls one after another, such as [model.embedding, *model.blocks, "
+            "model.head], or leave --parallel.pipeline out"
         )
     names = {id(module): name for name, module in model.named_modules()}
-    for layer in layers:
+    for layer in modules:
         if names.get(id(layer), "") == "":
             raise ConfigError(
                 f"stages() returns a {type(layer).__name__} that is no part of the model; return modules of the model"
             )
-    if len(layers) < stages:
+    if len(modules) < stages:
         raise ConfigError(
-            f"--parallel.pipeline is {stages}, but stages() returns {len(layers)} modules; give at most {len(layers)}, "
-            "or return smaller modules"
+            f"--parallel.pipeline is {stages}, but {said} {len(modules)} modules; give at most {len(modules)}, or "
+            "return smaller modules from stages()"
         )
-    twice = next((layer for i, layer in enumerate(layers) if any(layer is other for other in layers[:i])), None)
+    twice = next((layer for i, layer in enumerate(modules) if any(layer is other for other in modules[:i])), None)
     if twice is not None:
         raise ConfigError(f"stages() returns {names[id(twice)]} twice; return each module once")
-    _check_owners(model, [(names[id(layer)], layer) for layer in layers])
+    _check_owners(model, [(names[id(layer)], layer) for layer in modules], said)
 
 
-def _check_owners(model: nn.Module, layers: Sequence[tuple[str, nn.Module]]) -> None:
+def _check_owners(model: nn.Module, layers: Sequence[tuple[str, nn.Module]], said: str) -> None:
     owner: dict[int, str] = {}
     known = {id(p): name for name, p in model.named_parameters()}
     for name, layer in layers:
         for parameter in layer.parameters():
             if (other := owner.setdefault(id(parameter), name)) != name:
                 raise ConfigError(
-                    f"{other} and {name} share the parameter {known[id(parameter)]}, and stages() returns them as two "
-                    "modules, which may be on different workers; give each a parameter of its own, return one module "
-                    "that holds both, or leave --parallel.pipeline out"
+                    f"{other} and {name} share the parameter {known[id(parameter)]}, and {said} them as two modules, "
+                    "which may be on different workers; give each a parameter of its own, return one module from "
+                    "stages() that holds both, or leave --parallel.pipeline out"
                 )
     saved = {id(b): name for name, b in model.state_dict(keep_vars=True).items() if id(b) not in known}
     owner_of_buffer: dict[int, str] = {}
@@ -87,23 +111,16 @@ def _check_owners(model: nn.Module, layers: Sequence[tuple[str, nn.Module]]) -> 
         for buffer in layer.buffers():
             if id(buffer) in saved and (other := owner_of_buffer.setdefault(id(buffer), name)) != name:
                 raise ConfigError(
-                    f"{other} and {name} share the buffer {saved[id(buffer)]}, and stages() returns them as two "
-                    "modules, which may be on different workers; give each a buffer of its own, return one module "
-                    "that holds both, or leave --parallel.pipeline out"
+                    f"{other} and {name} share the buffer {saved[id(buffer)]}, and {said} them as two modules, which "
+                    "may be on different workers; give each a buffer of its own, return one module from stages() that "
+                    "holds both, or leave --parallel.pipeline out"
                 )
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and id(parameter) not in owner:
             raise ConfigError(
-                f"the parameter {name} is trained, but no module that stages() returns has it; return all modules that "
-                "the model's forward() calls, or freeze it"
+                f"the parameter {name} is trained, but no module that {said} has it; return all modules that the "
+                "model's forward() calls from stages(), or freeze it"
             )
-
-
-def cost_of(layer: nn.Module) -> int:
-    """What a pass through a layer costs, counted: its parameters, since each is multiplied with every token. Those of
-    embeddings are only looked up."""
-    counted = (m for m in layer.modules() if not isinstance(m, nn.Embedding))
-    return 1 + sum(p.numel() for m in counted for p in own_parameters(m).values() if p is not None)
 
 
 def cut(costs: Sequence[int], stages: int) -> list[range]:

@@ -10,6 +10,7 @@ from torch import nn
 
 from elastic.compat.torch import tree_map_only
 from elastic.errors import ConfigError
+from elastic.parallel.planned import Call
 
 _TWICE = (
     "loss() calls the model several times, but with --parallel.pipeline each microbatch passes the stages once; call "
@@ -25,21 +26,25 @@ _NEVER = (
 
 
 class Standin(nn.Module):
-    """Looks like a model, but a call of it is a call of `forward`, once."""
+    """Looks like a model, but a call of it is a call of `forward`, once.
 
-    def __init__(self, model: nn.Module, forward: Callable[..., Any]):
+    Args:
+        named: it may be called with inputs by name.
+    """
+
+    def __init__(self, model: nn.Module, forward: Callable[..., Any], *, named: bool = False):
         super().__init__()
-        self._standin: list[Any] = [model, forward, False]  # in a list, so that it is no module of this one
+        self._standin: list[Any] = [model, forward, False, named]  # in a list, so that it is no module of this one
         self.training = model.training
 
     def forward(self, *inputs: Any, **named: Any) -> Any:
-        _, call, called = self._standin
+        _, call, called, by_name = self._standin
         if called:
             raise ConfigError(_TWICE)
-        if named:
+        if named and not by_name:
             raise ConfigError(_NAMED)
         self._standin[2] = True
-        return call(*inputs)
+        return call(*inputs, **named)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["_standin"][0], name)
@@ -73,22 +78,25 @@ def copied(batch: Any) -> Any:
 class _Called(BaseException):
     """Leaves the job's loss where it calls the model; no error, so that nobody handles it."""
 
-    def __init__(self, inputs: tuple[Any, ...]):
-        self.inputs = inputs
+    def __init__(self, call: Call):
+        self.call = call
 
 
-def calls_of(loss: Callable[[nn.Module, Any], Any], model: nn.Module, batch: Any) -> tuple[Any, ...]:
+def calls_of(loss: Callable[[nn.Module, Any], Any], model: nn.Module, batch: Any, *, named: bool = False) -> Call:
     """The inputs with which the job's loss calls the model for a batch.
+
+    Args:
+        named: there may be inputs by name.
 
     Raises:
         ConfigError: it does not call it.
     """
 
-    def forward(*inputs: Any) -> Any:
-        raise _Called(inputs)
+    def forward(*inputs: Any, **by_name: Any) -> Any:
+        raise _Called((inputs, by_name))
 
     try:
-        loss(Standin(model, forward), batch)
+        loss(Standin(model, forward, named=named), batch)
     except _Called as found:
-        return found.inputs
+        return found.call
     raise ConfigError(_NEVER)

@@ -101,7 +101,7 @@ def snapshot_bytes(size: StateSize, config: TrainConfig, workers: int) -> dict[s
     """
     per_node = config.scaling.workers_per_node
     nodes = [f"node {rank // (per_node or config.parallel.tensor)}" for rank in range(workers)]
-    least = config.parallel.pipeline
+    least = config.parallel.stages
     stages = (least, workers) if least > 1 else None  # the most is known to who builds the model
     layout = lay_out(nodes, config.parallel.strategy, per_node, config.parallel.tensor, stages)
     holders = {part: [nodes[layout.ranks[place]] for place in places] for part, places in layout.copies.items()}

@@ -133,6 +133,7 @@ def host_settings(config: TrainConfig, token: str, host: str) -> HostSettings:
         spares=scaling.spares,
         microbatches=config.batch.microbatches,
         cell_size=config.parallel.tensor,
+        stages=config.parallel.stages,
         lease_s=seconds("lease", recovery.lease),
         max_wait_s=None if recovery.max_wait is None else seconds("max-wait", recovery.max_wait),
         max_failures=config.run.max_failures,
@@ -152,7 +153,7 @@ def start_detail(run: PreparedRun) -> dict[str, Any]:
         "microbatches": run.plan.microbatches,
         "padded": run.config.parallel.sharded,
         **({"cell_size": run.config.parallel.tensor} if run.config.parallel.tensor > 1 else {}),
-        **({"stages": run.config.parallel.pipeline} if run.config.parallel.pipeline > 1 else {}),
+        **({"stages": run.config.parallel.stages} if run.config.parallel.stages > 1 else {}),
         **({"prices": prices} if prices else {}),
     }
 

@@ -91,9 +91,11 @@ def resolve(
             f"give at most {dataset_size}"
         )
     microbatches = batch.microbatches or stored_microbatches
+    stages = config.most_cells if config.parallel.pipeline == "auto" else config.parallel.stages
+    most = scaling.max_workers, config.parallel.tensor, stages
     if microbatches is None:
-        microbatches = choose_microbatches(batch.global_size, scaling.max_workers, config.parallel.tensor)
-    check_microbatches(microbatches, scaling.max_workers, config.parallel.tensor)
+        microbatches = choose_microbatches(batch.global_size, *most)
+    check_microbatches(microbatches, *most)
 
     cycle = Cycle(tuple(phases))
 

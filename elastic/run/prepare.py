@@ -115,7 +115,7 @@ def prepare(job: Job, config: TrainConfig) -> PreparedRun:
     data, dataset_size = training_data(job, sameness.load)
     held_out = held_out_sizes(job)
     check_evaluated(job, Job, held_out)
-    check_strategy(job, tensor=config.parallel.tensor, pipeline=config.parallel.pipeline)
+    check_strategy(job, tensor=config.parallel.tensor, pipeline=config.parallel.stages)
     for name, samples in held_out.items():
         if samples == 0:
             raise ConfigError(f"eval_data() {name!r} has no samples; return None to leave evaluation out")
@@ -138,6 +138,13 @@ def prepare(job: Job, config: TrainConfig) -> PreparedRun:
     )
     config = replace(config, batch=replace(config.batch, microbatches=plan.microbatches))
     set_plan(job, plan.for_job)
+    notes: list[str] = []
+    if config.parallel.pipeline == "auto":
+        from elastic.run.auto_stages import choose_stages  # imports torch
+
+        check_strategy(job, pipeline=config.most_cells)
+        stages, notes = choose_stages(job, config, plan, data)
+        config = replace(config, parallel=replace(config.parallel, pipeline=stages))
     if type(job).sampler is not Job.sampler or hasattr(data, "upcoming"):
         from elastic.data.samplers import check_sampler  # imports torch
 
@@ -153,7 +160,7 @@ def prepare(job: Job, config: TrainConfig) -> PreparedRun:
         finished = result if is_over(folder.status_if_whole(), result, plan.total_steps) else None
         if finished is None:
             sameness.check(data)
-    notes = () if plan.warmup_steps <= plan.total_steps else (_long_warmup(config, plan),)
+    notes += [] if plan.warmup_steps <= plan.total_steps else [_long_warmup(config, plan)]
     digest = cfg.digest(wanted)
     callbacks = _callbacks(job) if finished is None else ()
     return PreparedRun(
@@ -166,7 +173,7 @@ def prepare(job: Job, config: TrainConfig) -> PreparedRun:
         finished,
         changed_code,
         changed,
-        notes=notes,
+        notes=tuple(notes),
         callbacks=callbacks,
         prepared=prepared,
     )
@@ -291,7 +298,7 @@ def report(run: PreparedRun) -> str:
         first_line(run),
     ]
     lines += ["", "workers  rounds  efficiency"]
-    table = batch_table(plan.microbatches, most, cell_size, run.config.parallel.pipeline)
+    table = batch_table(plan.microbatches, most, cell_size, run.config.parallel.stages)
     lines += [f"{w:>7}  {rounds:>6}  {share:>9.0%}" for w, rounds, share in table]
     lines += forecast.lines(run)
     lines += settings_lines(run.config.scaling.accelerator)
@@ -301,7 +308,7 @@ def report(run: PreparedRun) -> str:
 def first_line(run: PreparedRun) -> str:
     """How a global batch is divided over the most workers, as consoles show it first."""
     plan, scaling, cell_size = run.plan, run.config.scaling, run.config.parallel.tensor
-    stages = run.config.parallel.pipeline
+    stages = run.config.parallel.stages
     return batch_line(plan.global_size, plan.microbatches, scaling.max_workers, cell_size, scaling.spares, stages)
 
 

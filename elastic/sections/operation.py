@@ -26,6 +26,9 @@ class ScalingOptions:
     )
     cpus_per_worker: int = option(1, "CPU slots (and torch threads) of a worker")
     workers_per_node: int | None = option(None, "most workers on one node (default: what fits)")
+    memory_per_worker: float | None = option(
+        None, "GiB that a worker has, for --parallel.pipeline auto (default: as on this machine)"
+    )
     exclude: tuple[str, ...] = option(
         (), "nodes of the cluster to keep out: host names, addresses, or beginnings of ids"
     )
@@ -46,6 +49,8 @@ class ScalingOptions:
         whole("--scaling.cpus-per-worker", self.cpus_per_worker, 1, 4096)
         if self.workers_per_node is not None:
             whole("--scaling.workers-per-node", self.workers_per_node, 1)
+        if self.memory_per_worker is not None:
+            finite("--scaling.memory-per-worker", self.memory_per_worker, 0.0, above=True)
         for name in self.exclude:
             require(bool(name.strip()), "--scaling.exclude", name, "give host names, addresses, or beginnings of ids")
         require(

@@ -179,9 +179,10 @@ class ParallelOptions:
         "cells",
         result=True,
     )
-    pipeline: int = option(
+    pipeline: int | Literal["auto"] = option(
         1,
-        "workers that run the layers of each microbatch one after another, as the job's stages() cuts them: a pipeline",
+        "workers that run the layers of each microbatch one after another, as the job's stages() cuts them: a "
+        "pipeline; auto: the fewest that have the memory for it",
     )
     blocks: tuple[str, ...] = option(
         (), "classes of the modules to shard, checkpoint and compile one by one (default: the job's, else found)"
@@ -197,7 +198,8 @@ class ParallelOptions:
     def __post_init__(self) -> None:
         one_of("--parallel.strategy", self.strategy, ("ddp", "fsdp", "hsdp"))
         whole("--parallel.tensor", self.tensor, 1, 1024)
-        whole("--parallel.pipeline", self.pipeline, 1, 1024)
+        if self.pipeline != "auto":
+            whole("--parallel.pipeline", self.pipeline, 1, 1024)
         whole("--parallel.prefetch", self.prefetch, 0)
         whole("--parallel.bucket-mb", self.bucket_mb, 1, 1 << 20)
         for name in self.blocks:
@@ -217,7 +219,12 @@ class ParallelOptions:
     @property
     def sharded(self) -> bool:
         """Whether a model is cut over several workers: over those of a cell or a pipeline, or over all."""
-        return self.strategy != "ddp" or self.tensor > 1 or self.pipeline > 1
+        return self.strategy != "ddp" or self.tensor > 1 or self.pipeline != 1
+
+    @property
+    def stages(self) -> int:
+        """The fewest stages of a pipeline; 1 without pipelines. `auto` becomes a number before a run begins."""
+        return self.pipeline if isinstance(self.pipeline, int) else 1
 
 
 @dataclass(frozen=True)

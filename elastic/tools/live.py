@@ -280,8 +280,9 @@ def scale(live: LiveRun, max_workers: int, say: Say, timeout_s: float) -> dict[s
     config = (live.folder.config() or {}).get("config", {})
     was = live.ask(Scale(max_workers, owner()))["was"]
     least = config.get("scaling", {}).get("min_workers", 1)
-    cell_size = config.get("parallel", {}).get("tensor", 1)
-    wanted = helpful_size(config.get("batch", {}).get("microbatches"), max_workers, least, cell_size)
+    parallel = config.get("parallel", {})
+    cell_size, stages = parallel.get("tensor", 1), parallel.get("pipeline", 1)
+    wanted = helpful_size(config.get("batch", {}).get("microbatches"), max_workers, least, cell_size, stages)
     say(f"--scaling.max-workers is {max_workers}, was {was}; waiting for a world of {wanted}")
     # nothing to ask again: the new number is in the ledger
     watch = _Watch(live, say, timeout_s, f"have a world of {wanted}", lambda: None)

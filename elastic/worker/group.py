@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -43,6 +43,8 @@ class Group:
 
     Args:
         strategy, per_node, tensor, stages: how workers are laid out; see `lay_out`.
+        costs: of the layers of a pipeline, as this worker knows them; when connected, as rank 0 does, since all must
+            cut alike.
         node: this worker's node.
         exact: gradients are exchanged in canonical order.
         on_failure: called, from any thread, with an error that the backend finds by itself.
@@ -55,6 +57,7 @@ class Group:
     node: str = ""
     tensor: int = 1
     stages: tuple[int, int] | None = None
+    costs: Sequence[int] = ()
     exact: bool = False
     on_failure: Callable[[str], None] = lambda what: None
     _woken: threading.Event = field(default_factory=threading.Event)
@@ -147,6 +150,8 @@ class Group:
         levels = self.strategy == "ddp" and self.exact and self.size >= LEAST_LEVELLED and self.stages is None
         if self.strategy == "hsdp" or self.tensor > 1 or levels:
             nodes = [str(n) for n in self.gather_ints(xxhash.xxh3_64_intdigest(self.node.encode()) >> 1)]
+        if self.stages is not None:
+            self.costs = self.gather_json([*self.costs])[0]
         layout = lay_out(nodes, self.strategy, self.per_node, self.tensor, self.stages)
         if self.strategy == "ddp" and self.tensor == 1 and self.stages is None:
             return make_whole(layout, self.rank, nodes)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -23,6 +24,7 @@ from elastic.parallel.param_dtype import cast_parameters, check_castable
 from elastic.parallel.probe import check_elementwise
 from elastic.parallel.references import check_references
 from elastic.parallel.scaling import LossScale
+from elastic.parallel.stage_costs import costs_of
 from elastic.parallel.stages import check_layers, layers_of, seed_each
 from elastic.parallel.tensor import check_plan, is_sequential, plan_of
 from elastic.parallel.turns import check_optimizers
@@ -52,11 +54,16 @@ class Placing:
         self._hashes: dict[str, str] = {}  # of the files of initial weights
         #: The fewest and the most stages of a pipeline; None without pipelines.
         self.stages: tuple[int, int] | None = None
+        #: What each layer of a pipeline costs, as far as this worker knows.
+        self.costs: list[int] = []
         #: Why the model is built in real memory; empty if it is built on meta.
         self.eager = ""
 
-    def warm_up(self) -> None:
+    def warm_up(self, first_batch: Callable[[], Any] = lambda: None) -> None:
         """Build the model on meta, and refuse a model that the strategy cannot handle.
+
+        Args:
+            first_batch: the first microbatch of the run; None if it cannot be fetched.
 
         Raises:
             ConfigError: with the module or parameter, and what to do.
@@ -80,15 +87,16 @@ class Placing:
             check_references(self._next.model, self._job)
         if parallel.tensor > 1:
             check_plan(self._next.model, plan_of(self._job, self._next.model), parallel.tensor)
-        if parallel.pipeline > 1:
+        if parallel.stages > 1:
             layers = layers_of(self._job, self._next.model)
-            check_layers(self._next.model, layers, parallel.pipeline)
+            check_layers(self._next.model, layers, parallel.stages)
             if parallel.tensor > 1 and is_sequential(plan_of(self._job, self._next.model)):
                 raise ConfigError(
-                    f"--parallel.pipeline is {parallel.pipeline}, but tensor_plan() cuts activations along the "
+                    f"--parallel.pipeline is {parallel.stages}, but tensor_plan() cuts activations along the "
                     'sequence between layers, which stages do not send; leave "sequence" out of it, or this option'
                 )
-            self.stages = (parallel.pipeline, len(layers))
+            self.stages = (parallel.stages, len(layers.modules))
+            self.costs = costs_of(self._job, self._next.model, layers, first_batch())
 
     @property
     def model(self) -> torch.nn.Module:
@@ -116,7 +124,7 @@ class Placing:
         """
         built, parallel, precision = self._take(), self._config.parallel, self._config.precision
         how = Sharding(
-            native=self._config.run.exactness == "fast" and parallel.pipeline == 1,
+            native=self._config.run.exactness == "fast" and parallel.stages == 1,
             reshard_after_forward=parallel.reshard_after_forward,
             prefetch=parallel.prefetch,
             offload=parallel.offload,
@@ -216,7 +224,7 @@ class Placing:
         parallel = self._config.parallel
         blocks = find_blocks(built.model, self._classes())
         if parallel.tensor == 1 or not is_sequential(plan_of(self._job, built.model)):
-            seed_each(layers_of(self._job, built.model))  # if activations between layers are whole in each worker
+            seed_each(layers_of(self._job, built.model).modules)  # if activations between layers are whole
         if self._param_dtype is not None and not parallel.sharded:
             cast_parameters(built.model, blocks, self._param_dtype)
         if parallel.activation_checkpointing or parallel.compile:

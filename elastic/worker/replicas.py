@@ -49,11 +49,12 @@ def wrap(
     common: dict[str, Any] = {"runs": share.runs, "device": group.device, "check": group.check}
     replica: Replica
     loss = code.loss
-    if parallel.pipeline > 1:
+    if parallel.stages > 1:
         replica = Pipelined(
             model,
             loss,
             layers=layers_of(job, model),
+            costs=group.costs,
             run_layers=code.layers,
             at_pass=at_pass,
             check_every=check_every,

@@ -134,6 +134,7 @@ class Session:
             node,
             worker.config.parallel.tensor,
             worker.placing.stages,
+            worker.placing.costs,
             exact=worker.bitwise,
             on_failure=lambda what: link.post(Disconnected(what), generation),
         )

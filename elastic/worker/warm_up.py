@@ -150,7 +150,7 @@ class _WarmUp:
         changing = JobAttributes(job, {"train_data()": data} | {f"eval_data() {n}": d for n, d in held_out.items()})
         data_s = time.monotonic() - began
         placing = Placing(job, config, self._device, changing)
-        placing.warm_up()
+        placing.warm_up(lambda: next((batch for _, batch in loader.first_batches(1)), None))
         lines["model"] = describe_model(placing.model)
         with_moments = 3 * sum(p.nbytes for p in placing.model.parameters())  # Adam's; others allocate more at a save
         provenance = Provenance(

@@ -20,7 +20,8 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B
 
-from elastic.parallel.stages import cost_of, cut
+from elastic.parallel.stage_costs import parameters_of
+from elastic.parallel.stages import cut
 from jobs.bench.report import resident_peak_mib
 from jobs.codegpt import CodeGPT
 
@@ -54,7 +55,8 @@ def main() -> None:
     job = CodeGPT(size=arguments.size, block=arguments.block, tied=False)
     data, model = job.train_data(), job.model()
     layers = job.stages(model)
-    mine = nn.Sequential(*(layers[i] for i in cut([cost_of(layer) for layer in layers], arguments.pipeline)[stage]))
+    bounds = cut([parameters_of(layer) for layer in layers], arguments.pipeline)
+    mine = nn.Sequential(*(layers[i] for i in bounds[stage]))
     optimizer, parameters = torch.optim.AdamW(mine.parameters(), lr=job.lr, betas=(0.9, 0.95)), list(mine.parameters())
     stages, copies = mesh["stage"].get_group(), mesh["pipeline"].get_group()
     share = arguments.global_size // pipelines
