@@ -25,6 +25,7 @@ from elastic.parallel.layout import lay_out
 from elastic.parallel.mesh import Mesh, make_mesh
 from elastic.parallel.probe import check_elementwise
 from elastic.parallel.reduce_scatter import Leaves
+from elastic.parallel.used import Used
 from elastic.parallel.wrapping import Sharding, cut_of, lay_out_as_cut, local, place_sharded, place_whole
 
 CPU = torch.device("cpu")
@@ -109,6 +110,54 @@ def test_blocks_are_gathered_as_far_ahead_as_asked_for(mesh):
         found[ahead] = [row.count(True) for row in seen]
 
     assert found == {0: [0, 0, 0, 0], 1: [1, 1, 1, 0], 2: [2, 2, 1, 0]}
+
+
+class Crossing(nn.Module):
+    """A block that takes one input twice, does not use another, and hands both on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.key, self.value = (nn.Linear(16, 16) for _ in range(3))
+
+    def forward(self, x: torch.Tensor, memory: torch.Tensor, unused: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return x + self.query(x).sigmoid() * self.value(memory) + self.key(memory).tanh(), memory, unused
+
+
+class Decoder(nn.Module):
+    """Blocks that share tensors among each other and with what is around them; some run more than once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder, self.unused, self.head = nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 1)
+        self.layers = nn.ModuleList(Crossing() for _ in range(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        memory, unused = self.encoder(x).tanh(), self.unused(x)
+        h = x * 0.5 + memory
+        skipped = h
+        for i in (0, 1, 1, 2, 0, 3):
+            h, memory, unused = self.layers[i](h, memory, unused)
+            h = h + skipped
+        return self.head(h + memory + self.layers[3](skipped, memory.detach(), unused)[0])
+
+
+def test_gradients_have_the_bits_of_the_whole_model_also_of_what_several_blocks_take_or_none_uses(mesh):
+    whole, built = place_whole(build(Decoder, 0), CPU), build(Decoder, 0)
+    model = place_sharded(built, list(built.model.layers), CPU, mesh, Sharding(), fill=True)
+    used, ended = Used(model), []
+    for i, layer in enumerate(model.layers):
+        (group,) = layer._get_fsdp_state()._fsdp_param_groups
+        group.post_backward = partial(lambda own, i: (ended.append(i), own()), group.post_backward, i)
+    for step in range(2):
+        x = torch.randn(8, 16, generator=torch.Generator().manual_seed(step))
+        for each in (whole, model):
+            each.zero_grad(set_to_none=True)
+            each(x).square().sum().backward()
+        for i, ((name, mine), its) in enumerate(zip(model.named_parameters(), whole.parameters())):
+            assert (i in used.seen) is (its.grad is not None), name
+            assert its.grad is None or torch.equal(local(mine.grad), its.grad), name
+        assert ended == [3, 3, 0, 2, 1, 1, 0], "each call ends before the next one begins"
+        ended.clear()
 
 
 def test_offloaded_parameters_are_on_the_host_and_buffers_where_the_model_runs(mesh, monkeypatch):

@@ -5,8 +5,9 @@ Read in torch 2.13.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -93,3 +94,68 @@ def without_backward(refuse: Callable[[], Exception]) -> Iterator[None]:
         yield
     finally:
         engine._engine_run_backward = kept
+
+
+def end_blocks_in_order(model: nn.Module) -> None:
+    """Have FSDP2 end the backward pass of a block without a node of its own in the graph.
+
+    FSDP2 passes a block's inputs through an identity, whose backward pass reduces the block's gradients. So what a
+    block adds to the gradient of an input is summed by itself, before it is added to what other modules add to it,
+    which has other last bits than the plain model; and an input that a block does not use gets zeros.
+
+    Here a block ends when an older node runs than those of its call. The engine runs the newest of the nodes that can
+    run (`CompareNodeTaskTime` in torch's engine.cpp), and a node is older than those that take what it made, so all
+    newer ones are done by then.
+    """
+    states: list[Any] = [m._get_fsdp_state() for m in model.modules() if isinstance(m, FSDPModule) and m is not model]
+    blocks = [_Calls(state) for state in states if state._fsdp_param_groups]
+    for block in blocks:
+        block.watch(blocks)
+
+
+class _Calls:
+    """The calls of a block in the present forward passes, by autograd's sequence numbers: each node gets the next."""
+
+    def __init__(self, state: Any):
+        self._state, self._groups = state, list(state._fsdp_param_groups)
+        self._began: list[int] = []
+        self._runs: int | None = None  # the call whose backward pass runs
+
+    def watch(self, blocks: Sequence[_Calls]) -> None:
+        """Take over from FSDP2; `blocks`: all of the model."""
+        before = self._state._pre_backward
+
+        def pre_backward(gradient: torch.Tensor) -> torch.Tensor:  # of an output of the block
+            node: Any = torch._C._current_autograd_node()
+            now = node._sequence_nr()
+            for block in blocks:
+                block._end(now)
+            call = max((n for n in self._began if n <= now), default=None)
+            if call is None and self._began:  # the block returned what was made before it
+                return gradient
+            self._runs = call
+            return before(gradient)
+
+        self._state._pre_backward = pre_backward
+        for group in self._groups:
+            group._register_post_backward_hook = partial(self._begin, group._register_post_backward_hook)
+            group.finalize_backward = partial(self._forget, group.finalize_backward)
+
+    def _begin(self, otherwise: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        if torch._C._current_graph_task_id() != -1:  # computed again in a backward pass, where it may have its own
+            return otherwise(args, kwargs)
+        if torch.is_grad_enabled():
+            self._began.append(torch.autograd._get_sequence_nr())
+        return args, kwargs
+
+    def _end(self, now: int) -> None:
+        if self._runs is None or self._runs <= now:
+            return
+        self._runs = None
+        for group in reversed(self._groups):
+            if group._training_state == type(group._training_state).PRE_BACKWARD:
+                group.post_backward()
+
+    def _forget(self, finalize: Callable[[], None]) -> None:
+        self._began, self._runs = [], None
+        finalize()

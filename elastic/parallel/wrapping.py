@@ -29,7 +29,7 @@ from elastic.compat.torch import (
     tree_map_only,
 )
 from elastic.compat.torch_groups import all_gather_flat
-from elastic.compat.torch_sharded import without_backward
+from elastic.compat.torch_sharded import end_blocks_in_order, without_backward
 from elastic.errors import ConfigError
 from elastic.parallel.deferred import DeferredModel, become
 from elastic.parallel.layout import REPLICATE, ROWS, SHARD, TENSOR
@@ -192,6 +192,7 @@ def place_sharded(
     for wrapped in fsdp_modules(model):
         wrapped.set_gradient_divide_factor(1.0)
         wrapped.set_force_sum_reduction_for_comms(True)
+    end_blocks_in_order(model)
     model.to_empty(device="cpu" if how.offload else device)
     if how.offload:  # only parameters are offloaded: buffers are used where the model runs
         for module in model.modules():
