@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from elastic.errors import ConfigError
 from elastic.parallel.buffers import StepBuffers
 from elastic.parallel.moves import average_moves, fingerprint
 
@@ -36,6 +37,40 @@ def test_floats_move_by_the_mean_over_microbatches_whether_or_not_a_pass_moved_t
     found = put_together([after(mean=[2.0, 2.0]), after(mean=[1.0, 5.0]), {}], [1, 2, 1])
 
     assert found == START | {"mean": [1.25, 3.5]}
+
+
+def test_what_is_infinite_at_first_becomes_the_mean_of_what_the_passes_made_of_it():
+    model = nn.Module()
+    model.register_buffer("least", torch.tensor([float("inf"), 1.0]))
+    buffers = StepBuffers(model, exact=True)
+    buffers.begin()
+    passes = [after(least=[2.0, 1.0]), after(least=[4.0, 0.0])]
+
+    average_moves(buffers, ["least"], passes, [1, 1], 2, [0.0])
+
+    assert buffers.named["least"].tolist() == [3.0, 0.5]
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_a_buffer_that_only_a_backward_pass_writes_to_is_refused_by_name(exact):
+    model = nn.Sequential(nn.BatchNorm1d(2))
+    model.register_buffer("size", torch.zeros(1))
+    buffers = StepBuffers(model, exact=exact)
+
+    def run(write=lambda gradient: None):
+        buffers.begin()
+        before = buffers.versions()
+        out = model(torch.randn(3, 2))
+        changed = buffers.copies_since(before)
+        out.register_hook(write)
+        out.sum().backward()
+        buffers.passed(before, changed)
+
+    run()
+    run(lambda gradient: model[0].num_batches_tracked.add_(1) and None)  # as where it is computed again
+    assert model[0].num_batches_tracked == 0
+    with pytest.raises(ConfigError, match="buffer size is written to in backward passes"):
+        run(lambda gradient: model.size.add_(gradient.abs().sum()) and None)
 
 
 def test_whole_numbers_are_those_of_the_passes_that_moved_them():

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import nn
 
 from elastic.compat.torch import NormWithStatistics, version_of
+from elastic.errors import ConfigError
 
 _MULTIPLIER = 2_654_435_761  # odd, so that moves at two places do not cancel those at two others (Knuth's hash)
 
@@ -39,6 +40,8 @@ class StepBuffers:
         self._norms = running_statistics(model)
         #: Buffers that passes change although they are registered with persistent=False.
         self.unsaved: set[str] = set()
+        #: Buffers that were infinite or NaN somewhere when the first step began.
+        self.unbounded: set[str] = set()
         self._hidden: set[str] = set()  # buffers that are written to without a change of their counters
         self._looks = True  # whether this is the first step
         self._kept: dict[str, tuple[torch.Tensor, int, torch.Tensor]] = {}
@@ -53,6 +56,8 @@ class StepBuffers:
     def begin(self) -> None:
         """A step begins: keep copies of the buffers. Without `exact`, copy only those whose counter has changed."""
         for name, buffer in self.named.items():
+            if self._looks and buffer.is_floating_point() and not buffer.isfinite().all():
+                self.unbounded.add(name)
             kept = self._kept.get(name)
             if (
                 self._counts_nothing(name)
@@ -102,6 +107,28 @@ class StepBuffers:
     def copies_since(self, versions: dict[str, tuple[torch.Tensor, int]]) -> dict[str, torch.Tensor]:
         """Copies of the buffers that changed since `versions`, by name."""
         return {name: self.named[name].detach().clone() for name in self.changed_since(versions)}
+
+    def passed(self, versions: dict[str, tuple[torch.Tensor, int]], changed: Collection[str]) -> None:
+        """A pass is over: restore the buffers that its forward pass changed, so that the next one begins with those of
+        the step's beginning.
+
+        Args:
+            versions: what `versions` returned before the pass.
+
+        Raises:
+            ConfigError: its backward pass wrote to others.
+        """
+        for name, (buffer, version) in versions.items():
+            if name not in changed and (
+                version_of(buffer) != version
+                or (name in self._owners and getattr(*self._owners[name]) is not buffer)
+                or (self._is_compared(name) and not torch.equal(buffer, self._kept[name][2]))
+            ):
+                raise ConfigError(
+                    f"buffer {name} is written to in backward passes, but only what forward passes write is averaged "
+                    "over the passes of a step; write to it in forward passes, or in after_step(), which sees gradients"
+                )
+        self.undo(changed)
 
     def mask(self, names: Iterable[str]) -> int:
         """One bit for each of these buffers. In the step's record it tells every worker which buffers changed

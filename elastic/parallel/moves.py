@@ -57,7 +57,7 @@ def reduce_moves(
     for index, changed in zip(indices, after):
         sums.push(index, [_move(buffers, changed, n) for n in floating])
     for n, move in zip(floating, sums.reduce() if floating else []):
-        buffers.set(n, buffers.before(n) + move / count)
+        buffers.set(n, _start(buffers, n) + move / count)
     _set_whole(buffers, whole, after, fingerprints, group)
 
 
@@ -95,7 +95,7 @@ def average_moves(
         if len(fingerprints) > 1:
             dist.all_reduce(torch.view_as_real(total) if total.is_complex() else total, group=group)
         for n, move in zip(names, total.split([buffers.before(n).numel() for n in names])):
-            buffers.set(n, buffers.before(n).to(wide) + move.view(buffers.before(n).shape))
+            buffers.set(n, _start(buffers, n).to(wide) + move.view(buffers.before(n).shape))
     _set_whole(buffers, whole, after, fingerprints, group)
 
 
@@ -119,7 +119,15 @@ def _sorted(buffers: StepBuffers, touched: list[str], after: After) -> tuple[lis
 
 def _move(buffers: StepBuffers, changed: dict[str, torch.Tensor], name: str) -> torch.Tensor:
     before = buffers.before(name)
+    if name in buffers.unbounded:
+        return changed.get(name, before) - _start(buffers, name)
     return changed[name] - before if name in changed else torch.zeros_like(before)
+
+
+def _start(buffers: StepBuffers, name: str) -> torch.Tensor:
+    """From where a buffer moves: from 0 where it is infinite or NaN, as ranges are before the first batch."""
+    before = buffers.before(name)
+    return before.where(before.isfinite(), before.new_zeros(())) if name in buffers.unbounded else before
 
 
 def _whole_moves(buffers: StepBuffers, names: Sequence[str], after: After) -> torch.Tensor:

@@ -212,7 +212,7 @@ class FastReplica(_Replica):
                     before = self._written() if self._ddp is not None and not self._find_unused else []
                 with self._recomputing(changed):
                     (loss * self.scale if self.scale != 1 else loss).backward()
-            buffers.undo(changed)  # every pass starts from the buffers of the step's beginning
+            buffers.passed(versions, changed)
         assert pending is not None, "a rank without a microbatch"
         self._check_reduced(before)
         self._writes.check()
@@ -349,7 +349,7 @@ class BitwiseReplica(_Replica):
             early = self._leaf.taking(gradients, one.first) if one.last and self._early else contextlib.nullcontext()
             with self._recomputing(changed), early:
                 (loss * self.scale if self.scale != 1 else loss).backward()
-            buffers.undo(changed)  # every microbatch starts from the buffers of the step's beginning
+            buffers.passed(versions, changed)
             indices.append(one.first)
             if not one.last:
                 gradients.push(one.first, self._leaf.take())

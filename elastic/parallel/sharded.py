@@ -182,7 +182,7 @@ class FastSharded(_Sharded):
                 records.add(loss, weight, metrics, one.digests, buffers.mask(changed))
             with self._used.only_if(not one.padding), self._recomputing(changed):
                 (loss * 0 if one.padding else loss * self.scale).backward()
-            buffers.undo(changed)  # every pass starts from the buffers of the step's beginning
+            buffers.passed(versions, changed)
         record, touched = self._gather(records, self._square(), fingerprint(buffers, after))
         self._squares = [square for _, square, _ in record.attached]
         if touched:
@@ -263,7 +263,7 @@ class BitwiseSharded(_Sharded):
                 indices.append(one.first)
             with self._used.only_if(not one.padding), self._recomputing(changed):
                 (loss * self.scale if self.scale != 1 else loss).backward()
-            buffers.undo(changed)  # every microbatch starts from the buffers of the step's beginning
+            buffers.passed(versions, changed)
             if not one.last:
                 for p in self._parameters:
                     p.grad = None  # FSDP2 would add to it, which is not the canonical tree
