@@ -58,6 +58,24 @@ def test_every_write_in_place_moves_the_counter_also_that_of_a_view_and_none_thr
     assert compat.version_of(tensor) == counts[-1], "what is no write, or goes through .data, moved the counter"
 
 
+def test_writes_through_data_move_the_counter_where_that_is_asked_for() -> None:
+    one, other = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
+    with compat.counting_data(but={id(other)}):
+        counts = [compat.version_of(one)]
+        for write in (lambda: one.data.mul_(2), lambda: one.data[:1].zero_(), lambda: setattr(one, "data", other + 1)):
+            write()
+            counts.append(compat.version_of(one))
+        assert one.data.tolist() == [2.0, 2.0, 2.0]
+        assert not one.data.requires_grad
+        one.data = one.data
+        other.data.mul_(2)
+        other.data = other.detach() * 2
+        assert compat.version_of(one) == counts[-1], "what is no write moved the counter"
+    one.data.add_(1)
+    assert counts == sorted(set(counts)), "a write moved no counter"
+    assert (compat.version_of(one), compat.version_of(other)) == (counts[-1], 0)
+
+
 def test_an_update_of_the_optimizer_moves_the_counters_of_parameters() -> None:
     parameter = nn.Parameter(torch.ones(3))
     parameter.grad = torch.ones(3)

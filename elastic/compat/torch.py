@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import operator
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -37,6 +37,30 @@ version_of: Callable[[torch.Tensor], int] = operator.attrgetter("_version")
 
 There is no public counter. Writes through `.data`, and by kernels of running statistics, do not change it.
 """
+
+_DATA: Any = torch.Tensor.data  # the attribute as torch has it
+
+
+@contextmanager
+def counting_data(but: Collection[int] = ()) -> Iterator[None]:
+    """Inside, writes through `parameter.data`, and another address that it is given, move the parameter's counter, as
+    those through `parameter.detach()` do. `but`: the ids of parameters for which that is as outside."""
+
+    def get(parameter: nn.Parameter) -> torch.Tensor:
+        return _DATA.__get__(parameter) if id(parameter) in but else parameter.detach()
+
+    def put(parameter: nn.Parameter, value: torch.Tensor) -> None:
+        before = parameter.data_ptr()
+        _DATA.__set__(parameter, value)
+        if parameter.data_ptr() != before and id(parameter) not in but:
+            torch.autograd.graph.increment_version(parameter)
+
+    nn.Parameter.data = property(get, put)  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del nn.Parameter.data
+
 
 add_each_: Callable[[list[torch.Tensor], list[torch.Tensor]], None] = torch._foreach_add_
 """Add the second tensors to the first in place, in one kernel for many; each pair has equal shapes.

@@ -21,7 +21,7 @@ WRITTEN = (
 class Writes:
     """Compares the version counters of parameters around the passes of a step: 40 ns for each parameter.
 
-    Writes through `.data` do not move them; see `worker.traces`.
+    Writes through `.data` move them inside `compat.torch.counting_data`.
 
     Args:
         allowed: names of parameters that passes may write to.

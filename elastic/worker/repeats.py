@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from elastic.compat.torch import counting_data
 from elastic.errors import ConfigError
 from elastic.job import Job
 from elastic.parallel.buffers import StepBuffers, running_statistics
@@ -183,7 +184,11 @@ class Repeats:
             before = self._held(model)
             try:
                 for batch in batches:
-                    with StepBuffers(model, exact=True).unmoved(), torch.set_grad_enabled(not fsdp_modules(model)):
+                    with (
+                        StepBuffers(model, exact=True).unmoved(),
+                        torch.set_grad_enabled(not fsdp_modules(model)),
+                        counting_data(),
+                    ):
                         for name in higher:
                             model.get_buffer(name).detach().add_(1)
                         begun = _copies(model)

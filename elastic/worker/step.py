@@ -40,7 +40,7 @@ from elastic.worker.run import WorkerRun
 from elastic.worker.schedule import factor
 from elastic.worker.share import Share, Span, longest_pass, spans_of
 from elastic.worker.state import TrainState
-from elastic.worker.traces import not_watching, watching_for_writes
+from elastic.worker.traces import counting_writes, watching_for_writes
 from elastic.worker.unsaved import UPDATES
 from elastic.worker.update import Clock, Update
 from elastic.worker.user_code import UserCode
@@ -216,7 +216,7 @@ class WorldSteps:
         stepper.attributes.between_steps()
         began = time.perf_counter()
         scaler, turn = self._state.scaler, step // cycle.steps_each + 1
-        watching = watching_for_writes if turn >= LOOK_AGAIN and not turn & (turn - 1) else not_watching
+        watching = watching_for_writes if turn >= LOOK_AGAIN and not turn & (turn - 1) else counting_writes
         try:
             with (
                 self._turns.of(step) as replica,

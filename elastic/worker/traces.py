@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
-from elastic.compat.torch import is_compiled, is_compiler_loaded, version_of
+from elastic.compat.torch import counting_data, is_compiled, is_compiler_loaded, version_of
 from elastic.compat.torch_sharded import hook_inside
 from elastic.errors import ConfigError
 from elastic.parallel.buffers import StepBuffers
@@ -162,21 +162,22 @@ def watching_for_writes(model: nn.Module, allowed: Collection[str], code: UserCo
     Raises:
         ConfigError: as `LateWrites.check` does.
     """
-    if any(map(is_compiled, model.modules())):
-        yield
-        return
-    late = LateWrites(model, allowed)
-    code.watching = late.watching
-    try:
-        yield
-    finally:
-        code.watching = nullcontext
-    late.check()
+    with counting_writes(model, allowed, code):
+        if any(map(is_compiled, model.modules())):
+            yield
+            return
+        late = LateWrites(model, allowed)
+        code.watching = late.watching
+        try:
+            yield
+        finally:
+            code.watching = nullcontext
+        late.check()
 
 
-def not_watching(*_: object) -> AbstractContextManager[None]:
-    """In place of `watching_for_writes`, in most steps."""
-    return nullcontext()
+def counting_writes(model: nn.Module, allowed: Collection[str], code: UserCode) -> AbstractContextManager[None]:
+    """In place of `watching_for_writes`, in most steps: `parallel.writes.Writes` sees writes through `.data` too."""
+    return counting_data({id(p) for name, p in model.named_parameters() if name in allowed} if allowed else ())
 
 
 def _digests(name: str, module: nn.Module) -> dict[str, str]:
