@@ -28,6 +28,7 @@ from elastic.parallel.wrapping import fsdp_modules
 from elastic.seeds import derive
 from elastic.worker.belongings import globals_of
 from elastic.worker.evaluate import figures, held_out_batch
+from elastic.worker.gradients import add_up
 from elastic.worker.group import Group
 from elastic.worker.naming import check_same_names, persistent_entries
 from elastic.worker.repeats import UNSEEDED, Repeats
@@ -47,8 +48,9 @@ SEPARATE = (
     "the loss of a batch is not the sum of the losses of its parts",
     "the weights of loss() count passes, not samples",
     "what is left in a buffer goes by how many samples a pass has",
+    "the gradients of a batch are not the sums of those of its parts",
 )
-_NOT_ADDITIVE, _COUNTS_PASSES, _BY_SIZE = 1, 2, 3
+_NOT_ADDITIVE, _COUNTS_PASSES, _BY_SIZE, _GRADIENTS = 1, 2, 3, 4
 _UNWRITTEN = (
     "the model or loss() reads a tensor that it has not written, as torch.empty() and empty_like() give: the loss is "
     "NaN where such memory holds NaN; make it with torch.zeros()"
@@ -134,7 +136,8 @@ class Rehearsal:
                         self._code.where = f"a trial of {self._code.loss_called} before the first step"
                         with learning(phase):
                             trial = in_memory(partial(self._code.try_loss, model))
-                            separate = self._try_loss(trial, microbatches, agreed) or separate
+                            found = self._try_loss(trial, microbatches, agreed) or self._try_gradients(trial, model)
+                            separate = found or separate
                         parameters.put_back()
                     self._try_evaluate(in_memory(partial(self._code.evaluate, model)), agreed, parameters)
                 finally:
@@ -148,8 +151,7 @@ class Rehearsal:
                     self.unseeded = (
                         UNSEEDED if repeats.check(model, self._batch, self._halves, agreed) else self.unseeded
                     )
-                self.written |= repeats.written
-                self._by_size |= repeats.by_size
+                self.written, self._by_size = self.written | repeats.written, self._by_size | repeats.by_size
             try:
                 check_same_names(model, made)
             except ConfigError as error:
@@ -189,6 +191,13 @@ class Rehearsal:
         for step in () if self._config.run.exactness == "bitwise" else _OTHERS:
             separate = separate or self._try_another(loss, microbatches, step, agreed)
         return separate
+
+    def _try_gradients(self, loss: Function, model: nn.Module) -> int:
+        """Try the gradients of a whole model in evaluation mode; in bitwise each pass has one microbatch anyway."""
+        if self._batch is None or self._config.parallel.sharded or self._config.run.exactness == "bitwise":
+            return 0
+        batches = [self._batch, *(half for _, half in self._halves)]
+        return 0 if add_up(loss, model.parameters(), batches, self._seed) else _GRADIENTS
 
     def _counted(self, loss: Function, batches: Batches, seed: int) -> list[Sums]:
         """Run the passes, and count the FLOPs of a whole model on the way, unless the job tells them.
