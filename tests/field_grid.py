@@ -23,7 +23,7 @@ from typing import Any
 from elastic.errors import ConfigError, RunFailed
 from elastic.job import Job
 from elastic.run.prepare import prepare
-from tests import building_jobs, field_habits, field_jobs, forked, oracle, test_cases_training, tiny_jobs
+from tests import building_jobs, field_customs, field_habits, field_jobs, forked, oracle, test_cases_training, tiny_jobs
 from tests.forked import Ran
 from tests.random_jobs import running
 from tests.random_jobs.recipes import STEPS, Course, World
@@ -61,7 +61,8 @@ BACKWARD = "the job runs a backward pass of its own"
 SUMMED = "sums over the rows of sharded parameters"
 CLOSURE = "returned .*, whose step.* computes the loss again"
 WRITTEN = "is written to in forward or backward passes"
-F, H = field_jobs, field_habits
+BACKWARDS = "is written to in backward passes"
+F, H, C = field_jobs, field_habits, field_customs
 CASES: dict[str, Case] = {
     "averaged": Case(F.Averaged, {"fsdp": CUT}),
     "target": Case(F.Target),
@@ -128,6 +129,29 @@ CASES: dict[str, Case] = {
     ),
     "swapped": Case(H.Swapped),
     "distributes": Case(H.Distributes, {"all": "needs a process group"}),
+    "per_sample": Case(C.PerSample),
+    "momentum": Case(C.Momentum),
+    "hand_scaled": Case(C.HandScaled),
+    "crossed": Case(C.Crossed),
+    "backward_statistics": Case(C.BackwardStatistics, {"all": BACKWARDS}),
+    "hook_statistics": Case(C.HookStatistics, {"all": BACKWARDS}),
+    "gradients_divided": Case(C.Normalised),
+    "carried": Case(C.Carried),
+    "by_epoch": Case(C.ByEpoch),
+    "smoothed": Case(C.Smoothed),
+    "weighed": Case(C.Weighed),
+    "looks_ahead": Case(C.LooksAhead),
+    "looks_further": Case(C.LooksFurther),
+    "gradient_noise": Case(C.GradientNoise),
+    "mixed": Case(C.Mixed),
+    "collating": Case(C.Collating),
+    "decayed": Case(C.Decayed),
+    "quantised": Case(C.Quantised),
+    "activated": Case(C.Activated, {"all": "changes parameters of the model"}),
+    "clamped_in_hook": Case(C.Frozen, {"all": "changes parameters of the model"}),
+    "hooked_blocks": Case(C.HookedBlocks, {"all": "changes parameters of the model"}),
+    "late_writes": Case(C.LateWrites, {"all": WRITTEN}),
+    "counted": Case(C.Counted, {"all": SUMS}),
     "spare_head": Case(test_cases_training.SpareHead),
     "branches": Case(test_cases_training.Branches),
     "unfreezes": Case(test_cases_training.Unfreezes),

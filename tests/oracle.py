@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,6 +32,7 @@ from elastic.job import Job
 from elastic.job_data import eval_sets
 from elastic.run.plan import RunPlan
 from elastic.seeds import derive, seed_all
+from elastic.worker.belongings import Attributes, leaves
 from elastic.worker.placing import Placing
 
 Pass = tuple[int, int]  # (first microbatch, how many)
@@ -84,7 +85,7 @@ class _Training:
         self.job, self.model = make(), None
         self.model = self.job.model()
         self.nudge, self.noise = nudge, torch.Generator().manual_seed(noise)
-        _take_values(self.model, _initial_values(make(), config))
+        _take_values(self.job, self.model, *_first(make(), config))
         for p in self.model.parameters():
             self.change(p.detach())
         for module in self.model.modules():
@@ -236,22 +237,30 @@ class _Training:
         return self.job.collate_fn(samples)
 
 
-def _initial_values(job: Job, config: TrainConfig) -> dict[str, torch.Tensor]:
-    """What every parameter and buffer begins with, which the run's seed decides."""
+def _first(job: Job, config: TrainConfig) -> tuple[Job, nn.Module]:
+    """Job and model with the values that everything begins with, which the run's seed decides."""
     placing = Placing(job, config, torch.device("cpu"))
     placing.warm_up()
-    return {name: value.detach().clone() for name, value in _named(placing.whole().model)}
+    return job, placing.whole().model
 
 
-def _named(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    yield from model.named_parameters()
-    yield from model.named_buffers()
+def _beside(job: Job, model: nn.Module) -> dict[str, torch.Tensor]:
+    """What else model() made, such as teachers, by its place."""
+    own = [id(t) for t in (*model.parameters(), *model.buffers())]
+    found = leaves({"job": Attributes(job), "model": model}, own, None)
+    return {name: one for name, one in found.items() if isinstance(one, torch.Tensor)}
 
 
 @torch.no_grad()
-def _take_values(model: nn.Module, values: dict[str, torch.Tensor]) -> None:
-    for name, tensor in _named(model):
-        tensor.copy_(values[name])
+def _take_values(job: Job, model: nn.Module, first_job: Job, first_model: nn.Module) -> None:
+    for named in (nn.Module.named_parameters, nn.Module.named_buffers):
+        first = dict(named(first_model))
+        for name, tensor in named(model):
+            tensor.copy_(first[name])
+    beside = _beside(first_job, first_model)
+    for name, tensor in _beside(job, model).items():
+        if name in beside:
+            tensor.detach().copy_(beside[name])
 
 
 def _digest(ids: np.ndarray) -> int:
@@ -308,8 +317,9 @@ class _Moves:
         for name, start in before.values.items():
             after = [(count, values.get(name, start)) for count, values in self.moved]
             if start.is_floating_point():
-                move = sum(count * (value.double() - start.double()) for count, value in after) / total
-                before.tensors[name].copy_(start.double() + move)
+                begin = start.double().where(start.isfinite(), torch.zeros(()).double())
+                move = sum(count * (value.double() - begin) for count, value in after) / total
+                before.tensors[name].copy_(begin + move)
             else:
                 moved = [value for _, value in after if not torch.equal(value, start)]
                 assert all(torch.equal(value, moved[0]) for value in moved), f"buffer {name} moved in several ways"
