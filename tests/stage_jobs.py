@@ -114,7 +114,9 @@ BESIDE = {
 class Beside(Plain):
     """A chain of layers, and something that `forward()`, `loss()` or a layer does beside it."""
 
-    kind: str = field(default="", metadata={"help": "one of BESIDE, or a penalty, 1-tuple, written to or frozen"})
+    kind: str = field(
+        default="", metadata={"help": "one of BESIDE, or a penalty, metric, 1-tuple, written to, frozen or writes late"}
+    )
 
     def model(self):
         import torch
@@ -131,7 +133,11 @@ class Beside(Plain):
                 return super().forward(x) if self.side is None else (super().forward(x), self.side(x))
 
         class Block(nn.Linear):
+            step = 0
+
             def forward(self, x, *side):
+                if kind == "writes late" and self.step == 15:
+                    self.weight.data.mul_(1.5)
                 found = x + torch.tanh(super().forward(torch.relu_(x) if kind == "written to" else x))
                 self.left = found.square().mean()
                 return (found, *side) if side else found
@@ -168,7 +174,7 @@ class Beside(Plain):
         return [model.embed, *model.blocks, model.head]
 
     def after_step(self, model, step):
-        model.step = step
+        model.step = model.blocks[0].step = step
 
     def logits(self, model, features, ids):
         found = model(features)

@@ -290,6 +290,15 @@ def test_computing_with_parameters_of_other_stages_is_refused(tmp_path, kind):
 
 
 @pytest.mark.long
+def test_a_stage_that_begins_late_to_write_to_its_parameters_is_found_by_value(tmp_path):
+    found = train(Beside(kind="writes late"), pipelines(tmp_path), workers=2)
+
+    assert found.failure is not None
+    assert "parameter blocks.0.weight is written to in forward or backward passes" in found.failure
+    assert [row["step"] for row in found.history] == [*range(1, 16)]
+
+
+@pytest.mark.long
 @pytest.mark.parametrize("kind", ["1-tuple", "written to", "frozen"])
 def test_what_layers_do_inside_trains_the_bits_of_one_process(tmp_path, kind):
     found = [
