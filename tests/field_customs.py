@@ -378,8 +378,10 @@ class Quantised(Field):
 
     def model(self):
         model = super().model()
-        symmetric = {"qscheme": torch.per_tensor_symmetric, "dtype": torch.qint8}
-        model.insert(2, FakeQuantize(MovingAverageMinMaxObserver, quant_min=-128, quant_max=127, **symmetric))
+        symmetric = {"qscheme": torch.per_tensor_symmetric, "dtype": torch.qint32}
+        model.insert(
+            2, FakeQuantize(MovingAverageMinMaxObserver, quant_min=-(1 << 15), quant_max=(1 << 15) - 1, **symmetric)
+        )
         return model
 
 

@@ -61,6 +61,7 @@ BACKWARD = "the job runs a backward pass of its own"
 SUMMED = "sums over the rows of sharded parameters"
 CLOSURE = "returned .*, whose step.* computes the loss again"
 WRITTEN = "is written to in forward or backward passes"
+PASSED_ON = "depends on what the pass before left in job"
 BACKWARDS = "is written to in backward passes"
 F, H, C = field_jobs, field_habits, field_customs
 CASES: dict[str, Case] = {
@@ -129,16 +130,16 @@ CASES: dict[str, Case] = {
     ),
     "swapped": Case(H.Swapped),
     "distributes": Case(H.Distributes, {"all": "needs a process group"}),
-    "per_sample": Case(C.PerSample),
+    "per_sample": Case(C.PerSample, {"fsdp": BACKWARD}),
     "momentum": Case(C.Momentum),
     "hand_scaled": Case(C.HandScaled),
     "crossed": Case(C.Crossed),
     "backward_statistics": Case(C.BackwardStatistics, {"all": BACKWARDS}),
     "hook_statistics": Case(C.HookStatistics, {"all": BACKWARDS}),
     "gradients_divided": Case(C.Normalised),
-    "carried": Case(C.Carried),
+    "carried": Case(C.Carried, {"fsdp": "has no forward", "all": PASSED_ON}),
     "by_epoch": Case(C.ByEpoch),
-    "smoothed": Case(C.Smoothed),
+    "smoothed": Case(C.Smoothed, {"all": PASSED_ON}),
     "weighed": Case(C.Weighed),
     "looks_ahead": Case(C.LooksAhead),
     "looks_further": Case(C.LooksFurther),
@@ -156,7 +157,7 @@ CASES: dict[str, Case] = {
     "branches": Case(test_cases_training.Branches),
     "unfreezes": Case(test_cases_training.Unfreezes),
     "past_forward": Case(test_cases_training.PastForward, {"fsdp": "AssertionError"}),  # FSDP2 names it FSDPNetwork
-    "guarded": Case(test_cases_training.Guarded, {"fsdp": "returned without a call of the model"}),
+    "guarded": Case(test_cases_training.Guarded, {"fsdp 1": "", "fsdp": "returned without a call of the model"}),
     "sparse": Case(test_cases_training.Sparse, {"bitwise": "sparse=True", "fsdp": "sparse=True"}),
     "normalised": Case(test_cases_training.Normalised),
     "building": Case(building_jobs.Building),

@@ -108,7 +108,7 @@ class Repeats:
                     f"{self._code.loss_called} returned {first.losses[0]:.6g} for a batch, and {first.losses[1]:.6g} "
                     "for the same batch and the same random numbers right after that: it depends on what the pass "
                     f"before left in {kept}; a step has several passes, which workers share, so change it in "
-                    "after_step(), or make it a buffer"
+                    "after_step(), or make it a buffer of the model"
                 )
             )
         return agreed(chance > 0)

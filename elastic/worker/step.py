@@ -241,10 +241,10 @@ class WorldSteps:
         optim, plan = self._config.optim, self._plan
         gradients = replica.gradients()
         with self._group.collective("the norm"):
-            norm = float(replica.norm(gradients)) / divisor if gradients and divisor else float("nan")
+            norm = (float(replica.norm(gradients)) / divisor if divisor else float("nan")) if gradients else 0.0
             host_wait(self._group.device)  # also waits for the collectives that average buffers
         self._group.check()
-        finite = abs(record.loss) < float("inf") and (abs(norm) < float("inf") or not gradients)
+        finite = abs(record.loss) < float("inf") and abs(norm) < float("inf")
         if finite:
             scale = 1.0 / divisor
             if optim.clip_norm is not None and norm > optim.clip_norm:
