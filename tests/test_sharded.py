@@ -13,6 +13,7 @@ from elastic.checkpoint.chunks import all_chunks
 from elastic.checkpoint.reader import newest_first, read_manifest
 from elastic.membership.protocol import Leaving
 from elastic.run.prepare import prepare
+from tests.field_customs import Crossed
 from tests.forked import LONG, WAIT_S, Ran, Watch, configure, fault, local_run, plan, sample_at, train
 from tests.slowly import slow
 from tests.test_bits import assert_same_training, flip_a_byte
@@ -73,6 +74,14 @@ def test_what_saves_memory_changes_no_bit(deep, tmp_path):
     }
 
     assert_same_training(train(Deep(), sharded(tmp_path, "fsdp", **options), 2), deep)
+
+
+@pytest.mark.long
+def test_blocks_that_run_in_another_order_than_they_are_gathered_ahead_in_train_the_same_bits(tmp_path):
+    """What a trial has gathered ahead and not used is not what the first step computes with."""
+    alone = train(Crossed(), sharded(tmp_path, "ddp", "alone"), 1)
+
+    assert_same_training(train(Crossed(), sharded(tmp_path, "fsdp", parallel__prefetch=1), 2), alone)
 
 
 @pytest.mark.long

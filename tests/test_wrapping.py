@@ -112,6 +112,19 @@ def test_blocks_are_gathered_as_far_ahead_as_asked_for(mesh):
     assert found == {0: [0, 0, 0, 0], 1: [1, 1, 1, 0], 2: [2, 2, 1, 0]}
 
 
+def test_what_was_gathered_ahead_for_a_block_that_did_not_run_is_dropped(mesh):
+    model = cut(mesh)
+    model(torch.tensor([0, 3]))
+    (group,) = model.layers[1]._get_fsdp_state()._fsdp_param_groups
+    model.layers[1].unshard(async_op=True)
+    assert group._all_gather_result is not None
+
+    wrapping.reshard(model)
+
+    assert group._all_gather_result is None
+    assert not any(map(is_gathered, model.layers))
+
+
 class Crossing(nn.Module):
     """A block that takes one input twice, does not use another, and hands both on."""
 

@@ -36,6 +36,18 @@ def _groups(module: nn.Module) -> list[Any]:
     return [g for g in (groups if groups is not None else [state._fsdp_param_group]) if g is not None]
 
 
+def drop_gathered_ahead(module: nn.Module) -> None:
+    """Forget what FSDP2 has gathered ahead for a sharded module that did not run then: its next pass would take it,
+    whatever the parameters are by then. FSDP2 itself does so at the end of a backward pass."""
+    for group in _groups(module):
+        if (ahead := group._all_gather_result) is not None:
+            if ahead.all_gather_event is not None:
+                group.device_handle.current_stream().wait_event(ahead.all_gather_event)
+            if ahead.all_gather_work is not None:
+                ahead.all_gather_work.wait()
+            group._all_gather_result = None
+
+
 @contextmanager
 def without_gathering(model: nn.Module) -> Iterator[None]:
     """Inside, FSDP2's hooks around the modules of a model do nothing: whoever runs them has put whole parameters there.

@@ -33,7 +33,7 @@ from elastic.parallel.records import Metrics, Records, StepRecord
 from elastic.parallel.reduce_scatter import Leaves, Look
 from elastic.parallel.replicated import LossFunction, Pass
 from elastic.parallel.used import Used
-from elastic.parallel.wrapping import cut_of, fsdp_modules, let_go, local
+from elastic.parallel.wrapping import cut_of, fsdp_modules, let_go, local, reshard
 from elastic.parallel.writes import Writes
 
 
@@ -155,8 +155,7 @@ class _Sharded:
 
     def reshard(self) -> None:
         """Free parameters that a forward pass without a backward pass left gathered."""
-        for module in fsdp_modules(self.model):
-            module.reshard()
+        reshard(self.model)
 
     def close(self) -> None:
         """Put this worker's shards back in place of parameters that an interrupted pass left gathered."""

@@ -29,7 +29,7 @@ from elastic.compat.torch import (
     tree_map_only,
 )
 from elastic.compat.torch_groups import all_gather_flat
-from elastic.compat.torch_sharded import end_blocks_in_order, without_backward
+from elastic.compat.torch_sharded import drop_gathered_ahead, end_blocks_in_order, without_backward
 from elastic.errors import ConfigError
 from elastic.parallel.deferred import DeferredModel, become
 from elastic.parallel.layout import REPLICATE, ROWS, SHARD, TENSOR
@@ -277,6 +277,13 @@ def refused_where_sharded(error: BaseException) -> str | None:
 def let_go(model: nn.Module) -> None:
     """Put this worker's shards back in place of parameters that an interrupted pass left gathered."""
     model.state_dict()  # FSDP2 does so before it, in whatever state it is; its own `reshard` does not always
+
+
+def reshard(model: nn.Module) -> None:
+    """Free parameters that forward passes without a backward pass left gathered, and what was gathered ahead."""
+    for module in fsdp_modules(model):
+        module.reshard()
+        drop_gathered_ahead(module)  # type: ignore[arg-type]
 
 
 def _returned(tensor: torch.Tensor) -> torch.Tensor:

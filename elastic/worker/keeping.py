@@ -22,7 +22,7 @@ from elastic.job_options import job_classes
 from elastic.parallel.mesh import Mesh
 from elastic.parallel.optimizers import kind_of, parts_of, together
 from elastic.parallel.scaling import LossScale
-from elastic.parallel.wrapping import cut_of, fsdp_modules, local, whole
+from elastic.parallel.wrapping import cut_of, local, reshard, whole
 from elastic.placement import Part, TensorSpec, cut_box
 from elastic.values import Classes, ValueRefused, classes, encode, part_of
 from elastic.worker.attributes import JobAttributes
@@ -230,8 +230,7 @@ class Keeping:
         Raises:
             ConfigError: part of it cannot be saved.
         """
-        for module in fsdp_modules(self.model):  # a forward pass that failed leaves parameters gathered
-            module.reshard()
+        reshard(self.model)  # a forward pass that failed leaves parameters gathered
         found = Collected()
         for name, value in self._entries().items():
             found.add(f"model/{name}", value.detach())

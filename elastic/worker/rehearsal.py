@@ -24,7 +24,7 @@ from elastic.errors import ConfigError
 from elastic.job import Job, MapDataset
 from elastic.parallel.device import ZerosForEmpty
 from elastic.parallel.records import names_of
-from elastic.parallel.wrapping import fsdp_modules
+from elastic.parallel.wrapping import fsdp_modules, reshard
 from elastic.seeds import derive
 from elastic.worker.belongings import globals_of
 from elastic.worker.evaluate import figures, held_out_batch
@@ -141,8 +141,7 @@ class Rehearsal:
                         parameters.put_back()
                     self._try_evaluate(in_memory(partial(self._code.evaluate, model)), agreed, parameters)
                 finally:
-                    for module in fsdp_modules(model):
-                        module.reshard()
+                    reshard(model)
             for phase in self._phases if self._batch is not None else ():
                 self._code.phase = phase
                 self._code.where = f"a trial of {self._code.loss_called} in training mode before the first step"
@@ -278,8 +277,7 @@ class Rehearsal:
                     separate = separate or self._try_another(trial, microbatches, step, agreed)
         finally:
             self._code.where = where
-            for module in fsdp_modules(model):
-                module.reshard()
+            reshard(model)
         return _on_any(group, separate > 0)
 
     def _check_kept(self, name: str, fetch: Callable[[], Any], use: Callable[[Any], object]) -> None:

@@ -19,7 +19,7 @@ from elastic.compat.torch import counting_data
 from elastic.errors import ConfigError
 from elastic.job import Job
 from elastic.parallel.buffers import StepBuffers, running_statistics
-from elastic.parallel.wrapping import fsdp_modules
+from elastic.parallel.wrapping import fsdp_modules, reshard
 from elastic.seeds import derive, seed_all
 from elastic.worker.belongings import Attributes, digest, globals_named, globals_of, leaves
 from elastic.worker.traces import GatheredWrites, without_trace
@@ -208,8 +208,7 @@ class Repeats:
             except UserCodeError:
                 losses = []
             finally:
-                for module in fsdp_modules(model):
-                    module.reshard()
+                reshard(model)
             held, touched = self._held(model), parameters.touched()
         changed = sorted(name for name, was in before.items() if held.get(name, was) != was)
         changed = changed or sorted(held.keys() - before.keys())  # such as an item of a list
