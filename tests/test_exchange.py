@@ -71,21 +71,35 @@ def exchanged(specs, whole, found, wants, size, batch_bytes) -> Wire:
         own = next((part for part, ranks in found.items() if rank in ranks), None)
         held = {} if own is None else {s.name: box(whole[s.name], s, own).clone() for s in specs}
         try:
-            taken = module.exchange(group(rank, size), specs, held, found, wants)
+            into = _places(specs, whole, wants[rank]) if rank in wants else {}
+            taken = module.exchange(group(rank, size), specs, held, found, wants, into)
         except BaseException:
             wire.barrier.abort()
             raise
         if rank not in wants:
             assert taken == {}
             return
-        for spec in specs:
+        for i, spec in enumerate(specs):
             assert torch.equal(taken[spec.name], box(whole[spec.name], spec, wants[rank]))
+            assert (taken[spec.name] is into.get(spec.name)) == (i % 4 in (0, 1))
 
     with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(size) as pool:
         patch.setattr(module, "dist", wire)
         patch.setattr(module, "BATCH_BYTES", batch_bytes)
         list(pool.map(rank, range(size)))
     return wire
+
+
+def _places(specs: list[TensorSpec], whole: dict[str, torch.Tensor], part: Part) -> dict[str, torch.Tensor]:
+    """Of four tensors in turn, one has a place, one a place with other strides, one a place that does not fit, and
+    one has none."""
+    places = {}
+    for i, spec in enumerate(specs):
+        like = box(whole[spec.name], spec, part)
+        turned = like.new_zeros(tuple(reversed(like.shape))).permute(tuple(reversed(range(like.dim()))))
+        kinds = [torch.zeros_like(like), turned, torch.zeros(7, 7, 7, 7)]
+        places |= {spec.name: kinds[i % 4]} if i % 4 < 3 else {}
+    return places
 
 
 @st.composite

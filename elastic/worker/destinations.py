@@ -3,7 +3,7 @@ it."""
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Collection, Hashable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -17,6 +17,7 @@ from elastic.compat.torch import own_buffers, own_children, own_parameters
 from elastic.errors import CheckpointError
 from elastic.parallel.optimizers import kind_of
 from elastic.parallel.wrapping import local
+from elastic.placement import TensorSpec
 from elastic.values import ValueRefused, decode
 from elastic.worker.groups import check_owner
 from elastic.worker.keeping import CODED, EARLY_STOP, Collected, Head, Keeping, head_of
@@ -38,7 +39,7 @@ class Destinations(Keeping):
         others = {n: names[identity_of(value)] for n, value in mine.items()}
         return [self._shard(n, value.detach()) for n, value in mine.items()], others
 
-    def _weight_destinations(self, entries: Mapping[str, TensorEntry]) -> list[Shard]:
+    def _weight_destinations(self, entries: Collection[str]) -> list[Shard]:
         shards, aliases = self.weights()
         found = []
         for shard in shards:
@@ -53,9 +54,13 @@ class Destinations(Keeping):
     # ---- a whole state ---------------------------------------------------------------------------------------------
 
     def destinations(
-        self, entries: Mapping[str, TensorEntry], values: dict[str, Any], *, convert: bool = False
+        self,
+        entries: Mapping[str, TensorEntry] | Mapping[str, TensorSpec],
+        values: dict[str, Any],
+        *,
+        convert: bool = False,
     ) -> list[Shard]:
-        """The places of a checkpoint's tensors: live tensors, or new ones where there is none yet.
+        """The places of a saved state's tensors: live tensors, or new ones where there is none yet.
 
         If the checkpoint has weights only, everything else stays as the job made it.
 

@@ -25,6 +25,7 @@ def exchange(
     held: Mapping[str, torch.Tensor],
     found: Mapping[Part, Sequence[int]],
     wants: Mapping[int, Part],
+    into: Mapping[str, torch.Tensor],
 ) -> dict[str, torch.Tensor]:
     """Give each rank its part of a state from the memory of ranks that hold it. All ranks of the world call this.
 
@@ -32,16 +33,20 @@ def exchange(
         held: the boxes that this rank holds, by name.
         found: the ranks that hold each part.
         wants: the part that each rank gets; ranks that it does not name get none.
+        into: tensors, by name, to receive boxes in; those that do not fit are left alone.
 
     Returns:
-        this rank's boxes, by name, on the device of the group.
+        this rank's boxes, by name, on the device of the group: tensors of `into` and, for the others, new ones.
     """
     plans = {cut: moves(found, wants, cut) for cut in {spec.cut for spec in specs}}
     mine = wants.get(group.rank)
     received: dict[str, torch.Tensor] = {}
     if mine is not None:
         for spec in specs:
-            received[spec.name] = torch.empty(spec.box(mine).sizes, dtype=DTYPES[spec.dtype], device=group.device)
+            head, place = (spec.box(mine).sizes, DTYPES[spec.dtype], group.device), into.get(spec.name)
+            if place is None or (tuple(place.shape), place.dtype, place.device) != head:
+                place = torch.empty(head[0], dtype=head[1], device=head[2])
+            received[spec.name] = place
     parts, sources = {*found, *wants.values()}, {m.source for plan in plans.values() for m in plan}
     same = parts == {Part()} and len(sources) == 1 and {*sources, *wants} == set(range(group.size))
     giver = min(sources) if same else None

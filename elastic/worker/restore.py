@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import time
 from dataclasses import astuple, dataclass
+from typing import Any
+
+import torch
 
 from elastic import fault
+from elastic.errors import CheckpointError
 from elastic.parallel.layout import Held, holders, lost_parts
 from elastic.parallel.wrapping import local
 from elastic.placement import Part, TensorSpec
@@ -171,7 +175,11 @@ def _take(
     state = make(False) if rank in wants else None
     fault.point("state.moving", rank, step)
     here = {name: local(tensor) for name, tensor in old.tensors().items()} if old is not None else {}
-    tensors = exchange(group, specs, here, found, wants)
+    into: dict[str, torch.Tensor] = {}
+    if state is not None and (rebuilt or holding.applied < 0):  # else its older state stays until it has all of the new
+        into = _places(state, specs, said["values"])
+        holding.touched |= not rebuilt
+    tensors = exchange(group, specs, here, found, wants, into)
     if state is not None:
         if not rebuilt:
             holding.applied, holding.touched = -1, True
@@ -180,3 +188,13 @@ def _take(
         group.gather_ints(step)  # a barrier: no member drops its old state before all have their new one
     if state is not None:
         holding.state, holding.applied = state, step
+
+
+def _places(state: TrainState, specs: list[TensorSpec], values: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """Return the tensors of a state by the names in `specs`, for receiving in them. None if the state has other names:
+    loading refuses it then, when the other members wait for this one no more."""
+    try:
+        shards = state.destinations({spec.name: spec for spec in specs}, values)
+    except CheckpointError:
+        return {}
+    return {shard.name: shard.tensor.detach() for shard in shards}

@@ -44,7 +44,8 @@ class TrainState(Destinations):
                 here = local(mine[name])
                 if here.shape != value.shape or here.dtype != value.dtype:
                     raise _unlike(name, value.dtype, tuple(value.shape), here)
-                here.copy_(value)
+                if here.data_ptr() != value.data_ptr():  # it was received in place
+                    here.copy_(value)
         self.load_values(values)
 
     def load_values(self, values: dict[str, Any]) -> None:
