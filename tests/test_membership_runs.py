@@ -237,11 +237,11 @@ def test_who_lacks_an_update_takes_the_state_that_has_it_and_if_that_is_lost_mak
 ):
     """Who is held in `step.reduce` has given its gradients, and does not look at the sum before it knows of the loss;
     the others go on."""
-    heard: list[str] = []  # generations that somebody knows to be broken
+    heard: set[tuple[str, str]] = set()  # (member, generation that it knows to be broken)
     take = MembershipServer._from_worker
 
     def note(server: MembershipServer, member: str, message: Any, generation: Any) -> None:
-        heard.extend([str(message.generation)] if isinstance(message, Acknowledge) else [])
+        heard.update({(member, str(message.generation))} if isinstance(message, Acknowledge) else ())
         take(server, member, message, generation)
 
     monkeypatch.setattr(MembershipServer, "_from_worker", note)
@@ -259,17 +259,18 @@ def test_who_lacks_an_update_takes_the_state_that_has_it_and_if_that_is_lost_mak
     run = prepare(Plain(), config)
     with local_run(run, 4, on_record=watch, environment=plan(*faults)) as local:
 
-        def lose(rank: int, generation: str, left: int) -> None:
-            pids = watch.wait_for(event("world_formed", generation=generation))["detail"]["pids"]
-            os.kill(pids[rank], signal.SIGKILL)
-            wait_until(lambda: heard.count(generation) == left, "the others to know of it")
+        def lose(rank: int, generation: str) -> None:
+            formed = watch.wait_for(event("world_formed", generation=generation))["detail"]
+            os.kill(formed["pids"][rank], signal.SIGKILL)
+            left = {(id, generation) for other, id in enumerate(formed["ids"]) if other != rank}
+            wait_until(lambda: left <= heard, "the others to know of it")
 
         watch.wait_for_step(6)
-        lose(0, "1-1", left=3)
+        lose(0, "1-1")
         first.unlink()
         others.unlink()
         wait_until(came.exists, "step 10")
-        lose(2, "1-2", left=2)
+        lose(2, "1-2")
         behind.unlink()
         local.wait(WAIT_S)
 
