@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
+from typing import TYPE_CHECKING
 
 from elastic.config import TrainConfig, check_kind
 from elastic.errors import ElasticError, error_text
 from elastic.job import Job, check_job_class
 from elastic.job_file import answer
 from elastic.observe.streams import sturdy_output
+
+if TYPE_CHECKING:
+    from elastic.cluster.forking import Forking
 
 
 def main(job_class: type[Job], config: TrainConfig | None = None, argv: Sequence[str] | None = None) -> None:
@@ -29,22 +35,31 @@ def run(job_class: type[Job], config: TrainConfig, argv: Sequence[str]) -> int:
     """Like `main`, but returns the exit code: 0 finished or paused, 1 failed, 2 bad input, 130 interrupted."""
     from elastic.run.line import prepare_line
 
-    try:
-        check_job_class(job_class)
-        check_kind(config)
-        prepared = prepare_line(job_class, config, argv)
-        if prepared.config.dry_run:
-            from elastic.run.prepare import dry_run
+    with ExitStack() as ending:
+        forking: list[Forking] = []
 
-            print(dry_run(prepared))
-            return 0
-        if prepared.config.debug:
-            from elastic.worker.debugging import drive_here
+        def begin(given: TrainConfig) -> None:
+            if not (given.dry_run or given.debug or given.cluster.address or os.environ.get("RAY_ADDRESS")):
+                from elastic.cluster.forking import Forking
 
-            return drive_here(prepared)
-        from elastic.cluster.trainer import drive
+                forking.append(ending.enter_context(Forking()))
 
-        return drive(prepared)
-    except ElasticError as error:
-        print(error_text(error), file=sys.stderr)
-        return error.exit_code
+        try:
+            check_job_class(job_class)
+            check_kind(config)
+            prepared = prepare_line(job_class, config, argv, begin)
+            if prepared.config.dry_run:
+                from elastic.run.prepare import dry_run
+
+                print(dry_run(prepared))
+                return 0
+            if prepared.config.debug:
+                from elastic.worker.debugging import drive_here
+
+                return drive_here(prepared)
+            from elastic.cluster.trainer import drive
+
+            return drive(prepared, *forking)
+        except ElasticError as error:
+            print(error_text(error), file=sys.stderr)
+            return error.exit_code

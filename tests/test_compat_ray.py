@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import inspect
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 
 import pytest
 import ray
-from ray._private import services
+from ray._private import ray_constants, services
 from ray._private import worker as ray_worker
 from ray._private.authentication import authentication_token_setup as token_setup
 from ray._private.node import Node
@@ -23,8 +24,7 @@ from ray.core.generated.autoscaler_pb2 import DrainNodeReason, GetClusterStatusR
 from ray.core.generated.gcs_pb2 import GcsNodeInfo
 from ray.experimental import internal_kv
 from ray.train.v2._internal.execution.context import DistributedContext, TrainRunContext
-from ray.train.v2._internal.execution.worker_group.poll import WorkerStatus
-from ray.train.v2._internal.execution.worker_group.worker import ActorMetadata, RayTrainWorker
+from ray.train.v2._internal.execution.worker_group.worker import RayTrainWorker
 from ray.tune.execution.tune_controller import TrialRunnerWrapper, TuneController
 
 from elastic.compat import ray as compat
@@ -40,18 +40,14 @@ def test_this_is_the_ray_that_was_tested() -> None:
 
 
 @pytest.mark.processes
-def test_the_controller_is_up_without_what_only_workers_need() -> None:
-    """The import of torch takes seconds, at the beginning of every run; so does that of Ray Train, which no driver
-    needs."""
-    program = (
-        "import sys, elastic.cluster.controller; print('ray.train' in sys.modules)\n"
-        "import elastic.cluster.group; print('torch' in sys.modules)"
-    )
+def test_a_controller_imports_neither_torch_nor_ray_train() -> None:
+    """Each import takes seconds, at the beginning of every run."""
+    program = "import sys, elastic.cluster.controller; print({'torch', 'ray.train'} & set(sys.modules))"
     ran = subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, timeout=60, check=True)
-    assert ran.stdout == "False\nFalse\n"
+    assert ran.stdout == "set()\n"
 
 
-def test_a_worker_actor_takes_what_we_give_it() -> None:
+def test_a_context_of_ray_train_takes_what_we_give_it() -> None:
     wanted = {
         "train_run_context",
         "distributed_context",
@@ -61,11 +57,6 @@ def test_a_worker_actor_takes_what_we_give_it() -> None:
         "controller_actor",
     }
     assert wanted <= set(parameters(RayTrainWorker.init_train_context))
-    assert parameters(RayTrainWorker.run_train_fn) == ["self", "train_fn_ref"]
-    assert parameters(RayTrainWorker.poll_status) == ["self"]
-    assert {"node_id", "pid"} <= set(ActorMetadata.__dataclass_fields__)
-    fields = set(WorkerStatus.__dataclass_fields__)
-    assert {"running", "error", "training_report", "return_value"} <= fields
     assert parameters(TrainRunContext) == [
         "run_config",
         "train_loop_config",
@@ -73,7 +64,6 @@ def test_a_worker_actor_takes_what_we_give_it() -> None:
         "backend_config",
         "dataset_config",
     ]
-    assert "train_fn_ref.get()" in inspect.getsource(RayTrainWorker.run_train_fn)
     assert set(DistributedContext.__dataclass_fields__) == {
         "world_rank",
         "world_size",
@@ -102,6 +92,20 @@ def test_ray_tells_how_a_process_ended() -> None:
 def test_ray_tells_which_nodes_go_away_and_what_is_free_on_each() -> None:
     assert parameters(ray_state.get_draining_nodes) == []
     assert parameters(ray_state.available_resources_per_node) == []
+
+
+def test_a_head_starts_its_parts_and_its_workers_as_we_replace_them() -> None:
+    assert '"workers",\n                ray_constants.SETUP_WORKER_FILENAME,' in inspect.getsource(Node.__init__)
+    starts = inspect.getsource(Node.start_head_processes)
+    assert "self.start_monitor()" in starts
+    assert "self.start_api_server(" in starts
+    names = Node.start_monitor, Node.start_api_server, ray_constants.SETUP_WORKER_FILENAME
+    with compat.bare_nodes("/a/script.py"):
+        assert os.path.join("folder", ray_constants.SETUP_WORKER_FILENAME) == "/a/script.py"
+        assert Node.start_monitor(None) is Node.start_api_server(None, include_dashboard=False) is None  # type: ignore[arg-type,call-arg]
+    with compat.bare_nodes(None):
+        assert names[2] == ray_constants.SETUP_WORKER_FILENAME
+    assert names == (Node.start_monitor, Node.start_api_server, ray_constants.SETUP_WORKER_FILENAME)
 
 
 def test_ray_tells_its_session_folder() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import io
 import pickle
 from collections.abc import Callable, Iterator
@@ -289,6 +290,12 @@ def test_compiled_modules_are_known_as_such() -> None:
     module.compile()
     assert compat.is_compiled(module)
     assert compat.is_compiler_loaded()
+
+
+def test_what_the_first_step_of_an_optimizer_imports_can_be_imported_before() -> None:
+    compat.load_compiler()
+    assert compat.is_compiler_loaded()
+    assert "import torch._dynamo" in inspect.getsource(inspect.getmodule(torch.optim.Optimizer))  # type: ignore[arg-type]
 
 
 def test_an_optimizer_with_a_scheduler_is_known_as_such() -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import ray
 
+from elastic.cluster.forking import Forking
 from elastic.cluster.gcs import (
     ClusterUnreachable,
     check_lets_in,
@@ -117,30 +118,37 @@ def is_embedded(address: str | None) -> bool:
 
 
 @contextmanager
-def connected(cluster: ClusterOptions, scaling: ScalingOptions, address: str | None) -> Iterator[None]:
+def connected(
+    cluster: ClusterOptions, scaling: ScalingOptions, address: str | None, forking: Forking | None = None
+) -> Iterator[None]:
     """Be connected to a cluster. On the way out an embedded cluster is ended, and a connection made here is closed.
 
     Args:
         address: the result of `preflight`.
+        forking: of the workers of an embedded cluster, if it was started before.
     """
+    if forking is not None and not is_embedded(address):
+        forking.close()
     if ray.is_initialized():
         yield
         return
     nodes: Any = None
     options: Mapping[str, Any] = {"log_to_driver": True, "logging_level": logging.WARNING, "configure_logging": True}
-    quiet = ExitStack()
+    quiet, own = ExitStack(), ExitStack()
+    if address is None and forking is None:
+        forking = own.enter_context(Forking())
     try:
         quiet.enter_context(hidden())
-        if address is not None:
+        if forking is None or address is not None:
             ray.init(address=address, **options)
         elif cluster.local_nodes is not None:
-            with spared_from_hangups():
+            with spared_from_hangups(), forking.nodes():
                 with found_cluster_kept():
                     nodes = _local_nodes(cluster.local_nodes, scaling)
             ray.init(address=nodes.address, **options)
         else:
             cpus = max(os.cpu_count() or 1, scaling.min_workers * scaling.cpus_per_worker)
-            with spared_from_hangups():
+            with spared_from_hangups(), forking.nodes():
                 ray.init(
                     address="local",
                     num_cpus=cpus,
@@ -155,6 +163,7 @@ def connected(cluster: ClusterOptions, scaling: ScalingOptions, address: str | N
         if nodes is not None:
             with found_cluster_kept():
                 nodes.shutdown()
+        own.close()
 
 
 def _local_nodes(count: int, scaling: ScalingOptions) -> Any:

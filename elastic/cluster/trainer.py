@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from elastic.cluster.control import RunControl
+from elastic.cluster.forking import Forking
 from elastic.config import TrainConfig
 from elastic.errors import ConfigError, ElasticError, error_text
 from elastic.job import Job
@@ -70,10 +71,10 @@ def _result(run: PreparedRun, values: dict[str, Any]) -> Result:
     )
 
 
-def drive(run: PreparedRun) -> int:
+def drive(run: PreparedRun, forking: Forking | None = None) -> int:
     """Train as a job's command does after validation, and print where the results are; returns the exit code."""
     try:
-        values = run_prepared(run)
+        values = run_prepared(run, forking=forking)
     except ElasticError as error:
         print(error_text(error), file=sys.stderr)
         return error.exit_code
@@ -81,10 +82,11 @@ def drive(run: PreparedRun) -> int:
     return 0
 
 
-def run_prepared(run: PreparedRun, control: RunControl | None = None) -> dict[str, Any]:
+def run_prepared(run: PreparedRun, control: RunControl | None = None, forking: Forking | None = None) -> dict[str, Any]:
     """Run to the end; returns the contents of result.json. It raises what `ElasticTrainer.fit` raises.
 
     Args:
+        forking: of the workers of an embedded cluster, if it was started before.
         control: held by another thread of this process, which has many runs one after another. With it nothing is
             printed, and the run's host is in this process too, since the run could not outlive it anyway.
     """
@@ -111,7 +113,7 @@ def run_prepared(run: PreparedRun, control: RunControl | None = None) -> dict[st
             refuse_what_does_not_fit_here(run)
         epoch = open_run(run)
         try:
-            with connected(config.cluster, config.scaling, address):
+            with connected(config.cluster, config.scaling, address, forking):
                 return drive_on_ray(run, epoch, console, control, time.monotonic() - began)
         finally:
             run.folder.release(epoch)

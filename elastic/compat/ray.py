@@ -14,9 +14,10 @@ from typing import Any
 
 import ray
 from ray._common.utils import get_ray_address_file
-from ray._private import services
+from ray._private import ray_constants, services
 from ray._private import worker as ray_worker
 from ray._private.authentication import authentication_token_setup as token_setup
+from ray._private.node import Node
 from ray._private.resource_and_label_spec import HEAD_NODE_RESOURCE_NAME
 from ray._private.state import state
 from ray._raylet import GcsClient  # type: ignore[attr-defined]
@@ -115,6 +116,27 @@ def local_cluster(**head: Any) -> Any:
     from ray.cluster_utils import Cluster
 
     return Cluster(initialize_head=True, head_node_args=head)
+
+
+@contextmanager
+def bare_nodes(worker_script: str | None) -> Iterator[None]:
+    """A head that is started inside has no autoscaler, which has nothing to scale on one machine, and no dashboard, for
+    which Ray would wait: each is a Python that imports for a second.
+
+    Args:
+        worker_script: nodes start each worker by this script, with the arguments of Ray's own; None for Ray's own.
+    """
+    before = Node.start_monitor, Node.start_api_server, ray_constants.SETUP_WORKER_FILENAME
+    Node.start_monitor = Node.start_api_server = _start_nothing  # type: ignore[assignment,method-assign]
+    ray_constants.SETUP_WORKER_FILENAME = worker_script or ray_constants.SETUP_WORKER_FILENAME
+    try:
+        yield
+    finally:
+        Node.start_monitor, Node.start_api_server, ray_constants.SETUP_WORKER_FILENAME = before  # type: ignore[method-assign]
+
+
+def _start_nothing(node: Node, **arguments: Any) -> None:
+    pass
 
 
 # ---- the head's store of values ------------------------------------------------------------------------------------

@@ -254,6 +254,11 @@ def is_compiler_loaded() -> bool:
     return "torch._dynamo" in sys.modules
 
 
+def load_compiler() -> None:
+    """Import what the first step of an optimizer imports: as long as torch itself takes."""
+    import torch._dynamo  # noqa: F401
+
+
 def limit_recompiles(limit: int) -> None:
     """Compile at most `limit` variants of one function's code, and raise beyond that: torch would continue uncompiled,
     with other bits."""

@@ -3,7 +3,7 @@ with."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -20,9 +20,17 @@ from elastic.storage import Storage
 from elastic.usage import OTHERS, last_value
 
 
-def prepare_line(job_class: type[Job], defaults: TrainConfig, argv: Sequence[str]) -> PreparedRun:
+def prepare_line(
+    job_class: type[Job],
+    defaults: TrainConfig,
+    argv: Sequence[str],
+    parsed: Callable[[TrainConfig], None] = lambda config: None,
+) -> PreparedRun:
     """Parse a command line and prepare its run. Options on the line override files of options, these override what the
     run of that name was started with, and that overrides the job's own defaults.
+
+    Args:
+        parsed: called with the options before the job's data is looked at, which may take long.
 
     Raises:
         ConfigError: with one sentence that names the option, its value and the fix.
@@ -39,6 +47,7 @@ def prepare_line(job_class: type[Job], defaults: TrainConfig, argv: Sequence[str
     shown = _not_given(taken.shown, line)
     if shown:
         notes.append(f"as it was started: {' '.join(typed(name, value) for name, value in shown.items())}")
+    parsed(config)
     run = prepare(job, config)
     if run.plan.warmup_steps > run.plan.total_steps and last_value(line, "--optim.warmup") is not None:
         raise ConfigError(f"{run.notes[-1]}; give a part of it")

@@ -41,6 +41,9 @@ def train(config: dict) -> None:
         optimizer.step()
         at.setdefault("first_step", time.time())
         ray.train.report({"loss": loss.item()})
+        if step == 0 and rank == 0:
+            Path(config["out"]).write_text(json.dumps(at))
+    at["last_step"] = time.time()
     if rank == 0:
         Path(config["out"]).write_text(json.dumps({**config["at"], **at}))
 

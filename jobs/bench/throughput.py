@@ -1,6 +1,6 @@
-"""Samples/s of a fault-free run here and in a bare torchrun DDP loop, and the time to the first step.
+"""Samples/s of a fault-free run here and in a bare torchrun DDP loop.
 
-    python -m jobs.bench.throughput [--pairs 5] [--part steps|start|all] [--json FILE]
+    python -m jobs.bench.throughput [--pairs 5] [--json FILE]
 
 Runs of the variants alternate, so that a machine whose speed drifts slows all alike; ratios are of medians.
 """
@@ -8,25 +8,18 @@ Runs of the variants alternate, so that a machine whose speed drifts slows all a
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from elastic.observe.ledger import EVENTS, METRICS, read_records
-from elastic.storage import Storage
 from jobs.bench.report import median, table, write_json
 from jobs.bench.steps import BLOCK, bare, here
 
 WORKERS = 2
 LOOP = "jobs.bench.bare_loop"
-PARTS = ("import_s", "data_s", "model_s")
 
 
 def steps_part(pairs: int, steps: int, size: str, tokens: list[int], global_size: int) -> dict[str, Any]:
@@ -64,93 +57,6 @@ def steps_part(pairs: int, steps: int, size: str, tokens: list[int], global_size
     return {"head": head, "rows": rows, "pairs": pairs, "steps": steps, "size": size, "global_size": global_size}
 
 
-def first_step_here(folder: Path) -> dict[str, float]:
-    """Seconds from the command to the first applied step, by phase."""
-    name = f"start-{os.urandom(3).hex()}"
-    began = time.time()
-    subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "jobs.codegpt",
-            "--run.storage",
-            str(folder),
-            "--run.name",
-            name,
-            "--run.duration",
-            "3st",
-            "--scaling.max-workers",
-            str(WORKERS),
-            "--job.eval-blocks",
-            "8",
-        ],
-        check=True,
-        timeout=600,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        env={**os.environ, "RAY_AUTH_MODE": "disabled"},
-    )
-    storage = Storage(str(folder / name))
-    events = {e["kind"]: e for e in read_records(storage, EVENTS)}
-    first = next(r for r in read_records(storage, METRICS) if "sample_hash" in r)
-    warm, cluster_s = events["worker_warm"], events["run_started"]["detail"]["cluster_s"]
-    started = events["run_started"]["time"]
-    parts = warm["detail"]
-    return {
-        "imports, data length": started - began - cluster_s,
-        "cluster": cluster_s,
-        "workers": warm["time"] - started - warm["seconds"],
-        "worker imports": parts["import_s"],
-        "data": parts["data_s"],
-        "model": parts["model_s"],
-        "world and first step": first["time"] - warm["time"] + warm["seconds"] - sum(parts[k] for k in PARTS),
-        "total": first["time"] - began,
-    }
-
-
-def first_step_stock(folder: Path) -> dict[str, float]:
-    """The same for stock Ray Train's TorchTrainer."""
-    out = folder / "stock.json"
-    began = time.time()
-    subprocess.run(
-        [sys.executable, "-m", "jobs.bench.stock_start", str(out), str(folder / "stock"), str(WORKERS)],
-        check=True,
-        timeout=600,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        env={**os.environ, "RAY_AUTH_MODE": "disabled"},
-    )
-    at = json.loads(out.read_text())
-    return {
-        "imports, data length": at["imported"] - began,
-        "cluster": at["cluster"] - at["imported"],
-        "workers": at["entered"] - at["cluster"],
-        "worker imports": at["worker_imported"] - at["entered"],
-        "data": at["data"] - at["worker_imported"],
-        "model": at["model"] - at["data"],
-        "world and first step": at["first_step"] - at["model"],
-        "total": at["first_step"] - began,
-    }
-
-
-def start_part(pairs: int) -> dict[str, Any]:
-    """Interleaved starts of a run here and of stock Ray Train."""
-    ours, stock = [], []
-    with tempfile.TemporaryDirectory(prefix="elastic-bench-") as name:
-        for pair in range(pairs):
-            ours.append(first_step_here(Path(name)))
-            stock.append(first_step_stock(Path(name)))
-            print(
-                f"start {pair + 1}/{pairs}: here {ours[-1]['total']:.1f} s, stock {stock[-1]['total']:.1f} s",
-                file=sys.stderr,
-            )
-    rows = [[phase, median(r[phase] for r in ours), median(r[phase] for r in stock)] for phase in ours[0]]
-    ratio = median(a["total"] / b["total"] for a, b in zip(ours, stock, strict=True))
-    print(f"\nseconds from command to first step, medians of {pairs} pairs; here / stock = {ratio:.2f}")
-    print(table(["phase", "here", "stock Ray Train"], rows))
-    return {"rows": rows, "ratio": ratio, "pairs": pairs}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=5)
@@ -158,17 +64,10 @@ def main() -> None:
     parser.add_argument("--size", default="0.5M")
     parser.add_argument("--global-size", type=int, default=32)
     parser.add_argument("--tokens", type=int, nargs="+", default=[128, 512, 1024], help="tokens of a microbatch")
-    parser.add_argument("--part", choices=("steps", "start", "all"), default="all")
     parser.add_argument("--json")
     arguments = parser.parse_args()
-    figures: dict[str, Any] = {}
-    if arguments.part != "start":
-        figures["steps"] = steps_part(
-            arguments.pairs, arguments.steps, arguments.size, arguments.tokens, arguments.global_size
-        )
-    if arguments.part != "steps":
-        figures["start"] = start_part(arguments.pairs)
-    write_json(arguments.json, figures)
+    figures = steps_part(arguments.pairs, arguments.steps, arguments.size, arguments.tokens, arguments.global_size)
+    write_json(arguments.json, {"steps": figures})
 
 
 if __name__ == "__main__":
