@@ -192,6 +192,7 @@ def main() -> None:
     request = ForkServer(socket.socket(fileno=listening), environment).serve()
     if request is None:
         shutil.rmtree(folder, ignore_errors=True)
+        os._exit(0)  # to take down what torch has made would take as long as all the rest
     else:
         _be(request)
 
