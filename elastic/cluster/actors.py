@@ -65,7 +65,10 @@ def training_function(run: WorkerRun, accelerator: str, vaults: str | None) -> C
     packed, bare = cloudpickle.dumps(run.job), replace(run, job=None)  # type: ignore[arg-type]
 
     def train() -> str:
+        from elastic.compat.ray_train import print_once
+
         began = time.monotonic()
+        print_once()
         show_stack_at_death()
         _die_with_raylet()
         runtime = ray.get_runtime_context()
