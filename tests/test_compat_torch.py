@@ -9,6 +9,7 @@ import pickle
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch import nn
 from torch.distributed.checkpoint.metadata import TensorProperties
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from elastic.compat import torch as compat
 from elastic.compat import torch_groups as groups
@@ -592,3 +594,15 @@ def test_a_view_of_other_elements_than_there_are_is_known_by_its_error() -> None
         with pytest.raises(RuntimeError) as caught:
             ask()
         assert compat.is_unfit_view(caught.value)
+
+
+def test_attention_on_a_cpu_has_an_operator_of_its_own_that_the_counter_does_not_know() -> None:
+    query = torch.ones(1, 2, 3, 4)
+    count = partial(nn.functional.scaled_dot_product_attention, query, query, query)
+    with FlopCounterMode(display=False) as usual:
+        count()
+    mapping: Any = {compat.CPU_ATTENTION: lambda query, key, value, *_, **__: sdpa_flop_count(query, key, value)}
+    with FlopCounterMode(display=False, custom_mapping=mapping) as ours:
+        count()
+
+    assert (usual.get_total_flops(), ours.get_total_flops()) == (0, 2 * 2 * 2 * 3 * 3 * 4)

@@ -199,6 +199,9 @@ OWN_DICTS = ("_parameters", "_buffers", "_modules")
 #: changing the counter of `version_of`.
 NormWithStatistics: type[nn.Module] = _NormBase
 
+#: Attention on a CPU, which `FlopCounterMode` does not count by itself.
+CPU_ATTENTION: Any = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+
 #: The last component of the key at which a state dict has the result of a module's `get_extra_state`.
 EXTRA_STATE = _EXTRA_STATE_KEY_SUFFIX
 

@@ -11,13 +11,10 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from elastic.compat.torch import FakeTensorMode, own_parameters, storage_identity, tree_map_only
+from elastic.compat.torch import CPU_ATTENTION, FakeTensorMode, own_parameters, storage_identity, tree_map_only
 from elastic.parallel.stages import Layers
 from elastic.parallel.standin import calls_of
 from elastic.seeds import unseeded
-
-#: Attention of a CPU, which `FlopCounterMode` does not know.
-_ATTENTION: Any = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
 
 @dataclass(frozen=True)
@@ -100,7 +97,7 @@ def _count(job: Any, model: nn.Module, layers: Layers, batch: Any) -> list[Layer
         module = clone.get_submodule(names[id(layer)])
         module.register_forward_pre_hook(begin(i))
         module.register_forward_hook(end(i))
-    counter: Any = FlopCounterMode(display=False, custom_mapping={_ATTENTION: _attention})
+    counter: Any = FlopCounterMode(display=False, custom_mapping={CPU_ATTENTION: _attention})
     with mode, counter, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         clone(*inputs, **named)
     return [LayerCost(*pair) for pair in zip(flops, kept, strict=True)]
