@@ -21,7 +21,7 @@ import json, os, sys, time
 from pathlib import Path
 import ray
 from elastic.cluster.actors import see_devices
-from elastic.cluster.controller import Sent
+from elastic.cluster.references import Sent
 from elastic.cluster.placement_groups import GroupPlan
 from elastic.cluster.sharing import Terms
 from elastic.cluster.workers import RayWorkers

@@ -51,7 +51,7 @@ def test_controller_driver_and_host_are_killed_or_stand_still_and_two_drivers_me
     # its driver is killed: nothing of it is left running, and nothing held
     during = held.look()
     assert during["actors"].count("Controller") == during["actors"].count("HostActor") == 1
-    assert during["actors"].count("RayTrainWorker") == len(during["groups"]) == 2
+    assert during["actors"].count("WorkerActor") == len(during["groups"]) == 2
     assert during["demands"] == ["run/run"]
     second = slow_job(cluster, tmp_path, "run", *OPTIONS)
     assert second.wait() == 2, second.output

@@ -4,24 +4,12 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
-from typing import Any
 
-import ray
-
+from elastic.cluster.group import WorkerGroup
 from elastic.cluster.placement_groups import GroupPlan
+from elastic.cluster.references import Sent
 
 TURN_S = 0.2
-
-
-class Sent:
-    """A function in Ray's object store: a controller can start workers with it without unpickling it."""
-
-    def __init__(self, function: Callable[[], Any]):
-        self._reference = ray.put(function)
-
-    def get(self) -> Callable[[], Any]:
-        return ray.get(self._reference)
 
 
 class Controller:
@@ -43,10 +31,6 @@ class Controller:
         Raises:
             RunFailed: a worker failed for good.
         """
-        from elastic.cluster.group import (
-            WorkerGroup,
-        )  # it imports Ray Train, which takes seconds, and no driver needs it
-
         group = WorkerGroup(self._plan, self._function)
         try:
             next_turn = 0.0

@@ -11,12 +11,12 @@ from elastic.cluster.actors import training_function
 from elastic.cluster.autoscaler import node_types
 from elastic.cluster.capacity import awaited, check_fits, choose_accelerator, worker_resources
 from elastic.cluster.control import RunControl
-from elastic.cluster.controller import Sent
 from elastic.cluster.embedded import node_resources
 from elastic.cluster.hosting import HostOnRay
 from elastic.cluster.metrics import RayMetrics
 from elastic.cluster.outputs import WorkersOutput
 from elastic.cluster.placement_groups import GroupPlan, group_prefix
+from elastic.cluster.references import Sent
 from elastic.cluster.sharing import Terms
 from elastic.cluster.workers import RayWorkers
 from elastic.membership.driver import DriverLink, outlived

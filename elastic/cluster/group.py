@@ -16,7 +16,6 @@ import ray
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from elastic.cluster.capacity import excluded_nodes, fits
-from elastic.cluster.controller import Sent
 from elastic.cluster.demands import Demands
 from elastic.cluster.placement_groups import GroupPlan, Placement
 from elastic.cluster.pool import (
@@ -36,10 +35,11 @@ from elastic.cluster.pool import (
     staying_units,
 )
 from elastic.cluster.quarantine import MOST_FAILURES, Quarantine
+from elastic.cluster.references import Sent
 from elastic.cluster.sharing import Demand, Patience, share
 from elastic.cluster.vaults import Vaults
+from elastic.cluster.worker_actor import WorkerStatus, create
 from elastic.compat.ray import actor_id, draining_nodes, free_resources, how_it_ended, process_ended
-from elastic.compat.ray_train import RayTrainWorker, WorkerStatus, run_training
 from elastic.errors import RunFailed, one_line
 from elastic.membership.driver import DriverLink
 from elastic.membership.protocol import Existing, Gone, Leaving, Note, Request, Yield
@@ -68,12 +68,12 @@ class _Handle:
         strategy = PlacementGroupSchedulingStrategy(
             placement_group=self.placement.group, placement_group_bundle_index=self._bundle
         )
-        actor_class = ray.remote(num_cpus=resources.get("CPU", 0), num_gpus=resources.get("GPU", 0))(RayTrainWorker)
-        self.actor = actor_class.options(scheduling_strategy=strategy).remote()
+        cpus, gpus = resources.get("CPU", 0), resources.get("GPU", 0)
+        self.actor = create(num_cpus=cpus, num_gpus=gpus, scheduling_strategy=strategy)
         self.unit = replace(
             self.unit, stage=Stage.STARTING, since=time.monotonic(), id=actor_id(self.actor)[:12], node=node
         )
-        self.pending = self.actor.get_metadata.remote()
+        self.pending = self.actor.node.remote()
 
     def drop(self, *, node_lost: bool = False) -> None:
         """End the process and give its resources back in the same turn."""
@@ -167,7 +167,7 @@ class WorkerGroup:
         """Take what became ready: placement groups, started processes, answers to polls, and deaths."""
         for handle in self._handles.values():
             if handle.unit.stage is Stage.RUNNING and handle.pending is None:
-                handle.pending = handle.actor.poll_status.remote()
+                handle.pending = handle.actor.status.remote()
         pending = {h.pending: h for h in self._handles.values() if h.pending is not None}
         ready, _ = ray.wait(list(pending), num_returns=len(pending), timeout=timeout_s) if pending else ([], [])
         for ref in ready:
@@ -186,7 +186,7 @@ class WorkerGroup:
             else:  # `decide` will request it again, elsewhere
                 self._remove(handle, node_lost=True)
         elif handle.unit.stage is Stage.STARTING:
-            handle.unit = replace(handle.unit, stage=Stage.RUNNING, since=time.monotonic(), node=answer.node_id)
+            handle.unit = replace(handle.unit, stage=Stage.RUNNING, since=time.monotonic(), node=answer)
             handle.pending = self._launch(handle)
         elif isinstance(answer, WorkerStatus):
             self._on_status(handle, answer)
@@ -195,13 +195,13 @@ class WorkerGroup:
         """Start the training function; its end shows in polls only."""
         if self._vaults is not None:
             self._vaults.ensure(handle.unit.node)
-        return run_training(handle.actor, self._plan.terms.run, self._seen.want, self._plan.unit, self._function)
+        return handle.actor.begin.remote(self._plan.terms.run, self._seen.want, self._plan.unit, self._function)
 
     def _on_status(self, handle: _Handle, status: WorkerStatus) -> None:
-        if not status.running and status.error is None and status.return_value in ("fenced", "handed over", "unfit"):
+        if not status.running and status.error is None and status.returned in ("fenced", "handed over", "unfit"):
             self._remove(handle)
             self._next_nodes = 0.0  # ask the server at once how many workers to have, before this one is replaced
-            if status.return_value == "unfit":
+            if status.returned == "unfit":
                 self._count_failure(handle.unit)
                 # after that time the server has told how long to wait
                 self._seen = replace(self._seen, ask_after=time.monotonic() + 2 * NODES_S)

@@ -10,10 +10,10 @@ from typing import Any
 import ray
 
 from elastic.cluster.autoscaler import failures, known_reasons, reported, unserved
-from elastic.cluster.controller import Controller, Sent
+from elastic.cluster.controller import Controller
 from elastic.cluster.demands import withdraw_demand
 from elastic.cluster.placement_groups import GroupPlan, remove_groups
-from elastic.cluster.references import is_ready
+from elastic.cluster.references import Sent, is_ready
 from elastic.compat.ray import session_folder
 from elastic.errors import RunFailed, one_line
 from elastic.membership.driver import DriverLink

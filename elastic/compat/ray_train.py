@@ -1,8 +1,8 @@
-"""The internals of Ray Train, under public names: the actors of its workers. Read in Ray 2.60; its import takes
-seconds.
+"""The internals of Ray Train, under public names: its workers. Read in Ray 2.60; its import takes seconds, so that only
+workers import this.
 
 Ray Train answers a death or a resize by killing all workers, and offers no other way. So its controller and worker
-group are not used, only the actor class in which a worker runs.
+group are not used, only the class in which a worker runs.
 """
 
 from __future__ import annotations
@@ -12,12 +12,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from ray.train.v2._internal.execution.context import DistributedContext, TrainRunContext
-from ray.train.v2._internal.execution.worker_group.poll import WorkerStatus
 from ray.train.v2._internal.execution.worker_group.worker import RayTrainWorker
 from ray.train.v2._internal.logging import patch_print
 from ray.train.v2.api.config import RunConfig, ScalingConfig
 
-__all__ = ["RayTrainWorker", "WorkerStatus", "print_once", "run_training"]
+__all__ = ["RayTrainWorker", "print_once", "run_training"]
 
 
 def print_once() -> None:
@@ -26,8 +25,10 @@ def print_once() -> None:
     builtins.print = patch_print._original_print
 
 
-def run_training(actor: Any, name: str, workers: int, resources: Mapping[str, float], function: Any) -> Any:
-    """Have an actor of class `RayTrainWorker` run a function in a thread; returns a reference to its start.
+def run_training(
+    worker: RayTrainWorker, name: str, workers: int, resources: Mapping[str, float], function: Any
+) -> None:
+    """Have Ray Train's worker of this process run a function on a thread; returns when it has started.
 
     The ranks that Ray Train gives to workers are all 0: each world decides on ranks itself. Ray Train stores nothing,
     and has no barriers for its workers.
@@ -36,7 +37,7 @@ def run_training(actor: Any, name: str, workers: int, resources: Mapping[str, fl
         name: of the run.
         workers: the number of workers that the run is to have.
         resources: of one worker.
-        function: an object whose method `get` returns the function, on the worker.
+        function: an object whose method `get` returns the function.
     """
     scaling: Any = ScalingConfig(
         num_workers=workers, use_gpu=resources.get("GPU", 0) > 0, resources_per_worker=dict(resources)
@@ -48,14 +49,14 @@ def run_training(actor: Any, name: str, workers: int, resources: Mapping[str, fl
         backend_config=None,  # type: ignore[arg-type]
         dataset_config=None,  # type: ignore[arg-type]
     )
-    actor.init_train_context.remote(
+    worker.init_train_context(
         train_run_context=context,
         distributed_context=DistributedContext(
             world_rank=0, world_size=workers, local_rank=0, local_world_size=1, node_rank=0
         ),
-        synchronization_actor=None,
-        storage_context=None,
+        synchronization_actor=None,  # type: ignore[arg-type]
+        storage_context=None,  # type: ignore[arg-type]
         worker_callbacks=[],
-        controller_actor=None,
+        controller_actor=None,  # type: ignore[arg-type]
     )
-    return actor.run_train_fn.remote(function)
+    worker.run_train_fn(function)
