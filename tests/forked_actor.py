@@ -12,8 +12,11 @@ import mmap
 import multiprocessing
 import os
 import runpy
+import select
+import signal
 import struct
 import sys
+import threading
 from multiprocessing import forkserver, resource_tracker
 from pathlib import Path
 from typing import Any
@@ -39,8 +42,24 @@ def work(arguments: list[str], folder: str, environment: dict[str, str]) -> None
     fault.read_plan()
     read_environment_again()
     seed_again()
+    end_with(int(environment["RAY_RAYLET_PID"]))
     sys.argv = arguments
     runpy.run_path(arguments[0], run_name="__main__")
+
+
+def end_with(raylet: int) -> None:
+    """End this process at the moment its raylet ends, as the kernel does to the raylet's own children. Ray would end
+    the workers of a node one after another, up to a second later: a world could form with one that is about to go."""
+    try:
+        descriptor = os.pidfd_open(raylet)
+    except ProcessLookupError:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def wait() -> None:
+        select.select([descriptor], [], [])
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=wait, name="raylet", daemon=True).start()
 
 
 def read_environment_again() -> None:

@@ -27,8 +27,8 @@ def shortly(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(answering, "AGAIN_S", 0.2)
 
 
-def helpers() -> int:
-    return sum(t.name == "keeper-storage" for t in threading.enumerate())
+def helpers() -> list[threading.Thread]:
+    return [t for t in threading.enumerate() if t.name == "keeper-storage"]
 
 
 @contextmanager
@@ -49,7 +49,7 @@ def hanging(path: Path) -> Iterator[None]:
             path.unlink()
         before = helpers()
         reading = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)  # who hangs comes back
-        wait_until(lambda: helpers() < before, "whoever hangs")
+        wait_until(lambda: not all(helper.is_alive() for helper in before), "whoever hangs")
         os.close(reading)
         fifo.unlink()
 
