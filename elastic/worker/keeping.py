@@ -357,22 +357,23 @@ class Keeping:
         """The part of the state that this worker holds."""
         return Part() if self.mesh is None else self.mesh.part
 
-    def specs(self) -> list[TensorSpec]:
-        """The names, dtypes, shapes and cuts of all tensors, for workers that hold none of them."""
+    def specs(self, tensors: Mapping[str, torch.Tensor] | None = None) -> list[TensorSpec]:
+        """The names, dtypes, shapes and cuts of all tensors, for workers that hold none; `tensors`: see `shards`."""
         return [
             TensorSpec(name, dtype_name(name, tensor), tuple(tensor.shape), cut_of(name, tensor))
-            for name, tensor in self.tensors().items()
+            for name, tensor in (self.tensors() if tensors is None else tensors).items()
         ]
 
-    def shards(self, rank: int, size: int) -> list[Shard]:
+    def shards(self, rank: int, size: int, tensors: Mapping[str, torch.Tensor] | None = None) -> list[Shard]:
         """The shards that this worker saves.
 
         Args:
             rank, size: its index among the workers that hold tensors that are not sharded, and their number.
+            tensors: those that `collect` has just returned, which takes a millisecond.
         """
-        found, tensors = [], self.tensors()
+        found = []
         learning = {f"model/{n}": p.requires_grad for n, p in self.parameters().items()}
-        for name, tensor in tensors.items():
+        for name, tensor in (self.tensors() if tensors is None else tensors).items():
             shard = self._shard(name, tensor, rank, size)
             stable = name in learning or name.startswith("optimizer/")
             found.append(replace(shard, stable=stable, frozen=not learning.get(name, True)))

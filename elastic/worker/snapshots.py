@@ -266,15 +266,16 @@ class Snapshots:
         state = self._state
         assert state is not None
         assert self._sender is not None
+        tensors, values = state.collect()
         self._part = part = Upload(
             self._attempt,
             state.part,
             self._group.rank,
             self._urls,
             self._newest,
-            state.values() if state.part.first(()) == state.part else {},
-            state.specs(),
-            state.shards(0, 1),
+            values if state.part.first(()) == state.part else {},
+            state.specs(tensors),
+            state.shards(0, 1, tensors),
         )
         self._sender.start(part)
 
