@@ -214,6 +214,8 @@ def test_auto_chooses_the_fewest_stages_that_fit_and_says_so(tmp_path):
     assert "fewer than 2 workers have too little memory: give --scaling.min-workers 2" in said
     plenty = prepare(InStages(), pipelines(tmp_path, "auto", scaling__memory_per_worker=1.0))
     assert plenty.config.parallel.pipeline == 1
+    given = prepare(InStages(), pipelines(tmp_path, 2, scaling__memory_per_worker=1.0))
+    assert given.notes == ("--scaling.memory-per-worker is not used: only --parallel.pipeline auto goes by it",)
     with pytest.raises(
         ConfigError, match=r"is auto, but even with 4 stages a worker needs about 0.* take more workers"
     ):

@@ -145,6 +145,8 @@ def prepare(job: Job, config: TrainConfig) -> PreparedRun:
         check_strategy(job, pipeline=config.most_cells)
         stages, notes = choose_stages(job, config, plan, data)
         config = replace(config, parallel=replace(config.parallel, pipeline=stages))
+    elif config.scaling.memory_per_worker is not None:
+        notes.append("--scaling.memory-per-worker is not used: only --parallel.pipeline auto goes by it")
     if type(job).sampler is not Job.sampler or hasattr(data, "upcoming"):
         from elastic.data.samplers import check_sampler  # imports torch
 
