@@ -32,7 +32,7 @@ class Cycle:
             found.append(batch)
         return tuple(found) or (0,)
 
-    @property
+    @cached_property
     def steps_each(self) -> int:
         """Steps of one cycle."""
         return len(self._taken)

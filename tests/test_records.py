@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import math
 
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
 from elastic.data.deal import deal
 from elastic.errors import ConfigError
+from elastic.parallel.carrier import Carrier
 from elastic.parallel.records import Metrics, PendingRecord, Records
+from elastic.parallel.replicated import _LossOf
 
 CPU = torch.device("cpu")
 finite = st.floats(-1e6, 1e6)
@@ -157,3 +162,61 @@ def test_a_step_without_weight_has_no_loss():
 
     assert math.isnan(found.loss)
     assert math.isnan(found.mean_metrics()["metric"])
+
+
+@given(
+    st.lists(st.tuples(st.floats(), st.integers(-(2**63), 2**63 - 1)), min_size=2, max_size=6),
+    st.sampled_from([1, 1, 3, 7, 682]),
+)
+def test_rows_come_back_bit_for_bit_from_the_sum_of_gradients(values, times):
+    ranks = len(values) * times
+    runs = [range(rank, rank + 1) for rank in range(ranks)]
+    total, pending = 0.0, None
+    for rank, (loss, digest) in enumerate(values):  # the other ranks' rows are zero
+        records = Records(runs, rank, CPU, 1, Metrics(names=["metric"]))
+        _add(records, loss, 3, -loss, digest, changed=1 << 63)
+        records.say([digest, ~digest])
+        carrier = Carrier(ranks, rank, 1, 1, CPU, rounds=False)
+        if not carrier.has_room(records._matrix(1)):
+            assert ranks > 500, "only large records are gathered"
+            return
+        carrier(torch.zeros((), requires_grad=True)).backward()
+        pending = records.gather(None, carrier)  # it would raise if it needed a process group
+        total = total + carrier._given * (1.0 / ranks)  # as DDP does
+    carrier.rows.grad = total
+    rows = pending.everyone()
+
+    for row, (loss, digest) in zip(rows[:, 0], values):
+        assert row[0] == digest
+        assert row[1] == -(2**63)
+        assert repr(row[3:6].view("f8").tolist()) == repr([loss, 3.0, -loss])
+        assert row[6:].tolist() == [digest, ~digest]
+
+
+def test_a_record_travels_in_the_last_backward_pass_of_ddp_and_not_in_those_before():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        model, carrier = nn.Linear(3, 2), Carrier(1, 0, 2, 0, CPU, rounds=False)
+        ddp = nn.parallel.DistributedDataParallel(
+            _LossOf(model, lambda model, batch: (model(batch).sum(), 1, {}), carrier), gradient_as_bucket_view=True
+        )
+        for step in range(3):
+            model.zero_grad(set_to_none=True)
+            for last in (False, True):
+                ddp.module.batch = torch.full((4, 3), float(step))
+                with contextlib.nullcontext() if last else ddp.no_sync():
+                    loss = ddp(last=last)
+                    fetch = carrier.load(torch.tensor([[step, -1], [1 << 62, 5]]))
+                    loss.backward()
+            assert fetch().tolist() == [[[step, -1], [1 << 62, 5]]]
+            assert model.weight.grad.tolist() == [[8.0 * step] * 3] * 2
+    finally:
+        dist.destroy_process_group()
+
+
+def test_no_rows_travel_with_gradients_that_are_rounded_or_when_they_are_many():
+    mine = torch.zeros(2, 8, dtype=torch.int64)
+    assert Carrier(2, 0, 2, 0, CPU, rounds=False).has_room(mine)
+    assert not Carrier(2, 0, 2, 0, CPU, rounds=True).has_room(mine)
+    assert not Carrier(2, 0, 4096, 0, CPU, rounds=False).has_room(mine)
+    assert not Carrier(2, 0, 2, 0, CPU, rounds=False).has_room(torch.zeros(2, 30, dtype=torch.int64))

@@ -2,7 +2,7 @@
 
 Each rank contributes one row of int64 per microbatch (float64 values as their bits). One small all-gather brings all
 rows to all ranks, and every rank sums them in the same tree. The gather starts before the last backward pass, which
-hides it.
+hides it. With DDP the rows travel in its sum of gradients instead (see `carrier`).
 
 A row has a column for each metric, but each rank learns the number of metrics from the job by itself. So rows have
 columns for the names on which all ranks agreed before, and a hash of the names that this rank has now. If all ranks
@@ -16,6 +16,7 @@ import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from math import isfinite
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ import xxhash
 
 from elastic.compat.torch_groups import all_gather_flat
 from elastic.errors import ConfigError
+from elastic.parallel.carrier import Carrier
 from elastic.parallel.tree import tree_sum_of_rows
 
 OWN_WEIGHT = "\0weight"  # ends the name of the column with the weight that a metric is divided by
@@ -151,13 +153,16 @@ class Records:
         """Set whole numbers of 64 bits, as many on every rank: all ranks get the largest of each."""
         self._said = tuple(numbers)
 
-    def gather(self, group: dist.ProcessGroup | None) -> PendingRecord:
-        """Start the all-gather, and return it; call its `result` after the backward pass."""
+    def gather(self, group: dist.ProcessGroup | None, carrier: Carrier | None = None) -> PendingRecord:
+        """Start the all-gather, or load the carrier if that has room, and return what is pending; call its `result`
+        after the backward pass."""
         assert self._names is not None
         assert len(self._words) == len(self.runs[self.rank])
         mine = self._matrix(max(map(len, self.runs)))
         if len(self.runs) == 1:
             return PendingRecord(self, mine.unsqueeze(0), None)
+        if carrier is not None and carrier.has_room(mine):
+            return PendingRecord(self, carrier.load(mine), None, group=group)
         everyone = torch.empty(len(self.runs), *mine.shape, dtype=torch.int64, device=self.device)
         work = all_gather_flat(everyone.view(-1), mine.view(-1), group=group, async_op=True)
         return PendingRecord(self, everyone, work, mine, group)
@@ -171,39 +176,40 @@ class Records:
         agreed = self.metrics.names
         values = self._rows if self._names == agreed else [[*v[:2], *(0.0 for _ in agreed)] for v in self._rows]
         mark = _MIXED if self._others is not None else _mark(self._names or [])
-        said = self._said
-        mine = self._table(height, [[*words, mark] for words in self._words], values, len(self._attached), said)
-        width = mine.shape[1] - len(said)
-        for column, given in enumerate(self._attached, width - len(self._attached)):
-            value = given.detach() if isinstance(given, torch.Tensor) else torch.tensor(given, dtype=torch.float64)
-            mine[0, column] = value.double().view(torch.int64)
-        return mine
+        return self._table(height, [[*words, mark] for words in self._words], values, self._attached, self._said)
 
     def _table(
-        self, height: int, words: list[list[int]], values: list[list[Any]], more: int, last: tuple[int, ...] = ()
+        self,
+        height: int,
+        words: list[list[int]],
+        values: list[list[Any]],
+        attached: Sequence[torch.Tensor | float] = (),
+        said: Sequence[int] = (),
     ) -> torch.Tensor:
-        """Make a table with one row per microbatch: words, then values, then `more` columns of zeros; zeros below.
-
-        Args:
-            last: further columns at the end of the first row.
-        """
-        first, count = len(words[0]), len(values)
-        shape = height, first + len(values[0]) + more + len(last)
+        """Make a table with one row per microbatch: words, then values; zeros below. Further columns of the first row
+        have what is attached and said."""
+        first, count, behind = len(words[0]), len(values), len(words[0]) + len(values[0])
+        shape = height, behind + len(attached) + len(said)
         host = torch.zeros(shape, dtype=torch.int64, pin_memory=self.device.type == "cuda")
         integers = host.numpy()
         integers[:count, :first] = words
-        integers[0, shape[1] - len(last) :] = last
+        integers[0, shape[1] - len(said) :] = said
         floats, computed = integers.view(np.float64), []
         for column, here in enumerate(zip(*values), first):
             if any(isinstance(v, torch.Tensor) for v in here):
                 computed.append((column, here))
             else:
                 floats[:count, column] = here
+        for column, one in enumerate(attached, behind):
+            if isinstance(one, torch.Tensor):
+                computed.append((column, (one.detach().double(),)))
+            else:
+                floats[0, column] = one
         mine = host.to(self.device, non_blocking=True)
         for column, here in computed:
             zero = torch.zeros((), dtype=torch.float64, device=self.device)
             found = [v if isinstance(v, torch.Tensor) else zero + v for v in here]
-            mine[:count, column] = torch.stack(found).view(torch.int64)
+            mine[: len(here), column] = torch.stack(found).view(torch.int64)
         return mine
 
 
@@ -211,8 +217,7 @@ def _detached(value: Any) -> Any:
     """Return a number, or a float64 scalar on the device if the model computed it there."""
     if not isinstance(value, torch.Tensor):
         return float(value)
-    value = value.detach()
-    return value.double().reshape(()) if value.device.type != "cpu" else value.item()
+    return value.item() if value.device.type == "cpu" else value.detach().double().reshape(())
 
 
 @dataclass
@@ -220,12 +225,13 @@ class PendingRecord:
     """An all-gather under way.
 
     Args:
-        everyone: the rows of all ranks: int64 [ranks, height, columns].
-        work: the handle to wait for; None if there is one rank.
+        everyone: the rows of all ranks, int64 [ranks, height, columns]; or a function that returns them on the host
+            when the backward pass is over.
+        work: the handle to wait for; None if there is none.
     """
 
     records: Records
-    everyone: torch.Tensor
+    everyone: torch.Tensor | Callable[[], np.ndarray]
     work: Any
     _keep: torch.Tensor | None = None
     group: dist.ProcessGroup | None = None
@@ -239,9 +245,9 @@ class PendingRecord:
         """
         if self.work is not None:
             self.work.wait()
-        gathered = self.everyone.cpu()
+        # for arrays as small as these numpy takes a tenth of torch's time
+        host = self.everyone.cpu().numpy() if isinstance(self.everyone, torch.Tensor) else self.everyone()
         self.records.check()
-        host = gathered.numpy()  # for arrays as small as these numpy takes a tenth of torch's time
         rows = self._in_order(host)
         words = 2 + self.records.buffer_words
         said_from = rows.shape[1] - len(self.records._said)
@@ -258,9 +264,11 @@ class PendingRecord:
         for i in range(self.records.buffer_words):
             changed |= int(np.bitwise_or.reduce(rows[:, 1 + i]).view(np.uint64)) << (64 * i)
         names = self.records.metrics.names
-        digest = xxhash.xxh3_64_hexdigest(rows[:, 0].astype("<i8").tobytes())
-        finite = np.isfinite(sums[:, :2]).all(1)
-        first_bad = None if finite.all() else int(finite.argmin())
+        digest = xxhash.xxh3_64_hexdigest(rows[:, 0].astype("<i8", copy=False).tobytes())
+        first_bad = None
+        if not (isfinite(total[0]) and isfinite(total[1])):  # a sum that is finite has only finite terms
+            finite = np.isfinite(sums[:, :2]).all(1)
+            first_bad = None if finite.all() else int(finite.argmin())
         metrics = dict(zip(names, total[2:]))
         return StepRecord(
             total[0], total[1], metrics, digest, changed, first_bad, tuple(map(tuple, attached)), tuple(said)
@@ -268,12 +276,12 @@ class PendingRecord:
 
     def _in_order(self, host: np.ndarray) -> np.ndarray:
         """Return the rows of the whole step, by microbatch: int64 [microbatches, columns]."""
-        order = [microbatch for run in self.records.runs for microbatch in run]
-        rows = np.empty((len(order), host.shape[2]), np.int64)
-        rows[order] = np.concatenate([host[rank, : len(run)] for rank, run in enumerate(self.records.runs)])
-        return rows
+        flat: np.ndarray = host.reshape(-1, host.shape[2])
+        return flat[_places(tuple(self.records.runs), host.shape[1])]
 
     def _check_weights(self, weights: np.ndarray) -> None:
+        if weights.min() >= 0:
+            return
         negative = (weights < 0) & np.isfinite(weights)
         if negative.any():
             bad = int(negative.argmax())
@@ -301,7 +309,7 @@ class PendingRecord:
         height, values = max(map(len, records.runs)), [v[2:] for v in records._rows]
         if not records.metrics.names:
             return np.zeros((sum(map(len, records.runs)), 0))
-        table = records._table(height, [[] for _ in values], values, 0)
+        table = records._table(height, [[] for _ in values], values)
         gathered = self._gather(table).cpu()
         records.check()
         return self._in_order(gathered.numpy()).view(np.float64)
@@ -324,6 +332,15 @@ class PendingRecord:
         gathered = self._gather(mine.to(device)).cpu()
         self.records.check()
         return [json.loads(row[:length].tobytes()) for row, length in zip(gathered.numpy(), lengths)]
+
+
+@lru_cache(maxsize=8)  # the same in every step of a world
+def _places(runs: tuple[range, ...], height: int) -> np.ndarray:
+    """Where the row of each microbatch is, in the order of microbatches, if each rank's rows are `height` long."""
+    order = [microbatch for run in runs for microbatch in run]
+    places = np.empty(len(order), np.intp)
+    places[order] = [rank * height + i for rank, run in enumerate(runs) for i in range(len(run))]
+    return places
 
 
 def _mark(names: Sequence[str]) -> int:

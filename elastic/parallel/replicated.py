@@ -21,6 +21,7 @@ from elastic.compat.torch import norm_of_each, values_of_sparse, version_of
 from elastic.compat.torch_groups import NO_BUFFER_SYNC, check_reduced
 from elastic.parallel.buffers import StepBuffers
 from elastic.parallel.canonical import CanonicalSum, Link, buckets_of, canonical_norm
+from elastic.parallel.carrier import Carrier
 from elastic.parallel.leaf import Leaf
 from elastic.parallel.moves import average_moves, fingerprint, reduce_moves
 from elastic.parallel.records import Metrics, PendingRecord, Records, StepRecord
@@ -104,29 +105,17 @@ class _LossOf(nn.Module):
     that the loss calls.
     """
 
-    def __init__(self, model: nn.Module, loss: LossFunction, anchor: nn.Parameter | None):
-        """`anchor`: a parameter that is made part of every loss's graph, without getting a gradient from it."""
+    def __init__(self, model: nn.Module, loss: LossFunction, carrier: Carrier):
         super().__init__()
-        self.model, self._loss, self._anchor = model, loss, anchor
+        self.model, self._loss, self.carrier = model, loss, carrier
         self.batch: Any = None
         self.rest: tuple[Any, Any] = (None, None)
 
-    def forward(self) -> torch.Tensor:
+    def forward(self, *, last: bool) -> torch.Tensor:
+        """`last`: gradients are summed over all ranks in the backward pass."""
         loss, *self.rest = self._loss(self.model, self.batch)  # type: ignore[assignment]
-        return loss if self._anchor is None else _Anchored.apply(loss, self._anchor)
-
-
-class _Anchored(torch.autograd.Function):
-    """A loss whose graph has a parameter to which it gives no gradient, so that DDP's hooks run in every last pass,
-    even if the loss was computed from no parameter."""
-
-    @staticmethod
-    def forward(ctx: Any, loss: torch.Tensor, anchor: torch.Tensor) -> torch.Tensor:
-        return loss.view_as(loss)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return gradients[0], None
+        found: torch.Tensor = self.carrier(loss) if last else loss
+        return found
 
 
 class FastReplica(_Replica):
@@ -161,11 +150,14 @@ class FastReplica(_Replica):
         self._norm: torch.Tensor | None = None
         self.wait_s = 0.0  # seconds of the last step in exchanges that no computation hides
         self._ddp: nn.parallel.DistributedDataParallel | None = None
+        self._carrier: Carrier | None = None
         self._find_unused = find_unused
         self._trained = [p for p in model.parameters() if p.requires_grad]
         if self._world_size > 1 and self._trained:
+            height, words = max(map(len, runs)), self._buffers.words
+            self._carrier = Carrier(self._world_size, rank, height, words, device, rounds=compression != "off")
             self._ddp = nn.parallel.DistributedDataParallel(
-                _LossOf(model, loss, self._trained[0] if find_unused else None),
+                _LossOf(model, loss, self._carrier),
                 bucket_cap_mb=bucket_mb,
                 gradient_as_bucket_view=True,
                 **NO_BUFFER_SYNC,
@@ -200,7 +192,7 @@ class FastReplica(_Replica):
             sync = contextlib.nullcontext() if one.last or self._ddp is None else self._ddp.no_sync()
             versions = buffers.versions()
             with sync:
-                loss, weight, metrics = self._forward(one.batch)
+                loss, weight, metrics = self._forward(one.batch, last=one.last)
                 changed = buffers.copies_since(versions)
                 after.append(changed)
                 counts.append(len(one.digests))
@@ -208,7 +200,7 @@ class FastReplica(_Replica):
                 if one.last:
                     records.attach(fingerprint(buffers, after))
                     records.say(self.says())
-                    pending = records.gather(None)
+                    pending = records.gather(None, self._carrier)
                     before = self._written() if self._ddp is not None and not self._find_unused else []
                 with self._recomputing(changed):
                     (loss * self.scale if self.scale != 1 else loss).backward()
@@ -225,12 +217,12 @@ class FastReplica(_Replica):
         self.wait_s = time.perf_counter() - began
         return record, record.weight * self.scale / self._world_size
 
-    def _forward(self, batch: Any) -> tuple[torch.Tensor, Any, Any]:
+    def _forward(self, batch: Any, *, last: bool) -> tuple[torch.Tensor, Any, Any]:
         if self._ddp is None:
             return self._loss(self.model, batch)
         inner: Any = self._ddp.module
         inner.batch = batch
-        loss = self._ddp()
+        loss = self._ddp(last=last)
         weight, metrics = inner.rest
         inner.batch, inner.rest = None, (None, None)
         return loss, weight, metrics

@@ -70,7 +70,7 @@ def _bare_step(world: Any) -> None:
             batch = steps._loader.next(step, first, count).batch
             if replica._ddp is not None:
                 replica._ddp.require_backward_grad_sync = i == len(spans) - 1
-            loss, weight, _ = replica._forward(batch)
+            loss, weight, _ = replica._forward(batch, last=i == len(spans) - 1)
             (loss / (weight * len(spans))).backward()
     torch.nn.utils.clip_grad_norm_(state.model.parameters(), CLIP_NORM)
     state.optimizer.step()
