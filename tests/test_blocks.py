@@ -6,7 +6,6 @@ import copy
 
 import pytest
 import torch
-import torch._inductor.config as inductor
 from torch import nn
 
 from elastic.compat.torch import AUTOTUNING
@@ -138,6 +137,8 @@ def test_compiled_blocks_keep_their_names_and_the_rest_is_not_compiled():
 
 @pytest.mark.parametrize("setting", AUTOTUNING)
 def test_kernels_that_are_chosen_by_their_speed_are_refused_by_name(setting):
+    import torch._inductor.config as inductor  # takes seconds
+
     check_compiler()
 
     with (

@@ -345,19 +345,20 @@ def test_tensors_that_lie_in_the_same_bytes_are_refused(run):
 
 
 @pytest.mark.parametrize(
-    "data",
+    "make",
     [
-        b"[" * 5_000_000 + b"]" * 5_000_000,
-        b'{"a":' * 2_000_000,
-        b"[" + b"[]," * 3_300_000 + b"[]]",
-        b'{"tensors": {' + b",".join(b'"%d": {}' % i for i in range(700_000)) + b"}}",
-        b"[" + b"0," * 5_000_000 + b"0]",
-        b'{"format": 2, "step": ' + b"9" * 10_000_000 + b"}",
-        b'"' + b"\\u0000" * 1_600_000 + b'"',
+        lambda: b"[" * 5_000_000 + b"]" * 5_000_000,
+        lambda: b'{"a":' * 2_000_000,
+        lambda: b"[" + b"[]," * 3_300_000 + b"[]]",
+        lambda: b'{"tensors": {' + b",".join(b'"%d": {}' % i for i in range(700_000)) + b"}}",
+        lambda: b"[" + b"0," * 5_000_000 + b"0]",
+        lambda: b'{"format": 2, "step": ' + b"9" * 10_000_000 + b"}",
+        lambda: b'"' + b"\\u0000" * 1_600_000 + b'"',
     ],
     ids=["lists in lists", "objects in objects", "many lists", "many tensors", "many numbers", "a long number", "text"],
 )
-def test_ten_megabytes_of_anything_take_memory_in_proportion(data):
+def test_ten_megabytes_of_anything_take_memory_in_proportion(make):
+    data = make()
     with at_most(64 * MIB + 40 * len(data)), pytest.raises(CheckpointError, match=r"^here"):
         parse_manifest(data, "here")
 

@@ -10,15 +10,12 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
-import botocore
-import botocore.session
-import botocore.validate
 import click
 import pytest
 import ray
 import yaml
+from botocore import xform_name
 from ray.autoscaler._private.util import prepare_config, validate_config
-from ray.scripts import scripts as ray_scripts
 
 from elastic.cli import parser
 from elastic.options import parse
@@ -163,6 +160,8 @@ SHAPES = {"--protocol": "IpProtocol", "--port": "FromPort", "--cidr": "CidrIp", 
 
 def aws_service(name: str) -> Any:
     """What AWS's own description says of a service."""
+    import botocore.session
+
     return botocore.session.get_session().get_service_model(name)
 
 
@@ -180,22 +179,24 @@ def names_in(shape: Any, depth: int = 3) -> set[str]:
 def check_aws(service: str, operation: str, *options: str) -> None:
     """AWS has the operation with these parameters, and files that are named exist (`storage.json` is the reader's)."""
     model = aws_service(service)
-    known = {botocore.xform_name(name, "-"): name for name in model.operation_names}
+    known = {xform_name(name, "-"): name for name in model.operation_names}
     shape = model.operation_model(known[operation]).input_shape
     given = dict(zip(options[::2], options[1::2]))
-    names = {f"--{botocore.xform_name(name, '-')}" for name in shape.members}
+    names = {f"--{xform_name(name, '-')}" for name in shape.members}
     for option, value in given.items():
         assert option in names or SHAPES[option] in names_in(shape), option
         if value.startswith("file://docs/"):
             assert json.loads((ROOT / value.removeprefix("file://")).read_text())["Version"] == "2012-10-17"
-    required = {f"--{botocore.xform_name(name, '-')}" for name in shape.required_members}
+    required = {f"--{xform_name(name, '-')}" for name in shape.required_members}
     assert required <= given.keys()
 
 
 def check_instance(node_config: dict[str, Any]) -> None:
     """AWS starts instances with such parameters. (Ray takes the subnets itself, from the zone.)"""
+    from botocore.validate import ParamValidator
+
     shape = aws_service("ec2").operation_model("RunInstances").input_shape
-    report = botocore.validate.ParamValidator().validate({**node_config, "MinCount": 1, "MaxCount": 1}, shape)
+    report = ParamValidator().validate({**node_config, "MinCount": 1, "MaxCount": 1}, shape)
     assert not report.has_errors(), report.generate_report()
 
 
@@ -232,7 +233,9 @@ def test_roles_zones_and_logs_are_as_documented() -> None:
 
 def check_ray(words: list[str]) -> None:
     """Ray has the command with these options, its files exist, and what is submitted can be."""
-    command: Any = ray_scripts.cli
+    from ray.scripts import scripts  # takes seconds, with Ray Serve
+
+    command: Any = scripts.cli
     while isinstance(command, click.Group):
         command = command.commands[words.pop(0)]
     entrypoint = words[words.index("--") + 1 :] if "--" in words else []

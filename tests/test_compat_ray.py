@@ -23,13 +23,10 @@ from ray.cluster_utils import Cluster
 from ray.core.generated.autoscaler_pb2 import DrainNodeReason, GetClusterStatusReply
 from ray.core.generated.gcs_pb2 import GcsNodeInfo
 from ray.experimental import internal_kv
-from ray.train.v2._internal.execution.context import DistributedContext, TrainRunContext
-from ray.train.v2._internal.execution.worker_group.poll import WorkerStatus
-from ray.train.v2._internal.execution.worker_group.worker import ActorMetadata, RayTrainWorker
-from ray.tune.execution.tune_controller import TrialRunnerWrapper, TuneController
 
 from elastic.compat import ray as compat
-from elastic.compat import ray_tune
+
+# Ray Train and Tune take seconds to import: only where they are asked.
 
 
 def parameters(function: object) -> list[str]:
@@ -49,6 +46,10 @@ def test_a_controller_imports_neither_torch_nor_ray_train() -> None:
 
 
 def test_a_worker_actor_takes_what_we_give_it() -> None:
+    from ray.train.v2._internal.execution.context import DistributedContext, TrainRunContext
+    from ray.train.v2._internal.execution.worker_group.poll import WorkerStatus
+    from ray.train.v2._internal.execution.worker_group.worker import ActorMetadata, RayTrainWorker
+
     wanted = {
         "train_run_context",
         "distributed_context",
@@ -201,6 +202,10 @@ def test_tokens_are_looked_for_by_two_functions_that_say_so_to_one_logger() -> N
 
 
 def test_tunes_controller_has_what_sweeps_use_of_it() -> None:
+    from ray.tune.execution.tune_controller import TrialRunnerWrapper, TuneController
+
+    from elastic.compat import ray_tune
+
     assert {
         "search_alg",
         "scheduler",
@@ -223,6 +228,8 @@ def test_tunes_controller_has_what_sweeps_use_of_it() -> None:
 
 
 def test_a_trial_that_is_neither_continued_nor_stopped_keeps_its_actor() -> None:
+    from ray.tune.execution.tune_controller import TuneController
+
     execute = inspect.getsource(TuneController._execute_action)
     assert "elif decision == TrialScheduler.NOOP:\n            pass" in execute
 

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ray.tune.schedulers.async_hyperband import _Bracket
 
 from elastic.sweep.config import SweepConfig
 from elastic.sweep.decide import Hyperband, Missing, NoRule, OrderedAsha, Population, Results, Rule, Verdict, percentile
@@ -107,6 +106,8 @@ def test_without_a_rule_all_go_to_their_end():
 
 @given(st.integers(1, 12), st.integers(0, 10**6))
 def test_asha_decides_as_ray_tunes_does_with_one_trial_at_a_time(trials, seed):
+    from ray.tune.schedulers.async_hyperband import _Bracket  # takes seconds
+
     value, bracket = value_of(seed), _Bracket(1, TOTAL, 3, 0)
 
     class Named:
