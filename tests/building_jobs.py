@@ -142,11 +142,14 @@ class Scripted(Building):
 
 
 class Listed(Building):
-    """Keeps a parameter of the model in a list of its own."""
+    """Keeps a parameter of the model in a list that it has had from its beginning."""
+
+    def __init__(self):
+        self.watched = []
 
     def model(self):
         model = Network()
-        self.watched = [model.first.weight]
+        self.watched[:] = [model.first.weight]
         return model
 
 

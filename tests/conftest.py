@@ -62,12 +62,11 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.hookimpl(wrapper=True)
 def pytest_collection() -> Generator[None, object, object]:
     """Collect without the garbage collector: it would look at each imported module and test again and again, for a
-    sixth of the time, and find nothing; nor is there anything in them for later."""
+    sixth of the time, and find nothing."""
     gc.disable()
     try:
         return (yield)
     finally:
-        gc.freeze()
         gc.enable()
 
 

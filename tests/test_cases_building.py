@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import gc
 import json
 import re
 
@@ -202,6 +203,18 @@ def old_weight_norm() -> nn.Module:
         return torch.nn.utils.weight_norm(nn.Linear(2, 2))
 
 
+@pytest.fixture(params=[False, True], ids=["", "frozen"])
+def frozen(request: pytest.FixtureRequest):
+    """The job has frozen its objects for the garbage collector, as one does before processes are forked; or not."""
+    gc.unfreeze()
+    if request.param:
+        gc.freeze()
+    yield
+    assert bool(gc.get_freeze_count()) == request.param
+    gc.unfreeze()
+
+
+@pytest.mark.usefixtures("frozen")
 @pytest.mark.parametrize("make", [swallows, as_numpy, by_address, with_a_graph, on_accumulation, old_weight_norm])
 def test_what_asks_for_values_or_keeps_a_graph_is_built_in_real_memory(make):
     with pytest.raises(CannotDefer):
@@ -254,6 +267,7 @@ def warm_up(job: elastic.Job, strategy: str) -> None:
     Placing(job, config, CPU).warm_up()
 
 
+@pytest.mark.usefixtures("frozen")
 @pytest.mark.parametrize(
     ("job", "strategies", "message"),
     [

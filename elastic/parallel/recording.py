@@ -206,13 +206,13 @@ def recording_initialisers(recorder: Recorder) -> AbstractContextManager[None]:
 class Made:
     """Finds the objects that are created inside. The job may keep them anywhere: in lists, closures, globals.
 
-    Older objects are frozen for the garbage collector meanwhile, so that looking takes no longer than what was created.
+    Older objects are frozen for the garbage collector meanwhile: they are not found. Where the job has frozen its own,
+    as one does before processes are forked, all of them stay so.
     """
 
     def __enter__(self) -> Made:
         self._ours = not gc.get_freeze_count()
-        if self._ours:
-            gc.freeze()
+        gc.freeze()
         return self
 
     def __exit__(self, *_: object) -> None:

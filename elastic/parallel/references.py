@@ -24,7 +24,12 @@ def check_references(model: nn.Module, job: object) -> None:
     parameters = list(model.parameters())
     known = {id(own_parameters(m)) for m in model.modules()} | {id(parameters)}
     known |= {id(flat_weights(m)) for m in model.modules() if isinstance(m, nn.RNNBase)}
-    for holder in gc.get_referrers(*parameters):
+    frozen = gc.get_freeze_count()
+    gc.unfreeze()  # who is frozen is not asked
+    holders = gc.get_referrers(*parameters)
+    if frozen:
+        gc.freeze()
+    for holder in holders:
         if id(holder) in known or isinstance(holder, FrameType):
             continue
         name = next(named[id(o)] for o in gc.get_referents(holder) if id(o) in named)
