@@ -120,10 +120,13 @@ def gate(tmp_path: Path) -> Callable[[str], Path]:
 
 @pytest.fixture(scope="session")
 def fork_server(request: pytest.FixtureRequest) -> Iterator[None]:
-    """The process that workers of `tests.forked` are forked from, and drivers on Ray where there are tests on Ray."""
+    """The process that workers of `tests.forked` are forked from, and drivers on Ray where tests share a cluster: of
+    processes that run tests side by side, in the one that begins with these."""
     from tests import forked
 
-    ray = any(item.get_closest_marker("ray") for item in request.session.items)
+    side_by_side = "PYTEST_XDIST_WORKER" in os.environ
+    tests = [os.environ["PYTEST_CURRENT_TEST"]] if side_by_side else [item.nodeid for item in request.session.items]
+    ray = any(map(shares_cluster, tests))
     with pytest.MonkeyPatch.context() as patch:
         if ray:
             patch.setenv("RAY_AUTH_MODE", "disabled")  # read when Ray is imported

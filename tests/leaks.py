@@ -54,21 +54,26 @@ def take() -> Snapshot:
 
 def descendants(root: int) -> dict[int, str]:
     """Living processes below `root`, by process id, with their command lines. Ended ones (zombies) do not count."""
-    parents: dict[int, int] = {}
-    for name in os.listdir("/proc"):  # twice for each test, so in the cheapest way
-        if name.isdigit():
-            try:
-                with open(f"/proc/{name}/stat", "rb", buffering=0) as file:
-                    state, parent = file.read(512).rpartition(b")")[2].split(None, 2)[:2]
-            except (FileNotFoundError, ProcessLookupError):
-                continue  # it ended while we looked
-            if state not in b"ZX":
-                parents[int(name)] = int(parent)
-    found, wave = set(), {root}
-    while wave:
-        wave = {pid for pid, parent in parents.items() if parent in wave}
-        found |= wave
-    return {pid: _command_line(pid) for pid in found}
+    found: dict[int, str] = {}
+    below = _children(root)
+    while below:  # twice for each test, so without a look at the processes of others
+        pid = below.pop()
+        with suppress(FileNotFoundError, ProcessLookupError):  # it ended while we looked
+            below |= _children(pid)
+            with open(f"/proc/{pid}/stat", "rb", buffering=0) as file:
+                if file.read(512).rpartition(b")")[2].split(None, 1)[0] not in b"ZX":
+                    found[pid] = _command_line(pid)
+    return found
+
+
+def _children(pid: int) -> set[int]:
+    """Those that the threads of this process have started, or were given."""
+    found: set[int] = set()
+    for thread in os.listdir(f"/proc/{pid}/task") * 2:  # one that ends while the list is made may hide another
+        with suppress(FileNotFoundError, ProcessLookupError):
+            with open(f"/proc/{pid}/task/{thread}/children", "rb", buffering=0) as file:
+                found.update(map(int, file.readall().split()))
+    return found
 
 
 def _command_line(pid: int) -> str:
@@ -104,19 +109,15 @@ def compare(before: Snapshot, after: Snapshot, *, ray: bool = False) -> list[str
 @contextmanager
 def adopting_orphans() -> Iterator[None]:
     """Processes whose parent dies become our children here, so that they are seen, instead of those of init."""
-    known = _children()
+    known = _children(os.getpid())
     _set_subreaper(True)
     try:
         yield
     finally:
         _set_subreaper(False)
-        for pid in _children() - known:
+        for pid in _children(os.getpid()) - known:
             with suppress(ChildProcessError):
                 os.waitpid(pid, os.WNOHANG)
-
-
-def _children() -> set[int]:
-    return {int(pid) for pid in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()}
 
 
 def _set_subreaper(on: bool) -> None:
