@@ -26,6 +26,8 @@ def test_a_child_process_and_its_own_child_are_seen_until_they_end():
     grandchild = "import subprocess, sys; p = subprocess.Popen(['sleep', '60']); print(p.pid, flush=True); p.wait()"
     with subprocess.Popen([sys.executable, "-c", grandchild], stdout=subprocess.PIPE, text=True) as child:
         sleeper = int(child.stdout.readline())
+        while leaks._command_line(sleeper) != "sleep 60":
+            pass  # it has become that program, and has no arguments yet
 
         found = _found(before)
 
