@@ -122,10 +122,15 @@ def fork_driver(target: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def _drive(server: str, target: Callable[..., Any], arguments: Sequence[Any]) -> None:
-    known: Any = forkserver._forkserver
-    known._forkserver_address, known.ensure_running = server, _nothing
+    _fork_from(server)
     elastic.worker.children.subprocess = _Subprocess(())  # type: ignore[attr-defined]
     target(*arguments)
+
+
+def _fork_from(server: str) -> None:
+    """Processes of multiprocessing's that this one starts, such as loader processes, are forked from that server."""
+    known: Any = forkserver._forkserver
+    known._forkserver_address, known.ensure_running = server, _nothing
 
 
 def _nothing() -> None:
@@ -138,9 +143,10 @@ def _take_environment(environment: dict[str, str]) -> None:
     faults_of_process.read_plan()
 
 
-def _work(reading: Connection, environment: dict[str, str], namespace: str | None) -> None:
+def _work(reading: Connection, server: str, environment: dict[str, str], namespace: str | None) -> None:
     from elastic.worker.__main__ import _child
 
+    _fork_from(server)
     if namespace is not None:
         enter(namespace)
     for name, number in ((STDOUT, 1), (STDERR, 2)):
@@ -218,7 +224,7 @@ class ForkedProcess:
         specification = json.dumps(values).encode() + b"\n"
         reading, writing = _context.Pipe(duplex=False)
         life = os.fdopen(os.dup(writing.fileno()), "wb")
-        self._start(_work, reading, self._environment, namespace)
+        self._start(_work, reading, forkserver._forkserver._forkserver_address, self._environment, namespace)
         reading.close()
         writing.close()
         life.write(specification)
