@@ -3,7 +3,8 @@
 The plan is in the environment variable ELASTIC_FAULTS: a JSON list of {"point", "rank", "step", "do", "seconds"}, where
 `do` is kill (SIGKILL), stop (SIGSTOP), sleep, lock (sleep while holding the interpreter lock), hold (while `file`
 exists) or raise. Each fault happens once in a process, at that point, rank and step. With `only` (a path) it happens in
-one process only: the first that creates that file. Points in the run's host have rank -1.
+one process only: the first that creates that file. With `when` (a path) it happens only once that file is there. Points
+in the run's host have rank -1.
 """
 
 from __future__ import annotations
@@ -43,6 +44,8 @@ def point(name: str, rank: int, step: int) -> None:
 def _act(name: str, rank: int, step: int) -> None:
     for fault in list(_planned):
         if fault["point"] != name or fault.get("rank", rank) != rank or fault.get("step", step) != step:
+            continue
+        if "when" in fault and not os.path.exists(fault["when"]):
             continue
         _planned.remove(fault)
         if "only" in fault and not _first(fault["only"]):
