@@ -11,135 +11,17 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
-from elastic.membership.protocol.fields import RowKey
-from elastic.membership.protocol.host import (
-    Allowed,
-    Assignment,
-    BeatHeard,
-    Broken,
-    Commit,
-    Dump,
-    Fenced,
-    HostMessage,
-    Out,
-    Over,
-    Recorded,
-    RestorePoint,
-    Resume,
-    SaveAlone,
-    Wished,
-)
-from elastic.membership.protocol.requests import (
-    Allow,
-    Close,
-    Damaged,
-    Drain,
-    Existing,
-    Gone,
-    Grant,
-    Kept,
-    Leaving,
-    Note,
-    Prune,
-    Request,
-    Scale,
-    Wish,
-    Yield,
-)
-from elastic.membership.protocol.worker import (
-    Acknowledge,
-    Beat,
-    Disconnected,
-    Done,
-    Failed,
-    Hello,
-    Join,
-    LedgerEvent,
-    MemberMessage,
-    Report,
-    Rows,
-    SavedAlone,
-    Share,
-    Stacks,
-    Unfit,
-    Unloadable,
-    Whereabouts,
-    WorkerMessage,
-)
+from elastic.membership.protocol.fields import *  # noqa: F403
+from elastic.membership.protocol.host import *  # noqa: F403
+from elastic.membership.protocol.host import HostMessage
+from elastic.membership.protocol.requests import *  # noqa: F403
+from elastic.membership.protocol.requests import Request
+from elastic.membership.protocol.worker import *  # noqa: F403
+from elastic.membership.protocol.worker import MemberMessage, WorkerMessage
 from elastic.membership.wire import Refused, loads, parse, plain
 from elastic.membership.world import Generation
-
-__all__ = [
-    "BEAT_S",
-    "FROM_HOST",
-    "FROM_MEMBER",
-    "FROM_WORKER",
-    "LATELY_S",
-    "MAX_MESSAGE_BYTES",
-    "REFUSED_CODE",
-    "REQUESTS",
-    "SILENT_S",
-    "STACKS_S",
-    "VERSION",
-    "VERSION_HEADER",
-    "Acknowledge",
-    "Allow",
-    "Allowed",
-    "Assignment",
-    "Beat",
-    "BeatHeard",
-    "Broken",
-    "Close",
-    "Commit",
-    "Damaged",
-    "Disconnected",
-    "Done",
-    "Drain",
-    "Dump",
-    "Existing",
-    "Failed",
-    "Fenced",
-    "Gone",
-    "Grant",
-    "Hello",
-    "HostMessage",
-    "Join",
-    "Kept",
-    "Leaving",
-    "LedgerEvent",
-    "MemberMessage",
-    "Note",
-    "Out",
-    "Over",
-    "Prune",
-    "Recorded",
-    "Report",
-    "Request",
-    "RestorePoint",
-    "Resume",
-    "RowKey",
-    "Rows",
-    "SaveAlone",
-    "SavedAlone",
-    "Scale",
-    "Share",
-    "Stacks",
-    "Unfit",
-    "Unloadable",
-    "Whereabouts",
-    "Wish",
-    "Wished",
-    "WorkerMessage",
-    "Yield",
-    "beat_s",
-    "check_version",
-    "dumps",
-    "from_host",
-    "from_worker",
-    "read",
-]
 
 VERSION = 1  # of these modules: to be raised with every change that older code would misread
 VERSION_HEADER = "Elastic-Protocol"
@@ -155,33 +37,15 @@ REFUSED_CODE = 1008  # closes the WebSocket of a worker that sent an invalid mes
 R = TypeVar("R")
 
 
-def _by_kind(*kinds: Any) -> dict[str, Any]:
-    return {kind.kind: kind for kind in kinds}
+def _by_kind(kinds: Any) -> dict[str, Any]:
+    return {kind.kind: kind for kind in get_args(kinds)}
 
 
-FROM_WORKER: Mapping[str, type[WorkerMessage]] = _by_kind(Join, Hello, Beat, Unfit, Acknowledge, Stacks, Report)
-FROM_MEMBER: Mapping[str, type[MemberMessage]] = _by_kind(
-    Rows, LedgerEvent, Disconnected, Share, Unloadable, Failed, SavedAlone, Done
-)
-FROM_HOST: Mapping[str, type[HostMessage]] = _by_kind(
-    BeatHeard, Assignment, SaveAlone, Resume, Broken, Wished, Allowed, Recorded, Commit, Fenced, Out, Over, Dump
-)
+FROM_WORKER: Mapping[str, type[WorkerMessage]] = _by_kind(WorkerMessage)
+FROM_MEMBER: Mapping[str, type[MemberMessage]] = _by_kind(MemberMessage)
+FROM_HOST: Mapping[str, type[HostMessage]] = _by_kind(HostMessage)
 _FROM_ALL: Mapping[str, Any] = {**FROM_WORKER, **FROM_MEMBER}
-REQUESTS: tuple[type[Request], ...] = (
-    Wish,
-    Allow,
-    Close,
-    Damaged,
-    Gone,
-    Note,
-    Leaving,
-    Yield,
-    Existing,
-    Grant,
-    Scale,
-    Drain,
-    Prune,
-)
+REQUESTS: tuple[type[Request], ...] = get_args(Request)
 
 
 def beat_s(workers: int, lease_s: float) -> float:
