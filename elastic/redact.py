@@ -7,6 +7,7 @@ configuration.
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import sys
@@ -30,11 +31,15 @@ _LEAST = 8  # letters of a secret: shorter ones would be found in innocent words
 
 def redact(text: str) -> str:
     """The text without secrets."""
+    return _redact(text, _known())
+
+
+def _redact(text: str, secrets: set[str]) -> str:
     if "://" in text:
         text = _QUERY.sub(rf"\1?{HIDDEN}", _USER.sub(f"{HIDDEN}@", text))
     if "earer" in text or "EARER" in text:
         text = _BEARER.sub(rf"\1{HIDDEN}", text)
-    for secret in _known():
+    for secret in secrets:
         text = text.replace(secret, HIDDEN)
     return text
 
@@ -49,13 +54,21 @@ def printable(text: str) -> str:
 
 def clean(value: Any) -> Any:
     """Plain values, including those in dictionaries and lists, without secrets."""
+    return _clean(value, _known())
+
+
+def _clean(value: Any, secrets: set[str]) -> Any:
     if isinstance(value, str):
-        return redact(value)
+        return _redact(value, secrets)
     if isinstance(value, Mapping):
-        return {k: HIDDEN if is_secret(str(k)) and isinstance(v, str) and v else clean(v) for k, v in value.items()}
-    return [clean(v) for v in value] if isinstance(value, (list, tuple)) else value
+        return {
+            k: HIDDEN if isinstance(v, str) and v and is_secret(str(k)) else _clean(v, secrets)
+            for k, v in value.items()
+        }
+    return [_clean(v, secrets) for v in value] if isinstance(value, (list, tuple)) else value
 
 
+@functools.lru_cache(4096)  # names come again and again: of variables, options, columns
 def is_secret(name: str) -> bool:
     """Whether a name says that its value is secret."""
     return _NAME.search(name) is not None
@@ -64,7 +77,7 @@ def is_secret(name: str) -> bool:
 def _known() -> set[str]:
     """Secrets of this process. fsspec's configuration is read only if something has imported fsspec."""
     found = {value for name, value in os.environ.items() if is_secret(name)}
-    found |= {password for value in os.environ.values() for password in _PASSWORD.findall(value)}
+    found |= {password for value in os.environ.values() for password in _passwords(value)}
     config = sys.modules.get("fsspec.config")
     found |= set(_secrets_in(getattr(config, "conf", {})))  # another thread may be importing it at this moment
     return {value for value in found if len(value) >= _LEAST}
@@ -75,4 +88,8 @@ def _secrets_in(values: Mapping[str, Any]) -> Iterator[str]:
         if isinstance(value, Mapping):
             yield from _secrets_in(value)
         elif isinstance(value, str):
-            yield from [value] if is_secret(name) else _PASSWORD.findall(value)
+            yield from [value] if is_secret(name) else _passwords(value)
+
+
+def _passwords(value: str) -> list[str]:
+    return _PASSWORD.findall(value) if "://" in value else []

@@ -15,11 +15,13 @@ from elastic.checkpoint.reader import newest_first
 from elastic.observe.ledger import EVENTS, METRICS, gaps_and_doubles, kept_history, read_records
 from elastic.storage import Storage
 from jobs.bench.nodes import Command, free_port
-from tests.own_cluster import RAY, OwnCluster, install_wheel
+from tests.own_cluster import OwnCluster, install_wheel
 from tests.ray_cluster import wait_until
 
 pytestmark = [pytest.mark.ray, pytest.mark.long, pytest.mark.timeout(480)]
 TOKEN = "the-token-of-this-cluster"
+#: `ray job`, without the rest of the command `ray`, which imports Ray Serve for seconds.
+JOB = "from ray.dashboard.modules.job.cli import job_cli_group; job_cli_group(prog_name='ray job')"
 FAST_STOP = json.dumps({"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "0"}})
 
 
@@ -32,8 +34,8 @@ class JobApi:
     def start(self, *arguments: str, token: str = TOKEN) -> Command:
         """A command under way. The test's Python runs it: that of Ray's script is the same."""
         return Command(
-            RAY,
-            "job",
+            "-c",
+            JOB,
             arguments[0],
             "--address",
             self._url,
