@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import operator
 import re
 import tomllib
 from collections.abc import Iterator
@@ -70,6 +71,27 @@ def test_links_and_anchors_lead_somewhere(page: str) -> None:
         file = (ROOT / page).parent / name if name else ROOT / page
         assert file.exists(), target
         assert not anchor or anchor in anchors(file), target
+
+
+def module_file(name: str) -> Path | None:
+    path = ROOT / name.replace(".", "/")
+    return next((file for file in (path.with_suffix(".py"), path / "__init__.py") if file.is_file()), None)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_module_and_file_of_ours_that_is_named_exists(page: str) -> None:
+    for span in spans(page):
+        for name in re.findall(r"(?<![\w./-])(?:elastic|jobs|tests)(?:\.[A-Za-z_]\w*)+(?![\w/-])", span):
+            parts = name.split(".")
+            modules = [i for i in range(2, len(parts) + 1) if module_file(".".join(parts[:i]))]
+            if modules:
+                file = module_file(".".join(parts[: modules[-1]]))
+                words = re.findall(r"\w+", file.read_text()) if file else []
+                assert set(parts[modules[-1] :]) <= set(words), name
+            elif not (ROOT / name).is_file():
+                assert operator.attrgetter(name.removeprefix("elastic."))(elastic), name
+        for path in re.findall(r"(?<![\w./-])(?:elastic|jobs|tests|docs)(?:/[\w.]+)+", span):
+            assert (ROOT / path).exists(), path
 
 
 def test_every_page_is_found_from_the_readme() -> None:
