@@ -7,7 +7,7 @@ GPU_TORCH := 2.14.1
 # instead of 13, and every process that is started compiles this package again.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: train demo test test-fast test-slow test-long lint wheel clean
+.PHONY: train demo test test-fast test-slow test-all test-long lint wheel clean
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -30,6 +30,10 @@ test-fast: .venv/ready
 # What of `test-long` does not draw seeds of its own, and so is the same in every run, and takes a minute at most.
 test-slow: .venv/ready
 	$(BIN)/python -m pytest tests -n 2 -m "long and not random and not minutes"
+
+# `test` and `test-slow` in one go: tests are collected once, and what they share is started once.
+test-all: .venv/ready
+	$(BIN)/python -m pytest tests -n 2 -m "not long or not (random or minutes)"
 
 test-long: .venv/ready
 	$(BIN)/python -m pytest tests -n 2 -m "long or random" --hypothesis-profile=fresh

@@ -60,11 +60,7 @@ class Flood:
                 one = socket.create_connection(self._where, 5.0)
                 self._open.append(one)
                 self.made += 1
-                one.send(
-                    (b"GET /run HTT", b"", b"\x16\x03\x01\x02", b"POST /grant HTTP/1.1\r\nContent-Length: 99\r\n\r\n{")[
-                        self.made % 4
-                    ]
-                )
+                one.send(HALVES[self.made % len(HALVES)])
             if len(self._open) > self._count:
                 self._open.pop(0).close()
 
