@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import http.client
 import os
+import select
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -113,6 +115,32 @@ def test_without_the_token_it_says_nothing(server):
     with pytest.raises(SnapshotError):
         put(stranger, at(4), 0, b"x")
     stranger.close()
+
+
+def test_a_connection_stays_and_is_made_again_if_the_vault_has_ended_it_while_idle(monkeypatch):
+    connects = []
+    connect = http.client.HTTPConnection.connect
+    monkeypatch.setattr(http.client.HTTPConnection, "connect", lambda self: (connects.append(1), connect(self)))
+    monkeypatch.setattr(rooms._Handler, "timeout", 0.2)
+    server = VaultServer(TOKEN, HERE)
+    server.start()
+    client = VaultClient(server.url, TOKEN, 10)
+    try:
+        put(client, at(4), 0, b"one")
+        put(client, at(5), 0, b"two")
+        assert len(connects) == 1
+        assert client._connection.sock is not None
+        select.select([client._connection.sock], [], [], 20)  # its end
+
+        put(client, at(6), 0, b"three")
+        assert len(connects) == 2
+        client.cut()
+        with pytest.raises(SnapshotError):
+            put(client, at(7), 0, b"four")
+        assert len(connects) == 2, "one that was cut does not connect again"
+    finally:
+        client.close()
+        server.stop()
 
 
 def test_what_is_not_there_is_an_error(vault):
@@ -262,8 +290,11 @@ def test_a_worker_copies_into_two_buffers_in_turn(vault):
         assert gone.take(at(4), 10) is not lost
 
 
-def test_a_snapshot_right_after_another_is_complete_needs_no_new_memory(vault):
+def test_a_snapshot_right_after_another_is_complete_needs_no_new_memory_and_no_new_connection(vault, monkeypatch):
     """Two buffers do, as long as each snapshot begins when the one before is complete: new pages cost a step's time."""
+    connects = []
+    connect = http.client.HTTPConnection.connect
+    monkeypatch.setattr(http.client.HTTPConnection, "connect", lambda self: (connects.append(1), connect(self)))
     sender, made = Sender(vault.url, TOKEN, torch.device("cpu"), lambda upload: None), set()
     moves, stays = torch.zeros(16), torch.zeros(1000)
     specs = [TensorSpec("moves", "float32", (16,)), TensorSpec("stays", "float32", (1000,))]
@@ -285,6 +316,7 @@ def test_a_snapshot_right_after_another_is_complete_needs_no_new_memory(vault):
         vault.read_into(at(7), whole, [(0, memoryview(stored))])
         assert torch.frombuffer(stored, dtype=torch.float32).unique().tolist() == [7.0]
         assert len(made) == 2
+        assert len(connects) == 3, "of the sender, its buffers and this test"
     finally:
         sender.close()
 

@@ -18,8 +18,13 @@ from elastic.snapshot.holdings import Holding, SnapshotId
 CONNECT_S = 2.0
 
 
+#: How a request fails if the vault has ended the connection since the last one, as it does with idle ones.
+_ENDED = (http.client.RemoteDisconnected, ConnectionResetError, BrokenPipeError)
+
+
 class VaultClient:
-    """One connection to a vault. For one thread at a time.
+    """One connection to a vault, which is made by the first request and stays for the next ones. For one thread at a
+    time.
 
     Args:
         timeout_s: longest wait in seconds for the vault to take or send anything.
@@ -29,14 +34,15 @@ class VaultClient:
         parts = urlsplit(url)
         assert parts.hostname is not None
         self.url, self._token = url, token
-        self._timeout_s = timeout_s
+        self._timeout_s, self.is_cut = timeout_s, False
         self._connection = http.client.HTTPConnection(parts.hostname, parts.port, timeout=CONNECT_S)
 
     def close(self) -> None:
         self._connection.close()
 
     def cut(self) -> None:
-        """Make a pending request to the vault fail at once. From any thread."""
+        """Make a pending request to the vault fail at once, and all others. From any thread."""
+        self.is_cut = True
         sock = self._connection.sock
         if sock is not None:
             with contextlib.suppress(OSError):  # the connection broke by itself
@@ -124,24 +130,35 @@ class VaultClient:
     def _request(self, method: str, path: str, *body: bytes | memoryview) -> http.client.HTTPResponse:
         connection = self._connection
         try:
-            if connection.sock is None:
-                connection.connect()
-                assert connection.sock is not None
-                connection.sock.settimeout(self._timeout_s)
-            connection.putrequest(method, path)
-            connection.putheader("Authorization", f"Bearer {self._token}")
-            if body:
-                connection.putheader("Content-Length", str(sum(map(len, body))))
-            connection.endheaders()
-            for piece in body:
-                connection.send(piece)
-            answer = connection.getresponse()
+            was_open = connection.sock is not None
+            try:
+                answer = self._ask(method, path, *body)
+            except _ENDED:
+                if not was_open or self.is_cut:
+                    raise
+                connection.close()
+                answer = self._ask(method, path, *body)  # to repeat any of the requests changes nothing
             if answer.status >= 300:
                 raise self._error(json.loads(answer.read())["error"])
             return answer
         except (OSError, http.client.HTTPException, ValueError) as error:
             connection.close()  # the next request connects again
             raise self._error(error) from error
+
+    def _ask(self, method: str, path: str, *body: bytes | memoryview) -> http.client.HTTPResponse:
+        connection = self._connection
+        if connection.sock is None:
+            connection.connect()
+            assert connection.sock is not None
+            connection.sock.settimeout(self._timeout_s)
+        connection.putrequest(method, path)
+        connection.putheader("Authorization", f"Bearer {self._token}")
+        if body:
+            connection.putheader("Content-Length", str(sum(map(len, body))))
+        connection.endheaders()
+        for piece in body:
+            connection.send(piece)
+        return connection.getresponse()
 
     def _error(self, why: object) -> SnapshotError:
         text = str(why) or type(why).__name__

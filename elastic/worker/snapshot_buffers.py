@@ -29,7 +29,7 @@ class Buffer:
 
 class Buffers:
     """The buffers of one worker, two as a rule: one holds the newest complete snapshot, the other is free or being
-    written. The methods may be called from any thread.
+    written. `reclaim` is called from one thread, the other methods from any.
 
     Args:
         url: the URL of the vault on this worker's node.
@@ -37,7 +37,7 @@ class Buffers:
     """
 
     def __init__(self, url: str, token: str, *, pinned: bool):
-        self._url, self._token, self._pinned = url, token, pinned
+        self._vault, self._pinned = VaultClient(url, token, RELEASE_S), pinned
         self._buffers: list[Buffer] = []
         self._lock = threading.Lock()
 
@@ -98,17 +98,15 @@ class Buffers:
         with self._lock:
             for buffer in list(self._buffers):
                 self._drop(buffer)
+        self._vault.close()
 
     def _release(self, buffer: Buffer) -> bool:
         if buffer.lent is None:
             return True
-        vault = VaultClient(self._url, self._token, RELEASE_S)
         try:
-            vault.release(buffer.lent)
+            self._vault.release(buffer.lent)
         except SnapshotError:
             return False
-        finally:
-            vault.close()
         return True
 
     def _drop(self, buffer: Buffer) -> None:

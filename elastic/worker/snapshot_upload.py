@@ -7,7 +7,7 @@ import json
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -76,7 +76,7 @@ class Sender:
         self._queue: queue.SimpleQueue[Upload | SnapshotId | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         self._unsteady: set[str] = set()  # declared stable, but written to in a forward pass
-        self._vault: VaultClient | None = None
+        self._vaults: dict[str, VaultClient] = {}  # by their URLs, as of the last upload
         self._upload: Upload | None = None
         self._cut = threading.Event()
 
@@ -138,7 +138,7 @@ class Sender:
         self._cut.set()
         deadline = time.monotonic() + CLOSE_S
         while not upload.ended.wait(0.05):
-            if (vault := self._vault) is not None:
+            for vault in list(self._vaults.values()):
                 vault.cut()
             if time.monotonic() > deadline:
                 raise SnapshotError(f"sending the state of step {upload.id.step} was called off and did not end")
@@ -164,11 +164,18 @@ class Sender:
                 known = isinstance(error, SnapshotError)
                 work.error = str(error) if known else f"{type(error).__name__}: {error}"
                 work.error = CALLED_OFF if self._cut.is_set() else work.error
+                self._forget_vaults()
             self._buffers.end(work.id)
             work.tensors, work.copies = [], {}  # a new world may have replaced them
             work.staged.set()
             self._on_end(work)
             work.ended.set()
+        self._forget_vaults()
+
+    def _forget_vaults(self, but: Collection[str] = ()) -> None:
+        for url, vault in list(self._vaults.items()):
+            if url not in but or vault.is_cut:
+                self._vaults.pop(url).close()
 
     def _carry_out(self, upload: Upload) -> None:
         places = starts(upload.specs, upload.part)
@@ -191,19 +198,16 @@ class Sender:
         fault.point("snapshot.staged", upload.rank, upload.id.step)
         head, body = upload.head, memoryview(buffer.staging.view())[:size]
         digest = ""
+        self._forget_vaults(upload.urls)
         for i, url in enumerate(upload.urls):
+            vault = self._vaults.setdefault(url, VaultClient(url, self._token, SEND_S))
             if self._cut.is_set():
                 raise SnapshotError(CALLED_OFF)
-            self._vault = VaultClient(url, self._token, SEND_S)
-            try:
-                if url == self._own and self.maps:
-                    memory = self._buffers.lend(buffer, size)
-                    self._vault.adopt(upload.id, upload.part, head, memory, upload.keep)
-                else:
-                    digest = digest or _digest(head, body)
-                    self._vault.put(upload.id, upload.part, head, body, digest, upload.keep)
-            finally:
-                self._vault.close()
+            if url == self._own and self.maps:
+                vault.adopt(upload.id, upload.part, head, self._buffers.lend(buffer, size), upload.keep)
+            else:
+                digest = digest or _digest(head, body)
+                vault.put(upload.id, upload.part, head, body, digest, upload.keep)
             fault.point("snapshot.sent" if i else "snapshot.kept", upload.rank, upload.id.step)
 
     def _buffer_for(self, upload: Upload, size: int) -> Buffer:
