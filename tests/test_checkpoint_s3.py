@@ -17,13 +17,13 @@ from elastic.checkpoint.reader import newest_first, read_manifest
 from elastic.checkpoint.retention import Policy, Retention
 from elastic.checkpoint.save import Save
 from elastic.checkpoint.saver import Saver
-from elastic.checkpoint.state import load_state, save_state
 from elastic.checkpoint.tensors import Shard
 from elastic.checkpoint.uploader import LEAST_PART_BYTES
 from elastic.errors import CheckpointError, StorageError
 from elastic.storage import Storage
 from tests import forked
 from tests.alone import restore_newest
+from tests.state_by_hand import load_state, save_state
 from tests.test_checkpoint_faults import KEEPER_POINTS, UPLOADER_POINTS, keep
 from tests.test_checkpoint_hostile import Ledger, fresh, trained
 

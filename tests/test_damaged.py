@@ -12,12 +12,12 @@ from elastic import cli
 from elastic.checkpoint.format import MANIFEST, attempt_folder
 from elastic.checkpoint.reader import Committed, marked, newest_first, problem_of
 from elastic.checkpoint.retention import Policy, Retention
-from elastic.checkpoint.state import load_state, save_state
 from elastic.membership.protocol import Commit, RestorePoint
 from elastic.membership.world import Generation
 from elastic.run.prepare import prepare
 from elastic.storage import Storage
 from tests.forked import LONG, WAIT_S, Ran, Watch, configure, fault, local_run, plan, sample_at, train
+from tests.state_by_hand import load_state, save_state
 from tests.test_bits import flip_a_byte
 from tests.test_run_checkpoints import Office, share
 from tests.tiny_jobs import Everything

@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from elastic.checkpoint.state import load_state, save_state
 from elastic.errors import ConfigError
 from elastic.storage import Storage
 from jobs.bench.s3front import S3Front
+from tests.state_by_hand import load_state, save_state
 
 pytestmark = [pytest.mark.processes, pytest.mark.long]
 ROOT = Path(__file__).parent.parent
@@ -86,7 +86,7 @@ def test_a_store_that_does_not_know_conditional_writes_is_refused_in_one_sentenc
 
 _USE = """
 import sys, torch
-from elastic.checkpoint.state import load_state, save_state
+from tests.state_by_hand import load_state, save_state
 save_state(sys.argv[1], 3, {"w": torch.arange(9)})
 assert load_state(sys.argv[1])[0]["w"].tolist() == list(range(9))
 """

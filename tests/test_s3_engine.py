@@ -10,9 +10,9 @@ import pytest
 import torch
 from s3fs import S3FileSystem
 
-from elastic.checkpoint.state import load_state, save_state
 from elastic.errors import CheckpointError
 from jobs.bench.s3front import data_bytes, most_in_flight
+from tests.state_by_hand import load_state, save_state
 
 pytestmark = pytest.mark.processes
 MIB = 1 << 20

@@ -18,9 +18,9 @@ from elastic.checkpoint import format
 from elastic.checkpoint.chunks import all_chunks
 from elastic.checkpoint.format import MANIFEST, seal
 from elastic.checkpoint.reader import newest_first
-from elastic.checkpoint.state import save_state
 from elastic.storage import Storage
 from elastic.tools.inspecting import verify
+from tests.state_by_hand import save_state
 
 
 def tensors(step: int) -> dict[str, torch.Tensor]:

@@ -20,7 +20,6 @@ from safetensors.torch import load_file, save_file
 
 from elastic import cli, fault
 from elastic.checkpoint.reader import newest_first
-from elastic.checkpoint.state import load_state, save_state
 from elastic.errors import CheckpointError, ConfigError
 from elastic.run.folder import RunFolder
 from elastic.storage import Storage
@@ -29,6 +28,7 @@ from elastic.tools.dcp import open_dcp
 from elastic.tools.inspecting import verify
 from elastic.tools.output import Output, Stream
 from tests import forked
+from tests.state_by_hand import load_state, save_state
 from tests.tiny_jobs import Everything, Plain
 
 WEIGHTS = {

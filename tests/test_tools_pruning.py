@@ -17,12 +17,12 @@ from hypothesis import strategies as st
 
 from elastic import cli
 from elastic.checkpoint.reader import newest_first
-from elastic.checkpoint.state import load_state, save_state
 from elastic.run.folder import RunFolder
 from elastic.storage import Storage
 from elastic.tools.inspecting import unfinished, verify
 from elastic.tools.pruning import RunFacts, decide, look_at_runs, prune_runs
 from elastic.tools.text import age_text, parse_age, parse_size, size_text
+from tests.state_by_hand import load_state, save_state
 from tests.test_tools_moving import resume, stopped_at
 
 DAY = 86400.0

@@ -84,7 +84,7 @@ class TrialRun:
     """
 
     def __init__(self, plan: TrialPlan, number: int, lines: list[dict[str, Any]]):
-        self._plan, self._number = plan, number
+        self._plan = plan
         self._lines = [line for line in lines if line["trial"] == number]
         self._started = next(line for line in self._lines if line["kind"] == "started")
         self._names = {line["trial"]: line["run"] for line in lines if line["kind"] == "started"}

@@ -32,7 +32,7 @@ class LiveRun:
     """A connection to the server of a live run; made by `connect`. A server that was restarted gets a new grant."""
 
     def __init__(self, folder: RunFolder, address: str):
-        self.folder, self._address = folder, address
+        self.folder = folder
         self._secret = secrets.token_urlsafe(32)
         self._link = DriverLink(address, self._secret)
         # how many servers took a grant; a restarted one does not know what was asked of the one before

@@ -20,7 +20,7 @@ _MOST_LOOKED_AT = 100
 
 
 def open_run(url: str, *, read_only: bool = False) -> RunFolder:
-    """Open the folder of a run, or a folder that `checkpoint.state.save_state` wrote.
+    """Open the folder of a run, or a folder of checkpoints alone.
 
     Raises:
         ConfigError: `url` is no such folder, or cannot be listed.

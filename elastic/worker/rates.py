@@ -34,7 +34,7 @@ class Rates:
     """
 
     def __init__(self, job: Job, optimizer: torch.optim.Optimizer, optim: OptimOptions | None = None):
-        self._job, self._optimizer = job, optimizer
+        self._optimizer = optimizer
         optim = optim or OptimOptions()
         self._asked = _asked(job, optim)
         own = made_by(job, optimizer)

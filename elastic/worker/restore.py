@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from elastic import fault
+from elastic.checkpoint.patience import in_one_sentence
 from elastic.errors import CheckpointError
 from elastic.parallel.layout import Held, holders, lost_parts
 from elastic.parallel.wrapping import local
@@ -131,13 +132,19 @@ def _bring(worker: Worker, group: Group) -> tuple[int, bool, int]:
 
 
 def _descend(worker: Worker, group: Group, make: ladder.Make, lost: str | None) -> tuple[int, str]:
-    """Restore down the ladder, and record that later steps are undone. Returns the step and the rung."""
+    """Restore down the ladder, and record that later steps are undone. Returns the step and the rung.
+
+    Raises:
+        CheckpointError: there are checkpoints, and none can be loaded.
+        StorageError: storage cannot be read.
+    """
     holding, snapshots = worker.holding, worker.snapshots
     if worker.config.parallel.sharded:
         holding.let_go(lost)
     holding.touched = True
     options, storage, link = worker.config.checkpoint, worker.storage, worker.link
-    found = ladder.descend(group, make, options, storage, link, snapshots, lost)
+    with in_one_sentence(storage, "read"):
+        found = ladder.descend(group, make, options, storage, link, snapshots, lost)
     if found.state is not None:
         holding.state, holding.applied, holding.open = found.state, found.step, found.open
     if found.manifest is not None:

@@ -1,4 +1,4 @@
-"""Saving and loading named tensors without a run: for tools, benchmarks and notebooks.
+"""Saving and loading named tensors without a run.
 
 saved = save_state("s3://bucket/models", step=7, tensors={"w": w})
 tensors, manifest = load_state("s3://bucket/models")
