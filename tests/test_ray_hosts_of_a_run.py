@@ -23,7 +23,7 @@ OPTIONS = (
     "--scaling.max-workers",
     "2",
     "--recovery.lease",
-    "15s",
+    "10s",  # is waited for where nobody knows that workers have ended
     "--recovery.hang-timeout",
     "10s",
 )
