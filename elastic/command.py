@@ -41,7 +41,13 @@ def run(job_class: type[Job], config: TrainConfig, argv: Sequence[str]) -> int:
         forking: list[Forking] = []
 
         def begin(given: TrainConfig) -> None:
-            if not (given.dry_run or given.debug or given.cluster.address or os.environ.get("RAY_ADDRESS")):
+            if given.dry_run or given.debug:
+                return
+            from elastic.cluster.standing import serve_early
+
+            named = given.cluster.address or os.environ.get("RAY_ADDRESS")
+            running = given.cluster.local_nodes is None and serve_early(named, given.cluster.keep_warm)
+            if not named and not running:
                 from elastic.cluster.forking import Forking
 
                 forking.append(ending.enter_context(Forking()))

@@ -15,15 +15,21 @@ import ray
 from ray._private import ray_constants, services
 from ray._private import worker as ray_worker
 from ray._private.authentication import authentication_token_setup as token_setup
+from ray._private.grpc_utils import init_grpc_channel
 from ray._private.node import Node
 from ray._private.state import state as ray_state
+from ray._private.utils import get_runtime_env_info
 from ray._private.worker import Worker
 from ray._raylet import InnerGcsClient
 from ray.cluster_utils import Cluster
 from ray.core.generated.autoscaler_pb2 import DrainNodeReason, GetClusterStatusReply
 from ray.core.generated.gcs_pb2 import GcsNodeInfo
+from ray.core.generated.node_manager_pb2 import PrestartWorkersRequest
+from ray.core.generated.node_manager_pb2_grpc import NodeManagerServiceServicer
 from ray.experimental import internal_kv
+from ray.runtime_env import RuntimeEnv
 
+from elastic.cluster import fork_server
 from elastic.compat import ray as compat
 
 # Ray Train and Tune take seconds to import: only where they are asked.
@@ -43,6 +49,30 @@ def test_a_controller_imports_neither_torch_nor_ray_train() -> None:
     program = "import sys, elastic.cluster.controller; print({'torch', 'ray.train'} & set(sys.modules))"
     ran = subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, timeout=60, check=True)
     assert ran.stdout == "set()\n"
+
+
+def test_a_raylet_is_known_by_its_command_and_an_idle_worker_by_its_name() -> None:
+    """`cluster.standing` and `cluster.fork_server` read them without Ray."""
+    source = inspect.getsource(services.start_raylet)
+    for word in ("--python_worker_command={", "--node_id={", "--gcs-address={"):
+        assert word in source
+    assert services.RAYLET_EXECUTABLE.endswith("raylet/raylet")
+    assert ray_constants.SETUP_WORKER_FILENAME == "setup_worker.py"
+    assert Path(services.RAY_PATH, "_private", "workers", "setup_worker.py").is_file()
+    assert fork_server._IDLE.decode() == ray_constants.WORKER_PROCESS_TYPE_IDLE_WORKER
+    assert ray.JobID.nil().hex() == fork_server._NO_JOB
+    assert b"RAY_LD_PRELOAD_ON_WORKERS" in Path(services.RAYLET_EXECUTABLE).read_bytes()
+
+
+def test_a_raylet_starts_workers_ahead_for_an_environment() -> None:
+    fields = {field.name for field in PrestartWorkersRequest.DESCRIPTOR.fields}
+    assert fields == {"language", "job_id", "runtime_env_info", "keep_alive_duration_secs", "num_workers"}
+    assert not PrestartWorkersRequest().HasField("job_id")  # then it is for any job
+    assert "PrestartWorkers" in vars(NodeManagerServiceServicer)
+    assert parameters(get_runtime_env_info)[0] == "runtime_env"
+    assert parameters(init_grpc_channel)[0] == "address"
+    info = get_runtime_env_info(RuntimeEnv(py_executable="python x"))
+    assert info.serialized_runtime_env == '{"py_executable": "python x"}'
 
 
 def test_a_worker_actor_takes_what_we_give_it() -> None:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import random
+import subprocess
+import sys
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -55,3 +58,22 @@ def test_seeding_reaches_python_numpy_and_torch():
         random.setstate(states[0])
         np.random.set_state(states[1])
         torch.set_rng_state(states[2])
+
+
+@pytest.mark.processes
+def test_torch_is_seeded_when_it_is_imported_later():
+    program = """
+import importlib.util, sys
+from elastic.seeds import derive, seed_all, seed_job
+seed_all(1)
+seed_job()
+importlib.util.find_spec("torch")  # only asked for
+assert "torch" not in sys.modules
+import torch
+later = torch.rand(3)
+torch.manual_seed(derive("job"))
+assert torch.equal(later, torch.rand(3))
+seed_all(1)
+assert torch.initial_seed() == 1
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)

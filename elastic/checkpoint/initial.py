@@ -17,14 +17,13 @@ from elastic.checkpoint import format
 from elastic.checkpoint.downloads import RangeReader
 from elastic.checkpoint.fields import ITEM_BYTES, MAX_DIMS
 from elastic.checkpoint.format import Chunk, TensorEntry, block_count
-from elastic.checkpoint.loader import IN_FLIGHT, fill
 from elastic.checkpoint.patience import patiently
-from elastic.checkpoint.tensors import Shard
 from elastic.errors import CheckpointError, ConfigError
 from elastic.job_code import job_code
 from elastic.storage import Storage
 
 if TYPE_CHECKING:
+    from elastic.checkpoint.tensors import Shard
     from elastic.job import Job
 
 SUFFIX = ".safetensors"
@@ -194,6 +193,8 @@ def fill_initial(
     Raises:
         CheckpointError: a tensor that the files lack, unless `partial`; none in common; another shape.
     """
+    from elastic.checkpoint.loader import fill  # imports torch, which a driver does without
+
     found: dict[str, str] = {}
     wanted = {s.name: [t for n in (s.name, *(aliases or {}).get(s.name, ())) if (t := named(n))] for s in shards}
     for name, names in wanted.items():
@@ -221,6 +222,8 @@ def _instead(source: Source, some: bool) -> str:
 
 def hashes(source: Source) -> dict[str, str]:
     """sha256 of each file, whole."""
+    from elastic.checkpoint.loader import IN_FLIGHT
+
     reader, size = RangeReader(source.storage), format.BLOCK_BYTES
     found = {}
     try:

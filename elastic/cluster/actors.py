@@ -22,7 +22,6 @@ from elastic.cluster.vaults import vault_url
 from elastic.errors import ElasticError, FencedError, RunFailed, WarmUpError, one_line
 from elastic.run.host import HostSettings, RunHost, import_store
 from elastic.run.keeper_options import KeeperOptions
-from elastic.worker.linking import link_of
 from elastic.worker.run import Identity, WorkerRun
 
 MARKET_LABEL = "ray.io/market-type"  # spot or on-demand
@@ -99,6 +98,8 @@ def training_function(run: WorkerRun, accelerator: str, vaults: str | None) -> C
             )
             run = replace(bare, job=cloudpickle.loads(packed))
         except Exception as error:  # any error of a module while it is imported, or Ray's if the node goes away
+            from elastic.worker.linking import link_of
+
             with closing(link_of(bare, identity)) as link:
                 link.unfit(failing.format(host=identity.host, why=one_line(error)))
             return "unfit"

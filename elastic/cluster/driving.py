@@ -12,6 +12,7 @@ from elastic.cluster.autoscaler import node_types
 from elastic.cluster.capacity import awaited, check_fits, choose_accelerator, worker_resources
 from elastic.cluster.control import RunControl
 from elastic.cluster.embedded import node_resources
+from elastic.cluster.forks import Forks, forks_here
 from elastic.cluster.hosting import HostOnRay
 from elastic.cluster.metrics import RayMetrics
 from elastic.cluster.outputs import WorkersOutput
@@ -64,11 +65,13 @@ def drive_on_ray(
         [outlived(control.on_record)] if control is not None else []
     )
     drive = Drive(run, listeners, console.print)
-    host = HostHere(*arguments) if control is not None else HostOnRay(*arguments, drive.fail)
+    warm = run.config.cluster.keep_warm
+    forks = None if warm is None else forks_here(parse_amount("--cluster.keep-warm", warm, clock=True).seconds)
+    host = HostHere(*arguments) if control is not None else HostOnRay(*arguments, drive.fail, forks)
     try:
         with handled_by(drive.on_signal), logs, output.heard(), logs.telling_of_deaths():
             url = host.begin()
-            plan = _group_plan(run, url, settings, accelerator)
+            plan = _group_plan(run, url, settings, accelerator, forks)
             workers = RayWorkers(plan, _function(run, plan, accelerator), here=control is not None)
             try:
                 workers.start()  # they take longer to start than their host, and need it only then
@@ -96,7 +99,7 @@ def drive_on_ray(
             drive.close()
 
 
-def _group_plan(run: PreparedRun, url: str, settings: HostSettings, accelerator: str) -> GroupPlan:
+def _group_plan(run: PreparedRun, url: str, settings: HostSettings, accelerator: str, forks: Forks | None) -> GroupPlan:
     scaling = run.config.scaling
     patience_s = parse_amount("--scaling.request-timeout", scaling.request_timeout, clock=True).seconds
     return GroupPlan(
@@ -115,6 +118,7 @@ def _group_plan(run: PreparedRun, url: str, settings: HostSettings, accelerator:
         stages=run.config.parallel.stages,
         vaults=run.plan.snapshot_every is not None,
         hang_timeout_s=settings.hang_s or HANG_TIMEOUT_S,
+        forks=forks,
     )
 
 

@@ -1,6 +1,8 @@
-"""What an embedded cluster starts for each of its workers, instead of Ray's `setup_worker.py`: asks the run's fork
-server for the process, and ends. Where that cannot be, Ray's script takes its place. It runs for each worker, so it
-imports little, and nothing of ours.
+"""What a node starts for a worker, instead of Ray's own script: asks a fork server for the process, and ends. Where
+that cannot be, Ray's script takes its place. It runs for each worker, so it imports little, and nothing of ours.
+
+    python fork_request.py SCRIPT ARGUMENTS                    (on an embedded cluster, instead of `setup_worker.py`)
+    python fork_request.py --server CODE SCRIPT ARGUMENTS      (on a standing one, where `setup_worker.py` starts it)
 """
 
 from __future__ import annotations
@@ -10,10 +12,12 @@ import json
 import os
 import resource
 import socket
+import stat
 import sys
 from typing import Any
 
-SOCKET = "ELASTIC_FORK_SERVER"  # environment variable: the path of the server's socket
+SOCKET = "ELASTIC_FORK_SERVER"  # environment variable: the path of the socket of an embedded cluster's server
+SERVER = "--server"
 _CONTEXT = "--serialized-runtime-env-context="
 _LANGUAGE = "--language="
 _FOLDER, _SCRIPT, _ORDINARY = os.path.join("ray", "_private", "workers"), "default_worker.py", "setup_worker.py"
@@ -21,8 +25,14 @@ _ANSWER_S = 60.0  # the server may still import
 
 
 def main() -> None:
-    arguments, path = sys.argv[1:], os.environ.pop(SOCKET, None)
-    request = requested(arguments)
+    arguments = sys.argv[1:]
+    if arguments[:1] == [SERVER]:
+        folder, arguments = server_folder(os.getppid(), arguments[1]), arguments[2:]
+        request = requested(arguments)
+        if request is not None and is_private(folder) and _ask(os.path.join(folder, "socket"), request):
+            os._exit(0)
+        os.execv(sys.executable, [sys.executable, *arguments])
+    path, request = os.environ.pop(SOCKET, None), requested(arguments)
     if path is not None and request is not None and _ask(path, request):
         os._exit(0)
     script = next(a for a in arguments if a.endswith(os.path.join(_FOLDER, _SCRIPT)))
@@ -58,8 +68,54 @@ def requested(arguments: list[str]) -> dict[str, Any] | None:
         "niceness": os.getpriority(os.PRIO_PROCESS, 0),
         "files": resource.getrlimit(resource.RLIMIT_NOFILE),
         "core": resource.getrlimit(resource.RLIMIT_CORE),
+        "umask": _umask(),
+        "oom_score": int(_read("/proc/self/oom_score_adj") or 0),
+        "place": place("self"),
         "raylet": os.getppid(),
     }
+
+
+def server_folder(raylet: int, code: str) -> str:
+    """The folder of the fork server for a raylet and the code with this fingerprint."""
+    return f"/tmp/elastic-{os.getuid()}/fork-{raylet}-{started(raylet)}-{code}"
+
+
+def started(process: int) -> int:
+    """When it started, in ticks since the machine did: with its id that names a process for ever. 0 without it."""
+    try:
+        return int(_read(f"/proc/{process}/stat").rpartition(")")[2].split()[19])
+    except OSError:
+        return 0
+
+
+def place(process: str) -> dict[str, Any]:
+    """Where a process is that its children are too: its control group, its CPUs, and its namespaces."""
+    spaces = ("mnt", "net", "ipc", "pid", "user")
+    return {
+        "group": _read(f"/proc/{process}/cgroup"),
+        "cpus": sorted(os.sched_getaffinity(0 if process == "self" else int(process))),
+        "spaces": [os.readlink(f"/proc/{process}/ns/{name}") for name in spaces],
+    }
+
+
+def is_private(folder: str) -> bool:
+    """Whether a folder is this user's, and nobody else can enter it. One that is not there is not."""
+    try:
+        found = os.lstat(folder)
+    except OSError:
+        return False
+    return stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o077
+
+
+def _umask() -> int:
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
+
+
+def _read(path: str) -> str:
+    with open(path) as file:
+        return file.read()
 
 
 def _ask(path: str, request: dict[str, Any]) -> bool:

@@ -17,6 +17,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from elastic.cluster.capacity import excluded_nodes, fits
 from elastic.cluster.demands import Demands
+from elastic.cluster.forks import Keeper
 from elastic.cluster.placement_groups import GroupPlan, Placement
 from elastic.cluster.pool import (
     Action,
@@ -63,13 +64,13 @@ class _Handle:
         """The id of the node on which Ray placed it."""
         return ray.util.placement_group_table(self.placement.group)["bundles_to_node_id"].get(self._bundle, "")
 
-    def create(self, resources: dict[str, float], node: str) -> None:
-        """Create the actor, whose resources are there. Does not wait."""
+    def create(self, resources: dict[str, float], node: str, options: dict[str, Any]) -> None:
+        """Create the actor, whose resources are there, with more options of Ray. Does not wait."""
         strategy = PlacementGroupSchedulingStrategy(
             placement_group=self.placement.group, placement_group_bundle_index=self._bundle
         )
         cpus, gpus = resources.get("CPU", 0), resources.get("GPU", 0)
-        self.actor = create(num_cpus=cpus, num_gpus=gpus, scheduling_strategy=strategy)
+        self.actor = create(num_cpus=cpus, num_gpus=gpus, scheduling_strategy=strategy, **options)
         self.unit = replace(
             self.unit, stage=Stage.STARTING, since=time.monotonic(), id=actor_id(self.actor)[:12], node=node
         )
@@ -96,7 +97,12 @@ class WorkerGroup:
         self._seen = Seen(plan.want(plan.max_workers))
         self._handles: dict[int, _Handle] = {}
         self._numbers = itertools.count()
-        self._vaults = Vaults(plan.name, plan.token, plan.hang_timeout_s, how_it_ended) if plan.vaults else None
+        self._forks = Keeper(plan.forks, vaults=plan.vaults)
+        self._vaults = (
+            Vaults(plan.name, plan.token, plan.hang_timeout_s, how_it_ended, self._forks.options)
+            if plan.vaults
+            else None
+        )
         self._deadlines: dict[str, int] = {}  # of nodes that go away
         self._quarantine = Quarantine()
         self._answered = False  # by the membership server
@@ -113,6 +119,7 @@ class WorkerGroup:
         self._handles = {}
         if self._vaults is not None:
             self._vaults.close()
+        self._forks.close()
 
     def turn(self, timeout_s: float) -> bool:
         """Drop dead workers, request missing ones, start those whose resources are there. Waits at most `timeout_s`.
@@ -182,7 +189,7 @@ class WorkerGroup:
         if handle.unit.stage is Stage.ASKED:
             node = handle.place()
             if may_be_there(handle.unit, node, self._units, self._seen, self._bounds):
-                handle.create(self._plan.unit, node)
+                handle.create(self._plan.unit, node, self._forks.options(node))
             else:  # `decide` will request it again, elsewhere
                 self._remove(handle, node_lost=True)
         elif handle.unit.stage is Stage.STARTING:
@@ -261,6 +268,11 @@ class WorkerGroup:
         for unit in running:
             if unit.id in self._ready:
                 self._quarantine = self._quarantine.after_success(unit.node)
+        trained: dict[str, list[Any]] = {}
+        for handle in self._handles.values():
+            if handle.unit.stage is Stage.RUNNING and handle.unit.id in self._ready:
+                trained.setdefault(handle.unit.node, []).append(handle.actor)
+        self._forks.look(trained)
         want = self._plan.want(found["max_workers"])
         if want > self._seen.want:
             self._patience = Patience(self._plan.terms.request_timeout_s)  # what failed before was a smaller request

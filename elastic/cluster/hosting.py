@@ -13,6 +13,7 @@ from typing import Any
 import ray
 
 from elastic.cluster.actors import HostActor
+from elastic.cluster.forks import Forks
 from elastic.errors import one_line
 from elastic.membership.driver import DriverLink
 from elastic.run.host import HostSettings
@@ -29,6 +30,7 @@ class HostOnRay:
 
     Args:
         on_loss: called with the reason if no host could be started again.
+        forks: how it is a fork on a standing cluster.
     """
 
     def __init__(
@@ -38,13 +40,15 @@ class HostOnRay:
         settings: HostSettings,
         detail: dict[str, Any],
         on_loss: Callable[[str], None],
+        forks: Forks | None,
     ):
         self._host: Any = None
         self._coming: Any = None
         self._lookout: Lookout | None = None
         self._settings, self._detail, self._on_loss = replace(settings, port=_free_port()), detail, on_loss
-        here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
-        actor_class: Any = ray.remote(num_cpus=0, max_restarts=-1, label_selector=here)(HostActor)
+        node = ray.get_runtime_context().get_node_id()
+        here = {"label_selector": {"ray.io/node-id": node}, **(forks.options(node) if forks is not None else {})}
+        actor_class: Any = ray.remote(num_cpus=0, max_restarts=-1, **here)(HostActor)
         self._make = partial(actor_class.remote, folder_url, options)
 
     def begin(self) -> str:

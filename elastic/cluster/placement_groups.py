@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import ray
 from ray.util.placement_group import placement_group, remove_placement_group
 
+from elastic.cluster.forks import Forks
 from elastic.cluster.sharing import Terms
 from elastic.membership.forming import helpful_size
 
@@ -30,6 +31,7 @@ class GroupPlan:
         stages: the fewest cells of a pipeline; 1 without pipelines.
         vaults: the run has vaults.
         hang_timeout_s: seconds after which a vault or controller that does not answer is replaced.
+        forks: how workers are forks on a standing cluster.
     """
 
     url: str
@@ -47,6 +49,7 @@ class GroupPlan:
     stages: int = 1
     vaults: bool = False
     hang_timeout_s: float = 30.0
+    forks: Forks | None = None
 
     def want(self, max_workers: int) -> int:
         """How many workers to have if a world has at most `max_workers`: those that help or are needed, and spares."""

@@ -76,10 +76,19 @@ class Vaults:
         prefix: of the actors' names, by which workers of the run find them.
         hang_timeout_s: a vault that does not answer for so long is ended and started again.
         how: turns Ray's error text into how a process ended.
+        options: more options of Ray for an actor on a node.
     """
 
-    def __init__(self, prefix: str, token: str, hang_timeout_s: float, how: Callable[[str], str]):
+    def __init__(
+        self,
+        prefix: str,
+        token: str,
+        hang_timeout_s: float,
+        how: Callable[[str], str],
+        options: Callable[[str], dict[str, Any]] = lambda node: {},
+    ):
         self._prefix, self._token, self._hang_timeout_s, self._how = prefix, token, hang_timeout_s, how
+        self._options = options
         self._vaults: dict[str, _Vault] = {}  # by node
 
     def ensure(self, node: str) -> None:
@@ -122,7 +131,11 @@ class Vaults:
         actor: Any = (
             ray.remote(VaultActor)
             .options(
-                num_cpus=0, label_selector={"ray.io/node-id": node}, name=_name(self._prefix, node), max_concurrency=2
+                num_cpus=0,
+                label_selector={"ray.io/node-id": node},
+                name=_name(self._prefix, node),
+                max_concurrency=2,
+                **self._options(node),
             )
             .remote(self._token, port)
         )

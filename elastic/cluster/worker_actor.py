@@ -7,6 +7,7 @@ from typing import Any
 
 import ray
 
+from elastic.cluster.forks import Forks, serve_here
 from elastic.cluster.references import Sent
 
 
@@ -35,6 +36,10 @@ class WorkerActor:
     def node(self) -> str:
         """The id of its node; an answer means that the process is up."""
         return self._worker.get_metadata().node_id
+
+    def serve_forks(self, forks: Forks, asks: str) -> bool:
+        """Have a fork server on this node for later workers; whether there is one, and the command `asks` it."""
+        return serve_here(forks, asks)
 
     def begin(self, run: str, workers: int, resources: dict[str, float], function: Sent) -> None:
         """Start the training function. Its end shows in `status` only.

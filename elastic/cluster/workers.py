@@ -88,9 +88,10 @@ class _Actor:
     """A controller that is an actor on this node."""
 
     def __init__(self, plan: GroupPlan, function: Sent):
-        here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
+        node = ray.get_runtime_context().get_node_id()
+        here = {"label_selector": {"ray.io/node-id": node}, **_environment(plan, node)}
         actor_class: Any = ray.remote(Controller)
-        self._actor = actor_class.options(num_cpus=0, max_concurrency=3, label_selector=here).remote(plan, function)
+        self._actor = actor_class.options(num_cpus=0, max_concurrency=3, **here).remote(plan, function)
         self._running = self._actor.run.remote()
         self._ping: Any = None
         self._answered = False
@@ -128,6 +129,12 @@ class _Actor:
             self._actor.end.remote()
             ray.wait([self._running], timeout=END_S)
         ray.kill(self._actor)
+
+
+def _environment(plan: GroupPlan, node: str) -> dict[str, Any]:
+    """Workers inherit the environment of their controller: it has one only if all nodes can serve it."""
+    nodes = [n["NodeID"] for n in ray.nodes() if n["Alive"]]
+    return plan.forks.options(node) if plan.forks is not None and plan.forks.has(nodes) else {}
 
 
 class _Here:

@@ -20,8 +20,10 @@ from ray._private.authentication import authentication_token_setup as token_setu
 from ray._private.node import Node
 from ray._private.resource_and_label_spec import HEAD_NODE_RESOURCE_NAME
 from ray._private.state import state
+from ray._private.utils import get_runtime_env_info
 from ray._raylet import GcsClient  # type: ignore[attr-defined]
 from ray.core.generated.autoscaler_pb2 import DrainNodeReason, GetClusterStatusReply  # type: ignore[attr-defined]
+from ray.core.generated.common_pb2 import Language  # type: ignore[attr-defined]
 from ray.core.generated.gcs_pb2 import GcsNodeInfo  # type: ignore[attr-defined]
 from ray.experimental.internal_kv import (
     _internal_kv_del,
@@ -29,6 +31,7 @@ from ray.experimental.internal_kv import (
     _internal_kv_list,
     _internal_kv_put,
 )
+from ray.runtime_env import RuntimeEnv
 
 #: The version whose private names were checked.
 TESTED = "2.60."
@@ -38,6 +41,7 @@ HEAD_RESOURCE: str = HEAD_NODE_RESOURCE_NAME
 TOKEN_LOGGER: str = token_setup.__name__
 #: Ray's text for an actor whose process the raylet saw end.
 PROCESS_DIED = "its worker process has died"
+PRESTART_S = 5.0
 _EXIT_DETAIL = re.compile(r"Worker exit detail: (.*?)(?:\. (?:There are some potential|Some common causes)|\n|$)", re.S)
 
 # ---- the cluster that this process is connected to -------------------------------------------------------------------
@@ -137,6 +141,34 @@ def bare_nodes(worker_script: str | None) -> Iterator[None]:
 
 def _start_nothing(node: Node, **arguments: Any) -> None:
     pass
+
+
+def prestart_workers(address: str, environment: dict[str, Any], count: int, keep_s: float) -> None:
+    """Have a node start workers for whichever job first asks for a worker with this runtime environment.
+
+    Args:
+        address: of the node's raylet (host:port).
+        keep_s: Ray ends those that nobody asked for in this time, as it ends other idle workers.
+
+    Raises:
+        RuntimeError: it does not answer.
+    """
+    import grpc
+    from ray._private.grpc_utils import init_grpc_channel
+    from ray.core.generated.node_manager_pb2 import PrestartWorkersRequest  # type: ignore[attr-defined]
+    from ray.core.generated.node_manager_pb2_grpc import NodeManagerServiceStub
+
+    request = PrestartWorkersRequest(
+        language=Language.Value("PYTHON"),
+        runtime_env_info=get_runtime_env_info(RuntimeEnv(**environment)),
+        keep_alive_duration_secs=int(keep_s),
+        num_workers=count,
+    )
+    try:
+        with init_grpc_channel(address) as channel:
+            NodeManagerServiceStub(channel).PrestartWorkers(request, timeout=PRESTART_S)
+    except grpc.RpcError as error:
+        raise RuntimeError(f"the node at {address} does not start workers: {error}") from error
 
 
 # ---- the head's store of values ------------------------------------------------------------------------------------

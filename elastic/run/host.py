@@ -14,7 +14,6 @@ from elastic.checkpoint.retention import Policy
 from elastic.config import TrainConfig
 from elastic.membership.decisions import advance
 from elastic.membership.events import Scaled
-from elastic.membership.server import MembershipServer
 from elastic.membership.state import Limits, Phase, State
 from elastic.prices import read_prices
 from elastic.run.folder import RunFolder, owner
@@ -60,6 +59,8 @@ class RunHost:
     """The membership server and the keeper of a run, which decide its worlds and write its ledger."""
 
     def __init__(self, folder_url: str, options: KeeperOptions, settings: HostSettings):
+        from elastic.membership.server import MembershipServer  # and aiohttp, which a driver does without
+
         self.keeper = RunKeeper(RunFolder(Storage(folder_url)), options)
         state = State(options.epoch, settings.limits)
         if settings.restarted:

@@ -197,8 +197,14 @@ class ClusterOptions:
         None, "address of a running Ray cluster (default: RAY_ADDRESS, a running one, or embedded)", once=True
     )
     local_nodes: int | None = option(None, "start an embedded cluster of this many separate Ray nodes", once=True)
+    keep_warm: str | None = option(
+        "30min", "on a running cluster: processes wait so long for the next run, which starts in seconds; None: no"
+    )
 
     def __post_init__(self) -> None:
+        if self.keep_warm is not None:
+            name, text = "--cluster.keep-warm", self.keep_warm
+            require(parse_amount(name, text, clock=True).is_clock, name, text, "give a time in s, min or h")
         if self.local_nodes is not None:
             whole("--cluster.local-nodes", self.local_nodes, 1)
             require(

@@ -39,7 +39,8 @@ class CpuTimes:
     """
 
     def __init__(self, standing: Iterable[int] = ()):
-        self.roots = list(standing)
+        self._standing = tuple(standing)
+        self.roots = list(self._standing)
         self._seconds: dict[int, float] = {}
         self._names: dict[int, str] = {}
         self._lock = threading.Lock()
@@ -71,20 +72,27 @@ class CpuTimes:
             self._look()
 
     def _look(self) -> None:
-        parents, seconds = {}, {}
+        parents, seconds, servers = {}, {}, set()
         for entry in os.listdir("/proc"):
             if entry.isdigit():
                 with suppress(OSError):
                     fields = Path(f"/proc/{entry}/stat").read_bytes().rpartition(b")")[2].split()
                     parents[int(entry)] = int(fields[1])
                     seconds[int(entry)] = (int(fields[11]) + int(fields[12])) * _TICK_S
-        wave = set(self.roots)
+                    if fields[1] == b"1" and self._serves(entry):
+                        servers.add(int(entry))
+        wave = {*self.roots, *servers}
         with self._lock:
             while wave:
                 for pid in wave & seconds.keys():
                     self._seconds[pid] = max(seconds[pid], self._seconds.get(pid, 0.0))
                     self._names[pid] = _name(pid) or self._names.get(pid, "driver")
                 wave = {pid for pid, parent in parents.items() if parent in wave}
+
+    def _serves(self, pid: str) -> bool:
+        """Whether this is the fork server of one of the standing raylets, which has left its parent behind."""
+        words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+        return any(w.endswith(b"/fork_server.py") for w in words) and any(b"%d" % p in words for p in self._standing)
 
 
 def _name(pid: int) -> str | None:

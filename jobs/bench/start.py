@@ -23,9 +23,12 @@ from typing import Any
 from elastic.observe.ledger import EVENTS, METRICS, read_records
 from elastic.storage import Storage
 from jobs.bench.cpu import CpuTimes
+from jobs.bench.nodes import OBJECT_STORE_BYTES, raylet_pid
 from jobs.bench.report import median, table, write_json
 
 WORKERS = 2
+RUNS = 3  # on one standing cluster, of which the first finds no process of ours
+SETTLE_S = 15.0  # then nothing of the last run is under way
 PARTS = ("import_s", "data_s", "model_s")
 
 
@@ -54,11 +57,14 @@ def start_here(folder: Path, address: str | None, standing: Sequence[int]) -> tu
     }, cpu
 
 
-def start_stock(folder: Path, standing: Sequence[int]) -> tuple[dict[str, float], dict[str, float]]:
+def start_stock(
+    folder: Path, address: str | None, standing: Sequence[int]
+) -> tuple[dict[str, float], dict[str, float]]:
     """The same for stock Ray Train's TorchTrainer."""
     out = folder / "stock.json"
     out.unlink(missing_ok=True)
     command = [sys.executable, "-m", "jobs.bench.stock_start", str(out), str(folder / "stock"), str(WORKERS)]
+    command += [address] if address else []
     began, ended, cpu = _run(command, out, standing)
     at = json.loads(out.read_text())
     return {
@@ -91,28 +97,41 @@ def _run(command: list[str], sign: Path, standing: Sequence[int]) -> tuple[float
     return began, time.time(), found
 
 
+def _standing(ending: ExitStack) -> tuple[str, list[int]]:
+    """A cluster of one head, as `ray start --head` starts it, with the workers that Ray starts ahead."""
+    from elastic.compat.ray import local_cluster
+
+    cluster = local_cluster(num_cpus=WORKERS, include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES)
+    ending.callback(cluster.shutdown)
+    time.sleep(SETTLE_S)
+    return str(cluster.address), [raylet_pid(cluster.head_node)]
+
+
 def measure(pairs: int, *, standing: bool, alone: bool) -> dict[str, Any]:
     """Interleaved starts of a run here and of stock Ray Train."""
     runs: dict[str, list[tuple[dict[str, float], dict[str, float]]]] = {}
     with ExitStack() as ending:
         folder = Path(ending.enter_context(tempfile.TemporaryDirectory(prefix="elastic-bench-")))
-        address, roots = None, []
-        if standing:
-            from jobs.bench.nodes import LocalCluster, raylet_pid
-
-            cluster = LocalCluster(nodes=1)
-            ending.callback(cluster.close)
-            address, roots = cluster.address, [raylet_pid(node) for node in cluster.nodes]
+        roots: list[int] = []
+        address: str | None = None
         for pair in range(pairs):
-            runs.setdefault("here", []).append(start_here(folder, address, roots))
-            if not alone and not standing:
-                runs.setdefault("stock Ray Train", []).append(start_stock(folder, roots))
+            if standing and pair % RUNS == 0:
+                ending.close()
+                folder = Path(ending.enter_context(tempfile.TemporaryDirectory(prefix="elastic-bench-")))
+                address, roots = _standing(ending)
+            who = "here" if not standing else "here, first run" if pair % RUNS == 0 else "here, later runs"
+            runs.setdefault(who, []).append(start_here(folder, address, roots))
+            if standing:
+                time.sleep(SETTLE_S)
+            if not alone:
+                runs.setdefault("stock Ray Train", []).append(start_stock(folder, address, roots))
             print(
                 f"start {pair + 1}/{pairs}: "
                 + ", ".join(f"{who} {r[-1][0]['total']:.1f} s, {r[-1][1]['all']:.1f} CPU s" for who, r in runs.items()),
                 file=sys.stderr,
             )
-    phases = [[phase, *(median(r[0][phase] for r in found) for found in runs.values())] for phase in runs["here"][0][0]]
+    first = next(iter(runs.values()))
+    phases = [[phase, *(median(r[0][phase] for r in found) for found in runs.values())] for phase in first[0][0]]
     print(f"\nseconds from the command to the first step, medians of {pairs} {'standing' if standing else 'embedded'}")
     print(table(["phase", *runs], phases))
     names = list(dict.fromkeys(name for found in runs.values() for r in found for name in r[1]))
@@ -126,7 +145,9 @@ def measure(pairs: int, *, standing: bool, alone: bool) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=3)
-    parser.add_argument("--standing", action="store_true", help="on a cluster that runs already; only here")
+    parser.add_argument(
+        "--standing", action="store_true", help=f"on a cluster that runs already, a new one after {RUNS} pairs"
+    )
     parser.add_argument("--alone", action="store_true", help="without stock Ray Train")
     parser.add_argument("--json")
     arguments = parser.parse_args()

@@ -53,7 +53,10 @@ def main() -> None:
     import ray
 
     at = {"imported": time.time()}
-    ray.init(include_dashboard=False)
+    if len(sys.argv) > 4:
+        ray.init(address=sys.argv[4])
+    else:
+        ray.init(include_dashboard=False)
     at["cluster"] = time.time()
     trainer = TorchTrainer(
         train,
