@@ -42,7 +42,7 @@ def is_idle(pid):
 address = sys.argv[1]
 ray.init(address=address, log_to_driver=False)
 node = ray.nodes()[0]
-forks = forks_here(600.0)
+forks = forks_here(600.0, 2)
 options = forks.options(node["NodeID"])
 assert options and forks.has([node["NodeID"]]) and not forks.has([node["NodeID"], "another"])
 actor = start(options)

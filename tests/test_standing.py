@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,7 @@ class Node:
             cwd=folder,
             env={**os.environ, "LD_PRELOAD": "", **variables},
             umask=0o027,
+            start_new_session=True,
         )
         self.pid = self.process.pid
 
@@ -101,7 +103,8 @@ class Node:
         return json.loads(out.read_text())
 
     def close(self) -> None:
-        self.process.kill()
+        with suppress(ProcessLookupError):
+            os.killpg(self.pid, signal.SIGKILL)  # those that are no forks, too
         self.process.wait()
         assert self.process.stdin is not None
         self.process.stdin.close()

@@ -65,8 +65,10 @@ def drive_on_ray(
         [outlived(control.on_record)] if control is not None else []
     )
     drive = Drive(run, listeners, console.print)
-    warm = run.config.cluster.keep_warm
-    forks = None if warm is None else forks_here(parse_amount("--cluster.keep-warm", warm, clock=True).seconds)
+    forks, warm = None, run.config.cluster.keep_warm
+    if warm is not None:
+        idle_s = parse_amount("--cluster.keep-warm", warm, clock=True).seconds
+        forks = forks_here(idle_s, besides=2 if control is None else 0)  # the host and the controller
     host = HostHere(*arguments) if control is not None else HostOnRay(*arguments, drive.fail, forks)
     try:
         with handled_by(drive.on_signal), logs, output.heard(), logs.telling_of_deaths():

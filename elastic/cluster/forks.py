@@ -16,9 +16,8 @@ from elastic.compat.ray import get_value, prestart_workers, put_value
 from elastic.errors import one_line
 
 _NAMESPACE = b"elastic-forks"
-_BESIDES = 2  # the host of a run, and the controller of its workers
 #: Parts of a job's runtime environment in which a fork can be what Ray would start.
-_HARMLESS = ("working_dir", "excludes", "config")
+_HARMLESS = ("working_dir", "excludes", "config", "env_vars")
 
 
 @dataclass(frozen=True)
@@ -29,11 +28,13 @@ class Forks:
         code: the fingerprint of the run's code.
         idle_s: how long a server, or a worker that waits, stays without being used.
         ahead: workers may be started for the next run: this one's have no environment of their own.
+        besides: the number of its other processes on the driver's node, for which some wait too.
     """
 
     code: str
     idle_s: float
     ahead: bool
+    besides: int
 
     def options(self, node: str) -> dict[str, Any]:
         """Options of an actor on this node: with an environment if its process can be a fork."""
@@ -52,13 +53,15 @@ class Forks:
         return f"{node}/{self.code}/{command(self.code)}".encode()
 
 
-def forks_here(idle_s: float) -> Forks | None:
-    """How the run of this driver uses fork servers, with one on its own node; None if its workers cannot be forks."""
+def forks_here(idle_s: float, besides: int) -> Forks | None:
+    """How the run of this driver uses fork servers, with one on its own node; None if its workers cannot be forks. For
+    the arguments see `Forks`."""
     context = ray.get_runtime_context()
-    job = {name for name, value in dict(context.runtime_env).items() if value}
-    if not job <= set(_HARMLESS):
+    job = {name: value for name, value in dict(context.runtime_env).items() if value}
+    variables = job.get("env_vars", {})
+    if not set(job) <= set(_HARMLESS) or any(not name.startswith("RAY_") for name in variables):
         return None
-    forks, node = Forks(fingerprint(), idle_s, ahead=not job), context.get_node_id()
+    forks, node = Forks(fingerprint(), idle_s, not job, besides), context.get_node_id()
     raylet = next((pid for pid, of in raylets_here(context.gcs_address).items() if of == node), None)
     if raylet is not None and serve(raylet, forks.code, idle_s):
         forks.publish(node)
@@ -115,7 +118,7 @@ class Keeper:
         for node in ray.nodes():
             name = node["NodeID"]
             workers = self._most.get(name, 0)
-            count = workers + (self._vaults and workers > 0) + (_BESIDES if name == here else 0)
+            count = workers + (self._vaults and workers > 0) + (self._forks.besides if name == here else 0)
             if node["Alive"] and count and (options := self._forks.options(name)):
                 address = f"{node['NodeManagerAddress']}:{node['NodeManagerPort']}"
                 try:
