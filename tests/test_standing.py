@@ -121,10 +121,6 @@ def node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Node]:
     wait_until(lambda: not found.server.exists(), "the end of the server with its raylet")
 
 
-def server_pid(node: Node) -> int:
-    return node.found(node.start("probe"))["parent"]
-
-
 @pytest.mark.processes
 def test_a_worker_is_a_fork_with_what_it_was_started_with_and_nothing_of_the_servers(node: Node) -> None:
     assert standing.raylets_here("10.0.0.1:6379") == {node.pid: "ab12"}
@@ -160,20 +156,15 @@ def test_where_no_server_answers_workers_start_as_ray_starts_them(
     assert standing.serve(node.pid, CODE, 600)
     changed = node.found(node.start("changed", command=f"env OTHER=1 {standing.command(CODE)}"))
     assert changed["parent"] == node.pid
-    server = server_pid(node)
+    fork = node.found(node.start("fork"))
+    server = fork["parent"]
     os.kill(server, signal.SIGKILL)
     wait_until(lambda: not is_alive(server), "the end of the server")
+    assert is_alive(fork["pid"])  # workers that train go on
+    os.kill(fork["pid"], signal.SIGKILL)
     assert node.found(node.start("after"))["parent"] == node.pid
     assert standing.serve(node.pid, CODE, 600)
-    assert server_pid(Renamed(node, "again")) not in (server, node.pid)
-
-
-class Renamed:
-    """The same node, whose probe leaves another file."""
-
-    def __init__(self, node: Node, name: str):
-        self.start = lambda _: node.start(name)
-        self.found = node.found
+    assert node.found(node.start("again"))["parent"] not in (server, node.pid)
 
 
 @pytest.mark.processes

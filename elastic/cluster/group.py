@@ -175,8 +175,15 @@ class WorkerGroup:
         for handle in self._handles.values():
             if handle.unit.stage is Stage.RUNNING and handle.pending is None:
                 handle.pending = handle.actor.status.remote()
+        until = time.monotonic() + timeout_s
+        while self._take_ready(max(0.0, until - time.monotonic())):
+            pass  # what has begun may be ready in this turn, too
+
+    def _take_ready(self, timeout_s: float) -> bool:
+        """Take what becomes ready; whether a worker has got further."""
         pending = {h.pending: h for h in self._handles.values() if h.pending is not None}
         ready, _ = ray.wait(list(pending), num_returns=len(pending), timeout=timeout_s) if pending else ([], [])
+        before = [(unit.key, unit.stage) for unit in self._units]
         for ref in ready:
             handle = pending[ref]
             handle.pending = None
@@ -184,6 +191,7 @@ class WorkerGroup:
                 self._advance(handle, ray.get(ref))
             except ray.exceptions.RayError as error:
                 self._absorb(handle, error)
+        return before != [(unit.key, unit.stage) for unit in self._units]
 
     def _advance(self, handle: _Handle, answer: Any) -> None:
         if handle.unit.stage is Stage.ASKED:
