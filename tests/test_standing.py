@@ -85,6 +85,7 @@ class Node:
             start_new_session=True,
         )
         self.pid = self.process.pid
+        wait_until(lambda: command in standing._words(self.pid), "the words of a process that has just begun")
 
     @property
     def server(self) -> Path:
