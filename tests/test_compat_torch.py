@@ -20,6 +20,7 @@ from torch import nn
 from torch.distributed.checkpoint.metadata import TensorProperties
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from elastic.compat import torch as compat
@@ -305,6 +306,24 @@ def test_an_optimizer_with_a_scheduler_is_known_as_such() -> None:
     assert not compat.has_scheduler(optimizer)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1)
     assert compat.has_scheduler(optimizer), scheduler
+
+
+def test_hooks_around_an_update_are_known() -> None:
+    optimizer = torch.optim.SGD([torch.ones(1, requires_grad=True)], lr=0.1)
+    assert not compat.has_step_hooks(optimizer)
+    for register in (
+        optimizer.register_step_pre_hook,
+        optimizer.register_step_post_hook,
+        register_optimizer_step_pre_hook,
+        register_optimizer_step_post_hook,
+    ):
+        handle = register(lambda *_: None)
+        assert compat.has_step_hooks(optimizer), register
+        handle.remove()
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    assert not compat.has_step_hooks(optimizer), scheduler
+    optimizer.step = lambda: None
+    assert compat.has_step_hooks(optimizer)
 
 
 # ---- torch.compile -------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.module import _EXTRA_STATE_KEY_SUFFIX
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 from torch.utils._device import _device_constructors
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_flatten, tree_map, tree_map_only
@@ -239,6 +240,14 @@ def is_compiled(module: nn.Module) -> bool:
 def has_scheduler(optimizer: torch.optim.Optimizer) -> bool:
     """Whether a torch scheduler was made for an optimizer: it wraps `step` to count calls, and marks the wrapper."""
     return hasattr(optimizer.step, "_wrapped_by_lr_sched")
+
+
+def has_step_hooks(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether other code runs inside `step()`: hooks before or behind it, or what was put in its place, schedulers
+    aside."""
+    own = optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks
+    of_all = _global_optimizer_pre_hooks, _global_optimizer_post_hooks
+    return any(own) or any(of_all) or ("step" in vars(optimizer) and not has_scheduler(optimizer))
 
 
 def mark_stepped(optimizer: torch.optim.Optimizer) -> None:

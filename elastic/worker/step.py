@@ -25,9 +25,9 @@ from elastic.membership.stage import OF_A_STEP, Position, Stage
 from elastic.parallel.device import describe, host_wait
 from elastic.parallel.leaf import GradientTooLate
 from elastic.parallel.matrices import Matrices
-from elastic.parallel.optimizers import cannot_update
 from elastic.parallel.records import StepRecord
 from elastic.parallel.replicated import BitwiseReplica, FastReplica, NotReduced, Pass
+from elastic.parallel.row_updates import update as update_parameters
 from elastic.parallel.scaling import multiply
 from elastic.parallel.turns import Turns
 from elastic.seeds import derive, seed_all
@@ -328,13 +328,8 @@ class WorldSteps:
         self._stepper.clock.compute_s += time.perf_counter() - began
 
     def _optimize(self, optimizer: torch.optim.Optimizer) -> None:
-        try:
-            with self._matrices.used():
-                optimizer.step()
-        except Exception as error:
-            if (refusal := cannot_update(optimizer, error, cut=self._config.parallel.sharded)) is None:
-                raise
-            raise refusal from error
+        with self._matrices.used():
+            update_parameters(optimizer, cut=self._config.parallel.sharded)
 
     def _passes(self, step: int) -> Iterator[Pass]:
         progress, clock, attributes = self._stepper.progress, self._stepper.clock, self._stepper.attributes
