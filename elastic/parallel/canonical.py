@@ -10,26 +10,27 @@ from __future__ import annotations
 import functools
 import math
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from elastic.compat.torch import add_each_
 from elastic.compat.torch_groups import all_gather_flat
-from elastic.parallel.levels import Level, Parts, Transfer, exchange
+from elastic.parallel.levels import Level, Transfer, exchange
 from elastic.parallel.tree import TreeSum
 
+T = TypeVar("T")
 Tensors = list[torch.Tensor]
 _PIECE = 16384
 _TOGETHER = 1 << 24  # elements: 64 MiB of float32; a launch for so many costs less than moving them
-_UNDER_WAY = 2  # buckets whose exchange has begun and was not waited for: one travels while the next one is made
+UNDER_WAY = 2  # buckets whose exchange has begun and was not waited for: one travels while the next one is made
 
 
-def _add(left: Tensors, right: Tensors) -> Tensors:
+def add(left: Tensors, right: Tensors) -> Tensors:
     if left:
         add_each_(left, right)
     return left
@@ -57,8 +58,8 @@ class CanonicalSum:
 
     def __init__(self, links: Sequence[Link], runs: list[range], buckets: Sequence[slice] | int):
         self._links, self._runs, self._buckets = links, runs, buckets
-        self._sums: list[TreeSum[Tensors]] = [] if isinstance(buckets, int) else [TreeSum(_add) for _ in buckets]
-        self._under_way: deque[_Exchange] = deque()
+        self._sums: list[TreeSum[Tensors]] = [] if isinstance(buckets, int) else [TreeSum(add) for _ in buckets]
+        self._under_way: deque[tuple[Exchange[torch.Tensor], list[torch.Size]]] = deque()
         self._begun = 0
         self._results: list[Tensors] = []
 
@@ -70,7 +71,7 @@ class CanonicalSum:
         """
         if isinstance(self._buckets, int):
             self._buckets = buckets_of(leaf, self._buckets)
-            self._sums = [TreeSum(_add) for _ in self._buckets]
+            self._sums = [TreeSum(add) for _ in self._buckets]
         for total, bucket in zip(self._sums, self._buckets):
             total.push((microbatch, count), leaf[bucket])
 
@@ -83,39 +84,56 @@ class CanonicalSum:
         """Begin the exchange of the next bucket. If too many are under way then, wait for the oldest: a rank that is
         later than the others finds it done."""
         total = self._sums[self._begun]
-        self._sums[self._begun] = TreeSum(_add)  # so that the parts go when they have been sent
+        self._sums[self._begun] = TreeSum(add)  # so that the parts go when they have been sent
         self._begun += 1
         if len(self._runs) == 1:
             self._results.append(total.total())
             return
-        self._under_way.append(_Exchange(self._links, self._runs, total.parts()))
-        if len(self._under_way) > _UNDER_WAY:
-            self._results.append(self._under_way.popleft().result())
+        parts = total.parts()
+        steps = exchange([link.level for link in self._links], self._runs, parts)
+        groups, uses = [link.group for link in self._links], [t for _, tensors in parts for t in tensors]
+        self._under_way.append((Exchange(steps, groups, uses[0].device, uses), [t.shape for t in parts[0][1]]))
+        if len(self._under_way) > UNDER_WAY:
+            self._finish()
+
+    def _finish(self) -> None:
+        """Wait for the oldest exchange."""
+        one, shapes = self._under_way.popleft()
+        use_on_current_stream(flat := one.result())
+        self._results.append(_split(flat, shapes))
 
     def reduce(self) -> Tensors:
         """Return the sum of all ranks' leaves; its bits are equal on every rank."""
         while self._begun < len(self._sums):
             self._begin()
         while self._under_way:
-            self._results.append(self._under_way.popleft().result())
+            self._finish()
         return [t for part in self._results for t in part]
 
 
-class _Exchange:
-    """The exchange of one bucket, which begins when this is made. On CUDA it runs on a stream of its own."""
+class Exchange(Generic[T]):
+    """An exchange, which begins when this is made. On CUDA it runs on a stream of its own.
 
-    def __init__(self, links: Sequence[Link], runs: list[range], parts: Parts):
-        like = parts[0][1]
-        self._groups, self._shapes = [link.group for link in links], [t.shape for t in like]
-        self._device = like[0].device
-        self._steps = exchange([link.level for link in links], runs, parts)
+    Args:
+        steps: its transfers; returns what it brings.
+        groups: of each level.
+        uses: tensors that it reads.
+    """
+
+    def __init__(
+        self,
+        steps: Generator[Transfer, None, T],
+        groups: Sequence[dist.ProcessGroup | None],
+        device: torch.device,
+        uses: Iterable[torch.Tensor],
+    ):
+        self._steps, self._groups, self._device = steps, groups, device
         self._transfer: Transfer | None = None  # which keeps its tensors
         self._work: dist.Work | None = None
-        self._sum: torch.Tensor | None = None
+        self._found: list[T] = []
         with _aside(self._device):
-            for _, tensors in parts:
-                for t in tensors:
-                    use_on_current_stream(t)
+            for t in uses:
+                use_on_current_stream(t)
             self._go_on()
 
     def _go_on(self) -> None:
@@ -125,18 +143,17 @@ class _Exchange:
         try:
             self._transfer = next(self._steps)
         except StopIteration as end:
-            self._transfer, self._work, self._sum = None, None, end.value
+            self._transfer, self._work, self._found = None, None, [end.value]
         else:
             self._work = _start(self._transfer, self._groups[self._transfer.level])
 
-    def result(self) -> Tensors:
-        """Wait for the exchange; returns the sums."""
+    def result(self) -> T:
+        """Wait for the exchange; its tensors are to be used with `use_on_current_stream`."""
         with _aside(self._device) as side:
-            while self._sum is None:
+            while not self._found:
                 self._go_on()
         torch.get_device_module(self._device).current_stream(self._device).wait_stream(side)
-        use_on_current_stream(self._sum)
-        return _split(self._sum, self._shapes)
+        return self._found[0]
 
 
 def _start(transfer: Transfer, group: dist.ProcessGroup | None) -> dist.Work:

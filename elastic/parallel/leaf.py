@@ -43,7 +43,16 @@ class Leaf:
 
     def take(self) -> Tensors:
         """All of it, after a backward pass."""
-        return [*map(self._gradient, range(len(self._parameters))), self._mask()]
+        return [*self.gradients(), self._mask()]
+
+    def gradients(self) -> Tensors:
+        """All of it without the mask, after a backward pass."""
+        return list(map(self._gradient, range(len(self._parameters))))
+
+    @property
+    def used(self) -> Sequence[bool]:
+        """The mask of what was taken last."""
+        return self._used
 
     @contextmanager
     def taking(self, total: CanonicalSum, microbatch: int) -> Iterator[None]:

@@ -42,10 +42,10 @@ class Level:
 
     def blocks(self, runs: Sequence[range]) -> list[list[Block]]:
         """The blocks of which each member has the sums, in order; `runs`: the leaves of each rank."""
-        return [_blocks([runs[rank] for rank in ranks]) for ranks in self.holds]
+        return [blocks_of([runs[rank] for rank in ranks]) for ranks in self.holds]
 
 
-def _blocks(runs: Sequence[range]) -> list[Block]:
+def blocks_of(runs: Sequence[range]) -> list[Block]:
     """The blocks of ranks with these leaves: of one rank, or of neighbours. Strided leaves are not summed before an
     exchange."""
     if any(run.step != 1 for run in runs):

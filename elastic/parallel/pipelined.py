@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 
 from elastic.compat.torch_sharded import without_gathering
 from elastic.errors import ConfigError
-from elastic.parallel.canonical import CanonicalSum, Link, buckets_of
+from elastic.parallel.canonical import CanonicalSum, Link, Tensors, add
 from elastic.parallel.compared import UNLIKE, UNLIKE_WHOLE, Likeness, Taken, difference, first_difference, row_of
 from elastic.parallel.leaf import Leaf
 from elastic.parallel.levels import one_level
@@ -36,10 +36,11 @@ from elastic.parallel.sharded import BitwiseSharded
 from elastic.parallel.stage_parameters import StageParameters
 from elastic.parallel.stages import Layers, as_tuple, cut, handed, seed_behind, stages_of_buffers
 from elastic.parallel.standin import Standin, calls_of, copied
-from elastic.parallel.wrapping import MIXED, fsdp_modules, local
+from elastic.parallel.tree import TreeSum
+from elastic.parallel.wrapping import MIXED, fsdp_modules
 from elastic.seeds import seed_all, unseeded
 
-Tensors = tuple[torch.Tensor, ...]
+Activations = tuple[torch.Tensor, ...]
 
 
 class Pipelined(BitwiseSharded):
@@ -84,17 +85,15 @@ class Pipelined(BitwiseSharded):
         self._before = modules[: mine.start]
         self._last_name = next(name for name, m in model.named_modules() if m is modules[mine.stop - 1])
         stages = [modules[run.start : run.stop] for run in bounds]
-        self._of_stage = StageParameters(model, stages, mesh, device)
+        self._of_stage = StageParameters(model, stages, mesh, device, self._bucket_bytes)
         trained = {name: p for name, p in self._of_stage.whole.items() if p.requires_grad}
-        like = [*(local(p).detach() for p in trained.values()), torch.empty(len(trained))]
-        self._buckets = buckets_of(like, self._bucket_bytes)
-        self._leaf, self._trained = Leaf(trained, self._buckets, device), list(trained)
-        self._names_of_trained = [name for name, p in model.named_parameters() if p.requires_grad]
+        self._leaf, self._trained = Leaf(trained, [], device), list(trained)
+        places = {name: i for i, name in enumerate(name for name, p in model.named_parameters() if p.requires_grad)}
+        self._places = [places[name] for name in trained]  # of this stage's among all trained parameters
         self._stage_of_buffer = stages_of_buffers(model, stages)
         self._own_buffers = [name for name, stage in self._stage_of_buffer.items() if stage == mesh.stage]
         self._columns = [Link(one_level(len(runs), mesh.pipeline), mesh.stage_group)]
         self._schedule: Any = None
-        self._used_names: set[str] = set()
         self._sends: list[tuple[int, ...]] = []  # shapes of what this stage sends to the next one
         self._failed: BaseException | None = None
 
@@ -119,7 +118,8 @@ class Pipelined(BitwiseSharded):
         due = self._schedule is None or (self._steps == 1 and min(map(len, self._runs)) == 1)
         due |= self._check_every is not None and self._steps % self._check_every == 0
         self._taken = Taken(copied(self._passes[-1][0].batch)) if due else None
-        self._sums = CanonicalSum(self._columns, self._runs, self._buckets)
+        self._sums: TreeSum[Tensors] = TreeSum(add)
+        self._used_here = 0  # a bit for each trained parameter
         expected = self._model_output() if self._schedule is None else None
         self._of_stage.gather()
         try:
@@ -134,10 +134,13 @@ class Pipelined(BitwiseSharded):
         self._writes.check()
         if self._taken is not None:
             self._compare_with_whole(self._taken)
+            self._taken = None
         began = time.perf_counter()
-        *gradients, used = self._sums.reduce()
-        record = self._record({name for name, count in zip(self._trained, used.tolist(), strict=True) if count})
-        self._of_stage.give(gradients, [name in self._used_names for name in self._names_of_trained])
+        self._of_stage.begin_sums(self._sums, self._runs)
+        self._sums = TreeSum(add)  # so that whole gradients go when they have been sent
+        record = self._record()
+        first = 64 * self._buffers.words
+        self._of_stage.give([bool(record.changed_buffers >> (first + i) & 1) for i in range(len(self._parameters))])
         self.wait_s = time.perf_counter() - began
         return record, record.weight * self.scale
 
@@ -203,7 +206,7 @@ class Pipelined(BitwiseSharded):
             self._after[index] = self._buffers.moved(given)
         return result
 
-    def _loss_of(self, index: int, activations: Tensors | None) -> torch.Tensor:
+    def _loss_of(self, index: int, activations: Activations | None) -> torch.Tensor:
         """The loss of a microbatch. The record's row is kept.
 
         Args:
@@ -223,19 +226,16 @@ class Pipelined(BitwiseSharded):
 
     def _took(self, index: int) -> None:
         """A backward pass is over: its gradients are the next leaf."""
-        leaf = self._leaf.take()
+        leaf, used = self._leaf.gradients(), self._leaf.used
+        self._used_here |= sum(1 << place for place, one in zip(self._places, used, strict=True) if one)
         if self._taken is not None and index == len(self._passes) - 1:
-            used = leaf[-1].tolist()
-            self._taken.gradients = {
-                name: gradient.clone()
-                for name, gradient, one in zip(self._trained, leaf[:-1], used, strict=True)
-                if one
-            }
-        self._sums.push(self._passes[index][0].first, leaf)
+            found = zip(self._trained, leaf, used, strict=True)
+            self._taken.gradients = {name: gradient.clone() for name, gradient, one in found if one}
+        self._sums.push((self._passes[index][0].first, 1), leaf)
 
     # ---- the first pass of a world -----------------------------------------------------------------------------------
 
-    def _model_output(self) -> Tensors:
+    def _model_output(self) -> Activations:
         """What the model itself makes of the first microbatch. All workers of a row call this."""
         one, seed = self._passes[0]
         seed_all(seed)
@@ -245,7 +245,7 @@ class Pipelined(BitwiseSharded):
         self.reshard()
         return tuple(tensors_in(found))
 
-    def _meet(self, expected: Tensors) -> Any:
+    def _meet(self, expected: Activations) -> Any:
         """Send the first microbatch through the stages, and return the schedule, which needs the shapes between them.
 
         Raises:
@@ -256,7 +256,7 @@ class Pipelined(BitwiseSharded):
         seed_all(seed)
         call = self._call_of(copied(one.batch))
         inputs: tuple[Any, ...] = ()
-        outputs: Tensors = ()
+        outputs: Activations = ()
         for stage in range(layout.stages):
             if stage == self._mesh.stage:
                 found = self._call_layers(0, call, inputs)
@@ -294,7 +294,7 @@ class Pipelined(BitwiseSharded):
         kind = Schedule1F1B if len(self._passes) >= layout.stages else ScheduleGPipe
         return kind(stage_of_torch, len(self._passes), loss_fn=self._guarded_loss, scale_grads=False)
 
-    def _compare(self, found: Tensors, expected: Tensors) -> None:
+    def _compare(self, found: Activations, expected: Activations) -> None:
         if len(found) != len(expected) or not all(
             isinstance(b, torch.Tensor) and self._like.tensors(a, b) for a, b in zip(found, expected, strict=False)
         ):
@@ -348,23 +348,20 @@ class Pipelined(BitwiseSharded):
 
     # ---- what the stages tell each other ---------------------------------------------------------------------------
 
-    def _record(self, used: set[str]) -> StepRecord:
-        """The step's record, after the stages of each pipeline have told each other what they have of it.
-
-        Args:
-            used: the parameters of this stage that any microbatch gave a gradient.
-        """
+    def _record(self) -> StepRecord:
+        """The step's record, after the stages of each pipeline have told each other what they have of it. Its mask has
+        bits of the parameters that got a gradient behind those of the buffers that changed."""
         mesh, buffers = self._mesh, self._buffers
-        changed = buffers.mask({name for after in self._after for name in after})
-        mine = [self._losses if self._is_last else None, sorted(used), changed]
+        first = 64 * buffers.words
+        mask = buffers.mask({name for after in self._after for name in after}) | self._used_here << first
+        mine = [self._losses if self._is_last else None, mask]
         told: list[Any] = [mine]
         if mesh.layout.stages > 1:
             told = [None] * mesh.layout.stages
             dist.all_gather_object(told, mine, group=mesh.pipeline_group)
-        self._used_names = {name for _, names, _ in told for name in names}
-        records = Records(self._runs, mesh.pipeline, self._device, buffers.words, self.metrics, self._check)
-        mask = 0
-        for _, _, bits in told:
+        words = (first + len(self._parameters) + 63) // 64
+        records = Records(self._runs, mesh.pipeline, self._device, words, self.metrics, self._check)
+        for _, bits in told:
             mask |= bits
         for (loss, weight, metrics), (one, _) in zip(told[-1][0], self._passes, strict=True):
             records.add(torch.tensor(loss, dtype=torch.float64), weight, metrics, one.digests, mask)

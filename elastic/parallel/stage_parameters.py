@@ -1,12 +1,13 @@
 """Moves parameters and gradients between the parts of the state that workers hold and the stages that need them whole.
 
 Once a step, each worker sends its rows of every parameter to the workers of the stage that has it; and after the passes
-each stage sends rows of its gradients to the workers that hold these rows. So what a worker holds does not depend on
-how the model is cut into stages.
+each stage sends rows of its gradients to the workers that sum or hold these rows ([stage_sums.py](stage_sums.py)). So
+what a worker holds does not depend on how the model is cut into stages.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,9 +19,13 @@ from torch.distributed.tensor import DTensor
 
 from elastic.compat.torch import own_parameters, version_of
 from elastic.errors import ConfigError
+from elastic.parallel.canonical import UNDER_WAY, Exchange, Tensors, buckets_of, use_on_current_stream
 from elastic.parallel.layout import TENSOR
+from elastic.parallel.levels import blocks_of
 from elastic.parallel.mesh import Mesh
 from elastic.parallel.recording import tensors_in
+from elastic.parallel.stage_sums import Grid, Rows, StageSums
+from elastic.parallel.tree import TreeSum
 from elastic.parallel.wrapping import cut_of, local, placement_in_cell
 from elastic.parallel.writes import WRITTEN
 from elastic.placement import Cut, Part, narrowed
@@ -46,6 +51,8 @@ def _in_cell(lies: Cut) -> Cut:
     """How a tensor lies over the workers of a cell, of one that lies so over all."""
     return tuple((axis, dimension) for axis, dimension in lies if axis == TENSOR)
 
+
+_ALIGN = 16  # bytes, of which each dtype's size is a divisor
 
 _ELSEWHERE = (
     "loss() computes with the parameter {}, but with --parallel.pipeline each worker has parameters of its own stage "
@@ -82,9 +89,17 @@ class StageParameters:
     Args:
         model: as `place_sharded` left it.
         stages: the layers of each stage.
+        bucket_bytes: the most gradients of a stage that are exchanged at once.
     """
 
-    def __init__(self, model: nn.Module, stages: Sequence[Sequence[nn.Module]], mesh: Mesh, device: torch.device):
+    def __init__(
+        self,
+        model: nn.Module,
+        stages: Sequence[Sequence[nn.Module]],
+        mesh: Mesh,
+        device: torch.device,
+        bucket_bytes: int,
+    ):
         self._mesh, self._device = mesh, device
         stage_of = {id(p): s for s, layers in enumerate(stages) for layer in layers for p in layer.parameters()}
         places: dict[int, list[tuple[nn.Module, str]]] = {}
@@ -98,6 +113,8 @@ class StageParameters:
             if id(p) in stage_of
         ]
         self._mine = [one for one in self._all if one.stage == mesh.stage]
+        trained = [one for one in self._all if one.cut.requires_grad]
+        self._trained, self._rounds = trained, _rounds(trained, mesh, bucket_bytes)
         self._versions: list[int] = []
         mine = {one.name for one in self._mine}
         #: Of each other parameter of the model, what stands for it, itself, and where modules have it.
@@ -108,6 +125,16 @@ class StageParameters:
         self.whole = {
             one.name: nn.Parameter(self._room_for(one), requires_grad=one.cut.requires_grad) for one in self._mine
         }
+        layout = mesh.layout
+        row = layout.row_of(mesh.cell * layout.tensor)
+        self._stages_of_row = [cell % layout.stages for cell in row]
+        #: Of each worker of the row, where its rows of this stage's parameters go.
+        self._rows = [
+            [one.rows(part, local(self.whole[one.name]).detach()) for one in self._mine] for part in mesh.parts_of_row
+        ]
+        sizes = [sum(map(_padded, rows)) for rows in self._rows]
+        self._coming = [0 if cell == mesh.cell else size for cell, size in zip(row, sizes, strict=True)]
+        self._padding = torch.zeros(_ALIGN, dtype=torch.uint8, device=device)
 
     def _room_for(self, one: _Owned) -> torch.Tensor:
         """Memory for all of a parameter, or for this worker's part of it in its cell."""
@@ -121,19 +148,49 @@ class StageParameters:
 
     def gather(self) -> None:
         """Bring the parameters of this stage here, and put them into the modules. All workers of the row call this."""
-        layout, mesh, row = self._mesh.layout, self._mesh, self._mesh.parts_of_row
-        stages = [cell % layout.stages for cell in layout.row_of(mesh.cell * layout.tensor)]
-        going = [[local(one.cut).detach() for one in self._all if one.stage == stage] for stage in stages]
-        coming = [[one.rows(part, local(self.whole[one.name]).detach()) for one in self._mine] for part in row]
+        mesh, own = self._mesh, self._mesh.row_group
+        place = mesh.layout.row_of(mesh.cell * mesh.layout.tensor).index(mesh.cell)
         with torch.no_grad():
-            _exchange(going, coming, mesh.row_group, self._device)
+            going = [[] if i == place else self._bytes_for(stage) for i, stage in enumerate(self._stages_of_row)]
+            lengths = [sum(t.numel() for t in one) for one in going]
+            sent = torch.cat([self._padding[:0], *(t for one in going for t in one)])
+            received = sent.new_empty(sum(self._coming))
+            work = None
+            if len(going) > 1:
+                work = dist.all_to_all_single(received, sent, self._coming, lengths, group=own, async_op=True)
+            for one, rows in zip(self._mine, self._rows[place], strict=True):
+                rows.copy_(local(one.cut).detach())
+            if work is not None:
+                work.wait()
+            at = 0
+            for i, rows_of in enumerate(self._rows):
+                for rows, size in zip(rows_of, map(_padded, rows_of), strict=True) if i != place else ():
+                    if rows.numel():
+                        rows.copy_(received[at : at + rows.nbytes].view(rows.dtype).view(rows.shape))
+                    at += size
+        self._put_in()  # not before: if a worker was lost meanwhile, nobody puts anything back
+        self._versions = [version_of(p) for p in self.whole.values()]
+
+    def _bytes_for(self, stage: int) -> list[torch.Tensor]:
+        """This worker's rows of a stage's parameters, as bytes; each begins at a multiple of `_ALIGN`."""
+        found = []
+        for one in self._all:
+            if one.stage == stage:
+                rows = local(one.cut).detach()
+                if rows.numel():
+                    found.append(rows.contiguous().reshape(-1).view(torch.uint8))
+                if rest := -rows.nbytes % _ALIGN:
+                    found.append(self._padding[:rest])
+        return found
+
+    def _put_in(self) -> None:
+        """Put the parameters of this stage into the modules, and what stands for others."""
         for one in self._mine:
             for module, leaf in one.places:
                 own_parameters(module)[leaf] = self.whole[one.name]
         for stand, _, places in self._others:
             for module, leaf in places:
                 own_parameters(module)[leaf] = stand
-        self._versions = [version_of(p) for p in self.whole.values()]
 
     def put_back(self) -> None:
         """Put this worker's rows back into the modules."""
@@ -153,55 +210,112 @@ class StageParameters:
             if version_of(p) != version:
                 raise ConfigError(f"parameter {name} {WRITTEN}")
 
-    def give(self, gradients: Sequence[torch.Tensor], used: Sequence[bool]) -> None:
-        """Set this worker's rows of all gradients. All workers of the pipeline call this.
+    def begin_sums(self, total: TreeSum[Tensors], runs: Sequence[range]) -> None:
+        """Begin to sum gradients over pipelines. All workers of the mesh call this.
 
         Args:
-            gradients: of the trained parameters of this stage, whole or this worker's parts in its cell, in order.
+            total: of the own pipeline: of the gradients of the trained parameters of this stage, in order; whole, or
+                this worker's parts in its cell.
+            runs: the microbatches of each pipeline.
+        """
+        mesh = self._mesh
+        parts = total.parts() if mesh.layout.pipelines > 1 else [((0, 1), total.total())]
+        blocks = [blocks_of([run]) for run in runs] if mesh.layout.pipelines > 1 else [[(0, 1)]]
+        groups = (mesh.one_of_each_cell, mesh.column_group)
+        self._under_way: deque[tuple[Exchange[Tensors], _Round]] = deque()
+        self._sums: dict[str, torch.Tensor] = {}
+        for one in self._rounds:
+            mine = [(block, [tensors[i] for i in one.mine]) for block, tensors in parts]
+            uses = [t for _, tensors in mine for t in tensors]
+            like = torch.empty(0, dtype=one.dtype, device=self._device)
+            steps = one.sums.exchange(mine, blocks, like)
+            self._under_way.append((Exchange(steps, groups, self._device, uses), one))
+            if len(self._under_way) > UNDER_WAY:
+                self._finish()
+
+    def _finish(self) -> None:
+        """Wait for the oldest sums under way."""
+        exchange, one = self._under_way.popleft()
+        for flat, sizes, owned in zip(exchange.result(), one.sums.sizes, one.by_stage, strict=True):
+            use_on_current_stream(flat)
+            self._sums |= zip((each.name for each in owned), flat.split(sizes), strict=True)
+
+    def give(self, used: Sequence[bool]) -> None:
+        """Set this worker's rows of all gradients, after `begin_sums`.
+
+        Args:
             used: of all trained parameters of the model in their order, whether they have a gradient.
         """
-        layout, mesh = self._mesh.layout, self._mesh
-        first = mesh.pipeline * layout.stages
-        trained = [one for one in self._all if one.cut.requires_grad]
-        whole = dict(zip((one.name for one in self._mine if one.cut.requires_grad), gradients, strict=True))
-        mine = [one for one in trained if one.name in whole]
-        index = mesh.cells.get_local_rank() if layout.tensor > 1 else 0
-        parts = [layout.part(cell * layout.tensor + index) for cell in range(first, first + layout.stages)]
-        going = [[one.rows(part, whole[one.name]) for one in mine] for part in parts]
-        found = {one.name: torch.empty_like(local(one.cut), device=self._device) for one in trained}
-        coming = [[found[one.name] for one in trained if one.stage == stage] for stage in range(layout.stages)]
-        _exchange(going, coming, mesh.pipeline_group, self._device)
-        for one, is_used in zip(trained, used, strict=True):
-            one.cut.grad = None
+        while self._under_way:
+            self._finish()
+        for one, is_used in zip(self._trained, used, strict=True):
+            cut = one.cut
+            cut.grad = None
             if is_used:
-                whole_of = one.cut
-                assert isinstance(whole_of, DTensor)
-                one.cut.grad = DTensor.from_local(
-                    found[one.name],
-                    whole_of.device_mesh,
-                    whole_of.placements,
+                assert isinstance(cut, DTensor)
+                cut.grad = DTensor.from_local(
+                    self._sums[one.name].view(local(cut).shape),
+                    cut.device_mesh,
+                    cut.placements,
                     run_check=False,
-                    shape=whole_of.shape,
-                    stride=whole_of.stride(),
+                    shape=cut.shape,
+                    stride=cut.stride(),
                 )
+        self._sums = {}
 
 
-def _exchange(
-    going: Sequence[Sequence[torch.Tensor]],
-    coming: Sequence[Sequence[torch.Tensor]],
-    group: dist.ProcessGroup | None,
-    device: torch.device,
-) -> None:
-    """Send tensors to each worker of a group, and receive others, whose memory is given."""
-    flat = [t.contiguous().reshape(-1).view(torch.uint8) for one in going for t in one if t.numel()]
-    sent = torch.cat([torch.empty(0, dtype=torch.uint8, device=device), *flat])
-    lengths = [sum(t.nbytes for t in one) for one in coming]
-    received = sent.new_empty(sum(lengths))
-    if len(going) == 1:
-        received = sent
-    else:
-        dist.all_to_all_single(received, sent, lengths, [sum(t.nbytes for t in one) for one in going], group=group)
-    at = 0
-    for place in (t for one in coming for t in one if t.numel()):
-        place.copy_(received[at : at + place.nbytes].clone().view(place.dtype).view(place.shape))  # aligned by the copy
-        at += place.nbytes
+@dataclass(frozen=True)
+class _Round:
+    """Parameters whose gradients are exchanged together: of one dtype, and of each stage at most one bucket.
+
+    Args:
+        by_stage: all of them.
+        mine: those of the own stage, counted over its trained parameters.
+    """
+
+    dtype: torch.dtype
+    by_stage: list[list[_Owned]]
+    mine: list[int]
+    sums: StageSums
+
+
+def _rounds(owned: Sequence[_Owned], mesh: Mesh, limit: int) -> list[_Round]:
+    """The rounds of all trained parameters; equal on all workers.
+
+    Args:
+        limit: the most bytes that a stage brings into a round.
+    """
+    layout = mesh.layout
+    grid, found = Grid(layout.replicas, layout.shards, layout.stages), []
+    numbers = {one.name: i for i, one in enumerate(one for one in owned if one.stage == mesh.stage)}
+    for dtype in dict.fromkeys(one.cut.dtype for one in owned):
+        of_stages = [[one for one in owned if one.stage == s and one.cut.dtype == dtype] for s in range(layout.stages)]
+        buckets = [[mine[b] for b in buckets_of([_meta(one) for one in mine], limit)] for mine in of_stages]
+        for number in range(max(map(len, buckets))):
+            by_stage = [of[number] if number < len(of) else [] for of in buckets]
+            rows = [Rows(one.stage, _shards(one, mesh)) for mine in by_stage for one in mine]
+            mine = [numbers[one.name] for one in by_stage[mesh.stage]]
+            found.append(_Round(dtype, by_stage, mine, StageSums(rows, grid, mesh.cell)))
+    return found
+
+
+def _meta(one: _Owned) -> torch.Tensor:
+    return torch.empty(one.cut.shape, dtype=one.cut.dtype, device="meta")
+
+
+def _shards(one: _Owned, mesh: Mesh) -> tuple[range, ...]:
+    """The elements of a parameter that each shard holds, counted over what the workers with this one's place in their
+    cells have of it."""
+    shape, lies = tuple(one.cut.shape), cut_of(one.name, one.cut)
+    within = mesh.part.box(shape, _in_cell(lies))
+    each = within.volume // max(1, within.sizes[0]) if shape else 1
+    found = []
+    for part in mesh.parts_of_row:
+        box = part.box(shape, lies)
+        begin = (box.offsets[0] - within.offsets[0]) * each if shape else 0
+        found.append(range(begin, begin + box.volume))
+    return tuple(found)
+
+
+def _padded(rows: torch.Tensor) -> int:
+    return rows.nbytes + -rows.nbytes % _ALIGN
