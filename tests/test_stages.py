@@ -14,7 +14,7 @@ from elastic.data.deal import batch_table
 from elastic.errors import ConfigError
 from elastic.parallel.layout import lay_out
 from elastic.parallel.stage_costs import costs_of, counted, parameters_of
-from elastic.parallel.stage_memory import LayerSize, ModelSize, fewest_stages, fewest_workers, need
+from elastic.parallel.stage_memory import LayerSize, ModelSize, fewest_stages, fewest_workers, need, needs
 from elastic.parallel.stages import Chain, chained, check_layers, cut, handed, layers_of, seed_behind, seed_each
 from elastic.parallel.standin import Standin, calls_of
 from elastic.placement import pipelines
@@ -134,8 +134,13 @@ def test_what_a_worker_of_a_pipeline_needs():
 
     assert need(size, 1, 1, "ddp", 4) == 60 + 20 + (1 + 3) * 20 + 10
     assert need(size, 2, 1, "fsdp", 4) == (60 + 20 + (1 + 2) * 20) // 2 + 10 + 20
-    assert need(size, 2, 2, "ddp", 4) == (60 + 20) // 2 + 10 + (1 + 3) * 10 + 2 * 5
-    assert need(size, 4, 2, "fsdp", 4) == (60 + 20) // 4 + 10 + (1 + 2) * 10 + 2 * 5
+    compared = 2 * 10 + 2 * 5 + 20
+    assert needs(size, 2, 2, "ddp", 4) == [60 // 2 + 10 + compared] * 2
+    assert needs(size, 4, 2, "fsdp", 4) == [60 // 4 + 10 + compared] * 2
+    deep = ModelSize(60, [LayerSize(1, 50, 10, 10)] * 2)
+    assert needs(deep, 2, 2, "ddp", 8) == [60 // 2 + 10 + 4 * 10 + 2 * 50, 60 // 2 + 10 + 2 * 10 + 2 * 50 + 20]
+    several = ModelSize(60, [LayerSize(1, 1, 0, 10)] * 2)
+    assert needs(several, 2, 2, "ddp", 8)[0] == 60 // 2 + 4 * 10 + 2 * 1, "a partial sum for each level of the tree"
 
 
 def test_layers_draw_the_same_whichever_ran_before_in_this_process():

@@ -44,11 +44,20 @@ class ModelSize:
 
 
 def need(size: ModelSize, cells: int, least: int, strategy: str, microbatches: int) -> int:
-    """Bytes that a worker needs at the fullest moment of a step, with cells of one worker.
+    """Bytes that a worker needs at the fullest moment of a step, with cells of one worker: the most of `needs`."""
+    return max(needs(size, cells, least, strategy, microbatches))
 
-    Counted are: its part of state and gradients; for the passes, the parameters of its stage, a leaf and the partial
-    sums of their gradients (one for each level of the tree), and what the layers keep of all microbatches under way;
-    for the comparison with the whole model, what all layers keep of one microbatch, and the largest layer gathered.
+
+def needs(size: ModelSize, cells: int, least: int, strategy: str, microbatches: int) -> list[int]:
+    """Bytes that a worker of each stage needs at the fullest moment of a step; one number without pipelines.
+
+    Counted is its part of the state, with the parameters of its stage, and the most of
+
+    * the passes: the gradients of a microbatch and the partial sums of them (one for each level of the tree), and what
+      the layers keep of all microbatches under way;
+    * the comparison with the whole model: the sums of the stage's gradients and a copy of those of one microbatch, what
+      all layers keep of one microbatch, and the largest layer and its gradients gathered;
+    * the sums over pipelines: the stage's gradients, and its rows of all.
 
     Args:
         least: the fewest stages of a pipeline; 1 without pipelines.
@@ -57,20 +66,24 @@ def need(size: ModelSize, cells: int, least: int, strategy: str, microbatches: i
     """
     count, each = pipelines(cells, least, len(size.layers))
     runs = -(-microbatches // count)  # microbatches of a pipeline, or of a worker
-    sums = 1 + runs.bit_length()
+    sums, parts = runs.bit_length(), runs.bit_count()  # of gradients: before the last microbatch's is added, and then
     kept, largest = sum(one.kept for one in size.layers), max(one.parameters + one.trained for one in size.layers)
     if least == 1:
         shards = cells if strategy == "fsdp" else 1
-        held = (size.state + (1 + sums) * size.trained) // shards
-        return held + kept + (largest if strategy == "fsdp" else 0)
-    held = (size.state + size.trained) // (each * count if strategy == "fsdp" else each)
-    passes = 0
+        held = (size.state + (2 + sums) * size.trained) // shards
+        return [held + kept + (largest if strategy == "fsdp" else 0)]
+    shards = each * count if strategy == "fsdp" else each
+    found = []
     for stage, run in enumerate(cut([one.cost for one in size.layers], each)):
         mine = [size.layers[i] for i in run]
         under_way = min(runs, each - stage) if runs >= each else runs  # of 1F1B, or of GPipe
-        gradients, activations = sums * sum(one.trained for one in mine), under_way * sum(one.kept for one in mine)
-        passes = max(passes, sum(one.parameters for one in mine) + gradients + activations)
-    return held + max(passes, kept + largest)
+        gradients = sum(one.trained for one in mine)
+        passes = sums * gradients + under_way * sum(one.kept for one in mine)
+        comparison = (parts + 1) * gradients + kept + largest
+        exchange = parts * gradients + size.trained // shards
+        held = size.state // shards + sum(one.parameters for one in mine)
+        found.append(held + max(passes, comparison, exchange))
+    return found
 
 
 def fewest_stages(size: ModelSize, cells: int, strategy: str, microbatches: int, memory: int) -> int | None:

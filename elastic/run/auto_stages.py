@@ -29,7 +29,7 @@ def choose_stages(job: Job, config: TrainConfig, plan: RunPlan, data: MapDataset
     """
     from elastic.parallel.stage_memory import fewest_stages, fewest_workers, need
 
-    size, cells = _size(job, config, plan, data), config.most_cells
+    size, cells = size_of(job, config, plan, data), config.most_cells
     memory, whose = _memory(config)
     usual = config.parallel.strategy, plan.microbatches
     found = fewest_stages(size, cells, *usual, memory)
@@ -50,7 +50,7 @@ def choose_stages(job: Job, config: TrainConfig, plan: RunPlan, data: MapDataset
     return found, lines
 
 
-def _size(job: Job, config: TrainConfig, plan: RunPlan, data: MapDataset) -> Any:
+def size_of(job: Job, config: TrainConfig, plan: RunPlan, data: MapDataset) -> Any:
     """A `ModelSize`, for one worker of a cell.
 
     Raises:

@@ -1,7 +1,7 @@
 """What tensor parallelism and pipelines cost, and what a kill costs with them: samples/s against torch's own loops
 (FSDP2 with tensor parallelism; pipelining, with gradients summed over pipelines), and the stall after a kill against
-torchrun's. All in plain processes on this machine; CPU figures say little of GPUs. Takes about five minutes on two
-cores that do nothing else.
+torchrun's; and the memory of stages beside its estimate. All in plain processes on this machine; CPU figures say little
+of GPUs. Takes about seven minutes on two cores that do nothing else.
 
 python -m jobs.bench.cells --json cells.json
 """
@@ -21,6 +21,7 @@ from typing import Any
 from jobs.bench.peers import torchrun
 from jobs.bench.report import median, table, write_json
 from jobs.bench.sharding import KILL_AT, KILL_WORKERS, SAVE_EVERY, one_kill
+from jobs.bench.stage_memory import memory_part
 from jobs.bench.steps import BLOCK, bare, here
 
 TENSOR_LOOP, PIPELINE_LOOP = "jobs.bench.bare_fsdp", "jobs.bench.bare_pipeline"
@@ -47,6 +48,10 @@ def kinds(folder: Path, steps: int, size: str, global_size: int, microbatches: i
             "tensor, torch, same passes",
         ),
         "pipelines, torch": (partial(bare, folder, PIPELINE_LOOP, WORKERS, passes=passes, **pipes, **common), ""),
+        "pipelines, fast": (
+            partial(here, folder, WORKERS, exactness="fast", **mine, **pipes),
+            "pipelines, torch",
+        ),
         "pipelines, bitwise": (
             partial(here, folder, WORKERS, exactness="bitwise", **mine, **pipes),
             "pipelines, torch",
@@ -54,10 +59,11 @@ def kinds(folder: Path, steps: int, size: str, global_size: int, microbatches: i
     }
 
 
-def steps_part(pairs: int, steps: int, size: str, tokens: int, global_size: int) -> Any:
-    """Interleaved runs of all kinds, and a table of them."""
+def steps_part(pairs: int, steps: int, size: str, tokens: int, global_size: int, only: str) -> Any:
+    """Interleaved runs of all kinds whose names begin with `only`, and a table of them."""
     with tempfile.TemporaryDirectory(prefix="elastic-bench-") as name:
         measures = kinds(Path(name), steps, size, global_size, global_size * BLOCK // tokens)
+        measures = {kind: one for kind, one in measures.items() if kind.startswith(only)}
         found: dict[str, list[dict[str, float]]] = {kind: [] for kind in measures}
         for pair in range(pairs):
             for kind, (measure, _) in measures.items():
@@ -113,7 +119,10 @@ def main() -> None:
     parser.add_argument("--size", default="5M", help="with an even number of heads")
     parser.add_argument("--global-size", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=256, help="tokens of a microbatch")
-    parser.add_argument("--part", choices=("steps", "kills", "all"), default="all")
+    parser.add_argument("--part", choices=("steps", "kills", "memory", "all"), default="all")
+    parser.add_argument("--only", choices=("tensor", "pipelines"), default="", help="kinds of steps")
+    parser.add_argument("--memory-size", default="50M", help="of the model for --part memory")
+    parser.add_argument("--memory-samples", type=int, default=4, help="of a microbatch for --part memory")
     parser.add_argument("--json")
     arguments = parser.parse_args()
     began, load = time.monotonic(), os.getloadavg()[0]
@@ -121,10 +130,12 @@ def main() -> None:
     figures: dict[str, Any] = {"load_average": load}
     if arguments.part in ("steps", "all"):
         figures["steps"] = steps_part(
-            arguments.pairs, arguments.steps, arguments.size, arguments.tokens, arguments.global_size
+            arguments.pairs, arguments.steps, arguments.size, arguments.tokens, arguments.global_size, arguments.only
         )
     if arguments.part in ("kills", "all"):
         figures["kills"] = kills_part(arguments.kills)
+    if arguments.part in ("memory", "all"):
+        figures["memory"] = memory_part(arguments.memory_size, arguments.memory_samples, 4)
     figures["seconds"] = time.monotonic() - began
     print(f"\nall of it took {figures['seconds']:.0f} s; load average at the end: {os.getloadavg()[0]:.2f}")
     write_json(arguments.json, figures)
