@@ -74,7 +74,7 @@ def main() -> None:
     order = np.random.default_rng(0).permutation(len(data))
     share = arguments.global_size // cells
     each = share // arguments.passes
-    times = []
+    times, cpu = [], []
     for step in range(arguments.steps):
         optimizer.zero_grad(set_to_none=True)
         first = (step * arguments.global_size + rank // arguments.tensor * share) % (len(data) - arguments.global_size)
@@ -87,9 +87,10 @@ def main() -> None:
         optimizer.step()
         loss.item()
         times.append(time.time())
+        cpu.append(time.process_time())
     if rank == 0:
         peak = torch.cuda.max_memory_allocated() / 2**20 if cuda else resident_peak_mib(os.getpid())
-        Path(arguments.out).write_text(json.dumps({"times": times, "peak_mib": peak}))
+        Path(arguments.out).write_text(json.dumps({"times": times, "cpu": cpu, "peak_mib": peak}))
     dist.destroy_process_group()
 
 

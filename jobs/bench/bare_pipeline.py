@@ -68,7 +68,7 @@ def main() -> None:
     of_torch = PipelineStage(mine, stage, arguments.pipeline, torch.device("cpu"), group=stages)
     schedule = Schedule1F1B(of_torch, arguments.passes, loss_fn=loss, scale_grads=False)
     order = np.random.default_rng(0).permutation(len(data))
-    times = []
+    times, cpu = [], []
     for step in range(arguments.steps):
         optimizer.zero_grad(set_to_none=True)
         first = (step * arguments.global_size + pipeline * share) % (len(data) - arguments.global_size)
@@ -83,8 +83,10 @@ def main() -> None:
         clip(parameters, 1.0, stages)
         optimizer.step()
         times.append(time.time())
+        cpu.append(time.process_time())
     if rank == 0:
-        Path(arguments.out).write_text(json.dumps({"times": times, "peak_mib": resident_peak_mib(os.getpid())}))
+        found = {"times": times, "cpu": cpu, "peak_mib": resident_peak_mib(os.getpid())}
+        Path(arguments.out).write_text(json.dumps(found))
     dist.destroy_process_group()
 
 

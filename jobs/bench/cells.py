@@ -74,8 +74,9 @@ def steps_part(pairs: int, steps: int, size: str, tokens: int, global_size: int,
         runs = found[kind]
         shares = [r["rate"] / b["rate"] for r, b in zip(runs, found[base], strict=True)] if base else [1.0] * pairs
         peak = median(r["peak_mib"] for r in runs)
-        rows.append([kind, median(r["rate"] for r in runs), median(shares), min(shares), max(shares), peak])
-    head = ["2 x 2", "samples/s", "of torch's loop", "least", "most", "peak MiB"]
+        cpu_ms = 1000 * median(r["cpu_s"] for r in runs)
+        rows.append([kind, median(r["rate"] for r in runs), median(shares), min(shares), max(shares), cpu_ms, peak])
+    head = ["2 x 2", "samples/s", "of torch's loop", "least", "most", "CPU ms/step of a worker", "peak MiB"]
     print(
         f"\n{size}, global batch {global_size} x {BLOCK} tokens, {tokens} a microbatch, {pairs} pairs of {steps} steps"
     )

@@ -6,7 +6,10 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
+import time
 from pathlib import Path
+from typing import Any
 
 from elastic.config import (
     BatchOptions,
@@ -27,11 +30,19 @@ BLOCK = 128
 WARM_STEPS = 5
 
 
+CPU_FOLDER = "ELASTIC_BENCH_CPU_FOLDER"  # where workers note their processors' seconds after each step
+
+
 class StepsAlone(CodeGPT):
     """The main job without evaluation."""
 
     def eval_data(self) -> None:
         return None
+
+    def after_step(self, model: Any, step: int) -> None:
+        if folder := os.environ.get(CPU_FOLDER):
+            with (Path(folder) / str(os.getpid())).open("a") as notes:
+                notes.write(f"{time.process_time()}\n")
 
 
 def torchrun(module: str, workers: int, *arguments: str, timeout_s: float = 600) -> None:
@@ -56,7 +67,8 @@ def bare(folder: Path, module: str, workers: int, *, global_size: int, **options
     named = {"global_size": global_size, "block": BLOCK, "out": out, **options}
     torchrun(module, workers, *(t for k, v in named.items() for t in ("--" + k.replace("_", "-"), str(v))))
     found = json.loads(out.read_text())
-    return {"rate": rate(found["times"], global_size), "peak_mib": found["peak_mib"]}
+    cpu_s = a_step(found["cpu"]) if "cpu" in found else float("nan")
+    return {"rate": rate(found["times"], global_size), "peak_mib": found["peak_mib"], "cpu_s": cpu_s}
 
 
 def here(
@@ -83,12 +95,20 @@ def here(
         observe=ObserveOptions(tensorboard=False),
     )
     run = prepare(StepsAlone(size=size, block=BLOCK, tied=pipeline == 1), config)
-    with LocalRun(run, workers, environment={"OMP_NUM_THREADS": "1"}) as local:
+    notes = Path(tempfile.mkdtemp(prefix="cpu-", dir=folder))
+    with LocalRun(run, workers, environment={"OMP_NUM_THREADS": "1", CPU_FOLDER: str(notes)}) as local:
         memory = PeakMemory(lambda: [p.pid for p in local.processes])
         local.wait(600)
         peak = memory.close()
     rows = read_records(run.folder.storage, METRICS)
-    return {"rate": rate([r["time"] for r in rows if "sample_hash" in r], global_size), "peak_mib": peak}
+    cpu_s = median(a_step([float(line) for line in one.read_text().split()]) for one in notes.iterdir())
+    times = [r["time"] for r in rows if "sample_hash" in r]
+    return {"rate": rate(times, global_size), "peak_mib": peak, "cpu_s": cpu_s}
+
+
+def a_step(seconds: list[float]) -> float:
+    """Return the mean of what each step after warm-up added to a count of seconds."""
+    return (seconds[-1] - seconds[WARM_STEPS]) / (len(seconds) - 1 - WARM_STEPS)
 
 
 def rate(times: list[float], global_size: int) -> float:
