@@ -1,7 +1,7 @@
 """What tensor parallelism and pipelines cost, and what a kill costs with them: samples/s against torch's own loops
 (FSDP2 with tensor parallelism; pipelining, with gradients summed over pipelines), and the stall after a kill against
-torchrun's; and the memory of stages beside its estimate. All in plain processes on this machine; CPU figures say little
-of GPUs. Takes about seven minutes on two cores that do nothing else.
+torchrun's; and, by itself, the memory of stages beside its estimate. All in plain processes on this machine; CPU figures say little
+of GPUs. Takes about five minutes on two cores that do nothing else.
 
 python -m jobs.bench.cells --json cells.json
 """
@@ -135,7 +135,7 @@ def main() -> None:
         )
     if arguments.part in ("kills", "all"):
         figures["kills"] = kills_part(arguments.kills)
-    if arguments.part in ("memory", "all"):
+    if arguments.part == "memory":
         figures["memory"] = memory_part(arguments.memory_size, arguments.memory_samples, 4)
     figures["seconds"] = time.monotonic() - began
     print(f"\nall of it took {figures['seconds']:.0f} s; load average at the end: {os.getloadavg()[0]:.2f}")
