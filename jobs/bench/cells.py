@@ -1,7 +1,7 @@
 """What tensor parallelism and pipelines cost, and what a kill costs with them: samples/s against torch's own loops
 (FSDP2 with tensor parallelism; pipelining, with gradients summed over pipelines), and the stall after a kill against
-torchrun's; and, by itself, the memory of stages beside its estimate. All in plain processes on this machine; CPU figures say little
-of GPUs. Takes about five minutes on two cores that do nothing else.
+torchrun's; and, by itself, the memory of stages beside its estimate. All in plain processes on this machine; CPU
+figures say little of GPUs. Takes about five minutes on two cores that do nothing else.
 
 python -m jobs.bench.cells --json cells.json
 """
