@@ -78,7 +78,8 @@ def test_who_reads_unwritten_memory_is_found_while_the_job_is_tried(strategy, tm
 def test_large_tensors_of_a_worker_lie_on_huge_pages_if_the_kernel_gives_them():
     code = """
 import elastic.worker.session, torch
-start = torch.ones(16 << 20).data_ptr() + (4 << 20)
+large = torch.ones(16 << 20)
+start = large.data_ptr() + (4 << 20)
 for line in open("/proc/self/smaps"):
     first = line.split()[0]
     if "-" in first and not first.endswith(":"):
