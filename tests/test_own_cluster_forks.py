@@ -57,7 +57,7 @@ except ray.exceptions.ActorDiedError as error:
     assert process_ended(error)
 print("seen after", time.monotonic() - began)
 before = idle()
-prestart_workers(f"{node['NodeManagerAddress']}:{node['NodeManagerPort']}", options["runtime_env"], 1, 600.0)
+prestart_workers(f"{node['NodeManagerAddress']}:{node['NodeManagerPort']}", options["runtime_env"], 1, 600.0, 5.0)
 deadline = time.monotonic() + 60
 while not idle() - before and time.monotonic() < deadline:
     time.sleep(0.05)

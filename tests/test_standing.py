@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -169,16 +171,68 @@ def test_where_no_server_answers_workers_start_as_ray_starts_them(
 
 
 @pytest.mark.processes
-def test_a_server_that_nobody_needs_ends_its_idle_forks_and_then_itself(node: Node) -> None:
+def test_a_server_that_nobody_needs_ends_its_idle_forks_and_itself_but_not_while_one_works(node: Node) -> None:
     assert standing.serve(node.pid, CODE, 0.3)
     busy = node.found(node.start("busy"))
     idle = node.found(node.start("idle", "idle"))
-    wait_until(lambda: not is_alive(idle["pid"]), "the end of a fork without work")
-    assert is_alive(busy["pid"])
-    assert is_alive(busy["parent"])
+    looks = _wakes(busy["parent"])
+    wait_until(lambda: _wakes(busy["parent"]) > looks, "looks of the server, at which nothing is to happen")
+    assert all(is_alive(p) for p in (busy["pid"], idle["pid"], busy["parent"])), "idle forks may hold objects"
     os.kill(busy["pid"], signal.SIGKILL)
+    wait_until(lambda: not is_alive(idle["pid"]), "the end of a fork without work")
     wait_until(lambda: not is_alive(busy["parent"]), "the end of a server without forks")
     assert not node.server.exists()
+
+
+@pytest.mark.processes
+def test_what_a_fork_would_not_have_as_the_raylets_workers_have_it_is_no_fork(node: Node, tmp_path: Path) -> None:
+    assert standing.serve(node.pid, CODE, 600)
+    limited = f"bash -c 'ulimit -l 16; exec \"$@\"' bash {standing.command(CODE)}"
+    assert node.found(node.start("limited", command=limited))["parent"] == node.pid
+    (tmp_path / "venv" / "bin").mkdir(parents=True)
+    (tmp_path / "venv" / "bin" / "python").symlink_to(sys.executable)
+    own = f"env VIRTUAL_ENV={tmp_path / 'venv'} {standing.command(CODE)}"
+    found = node.found(node.start("own", "x", command=own))
+    assert (found["parent"], found["python"]) == (node.pid, str(tmp_path / "venv" / "bin" / "python"))
+    assert found["argv"] == [str(node.folder / "own"), "x"]
+
+
+@pytest.mark.processes
+def test_a_worker_whose_asker_has_given_up_is_not_forked(node: Node) -> None:
+    assert standing.serve(node.pid, CODE, 600)
+    server = node.found(node.start("first"))["parent"]
+    os.kill(server, signal.SIGSTOP)
+    out = node.folder / "late"
+    request = fork_request.requested([str(node.worker), str(out)])
+    assert request is not None
+    request["environment"] = {k.decode(): v.decode() for k, v in standing._of_workers(node.pid).items()}
+    data = json.dumps(request | {"raylet": node.pid}).encode()
+    with socket.socket(socket.AF_UNIX) as link:
+        link.connect(str(node.server / "socket"))
+        socket.send_fds(link, [len(data).to_bytes(4, "big")], [1, 2])
+        link.sendall(data)
+    os.kill(server, signal.SIGCONT)
+    assert node.found(node.start("second"))["parent"] == server
+    wait_until(lambda: "not forked" in (node.server / "log").read_text(), "what the server says")
+    children = Path(f"/proc/{server}/task/{server}/children")
+    wait_until(lambda: len(children.read_text().split()) == 2, "the end of a fork that nobody waits for")
+    assert not out.exists()
+
+
+def test_folders_of_servers_that_live_elsewhere_are_left_alone(tmp_path: Path) -> None:
+    gone, lives, mine = (tmp_path / f"fork-{n}-1-{CODE}" for n in (4194305, 4194306, 4194307))
+    for folder in (gone, lives, mine, tmp_path / "fork-of-mine", tmp_path / "fork-x-y-z"):
+        folder.mkdir()
+        (folder / "lock").touch()
+    with (lives / "lock").open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        standing._clear(mine)
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([lives.name, mine.name, "fork-of-mine", "fork-x-y-z"])
+
+
+def _wakes(process: int) -> int:
+    """How often it has run, in tens: nothing but its own looks wakes it here."""
+    return int(Path(f"/proc/{process}/schedstat").read_text().split()[2]) // 10
 
 
 @pytest.mark.processes

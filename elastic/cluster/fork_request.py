@@ -18,10 +18,13 @@ from typing import Any
 
 SOCKET = "ELASTIC_FORK_SERVER"  # environment variable: the path of the socket of an embedded cluster's server
 SERVER = "--server"
+_RIGHTS = ("Uid:", "Gid:", "Groups:", "NoNewPrivs:", "Seccomp:")
 _CONTEXT = "--serialized-runtime-env-context="
 _LANGUAGE = "--language="
 _FOLDER, _SCRIPT, _ORDINARY = os.path.join("ray", "_private", "workers"), "default_worker.py", "setup_worker.py"
-_ANSWER_S = 60.0  # the server may still import
+_ANSWER_S = 20.0  # the server may still import; Ray waits for a worker for 60 s
+#: Which soft limits may differ between a worker and its server: those that a fork sets.
+_SET = ("Max open files", "Max core file size")
 
 
 def main() -> None:
@@ -89,13 +92,25 @@ def started(process: int) -> int:
 
 
 def place(process: str) -> dict[str, Any]:
-    """Where a process is that its children are too: its control group, its CPUs, and its namespaces."""
+    """Where a process is that its children are too: its control group, its CPUs, its namespaces, its limits, and its
+    rights."""
     spaces = ("mnt", "net", "ipc", "pid", "user")
     return {
         "group": _read(f"/proc/{process}/cgroup"),
         "cpus": sorted(os.sched_getaffinity(0 if process == "self" else int(process))),
         "spaces": [os.readlink(f"/proc/{process}/ns/{name}") for name in spaces],
+        "limits": _limits(_read(f"/proc/{process}/limits")),
+        "rights": [line for line in _read(f"/proc/{process}/status").splitlines() if line.startswith(_RIGHTS)],
     }
+
+
+def _limits(table: str) -> list[list[str]]:
+    """The name, the soft and the hard limit of each resource; of some no soft one."""
+    found = []
+    for line in table.splitlines()[1:]:
+        name, rest = line[:26].strip(), line[26:].split()
+        found.append([name, "" if name in _SET else rest[0], rest[1]])
+    return found
 
 
 def is_private(folder: str) -> bool:

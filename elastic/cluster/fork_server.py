@@ -47,6 +47,7 @@ _UNSET = {"LD_PRELOAD": ""}  # an empty one, which a raylet makes for its worker
 _PATH = "PYTHONPATH"
 _NO_JOB = "f" * 8  # Ray's id of the job of a worker that it starts ahead
 _IDLE = b"ray::IDLE"  # the name of a worker without work
+_NICENESS, _USUAL_NICENESS = "RAY_worker_niceness", 15  # what Ray adds to that of its workers
 _REQUEST_S = 10.0
 _LOOK_S = 30.0
 
@@ -96,7 +97,7 @@ class ForkServer:
         self._selector.register(life, selectors.EVENT_READ, "life")
         self._raylets: dict[int, int] = {}  # process id -> descriptor of the process
         self._workers: dict[int, tuple[int, int]] = {}  # such a descriptor -> its process id, and that of its raylet
-        self._asked = time.monotonic()
+        self._asked, self._installed = time.monotonic(), _installed()
 
     def serve(self) -> dict[str, Any] | None:
         """Return in each worker with its request, and here at the end."""
@@ -117,12 +118,15 @@ class ForkServer:
                 return None
 
     def _is_idle(self) -> bool:
-        """Whether nobody needs this server any more. Ends forks that wait for work for too long."""
-        if self._idle_s is None or time.monotonic() - self._asked < self._idle_s:
+        """Whether nobody needs this server any more. Ends its forks when all have waited for work for too long: one
+        that a run has left idle may hold objects of the run."""
+        if self._idle_s is None:
             return False
-        for worker, (pid, _) in self._workers.items():
-            with contextlib.suppress(OSError):
-                if Path(f"/proc/{pid}/cmdline").read_bytes().rstrip(b"\0 ") == _IDLE:
+        if _installed() == self._installed and time.monotonic() - self._asked < self._idle_s:
+            return False
+        if all(_waits(pid) for pid, _ in self._workers.values()):
+            for worker in self._workers:
+                with contextlib.suppress(OSError):
                     signal.pidfd_send_signal(worker, signal.SIGKILL)
         return not self._workers
 
@@ -139,18 +143,28 @@ class ForkServer:
                     return None
                 raylet = request["raylet"]
                 self._watch(raylet)
+                told, tell = os.pipe()
                 pid = os.fork()
                 if pid == 0:
                     try:
+                        os.close(tell)
+                        if not os.read(told, 1):  # who asked has given up: Ray starts the worker itself
+                            os._exit(0)
+                        os.close(told)
                         self._leave(outputs)
                     except OSError:
                         os._exit(1)
                     return request
-                worker = os.pidfd_open(pid)
-                self._workers[worker] = pid, raylet
-                self._selector.register(worker, selectors.EVENT_READ, "worker")
-                self._asked = time.monotonic()
-                link.sendall(b"+")
+                os.close(told)
+                try:
+                    worker = os.pidfd_open(pid)
+                    self._workers[worker] = pid, raylet
+                    self._selector.register(worker, selectors.EVENT_READ, "worker")
+                    self._asked = time.monotonic()
+                    link.sendall(b"+")
+                    os.write(tell, b"+")
+                finally:
+                    os.close(tell)
             except (OSError, ValueError, KeyError) as error:
                 print(f"a worker was not forked: {error}", file=sys.stderr)
             finally:
@@ -165,6 +179,8 @@ class ForkServer:
         torch = sys.modules.get("torch")
         cuda = torch is not None and torch.cuda.is_initialized()
         differ = differing(self._environment, request["environment"])
+        if _installed() != self._installed:
+            differ.append("packages")
         here = self._raylet, place("self")
         elsewhere = self._raylet is not None and here != (request["raylet"], request["place"])
         if others > 0 or cuda or differ or elsewhere:
@@ -215,6 +231,18 @@ class ForkServer:
         os.close(worker)
 
 
+def _installed() -> dict[str, int]:
+    """When each folder of installed packages was changed: what the server has imported may be older."""
+    return {f: os.stat(f).st_mtime_ns for f in sys.path if f.endswith("-packages") and os.path.isdir(f)}
+
+
+def _waits(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().rstrip(b"\0 ") == _IDLE
+    except OSError:
+        return True  # it has ended
+
+
 def _threads() -> int:
     return len(os.listdir("/proc/self/task"))
 
@@ -230,7 +258,11 @@ def _be(request: Mapping[str, Any], environment: Mapping[str, str], *, standing:
     os.environ.update(request["environment"])
     os.chdir(request["folder"])
     os.umask(request["umask"])
-    os.nice(max(0, request["niceness"] - os.getpriority(os.PRIO_PROCESS, 0)))
+    excess = os.getpriority(os.PRIO_PROCESS, 0) - request["niceness"]
+    os.nice(max(0, -excess))
+    if excess > 0:  # a worker started the server, which Ray had made so much nicer already as it will this one
+        wanted = int(os.environ.get(_NICENESS) or _USUAL_NICENESS)
+        os.environ[_NICENESS] = str(max(0, wanted - excess))
     resource.setrlimit(resource.RLIMIT_NOFILE, tuple(request["files"]))
     resource.setrlimit(resource.RLIMIT_CORE, tuple(request["core"]))
     with contextlib.suppress(OSError):  # only more than now, if this user may not lower it

@@ -4,6 +4,7 @@ run. A node is known to have a server when the run that started it has written s
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,7 @@ from elastic.cluster.standing import command, fingerprint, raylets_here, serve
 from elastic.compat.ray import get_value, prestart_workers, put_value
 from elastic.errors import one_line
 
+AHEAD_S = 5.0  # for all nodes together: a node that was lost may not be known as such yet
 _NAMESPACE = b"elastic-forks"
 #: Parts of a job's runtime environment in which a fork can be what Ray would start.
 _HARMLESS = ("working_dir", "excludes", "config", "env_vars")
@@ -99,8 +101,8 @@ class Keeper:
         for node, actors in trained.items():
             self._most[node] = max(len(actors), self._most.get(node, 0))
             if node not in self._asked:
-                known, asks = self._forks.options(node), command(self._forks.code)
-                self._asked[node] = None if known else actors[0].serve_forks.remote(self._forks, asks)
+                # also where one is known: it may have ended since
+                self._asked[node] = actors[0].serve_forks.remote(self._forks, command(self._forks.code))
             elif self._asked[node] is not None and is_ready(self._asked[node]):
                 answer, self._asked[node] = self._asked[node], None
                 try:
@@ -114,14 +116,20 @@ class Keeper:
         on this node."""
         if self._forks is None or not self._forks.ahead or not self._most:
             return
-        here = ray.get_runtime_context().get_node_id()
+        try:
+            self._start_ahead(self._forks, time.monotonic() + AHEAD_S)
+        except (ray.exceptions.RayError, RuntimeError, OSError) as error:  # the run itself has its outcome already
+            print(f"not all workers that could wait for the next run do: {one_line(error)}")
+
+    def _start_ahead(self, forks: Forks, deadline: float) -> None:
+        context = ray.get_runtime_context()
+        here, is_fork = context.get_node_id(), "py_executable" in dict(context.runtime_env)
         for node in ray.nodes():
             name = node["NodeID"]
             workers = self._most.get(name, 0)
-            count = workers + (self._vaults and workers > 0) + (self._forks.besides if name == here else 0)
-            if node["Alive"] and count and (options := self._forks.options(name)):
+            others = forks.besides - (not is_fork) if name == here else 0  # no worker waits in vain for a controller
+            count = workers + (self._vaults and workers > 0) + others
+            left_s = deadline - time.monotonic()
+            if node["Alive"] and count > 0 and left_s > 0 and (options := forks.options(name)):
                 address = f"{node['NodeManagerAddress']}:{node['NodeManagerPort']}"
-                try:
-                    prestart_workers(address, options["runtime_env"], count, self._forks.idle_s)
-                except (ray.exceptions.RayError, RuntimeError, OSError) as error:
-                    print(f"no workers wait on node {name[:8]} for the next run: {one_line(error)}")
+                prestart_workers(address, options["runtime_env"], count, forks.idle_s, left_s)

@@ -25,16 +25,20 @@ ROOT = Path(__file__).parents[2]
 _UNPACKED = "runtime_resources"  # Ray's folder for packages that it unpacks, and removes when no job needs them
 _ADDRESS_FILE = ("ray", "ray_current_cluster")
 _ORDINARY = "ray/_private/workers/setup_worker.py"
-#: A command of sh: the words before the worker's script if their files are here, else the Python of its raylet.
+#: A command of sh: the Python of an environment that Ray made for a task of a job (what a job starts inherits this
+#: command), else the words before the worker's script if their files are here, else the Python of its raylet.
 _EITHER = (
+    'of() { tr "\\0" "\\n" < /proc/$PPID/environ | sed -n "s/^$1=//p"; }; '
+    'for own in "$VIRTUAL_ENV" "$CONDA_PREFIX"; do if [ -x "$own/bin/python" ] && [ "$own" != "$(of VIRTUAL_ENV)" ] '
+    '&& [ "$own" != "$(of CONDA_PREFIX)" ]; then shift 6; exec "$own/bin/python" "$@"; fi; done; '
     'if [ -x "$1" ] && [ -f "$4" ]; then exec "$@"; fi; shift 6; '
     "exec \"$(tr '\\0' '\\n' < /proc/$PPID/cmdline | sed -n 's/^--python_worker_command=//p' | cut -d' ' -f1)\" \"$@\""
 )
 
 
 def fingerprint() -> str:
-    """Of the code that a fork server imports: the same on nodes with the same code."""
-    found = hashlib.sha256(repr(versions()).encode())
+    """Of the code that a fork server imports, and of the environment that has it: the same on nodes with the same."""
+    found = hashlib.sha256(repr((versions(), sys.executable, sys.prefix)).encode())
     package = ROOT / "elastic"
     for file in sorted(package.rglob("*.py")):
         found.update(str(file.relative_to(package)).encode())
@@ -96,7 +100,8 @@ def serve(raylet: int, code: str, idle_s: float) -> bool:
     if not hasattr(os, "pidfd_open") or _UNPACKED in ROOT.parts:
         return False
     try:
-        ordinary = any(w.startswith("--python_worker_command=") and _ORDINARY in w for w in _words(raylet))
+        starts = next((w for w in _words(raylet) if w.startswith("--python_worker_command=")), "=").partition("=")[2]
+        ordinary = _ORDINARY in starts and starts.split()[0] == sys.executable
         here = fork_request.place(str(raylet)) == fork_request.place("self")
         folder = Path(fork_request.server_folder(raylet, code))
         if not (ordinary and here and Path(f"/proc/{raylet}").stat().st_uid == os.getuid()):
@@ -155,10 +160,14 @@ def _of_workers(raylet: int) -> dict[bytes, bytes]:
 
 def _clear(mine: Path) -> None:
     """Remove what servers left behind that were killed, and whose raylet has ended."""
-    for folder in mine.parent.glob("fork-*"):
-        _, raylet, since, _ = folder.name.split("-")
-        if folder != mine and fork_request.started(int(raylet)) != int(since):
-            shutil.rmtree(folder, ignore_errors=True)
+    for folder in mine.parent.glob("fork-*-*-*"):
+        with suppress(ValueError, OSError):  # others may be there; a server of another container holds its lock
+            _, raylet, since, _ = folder.name.split("-")
+            if folder == mine or fork_request.started(int(raylet)) == int(since):
+                continue
+            with (folder / "lock").open("a") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def _words(process: int) -> list[str]:

@@ -41,7 +41,6 @@ HEAD_RESOURCE: str = HEAD_NODE_RESOURCE_NAME
 TOKEN_LOGGER: str = token_setup.__name__
 #: Ray's text for an actor whose process the raylet saw end.
 PROCESS_DIED = "its worker process has died"
-PRESTART_S = 5.0
 _EXIT_DETAIL = re.compile(r"Worker exit detail: (.*?)(?:\. (?:There are some potential|Some common causes)|\n|$)", re.S)
 
 # ---- the cluster that this process is connected to -------------------------------------------------------------------
@@ -143,12 +142,13 @@ def _start_nothing(node: Node, **arguments: Any) -> None:
     pass
 
 
-def prestart_workers(address: str, environment: dict[str, Any], count: int, keep_s: float) -> None:
+def prestart_workers(address: str, environment: dict[str, Any], count: int, keep_s: float, wait_s: float) -> None:
     """Have a node start workers for whichever job first asks for a worker with this runtime environment.
 
     Args:
         address: of the node's raylet (host:port).
         keep_s: Ray ends those that nobody asked for in this time, as it ends other idle workers.
+        wait_s: for the node's answer.
 
     Raises:
         RuntimeError: it does not answer.
@@ -166,7 +166,7 @@ def prestart_workers(address: str, environment: dict[str, Any], count: int, keep
     )
     try:
         with init_grpc_channel(address) as channel:
-            NodeManagerServiceStub(channel).PrestartWorkers(request, timeout=PRESTART_S)
+            NodeManagerServiceStub(channel).PrestartWorkers(request, timeout=wait_s)
     except grpc.RpcError as error:
         raise RuntimeError(f"the node at {address} does not start workers: {error}") from error
 
