@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import types
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -107,7 +110,21 @@ def replaced(parameters):
     return optimizer
 
 
-@pytest.mark.parametrize("make", [own_class, hooked, replaced])
+def replaced_under_a_scheduler(parameters):
+    optimizer = replaced(parameters)
+    optimizer.step = types.MethodType(lambda self: None, optimizer)
+    torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    return optimizer
+
+
+def wrapped_around_a_scheduler(parameters):
+    optimizer = torch.optim.AdamW(parameters)
+    torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    optimizer.step = functools.wraps(optimizer.step)(lambda: None)
+    return optimizer
+
+
+@pytest.mark.parametrize("make", [own_class, hooked, replaced, replaced_under_a_scheduler, wrapped_around_a_scheduler])
 def test_what_a_job_does_inside_of_a_step_sees_what_it_would_see_without_this(mesh, make):
     parameters = parameters_of(mesh)
     optimizer = make(parameters)
@@ -120,6 +137,27 @@ def test_a_scheduler_changes_nothing_about_it(mesh):
     torch.optim.lr_scheduler.StepLR(optimizer, 1)
     with on_rows(optimizer):
         assert not any(isinstance(p, DTensor) for p in optimizer.param_groups[0]["params"])
+
+
+def test_state_of_a_shard_has_the_shape_of_the_whole_but_what_the_job_keeps_beside_it_stays_as_it_is(mesh):
+    rows = torch.arange(8.0)
+    p = nn.Parameter(DTensor.from_local(rows, mesh, [Shard(0)], run_check=False, shape=(16,), stride=(1,)))
+    optimizer = torch.optim.SGD([p], lr=0.5, momentum=0.9)
+    optimizer.state[p]["recent"] = recent = torch.zeros(8)
+    for _ in range(2):
+        p.grad = DTensor.from_local(torch.ones(8), mesh, [Shard(0)], run_check=False, shape=(16,), stride=(1,))
+        update(optimizer, cut=True)
+    assert optimizer.state[p]["recent"] is recent
+    assert optimizer.state[p]["momentum_buffer"].shape == (16,)
+    assert torch.equal(p.to_local().detach(), torch.arange(8.0) - 0.5 - 0.95)
+
+
+def test_rows_elsewhere_than_their_mesh_are_left_to_torch(mesh, monkeypatch):
+    """As with --parallel.offload: on the host, while the mesh is of GPUs."""
+    optimizer = torch.optim.AdamW(parameters_of(mesh))
+    monkeypatch.setattr(type(mesh), "device_type", property(lambda self: "cuda"))
+    with on_rows(optimizer):
+        assert all(isinstance(p, DTensor) for p in optimizer.param_groups[0]["params"])
 
 
 def test_an_error_inside_leaves_the_dtensors(mesh):

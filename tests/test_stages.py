@@ -140,7 +140,8 @@ def test_what_a_worker_of_a_pipeline_needs():
     deep = ModelSize(60, [LayerSize(1, 50, 10, 10)] * 2)
     assert needs(deep, 2, 2, "ddp", 8) == [60 // 2 + 10 + 4 * 10 + 2 * 50, 60 // 2 + 10 + 2 * 10 + 2 * 50 + 20]
     several = ModelSize(60, [LayerSize(1, 1, 0, 10)] * 2)
-    assert needs(several, 2, 2, "ddp", 8)[0] == 60 // 2 + 4 * 10 + 2 * 1, "a partial sum for each level of the tree"
+    first = 60 // 2 + 5 * 10
+    assert needs(several, 2, 2, "ddp", 8)[0] == first, "before the last: three partial sums, the leaf and its copy"
 
 
 def test_layers_draw_the_same_whichever_ran_before_in_this_process():

@@ -247,7 +247,10 @@ def has_step_hooks(optimizer: torch.optim.Optimizer) -> bool:
     aside."""
     own = optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks
     of_all = _global_optimizer_pre_hooks, _global_optimizer_post_hooks
-    return any(own) or any(of_all) or ("step" in vars(optimizer) and not has_scheduler(optimizer))
+    step = vars(optimizer).get("step")  # a scheduler's wrapper has another step within if the job had replaced it
+    of_scheduler = getattr(step, "__globals__", {}).get("__name__") == torch.optim.lr_scheduler.__name__
+    replaced = step is not None and not (of_scheduler and step.__wrapped__ is type(optimizer).step)
+    return any(own) or any(of_all) or replaced
 
 
 def mark_stepped(optimizer: torch.optim.Optimizer) -> None:

@@ -71,20 +71,26 @@ def _may_have_rows(one: torch.optim.Optimizer) -> bool:
     if any(group.get("fused") or group.get("differentiable") for group in one.param_groups):
         return False
     cut = [p for group in one.param_groups for p in group["params"] if isinstance(p, DTensor)]
-    return bool(cut) and all(p.grad is None or _lies_as(p.grad, p) for p in cut)
+    return bool(cut) and all(_is_at_home(p) and (p.grad is None or _lies_as(p.grad, p)) for p in cut)
+
+
+def _is_at_home(p: DTensor) -> bool:
+    """Whether its rows are where its mesh is: `DTensor.from_local` would move the state of offloaded ones there."""
+    return local(p).device.type == p.device_mesh.device_type
 
 
 def _lies_as(a: torch.Tensor, b: DTensor) -> bool:
-    return isinstance(a, DTensor) and a.placements == b.placements
+    return isinstance(a, DTensor) and a.placements == b.placements and a.dtype == b.dtype
 
 
 def _give_rows(one: torch.optim.Optimizer) -> Callable[[], None]:
     """Returns a function that puts the DTensors back."""
     groups = [(group, group["params"]) for group in one.param_groups]
     rows: dict[torch.Tensor, torch.Tensor] = {}
-    for group, parameters in groups:
+    for _, parameters in groups:
         for p in parameters:
             rows[p] = _rows_of(p) if isinstance(p, DTensor) else p
+    for group, parameters in groups:
         group["params"] = [rows[p] for p in parameters]
     wholes = {row: p for p, row in rows.items()}
     given: dict[torch.Tensor, dict[str, Any]] = {}
@@ -126,6 +132,8 @@ def _as_cut(value: Any, p: DTensor, row: torch.Tensor, was: Any) -> Any:
     """What an update left of the state of a parameter's rows, as it lies with a DTensor."""
     if isinstance(was, DTensor) and local(was) is value:
         return was
+    if was is not None and not isinstance(was, DTensor):
+        return value  # the job's, which happens to have as many elements
     if not isinstance(value, torch.Tensor) or value.shape != row.shape:
         return value  # a count
     return DTensor.from_local(value, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride())

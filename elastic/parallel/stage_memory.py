@@ -55,6 +55,7 @@ def needs(size: ModelSize, cells: int, least: int, strategy: str, microbatches: 
 
     * the passes: the gradients of a microbatch and the partial sums of them (one for each level of the tree), and what
       the layers keep of all microbatches under way;
+    * a world's first passes: the partial sums before the last microbatch's gradients, these, and a copy of them;
     * the comparison with the whole model: the sums of the stage's gradients and a copy of those of one microbatch, what
       all layers keep of one microbatch, and the largest layer and its gradients gathered;
     * the sums over pipelines: the stage's gradients, and its rows of all.
@@ -79,10 +80,11 @@ def needs(size: ModelSize, cells: int, least: int, strategy: str, microbatches: 
         under_way = min(runs, each - stage) if runs >= each else runs  # of 1F1B, or of GPipe
         gradients = sum(one.trained for one in mine)
         passes = sums * gradients + under_way * sum(one.kept for one in mine)
+        first = ((runs - 1).bit_count() + 2) * gradients
         comparison = (parts + 1) * gradients + kept + largest
         exchange = parts * gradients + size.trained // shards
         held = size.state // shards + sum(one.parameters for one in mine)
-        found.append(held + max(passes, comparison, exchange))
+        found.append(held + max(passes, first, comparison, exchange))
     return found
 
 
