@@ -55,6 +55,7 @@ MEANT: dict[str, set[str]] = {
     "--cluster.address": WORDS,  # is tried within 10 s
     "--parallel.blocks": NAMES,
     "--run.stop-after": {"None", "0.001s"},
+    "--cluster.keep-warm": {"None"},
     "--run.seed": {"0"},
     "--run.max-failures": {"0"},
     "--batch.microbatches": {"None"},

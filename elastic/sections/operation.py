@@ -11,6 +11,7 @@ from elastic.errors import ConfigError
 from elastic.prices import check_price
 from elastic.units import parse_amount
 
+LEAST_WARM_S = 1.0  # who waits looks at the clock as often as it may be over
 MOST_PATIENCE_S = 168 * 3600.0  # a week: some waits for a worker count milliseconds in 31 bits
 
 
@@ -204,7 +205,8 @@ class ClusterOptions:
     def __post_init__(self) -> None:
         if self.keep_warm is not None:
             name, text = "--cluster.keep-warm", self.keep_warm
-            require(parse_amount(name, text, clock=True).is_clock, name, text, "give a time in s, min or h")
+            time = parse_amount(name, text, clock=True)
+            require(time.is_clock and time.seconds >= LEAST_WARM_S, name, text, "give a time of at least 1s, or None")
         if self.local_nodes is not None:
             whole("--cluster.local-nodes", self.local_nodes, 1)
             require(

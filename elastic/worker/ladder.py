@@ -15,6 +15,7 @@ from typing import Any, Literal
 from elastic.checkpoint.format import Manifest
 from elastic.checkpoint.initial import initial_source, load_initial
 from elastic.checkpoint.loader import check_objects, error_json, load_together, raise_first
+from elastic.checkpoint.patience import in_one_sentence
 from elastic.checkpoint.reader import Committed, newest_first, read_manifest, refuse_to_begin_anew
 from elastic.checkpoint.tensors import Shard
 from elastic.config import CheckpointOptions
@@ -84,7 +85,21 @@ def descend(
 
     Raises:
         CheckpointError: there are checkpoints, and none can be loaded.
+        StorageError: storage cannot be read.
     """
+    with in_one_sentence(storage, "read"):
+        return _descend(group, make, options, storage, link, snapshots, lost)
+
+
+def _descend(
+    group: Group,
+    make: Make | None,
+    options: CheckpointOptions,
+    storage: Storage,
+    link: WorkerLink,
+    snapshots: Snapshots,
+    lost: str | None,
+) -> Found:
     began = time.monotonic()
     if group.place is None or not group.layout.is_first(group.place):
         make = None
