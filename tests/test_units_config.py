@@ -223,6 +223,7 @@ REFUSED = [
     (lambda: RunOptions(max_cost=0.0), "--run.max-cost", "0.0", "above 0"),
     (lambda: TrainConfig(run=RunOptions(max_cost=5.0)), "--run.max-cost", "5", "give --observe.price"),
     (lambda: ClusterOptions(local_nodes=0), "--cluster.local-nodes", "0", "at least 1"),
+    (lambda: ClusterOptions(keep_warm="0.5s"), "--cluster.keep-warm", "0.5s", "at least 1s"),
     (lambda: ClusterOptions(address="a:1", local_nodes=2), "--cluster.local-nodes", "2", "--cluster.address a:1"),
     (
         lambda: TrainConfig(run=RunOptions(exactness="bitwise"), precision=PrecisionOptions(grad_compression="bf16")),
@@ -440,6 +441,7 @@ OTHER_VALUES = {
     "observe.port": 9400,
     "cluster.address": "auto",
     "cluster.local-nodes": 2,
+    "cluster.keep-warm": "5min",
     "scaling.exclude": ("broken",),
 }
 ONE_VALUE = {
