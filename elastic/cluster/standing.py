@@ -101,7 +101,7 @@ def serve(raylet: int, code: str, idle_s: float) -> bool:
         return False
     try:
         starts = next((w for w in _words(raylet) if w.startswith("--python_worker_command=")), "=").partition("=")[2]
-        ordinary = _ORDINARY in starts and starts.split()[0] == sys.executable
+        ordinary = _ORDINARY in starts and _environment(starts.split()[0]) == _environment(sys.executable)
         here = fork_request.place(str(raylet)) == fork_request.place("self")
         folder = Path(fork_request.server_folder(raylet, code))
         if not (ordinary and here and Path(f"/proc/{raylet}").stat().st_uid == os.getuid()):
@@ -125,6 +125,11 @@ def serve(raylet: int, code: str, idle_s: float) -> bool:
     finally:
         os.close(lock)
     return True
+
+
+def _environment(python: str) -> str:
+    """The folder of an interpreter, whose packages it finds; what lies there may be a link to one of all folders."""
+    return os.path.realpath(os.path.dirname(python))
 
 
 def _start(folder: Path, lock: int, raylet: int, idle_s: float) -> None:
