@@ -49,7 +49,6 @@ def pytest_configure(config: pytest.Config) -> None:
             signal.signal(number, usual)
     # Test processes have more threads than this machine has CPUs: who waits must not spin. Read when torch is loaded.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as `elastic.worker` does, which a test may import first
     root = os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", tempfile.gettempdir())  # tmp_path stays where people look
     fresh.choose()
     if not hasattr(config, "workerinput"):

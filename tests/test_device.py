@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -72,24 +69,3 @@ def test_who_reads_unwritten_memory_is_found_while_the_job_is_tried(strategy, tm
 
     assert "reads a tensor that it has not written, as torch.empty()" in str(ran.failure)
     assert not ran.rows
-
-
-@pytest.mark.processes
-def test_large_tensors_of_a_worker_lie_on_huge_pages_if_the_kernel_gives_them():
-    code = """
-import elastic.worker.session, torch
-large = torch.ones(16 << 20)
-start = large.data_ptr() + (4 << 20)
-for line in open("/proc/self/smaps"):
-    first = line.split()[0]
-    if "-" in first and not first.endswith(":"):
-        low, high = (int(part, 16) for part in first.split("-"))
-        inside = low <= start < high
-    elif first == "VmFlags:" and inside:
-        print("advised" if "hg" in line.split() else line)
-"""
-    environment = {k: v for k, v in os.environ.items() if k != "THP_MEM_ALLOC_ENABLE"}
-    found = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120, check=True
-    )
-    assert found.stdout.strip() == "advised"
