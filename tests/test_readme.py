@@ -238,7 +238,7 @@ def check_make(words: list[str]) -> None:
 def test_ci_runs_the_linter_and_the_test_command_that_are_shown():
     run = re.findall(r"^make [\w-]+", (ROOT / ".ci" / "run").read_text(), re.MULTILINE)
 
-    assert run == ["make lint", "make test-all"]
+    assert run == ["make lint", "make test", "make test-slow"]
     assert set(run) < set(commands("README.md"))
 
 
