@@ -27,7 +27,7 @@ from elastic.storage import Storage
 from elastic.worker.__main__ import main
 from elastic.worker.local import LocalRun
 from tests import leaks
-from tests.forked import LONG, STDOUT, WAIT_S, configure, fault, fork_driver, plan, wait_until
+from tests.forked import LONG, STDOUT, WAIT_S, configure, fault, fork, fork_driver, plan, wait_until
 from tests.tiny_jobs import Everything
 
 AT_ONCE_S = 5.0
@@ -271,7 +271,7 @@ def _own_host(storage: str, environment: dict[str, str]) -> None:
 @pytest.mark.long
 def test_what_a_killed_driver_started_ends_at_once(processes, tmp_path, gate):
     faults = plan(fault("step.forward", 6, None, "hold", file=gate("held")))
-    driver = fork_driver(_own_host, str(tmp_path), faults)
+    driver = fork(_own_host, str(tmp_path), faults)  # its workers are commands, whose loaders have a fork server
     storage = Storage(str(tmp_path / "run"))
     wait_until(lambda: (found := next(newest_first(storage), None)) is not None and found.step >= 4, "step 4")
     there = processes()
