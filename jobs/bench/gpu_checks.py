@@ -153,15 +153,77 @@ def error_on_one(place: Place) -> Figures:
 
 def fsdp(place: Place) -> Figures:
     """Two workers that share the model, in bitwise, and one with all of it."""
-    if torch.__version__ < "2.13":
-        from torch.distributed.fsdp import FSDPModule
-
-        setattr(FSDPModule, "set_reduce_scatter_unused_params", lambda *_, **__: None)  # noqa: B010 - it lacks it
     whole = place.train(Numbers(), place.config("ddp", 1, run=BITWISE), 1)
     sharded = {"parallel": replace(CONFIG.parallel, strategy="fsdp")}
     cut = place.train(Numbers(), place.config("fsdp", 2, run=BITWISE, **sharded), 2)
     assert whole.sha == cut.sha, "fsdp of two has other bits than ddp of one"
     return {"sha": whole.sha[:12], "step_s": cut.step_s()}
+
+
+def cells(place: Place) -> Figures:
+    """Two workers that share each layer, and two such cells, in bitwise; then a kill in the second."""
+    tensor = {"parallel": replace(CONFIG.parallel, tensor=2)}
+    one = place.train(Numbers(size="5M"), place.config("one", 2, run=BITWISE, **tensor), 2)
+    sharded = {"parallel": replace(CONFIG.parallel, tensor=2, strategy="fsdp")}
+    fault = {"point": "step.reduce", "step": 3, "rank": 3, "do": "kill"}
+    two = place.train(Numbers(size="5M"), place.config("two", 4, run=BITWISE, **sharded), 4, fault)
+    assert one.sha == two.sha, "two cells, of which one is lost, have other bits than one"
+    two.check_samples()
+    return {"sha": one.sha[:12], "step_s": one.step_s(), "stall_s": round(two.stall_s(), 3)}
+
+
+def pipelines(place: Place) -> Figures:
+    """Three workers that run the layers one after another, in bitwise; one is killed, and two go on."""
+    whole = place.train(Numbers(tied=False), place.config("whole", 1, run=BITWISE), 1)
+    stages = {"parallel": replace(CONFIG.parallel, pipeline=2)}
+    two = place.train(Numbers(tied=False), place.config("two", 2, run=BITWISE, **stages), 2)
+    fault = {"point": "step.reduce", "step": 3, "rank": 2, "do": "kill"}
+    three = place.train(Numbers(tied=False), place.config("three", 3, run=BITWISE, **stages), 3, fault)
+    assert len({whole.sha, two.sha, three.sha}) == 1, f"other bits: {whole.sha[:12]} {two.sha[:12]} {three.sha[:12]}"
+    three.check_samples()
+    return {"sha": whole.sha[:12], "step_s": two.step_s(), "stall_s": round(three.stall_s(), 3)}
+
+
+def snapshots(place: Place) -> Figures:
+    """State in the memory of other nodes: a worker of fsdp is lost with its shard, and no step is done again."""
+    options = {
+        "parallel": replace(CONFIG.parallel, strategy="fsdp"),
+        "recovery": replace(CONFIG.recovery, snapshot_every="1st"),
+    }
+    scaling = ScalingOptions(max_workers=3, workers_per_node=1)
+    undisturbed = place.train(Numbers(), place.config("none", 1, run=BITWISE), 1)
+    fault = {"point": "step.forward", "step": 5, "rank": 1, "do": "kill"}
+    config = replace(place.config("snapshots", 3, run=BITWISE, **options), scaling=scaling)
+    ended = place.train(Numbers(), config, 3, fault)
+    assert ended.sha == undisturbed.sha, "other bits"
+    ended.check_samples()
+    return {"sha": ended.sha[:12], "stall_s": round(ended.stall_s(), 3), "worlds": [len(w) for w in ended.worlds()]}
+
+
+def formats(place: Place) -> Figures:
+    """A scaled loss in fp16, compiled blocks, parameters on the host: two workers have the bits of one; and parameters
+    in bf16, in fast."""
+    variants: dict[str, dict[str, Any]] = {
+        "fp16": {"run": BITWISE, "precision": replace(CONFIG.precision, autocast="fp16")},
+        "compile": {"run": BITWISE, "parallel": replace(CONFIG.parallel, compile=True, blocks=("Block",))},
+        "bf16": {"precision": replace(CONFIG.precision, param_dtype="bf16")},
+    }
+    if not place.cpu:
+        offload = replace(CONFIG.parallel, strategy="fsdp", offload=True)
+        variants["offload"] = {"run": BITWISE, "parallel": offload}
+    found: Figures = {}
+    failed = []
+    for name, options in variants.items():
+        try:
+            one, two = (place.train(Numbers(), place.config(f"{name}-{n}", n, **options), n) for n in (1, 2))
+        except Exception as error:  # the others are to be known all the same
+            failed.append(f"{name}: {type(error).__name__}: {error}"[-700:])
+            continue
+        found[name] = {"loss": two.rows[-1]["loss"], "step_s": two.step_s()}
+        if "run" in options and one.sha != two.sha:
+            failed.append(f"{name}: other bits")
+    assert not failed, f"{failed}; {found}"
+    return found
 
 
 def row_sums(place: Place) -> Figures:
@@ -283,6 +345,10 @@ CHECKS: dict[str, Callable[[Place], Figures]] = {
         kills,
         error_on_one,
         fsdp,
+        cells,
+        pipelines,
+        snapshots,
+        formats,
         row_sums,
         repeatable,
         worlds,

@@ -16,6 +16,19 @@ CONFIG = TrainConfig(
 )
 
 
+def admit_older_fsdp() -> None:
+    """With torch before 2.13 have FSDP2 taken as it is. It lacks what models need of which some parameters get no
+    gradient on some workers; this model has none."""
+    import torch
+    from torch.distributed.fsdp import FSDPModule
+
+    if torch.__version__ < "2.13":
+        setattr(FSDPModule, "set_reduce_scatter_unused_params", lambda *_, **__: None)  # noqa: B010 - it lacks it
+
+
+admit_older_fsdp()
+
+
 class _Tokens:
     def __init__(self, first: int, count: int):
         self._first, self._count = first, count
@@ -36,12 +49,24 @@ class Numbers(elastic.Job):
     """Next-token prediction of arithmetic progressions modulo 256."""
 
     size: str = field(default="0.5M", metadata={"help": f"of the model: {', '.join(SIZES)}"})
+    tied: bool = field(default=True, metadata={"help": "one tensor for the embedding and the head"})
     fails_once: str = field(default="", metadata={"help": "whoever removes this file raises an error in loss()"})
 
     def model(self):
         from jobs.gpt import GPT
 
-        return GPT(SIZES[self.size], context=CONTEXT, dropout=0.1)
+        return GPT(SIZES[self.size], context=CONTEXT, dropout=0.1, tied=self.tied)
+
+    def tensor_plan(self):
+        return {
+            "blocks.*.attention_in": "colwise",
+            "blocks.*.attention_out": "rowwise",
+            "blocks.*.mlp_in": "colwise",
+            "blocks.*.mlp_out": "rowwise",
+        }
+
+    def stages(self, model):
+        return None if self.tied else [model.embedding, model.dropout, *model.blocks, model.norm, model.head]
 
     def optimizer(self, model):
         import torch
