@@ -4,8 +4,9 @@ What it does as torch's NCCL does:
 
 * An operation returns at once and runs later, in the order of calls, on the group's own thread: a stream. Its output is
   garbage until the host waits for the stream; computing with it waits too, as kernels of a stream do.
-* A communicator is made by the first operation of a group. That blocks as long as told and ends only when all members
-  have come through; nothing frees it (`creation` "blocks"), or an abort does ("freeable", as in non-blocking mode).
+* A communicator is made by the first operation of a group. That takes as long as told and ends only when all members
+  have come through. If one does not come, nothing frees it (`creation` "blocks"); or an abort does ("freeable"); or
+  nothing does, and the abort waits too, for a lock ("held", as torch is in non-blocking mode).
 * A peer that is gone raises nothing: the stream stands still. Only an abort frees it; then all that was queued
   "succeeds" and leaves garbage.
 * An abort takes its time; a second one at the same time ends the process.
@@ -27,7 +28,7 @@ import os
 import queue
 import threading
 import time
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -56,7 +57,7 @@ class Manners:
 
     Args:
         create_s, abort_s: seconds that making a communicator and aborting one take at least.
-        creation: whether an abort frees who makes a communicator: "freeable", or "blocks".
+        creation: whether an abort frees who makes a communicator: "freeable", "blocks" or "held".
         watchdog: seconds that its watchdog sleeps for each second that torch's would.
         late_s: seconds in which an aborted stream still writes.
         limit_s: seconds that the code under test gives an abort.
@@ -192,6 +193,7 @@ class NcclManners(AroundGroup):
         self._todo: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._aborting, self._aborted, self._count = threading.Lock(), False, 0
         self._enqueuing = threading.Lock()
+        self._held = threading.Lock()  # while an operation waits for the communicator
         self._watchdogs = threading.Lock()  # of the list of works under way
         self.error: Any = _Error("SUCCESS")
         threading.Thread(target=self._run, name="nccl-stream", daemon=True).start()
@@ -298,7 +300,8 @@ class NcclManners(AroundGroup):
         with self._watchdogs:
             self._refuse_where_aborted()
             if self._gloo is None:
-                self._create()
+                with self._held:
+                    self._create()
             tensors = [a for a in tree_flatten((arguments, options))[0] if isinstance(a, torch.Tensor)]
             _pending.wait(tensors)
             outputs = [] if name in NO_OUTPUT or self._gives(name, arguments) else tree_flatten(arguments[0])[0]
@@ -337,7 +340,7 @@ class NcclManners(AroundGroup):
         try:
             fault.point("nccl.aborting", self._rank, 0)
             time.sleep(manners.abort_s)
-            with self._enqueuing:
+            with self._held if manners.creation == "held" else nullcontext(), self._enqueuing:
                 self._aborted = True
             if (before := self._before) is not None and manners.creation == "freeable":
                 found = opened_since(before)

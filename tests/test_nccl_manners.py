@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from elastic.errors import WorldBroken
 from elastic.observe.ledger import gaps_and_doubles
@@ -93,6 +94,18 @@ RUNS: dict[str, tuple[Manners, list[dict], int, dict[str, Any]]] = {
     "a loss while communicators are made that nothing frees": (
         Manners(create_s=0.1, creation="blocks"),
         [fault("nccl.creating", None, 1)],
+        1,
+        {"recovery__hang_timeout": "2s"},
+    ),
+    "a loss while communicators are made, for which aborts wait": (
+        Manners(create_s=0.1, creation="held", limit_s=2.5),  # an abort that were waited for would end the process
+        [fault("nccl.creating", None, 1)],
+        1,
+        {"recovery__hang_timeout": "2s"},
+    ),
+    "a loss before all are there to make communicators": (
+        Manners(create_s=0.1, creation="held", limit_s=2.5),
+        [fault("world.assigned", None, 1)],
         1,
         {"recovery__hang_timeout": "2s"},
     ),
@@ -218,6 +231,32 @@ def test_freeing_keeps_nobody_waiting_and_aborts_each_group_once_and_all_side_by
     assert max(group.began for group in groups) < min(group.ended for group in groups)
     with pytest.raises(WorldBroken), backend.connecting():
         pass
+
+
+def test_a_communicator_that_was_made_while_its_world_broke_is_aborted_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first abort came before torch knew the communicator."""
+    aborts: list[str] = []
+
+    class Group:
+        def abort(self) -> None:
+            aborts.append("begins")
+            time.sleep(0.05)
+            aborts.append("ends")
+
+    backend = NcclBackend("1-1", 1, CPU, lambda what: None)
+    monkeypatch.setattr(nccl_backend, "process_groups", lambda: [group])
+    monkeypatch.setattr(dist, "all_reduce", lambda one, group: backend.free())
+    group = Group()
+    with pytest.raises(WorldBroken), backend.connecting():
+        backend.open(dist.HashStore(), 5.0)
+    assert aborts == ["begins", "ends"] * 2
+
+
+def test_members_that_do_not_come_to_connect_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nccl_backend, "process_groups", list)
+    backend = NcclBackend("1-1", 3, CPU, lambda what: None)
+    with pytest.raises(WorldBroken, match="2 of 3 members of world 1-1 did not come to connect"):
+        backend.open(dist.HashStore(), 0.1)
 
 
 def test_nothing_is_looked_at_that_an_aborted_gather_left() -> None:

@@ -52,9 +52,9 @@ SETTINGS = (
     ),
     Setting(
         "TORCH_NCCL_USE_COMM_NONBLOCKING",
-        "1",
-        "a communicator whose member was lost while it was made can be aborted only so",
-        "torch pull request 103925, issue 153960",
+        "0",
+        "exchanges between pairs fail with communicators that do not block: operation in progress",
+        "measured on a H200, torch 2.11",
     ),
     Setting(
         "NCCL_NVLS_ENABLE",

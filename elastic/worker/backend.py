@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager
 from typing import ClassVar
 
 import torch
+import torch.distributed as dist
 
 from elastic.errors import WorldBroken
 
@@ -46,9 +47,13 @@ class Backend(ABC):
         """
 
     @abstractmethod
-    def open(self) -> None:
+    def open(self, store: dist.Store, timeout_s: float) -> None:
         """Connect the groups that torch has made since the last call, if making them has not done so. Called inside
-        `connecting`.
+        `connecting`, equally often by all members.
+
+        Args:
+            store: where the members of this world find each other.
+            timeout_s: how long members wait for each other there.
 
         Raises:
             WorldBroken: the world was freed.

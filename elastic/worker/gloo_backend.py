@@ -50,7 +50,7 @@ class GlooBackend(Backend):
         if self.freed:  # the thread that freed it may have seen no sockets yet
             raise self.broken()
 
-    def open(self) -> None:
+    def open(self, store: dist.Store, timeout_s: float) -> None:
         """Does nothing: torch connected the groups when it made them."""
 
     def free(self) -> None:

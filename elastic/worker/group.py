@@ -106,17 +106,18 @@ class Group:
         with _connecting(f"connecting world {self.assignment.generation}"):
             store.set_timeout(timeout)
             count_groups_from_zero()  # otherwise members that failed to connect before would use other names
+            store = dist.PrefixStore(str(self.assignment.generation), store)
             with self._backend.connecting():
                 dist.init_process_group(
                     self._backend.name,
-                    store=dist.PrefixStore(str(self.assignment.generation), store),
+                    store=store,
                     rank=self.rank,
                     world_size=self.size,
                     timeout=timeout,
                 )
-                self._backend.open()
+                self._backend.open(store, timeout_s)
                 self.mesh = self._lay_out()
-                self._backend.open()
+                self._backend.open(store, timeout_s)
 
     def _reach_store(self) -> dist.Store:
         """The store at which the members find each other.

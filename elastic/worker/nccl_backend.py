@@ -2,13 +2,16 @@
 
 NCCL's calls return before their work is done, and a lost peer raises no error: kernels wait for it for ever. Waiting
 threads are freed by aborting the communicators; then all enqueued work "succeeds" with arbitrary results. An abort
-takes half a second or more, and crashes if two aborts of one communicator run at the same time. What a thread waits for
-while it makes a communicator cannot be interrupted in every version. So all of these run in threads of their own, with
-a time
-limit after which this process exits: its device would be unusable.
+takes half a second or more, and crashes if two aborts of one communicator run at the same time. So aborts run in
+threads of their own, with a time limit after which this process exits: its device would be unusable.
 
-Evidence: torch's ProcessGroupNCCL.cpp (2.13), torch issues 119797 and 153960, NCCL issue 863, and NVIDIA's
-nvidia-resiliency-ext, whose in-process restart does the same.
+A thread that makes a communicator cannot be freed: an abort does not see that communicator yet, or, where it is made
+without blocking, waits for a lock that torch holds meanwhile (measured on a H200, torch 2.11). The thread is left
+behind, and spins; the next world works (measured). So communicators are made once all members are here: then a dead
+member's closed connections raise an error, and only a machine that vanishes within this moment leaves such a thread.
+
+Evidence: torch's ProcessGroupNCCL.cpp and NCCLUtils.cpp, torch issues 119797 and 153960, NCCL issue 863, and NVIDIA's
+nvidia-resiliency-ext, whose in-process restart does the same; `jobs.bench.gpu --only creation connecting kills`.
 """
 
 from __future__ import annotations
@@ -26,7 +29,7 @@ import torch
 import torch.distributed as dist
 
 from elastic.compat.torch_groups import failure_of_group, forget_groups, process_groups
-from elastic.errors import one_line
+from elastic.errors import WorldBroken, one_line
 from elastic.parallel.device import synchronize
 from elastic.parallel.nccl import make_settings
 from elastic.worker.backend import Backend
@@ -40,7 +43,7 @@ POLL_S = 0.01
 
 
 class NcclBackend(Backend):
-    """NCCL makes a communicator when a group is first used, so torch knows each group before a thread waits in it."""
+    """torch knows each group before a thread waits in it: NCCL makes its communicator after that."""
 
     name = "nccl"
     leaves_garbage = True
@@ -48,6 +51,8 @@ class NcclBackend(Backend):
     def __init__(self, *arguments: Any):
         super().__init__(*arguments)
         self._connected: set[dist.ProcessGroup] = set()
+        self._unused: set[dist.ProcessGroup] = set()  # groups whose communicator may not be made yet
+        self._opened = 0  # calls of `open`
         self._aborts: dict[dist.ProcessGroup, threading.Thread] = {}
         self._lock = threading.Lock()
         self._closed = threading.Event()
@@ -69,20 +74,45 @@ class NcclBackend(Backend):
         self._looking = threading.Thread(target=self._look, name="watch-communicators", daemon=True)
         self._looking.start()
 
-    def open(self) -> None:
+    def open(self, store: dist.Store, timeout_s: float) -> None:
         new = [group for group in process_groups() if group not in self._connected]
         self._connected.update(new)
-        self._beside(partial(self._first_sums, new))
+        self._unused.update(new)
+        self._opened += 1
+        self._beside(partial(self._make, new, store, timeout_s))
         if self.freed:
             raise self.broken()
 
-    def _first_sums(self, groups: list[dist.ProcessGroup]) -> None:
+    def _make(self, groups: list[dist.ProcessGroup], store: dist.Store, timeout_s: float) -> None:
+        """Make the communicators of these groups, by a first sum over each."""
+        self._wait_until_all_are_here(store, timeout_s)
         for group in groups:
             if self.freed:
                 return
             one = torch.ones(1, device=self.device)
             dist.all_reduce(one, group=group)
+            self._unused.discard(group)
+            if self.freed:
+                return self._abort_late(group)
             one.item()
+
+    def _wait_until_all_are_here(self, store: dist.Store, timeout_s: float) -> None:
+        """Wait until all members have come here; returns earlier when the world is freed.
+
+        Raises:
+            WorldBroken: some did not come within the time-out.
+        """
+        until, key, pause_s = time.monotonic() + timeout_s, f"here/{self._opened}", 0.001
+        here = store.add(key, 1)
+        while here < self.size and not self.freed:
+            if time.monotonic() > until:
+                raise WorldBroken(
+                    f"{self.size - here} of {self.size} members of world {self.world} did not come to connect within "
+                    f"{timeout_s:g} s"
+                )
+            time.sleep(pause_s)
+            pause_s = min(2 * pause_s, POLL_S * (1 + self.size // 64))
+            here = store.add(key, 0)
 
     def _beside(self, work: Callable[[], None]) -> None:
         """Run `work` in another thread, and leave that thread behind if it does not return from a broken world.
@@ -123,9 +153,26 @@ class NcclBackend(Backend):
         not be aborted one after another."""
         for group in process_groups():
             if group not in self._aborts:
-                thread = threading.Thread(target=self._abort_one, args=(group,), name="abort-group", daemon=True)
+                abort = self._abort_unused if group in self._unused else self._abort_one
+                thread = threading.Thread(target=abort, args=(group,), name="abort-group", daemon=True)
                 self._aborts[group] = thread
                 thread.start()
+
+    def _abort_unused(self, group: dist.ProcessGroup) -> None:
+        """Abort a group whose communicator may not be made yet. This may wait for ever, and then does no harm."""
+        try:
+            group.abort()
+        except Exception as error:  # nothing ran on it, and the process goes on
+            print(f"aborting a communicator of world {self.world} failed: {one_line(error)}", file=sys.stderr)
+
+    def _abort_late(self, group: dist.ProcessGroup) -> None:
+        """Abort a communicator again that was made while its world broke: the abort may not have seen it. Otherwise the
+        kernel that was just begun would wait for ever."""
+        with self._lock:
+            before = self._aborts.get(group)
+        if before is not None:
+            before.join()
+        self._abort_one(group)
 
     def _abort_one(self, group: dist.ProcessGroup) -> None:
         with self._limited("aborting a communicator"):
@@ -165,12 +212,14 @@ class NcclBackend(Backend):
             self._looking.join()
         if self._aborts:
             with self._limited("aborting the communicators"):
-                for thread in self._aborts.values():
-                    thread.join()
+                for group, thread in self._aborts.items():
+                    if group not in self._unused:
+                        thread.join()
             with self._limited("what the device still had to do"):  # it may write to memory that is used again
                 synchronize(self.device)
         self._aborts.clear()
         self._connected.clear()
+        self._unused.clear()
         forget_groups()
 
     # ---- looking ---------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import platform
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -71,6 +72,12 @@ class Ended:
     def worlds(self) -> list[list[int]]:
         """Process ids of the members of each world."""
         return [event["detail"]["pids"] for event in self._events if event["kind"] == "world_formed"]
+
+    def formed_again_s(self) -> float:
+        """Seconds between the first world of three and the next."""
+        formed = [event for event in self._events if event["kind"] == "world_formed"]
+        first = next(i for i, event in enumerate(formed) if event["detail"]["size"] == 3)
+        return round(formed[first + 1]["time"] - formed[first]["time"], 3)
 
     def stall_s(self) -> float:
         """The longest time between two steps, of which one is the first of a world."""
@@ -201,8 +208,8 @@ def snapshots(place: Place) -> Figures:
 
 
 def formats(place: Place) -> Figures:
-    """A scaled loss in fp16, compiled blocks, parameters on the host: two workers have the bits of one; and parameters
-    in bf16, in fast."""
+    """A scaled loss in fp16, compiled blocks: two workers have the bits of one; and parameters in bf16, and on the
+    host, in fast."""
     variants: dict[str, dict[str, Any]] = {
         "fp16": {"run": BITWISE, "precision": replace(CONFIG.precision, autocast="fp16")},
         "compile": {"run": BITWISE, "parallel": replace(CONFIG.parallel, compile=True, blocks=("Block",))},
@@ -210,7 +217,7 @@ def formats(place: Place) -> Figures:
     }
     if not place.cpu:
         offload = replace(CONFIG.parallel, strategy="fsdp", offload=True)
-        variants["offload"] = {"run": BITWISE, "parallel": offload}
+        variants["offload"] = {"parallel": offload}
     found: Figures = {}
     failed = []
     for name, options in variants.items():
@@ -275,9 +282,48 @@ def abort(place: Place) -> Figures:
 
 
 def creation(place: Place) -> Figures:
-    """A peer never comes while communicators are made: an abort frees who waits, if creation does not block."""
-    with Ranks(place, 2) as ranks:
-        return ranks.ask("create_alone", only=0)[0]
+    """A peer never comes while communicators are made, or stops before the first message to it, or before the first
+    exchange: what an abort does, with communicators that block, with others, and with those that are made before they
+    are used."""
+    modes = {"blocking": ("0", False), "not_blocking": ("1", False), "eager": ("1", True)}
+    cases: list[tuple[str, str | int]] = [(mode, rank) for mode in modes for rank in (0, 1)]
+    cases += [(mode, what) for mode in ("blocking", "not_blocking") for what in ("send", "exchange")]
+    found: Figures = {}
+
+    def left_alone(mode: str, what: str | int) -> None:
+        value, eager = modes[mode]
+        with Ranks(place, 2, environment={"TORCH_NCCL_USE_COMM_NONBLOCKING": value}) as ranks:
+            if isinstance(what, int):
+                answer = ranks.ask("create_alone", eager, only=what, wait_s=30)
+            else:
+                answer = ranks.ask(f"{what}_alone", only=0, stopping=1, wait_s=30)
+            found[f"{mode}_{what}"] = answer[0]
+
+    threads = [threading.Thread(target=left_alone, args=case) for case in cases]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for rank in (0, 1):
+        seen = found[f"blocking_{rank}"]
+        assert seen["abort_s"] is not None, f"an abort waits for a communicator: {found}"
+        assert seen["next_world_s"] is not None, f"the worker would not go on: {found}"
+    return found
+
+
+def connecting(place: Place) -> Figures:
+    """One of three is killed before it connects: the others go on, in the same processes, to the same bits."""
+    undisturbed = place.train(Numbers(), place.config("none", 1, run=BITWISE), 1).sha
+    happened = place.folder / "happened"
+    fault = {"point": "world.assigned", "rank": 2, "do": "kill", "only": str(happened)}
+    ended = place.train(Numbers(), place.config("killed", 3, run=BITWISE), 3, fault)
+    assert happened.exists(), "no world of three began"
+    *earlier, after = ended.worlds()
+    before = next((world for world in earlier if len(world) == 3), [])
+    assert after == before[:2], f"{before} became {after}, the survivors' processes are not the same"
+    assert ended.sha == undisturbed, "other bits"
+    ended.check_samples()
+    return {"world_to_world_s": ended.formed_again_s()}
 
 
 def watchdog(place: Place) -> Figures:
@@ -354,6 +400,7 @@ CHECKS: dict[str, Callable[[Place], Figures]] = {
         worlds,
         abort,
         creation,
+        connecting,
         watchdog,
         staging,
         overhead,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import elastic
 from elastic import BatchOptions, EvalOptions, ObserveOptions, TrainConfig
@@ -21,9 +22,22 @@ def admit_older_fsdp() -> None:
     gradient on some workers; this model has none."""
     import torch
     from torch.distributed.fsdp import FSDPModule
+    from torch.distributed.fsdp._fully_shard import _fsdp_state
 
-    if torch.__version__ < "2.13":
-        setattr(FSDPModule, "set_reduce_scatter_unused_params", lambda *_, **__: None)  # noqa: B010 - it lacks it
+    if torch.__version__ >= "2.13":
+        return
+    older: Any = _fsdp_state
+    move = older._to_kwargs
+
+    def move_if_any(args: Any, kwargs: Any, *options: Any) -> Any:  # without arguments it fails there
+        return move(args, kwargs, *options) if args or kwargs else ((args,), (kwargs,))
+
+    older._to_kwargs = move_if_any
+    older.FSDPState._fsdp_param_groups = property(
+        lambda state: [group for group in [state._fsdp_param_group] if group],
+        lambda state, groups: setattr(state, "_fsdp_param_group", next(iter(groups), None)),
+    )
+    setattr(FSDPModule, "set_reduce_scatter_unused_params", lambda *_, **__: None)  # noqa: B010 - it lacks it
 
 
 admit_older_fsdp()

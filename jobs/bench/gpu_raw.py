@@ -131,7 +131,9 @@ class Rank:
             world_size=self._size,
             timeout=timedelta(seconds=PATIENCE_S),
         )
-        return True
+        one = torch.ones(1, device=self._device)
+        dist.all_reduce(one)  # the first operation makes the communicator
+        return float(one) == self._size  # reading waits for the device: allocations would wait for a kernel
 
     def _leave(self) -> None:
         if self._backend == "nccl":
@@ -187,28 +189,65 @@ class Rank:
         assert exact, "products are wrong after an abort"
         return {**took, "host_waited_s": round(waited, 3), "raised": raised, "value_behind": first}
 
-    def create_alone(self) -> dict[str, Any]:
-        found: dict[str, Any] = {}
-        os.environ["TORCH_NCCL_USE_COMM_NONBLOCKING"] = "1"
+    def create_alone(self, eager: bool) -> dict[str, Any]:
+        """Make a communicator whose other member never comes; abort it after 2 s; then make one for this rank alone."""
 
         def create() -> None:
+            store = dist.PrefixStore("alone", self._store)
+            device = self._device if eager else None
+            dist.init_process_group("nccl", store=store, rank=self._rank, world_size=self._size, device_id=device)
+            if not eager:
+                dist.all_reduce(torch.ones(1, device=self._device))
+
+        return self._left_alone(create)
+
+    def send_alone(self) -> dict[str, Any]:
+        """Send for the first time to a rank that has stopped; abort after 2 s; then be a world alone."""
+        return self._left_alone(lambda: dist.send(torch.ones(LENGTH, device=self._device), 1 - self._rank))
+
+    def exchange_alone(self) -> dict[str, Any]:
+        """The same with the first exchange between pairs, after sums."""
+        ones = torch.ones(self._size, device=self._device)
+        return self._left_alone(lambda: dist.all_to_all_single(torch.empty_like(ones), ones))
+
+    def _left_alone(self, work: Callable[[], None]) -> dict[str, Any]:
+        found: dict[str, Any] = {"raised": "", "returned_s": None, "abort_s": None, "next_world_s": None}
+
+        def attempt() -> None:
             began = time.perf_counter()
             try:
-                store = dist.PrefixStore("alone", self._store)
-                dist.init_process_group("nccl", store=store, rank=self._rank, world_size=self._size)
-                dist.all_reduce(torch.ones(1, device=self._device))
-                torch.cuda.synchronize()
+                work()
             except Exception as error:  # what it is, is what is asked
-                found["raised"] = type(error).__name__
-            found["waited_s"] = round(time.perf_counter() - began, 3)
+                found["raised"] = f"{type(error).__name__}: {error}"[:160]
+            found["returned_s"] = round(time.perf_counter() - began, 3)
 
-        thread = threading.Thread(target=create, daemon=True)
-        thread.start()
-        thread.join(3.0)
-        _abort()
-        thread.join(10.0)
-        assert not thread.is_alive(), "creation goes on 10 s after its abort"
+        def free() -> None:
+            began = time.perf_counter()
+            _abort_all()
+            found["abort_s"] = round(time.perf_counter() - began, 3)
+
+        waiting, freeing = (threading.Thread(target=target, daemon=True) for target in (attempt, free))
+        waiting.start()
+        waiting.join(2.0)
+        freeing.start()
+        freeing.join(6.0)
+        waiting.join(2.0)
+        before = time.process_time()
+        time.sleep(1.0)
+        found["cpu_after"] = round(time.process_time() - before, 3)
+        following = threading.Thread(target=self._be_alone, args=(found,), daemon=True)
+        following.start()
+        following.join(8.0)
         return found
+
+    def _be_alone(self, found: dict[str, Any]) -> None:
+        began = time.perf_counter()
+        forget_groups()
+        dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)
+        ones = torch.ones(LENGTH, device=self._device)
+        dist.all_reduce(ones)
+        assert float((ones * 2).sum()) == 2 * LENGTH
+        found["next_world_s"] = round(time.perf_counter() - began, 3)
 
     def drop_after_kill(self) -> float:
         ones = torch.ones(LENGTH, device=self._device)
@@ -220,13 +259,17 @@ class Rank:
 
 
 def _abort() -> None:
+    _abort_all()
+    forget_groups()
+
+
+def _abort_all() -> None:
     """Abort all groups side by side, as a worker does when its world breaks."""
     threads = [threading.Thread(target=group.abort) for group in process_groups()]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    forget_groups()
 
 
 def gradients(device: torch.device, setting: str) -> str:
@@ -257,7 +300,14 @@ def main(kind: str, *arguments: str) -> None:
     this = Rank(rank, size, port, arguments[3])
     actions: dict[str, Callable[..., Any]] = {
         action.__name__: action
-        for action in (this.form, this.worlds, this.abort_from_thread, this.create_alone, this.drop_after_kill)
+        for action in (
+            this.form,
+            this.worlds,
+            this.abort_from_thread,
+            this.create_alone,
+            this.send_alone,
+            this.drop_after_kill,
+        )
     }
     print(json.dumps({"answer": "ready"}), flush=True)
     for line in sys.stdin:
