@@ -5,8 +5,9 @@ What it does as torch's NCCL does:
 * An operation returns at once and runs later, in the order of calls, on the group's own thread: a stream. Its output is
   garbage until the host waits for the stream; computing with it waits too, as kernels of a stream do.
 * A communicator is made by the first operation of a group. That takes as long as told and ends only when all members
-  have come through. If one does not come, nothing frees it (`creation` "blocks"); or an abort does ("freeable"); or
-  nothing does, and the abort waits too, for a lock ("held", as torch is in non-blocking mode).
+  have come through. If one does not come, nothing frees it, and an abort before it is made has no effect
+  (`creation` "blocks"); or an abort frees it ("freeable"); or nothing does, and the abort waits too, for a lock
+  ("held", as torch is in non-blocking mode).
 * A peer that is gone raises nothing: the stream stands still. Only an abort frees it; then all that was queued
   "succeeds" and leaves garbage.
 * An abort takes its time; a second one at the same time ends the process.
@@ -57,7 +58,7 @@ class Manners:
 
     Args:
         create_s, abort_s: seconds that making a communicator and aborting one take at least.
-        creation: whether an abort frees who makes a communicator: "freeable", "blocks" or "held".
+        creation: whether an abort frees who makes a communicator: "blocks", "freeable" or "held".
         watchdog: seconds that its watchdog sleeps for each second that torch's would.
         late_s: seconds in which an aborted stream still writes.
         limit_s: seconds that the code under test gives an abort.
@@ -65,7 +66,7 @@ class Manners:
 
     create_s: float = 0.01
     abort_s: float = 0.1
-    creation: str = "freeable"
+    creation: str = "blocks"
     watchdog: float = 0.05
     late_s: float = 0.02
     limit_s: float = 20.0
@@ -341,6 +342,8 @@ class NcclManners(AroundGroup):
             fault.point("nccl.aborting", self._rank, 0)
             time.sleep(manners.abort_s)
             with self._held if manners.creation == "held" else nullcontext(), self._enqueuing:
+                if self._gloo is None and manners.creation == "blocks":
+                    return  # torch does not know the communicator yet
                 self._aborted = True
             if (before := self._before) is not None and manners.creation == "freeable":
                 found = opened_since(before)

@@ -35,7 +35,7 @@ SETTINGS = (
     Setting(
         "TORCH_NCCL_DUMP_ON_TIMEOUT",
         "0",
-        "the watchdog would ask a world's store every second, which is gone once the world has formed",
+        "the watchdog would ask a world's store every second, which is gone once the world is over",
         "torch: HeartbeatMonitor",
     ),
     Setting(

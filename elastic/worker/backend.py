@@ -56,7 +56,7 @@ class Backend(ABC):
             timeout_s: how long members wait for each other there.
 
         Raises:
-            WorldBroken: the world was freed.
+            WorldBroken: the world was freed, or members did not come in time.
         """
 
     @abstractmethod

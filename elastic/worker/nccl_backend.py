@@ -7,8 +7,8 @@ threads of their own, with a time limit after which this process exits: its devi
 
 A thread that makes a communicator cannot be freed: an abort does not see that communicator yet, or, where it is made
 without blocking, waits for a lock that torch holds meanwhile (measured on a H200, torch 2.11). The thread is left
-behind, and spins; the next world works (measured). So communicators are made once all members are here: then a dead
-member's closed connections raise an error, and only a machine that vanishes within this moment leaves such a thread.
+behind, and spins; the next world works (measured). So communicators are made once all members are here: only a member
+that is lost within the moments after that leaves such threads.
 
 Evidence: torch's ProcessGroupNCCL.cpp and NCCLUtils.cpp, torch issues 119797 and 153960, NCCL issue 863, and NVIDIA's
 nvidia-resiliency-ext, whose in-process restart does the same; `jobs.bench.gpu --only creation connecting kills`.
@@ -40,6 +40,7 @@ ABORT_S = 20.0  # NVIDIA's in-process restart measures 0.5 s, and 0.01 s more fo
 CONNECT_S = 2.0  # that a thread making a communicator has to return, after its world broke
 LOOK_S = 1.0  # between two looks at the errors that NCCL found
 POLL_S = 0.01
+UNUSED_S = 1.0  # that the abort of a communicator has which may not be made yet
 
 
 class NcclBackend(Backend):
@@ -87,14 +88,22 @@ class NcclBackend(Backend):
         """Make the communicators of these groups, by a first sum over each."""
         self._wait_until_all_are_here(store, timeout_s)
         for group in groups:
-            if self.freed:
+            if self._over:
                 return
             one = torch.ones(1, device=self.device)
-            dist.all_reduce(one, group=group)
-            self._unused.discard(group)
-            if self.freed:
-                return self._abort_late(group)
-            one.item()
+            try:
+                dist.all_reduce(one, group=group)
+            finally:
+                self._unused.discard(group)
+                if self._over:
+                    self._abort_late(group)
+            if not self._over:
+                one.item()
+
+    @property
+    def _over(self) -> bool:
+        """Whether this world is broken, or closed already while a thread was left behind."""
+        return self.freed or self._closed.is_set()
 
     def _wait_until_all_are_here(self, store: dist.Store, timeout_s: float) -> None:
         """Wait until all members have come here; returns earlier when the world is freed.
@@ -103,8 +112,10 @@ class NcclBackend(Backend):
             WorldBroken: some did not come within the time-out.
         """
         until, key, pause_s = time.monotonic() + timeout_s, f"here/{self._opened}", 0.001
+        if self._over:
+            return  # the others would count on this member
         here = store.add(key, 1)
-        while here < self.size and not self.freed:
+        while here < self.size and not self._over:
             if time.monotonic() > until:
                 raise WorldBroken(
                     f"{self.size - here} of {self.size} members of world {self.world} did not come to connect within "
@@ -159,7 +170,8 @@ class NcclBackend(Backend):
                 thread.start()
 
     def _abort_unused(self, group: dist.ProcessGroup) -> None:
-        """Abort a group whose communicator may not be made yet. This may wait for ever, and then does no harm."""
+        """Abort a group whose communicator may not be made yet, or came too late. This may wait for ever, and then does
+        no harm."""
         try:
             group.abort()
         except Exception as error:  # nothing ran on it, and the process goes on
@@ -172,7 +184,10 @@ class NcclBackend(Backend):
             before = self._aborts.get(group)
         if before is not None:
             before.join()
-        self._abort_one(group)
+        if self._closed.is_set():  # this process is in its next world, and is not to end for this one
+            self._abort_unused(group)
+        else:
+            self._abort_one(group)
 
     def _abort_one(self, group: dist.ProcessGroup) -> None:
         with self._limited("aborting a communicator"):
@@ -213,13 +228,10 @@ class NcclBackend(Backend):
         if self._aborts:
             with self._limited("aborting the communicators"):
                 for group, thread in self._aborts.items():
-                    if group not in self._unused:
-                        thread.join()
+                    thread.join(UNUSED_S if group in self._unused else None)
             with self._limited("what the device still had to do"):  # it may write to memory that is used again
                 synchronize(self.device)
-        self._aborts.clear()
         self._connected.clear()
-        self._unused.clear()
         forget_groups()
 
     # ---- looking ---------------------------------------------------------------------------------------------------
