@@ -42,6 +42,9 @@ from tests.hosts import Host, enter
 from tests.tiny_jobs import CONFIG
 
 WAIT_S = 60.0
+#: For runs that compile. On a machine that has compiled nothing yet, torch first finds out what its compiler can do and
+#: compiles headers, which takes 30 s where nothing else runs.
+COMPILING_S = 2 * WAIT_S
 B = CONFIG.batch.global_size
 STDERR = "FORKED_STDERR"  # environment variable of a worker: a file for its standard error
 STDOUT = "FORKED_STDOUT"  # and for its standard output

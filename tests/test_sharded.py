@@ -14,7 +14,7 @@ from elastic.checkpoint.reader import newest_first, read_manifest
 from elastic.membership.protocol import Leaving
 from elastic.run.prepare import prepare
 from tests.field_customs import Crossed
-from tests.forked import LONG, WAIT_S, Ran, Watch, configure, fault, local_run, plan, sample_at, train
+from tests.forked import COMPILING_S, LONG, WAIT_S, Ran, Watch, configure, fault, local_run, plan, sample_at, train
 from tests.slowly import slow
 from tests.test_bits import assert_same_training, flip_a_byte
 from tests.test_checkpoint_initial import write
@@ -89,9 +89,10 @@ def test_blocks_that_run_in_another_order_than_they_are_gathered_ahead_in_train_
 def test_compiled_blocks_have_the_same_bits_with_every_strategy(tmp_path):
     options = {"run__duration": "4st", "parallel__compile": True, "parallel__blocks": ("Linear",)}
 
-    whole = train(Plain(), sharded(tmp_path, "ddp", "ddp", **options), 1)
+    whole = train(Plain(), sharded(tmp_path, "ddp", "ddp", **options), 1, COMPILING_S)
     for strategy, workers in (("fsdp", 2), ("hsdp", 4)):
-        assert_same_training(train(Plain(), sharded(tmp_path, strategy, strategy, **options), workers), whole)
+        found = train(Plain(), sharded(tmp_path, strategy, strategy, **options), workers, COMPILING_S)
+        assert_same_training(found, whole)
 
 
 def test_an_error_of_the_job_is_repeated_in_place_before_it_ends_the_run(tmp_path):
