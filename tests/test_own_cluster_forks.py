@@ -27,6 +27,15 @@ class Actor:
 def start(options):
     return ray.remote(Actor).options(num_cpus=0, **options).remote()
 
+def waiting(of_actors):
+    # a process that Ray has started ahead
+    before, address = idle(), f"{node['NodeManagerAddress']}:{node['NodeManagerPort']}"
+    prestart_workers(address, options["runtime_env"], 1, 600.0, 5.0, of_actors=of_actors)
+    deadline = time.monotonic() + 60
+    while not idle() - before and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return idle() - before
+
 def idle():
     pids = [int(p.name) for p in Path("/proc").iterdir() if p.name.isdigit()]
     return {p for p in pids if is_idle(p)}
@@ -56,16 +65,23 @@ try:
 except ray.exceptions.ActorDiedError as error:
     assert process_ended(error)
 print("seen after", time.monotonic() - began)
-before = idle()
-prestart_workers(f"{node['NodeManagerAddress']}:{node['NodeManagerPort']}", options["runtime_env"], 1, 600.0, 5.0)
-deadline = time.monotonic() + 60
-while not idle() - before and time.monotonic() < deadline:
-    time.sleep(0.05)
-ahead = idle() - before
+ahead = waiting(of_actors=False)
 ray.shutdown()
 
 ray.init(address=address, log_to_driver=False)  # another job
 pid, _, torch, train = ray.get(start(options).facts.remote())
+assert pid in ahead and torch and train, (pid, ahead, torch, train)
+
+# an actor with this environment makes another: Ray writes its environment otherwise
+class Maker(Actor):
+    def made(self, options):
+        self.one = start(options)
+        return ray.get(self.one.facts.remote())
+
+maker = ray.remote(Maker).options(num_cpus=0, **options).remote()
+ray.get(maker.facts.remote())
+ahead = waiting(of_actors=True)
+pid, _, torch, train = ray.get(maker.made.remote(options))
 assert pid in ahead and torch and train, (pid, ahead, torch, train)
 print("used")
 """

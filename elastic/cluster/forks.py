@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import ray
@@ -16,6 +17,7 @@ from elastic.cluster.standing import command, fingerprint, raylets_here, serve
 from elastic.compat.ray import get_value, prestart_workers, put_value
 from elastic.errors import one_line
 
+OTHERS_S = 5.0  # from the first workers that are ready: not beside the first steps
 AHEAD_S = 5.0  # for all nodes together: a node that was lost may not be known as such yet
 _NAMESPACE = b"elastic-forks"
 #: Parts of a job's runtime environment in which a fork can be what Ray would start.
@@ -78,8 +80,9 @@ def serve_here(forks: Forks, asks: str) -> bool:
 
 
 class Keeper:
-    """What the controller of a run does for later workers: servers on the nodes that it has come to, and at its end
-    workers that wait for the next run.
+    """What the controller of a run does for later workers: servers on the nodes that it has come to, and workers that
+    wait: for the next run's host and controller while this one trains, for its workers at the end of this one. A node
+    starts as many at once as it has CPUs, and Ray drops the others.
 
     Args:
         vaults: each node has one.
@@ -89,6 +92,8 @@ class Keeper:
         self._forks, self._vaults = forks, vaults
         self._asked: dict[str, Any] = {}  # node -> the answer of a worker there
         self._most: dict[str, int] = {}  # node -> the most workers that this run had there at one time
+        self._first_at = 0.0  # when the first workers of the run were ready
+        self._others_at: float | None = None  # when others than workers were started, to wait for the next run
 
     def options(self, node: str) -> dict[str, Any]:
         """Options of an actor on this node."""
@@ -98,6 +103,7 @@ class Keeper:
         """Have servers on these nodes, each with the actors of workers there that have trained."""
         if self._forks is None:
             return
+        self._first_at = self._first_at or (time.monotonic() if trained else 0.0)
         for node, actors in trained.items():
             self._most[node] = max(len(actors), self._most.get(node, 0))
             if node not in self._asked:
@@ -110,26 +116,43 @@ class Keeper:
                         self._forks.publish(node)
                 except ray.exceptions.RayError:
                     del self._asked[node]  # that worker has ended: another one is asked
+        now, known = time.monotonic(), bool(self._asked) and not any(self._asked.values())
+        if self._others_at is None and known and now > self._first_at + OTHERS_S:
+            self._others_at = now
+            self._try_to_start({})
 
     def close(self) -> None:
-        """The workers of the run have ended: have as many that wait for the next one, and for its host and controller
-        on this node."""
-        if self._forks is None or not self._forks.ahead or not self._most:
+        """The workers of the run have ended: have as many that wait for the next one."""
+        if self._forks is None or not self._most:
+            return
+        if self._others_at is not None and time.monotonic() - self._others_at > self._forks.idle_s:
+            self._others_at = None  # they have not waited for so long
+        self._try_to_start(self._most)
+
+    def _try_to_start(self, most: Mapping[str, int]) -> None:
+        """Start so many workers on each node that wait for the next run, and what it needs besides, unless done."""
+        if self._forks is None or not self._forks.ahead:
             return
         try:
-            self._start_ahead(self._forks, time.monotonic() + AHEAD_S)
-        except (ray.exceptions.RayError, RuntimeError, OSError) as error:  # the run itself has its outcome already
+            self._start_ahead(self._forks, most, time.monotonic() + AHEAD_S)
+        except (ray.exceptions.RayError, RuntimeError, OSError) as error:  # it is no fault of this run
             print(f"not all workers that could wait for the next run do: {one_line(error)}")
 
-    def _start_ahead(self, forks: Forks, deadline: float) -> None:
-        context = ray.get_runtime_context()
-        here, is_fork = context.get_node_id(), "py_executable" in dict(context.runtime_env)
-        for node in ray.nodes():
+    def _start_ahead(self, forks: Forks, most: Mapping[str, int], deadline: float) -> None:
+        here = ray.get_runtime_context().get_node_id()
+        nodes = [node for node in ray.nodes() if node["Alive"]]
+        # so the next run's controller is a fork, and what it makes has its environment
+        everywhere = forks.besides > 0 and forks.has(node["NodeID"] for node in nodes)
+        besides = forks.besides - (not everywhere)  # no worker waits in vain for a controller
+        for node in nodes:
             name = node["NodeID"]
-            workers = self._most.get(name, 0)
-            others = forks.besides - (not is_fork) if name == here else 0  # no worker waits in vain for a controller
-            count = workers + (self._vaults and workers > 0) + others
-            left_s = deadline - time.monotonic()
-            if node["Alive"] and count > 0 and left_s > 0 and (options := forks.options(name)):
-                address = f"{node['NodeManagerAddress']}:{node['NodeManagerPort']}"
-                prestart_workers(address, options["runtime_env"], count, forks.idle_s, left_s)
+            workers = most.get(name, 0)
+            if not (options := forks.options(name)):
+                continue
+            address = f"{node['NodeManagerAddress']}:{node['NodeManagerPort']}"
+            start = partial(prestart_workers, address, options["runtime_env"], keep_s=forks.idle_s)
+            if workers:
+                count = workers + self._vaults
+                start(count=count, wait_s=max(0.1, deadline - time.monotonic()), of_actors=everywhere)
+            if name == here and besides > 0 and (not most or self._others_at is None):
+                start(count=besides, wait_s=max(0.1, deadline - time.monotonic()), of_actors=False)

@@ -5,6 +5,7 @@ Read in Ray 2.60, to which this package is pinned. Importing this takes no longe
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -142,11 +143,16 @@ def _start_nothing(node: Node, **arguments: Any) -> None:
     pass
 
 
-def prestart_workers(address: str, environment: dict[str, Any], count: int, keep_s: float, wait_s: float) -> None:
+def prestart_workers(
+    address: str, environment: dict[str, Any], count: int, keep_s: float, wait_s: float, *, of_actors: bool
+) -> None:
     """Have a node start workers for whichever job first asks for a worker with this runtime environment.
 
     Args:
         address: of the node's raylet (host:port).
+        of_actors: for actors that are made by an actor which has this environment itself. Ray compares environments
+            as text, and writes that of such actors anew, without spaces
+            (OverrideTaskOrActorRuntimeEnvInfo in core_worker.cc).
         keep_s: Ray ends those that nobody asked for in this time, as it ends other idle workers.
         wait_s: for the node's answer.
 
@@ -158,9 +164,14 @@ def prestart_workers(address: str, environment: dict[str, Any], count: int, keep
     from ray.core.generated.node_manager_pb2 import PrestartWorkersRequest  # type: ignore[attr-defined]
     from ray.core.generated.node_manager_pb2_grpc import NodeManagerServiceStub
 
+    described = get_runtime_env_info(RuntimeEnv(**environment))
+    if of_actors:
+        found = json.loads(described.serialized_runtime_env)
+        text = json.dumps(found, separators=(",", ":"), sort_keys=True, ensure_ascii=False)
+        described.serialized_runtime_env = text
     request = PrestartWorkersRequest(
         language=Language.Value("PYTHON"),
-        runtime_env_info=get_runtime_env_info(RuntimeEnv(**environment)),
+        runtime_env_info=described,
         keep_alive_duration_secs=int(keep_s),
         num_workers=count,
     )

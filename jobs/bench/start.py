@@ -29,6 +29,8 @@ from jobs.bench.report import median, table, write_json
 WORKERS = 2
 RUNS = 3  # on one standing cluster, of which the first finds no process of ours
 SETTLE_S = 15.0  # then nothing of the last run is under way
+SHORT_STEPS = 3
+STANDING_STEPS = 100  # some 10 s: what the next run needs is started ahead after some seconds of a run
 PARTS = ("import_s", "data_s", "model_s")
 
 
@@ -37,7 +39,8 @@ def start_here(folder: Path, address: str | None, standing: Sequence[int]) -> tu
     name = f"start-{os.urandom(3).hex()}"
     storage = Storage(str(folder / name))
     command = [sys.executable, "-m", "jobs.codegpt", "--run.storage", str(folder), "--run.name", name]
-    command += ["--run.duration", "3st", "--scaling.max-workers", str(WORKERS), "--job.eval-blocks", "8"]
+    steps = SHORT_STEPS if address is None else STANDING_STEPS
+    command += ["--run.duration", f"{steps}st", "--scaling.max-workers", str(WORKERS), "--job.eval-blocks", "8"]
     command += ["--cluster.address", address] if address else []
     began, ended, cpu = _run(command, folder / name / "metrics.jsonl", standing)
     events = {e["kind"]: e for e in read_records(storage, EVENTS)}
