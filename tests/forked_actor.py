@@ -64,20 +64,24 @@ def end_with(raylet: int) -> None:
 
 def read_environment_again() -> None:
     """Have Ray's C++ read its settings from the environment when it next asks for one, as it did when it was loaded."""
-    ctypes.c_uint8.from_address(_loaded()[0] + _address(_READ)).value = 0
+    if (loaded := _loaded()) is not None:
+        ctypes.c_uint8.from_address(loaded[0] + _address(_READ)).value = 0
 
 
 def seed_again() -> None:
     """Have Ray's C++ draw other random numbers than all other forks of the server: in each of its threads, they would
     go on where the server was: two placement groups of one job would get the same id, and so would the objects with
     which drivers that connect at the same moment try the object store, where one of them then dies."""
-    library, of_this_thread = _loaded()
+    if (loaded := _loaded()) is None:
+        return
+    library, of_this_thread = loaded
     ctypes.c_uint32.from_address(library + _address(_POOLS)).value = 0
     ctypes.c_uint8.from_address(of_this_thread + _address(_GENERATOR)).value = 0
 
 
-def _loaded() -> tuple[int, int]:
-    """Where Ray's library is in memory, and where its variables of this thread are: by `dl_iterate_phdr(3)`."""
+def _loaded() -> tuple[int, int] | None:
+    """Where Ray's library is in memory, and where its variables of this thread are: by `dl_iterate_phdr(3)`. None in
+    forks of a server that has not imported Ray: they import it themselves."""
     found = []
 
     @ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(_Loaded), ctypes.c_size_t, ctypes.c_void_p)
@@ -87,7 +91,7 @@ def _loaded() -> tuple[int, int]:
         return 0
 
     ctypes.CDLL(None).dl_iterate_phdr(look, None)
-    return found[0]
+    return found[0] if found else None
 
 
 class _Loaded(ctypes.Structure):
