@@ -122,8 +122,8 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=256, help="tokens of a microbatch")
     parser.add_argument("--part", choices=("steps", "kills", "memory", "all"), default="all")
     parser.add_argument("--only", choices=("tensor", "pipelines"), default="", help="kinds of steps")
-    parser.add_argument("--memory-size", default="50M", help="of the model for --part memory")
-    parser.add_argument("--memory-samples", type=int, default=4, help="of a microbatch for --part memory")
+    parser.add_argument("--memory-size", default="10M", help="of the model for --part memory")
+    parser.add_argument("--memory-samples", type=int, default=2, help="of a microbatch for --part memory")
     parser.add_argument("--json")
     arguments = parser.parse_args()
     began, load = time.monotonic(), os.getloadavg()[0]
