@@ -7,7 +7,6 @@ import os
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import ray
@@ -146,13 +145,14 @@ class Keeper:
         besides = forks.besides - (not everywhere)  # no worker waits in vain for a controller
         for node in nodes:
             name = node["NodeID"]
-            workers = most.get(name, 0)
-            if not (options := forks.options(name)):
+            # how many, and whether the next run's controller makes them
+            wanted = [(most[name] + self._vaults, everywhere)] if most.get(name) else []
+            if name == here and besides > 0 and (not most or self._others_at is None):
+                wanted.append((besides, False))
+            if not wanted or not (options := forks.options(name)):
                 continue
             address = f"{node['NodeManagerAddress']}:{node['NodeManagerPort']}"
-            start = partial(prestart_workers, address, options["runtime_env"], keep_s=forks.idle_s)
-            if workers:
-                count = workers + self._vaults
-                start(count=count, wait_s=max(0.1, deadline - time.monotonic()), of_actors=everywhere)
-            if name == here and besides > 0 and (not most or self._others_at is None):
-                start(count=besides, wait_s=max(0.1, deadline - time.monotonic()), of_actors=False)
+            for count, of_actors in wanted:
+                if (left_s := deadline - time.monotonic()) <= 0:
+                    return
+                prestart_workers(address, options["runtime_env"], count, forks.idle_s, left_s, of_actors=of_actors)

@@ -7,6 +7,7 @@ from typing import Any
 
 import elastic
 from elastic import BatchOptions, EvalOptions, ObserveOptions, TrainConfig
+from jobs.codegpt import CodeGPT
 from jobs.gpt_sizes import SIZES
 
 CONTEXT = 64
@@ -71,16 +72,8 @@ class Numbers(elastic.Job):
 
         return GPT(SIZES[self.size], context=CONTEXT, dropout=0.1, tied=self.tied)
 
-    def tensor_plan(self):
-        return {
-            "blocks.*.attention_in": "colwise",
-            "blocks.*.attention_out": "rowwise",
-            "blocks.*.mlp_in": "colwise",
-            "blocks.*.mlp_out": "rowwise",
-        }
-
-    def stages(self, model):
-        return None if self.tied else [model.embedding, model.dropout, *model.blocks, model.norm, model.head]
+    tensor_plan = CodeGPT.tensor_plan
+    stages = CodeGPT.stages
 
     def optimizer(self, model):
         import torch
