@@ -81,7 +81,7 @@ def start_fork_server(*, ray: bool = False) -> None:
     Args:
         ray: what drivers of runs on Ray need too.
     """
-    _context.set_forkserver_preload(_OF_WORKERS + (_OF_DRIVERS if ray else []))
+    _context.set_forkserver_preload([*_OF_WORKERS, *(_OF_DRIVERS if ray else []), "tests.frozen"])
     first = _context.Process(target=_nothing)
     first.start()
     first.join()
@@ -99,7 +99,7 @@ def forking_with(*modules: str) -> Iterator[None]:
     """Inside, workers are forks of another process, which has imported these modules too: for what few tests need, and
     what would make all others wait."""
     other = forkserver.ForkServer()
-    other.set_forkserver_preload(_OF_WORKERS + list(modules))
+    other.set_forkserver_preload([*_OF_WORKERS, *modules, "tests.frozen"])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(forkserver, "_forkserver", other)
         patch.setattr(forkserver, "ensure_running", other.ensure_running)

@@ -8,6 +8,7 @@ import functools
 import gc
 import json
 import re
+import weakref
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from elastic.errors import ConfigError
 from elastic.parallel import modes
 from elastic.parallel.deferred import CannotDefer, DeferredModel, build, build_eagerly
 from elastic.parallel.device import prepare_process
+from elastic.parallel.recording import Made
 from elastic.parallel.references import check_references
 from elastic.parallel.wrapping import place_whole
 from elastic.worker.placing import Placing
@@ -211,7 +213,7 @@ def frozen(request: pytest.FixtureRequest):
         gc.freeze()
     yield
     assert bool(gc.get_freeze_count()) == request.param
-    gc.unfreeze()
+    gc.freeze()  # as tests.conftest has it
 
 
 @pytest.mark.usefixtures("frozen")
@@ -228,6 +230,24 @@ def test_what_asks_for_values_or_keeps_a_graph_is_built_in_real_memory(make):
         assert model.first.tolist() == model.weight[0].tolist()
     if make is by_address:
         assert not model.tied
+
+
+@pytest.mark.usefixtures("frozen")
+def test_what_is_made_is_found_across_collections_and_lives_no_longer_for_it():
+    before, kept = nn.Linear(1, 1), []
+    with Made(nn.Module, torch.Tensor) as made:
+        for generation in (0, 1, 2):
+            kept.append(nn.Linear(2, 2))
+            gone = weakref.ref(nn.Linear(3, 3))
+            gc.collect(generation)
+        kept.append(nn.Linear(2, 2))
+        found = made.find(nn.Module)
+        tensors = made.find(torch.Tensor)
+
+    assert {id(m) for m in found} == {id(m) for m in kept}
+    assert before not in found
+    assert {id(t) for t in tensors} == {id(p) for m in kept for p in m.parameters()}
+    assert gone() is None
 
 
 # ---- modes ----------------------------------------------------------------------------------------------------------

@@ -15,7 +15,6 @@ LISTENING and LOCK are descriptors, FOLDER is where its socket is.
 from __future__ import annotations
 
 import contextlib
-import gc
 import importlib
 import json
 import os
@@ -269,7 +268,6 @@ def _be(request: Mapping[str, Any], environment: Mapping[str, str], *, standing:
         Path("/proc/self/oom_score_adj").write_text(str(request["oom_score"]))
     if "numpy" in sys.modules:
         sys.modules["numpy"].random.seed()  # `random` does that by itself
-    gc.unfreeze()
     sys.argv = request["command"]
     sys.path[0] = os.path.dirname(sys.argv[0])
     sys.path[1:1] = more_folders(environment, request["environment"]) or []
@@ -280,14 +278,15 @@ def _be(request: Mapping[str, Any], environment: Mapping[str, str], *, standing:
 
 def _import_all(life: int) -> bool:
     """Import what forks need; False if the driver or the raylet ended meanwhile."""
-    for name in _MODULES:
-        if select.select([life], [], [], 0)[0]:
-            return False
-        importlib.import_module(name)
-    importlib.import_module("elastic.compat.torch").load_compiler()
-    for name in _OF_RAY:
-        with contextlib.suppress(ImportError):
+    with importlib.import_module("elastic.garbage").importing():  # so collections in workers leave these pages shared
+        for name in _MODULES:
+            if select.select([life], [], [], 0)[0]:
+                return False
             importlib.import_module(name)
+        importlib.import_module("elastic.compat.torch").load_compiler()
+        for name in _OF_RAY:
+            with contextlib.suppress(ImportError):
+                importlib.import_module(name)
     return True
 
 
@@ -305,8 +304,6 @@ def main() -> None:
         shutil.rmtree(folder, ignore_errors=True)
         return
     sys.path[0] = ""
-    gc.collect()
-    gc.freeze()  # so that collections in workers leave these pages shared
     request = ForkServer(socket.socket(fileno=listening), environment, life, raylet, idle_s).serve()
     if request is None:
         shutil.rmtree(folder, ignore_errors=True)

@@ -174,7 +174,7 @@ def build(make: Callable[[], nn.Module], seed: int) -> DeferredModel:
         CannotDefer: the model needs real values while it is built.
     """
     recorder, on_meta = Recorder(), OnMeta()
-    with Made() as made:
+    with Made(nn.Module, torch.Tensor) as made:
         try:
             with on_meta, recorder, recording_initialisers(recorder):
                 model = make()
@@ -254,7 +254,7 @@ def _outside(model: nn.Module, modules: list[nn.Module]) -> list[nn.Module]:
 
 def build_eagerly(make: Callable[[], nn.Module], seed: int) -> DeferredModel:
     """The fallback for models that `build` refuses: the whole model in real memory."""
-    with Made() as made:
+    with Made(nn.Module, torch.Tensor) as made:
         model = make()
         others = _outside(model, made.find(nn.Module))
     check_sizes(model)

@@ -7,6 +7,7 @@ that exist afterwards are those that the job keeps.
 from __future__ import annotations
 
 import gc
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -206,19 +207,32 @@ def recording_initialisers(recorder: Recorder) -> AbstractContextManager[None]:
 class Made:
     """Finds the objects that are created inside. The job may keep them anywhere: in lists, closures, globals.
 
-    Older objects are frozen for the garbage collector meanwhile: they are not found. Where the job has frozen its own,
-    as one does before processes are forked, all of them stay so.
+    They are those of the garbage collector's youngest generation. Where a collection moves them to another, they are
+    noted before.
+
+    Args:
+        kinds: the types that can be found.
     """
 
+    def __init__(self, *kinds: type):
+        self._kinds = kinds
+        self._moved: list[weakref.ref[Any]] = []
+
     def __enter__(self) -> Made:
-        self._ours = not gc.get_freeze_count()
-        gc.freeze()
+        gc.collect(0)  # what is older is in that generation no more
+        gc.callbacks.append(self._note)
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._ours:
-            gc.unfreeze()
+        gc.callbacks.remove(self._note)
+        self._moved.clear()
+
+    def _note(self, phase: str, _: dict[str, int]) -> None:
+        if phase == "start":
+            self._moved += [weakref.ref(o) for o in gc.get_objects(generation=0) if issubclass(type(o), self._kinds)]
 
     def find(self, kind: type) -> list[Any]:
         """The created objects of a type. To be called inside."""
-        return [o for o in gc.get_objects() if issubclass(type(o), kind)]
+        found = gc.get_objects(generation=0)  # first, since to make a list may start a collection, which notes them
+        found += [known() for known in self._moved]
+        return list({id(o): o for o in found if issubclass(type(o), kind)}.values())

@@ -12,6 +12,7 @@ from torch import nn
 
 from elastic.compat.torch import flat_weights, own_parameters
 from elastic.errors import ConfigError
+from elastic.garbage import referrers
 
 
 def check_references(model: nn.Module, job: object) -> None:
@@ -24,11 +25,7 @@ def check_references(model: nn.Module, job: object) -> None:
     parameters = list(model.parameters())
     known = {id(own_parameters(m)) for m in model.modules()} | {id(parameters)}
     known |= {id(flat_weights(m)) for m in model.modules() if isinstance(m, nn.RNNBase)}
-    frozen = gc.get_freeze_count()
-    gc.unfreeze()  # who is frozen is not asked
-    holders = gc.get_referrers(*parameters)
-    if frozen:
-        gc.freeze()
+    holders = referrers(parameters)
     for holder in holders:
         if id(holder) in known or isinstance(holder, FrameType):
             continue

@@ -11,6 +11,7 @@ from typing import Any
 from elastic.child import end_with_input, ignore_terminal, raise_descriptor_limit, show_stack_at_death
 from elastic.config import ClusterOptions, TrainConfig, from_dict
 from elastic.errors import ConfigError, ElasticError, error_text
+from elastic.garbage import importing
 from elastic.job_code import job_code
 from elastic.job_file import load_job
 from elastic.job_options import with_options
@@ -27,10 +28,11 @@ def _child() -> int:
     end_with_input()
     raise_descriptor_limit()
     keep_output_sturdy()
-    from elastic.seeds import seed_job
-    from elastic.worker.alone import be_alone
-    from elastic.worker.run import Identity, WorkerRun
-    from elastic.worker.session import Session
+    with importing():
+        from elastic.seeds import seed_job
+        from elastic.worker.alone import be_alone
+        from elastic.worker.run import Identity, WorkerRun
+        from elastic.worker.session import Session
 
     worker, module = specification["identity"]["id"], specification["module"]
     be_alone()
