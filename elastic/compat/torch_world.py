@@ -102,6 +102,8 @@ def hide_world(refuse: Callable[[str], Exception], job: object = None) -> Callab
                 replaced[id(real)] = _answering(real, ANSWERS[name]) if name in ANSWERS else _refusing(real, refuse)
             replace(vars(home), name, replaced[id(real)])
     for namespace in _namespaces(job) if replaced else ():
+        if replaced.keys().isdisjoint(map(id, list(namespace.values()))):
+            continue
         for name, value in list(namespace.items()):
             if id(value) in replaced:
                 replace(namespace, name, replaced[id(value)])
