@@ -352,7 +352,8 @@ def test_a_run_whose_folder_is_removed_says_so_and_saves_all_anew(tmp_path, undi
     with local_run(run, 1, environment={"ELASTIC_FAULTS": json.dumps(faults)}, on_record=watch) as local:
         watch.wait_for(lambda r: r.get("kind") == "checkpoint_committed" and r["step"] == 6)
         watch.wait_for_step(7)
-        shutil.rmtree(run.folder.storage.root)
+        os.rename(run.folder.storage.root, tmp_path / "gone")  # at once: the run writes into it meanwhile
+        shutil.rmtree(tmp_path / "gone")
         watch.wait_for(lambda r: r.get("kind") == "folder_removed")
         first.unlink()
         watch.wait_for(lambda r: r.get("kind") == "checkpoint_committed" and r["step"] in (8, 9))
