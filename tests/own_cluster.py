@@ -61,7 +61,8 @@ class OwnCluster:
             f"--temp-dir={self._temporary}",
             *options,
         ]
-        self._environment = {**os.environ, **environment, mark[0]: mark[1]}
+        seldom = {"REPORTER_UPDATE_INTERVAL_MS": "600000"}  # its agents look at all processes of the machine
+        self._environment = {**os.environ, **seldom, **environment, mark[0]: mark[1]}
 
     def __enter__(self) -> OwnCluster:
         try:

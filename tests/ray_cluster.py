@@ -7,7 +7,8 @@ import os
 import re
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from multiprocessing import forkserver
 from pathlib import Path
@@ -60,6 +61,15 @@ def slow_job(
     )
 
 
+@contextmanager
+def _small_agents() -> Iterator[None]:
+    """The agents of nodes that start inside, for a dashboard, which there is not, are those of a Ray without one: the
+    whole one takes two seconds of CPU time more, and a fiftieth of a CPU afterwards."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ray._private.utils.get_dashboard_dependency_error", ImportError)
+        yield
+
+
 class ForkingCluster(LocalCluster):
     """A cluster whose workers are forked from the server of `tests.forked`, so that each starts in a quarter of a
     second instead of several. Those of other clusters start as ever: tests.own_cluster.
@@ -72,13 +82,11 @@ class ForkingCluster(LocalCluster):
         self._folder = folder
         address = forkserver._forkserver._forkserver_address
         variables = {forked_actor.SERVER: str(address), forked_actor.FOLDER: str(folder)}
-        super().__init__(nodes, of_nodes={"setup_worker_path": forked_actor.__file__, "env_vars": variables})
+        with _small_agents():
+            super().__init__(nodes, of_nodes={"setup_worker_path": forked_actor.__file__, "env_vars": variables})
 
     def add_node(self, gpus: int = 0) -> Any:
-        """A new node. Its agent for the dashboard, which there is not, is that of a Ray without one: the whole one
-        takes two seconds of CPU time more."""
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("ray._private.utils.get_dashboard_dependency_error", ImportError)
+        with _small_agents():
             return super().add_node(gpus)
 
     def workers_of(self, node: Any) -> list[int]:

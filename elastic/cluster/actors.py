@@ -20,6 +20,7 @@ from elastic.child import die_with_starter, show_stack_at_death
 from elastic.cluster.capacity import visible_devices
 from elastic.cluster.vaults import vault_url
 from elastic.errors import ElasticError, FencedError, RunFailed, WarmUpError, one_line
+from elastic.garbage import importing
 from elastic.run.host import HostSettings, RunHost, import_store
 from elastic.run.keeper_options import KeeperOptions
 from elastic.worker.run import Identity, WorkerRun
@@ -86,8 +87,9 @@ def training_function(run: WorkerRun, accelerator: str, vaults: str | None) -> C
         try:  # an error here comes from the node, not from the job: the other workers train on
             if accelerator == "gpu":
                 identity = replace(identity, local_index=see_devices())
-            from elastic.worker.alone import be_alone
-            from elastic.worker.session import Session
+            with importing():
+                from elastic.worker.alone import be_alone
+                from elastic.worker.session import Session
 
             import_s = time.monotonic() - began
             if vaults is not None:

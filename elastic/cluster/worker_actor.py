@@ -9,6 +9,7 @@ import ray
 
 from elastic.cluster.forks import Forks, serve_here
 from elastic.cluster.references import Sent
+from elastic.garbage import importing
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,8 @@ class WorkerActor:
     """
 
     def __init__(self) -> None:
-        from elastic.compat.ray_train import RayTrainWorker
+        with importing():
+            from elastic.compat.ray_train import RayTrainWorker
 
         self._worker = RayTrainWorker()
 

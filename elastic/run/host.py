@@ -12,6 +12,7 @@ from typing import Any
 
 from elastic.checkpoint.retention import Policy
 from elastic.config import TrainConfig
+from elastic.garbage import importing
 from elastic.membership.decisions import advance
 from elastic.membership.events import Scaled
 from elastic.membership.state import Limits, Phase, State
@@ -99,7 +100,8 @@ class RunHost:
 
 def import_store() -> None:
     """Import torch.distributed, for the store of the first world. It takes seconds, so it is done in advance."""
-    import torch.distributed  # noqa: F401
+    with importing():
+        import torch.distributed  # noqa: F401
 
 
 def _new_store(host: str) -> tuple[int, Callable[[], None]]:
