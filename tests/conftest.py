@@ -16,7 +16,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from elastic.garbage import freeze_imported
-from tests import fresh, leaks
+from tests import botocore_models, fresh, leaks  # noqa: F401
 from tests.budget import Budget
 from tests.seaweed import _front, bucket, front, own_seaweed, seaweed  # noqa: F401
 from tests.side_by_side import shares_cluster
@@ -79,6 +79,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.random)
         if "ray_nodes" in getattr(item, "fixturenames", ()) and not shares_cluster(item.nodeid):
             raise pytest.UsageError(f"{item.nodeid} shares a Ray cluster; put it into a file tests/test_ray_*.py")
+
+
+def pytest_sessionfinish() -> None:
+    """Pytest ends with five collections, for what tests left that warns when it is freed: that would be seconds."""
+    gc.freeze()
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -63,6 +63,7 @@ _OF_WORKERS = [
     "numpy.ma",
     "numpy.random",
     "s3fs",
+    "tests.botocore_models",
 ]  # the first optimizer imports torch._dynamo, which takes as long as torch itself
 _OF_DRIVERS = [
     "elastic.cli",

@@ -8,6 +8,7 @@ import functools
 import gc
 import json
 import re
+import threading
 import weakref
 
 import pytest
@@ -17,6 +18,7 @@ from torch.nn.utils import parametrizations
 
 import elastic
 from elastic.errors import ConfigError
+from elastic.garbage import freeze_imported
 from elastic.parallel import modes
 from elastic.parallel.deferred import CannotDefer, DeferredModel, build, build_eagerly
 from elastic.parallel.device import prepare_process
@@ -213,7 +215,7 @@ def frozen(request: pytest.FixtureRequest):
         gc.freeze()
     yield
     assert bool(gc.get_freeze_count()) == request.param
-    gc.freeze()  # as tests.conftest has it
+    freeze_imported()  # as tests.conftest does
 
 
 @pytest.mark.usefixtures("frozen")
@@ -234,20 +236,48 @@ def test_what_asks_for_values_or_keeps_a_graph_is_built_in_real_memory(make):
 
 @pytest.mark.usefixtures("frozen")
 def test_what_is_made_is_found_across_collections_and_lives_no_longer_for_it():
-    before, kept = nn.Linear(1, 1), []
+    kept = [nn.Linear(1, 1)]
     with Made(nn.Module, torch.Tensor) as made:
         for generation in (0, 1, 2):
             kept.append(nn.Linear(2, 2))
             gone = weakref.ref(nn.Linear(3, 3))
             gc.collect(generation)
         kept.append(nn.Linear(2, 2))
-        found = made.find(nn.Module)
-        tensors = made.find(torch.Tensor)
+        swapped = swap_module_params_on_conversion(kept[1].double)
+        modules, tensors = ({id(o) for o in made.find(kind)} for kind in (nn.Module, torch.Tensor))
 
-    assert {id(m) for m in found} == {id(m) for m in kept}
-    assert before not in found
-    assert {id(t) for t in tensors} == {id(p) for m in kept for p in m.parameters()}
+    assert modules == {id(m) for m in kept[1:]}
+    assert tensors == {id(p) for m in kept[1:] for p in m.parameters()}
+    assert swapped is kept[1]
     assert gone() is None
+
+
+def swap_module_params_on_conversion(convert):
+    """Torch swaps the parameters' contents, as it does to those of quantised tensors: nobody may refer to them
+    weakly."""
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        return convert()
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+
+
+def test_what_is_made_while_another_thread_makes_objects_is_found():
+    ended = threading.Event()
+
+    def make_garbage():
+        while not ended.is_set():
+            [[] for _ in range(1000)]
+
+    other = threading.Thread(target=make_garbage)
+    other.start()
+    try:
+        with Made(nn.Module) as made:
+            kept = [nn.Identity() for _ in range(3000)]
+            assert {id(m) for m in made.find(nn.Module)} == {id(m) for m in kept}
+    finally:
+        ended.set()
+        other.join()
 
 
 # ---- modes ----------------------------------------------------------------------------------------------------------

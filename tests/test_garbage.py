@@ -4,7 +4,7 @@ import gc
 
 import pytest
 
-from elastic.garbage import importing, referrers
+from elastic.garbage import freeze_imported, importing, referrers
 
 
 def test_modules_are_imported_without_collections_and_later_ones_do_not_look_at_them():
@@ -13,6 +13,23 @@ def test_modules_are_imported_without_collections_and_later_ones_do_not_look_at_
         imported = [None]
     assert gc.isenabled()
     assert not any(found is imported for found in gc.get_objects())
+
+
+def test_collections_that_were_off_stay_off_and_go_on_when_all_imports_have_ended():
+    gc.disable()
+    try:
+        with importing():
+            pass
+        assert not gc.isenabled()
+    finally:
+        gc.enable()
+    first, second = importing(), importing()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert not gc.isenabled()
+    second.__exit__(None, None, None)
+    assert gc.isenabled()
 
 
 def test_collections_go_on_after_an_import_that_failed():
@@ -32,7 +49,7 @@ def test_who_refers_to_an_object_is_found_also_where_the_job_has_frozen_its_own(
 
     found = referrers([thing])
 
+    freeze_imported()  # the next tests are innocent
     assert any(one is holder for one in found)
     assert any(one is imported for one in found) == freezes
-    assert bool(gc.get_freeze_count())
-    del found
+    assert not [one for one in found if one is not holder and one is not imported]

@@ -39,6 +39,7 @@ import subprocess, sys
 for line in sys.stdin:
     subprocess.Popen(["bash", "-c", "exec " + line])
 """
+GCS = f"10.0.0.1:{os.getpid()}"  # other tests have nodes too, beside these
 WORKER = """
 import json, os, sys, time
 from pathlib import Path
@@ -75,7 +76,7 @@ class Node:
         self.worker.parent.mkdir(parents=True, exist_ok=True)
         self.worker.write_text(WORKER)
         command = f"--python_worker_command={sys.executable} {self.worker.with_name(script)} {self.worker}"
-        words = [sys.executable, "-c", RAYLET, command, "--gcs-address=10.0.0.1:6379", "--node_id=ab12"]
+        words = [sys.executable, "-c", RAYLET, command, f"--gcs-address={GCS}", "--node_id=ab12"]
         self.process = subprocess.Popen(
             ["raylet/raylet", *words[1:]],
             executable=sys.executable,
@@ -126,7 +127,7 @@ def node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Node]:
 
 @pytest.mark.processes
 def test_a_worker_is_a_fork_with_what_it_was_started_with_and_nothing_of_the_servers(node: Node) -> None:
-    assert standing.raylets_here("10.0.0.1:6379") == {node.pid: "ab12"}
+    assert standing.raylets_here(GCS) == {node.pid: "ab12"}
     assert standing.serve(node.pid, CODE, 600)
     assert standing.serve(node.pid, CODE, 600)  # there is one
     first, second = node.found(node.start("first", "x")), node.found(node.start("second"))

@@ -7,7 +7,6 @@ that exist afterwards are those that the job keeps.
 from __future__ import annotations
 
 import gc
-import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -207,8 +206,8 @@ def recording_initialisers(recorder: Recorder) -> AbstractContextManager[None]:
 class Made:
     """Finds the objects that are created inside. The job may keep them anywhere: in lists, closures, globals.
 
-    They are those of the garbage collector's youngest generation. Where a collection moves them to another, they are
-    noted before.
+    They are those that the garbage collector knows and did not know before. It is not asked for what was imported,
+    which is frozen, nor for what the job freezes inside.
 
     Args:
         kinds: the types that can be found.
@@ -216,23 +215,15 @@ class Made:
 
     def __init__(self, *kinds: type):
         self._kinds = kinds
-        self._moved: list[weakref.ref[Any]] = []
+        self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Made:
-        gc.collect(0)  # what is older is in that generation no more
-        gc.callbacks.append(self._note)
+        self._before = {id(o): o for o in gc.get_objects() if issubclass(type(o), self._kinds)}
         return self
 
     def __exit__(self, *_: object) -> None:
-        gc.callbacks.remove(self._note)
-        self._moved.clear()
-
-    def _note(self, phase: str, _: dict[str, int]) -> None:
-        if phase == "start":
-            self._moved += [weakref.ref(o) for o in gc.get_objects(generation=0) if issubclass(type(o), self._kinds)]
+        self._before.clear()
 
     def find(self, kind: type) -> list[Any]:
         """The created objects of a type. To be called inside."""
-        found = gc.get_objects(generation=0)  # first, since to make a list may start a collection, which notes them
-        found += [known() for known in self._moved]
-        return list({id(o): o for o in found if issubclass(type(o), kind)}.values())
+        return [o for o in gc.get_objects() if issubclass(type(o), kind) and id(o) not in self._before]

@@ -4,6 +4,7 @@ it."""
 from __future__ import annotations
 
 import gc
+import sys
 from collections.abc import Iterator
 from types import FrameType
 from typing import Any
@@ -25,7 +26,10 @@ def check_references(model: nn.Module, job: object) -> None:
     parameters = list(model.parameters())
     known = {id(own_parameters(m)) for m in model.modules()} | {id(parameters)}
     known |= {id(flat_weights(m)) for m in model.modules() if isinstance(m, nn.RNNBase)}
-    holders = referrers(parameters)
+    module = sys.modules.get(type(job).__module__)
+    of_module = [] if module is None else [vars(module), *vars(module).values()]
+    holders = [value for value in of_module if any(id(o) in named for o in gc.get_referents(value))]
+    holders += referrers(parameters)  # does not ask a module that was imported with torch
     for holder in holders:
         if id(holder) in known or isinstance(holder, FrameType):
             continue
