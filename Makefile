@@ -9,10 +9,11 @@ export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: train demo test test-fast test-slow test-all test-long lint wheel clean
 
+# Nothing is compiled here: it would take as long as all the rest, and Python compiles what it imports.
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --no-compile --quiet --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/python -m pip install --no-compile --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
 
 train: .venv/ready
