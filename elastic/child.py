@@ -47,6 +47,11 @@ def die_with_starter() -> None:
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 
 
+def yield_to_training() -> None:
+    """Have this process get less of a busy CPU than workers do, whose work its own can wait for."""
+    os.nice(10)
+
+
 def raise_descriptor_limit() -> None:
     """Raise the soft limit on open files of this process and its children to the hard limit: most machines begin with
     1024, and a run's server has a connection for each worker and each other client."""

@@ -18,12 +18,14 @@ from elastic.checkpoint.staging import StagingBuffer
 from elastic.checkpoint.tensors import Shard
 from elastic.errors import SnapshotError
 from elastic.placement import Part, TensorSpec
-from elastic.snapshot import vault as rooms
+from elastic.snapshot import store
+from elastic.snapshot import vault as serving
 from elastic.snapshot.adopted import WorkerMemory
 from elastic.snapshot.client import VaultClient
 from elastic.snapshot.holdings import Holding, SnapshotId
 from elastic.snapshot.memory import available_bytes
-from elastic.snapshot.vault import Store, VaultServer
+from elastic.snapshot.store import Store
+from elastic.snapshot.vault import VaultServer
 from elastic.worker.snapshot_buffers import Buffer, Buffers
 from elastic.worker.snapshot_upload import Sender, Upload
 from elastic.worker.vaults import VaultProcess
@@ -84,6 +86,20 @@ def test_room_is_freed_when_a_newer_part_comes_but_not_that_of_the_newest_comple
     assert sorted({h.id.step for h in vault.holdings()}) == [4, 8]
 
 
+def test_a_part_that_comes_late_is_refused_and_frees_no_newer_one(vault, lent):
+    """As where a worker called off its upload, and the next world took a snapshot before the vault read the part."""
+    put(vault, at(4, n=2), 0, b"new")
+
+    refused = "a part of snapshot 1-1-6 came after one of 1-2-4"
+    with pytest.raises(SnapshotError, match=refused):
+        put(vault, at(6), 1, b"old")
+    with pytest.raises(SnapshotError, match=refused):
+        vault.adopt(at(6), part(1), HEAD, memory_of(lent), None)
+    assert [h.id for h in vault.holdings()] == [at(4, n=2)]
+    put(vault, at(4, n=2), 1, b"of the same")
+    assert len(vault.holdings()) == 2
+
+
 def test_what_was_undone_is_forgotten(vault):
     put(vault, at(4), 0, b"x")
     put(vault, at(6), 0, b"y", at(4))
@@ -101,7 +117,7 @@ def test_bytes_that_changed_on_the_way_are_not_kept(vault):
 
 
 def test_a_part_that_does_not_fit_is_refused_and_the_sender_is_told(vault, monkeypatch):
-    monkeypatch.setattr(rooms, "available_bytes", lambda: 1 << 20)
+    monkeypatch.setattr(store, "available_bytes", lambda: 1 << 20)
 
     with pytest.raises(SnapshotError, match="a part of 20971520 bytes does not fit into 1048576 bytes that are left"):
         put(vault, at(4), 0, bytes(20 << 20))
@@ -121,7 +137,7 @@ def test_a_connection_stays_and_is_made_again_if_the_vault_has_ended_it_while_id
     connects = []
     connect = http.client.HTTPConnection.connect
     monkeypatch.setattr(http.client.HTTPConnection, "connect", lambda self: (connects.append(1), connect(self)))
-    monkeypatch.setattr(rooms._Handler, "timeout", 0.2)
+    monkeypatch.setattr(serving._Handler, "timeout", 0.2)
     server = VaultServer(TOKEN, HERE)
     server.start()
     client = VaultClient(server.url, TOKEN, 10)
@@ -226,17 +242,17 @@ def test_a_part_in_a_workers_memory_is_kept_without_a_copy_and_outlives_the_work
 
 
 def test_memory_that_was_released_is_in_no_part_and_is_not_given_to_a_reader(lent):
-    store, key, memory = Store(), (at(2), part(0)), memory_of(lent)
-    store.adopt(key, HEAD, memory, None)
-    reading = store.open(key)
+    kept, key, memory = Store(), (at(2), part(0)), memory_of(lent)
+    kept.adopt(key, HEAD, memory, None)
+    reading = kept.open(key)
     assert reading is not None
-    store.begin((at(4), part(0)), HEAD, 5, None)  # which frees the older part
+    kept.begin((at(4), part(0)), HEAD, 5, None)  # which frees the older part
 
-    assert not store.release(memory), "somebody still reads it"
-    assert store.open(key) is None
-    store.close(reading)
-    assert store.release(memory)
-    assert store.release(memory), "twice is as once"
+    assert not kept.release(memory), "somebody still reads it"
+    assert kept.open(key) is None
+    kept.close(reading)
+    assert kept.release(memory)
+    assert kept.release(memory), "twice is as once"
 
 
 def test_only_the_memory_that_was_named_is_mapped(vault, lent, tmp_path):

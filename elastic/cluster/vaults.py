@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 
 import ray
 
+from elastic.child import yield_to_training
 from elastic.cluster.references import is_ready
 from elastic.snapshot.vault import VaultServer
 
@@ -24,6 +25,7 @@ class VaultActor:
     """Hosts a vault. The controller of the workers owns it, so that it outlives them and ends with the run."""
 
     def __init__(self, token: str, port: int):
+        yield_to_training()
         deadline = time.monotonic() + FREE_S
         while True:
             try:

@@ -9,13 +9,14 @@ from __future__ import annotations
 import json
 import sys
 
-from elastic.child import ignore_terminal, show_stack_at_death
+from elastic.child import ignore_terminal, show_stack_at_death, yield_to_training
 from elastic.snapshot.vault import VaultServer
 
 
 def main() -> int:
     ignore_terminal()
     show_stack_at_death()
+    yield_to_training()
     VaultServer(**json.loads(sys.stdin.readline())).start()
     sys.stdin.read()
     return 0

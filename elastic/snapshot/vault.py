@@ -21,12 +21,10 @@ from __future__ import annotations
 import contextlib
 import hmac
 import json
-import mmap
 import socket
 import sys
 import threading
 import time
-from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
@@ -37,127 +35,15 @@ from elastic import fault
 from elastic.child import raise_descriptor_limit
 from elastic.placement import Part
 from elastic.snapshot.adopted import WorkerMemory
-from elastic.snapshot.holdings import SnapshotId, to_free
+from elastic.snapshot.holdings import SnapshotId
 from elastic.snapshot.memory import available_bytes
+from elastic.snapshot.store import Kept, Key, Store
 
 READ_BYTES = 8 << 20
 STALLED_S = 60.0  # a sender or reader that moves no byte for so long is given up
 MOST_STRANGERS = 64  # connections that have shown no token yet
 STRANGER_S = 5.0  # from connecting to showing the token
 MAX_REQUEST_BYTES = 64 << 20  # of all requests except those that store parts
-
-
-@dataclass(eq=False)
-class _Kept:
-    head: bytes
-    memory: mmap.mmap
-    size: int
-    readers: int = 0
-    whole: bool = False
-    owner: WorkerMemory | None = None  # the worker's memory that `memory` maps; None if the vault allocated it
-
-
-_Key = tuple[SnapshotId, Part]
-
-
-@dataclass
-class Store:
-    """The parts of one vault. All methods may be called from any thread."""
-
-    _parts: dict[_Key, _Kept] = field(default_factory=dict)
-    _free: list[mmap.mmap] = field(default_factory=list)
-    _dropped: list[_Kept] = field(default_factory=list)  # adopted parts that are being read
-    _lock: threading.Lock = field(default_factory=threading.Lock)
-
-    def begin(self, key: _Key, head: bytes, size: int, keep: SnapshotId | None) -> _Kept:
-        """Make memory for a part; readers do not see it before it is complete.
-
-        Raises:
-            MemoryError: not enough is available.
-        """
-        with self._lock:
-            gone = to_free([known for known, _ in self._parts], key[0], keep)
-            if gone:
-                self._free = []  # pieces that the last snapshot did not use
-            self._drop([known for known in self._parts if known[0] in gone or known == key])
-            fits = [piece for piece in self._free if size <= len(piece) <= 2 * size]
-            memory = min(fits, key=len, default=None)
-            if memory is not None:
-                self._free.remove(memory)
-            else:
-                self._free = []  # parts have other sizes now, so these pieces fit none
-                left = available_bytes()
-                if size > left:
-                    raise MemoryError(f"a part of {size} bytes does not fit into {left} bytes that are left")
-                memory = mmap.mmap(-1, max(1, size))
-            kept = self._parts[key] = _Kept(head, memory, size)
-            return kept
-
-    def adopt(self, key: _Key, head: bytes, memory: WorkerMemory, keep: SnapshotId | None) -> None:
-        """Keep a part whose bytes are in a worker's memory, without a copy of them.
-
-        Raises:
-            OSError, ValueError: this process cannot map that memory.
-        """
-        mapped = memory.map()
-        with self._lock:
-            gone = to_free([known for known, _ in self._parts], key[0], keep)
-            self._drop([known for known in self._parts if known[0] in gone or known == key])
-            self._parts[key] = _Kept(head, mapped, memory.size, whole=True, owner=memory)
-
-    def release(self, memory: WorkerMemory) -> bool:
-        """Drop the parts in a worker's memory; returns whether no reader uses them, so that it may be written to."""
-        with self._lock:
-            self._drop([key for key, kept in self._parts.items() if kept.owner == memory])
-            return all(kept.owner != memory for kept in self._dropped)
-
-    def end(self, key: _Key, kept: _Kept, *, whole: bool) -> None:
-        """A part arrived completely, or will not any more."""
-        with self._lock:
-            if self._parts.get(key) is kept:
-                kept.whole = whole
-                if not whole:
-                    self._drop([key])
-
-    def whole(self) -> list[list[str]]:
-        """[snapshot, part] of each complete part."""
-        with self._lock:
-            return [[str(id), part.key] for id, part in sorted(self._parts) if self._parts[id, part].whole]
-
-    def open(self, key: _Key) -> _Kept | None:
-        """A complete part to read from; its memory is not reused before `close`."""
-        with self._lock:
-            kept = self._parts.get(key)
-            if kept is None or not kept.whole:
-                return None
-            kept.readers += 1
-            return kept
-
-    def close(self, kept: _Kept) -> None:
-        """A reader of this part is done."""
-        with self._lock:
-            kept.readers -= 1
-            if kept in self._dropped and not kept.readers:
-                self._dropped.remove(kept)
-
-    def forget(self, after: int, before: SnapshotId) -> None:
-        """Drop snapshots that are older than `before` and of later steps than `after`."""
-        with self._lock:
-            self._drop([key for key in self._parts if key[0].step > after and key[0] < before])
-
-    def held_bytes(self) -> int:
-        """Bytes of memory that this vault uses."""
-        with self._lock:
-            return sum(len(p.memory) for p in self._parts.values()) + sum(map(len, self._free))
-
-    def _drop(self, keys: list[_Key]) -> None:
-        for key in keys:
-            part = self._parts.pop(key)
-            if part.owner is not None:
-                if part.readers:
-                    self._dropped.append(part)
-            elif part.whole and not part.readers:  # otherwise a connection still writes or reads it
-                self._free.append(part.memory)
 
 
 class VaultServer:
@@ -287,7 +173,7 @@ class _Handler(BaseHTTPRequestHandler):
         fault.point("vault.whole", -1, key[0].step)
         self._send(200, {}) if whole else self._send(400, {"error": "the bytes that came are not those that were sent"})
 
-    def _receive(self, kept: _Kept, step: int) -> str:
+    def _receive(self, kept: Kept, step: int) -> str:
         digest, view = xxhash.xxh3_64(kept.head), memoryview(kept.memory)
         for start in range(0, kept.size, READ_BYTES):
             piece = view[start : min(kept.size, start + READ_BYTES)]
@@ -309,7 +195,7 @@ class _Handler(BaseHTTPRequestHandler):
         try:
             self.store.adopt(key, head, WorkerMemory.parse(query["memory"][0]), keep)
         except OSError as error:
-            self._send(507, {"error": f"cannot map the worker's memory: {error}"})
+            self._send(507, {"error": str(error)})
             return
         fault.point("vault.whole", -1, key[0].step)
         self._send(200, {})
@@ -359,7 +245,7 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             self._read_part(body["ranges"])
 
-    def _key(self) -> _Key:
+    def _key(self) -> Key:
         _, _, id, part, *_ = urlsplit(self.path).path.split("/")
         return SnapshotId.parse(id), Part.parse(part)
 
