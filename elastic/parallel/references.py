@@ -26,10 +26,11 @@ def check_references(model: nn.Module, job: object) -> None:
     parameters = list(model.parameters())
     known = {id(own_parameters(m)) for m in model.modules()} | {id(parameters)}
     known |= {id(flat_weights(m)) for m in model.modules() if isinstance(m, nn.RNNBase)}
-    module = sys.modules.get(type(job).__module__)
-    of_module = [] if module is None else [vars(module), *vars(module).values()]
-    holders = [value for value in of_module if any(id(o) in named for o in gc.get_referents(value))]
-    holders += referrers(parameters)  # does not ask a module that was imported with torch
+    # `referrers` does not ask what was made before the process imported torch: a job that came early, and its module.
+    early = [getattr(owner, "__dict__", {}) for owner in (job, sys.modules.get(type(job).__module__))]
+    values = [*early, *(value for names in early for value in names.values())]
+    holders = [value for value in values if any(id(o) in named for o in gc.get_referents(value))]
+    holders += referrers(parameters)
     for holder in holders:
         if id(holder) in known or isinstance(holder, FrameType):
             continue
