@@ -9,11 +9,13 @@ export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: train demo test test-fast test-slow test-all test-long lint wheel clean
 
-# Nothing is compiled here: it would take as long as all the rest, and Python compiles what it imports.
+# Compiled on all CPUs at the end: pip would do that on one, for as long as all the rest takes. Some packages have files
+# that are no Python.
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --no-compile --quiet --disable-pip-version-check -c constraints.txt torch
 	$(BIN)/python -m pip install --no-compile --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	-$(BIN)/python -m compileall -q -j 0 .venv/lib >/dev/null
 	touch $@
 
 train: .venv/ready

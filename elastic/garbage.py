@@ -35,7 +35,7 @@ def importing() -> Iterator[None]:
 
 
 def freeze_imported() -> None:
-    """Freeze the objects of modules that were imported; `gc.get_freeze_count()` is 0 no more."""
+    """Freeze all objects that exist: those of the modules that were imported."""
     global _after
     gc.freeze()
     _after = [object()]

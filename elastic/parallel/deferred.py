@@ -254,7 +254,7 @@ def _outside(model: nn.Module, modules: list[nn.Module]) -> list[nn.Module]:
 
 def build_eagerly(make: Callable[[], nn.Module], seed: int) -> DeferredModel:
     """The fallback for models that `build` refuses: the whole model in real memory."""
-    with Made(nn.Module, torch.Tensor) as made:
+    with Made(nn.Module) as made:
         model = make()
         others = _outside(model, made.find(nn.Module))
     check_sizes(model)
