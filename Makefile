@@ -15,7 +15,7 @@ export PYTHONDONTWRITEBYTECODE :=
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --no-compile --quiet --disable-pip-version-check -c constraints.txt torch
 	$(BIN)/python -m pip install --no-compile --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
-	-$(BIN)/python -m compileall -q -j 0 .venv/lib >/dev/null
+	$(BIN)/python -m compileall -q -j 0 .venv/lib >/dev/null || true
 	touch $@
 
 train: .venv/ready

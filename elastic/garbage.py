@@ -17,7 +17,7 @@ _imports, _was_enabled = 0, True  # imports under way, and whether there were co
 def importing() -> Iterator[None]:
     """Inside, modules are imported without the garbage collector, which would look at all objects again and again: a
     sixth of the time that torch takes to import. Objects that exist at the end are frozen: a later collection, which
-    would hold up a training step for a third of a second, does not look at them, nor does `referrers`."""
+    would hold up a training step for 0.15 s, does not look at them, nor does `referrers`."""
     global _imports, _was_enabled
     with _lock:
         if not _imports:
